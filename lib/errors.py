@@ -1,0 +1,14 @@
+"""What a user did wrong, told in one line. Knows nothing of who raises it or how it is printed."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a request: one line that says what, where, what was expected and what to do. `build.py` exits with 2."""
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """Return ` Did you mean "x"?` for the nearest valid name, or an empty string where nothing is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f' Did you mean "{near[0]}"?' if near else ""

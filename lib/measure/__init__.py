@@ -1,0 +1,1 @@
+"""How a number is made: time, memory, energy, cost, quality, statistics."""

@@ -1,0 +1,1 @@
+"""One module per optimization, named as its notebook."""

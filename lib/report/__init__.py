@@ -1,0 +1,1 @@
+"""From record to reader: records, verdicts, figures, pages."""

@@ -1,0 +1,1 @@
+"""Plan, cache, run, and keep: what stands behind build.py."""
