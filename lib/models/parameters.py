@@ -1,0 +1,123 @@
+"""Parameter files: what a model is, at its three scales, and what overrides a template's defaults on it.
+
+Reads and checks `parameters/<model>.yaml`. Knows nothing of torch or transformers, so it answers at once; whether the
+dimensions make a working model is found out by `lib.models.loading`, and whether an override is a parameter that the
+template declares, by `lib.suite.plan`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lib.errors import UserError, suggest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
+SCALES = ("proxy", "slice", "full")
+
+
+class Section(BaseModel):
+    """A part of a parameter file; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Slice(Section):
+    """The scale `slice`: the first `layers` decoder blocks at the real dimensions."""
+
+    layers: int = Field(ge=1)
+
+
+class Proxy(Section):
+    """The scale `proxy`: what differs from the real configuration, and the recipe that trains the stand-in."""
+
+    config: dict[str, Any] = Field(min_length=1)
+    training: dict[str, Any] = Field(min_length=1)
+
+
+class ModelParameters(Section):
+    """One parameter file, checked."""
+
+    name: str = Field(min_length=1)
+    checkpoint: str = Field(min_length=1)
+    architecture: str = Field(min_length=1)
+    full: dict[str, Any] = Field(min_length=1)
+    slice: Slice
+    proxy: Proxy
+    tasks: list[str] = Field(min_length=1)
+    optimizations: dict[str, dict[str, Any]] = {}
+
+    @field_validator("optimizations", mode="before")
+    @classmethod
+    def empty_section_is_none(cls, value: Any) -> Any:
+        """`optimizations:` and `structured_pruning:` with nothing behind them mean: no override."""
+        if isinstance(value, dict):
+            return {key: {} if section is None else section for key, section in value.items()}
+        return {} if value is None else value
+
+    def config(self, scale: str) -> dict[str, Any]:
+        """Return the configuration of this model at `scale` as keyword arguments of its transformers configuration."""
+        if scale == "full":
+            return self.full
+        if scale == "slice":
+            return _cut(self.full, self.slice.layers)
+        return merge(self.full, self.proxy.config)
+
+
+def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return `config` with its decoder cut to the first `layers` blocks."""
+    if "text_config" in config:
+        return config | {"text_config": _cut(config["text_config"], layers)}
+    return config | {"num_hidden_layers": layers}
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `override`, section by section."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def names(folder: Path | None = None) -> list[str]:
+    """Return the models that have a parameter file: the stems of `*.yaml` in the folder, sorted."""
+    return sorted(path.stem for path in (folder or PARAMETERS).glob("*.yaml"))
+
+
+def read(name: str, folder: Path | None = None) -> ModelParameters:
+    """Read and check `<folder>/<name>.yaml`. Raises UserError with file, key and what was expected."""
+    path = (folder or PARAMETERS) / f"{name}.yaml"
+    if not path.is_file():
+        known = names(folder)
+        raise UserError(f'unknown model "{name}": there is no {path.name} in {path.parent.name}/.{suggest(name, known)}')
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = "" if line is None else f", line {line + 1}"
+        raise UserError(f"{where}{at}: not readable as YAML ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{where}: {what}; expected the keys {', '.join(ModelParameters.model_fields)}")
+    try:
+        return ModelParameters.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first fault of a validation error as one clause."""
+    fault = error.errors()[0]
+    *above, key = [str(part) for part in fault["loc"]]
+    section = f' in section "{".".join(above)}"' if above else ""
+    if fault["type"] == "extra_forbidden":
+        fields = {"": ModelParameters, "slice": Slice, "proxy": Proxy}.get(".".join(above), ModelParameters).model_fields
+        return f'unknown key "{key}"{section}; expected one of {", ".join(fields)}.{suggest(key, fields)}'
+    if fault["type"] == "missing":
+        return f'missing key "{key}"{section}'
+    return f'key "{key}"{section}: {fault["msg"].lower()}, got {fault["input"]!r}'
