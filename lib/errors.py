@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in a request: one line that says what, where, what was expected and what to do. `build.py` exits with 2."""
+    """A mistake in a request, in one line: what, where, what was expected, what to do. `build.py` exits with 2."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -93,7 +93,9 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
     path = (folder or PARAMETERS) / f"{name}.yaml"
     if not path.is_file():
         known = names(folder)
-        raise UserError(f'unknown model "{name}": there is no {path.name} in {path.parent.name}/.{suggest(name, known)}')
+        raise UserError(
+            f'unknown model "{name}": there is no {path.name} in {path.parent.name}/.{suggest(name, known)}'
+        )
     where = f"{path.parent.name}/{path.name}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -116,7 +118,9 @@ def _explain(error: ValidationError) -> str:
     *above, key = [str(part) for part in fault["loc"]]
     section = f' in section "{".".join(above)}"' if above else ""
     if fault["type"] == "extra_forbidden":
-        fields = {"": ModelParameters, "slice": Slice, "proxy": Proxy}.get(".".join(above), ModelParameters).model_fields
+        fields = {"": ModelParameters, "slice": Slice, "proxy": Proxy}.get(
+            ".".join(above), ModelParameters
+        ).model_fields
         return f'unknown key "{key}"{section}; expected one of {", ".join(fields)}.{suggest(key, fields)}'
     if fault["type"] == "missing":
         return f'missing key "{key}"{section}'

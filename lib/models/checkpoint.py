@@ -1,0 +1,100 @@
+"""Is this folder a checkpoint of that model? Answered without torch, before anything runs.
+
+Reads the configuration, the index and the headers of the safetensors files. Does not read the weights themselves: a
+file whose header promises more bytes than it holds is found, a flipped bit is not.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.models import parameters
+
+MANIFEST = "workbench.json"
+
+
+def folder_of(name: str, checkpoints: str | Path) -> Path:
+    """Return the folder of model `name` under `checkpoints`: `<checkpoints>/<name>`."""
+    return Path(checkpoints).expanduser() / name
+
+
+def check_checkpoint(name: str, folder: str | Path) -> Path:
+    """Return `folder` if it is a whole checkpoint of model `name`. Raises UserError naming the file at fault."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there")
+    expected = parameters.read(name).architecture
+    found = _json(folder / "config.json").get("model_type")
+    if found != expected:
+        raise UserError(
+            f'{folder}/config.json: architecture "{found}", but {name} is "{expected}"; give a checkpoint of {name}'
+        )
+    for file, tensors in _shards(folder).items():
+        missing = set(tensors) - set(_header(folder / file))
+        if missing:
+            raise UserError(
+                f"{folder / file}: the index names {sorted(missing)[0]} here, but the file does not hold it"
+            )
+    return folder
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a checkpoint folder holds config.json and *.safetensors")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """Return the weight files of `folder`, each with the tensors the index expects in it (none without an index)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards: dict[str, list[str]] = {}
+        for tensor, file in _json(index).get("weight_map", {}).items():
+            shards.setdefault(file, []).append(tensor)
+        if not shards:
+            raise UserError(f"{index}: names no tensor")
+        return shards
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.safetensors file")
+    return {file: [] for file in files}
+
+
+def _header(path: Path) -> dict:
+    """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if cut short."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though the index names it")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise UserError(f"{path}: the header is not readable; the file is damaged") from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise UserError(f"{path}: truncated: {size} bytes, but its header speaks of {end}; copy it again")
+    return header
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return every tensor's shape, by name, over all weight files of `folder`."""
+    folder = Path(folder)
+    return {name: tuple(entry["shape"]) for file in _shards(folder) for name, entry in _header(folder / file).items()}
+
+
+def weights_bytes_on_disk(folder: str | Path) -> int:
+    """Return the bytes of the weight files of `folder`."""
+    folder = Path(folder)
+    return sum((folder / file).stat().st_size for file in _shards(folder))

@@ -1,0 +1,203 @@
+"""One function that loads any model at any scale: `load`. Beside it: building, saving, loading pruned models, hashing.
+
+A proxy is an ordinary checkpoint folder, so the path that real checkpoints take runs everywhere. Knows nothing of
+tasks, measuring or optimizations. Offline unless a hub id is asked for at scale `full`.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lib.errors import UserError
+from lib.models import parameters as parameter_files
+from lib.models.anatomy import anatomy, synchronise
+from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
+
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, and where it came from. `folder` and `tokenizer` are None for random weights."""
+
+    model: nn.Module
+    tokenizer: object | None
+    processor: object | None
+    parameters: parameter_files.ModelParameters
+    name: str
+    scale: str
+    device: str
+    dtype: torch.dtype
+    folder: Path | None
+    random_weights: bool
+    seconds: float
+
+    @property
+    def quality_unavailable(self) -> str | None:
+        """The reason why this model's answers mean nothing, or None where they do."""
+        return "random weights: answers carry no information" if self.random_weights else None
+
+
+def load(
+    name: str,
+    scale: str = "proxy",
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    checkpoints: str | Path | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> Loaded:
+    """Load model `name` at `scale` for inference.
+
+    proxy: the stand-in in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
+    full: `<checkpoints>/<name>`, else the hub id of the parameter file, or random weights. dtype: "float32",
+    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay at its widths), else bfloat16.
+    Raises UserError for a scale, dtype, device or checkpoint that cannot be used.
+    """
+    start = time.perf_counter()
+    description = parameter_files.read(name)
+    if scale not in parameter_files.SCALES:
+        raise UserError(f'unknown scale "{scale}"; expected one of {", ".join(parameter_files.SCALES)}')
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f'device "{device}" is not available here; use --device cpu')
+    dtype = dtype or ("float32" if scale == "proxy" and device == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')
+    random_weights = random_weights or scale == "slice"
+    folder = None if random_weights else source(name, scale, checkpoints)
+    if folder is None:
+        model = build(
+            description.config(scale), description.architecture, device=device, dtype=DTYPES[dtype], seed=seed
+        )
+    else:
+        model = load_folder(folder, dtype=DTYPES[dtype], device=device)
+    return Loaded(
+        model=model,
+        tokenizer=None if folder is None else AutoTokenizer.from_pretrained(folder),
+        processor=None if folder is None or anatomy(model).vision is None else load_image_processor(folder),
+        parameters=description,
+        name=name,
+        scale=scale,
+        device=device,
+        dtype=DTYPES[dtype],
+        folder=folder if isinstance(folder, Path) else None,
+        random_weights=random_weights,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path | str:
+    """Return where the weights come from: a checked folder, or a hub id for `full` without `checkpoints`."""
+    if scale == "proxy":
+        return check_checkpoint(name, parameter_files.PARAMETERS / "proxies" / name)
+    if checkpoints:
+        return check_checkpoint(name, folder_of(name, checkpoints))
+    return parameter_files.read(name).checkpoint
+
+
+def build(
+    config: dict, architecture: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Module:
+    """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference."""
+    configuration = AutoConfig.for_model(architecture, **config)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        model = _auto(configuration).from_config(configuration, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _auto(configuration: object) -> type:
+    return AutoModelForImageTextToText if hasattr(configuration, "vision_config") else AutoModelForCausalLM
+
+
+def load_image_processor(folder: Path | str) -> object:
+    """Load the picture processor of a vision-language checkpoint on the PIL path, which needs no torchvision."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, processor: object = None) -> Path:
+    """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths; return the folder.
+
+    Where every block has the shapes that the configuration implies, transformers reads the folder as well.
+    """
+    folder = Path(folder)
+    model.save_pretrained(folder, save_original_format=False)
+    blocks = [
+        {
+            "heads": block.attention.heads,
+            "key_value_heads": block.attention.key_value_heads,
+            "channels": block.feed_forward.channels,
+            "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
+        }
+        for block in anatomy(model).blocks
+    ]
+    (folder / MANIFEST).write_text(json.dumps({"blocks": blocks}, indent=1) + "\n", encoding="utf-8")
+    for part in (tokenizer, processor):
+        if part is not None:
+            part.save_pretrained(folder)
+    return folder
+
+
+def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """Load a checkpoint folder (or hub id) for inference; with our manifest each block may have a shape of its own."""
+    if (Path(folder) / MANIFEST).is_file():
+        model = _load_with_manifest(Path(folder), dtype, device)
+    else:
+        configuration = AutoConfig.from_pretrained(folder)
+        model, report = _auto(configuration).from_pretrained(
+            folder, config=configuration, dtype=dtype or "auto", output_loading_info=True
+        )
+        model = model.to(device)
+        if report["missing_keys"]:
+            raise UserError(f"{folder}: the checkpoint lacks {sorted(report['missing_keys'])[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) -> nn.Module:
+    """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape."""
+    configuration = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = _auto(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+    stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    for name, old in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored:
+            _place(model, name, old, stored.pop(name), dtype, device)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or stored:
+        raise UserError(f"{folder}: weights and configuration do not fit at {(left or sorted(stored))[0]}")
+    return synchronise(model.to(device))
+
+
+def _place(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, dtype, device: str) -> None:
+    """Put a stored tensor where `old` is; parameters take `dtype`, buffers keep their own."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if isinstance(old, nn.Parameter):
+        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, leaf, tensor.to(device=device, dtype=old.dtype))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
