@@ -1,0 +1,44 @@
+"""How much measuring a run does: three named efforts, nothing else. `quick` shows that everything works and finds large effects;
+`standard` finds a 5 % difference at a paired spread of 3 %; `thorough` is for figures one wants to publish.
+"""
+
+from dataclasses import dataclass
+
+from lib.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Sizes of one run. `blocks`: timed AB/BA blocks. `items`: classified items. `windows` × `window_tokens`: held-out text.
+
+    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `recall_prompts`: generated answers at `recall_distance` tokens.
+    `calibration_sequences` × `calibration_tokens`: what an optimization may look at. `resamples`: bootstrap resamples.
+    """
+
+    blocks: int
+    items: int
+    windows: int
+    window_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    recall_prompts: int
+    recall_distance: int
+    calibration_sequences: int
+    calibration_tokens: int
+    resamples: int
+
+
+EFFORTS: dict[str, Effort] = {
+    "quick": Effort(6, 48, 8, 256, 256, 16, 8, 16, 256, 16, 256, 2000),
+    "standard": Effort(12, 400, 32, 256, 512, 32, 8, 64, 256, 64, 256, 4000),
+    "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
+}
+
+
+def read(name: str) -> Effort:
+    """Return the effort called `name`; raises UserError, with the nearest valid name, where there is none."""
+    if name not in EFFORTS:
+        valid = ", ".join(EFFORTS)
+        raise UserError(f'unknown effort "{name}": expected one of {valid}.{suggest(name, EFFORTS)}')
+    return EFFORTS[name]

@@ -1,0 +1,147 @@
+"""Times two things against each other: paired, balanced, interleaved. It knows nothing of models: an arm is anything callable.
+
+The unit is a block: both arms once, or `iterations` times each, in random but balanced order (AB and BA equally often). "Base
+first, then head" invents effects, and so does a fixed order inside the pair. Warm-up lies outside the blocks. A block during which
+the machine was disturbed is set aside and repeated, a bounded number of times; which block that is never depends on its times.
+"""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lib.errors import UserError
+from lib.measure import statistics
+
+BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the repeated ones
+    as (baseline seconds, optimized seconds, reason)."""
+
+    baseline_seconds: list[float]
+    optimized_seconds: list[float]
+    order: list[str]
+    disturbed: list[str | None]
+    iterations: int
+    set_aside: list[tuple[float, float, str]] = field(default_factory=list)
+    clock: str = "perf_counter"
+
+    @property
+    def differences(self) -> np.ndarray:
+        """d[n] = ln(t_optimized / t_baseline) per block."""
+        return statistics.differences(self.baseline_seconds, self.optimized_seconds)
+
+    @property
+    def floor(self) -> float:
+        """The noise floor, if these pairs are an A/A control: see `statistics.noise_floor`."""
+        return statistics.noise_floor(self.differences)
+
+    def describe(self) -> str:
+        """Return how these were made, in a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
+        parts = [f"{len(self.order)} balanced AB/BA blocks"]
+        if self.iterations > 1:
+            parts.append(f"{self.iterations} calls each")
+        parts.append(self.clock)
+        if self.set_aside:
+            parts.append(f"{len(self.set_aside)} disturbed and repeated")
+        if kept := sum(reason is not None for reason in self.disturbed):
+            parts.append(f"{kept} disturbed and kept")
+        if found := statistics.outliers(self.differences):
+            parts.append(f"{found} outlying and kept")
+        return ", ".join(parts)
+
+
+def balanced_order(blocks: int, seed: int = 0) -> list[str]:
+    """Return `blocks` orders, AB and BA equally often (one more of either where the number is odd), shuffled."""
+    shuffle = random.Random(seed)
+    first = shuffle.choice([BASELINE_FIRST, OPTIMIZED_FIRST])
+    second = OPTIMIZED_FIRST if first == BASELINE_FIRST else BASELINE_FIRST
+    order = [first] * math.ceil(blocks / 2) + [second] * (blocks // 2)
+    shuffle.shuffle(order)
+    return order
+
+
+def iterations_for(
+    arm: Callable[[], object], seconds: float = 0.03, *, clock: Callable[[], float] = time.perf_counter
+) -> int:
+    """Return how many calls of `arm` last at least `seconds` (second call, after a warm-up), so that a block is not all clock noise."""
+    arm()
+    start = clock()
+    arm()
+    elapsed = clock() - start
+    return max(1, math.ceil(seconds / elapsed)) if elapsed > 0 else 1
+
+
+def paired(
+    baseline: Callable[[], object],
+    optimized: Callable[[], object],
+    *,
+    blocks: int,
+    iterations: int = 1,
+    warmup: int = 2,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    synchronize: Callable[[], object] | None = None,
+    disturbance: Callable[[], Callable[[], str | None]] | None = None,
+) -> Pairs:
+    """Time both arms in `blocks` balanced blocks and return every time.
+
+    `synchronize` is called before each reading of the clock (a workload's own `synchronize` attribute is used where none is given).
+    `disturbance` opens a watch and returns the function that closes it with a reason or None (`lib.measure.disturbance.watch`).
+    At most as many blocks are repeated as were asked for. Raises UserError for fewer than six blocks.
+    """
+    if blocks < statistics.MINIMUM_BLOCKS:
+        raise UserError(
+            f"{blocks} blocks are too few to tell noise from effect: give at least {statistics.MINIMUM_BLOCKS}"
+        )
+    synchronize = synchronize or getattr(baseline, "synchronize", None)
+    for _ in range(warmup):
+        baseline()
+        optimized()
+
+    def seconds(arm: Callable[[], object]) -> float:
+        if synchronize:
+            synchronize()
+        start = clock()
+        for _ in range(iterations):
+            arm()
+        if synchronize:
+            synchronize()
+        return (clock() - start) / iterations
+
+    def block(order: str) -> tuple[float, float, str | None]:
+        close = disturbance() if disturbance else None
+        if order == BASELINE_FIRST:
+            base, opt = seconds(baseline), seconds(optimized)
+        else:
+            opt, base = seconds(optimized), seconds(baseline)
+        return base, opt, close() if close else None
+
+    orders, kept, set_aside = balanced_order(blocks, seed), [], []
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection inside one arm's turn would be charged to that arm
+    try:
+        for order in orders:
+            found = block(order)
+            while found[2] is not None and len(set_aside) < blocks:
+                set_aside.append(found)
+                found = block(order)
+            kept.append(found)
+    finally:
+        if collecting:
+            gc.enable()
+    base, opt, reasons = (list(column) for column in zip(*kept))
+    return Pairs(base, opt, orders, reasons, iterations, set_aside, getattr(clock, "__name__", "clock"))
+
+
+def a_a(baseline: Callable[[], object], **options) -> Pairs:
+    """Time the baseline against itself through the same path as `paired` and return the pairs: their `floor` is the noise floor."""
+    return paired(baseline, baseline, **options)
