@@ -1,5 +1,5 @@
-"""How much measuring a run does: three named efforts, nothing else. `quick` shows that everything works and finds large effects;
-`standard` finds a 5 % difference at a paired spread of 3 %; `thorough` is for figures one wants to publish.
+"""How much measuring a run does: three named efforts, nothing else. `quick` shows that everything works and finds large
+effects; `standard` finds a 5 % difference at a paired spread of 3 %; `thorough` is for figures one wants to publish.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from lib.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class Effort:
-    """Sizes of one run. `blocks`: timed AB/BA blocks. `items`: classified items. `windows` × `window_tokens`: held-out text.
+    """Sizes of one run. `blocks`: timed AB/BA blocks. `items`: classified items. `windows` × `window_tokens`: held-out
+    text.
 
-    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `recall_prompts`: generated answers at `recall_distance` tokens.
-    `calibration_sequences` × `calibration_tokens`: what an optimization may look at. `resamples`: bootstrap resamples.
+    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `recall_prompts`: generated answers at
+    `recall_distance` tokens. `calibration_sequences` × `calibration_tokens`: what an optimization may look at.
+    `resamples`: bootstrap resamples.
     """
 
     blocks: int

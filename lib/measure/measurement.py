@@ -1,9 +1,10 @@
 """One metric of both arms, as it stands in a record. It knows how to judge numbers, not how they came about.
 
-`ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for milliseconds.
-`ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of `optimized`. `ratio` of paired
-times is the median of the blocks' ratios, which need not equal the ratio of the two medians shown. `noise_floor` and `mde` are
-shares (natural logarithms, which are the same thing while they are small). A number that could not be had is null, with a reason.
+`ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for
+milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of
+`optimized`. `ratio` of paired times is the median of the blocks' ratios, which need not equal the ratio of the two
+medians shown. `noise_floor` and `mde` are shares (natural logarithms, which are the same thing while they are small). A
+number that could not be had is null, with a reason.
 """
 
 import math
@@ -32,10 +33,12 @@ Provenance = Literal["measured", "derived", "estimated", "unavailable"]
 
 
 class Measurement(BaseModel):
-    """One metric of both arms. The fields are the record's; see the module's text for `ratio`, `ci`, `noise_floor` and `mde`.
+    """One metric of both arms. The fields are the record's; see the module's text for `ratio`, `ci`, `noise_floor` and
+    `mde`.
 
-    `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts from the predicted one.
-    `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that was measured.
+    `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts from the
+    predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that was
+    measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -123,8 +126,9 @@ def from_pairs(
 ) -> Measurement:
     """Return a rate or a latency from timed pairs.
 
-    `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide by for a
-    latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical margin.
+    `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide
+    by for a latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical
+    margin.
     """
     unit = metric_named(metric).unit
     if unit.endswith("/s"):
@@ -159,8 +163,8 @@ def from_samples(
 ) -> Measurement:
     """Return a measurement from samples of both arms that were taken in pairs, in the metric's unit.
 
-    Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the verdict
-    is informative.
+    Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
+    verdict is informative.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
@@ -203,7 +207,8 @@ def counted(
     margin: float | None = None,
     reason: str | None = None,
 ) -> Measurement:
-    """Return a number that has no spread: parameters, bytes, FLOPs, or a single reading. Beyond the margin it is better or worse.
+    """Return a number that has no spread: parameters, bytes, FLOPs, or a single reading. Beyond the margin it is better
+    or worse.
 
     One arm may be None, with `reason`; then nothing is judged.
     """
@@ -245,7 +250,9 @@ def informative(
     provenance: Provenance = "measured",
     **fields,
 ) -> Measurement:
-    """Return a number that describes and is not judged; `fields` are further fields of Measurement (n, ci, reason, samples …)."""
+    """Return a number that describes and is not judged; `fields` are further fields of Measurement (n, ci, reason,
+    samples …).
+    """
     fields = {"ratio": _ratio(baseline, optimized), **fields}
     return _make(
         metric,
@@ -293,7 +300,9 @@ def invalid(metric: str, workload: str, reason: str, source: str = "sanity gate"
 
 
 def lint(measurements: Iterable[Measurement | dict]) -> list[str]:
-    """Return one line for each measurement of a result set that is unlabelled, unlisted or malformed; empty where all is well."""
+    """Return one line for each measurement of a result set that is unlabelled, unlisted or malformed; empty where all
+    is well.
+    """
     faults = []
     for found in measurements:
         fields = found.model_dump() if isinstance(found, Measurement) else found

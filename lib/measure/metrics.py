@@ -1,6 +1,7 @@
-"""The one list of metrics: every name that may stand in a record, with its unit, dimension, direction and practical margin.
-It knows nothing of how a number is made. A margin is the smallest change worth the word "better" or "worse"; it is fixed here,
-before anything is measured. Metrics without a margin are informative: they describe, they are never judged.
+"""The one list of metrics: every name that may stand in a record, with its unit, dimension, direction and practical
+margin. It knows nothing of how a number is made. A margin is the smallest change worth the word "better" or "worse"; it
+is fixed here, before anything is measured. Metrics without a margin are informative: they describe, they are never
+judged.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """From paired samples to an effect, its interval and a verdict. It knows nothing of clocks, models or metrics.
 
-A speed effect is the median over blocks of d = ln(optimized / baseline). Its 95 % interval is Hettmansperger and Sheather's
-interpolated order-statistic interval (Statistics & Probability Letters 4, 1986), not a bootstrap: at the block counts used here
-the percentile and BCa bootstraps of a median exclude "no difference" more often than they claim between two equal arms, the
-basic bootstrap far more often, while this interval keeps its level without assuming a distribution, and needs no random numbers.
-`tests/measure/test_statistics.py` simulates the comparison. Where there are many items (quality), scipy's bootstrap is used.
+A speed effect is the median over blocks of d = ln(optimized / baseline). Its 95 % interval is Hettmansperger and
+Sheather's interpolated order-statistic interval (Statistics & Probability Letters 4, 1986), not a bootstrap: at the
+block counts used here the percentile and BCa bootstraps of a median exclude "no difference" more often than they claim
+between two equal arms, the basic bootstrap far more often, while this interval keeps its level without assuming a
+distribution, and needs no random numbers. `tests/measure/test_statistics.py` simulates the comparison. Where there are
+many items (quality), scipy's bootstrap is used.
 """
 
 import math
@@ -24,7 +25,9 @@ MINIMUM_BLOCKS = 6
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired effect in natural logarithms: median, interval, spread of the pairs, smallest detectable effect, and their number."""
+    """A paired effect in natural logarithms: median, interval, spread of the pairs, smallest detectable effect, and
+    their number.
+    """
 
     median: float
     low: float
@@ -36,7 +39,9 @@ class Effect:
 
 
 def differences(baseline: Sequence[float], optimized: Sequence[float]) -> np.ndarray:
-    """Return d[n] = ln(optimized / baseline) of paired positive samples; raises ValueError on unequal or empty or non-positive ones."""
+    """Return d[n] = ln(optimized / baseline) of paired positive samples; raises ValueError on unequal or empty or
+    non-positive ones.
+    """
     base, opt = np.asarray(baseline, dtype=float), np.asarray(optimized, dtype=float)
     if base.shape != opt.shape or base.ndim != 1 or base.size == 0:
         raise ValueError(f"paired samples need equal lengths, got {base.shape} and {opt.shape}")
@@ -74,7 +79,9 @@ def minimum_detectable_effect(d: Sequence[float]) -> float:
 
 
 def outliers(d: Sequence[float]) -> int:
-    """Count values further than five scaled median absolute deviations from the median. They are counted, never dropped."""
+    """Count values further than five scaled median absolute deviations from the median. They are counted, never
+    dropped.
+    """
     d = np.asarray(d, dtype=float)
     deviation = np.abs(d - np.median(d))
     scale = 1.4826 * np.median(deviation)
@@ -90,8 +97,9 @@ def effect(d: Sequence[float]) -> Effect:
 
 
 def noise_floor(d: Sequence[float]) -> float:
-    """Return what two identical arms can differ by, from an A/A control's d[n]: the half-width of the interval of its median, or
-    the median itself where that is larger (natural logarithm, about a share)."""
+    """Return what two identical arms can differ by, from an A/A control's d[n]: the half-width of the interval of its
+    median, or the median itself where that is larger (natural logarithm, about a share).
+    """
     low, high = median_interval(d)
     return max(abs(float(np.median(d))), (high - low) / 2)
 
@@ -99,8 +107,9 @@ def noise_floor(d: Sequence[float]) -> float:
 def verdict(found: Effect, higher_is_better: bool, margin: float, floor: float) -> str:
     """Return better, worse, equivalent or inconclusive for an effect on a metric.
 
-    Better and worse need three things: the interval excludes 1, and the median passes both the practical margin (a share) and the
-    noise floor. Equivalent needs the whole interval inside ±margin. Anything else is inconclusive: not significant is not equal.
+    Better and worse need three things: the interval excludes 1, and the median passes both the practical margin (a
+    share) and the noise floor. Equivalent needs the whole interval inside ±margin. Anything else is inconclusive: not
+    significant is not equal.
     """
     threshold = math.log1p(margin)
     if (found.low > 0 or found.high < 0) and abs(found.median) > max(threshold, floor):
@@ -132,7 +141,8 @@ def exact_upper_share(count: int, n: int, confidence: float = CONFIDENCE) -> flo
 
 
 def items_needed(sigma: float, distance: float) -> int | None:
-    """Return (1.645 + 0.842)²·σ²/distance²: items to show non-inferiority at a spread σ per item; None where no number would do.
+    """Return (1.645 + 0.842)²·σ²/distance²: items to show non-inferiority at a spread σ per item; None where no number
+    would do.
 
     For a share, σ² is the discordance of the two arms and `distance` the margin.
     """

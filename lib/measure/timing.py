@@ -1,8 +1,10 @@
-"""Times two things against each other: paired, balanced, interleaved. It knows nothing of models: an arm is anything callable.
+"""Times two things against each other: paired, balanced, interleaved. It knows nothing of models: an arm is anything
+callable.
 
-The unit is a block: both arms once, or `iterations` times each, in random but balanced order (AB and BA equally often). "Base
-first, then head" invents effects, and so does a fixed order inside the pair. Warm-up lies outside the blocks. A block during which
-the machine was disturbed is set aside and repeated, a bounded number of times; which block that is never depends on its times.
+The unit is a block: both arms once, or `iterations` times each, in random but balanced order (AB and BA equally often).
+"Base first, then head" invents effects, and so does a fixed order inside the pair. Warm-up lies outside the blocks. A
+block during which the machine was disturbed is set aside and repeated, a bounded number of times; which block that is
+never depends on its times.
 """
 
 import gc
@@ -22,8 +24,9 @@ BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
 
 @dataclass(frozen=True)
 class Pairs:
-    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the repeated ones
-    as (baseline seconds, optimized seconds, reason)."""
+    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the
+    repeated ones as (baseline seconds, optimized seconds, reason).
+    """
 
     baseline_seconds: list[float]
     optimized_seconds: list[float]
@@ -71,7 +74,9 @@ def balanced_order(blocks: int, seed: int = 0) -> list[str]:
 def iterations_for(
     arm: Callable[[], object], seconds: float = 0.03, *, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """Return how many calls of `arm` last at least `seconds` (second call, after a warm-up), so that a block is not all clock noise."""
+    """Return how many calls of `arm` last at least `seconds` (second call, after a warm-up), so that a block is not all
+    clock noise.
+    """
     arm()
     start = clock()
     arm()
@@ -93,9 +98,10 @@ def paired(
 ) -> Pairs:
     """Time both arms in `blocks` balanced blocks and return every time.
 
-    `synchronize` is called before each reading of the clock (a workload's own `synchronize` attribute is used where none is given).
-    `disturbance` opens a watch and returns the function that closes it with a reason or None (`lib.measure.disturbance.watch`).
-    At most as many blocks are repeated as were asked for. Raises UserError for fewer than six blocks.
+    `synchronize` is called before each reading of the clock (a workload's own `synchronize` attribute is used where
+    none is given). `disturbance` opens a watch and returns the function that closes it with a reason or None
+    (`lib.measure.disturbance.watch`). At most as many blocks are repeated as were asked for. Raises UserError for fewer
+    than six blocks.
     """
     if blocks < statistics.MINIMUM_BLOCKS:
         raise UserError(
@@ -143,5 +149,7 @@ def paired(
 
 
 def a_a(baseline: Callable[[], object], **options) -> Pairs:
-    """Time the baseline against itself through the same path as `paired` and return the pairs: their `floor` is the noise floor."""
+    """Time the baseline against itself through the same path as `paired` and return the pairs: their `floor` is the
+    noise floor.
+    """
     return paired(baseline, baseline, **options)
