@@ -63,7 +63,8 @@ def load(
 
     proxy: the stand-in in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
     full: `<checkpoints>/<name>`, else the hub id of the parameter file, or random weights. dtype: "float32",
-    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay at its widths), else bfloat16.
+    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay
+    at its widths), else bfloat16.
     Raises UserError for a scale, dtype, device or checkpoint that cannot be used.
     """
     start = time.perf_counter()
