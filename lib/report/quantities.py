@@ -1,0 +1,89 @@
+"""Numbers as a reader wants them: three figures, a unit, a true minus sign, an interval. Knows no metric and no verdict."""
+
+import math
+
+MINUS = "−"
+DASH = "–"
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SHARES = {"share", "fraction", "ratio", "1", ""}
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """Return `value` with `digits` significant figures, no exponent between 1e-4 and 1e6, and a true minus sign."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 10_000:
+        return str(value).replace("-", MINUS)
+    magnitude = math.floor(math.log10(abs(value)))
+    if not -4 <= magnitude < 6:
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
+    text = f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
+    return text.replace("-", MINUS).replace(",", " ")
+
+
+def quantity(value: float | None, unit: str = "") -> str:
+    """Return `value` with its unit: bytes and counts with a decimal prefix (1 kB is 1,000 bytes), shares with three decimals."""
+    if value is None:
+        return DASH
+    if unit in _SHARES:
+        return f"{value:.3f}".replace("-", MINUS)
+    head, _, tail = unit.partition("/")
+    per = f"/{tail}" if tail else ""
+    if head in ("bytes", "byte", "B"):
+        symbol = "B"
+    elif head.lower() in ("flop", "flops"):
+        symbol = "FLOP"
+    elif head in ("parameters", "count", "tokens", "items"):
+        symbol = "" if head in ("parameters", "count") else head
+    else:
+        return f"{figures(value)} {unit}"
+    for size, prefix in _PREFIXES:
+        if abs(value) >= size and not (symbol == "tokens" and size < 1e6):
+            return f"{figures(value / size)} {prefix}{symbol}{per}".strip()
+    return f"{figures(value)} {symbol}{per}".strip()
+
+
+def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
+    """Return `1.27–1.35`; with a negative end `−5.6 to −2.6`; a dash where there is no interval."""
+    if low is None or high is None:
+        return DASH
+    ends = [signed(end, form) if end < 0 else f"{end:{form}}" for end in (low, high)]
+    return (" to " if low < 0 or high < 0 else DASH).join(ends)
+
+
+def signed(value: float, form: str = ".1f") -> str:
+    """Return the number with its sign, a true minus for negative ones."""
+    return f"{value:+{form}}".replace("-", MINUS)
+
+
+def times(ratio: float | None) -> str:
+    """Return `1.31×`, with three decimals where the ratio is within 2 % of one."""
+    if ratio is None:
+        return DASH
+    if ratio >= 100:
+        return f"{figures(ratio)}×"
+    return f"{ratio:.3f}×" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}×"
+
+
+def share(value: float | None) -> str:
+    """Return a share as a percentage: `28 %`, `1.8 %`, `0.05 %`."""
+    if value is None:
+        return DASH
+    percent = value * 100
+    digits = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 0.1 else 2
+    return f"{percent:.{digits}f} %".replace("-", MINUS)
+
+
+def duration(seconds: float | None) -> str:
+    """Return `14.2 s`, `3 min 05 s` or `2 h 10 min`."""
+    if seconds is None:
+        return DASH
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

@@ -1,0 +1,202 @@
+"""The record: all that one notebook run on one model found, and the only place that knows scrapbook.
+
+Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook reads
+NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON (`lib.report.plain`). Knows
+nothing of how a number is made (`lib.measure`), what it is worth (`lib.report.verdict`) or how it is shown.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lib.errors import UserError
+from lib.measure.measurement import Measurement
+from lib.report import plain
+from lib.report.files import write_atomically
+from lib.report.verdict import Verdict, judge, withhold_if_invalid
+
+SCHEMA = 1
+SCRAP = "record"
+Status = Literal["ok", "failed", "not_applicable"]
+
+
+class Control(BaseModel):
+    """What keeps a claim honest: a third arm (random saliency) or the baseline against itself, with its own numbers."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    purpose: str = ""
+    measurements: list[Measurement] = []
+
+
+class Process(BaseModel):
+    """Samples of the run's own process tree, taken by the runner while the notebook ran; lists of equal length."""
+
+    model_config = ConfigDict(extra="allow")
+    seconds: list[float] = []
+    processor_percent: list[float] = []
+    memory_bytes: list[float] = []
+    cores: int | None = None
+    provenance: Literal["measured"] = "measured"
+    source: str = "psutil, the kernel and its children; 100 % is one core"
+
+
+class Record(BaseModel):
+    """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    optimization: str
+    model: str
+    scale: str
+    effort: str
+    status: Status = "ok"
+    reason: str | None = None
+    key: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    parameters: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    measurements: list[Measurement] = []
+    controls: list[Control] = []
+    details: dict[str, Any] = {}
+    verdict: Verdict = Verdict()
+    process: Process | None = None
+    log: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The file name without its ending. Models have dots in their names: add an ending, never replace one."""
+        return f"{self.optimization}--{self.model}"
+
+
+def build(
+    optimization: str,
+    model: str,
+    scale: str,
+    effort: str,
+    parameters: Mapping[str, Any],
+    measurements: Iterable[Measurement] = (),
+    controls: Iterable[Control | Mapping[str, Any]] = (),
+    details: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    *,
+    status: Status = "ok",
+    reason: str | None = None,
+) -> Record:
+    """Return the record of a run, its verdict computed from the measurements.
+
+    A model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
+    `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
+    """
+    if status != "ok" and not reason:
+        raise ValueError(f'a record with status "{status}" needs a reason')
+    judged = withhold_if_invalid(list(measurements))
+    return Record(
+        optimization=optimization,
+        model=model,
+        scale=scale,
+        effort=effort,
+        status=status,
+        reason=reason,
+        parameters=plain.decode(plain.encode(dict(parameters), "parameters")),
+        environment=plain.decode(plain.encode(_as_mapping(environment), "environment")),
+        measurements=judged,
+        controls=[item if isinstance(item, Control) else Control.model_validate(item) for item in controls],
+        details=plain.decode(plain.encode(dict(details or {}), "details")),
+        verdict=judge(judged, status, reason),
+    )
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    encoded = plain.encode(value) if value is not None else {}
+    return encoded if isinstance(encoded, dict) else {"card": encoded}
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """Return the record as plain JSON."""
+    return plain.encode(record.model_dump(by_alias=True, mode="python"), "record")
+
+
+def from_json(content: Any, where: str) -> Record:
+    """Return the record that `content` holds. Raises UserError: what is wrong, in `where`, and what to do."""
+    advice = "Delete it or build it again."
+    if not isinstance(content, dict) or "schema" not in content:
+        raise UserError(f'{where}: not a record: expected a JSON object with "schema": {SCHEMA}. {advice}')
+    if content["schema"] != SCHEMA:
+        raise UserError(f"{where}: a record of schema {content['schema']!r}, expected {SCHEMA}. {advice}")
+    try:
+        return Record.model_validate(plain.decode(content))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f'{where}: not a record: "{place}": {fault["msg"].lower()}. {advice}') from None
+
+
+def write(record: Record, path: Path) -> Path:
+    """Write the record as JSON to `path`, atomically; return `path`. Raises OSError."""
+    return write_atomically(path, json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Record:
+    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path.name}: cannot be read ({error.strerror}). Build it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        at = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path.name}: not a record: not JSON{at}. Delete it or build it again.") from None
+    return from_json(content, path.name)
+
+
+def read_folder(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+    records, damaged = [], {}
+    for path in sorted(Path(folder).glob("*--*.json")):
+        try:
+            records.append(read(path))
+        except UserError as error:
+            damaged[path.name.removesuffix(".json")] = str(error)
+    return records, damaged
+
+
+def glue(record: Record) -> None:
+    """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
+    import scrapbook
+
+    scrapbook.glue(SCRAP, to_json(record), encoder="json")
+
+
+def from_notebook(path: Path) -> Record | None:
+    """Return the record glued in an executed notebook, through scrapbook; None where it glued none.
+
+    Raises UserError where the file is no notebook or the scrap is no record.
+    """
+    import scrapbook
+
+    path = Path(path)
+    try:
+        scraps = scrapbook.read_notebook(str(path)).scraps
+    except Exception as error:  # papermill, nbformat, jsonschema and the file system each raise their own
+        raise UserError(f"{path.name}: not a readable notebook ({type(error).__name__})") from None
+    if SCRAP not in scraps:
+        return None
+    return from_json(scraps[SCRAP].data, path.name)
+
+
+def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+    records, damaged = [], {}
+    for path in sorted(Path(folder).glob("*--*.ipynb")):
+        try:
+            record = from_notebook(path)
+        except UserError as error:
+            damaged[path.name.removesuffix(".ipynb")] = str(error)
+        else:
+            records += [record] if record else []
+    return records, damaged

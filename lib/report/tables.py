@@ -1,0 +1,134 @@
+"""Tidy tables for notebooks and figures, made from records.
+
+`tidy` gives numbers, one row per measurement, for figures and for readers who go on calculating; `measurements` gives the
+same as text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads well in
+JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from lib.measure.measurement import Measurement
+from lib.measure.metrics import DIMENSIONS
+from lib.report import rows as text
+from lib.report.quantities import duration
+from lib.report.record import Record
+from lib.report.verdict import gain
+from lib.report.wording import label, signed, title, words
+
+Source = Record | Iterable[Measurement]
+TIDY = (
+    "metric", "label", "workload", "dimension", "unit", "higher_is_better", "baseline", "optimized", "ratio", "low", "high",
+    "gain", "gain_low", "gain_high", "n", "noise_floor", "mde", "verdict", "provenance", "source", "reason", "predicted",
+    "realised",
+)  # fmt: skip
+
+
+def _of(source: Source) -> list[Measurement]:
+    found = source.measurements if isinstance(source, Record) else list(source)
+    return sorted(found, key=lambda m: DIMENSIONS.index(m.dimension))
+
+
+def tidy(source: Source) -> pd.DataFrame:
+    """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio turned so that above 1 is better."""
+    lines = []
+    for found in _of(source):
+        fields = found.model_dump(exclude={"samples", "ci"})
+        low, high = found.ci or (None, None)
+        turned, turned_low, turned_high = gain(found)
+        fields |= {"label": label(found.metric), "low": low, "high": high, "gain": turned}
+        lines.append(fields | {"gain_low": turned_low, "gain_high": turned_high})
+    frame = pd.DataFrame(lines, columns=list(TIDY))
+    repeated = frame.duplicated("metric", keep=False)
+    frame.loc[repeated, "label"] = frame["label"] + " [" + frame["workload"] + "]"
+    numbers = ["baseline", "optimized", "ratio", "low", "high", "gain", "gain_low", "gain_high", "noise_floor", "mde"]
+    return frame.astype(dict.fromkeys([*numbers, "predicted", "realised"], float))
+
+
+def tidy_all(records: Iterable[Record]) -> pd.DataFrame:
+    """Return `tidy` of several records under one another, with `optimization`, `model`, `scale` and `effort` in front."""
+    frames = [
+        tidy(found).assign(optimization=found.optimization, model=found.model, scale=found.scale, effort=found.effort)
+        for found in records
+        if found.measurements
+    ]
+    columns = ["optimization", "model", "scale", "effort", *TIDY]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def measurements(source: Source, dimension: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the measurements as text, one row each: values with units, interval, noise floor, MDE, verdict, provenance."""
+    found = [item for item in text.rows(_of(source)) if dimension in (None, item["dimension"])]
+    chosen = list(columns or (("dimension", *text.COLUMNS) if dimension is None else text.COLUMNS))
+    return pd.DataFrame(found, columns=chosen)
+
+
+def sources(source: Source) -> pd.DataFrame:
+    """Return where each number comes from: metric, workload, provenance, source, and the reason where one is missing."""
+    return pd.DataFrame(text.rows(_of(source)), columns=["metric", "workload", "provenance", "source", "reason"])
+
+
+def provenance(records: Iterable[Record]) -> pd.DataFrame:
+    """Return how many numbers of each record are measured, derived, estimated and unavailable."""
+    kinds = ("measured", "derived", "estimated", "unavailable")
+    lines = [
+        {"optimization": title(r.optimization), "model": r.model}
+        | {kind: sum(m.provenance == kind for m in r.measurements) for kind in kinds}
+        for r in records
+    ]
+    return pd.DataFrame(lines, columns=["optimization", "model", *kinds])
+
+
+def matrix(records: Iterable[Record]) -> pd.DataFrame:
+    """Return a line per record: status or the four verdicts in signs and words, duration, day."""
+    lines = []
+    for found in records:
+        line = {"optimization": title(found.optimization), "model": found.model, "status": words(found.status)}
+        line |= {name: signed(getattr(found.verdict, name)) if found.status == "ok" else "" for name in DIMENSIONS}
+        lines.append(line | {"took": duration(found.seconds), "day": (found.started or "")[:10]})
+    return pd.DataFrame(lines, columns=["optimization", "model", "status", *DIMENSIONS, "took", "day"])
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table; numbers with four significant figures."""
+    return text.markdown([str(name) for name in frame.columns], ([_cell(v) for v in line] for line in frame.values.tolist()))
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_html(frame: pd.DataFrame, caption: str = "") -> str:
+    """Return a frame as an HTML table without index, inline styles or border; cells are escaped."""
+    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in line) + "</tr>" for line in frame.values.tolist()
+    )
+    top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f'<table class="dataframe">{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def show(frame: pd.DataFrame, caption: str = "") -> None:
+    """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a model."""
+    from IPython.display import display
+
+    above = f"*{caption}*\n\n" if caption else ""
+    data = {
+        "text/html": to_html(frame, caption),
+        "text/markdown": above + markdown(frame),
+        "text/plain": frame.to_string(index=False),
+    }
+    display(data, raw=True)
+
+
+def show_text(sentence: str) -> None:
+    """Display one computed sentence, such as the verdict's, as emphasised text."""
+    from IPython.display import display
+
+    escaped = html.escape(sentence, quote=False)
+    data = {"text/html": f"<p><strong>{escaped}</strong></p>", "text/markdown": f"**{sentence}**", "text/plain": sentence}
+    display(data, raw=True)

@@ -1,0 +1,93 @@
+"""Names and signs as a reader sees them: titles of stems, labels of metrics, words and signs of verdicts.
+
+Derived from the names themselves wherever that reads well, so that a new optimization or metric needs no entry. Knows no
+HTML and no numbers.
+"""
+
+SIGNS = {
+    "better": "▲",
+    "maintained": "✓",
+    "equivalent": "=",
+    "mixed": "◆",
+    "inconclusive": "?",
+    "worse": "▼",
+    "not_maintained": "✗",
+    "invalid": "!",
+    "unavailable": "–",
+    "informative": "·",
+    "ok": "✓",
+    "failed": "✗",
+    "not_applicable": "–",
+    "damaged": "!",
+    "missing": "·",
+}
+_SPELLED = {"nas": "NAS", "automl": "AutoML", "glm": "GLM", "vl": "VL", "qwen3": "Qwen3"}
+_LABELS = {
+    "f1_macro": "F1 (macro)",
+    "precision_macro": "precision (macro)",
+    "recall_macro": "recall (macro)",
+    "recall_exact_match": "recall task, exact match",
+    "kl_divergence_nats": "KL divergence from the baseline",
+    "top1_agreement": "top-1 agreement with the baseline",
+    "flips": "answers flipped",
+    "flips_to_wrong": "answers flipped to wrong",
+    "flips_to_right": "answers flipped to right",
+    "time_to_first_token_ms": "time to first token",
+    "time_per_output_token_ms": "time per output token",
+    "prefill_tokens_per_second": "prefill rate",
+    "decode_tokens_per_second": "decode rate",
+    "batch_decode_tokens_per_second": "decode rate, batched",
+    "generate_tokens_per_second": "generation rate, end to end",
+    "requests_per_second": "request rate",
+    "goodput_requests_per_second": "goodput",
+    "weights_bytes": "weights in memory",
+    "checkpoint_bytes": "checkpoint on disk",
+    "peak_memory_bytes": "peak memory",
+    "peak_memory_after_load_bytes": "peak memory after load",
+    "kv_cache_bytes_per_token": "KV cache",
+    "energy_joules_per_token": "energy",
+    "energy_above_idle_joules_per_token": "energy above idle",
+    "tokens_per_joule": "tokens for the energy",
+    "model_flops_utilisation": "model FLOPs utilisation",
+    "memory_bandwidth_utilisation": "memory bandwidth utilisation",
+    "prefill_flops_per_token": "prefill compute",
+    "decode_flops_per_token": "decode compute",
+    "decode_bytes_per_token": "decode memory traffic",
+    "apply_seconds": "time to apply",
+    "first_call_ms": "first call",
+    "load_seconds": "load time",
+    "break_even_tokens": "break-even",
+}
+
+
+def title(stem: str) -> str:
+    """Return an optimization's stem as a title: `structured_pruning` → `Structured pruning`."""
+    words = [_SPELLED.get(word, word) for word in stem.split("_")]
+    words[0] = words[0][:1].upper() + words[0][1:]
+    return " ".join(words)
+
+
+def label(metric: str) -> str:
+    """Return a metric's name for a table, without its unit."""
+    if metric in _LABELS:
+        return _LABELS[metric]
+    text = metric
+    for unit in ("_tokens_per_second", "_seconds", "_bytes", "_ms"):
+        text = text.removesuffix(unit)
+    return text.replace("_p50", " p50").replace("_p95", " p95").replace("_p99", " p99").replace("_", " ")
+
+
+def words(verdict: str) -> str:
+    """Return a verdict or status in words: `not_maintained` → `not maintained`."""
+    return verdict.replace("_", " ")
+
+
+def signed(verdict: str) -> str:
+    """Return sign and words, so that no meaning rests on colour: `▲ better`."""
+    return f"{SIGNS.get(verdict, '·')} {words(verdict)}"
+
+
+def one_line(text: str, limit: int = 240) -> str:
+    """Return `text` on one line, cut at `limit` characters."""
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= limit else flat[: limit - 1].rstrip() + "…"
