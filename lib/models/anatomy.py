@@ -148,7 +148,7 @@ class Anatomy:
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Return the view of `model`. Raises TypeError where its structure is none that this view knows."""
-    inner = model.model
+    inner = getattr(model, "model", model)
     decoder = getattr(inner, "language_model", inner)
     if not hasattr(decoder, "layers") or not hasattr(model, "lm_head"):
         raise TypeError(

@@ -1,0 +1,76 @@
+"""Shared by all tests: tiny random models of each architecture, offline, one thread."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from lib.models import parameters
+
+TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 96, "max_position_embeddings": 512}
+TINY = {
+    "glm-4.7-flash": TINY_TEXT
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8}
+    | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    | {"intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    "qwen3-4b-instruct-2507": TINY_TEXT
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64},
+    "qwen3-coder-30b": TINY_TEXT
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
+    | {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+    "qwen3-vl-2b": {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 3,
+        "vision_end_token_id": 4,
+        "text_config": TINY_TEXT
+        | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
+        | {"rope_parameters": {"rope_theta": 10000, "mrope_section": [2, 1, 1]}},
+        "vision_config": {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+        | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Return a function that builds a tiny random model (float32) of a model's architecture by the model's name."""
+    import torch
+
+    from lib.models.loading import build
+
+    torch.set_num_threads(1)
+
+    def make(name: str, seed: int = 0):
+        described = parameters.read(name)
+        config = parameters.merge(described.full, TINY[name])
+        model = build(config, described.architecture, seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            for parameter in model.parameters():  # norms of one and small weights would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            for buffer_name, buffer in model.named_buffers():
+                if "correction_bias" in buffer_name:
+                    buffer.add_(torch.randn_like(buffer) * 0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=sorted(TINY))
+def name(request) -> str:
+    """The name of each of the four models in turn."""
+    return request.param
+
+
+@pytest.fixture
+def batch():
+    """Return two sequences of 24 tokens; the second is padded on the right behind 15."""
+    import torch
+
+    ids = torch.randint(8, 96, (2, 24), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    return {"input_ids": ids, "attention_mask": mask}

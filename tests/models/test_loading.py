@@ -1,0 +1,108 @@
+"""Checkpoints: the round trip through disk, and every damaged folder told apart before anything runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models import loading, parameters
+from lib.models.checkpoint import check_checkpoint, tensor_shapes
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A small checkpoint of Coder's architecture in several shards with an index."""
+    tiny("qwen3-coder-30b").save_pretrained(tmp_path / "checkpoint", max_shard_size="60KB")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
+    return tmp_path / "checkpoint"
+
+
+def test_round_trip_keeps_every_bit(tiny, name, batch, tmp_path):
+    model = tiny(name)
+    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
+    assert torch.equal(back(**batch).logits, model(**batch).logits)
+    assert loading.weights_hash(back) == loading.weights_hash(model)
+
+
+def test_hash_sees_one_changed_weight(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    before = loading.weights_hash(model)
+    model.lm_head.weight.view(-1)[0] += 1
+    assert loading.weights_hash(model) != before
+
+
+def test_sharded_checkpoint_is_whole_and_loads(tiny, folder, batch):
+    assert check_checkpoint("qwen3-coder-30b", folder) == folder
+    assert len(tensor_shapes(folder)) > 10
+    model = loading.load_folder(folder, torch.float32)
+    assert torch.allclose(model(**batch).logits, tiny("qwen3-coder-30b")(**batch).logits, atol=1e-5)
+
+
+def test_load_takes_a_checkpoint_folder_by_the_models_name(folder, tmp_path, tiny, monkeypatch):
+    folder.rename(tmp_path / "qwen3-coder-30b")
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda path: "tokenizer")
+    loaded = loading.load("qwen3-coder-30b", "full", checkpoints=tmp_path)
+    assert loaded.folder == tmp_path / "qwen3-coder-30b" and not loaded.random_weights
+    assert loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "damage", ["gone", "no config", "bad config", "other", "missing shard", "cut", "index", "junk"]
+)
+def test_damage_is_named(folder, damage):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    index = folder / "model.safetensors.index.json"
+    if damage == "gone":
+        shutil.rmtree(folder)
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "bad config":
+        (folder / "config.json").write_text("{")
+    elif damage == "other":
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    elif damage == "missing shard":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "index":
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.layers.99.nothing.weight"] = shard.name
+        index.write_text(json.dumps(content))
+    else:
+        shard.write_bytes(b"\x05")
+    words = {
+        "gone": "no checkpoint folder",
+        "no config": "config.json: missing",
+        "bad config": "not readable as JSON",
+        "other": 'architecture "llama"',
+        "missing shard": "missing, though the index names it",
+        "cut": "truncated",
+        "index": "does not hold it",
+        "junk": "truncated or not a safetensors file",
+    }
+    with pytest.raises(UserError) as caught:
+        check_checkpoint("qwen3-coder-30b", folder)
+    assert words[damage] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_random_weights_have_no_quality_and_are_repeatable(monkeypatch):
+    described = parameters.read("qwen3-4b-instruct-2507")
+    monkeypatch.setattr(
+        parameters, "read", lambda name: described.model_copy(update={"full": described.config("proxy")})
+    )
+    first, second = (loading.load("qwen3-4b-instruct-2507", "slice", seed=5) for _ in range(2))
+    assert "random weights" in first.quality_unavailable
+    assert len(first.model.model.layers) == described.slice.layers and first.dtype == torch.bfloat16
+    assert loading.weights_hash(first.model) == loading.weights_hash(second.model)
+
+
+def test_wrong_requests_are_named():
+    with pytest.raises(UserError, match="unknown scale"):
+        loading.load("qwen3-4b-instruct-2507", "huge")
+    with pytest.raises(UserError, match="unknown dtype"):
+        loading.load("qwen3-4b-instruct-2507", dtype="int3")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="not available here"):
+            loading.load("qwen3-4b-instruct-2507", device="cuda")
