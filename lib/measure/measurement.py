@@ -267,7 +267,7 @@ def informative(
 
 
 def judged(metric: str, workload: str, **fields) -> Measurement:
-    """Return a measurement whose verdict was reached elsewhere (quality); `fields` are all the others of Measurement."""
+    """Return a measurement whose verdict was reached elsewhere (quality); `fields` are the other fields."""
     return _make(metric, workload, **fields)
 
 

@@ -19,7 +19,7 @@ ENERGY_MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `margin` is a share of the baseline, or, where `margin_kind` is "absolute", in the metric's own unit."""
+    """One metric. `margin` is a share of the baseline, or, where `margin_kind` is "absolute", in the metric's unit."""
 
     unit: str
     dimension: Literal["performance", "accuracy", "resources", "efficiency"]

@@ -74,10 +74,10 @@ def balanced_order(blocks: int, seed: int = 0) -> list[str]:
 def iterations_for(
     arm: Callable[[], object], seconds: float = 0.03, *, clock: Callable[[], float] = time.perf_counter
 ) -> int:
-    """Return how many calls of `arm` last at least `seconds` (second call, after a warm-up), so that a block is not all
-    clock noise.
-    """
+    """Return how many calls of `arm` last at least `seconds`, by its second call, so that a block is not all noise."""
+    prepare = getattr(arm, "prepare", None) or (lambda: None)
     arm()
+    prepare()
     start = clock()
     arm()
     elapsed = clock() - start
@@ -98,8 +98,9 @@ def paired(
 ) -> Pairs:
     """Time both arms in `blocks` balanced blocks and return every time.
 
-    `synchronize` is called before each reading of the clock (a workload's own `synchronize` attribute is used where
-    none is given). `disturbance` opens a watch and returns the function that closes it with a reason or None
+    An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
+    is called before each reading of the clock (a workload's own `synchronize` attribute is used where none is given).
+    `disturbance` opens a watch and returns the function that closes it with a reason or None
     (`lib.measure.disturbance.watch`). At most as many blocks are repeated as were asked for. Raises UserError for fewer
     than six blocks.
     """
@@ -113,14 +114,21 @@ def paired(
         optimized()
 
     def seconds(arm: Callable[[], object]) -> float:
-        if synchronize:
-            synchronize()
-        start = clock()
-        for _ in range(iterations):
-            arm()
-        if synchronize:
-            synchronize()
-        return (clock() - start) / iterations
+        prepare = getattr(arm, "prepare", None)
+        calls = 1 if prepare else iterations
+        elapsed = 0.0
+        for _ in range(iterations // calls):
+            if prepare:
+                prepare()
+            if synchronize:
+                synchronize()
+            start = clock()
+            for _ in range(calls):
+                arm()
+            if synchronize:
+                synchronize()
+            elapsed += clock() - start
+        return elapsed / iterations
 
     def block(order: str) -> tuple[float, float, str | None]:
         close = disturbance() if disturbance else None

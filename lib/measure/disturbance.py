@@ -1,0 +1,129 @@
+"""Watches whether the machine was disturbed while something was timed. Knows nothing of what was timed, and never looks
+at its times: a block is repeated for what the machine did, not for the result it gave.
+
+Read around each block: time stolen by the hypervisor, time in which our own threads were ready but had to wait for a
+core, other processes' time on our cores, thermal throttling of processor and GPU. On systems without `/proc` only the
+load can be read, in `environment.card`; then no block is ever marked.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Shares of the block's time on our cores. The kernel counts busy and stolen time in ticks: fewer cannot be told.
+STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
+TICKS = 2
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Counters at one moment, in seconds (of all given cores together), and the number of throttling events."""
+
+    wall: float
+    own: float
+    busy: float
+    stolen: float
+    waited: float
+    throttled: int
+
+
+def cores() -> list[int]:
+    """Return the processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:
+    """Open a watch; return the function that closes it with what disturbed the time between, or None."""
+    read = read or reading
+    before = read()
+
+    def close() -> str | None:
+        after = read()
+        return None if before is None or after is None else judge(before, after, len(cores()))
+
+    return close
+
+
+def judge(before: Reading, after: Reading, core_count: int) -> str | None:
+    """Return what disturbed the time between two readings on `core_count` cores, or None."""
+    available = max(after.wall - before.wall, 1e-9) * core_count
+    least = TICKS * TICK_SECONDS
+    if after.throttled > before.throttled:
+        return "throttled"
+    stolen = after.stolen - before.stolen
+    if stolen > max(STOLEN * available, least):
+        return f"{stolen / available:.0%} of the time was stolen by the hypervisor"
+    waited = after.waited - before.waited
+    if waited > WAITED * available:
+        return f"our threads waited for a core {waited / available:.0%} of the time"
+    foreign = (after.busy - before.busy) - (after.own - before.own)
+    if foreign > max(FOREIGN * available, 2 * least):
+        return f"other processes took {foreign / available:.0%} of our cores"
+    return None
+
+
+def reading() -> Reading | None:
+    """Read the counters of this process and its cores; None where the system does not offer them."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    ours = {f"cpu{core}" for core in cores()}
+    busy = stolen = 0.0
+    for line in lines:
+        name, *ticks = line.split()
+        if name in ours:
+            user, nice, system, _, _, irq, soft, steal = (int(tick) * TICK_SECONDS for tick in ticks[:8])
+            busy += user + nice + system + irq + soft
+            stolen += steal
+    return Reading(time.perf_counter(), time.process_time(), busy, stolen, _waited(), _throttled())
+
+
+def _waited() -> float:
+    """Seconds in which threads of this process were ready to run and did not (second field of schedstat, nanoseconds)."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            continue
+    return total * 1e-9
+
+
+def _throttled() -> int:
+    """Throttling events of our cores, and 1 while the GPU slows down for heat or for its power supply."""
+    total = 0
+    for core in cores():
+        try:
+            folder = Path(f"/sys/devices/system/cpu/cpu{core}/thermal_throttle")
+            total += int((folder / "core_throttle_count").read_text())
+        except (OSError, ValueError):
+            continue
+    return total + _gpu_throttled()
+
+
+def _gpu_throttled() -> int:
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    except pynvml.NVMLError:
+        return 0
+    harmful = (
+        pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
+        | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+        | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
+    )
+    return int(bool(reasons & harmful))
