@@ -71,9 +71,11 @@ def apply(
     """
     _check(ratio=ratio, granularity=granularity, saliency=saliency, depth_criterion=depth_criterion)
     shares = plan(model, ratio, granularity)
-    if saliency == "activation" and observation is None and any(shares.values()):
-        observation = observe(model, calibration)
     pruned = copy.deepcopy(model)
+    if not any(shares.values()):
+        return pruned
+    if saliency == "activation" and observation is None:
+        observation = observe(model, calibration)
     view = anatomy(pruned)
     seen = [None] * len(view.blocks) if observation is None else observation.blocks
     scores = [_scores(block, statistics, saliency, seed) for block, statistics in zip(view.blocks, seen)]
