@@ -87,7 +87,9 @@ def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
             pruning.apply(model, [batch], ratio=0.2, granularity=granularity)
         return
     before, size = loading.weights_hash(model), pruning.decoder_parameters(model)
-    ratio = 0.25 if granularity == "depth" else 0.06 if granularity == "heads" else 0.2
+    view = anatomy(model)
+    one_group = pruning._removable(view, "heads") / size / view.blocks[0].attention.key_value_heads
+    ratio = {"depth": 0.25, "heads": one_group}.get(granularity, 0.2)
     pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
     assert loading.weights_hash(model) == before, "the caller's model is left alone"
     step = 1 / len(anatomy(model).blocks) if granularity == "depth" else 0.06
