@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 WIDTH_INCHES, DPI = 7.6, 160
 INK, GREY, BAND = "#1a1a1a", "#6b6b6b", "#d9dde2"
@@ -73,7 +74,9 @@ def png(figure: Figure) -> bytes:
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display the figure in a notebook; `alt` says the finding and reaches HTML and Markdown. Raises ValueError without it."""
+    """Display the figure in a notebook; `alt` says the finding and reaches HTML and Markdown. Raises ValueError
+    without it.
+    """
     if not alt.strip():
         raise ValueError("a figure needs an alternative text that says its finding")
     from IPython.display import display
@@ -111,8 +114,8 @@ def impact(
     """Return a metric over an optimization's strength, one line per arm, with intervals.
 
     `frame` has a row per arm and strength: columns `x`, `y`, `arm` and, where known, the interval's ends `low`, `high`.
-    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, `margin` the band of values that
-    still counts as maintained. Labels carry the units.
+    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, `margin` the band of values
+    that still counts as maintained. Labels carry the units.
     """
     with _style():
         figure, (axes,) = _axes(3.6)
@@ -146,7 +149,15 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
         figure, (axes,) = _axes(1.3 + 0.3 * max(len(rows), 1) + 0.22 * rows[group].nunique())
         position, ticks = 0.0, []
         for name, members in rows.groupby(group, sort=False, observed=True):
-            axes.text(0.0, position - 0.05, f" {name}", transform=axes.get_yaxis_transform(), color=GREY, fontsize=8.5, va="center")
+            axes.text(
+                0.0,
+                position - 0.05,
+                f" {name}",
+                transform=axes.get_yaxis_transform(),
+                color=GREY,
+                fontsize=8.5,
+                va="center",
+            )
             position += 0.8
             for _, row in members.iterrows():
                 ticks.append((position, row[label]))
@@ -158,8 +169,8 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         _ratio_axis(axes)
-        axes.set(xlabel="optimized against baseline, turned so that right of 1 is better (95 % interval; grey: noise floor)", title=title)
-        _verdict_legend(figure, rows["verdict"])
+        axes.set(xlabel="optimized against baseline, turned so that right of 1 is better", title=title)
+        _verdict_legend(figure, rows["verdict"], floor=bool((rows["noise_floor"] > 0).any()))
     return figure
 
 
@@ -168,10 +179,19 @@ def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
     floor = row.get("noise_floor")
     if pd.notna(floor) and floor > 0:
         axes.barh(position, (1 + floor) - 1 / (1 + floor), left=1 / (1 + floor), height=0.8, color=BAND, zorder=0)
-    if pd.notna(row.get("gain_low")) and pd.notna(row.get("gain_high")):
+    if row.get("gain_low", 0) > 0 and row.get("gain_high", 0) > 0:
         axes.plot([row["gain_low"], row["gain_high"]], [position] * 2, color=colour, linewidth=2, solid_capstyle="butt")
     face = colour if filled else "white"
-    axes.plot(row["gain"], position, marker=marker, color=colour, markerfacecolor=face, markersize=7, linestyle="none", zorder=3)
+    axes.plot(
+        row["gain"],
+        position,
+        marker=marker,
+        color=colour,
+        markerfacecolor=face,
+        markersize=7,
+        linestyle="none",
+        zorder=3,
+    )
 
 
 def _ratio_axis(axes: Axes) -> None:
@@ -188,23 +208,25 @@ def _ratio_axis(axes: Axes) -> None:
     axes.minorticks_off()
 
 
-def _verdict_legend(figure: Figure, verdicts: pd.Series) -> None:
+def _verdict_legend(figure: Figure, verdicts: pd.Series, floor: bool) -> None:
     present = [name for name in VERDICTS if name in set(verdicts)]
-    marks = [
-        Line2D([], [], color=VERDICTS[n][0], marker=VERDICTS[n][1], linestyle="none",
-                                markerfacecolor=VERDICTS[n][0] if VERDICTS[n][2] else "white")
-        for n in present
-    ]  # fmt: skip
-    if present:
-        names = [name.replace("_", " ") for name in present]
-        figure.legend(marks, names, loc="outside lower center", ncols=len(present), fontsize=8.5)
+    marks: list[object] = []
+    for colour, marker, filled in (VERDICTS[name] for name in present):
+        face = colour if filled else "white"
+        marks.append(Line2D([], [], color=colour, marker=marker, linestyle="none", markerfacecolor=face))
+    names = [name.replace("_", " ") for name in present]
+    if floor:
+        marks, names = [*marks, Patch(color=BAND)], [*names, "noise floor"]
+    if marks:
+        figure.legend(marks, names, loc="outside lower center", ncols=min(len(marks), 5), fontsize=8.5)
 
 
 def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
     """Return measured time as bars, with the physical bound as a marker on each.
 
-    `frame` has a row per workload and arm: columns `workload`, `arm`, `time`, `bound` (both in `unit`), optionally `low`,
-    `high` (the interval of the time) and `limit` ("compute" or "bandwidth"). The text at each bar is time ÷ bound.
+    `frame` has a row per workload and arm: columns `workload`, `arm`, `time`, `bound` (both in `unit`), optionally
+    `low`, `high` (the interval of the time) and `limit` ("compute" or "bandwidth"). The text at each bar is time ÷
+    bound.
     """
     rows = frame.reset_index(drop=True)
     with _style():
@@ -220,12 +242,21 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
                 axes.plot([row["bound"]] * 2, [at - 0.4, at + 0.4], color=ORANGE, linewidth=3.5, solid_capstyle="butt")
                 limit = f", limit: {row['limit']}" if "limit" in rows and pd.notna(row["limit"]) else ""
                 edge = max(row["time"], row.get("high", 0) if pd.notna(row.get("high", np.nan)) else 0, row["bound"])
-                axes.text(edge, at, f"  {row['time'] / row['bound']:.1f}× its bound{limit}", va="center", fontsize=8.5, color=INK)
+                axes.text(
+                    edge,
+                    at,
+                    f"  {row['time'] / row['bound']:.1f}× its bound{limit}",
+                    va="center",
+                    fontsize=8.5,
+                    color=INK,
+                )
         axes.set_yticks(range(len(rows)), [f"{row.workload}, {row.arm}" for row in rows.itertuples()])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, (rows[["time", "bound"]].max().max() if len(rows) else 1) * 1.45)
-        axes.plot([], [], color=ORANGE, linewidth=3.5, label="physical bound: larger of FLOPs ÷ peak, bytes ÷ bandwidth")
+        axes.plot(
+            [], [], color=ORANGE, linewidth=3.5, label="physical bound: larger of FLOPs ÷ peak, bytes ÷ bandwidth"
+        )
         axes.set(xlabel=f"time ({unit})", title=title)
         figure.legend(loc="outside lower center", fontsize=8.5)
     return figure
@@ -287,8 +318,8 @@ def trade_off(
 ) -> Figure:
     """Return one point per row, quality against speed, with both intervals (`x_low`, `x_high`, `y_low`, `y_high`).
 
-    Colour and marker by `arm`; `label` names a column written beside each point; `reference` is the baseline's point and
-    `margin` the band of y that still counts as maintained.
+    Colour and marker by `arm`; `label` names a column written beside each point; `reference` is the baseline's point
+    and `margin` the band of y that still counts as maintained.
     """
     with _style():
         figure, (axes,) = _axes(4.2)
@@ -303,11 +334,15 @@ def trade_off(
                 if {f"{along}_low", f"{along}_high"} <= set(rows):
                     spread = np.abs([rows[along] - rows[f"{along}_low"], rows[f"{along}_high"] - rows[along]])
                     spread = np.nan_to_num(spread.astype(float))
-                    axes.errorbar(rows[x], rows[y], fmt="none", ecolor=colour, elinewidth=1, alpha=0.7, **{option: spread})
+                    axes.errorbar(
+                        rows[x], rows[y], fmt="none", ecolor=colour, elinewidth=1, alpha=0.7, **{option: spread}
+                    )
             axes.scatter(rows[x], rows[y], color=colour, marker=marker, s=42, label=name, zorder=3)
             if label is not None:
                 for _, row in rows.iterrows():
-                    axes.annotate(str(row[label]), (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+                    axes.annotate(
+                        str(row[label]), (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=8
+                    )
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
@@ -315,7 +350,9 @@ def trade_off(
 
 
 def process(frame: pd.DataFrame, *, cores: int | None = None, title: str = "") -> Figure:
-    """Return processor and memory use over a run: columns `seconds`, `processor_percent` (100 is one core), `memory_bytes`."""
+    """Return processor and memory use over a run: columns `seconds`, `processor_percent` (100 is one core),
+    `memory_bytes`.
+    """
     with _style():
         figure, (above, below) = _axes(3.0, rows=2, sharex=True)
         above.plot(frame["seconds"], frame["processor_percent"], color=BLUE, linewidth=1.3)

@@ -1,4 +1,6 @@
-"""Writes a text file so that a reader sees the old one or the new one, never half of one. Knows nothing of what it holds."""
+"""Writes a text file so that a reader sees the old one or the new one, never half of one. Knows nothing of what it
+holds.
+"""
 
 import os
 import tempfile

@@ -38,7 +38,9 @@ def encode(value: Any, where: str = "value") -> Any:
 
 
 def _encode_foreign(value: Any, where: str) -> Any:
-    """Encode what is neither a JSON type nor a built-in container; recognised by shape, so that numpy stays unimported."""
+    """Encode what is neither a JSON type nor a built-in container; recognised by shape, so that numpy stays
+    unimported.
+    """
     if isinstance(value, (Path, datetime.date, datetime.time)):
         return value.isoformat() if hasattr(value, "isoformat") else str(value)
     if hasattr(value, "model_dump"):

@@ -1,4 +1,6 @@
-"""Numbers as a reader wants them: three figures, a unit, a true minus sign, an interval. Knows no metric and no verdict."""
+"""Numbers as a reader wants them: three figures, a unit, a true minus sign, an interval. Knows no metric and no
+verdict.
+"""
 
 import math
 
@@ -24,9 +26,13 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def quantity(value: float | None, unit: str = "") -> str:
-    """Return `value` with its unit: bytes and counts with a decimal prefix (1 kB is 1,000 bytes), shares with three decimals."""
+    """Return `value` with its unit: bytes and counts with a decimal prefix (1 kB is 1,000 bytes), shares with three
+    decimals.
+    """
     if value is None:
         return DASH
+    if unit == "perplexity":
+        return figures(value)
     if unit in _SHARES:
         return f"{value:.3f}".replace("-", MINUS)
     head, _, tail = unit.partition("/")

@@ -1,8 +1,8 @@
 """The record: all that one notebook run on one model found, and the only place that knows scrapbook.
 
-Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook reads
-NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON (`lib.report.plain`). Knows
-nothing of how a number is made (`lib.measure`), what it is worth (`lib.report.verdict`) or how it is shown.
+Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook
+reads NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON (`lib.report.plain`).
+Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.report.verdict`) or how it is shown.
 """
 
 import json
@@ -190,7 +190,9 @@ def from_notebook(path: Path) -> Record | None:
 
 
 def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged ones as stem → what is
+    wrong.
+    """
     records, damaged = [], {}
     for path in sorted(Path(folder).glob("*--*.ipynb")):
         try:

@@ -11,12 +11,13 @@ from lib.report.quantities import DASH, interval, quantity, share, times
 from lib.report.wording import label, one_line, signed
 
 COLUMNS = (
-    "metric", "workload", "baseline", "optimized", "ratio", "95 % interval", "noise floor", "MDE", "n", "verdict", "provenance",
+    "metric", "workload", "baseline", "optimized", "ratio", "95 % interval", "noise floor", "MDE", "n",
+    "verdict", "provenance",
 )  # fmt: skip
 
 
 def row(found: Measurement) -> dict[str, str]:
-    """Return one measurement as text, by column, plus `dimension`, `name` (the metric's stem), `source` and `reason`."""
+    """Return one measurement as text, by column, plus `dimension`, `name` (its stem), `source` and `reason`."""
     form = ".3f" if found.ratio is not None and abs(found.ratio - 1) < 0.1 else ".2f"
     return {
         "dimension": found.dimension,

@@ -1,8 +1,8 @@
 """Tidy tables for notebooks and figures, made from records.
 
-`tidy` gives numbers, one row per measurement, for figures and for readers who go on calculating; `measurements` gives the
-same as text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads well in
-JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
+`tidy` gives numbers, one row per measurement, for figures and for readers who go on calculating; `measurements` gives
+the same as text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads
+well in JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
 """
 
 import html
@@ -12,7 +12,7 @@ import pandas as pd
 
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import DIMENSIONS
-from lib.report import rows as text
+from lib.report import rows
 from lib.report.quantities import duration
 from lib.report.record import Record
 from lib.report.verdict import gain
@@ -20,9 +20,9 @@ from lib.report.wording import label, signed, title, words
 
 Source = Record | Iterable[Measurement]
 TIDY = (
-    "metric", "label", "workload", "dimension", "unit", "higher_is_better", "baseline", "optimized", "ratio", "low", "high",
-    "gain", "gain_low", "gain_high", "n", "noise_floor", "mde", "verdict", "provenance", "source", "reason", "predicted",
-    "realised",
+    "metric", "label", "workload", "dimension", "unit", "higher_is_better", "baseline", "optimized", "ratio", "low",
+    "high", "gain", "gain_low", "gain_high", "n", "noise_floor", "mde", "verdict", "provenance", "source", "reason",
+    "predicted", "realised",
 )  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def _of(source: Source) -> list[Measurement]:
 
 
 def tidy(source: Source) -> pd.DataFrame:
-    """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio turned so that above 1 is better."""
+    """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio turned so that above 1 is
+    better.
+    """
     lines = []
     for found in _of(source):
         fields = found.model_dump(exclude={"samples", "ci"})
@@ -48,7 +50,9 @@ def tidy(source: Source) -> pd.DataFrame:
 
 
 def tidy_all(records: Iterable[Record]) -> pd.DataFrame:
-    """Return `tidy` of several records under one another, with `optimization`, `model`, `scale` and `effort` in front."""
+    """Return `tidy` of several records under one another, with `optimization`, `model`, `scale` and `effort` in
+    front.
+    """
     frames = [
         tidy(found).assign(optimization=found.optimization, model=found.model, scale=found.scale, effort=found.effort)
         for found in records
@@ -59,15 +63,17 @@ def tidy_all(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def measurements(source: Source, dimension: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return the measurements as text, one row each: values with units, interval, noise floor, MDE, verdict, provenance."""
-    found = [item for item in text.rows(_of(source)) if dimension in (None, item["dimension"])]
-    chosen = list(columns or (("dimension", *text.COLUMNS) if dimension is None else text.COLUMNS))
+    """Return the measurements as text, one row each: values with units, interval, noise floor, MDE, verdict,
+    provenance.
+    """
+    found = [item for item in rows.rows(_of(source)) if dimension in (None, item["dimension"])]
+    chosen = list(columns or (("dimension", *rows.COLUMNS) if dimension is None else rows.COLUMNS))
     return pd.DataFrame(found, columns=chosen)
 
 
 def sources(source: Source) -> pd.DataFrame:
-    """Return where each number comes from: metric, workload, provenance, source, and the reason where one is missing."""
-    return pd.DataFrame(text.rows(_of(source)), columns=["metric", "workload", "provenance", "source", "reason"])
+    """Return where each number comes from: metric, workload, provenance, source, and why one is missing."""
+    return pd.DataFrame(rows.rows(_of(source)), columns=["metric", "workload", "provenance", "source", "reason"])
 
 
 def provenance(records: Iterable[Record]) -> pd.DataFrame:
@@ -93,7 +99,9 @@ def matrix(records: Iterable[Record]) -> pd.DataFrame:
 
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a Markdown table; numbers with four significant figures."""
-    return text.markdown([str(name) for name in frame.columns], ([_cell(v) for v in line] for line in frame.values.tolist()))
+    return rows.markdown(
+        [str(name) for name in frame.columns], ([_cell(v) for v in line] for line in frame.values.tolist())
+    )
 
 
 def _cell(value: object) -> str:
@@ -105,15 +113,22 @@ def _cell(value: object) -> str:
 def to_html(frame: pd.DataFrame, caption: str = "") -> str:
     """Return a frame as an HTML table without index, inline styles or border; cells are escaped."""
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in line) + "</tr>" for line in frame.values.tolist()
-    )
+    body = "".join(f"<tr>{''.join(map(_html_cell, line))}</tr>" for line in frame.values.tolist())
     top = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return f'<table class="dataframe">{top}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
+def _html_cell(value: object) -> str:
+    """Return one escaped cell; short text is kept on one line by the style sheet."""
+    text = _cell(value)
+    short = ' class="short"' if len(text) <= 18 else ""
+    return f"<td{short}>{html.escape(text)}</td>"
+
+
 def show(frame: pd.DataFrame, caption: str = "") -> None:
-    """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a model."""
+    """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a
+    model.
+    """
     from IPython.display import display
 
     above = f"*{caption}*\n\n" if caption else ""
@@ -130,5 +145,9 @@ def show_text(sentence: str) -> None:
     from IPython.display import display
 
     escaped = html.escape(sentence, quote=False)
-    data = {"text/html": f"<p><strong>{escaped}</strong></p>", "text/markdown": f"**{sentence}**", "text/plain": sentence}
+    data = {
+        "text/html": f"<p><strong>{escaped}</strong></p>",
+        "text/markdown": f"**{sentence}**",
+        "text/plain": sentence,
+    }
     display(data, raw=True)

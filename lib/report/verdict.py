@@ -1,7 +1,8 @@
 """What a record's measurements amount to: a verdict per dimension and one honest sentence, both computed.
 
-Judges nothing anew: each measurement already carries its verdict (`lib.measure.measurement`). Here they are put together
-so that a gain never hides a loss, and said in plain English with ratio and interval. Knows nothing of files or pages.
+Judges nothing anew: each measurement already carries its verdict (`lib.measure.measurement`). Here they are put
+together so that a gain never hides a loss, and said in plain English with ratio and interval. Knows nothing of files
+or pages.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,11 @@ HEADLINES = {
     "resources": ("weights_bytes", "peak_memory_bytes", "kv_cache_bytes_per_token", "parameters"),
     "efficiency": ("energy_joules_per_token", "decode_bytes_per_token", "prefill_flops_per_token"),
 }
-SHOWN = {"performance": 2, "accuracy": 3, "resources": 2, "efficiency": 1}
+SHOWN = {"performance": 2, "accuracy": 2, "resources": 1, "efficiency": 1}
+SAME_TIMES = {
+    "time_to_first_token_ms": "prefill_tokens_per_second",
+    "time_per_output_token_ms": "decode_tokens_per_second",
+}
 _SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -75,13 +80,16 @@ def judge(measurements: Sequence[Measurement], status: str = "ok", reason: str |
 
 
 def withhold_if_invalid(measurements: list[Measurement]) -> list[Measurement]:
-    """Return the measurements; where accuracy is invalid, speed and efficiency are withheld: no gain of a broken model."""
+    """Return the measurements; where accuracy is invalid, speed and efficiency are withheld: no gain of a broken
+    model.
+    """
     broken = next((m for m in measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
     if broken is None:
         return measurements
     reason = f"withheld, the output has degenerated: {broken.reason or 'sanity gate'}"
     return [
-        invalid(m.metric, m.workload, reason) if m.dimension in ("performance", "efficiency") else m for m in measurements
+        invalid(m.metric, m.workload, reason) if m.dimension in ("performance", "efficiency") else m
+        for m in measurements
     ]
 
 
@@ -117,23 +125,26 @@ def _accuracy(measurements: Sequence[Measurement]) -> Accuracy:
 
 
 def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
-    """Return the measurements that stand for a dimension: the first known ones, and every loss."""
+    """Return the measurements that stand for a dimension: the first known ones of `HEADLINES`, where there is none any
+    other, and beside them up to two losses.
+    """
     order = {name: rank for rank, name in enumerate(HEADLINES[dimension])}
-    known = [m for m in measurements if m.metric in order and m.verdict not in ("unavailable", "invalid")]
-    known = [m for m in known if m.ratio is not None or m.dimension == "accuracy"]
-    known.sort(key=lambda m: order[m.metric])
-    first = known[: SHOWN[dimension]]
-    losses = [m for m in measurements if m.verdict in ("worse", "not_maintained") and m not in first]
-    seen_twice = {"time_to_first_token_ms": "prefill_tokens_per_second", "time_per_output_token_ms": "decode_tokens_per_second"}
+    known = [m for m in measurements if m.verdict not in ("unavailable", "invalid")]
+    known = [m for m in known if m.ratio or (dimension == "accuracy" and m.optimized is not None)]
+    known.sort(key=lambda m: (order.get(m.metric, len(order)), m.verdict == "informative"))
+    first = [m for m in known if m.metric in order][: SHOWN[dimension]] or known[:1]
     shown = {m.metric for m in first}
-    return first + [m for m in losses if seen_twice.get(m.metric) not in shown][:2]
+    losses = [m for m in known if m.verdict in ("worse", "not_maintained") and m not in first]
+    return first + [m for m in losses if SAME_TIMES.get(m.metric) not in shown][:2]
 
 
 def _sentence(found: dict[str, list[Measurement]]) -> str:
     broken = next((m for m in found["accuracy"] if m.verdict == "invalid"), None)
     parts = []
     if broken:
-        parts.append(f"invalid: the optimized model's output has degenerated ({_clause(broken.reason)}), so no gain is shown")
+        parts.append(
+            f"invalid: the optimized model's output has degenerated ({_clause(broken.reason)}), so no gain is shown"
+        )
     say: dict[str, Callable[[Measurement], str]] = {
         "performance": _speed, "accuracy": _quality, "resources": _amount, "efficiency": _amount,
     }  # fmt: skip
@@ -219,7 +230,9 @@ def _amount(found: Measurement) -> str:
 def _quality(found: Measurement) -> str:
     """Say whether quality was maintained, with the difference, its interval and the margin."""
     name = subject(found)
-    word = {"better": "maintained", "equivalent": "maintained", "worse": "not maintained"}.get(found.verdict, found.verdict)
+    word = {"better": "maintained", "equivalent": "maintained", "worse": "not maintained"}.get(
+        found.verdict, found.verdict
+    )
     word = {"informative": "not judged"}.get(word, word.replace("_", " "))
     if found.baseline is None or found.optimized is None:
         return f"{name} {word}"

@@ -1,7 +1,7 @@
 """Names and signs as a reader sees them: titles of stems, labels of metrics, words and signs of verdicts.
 
-Derived from the names themselves wherever that reads well, so that a new optimization or metric needs no entry. Knows no
-HTML and no numbers.
+Derived from the names themselves wherever that reads well, so that a new optimization or metric needs no entry. Knows
+no HTML and no numbers.
 """
 
 SIGNS = {

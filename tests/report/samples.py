@@ -1,0 +1,110 @@
+"""Records made by hand and by chance, for the tests of the report. No model was run for them."""
+
+import random
+
+from lib.measure import measurement
+from lib.measure.measurement import Measurement
+from lib.measure.metrics import METRICS
+from lib.report import record
+from lib.report.record import Process, Record
+
+MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
+ENVIRONMENT = {
+    "processor": "Example Processor 9000", "cores_given": 2, "gpu": None, "packages": {"torch": "2.13.0"}, "commit": "abc123",
+}  # fmt: skip
+
+
+def timed(
+    metric: str, ratio: float, half: float = 0.03, verdict: str = "better", workload: str = "prefill"
+) -> Measurement:
+    return measurement.judged(
+        metric, workload, baseline=812.4, optimized=812.4 * ratio, ratio=ratio, ci=(ratio - half, ratio + half), n=12,
+        noise_floor=0.012, mde=0.021, verdict=verdict, provenance="measured", source="12 balanced AB/BA blocks, perf_counter",
+    )  # fmt: skip
+
+
+def scored(
+    metric: str, baseline: float, optimized: float, verdict: str, half: float = 0.02, workload: str = "classify"
+):
+    ratio = optimized / baseline
+    return measurement.judged(
+        metric, workload, baseline=baseline, optimized=optimized, ratio=ratio, ci=(ratio - half, ratio + half), n=400,
+        verdict=verdict, provenance="measured", source="400 items of the final split, paired bootstrap",
+    )  # fmt: skip
+
+
+def measurements(accuracy: str = "maintained", speed: str = "better", ratio: float = 1.31) -> list[Measurement]:
+    lost = 0.041 if accuracy == "not_maintained" else 0.004
+    return [
+        timed("prefill_tokens_per_second", ratio, verdict=speed),
+        timed("time_to_first_token_ms", 1 / ratio, verdict=speed),
+        timed("decode_tokens_per_second", 1.02, 0.04, "inconclusive", "decode"),
+        scored("f1_macro", 0.91, 0.91 - lost, accuracy),
+        scored("recall_exact_match", 0.95, 0.94, "inconclusive", workload="recall"),
+        scored("perplexity", 41.0, 42.1, "maintained", 0.01, "text"),
+        measurement.informative("flips", "classify", 0.0, 17.0, "400 items, both directions"),
+        measurement.counted("weights_bytes", "load", 7_240_000.0, 5_212_800.0, "sum of the tensors' bytes"),
+        measurement.counted("parameters", "load", 3_620_000, 2_606_400, "counted"),
+        timed("peak_memory_bytes", 0.93, 0.01, "better", "prefill"),
+        measurement.informative(
+            "energy_joules_per_token", "decode", 0.0021, 0.0017, "processor time × 6.5 W per core, table of TDPs",
+            "estimated", ci=(0.79, 0.85), n=12,
+        ),
+        measurement.counted("prefill_flops_per_token", "prefill", 7.2e6, 5.2e6, "2·N_act + attention"),
+        measurement.unavailable("model_flops_utilisation", "prefill", "the peak of this machine was not measured"),
+    ]  # fmt: skip
+
+
+def process(seconds: int = 60) -> Process:
+    chance = random.Random(3)
+    times = [index / 2 for index in range(2 * seconds)]
+    return Process(
+        seconds=times,
+        processor_percent=[min(200.0, max(4.0, chance.gauss(170, 25))) for _ in times],
+        memory_bytes=[5e8 + 4e6 * time + chance.gauss(0, 5e6) for time in times],
+        cores=2,
+    )
+
+
+def made(optimization: str = "structured_pruning", model: str = MODELS[1], **options) -> Record:
+    found = record.build(
+        optimization, model, "proxy", "quick", {"model": model, "ratio": 0.3, "seed": 0},
+        options.pop("measurements", None) or measurements(**options),
+        controls=[record.Control(name="random saliency", purpose="the same ratio, units chosen by chance",
+                                 measurements=[scored("f1_macro", 0.91, 0.71, "not_maintained")])],
+        details={"impact": {"provenance": "measured", "source": "400 items per strength", "rows": [{"strength": 0.1}]}},
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    return found.model_copy(
+        update={"key": "0" * 64, "started": "2026-01-31T14:05:00+00:00", "seconds": 61.5, "process": process()}
+    )
+
+
+def without_result(
+    status: str, reason: str, optimization: str = "structured_pruning", model: str = MODELS[0]
+) -> Record:
+    found = record.build(optimization, model, "proxy", "quick", {"seed": 0}, status=status, reason=reason)
+    return found.model_copy(update={"started": "2026-01-31T14:05:00+00:00", "seconds": 3.0})
+
+
+def by_chance(seed: int) -> Record:
+    """Return a record of random metrics, values and verdicts, all of them lawful."""
+    chance = random.Random(seed)
+    found = []
+    for name in chance.sample(sorted(METRICS), chance.randint(0, len(METRICS))):
+        kind = chance.randrange(5)
+        if kind == 0:
+            found.append(measurement.unavailable(name, "any", "chance said no"))
+        elif kind == 1 and METRICS[name].dimension == "accuracy" and chance.random() < 0.2:
+            found.append(measurement.invalid(name, "any", "one repeated token"))
+        elif kind == 2:
+            found.append(
+                measurement.counted(name, "any", chance.choice([0.0, 1e-9, 3.0, 7e11]), chance.random(), "counted")
+            )
+        else:
+            verdicts = ["maintained", "not_maintained", "inconclusive"]
+            verdicts = (
+                verdicts if METRICS[name].dimension == "accuracy" else ["better", "worse", "equivalent", "inconclusive"]
+            )
+            found.append(timed(name, chance.uniform(0.2, 5), 0.1, chance.choice([*verdicts, "informative"]), "any"))
+    return record.build("streaming_computation", chance.choice(MODELS), "proxy", "quick", {"seed": seed}, found)
