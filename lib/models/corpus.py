@@ -1,0 +1,90 @@
+"""The frozen text: what proxies are trained on, and the held-out text and items that every model is judged by.
+
+Two corpora, `docs` (documentation and docstrings) and `code` (source), each in three files of
+`parameters/evaluation`: training documents, labelled items, running text. Items and text carry their split. Knows
+nothing of torch, tokenizers or prompts; how the text was extracted and split stands in the README beside it.
+"""
+
+import functools
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lib.errors import UserError
+from lib.models.parameters import PARAMETERS
+
+CORPORA = ("docs", "code")
+SPLITS = ("calibration", "search", "final")
+RUN = 13  # words; training text shares no run of this many words with anything held out
+
+
+@dataclass(frozen=True)
+class Document:
+    """A training document: its pieces in order, and the class that they belong to, if it is one of the classes."""
+
+    source: str
+    label: str | None
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A held-out passage; `label` is None for running text."""
+
+    id: str
+    split: str
+    label: str | None
+    source: str
+    text: str
+
+
+@functools.cache
+def _rows(corpus: str, part: str) -> tuple[dict, ...]:
+    path = PARAMETERS / "evaluation" / f"{corpus}-{part}.jsonl.xz"
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            return tuple(json.loads(line) for line in file)
+    except (OSError, EOFError, lzma.LZMAError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: frozen text missing or damaged ({error}); restore it from version control") from None
+
+
+def documents(corpus: str) -> list[Document]:
+    """Return the training documents of `corpus`, in their frozen order."""
+    return [Document(row["source"], row["label"], tuple(row["pieces"])) for row in _rows(corpus, "train")]
+
+
+def labelled(corpus: str, split: str) -> list[Passage]:
+    """Return the held-out labelled passages of one split, in their frozen order."""
+    return [Passage(**row) for row in _rows(corpus, "items") if row["split"] == split]
+
+
+def running_text(corpus: str, split: str) -> list[Passage]:
+    """Return the held-out running text of one split: passages of a few thousand characters."""
+    rows = [row for row in _rows(corpus, "text") if row["split"] == split]
+    return [Passage(f"{split}-{n:02d}", split, None, row["source"], row["text"]) for n, row in enumerate(rows)]
+
+
+@functools.cache
+def classes(corpus: str) -> tuple[str, ...]:
+    """Return the classes of `corpus`, sorted."""
+    return tuple(sorted({row["label"] for row in _rows(corpus, "items")}))
+
+
+def masked(text: str, corpus: str) -> str:
+    """Return `text` with the name of every class of `corpus` replaced by `_`, so that no text names its own label."""
+    return re.sub("|".join(map(re.escape, classes(corpus))), "_", text, flags=re.IGNORECASE)
+
+
+def word_runs(text: str) -> Iterator[str]:
+    """Yield every run of RUN consecutive words of `text`, lower case."""
+    words = re.findall(r"\w+", text.lower())
+    for start in range(len(words) - RUN + 1):
+        yield " ".join(words[start : start + RUN])
+
+
+def held_out_runs(corpus: str, splits: Iterable[str] = SPLITS) -> set[str]:
+    """Return all runs of RUN words that occur in held-out items and running text of `splits`."""
+    passages = [p for split in splits for p in labelled(corpus, split) + running_text(corpus, split)]
+    return {run for passage in passages for run in word_runs(passage.text)}

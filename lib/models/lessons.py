@@ -1,0 +1,165 @@
+"""What the stand-ins are shown in training: text with keys and values in it, questions with answers, pictures.
+
+Every batch is a function of seed and step alone, so a training that was stopped goes on as if it had not been. Only
+training text is read here. Knows the tokenizer; knows nothing of models, losses or optimizers.
+
+Recall needs dense supervision: a pair answered once per sequence teaches nothing in a thousand steps. So spans of
+random tokens repeat all over each row, and every token of a repeat counts; spans shorten and distances grow with
+progress, until rows are as long as the longest distance asked for.
+
+Shapes: B rows, T tokens.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib.models import corpus, tasks
+
+TEXT, ANSWER, REPEAT, SILENT = 1, 2, 3, 0  # what predicting a token teaches; SILENT tokens carry no loss
+ROW_LENGTHS = ((0.35, 256), (0.5, 512), (0.65, 1024), (1.01, 2048))  # until this progress, rows of this length
+PURE_REPEATS = 0.2  # until this progress, half of the rows are nothing but spans and their repeats
+CHARACTERS = 560
+
+
+@dataclass
+class Lesson:
+    """One batch: inputs of the model, kind_BT of each token as a target, and which tokens are no padding."""
+
+    inputs: dict[str, torch.Tensor]
+    kind_BT: torch.Tensor
+    real_BT: torch.Tensor
+
+
+@dataclass
+class Lessons:
+    """All training material of one model, tokenized once. `loaded` needs tokenizer, processor, parameters, device."""
+
+    loaded: object
+    seed: int
+    tokens: int
+    questions: int
+    longest: int = 2048
+    stream_T: np.ndarray = field(init=False)
+    pieces: dict[str, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        part = tasks.corpus_of(self.loaded)
+        tokenizer = self.loaded.tokenizer
+        documents = corpus.documents(part)
+        texts = ["\n\n".join(document.pieces) for document in documents]
+        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
+        self.stream_T = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
+        self.pieces = defaultdict(list)
+        for document in documents:
+            self.pieces[document.label] += [piece for piece in document.pieces if len(piece) > 130]
+        self.pieces = {label: self.pieces[label] for label in corpus.classes(part)}
+
+    def at(self, step: int, progress: float) -> list[Lesson]:
+        """Return the batches of one step; their gradients add up."""
+        random = np.random.default_rng([self.seed, step])
+        length = min(self.longest, next(length for until, length in ROW_LENGTHS if progress < until))
+        if progress >= ROW_LENGTHS[-2][0] and step % 3 == 0:
+            length = min(length, 512)  # so that short distances are not forgotten
+        lessons = [self._rows(random, length, progress)]
+        if "digits" in self.loaded.parameters.tasks:
+            lessons.append(self._pictures(random))
+        else:
+            lessons.append(self._questions(random))
+        return lessons
+
+    def _rows(self, random: np.random.Generator, length: int, progress: float) -> Lesson:
+        """Return rows of training text with spans of random tokens that come again."""
+        rows = max(1, self.tokens // length)
+        starts = random.integers(len(self.stream_T) - length, size=rows)
+        ids_BT = np.stack([self.stream_T[start : start + length] for start in starts])
+        kind_BT = np.full(ids_BT.shape, TEXT)
+        for row in range(rows):
+            if progress < PURE_REPEATS and row % 2:
+                span = int(random.integers(16, length // 4))
+                places = [(at, at + span, span) for at in range(0, length - 2 * span + 1, 2 * span)]
+            else:
+                places = _places(random, length)
+            for first, second, span in places:
+                self._repeat(random, ids_BT[row], kind_BT[row], first, second, span)
+        real_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
+        return Lesson({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT)
+
+    def _repeat(self, random: np.random.Generator, ids_T, kind_T, first: int, second: int, span: int) -> None:
+        size = self.loaded.tokenizer.vocab_size
+        ids_T[first : first + span] = ids_T[second : second + span] = random.integers(size // 6, size, size=span)
+        kind_T[first : first + span] = SILENT
+        kind_T[second : second + 2] = SILENT  # nothing says yet which span comes again
+        kind_T[second + 2 : second + span] = REPEAT
+        for end in (first + span, second + span):
+            kind_T[end : end + 1] = np.where(kind_T[end : end + 1] == TEXT, SILENT, kind_T[end : end + 1])
+
+    def _questions(self, random: np.random.Generator) -> Lesson:
+        """Return questions with answers, every class equally often."""
+        part = tasks.corpus_of(self.loaded)
+        task = next(task for task in self.loaded.parameters.tasks if tasks.CORPUS.get(task) == part)
+        tokenizer, labels = self.loaded.tokenizer, list(self.pieces)
+        opening = len(tokenizer(tasks.prompt_of(task).split("\n")[0], add_special_tokens=False).input_ids)
+        rows, kinds = [], []
+        for label in random.choice(labels, self.questions):
+            pieces = self.pieces[label]
+            prompt = tasks.prompt_of(task, _excerpt(random, pieces[random.integers(len(pieces))]))
+            question = tokenizer(prompt, add_special_tokens=False).input_ids
+            answer = tokenizer(f" {label}", add_special_tokens=False).input_ids
+            rows.append(question + answer)
+            kinds.append([SILENT] * opening + [TEXT] * (len(question) - opening) + [ANSWER] * len(answer))
+        ids_BT, last_B = tasks.pad(rows, tokenizer.pad_token_id)
+        kind_BT, _ = tasks.pad(kinds, SILENT)
+        return Lesson({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
+
+    def _pictures(self, random: np.random.Generator) -> Lesson:
+        """Return digits, turned, moved and scaled a little, with their names."""
+        chosen = random.choice(tasks.digit_indices("train"), self.questions)
+        items = []
+        for index in chosen:
+            pixels, label = tasks.digit(int(index))
+            items.append(tasks.Item("", f"{tasks.prompt_of('digits')} {label}", label, _distorted(random, pixels)))
+        inputs, last_B = next(tasks.batches(self.loaded, items, len(items)))
+        kind_BT = torch.full(inputs["input_ids"].shape, SILENT)
+        kind_BT[torch.arange(len(items)), last_B] = ANSWER
+        return Lesson(inputs, kind_BT, torch.ones(kind_BT.shape, dtype=torch.bool))
+
+
+def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:
+    """Return (first, second, span) of spans that do not touch, at distances of all orders up to the row's length."""
+    taken = np.zeros(length, dtype=bool)
+    places = []
+    for _ in range(max(3, length // 100)):
+        span = int(random.integers(10, 33))
+        room = length - 2 * span
+        distance = int(room ** random.uniform(0.3, 1)) if random.random() < 0.5 else int(random.integers(room))
+        first = int(random.integers(length - 2 * span - distance + 1))
+        second = first + span + distance
+        if not (taken[first : first + span].any() or taken[second : second + span].any()):
+            taken[first : first + span] = taken[second : second + span] = True
+            places.append((first, second, span))
+    return places
+
+
+def _excerpt(random: np.random.Generator, piece: str) -> str:
+    """Return at most CHARACTERS of `piece`, from its beginning or from the beginning of a later line."""
+    lines = [at + 1 for at, character in enumerate(piece[:-200]) if character == "\n"]
+    start = int(random.choice(lines)) if lines and random.random() < 0.5 else 0
+    return piece[start : start + int(random.integers(300, CHARACTERS + 1))].strip("\n")
+
+
+def _distorted(random: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Return a picture turned by up to 12 degrees, moved by up to an eighth of its width, scaled by up to a tenth."""
+    turn, scale = np.deg2rad(random.uniform(-12, 12)), random.uniform(0.9, 1.1)
+    a, b = np.cos(turn) * scale, np.sin(turn) * scale
+    centre = len(pixels) / 2
+    dx, dy = random.uniform(-1, 1, 2) * len(pixels) / 8
+    offset = (centre - a * centre - b * centre + dx, centre + b * centre - a * centre + dy)
+    matrix = (a, b, offset[0], -b, a, offset[1])
+    picture = Image.fromarray(pixels).transform(
+        pixels.shape[::-1], Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+    )
+    return np.asarray(picture)

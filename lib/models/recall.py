@@ -1,0 +1,72 @@
+"""Token windows: held-out text, and keys with values stored in it.
+
+`recall` puts a key and a value of random tokens before `distance` tokens of held-out text and asks for the value
+after the key. Everything is drawn by seed, in ids of the model's own tokenizer. Knows nothing of scoring.
+
+Shapes: N windows, B prompts, T tokens, V tokens of a value.
+"""
+
+import functools
+
+import torch
+
+from lib.models import corpus
+
+CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
+KEY, VALUE = 4, 8  # tokens
+
+
+def corpus_of(loaded) -> str:
+    """Return which corpus the text of this model's tasks comes from: "docs" or "code"."""
+    return next((CORPUS[task] for task in loaded.parameters.tasks if task in CORPUS), "docs")
+
+
+def text_windows(loaded, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
+
+    Fewer come back where the split holds fewer. Without a tokenizer (random weights) the ids are random.
+    """
+    random = torch.Generator().manual_seed(seed)
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (windows, length), random).to(loaded.device)
+    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    rows_NT = stream_T[: len(stream_T) // length * length].view(-1, length)
+    return rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]].to(loaded.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _stream(tokenizer, part: str, split: str) -> torch.Tensor:
+    ids = []
+    for passage in corpus.running_text(part, split):
+        ids += [*tokenizer(passage.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """Return ordinary tokens: neither special ones nor the bytes at the start of a byte-level vocabulary."""
+    text = getattr(loaded.model.config, "text_config", loaded.model.config)
+    size = text.vocab_size if loaded.tokenizer is None else min(loaded.tokenizer.vocab_size, text.vocab_size)
+    return torch.randint(size // 6, size, shape, generator=random)
+
+
+def recall_prompts(loaded, distance: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
+
+    No padding. Greedy generation of VALUE tokens must reproduce target_BV exactly.
+    """
+    random = torch.Generator().manual_seed(seed)
+    lead = 8  # tokens of text in front, so that the key is not the first thing read
+    filler_BT = _fillers(loaded, count, lead + distance, random)
+    key_BK = random_ids(loaded, (count, KEY), random)
+    value_BV = random_ids(loaded, (count, VALUE), random)
+    ids_BT = torch.cat([filler_BT[:, :lead], key_BK, value_BV, filler_BT[:, lead:], key_BK], 1)
+    return ids_BT.to(loaded.device), value_BV.to(loaded.device)
+
+
+def _fillers(loaded, count: int, length: int, random: torch.Generator) -> torch.Tensor:
+    """Return windows of final held-out text that may overlap, each from a random place."""
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (count, length), random)
+    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    starts = torch.randint(len(stream_T) - length, (count,), generator=random)
+    return torch.stack([stream_T[start : start + length] for start in starts.tolist()])

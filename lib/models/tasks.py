@@ -1,0 +1,242 @@
+"""What a model is asked to do: name the module of a text or a function, read a digit, repeat a value seen long ago.
+
+Turns frozen text into prompts, and prompts into tensors for any model with a tokenizer. Knows nothing of scores over
+items, of measuring, or of how a model answers best: labels are compared by their log-likelihood as a continuation.
+
+Shapes: N items, B items of one batch, T tokens, V tokens of a value, L labels.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lib.errors import UserError, suggest
+from lib.models import corpus
+from lib.models.corpus import SPLITS
+from lib.models.recall import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
+
+__all__ = [
+    "CLASSIFY",
+    "GENERATE",
+    "Item",
+    "batches",
+    "calibration",
+    "class_labels",
+    "corpus_of",
+    "items",
+    "label_ids",
+    "label_scores",
+    "prompt_of",
+    "recall_prompts",
+    "text_windows",
+]
+
+CLASSIFY = {
+    "topic": "which module a passage of documentation is about",
+    "code_origin": "which package a function comes from",
+    "digits": "the handwritten digit in a picture",
+}
+GENERATE = {"recall": "the value that followed a key many tokens ago"}
+PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a square of 4
+PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+TOKENS_AT_ONCE = 4096  # of one calibration batch
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with one right answer among its task's labels; `pixels` [H, W] uint8 only where a picture is shown."""
+
+    id: str
+    prompt: str
+    label: str
+    pixels: np.ndarray | None = None
+
+
+def class_labels(task: str) -> list[str]:
+    """Return the labels of a classification task."""
+    if task not in CLASSIFY:
+        raise UserError(f'unknown classification task "{task}"; expected one of {", ".join(CLASSIFY)}')
+    return [str(digit) for digit in range(10)] if task == "digits" else list(corpus.classes(CORPUS[task]))
+
+
+def prompt_of(task: str, text: str = "") -> str:
+    """Return the question of `task` about `text`; the answer is a space and a label."""
+    if task == "digits":
+        return "Which digit is this?\nDigit:"
+    names = ", ".join(class_labels(task))
+    return f"Modules: {names}.\n\n{corpus.masked(text, CORPUS[task])}\n\nModule:"
+
+
+def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> list[Item]:
+    """Return the items of one split, shuffled by `seed`, at most `limit`. The splits of a task share no item."""
+    if split not in SPLITS:
+        raise UserError(f'unknown split "{split}"; expected one of {", ".join(SPLITS)}.{suggest(split, SPLITS)}')
+    labels = class_labels(task)
+    if task == "digits":
+        found = [_digit_item(index) for index in digit_indices(split)]
+    else:
+        found = [
+            Item(passage.id, prompt_of(task, passage.text), passage.label, None)
+            for passage in corpus.labelled(CORPUS[task], split)
+            if passage.label in labels
+        ]
+    order = np.random.default_rng(seed).permutation(len(found))
+    return [found[index] for index in order[:limit]]
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    data = load_digits()
+    return np.clip(data.images * 16, 0, 255).astype(np.uint8), data.target
+
+
+def digit_indices(split: str) -> list[int]:
+    """Return the indices of scikit-learn's digits in a split, or in "train". Two in five are in the final split."""
+    return [index for index in range(len(_digits()[1])) if _digit_split(index) == split]
+
+
+def _digit_split(index: int) -> str:
+    if index % 10 in (1, 3, 5, 7):
+        return "final"
+    if index % 10 == 9:
+        return "search"
+    return "calibration" if index % 20 == 10 else "train"
+
+
+def digit(index: int) -> tuple[np.ndarray, str]:
+    """Return picture `index` as [PICTURE, PICTURE] uint8, enlarged smoothly, and its label."""
+    images, targets = _digits()
+    picture = Image.fromarray(images[index]).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
+    return np.asarray(picture), str(targets[index])
+
+
+def _digit_item(index: int) -> Item:
+    pixels, label = digit(index)
+    return Item(f"digit-{index:04d}", prompt_of("digits"), label, pixels)
+
+
+def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yield (inputs, last_B): keyword arguments of the model, right padded, and the index of each last real token.
+
+    Items come in the order given. No mask is needed: attention is causal, so padding on the right changes nothing
+    before it. With pictures, the inputs carry them as the model's own image processor makes them.
+    """
+    for start in range(0, len(items), batch_size):
+        part = items[start : start + batch_size]
+        pictures = _pictures(loaded, [item.pixels for item in part])
+        ids = [
+            _picture_ids(loaded, pictures, n) + loaded.tokenizer(item.prompt, add_special_tokens=False).input_ids
+            for n, item in enumerate(part)
+        ]
+        ids_BT, last_B = pad(ids, loaded.tokenizer.pad_token_id or 0)
+        inputs = {"input_ids": ids_BT.to(loaded.device)}
+        if pictures:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == _image_token(loaded)).int()
+            inputs |= {name: tensor.to(loaded.device) for name, tensor in pictures.items()}
+        yield inputs, last_B.to(loaded.device)
+
+
+def pad(ids: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids_BT padded on the right, last_B the index of each last real token)."""
+    ids_BT = torch.full((len(ids), max(map(len, ids))), padding)
+    for row, tokens in enumerate(ids):
+        ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+    return ids_BT, torch.tensor([len(tokens) - 1 for tokens in ids])
+
+
+def _image_token(loaded) -> int:
+    return loaded.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
+
+
+def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+    """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
+    if any(picture is None for picture in pixels):
+        return {}
+    processor = getattr(loaded.processor, "image_processor", loaded.processor)
+    made = processor(images=[np.repeat(p[..., None], 3, -1) for p in pixels], return_tensors="pt")
+    return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+
+
+def _picture_ids(loaded, pictures: dict[str, torch.Tensor], row: int) -> list[int]:
+    if not pictures:
+        return []
+    processor = getattr(loaded.processor, "image_processor", loaded.processor)
+    count = int(pictures["image_grid_thw"][row].prod()) // processor.merge_size**2
+    start, pad_token, end = loaded.tokenizer.convert_tokens_to_ids(list(PICTURE_TOKENS))
+    return [start, *[pad_token] * count, end]
+
+
+def label_ids(loaded, task: str) -> list[list[int]]:
+    """Return each label's tokens as the continuation of a prompt: one token in a proxy, perhaps several elsewhere."""
+    return [loaded.tokenizer(f" {name}", add_special_tokens=False).input_ids for name in class_labels(task)]
+
+
+@torch.no_grad()
+def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
+    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the processor."""
+    labels = label_ids(loaded, task)
+    scores = []
+    for inputs, last_B in batches(loaded, items, batch_size):
+        rows = torch.arange(len(last_B), device=last_B.device)
+        if all(len(label) == 1 for label in labels):
+            logits_BV = loaded.model(**inputs, use_cache=False).logits[rows, last_B].float().log_softmax(-1)
+            scores.append(logits_BV[:, [label[0] for label in labels]].cpu())
+        else:
+            scores.append(torch.stack([_continuation(loaded, inputs, last_B, label) for label in labels], 1).cpu())
+    return torch.cat(scores)
+
+
+def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor, label: list[int]) -> torch.Tensor:
+    """Return the summed log-likelihood of the tokens of one label after each prompt, scores_B."""
+    room = inputs["input_ids"].new_zeros(len(last_B), len(label))
+    ids_BT = torch.cat([inputs["input_ids"], room], 1)
+    at_BV = last_B[:, None] + 1 + torch.arange(len(label), device=last_B.device)
+    tokens_BV = torch.tensor(label, device=last_B.device).expand_as(at_BV)
+    extended = inputs | {"input_ids": ids_BT.scatter(1, at_BV, tokens_BV)}
+    if "mm_token_type_ids" in inputs:
+        extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], room.int()], 1)
+    logits_BTC = loaded.model(**extended, use_cache=False).logits
+    rows = torch.arange(len(last_B), device=last_B.device)[:, None]
+    return logits_BTC[rows, at_BV - 1].float().log_softmax(-1).gather(-1, tokens_BV[..., None]).sum((1, 2))
+
+
+def calibration(loaded, sequences: int, length: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
+
+    Half running text, half questions with their answers, with a key and a value repeated in each window so that recall
+    is calibrated for too. A vision-language model gets batches of pictures beside them, one picture per sequence.
+    """
+    random = torch.Generator().manual_seed(seed)
+    rows_NT = text_windows(loaded, "calibration", sequences - sequences // 2, length, seed).cpu()
+    short = sequences - len(rows_NT)
+    rows_NT = torch.cat([rows_NT, _questions(loaded, short, length, seed, random)]) if short else rows_NT
+    span = KEY + VALUE
+    if length >= 4 * span:
+        span_NS = random_ids(loaded, (len(rows_NT), span), random)
+        rows_NT = torch.cat([rows_NT[:, : length // 4], span_NS, rows_NT[:, length // 4 :]], 1)[:, : length - span]
+        rows_NT = torch.cat([rows_NT, span_NS], 1)
+    size = max(1, TOKENS_AT_ONCE // length)
+    made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
+    if loaded.processor is not None and "digits" in loaded.parameters.tasks:
+        pictures = items("digits", "calibration", sequences, seed)
+        made += [inputs for inputs, _ in batches(loaded, pictures)]
+    return made
+
+
+def _questions(loaded, rows: int, length: int, seed: int, random: torch.Generator) -> torch.Tensor:
+    """Return windows packed with questions and answers of the calibration split (repeated where there are too few)."""
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (rows, length), random)
+    task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")
+    ids = []
+    for question in itertools.cycle(items(task, "calibration", None, seed)):
+        text = f"{question.prompt} {question.label}"
+        ids += [*loaded.tokenizer(text, add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
+        if len(ids) >= rows * length:
+            return torch.tensor(ids[: rows * length]).view(rows, length)

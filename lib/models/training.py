@@ -1,0 +1,199 @@
+"""One training run of a stand-in: loss, expert balance, optimizers, schedule, and a state that can be taken up again.
+
+Knows the anatomy of a model and the lessons; knows nothing of files other than its own state, or of scores.
+
+Shapes: B rows, T tokens, C vocabulary, E experts, N tokens of a batch.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lib.models.anatomy import Anatomy, anatomy
+from lib.models.lessons import ANSWER, REPEAT, SILENT, TEXT, Lesson, Lessons
+from lib.models.muon import Muon
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Learning rates hold at 1 until `decay_from` of the steps, then fall to 0 in a straight line."""
+
+    steps: int
+    seed: int = 0
+    tokens: int = 2048  # of running text per step
+    questions: int = 8  # per step
+    muon_rate: float = 0.02
+    adam_rate: float = 0.003
+    weight_decay: float = 0.05
+    warm_up: int = 20
+    decay_from: float = 0.4
+    answer_weight: float = 0.5
+    repeat_weight: float = 1.0
+    balance_weight: float = 0.02
+    balance_rate: float = 0.01  # of the router's correction bias, where there is one
+    threads: int = 1
+
+    def rate(self, step: int) -> float:
+        """Return the factor on the learning rates at `step`."""
+        progress = step / self.steps
+        fall = 1.0 if progress < self.decay_from else (1 - progress) / (1 - self.decay_from)
+        return min(1.0, (step + 1) / self.warm_up) * fall
+
+
+@dataclass
+class Balance:
+    """Watches the routers of a model: the balance loss of a forward pass, and how many tokens each expert got."""
+
+    view: Anatomy
+    keep_N: torch.Tensor | None = None
+    loss: torch.Tensor | float = 0.0
+    counts: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.blocks = [block for block in self.view.blocks if block.feed_forward.experts is not None]
+        self.handles = [
+            experts.router.register_forward_hook(self._watch(block.index, experts))
+            for block in self.blocks
+            for experts in [block.feed_forward.experts]
+        ]
+
+    def _watch(self, index: int, experts):
+        def hook(_module, _inputs, output) -> None:
+            logits_NE, _, chosen_NK = output
+            if self.keep_N is not None:
+                logits_NE, chosen_NK = logits_NE[self.keep_N], chosen_NK[self.keep_N]
+            count_E = torch.bincount(chosen_NK.flatten(), minlength=experts.count).float()
+            self.counts[index] = self.counts.get(index, 0) + count_E
+            if torch.is_grad_enabled():
+                sigmoid = experts.correction_bias is not None
+                share_NE = logits_NE.float().sigmoid() if sigmoid else logits_NE.float().softmax(-1)
+                mean_E = (share_NE / share_NE.sum(-1, keepdim=True)).mean(0)
+                self.loss = self.loss + experts.count * (count_E / count_E.sum() * mean_E).sum() / len(self.blocks)
+
+        return hook
+
+    def reset(self) -> None:
+        self.loss, self.counts = 0.0, {}
+
+    def adjust(self, rate: float) -> None:
+        """Raise the correction bias of experts below their fair share, lower the others' (Wang et al., 2024)."""
+        for block in self.blocks:
+            bias_E, count_E = block.feed_forward.experts.correction_bias, self.counts[block.index]
+            if bias_E is not None:
+                bias_E += rate * torch.sign(count_E.mean() - count_E)
+
+    def shares(self) -> dict[int, list[float]]:
+        """Return, per block, each expert's tokens over its fair share."""
+        return {index: (count_E / count_E.mean()).tolist() for index, count_E in self.counts.items()}
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def losses(model: nn.Module, lesson: Lesson, balance: Balance) -> dict[int, torch.Tensor]:
+    """Return the mean loss of each kind of token that occurs in `lesson`."""
+    balance.keep_N = lesson.real_BT.flatten()
+    logits_BTC = model(**lesson.inputs, use_cache=False).logits[:, :-1]
+    targets_BT, kind_BT = lesson.inputs["input_ids"][:, 1:], lesson.kind_BT[:, 1:]
+    wanted = kind_BT != SILENT
+    loss_N, kind_N = cross_entropy(logits_BTC[wanted].float(), targets_BT[wanted], reduction="none"), kind_BT[wanted]
+    return {kind: loss_N[kind_N == kind].mean() for kind in (TEXT, ANSWER, REPEAT) if (kind_N == kind).any()}
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks, Adam for embeddings, head, routers, norms and convolutions."""
+    view = anatomy(model)
+    apart = {id(view.embeddings.weight), id(view.head.weight)}
+    apart |= {id(b.feed_forward.experts.router.weight) for b in view.blocks if b.feed_forward.experts is not None}
+    apart |= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.ndim in (2, 3) and id(p) not in apart]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in chosen]
+    return [
+        Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+@dataclass
+class Run:
+    """A training under way. `seconds` and `tokens` count what was spent, over all interruptions."""
+
+    model: nn.Module
+    lessons: Lessons
+    recipe: Recipe
+    identity: str
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    plans: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(True)
+        self.optimizers = optimizers(self.model, self.recipe)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.balance = Balance(anatomy(self.model))
+
+    def advance(self) -> dict[str, float]:
+        """Do one step; return the losses by name."""
+        start = time.perf_counter()
+        factor = self.recipe.rate(self.step)
+        for optimizer, rate in zip(self.optimizers, self.rates):
+            optimizer.param_groups[0]["lr"] = rate * factor
+        self.model.train()
+        self.balance.reset()
+        seen = {}
+        for lesson in self.lessons.at(self.step, self.step / self.recipe.steps):
+            seen |= self._learn(lesson)
+        norm = nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.balance.adjust(self.recipe.balance_rate * factor)
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return seen | {"norm": float(norm)}
+
+    def _learn(self, lesson: Lesson) -> dict[str, float]:
+        """Add the gradients of one lesson."""
+        recipe = self.recipe
+        weights = {TEXT: 1.0, ANSWER: recipe.answer_weight, REPEAT: recipe.repeat_weight}
+        self.balance.loss = 0.0
+        found = losses(self.model, lesson, self.balance)
+        total = sum(weights[kind] * loss for kind, loss in found.items())
+        (total + recipe.balance_weight * self.balance.loss).backward()
+        self.tokens += lesson.inputs["input_ids"].numel()
+        names = {TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
+        return {names[kind]: loss.item() for kind, loss in found.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the state beside `path`, then rename it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".part")
+        state = {key: getattr(self, key) for key in ("identity", "step", "seconds", "tokens", "plans")}
+        state |= {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        torch.save(state, beside)
+        beside.replace(path)
+
+    def resume(self, path: Path) -> bool:
+        """Take up the state in `path` if it belongs to the same model, recipe and data; return whether it did."""
+        if not path.is_file():
+            return False
+        state = torch.load(path, weights_only=True)
+        if state["identity"] != self.identity:
+            return False
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        for key in ("step", "seconds", "tokens", "plans"):
+            setattr(self, key, state[key])
+        return True
