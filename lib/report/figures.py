@@ -86,6 +86,11 @@ def show(figure: Figure, alt: str) -> None:
     display(data, metadata={"image/png": {"alt": alt, "width": round(WIDTH_INCHES * 100)}}, raw=True)
 
 
+def _look(index: int) -> tuple[str, str]:
+    """Return colour and marker of the arm at `index`; the pair repeats only after 36 arms."""
+    return ARMS[index % len(ARMS)], MARKERS[(index + index // len(ARMS)) % len(MARKERS)]
+
+
 def _whiskers(axes: Axes, frame: pd.DataFrame, x: str, y: str, low: str, high: str, **options: object) -> None:
     """Draw vertical intervals where the frame has them."""
     if low in frame and high in frame:
@@ -125,10 +130,10 @@ def impact(
             axes.axhline(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="baseline", zorder=1)
         for index, (name, rows) in enumerate(frame.groupby(arm, sort=False, observed=True)):
             rows = rows.sort_values(x)
-            colour, control = ARMS[index % len(ARMS)], name in controls
+            (colour, marker), control = _look(index), name in controls
             line = dict(color=colour, linestyle="--" if control else "-", linewidth=1.3 if control else 2)
             face = "white" if control else colour
-            axes.plot(rows[x], rows[y], marker=MARKERS[index % len(MARKERS)], markerfacecolor=face, label=name, **line)
+            axes.plot(rows[x], rows[y], marker=marker, markerfacecolor=face, label=name, **line)
             _whiskers(axes, rows, x, y, low, high, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3, alpha=0.8)
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if log_y:
@@ -329,7 +334,7 @@ def trade_off(
             axes.axvline(reference[0], color=INK, linewidth=0.8)
             axes.axhline(reference[1], color=INK, linewidth=0.8)
         for index, (name, rows) in enumerate(frame.groupby(arm, sort=False, observed=True)):
-            colour, marker = ARMS[index % len(ARMS)], MARKERS[index % len(MARKERS)]
+            colour, marker = _look(index)
             for along, option in ((x, "xerr"), (y, "yerr")):
                 if {f"{along}_low", f"{along}_high"} <= set(rows):
                     spread = np.abs([rows[along] - rows[f"{along}_low"], rows[f"{along}_high"] - rows[along]])

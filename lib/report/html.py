@@ -159,7 +159,7 @@ def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str
     exporter = MarkdownExporter(
         config=config, template_name="workbench_markdown", extra_template_basedirs=[str(TEMPLATES)]
     )
-    exporter.register_filter("deeper", _deeper if view["record"] else str)
+    exporter.register_filter("deeper", lambda source: _deeper(source) if view["record"] else source)
     resources = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
     text, resources = exporter.from_notebook_node(_without_reprs(notebook), resources=resources)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources.get("outputs") or {}

@@ -20,6 +20,7 @@ from lib.report.verdict import Verdict, judge, withhold_if_invalid
 
 SCHEMA = 1
 SCRAP = "record"
+ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
 Status = Literal["ok", "failed", "not_applicable"]
 
 
@@ -202,3 +203,19 @@ def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
         else:
             records += [record] if record else []
     return records, damaged
+
+
+def gather(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Return every record of a result folder, sorted by stem, and the damaged ones as stem → what is wrong.
+
+    What a notebook glued is read through scrapbook, and completed by what the runner added in the JSON file (state,
+    time, samples); a run that glued nothing, because it failed, comes from its JSON file alone.
+    """
+    known, damaged = read_folder(folder)
+    found = {record.stem: record for record in known}
+    glued, unreadable = from_notebooks(folder)
+    for record in glued:
+        kept = found.get(record.stem)
+        added = {name: getattr(kept, name) for name in ADDED_BY_RUNNER} if kept else {}
+        found[record.stem] = record.model_copy(update=added)
+    return [found[stem] for stem in sorted(found)], damaged | unreadable

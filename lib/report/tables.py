@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from lib.measure.measurement import Measurement
-from lib.measure.metrics import DIMENSIONS
+from lib.measure.metrics import DIMENSIONS, METRICS
 from lib.report import rows
 from lib.report.quantities import duration
 from lib.report.record import Record
@@ -97,6 +97,68 @@ def matrix(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["optimization", "model", "status", *DIMENSIONS, "took", "day"])
 
 
+def sentences(records: Iterable[Record]) -> pd.DataFrame:
+    """Return the computed sentence of each record."""
+    lines = [[title(found.optimization), found.model, found.verdict.sentence or found.reason] for found in records]
+    return pd.DataFrame(lines, columns=["optimization", "model", "in words"])
+
+
+def coverage(records: Iterable[Record]) -> pd.DataFrame:
+    """Return in how many records of each model a metric has a number: what can be compared across models."""
+    frame = tidy_all(records)
+    frame = frame[frame["provenance"] != "unavailable"]
+    counts = pd.crosstab(frame["metric"], frame["model"]).astype(int) if len(frame) else pd.DataFrame()
+    counts = counts.reindex([name for name in METRICS if name in counts.index])
+    lines = [{"dimension": METRICS[name].dimension, "metric": label(name)} for name in counts.index]
+    return pd.concat([pd.DataFrame(lines, columns=["dimension", "metric"]), counts.reset_index(drop=True)], axis=1)
+
+
+def missing(records: Iterable[Record]) -> pd.DataFrame:
+    """Return the metrics that could not be had, with the reason and in how many records."""
+    frame = tidy_all(records)
+    frame = frame[frame["provenance"] == "unavailable"]
+    counts = frame.groupby(["dimension", "label", "reason"], sort=True).size().reset_index(name="records")
+    return counts.rename(columns={"label": "metric"})
+
+
+def across(records: Iterable[Record], metric: str) -> pd.DataFrame:
+    """Return one metric of several records for `figures.forest(frame, group="model")`, labelled by optimization."""
+    frame = tidy_all(records)
+    frame = frame[(frame["metric"] == metric) & frame["gain"].notna()]
+    several = frame.duplicated(["optimization", "model"], keep=False)
+    names = frame["optimization"].map(title)
+    return frame.assign(label=names.where(~several, names + " [" + frame["workload"] + "]"))
+
+
+def speed_and_quality(
+    records: Iterable[Record], speed: str = "prefill_tokens_per_second", quality: str = "f1_macro"
+) -> pd.DataFrame:
+    """Return a row per record that has both metrics, for `figures.trade_off`: `x` the speed-up, `y` the change of
+    quality.
+
+    Shares are in points (hundredths), other scores in percent of the baseline, turned so that above 0 is better. `arm`
+    is the optimization's title, `label` the model. Where a metric stands for several workloads, the first counts.
+    """
+    lines = []
+    for found in records:
+        chosen = {m.metric: m for m in reversed(found.measurements) if m.ratio and m.verdict != "invalid"}
+        if speed not in chosen or quality not in chosen:
+            continue
+        line = {"arm": title(found.optimization), "label": found.model, "verdict": chosen[quality].verdict}
+        line |= dict(zip(("x", "x_low", "x_high"), gain(chosen[speed])))
+        lines.append(line | dict(zip(("y", "y_low", "y_high"), _change(chosen[quality]))))
+    columns = ["arm", "label", "verdict", "x", "x_low", "x_high", "y", "y_low", "y_high"]
+    return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(columns[3:], float))
+
+
+def _change(found: Measurement) -> tuple[float | None, ...]:
+    """Return the change with its interval: in points for a share, in percent otherwise; above 0 is better."""
+    scale = 100 * (found.baseline if found.unit == "share" else 1) * (1 if found.higher_is_better else -1)
+    low, high = found.ci or (None, None)
+    ends = sorted((end - 1) * scale for end in (low, high)) if found.ci else [None, None]
+    return ((found.ratio - 1) * scale, *ends)
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a Markdown table; numbers with four significant figures."""
     return rows.markdown(
@@ -140,14 +202,10 @@ def show(frame: pd.DataFrame, caption: str = "") -> None:
     display(data, raw=True)
 
 
-def show_text(sentence: str) -> None:
-    """Display one computed sentence, such as the verdict's, as emphasised text."""
+def show_text(text: str, strong: bool = False) -> None:
+    """Display one computed sentence, such as `record.verdict.sentence`; `strong` sets it in bold."""
     from IPython.display import display
 
-    escaped = html.escape(sentence, quote=False)
-    data = {
-        "text/html": f"<p><strong>{escaped}</strong></p>",
-        "text/markdown": f"**{sentence}**",
-        "text/plain": sentence,
-    }
-    display(data, raw=True)
+    escaped = html.escape(text, quote=False)
+    marked, bold = (f"<strong>{escaped}</strong>", f"**{text}**") if strong else (escaped, text)
+    display({"text/html": f"<p>{marked}</p>", "text/markdown": bold, "text/plain": text}, raw=True)
