@@ -21,7 +21,7 @@ from lib.models import corpus, tasks
 
 TEXT, ANSWER, REPEAT, SILENT = 1, 2, 3, 0  # what predicting a token teaches; SILENT tokens carry no loss
 ROW_LENGTHS = ((0.35, 256), (0.5, 512), (0.65, 1024), (1.01, 2048))  # until this progress, rows of this length
-PURE_REPEATS = 0.2  # until this progress, half of the rows are nothing but spans and their repeats
+PURE_REPEATS = 0.35  # until this progress, half of the rows are nothing but spans and their repeats
 CHARACTERS = 560
 
 
