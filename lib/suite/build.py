@@ -1,0 +1,218 @@
+"""One build from beginning to end: plan, keys, runs, pages, overview and index. Knows no command line.
+
+Returns the exit code: 0 where every run is well, 1 where one failed or the build was stopped. A wrong request raises
+UserError before anything has run.
+"""
+
+import contextlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.suite import cores, imports, key, lock, outputs, plan
+from lib.suite.outputs import Folder, State
+from lib.suite.plan import Job, Request
+from lib.suite.progress import Progress, duration
+
+
+class Stopped(BaseException):
+    """The build was asked to end: Ctrl-C, SIGTERM or a closed terminal."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn the first signal that ends a process into `Stopped`; further ones are ignored while it tidies up."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def stop(*_: Any) -> None:
+        for name in names:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        raise Stopped
+
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]:
+    """Return each job with the parts of its key and its state."""
+    hashes = key.Hashes(folder.hashes)
+    templates = {job.optimization: job.template for job in jobs}
+    reached = {name: imports.reached(template) for name, template in templates.items()}
+    found = []
+    for job in jobs:
+        parts = key.parts(job, hashes, reached)
+        found.append((job, parts, outputs.state(folder, job.stem, parts)))
+    if folder.path.is_dir():
+        hashes.save()
+    return found
+
+
+def build(request: Request, out: Path, jobs: int | None = None, force: bool = False) -> int:
+    """Run what is not finished, make the pages and the index; return the exit code."""
+    planned = plan.plan(request)
+    side_by_side = jobs if jobs is not None else cores.default_jobs(request.scale, request.device)
+    shares = cores.share_out(side_by_side)
+    folder = outputs.open_folder(out)
+    try:
+        with _locked(folder), stoppable():
+            return _build(folder, planned, shares, force)
+    except Stopped:
+        print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
+        return 1
+    except OSError as error:
+        where = error.filename or folder.path
+        print(f"build.py: {where}: cannot be written ({error.strerror}); stopped, what was finished is kept")
+        return 1
+
+
+@contextlib.contextmanager
+def _locked(folder: Folder) -> Iterator[None]:
+    """Hold the folder's lock. Raises UserError where another build has it."""
+    try:
+        with lock.held(folder.lock):
+            yield
+    except lock.Held as other:
+        about = other.holder
+        raise UserError(
+            f"{folder.path}: another build is at work there (process {about.get('pid', 'unknown')}, since "
+            f"{about.get('since', 'an unknown time')}); wait for it or give another folder with --out"
+        ) from None
+
+
+def _build(folder: Folder, planned: Sequence[Job], shares: Sequence[Sequence[int]], force: bool) -> int:
+    surveyed = survey(folder, planned)
+    _tidy(folder)
+    to_run = [(job, parts) for job, parts, state in surveyed if force or state.must_run]
+    to_render = [job.stem for job, _, state in surveyed if not force and state.kind == "unrendered"]
+    for job, _, state in surveyed:
+        if state.kind == "damaged":
+            print(f"build.py: {state.why}: running {job.stem} again")
+    kept = len(planned) - len(to_run)
+    if kept:
+        print(f"{kept} of {len(planned)} runs are finished already and kept")
+    expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
+    results = _run(folder, to_run, shares, planned, expected) if to_run else []
+    faults = _render(folder, to_render, planned)
+    faults += _overview(folder, shares)
+    faults += _index(folder)
+    return _summary(folder, len(planned), results, faults)
+
+
+def _run(folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict) -> list:
+    from lib.suite import schedule
+
+    neighbours = sorted({*outputs.present(folder), *((job.optimization, job.model) for job in planned)})
+    entries = [schedule.Entry(job, key.of(parts), parts) for job, parts in to_run]
+    with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
+        return schedule.run(schedule.Build(folder, shares, temporary, neighbours, progress), entries)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Folder) -> Iterator[Path]:
+    """Make a folder for what notebooks throw away; remembered, so that the next build removes it after a kill."""
+    path = Path(tempfile.mkdtemp(prefix="workbench-"))
+    folder.running.mkdir(parents=True, exist_ok=True)
+    (folder.running / "temporary").write_text(str(path), encoding="utf-8")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _tidy(folder: Folder) -> None:
+    """Remove what a build that was killed has left behind. Only the holder of the lock may."""
+    with contextlib.suppress(OSError):
+        path = Path((folder.running / "temporary").read_text(encoding="utf-8"))
+        if path.name.startswith("workbench-"):
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder.running, ignore_errors=True)
+    for part in folder.path.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> list[str]:
+    if not stems:
+        return []
+    from lib.suite import publish
+
+    neighbours = sorted({*outputs.present(folder), *((job.optimization, job.model) for job in planned)})
+    return [fault for stem in stems if (fault := publish.render(folder.path, stem, neighbours))]
+
+
+def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
+    """Execute `overview.ipynb` over the records, last of all, unless none of them has changed."""
+    path = plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb"
+    if not path.is_file():
+        return []
+    from lib.suite import overview
+
+    if overview.up_to_date(folder, path):
+        return []
+    with _temporary(folder) as temporary:
+        fault = overview.execute(folder, path, [core for share in shares for core in share], temporary)
+    return [fault] if fault else []
+
+
+def _index(folder: Folder) -> list[str]:
+    index = folder.path / "index.html"
+    sources = [*folder.path.glob("*--*.json"), *folder.path.glob("overview.html"), plan.NOTEBOOKS]
+    newest = max((path.stat().st_mtime_ns for path in sources), default=0)
+    if index.is_file() and index.stat().st_mtime_ns >= newest:
+        return []
+    from lib.suite import publish
+
+    fault = publish.write_index(folder)
+    return [fault] if fault else []
+
+
+def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str]) -> int:
+    """Print the last lines; return the exit code."""
+    failed = [result for result in results if result.status == "failed"]
+    for result in failed:
+        print(f"FAILED {result.stem}: {result.reason}" + (f" (notebook: {result.notebook})" if result.notebook else ""))
+    for fault in faults:
+        print(f"FAILED {fault}")
+    took = sum(result.seconds for result in results)
+    ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
+    print(f"{total - len(failed)} of {total} well, {len(failed)} failed; {ran}; {_shown(folder.path / 'index.html')}")
+    return 1 if failed or faults else 0
+
+
+def _shown(path: Path) -> Path:
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def report(out: Path) -> int:
+    """Render the pages of every record again, and the index; return the exit code. Runs no notebook."""
+    from lib.suite import publish
+
+    if not outputs.present(Folder(out)):
+        raise UserError(f"{_shown(out)}: holds no record; build first: python build.py")
+    folder = outputs.open_folder(out)
+    with _locked(folder):
+        faults = publish.render_all(folder, lambda line: print(line, flush=True))
+    print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
+    return 1 if faults else 0
+
+
+def show(request: Request, out: Path) -> int:
+    """Print models, optimizations and the state of every job with the reason; return the exit code."""
+    surveyed = survey(Folder(out), plan.plan(request, to_run=False))
+    print("models:        " + "  ".join(plan.models()))
+    print("optimizations: " + "  ".join(plan.optimizations()))
+    print(f"results:       {_shown(out)}")
+    width = max(len(job.stem) for job, _, _ in surveyed)
+    for job, _, state in surveyed:
+        word = state.status if state.kind in ("finished", "unrendered") else state.kind
+        print(f"  {word:14}  {job.stem:{width}}  {state.why}".rstrip())
+    return 0

@@ -1,0 +1,70 @@
+"""The overview notebook: executed last, over all records of a folder, into `overview.ipynb`, `.html` and `.md`.
+
+It is no optimization, has no record, and runs again only where a record or the code it reaches has changed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.report.files import write_atomically
+from lib.suite import imports, key, outputs, publish, runner, worker
+from lib.suite import template as templates
+from lib.suite.outputs import Folder
+from lib.suite.plan import OVERVIEW
+
+EFFORT = "quick"  # for its limits of time
+
+
+def up_to_date(folder: Folder, path: Path) -> bool:
+    """Return whether the overview that lies in the folder was made from these records by this code."""
+    pages = [folder.of(OVERVIEW, ending) for ending in (".ipynb", ".html", ".md")]
+    if not all(page.is_file() for page in pages):
+        return False
+    try:
+        return json.loads(folder.parts(OVERVIEW).read_text(encoding="utf-8")) == {"key": _key(folder, path)}
+    except (OSError, ValueError):
+        return False
+
+
+def _key(folder: Folder, path: Path) -> str:
+    hashes = key.Hashes()
+    template = templates.read(path)
+    reached = {str(module): hashes.of(module) for module in imports.reached(template)}
+    records = {record.name: hashes.of(record) for record in sorted(folder.path.glob("*--*.json"))}
+    return key.digest([template.cells, reached, records])
+
+
+def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -> str | None:
+    """Execute the overview and render it; return None, or in one line what went wrong."""
+    template = templates.read(path)
+    made_from = _key(folder, path)
+    declared = {"results": str(folder.path), "folder": str(folder.path), "scale": folder.path.name}
+    task = worker.Task(
+        name=path.name,
+        notebook=path,
+        parameters={name: value for name, value in declared.items() if name in template.parameters},
+        folder=folder.running / OVERVIEW,
+        temporary=temporary / OVERVIEW,
+        cores=tuple(cores),
+        jobs=1,
+        effort=EFFORT,
+        glued=False,
+    )
+    started = worker.start(task)
+    try:
+        while (outcome := worker.poll(started)) is None:
+            time.sleep(0.1)
+    finally:
+        worker.finish(started)
+    outputs.place(task.log, folder.log(OVERVIEW))
+    if outcome.error:
+        if task.output.is_file():
+            outputs.place(task.output, folder.failed(OVERVIEW))
+        return f"{OVERVIEW}: {runner.fault(template, outcome)} (notebook: {folder.failed(OVERVIEW)})"
+    outputs.place(task.output, folder.of(OVERVIEW, ".ipynb"))
+    fault = publish.render(folder.path, OVERVIEW, outputs.present(folder))
+    if not fault:
+        write_atomically(folder.parts(OVERVIEW), json.dumps({"key": made_from}) + "\n")
+    return fault

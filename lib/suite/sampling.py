@@ -1,0 +1,101 @@
+"""Processor and memory use of a process tree, sampled while it runs. Knows nothing of notebooks."""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+INTERVAL_SECONDS = 0.5
+MOST_SAMPLES = 1200
+
+
+@dataclass
+class Samples:
+    """Equally long lists; halved in number, and the interval doubled, whenever they grow beyond MOST_SAMPLES."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor_percent: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    interval_seconds: float = INTERVAL_SECONDS
+
+    def add(self, seconds: float, processor_percent: float, memory_bytes: int) -> None:
+        """Add one sample; of two that are merged, the mean of the processor and the larger memory are kept."""
+        self.seconds.append(round(seconds, 2))
+        self.processor_percent.append(round(processor_percent, 1))
+        self.memory_bytes.append(memory_bytes)
+        if len(self.seconds) >= MOST_SAMPLES:
+            self._halve()
+
+    def _halve(self) -> None:
+        pairs = range(0, len(self.seconds) - 1, 2)
+        self.seconds = [self.seconds[at + 1] for at in pairs]
+        self.processor_percent = [
+            round((self.processor_percent[at] + self.processor_percent[at + 1]) / 2, 1) for at in pairs
+        ]
+        self.memory_bytes = [max(self.memory_bytes[at : at + 2]) for at in pairs]
+        self.interval_seconds *= 2
+
+
+class Tree:
+    """The descendants of a process: their use, and their end. Remembers whom it has seen, so that orphans end too."""
+
+    def __init__(self, pid: int):
+        self.root = psutil.Process(pid)
+        self.seen: dict[tuple[int, float], psutil.Process] = {}
+        self.used: dict[tuple[int, float], float] = {}
+        self.start = self.last = time.monotonic()
+        self.samples = Samples()
+
+    def sample(self) -> None:
+        """Take a sample if it is time for one. The root itself (papermill) is not counted."""
+        now = time.monotonic()
+        if now - self.last < self.samples.interval_seconds:
+            return
+        busy, memory = 0.0, 0
+        for process in self._descendants():
+            mark = (process.pid, process.create_time())
+            try:
+                with process.oneshot():
+                    times, resident = process.cpu_times(), process.memory_info().rss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            used = times.user + times.system
+            busy += used - self.used.get(mark, 0.0)
+            self.used[mark] = used
+            memory += resident
+        elapsed, self.last = now - self.last, now
+        self.samples.add(now - self.start, 100 * max(busy, 0.0) / elapsed, memory)
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            found = self.root.children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        for process in found:
+            try:
+                self.seen[(process.pid, process.create_time())] = process
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def end_descendants(self) -> None:
+        """Kill every process that the root started, directly or not, also those that it has left behind."""
+        for _ in range(3):
+            self._descendants()
+            alive = [process for process in self.seen.values() if process.is_running()]
+            if not alive:
+                return
+            for process in alive:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(alive, timeout=0.5)
+
+    def end(self) -> None:
+        """Kill the root, so that it starts nothing more, and then everything it started."""
+        self._descendants()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.root.kill()
+        self.end_descendants()

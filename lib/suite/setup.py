@@ -1,0 +1,225 @@
+"""The environment: finds one that satisfies `requirements.txt`, or makes `.venv`, and restarts the program inside it.
+
+Needs the standard library only, and is imported before anything is installed. Knows nothing of what the packages do.
+
+`.venv/.workbench` holds the hash of the `requirements.txt` that was installed. It is written last; while an
+installation runs it says so instead. An environment whose installation was interrupted is made anew by the next call.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.suite import lock
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIREMENTS = ROOT / "requirements.txt"
+ENVIRONMENT = ROOT / ".venv"
+STAMP = ENVIRONMENT / ".workbench"
+LOG = ROOT / ".venv.log"
+INSTALLING = "installing"
+WAIT_SECONDS = 3600.0
+RESTARTS = "WORKBENCH_RESTARTS"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A line of `requirements.txt`: what pip installs, and what an environment that is already there may have."""
+
+    name: str
+    accepted: str
+
+
+def requirements(text: str) -> list[Requirement]:
+    """Return the requirements in `text`. `torch==2.13.0  # accept >=2.11`: installs 2.13.0, is satisfied by 2.11."""
+    found = []
+    for line in text.splitlines():
+        match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*([^#;]*)(?:#\s*accept\s+(\S+))?", line.split(";")[0])
+        if match:
+            found.append(Requirement(match[1], (match[3] or match[2]).replace(" ", "")))
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: `2.13.0+cpu` is (2, 13); trailing zeros do not count."""
+    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def satisfies(version: str, bounds: str) -> bool:
+    """Return whether `version` lies within `bounds` such as `>=2.6,<3` (releases only; no wildcard)."""
+    compare = {
+        "==": lambda a, b: a == b,
+        "!=": lambda a, b: a != b,
+        ">=": lambda a, b: a >= b,
+        "<=": lambda a, b: a <= b,
+        ">": lambda a, b: a > b,
+        "<": lambda a, b: a < b,
+    }
+    for bound in filter(None, bounds.split(",")):
+        operator, wanted = re.match(r"(==|!=|>=|<=|>|<)(.+)", bound).groups()
+        if not compare[operator](_release(version), _release(wanted)):
+            return False
+    return True
+
+
+def unmet(text: str) -> list[str]:
+    """Return what this environment lacks of the requirements in `text`: `torch (2.9.1, needs >=2.11)`, `optuna`."""
+    lacking = []
+    for wanted in requirements(text):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(wanted.name)
+            continue
+        if version is None or not satisfies(version, wanted.accepted):
+            lacking.append(f"{wanted.name} ({version}, needs {wanted.accepted})")
+    return lacking
+
+
+def _fingerprint() -> str:
+    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+
+
+def _stamp() -> str | None:
+    try:
+        return STAMP.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _python() -> Path:
+    windows = os.name == "nt"
+    return ENVIRONMENT / ("Scripts" if windows else "bin") / ("python.exe" if windows else "python")
+
+
+def _inside() -> bool:
+    return ENVIRONMENT.exists() and Path(sys.prefix).resolve() == ENVIRONMENT.resolve()
+
+
+def _say(line: str) -> None:
+    print(f"build.py: {line}", file=sys.stderr, flush=True)
+
+
+def enter() -> None:
+    """Return inside an environment that satisfies `requirements.txt`, making one first where there is none.
+
+    Does not return where it has to restart the program elsewhere. Exits with 2 and one line where it cannot be done.
+    """
+    if not REQUIREMENTS.is_file():
+        _say("requirements.txt is missing beside build.py; restore it")
+        sys.exit(2)
+    outdated = _inside() and _stamp() not in (None, _fingerprint())
+    if not outdated and not unmet(REQUIREMENTS.read_text(encoding="utf-8")):
+        os.environ.pop(RESTARTS, None)
+        return
+    if _inside():
+        # The environment cannot be made anew from inside itself.
+        _restart(Path(getattr(sys, "_base_executable", sys.executable)))
+    if not _ready():
+        try:
+            _make()
+        except lock.Held as other:
+            _say(f"process {other.holder.get('pid', 'unknown')} has been setting up .venv for an hour; end it or wait")
+            sys.exit(2)
+        except OSError as error:
+            _say(f"cannot set up .venv: {error}")
+            sys.exit(2)
+    _restart(_python())
+
+
+def _ready() -> bool:
+    """Return whether `.venv` can be used as it is: stamped complete, or made by hand and satisfying."""
+    stamp = _stamp()
+    if stamp is not None:
+        return stamp == _fingerprint() and _runs("import sys")
+    return _runs(
+        "import sys; from pathlib import Path; from lib.suite import setup; "
+        "sys.exit(bool(setup.unmet(setup.REQUIREMENTS.read_text(encoding='utf-8'))))"
+    )
+
+
+def _runs(program: str) -> bool:
+    """Return whether the environment's own Python runs `program` with exit code 0."""
+    try:
+        ended = subprocess.run([_python(), "-c", program], cwd=ROOT, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return ended.returncode == 0
+
+
+def _make() -> None:
+    """Make `.venv` and install into it; only one process at a time does, the others wait for it."""
+    with lock.held(
+        ROOT / ".venv.lock", WAIT_SECONDS, lambda: _say("another process is setting up .venv; waiting for it")
+    ) as handle:
+        if _ready():
+            return
+        broken = _stamp() == INSTALLING or not _runs("import pip")
+        lacking = [item.split()[0] for item in unmet(REQUIREMENTS.read_text(encoding="utf-8"))]
+        if ENVIRONMENT.exists() and not broken:
+            _say("bringing .venv up to requirements.txt, once; this takes minutes")
+        else:
+            some = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+            _say(f"setting up .venv from requirements.txt, once; this takes minutes (not here: {some})")
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+            _step([sys.executable, "-m", "venv", ENVIRONMENT], "python -m venv", handle)
+        STAMP.write_text(INSTALLING, encoding="utf-8")
+        pip = [_python(), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-r", REQUIREMENTS]
+        _step(pip, "pip install -r requirements.txt", handle)
+        fresh = STAMP.with_name(STAMP.name + ".part")
+        fresh.write_text(_fingerprint(), encoding="utf-8")
+        os.replace(fresh, STAMP)
+        LOG.unlink(missing_ok=True)
+
+
+def _step(arguments: list, what: str, handle: int) -> None:
+    """Run one step of the set-up with its output in `.venv.log`. Exits with 2 and one line where it fails.
+
+    The step is given the lock: where this process is killed outright, the next call waits until the step has ended too.
+    """
+    kept = {} if os.name == "nt" else {"pass_fds": (handle,)}
+    with LOG.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [str(part) for part in arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **kept
+        )
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            _say("stopped; the next call sets .venv up anew")
+            sys.exit(2)
+    if code:
+        _say(f"{what} failed: {_reason()} (all of it: {LOG.name})")
+        sys.exit(2)
+
+
+def _reason() -> str:
+    """Return the last line of the log that speaks of an error, or its last line."""
+    lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.search("error|not available", line, re.IGNORECASE)]
+    return (errors or lines or ["it said nothing"])[-1][:300]
+
+
+def _restart(python: Path) -> None:
+    """Start the program again under `python`, with the same arguments; never returns."""
+    restarts = int(os.environ.get(RESTARTS, 0))
+    if restarts == 3:
+        _say(f"{python} does not keep what is installed into it; remove .venv and call again")
+        sys.exit(2)
+    os.environ[RESTARTS] = str(restarts + 1)
+    os.environ.pop("PYTHONHOME", None)
+    arguments = [str(python), str(ROOT / "build.py"), *sys.argv[1:]]
+    if os.name == "nt":
+        sys.exit(subprocess.call(arguments))
+    sys.stdout.flush()
+    os.execv(str(python), arguments)

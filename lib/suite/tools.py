@@ -1,0 +1,67 @@
+"""The commands that start another program in this environment: the tests, JupyterLab, the training of the stand-ins.
+
+Each takes the arguments that are passed on and returns an exit code. Knows nothing of builds.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.suite.plan import NOTEBOOKS, ROOT
+
+
+def _call(arguments: Sequence[str], environment: dict[str, str] | None = None) -> int:
+    """Run a module of this environment in the repository's root; return 0, or 1 where it failed."""
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **(environment or {})}
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=surroundings).returncode
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+def test(arguments: Sequence[str], description: str) -> int:
+    """Run ruff over code and notebooks, then pytest: the unit tests, and every template through nbval.
+
+    With paths among the arguments, pytest runs those alone. Pytest's summary stays the last but for what ruff found.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: build.py test [PYTEST ARGUMENT …]\n\n{description}")
+        return 0
+    found = {
+        "ruff check": _call(["ruff", "check", "--quiet", "."]),
+        "ruff format --check": _call(["ruff", "format", "--check", "--quiet", "."]),
+    }
+    chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
+    where = [] if chosen else ["tests", *(str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb")))]
+    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+        environment = {"PYTHONPATH": _python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
+        nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
+        found["pytest"] = _call(["pytest", *nbval, *where, *arguments], environment)
+    failed = [name for name, code in found.items() if code]
+    if failed:
+        print(f"build.py test: failed: {', '.join(failed)}", flush=True)
+    return 1 if failed else 0
+
+
+def lab(arguments: Sequence[str], description: str) -> int:
+    """Start JupyterLab in `notebooks/`, with this environment's kernel and `lib` within reach."""
+    from lib.suite.worker import write_kernel
+
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: build.py lab [JUPYTERLAB ARGUMENT …]\n\n{description}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+        environment = {"PYTHONPATH": _python_path(), "JUPYTER_PATH": str(write_kernel(Path(folder)))}
+        try:
+            return 1 if _call(["jupyterlab", str(NOTEBOOKS), *arguments], environment) else 0
+        except KeyboardInterrupt:
+            return 0
+
+
+def proxies(arguments: Sequence[str], description: str) -> int:
+    """Train the stand-ins again."""
+    return _call(["lib.models.proxies", *arguments])
