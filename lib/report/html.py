@@ -50,10 +50,18 @@ def _read(path: Path | None) -> nbformat.NotebookNode:
     if path is None or not Path(path).is_file():
         return nbformat.v4.new_notebook()
     try:
-        return nbformat.read(path, as_version=4)
+        return _without_scraps(nbformat.read(path, as_version=4))
     except Exception as error:  # nbformat raises ValueError, AttributeError, ValidationError …
         cell = nbformat.v4.new_markdown_cell(f"The notebook cannot be read ({type(error).__name__}).")
         return nbformat.v4.new_notebook(cells=[cell])
+
+
+def _without_scraps(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take out what scrapbook glued: it is for programs, and no template can show it."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [found for found in cell.outputs if "scrapbook" not in found.get("metadata", {})]
+    return notebook
 
 
 def _bare_view(notebook: nbformat.NotebookNode, stem: str) -> dict[str, Any]:

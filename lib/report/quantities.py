@@ -60,8 +60,9 @@ def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
 
 
 def signed(value: float, form: str = ".1f") -> str:
-    """Return the number with its sign, a true minus for negative ones."""
-    return f"{value:+{form}}".replace("-", MINUS)
+    """Return the number with its sign, a true minus for negative ones, none for what is rounded to zero."""
+    text = f"{value:+{form}}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
 def times(ratio: float | None) -> str:

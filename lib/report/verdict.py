@@ -5,15 +5,16 @@ together so that a gain never hides a loss, and said in plain English with ratio
 or pages.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from lib.measure.measurement import Measurement, invalid
-from lib.measure.metrics import DIMENSIONS, METRICS
-from lib.report.quantities import interval, share, signed, times
-from lib.report.wording import label, one_line
+from lib.measure.metrics import DIMENSIONS
+from lib.report.quantities import figures, interval, share, signed, times
+from lib.report.wording import label, one_line, words
 
 Dimension = Literal["better", "worse", "equivalent", "mixed", "inconclusive", "invalid", "unavailable"]
 Accuracy = Literal["maintained", "not_maintained", "inconclusive", "invalid", "unavailable"]
@@ -37,6 +38,9 @@ SAME_TIMES = {
     "time_to_first_token_ms": "prefill_tokens_per_second",
     "time_per_output_token_ms": "decode_tokens_per_second",
 }
+# As `lib.measure.noninferiority` states them in a source; a test holds both together.
+BOUND = re.compile(r"\b(lower|upper) bound ([+-][\d.]+)(%?)")
+MARGIN = re.compile(r"\bmargin ([\d.]+)(%?)")
 _SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -228,29 +232,35 @@ def _amount(found: Measurement) -> str:
 
 
 def _quality(found: Measurement) -> str:
-    """Say whether quality was maintained, with the difference, its interval and the margin."""
-    name = subject(found)
-    word = {"better": "maintained", "equivalent": "maintained", "worse": "not maintained"}.get(
-        found.verdict, found.verdict
-    )
-    word = {"informative": "not judged"}.get(word, word.replace("_", " "))
+    """Say whether quality was maintained, with the difference, its interval or bound, and the margin it was held to."""
+    word = {"informative": "not judged", "equivalent": "maintained"}.get(found.verdict, words(found.verdict))
     if found.baseline is None or found.optimized is None:
-        return f"{name} {word}"
-    if found.unit == "share":
-        note = f"{signed((found.optimized - found.baseline) * 100)} points"
-        if found.ci and found.baseline:
-            low, high = ((end - 1) * found.baseline * 100 for end in found.ci)
-            note += f", {interval(low, high, '.1f')}"
+        return f"{subject(found)} {word}"
+    in_points = found.unit == "share"
+    scale = 100 * (found.baseline if in_points else 1)
+    if in_points:
+        change = f"{signed((found.optimized - found.baseline) * 100)} points"
     else:
-        note = f"{signed((found.ratio - 1) * 100)} %" if found.ratio else f"{found.optimized:.3g}"
-        if found.ci and found.ratio:
-            note += f", {interval(*((end - 1) * 100 for end in found.ci), form='.1f')}"
-    return f"{name} {word} ({note}{_margin(found)})"
+        change = f"{signed((found.ratio - 1) * 100)} %" if found.ratio else figures(found.optimized)
+    bound, margin = judged_by(found)
+    if bound is None and found.ci and found.ratio:
+        low, high = ((end - 1) * scale for end in found.ci)
+        bound = interval(low, high, ".1f")
+    return f"{subject(found)} {word} ({', '.join(part for part in (change, bound, margin) if part)})"
 
 
-def _margin(found: Measurement) -> str:
-    listed = METRICS[found.metric]
-    if listed.margin is None:
-        return ""
-    percent = f"{listed.margin * 100:g}"
-    return f", margin {percent}" + ("" if listed.margin_kind == "absolute" else " %")
+def judged_by(found: Measurement) -> tuple[str | None, str | None]:
+    """Return the one-sided bound and the margin that a score was held to, in words, as its source states them.
+
+    A margin may be set for one run, so that of the list of metrics is not assumed where the source names none.
+    """
+    bound, margin = BOUND.search(found.source), MARGIN.search(found.source)
+    return (
+        bound and f"{bound[1]} bound {signed(_hundredths(bound[2], bound[3]))}{' %' * bool(bound[3])}",
+        margin and f"margin {_hundredths(margin[1], margin[2]):g}{' %' * bool(margin[2])}",
+    )
+
+
+def _hundredths(number: str, sign: str) -> float:
+    """Return a share in hundredths; a number with a percent sign is that already."""
+    return float(number) if sign else float(number) * 100

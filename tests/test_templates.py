@@ -1,0 +1,229 @@
+"""The skeleton of the template notebooks: stored clean, told in prose, nothing measured typed by hand.
+
+`faults` holds the rules; every template in notebooks/ has to pass, and a template with each fault in turn has to fail.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+TEMPLATES = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "overview")
+COMMON = (
+    ("model", "str"),
+    ("scale", "str"),
+    ("effort", "str"),
+    ("device", "str"),
+    ("checkpoints", "str"),
+    ("random_weights", "bool"),
+    ("seed", "int"),
+)
+DEFAULTS = {"effort": '"quick"', "device": '"cpu"', "checkpoints": '""', "random_weights": "False", "seed": "0"}
+TAGS = (
+    "parameters",
+    "setup",
+    "model",
+    "mechanism",
+    "apply",
+    "quality",
+    "speed",
+    "cost",
+    "figures",
+    "record",
+    "environment",
+)
+HEADINGS = ("Question", "Idea", "Is it still right?", "Is it faster?", "What does it cost?", "Limits")
+MOST_LINES = 20
+IDEA_WORDS = 150
+PARAMETER = re.compile(r"^(?P<name>[a-z_]\w*): (?P<type>[^=#]+?) = (?P<default>.+?)  # (?P<help>\S.*)$")
+# A number with a unit of a result. Code spans (formulas), "95 %" (intervals) and lines that cite a source in brackets
+# are taken out before.
+TYPED = re.compile(
+    r"\d+(?:\.\d+)?\s*(?:×|x\s+(?:faster|slower|smaller)|times\s+(?:faster|slower)|%|per\s?cent|ms\b|seconds\b|"
+    r"tokens/s|tokens per second|MB\b|GB\b|joules\b)",
+    re.IGNORECASE,
+)
+CITED = re.compile(r"\[[^\]]+\]")
+
+
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def faults(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return one line per broken rule."""
+    return [
+        fault for rule in (_stored, _parameters, _tagged, _told, _typed, _glued, _ended) for fault in rule(notebook)
+    ]
+
+
+def _stored(notebook) -> list[str]:
+    """Without outputs, counts, or what papermill and nbclient leave in the metadata."""
+    found = ["papermill metadata in the notebook"] if "papermill" in notebook.metadata else []
+    for index, cell in enumerate(notebook.cells):
+        left = {"papermill", "execution"} & set(cell.metadata)
+        found += [f"cell {index}: {name} metadata" for name in sorted(left)]
+        if cell.cell_type == "code":
+            found += [f"cell {index}: outputs"] if cell.outputs else []
+            found += [f"cell {index}: execution count"] if cell.execution_count is not None else []
+    return found
+
+
+def _parameters(notebook) -> list[str]:
+    """The first code cell is tagged, has one name per line with type, default and help, and the common ones first."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not code or "parameters" not in _tags(code[0]):
+        return ["the first code cell is not tagged parameters"]
+    found, declared = [], []
+    for line in code[0].source.splitlines():
+        match = PARAMETER.match(line)
+        if match:
+            declared.append((match["name"], match["type"]))
+            expected = DEFAULTS.get(match["name"])
+            if expected and match["default"] != expected:
+                found.append(f"parameter {match['name']}: the default is not {expected}")
+        elif line.strip():
+            found.append(f"parameters: not `name: type = default  # help`: {line}")
+    return found + [f"parameter {name}: {kind} is missing" for name, kind in COMMON if (name, kind) not in declared]
+
+
+def _tagged(notebook) -> list[str]:
+    """Every tag of the skeleton is there, and the cells come in the skeleton's order."""
+    tags = [tag for cell in notebook.cells if cell.cell_type == "code" for tag in _tags(cell)]
+    found = [f"no cell tagged {tag}" for tag in TAGS if tag not in tags]
+    first = [
+        tags.index(tag) for tag in ("parameters", "setup", "model", "apply", "record", "environment") if tag in tags
+    ]
+    return found + (["the tagged cells are out of order"] if first != sorted(first) else [])
+
+
+def _told(notebook) -> list[str]:
+    """More prose than code; short cells; the headings of the skeleton."""
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = [] if len(prose) >= len(code) else [f"{len(code)} code cells, but only {len(prose)} of prose"]
+    for index, cell in enumerate(notebook.cells):
+        lines = len(cell.source.strip().splitlines())
+        if cell.cell_type == "code" and not set(_tags(cell)) & {"parameters"} and lines > MOST_LINES:
+            found.append(f"cell {index}: {lines} lines of code, at most {MOST_LINES}")
+    if not notebook.cells or not notebook.cells[0].source.startswith("# "):
+        found.append("the first cell is not the title")
+    sections = _sections(notebook)
+    found += [f'no heading "{name}"' for name in HEADINGS if name not in sections]
+    words = len(sections.get("Idea", "").split())
+    return found + ([f"the idea takes {words} words, at most {IDEA_WORDS}"] if words > IDEA_WORDS else [])
+
+
+def _sections(notebook) -> dict[str, str]:
+    """Return the prose under each second-level heading."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    parts = re.split(r"^## +(.+?)\s*$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def _typed(notebook) -> list[str]:
+    """No measured number stands in prose; a formula is code, a cited figure has its source in brackets on its line."""
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type != "markdown":
+            continue
+        source = re.sub(r"```.*?```|`[^`]*`|\b95 %", "", cell.source, flags=re.DOTALL)
+        for line in source.splitlines():
+            match = TYPED.search(line)
+            if match and not CITED.search(line):
+                found.append(f"cell {index}: a typed number: {match[0]}")
+    return found
+
+
+def _glued(notebook) -> list[str]:
+    """One cell glues, and it is the one tagged record."""
+    glue = re.compile(r"\bglue\s*\(")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "record" in _tags(cell)]
+    found = [] if len(tagged) == 1 else [f"{len(tagged)} cells are tagged record"]
+    found += [
+        "a cell glues that is not tagged record" for cell in code if glue.search(cell.source) and cell not in tagged
+    ]
+    return found + ["the cell tagged record does not glue" for cell in tagged if not glue.search(cell.source)]
+
+
+def _ended(notebook) -> list[str]:
+    """The last cell is the environment card."""
+    last = notebook.cells[-1] if notebook.cells else None
+    return [] if last is not None and "environment" in _tags(last) else ["the last cell is not the environment card"]
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_keep_the_skeleton(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert faults(notebook) == []
+
+
+def test_the_overview_is_stored_clean():
+    notebook = nbformat.read(NOTEBOOKS / "overview.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert _stored(notebook) == [] and _typed(notebook) == []
+    assert all(len(cell.source.splitlines()) <= MOST_LINES for cell in notebook.cells if cell.cell_type == "code")
+    assert "parameters" in _tags(next(cell for cell in notebook.cells if cell.cell_type == "code"))
+
+
+def _sound() -> nbformat.NotebookNode:
+    """Return the smallest template that keeps every rule."""
+    v = nbformat.v4
+    lines = [f"{name}: {kind} = {DEFAULTS.get(name, repr('x'))}  # help" for name, kind in COMMON]
+    lines.append("ratio: float = 0.25  # share removed, in [0, 1)")
+    sources = dict.fromkeys(TAGS, "show()") | {"parameters": "\n".join(lines), "record": "record.glue(found)"}
+    cells = [v.new_markdown_cell("# Title"), *(v.new_markdown_cell(f"## {name}\n\nProse.") for name in HEADINGS)]
+    cells += [
+        v.new_markdown_cell("Known: 1.9 % lost [Authors 2025]; predicted `2.0×`; 95 % interval.") for _ in range(4)
+    ]
+    return v.new_notebook(cells=cells + [v.new_code_cell(sources[tag], metadata={"tags": [tag]}) for tag in TAGS])
+
+
+def _cell(notebook, tag: str):
+    return next(cell for cell in notebook.cells if tag in _tags(cell))
+
+
+def test_a_sound_template_has_no_fault():
+    assert faults(_sound()) == []
+
+
+BREAK: dict[str, Callable] = {
+    "outputs": lambda n: _cell(n, "apply").outputs.append(nbformat.v4.new_output("stream", text="1")),
+    "execution count": lambda n: _cell(n, "apply").update(execution_count=3),
+    "papermill metadata in the notebook": lambda n: n.metadata.update(papermill={}),
+    ": papermill metadata": lambda n: _cell(n, "apply").metadata.update(papermill={}),
+    "not tagged parameters": lambda n: _cell(n, "parameters").metadata.update(tags=[]),
+    "not `name: type": lambda n: _cell(n, "parameters").update(source=_cell(n, "parameters").source + "\nx = 1"),
+    "parameter seed: int is missing": lambda n: _cell(n, "parameters").update(
+        source=_cell(n, "parameters").source.replace("seed: int", "seed: float")
+    ),
+    'the default is not "quick"': lambda n: _cell(n, "parameters").update(
+        source=_cell(n, "parameters").source.replace('"quick"', '"thorough"')
+    ),
+    "no cell tagged speed": lambda n: n.cells.remove(_cell(n, "speed")),
+    "out of order": lambda n: n.cells.insert(8, n.cells.pop(n.cells.index(_cell(n, "record")))),
+    "21 lines of code": lambda n: _cell(n, "apply").update(source="\n".join(["x = 1"] * 21)),
+    "only 10 of prose": lambda n: n.cells.pop(7),
+    'no heading "Limits"': lambda n: n.cells[6].update(source="## Something"),
+    "the idea takes 151 words": lambda n: n.cells[2].update(source="## Idea\n\n" + "word " * 151),
+    "not the title": lambda n: n.cells[0].update(source="Title"),
+    "typed number: 1.31×": lambda n: n.cells[1].update(source="## Question\n\nPrefill is 1.31× faster."),
+    "typed number: 28 %": lambda n: n.cells[1].update(source="## Question\n\nWeights fall by 28 %."),
+    "typed number: 812 tokens/s": lambda n: n.cells[1].update(source="## Question\n\nAbout 812 tokens/s."),
+    "glues that is not tagged": lambda n: _cell(n, "apply").update(source="record.glue(found)"),
+    "does not glue": lambda n: _cell(n, "record").update(source="found"),
+    "2 cells are tagged record": lambda n: _cell(n, "cost").metadata.update(tags=["cost", "record"]),
+    "not the environment card": lambda n: n.cells.append(nbformat.v4.new_markdown_cell("The end.")),
+}
+
+
+@pytest.mark.parametrize("says", BREAK)
+def test_each_broken_rule_is_named(says):
+    notebook = _sound()
+    BREAK[says](notebook)
+    assert any(says in fault for fault in faults(notebook)), faults(notebook)
