@@ -78,7 +78,7 @@ def apply(
         observation = observe(model, calibration)
     view = anatomy(pruned)
     seen = [None] * len(view.blocks) if observation is None else observation.blocks
-    scores = [_scores(block, statistics, saliency, seed) for block, statistics in zip(view.blocks, seen)]
+    scores = [saliency_scores(block, statistics, saliency, seed) for block, statistics in zip(view.blocks, seen)]
     for block, score in zip(view.blocks, scores):
         _prune_block(block, score, shares)
     if blocks := round(shares["depth"] * len(view.blocks)):
@@ -90,6 +90,25 @@ def apply(
     if recovery_steps:
         distil(pruned, model, recovery or calibration, steps=recovery_steps, learning_rate=learning_rate, seed=seed)
     return pruned
+
+
+def recover(
+    pruned: nn.Module,
+    model: nn.Module,
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> tuple[nn.Module, list[float]]:
+    """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
+
+    With no steps it is `pruned` itself.
+    """
+    if not steps:
+        return pruned, []
+    student = copy.deepcopy(pruned)
+    return student, distil(student, model, batches, steps=steps, learning_rate=learning_rate, seed=seed)
 
 
 def _check(ratio: float, **choices: str) -> None:
@@ -190,7 +209,7 @@ def _head_projections(attention: Attention) -> list[nn.Linear]:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def _scores(block: Block, seen: BlockStatistics | None, saliency: str, seed: int) -> dict:
+def saliency_scores(block: Block, seen: BlockStatistics | None, saliency: str = "activation", seed: int = 0) -> dict:
     """Return saliency: experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number)."""
     part, attention = block.feed_forward, block.attention
     if saliency == "random":
@@ -330,3 +349,9 @@ def without_blocks(model: nn.Module, removed: Sequence[int]) -> nn.Module:
     student = copy.deepcopy(model, shared)
     remove_blocks(student, removed)
     return synchronise(student)
+
+
+def shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of block `index`: parameter name → shape. Indices are of the model as it is."""
+    block = anatomy(model).blocks[index].module
+    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim > 1}

@@ -14,7 +14,7 @@ from lib.measure.measurement import Measurement
 from lib.measure.metrics import DIMENSIONS, METRICS
 from lib.report import rows
 from lib.report.quantities import duration
-from lib.report.record import Record
+from lib.report.record import Control, Record
 from lib.report.verdict import gain
 from lib.report.wording import label, signed, title, words
 
@@ -128,6 +128,17 @@ def across(records: Iterable[Record], metric: str) -> pd.DataFrame:
     several = frame.duplicated(["optimization", "model"], keep=False)
     names = frame["optimization"].map(title)
     return frame.assign(label=names.where(~several, names + " [" + frame["workload"] + "]"))
+
+
+def controls(found: Iterable[Control], metric: str) -> pd.DataFrame:
+    """Return one metric of each control as `arm`, `value`, `low`, `high` in the metric's unit, for `figures.bars`."""
+    lines = []
+    for control in found:
+        for one in (m for m in control.measurements if m.metric == metric and m.optimized is not None):
+            scale = one.baseline if one.ratio is not None else 1
+            low, high = (end * scale for end in one.ci) if one.ci else (None, None)
+            lines.append({"arm": control.name, "value": one.optimized, "low": low, "high": high})
+    return pd.DataFrame(lines, columns=["arm", "value", "low", "high"])
 
 
 def speed_and_quality(
