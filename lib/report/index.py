@@ -60,7 +60,7 @@ def text(
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("matrix.html.j2").render(
-        title=f"Results at scale {folder.resolve().name}",
+        title=f"Results at scale {_distinct(r.scale for r in records) or folder.resolve().name}",
         summary=_summary(records, damaged, len(rows) * len(shown_models)),
         facts=_facts(records),
         links=_links(folder),
