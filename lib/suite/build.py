@@ -125,6 +125,7 @@ def _temporary(folder: Folder) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(folder.running, ignore_errors=True)
 
 
 def _tidy(folder: Folder) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 
 KERNEL_START_SECONDS = 120
+# jsonschema looks for this package, whose import takes seconds, to check a kind of address that no notebook holds.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """The content key of a job: what its result depends on, hashed part by part, so that a change can be named.
 
-Parts: the template's cells, the resolved parameters (the device among them), the model's dimensions, the modules of `lib`
-that the notebook and `lib/optimizations/<stem>.py` reach through their imports, the weights, the evaluation data, and the
-versions of Python, torch and transformers. A hit means: this measurement still belongs to this code. The machine is not
-part of it; the record names it. Knows nothing of records.
+Parts: the template's cells, the resolved parameters (the device among them), the model's dimensions, the modules of
+`lib` that the notebook and `lib/optimizations/<stem>.py` reach through their imports, the weights, the evaluation data,
+and the versions of Python, torch and transformers. A hit means: this measurement still belongs to this code. The
+machine is not part of it; the record names it. Knows nothing of records.
 """
 
 import hashlib

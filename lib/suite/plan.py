@@ -1,8 +1,9 @@
 """What is to be run: the folders' contents and a request, turned into jobs whose every parameter is checked.
 
-The folder is the registry: an optimization is a notebook in `notebooks/`, a model a file in `parameters/`. Precedence of
-a parameter: template default < model file's section for the optimization < `-p name=value`; what the options set (model,
-scale, effort, device, checkpoints, random_weights) is set by them alone. Knows nothing of what has been run already.
+The folder is the registry: an optimization is a notebook in `notebooks/`, a model a file in `parameters/`. Precedence
+of a parameter: template default < model file's section for the optimization < `-p name=value`; what the options set
+(model, scale, effort, device, checkpoints, random_weights) is set by them alone. Knows nothing of what has been run
+already.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Runs jobs beside each other, each on its own cores, and follows them until all have ended or the build is stopped.
 
 One thread, one loop: start what there is room for, follow what runs, settle what has ended. A failure stops nothing;
-what is tried once more is a kernel that would not start and a child that was lost. Knows nothing of what a notebook does.
+what is tried once more is a kernel that would not start and a child that was lost. Knows nothing of what notebooks do.
 """
 
 import time

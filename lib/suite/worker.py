@@ -53,7 +53,7 @@ class Task:
 
 @dataclass
 class Outcome:
-    """How an execution ended. `error` is None, or kind, text and whether a cell raised it; `cell` the last one begun."""
+    """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last one begun."""
 
     error: dict[str, Any] | None
     record: dict[str, Any] | None

@@ -1,0 +1,170 @@
+"""What a build leaves, what it says of what failed, and what it does when it is called again."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import workbench
+
+from lib.suite import lock
+
+
+def test_one_failure_stops_nothing(built):
+    root, ended = built
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    statuses = {name: workbench.record(root, f"{name}--alpha-1.5")["status"] for name in ("well", "raises", "hangs")}
+    assert statuses == {"well": "not_applicable", "raises": "failed", "hangs": "failed"}
+    assert "1 of 5 well, 4 failed" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("raises", "cell 6 under “Sums” (`y = x / 0`): ZeroDivisionError: division by zero"),
+        ("hangs", "cell 4 under “Endless” (`import time`): it ran past its limit of time"),
+        ("killed", "cell 4 under “Gone” (`import os`): the kernel was killed or died"),
+        ("silent", "the notebook glued no record"),
+    ],
+)
+def test_a_failure_tells_cell_error_and_notebook(built, name, told):
+    root, ended = built
+    stem = f"{name}--alpha-1.5"
+    record = workbench.record(root, stem)
+    assert record["status"] == "failed" and record["reason"].startswith(told)
+    [line] = [line for line in ended.stdout.splitlines() if line.startswith(f"FAILED {stem}")]
+    place = f"executed/proxy/failed/{stem}.ipynb"
+    assert told in line and place in line and (root / place).is_file()
+    assert not (root / f"executed/proxy/{stem}.ipynb").exists()
+
+
+def test_a_finished_run_is_whole(built):
+    root, _ = built
+    folder, stem = root / "executed" / "proxy", "well--alpha-1.5"
+    assert {path.name for path in folder.glob(f"{stem}.*")} == {
+        f"{stem}{end}" for end in (".ipynb", ".html", ".md", ".json")
+    }
+    assert (folder / "index.html").is_file() and (folder / "logs" / f"{stem}.log").is_file()
+    assert not (folder / ".running").exists() and not list(folder.glob(".*.part"))
+    record = workbench.record(root, stem)
+    process = record["process"]
+    assert record["parameters"]["ratio"] == 0.25 and record["parameters"]["model"] == "alpha-1.5"
+    assert len(process["seconds"]) == len(process["memory_bytes"]) == len(process["processor_percent"]) > 0
+    assert max(process["memory_bytes"]) > 0 and process["jobs_side_by_side"] * process["cores"] <= os.cpu_count()
+    assert "under “Record”" in record["log"] and record["seconds"] > 0 and record["key"].startswith("sha256:")
+
+
+def test_paths_of_the_machine_stay_out_of_the_notebook(built):
+    root, _ = built
+    text = (root / "executed/proxy/well--alpha-1.5.ipynb").read_text(encoding="utf-8")
+    assert str(root) not in text
+
+
+def test_nothing_changed_runs_nothing(built):
+    root, _ = built
+    before = (root / "executed/proxy/well--alpha-1.5.json").stat().st_mtime_ns
+    ended = workbench.build(root, "run", "well", "--model", "alpha-1.5")
+    assert ended.returncode == 0 and "nothing had to be run" in ended.stdout, ended.stdout + ended.stderr
+    assert (root / "executed/proxy/well--alpha-1.5.json").stat().st_mtime_ns == before
+
+
+def test_list_names_the_state_of_every_run(built):
+    root, _ = built
+    lines = workbench.build(root, "list").stdout.splitlines()
+    told = {line.split()[1]: line.split()[0] for line in lines if "--" in line}
+    assert told["well--alpha-1.5"] == "not_applicable" and told["well--beta-2"] == "missing"
+    assert told["raises--alpha-1.5"] == "failed"
+    assert any("parameters: ratio changed" in line for line in _list(root, "-p", "ratio=0.5"))
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "told"),
+    [
+        ("lib/errors.py", '"""What', '"""This is what', "code: lib/errors.py changed"),
+        ("notebooks/well.ipynb", "x = ratio", "x = ratio + 1", "template: cells changed"),
+        ("parameters/alpha-1.5.yaml", "num_hidden_layers: 2", "num_hidden_layers: 1", "model: config changed"),
+        ("parameters/proxies/alpha-1.5/config.json", "{", "{ ", "weights: config.json changed"),
+    ],
+)
+def test_list_says_why_a_run_is_stale(built, path, old, new, told):
+    root, _ = built
+    before = (root / path).read_text(encoding="utf-8")
+    if path.startswith("lib"):
+        assert "import UserError" in workbench.RECORD  # the template reaches that module
+    (root / path).write_text(before.replace(old, new, 1), encoding="utf-8")
+    try:
+        [line] = [line for line in _list(root) if "well--alpha-1.5" in line]
+    finally:
+        (root / path).write_text(before, encoding="utf-8")
+    assert line.split()[0] == "stale" and told in line
+
+
+def _list(root, *arguments):
+    ended = workbench.build(root, "list", "--model", "alpha-1.5", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_pages_that_are_gone_are_rendered_without_a_run(built):
+    root, _ = built
+    page = root / "executed/proxy/well--alpha-1.5.html"
+    page.unlink()
+    ended = workbench.build(root, "run", "well", "--model", "alpha-1.5")
+    assert ended.returncode == 0 and "nothing had to be run" in ended.stdout and page.is_file()
+
+
+def test_report_renders_from_the_records(built):
+    root, _ = built
+    page = root / "executed/proxy/raises--alpha-1.5.html"
+    page.unlink()
+    ended = workbench.build(root, "report")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "ZeroDivisionError" in page.read_text(encoding="utf-8")
+
+
+def test_a_record_that_is_not_json_is_named(built):
+    root, _ = built
+    path = root / "executed/proxy/killed--alpha-1.5.json"
+    before = path.read_bytes()
+    path.write_text("{half", encoding="utf-8")
+    try:
+        assert any("damaged" in line and "is not JSON" in line for line in _list(root))
+        ended = workbench.build(root, "report")
+        assert ended.returncode == 1
+        assert "killed--alpha-1.5.json: not a record: not JSON" in ended.stdout
+        assert "well--alpha-1.5: rendered" in ended.stdout
+    finally:
+        path.write_bytes(before)
+
+
+def test_two_builds_at_once_in_one_folder(built):
+    root, _ = built
+    with lock.held(root / "executed/proxy/.lock"):
+        ended = workbench.build(root, "run", "well")
+    assert ended.returncode == 2 and "another build is at work there" in ended.stderr
+    assert str(os.getpid()) in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_lock_of_a_dead_process_is_none(tmp_path):
+    path = tmp_path / "lock"
+    program = (
+        "import os, sys; from pathlib import Path; from lib.suite import lock\n"
+        "with lock.held(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=workbench.ROOT).returncode == -signal.SIGKILL
+    with lock.held(path):
+        pass
+
+
+def test_overview_runs_last_and_only_when_a_record_changed(project):
+    code = "from pathlib import Path\nprint(sorted(p.name for p in Path(folder).glob('*--*.json')))"
+    workbench.notebook(project / "notebooks/overview.ipynb", [("Records", code)], 'folder: str = ""  # records')
+    ended = workbench.build(project, "--model", "beta-2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    folder = project / "executed/proxy"
+    assert "well--beta-2.json" in (folder / "overview.ipynb").read_text(encoding="utf-8")
+    assert (folder / "overview.html").is_file() and (folder / "overview.md").is_file()
+    before = (folder / "overview.ipynb").stat().st_mtime_ns
+    assert workbench.build(project, "--model", "beta-2").returncode == 0
+    assert (folder / "overview.ipynb").stat().st_mtime_ns == before
