@@ -30,7 +30,7 @@ def lint(record: Record | Mapping[str, Any]) -> list[str]:
         if has_number(entry):
             faults += [f"details.{name}: {fault}" for fault in _label(entry)]
     process = content.get("process")
-    if process and has_number({key: value for key, value in process.items() if key != "cores"}):
+    if process and has_number(process):
         faults += [f"process: {fault}" for fault in _label(process)]
     return [f"{stem}: {fault}" for fault in faults]
 

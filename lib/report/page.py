@@ -84,6 +84,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("Measured", day(record.started)),
         ("Took", duration(record.seconds)),
     ]
+    if record.process and record.process.jobs_side_by_side:
+        found.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
     return [(name, value) for name, value in found if value]
 
 

@@ -34,13 +34,21 @@ class Control(BaseModel):
 
 
 class Process(BaseModel):
-    """Samples of the run's own process tree, taken by the runner while the notebook ran; lists of equal length."""
+    """Samples of the run's own process tree, taken by the runner while the notebook ran.
 
-    model_config = ConfigDict(extra="allow")
+    `seconds`, `processor_percent` (100 is one core) and `memory_bytes` are of equal length. `cell_seconds` counts the
+    executed notebook's code cells.
+    """
+
+    model_config = ConfigDict(extra="forbid")
     seconds: list[float] = []
     processor_percent: list[float] = []
     memory_bytes: list[float] = []
+    interval_seconds: float | None = None
     cores: int | None = None
+    pinned_to: list[int] = []
+    jobs_side_by_side: int | None = None
+    cell_seconds: dict[str, float] = {}
     provenance: Literal["measured"] = "measured"
     source: str = "psutil, the kernel and its children; 100 % is one core"
 
@@ -115,6 +123,15 @@ def build(
 def _as_mapping(value: Any) -> dict[str, Any]:
     encoded = plain.encode(value) if value is not None else {}
     return encoded if isinstance(encoded, dict) else {"card": encoded}
+
+
+def labelled(value: Any, provenance: str, source: str) -> dict[str, Any]:
+    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands."""
+    if provenance not in ("measured", "derived", "estimated") or not source:
+        raise ValueError(
+            f'a number is measured, derived or estimated, and has a source; got "{provenance}", "{source}"'
+        )
+    return {"provenance": provenance, "source": source, "value": value}
 
 
 def to_json(record: Record) -> dict[str, Any]:

@@ -69,7 +69,11 @@ def process(seconds: int = 60) -> Process:
         seconds=times,
         processor_percent=[min(200.0, max(4.0, chance.gauss(170, 25))) for _ in times],
         memory_bytes=[5e8 + 4e6 * time + chance.gauss(0, 5e6) for time in times],
+        interval_seconds=0.5,
         cores=2,
+        pinned_to=[0, 1],
+        jobs_side_by_side=1,
+        cell_seconds={"0": 0.2},
     )
 
 

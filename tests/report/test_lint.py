@@ -48,3 +48,11 @@ def test_unlabelled_details_are_found():
         "details.curve: holds numbers without provenance and source",
         "details.kept: has no source",
     ]
+
+
+def test_a_labelled_detail_has_no_fault():
+    content = record.to_json(samples.made())
+    content["details"] = {"curve": record.labelled([1.5, 2.5], "measured", "perf_counter")}
+    assert lint(content) == []
+    with pytest.raises(ValueError, match="has a source"):
+        record.labelled(1, "measured", "")

@@ -3,10 +3,12 @@
 import pandas as pd
 import pytest
 
-from lib.report import figures, quantities, rows, tables
+from lib.measure import measurement
+from lib.report import figures, quantities, record, rows, tables
 from lib.report.wording import label, title
 from tests.report import samples
 
+SAMPLED = {"seconds", "processor_percent", "memory_bytes"}
 PNG = b"\x89PNG\r\n"
 
 
@@ -77,6 +79,19 @@ def test_tables_across_records_stand_any_number(count):
     assert len(tables.missing(records)) == min(count, 1)
 
 
+def test_controls_are_drawn_with_their_own_interval():
+    kl = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.4, "windows", ratio=None, ci=(0.3, 0.5))
+    found = [
+        record.Control(name="by chance", measurements=[kl, samples.scored("f1_macro", 0.9, 0.45, "not_maintained")])
+    ]
+    assert tables.controls(found, "kl_divergence_nats").to_dict("records") == [
+        {"arm": "by chance", "value": 0.4, "low": 0.3, "high": 0.5}
+    ]
+    line = tables.controls(found, "f1_macro").iloc[0]
+    assert (line["value"], line["low"], line["high"]) == pytest.approx((0.45, 0.432, 0.468))
+    assert tables.controls(found, "accuracy").empty
+
+
 def test_quality_is_in_points_and_up_is_better():
     line = tables.speed_and_quality([samples.made(accuracy="not_maintained")]).iloc[0]
     assert line["y"] == pytest.approx(-4.1)
@@ -129,7 +144,7 @@ def _bound() -> pd.DataFrame:
         lambda: figures.bars(_impact().assign(arm=list("abcd")), y_label="F1", controls=["b"], margin=(0, 1)),
         lambda: figures.trade_off(tables.speed_and_quality([samples.made()]), x_label="x", y_label="y", label="label"),
         lambda: figures.trade_off(tables.speed_and_quality([]), x_label="x", y_label="y"),
-        lambda: figures.process(pd.DataFrame(samples.process().model_dump(exclude={"cores", "provenance", "source"}))),
+        lambda: figures.process(pd.DataFrame(samples.process().model_dump(include=SAMPLED)), cores=2),
     ],
 )  # fmt: skip
 def test_every_figure_can_be_drawn(figure):
