@@ -45,6 +45,8 @@ def quantity(value: float | None, unit: str = "") -> str:
         symbol = "" if head in ("parameters", "count") else head
     else:
         return f"{figures(value)} {unit}"
+    if symbol == head and float(value).is_integer():
+        value = int(value)
     for size, prefix in _PREFIXES:
         if abs(value) >= size and not (symbol == "tokens" and size < 1e6):
             return f"{figures(value / size)} {prefix}{symbol}{per}".strip()

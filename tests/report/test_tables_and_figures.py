@@ -19,6 +19,7 @@ def test_quantities_read_well():
     assert quantities.quantity(3_620_000, "parameters") == "3.62 M"
     assert quantities.quantity(812.44, "tokens/s") == "812 tokens/s"
     assert quantities.quantity(0.0021, "J/token") == "0.00210 J/token"
+    assert quantities.quantity(17.0, "items") == "17 items"
     assert quantities.quantity(None, "ms") == "–"
     assert quantities.quantity(0.91, "share") == "0.910"
     assert quantities.interval(-5.6, -2.61, ".1f") == "−5.6 to −2.6"
