@@ -85,7 +85,7 @@ def reading() -> Reading | None:
 
 
 def _waited() -> float:
-    """Seconds in which threads of this process were ready to run and did not (second field of schedstat, nanoseconds)."""
+    """Seconds in which threads of this process were ready but did not run (second field of schedstat, nanoseconds)."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:

@@ -79,6 +79,7 @@ METRICS: dict[str, Metric] = {
     "checkpoint_bytes": _resource("bytes"),
     "peak_memory_bytes": _resource("bytes", margin=SPEED_MARGIN),
     "peak_memory_after_load_bytes": _resource("bytes", margin=SPEED_MARGIN),
+    "peak_memory_above_start_bytes": _resource("bytes", margin=SPEED_MARGIN),
     "kv_cache_bytes_per_token": _resource("bytes/token"),
     "processor_utilisation": _resource("share of given cores", margin=None),
     "gpu_utilisation": _resource("share", margin=None),

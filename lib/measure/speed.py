@@ -1,132 +1,221 @@
-"""Times two models on the three standard workloads and puts each ratio beside its noise floor and its physical bound.
-
-The composition that every template uses: prefill of one prompt, decode of one stream, decode of a batch; for each an
-A/A control of the baseline, paired blocks, and what FLOPs and bytes predict. Knows nothing of how the models differ.
+"""Speed and efficiency of two models, whole: times the standard workloads in paired blocks with their A/A control, sets
+them against the machine's bound, and adds processor and energy. Puts the other modules together; knows no optimization.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib.measure import ceilings, cost, disturbance, measurement, statistics, timing, workloads
+from lib.measure import ceilings, cost, disturbance, energy, measurement, processor, statistics, timing, workloads
+from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
+from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
 
-# What is timed: name, metric, the quantity of one call in the metric's terms.
-TIMED = {
-    "prefill": ("prefill_tokens_per_second", "time_to_first_token_ms"),
-    "decode": ("decode_tokens_per_second", "time_per_output_token_ms"),
-    "batch decode": ("batch_decode_tokens_per_second",),
+# Per workload: metric, and what one call is divided by (an attribute of the workload, or one call).
+METRICS_OF = {
+    "prefill": {"prefill_tokens_per_second": "tokens", "time_to_first_token_ms": None},
+    "decode": {"decode_tokens_per_second": "tokens", "time_per_output_token_ms": "new_tokens"},
+    "batch_decode": {"batch_decode_tokens_per_second": "tokens"},
+    "generate": {"generate_tokens_per_second": "tokens"},
 }
+STANDARD = ("prefill", "decode", "batch_decode")
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What timing found. `bounds` has a row per workload and arm: time and bound of one call in ms, and what limits."""
+class Timed:
+    """One workload of both arms as it was timed: the arms, the pairs, the A/A control."""
 
-    measurements: list[Measurement] = field(default_factory=list)
-    control: list[Measurement] = field(default_factory=list)
-    bounds: list[dict] = field(default_factory=list)
-    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    baseline: Workload
+    optimized: Workload
+    pairs: Pairs
+    control: Pairs
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Median seconds of one call of (baseline, optimized)."""
+        return float(np.median(self.pairs.baseline_seconds)), float(np.median(self.pairs.optimized_seconds))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All that was measured: measurements and plain `details` for the record, the timings for figures."""
+
+    measurements: list[Measurement]
+    timed: dict[str, Timed] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
 
 
 def compare(
     baseline: nn.Module,
     optimized: nn.Module,
     prompt_BT: torch.Tensor,
-    effort: Effort,
+    effort: Effort | str,
     *,
-    names: tuple[str, ...] = tuple(TIMED),
-    differ_in: tuple[str, ...] = (),
-    fallback: bool = False,
+    names: Sequence[str] = STANDARD,
     invalid: str | None = None,
+    except_for: tuple[str, ...] = (),
+    costs: dict[str, object] | None = None,
+    fallback: bool = False,
+    with_energy: bool = True,
     seed: int = 0,
-) -> Speed:
-    """Time both models on the workloads `names` and return the measurements, the A/A control and the bounds.
+) -> Compared:
+    """Time the workloads `names` of both models on one prompt and return everything about their speed and efficiency.
 
-    `prompt_BT`: prompts of a whole batch; single streams use the first. `differ_in`: conditions that are the
-    optimization itself (`workloads.assert_same_conditions`). `fallback`: a slower kernel ran than the one meant.
-    `invalid`: why the optimized model's output is degenerate; then nothing is timed and every speed is invalid.
+    `prompt_BT` is ids [1, T]; for `batch_decode` it is repeated with other beginnings. `invalid` is what the sanity
+    gate said: then nothing is timed and every metric is invalid, with that reason. `except_for`: conditions in which
+    the arms may differ. `costs`: options of `cost.of` for the optimized model (absorbed, overhead, skip_zeros);
+    `fallback`: see `ceilings.explain`.
     """
+    effort = efforts.read(effort) if isinstance(effort, str) else effort
     if invalid:
-        metrics = [(metric, name) for name in names for metric in TIMED[name]]
-        return Speed([measurement.invalid(metric, _workload(name), invalid) for metric, name in metrics])
-    found = Speed()
+        listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
+        return Compared([measurement.invalid(metric, name, invalid) for metric, name in listed])
     weight = next(baseline.parameters())
-    limits = ceilings.measure(weight.device.type, weight.dtype)
-    zeros = cost.zero_share(optimized)
+    peaks = ceilings.measure(weight.device.type, weight.dtype)
+    found: list[Measurement] = []
+    timed: dict[str, Timed] = {}
     for name in names:
-        arms = make(baseline, prompt_BT, effort, name), make(optimized, prompt_BT, effort, name)
-        workloads.assert_same_conditions(*arms, except_for=differ_in)
-        options = {"blocks": effort.blocks, "iterations": timing.iterations_for(arms[0]), "seed": seed}
-        options |= {"disturbance": disturbance.watch}
-        floor, pairs = timing.a_a(arms[0], **options), timing.paired(*arms, **options)
-        costs = tuple(_cost(model, arm) for model, arm in zip((baseline, optimized), arms))
-        seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
-        found.seconds[name] = seconds
-        for metric in TIMED[name]:
-            quantity = _quantity(metric, arms[0])
-            one = measurement.from_pairs(metric, _workload(name), pairs, quantity, floor)
-            working_set = cost.weights_bytes(optimized)
-            found.measurements.append(
-                ceilings.explain(
-                    one,
-                    costs,
-                    seconds,
-                    limits,
-                    zero_share=zeros,
-                    fallback=fallback,
-                    working_set_bytes=working_set,
-                )
+        arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
+        workloads.assert_same_conditions(*arms, except_for=except_for)
+        timed[name] = _time(*arms, effort.blocks, seed)
+        found += _explained(name, timed[name], (baseline, optimized), peaks, costs or {}, fallback)
+    found += _processor(timed)
+    if with_energy and (name := "decode" if "decode" in timed else next(iter(timed), None)):
+        arms = timed[name].baseline, timed[name].optimized
+        found += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=weight.device.type, seed=seed)
+    return Compared(found, timed, {"ceilings": vars(peaks), "step_milliseconds": _steps(timed)})
+
+
+def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
+    if name == "prefill":
+        return workloads.prefill(model, prompt_BT)
+    if name == "decode":
+        return workloads.decode(model, prompt_BT, effort.new_tokens)
+    if name == "generate":
+        return workloads.generate(model, prompt_BT, effort.new_tokens)
+    # Rolled by one token each: as many different prompts, the same length.
+    rolled_BT = torch.cat([prompt_BT[:1].roll(shift, 1) for shift in range(effort.batch)])
+    return workloads.decode(model, rolled_BT, effort.new_tokens)
+
+
+def _time(baseline: Workload, optimized: Workload, blocks: int, seed: int) -> Timed:
+    iterations = timing.iterations_for(baseline)
+    options = {"blocks": blocks, "iterations": iterations, "disturbance": disturbance.watch}
+    pairs = timing.paired(baseline, optimized, seed=seed, **options)
+    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, warmup=1, **options))
+
+
+def _explained(name, timed: Timed, models, peaks, options: dict, fallback: bool) -> list[Measurement]:
+    """The workload's rates and latencies against their bound, and the utilisations."""
+    works = (timed.baseline, timed.optimized)
+    priced = []
+    for model, work, extra in zip(models, works, ({}, options)):
+        with cost.experts_hit(model) as hit:
+            work()
+        tokens = work.batch * (work.prompt_tokens if work.name == "prefill" else 1)
+        priced.append(cost.of(model, work, hit=hit.mean(tokens), **extra))
+    hints = {
+        "zero_share": cost.zero_share(models[1]),
+        "fallback": fallback,
+        "working_set_bytes": cost.weights_bytes(models[1]),
+    }
+    found = []
+    for metric, divisor in METRICS_OF[name].items():
+        quantity = getattr(timed.baseline, divisor) if divisor else 1
+        rate = measurement.from_pairs(metric, name, timed.pairs, quantity, timed.control)
+        found.append(ceilings.explain(rate, tuple(priced), timed.seconds, peaks, **hints))
+    return found + ceilings.utilisation(name, tuple(priced), timed.seconds, peaks)
+
+
+def _processor(timed: dict[str, Timed]) -> list[Measurement]:
+    """Processor use (and the GPU's, where there is one) of each workload."""
+    found = []
+    for name, arms in timed.items():
+        base, opt = processor.use(arms.baseline, 0.2), processor.use(arms.optimized, 0.2)
+        found.append(
+            measurement.informative(
+                "processor_utilisation", name, base.utilisation, opt.utilisation, opt.source, samples=None
             )
-            found.control.append(measurement.from_pairs(metric, _workload(name), floor, quantity, floor))
-        if name == _workload(name):
-            found.measurements.extend(ceilings.utilisation(name, costs, seconds, limits))
-        found.bounds.extend(_bounds(name, pairs, costs, limits))
+        )
+        if base.gpu is not None and opt.gpu is not None:
+            found.append(
+                measurement.informative("gpu_utilisation", name, base.gpu, opt.gpu, "NVML, sampled 20 times a second")
+            )
     return found
 
 
-def make(model: nn.Module, prompt_BT: torch.Tensor, effort: Effort, name: str) -> Workload:
-    """Return the workload called `name` (a key of TIMED) of one model."""
-    if name == "prefill":
-        return workloads.prefill(model, prompt_BT[:1])
-    return workloads.decode(model, prompt_BT if name == "batch decode" else prompt_BT[:1], effort.new_tokens)
+def _steps(timed: dict[str, Timed]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """p50, p95, p99 of single decoding steps in milliseconds (None where there are too few), of both arms."""
+    return {
+        name: {
+            arm: statistics.percentiles([1000 * s for s in work.step_seconds])
+            for arm, work in (("baseline", arms.baseline), ("optimized", arms.optimized))
+        }
+        for name, arms in timed.items()
+        if arms.baseline.step_seconds and arms.optimized.step_seconds
+    }
 
 
-def _workload(name: str) -> str:
-    return "decode" if name == "batch decode" else name
+def resources(
+    baseline: nn.Module, optimized: nn.Module, *, tokens: int, costs: dict[str, object] | None = None
+) -> list[Measurement]:
+    """Return what is counted or derived: parameters, weights, cache, FLOPs and bytes per token at `tokens` of context.
+
+    `costs`: the options `absorbed`, `overhead` and `skip_zeros` of the optimized model, as for `compare`.
+    """
+    options = costs or {}
+    skip, absorbed = bool(options.get("skip_zeros")), bool(options.get("absorbed"))
+    overhead = float(options.get("overhead", 0))
+    models = ((baseline, {}, {}, {}), (optimized, {"skip_zeros": skip}, {"absorbed": absorbed}, {"overhead": overhead}))
+    rows = {
+        "parameters": ("load", [cost.parameters(m) for m, *_ in models], "counted, tied ones once"),
+        "active_parameters": (
+            "decode",
+            [cost.active_parameters(m, **skip) for m, skip, *_ in models],
+            "matrix elements that one token of text uses, uniform routing",
+        ),
+        "weights_bytes": ("load", [cost.weights_bytes(m) for m, *_ in models], "parameters and buffers as stored"),
+        "kv_cache_bytes_per_token": (
+            "decode",
+            [cost.kv_cache_bytes_per_token(m) for m, *_ in models],
+            "by formula from the cache's shapes",
+        ),
+        "prefill_flops_per_token": (
+            "prefill",
+            [cost.prefill_flops(m, tokens, **skip) / tokens for m, skip, *_ in models],
+            f"formula, prompt of {tokens} tokens",
+        ),
+        "decode_flops_per_token": (
+            "decode",
+            [cost.decode_flops(m, tokens, **skip, **absorbed) for m, skip, absorbed, _ in models],
+            f"formula, context of {tokens} tokens",
+        ),
+        "decode_bytes_per_token": (
+            "decode",
+            [cost.step_bytes(m, 1, tokens, **skip, **more) for m, skip, _, more in models],
+            f"formula, one sequence, context of {tokens} tokens, uniform routing",
+        ),
+    }
+    return [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
 
 
-def _quantity(metric: str, arm: Workload) -> float:
-    """Return what one call does: tokens for a rate; for a latency, the calls or steps that the time is divided by."""
-    if metric.endswith("_ms"):
-        return arm.new_tokens if arm.name == "decode" else 1
-    return arm.tokens
+def break_even(apply_seconds: float, found: Measurement, workload: str = "apply") -> list[Measurement]:
+    """Return the time it took to apply an optimization, and the tokens after which the time saved has paid for it.
 
-
-def _cost(model: nn.Module, arm: Workload) -> cost.Cost:
-    """Return FLOPs and bytes of one call, with the experts that decoding steps really hit."""
-    if arm.name == "prefill":
-        return cost.of(model, arm)
-    with cost.experts_hit(model) as hit:
-        arm.prepare()
-        arm()
-    return cost.of(model, arm, hit=hit.mean(tokens=arm.batch))
-
-
-def _bounds(
-    name: str, pairs: timing.Pairs, costs: tuple[cost.Cost, cost.Cost], limits: ceilings.Ceilings
-) -> list[dict]:
-    rows = []
-    for arm, times, one in zip(("baseline", "optimized"), (pairs.baseline_seconds, pairs.optimized_seconds), costs):
-        bound = ceilings.bound(one, limits)
-        low, high = statistics.median_interval(times)
-        limit = "compute" if bound.limited_by == "arithmetic" else "bandwidth"
-        rows.append(
-            {"workload": name, "arm": arm, "time": 1000 * float(np.median(times)), "bound": 1000 * bound.seconds}
-            | {"low": 1000 * low, "high": 1000 * high, "limit": limit}
-        )
-    return rows
+    `found` is a rate in tokens per second of both arms; where it shows no gain there is no such number.
+    """
+    applied = measurement.informative("apply_seconds", workload, 0.0, apply_seconds, "perf_counter, once", ratio=None)
+    if found.verdict != "better":
+        reason = f"no gain in {found.metric} was shown ({found.verdict})"
+        return [applied, measurement.unavailable("break_even_tokens", workload, reason)]
+    saved = 1 / found.baseline - 1 / found.optimized
+    source = f"time to apply over seconds saved per token of {found.metric}"
+    tokens = measurement.informative(
+        "break_even_tokens", workload, None, apply_seconds / saved, source, "derived", reason="the baseline needs none"
+    )
+    return [applied, tokens]

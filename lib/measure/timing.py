@@ -140,7 +140,6 @@ def paired(
 
     orders, kept, set_aside = balanced_order(blocks, seed), [], []
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()  # a collection inside one arm's turn would be charged to that arm
     try:
         for order in orders:

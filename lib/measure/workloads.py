@@ -61,7 +61,7 @@ def prefill(model: nn.Module, prompt: Prompt) -> Workload:
 
 
 def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
-    """Return the work of `new_tokens` greedy steps after a prompt whose prefill is not timed. `tokens` is B·new_tokens."""
+    """Return the work of `new_tokens` greedy steps; the prompt's prefill is not timed. `tokens` is B·new_tokens."""
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
     state: dict[str, object] = {}
@@ -111,7 +111,7 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Return random token ids [B, T] of the model's text vocabulary: for models without a tokenizer (random weights)."""
+    """Return random token ids [B, T] of the model's vocabulary: for models without a tokenizer (random weights)."""
     config = model.config.get_text_config()
     # The lowest ids are special tokens, and for vision-language models stand for pictures that are not there.
     floor = min(256, config.vocab_size // 4)

@@ -1,0 +1,105 @@
+"""What runs in a child process of `lib.measure.memory`: reads an arm from standard input, loads it, runs its workload
+once as first call and once more, and prints what memory and time that took as one line of JSON. Knows nothing of the
+other arm.
+"""
+
+import importlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lib.errors import UserError
+from lib.measure import workloads
+from lib.measure.memory import Arm, Peak
+from lib.models import loading, parameters
+
+
+def peak_bytes() -> tuple[int | None, str]:
+    """Return the peak of this process's resident memory so far, and where that was read; None where nothing tells."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024, "VmHWM of the whole process"
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        return getattr(psutil.Process().memory_info(), "peak_wset", None), "peak working set of the whole process"
+    # macOS counts in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "ru_maxrss of the whole process"
+
+
+def run(arm: Arm) -> Peak:
+    """Load and run `arm` in this process and return its peaks."""
+    on_gpu = arm.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats()
+
+    def read() -> tuple[int | None, str]:
+        if on_gpu:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated(), "peak of the CUDA allocator"
+        return peak_bytes()
+
+    _import_architecture(arm)
+    before, scope = read()
+    start = time.perf_counter()
+    model = _load(arm)
+    if on_gpu:
+        torch.cuda.synchronize()
+    load_seconds = time.perf_counter() - start
+    after_load, _ = read()
+    work = _workload(model, arm)
+    calls = []
+    for _ in range(2):
+        if work.prepare:
+            work.prepare()
+        start = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        calls.append(1000 * (time.perf_counter() - start))
+    return Peak(before, after_load, read()[0], scope, load_seconds, *calls)
+
+
+def _import_architecture(arm: Arm) -> None:
+    """Build the architecture once without weights, so that importing its code is not counted as the model's memory."""
+    if arm.folder is not None:
+        path = Path(arm.folder) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{arm.folder}: no config.json; expected a checkpoint folder")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = config.pop("model_type")
+    else:
+        description = parameters.read(arm.load["name"])
+        config, architecture = description.config(arm.load.get("scale", "proxy")), description.architecture
+    loading.build(config, architecture, device="meta")
+
+
+def _load(arm: Arm) -> torch.nn.Module:
+    if arm.folder is not None:
+        model = loading.load_folder(arm.folder, dtype=loading.DTYPES[arm.dtype], device=arm.device)
+    else:
+        model = loading.load(**{"device": arm.device, "dtype": arm.dtype, **(arm.load or {})}).model
+    if arm.transform:
+        module, _, function = arm.transform.partition(":")
+        model = getattr(importlib.import_module(module), function)(model, **arm.arguments)
+    return model
+
+
+def _workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:
+    prompt_BT = workloads.random_prompt(model, arm.batch, arm.prompt_tokens)
+    if arm.workload == "prefill":
+        return workloads.prefill(model, prompt_BT)
+    make = {"decode": workloads.decode, "generate": workloads.generate}[arm.workload]
+    return make(model, prompt_BT, arm.new_tokens)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(run(Arm(**json.load(sys.stdin))))))

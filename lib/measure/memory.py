@@ -1,0 +1,127 @@
+"""True peaks of memory: each arm in a process of its own, where nothing else ever lived, read after load and after the
+workload. Knows how to start such a process and what to make of its answer; `lib.measure.child` is what runs in it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lib.measure import measurement
+from lib.measure.measurement import Measurement
+
+ROOT = Path(__file__).resolve().parents[2]
+TIME_LIMIT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a child process loads and runs.
+
+    `folder`: a checkpoint folder; or `load`: keyword arguments of `lib.models.loading.load`. `transform`:
+    "module:function" that is given the loaded model and `arguments` and returns the model to measure. `workload`:
+    prefill, decode or generate.
+    """
+
+    folder: str | None = None
+    load: dict | None = None
+    transform: str | None = None
+    arguments: dict = field(default_factory=dict)
+    workload: str = "generate"
+    batch: int = 1
+    prompt_tokens: int = 256
+    new_tokens: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a child found. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
+
+    `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
+    for a small model most of the rest. Times are of one fresh process: seconds to load, milliseconds of the first and
+    of the second call.
+    """
+
+    before_load_bytes: int | None
+    after_load_bytes: int | None
+    peak_bytes: int | None
+    scope: str
+    load_seconds: float | None
+    first_call_ms: float | None
+    second_call_ms: float | None
+    reason: str | None = None
+
+    @property
+    def above_start_bytes(self) -> int | None:
+        """The peak less what the process held before it loaded anything."""
+        return None if self.peak_bytes is None else self.peak_bytes - (self.before_load_bytes or 0)
+
+
+def peaks(*arms: Arm) -> list[Peak]:
+    """Run each arm in a fresh child process, one after the other, on the cores and threads of this one; return what
+    they found.
+
+    An arm whose child fails comes back with nulls and the reason.
+    """
+    return [peak(arm) for arm in arms]
+
+
+def peak(arm: Arm) -> Peak:
+    """Run one arm in a fresh child process and return what it found; see `peaks`."""
+    torch = sys.modules.get("torch")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if torch else {}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lib.measure.child"],
+            input=json.dumps(asdict(arm)),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **threads, "PYTHONPATH": path},
+            timeout=TIME_LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return _failed(f"the child process ran past {TIME_LIMIT_SECONDS} s")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return _failed(f"the child process ended with {done.returncode}: {last}")
+    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _failed(reason: str) -> Peak:
+    return Peak(None, None, None, "none", None, None, None, reason)
+
+
+def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") -> list[Measurement]:
+    """Return both peaks, time to load and time of the first call as measurements of (baseline, optimized).
+
+    Load and first call are single readings of fresh processes: informative, without an interval.
+    """
+    reason = baseline.reason or optimized.reason
+    fixed = f", {optimized.before_load_bytes / 2**20:.0f} MiB of it before load" if optimized.before_load_bytes else ""
+    source = f"one fresh child process per arm, {optimized.scope}"
+    names = {
+        "peak_memory_above_start_bytes": ("above_start_bytes", workload),
+        "peak_memory_after_load_bytes": ("after_load_bytes", "load"),
+        "peak_memory_bytes": ("peak_bytes", workload),
+        "load_seconds": ("load_seconds", "load"),
+        "first_call_ms": ("first_call_ms", workload),
+    }
+    found = []
+    for metric, (name, work) in names.items():
+        values = getattr(baseline, name), getattr(optimized, name)
+        if None in values:
+            missing = reason or "the system offers no peak of a process's memory"
+            found.append(measurement.unavailable(metric, work, missing, source))
+        elif metric.endswith("bytes"):
+            found.append(measurement.counted(metric, work, *values, source + fixed, "measured"))
+        else:
+            found.append(
+                measurement.informative(metric, work, *values, "one fresh child process per arm, perf_counter", n=1)
+            )
+    return found

@@ -1,0 +1,324 @@
+"""What an optimization does to a model's answers: the same items for both arms, greedy, paired per item.
+
+`evaluate` asks one arm everything and keeps every answer; `compare` makes measurements of two such sets, so a baseline
+is asked once and compared with many arms. Verdicts are of non-inferiority (`lib.measure.noninferiority`). Text is
+compared with little memory: kept are the last hidden states, and logits are made again in chunks. Knows no
+optimization.
+
+Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from torch import nn
+
+from lib.measure import effort as efforts
+from lib.measure import measurement, noninferiority, statistics, workloads
+from lib.measure.effort import Effort
+from lib.measure.measurement import Measurement
+from lib.measure.metrics import METRICS
+from lib.models import tasks as task_list
+from lib.models.anatomy import anatomy
+from lib.models.loading import Loaded
+
+SCORES: dict[str, Callable] = {
+    "f1_macro": f1_score,
+    "precision_macro": precision_score,
+    "recall_macro": recall_score,
+}
+# Logits held at a time, in elements.
+CHUNK_ELEMENTS = 2**24
+WINDOWS_AT_ONCE = 4
+PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Answers to a classification task: ids of the items, the true and the chosen label's index, all label scores in
+    nats.
+    """
+
+    task: str
+    labels: list[str]
+    ids: list[str]
+    truth_N: np.ndarray
+    chosen_N: np.ndarray
+    scores_NL: np.ndarray
+
+    @property
+    def right_N(self) -> np.ndarray:
+        return self.truth_N == self.chosen_N
+
+
+@dataclass(frozen=True)
+class Text:
+    """How a model read held-out windows: nats per token of each window, and what its logits can be made of again."""
+
+    ids_NT: torch.Tensor
+    loss_N: np.ndarray
+    hidden_NTH: torch.Tensor = field(repr=False)
+    head: nn.Module = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Which values were repeated exactly, over a stated distance in tokens."""
+
+    distance: int
+    right_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of one arm. `reason` says why there are none (random weights)."""
+
+    classified: list[Classified]
+    text: Text | None
+    recalled: Recalled | None
+    reason: str | None = None
+
+
+def evaluate(
+    loaded: Loaded,
+    effort: Effort | str,
+    *,
+    model: nn.Module | None = None,
+    tasks: Sequence[str] | None = None,
+    split: str = "final",
+    seed: int = 0,
+) -> Answers:
+    """Ask one arm all its questions and return the answers.
+
+    `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
+    tasks, by default those of the model's parameter file. Random weights are asked nothing.
+    """
+    if loaded.random_weights:
+        return Answers([], None, None, "random weights: answers carry no information")
+    effort = efforts.read(effort) if isinstance(effort, str) else effort
+    arm = loaded if model is None else replace(loaded, model=model)
+    names = tasks if tasks is not None else [t for t in loaded.parameters.tasks if t in task_list.CLASSIFY]
+    ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
+    return Answers(
+        [classify(arm, name, split, effort.items, seed) for name in names],
+        read(arm.model, ids_NT),
+        recall(arm, effort.recall_distance, effort.recall_prompts, seed),
+    )
+
+
+def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
+    """Return the label of highest log-likelihood for each of at most `limit` items of a split."""
+    items = task_list.items(task, split, limit, seed)
+    labels = task_list.class_labels(task)
+    vocabulary = anatomy(loaded.model).vocabulary
+    batch = max(1, min(32, CHUNK_ELEMENTS * 2 // (vocabulary * 256)))
+    scores_NL = task_list.label_scores(loaded, task, items, batch).numpy()
+    truth_N = np.array([labels.index(item.label) for item in items])
+    return Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL)
+
+
+@torch.inference_mode()
+def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
+    """Return how `model` reads windows ids_NT: the loss of each, and its last hidden states (kept on the processor)."""
+    head = anatomy(model).head
+    ids_NT = ids_NT.to(next(model.parameters()).device)
+    losses, hidden = [], []
+    for ids_BT in ids_NT.split(WINDOWS_AT_ONCE):
+        hidden_BTH = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        for ids_T, hidden_TH in zip(ids_BT, hidden_BTH):
+            loss = sum(
+                nn.functional.cross_entropy(logits_CV, target_C, reduction="sum").item()
+                for logits_CV, target_C in zip(_logits(head, hidden_TH[:-1]), ids_T[1:].split(_rows(head)))
+            )
+            losses.append(loss / (len(ids_T) - 1))
+        hidden.append(hidden_BTH.cpu())
+    return Text(ids_NT.cpu(), np.array(losses), torch.cat(hidden), head)
+
+
+@torch.inference_mode()
+def recall(loaded: Loaded, distance: int, count: int, seed: int = 0) -> Recalled:
+    """Return which of `count` values, stored `distance` tokens ago, the model repeats exactly when it generates
+    greedily.
+    """
+    ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed)
+    right = []
+    for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
+        work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])
+        work()
+        right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
+    return Recalled(distance, np.concatenate(right))
+
+
+@torch.inference_mode()
+def divergence(baseline: Text, optimized: Text) -> tuple[np.ndarray, np.ndarray]:
+    """Return per window the mean KL(baseline ‖ optimized), in nats, and the share of equal most likely tokens."""
+    if not torch.equal(baseline.ids_NT, optimized.ids_NT):
+        raise ValueError("the arms read different windows")
+    kl_N, agree_N = [], []
+    for base_TH, opt_TH in zip(baseline.hidden_NTH, optimized.hidden_NTH):
+        kl = agree = 0.0
+        for base_CV, opt_CV in zip(_logits(baseline.head, base_TH), _logits(optimized.head, opt_TH)):
+            base_CV, opt_CV = base_CV.log_softmax(-1), opt_CV.log_softmax(-1)
+            kl += nn.functional.kl_div(opt_CV, base_CV, reduction="sum", log_target=True).item()
+            agree += (base_CV.argmax(-1) == opt_CV.argmax(-1)).sum().item()
+        kl_N.append(max(kl, 0.0) / len(base_TH))
+        agree_N.append(agree / len(base_TH))
+    return np.array(kl_N), np.array(agree_N)
+
+
+def _rows(head: nn.Module) -> int:
+    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+
+
+def _logits(head: nn.Module, hidden_TH: torch.Tensor):
+    """Yield the logits of hidden_TH in chunks of rows, in float32."""
+    for hidden_CH in hidden_TH.split(_rows(head)):
+        yield head(hidden_CH.to(head.weight.device)).float()
+
+
+def compare(
+    baseline: Answers,
+    optimized: Answers,
+    *,
+    margin: float | None = None,
+    perplexity_margin: float | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Measurement]:
+    """Return every accuracy metric of two arms: scores, flips, exact match, perplexity, divergence, agreement.
+
+    `margin` replaces that of the scores (a difference), `perplexity_margin` that of the perplexity (a share).
+    """
+    if reason := baseline.reason or optimized.reason:
+        return [_unavailable(name, reason) for name, metric in METRICS.items() if metric.dimension == "accuracy"]
+    found = []
+    for base, opt in zip(baseline.classified, optimized.classified, strict=True):
+        found += compare_classified(base, opt, margin=margin, resamples=resamples, seed=seed)
+    if baseline.recalled and optimized.recalled:
+        found.append(
+            compare_recalled(baseline.recalled, optimized.recalled, margin=margin, resamples=resamples, seed=seed)
+        )
+    if baseline.text and optimized.text:
+        found += compare_text(baseline.text, optimized.text, margin=perplexity_margin, resamples=resamples, seed=seed)
+    return found
+
+
+def _unavailable(name: str, reason: str) -> Measurement:
+    workload = {"recall_exact_match": "generate", "perplexity": "prefill"}.get(name)
+    workload = workload or ("prefill" if name in ("kl_divergence_nats", "top1_agreement") else "classify")
+    return measurement.unavailable(name, workload, reason)
+
+
+def compare_classified(
+    baseline: Classified, optimized: Classified, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
+) -> list[Measurement]:
+    """Return macro F1, precision, recall, accuracy and the flips of one task."""
+    if baseline.ids != optimized.ids or baseline.task != optimized.task:
+        raise ValueError("the arms answered different items")
+    answers = (baseline.truth_N, baseline.chosen_N, optimized.chosen_N)
+    replicates = noninferiority.resampled_scores(*answers, len(baseline.labels), resamples, seed)
+    identical = bool(np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
+    to_wrong = int((baseline.right_N & ~optimized.right_N).sum())
+    to_right = int((~baseline.right_N & optimized.right_N).sum())
+    n = len(baseline.ids)
+    found = [
+        noninferiority.score(
+            name,
+            "classify",
+            *(_score(name, arm) for arm in (baseline, optimized)),
+            replicates[name],
+            n=n,
+            to_wrong=0 if identical else to_wrong,
+            identical=identical,
+            margin=margin,
+            source=f"{baseline.task}, {n} items of the same prompts, label by log-likelihood, scikit-learn",
+        )
+        for name in replicates
+    ]
+    source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
+    counts = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
+    return found + [
+        measurement.informative(name, "classify", 0, count, source, ratio=None, n=n) for name, count in counts.items()
+    ]
+
+
+def _score(name: str, arm: Classified) -> float:
+    if name == "accuracy":
+        return float(accuracy_score(arm.truth_N, arm.chosen_N))
+    labels = np.arange(len(arm.labels))
+    return float(SCORES[name](arm.truth_N, arm.chosen_N, labels=labels, average="macro", zero_division=0))
+
+
+def compare_recalled(
+    baseline: Recalled, optimized: Recalled, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
+) -> Measurement:
+    """Return the exact match of generated values."""
+    n = len(baseline.right_N)
+    truth_N = np.ones(n, dtype=int)
+    answers = (truth_N, baseline.right_N.astype(int), optimized.right_N.astype(int))
+    return noninferiority.score(
+        "recall_exact_match",
+        "generate",
+        float(baseline.right_N.mean()),
+        float(optimized.right_N.mean()),
+        noninferiority.resampled_scores(*answers, 2, resamples, seed)["accuracy"],
+        n=n,
+        to_wrong=int((baseline.right_N & ~optimized.right_N).sum()),
+        margin=margin,
+        source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match",
+    )
+
+
+def compare_text(
+    baseline: Text, optimized: Text, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
+) -> list[Measurement]:
+    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token."""
+    kl_N, agree_N = divergence(baseline, optimized)
+    windows, tokens = baseline.ids_NT.shape
+    source = f"{windows} held-out windows of {tokens} tokens"
+    options = {"resamples": resamples, "seed": seed}
+    perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
+    kl = measurement.informative(
+        "kl_divergence_nats",
+        "prefill",
+        0.0,
+        float(kl_N.mean()),
+        f"{source}, KL(baseline ‖ optimized) over the whole vocabulary",
+        ratio=None,
+        ci=statistics.bootstrap_interval(kl_N, **options),
+        n=windows,
+    )
+    agreement = measurement.informative(
+        "top1_agreement",
+        "prefill",
+        1.0,
+        float(agree_N.mean()),
+        f"{source}, share of positions with the same most likely token",
+        ci=statistics.bootstrap_interval(agree_N, **options),
+        n=windows,
+    )
+    return [perplexity, kl, agreement]
+
+
+def flips(baseline: Classified, optimized: Classified) -> list[dict[str, str]]:
+    """Return the items whose answer changed: id, truth, baseline's and optimized arm's label."""
+    changed = np.flatnonzero(baseline.chosen_N != optimized.chosen_N)
+    name = baseline.labels
+    return [
+        {
+            "id": baseline.ids[i],
+            "truth": name[baseline.truth_N[i]],
+            "baseline": name[baseline.chosen_N[i]],
+            "optimized": name[optimized.chosen_N[i]],
+        }
+        for i in changed
+    ]
+
+
+def perplexity(text: Text) -> float:
+    """Return exp of the mean loss over all windows."""
+    return math.exp(float(text.loss_N.mean()))

@@ -1,0 +1,63 @@
+"""One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate one."""
+
+from dataclasses import replace
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure import ceilings, cost, effort, energy, measurement, speed, workloads
+
+QUICK = replace(effort.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(tmp_path, monkeypatch):
+    """Ceilings of a small product, an energy window of a moment, and no waiting for a quiet machine."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(energy, "ESTIMATE_WINDOW_SECONDS", 0.001)
+    monkeypatch.setattr(speed.disturbance, "watch", lambda: lambda: None)
+
+
+def test_one_call_fills_performance_and_efficiency(tiny, name):
+    base, other = tiny(name), tiny(name, seed=1)
+    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK)
+    metrics = {measured.metric for measured in found.measurements}
+    assert set(found.timed) == {"prefill", "decode", "batch_decode"} and found.timed["batch_decode"].baseline.batch == 2
+    assert {"prefill_tokens_per_second", "time_to_first_token_ms", "batch_decode_tokens_per_second"} <= metrics
+    assert {"model_flops_utilisation", "memory_bandwidth_utilisation", "processor_utilisation"} <= metrics
+    assert {"energy_joules_per_token", "tokens_per_joule"} <= metrics
+    assert measurement.lint(found.measurements) == []
+    rates = [measured for measured in found.measurements if measured.metric in speed.METRICS_OF["prefill"]]
+    assert all(rate.n == 6 and rate.noise_floor and rate.predicted == pytest.approx(1, rel=0.2) for rate in rates)
+    assert found.details["step_milliseconds"]["decode"]["baseline"]["p50"] > 0
+
+
+def test_a_degenerate_model_is_not_timed(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT = workloads.random_prompt(model, 1, 16)
+    found = speed.compare(model, model, prompt_BT, QUICK, invalid="its logits are not finite")
+    assert not found.timed and {measured.verdict for measured in found.measurements} == {"invalid"}
+    with pytest.raises(UserError, match="unknown effort"):
+        speed.compare(model, model, prompt_BT, "brisk")
+
+
+def test_resources_are_counted_and_derived(tiny, name):
+    base, other = tiny(name), tiny(name)
+    other.lm_head.weight.data[:48] = 0
+    found = {m.metric: m for m in speed.resources(base, other, tokens=16)}
+    assert {m.provenance for m in found.values()} == {"derived"} and measurement.lint(found.values()) == []
+    assert {m.verdict for m in found.values()} == {"equivalent"}
+    skipped = {m.metric: m for m in speed.resources(base, other, tokens=16, costs={"skip_zeros": True})}
+    assert skipped["prefill_flops_per_token"].verdict == "better"
+    assert found["parameters"].baseline == cost.parameters(base)
+
+
+def test_break_even_needs_a_gain():
+    better = measurement.informative("prefill_tokens_per_second", "prefill", 100, 200, "blocks")
+    better = better.model_copy(update={"verdict": "better"})
+    applied, tokens = speed.break_even(2.0, better)
+    assert applied.optimized == 2.0 and tokens.optimized == pytest.approx(400) and tokens.baseline is None
+    none = speed.break_even(2.0, better.model_copy(update={"verdict": "inconclusive"}))[1]
+    assert none.verdict == "unavailable" and "no gain" in none.reason
