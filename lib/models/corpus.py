@@ -6,6 +6,7 @@ nothing of torch, tokenizers or prompts; how the text was extracted and split st
 """
 
 import functools
+import hashlib
 import json
 import lzma
 import re
@@ -48,6 +49,14 @@ def _rows(corpus: str, part: str) -> tuple[dict, ...]:
             return tuple(json.loads(line) for line in file)
     except (OSError, EOFError, lzma.LZMAError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: frozen text missing or damaged ({error}); restore it from version control") from None
+
+
+def data_hash() -> str:
+    """Return a hash of all frozen evaluation text."""
+    digest = hashlib.sha256()
+    for path in sorted((PARAMETERS / "evaluation").glob("*.jsonl.xz")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def documents(corpus: str) -> list[Document]:
