@@ -37,6 +37,14 @@ class Samples:
         self.interval_seconds *= 2
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process still runs; one that has ended and waits for its parent to notice does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Tree:
     """The descendants of a process: their use, and their end. Remembers whom it has seen, so that orphans end too."""
 
@@ -83,7 +91,7 @@ class Tree:
         """Kill every process that the root started, directly or not, also those that it has left behind."""
         for _ in range(3):
             self._descendants()
-            alive = [process for process in self.seen.values() if process.is_running()]
+            alive = [process for process in self.seen.values() if is_alive(process)]
             if not alive:
                 return
             for process in alive:

@@ -153,23 +153,23 @@ def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
 def test_parameters_are_read_as_papermill_reads_them(tmp_path):
     import papermill
 
-    source = "\n".join(
-        [
-            workbench.COMMON,
-            'words: list[str] = ["a # b", "c"]  # some words',
-            'mode: str = "x"  # one of x|y|z, the mode',
-            "limit: float | None = None  # at most, in (0, inf)",
-        ]
+    source = (
+        workbench.COMMON + '\nmode: str = "x"  # one of x|y|z, the mode\nsteps: list[int] = [1, 2]  # each in [1, inf)'
     )
     path = workbench.notebook(tmp_path / "x.ipynb", [], source)
     ours = templates.read(path).parameters
     theirs = papermill.inspect_notebook(str(path))
-    assert {name: found["help"] for name, found in theirs.items()} == {p.name: p.help for p in ours.values()}
-    assert {name: found["inferred_type_name"] for name, found in theirs.items()} == {
-        p.name: p.type for p in ours.values()
+    assert {name: (found["help"], found["inferred_type_name"]) for name, found in theirs.items()} == {
+        found.name: (found.help, found.type) for found in ours.values()
     }
-    assert ours["mode"].choices == ("x", "y", "z") and ours["limit"].interval == (0, float("inf"), False, False)
-    assert ours["words"].default == ["a # b", "c"]
+    assert ours["mode"].choices == ("x", "y", "z") and ours["steps"].interval == (1, float("inf"), True, False)
+
+
+def test_parameters_that_papermill_cannot_read(tmp_path):
+    source = 'words: list[str] = ["a # b", "c"]  # some words\nlimit: float | None = None  # at most, in (0, inf)'
+    found = templates.read(workbench.notebook(tmp_path / "x.ipynb", [], source)).parameters
+    assert (found["words"].default, found["words"].help) == (["a # b", "c"], "some words")
+    assert found["limit"].interval == (0, float("inf"), False, False)
 
 
 @pytest.mark.parametrize(

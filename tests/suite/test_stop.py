@@ -7,6 +7,8 @@ import psutil
 import pytest
 import workbench
 
+from lib.suite.sampling import is_alive
+
 SLOW = """import os, time
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def test_killed_build_goes_on_where_it_was(slow):
     before = _runs(root)
     assert list(before) == ["well--alpha-1.5.json"]
     workbench.kill(process, signal.SIGKILL)
-    workbench.wait_for(lambda: not kernel.is_running(), 15)
+    workbench.wait_for(lambda: not is_alive(kernel), 15)
     workbench.wait_for(lambda: not workbench.running(root), 15)
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -63,7 +65,7 @@ def test_stopped_build_ends_its_kernels(slow, how):
     workbench.kill(process, how)
     assert process.returncode == 1
     assert "stopped; what was finished is kept" in process.stdout.read()
-    assert not kernel.is_running()
+    assert not is_alive(kernel)
     workbench.wait_for(lambda: not workbench.running(root), 15)
 
 
@@ -74,5 +76,5 @@ def test_lost_worker_is_tried_once_more(slow):
     first.parent().kill()
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
-    assert "WorkerLost, trying once more" in out and not first.is_running()
+    assert "WorkerLost, trying once more" in out and not is_alive(first)
     assert workbench.record(root, "z_slow--alpha-1.5")["status"] == "not_applicable"
