@@ -3,7 +3,7 @@ them against the machine's bound, and adds processor and energy. Puts the other 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -11,29 +11,33 @@ from torch import nn
 
 from lib.measure import ceilings, cost, disturbance, energy, measurement, processor, statistics, timing, workloads
 from lib.measure import effort as efforts
+from lib.measure.ceilings import Ceilings
+from lib.measure.cost import Cost
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
 
-# Per workload: metric, and what one call is divided by (an attribute of the workload, or one call).
 METRICS_OF = {
-    "prefill": {"prefill_tokens_per_second": "tokens", "time_to_first_token_ms": None},
-    "decode": {"decode_tokens_per_second": "tokens", "time_per_output_token_ms": "new_tokens"},
-    "batch_decode": {"batch_decode_tokens_per_second": "tokens"},
-    "generate": {"generate_tokens_per_second": "tokens"},
+    "prefill": ("prefill_tokens_per_second", "time_to_first_token_ms"),
+    "decode": ("decode_tokens_per_second", "time_per_output_token_ms"),
+    "batch_decode": ("batch_decode_tokens_per_second",),
+    "generate": ("generate_tokens_per_second",),
 }
 STANDARD = ("prefill", "decode", "batch_decode")
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One workload of both arms as it was timed: the arms, the pairs, the A/A control."""
+    """One workload of both arms as it was timed: the arms, the pairs, the A/A control, and the cost of one call of
+    each.
+    """
 
     baseline: Workload
     optimized: Workload
     pairs: Pairs
     control: Pairs
+    costs: tuple[Cost, Cost]
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -48,6 +52,30 @@ class Compared:
     measurements: list[Measurement]
     timed: dict[str, Timed] = field(default_factory=dict)
     details: dict[str, object] = field(default_factory=dict)
+    ceilings: Ceilings | None = None
+
+    def bounds(self) -> list[dict[str, object]]:
+        """Return a row per workload and arm for `figures.bound`: time of one call with its interval, and its bound, in
+        ms.
+        """
+        rows = []
+        for name, timed in self.timed.items():
+            times = (timed.pairs.baseline_seconds, timed.pairs.optimized_seconds)
+            for arm, seconds, price in zip(("baseline", "optimized"), times, timed.costs):
+                limit = ceilings.bound(price, self.ceilings)
+                low, high = statistics.median_interval(seconds)
+                row = {"workload": name, "arm": arm, "time": 1000 * float(np.median(seconds))}
+                row |= {"bound": 1000 * limit.seconds, "low": 1000 * low, "high": 1000 * high}
+                rows.append(row | {"limit": "compute" if limit.limited_by == "arithmetic" else "bandwidth"})
+        return rows
+
+    def control(self) -> list[Measurement]:
+        """Return the A/A control as measurements: the baseline against itself through the same path."""
+        return [
+            measurement.from_pairs(metric, name, timed.control, _quantity(metric, timed.baseline), timed.control)
+            for name, timed in self.timed.items()
+            for metric in METRICS_OF[name]
+        ]
 
 
 def compare(
@@ -77,18 +105,21 @@ def compare(
         return Compared([measurement.invalid(metric, name, invalid) for metric, name in listed])
     weight = next(baseline.parameters())
     peaks = ceilings.measure(weight.device.type, weight.dtype)
+    hints = {"zero_share": cost.zero_share(optimized), "fallback": fallback}
+    hints["working_set_bytes"] = cost.weights_bytes(optimized)
     found: list[Measurement] = []
     timed: dict[str, Timed] = {}
     for name in names:
         arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
         workloads.assert_same_conditions(*arms, except_for=except_for)
-        timed[name] = _time(*arms, effort.blocks, seed)
-        found += _explained(name, timed[name], (baseline, optimized), peaks, costs or {}, fallback)
+        prices = _cost(baseline, arms[0], {}), _cost(optimized, arms[1], costs or {})
+        timed[name] = _time(arms, prices, effort.blocks, seed)
+        found += _explained(name, timed[name], hints, peaks)
     found += _processor(timed)
     if with_energy and (name := "decode" if "decode" in timed else next(iter(timed), None)):
         arms = timed[name].baseline, timed[name].optimized
         found += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=weight.device.type, seed=seed)
-    return Compared(found, timed, {"ceilings": vars(peaks), "step_milliseconds": _steps(timed)})
+    return Compared(found, timed, _details(timed, peaks), peaks)
 
 
 def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
@@ -103,33 +134,35 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
     return workloads.decode(model, rolled_BT, effort.new_tokens)
 
 
-def _time(baseline: Workload, optimized: Workload, blocks: int, seed: int) -> Timed:
-    iterations = timing.iterations_for(baseline)
-    options = {"blocks": blocks, "iterations": iterations, "disturbance": disturbance.watch}
+def _time(arms: list[Workload], costs: tuple[Cost, Cost], blocks: int, seed: int) -> Timed:
+    baseline, optimized = arms
+    options = {"blocks": blocks, "iterations": timing.iterations_for(baseline), "disturbance": disturbance.watch}
     pairs = timing.paired(baseline, optimized, seed=seed, **options)
-    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, warmup=1, **options))
+    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, warmup=1, **options), costs)
 
 
-def _explained(name, timed: Timed, models, peaks, options: dict, fallback: bool) -> list[Measurement]:
+def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> Cost:
+    """FLOPs and bytes of one call, with the experts that its steps really use counted in one call that is not timed."""
+    with cost.experts_hit(model) as hit:
+        work()
+    work.step_seconds.clear()
+    return cost.of(model, work, hit=hit.mean(work.batch), **options)
+
+
+def _quantity(metric: str, work: Workload) -> float:
+    """What one call does: tokens for a rate; for a latency what its time is divided by, steps or the call itself."""
+    if metric == "time_per_output_token_ms":
+        return work.new_tokens
+    return 1 if metric.endswith("_ms") else work.tokens
+
+
+def _explained(name: str, timed: Timed, hints: dict, peaks: Ceilings) -> list[Measurement]:
     """The workload's rates and latencies against their bound, and the utilisations."""
-    works = (timed.baseline, timed.optimized)
-    priced = []
-    for model, work, extra in zip(models, works, ({}, options)):
-        with cost.experts_hit(model) as hit:
-            work()
-        tokens = work.batch * (work.prompt_tokens if work.name == "prefill" else 1)
-        priced.append(cost.of(model, work, hit=hit.mean(tokens), **extra))
-    hints = {
-        "zero_share": cost.zero_share(models[1]),
-        "fallback": fallback,
-        "working_set_bytes": cost.weights_bytes(models[1]),
-    }
     found = []
-    for metric, divisor in METRICS_OF[name].items():
-        quantity = getattr(timed.baseline, divisor) if divisor else 1
-        rate = measurement.from_pairs(metric, name, timed.pairs, quantity, timed.control)
-        found.append(ceilings.explain(rate, tuple(priced), timed.seconds, peaks, **hints))
-    return found + ceilings.utilisation(name, tuple(priced), timed.seconds, peaks)
+    for metric in METRICS_OF[name]:
+        rate = measurement.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
+        found.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
+    return found + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
 
 
 def _processor(timed: dict[str, Timed]) -> list[Measurement]:
@@ -149,16 +182,21 @@ def _processor(timed: dict[str, Timed]) -> list[Measurement]:
     return found
 
 
-def _steps(timed: dict[str, Timed]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """p50, p95, p99 of single decoding steps in milliseconds (None where there are too few), of both arms."""
-    return {
+def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
+    """The machine's ceilings, and p50, p95, p99 of single decoding steps (None where there are too few), labelled."""
+    found = {"ceilings": {**asdict(peaks), "provenance": "measured", "source": peaks.source}}
+    steps = {
         name: {
-            arm: statistics.percentiles([1000 * s for s in work.step_seconds])
-            for arm, work in (("baseline", arms.baseline), ("optimized", arms.optimized))
+            arm: statistics.percentiles([1000 * second for second in work.step_seconds])
+            for arm, work in (("baseline", one.baseline), ("optimized", one.optimized))
         }
-        for name, arms in timed.items()
-        if arms.baseline.step_seconds and arms.optimized.step_seconds
+        for name, one in timed.items()
+        if one.baseline.step_seconds and one.optimized.step_seconds
     }
+    if steps:
+        source = "perf_counter around every decoding step, warm-up and controls included"
+        found["step_milliseconds"] = {"value": steps, "provenance": "measured", "source": source}
+    return found
 
 
 def resources(

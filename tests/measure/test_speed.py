@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lib.errors import UserError
-from lib.measure import ceilings, cost, effort, energy, measurement, speed, workloads
+from lib.measure import ceilings, cost, effort, energy, measurement, memory, speed, workloads
+from lib.measure.footprint import footprint
 
 QUICK = replace(effort.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
 
@@ -31,16 +32,32 @@ def test_one_call_fills_performance_and_efficiency(tiny, name):
     assert measurement.lint(found.measurements) == []
     rates = [measured for measured in found.measurements if measured.metric in speed.METRICS_OF["prefill"]]
     assert all(rate.n == 6 and rate.noise_floor and rate.predicted == pytest.approx(1, rel=0.2) for rate in rates)
-    assert found.details["step_milliseconds"]["decode"]["baseline"]["p50"] > 0
+    assert found.details["step_milliseconds"]["value"]["decode"]["baseline"]["p50"] > 0
+    assert all(entry["provenance"] and entry["source"] for entry in found.details.values())
+    assert len(found.bounds()) == 6 and all(row["low"] <= row["time"] <= row["high"] for row in found.bounds())
+    assert measurement.lint(found.control()) == [] and len(found.control()) == 5
 
 
 def test_a_degenerate_model_is_not_timed(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 16)
     found = speed.compare(model, model, prompt_BT, QUICK, invalid="its logits are not finite")
-    assert not found.timed and {measured.verdict for measured in found.measurements} == {"invalid"}
+    assert (
+        not found.timed
+        and found.bounds() == []
+        and {measured.verdict for measured in found.measurements} == {"invalid"}
+    )
     with pytest.raises(UserError, match="unknown effort"):
         speed.compare(model, model, prompt_BT, "brisk")
+
+
+def test_cost_options_reach_the_prediction(tiny):
+    base, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    for parameter in other.parameters():
+        parameter[::2] = 0
+    options = {"names": ("prefill",), "costs": {"skip_zeros": True}, "with_energy": False}
+    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **options).measurements[0]
+    assert found.predicted > 1.3
 
 
 def test_resources_are_counted_and_derived(tiny, name):
@@ -61,3 +78,18 @@ def test_break_even_needs_a_gain():
     assert applied.optimized == 2.0 and tokens.optimized == pytest.approx(400) and tokens.baseline is None
     none = speed.break_even(2.0, better.model_copy(update={"verdict": "inconclusive"}))[1]
     assert none.verdict == "unavailable" and "no gain" in none.reason
+
+
+def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
+    folders = []
+
+    def peaks(*arms):
+        folders.extend(arm.folder for arm in arms)
+        return [memory.Peak(100, 200, 300 - 100 * index, "VmHWM", 1.0, 2.0, 1.0) for index in range(2)]
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    base = tiny("qwen3-4b-instruct-2507")
+    found = {m.metric: m for m in footprint(base, base, QUICK)}
+    assert measurement.lint(found.values()) == [] and len(set(folders)) == 2
+    assert found["peak_memory_bytes"].verdict == found["peak_memory_above_start_bytes"].verdict == "better"
+    assert found["checkpoint_bytes"].baseline > 0
