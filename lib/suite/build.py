@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.suite import cores, imports, key, lock, outputs, plan
+from lib.suite import cores, imports, key, lock, outputs, plan, worker
 from lib.suite.outputs import Folder, State
 from lib.suite.plan import Job, Request
 from lib.suite.progress import Progress, duration
@@ -60,6 +60,8 @@ def build(request: Request, out: Path, jobs: int | None = None, force: bool = Fa
     planned = plan.plan(request)
     side_by_side = jobs if jobs is not None else cores.default_jobs(request.scale, request.device)
     shares = cores.share_out(side_by_side)
+    for kind in ("cell", "run"):
+        worker.limit(kind, request.effort)  # a wrong variable is a wrong request
     folder = outputs.open_folder(out)
     try:
         with _locked(folder), stoppable():

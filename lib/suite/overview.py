@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.report.files import write_atomically
-from lib.suite import imports, key, outputs, publish, runner, worker
+from lib.suite import imports, key, outputs
 from lib.suite import template as templates
 from lib.suite.outputs import Folder
 from lib.suite.plan import OVERVIEW
@@ -38,6 +38,8 @@ def _key(folder: Folder, path: Path) -> str:
 
 def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -> str | None:
     """Execute the overview and render it; return None, or in one line what went wrong."""
+    from lib.suite import publish, runner, worker  # they load numpy, which a build without work need not wait for
+
     template = templates.read(path)
     made_from = _key(folder, path)
     declared = {"results": str(folder.path), "folder": str(folder.path), "scale": folder.path.name}

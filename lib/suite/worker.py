@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 from lib.suite.plan import NOTEBOOKS, ROOT
 from lib.suite.sampling import Samples, Tree
 
@@ -72,9 +73,21 @@ class Outcome:
 
 
 def limit(kind: str, effort: str) -> float:
-    """Return the seconds that a cell or a run may take (`WORKBENCH_CELL_SECONDS`, `WORKBENCH_RUN_SECONDS`)."""
-    table = {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind]
-    return float(os.environ.get(f"WORKBENCH_{kind.upper()}_SECONDS") or table[effort])
+    """Return the seconds that a cell or a run may take (`WORKBENCH_CELL_SECONDS`, `WORKBENCH_RUN_SECONDS`).
+
+    Raises UserError where a variable holds no such number.
+    """
+    name = f"WORKBENCH_{kind.upper()}_SECONDS"
+    given = os.environ.get(name)
+    if not given:
+        return {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind][effort]
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds >= 1:
+        raise UserError(f"{name}={given}: expected a number of seconds of at least 1")
+    return seconds
 
 
 def write_kernel(folder: Path) -> Path:

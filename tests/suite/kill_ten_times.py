@@ -44,7 +44,7 @@ def _run(folder: Path, kills: int, chance: random.Random) -> int:
     faults, finished = [], {}
     for number in range(kills):
         process = workbench.begin(root)
-        time.sleep(chance.uniform(0.5, 14))
+        time.sleep(chance.uniform(0.5, 25))
         workbench.kill(process, signal.SIGKILL)
         workbench.wait_for(lambda: not workbench.running(root), 30)
         now = _finished(root)
