@@ -16,6 +16,7 @@ from lib.suite.template import Template
 
 OPTIMIZATIONS = ROOT / "lib" / "optimizations"
 MAGIC = re.compile(r"^\s*[%!?].*$", re.MULTILINE)
+NAME = re.compile(r"lib(\.\w+)+")
 BY_NAME = re.compile(r"\b(import_module|iter_modules|__import__|spec_from_file_location)\b")
 
 
@@ -51,7 +52,10 @@ def _module(path: Path, _changed: int) -> tuple[tuple[str, ...], bool]:
 
 
 def imported(source: str, package: str) -> Iterator[str]:
-    """Yield the dotted names that `source` imports, `from a import b` as `a.b`; nothing where it does not parse."""
+    """Yield the dotted names that `source` imports, `from a import b` as `a.b`; nothing where it does not parse.
+
+    A text that is the name of a module counts too: `[sys.executable, "-m", "lib.measure.child"]` runs it.
+    """
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -65,6 +69,8 @@ def imported(source: str, package: str) -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *filter(None, [base])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
+            yield node.value
 
 
 def _files(name: str) -> Iterator[Path]:

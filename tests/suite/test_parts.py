@@ -15,13 +15,14 @@ from lib.suite.template import Template
 
 
 def test_imports_are_followed_through_functions_packages_and_relative_names():
-    source = "import lib.errors\nfrom lib.suite import lock\n%magic\ndef f():\n    from lib.report.files import x"
+    source = "import lib.errors\nfrom lib.suite import lock\n%magic\ndef f():\n    from lib.report.files import x\n"
+    source += "    run('-m', 'lib.suite.cores')"
     cells = (("markdown", "import lib.suite.plan", ()), ("code", source, ()))
     found = {
         path.relative_to(workbench.ROOT).as_posix()
         for path in imports.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))
     }
-    expected = {"lib/__init__.py", "lib/errors.py", "lib/suite/__init__.py", "lib/suite/lock.py"}
+    expected = {"lib/__init__.py", "lib/errors.py", "lib/suite/__init__.py", "lib/suite/lock.py", "lib/suite/cores.py"}
     assert found == expected | {"lib/report/__init__.py", "lib/report/files.py"}
     assert list(imported("from . import a\nfrom ..b import c", "lib.suite")) == ["lib.suite.a", "lib.b.c"]
 
