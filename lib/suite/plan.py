@@ -41,7 +41,7 @@ class Request:
     optimizations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     scale: str = "proxy"
-    effort: str = "quick"
+    effort: str = "standard"
     device: str = "cpu"
     checkpoints: str = ""
     random_weights: bool = False
