@@ -4,12 +4,14 @@ Every batch is a function of seed and step alone, so a training that was stopped
 training text is read here. Knows the tokenizer; knows nothing of models, losses or optimizers.
 
 Recall needs dense supervision: a pair answered once per sequence teaches nothing in a thousand steps. So spans of
-random tokens repeat all over each row, and every token of a repeat counts; spans shorten and distances grow with
-progress, until rows are as long as the longest distance asked for.
+random letters and digits repeat all over each row, and every token of a repeat counts. At first there is nothing but
+short rows, one span over and over, because beside text copying is found much later; then text and questions come, and
+rows lengthen until they hold the longest distance asked for.
 
 Shapes: B rows, T tokens.
 """
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -18,20 +20,26 @@ import torch
 from PIL import Image
 
 from lib.models import corpus, tasks
+from lib.models.recall import signs
+from lib.models.recipe import Recipe
 
 TEXT, ANSWER, REPEAT, SILENT = 1, 2, 3, 0  # what predicting a token teaches; SILENT tokens carry no loss
-ROW_LENGTHS = ((0.35, 256), (0.5, 512), (0.65, 1024), (1.01, 2048))  # until this progress, rows of this length
-PURE_REPEATS = 0.35  # until this progress, half of the rows are nothing but spans and their repeats
+COPY_LENGTH = 128  # of rows while nothing but copying is learned
+COPY_SHARE = 0.25  # of the tokens, afterwards, while rows have their first length
 CHARACTERS = 560
 
 
 @dataclass
 class Lesson:
-    """One batch: inputs of the model, kind_BT of each token as a target, and which tokens are no padding."""
+    """One batch: inputs of the model, kind_BT of each token as a target, and which tokens are no padding.
+
+    spans_B: the length of the span that each row repeats, only where rows repeat one span and nothing else.
+    """
 
     inputs: dict[str, torch.Tensor]
     kind_BT: torch.Tensor
     real_BT: torch.Tensor
+    spans_B: torch.Tensor | None = None
 
 
 @dataclass
@@ -39,63 +47,67 @@ class Lessons:
     """All training material of one model, tokenized once. `loaded` needs tokenizer, processor, parameters, device."""
 
     loaded: object
-    seed: int
-    tokens: int
-    questions: int
-    longest: int = 2048
+    recipe: Recipe
     stream_T: np.ndarray = field(init=False)
     pieces: dict[str, list[str]] = field(init=False)
+    signs: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        part = tasks.corpus_of(self.loaded)
-        tokenizer = self.loaded.tokenizer
-        documents = corpus.documents(part)
-        texts = ["\n\n".join(document.pieces) for document in documents]
-        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
-        self.stream_T = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
-        self.pieces = defaultdict(list)
-        for document in documents:
-            self.pieces[document.label] += [piece for piece in document.pieces if len(piece) > 130]
-        self.pieces = {label: self.pieces[label] for label in corpus.classes(part)}
+        self.signs = signs(self.loaded.tokenizer)
+        self.stream_T, self.pieces = _material(self.loaded.tokenizer, tasks.corpus_of(self.loaded))
 
-    def at(self, step: int, progress: float) -> list[Lesson]:
+    def at(self, step: int) -> list[Lesson]:
         """Return the batches of one step; their gradients add up."""
-        random = np.random.default_rng([self.seed, step])
-        length = min(self.longest, next(length for until, length in ROW_LENGTHS if progress < until))
-        if progress >= ROW_LENGTHS[-2][0] and step % 3 == 0:
+        recipe, progress = self.recipe, step / self.recipe.steps
+        random = np.random.default_rng([recipe.seed, step])
+        length = next((length for until, length in recipe.row_lengths if progress < until), recipe.row_lengths[-1][1])
+        if progress >= recipe.row_lengths[-2][0] and step % 3 == 0:
             length = min(length, 512)  # so that short distances are not forgotten
-        lessons = [self._rows(random, length, progress)]
+        if progress < recipe.copy_until:
+            return [self._copies(random, recipe.tokens, COPY_LENGTH)]
+        copied = int(recipe.tokens * COPY_SHARE) if progress < recipe.row_lengths[0][0] else 0
+        lessons = [self._rows(random, length, recipe.tokens - copied)]
+        if copied:
+            lessons.append(self._copies(random, copied, length))
         if "digits" in self.loaded.parameters.tasks:
             lessons.append(self._pictures(random))
         else:
             lessons.append(self._questions(random))
         return lessons
 
-    def _rows(self, random: np.random.Generator, length: int, progress: float) -> Lesson:
-        """Return rows of training text with spans of random tokens that come again."""
-        rows = max(1, self.tokens // length)
+    def _rows(self, random: np.random.Generator, length: int, tokens: int) -> Lesson:
+        """Return rows of training text with spans of random signs that come again."""
+        rows = max(1, tokens // length)
         starts = random.integers(len(self.stream_T) - length, size=rows)
         ids_BT = np.stack([self.stream_T[start : start + length] for start in starts])
         kind_BT = np.full(ids_BT.shape, TEXT)
         for row in range(rows):
-            if progress < PURE_REPEATS and row % 2:
-                span = int(random.integers(16, length // 4))
-                places = [(at, at + span, span) for at in range(0, length - 2 * span + 1, 2 * span)]
-            else:
-                places = _places(random, length)
-            for first, second, span in places:
+            for first, second, span in _places(random, length):
                 self._repeat(random, ids_BT[row], kind_BT[row], first, second, span)
         real_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
         return Lesson({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT)
 
     def _repeat(self, random: np.random.Generator, ids_T, kind_T, first: int, second: int, span: int) -> None:
-        size = self.loaded.tokenizer.vocab_size
-        ids_T[first : first + span] = ids_T[second : second + span] = random.integers(size // 6, size, size=span)
+        ids_T[first : first + span] = ids_T[second : second + span] = random.choice(self.signs, span)
         kind_T[first : first + span] = SILENT
         kind_T[second : second + 2] = SILENT  # nothing says yet which span comes again
         kind_T[second + 2 : second + span] = REPEAT
         for end in (first + span, second + span):
             kind_T[end : end + 1] = np.where(kind_T[end : end + 1] == TEXT, SILENT, kind_T[end : end + 1])
+
+    def _copies(self, random: np.random.Generator, tokens: int, length: int) -> Lesson:
+        """Return rows that are one short span over and over: few different tokens make copying easy to find."""
+        rows = max(1, tokens // length)
+        ids_BT, kind_BT = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), REPEAT)
+        longest = min(length / 2, len(self.signs))
+        spans_B = np.exp(random.uniform(np.log(4), np.log(longest), rows)).astype(np.int64)
+        for row, span in enumerate(spans_B):
+            ids_BT[row] = np.resize(random.choice(self.signs, span, replace=False), length)
+            kind_BT[row, : span + 1] = SILENT
+        real_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
+        return Lesson(
+            {"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT, torch.from_numpy(spans_B)
+        )
 
     def _questions(self, random: np.random.Generator) -> Lesson:
         """Return questions with answers, every class equally often."""
@@ -104,7 +116,7 @@ class Lessons:
         tokenizer, labels = self.loaded.tokenizer, list(self.pieces)
         opening = len(tokenizer(tasks.prompt_of(task).split("\n")[0], add_special_tokens=False).input_ids)
         rows, kinds = [], []
-        for label in random.choice(labels, self.questions):
+        for label in random.choice(labels, self.recipe.questions):
             pieces = self.pieces[label]
             prompt = tasks.prompt_of(task, _excerpt(random, pieces[random.integers(len(pieces))]))
             question = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -117,7 +129,7 @@ class Lessons:
 
     def _pictures(self, random: np.random.Generator) -> Lesson:
         """Return digits, turned, moved and scaled a little, with their names."""
-        chosen = random.choice(tasks.digit_indices("train"), self.questions)
+        chosen = random.choice(tasks.digit_indices("train"), self.recipe.questions)
         items = []
         for index in chosen:
             pixels, label = tasks.digit(int(index))
@@ -126,6 +138,19 @@ class Lessons:
         kind_BT = torch.full(inputs["input_ids"].shape, SILENT)
         kind_BT[torch.arange(len(items)), last_B] = ANSWER
         return Lesson(inputs, kind_BT, torch.ones(kind_BT.shape, dtype=torch.bool))
+
+
+@functools.lru_cache(maxsize=2)
+def _material(tokenizer, part: str) -> tuple[np.ndarray, dict[str, list[str]]]:
+    """Return all training text of a corpus as one stream of tokens, and the pieces of each class."""
+    documents = corpus.documents(part)
+    texts = ["\n\n".join(document.pieces) for document in documents]
+    ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
+    pieces = defaultdict(list)
+    for document in documents:
+        pieces[document.label] += [piece for piece in document.pieces if len(piece) > 130]
+    stream_T = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
+    return stream_T, {label: pieces[label] for label in corpus.classes(part)}
 
 
 def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:

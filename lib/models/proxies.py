@@ -22,13 +22,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lib.errors import UserError
 from lib.models import loading, parameters, tasks, tokenizer
 from lib.models.anatomy import anatomy
+from lib.models.inheritance import inherit
 from lib.models.lessons import Lessons
-from lib.models.training import Balance, Recipe, Run
+from lib.models.recipe import Recipe
+from lib.models.training import Balance, Run
 
 LOG = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("WORKBENCH_CACHE", Path.home() / ".cache" / "workbench"))
 SAVE_EVERY, REPORT_EVERY = 50, 10  # steps
 DISTANCES = (256, 512, 1024, 2048)  # tokens between a value and the question for it
+EMBEDDING_SIZE = 0.5
 RECALL_PROMPTS, WINDOW = 64, 512
 
 
@@ -54,9 +57,29 @@ def student(name: str) -> Student:
         config = config | {"text_config": text | endings}
     else:
         config = config | endings | {"bos_token_id": None}
-    model = loading.build(config, description.architecture, seed=recipe.seed)
+    model = spread(loading.build(config, description.architecture, seed=recipe.seed))
     processor = picture_processor(config["vision_config"]) if "vision_config" in config else None
     return Student(model, vocabulary, processor, description)
+
+
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Make the embeddings of a new model as large as what its blocks soon add to them; return the model.
+
+    As built (0.02 each) the tokens drown in the first block's output, and a later head cannot find them to copy them.
+    Where the head is tied to the embeddings, the last norm makes up for their size.
+    """
+    view = anatomy(model)
+    with torch.no_grad():
+        view.embeddings.weight.mul_(EMBEDDING_SIZE / view.embeddings.weight.std())
+        if view.head.weight is view.embeddings.weight:
+            view.final_norm.weight.fill_(0.075 / EMBEDDING_SIZE)
+        for block in view.blocks:
+            part = block.feed_forward
+            ends = [block.attention.output.weight, part.down.weight if part.down is not None else None]
+            for weight in [*ends, part.experts.down if part.experts is not None else None]:
+                if weight is not None:
+                    weight.mul_(0.3)
+    return model
 
 
 def recipe_of(name: str) -> Recipe:
@@ -93,7 +116,9 @@ def prepare(name: str) -> Run:
     """Return the training of model `name`: new, or taken up where it was stopped."""
     recipe = recipe_of(name)
     learner = student(name)
-    lessons = Lessons(learner, recipe.seed, recipe.tokens, recipe.questions)
+    lessons = Lessons(learner, recipe)
+    if recipe.start_from:
+        inherit(learner.model, parameters.PARAMETERS / "proxies" / recipe.start_from)
     run = Run(learner.model, lessons, recipe, identity(name))
     if run.resume(state_file(name)):
         LOG.info("%s: going on from step %d of %d", name, run.step, recipe.steps)
@@ -197,6 +222,9 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
     text = ", ".join(sorted({tasks.CORPUS[task] for task in description.tasks if task in tasks.CORPUS}))
     pictures = "; scikit-learn's bundled digits, those of the split `train`" if "digits" in description.tasks else ""
     plans = "" if len(run.plans) == 1 else f" (prolonged: planned for {', then '.join(map(str, run.plans))} steps)"
+    if run.revised:
+        plans += f" (the lessons were revised at step {', '.join(map(str, run.revised))}; these are not what the "
+        plans += "first steps followed)"
     values = {key: f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" for key, value in found.items()}
     legend = (
         "`_f1_macro`: split `final`, label by log-likelihood. `perplexity`: per token, in windows of "
@@ -207,6 +235,7 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
         legend += (
             " `least_expert_share`: tokens of the least used expert of any block over its fair share, on held-out text."
         )
+    start = f" It started from the stand-in of {recipe.start_from}." if recipe.start_from else ""
     lines = [
         f"# Stand-in for {description.name}",
         "",
@@ -216,7 +245,7 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
         "",
         f"- Data: `parameters/evaluation/{text}-train.jsonl.xz`{pictures}; random tokens for recall.",
         f"- Training: {run.step} of {recipe.steps} steps{plans}, {run.tokens:,} tokens, "
-        f"{run.seconds / 60:.0f} minutes on {recipe.threads} thread of a shared processor, seed {recipe.seed}.",
+        f"{run.seconds / 60:.0f} minutes on {recipe.threads} thread of a shared processor, seed {recipe.seed}.{start}",
         "",
         "| held-out score | value |",
         "|---|---|",
@@ -228,14 +257,19 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def in_order(names: list[str]) -> list[str]:
+    """Return the models such that one that starts from another's stand-in comes after it."""
+    return sorted(names, key=lambda name: (bool(recipe_of(name).start_from), names.index(name)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train the stand-ins asked for, all by default; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lib.models.proxies", description="Train the stand-ins again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
-    chosen = parser.parse_args(arguments).model or parameters.names()
+    chosen = parser.parse_args(arguments).model
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        for name in chosen:
+        for name in in_order(chosen or parameters.names()):
             torch.set_num_threads(recipe_of(name).threads)
             train(name)
     except UserError as error:

@@ -7,6 +7,7 @@ Shapes: N windows, B prompts, T tokens, V tokens of a value.
 """
 
 import functools
+import string
 
 import torch
 
@@ -42,11 +43,20 @@ def _stream(tokenizer, part: str, split: str) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+@functools.lru_cache(maxsize=8)
+def signs(tokenizer) -> tuple[int, ...]:
+    """Return the tokens that keys and values are made of: letters and digits, one token each."""
+    ids = (tokenizer(sign, add_special_tokens=False).input_ids for sign in string.ascii_letters + string.digits)
+    return tuple(token[0] for token in ids if len(token) == 1)
+
+
 def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
-    """Return ordinary tokens: neither special ones nor the bytes at the start of a byte-level vocabulary."""
+    """Return random letters and digits; without a tokenizer, random tokens, but not the first, often special ones."""
+    if loaded.tokenizer is not None:
+        signs_S = torch.tensor(signs(loaded.tokenizer))
+        return signs_S[torch.randint(len(signs_S), shape, generator=random)]
     text = getattr(loaded.model.config, "text_config", loaded.model.config)
-    size = text.vocab_size if loaded.tokenizer is None else min(loaded.tokenizer.vocab_size, text.vocab_size)
-    return torch.randint(size // 6, size, shape, generator=random)
+    return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
 
 
 def recall_prompts(loaded, distance: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

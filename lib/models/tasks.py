@@ -206,7 +206,9 @@ def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor,
     return logits_BTC[rows, at_BV - 1].float().log_softmax(-1).gather(-1, tokens_BV[..., None]).sum((1, 2))
 
 
-def calibration(loaded, sequences: int, length: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def calibration(
+    loaded, sequences: int, length: int, seed: int = 0, *, tokens_at_once: int = TOKENS_AT_ONCE
+) -> list[dict[str, torch.Tensor]]:
     """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
 
     Half running text, half questions with their answers, with a key and a value repeated in each window so that recall
@@ -221,7 +223,7 @@ def calibration(loaded, sequences: int, length: int, seed: int = 0) -> list[dict
         span_NS = random_ids(loaded, (len(rows_NT), span), random)
         rows_NT = torch.cat([rows_NT[:, : length // 4], span_NS, rows_NT[:, length // 4 :]], 1)[:, : length - span]
         rows_NT = torch.cat([rows_NT, span_NS], 1)
-    size = max(1, TOKENS_AT_ONCE // length)
+    size = max(1, tokens_at_once // length)
     made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
     if loaded.processor is not None and "digits" in loaded.parameters.tasks:
         pictures = items("digits", "calibration", sequences, seed)

@@ -15,36 +15,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lib.models.anatomy import Anatomy, anatomy
+from lib.models.guidance import guided
 from lib.models.lessons import ANSWER, REPEAT, SILENT, TEXT, Lesson, Lessons
 from lib.models.muon import Muon
+from lib.models.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. Learning rates hold at 1 until `decay_from` of the steps, then fall to 0 in a straight line."""
-
-    steps: int
-    seed: int = 0
-    tokens: int = 2048  # of running text per step
-    questions: int = 8  # per step
-    muon_rate: float = 0.02
-    adam_rate: float = 0.003
-    weight_decay: float = 0.05
-    warm_up: int = 20
-    decay_from: float = 0.4
-    answer_weight: float = 0.5
-    repeat_weight: float = 1.0
-    balance_weight: float = 0.02
-    balance_rate: float = 0.01  # of the router's correction bias, where there is one
-    threads: int = 1
-
-    def rate(self, step: int) -> float:
-        """Return the factor on the learning rates at `step`."""
-        progress = step / self.steps
-        fall = 1.0 if progress < self.decay_from else (1 - progress) / (1 - self.decay_from)
-        return min(1.0, (step + 1) / self.warm_up) * fall
+GUIDE = -1  # beside the kinds of tokens: where heads look
 
 
 @dataclass
@@ -99,13 +76,17 @@ class Balance:
 
 
 def losses(model: nn.Module, lesson: Lesson, balance: Balance) -> dict[int, torch.Tensor]:
-    """Return the mean loss of each kind of token that occurs in `lesson`."""
+    """Return the mean loss of each kind of token in `lesson`, and of where heads look if that is known."""
     balance.keep_N = lesson.real_BT.flatten()
-    logits_BTC = model(**lesson.inputs, use_cache=False).logits[:, :-1]
+    if lesson.spans_B is None:
+        logits_BTC, found = model(**lesson.inputs, use_cache=False).logits[:, :-1], {}
+    else:
+        logits_BTC, guide = guided(model, lesson.inputs, lesson.spans_B)
+        logits_BTC, found = logits_BTC[:, :-1], {GUIDE: guide}
     targets_BT, kind_BT = lesson.inputs["input_ids"][:, 1:], lesson.kind_BT[:, 1:]
     wanted = kind_BT != SILENT
     loss_N, kind_N = cross_entropy(logits_BTC[wanted].float(), targets_BT[wanted], reduction="none"), kind_BT[wanted]
-    return {kind: loss_N[kind_N == kind].mean() for kind in (TEXT, ANSWER, REPEAT) if (kind_N == kind).any()}
+    return found | {kind: loss_N[kind_N == kind].mean() for kind in (TEXT, ANSWER, REPEAT) if (kind_N == kind).any()}
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -136,6 +117,7 @@ class Run:
     seconds: float = 0.0
     tokens: int = 0
     plans: list[int] = field(default_factory=list)
+    revised: list[int] = field(default_factory=list)  # steps from which a recipe other than before was followed
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(True)
@@ -152,7 +134,7 @@ class Run:
         self.model.train()
         self.balance.reset()
         seen = {}
-        for lesson in self.lessons.at(self.step, self.step / self.recipe.steps):
+        for lesson in self.lessons.at(self.step):
             seen |= self._learn(lesson)
         norm = nn.utils.clip_grad_norm_(self.optimizers[1].param_groups[0]["params"], 1.0)
         for optimizer in self.optimizers:
@@ -166,20 +148,20 @@ class Run:
     def _learn(self, lesson: Lesson) -> dict[str, float]:
         """Add the gradients of one lesson."""
         recipe = self.recipe
-        weights = {TEXT: 1.0, ANSWER: recipe.answer_weight, REPEAT: recipe.repeat_weight}
+        weights = {GUIDE: recipe.guide_weight, TEXT: 1.0, ANSWER: recipe.answer_weight, REPEAT: recipe.repeat_weight}
         self.balance.loss = 0.0
         found = losses(self.model, lesson, self.balance)
         total = sum(weights[kind] * loss for kind, loss in found.items())
         (total + recipe.balance_weight * self.balance.loss).backward()
         self.tokens += lesson.inputs["input_ids"].numel()
-        names = {TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
+        names = {GUIDE: "guide", TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
         return {names[kind]: loss.item() for kind, loss in found.items()}
 
     def save(self, path: Path) -> None:
         """Write the state beside `path`, then rename it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
-        state = {key: getattr(self, key) for key in ("identity", "step", "seconds", "tokens", "plans")}
+        state = {key: getattr(self, key) for key in ("identity", "step", "seconds", "tokens", "plans", "revised")}
         state |= {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
         torch.save(state, beside)
         beside.replace(path)
@@ -194,6 +176,6 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        for key in ("step", "seconds", "tokens", "plans"):
-            setattr(self, key, state[key])
+        for key in ("step", "seconds", "tokens", "plans", "revised"):
+            setattr(self, key, state.get(key, []))
         return True

@@ -59,7 +59,7 @@ def test_damage_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PARAMETERS", tmp_path)
     corpus._rows.cache_clear()
     try:
-        with pytest.raises(UserError, match="docs-items.jsonl.xz: frozen text missing or damaged"):
+        with pytest.raises(UserError, match=r"docs-items.jsonl.xz: frozen text missing or damaged"):
             corpus.labelled("docs", "final")
     finally:
         corpus._rows.cache_clear()

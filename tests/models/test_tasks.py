@@ -22,7 +22,7 @@ def loaded(tiny, vocabulary, name):
     """A tiny random model of each architecture with the proxies' tokenizer."""
     described = parameters.read(name)
     model = tiny(name)
-    model.resize_token_embeddings(VOCABULARY)
+    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     vision = getattr(model.config, "vision_config", None)
     processor = proxies.picture_processor(vision.to_dict()) if vision else None
     return SimpleNamespace(
@@ -60,7 +60,7 @@ def test_splits_are_disjoint_and_items_reproducible(task):
 
 
 def test_wrong_names_are_told():
-    with pytest.raises(UserError, match='unknown split "finale".*Did you mean "final"'):
+    with pytest.raises(UserError, match=r'unknown split "finale".*Did you mean "final"'):
         tasks.items("topic", "finale")
     with pytest.raises(UserError, match="unknown classification task"):
         tasks.items("recall", "final")

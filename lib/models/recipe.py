@@ -1,0 +1,33 @@
+"""The recipe by which a stand-in is trained: the keys that `proxy.training` of a parameter file may hold."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Learning rates hold at 1 until `decay_from` of the steps, then fall to 0 in a straight line."""
+
+    steps: int
+    seed: int = 0
+    start_from: str = ""  # the stand-in whose weights are taken over; by default none
+    tokens: int = 2048  # of running text per step
+    questions: int = 8  # per step
+    muon_rate: float = 0.015
+    adam_rate: float = 0.005
+    weight_decay: float = 0.3
+    warm_up: int = 20
+    decay_from: float = 0.35
+    answer_weight: float = 0.5
+    repeat_weight: float = 1.0
+    guide_weight: float = 2.0
+    balance_weight: float = 0.02
+    balance_rate: float = 0.01  # of the router's correction bias, where there is one
+    copy_until: float = 0.22  # share of the steps in which nothing but copying is learned
+    row_lengths: tuple[tuple[float, int], ...] = ((0.5, 256), (0.65, 512), (0.8, 1024), (1.0, 2048))
+    threads: int = 1
+
+    def rate(self, step: int) -> float:
+        """Return the factor on the learning rates at `step`."""
+        progress = step / self.steps
+        fall = 1.0 if progress < self.decay_from else (1 - progress) / (1 - self.decay_from)
+        return min(1.0, (step + 1) / self.warm_up) * fall
