@@ -229,7 +229,7 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
     legend = (
         "`_f1_macro`: split `final`, label by log-likelihood. `perplexity`: per token, in windows of "
         f"{WINDOW} tokens of held-out text. `recall_N`: share of {RECALL_PROMPTS} values of {tasks.VALUE} random "
-        "tokens reproduced exactly after N tokens of text."
+        "letters and digits reproduced exactly after N tokens of text."
     )
     if "least_expert_share" in found:
         legend += (
@@ -243,7 +243,7 @@ def readme(name: str, run: Run, found: dict[str, float]) -> str:
         f"`parameters/{name}.yaml`. Train again: `python build.py proxies --model {name}`. "
         "This page is written by that command.",
         "",
-        f"- Data: `parameters/evaluation/{text}-train.jsonl.xz`{pictures}; random tokens for recall.",
+        f"- Data: `parameters/evaluation/{text}-train.jsonl.xz`{pictures}; random letters and digits for recall.",
         f"- Training: {run.step} of {recipe.steps} steps{plans}, {run.tokens:,} tokens, "
         f"{run.seconds / 60:.0f} minutes on {recipe.threads} thread of a shared processor, seed {recipe.seed}.{start}",
         "",
