@@ -47,7 +47,7 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="M", help="run on this model (repeatable; default: all)")
     add("--scale", default="proxy", metavar="S", help=f"body of the model: {'|'.join(plan.SCALES)} (default: proxy)")
-    add("--effort", default="standard", metavar="E", help=f"{"|".join(plan.EFFORTS)} (default: standard)")
+    add("--effort", default="standard", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard)")
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
