@@ -1,8 +1,8 @@
 """A short distillation: teach a changed model to give the logits of the one it came from.
 
 Used for recovery after an optimization has removed something. Loss: Kullback-Leibler divergence from the teacher's
-distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). Knows nothing of what was
-removed. Trains in the student's own dtype: meant for float32; bfloat16 weights lose small updates.
+distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). Knows nothing of what
+was removed. Trains in the student's own dtype: meant for float32; bfloat16 weights lose small updates.
 """
 
 import itertools
@@ -24,9 +24,9 @@ def distil(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step, in nats per token.
+    """Train the decoder blocks of `student` in place for `steps` batches; return each step's loss, nats per token.
 
-    AdamW, tenth of the steps as warm-up, then cosine to zero; batches in a shuffled order that repeats when they run out.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches come in a shuffled order, round after round.
     """
     view = anatomy(student)
     trained = [parameter for block in view.blocks for parameter in block.module.parameters()]

@@ -1,7 +1,7 @@
-"""What happens inside a model while calibration text runs through it: activations, routing, head contributions, influence.
+"""What happens inside a model on calibration text: activations, routing, contributions of heads, influence of blocks.
 
-One pass with hooks on the anatomy, for every optimization that ranks parts by what they do. Padding is left out. Knows
-nothing of how a part is ranked or removed, and keeps sums only, never activations.
+One pass with hooks on the anatomy, for every optimization that ranks parts by what they do. Padding is left out.
+Knows nothing of how a part is ranked or removed, and keeps sums only, never activations.
 
 Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size of a head.
 """
@@ -19,7 +19,7 @@ from lib.models.anatomy import Anatomy, Block, anatomy
 
 @dataclass
 class BlockStatistics:
-    """Sums over the calibration tokens of one block, float32 on the model's device; None where the block lacks the part."""
+    """Sums over the calibration tokens of one block, float32 on the model's device; None where it lacks the part."""
 
     tokens: int = 0
     channel_activation_C: torch.Tensor | None = None  # Σ |activation| at the down projection of the dense part
@@ -81,7 +81,8 @@ def watching(view: Anatomy, seen: Observation):
 def _watch_block(block: Block, statistics: BlockStatistics, real: Callable, keep: dict) -> list:
     hooks = [
         block.module.register_forward_hook(
-            lambda module, args, kwargs, output: _add_influence(statistics, real, args, kwargs, output), with_kwargs=True
+            lambda module, args, kwargs, output: _add_influence(statistics, real, args, kwargs, output),
+            with_kwargs=True,
         ),
         block.attention.output.register_forward_pre_hook(
             lambda module, args: _add_heads(statistics, block, real(args[0]))
