@@ -26,7 +26,7 @@ def distil(
 ) -> list[float]:
     """Train the decoder blocks of `student` in place for `steps` batches; return each step's loss, nats per token.
 
-    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches come in a shuffled order, round after round.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches come in shuffled order, again and again.
     """
     view = anatomy(student)
     trained = [parameter for block in view.blocks for parameter in block.module.parameters()]

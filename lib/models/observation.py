@@ -3,7 +3,7 @@
 One pass with hooks on the anatomy, for every optimization that ranks parts by what they do. Padding is left out.
 Knows nothing of how a part is ranked or removed, and keeps sums only, never activations.
 
-Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size of a head.
+Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
 """
 
 from collections.abc import Callable, Iterable
