@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lib.models.anatomy import forget_pictures
+
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 
 
@@ -139,6 +141,7 @@ def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_fo
 @torch.inference_mode()
 def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, object]:
     """Run the prompt; return the first greedy token [B, 1] and the cache, which is new."""
+    forget_pictures(model)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 

@@ -206,6 +206,15 @@ def feed_forward(module: nn.Module) -> FeedForward:
     return FeedForward(module, "dense", module, None)
 
 
+def forget_pictures(model: nn.Module) -> None:
+    """Make a vision-language model forget where the pictures of its last prompt stood; nothing happens elsewhere.
+
+    It keeps that offset on itself, and would shift the positions of the next text-only prompt by it while decoding.
+    """
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+
+
 def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
     """Give `linear` another weight [out, in]; its bias must already fit."""
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)

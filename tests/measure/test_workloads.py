@@ -74,3 +74,15 @@ def test_the_gate_sees_each_degeneration(tiny):
     stuck = tiny(name)
     stuck.lm_head.weight = torch.nn.Parameter(torch.zeros_like(stuck.lm_head.weight), requires_grad=False)
     assert "repeated token" in sanity.check(stuck, ids_BT)
+
+
+def test_a_picture_seen_before_does_not_move_a_text_prompt(tiny):
+    model = tiny("qwen3-vl-2b")
+    ids_BT = torch.randint(8, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    fresh = workloads.generate(model, ids_BT, 6)
+    fresh()
+    for stale in (torch.full((1, 1), 7), torch.full((3, 1), 7)):
+        model.model.rope_deltas = stale  # as a prompt with pictures leaves it, for another number of sequences
+        again = workloads.generate(model, ids_BT, 6)
+        again()
+        assert torch.equal(again.output_BN, fresh.output_BN)
