@@ -24,6 +24,7 @@ METRICS_OF = {
     "batch_decode": ("batch_decode_tokens_per_second",),
     "generate": ("generate_tokens_per_second",),
 }
+BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
 
 
@@ -94,7 +95,7 @@ def compare(
 ) -> Compared:
     """Time the workloads `names` of both models on one prompt and return everything about their speed and efficiency.
 
-    `prompt_BT` is ids [1, T]; for `batch_decode` it is repeated with other beginnings. `invalid` is what the sanity
+    `prompt_BT` is ids [1, T]; for `batch_decode` its beginning is repeated, rolled. `invalid` is what the sanity
     gate said: then nothing is timed and every metric is invalid, with that reason. `except_for`: conditions in which
     the arms may differ. `costs`: options of `cost.of` for the optimized model (absorbed, overhead, skip_zeros);
     `fallback`: see `ceilings.explain`.
@@ -129,8 +130,9 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
         return workloads.decode(model, prompt_BT, effort.new_tokens)
     if name == "generate":
         return workloads.generate(model, prompt_BT, effort.new_tokens)
-    # Rolled by one token each: as many different prompts, the same length.
-    rolled_BT = torch.cat([prompt_BT[:1].roll(shift, 1) for shift in range(effort.batch)])
+    # Rolled by one token each: as many different prompts, the same length; short, for what is timed is the decoding.
+    short_BT = prompt_BT[:1, :BATCH_PROMPT_TOKENS]
+    rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(effort.batch)])
     return workloads.decode(model, rolled_BT, effort.new_tokens)
 
 

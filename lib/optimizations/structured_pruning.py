@@ -58,14 +58,14 @@ def apply(
     saliency: str = "activation",
     depth_criterion: str = "influence",
     recovery_steps: int = 0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     recovery: Sequence[dict[str, torch.Tensor]] | None = None,
     observation: Observation | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a smaller model: about `ratio` of the decoder's parameters removed, then `recovery_steps` of distillation.
 
-    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels and heads alike).
+    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels).
     observation: what `observe(model, calibration)` returned, to prune several times from one pass; recovery: the
     batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
     """
@@ -98,7 +98,7 @@ def recover(
     batches: Sequence[dict[str, torch.Tensor]],
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> tuple[nn.Module, list[float]]:
     """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
@@ -132,23 +132,17 @@ def decoder_parameters(model: nn.Module) -> int:
 def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str, float]:
     """Return the share of experts, channels, heads and blocks to remove so that `ratio` of the decoder's parameters go.
 
-    Heads come in few whole groups: what rounding them leaves over is made up by channels, where those go too.
+    Experts, groups and blocks come whole: the share is rounded to what they can give.
     Raises UserError with the largest ratio in reach.
     """
-    view = anatomy(model)
-    total = decoder_parameters(model)
-    weight = {name: _removable(view, name) for name in _resolve(view, granularity)}
-    shares = dict.fromkeys(GRANULARITIES, 0.0)
-    open_names = list(weight)
-    for name in weight:
-        left = ratio * total - sum(shares[done] * weight[done] for done in weight)
-        share = max(0.0, left) / max(1, sum(weight[one] for one in open_names))
-        if share > _most(view, name):
-            reach = sum(weight[one] * _most(view, one) for one in weight) / total
-            raise UserError(f"structured_pruning: ratio {ratio} is out of reach by {granularity}; at most {reach:.2f}")
-        shares[name] = _whole(view, name, share)
-        open_names.remove(name)
-    return shares
+    view, total = anatomy(model), decoder_parameters(model)
+    name = _resolve(view, granularity)
+    weight = _removable(view, name)
+    share = ratio * total / max(1, weight)
+    if share > _most(view, name):
+        reach = weight * _most(view, name) / total
+        raise UserError(f"structured_pruning: ratio {ratio} is out of reach by {granularity}; at most {reach:.2f}")
+    return dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
 
 
 def _whole(view: Anatomy, granularity: str, share: float) -> float:
@@ -161,13 +155,13 @@ def _whole(view: Anatomy, granularity: str, share: float) -> float:
     return share if counts is None else round(share * counts[0]) / counts[0]
 
 
-def _resolve(view: Anatomy, granularity: str) -> tuple[str, ...]:
+def _resolve(view: Anatomy, granularity: str) -> str:
     routed = any(block.feed_forward.experts for block in view.blocks)
     if granularity == "auto":
-        return ("experts",) if routed else ("heads", "channels")
+        return "experts" if routed else "channels"
     if granularity == "experts" and not routed:
         raise UserError("structured_pruning: this model has no experts; choose channels, heads or depth")
-    return (granularity,)
+    return granularity
 
 
 def _removable(view: Anatomy, granularity: str) -> int:
