@@ -16,7 +16,7 @@ from lib.models.recipe import Recipe
 
 VOCABULARY = 2048
 # Targets that a kept stand-in does not reach yet; a longer training has to.
-SHORT_OF = {"glm-4.7-flash": {"topic_f1_macro"}, "qwen3-coder-30b": {"code_origin_f1_macro", "least_expert_share"}}
+SHORT_OF = {"glm-4.7-flash": {"topic_f1_macro"}, "qwen3-coder-30b": {"code_origin_f1_macro"}}
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_kept_stand_in_reaches_its_stated_scores_on_a_sample(kept):
     chosen = [names[choice] for choice in tasks.label_scores(loaded, task, asked).argmax(1).tolist()]
     right = sum(choice == item.label for choice, item in zip(chosen, asked)) / len(asked)
     assert right >= stated[f"{task}_f1_macro"] - 0.08
-    assert proxies.recall(loaded, 256, 16) >= stated["recall_256"] - 0.2
+    assert proxies.recall(loaded, 256, 48) >= stated["recall_256"] - 0.2
 
 
 def test_kept_stand_in_generates_what_it_recalls(kept):
