@@ -224,7 +224,8 @@ def decode_flops(model: nn.Module, context: float, *, absorbed: bool = False, sk
         if attention.kind == "latent" and absorbed:
             width = 2 * attention.latent_dim + attention.rope_dim
         elif attention.kind == "latent":
-            flops += 2 * attention.module.kv_b_proj.weight.numel() * (context - 1)
+            expansion = sum(p.numel() for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
+            flops += 2 * expansion * (context - 1)
         flops += 2 * attention.heads * width * context
     return flops
 
