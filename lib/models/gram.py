@@ -20,7 +20,7 @@ from lib.models.factors import FactoredExperts, FactoredLinear
 
 @dataclass
 class Gram:
-    """Σ x·xᵀ [N, N], or one per expert [E, N, N], and over how many tokens (pairs of token and expert)."""
+    """Σ x·xᵀ [N, N], or one per expert [E, N, N], and over how many tokens."""
 
     sum: torch.Tensor | None = None
     tokens: int = 0
@@ -116,7 +116,7 @@ class _Watch:
     ) -> None:
         hidden_TH, chosen_TK, weight_TK = (tensor[self.mask_T] for tensor in (hidden, chosen, weight.float()))
         scaled_TH = hidden_TH.float() * weight_TK.square().sum(1, keepdim=True).sqrt()
-        grams[0].add(scaled_TH.T @ scaled_TH, chosen_TK.numel())
+        grams[0].add(scaled_TH.T @ scaled_TH, len(hidden_TH))
         inside_TP = module.enter(hidden_TH) if isinstance(module, FactoredExperts) else hidden_TH
         count, width = module.down_proj.shape[0], module.down_proj.shape[2]
         down_EII = torch.zeros(count, width, width, device=hidden.device)
@@ -126,4 +126,4 @@ class _Watch:
                 inner = module._apply_gate(nn.functional.linear(inside_TP[token], module.gate_up_proj[expert]))
                 scaled = inner.float() * weight_TK[token, position, None]
                 down_EII[expert] = scaled.T @ scaled
-        grams[1].add(down_EII, chosen_TK.numel())
+        grams[1].add(down_EII, len(hidden_TH))

@@ -9,9 +9,12 @@
 - experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
 
-Ranks come from one budget of bytes over all matrices: greedily by the share of energy (‖W·S‖², or ‖W‖² for plain)
-kept per element, in multiples of 8. A matrix stays dense where factors would not be smaller than m·n, and where the
-budget is better spent on it whole. Knows nothing of measuring; `apply` never changes the caller's model.
+Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
+8. Energies of different matrices are made comparable by what an error in each one's output costs (the Fisher
+information of that output, one backward pass): the sum of what is cut is then an estimate of the divergence in nats.
+Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix stays dense where factors would not
+be smaller than m·n, and where the budget is better spent on it whole. Knows nothing of measuring; `apply` never changes
+the caller's model.
 
 Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert.
 """
@@ -27,6 +30,7 @@ from lib.errors import UserError
 from lib.models import blocks, factors
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
+from lib.models.sensitivity import sensitivities
 
 METHODS = ("plain", "whitened", "refined")
 BUDGETS = ("global", "uniform")
@@ -82,6 +86,7 @@ class Spectrum:
     matrix: Matrix
     energy_R: torch.Tensor
     vectors: torch.Tensor = field(repr=False)
+    worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
     by_rows: bool  # whether the vectors are on the side of the outputs
     root: torch.Tensor | None = field(repr=False)  # S, where the inverse of S is needed
 
@@ -168,13 +173,15 @@ def analyse(
     found = matrices(model)
     if not found:
         raise UserError(f"tensor_decomposition: no matrix to compress: {applies_to(model)}")
-    grams = None if method == "plain" else observe_grams(model, calibration)
-    return [spectrum(matrix, _gram(matrix, grams)) for matrix in found]
+    if method == "plain":
+        return [spectrum(matrix) for matrix in found]
+    grams = observe_grams(model, calibration)
+    entering = [_gram(matrix, grams) for matrix in found]
+    cost = sensitivities(model, calibration)
+    return [spectrum(matrix, gram, cost[matrix.name]) for matrix, gram in zip(found, entering)]
 
 
-def _gram(matrix: Matrix, grams: Grams | None) -> Gram | None:
-    if grams is None:
-        return None
+def _gram(matrix: Matrix, grams: Grams) -> Gram:
     sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
     gram = sides[matrix.side][matrix.module]
     columns = matrix.weight.shape[1]
@@ -186,8 +193,11 @@ def _gram(matrix: Matrix, grams: Grams | None) -> Gram | None:
     return gram
 
 
-def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
-    """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices."""
+def spectrum(matrix: Matrix, gram: Gram | None = None, sensitivity: float = 1.0) -> Spectrum:
+    """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
+
+    Without `gram`, of what enters the matrix, it is the plain one. `sensitivity`: see `lib.models.sensitivity`.
+    """
     weight = matrix.weight.detach().to(torch.float64 if matrix.weight.numel() <= SMALL else torch.float32)
     rows, columns = weight.shape
     by_rows = rows < columns or matrix.side == "output"
@@ -204,7 +214,9 @@ def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
         inside = weight @ root.to(weight)
         product = inside.T @ inside
     energy_R, vectors = torch.linalg.eigh(product.double())
-    return Spectrum(matrix, energy_R.flip(0).clamp_min(0), vectors.flip(1), by_rows, root)
+    energy_R = energy_R.flip(0).clamp_min(0)
+    worth = 1.0 if gram is None else 0.5 * sensitivity * float(energy_R.sum()) / gram.tokens
+    return Spectrum(matrix, energy_R, vectors.flip(1), worth, by_rows, root)
 
 
 def _root(gram_NN: torch.Tensor) -> torch.Tensor:
@@ -234,6 +246,12 @@ def factorise(found: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return outer * scale_R, inner / scale_R[:, None]
 
 
+def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
+    """Return the nats per token that cutting to these ranks should cost, to second order, errors independent."""
+    chosen = ((found, ranks.get(found.matrix.name)) for found in spectra)
+    return sum(found.worth * (1 - float(found.kept_R[rank - 1])) for found, rank in chosen if rank is not None)
+
+
 def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> None:
     """Put factors of the given ranks into `model`, in place; what is None or not named stays dense."""
     names = {found.matrix.name for found in spectra}
@@ -258,11 +276,11 @@ def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int 
 
 
 def options(found: Spectrum) -> list[tuple[int | None, int, float]]:
-    """Return what a matrix can be: (rank, elements, share of energy kept) in ascending size, dense (rank None) last."""
-    matrix, kept_R = found.matrix, found.kept_R
+    """Return what a matrix can be: (rank, elements, what is kept of its worth) by ascending size, dense (None) last."""
+    matrix, kept_R = found.matrix, found.kept_R * found.worth
     ranks = [rank for rank in range(MULTIPLE, len(kept_R) + 1, MULTIPLE) if rank < matrix.break_even]
     factored = [(rank, matrix.elements(rank), float(kept_R[rank - 1])) for rank in ranks]
-    return [*factored, (None, matrix.elements(None), 1.0)]
+    return [*factored, (None, matrix.elements(None), found.worth)]
 
 
 def allocate(
@@ -270,7 +288,7 @@ def allocate(
 ) -> dict[str, int | None]:
     """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
 
-    "global": greedily by energy kept per element, over all matrices; "uniform": the same share of each matrix.
+    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
     Raises UserError with the largest compression in reach.
     """
     size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
