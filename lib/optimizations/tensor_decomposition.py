@@ -36,16 +36,16 @@ METHODS = ("plain", "whitened", "refined")
 BUDGETS = ("global", "uniform")
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
-SMALL = 2**22  # elements of a matrix up to which its Gram matrix is formed in float64
+SMALL = 2**22  # elements of a matrix up to which its eigenvectors are found in float64, above in float32
 
 KNOBS = {
     "compression": {
         "type": "float",
-        "range": (0.05, 0.9),
+        "range": (0.0, 1.0),
         "default": 0.2,
         "help": "share of the decoder's bytes removed",
     },
-    "method": {"type": "categorical", "choices": METHODS, "default": "whitened"},
+    "method": {"type": "categorical", "choices": METHODS, "default": "refined"},
     "budget": {"type": "categorical", "choices": BUDGETS, "default": "global"},
     "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
 }
@@ -106,7 +106,7 @@ def apply(
     calibration: Sequence[dict[str, torch.Tensor]],
     *,
     compression: float = 0.2,
-    method: str = "whitened",
+    method: str = "refined",
     budget: str = "global",
     refine_steps: int = 20,
     learning_rate: float = 1e-3,
@@ -213,10 +213,10 @@ def spectrum(matrix: Matrix, gram: Gram | None = None, sensitivity: float = 1.0)
         root = _root(gram.sum)
         inside = weight @ root.to(weight)
         product = inside.T @ inside
-    energy_R, vectors = torch.linalg.eigh(product.double())
-    energy_R = energy_R.flip(0).clamp_min(0)
+    energy_R, vectors = torch.linalg.eigh(product)
+    energy_R, vectors = energy_R.double().flip(0).clamp_min(0), vectors.double().flip(1)
     worth = 1.0 if gram is None else 0.5 * sensitivity * float(energy_R.sum()) / gram.tokens
-    return Spectrum(matrix, energy_R, vectors.flip(1), worth, by_rows, root)
+    return Spectrum(matrix, energy_R, vectors, worth, by_rows, root)
 
 
 def _root(gram_NN: torch.Tensor) -> torch.Tensor:
