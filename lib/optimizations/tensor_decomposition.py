@@ -10,8 +10,9 @@
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
 
 Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
-8. Energies of different matrices are made comparable by what an error in each one's output costs (the Fisher
-information of that output, one backward pass): the sum of what is cut is then an estimate of the divergence in nats.
+8. Energies of different matrices are made comparable by what losing them costs: the divergence in nats that is measured
+when this matrix alone is cut to half its break-even rank. (The Fisher information of the output, which needs one
+backward pass only, misjudges sharp attention: its gradient vanishes where a larger error turns it elsewhere.)
 Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix stays dense where factors would not
 be smaller than m·n, and where the budget is better spent on it whole. Knows nothing of measuring; `apply` never changes
 the caller's model.
@@ -21,7 +22,7 @@ Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I w
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -30,13 +31,14 @@ from lib.errors import UserError
 from lib.models import blocks, factors
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
-from lib.models.sensitivity import sensitivities
 
 METHODS = ("plain", "whitened", "refined")
 BUDGETS = ("global", "uniform")
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
 SMALL = 2**22  # elements of a matrix up to which its eigenvectors are found in float64, above in float32
+
+WEIGHED_SEQUENCES = 4  # of the first calibration batch, to measure what each matrix is worth
 
 KNOBS = {
     "compression": {
@@ -177,8 +179,36 @@ def analyse(
         return [spectrum(matrix) for matrix in found]
     grams = observe_grams(model, calibration)
     entering = [_gram(matrix, grams) for matrix in found]
-    cost = sensitivities(model, calibration)
-    return [spectrum(matrix, gram, cost[matrix.name]) for matrix, gram in zip(found, entering)]
+    return weigh(model, [spectrum(matrix, gram) for matrix, gram in zip(found, entering)], calibration[0])
+
+
+@torch.no_grad()
+def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch.Tensor]) -> list[Spectrum]:
+    """Return `spectra` with the worth of each: divergence, when it alone is cut, over the share of energy it then lost.
+
+    Text is cut to a few sequences. Runs the model once per matrix, on a copy that shares its tensors.
+    """
+    if set(inputs) <= {"input_ids", "attention_mask"}:
+        inputs = {name: tensor[:WEIGHED_SEQUENCES] for name, tensor in inputs.items()}
+    trial = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    expected = model(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool().flatten()
+    weighed = []
+    for found in spectra:
+        factored = [rank for rank, _, _ in options(found) if rank is not None]
+        if not factored:
+            weighed.append(found)
+            continue
+        rank = min(factored, key=lambda one: abs(one - found.matrix.break_even / 2))
+        owner, _, leaf = found.matrix.module.rpartition(".")
+        whole = trial.get_submodule(found.matrix.module)
+        install(trial, [found], {found.matrix.name: rank})
+        given = trial(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+        setattr(trial.get_submodule(owner), leaf, whole)
+        lost = nn.functional.kl_div(given[real], expected[real], reduction="sum", log_target=True) / real.sum()
+        share = max(1 - float(found.kept_R[rank - 1]), 1e-9)
+        weighed.append(replace(found, worth=max(float(lost), 0.0) / share))
+    return weighed
 
 
 def _gram(matrix: Matrix, grams: Grams) -> Gram:
@@ -193,10 +223,10 @@ def _gram(matrix: Matrix, grams: Grams) -> Gram:
     return gram
 
 
-def spectrum(matrix: Matrix, gram: Gram | None = None, sensitivity: float = 1.0) -> Spectrum:
+def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
     """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
 
-    Without `gram`, of what enters the matrix, it is the plain one. `sensitivity`: see `lib.models.sensitivity`.
+    Without `gram`, of what enters the matrix, it is the plain one.
     """
     weight = matrix.weight.detach().to(torch.float64 if matrix.weight.numel() <= SMALL else torch.float32)
     rows, columns = weight.shape
@@ -215,8 +245,7 @@ def spectrum(matrix: Matrix, gram: Gram | None = None, sensitivity: float = 1.0)
         product = inside.T @ inside
     energy_R, vectors = torch.linalg.eigh(product)
     energy_R, vectors = energy_R.double().flip(0).clamp_min(0), vectors.double().flip(1)
-    worth = 1.0 if gram is None else 0.5 * sensitivity * float(energy_R.sum()) / gram.tokens
-    return Spectrum(matrix, energy_R, vectors, worth, by_rows, root)
+    return Spectrum(matrix, energy_R, vectors, 1.0, by_rows, root)
 
 
 def _root(gram_NN: torch.Tensor) -> torch.Tensor:
@@ -247,7 +276,7 @@ def factorise(found: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
-    """Return the nats per token that cutting to these ranks should cost, to second order, errors independent."""
+    """Return the nats per token that cutting to these ranks should cost, were errors additive."""
     chosen = ((found, ranks.get(found.matrix.name)) for found in spectra)
     return sum(found.worth * (1 - float(found.kept_R[rank - 1])) for found, rank in chosen if rank is not None)
 

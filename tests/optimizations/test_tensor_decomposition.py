@@ -196,7 +196,7 @@ def test_the_budget_goes_where_energy_is(tiny, text):
 
 
 def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
-    """Cut matrices one kind at a time: the estimate ranks them nearly as the divergence does."""
+    """Cut matrices one at a time, further than they were weighed at: the estimate ranks them as the divergence does."""
     model = tiny(name)
     spectra = td.analyse(model, text)
     predicted, found = [], []
