@@ -100,8 +100,8 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters, tied ones once; of a sparsely stored matrix, those that are stored."""
+    return sum(_stored_elements(parameter) for parameter in model.parameters())
 
 
 def checkpoint_bytes(folder: Path | str) -> int:
@@ -139,11 +139,16 @@ class _Size:
         return self.dense + self.top_k * self.expert
 
 
+def _stored_elements(tensor: torch.Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.numel()
+    return (tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()).numel()
+
+
 def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
     """Elements a product has to use, and bytes it has to read; with `skip_zeros` those of a perfect sparse kernel."""
     if tensor.layout != torch.strided:
-        stored = tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()
-        return stored.numel(), tensor_bytes(tensor)
+        return _stored_elements(tensor), tensor_bytes(tensor)
     if skip_zeros:
         used = int(tensor.count_nonzero())
         return used, used * tensor.element_size()
@@ -224,7 +229,7 @@ def decode_flops(model: nn.Module, context: float, *, absorbed: bool = False, sk
         if attention.kind == "latent" and absorbed:
             width = 2 * attention.latent_dim + attention.rope_dim
         elif attention.kind == "latent":
-            flops += 2 * attention.module.kv_b_proj.weight.numel() * (context - 1)
+            flops += 2 * _elements(attention.module.kv_b_proj.weight, skip_zeros)[0] * (context - 1)
         flops += 2 * attention.heads * width * context
     return flops
 

@@ -21,6 +21,7 @@ from lib.errors import UserError
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
+from lib.models.sparse import describe, restore
 
 transformers_logging.disable_progress_bar()
 
@@ -146,7 +147,8 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, proc
         }
         for block in anatomy(model).blocks
     ]
-    (folder / MANIFEST).write_text(json.dumps({"blocks": blocks}, indent=1) + "\n", encoding="utf-8")
+    manifest = {"blocks": blocks} | ({"sparse": described} if (described := describe(model)) else {})
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for part in (tokenizer, processor):
         if part is not None:
             part.save_pretrained(folder)
@@ -174,6 +176,8 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     with init_empty_weights(include_buffers=False):
         model = _auto(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    restore(model, manifest.get("sparse", {}), stored, dtype)
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             _place(model, name, old, stored.pop(name), dtype, device)
