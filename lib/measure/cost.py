@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lib.measure.workloads import Workload
-from lib.models.anatomy import Anatomy, Block, anatomy
+from lib.models.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,13 @@ def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
 
 
 def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
-    experts = block.feed_forward.experts
+    return _size(block.module, block.feed_forward.experts, skip_zeros)
+
+
+def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) -> _Size:
     routed = {id(parameter) for parameter in experts.module.parameters()} if experts else set()
     dense = dense_bytes = expert = expert_bytes = 0.0
-    for parameter in block.module.parameters():
+    for parameter in module.parameters():
         if parameter.dim() < 2:
             continue
         elements, size = _elements(parameter, skip_zeros)
@@ -178,6 +181,13 @@ def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
 def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
     sizes = [_elements(p, skip_zeros) for p in view.head.parameters() if p.dim() > 1]
     return _Size(sum(elements for elements, _ in sizes), sum(size for _, size in sizes))
+
+
+def of_feed_forward(module: nn.Module, tokens: int, *, skip_zeros: bool = False) -> Cost:
+    """Return FLOPs and bytes of one feed-forward part for `tokens` tokens in one pass, uniform routing."""
+    size = _size(module, feed_forward(module).experts, skip_zeros)
+    hit = experts_hit_uniform(size.count, size.top_k, tokens) if size.count else 0
+    return Cost(2 * size.active * tokens, size.dense_bytes + hit * size.expert_bytes)
 
 
 def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:

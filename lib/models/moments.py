@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.anatomy import anatomy
+from lib.models.anatomy import FeedForward, anatomy
 
 PARTS = ("attention", "feed_forward", "experts")
 
@@ -55,24 +55,31 @@ def matrices(model: nn.Module, part: str = "all", block: int | None = None) -> l
 
     Norms, routers, embeddings, the head and the vision tower are none of them. Empty where the model lacks the part.
     """
-    found = []
     names = {module: name for name, module in model.named_modules()}
+    found = []
     for one in anatomy(model).blocks:
-        if block is not None and one.index != block:
-            continue
-        feed_forward = one.feed_forward
-        owners = {"attention": one.attention.module, "feed_forward": feed_forward.dense}
-        for kind, owner in owners.items():
-            linears = [] if owner is None else [m for m in owner.modules() if isinstance(m, nn.Linear)]
-            found += [Matrix(f"{names[m]}.weight", one.index, kind, m, "weight") for m in linears]
-        if feed_forward.experts is not None:
-            owner = feed_forward.experts.module
-            for attribute in ("gate_up_proj", "down_proj"):
-                weight = getattr(owner, attribute, None)
-                if weight is not None and weight.layout == torch.strided and weight.is_floating_point():
-                    name = f"{names[owner]}.{attribute}"
-                    found.append(Matrix(name, one.index, "experts", owner, attribute))
+        if block is None or one.index == block:
+            found += _linears(one.attention.module, one.index, "attention", names)
+            found += feed_forward_matrices(one.feed_forward, one.index, names)
     return [matrix for matrix in found if part in ("all", matrix.part)]
+
+
+def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Module, str] | None = None) -> list[Matrix]:
+    """Return the matrices of one feed-forward part; without `names` they are named from that part on."""
+    names = names or {module: name for name, module in part.module.named_modules()}
+    found = [] if part.dense is None else _linears(part.dense, block, "feed_forward", names)
+    if part.experts is not None:
+        owner = part.experts.module
+        for attribute in ("gate_up_proj", "down_proj"):
+            weight = getattr(owner, attribute, None)
+            if weight is not None and weight.layout == torch.strided and weight.is_floating_point():
+                found.append(Matrix(f"{names[owner]}.{attribute}", block, "experts", owner, attribute))
+    return found
+
+
+def _linears(owner: nn.Module, block: int, part: str, names: dict[nn.Module, str]) -> list[Matrix]:
+    linears = [module for module in owner.modules() if isinstance(module, nn.Linear)]
+    return [Matrix(f"{names[module]}.weight", block, part, module, "weight") for module in linears]
 
 
 @torch.no_grad()

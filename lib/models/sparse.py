@@ -42,14 +42,13 @@ def compress(weight: torch.Tensor, kept: torch.Tensor, layout: str = "csr", rows
         return torch.sparse.to_sparse_semi_structured(weight * kept)
     if layout == "columns":
         return _compress_columns(weight, kept, rows)
-    values = weight[kept].float()
-    counts_O = kept.sum(-1)
-    columns = kept.nonzero()[:, -1].int()
-    if weight.dim() == 3:
-        if len(counts_O.sum(-1).unique()) > 1:
-            raise ValueError("experts that keep different numbers of weights cannot be stacked")
-        values, columns = values.view(len(weight), -1), columns.view(len(weight), -1)
-    crow = nn.functional.pad(counts_O.cumsum(-1), (1, 0)).int()
+    crow = nn.functional.pad(kept.sum(-1).cumsum(-1), (1, 0)).int()
+    if weight.dim() == 2:
+        return _csr(crow, kept.nonzero()[:, 1].int(), weight[kept].float(), tuple(weight.shape))
+    if len(crow[:, -1].unique()) > 1:
+        raise ValueError("experts that keep different numbers of weights cannot be stacked")
+    columns = torch.stack([mask.nonzero()[:, 1].int() for mask in kept])
+    values = torch.stack([one[mask].float() for one, mask in zip(weight, kept)])
     return _csr(crow, columns, values, tuple(weight.shape))
 
 
@@ -153,7 +152,7 @@ class _Stored(nn.Module):
                 memo[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
-        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        made.__dict__ = copy.deepcopy({name: v for name, v in self.__dict__.items() if name != "views"}, memo)
         return made
 
 
@@ -194,7 +193,7 @@ class SparseExperts(_Stored):
 
     def forward(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         total_TH = torch.zeros_like(hidden_TH)
-        gate_up, down = (self._stack(name) for name in EXPERT_NAMES)
+        gate_up, down = self._stacks()
         for expert in index_TK.unique().tolist():
             token, position = torch.where(index_TK == expert)
             gate, up = _apply(gate_up[expert], hidden_TH[token]).chunk(2, dim=-1)
@@ -202,9 +201,14 @@ class SparseExperts(_Stored):
             total_TH.index_add_(0, token, out.to(total_TH.dtype))
         return total_TH
 
-    def _stack(self, name: str) -> list[torch.Tensor]:
-        weight = getattr(self, name)
-        return list(weight) if weight.layout == torch.strided else slices(weight)
+    def _stacks(self) -> list[list[torch.Tensor]]:
+        """Return the experts' matrices one by one, made once: cutting a stack takes longer than a small product."""
+        weights = [getattr(self, name) for name in EXPERT_NAMES]
+        at = [w.data_ptr() if w.layout == torch.strided else w.values().data_ptr() for w in weights]
+        if self.__dict__.get("views", (None,))[0] != at:
+            cut = [list(w.detach()) if w.layout == torch.strided else slices(w.detach()) for w in weights]
+            self.__dict__["views"] = (at, cut)
+        return self.__dict__["views"][1]
 
 
 def _apply(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:

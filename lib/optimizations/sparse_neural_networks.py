@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.models import anatomy
 from lib.models.distillation import distil
-from lib.models.moments import PARTS, Matrix, Moments, matrices, moments
+from lib.models.moments import PARTS, Matrix, Moments, feed_forward_matrices, matrices, moments
 from lib.models.sparse import compress, store, stored
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "random")
@@ -144,16 +145,27 @@ def executed(pruned: Pruned) -> nn.Module:
     experts CSR.
     """
     model = copy.deepcopy(pruned.model)
-    rows, _ = block_shape(pruned.pattern)
+    chosen = [matrix for matrix in matrices(model) if matrix.name in pruned.kept]
+    return store(model, {one.name: _stored(one, pruned.kept[one.name], pruned.pattern) for one in chosen})
+
+
+def _stored(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Tensor:
+    rows, _ = block_shape(pattern)
+    layout = "columns" if rows >= LEAST_ROWS else "csr"
+    if pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
+        _check_tensor_cores(matrix)
+        layout = "semi_structured"
+    return compress(matrix.weight.data, kept, layout, rows)
+
+
+def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str = "sparse") -> nn.Module:
+    """Return a copy of one feed-forward part, pruned by magnitude: time asks how many weights go, not which."""
+    copied = copy.deepcopy(module)
     weights = {}
-    for matrix in matrices(model):
-        if matrix.name in pruned.kept:
-            layout = "columns" if rows >= LEAST_ROWS else "csr"
-            if pruned.pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
-                layout = "semi_structured"
-                _check_tensor_cores(matrix)
-            weights[matrix.name] = compress(matrix.weight.data, pruned.kept[matrix.name], layout, rows)
-    return store(model, weights)
+    for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
+        kept = _prune_matrix(matrix, None, sparsity, "magnitude", pattern, None)
+        weights[matrix.name] = _stored(matrix, kept, pattern) if execute == "sparse" else None
+    return store(copied, weights) if execute == "sparse" else copied
 
 
 def fine_tune(
@@ -254,13 +266,15 @@ def _prune_matrix(
     if method == "sparsegpt":
         gram_EII = seen.gram.view(-1, *seen.gram.shape[-2:])
         pruned_EOI, kept_EOI = sparsegpt(stack_EOI, gram_EII, sparsity, pattern)
-    else:
-        squares = None if seen is None else seen.squares.view(len(stack_EOI), 1, -1)
-        scores_EOI = score(stack_EOI, method, squares, generator)
-        kept_EOI = keep(scores_EOI, sparsity, pattern, within="matrix" if method == "magnitude" else "row")
-        pruned_EOI = stack_EOI * kept_EOI
-    weight.copy_(pruned_EOI.view(weight.shape))
-    return kept_EOI.view(weight.shape)
+        weight.copy_(pruned_EOI.view(weight.shape))
+        return kept_EOI.view(weight.shape)
+    within = "matrix" if method == "magnitude" else "row"
+    squares = [None] * len(stack_EOI) if seen is None else seen.squares.view(len(stack_EOI), -1)
+    masks = []
+    for one, square in zip(stack_EOI, squares):  # one by one: the scores of a large stack would not fit into memory
+        masks.append(keep(score(one, method, square, generator), sparsity, pattern, within=within))
+        one.mul_(masks[-1])
+    return torch.stack(masks).view(weight.shape)
 
 
 def score(
