@@ -35,7 +35,7 @@ LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products
 KNOBS = {
     "sparsity": {
         "type": "float",
-        "range": (0.0, 0.99),
+        "range": (0.0, 1.0),
         "default": 0.6,
         "help": "share of each matrix's weights set to zero; 2:4 fixes it at one half",
     },
