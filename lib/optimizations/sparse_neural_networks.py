@@ -1,9 +1,10 @@
 """Sparse neural networks: single weights, pairs of four or blocks go, the rest is stored and executed without them.
 
-Which weights go is a question of scores: `magnitude` |W|, compared within the matrix; `wanda` |W|·‖x‖₂, compared within
-each output row (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ column by column, the error of each column passed on to those
-behind it (Frantar & Alistarh 2023); `random` as a control. For experts x are their own tokens. Patterns:
-`unstructured`, `2:4`, and blocks `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
+Which weights go is a question of scores: `magnitude` |W|; `wanda` |W|·‖x‖₂ (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ
+column by column, the error of each column passed on to those behind it (Frantar & Alistarh 2023); `random` as a
+control. For experts x are their own tokens. Scores compete within each output row, or, with `within="matrix"`, within
+the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, and blocks
+`RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
 
 Executed sparse is the point: with `execute="dense"` the zeros are stored, read and multiplied as before. `apply` never
 changes the caller's model. Knows nothing of measuring.
@@ -26,6 +27,7 @@ from lib.models.moments import PARTS, Matrix, Moments, feed_forward_matrices, ma
 from lib.models.sparse import compress, store, stored
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "random")
+WITHIN = ("row", "matrix")
 PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
 EXECUTE = ("sparse", "dense")
 DAMPING = 0.01  # of the mean diagonal, Frantar & Alistarh 2023, section 4
@@ -41,6 +43,7 @@ KNOBS = {
     },
     "method": {"type": "categorical", "choices": METHODS, "default": "sparsegpt"},
     "pattern": {"type": "categorical", "choices": PATTERNS, "default": "unstructured"},
+    "within": {"type": "categorical", "choices": WITHIN, "default": "row", "help": "where scores compete"},
     "parts": {"type": "categorical", "choices": ("all", *PARTS), "default": "all"},
     "execute": {"type": "categorical", "choices": EXECUTE, "default": "sparse"},
     "fine_tuning_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of masked distillation"},
@@ -72,6 +75,7 @@ def apply(
     sparsity: float = 0.6,
     method: str = "sparsegpt",
     pattern: str = "unstructured",
+    within: str = "row",
     parts: str = "all",
     execute: str = "sparse",
     fine_tuning_steps: int = 0,
@@ -87,8 +91,8 @@ def apply(
     """
     if execute not in EXECUTE:
         raise UserError(f'sparse_neural_networks: execute "{execute}"; expected one of {", ".join(EXECUTE)}')
-    options = {"sparsity": sparsity, "method": method, "pattern": pattern, "parts": parts, "seed": seed}
-    pruned = prune(model, calibration, **options, seen=seen)
+    options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
+    pruned = prune(model, calibration, **options, seen=seen, seed=seed)
     if fine_tuning_steps:
         options = {"steps": fine_tuning_steps, "learning_rate": learning_rate, "seed": seed}
         pruned, _ = fine_tune(pruned, model, lessons or calibration, **options)
@@ -102,6 +106,7 @@ def prune(
     sparsity: float = 0.6,
     method: str = "sparsegpt",
     pattern: str = "unstructured",
+    within: str = "row",
     parts: str = "all",
     seen: dict[str, Moments] | None = None,
     seed: int = 0,
@@ -112,7 +117,7 @@ def prune(
     (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's inputs: quicker, and
     the same statistics serve many settings.
     """
-    check(model, sparsity=sparsity, method=method, pattern=pattern, parts=parts)
+    check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     copied = copy.deepcopy(model)
     if sparsity == 0 and pattern != "2:4":
         kept = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
@@ -129,7 +134,7 @@ def prune(
             one = found[matrix.name] if needs else None
             if one is not None:
                 thin |= _enough(matrix, one, method)
-            kept[matrix.name] = _prune_matrix(matrix, one, sparsity, method, pattern, generator)
+            kept[matrix.name] = _prune_matrix(matrix, one, sparsity, method, pattern, within, generator)
     return Pruned(copied, kept, pattern, thin)
 
 
@@ -163,7 +168,7 @@ def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str 
     copied = copy.deepcopy(module)
     weights = {}
     for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
-        kept = _prune_matrix(matrix, None, sparsity, "magnitude", pattern, None)
+        kept = _prune_matrix(matrix, None, sparsity, "magnitude", pattern, "row", None)
         weights[matrix.name] = _stored(matrix, kept, pattern) if execute == "sparse" else None
     return store(copied, weights) if execute == "sparse" else copied
 
@@ -199,11 +204,14 @@ def fine_tune(
 # --- what may be asked -----------------------------------------------------------------------------------------------
 
 
-def check(model: nn.Module, *, sparsity: float, method: str, pattern: str, parts: str) -> None:
+def check(
+    model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str = "row", parts: str = "all"
+) -> None:
     """Raise UserError, naming layer and bound, where this cannot be done to this model."""
     if not 0 <= sparsity < 1:
         raise UserError(f"sparse_neural_networks: sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
-    for name, value, valid in (("method", method, METHODS), ("parts", parts, ("all", *PARTS))):
+    choices = (("method", method, METHODS), ("within", within, WITHIN), ("parts", parts, ("all", *PARTS)))
+    for name, value, valid in choices:
         if value not in valid:
             raise UserError(f'sparse_neural_networks: {name} "{value}"; expected one of {", ".join(valid)}')
     rows, columns = block_shape(pattern)
@@ -258,7 +266,7 @@ def _check_tensor_cores(matrix: Matrix) -> None:
 
 
 def _prune_matrix(
-    matrix: Matrix, seen: Moments | None, sparsity: float, method: str, pattern: str, generator: torch.Generator
+    matrix: Matrix, seen: Moments | None, sparsity: float, method: str, pattern: str, within: str, generator
 ) -> torch.Tensor:
     """Zero the dropped weights in place; return what is kept, bool in the weight's shape."""
     weight = matrix.weight.data
@@ -268,7 +276,6 @@ def _prune_matrix(
         pruned_EOI, kept_EOI = sparsegpt(stack_EOI, gram_EII, sparsity, pattern)
         weight.copy_(pruned_EOI.view(weight.shape))
         return kept_EOI.view(weight.shape)
-    within = "matrix" if method == "magnitude" else "row"
     squares = [None] * len(stack_EOI) if seen is None else seen.squares.view(len(stack_EOI), -1)
     masks = []
     for one, square in zip(stack_EOI, squares):  # one by one: the scores of a large stack would not fit into memory

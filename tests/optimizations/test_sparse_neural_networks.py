@@ -122,6 +122,13 @@ def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
     assert sparse.shares(pruned)[matrix.name] == pytest.approx(expected, abs=1e-6)
 
 
+def test_scores_that_compete_within_the_matrix_may_empty_a_row():
+    scores = torch.arange(32.0).view(4, 8)
+    kept = sparse.keep(scores, 0.5, "unstructured", within="matrix")
+    assert kept.sum(1).tolist() == [0, 0, 8, 8]
+    assert sparse.keep(scores, 0.5, "unstructured").sum(1).tolist() == [4] * 4
+
+
 @pytest.mark.parametrize("name", MOE)
 @pytest.mark.parametrize("method", sparse.METHODS)
 def test_the_share_of_zeros_is_exact_in_every_expert(tiny, name, text, method):
@@ -211,8 +218,7 @@ def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(patt
     squares = x_TI.square().sum(0)
     errors = {}
     for method in ("wanda", "magnitude"):
-        within = "matrix" if method == "magnitude" else "row"
-        kept = sparse.keep(sparse.score(weight_OI, method, squares), 0.6, pattern, within=within)
+        kept = sparse.keep(sparse.score(weight_OI, method, squares), 0.6, pattern)
         errors[method] = float((x_TI @ (weight_OI * ~kept).T).norm())
     pruned, _ = sparse.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
     errors["sparsegpt"] = float((x_TI @ (pruned[0] - weight_OI).T).norm())
@@ -371,7 +377,14 @@ def test_bad_requests_are_named(tiny, text):
     for sparsity in (-0.1, 1.0, 1.5):
         with pytest.raises(UserError, match="out of range; expected 0 <= sparsity < 1"):
             sparse.apply(model, text, sparsity=sparsity)
-    for wrong in ({"pattern": "3:7"}, {"pattern": "0x8"}, {"method": "obd"}, {"parts": "head"}, {"execute": "fast"}):
+    for wrong in (
+        {"pattern": "3:7"},
+        {"pattern": "0x8"},
+        {"method": "obd"},
+        {"within": "column"},
+        {"parts": "head"},
+        {"execute": "fast"},
+    ):
         with pytest.raises(UserError, match="expected one of"):
             sparse.apply(model, text, **wrong)
     with pytest.raises(UserError, match='no matrix to prune in parts "experts": this model has none'):
