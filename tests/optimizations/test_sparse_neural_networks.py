@@ -33,7 +33,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 # --- the product -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 37])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 37, 256])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
 def test_the_sparse_product_equals_the_masked_dense_one(pattern, tokens):
     weight_OI, x_TI = torch.randn(64, 48), torch.randn(tokens, 48)
