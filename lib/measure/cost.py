@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lib.measure.workloads import Workload
-from lib.models.anatomy import Anatomy, Block, anatomy
+from lib.models.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the number of parameters, tied ones once; of a sparsely stored matrix, those that are stored."""
+    return sum(_stored_elements(parameter) for parameter in model.parameters())
 
 
 def checkpoint_bytes(folder: Path | str) -> int:
@@ -139,11 +139,16 @@ class _Size:
         return self.dense + self.top_k * self.expert
 
 
+def _stored_elements(tensor: torch.Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.numel()
+    return (tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()).numel()
+
+
 def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
     """Elements a product has to use, and bytes it has to read; with `skip_zeros` those of a perfect sparse kernel."""
     if tensor.layout != torch.strided:
-        stored = tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()
-        return stored.numel(), tensor_bytes(tensor)
+        return _stored_elements(tensor), tensor_bytes(tensor)
     if skip_zeros:
         used = int(tensor.count_nonzero())
         return used, used * tensor.element_size()
@@ -151,10 +156,13 @@ def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
 
 
 def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
-    experts = block.feed_forward.experts
+    return _size(block.module, block.feed_forward.experts, skip_zeros)
+
+
+def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) -> _Size:
     routed = {id(parameter) for parameter in experts.module.parameters()} if experts else set()
     dense = dense_bytes = expert = expert_bytes = 0.0
-    for parameter in block.module.parameters():
+    for parameter in module.parameters():
         if parameter.dim() < 2:
             continue
         elements, size = _elements(parameter, skip_zeros)
@@ -173,6 +181,13 @@ def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
 def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
     sizes = [_elements(p, skip_zeros) for p in view.head.parameters() if p.dim() > 1]
     return _Size(sum(elements for elements, _ in sizes), sum(size for _, size in sizes))
+
+
+def of_feed_forward(module: nn.Module, tokens: int, *, skip_zeros: bool = False) -> Cost:
+    """Return FLOPs and bytes of one feed-forward part for `tokens` tokens in one pass, uniform routing."""
+    size = _size(module, feed_forward(module).experts, skip_zeros)
+    hit = experts_hit_uniform(size.count, size.top_k, tokens) if size.count else 0
+    return Cost(2 * size.active * tokens, size.dense_bytes + hit * size.expert_bytes)
 
 
 def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
@@ -224,7 +239,8 @@ def decode_flops(model: nn.Module, context: float, *, absorbed: bool = False, sk
         if attention.kind == "latent" and absorbed:
             width = 2 * attention.latent_dim + attention.rope_dim
         elif attention.kind == "latent":
-            flops += 2 * attention.module.kv_b_proj.weight.numel() * (context - 1)
+            expansion = sum(_elements(p, skip_zeros)[0] for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
+            flops += 2 * expansion * (context - 1)
         flops += 2 * attention.heads * width * context
     return flops
 

@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
     "batch_decode_tokens_per_second": _performance("tokens/s", True),
     "generate_tokens_per_second": _performance("tokens/s", True),
     "attention_ms": _performance("ms", False),
+    "feed_forward_ms": _performance("ms", False),
     "requests_per_second": _performance("requests/s", True),
     "goodput_requests_per_second": _performance("requests/s", True),
     "latency_p50_ms": _performance("ms", False),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lib.errors import UserError
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -103,7 +105,7 @@ class FeedForward:
     @property
     def channels(self) -> int:
         """Channels of the dense part (0 where there is none)."""
-        return self.down.weight.shape[1] if self.dense is not None else 0
+        return self.down.in_features if self.dense is not None else 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,12 @@ def forget_pictures(model: nn.Module) -> None:
 
 
 def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
-    """Give `linear` another weight [out, in]; its bias must already fit."""
+    """Give `linear` another weight [out, in]; its bias must already fit. Raises UserError where it is not dense."""
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"{type(linear).__name__}: its matrix is stored in factors and cannot lose rows or columns; "
+            "remove parts before matrices are factored"
+        )
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
     linear.out_features, linear.in_features = weight.shape
 

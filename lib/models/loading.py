@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
+from lib.models import factors, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
@@ -131,9 +132,11 @@ def load_image_processor(folder: Path | str) -> object:
 
 
 def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, processor: object = None) -> Path:
-    """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths; return the folder.
+    """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths and of its factored
+    matrices; return the folder.
 
-    Where every block has the shapes that the configuration implies, transformers reads the folder as well.
+    Where every block has the shapes that the configuration implies, and nothing is factored, transformers reads the
+    folder as well.
     """
     folder = Path(folder)
     model.save_pretrained(folder, save_original_format=False)
@@ -146,7 +149,11 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, proc
         }
         for block in anatomy(model).blocks
     ]
-    (folder / MANIFEST).write_text(json.dumps({"blocks": blocks}, indent=1) + "\n", encoding="utf-8")
+    manifest: dict[str, object] = {"blocks": blocks}
+    manifest |= {
+        name: found for name, found in (("factors", factors.ranks(model)), ("sparse", sparse.describe(model))) if found
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for part in (tokenizer, processor):
         if part is not None:
             part.save_pretrained(folder)
@@ -154,7 +161,9 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, proc
 
 
 def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """Load a checkpoint folder (or hub id) for inference; with our manifest each block may have a shape of its own."""
+    """Load a checkpoint folder (or hub id) for inference; with our manifest each block may have a shape of its own, and
+    matrices may be stored in factors.
+    """
     if (Path(folder) / MANIFEST).is_file():
         model = _load_with_manifest(Path(folder), dtype, device)
     else:
@@ -173,7 +182,10 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = _auto(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    factors.restore(model, manifest.get("factors", {}))
+    sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
     for name, old in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             _place(model, name, old, stored.pop(name), dtype, device)

@@ -15,6 +15,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.anatomy import Anatomy, Block, anatomy
+from lib.models.factors import FactoredExperts
 
 
 @dataclass
@@ -137,12 +138,15 @@ def _add_experts(
     count, _, width = module.down_proj.shape
     tokens_E, contribution_E = hidden_TH.new_zeros(count, dtype=torch.float32), hidden_TH.new_zeros(count).float()
     activation_EI = hidden_TH.new_zeros(count, width, dtype=torch.float32)
+    factored = isinstance(module, FactoredExperts)
+    entering = module.enter(hidden_TH) if factored else hidden_TH
     for expert in range(count):
         token, position = torch.where(chosen_TK == expert)
         if token.numel() == 0:
             continue
-        inner = module._apply_gate(nn.functional.linear(hidden_TH[token], module.gate_up_proj[expert]))
+        inner = module._apply_gate(nn.functional.linear(entering[token], module.gate_up_proj[expert]))
         output = nn.functional.linear(inner, module.down_proj[expert])
+        output = module.leave(output) if factored else output
         tokens_E[expert] = token.numel()
         contribution_E[expert] = (weight_TK[token, position].float() * output.float().norm(dim=-1)).sum()
         activation_EI[expert] = inner.float().abs().sum(0)

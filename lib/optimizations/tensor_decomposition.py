@@ -1,0 +1,380 @@
+"""Tensor decomposition: the decoder's matrices are replaced by two thin factors each, which are really executed.
+
+- plain: the best low-rank matrix (truncated SVD).
+- whitened: the best low-rank matrix on calibration inputs X. With S the Cholesky factor of X·Xᵀ, the SVD of W·S is cut
+  and S⁻¹ applied (SVD-LLM, Wang et al. 2024). Where W has fewer rows than columns the same matrix is U·Uᵀ·W, U the
+  leading eigenvectors of W·X·Xᵀ·Wᵀ, which needs no inverse.
+- refined: whitened, then the factors of each block are trained for a few steps: its inputs come from the compressed
+  blocks before it, its target is the original block's output (AA-SVD).
+- experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
+  [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
+
+Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
+8. Energies of different matrices are made comparable by what losing them costs: the divergence in nats that is measured
+when this matrix alone is cut to half its break-even rank. (The Fisher information of the output, which needs one
+backward pass only, misjudges sharp attention: its gradient vanishes where a larger error turns it elsewhere.)
+Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix stays dense where factors would not
+be smaller than m·n, and where the budget is better spent on it whole. Knows nothing of measuring; `apply` never changes
+the caller's model.
+
+Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models import blocks, factors
+from lib.models.anatomy import anatomy
+from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
+
+METHODS = ("plain", "whitened", "refined")
+BUDGETS = ("global", "uniform")
+MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
+DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
+SMALL = 2**22  # elements of a matrix up to which its eigenvectors are found in float64, above in float32
+
+WEIGHED_SEQUENCES = 4  # of the first calibration batch, to measure what each matrix is worth
+
+KNOBS = {
+    "compression": {
+        "type": "float",
+        "range": (0.0, 1.0),
+        "default": 0.2,
+        "help": "share of the decoder's bytes removed",
+    },
+    "method": {"type": "categorical", "choices": METHODS, "default": "refined"},
+    "budget": {"type": "categorical", "choices": BUDGETS, "default": "global"},
+    "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that can be factored: a linear layer, or a stack of experts unfolded along the hidden dimension.
+
+    side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down).
+    """
+
+    module: str
+    side: str
+    block: int
+    weight: torch.Tensor = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.module if self.side == "linear" else f"{self.module}:{self.side}"
+
+    @property
+    def break_even(self) -> float:
+        """The rank at which factors hold as many elements as the matrix: m·n / (m + n)."""
+        rows, columns = self.weight.shape
+        return rows * columns / (rows + columns)
+
+    def elements(self, rank: int | None) -> int:
+        """Return the elements of its factors, or of the dense matrix for rank None."""
+        rows, columns = self.weight.shape
+        return rows * columns if rank is None else rank * (rows + columns)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of."""
+
+    matrix: Matrix
+    energy_R: torch.Tensor
+    vectors: torch.Tensor = field(repr=False)
+    worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
+    by_rows: bool  # whether the vectors are on the side of the outputs
+    root: torch.Tensor | None = field(repr=False)  # S, where the inverse of S is needed
+
+    @property
+    def kept_R(self) -> torch.Tensor:
+        """Share of the energy that each rank from 1 on keeps."""
+        return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or that every matrix of the decoder is factored already."""
+    return None if matrices(model) else "every matrix of the decoder is factored already"
+
+
+def apply(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    compression: float = 0.2,
+    method: str = "refined",
+    budget: str = "global",
+    refine_steps: int = 20,
+    learning_rate: float = 1e-3,
+    spectra: Sequence[Spectrum] | None = None,
+    ranks: dict[str, int | None] | None = None,
+) -> nn.Module:
+    """Return a model with about `compression` of the decoder's bytes less, factors in the place of matrices.
+
+    spectra: what `analyse(model, calibration, method)` returned, to compress several times from one pass. ranks: of
+    matrices by name (None: dense), in place of a budget. Raises UserError for a value out of range or out of reach,
+    for too few calibration tokens, and where there is no matrix to factor.
+    """
+    _check(compression=compression, method=method, budget=budget)
+    spectra = analyse(model, calibration, method) if spectra is None else spectra
+    chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
+    compressed = copy.deepcopy(model)
+    install(compressed, spectra, chosen)
+    if method == "refined" and refine_steps:
+        blocks.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)
+    return compressed
+
+
+def _check(compression: float, **choices: str) -> None:
+    if not 0 < compression < 1:
+        raise UserError(
+            f"tensor_decomposition: compression {compression} is out of range; expected 0 < compression < 1"
+        )
+    for name, value in choices.items():
+        valid = KNOBS[name]["choices"]
+        if value not in valid:
+            raise UserError(f'tensor_decomposition: {name} "{value}"; expected one of {", ".join(valid)}')
+
+
+# --- what can be factored --------------------------------------------------------------------------------------------
+
+
+def decoder_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters of the decoder's blocks: what `compression` is a share of."""
+    return sum(parameter.nbytes for block in anatomy(model).blocks for parameter in block.module.parameters())
+
+
+def matrices(model: nn.Module) -> list[Matrix]:
+    """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
+    found = []
+    for block in anatomy(model).blocks:
+        found += [Matrix(name, "linear", block.index, one.weight) for name, one in linears(model, block).items()]
+        experts, name = block.feed_forward.experts, experts_name(model, block)
+        if experts is None:
+            continue
+        if getattr(experts.module, "input_factor", None) is None:
+            found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
+        if getattr(experts.module, "output_factor", None) is None:
+            found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
+    return found
+
+
+# --- what each rank keeps --------------------------------------------------------------------------------------------
+
+
+def analyse(
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str = "whitened"
+) -> list[Spectrum]:
+    """Return the spectrum of every matrix of the decoder: of W for "plain", else of W·S from `calibration`."""
+    found = matrices(model)
+    if not found:
+        raise UserError(f"tensor_decomposition: no matrix to compress: {applies_to(model)}")
+    if method == "plain":
+        return [spectrum(matrix) for matrix in found]
+    grams = observe_grams(model, calibration)
+    entering = [_gram(matrix, grams) for matrix in found]
+    return weigh(model, [spectrum(matrix, gram) for matrix, gram in zip(found, entering)], calibration[0])
+
+
+@torch.no_grad()
+def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch.Tensor]) -> list[Spectrum]:
+    """Return `spectra` with the worth of each: divergence, when it alone is cut, over the share of energy it then lost.
+
+    Text is cut to a few sequences. Runs the model once per matrix, on a copy that shares its tensors.
+    """
+    if set(inputs) <= {"input_ids", "attention_mask"}:
+        inputs = {name: tensor[:WEIGHED_SEQUENCES] for name, tensor in inputs.items()}
+    trial = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    expected = model(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool().flatten()
+    weighed = []
+    for found in spectra:
+        factored = [rank for rank, _, _ in options(found) if rank is not None]
+        if not factored:
+            weighed.append(found)
+            continue
+        rank = min(factored, key=lambda one: abs(one - found.matrix.break_even / 2))
+        owner, _, leaf = found.matrix.module.rpartition(".")
+        whole = trial.get_submodule(found.matrix.module)
+        install(trial, [found], {found.matrix.name: rank})
+        given = trial(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+        setattr(trial.get_submodule(owner), leaf, whole)
+        lost = nn.functional.kl_div(given[real], expected[real], reduction="sum", log_target=True) / real.sum()
+        share = max(1 - float(found.kept_R[rank - 1]), 1e-9)
+        weighed.append(replace(found, worth=max(float(lost), 0.0) / share))
+    return weighed
+
+
+def _gram(matrix: Matrix, grams: Grams) -> Gram:
+    sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
+    gram = sides[matrix.side][matrix.module]
+    columns = matrix.weight.shape[1]
+    if matrix.side != "output" and gram.tokens < columns:  # the output side needs no inverse, and no full covariance
+        raise UserError(
+            f"tensor_decomposition: {matrix.name}: {gram.tokens} calibration tokens reach its {columns} inputs; "
+            f"their covariance is singular. Give at least {columns}, or choose method plain"
+        )
+    return gram
+
+
+def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
+    """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
+
+    Without `gram`, of what enters the matrix, it is the plain one.
+    """
+    weight = matrix.weight.detach().to(torch.float64 if matrix.weight.numel() <= SMALL else torch.float32)
+    rows, columns = weight.shape
+    by_rows = rows < columns or matrix.side == "output"
+    root = None
+    if gram is None:
+        product = weight @ weight.T if by_rows else weight.T @ weight
+    elif matrix.side == "output":
+        weight_HEI = weight.unflatten(1, (gram.sum.shape[0], -1))
+        product = torch.einsum("hei,eij,gej->hg", weight_HEI, gram.sum.to(weight), weight_HEI)
+    elif by_rows:
+        product = weight @ gram.sum.to(weight) @ weight.T
+    else:
+        root = _root(gram.sum)
+        inside = weight @ root.to(weight)
+        product = inside.T @ inside
+    energy_R, vectors = torch.linalg.eigh(product)
+    energy_R, vectors = energy_R.double().flip(0).clamp_min(0), vectors.double().flip(1)
+    return Spectrum(matrix, energy_R, vectors, 1.0, by_rows, root)
+
+
+def _root(gram_NN: torch.Tensor) -> torch.Tensor:
+    """Return S, lower triangular, with S·Sᵀ = X·Xᵀ but for a little damping."""
+    damped = gram_NN.clone()
+    damped.diagonal().add_(DAMPING * gram_NN.diagonal().mean().clamp_min(1e-12))
+    return torch.linalg.cholesky(damped)
+
+
+def factorise(found: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (outer [m, R], inner [R, n]), the best matrix of this rank, both of equal norm column by row.
+
+    Raises UserError for a rank of 0 or above full.
+    """
+    matrix, full = found.matrix, min(found.matrix.weight.shape)
+    if not 0 < rank <= full:
+        raise UserError(f"tensor_decomposition: {matrix.name}: rank {rank}; expected 1 <= rank <= {full}")
+    weight, vectors = matrix.weight.detach().double(), found.vectors[:, :rank]
+    if found.by_rows:
+        outer, inner = vectors, vectors.T @ weight
+    elif found.root is None:
+        outer, inner = weight @ vectors, vectors.T
+    else:
+        outer = weight @ (found.root @ vectors)
+        inner = torch.linalg.solve_triangular(found.root, vectors.T, upper=False, left=False)
+    scale_R = (inner.norm(dim=1) / outer.norm(dim=0).clamp_min(1e-300)).clamp(1e-12, 1e12).sqrt()
+    return outer * scale_R, inner / scale_R[:, None]
+
+
+def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
+    """Return the nats per token that cutting to these ranks should cost, were errors additive."""
+    chosen = ((found, ranks.get(found.matrix.name)) for found in spectra)
+    return sum(found.worth * (1 - float(found.kept_R[rank - 1])) for found, rank in chosen if rank is not None)
+
+
+def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> None:
+    """Put factors of the given ranks into `model`, in place; what is None or not named stays dense."""
+    names = {found.matrix.name for found in spectra}
+    if unknown := sorted(set(ranks) - names):
+        raise UserError(f"tensor_decomposition: no matrix {unknown[0]} in this model; there is {sorted(names)[0]}, …")
+    for found in spectra:
+        rank, matrix = ranks.get(found.matrix.name), found.matrix
+        if rank is None:
+            continue
+        outer, inner = factorise(found, rank)
+        if matrix.side == "linear":
+            factors.factor_linear(model, matrix.module, outer, inner)
+            continue
+        count = model.get_submodule(matrix.module).num_experts
+        if matrix.side == "input":
+            factors.factor_experts(model, matrix.module, gate_up=(outer.unflatten(0, (count, -1)), inner))
+        else:
+            factors.factor_experts(model, matrix.module, down=(outer, inner.unflatten(1, (count, -1)).transpose(0, 1)))
+
+
+# --- how much each gets ----------------------------------------------------------------------------------------------
+
+
+def options(found: Spectrum) -> list[tuple[int | None, int, float]]:
+    """Return what a matrix can be: (rank, elements, what is kept of its worth) by ascending size, dense (None) last."""
+    matrix, kept_R = found.matrix, found.kept_R * found.worth
+    ranks = [rank for rank in range(MULTIPLE, len(kept_R) + 1, MULTIPLE) if rank < matrix.break_even]
+    factored = [(rank, matrix.elements(rank), float(kept_R[rank - 1])) for rank in ranks]
+    return [*factored, (None, matrix.elements(None), found.worth)]
+
+
+def allocate(
+    model: nn.Module, spectra: Sequence[Spectrum], compression: float, budget: str = "global"
+) -> dict[str, int | None]:
+    """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
+
+    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
+    Raises UserError with the largest compression in reach.
+    """
+    size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
+    menus = {found.matrix.name: options(found) for found in spectra}
+    dense = sum(menu[-1][1] for menu in menus.values())
+    room = dense - compression * total / size
+    least = sum(menu[0][1] for menu in menus.values())
+    if least > room:
+        reach = (dense - least) * size / total
+        raise UserError(
+            f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
+            f"(or dense, where that is smaller) at most {reach:.2f}"
+        )
+    if budget == "uniform":
+        fixed = sum(menu[0][1] for menu in menus.values() if len(menu) == 1)  # too small for factors
+        share = (room - fixed) / max(1, dense - fixed)
+        at = {name: max(sum(one[1] <= share * menu[-1][1] for one in menu) - 1, 0) for name, menu in menus.items()}
+    else:
+        at = _greedy(menus, room)
+    _fill(menus, at, room)
+    return {name: menus[name][index][0] for name, index in at.items()}
+
+
+def _greedy(menus: dict[str, list[tuple]], room: float) -> dict[str, int]:
+    """Return the index chosen from each menu: steps along the upper hull of energy over elements, steepest first."""
+    at = dict.fromkeys(menus, 0)
+    room -= sum(menu[0][1] for menu in menus.values())
+    steps = []
+    for name, menu in menus.items():
+        here = 0
+        while here < len(menu) - 1:
+            slope, there = max((_slope(menu, here, index), index) for index in range(here + 1, len(menu)))
+            steps.append((slope, name, here, there))
+            here = there
+    for _, name, here, there in sorted(steps, key=lambda step: -step[0]):
+        cost = menus[name][there][1] - menus[name][here][1]
+        if at[name] == here and cost <= room:
+            at[name], room = there, room - cost
+    return at
+
+
+def _fill(menus: dict[str, list[tuple]], at: dict[str, int], room: float) -> None:
+    """Spend in place what whole steps left over: again and again the best step of any size that still fits."""
+    room -= sum(menus[name][index][1] for name, index in at.items())
+    while True:
+        fitting = [
+            (_slope(menu, at[name], index), name, index)
+            for name, menu in menus.items()
+            for index in range(at[name] + 1, len(menu))
+            if menu[index][1] - menu[at[name]][1] <= room
+        ]
+        if not fitting:
+            return
+        _, name, index = max(fitting)
+        room -= menus[name][index][1] - menus[name][at[name]][1]
+        at[name] = index
+
+
+def _slope(menu: list[tuple], here: int, there: int) -> float:
+    return (menu[there][2] - menu[here][2]) / max(1, menu[there][1] - menu[here][1])
