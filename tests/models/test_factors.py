@@ -42,6 +42,11 @@ def dense_like(model, dense):
     return dense
 
 
+def same_answers(one, other, batch) -> None:
+    """Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there."""
+    torch.testing.assert_close(one(**batch).logits, other(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm"])
 def test_two_thin_products_equal_the_dense_matrix(tiny, name, batch, backend):
     dense = tiny(name)
@@ -63,14 +68,14 @@ def test_the_dense_matrix_is_never_made(tiny, name, batch, monkeypatch):
     model(**batch)
 
 
-def test_disk_round_trip_is_bit_identical(tiny, name, batch, tmp_path):
+def test_disk_round_trip_keeps_every_bit_of_the_weights(tiny, name, batch, tmp_path):
     model = factored(tiny(name))
     view = anatomy(model)
     dense_attention = view.blocks[1].attention.module  # dense and factored side by side, and another rank
     dense_attention.o_proj = tiny(name, seed=3).get_submodule(_name(model, dense_attention)).o_proj
     back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
     assert loading.weights_hash(back) == loading.weights_hash(model)
-    assert torch.equal(back(**batch).logits, model(**batch).logits)
+    same_answers(back, model, batch)
     assert factors.ranks(back) == factors.ranks(model)
     manifest = json.loads((tmp_path / "workbench.json").read_text())
     manifest["factors"]["model.nothing"] = {"rank": 8}
@@ -89,7 +94,8 @@ def test_a_stack_alone_may_be_factored(tiny, batch, tmp_path):
         down = (torch.randn(32, 8), torch.randn(8, 8, 32))
         factors.factor_experts(model, experts_name(model, block), down=down)
     back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
-    assert torch.equal(back(**batch).logits, model(**batch).logits)
+    assert loading.weights_hash(back) == loading.weights_hash(model)
+    same_answers(back, model, batch)
     assert set(map(str, factors.ranks(back).values())) == {"{'input_rank': None, 'output_rank': 8}"}
 
 

@@ -127,7 +127,8 @@ def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, metho
     assert compression - 1e-9 <= removed < compression + 0.06, "not less, and at most a step of rank more"
     back = loading.load_folder(loading.save(low, tmp_path), torch.float32)
     assert loading.weights_hash(back) == loading.weights_hash(low)
-    assert torch.equal(back(**batch).logits, low(**batch).logits)
+    # Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there.
+    torch.testing.assert_close(back(**batch).logits, low(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_whitened_diverges_less_than_plain_at_equal_bytes(tiny, name, text):
