@@ -2,7 +2,10 @@
 
 `refine` goes from the first block to the last: each changed block sees what the changed blocks before it really give,
 and is taught what the original block gives on the original's input, so that it also makes up for errors made earlier
-(AA-SVD). Works on float32 copies of one block at a time. Knows nothing of what was changed.
+(AA-SVD). Works on float32 copies of one block at a time. `rest` goes on from what entered a block, so that whoever
+changes one block need not run those before it. Knows nothing of what was changed.
+
+Shapes: B sequences, T tokens, H hidden, V vocabulary.
 """
 
 import copy
@@ -27,17 +30,20 @@ class Stream:
 
 
 @torch.no_grad()
-def streams(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]]) -> list[Stream]:
-    """Return what passes through the blocks of `model`, batch by batch, in float32."""
+def streams(
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], *, in_float32: bool = True
+) -> list[Stream]:
+    """Return what passes through the blocks of `model`, batch by batch, in float32 or else in the model's own dtype."""
     found: list[Stream] = []
+    convert = _float if in_float32 else lambda value: value
 
     def watch(module, args, kwargs, output) -> None:
         stream = found[-1]
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        stream.inputs.append(before.float().clone())
-        stream.outputs.append(after.float().clone())
-        stream.arguments = {name: _float(value) for name, value in kwargs.items() if name != "hidden_states"}
+        stream.inputs.append(convert(before).clone())
+        stream.outputs.append(convert(after).clone())
+        stream.arguments = {name: convert(value) for name, value in kwargs.items() if name != "hidden_states"}
 
     hooks = [block.module.register_forward_hook(watch, with_kwargs=True) for block in anatomy(model).blocks]
     try:
@@ -55,6 +61,27 @@ def _float(value: object) -> object:
     if isinstance(value, (tuple, list)):
         return type(value)(_float(one) for one in value)
     return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+@torch.no_grad()
+def rest(model: nn.Module, stream: Stream, index: int) -> torch.Tensor:
+    """Return the logits [B, T, V] of `model` on what entered its block `index`; behind the last one, of what left it.
+
+    `stream` is in the model's dtype, of this model or of one that differs from it from that block on only.
+    """
+    view = anatomy(model)
+    last = len(view.blocks) - 1
+    states = stream.inputs[index] if index <= last else stream.outputs[last]
+    for block in view.blocks[index:]:
+        states = _run(block.module, states, stream)
+        if block.index < last:
+            states = states + _added(stream, block.index)
+    return view.head(view.final_norm(states))
+
+
+def _added(stream: Stream, index: int) -> torch.Tensor:
+    """Return what is added between block `index` and the next: a vision tower's features, else zero."""
+    return stream.inputs[index + 1] - stream.outputs[index]
 
 
 def refine(
@@ -80,9 +107,8 @@ def refine(
         _give_back(worker, block.module)
         with torch.no_grad():
             hidden = [_run(worker, states, stream) for states, stream in zip(hidden, seen)]
-            if block.index < last:  # between blocks a vision tower adds its features
-                added = [stream.inputs[block.index + 1] - stream.outputs[block.index] for stream in seen]
-                hidden = [states + more for states, more in zip(hidden, added)]
+            if block.index < last:
+                hidden = [states + _added(stream, block.index) for states, stream in zip(hidden, seen)]
     return errors
 
 

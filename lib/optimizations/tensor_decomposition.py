@@ -8,21 +8,23 @@
   blocks before it, its target is the original block's output (AA-SVD).
 - experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
+- random: a random subspace of the same rank, as a control, and where weights are random themselves: the shapes of any
+  other method, found in no time.
 
 Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
 8. Energies of different matrices are made comparable by what losing them costs: the divergence in nats that is measured
-when this matrix alone is cut to half its break-even rank. (The Fisher information of the output, which needs one
-backward pass only, misjudges sharp attention: its gradient vanishes where a larger error turns it elsewhere.)
-Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix stays dense where factors would not
-be smaller than m·n, and where the budget is better spent on it whole. Knows nothing of measuring; `apply` never changes
-the caller's model.
+when this matrix alone is cut to half its break-even rank. (The Fisher information of the output would need one backward
+pass only, but it is the curvature at an error of zero, and cuts are not small; the divergence itself is measured at an
+error of the size that is made.) Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix
+stays dense where factors would not be smaller than m·n, and where the budget is better spent on it whole. Knows nothing
+of measuring; `apply` never changes the caller's model.
 
 Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,14 +33,12 @@ from lib.errors import UserError
 from lib.models import blocks, factors
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
+from lib.models.spectra import Matrix, Spectrum, factorise, random_spectrum, spectrum
 
-METHODS = ("plain", "whitened", "refined")
+METHODS = ("plain", "whitened", "refined", "random")
 BUDGETS = ("global", "uniform")
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
-DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
-SMALL = 2**22  # elements of a matrix up to which its eigenvectors are found in float64, above in float32
-
-WEIGHED_SEQUENCES = 4  # of the first calibration batch, to measure what each matrix is worth
+WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
 
 KNOBS = {
     "compression": {
@@ -51,51 +51,6 @@ KNOBS = {
     "budget": {"type": "categorical", "choices": BUDGETS, "default": "global"},
     "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
 }
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix that can be factored: a linear layer, or a stack of experts unfolded along the hidden dimension.
-
-    side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down).
-    """
-
-    module: str
-    side: str
-    block: int
-    weight: torch.Tensor = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.module if self.side == "linear" else f"{self.module}:{self.side}"
-
-    @property
-    def break_even(self) -> float:
-        """The rank at which factors hold as many elements as the matrix: m·n / (m + n)."""
-        rows, columns = self.weight.shape
-        return rows * columns / (rows + columns)
-
-    def elements(self, rank: int | None) -> int:
-        """Return the elements of its factors, or of the dense matrix for rank None."""
-        rows, columns = self.weight.shape
-        return rows * columns if rank is None else rank * (rows + columns)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of."""
-
-    matrix: Matrix
-    energy_R: torch.Tensor
-    vectors: torch.Tensor = field(repr=False)
-    worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
-    by_rows: bool  # whether the vectors are on the side of the outputs
-    root: torch.Tensor | None = field(repr=False)  # S, where the inverse of S is needed
-
-    @property
-    def kept_R(self) -> torch.Tensor:
-        """Share of the energy that each rank from 1 on keeps."""
-        return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
 
 def applies_to(model: nn.Module) -> str | None:
@@ -114,6 +69,7 @@ def apply(
     learning_rate: float = 1e-3,
     spectra: Sequence[Spectrum] | None = None,
     ranks: dict[str, int | None] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Return a model with about `compression` of the decoder's bytes less, factors in the place of matrices.
 
@@ -129,6 +85,16 @@ def apply(
     if method == "refined" and refine_steps:
         blocks.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)
     return compressed
+
+
+def _shared(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> dict[int, torch.Tensor]:
+    """Return the tensors that a copy need not hold anew: embeddings, head, and what factors will take the place of."""
+    view = anatomy(model)
+    tensors = [view.embeddings.weight, view.head.weight]
+    attribute = {"linear": "weight", "input": "gate_up_proj", "output": "down_proj"}
+    for matrix in (found.matrix for found in spectra if ranks.get(found.matrix.name) is not None):
+        tensors.append(getattr(model.get_submodule(matrix.module), attribute[matrix.side]))
+    return {id(tensor): tensor for tensor in tensors}
 
 
 def _check(compression: float, **choices: str) -> None:
@@ -169,12 +135,18 @@ def matrices(model: nn.Module) -> list[Matrix]:
 
 
 def analyse(
-    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str = "whitened"
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str = "whitened", seed: int = 0
 ) -> list[Spectrum]:
-    """Return the spectrum of every matrix of the decoder: of W for "plain", else of W·S from `calibration`."""
+    """Return the spectrum of every matrix of the decoder: of W for "plain", of W·S from `calibration` for "whitened".
+
+    For "random" it is the flat one that a random subspace has on average.
+    """
     found = matrices(model)
     if not found:
         raise UserError(f"tensor_decomposition: no matrix to compress: {applies_to(model)}")
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [random_spectrum(matrix, generator) for matrix in found]
     if method == "plain":
         return [spectrum(matrix) for matrix in found]
     grams = observe_grams(model, calibration)
@@ -186,14 +158,17 @@ def analyse(
 def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch.Tensor]) -> list[Spectrum]:
     """Return `spectra` with the worth of each: divergence, when it alone is cut, over the share of energy it then lost.
 
-    Text is cut to a few sequences. Runs the model once per matrix, on a copy that shares its tensors.
+    Text is cut to a few sequences. For each matrix the model runs from its block on, as a copy that shares its tensors.
     """
     if set(inputs) <= {"input_ids", "attention_mask"}:
         inputs = {name: tensor[:WEIGHED_SEQUENCES] for name, tensor in inputs.items()}
     trial = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    expected = model(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
-    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool().flatten()
-    weighed = []
+    (stream,) = blocks.streams(model, [inputs], in_float32=False)
+
+    def answers(changed: nn.Module, block: int) -> torch.Tensor:
+        return blocks.rest(changed, stream, block)[stream.mask_BT].float().log_softmax(-1)
+
+    expected, weighed = answers(model, len(anatomy(model).blocks)), []
     for found in spectra:
         factored = [rank for rank, _, _ in options(found) if rank is not None]
         if not factored:
@@ -203,9 +178,9 @@ def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch
         owner, _, leaf = found.matrix.module.rpartition(".")
         whole = trial.get_submodule(found.matrix.module)
         install(trial, [found], {found.matrix.name: rank})
-        given = trial(**inputs, use_cache=False).logits.float().log_softmax(-1).flatten(0, -2)
+        given = answers(trial, found.matrix.block)
         setattr(trial.get_submodule(owner), leaf, whole)
-        lost = nn.functional.kl_div(given[real], expected[real], reduction="sum", log_target=True) / real.sum()
+        lost = nn.functional.kl_div(given, expected, reduction="sum", log_target=True) / len(expected)
         share = max(1 - float(found.kept_R[rank - 1]), 1e-9)
         weighed.append(replace(found, worth=max(float(lost), 0.0) / share))
     return weighed
@@ -221,58 +196,6 @@ def _gram(matrix: Matrix, grams: Grams) -> Gram:
             f"their covariance is singular. Give at least {columns}, or choose method plain"
         )
     return gram
-
-
-def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
-    """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
-
-    Without `gram`, of what enters the matrix, it is the plain one.
-    """
-    weight = matrix.weight.detach().to(torch.float64 if matrix.weight.numel() <= SMALL else torch.float32)
-    rows, columns = weight.shape
-    by_rows = rows < columns or matrix.side == "output"
-    root = None
-    if gram is None:
-        product = weight @ weight.T if by_rows else weight.T @ weight
-    elif matrix.side == "output":
-        weight_HEI = weight.unflatten(1, (gram.sum.shape[0], -1))
-        product = torch.einsum("hei,eij,gej->hg", weight_HEI, gram.sum.to(weight), weight_HEI)
-    elif by_rows:
-        product = weight @ gram.sum.to(weight) @ weight.T
-    else:
-        root = _root(gram.sum)
-        inside = weight @ root.to(weight)
-        product = inside.T @ inside
-    energy_R, vectors = torch.linalg.eigh(product)
-    energy_R, vectors = energy_R.double().flip(0).clamp_min(0), vectors.double().flip(1)
-    return Spectrum(matrix, energy_R, vectors, 1.0, by_rows, root)
-
-
-def _root(gram_NN: torch.Tensor) -> torch.Tensor:
-    """Return S, lower triangular, with S·Sᵀ = X·Xᵀ but for a little damping."""
-    damped = gram_NN.clone()
-    damped.diagonal().add_(DAMPING * gram_NN.diagonal().mean().clamp_min(1e-12))
-    return torch.linalg.cholesky(damped)
-
-
-def factorise(found: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (outer [m, R], inner [R, n]), the best matrix of this rank, both of equal norm column by row.
-
-    Raises UserError for a rank of 0 or above full.
-    """
-    matrix, full = found.matrix, min(found.matrix.weight.shape)
-    if not 0 < rank <= full:
-        raise UserError(f"tensor_decomposition: {matrix.name}: rank {rank}; expected 1 <= rank <= {full}")
-    weight, vectors = matrix.weight.detach().double(), found.vectors[:, :rank]
-    if found.by_rows:
-        outer, inner = vectors, vectors.T @ weight
-    elif found.root is None:
-        outer, inner = weight @ vectors, vectors.T
-    else:
-        outer = weight @ (found.root @ vectors)
-        inner = torch.linalg.solve_triangular(found.root, vectors.T, upper=False, left=False)
-    scale_R = (inner.norm(dim=1) / outer.norm(dim=0).clamp_min(1e-300)).clamp(1e-12, 1e12).sqrt()
-    return outer * scale_R, inner / scale_R[:, None]
 
 
 def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
