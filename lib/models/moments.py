@@ -53,7 +53,8 @@ class _Seen(Exception):
 def matrices(model: nn.Module, part: str = "all", block: int | None = None) -> list[Matrix]:
     """Return the matrices of the decoder's blocks (of one block) of a part: one of PARTS, or "all".
 
-    Norms, routers, embeddings, the head and the vision tower are none of them. Empty where the model lacks the part.
+    "feed_forward" is the whole feed-forward part, its experts among them; "experts" are the routed ones alone. Norms,
+    routers, embeddings, the head and the vision tower are none of them. Empty where the model lacks the part.
     """
     names = {module: name for name, module in model.named_modules()}
     found = []
@@ -61,7 +62,8 @@ def matrices(model: nn.Module, part: str = "all", block: int | None = None) -> l
         if block is None or one.index == block:
             found += _linears(one.attention.module, one.index, "attention", names)
             found += feed_forward_matrices(one.feed_forward, one.index, names)
-    return [matrix for matrix in found if part in ("all", matrix.part)]
+    wanted = {"all": PARTS, "feed_forward": ("feed_forward", "experts")}.get(part, (part,))
+    return [matrix for matrix in found if matrix.part in wanted]
 
 
 def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Module, str] | None = None) -> list[Matrix]:

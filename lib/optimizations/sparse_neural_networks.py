@@ -9,11 +9,10 @@ the whole matrix; SparseGPT's always among all rows of a step of columns. Patter
 Executed sparse is the point: with `execute="dense"` the zeros are stored, read and multiplied as before. `apply` never
 changes the caller's model. Knows nothing of measuring.
 
-Shapes: E experts (1 for a single matrix), O outputs, I inputs, B columns of one step of SparseGPT.
+Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,14 +23,10 @@ from lib.errors import UserError
 from lib.models import anatomy
 from lib.models.distillation import distil
 from lib.models.moments import PARTS, Matrix, Moments, feed_forward_matrices, matrices, moments
+from lib.models.selection import METHODS, PATTERNS, STEP, WITHIN, block_shape, keep, score, sparsegpt
 from lib.models.sparse import compress, store, stored
 
-METHODS = ("sparsegpt", "wanda", "magnitude", "random")
-WITHIN = ("row", "matrix")
-PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
 EXECUTE = ("sparse", "dense")
-DAMPING = 0.01  # of the mean diagonal, Frantar & Alistarh 2023, section 4
-STEP = 128  # columns chosen at a time
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
 
 KNOBS = {
@@ -86,17 +81,35 @@ def apply(
 ) -> nn.Module:
     """Return a model of which `sparsity` of every matrix's weights are zero, stored sparse unless `execute` is "dense".
 
-    parts: "all", or one of PARTS. lessons: batches to distil on (default: calibration). seen: see `prune`. Raises
-    UserError for a value out of range, and for a layer that the pattern does not fit or that saw too few tokens.
+    parts: "all", or one of PARTS ("feed_forward" has the experts in it). lessons: batches to distil on (default:
+    calibration). seen: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern does
+    not fit or that saw too few tokens.
     """
     if execute not in EXECUTE:
         raise UserError(f'sparse_neural_networks: execute "{execute}"; expected one of {", ".join(EXECUTE)}')
     options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
+    if execute == "sparse" and method in ("magnitude", "random") and not fine_tuning_steps:
+        return _store_at_once(model, **options, seed=seed)
     pruned = prune(model, calibration, **options, seen=seen, seed=seed)
     if fine_tuning_steps:
         options = {"steps": fine_tuning_steps, "learning_rate": learning_rate, "seed": seed}
         pruned, _ = fine_tune(pruned, model, lessons or calibration, **options)
     return pruned.model if execute == "dense" else executed(pruned)
+
+
+def _store_at_once(
+    model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str, parts: str, seed: int
+) -> nn.Module:
+    """As `executed(prune(…))` for scores that ask nothing of the data: no matrix is ever copied dense."""
+    check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
+    generator = torch.Generator().manual_seed(seed)
+    weights, replaced = {}, matrices(model, parts)
+    for matrix in replaced:
+        kept = _choose(matrix, None, sparsity, method, pattern, within, generator)
+        weights[matrix.name] = _stored(matrix, kept, pattern)
+    view = anatomy.anatomy(model)
+    shared = [view.embeddings.weight, view.head.weight, *(matrix.weight for matrix in replaced)]
+    return store(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), weights)
 
 
 def prune(
@@ -165,12 +178,15 @@ def _stored(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Tensor:
 
 def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str = "sparse") -> nn.Module:
     """Return a copy of one feed-forward part, pruned by magnitude: time asks how many weights go, not which."""
-    copied = copy.deepcopy(module)
-    weights = {}
-    for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
-        kept = _prune_matrix(matrix, None, sparsity, "magnitude", pattern, "row", None)
-        weights[matrix.name] = _stored(matrix, kept, pattern) if execute == "sparse" else None
-    return store(copied, weights) if execute == "sparse" else copied
+    if execute == "dense":
+        copied = copy.deepcopy(module)
+        for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
+            _prune_matrix(matrix, None, sparsity, "magnitude", pattern, "row", None)
+        return copied
+    found = feed_forward_matrices(anatomy.feed_forward(module))
+    options = (None, sparsity, "magnitude", pattern, "row", None)
+    weights = {one.name: _stored(one, _choose(one, *options), pattern) for one in found}
+    return store(copy.deepcopy(module, {id(one.weight): one.weight for one in found}), weights)
 
 
 def fine_tune(
@@ -229,16 +245,6 @@ def check(
             )
 
 
-def block_shape(pattern: str) -> tuple[int, int]:
-    """Return rows and columns of a pattern's blocks; (1, 1) for single weights and 2:4. Raises UserError if unknown."""
-    if pattern in ("unstructured", "2:4"):
-        return 1, 1
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern)
-    if not match:
-        raise UserError(f'sparse_neural_networks: pattern "{pattern}"; expected one of {", ".join(PATTERNS)}')
-    return int(match[1]), int(match[2])
-
-
 def _enough(matrix: Matrix, seen: Moments, method: str) -> dict[str, int]:
     """Return how many experts saw fewer tokens than SparseGPT wants; raise UserError where a single matrix did."""
     inputs, fewest = matrix.weight.shape[-1], int(seen.tokens.min())
@@ -262,7 +268,7 @@ def _check_tensor_cores(matrix: Matrix) -> None:
         )
 
 
-# --- which weights go ------------------------------------------------------------------------------------------------
+# --- one matrix ------------------------------------------------------------------------------------------------------
 
 
 def _prune_matrix(
@@ -270,113 +276,32 @@ def _prune_matrix(
 ) -> torch.Tensor:
     """Zero the dropped weights in place; return what is kept, bool in the weight's shape."""
     weight = matrix.weight.data
-    stack_EOI = weight.view(-1, *weight.shape[-2:])
     if method == "sparsegpt":
         gram_EII = seen.gram.view(-1, *seen.gram.shape[-2:])
-        pruned_EOI, kept_EOI = sparsegpt(stack_EOI, gram_EII, sparsity, pattern)
+        pruned_EOI, kept_EOI = sparsegpt(weight.view(-1, *weight.shape[-2:]), gram_EII, sparsity, pattern)
         weight.copy_(pruned_EOI.view(weight.shape))
         return kept_EOI.view(weight.shape)
+    kept = _choose(matrix, seen, sparsity, method, pattern, within, generator)
+    weight.mul_(kept)
+    return kept
+
+
+def _choose(
+    matrix: Matrix, seen: Moments | None, sparsity: float, method: str, pattern: str, within: str, generator
+) -> torch.Tensor:
+    """Return what is kept by score alone, bool in the weight's shape; the weight stays as it is."""
+    stack_EOI = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
     squares = [None] * len(stack_EOI) if seen is None else seen.squares.view(len(stack_EOI), -1)
-    masks = []
-    for one, square in zip(stack_EOI, squares):  # one by one: the scores of a large stack would not fit into memory
-        masks.append(keep(score(one, method, square, generator), sparsity, pattern, within=within))
-        one.mul_(masks[-1])
-    return torch.stack(masks).view(weight.shape)
+    kept_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
+    for kept, one, square in zip(kept_EOI, stack_EOI, squares):  # one by one: scores of a large stack would not fit
+        kept.copy_(keep(score(one, method, square, generator), sparsity, pattern, within=within))
+    return kept_EOI.view(matrix.weight.shape)
 
 
-def score(
-    weight: torch.Tensor, method: str, squares: torch.Tensor | None = None, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Return the score of every weight [..., O, I], float32; `squares` are Σ x² of the inputs, for wanda."""
-    if method == "random":
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
-    magnitude = weight.float().abs()
-    return magnitude * squares.sqrt() if method == "wanda" else magnitude
-
-
-def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:
-    """Return the weights [..., O, I] to keep, bool: the highest scores within each row, or within the matrix.
-
-    Blocks score as the sum of their weights and compete within their row of blocks, 2:4 within four neighbours,
-    whatever `within` says. As many are dropped in the matrix as round(sparsity × I) per row, either way.
-    """
-    *batch, outputs, inputs = scores.shape
-    if pattern == "2:4":
-        return _highest(scores.view(*batch, outputs, inputs // 4, 4), 2).view(scores.shape)
-    rows, columns = block_shape(pattern)
-    blocks = scores.view(*batch, outputs // rows, rows, inputs // columns, columns).sum((-3, -1))
-    count = blocks.shape[-1] - round(sparsity * blocks.shape[-1])
-    if within == "matrix" and pattern == "unstructured":
-        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
-    else:
-        kept = _highest(blocks, count)
-    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
-
-
-def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a mask of the `count` highest scores along the last dimension, exactly that many."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    return kept.scatter_(-1, scores.topk(count, dim=-1).indices, True)
-
-
-def sparsegpt(
-    weight_EOI: torch.Tensor, gram_EII: torch.Tensor, sparsity: float, pattern: str, damping: float = DAMPING
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weights with zeros and the rest corrected, what is kept) by SparseGPT, each [E, O, I].
-
-    `gram_EII` is Σ x·xᵀ. Columns go in order; what dropping one does to the output is made up by the columns behind it,
-    through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
-    token has H = 1: it is pruned by magnitude.
-    """
-    weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
-    factor = _inverse_factor(gram_EII, damping)
-    kept = torch.zeros_like(weight, dtype=torch.bool)
-    for start in range(0, inputs, STEP):
-        end = min(start + STEP, inputs)
-        part_EOB, upper_EBB = weight[..., start:end], factor[..., start:end, start:end]
-        curvature_E1B = upper_EBB.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
-        chosen = None if pattern == "2:4" else _keep_in_step(part_EOB, curvature_E1B, sparsity, pattern, start, inputs)
-        errors = torch.zeros_like(part_EOB)
-        for j in range(end - start):
-            if pattern == "2:4" and j % 4 == 0:
-                four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
-                kept[..., start + j : start + j + 4] = _highest(four, 2)
-            column = kept[..., start + j] if chosen is None else chosen[..., j]
-            dropped_EO = part_EOB[..., j] * ~column
-            errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
-            part_EOB[..., j:] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:].unsqueeze(-2)
-            part_EOB[..., j] *= column  # exactly zero, and exactly what it was
-        if chosen is not None:
-            kept[..., start:end] = chosen
-        weight[..., end:] -= errors @ factor[..., start:end, end:]
-    return weight.to(weight_EOI.dtype), kept
-
-
-def _inverse_factor(gram_EII: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, [E, I, I]."""
-    damped = gram_EII.float().clone()
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    mean_E1 = diagonal.mean(-1, keepdim=True)
-    diagonal += torch.where(mean_E1 > 0, damping * mean_E1, 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
-def _keep_in_step(
-    part_EOB: torch.Tensor, curvature_E1B: torch.Tensor, sparsity: float, pattern: str, start: int, inputs: int
-) -> torch.Tensor:
-    """Choose among the columns of one step; over all steps as many go as `keep` would drop."""
-    rows, columns = block_shape(pattern)
-    scores = part_EOB.square() / curvature_E1B
-    *batch, outputs, width = scores.shape
-    blocks = scores.view(*batch, outputs // rows, rows, width // columns, columns).sum((-3, -1))
-    done, now = start // columns, (start + width) // columns
-    count = blocks.shape[-1] - (round(sparsity * now) - round(sparsity * done))
-    if pattern == "unstructured":
-        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
-    else:
-        kept = _highest(blocks, count)
-    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+def stored_shares(model: nn.Module) -> dict[str, float]:
+    """Return the share of each sparsely stored matrix that is not stored, by name."""
+    found = ((name, weight) for name, weight in stored(model).items() if weight.layout != torch.strided)
+    return {name: 1 - weight.values().numel() / weight.numel() for name, weight in found}
 
 
 def shares(pruned: Pruned) -> dict[str, float]:

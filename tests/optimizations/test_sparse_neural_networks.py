@@ -80,7 +80,7 @@ def test_the_sparse_model_equals_the_masked_one(tiny, name, batch, text, pattern
     before = loading.weights_hash(model)
     options = {"sparsity": 0.5, "method": "wanda", "pattern": pattern}
     # 8x8 blocks do not divide every projection of latent attention in these small models
-    options["parts"] = "feed_forward" if pattern == "8x8" and name != "qwen3-coder-30b" else "all"
+    options["parts"] = "feed_forward" if pattern == "8x8" else "all"
     masked = sparse.apply(model, text, execute="dense", **options)
     executed = sparse.apply(model, text, execute="sparse", **options)
     assert loading.weights_hash(model) == before, "the caller's model is left alone"
@@ -101,6 +101,27 @@ def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
     if name == "glm-4.7-flash":
         assert any("kv_b_proj" in one for one in names) and any("shared_experts" in one for one in names)
     assert matrices(executed) == [] and "sparse already" in sparse.applies_to(executed)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_storing_at_once_is_pruning_and_then_storing(tiny, name, method):
+    model = tiny(name)
+    before = loading.weights_hash(model)
+    options = {"sparsity": 0.7, "method": method, "parts": "feed_forward"}
+    at_once = sparse.apply(model, [], **options)
+    in_steps = sparse.executed(sparse.prune(model, [], **options))
+    assert loading.weights_hash(at_once) == loading.weights_hash(in_steps)
+    assert loading.weights_hash(model) == before, "the caller's model is left alone"
+    shares = sparse.stored_shares(at_once)
+    assert set(shares) == set(stored(at_once)) and all(abs(share - 0.7) < 0.03 for share in shares.values())
+
+
+def test_the_feed_forward_part_has_the_experts_in_it(tiny, name):
+    model = tiny(name)
+    whole, routed = ({one.name for one in matrices(model, part)} for part in ("feed_forward", "experts"))
+    assert routed <= whole and whole | {m.name for m in matrices(model, "attention")} == {
+        one.name for one in matrices(model)
+    }
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -314,7 +335,7 @@ def test_fine_tuning_keeps_zeros_and_lowers_the_divergence(tiny, name, text):
 
 @pytest.mark.parametrize("pattern", ["unstructured", "8x1"])
 def test_the_sparse_model_survives_the_disk(tiny, name, batch, text, tmp_path, pattern):
-    parts = "all" if pattern == "unstructured" else "feed_forward" if name != "qwen3-coder-30b" else "experts"
+    parts = "all" if pattern == "unstructured" else "feed_forward"
     executed = sparse.apply(tiny(name), text, method="wanda", pattern=pattern, sparsity=0.75, parts=parts)
     loading.save(executed, tmp_path)
     back = loading.load_folder(tmp_path, torch.float32)
@@ -389,6 +410,7 @@ def test_bad_requests_are_named(tiny, text):
             sparse.apply(model, text, **wrong)
     with pytest.raises(UserError, match='no matrix to prune in parts "experts": this model has none'):
         sparse.apply(model, text, parts="experts")
+    assert matrices(model, "feed_forward") and not matrices(model, "experts")
     with pytest.raises(UserError, match=r"layers\.0\.self_attn.*blocks of 48x1 do not divide its 64 x 32"):
         sparse.apply(model, text, pattern="48x1")
     with pytest.raises(UserError, match=r"q_proj\.weight: 8 calibration tokens, but sparsegpt needs at least its 32"):

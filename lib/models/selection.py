@@ -1,0 +1,123 @@
+"""Which weights of a matrix are kept: scores, patterns, and SparseGPT, which also corrects what stays.
+
+Works on single matrices and on stacks of experts alike. Knows nothing of models, or of how the result is stored.
+
+Shapes: E experts (1 for a single matrix), O outputs, I inputs, B columns of one step of SparseGPT.
+"""
+
+import re
+
+import torch
+
+from lib.errors import UserError
+
+METHODS = ("sparsegpt", "wanda", "magnitude", "random")
+WITHIN = ("row", "matrix")
+PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
+DAMPING = 0.01  # of the mean diagonal, Frantar & Alistarh 2023, section 4
+STEP = 128  # columns chosen at a time
+
+
+def block_shape(pattern: str) -> tuple[int, int]:
+    """Return rows and columns of a pattern's blocks; (1, 1) for single weights and 2:4. Raises UserError if unknown."""
+    if pattern in ("unstructured", "2:4"):
+        return 1, 1
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern)
+    if not match:
+        raise UserError(f'sparse_neural_networks: pattern "{pattern}"; expected one of {", ".join(PATTERNS)}')
+    return int(match[1]), int(match[2])
+
+
+def score(
+    weight: torch.Tensor, method: str, squares: torch.Tensor | None = None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return the score of every weight [..., O, I], float32; `squares` are Σ x² of the inputs, for wanda."""
+    if method == "random":
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+    magnitude = weight.float().abs()
+    return magnitude * squares.sqrt() if method == "wanda" else magnitude
+
+
+def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:
+    """Return the weights [..., O, I] to keep, bool: the highest scores within each row, or within the matrix.
+
+    Blocks score as the sum of their weights and compete within their row of blocks, 2:4 within four neighbours,
+    whatever `within` says. As many are dropped in the matrix as round(sparsity × I) per row, either way.
+    """
+    *batch, outputs, inputs = scores.shape
+    if pattern == "2:4":
+        return _highest(scores.view(*batch, outputs, inputs // 4, 4), 2).view(scores.shape)
+    rows, columns = block_shape(pattern)
+    blocks = scores.view(*batch, outputs // rows, rows, inputs // columns, columns).sum((-3, -1))
+    count = blocks.shape[-1] - round(sparsity * blocks.shape[-1])
+    if within == "matrix" and pattern == "unstructured":
+        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
+    else:
+        kept = _highest(blocks, count)
+    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+
+def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a mask of the `count` highest scores along the last dimension, exactly that many."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.scatter_(-1, scores.topk(count, dim=-1, sorted=False).indices, True)
+
+
+def sparsegpt(
+    weight_EOI: torch.Tensor, gram_EII: torch.Tensor, sparsity: float, pattern: str, damping: float = DAMPING
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (weights with zeros and the rest corrected, what is kept) by SparseGPT, each [E, O, I].
+
+    `gram_EII` is Σ x·xᵀ. Columns go in order; what dropping one does to the output is made up by the columns behind it,
+    through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
+    token has H = 1: it is pruned by magnitude.
+    """
+    weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
+    factor = _inverse_factor(gram_EII, damping)
+    kept = torch.zeros_like(weight, dtype=torch.bool)
+    for start in range(0, inputs, STEP):
+        end = min(start + STEP, inputs)
+        part_EOB, upper_EBB = weight[..., start:end], factor[..., start:end, start:end]
+        curvature_E1B = upper_EBB.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
+        chosen = None if pattern == "2:4" else _keep_in_step(part_EOB, curvature_E1B, sparsity, pattern, start, inputs)
+        errors = torch.zeros_like(part_EOB)
+        for j in range(end - start):
+            if pattern == "2:4" and j % 4 == 0:
+                four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
+                kept[..., start + j : start + j + 4] = _highest(four, 2)
+            column = kept[..., start + j] if chosen is None else chosen[..., j]
+            dropped_EO = part_EOB[..., j] * ~column
+            errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
+            part_EOB[..., j:] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:].unsqueeze(-2)
+            part_EOB[..., j] *= column  # exactly zero, and exactly what it was
+        if chosen is not None:
+            kept[..., start:end] = chosen
+        weight[..., end:] -= errors @ factor[..., start:end, end:]
+    return weight.to(weight_EOI.dtype), kept
+
+
+def _inverse_factor(gram_EII: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, [E, I, I]."""
+    damped = gram_EII.float().clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    mean_E1 = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(mean_E1 > 0, damping * mean_E1, 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _keep_in_step(
+    part_EOB: torch.Tensor, curvature_E1B: torch.Tensor, sparsity: float, pattern: str, start: int, inputs: int
+) -> torch.Tensor:
+    """Choose among the columns of one step; over all steps as many go as `keep` would drop."""
+    rows, columns = block_shape(pattern)
+    scores = part_EOB.square() / curvature_E1B
+    *batch, outputs, width = scores.shape
+    blocks = scores.view(*batch, outputs // rows, rows, width // columns, columns).sum((-3, -1))
+    done, now = start // columns, (start + width) // columns
+    count = blocks.shape[-1] - (round(sparsity * now) - round(sparsity * done))
+    if pattern == "unstructured":
+        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
+    else:
+        kept = _highest(blocks, count)
+    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
