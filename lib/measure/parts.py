@@ -19,7 +19,7 @@ from lib.measure.timing import Pairs
 
 TOKENS = (1, 16, 256)
 SECONDS = 0.005  # of one arm's turn in a block, at least
-ENERGY_SECONDS = 0.02  # of one window, where joules are estimated from processor time
+ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from processor time
 ENERGY_BLOCKS = 6
 
 
