@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import blocks, factors, loading
+from lib.models import blocks, factors, loading, spectra
 from lib.models.anatomy import anatomy
 from lib.models.distillation import divergence
 from lib.models.gram import Gram, linears, observe_grams
@@ -212,6 +212,47 @@ def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
     order = [np.argsort(np.argsort(values)) for values in (predicted, found)]
     assert np.corrcoef(*order)[0, 1] > 0.6
     assert 0.1 < np.median(np.array(predicted) / np.array(found)) < 10
+
+
+def test_the_rest_of_a_model_from_any_block_on_is_the_model(tiny, name, batch):
+    model = tiny(name)
+    (stream,) = blocks.streams(model, [batch], in_float32=False)
+    expected = model(**batch).logits
+    for index in range(len(anatomy(model).blocks) + 1):
+        torch.testing.assert_close(blocks.rest(model, stream, index), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["linear", "input", "output"])
+def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
+    """Small parts, and float32 in place of float64, give the same factors of a plain and of a random subspace."""
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(1))
+    matrix = matrix_of(weight, side)
+    whole = td.spectrum(matrix)
+    expected = torch.matmul(*td.factorise(whole, 8))
+    monkeypatch.setattr(spectra, "AT_ONCE", 100)
+    monkeypatch.setattr(spectra, "SMALL", 1)
+    parted = td.spectrum(matrix)
+    assert parted.vectors.dtype == torch.float32 and torch.allclose(parted.energy_R, whole.energy_R, rtol=1e-3)
+    assert torch.allclose(torch.matmul(*td.factorise(parted, 8)).double(), expected, atol=1e-3)
+    low = torch.matmul(*td.factorise(td.random_spectrum(matrix, torch.Generator().manual_seed(2)), 8))
+    assert torch.linalg.matrix_rank(low) == 8
+    assert (weight - low).norm() > (weight - expected).norm(), "plain is the best, so random is worse"
+
+
+def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny, name):
+    model = tiny(name)
+    one, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
+    assert loading.weights_hash(one) == loading.weights_hash(same) != loading.weights_hash(other)
+    assert 0.2 <= 1 - td.decoder_bytes(one) / td.decoder_bytes(model) < 0.26
+
+
+def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
+    model = tiny(name)
+    low = td.apply(model, [], method="plain", compression=0.2)
+    ours, theirs = anatomy(low), anatomy(model)
+    assert ours.embeddings.weight is theirs.embeddings.weight and ours.head.weight is theirs.head.weight
+    norms = [view.blocks[0].module.input_layernorm.weight for view in (ours, theirs)]
+    assert norms[0] is not norms[1], "what a recovery may train is a copy"
 
 
 def test_uniform_ranks_take_the_same_share_of_each_matrix(tiny, text):
