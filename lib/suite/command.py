@@ -16,7 +16,7 @@ from lib.errors import UserError, suggest
 from lib.suite import plan
 
 ROOT = plan.ROOT
-DEFAULT = "complete"
+DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
     "Without a command the complete suite runs: every optimization on every model, then all reports. Finished runs are "
     "kept, and a build that was stopped goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit "
@@ -52,6 +52,7 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
     add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
+    add("--dimension", action="append", default=[], metavar="D", help=f"measure this alone (repeatable): {DIMENSIONS}")
     _out(parser)
 
 
@@ -162,6 +163,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         device=options.device,
         checkpoints=options.checkpoints,
         random_weights=options.random_weights,
+        dimensions=tuple(options.dimension),
         parameters=plan.assignments(options.parameters),
     )
 

@@ -34,8 +34,8 @@ def scored(
     ratio = optimized / baseline
     return measurement.judged(
         metric, workload, baseline=baseline, optimized=optimized, ratio=ratio, ci=(ratio - half, ratio + half), n=400,
-        verdict=verdict, provenance="measured",
-        source=f"400 items, one-sided 95 % lower bound {optimized - baseline - half * 0.84:+.4f}, margin 0.02",
+        verdict=verdict, provenance="measured", source="400 items, paired bootstrap",
+        margin=0.02, bound=optimized - baseline - half * 0.84,
         reason="400 items are too few: about 1260 would show it maintained" if verdict == "inconclusive" else None,
     )  # fmt: skip
 
