@@ -38,9 +38,9 @@ class Measurement(BaseModel):
 
     `margin` is what the verdict was held to, as in `metrics.py` (a share of the baseline, or in the metric's unit), and
     `bound` the one-sided 95 % bound of the change that was held against it, in the same terms; both None where nothing
-    was judged so. `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts from the
-    predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that was
-    measured.
+    was judged so. `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts
+    from the predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that
+    was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
