@@ -138,13 +138,16 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     return encoded if isinstance(encoded, dict) else {"card": encoded}
 
 
-def labelled(value: Any, provenance: str, source: str) -> dict[str, Any]:
-    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands."""
+def labelled(value: Any, provenance: str, source: str, **about: str) -> dict[str, Any]:
+    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands.
+
+    `about` are further words on it; an impact curve names its axes so, `x` and `y` (`lib.report.impact`).
+    """
     if provenance not in ("measured", "derived", "estimated") or not source:
         raise ValueError(
             f'a number is measured, derived or estimated, and has a source; got "{provenance}", "{source}"'
         )
-    return {"provenance": provenance, "source": source, "value": value}
+    return {"provenance": provenance, "source": source, **about, "value": value}
 
 
 def to_json(record: Record) -> dict[str, Any]:
