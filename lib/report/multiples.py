@@ -30,7 +30,8 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
                 one.set_yscale("log")
         for unused in axes[len(models) :]:
             unused.set_axis_off()
-        figure.supxlabel(x_label, fontsize=9.5)
+        for one in axes[max(len(models) - columns, 0) : len(models)]:
+            one.set_xlabel(x_label)
         figure.supylabel(y_label, fontsize=9.5)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
