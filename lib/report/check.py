@@ -226,7 +226,7 @@ def _labels(folder: Path) -> list[tuple[str, str]]:
 
 
 def table(points: Sequence[Point], most: int = 4) -> list[str]:
-    """Return the points as lines of text; under one that falls short at most `most` of its faults, and how many more."""
+    """Return the points as lines of text; under one that falls short, `most` of its faults and how many more."""
     lines = []
     for point in points:
         number = "" if point.holds else f": {len(point.faults)} fall short"

@@ -173,9 +173,9 @@ def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002,
     return built.model_copy(update=about | {"process": process(5)})
 
 
-def good(folder, seed: int = 0, **options):
+def good(folder, optimizations=OPTIMIZATIONS, seed: int = 0, **options):
     """Write a result set of all eleven optimizations on all four models that falls short of nothing; return it."""
-    for optimization in OPTIMIZATIONS:
+    for optimization in optimizations:
         for model in MODELS:
             found = whole(optimization, model, seed=seed, **options)
             record.write(found, folder / f"{found.stem}.json")
