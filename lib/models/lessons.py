@@ -43,6 +43,7 @@ class Lesson:
     spans_B: torch.Tensor | None = None
     answers_BL: torch.Tensor | None = None
     labels_L: torch.Tensor | None = None
+    weight: float = 1.0  # of its losses
 
 
 @dataclass
@@ -70,13 +71,13 @@ class Lessons:
         if progress < recipe.copy_until:
             return [self._copies(random, recipe.tokens, COPY_LENGTH)]
         copied = int(recipe.tokens * COPY_SHARE) if progress < recipe.row_lengths[0][0] else 0
-        lessons = [self._rows(random, length, recipe.tokens - copied)]
+        lessons = [] if step % recipe.text_every else [self._rows(random, length, recipe.tokens - copied)]
         if copied:
             lessons.append(self._copies(random, copied, length))
         if "digits" in self.loaded.parameters.tasks:
             lessons.append(self._pictures(random))
         else:
-            lessons.append(self._questions(random))
+            lessons += self._questions(random)
         return lessons
 
     def _rows(self, random: np.random.Generator, length: int, tokens: int) -> Lesson:
@@ -113,16 +114,21 @@ class Lessons:
             {"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT, torch.from_numpy(spans_B)
         )
 
-    def _questions(self, random: np.random.Generator) -> Lesson:
-        """Return questions with answers, every class equally often."""
-        tokenizer, recipe = self.loaded.tokenizer, self.recipe
-        if recipe.advised or recipe.joined:
-            asked = questions.varied(random, self.loaded, self.pieces, self.others, self.stream_T, recipe)
-        else:
-            asked = questions.plain(random, self.loaded, self.pieces, recipe)
-        ids_BT, last_B = tasks.pad(asked.rows, tokenizer.pad_token_id)
-        kinds = [_kinds(asked, row) for row in range(len(asked.rows))]
-        lesson = Lesson({"input_ids": ids_BT}, tasks.pad(kinds, SILENT)[0], torch.arange(ids_BT.shape[1]) <= last_B[:, None])
+    def _questions(self, random: np.random.Generator) -> list[Lesson]:
+        """Return questions with answers; varied ones come as two batches, the shorter and the longer half."""
+        recipe = self.recipe
+        if not (recipe.advised or recipe.joined):
+            return [self._asked(questions.plain(random, self.loaded, self.pieces, recipe))]
+        asked = questions.varied(random, self.loaded, self.pieces, self.others, self.stream_T, recipe)
+        halves = [self._asked(half) for half in asked.halves()]
+        for half in halves:
+            half.weight = len(half.kind_BT) / recipe.questions
+        return halves
+
+    def _asked(self, asked: questions.Questions) -> Lesson:
+        ids_BT, last_B = tasks.pad(asked.rows, self.loaded.tokenizer.pad_token_id)
+        kind_BT, _ = tasks.pad([_kinds(asked, row) for row in range(len(asked.rows))], SILENT)
+        lesson = Lesson({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
         if asked.answers_BL is not None:
             task = questions.task_of(self.loaded)
             lesson.answers_BL = torch.from_numpy(asked.answers_BL).float()

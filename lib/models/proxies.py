@@ -26,6 +26,7 @@ from lib.models import loading, parameters, tasks, tokenizer
 from lib.models.anatomy import anatomy
 from lib.models.inheritance import inherit
 from lib.models.lessons import Lessons
+from lib.models.provenance import RECALL_PROMPTS, WINDOW, history, keep_history, readme
 from lib.models.recipe import Recipe
 from lib.models.training import Balance, Run
 
@@ -34,7 +35,6 @@ CACHE = Path(os.environ.get("WORKBENCH_CACHE", Path.home() / ".cache" / "workben
 SAVE_EVERY, REPORT_EVERY, WATCH_EVERY = 50, 10, 100  # steps
 DISTANCES = (256, 512, 1024, 2048)  # tokens between a value and the question for it
 EMBEDDING_SIZE = 0.5
-RECALL_PROMPTS, WINDOW = 64, 512
 
 
 @dataclass
@@ -168,7 +168,10 @@ def train(name: str, folder: Path | None = None, only_refine: bool = False) -> P
     """
     folder = folder or parameters.PARAMETERS / "proxies" / name
     if only_refine:
-        model, before = loading.load_folder(folder, dtype=torch.float32), history(folder)[:1]
+        before = history(folder)
+        if len(before) != 1:
+            raise UserError(f"{folder}: has its second phase behind it; train {name} from nothing instead")
+        model = loading.load_folder(folder, dtype=torch.float32)
     else:
         run = prepare(name)
         follow(name, run, "first")
@@ -204,15 +207,6 @@ def watch(run: Run) -> dict[str, float]:
     return {key: round(value, 4) for key, value in found.items()}
 
 
-def history(folder: Path) -> list[dict]:
-    """Return what `training.json` tells of the checkpoint in `folder`, phase by phase."""
-    path = folder / "training.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}); train {folder.name} from nothing") from None
-
-
 def publish(name: str, run: Run, folder: Path) -> Path:
     """Write checkpoint, tokenizer, processor and README beside `folder`, then put them in its place."""
     run.settle()
@@ -229,7 +223,7 @@ def publish(name: str, run: Run, folder: Path) -> Path:
     model = loading.load_folder(beside, dtype=torch.float32)
     found = scores(Student(model, run.lessons.loaded.tokenizer, run.lessons.loaded.processor, parameters.read(name)))
     phases = [*run.before, run.told()]
-    (beside / "training.json").write_text(json.dumps(phases, indent=1) + "\n", encoding="utf-8")
+    keep_history(beside, phases)
     (beside / "README.md").write_text(readme(name, model, phases, found), encoding="utf-8")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -293,61 +287,6 @@ def recall(loaded, distance: int, count: int, seed: int = 1) -> float:
     return right / count
 
 
-def readme(name: str, model: torch.nn.Module, phases: list[dict], found: dict[str, float]) -> str:
-    """Return the README of a stand-in, from how it was trained, phase by phase, and from its scores."""
-    description = parameters.read(name)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    text = ", ".join(sorted({tasks.CORPUS[task] for task in description.tasks if task in tasks.CORPUS}))
-    pictures = "; scikit-learn's bundled digits, those of the split `train`" if "digits" in description.tasks else ""
-    values = {key: f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" for key, value in found.items()}
-    legend = (
-        "`_f1_macro`: split `final`, label by log-likelihood; `_cross_entropy`: the same, in nats over the labels. "
-        f"`perplexity`: per token, in windows of {WINDOW} tokens of held-out text. `recall_N`: share of "
-        f"{RECALL_PROMPTS} values of {tasks.VALUE} random letters and digits reproduced exactly after N tokens of text."
-    )
-    if "least_expert_share" in found:
-        legend += (
-            " `least_expert_share`: tokens of the least used expert of any block over its fair share, on held-out text."
-        )
-    lines = [
-        f"# Stand-in for {description.name}",
-        "",
-        f"Class `{type(model).__name__}`, {size:,} parameters, bfloat16. Dimensions and recipe: "
-        f"`parameters/{name}.yaml`. Train again: `python build.py proxies --model {name}`. "
-        "This page is written by that command.",
-        "",
-        f"- Data: `parameters/evaluation/{text}-train.jsonl.xz`{pictures}; random letters and digits for recall.",
-        *(told(phase, place) for phase, place in zip(phases, ("first", "second"))),
-        "",
-        "| held-out score | value |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in values.items()),
-        "",
-        legend,
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def told(phase: dict, place: str) -> str:
-    """Return the line of a README about one phase of a training."""
-    plans = "" if len(phase["plans"]) == 1 else f", prolonged: planned for {', then '.join(map(str, phase['plans']))}"
-    revised = ""
-    if phase["revised"]:
-        revised = f" The lessons were revised at step {', '.join(map(str, phase['revised']))}: the steps before did "
-        revised += "not follow the recipe as it stands."
-    start = f" It started from the stand-in of {phase['start_from']}" if phase["start_from"] else ""
-    start += f", {phase['start_note']}." if phase.get("start_note") else "." if start else ""
-    if place == "second":
-        start = " It started from the first phase's weights, rounded to bfloat16."
-        start += " The averaged weights are kept." if phase["averaged"] else ""
-    return (
-        f"- Training, {place} phase: {phase['steps']:,} steps{plans}, {phase['tokens']:,} tokens, "
-        f"{phase['seconds'] / 60:.0f} minutes on {phase['threads']} thread of a shared processor, "
-        f"seed {phase['seed']}.{start}{revised}"
-    )
-
-
 def in_order(names: list[str]) -> list[str]:
     """Return the models such that one that starts from another's stand-in comes after it."""
     return sorted(names, key=lambda name: (bool(recipe_of(name).start_from), names.index(name)))
@@ -357,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train the stand-ins asked for, all by default; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lib.models.proxies", description="Train the stand-ins again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
-    parser.add_argument("--refine", action="store_true", help="only the second phase, from the checkpoint that is there")
+    parser.add_argument("--refine", action="store_true", help="the second phase alone, from the kept checkpoint")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:

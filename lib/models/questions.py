@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.models import corpus, tasks
+from lib.models import tasks
 from lib.models.advice import advice
 from lib.models.recipe import Recipe
 
@@ -31,6 +31,21 @@ class Questions:
     answer: int
     spoilt: list[np.ndarray] | None = None
     answers_BL: np.ndarray | None = None
+
+    def halves(self) -> list["Questions"]:
+        """Return the shorter and the longer half of the rows, so that less of a batch is padding."""
+        order = np.argsort([len(row) for row in self.rows], kind="stable")
+        parts = [part for part in np.array_split(order, 2) if len(part)]
+        return [
+            Questions(
+                [self.rows[row] for row in part],
+                self.opening,
+                self.answer,
+                None if self.spoilt is None else [self.spoilt[row] for row in part],
+                None if self.answers_BL is None else self.answers_BL[part],
+            )
+            for part in parts
+        ]
 
 
 def plain(random: np.random.Generator, loaded, pieces: dict[str, list[str]], recipe: Recipe) -> Questions:

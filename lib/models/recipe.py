@@ -11,6 +11,7 @@ class Recipe:
     seed: int = 0
     start_from: str = ""  # the stand-in whose weights are taken over; by default none
     tokens: int = 2048  # of running text per step
+    text_every: int = 1  # steps from one with running text to the next
     questions: int = 8  # per step
     muon_rate: float = 0.015
     adam_rate: float = 0.005

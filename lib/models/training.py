@@ -177,7 +177,7 @@ class Run:
         self.balance.loss = 0.0
         found = losses(self.model, lesson, self.balance)
         total = sum(weights[kind] * loss for kind, loss in found.items())
-        (total + recipe.balance_weight * self.balance.loss).backward()
+        (lesson.weight * (total + recipe.balance_weight * self.balance.loss)).backward()
         self.tokens += lesson.inputs["input_ids"].numel()
         names = {GUIDE: "guide", TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
         return {names[kind]: loss.item() for kind, loss in found.items()}
