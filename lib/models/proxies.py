@@ -202,6 +202,7 @@ def watch(run: Run) -> dict[str, float]:
     present = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.model.load_state_dict(run.average)
     run.model.eval()
+    run.balance.keep_N = None  # there is another batch to look at
     found = classified(run.lessons.loaded, "search")
     run.model.load_state_dict(present)
     return {key: round(value, 4) for key, value in found.items()}
