@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -135,7 +135,8 @@ def prepare_refinement(name: str, model: torch.nn.Module, before: list[dict]) ->
     recipe = recipe_of(name).refined()
     learner = student(name)
     learner.model.load_state_dict(rounded(model))
-    digest = hashlib.sha256((identity(name) + repr(recipe)).encode())
+    lasting = {key: value for key, value in asdict(recipe).items() if key != "steps"}
+    digest = hashlib.sha256((identity(name) + json.dumps(lasting, sort_keys=True)).encode())
     for value in learner.model.state_dict().values():
         digest.update(value.numpy().tobytes())
     run = Run(learner.model, Lessons(learner, recipe), recipe, digest.hexdigest(), before=before)
