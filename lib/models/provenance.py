@@ -64,7 +64,8 @@ def readme(name: str, model, phases: list[dict], found: dict[str, float]) -> str
 
 def told(phase: dict, place: str) -> str:
     """Return the line of a README about one phase of a training."""
-    plans = "" if len(phase["plans"]) == 1 else f", prolonged: planned for {', then '.join(map(str, phase['plans']))}"
+    plans = ", then ".join(map(str, phase["plans"]))
+    plans = "" if len(phase["plans"]) == 1 else f" (prolonged: planned for {plans})"
     revised = ""
     if phase["revised"]:
         revised = f" The lessons were revised at step {', '.join(map(str, phase['revised']))}: the steps before did "
@@ -74,6 +75,8 @@ def told(phase: dict, place: str) -> str:
     if place == "second":
         start = " It started from the first phase's weights, rounded to bfloat16."
         start += " The averaged weights are kept." if phase["averaged"] else ""
+    if phase.get("advised"):
+        start += " Questions were answered by labels and by a linear classifier fitted to the same text."
     return (
         f"- Training, {place} phase: {phase['steps']:,} steps{plans}, {phase['tokens']:,} tokens, "
         f"{phase['seconds'] / 60:.0f} minutes on {phase['threads']} thread of a shared processor, "

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lib.errors import UserError
@@ -222,11 +223,8 @@ def publish(name: str, run: Run, folder: Path) -> Path:
     run.lessons.loaded.tokenizer.save_pretrained(beside)
     if run.lessons.loaded.processor is not None:
         run.lessons.loaded.processor.save_pretrained(beside)
-    model = loading.load_folder(beside, dtype=torch.float32)
-    found = scores(Student(model, run.lessons.loaded.tokenizer, run.lessons.loaded.processor, parameters.read(name)))
-    phases = [*run.before, run.told()]
-    keep_history(beside, phases)
-    (beside / "README.md").write_text(readme(name, model, phases, found), encoding="utf-8")
+    keep_history(beside, [*run.before, run.told()])
+    describe(name, beside)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
@@ -234,8 +232,16 @@ def publish(name: str, run: Run, folder: Path) -> Path:
         folder.rename(old)
         shutil.rmtree(old)
     beside.rename(folder)
-    LOG.info("%s: %s", name, found)
     return folder
+
+
+def describe(name: str, folder: Path) -> None:
+    """Score the checkpoint of model `name` in `folder` and write its README."""
+    model, description = loading.load_folder(folder, dtype=torch.float32), parameters.read(name)
+    processor = loading.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
+    found = scores(Student(model, AutoTokenizer.from_pretrained(folder), processor, description))
+    (folder / "README.md").write_text(readme(name, model, history(folder), found), encoding="utf-8")
+    LOG.info("%s: %s", name, found)
 
 
 @torch.no_grad()
@@ -298,13 +304,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Train the stand-ins asked for, all by default; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lib.models.proxies", description="Train the stand-ins again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
-    parser.add_argument("--refine", action="store_true", help="the second phase alone, from the kept checkpoint")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--refine", action="store_true", help="the second phase alone, from the kept checkpoint")
+    only.add_argument("--describe", action="store_true", help="score the kept checkpoint again and rewrite its README")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         for name in in_order(given.model or parameters.names()):
             torch.set_num_threads(recipe_of(name).threads)
-            train(name, only_refine=given.refine)
+            if given.describe:
+                describe(name, parameters.PARAMETERS / "proxies" / name)
+            else:
+                train(name, only_refine=given.refine)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -194,7 +194,8 @@ class Run:
         recipe = self.recipe
         known = {key: getattr(self, key) for key in ("tokens", "plans", "revised")}
         about = {"seed": recipe.seed, "threads": recipe.threads, "start_from": recipe.start_from}
-        return {"steps": self.step, "seconds": round(self.seconds), "averaged": recipe.average > 0} | known | about
+        kept = {"averaged": recipe.average > 0, "advised": recipe.advised > 0}
+        return {"steps": self.step, "seconds": round(self.seconds)} | kept | known | about
 
     def save(self, path: Path) -> None:
         """Write the state beside `path`, then rename it."""
