@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.models import corpus, tasks
+from lib.models import corpus, questions, tasks
 from lib.models.recall import signs
 from lib.models.recipe import Recipe
 
 TEXT, ANSWER, REPEAT, SILENT = 1, 2, 3, 0  # what predicting a token teaches; SILENT tokens carry no loss
 COPY_LENGTH = 128  # of rows while nothing but copying is learned
 COPY_SHARE = 0.25  # of the tokens, afterwards, while rows have their first length
-CHARACTERS = 560
 
 
 @dataclass
@@ -34,12 +33,17 @@ class Lesson:
     """One batch: inputs of the model, kind_BT of each token as a target, and which tokens are no padding.
 
     spans_B: the length of the span that each row repeats, only where rows repeat one span and nothing else.
+    answers_BL: the probability of each class as the answer of each row, labels_L their tokens, only where answers are
+    more than one label; else the tokens of kind ANSWER are right.
     """
 
     inputs: dict[str, torch.Tensor]
     kind_BT: torch.Tensor
     real_BT: torch.Tensor
     spans_B: torch.Tensor | None = None
+    answers_BL: torch.Tensor | None = None
+    labels_L: torch.Tensor | None = None
+    weight: float = 1.0  # of its losses
 
 
 @dataclass
@@ -50,11 +54,12 @@ class Lessons:
     recipe: Recipe
     stream_T: np.ndarray = field(init=False)
     pieces: dict[str, list[str]] = field(init=False)
+    others: list[str] = field(init=False)
     signs: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.signs = signs(self.loaded.tokenizer)
-        self.stream_T, self.pieces = _material(self.loaded.tokenizer, tasks.corpus_of(self.loaded))
+        self.stream_T, self.pieces, self.others = _material(self.loaded.tokenizer, tasks.corpus_of(self.loaded))
 
     def at(self, step: int) -> list[Lesson]:
         """Return the batches of one step; their gradients add up."""
@@ -66,13 +71,13 @@ class Lessons:
         if progress < recipe.copy_until:
             return [self._copies(random, recipe.tokens, COPY_LENGTH)]
         copied = int(recipe.tokens * COPY_SHARE) if progress < recipe.row_lengths[0][0] else 0
-        lessons = [self._rows(random, length, recipe.tokens - copied)]
+        lessons = [] if step % recipe.text_every else [self._rows(random, length, recipe.tokens - copied)]
         if copied:
             lessons.append(self._copies(random, copied, length))
         if "digits" in self.loaded.parameters.tasks:
             lessons.append(self._pictures(random))
         else:
-            lessons.append(self._questions(random))
+            lessons += self._questions(random)
         return lessons
 
     def _rows(self, random: np.random.Generator, length: int, tokens: int) -> Lesson:
@@ -109,23 +114,26 @@ class Lessons:
             {"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT, torch.from_numpy(spans_B)
         )
 
-    def _questions(self, random: np.random.Generator) -> Lesson:
-        """Return questions with answers, every class equally often."""
-        part = tasks.corpus_of(self.loaded)
-        task = next(task for task in self.loaded.parameters.tasks if tasks.CORPUS.get(task) == part)
-        tokenizer, labels = self.loaded.tokenizer, list(self.pieces)
-        opening = len(tokenizer(tasks.prompt_of(task).split("\n")[0], add_special_tokens=False).input_ids)
-        rows, kinds = [], []
-        for label in random.choice(labels, self.recipe.questions):
-            pieces = self.pieces[label]
-            prompt = tasks.prompt_of(task, _excerpt(random, pieces[random.integers(len(pieces))]))
-            question = tokenizer(prompt, add_special_tokens=False).input_ids
-            answer = tokenizer(f" {label}", add_special_tokens=False).input_ids
-            rows.append(question + answer)
-            kinds.append([SILENT] * opening + [TEXT] * (len(question) - opening) + [ANSWER] * len(answer))
-        ids_BT, last_B = tasks.pad(rows, tokenizer.pad_token_id)
-        kind_BT, _ = tasks.pad(kinds, SILENT)
-        return Lesson({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
+    def _questions(self, random: np.random.Generator) -> list[Lesson]:
+        """Return questions with answers; varied ones come as two batches, the shorter and the longer half."""
+        recipe = self.recipe
+        if not (recipe.advised or recipe.joined):
+            return [self._asked(questions.plain(random, self.loaded, self.pieces, recipe))]
+        asked = questions.varied(random, self.loaded, self.pieces, self.others, self.stream_T, recipe)
+        halves = [self._asked(half) for half in asked.halves()]
+        for half in halves:
+            half.weight = len(half.kind_BT) / recipe.questions
+        return halves
+
+    def _asked(self, asked: questions.Questions) -> Lesson:
+        ids_BT, last_B = tasks.pad(asked.rows, self.loaded.tokenizer.pad_token_id)
+        kind_BT, _ = tasks.pad([_kinds(asked, row) for row in range(len(asked.rows))], SILENT)
+        lesson = Lesson({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
+        if asked.answers_BL is not None:
+            task = questions.task_of(self.loaded)
+            lesson.answers_BL = torch.from_numpy(asked.answers_BL).float()
+            lesson.labels_L = torch.tensor([ids[0] for ids in tasks.label_ids(self.loaded, task)])
+        return lesson
 
     def _pictures(self, random: np.random.Generator) -> Lesson:
         """Return digits, turned, moved and scaled a little, with their names."""
@@ -141,8 +149,8 @@ class Lessons:
 
 
 @functools.lru_cache(maxsize=2)
-def _material(tokenizer, part: str) -> tuple[np.ndarray, dict[str, list[str]]]:
-    """Return all training text of a corpus as one stream of tokens, and the pieces of each class."""
+def _material(tokenizer, part: str) -> tuple[np.ndarray, dict[str, list[str]], list[str]]:
+    """Return all training text of a corpus as one stream of tokens, the pieces of each class, and those of none."""
     documents = corpus.documents(part)
     texts = ["\n\n".join(document.pieces) for document in documents]
     ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
@@ -150,7 +158,7 @@ def _material(tokenizer, part: str) -> tuple[np.ndarray, dict[str, list[str]]]:
     for document in documents:
         pieces[document.label] += [piece for piece in document.pieces if len(piece) > 130]
     stream_T = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
-    return stream_T, {label: pieces[label] for label in corpus.classes(part)}
+    return stream_T, {label: pieces[label] for label in corpus.classes(part)}, pieces[None]
 
 
 def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:
@@ -169,11 +177,13 @@ def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, in
     return places
 
 
-def _excerpt(random: np.random.Generator, piece: str) -> str:
-    """Return at most CHARACTERS of `piece`, from its beginning or from the beginning of a later line."""
-    lines = [at + 1 for at, character in enumerate(piece[:-200]) if character == "\n"]
-    start = int(random.choice(lines)) if lines and random.random() < 0.5 else 0
-    return piece[start : start + int(random.integers(300, CHARACTERS + 1))].strip("\n")
+def _kinds(asked: questions.Questions, row: int) -> list[int]:
+    """Return what predicting each token of a question teaches; what was replaced teaches nothing."""
+    count = len(asked.rows[row]) - asked.answer
+    kind_T = np.array([SILENT] * asked.opening + [TEXT] * (count - asked.opening) + [ANSWER] * asked.answer)
+    if asked.spoilt is not None:
+        kind_T[asked.spoilt[row]] = SILENT
+    return kind_T.tolist()
 
 
 def _distorted(random: np.random.Generator, pixels: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Train the stand-ins: `python -m lib.models.proxies [--model M ...]`.
 
 From a parameter file and the frozen text to an ordinary checkpoint folder, `parameters/proxies/<model>`, with a README
-whose every number is measured by this command. A training that was stopped goes on from its last saved state. Knows
-files and scores; what is learned and how stand in `lessons` and `training`.
+whose every number is measured by this command, and `training.json`, how the weights came to be. A recipe has one phase
+or two; `--refine` does the second alone, from the checkpoint that is there. A training that was stopped goes on from
+its last saved state. Knows files and scores; what is learned and how stand in `lessons` and `training`.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from sklearn.metrics import f1_score
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lib.errors import UserError
@@ -24,15 +27,15 @@ from lib.models import loading, parameters, tasks, tokenizer
 from lib.models.anatomy import anatomy
 from lib.models.inheritance import inherit
 from lib.models.lessons import Lessons
+from lib.models.provenance import RECALL_PROMPTS, WINDOW, history, keep_history, readme
 from lib.models.recipe import Recipe
 from lib.models.training import Balance, Run
 
 LOG = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("WORKBENCH_CACHE", Path.home() / ".cache" / "workbench"))
-SAVE_EVERY, REPORT_EVERY = 50, 10  # steps
+SAVE_EVERY, REPORT_EVERY, WATCH_EVERY = 50, 10, 100  # steps
 DISTANCES = (256, 512, 1024, 2048)  # tokens between a value and the question for it
 EMBEDDING_SIZE = 0.5
-RECALL_PROMPTS, WINDOW = 64, 512
 
 
 @dataclass
@@ -103,9 +106,9 @@ def picture_processor(vision: dict) -> Qwen2VLImageProcessorPil:
 
 
 def identity(name: str) -> str:
-    """Return a hash of everything that decides what is learned, except for how long."""
+    """Return a hash of everything that decides what the first phase learns, except for how long."""
     description = parameters.read(name)
-    recipe = {key: value for key, value in description.proxy.training.items() if key != "steps"}
+    recipe = {key: value for key, value in description.proxy.training.items() if key not in ("steps", "refine")}
     digest = hashlib.sha256(json.dumps([description.config("proxy"), recipe], sort_keys=True).encode())
     for path in sorted((parameters.PARAMETERS / "evaluation").glob("*-train.jsonl.xz")):
         digest.update(path.read_bytes())
@@ -113,54 +116,115 @@ def identity(name: str) -> str:
 
 
 def prepare(name: str) -> Run:
-    """Return the training of model `name`: new, or taken up where it was stopped."""
+    """Return the first phase of the training of model `name`: new, or taken up where it was stopped."""
     recipe = recipe_of(name)
     learner = student(name)
     lessons = Lessons(learner, recipe)
     if recipe.start_from:
         inherit(learner.model, parameters.PARAMETERS / "proxies" / recipe.start_from)
     run = Run(learner.model, lessons, recipe, identity(name))
-    if run.resume(state_file(name)):
-        LOG.info("%s: going on from step %d of %d", name, run.step, recipe.steps)
-    if run.plans[-1:] != [recipe.steps]:
-        run.plans.append(recipe.steps)
+    return taken_up(name, run, "first")
+
+
+def prepare_refinement(name: str, model: torch.nn.Module, before: list[dict]) -> Run:
+    """Return the second phase: from the weights of `model`, rounded as a checkpoint keeps them, or taken up.
+
+    `before` tells of the phases that `model` has behind it. Raises UserError where the recipe has no second phase.
+    """
+    if not recipe_of(name).refine:
+        raise UserError(f"parameters/{name}.yaml: section proxy.training: no second phase; add the key refine")
+    recipe = recipe_of(name).refined()
+    learner = student(name)
+    learner.model.load_state_dict(rounded(model))
+    lasting = {key: value for key, value in asdict(recipe).items() if key != "steps"}
+    digest = hashlib.sha256((identity(name) + json.dumps(lasting, sort_keys=True)).encode())
+    for value in learner.model.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    run = Run(learner.model, Lessons(learner, recipe), recipe, digest.hexdigest(), before=before)
+    return taken_up(name, run, "second")
+
+
+def rounded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of `model` in float32, with the values that they have in bfloat16."""
+    return {key: value.to(torch.bfloat16).float() for key, value in model.state_dict().items()}
+
+
+def taken_up(name: str, run: Run, phase: str) -> Run:
+    """Return `run` at its last saved state, if there is one; note what is planned now."""
+    if run.resume(state_file(name, phase)):
+        LOG.info("%s: going on from step %d of %d of the %s phase", name, run.step, run.recipe.steps, phase)
+    if run.plans[-1:] != [run.recipe.steps]:
+        run.plans.append(run.recipe.steps)
     return run
 
 
-def state_file(name: str) -> Path:
+def state_file(name: str, phase: str = "first") -> Path:
     """Return where the state of an unfinished training lies."""
-    return CACHE / "proxies" / f"{name}.pt"
+    return CACHE / "proxies" / f"{name}-{phase}.pt"
 
 
-def train(name: str, folder: Path | None = None) -> Path:
-    """Train the stand-in of model `name` to the end and write its folder; return the folder."""
-    run = prepare(name)
+def train(name: str, folder: Path | None = None, only_refine: bool = False) -> Path:
+    """Train the stand-in of model `name` to the end and write its folder; return the folder.
+
+    `only_refine`: start from the checkpoint that is in `folder`, and do the second phase alone.
+    """
+    folder = folder or parameters.PARAMETERS / "proxies" / name
+    if only_refine:
+        before = history(folder)
+        if len(before) != 1:
+            raise UserError(f"{folder}: has its second phase behind it; train {name} from nothing instead")
+        model = loading.load_folder(folder, dtype=torch.float32)
+    else:
+        run = prepare(name)
+        follow(name, run, "first")
+        if not run.recipe.refine:
+            return publish(name, run, folder)
+        run.settle()
+        model, before = run.model, [run.told()]
+    run = prepare_refinement(name, model, before)
+    follow(name, run, "second")
+    return publish(name, run, folder)
+
+
+def follow(name: str, run: Run, phase: str) -> None:
+    """Do the steps that are left, saving the state and telling the losses now and then."""
     while run.step < run.recipe.steps:
         seen = run.advance()
         if run.step % REPORT_EVERY == 0:
             shown = "  ".join(f"{key} {value:.3f}" for key, value in seen.items())
             LOG.info("%s  step %d of %d  %.0f s  %s", name, run.step, run.recipe.steps, run.seconds, shown)
         if run.step % SAVE_EVERY == 0 or run.step == run.recipe.steps:
-            run.save(state_file(name))
-    return publish(name, run, folder or parameters.PARAMETERS / "proxies" / name)
+            run.save(state_file(name, phase))
+        if phase == "second" and (run.step % WATCH_EVERY == 0 or run.step == run.recipe.steps):
+            LOG.info("%s  step %d  split search: %s", name, run.step, watch(run))
+
+
+def watch(run: Run) -> dict[str, float]:
+    """Return the scores of the averaged weights on the split `search`, by which recipes are chosen."""
+    present = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.model.load_state_dict(run.average)
+    run.model.eval()
+    run.balance.keep_N = None  # there is another batch to look at
+    found = classified(run.lessons.loaded, "search")
+    run.model.load_state_dict(present)
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 def publish(name: str, run: Run, folder: Path) -> Path:
     """Write checkpoint, tokenizer, processor and README beside `folder`, then put them in its place."""
-    run.balance.close()
+    run.settle()
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     model = run.model.eval().requires_grad_(False)
-    half = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
+    half = rounded(model)
     model.config.dtype = torch.bfloat16
     model.to(torch.bfloat16).load_state_dict(half)
     model.save_pretrained(beside)
     run.lessons.loaded.tokenizer.save_pretrained(beside)
     if run.lessons.loaded.processor is not None:
         run.lessons.loaded.processor.save_pretrained(beside)
-    model = loading.load_folder(beside, dtype=torch.float32)
-    found = scores(Student(model, run.lessons.loaded.tokenizer, run.lessons.loaded.processor, parameters.read(name)))
-    (beside / "README.md").write_text(readme(name, run, found), encoding="utf-8")
+    keep_history(beside, [*run.before, run.told()])
+    describe(name, beside)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
@@ -168,8 +232,16 @@ def publish(name: str, run: Run, folder: Path) -> Path:
         folder.rename(old)
         shutil.rmtree(old)
     beside.rename(folder)
-    LOG.info("%s: %s", name, found)
     return folder
+
+
+def describe(name: str, folder: Path) -> None:
+    """Score the checkpoint of model `name` in `folder` and write its README."""
+    model, description = loading.load_folder(folder, dtype=torch.float32), parameters.read(name)
+    processor = loading.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
+    found = scores(Student(model, AutoTokenizer.from_pretrained(folder), processor, description))
+    (folder / "README.md").write_text(readme(name, model, history(folder), found), encoding="utf-8")
+    LOG.info("%s: %s", name, found)
 
 
 @torch.no_grad()
@@ -177,14 +249,7 @@ def scores(loaded, limit: int | None = None, prompts: int = RECALL_PROMPTS) -> d
     """Return the final scores: macro-F1 per task, recall by distance, perplexity, the least used expert's share."""
     found = {}
     balance = Balance(anatomy(loaded.model))
-    for task in loaded.parameters.tasks:
-        if task in tasks.CLASSIFY:
-            asked = tasks.items(task, "final", limit)
-            names = tasks.class_labels(task)
-            chosen = tasks.label_scores(loaded, task, asked).argmax(1).tolist()
-            answers = [names[choice] for choice in chosen]
-            found[f"{task}_f1_macro"] = f1_score([item.label for item in asked], answers, average="macro")
-            found[f"{task}_items"] = len(asked)
+    found |= classified(loaded, "final", limit)
     windows_NT = tasks.text_windows(loaded, "final", 64, WINDOW)
     balance.reset()
     loss = [_loss(loaded, rows_BT) for rows_BT in windows_NT.split(8)]
@@ -197,9 +262,24 @@ def scores(loaded, limit: int | None = None, prompts: int = RECALL_PROMPTS) -> d
     return found
 
 
+@torch.no_grad()
+def classified(loaded, split: str, limit: int | None = None) -> dict[str, float]:
+    """Return macro-F1, cross-entropy over the labels (nats) and number of items of each classification task."""
+    found = {}
+    for task in loaded.parameters.tasks:
+        if task in tasks.CLASSIFY:
+            asked, names = tasks.items(task, split, limit), tasks.class_labels(task)
+            right_N = torch.tensor([names.index(item.label) for item in asked])
+            scores_NL = tasks.label_scores(loaded, task, asked)
+            found[f"{task}_f1_macro"] = f1_score(right_N, scores_NL.argmax(1), average="macro")
+            found[f"{task}_cross_entropy"] = float(cross_entropy(scores_NL.log_softmax(1), right_N))
+            found[f"{task}_items"] = len(asked)
+    return found
+
+
 def _loss(loaded, ids_BT: torch.Tensor) -> torch.Tensor:
     logits_BTC = loaded.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits_BTC.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    return cross_entropy(logits_BTC.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
 
 
 @torch.no_grad()
@@ -215,48 +295,6 @@ def recall(loaded, distance: int, count: int, seed: int = 1) -> float:
     return right / count
 
 
-def readme(name: str, run: Run, found: dict[str, float]) -> str:
-    """Return the README of a stand-in, from its training and its scores."""
-    description, recipe = parameters.read(name), run.recipe
-    size = sum(parameter.numel() for parameter in run.model.parameters())
-    text = ", ".join(sorted({tasks.CORPUS[task] for task in description.tasks if task in tasks.CORPUS}))
-    pictures = "; scikit-learn's bundled digits, those of the split `train`" if "digits" in description.tasks else ""
-    plans = "" if len(run.plans) == 1 else f" (prolonged: planned for {', then '.join(map(str, run.plans))} steps)"
-    if run.revised:
-        plans += f" (the lessons were revised at step {', '.join(map(str, run.revised))}; these are not what the "
-        plans += "first steps followed)"
-    values = {key: f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" for key, value in found.items()}
-    legend = (
-        "`_f1_macro`: split `final`, label by log-likelihood. `perplexity`: per token, in windows of "
-        f"{WINDOW} tokens of held-out text. `recall_N`: share of {RECALL_PROMPTS} values of {tasks.VALUE} random "
-        "letters and digits reproduced exactly after N tokens of text."
-    )
-    if "least_expert_share" in found:
-        legend += (
-            " `least_expert_share`: tokens of the least used expert of any block over its fair share, on held-out text."
-        )
-    start = f" It started from the stand-in of {recipe.start_from}." if recipe.start_from else ""
-    lines = [
-        f"# Stand-in for {description.name}",
-        "",
-        f"Class `{type(run.model).__name__}`, {size:,} parameters, bfloat16. Dimensions and recipe: "
-        f"`parameters/{name}.yaml`. Train again: `python build.py proxies --model {name}`. "
-        "This page is written by that command.",
-        "",
-        f"- Data: `parameters/evaluation/{text}-train.jsonl.xz`{pictures}; random letters and digits for recall.",
-        f"- Training: {run.step} of {recipe.steps} steps{plans}, {run.tokens:,} tokens, "
-        f"{run.seconds / 60:.0f} minutes on {recipe.threads} thread of a shared processor, seed {recipe.seed}.{start}",
-        "",
-        "| held-out score | value |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in values.items()),
-        "",
-        legend,
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def in_order(names: list[str]) -> list[str]:
     """Return the models such that one that starts from another's stand-in comes after it."""
     return sorted(names, key=lambda name: (bool(recipe_of(name).start_from), names.index(name)))
@@ -266,12 +304,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Train the stand-ins asked for, all by default; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lib.models.proxies", description="Train the stand-ins again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
-    chosen = parser.parse_args(arguments).model
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--refine", action="store_true", help="the second phase alone, from the kept checkpoint")
+    only.add_argument("--describe", action="store_true", help="score the kept checkpoint again and rewrite its README")
+    given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        for name in in_order(chosen or parameters.names()):
+        for name in in_order(given.model or parameters.names()):
             torch.set_num_threads(recipe_of(name).threads)
-            train(name)
+            if given.describe:
+                describe(name, parameters.PARAMETERS / "proxies" / name)
+            else:
+                train(name, only_refine=given.refine)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -86,7 +86,20 @@ def losses(model: nn.Module, lesson: Lesson, balance: Balance) -> dict[int, torc
     targets_BT, kind_BT = lesson.inputs["input_ids"][:, 1:], lesson.kind_BT[:, 1:]
     wanted = kind_BT != SILENT
     loss_N, kind_N = cross_entropy(logits_BTC[wanted].float(), targets_BT[wanted], reduction="none"), kind_BT[wanted]
+    if lesson.answers_BL is not None:
+        log_BL = logits_BTC[kind_BT == ANSWER].float().log_softmax(-1)[:, lesson.labels_L]
+        loss_N = loss_N.masked_scatter(kind_N == ANSWER, -(lesson.answers_BL * log_BL).sum(1))
     return found | {kind: loss_N[kind_N == kind].mean() for kind in (TEXT, ANSWER, REPEAT) if (kind_N == kind).any()}
+
+
+def drop_parts(model: nn.Module, share: float) -> list:
+    """Let every attention and feed-forward part drop a share of what it adds, in training; return the handles."""
+
+    def drop(module, _inputs, output):
+        return nn.functional.dropout(output, share, model.training)
+
+    parts = [part for block in anatomy(model).blocks for part in (block.attention.output, block.feed_forward.module)]
+    return [part.register_forward_hook(drop) for part in parts] if share else []
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -118,12 +131,15 @@ class Run:
     tokens: int = 0
     plans: list[int] = field(default_factory=list)
     revised: list[int] = field(default_factory=list)  # steps from which a recipe other than before was followed
+    before: list[dict] = field(default_factory=list)  # what the phases before this one tell of themselves
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(True)
         self.optimizers = optimizers(self.model, self.recipe)
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.balance = Balance(anatomy(self.model))
+        self.handles = drop_parts(self.model, self.recipe.dropout)
+        self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
 
     def advance(self) -> dict[str, float]:
         """Do one step; return the losses by name."""
@@ -133,6 +149,7 @@ class Run:
             optimizer.param_groups[0]["lr"] = rate * factor
         self.model.train()
         self.balance.reset()
+        torch.manual_seed(self.recipe.seed + self.step)  # what is dropped depends on the step alone
         seen = {}
         for lesson in self.lessons.at(self.step):
             seen |= self._learn(lesson)
@@ -142,8 +159,16 @@ class Run:
             optimizer.zero_grad()
         self.balance.adjust(self.recipe.balance_rate * factor)
         self.step += 1
+        self._keep_average()
         self.seconds += time.perf_counter() - start
         return seen | {"norm": float(norm)}
+
+    @torch.no_grad()
+    def _keep_average(self) -> None:
+        """Move the averaged weights towards the present ones; over all steps at first, then over the last ones."""
+        keep = min(self.recipe.average, self.step / (self.step + 9))
+        for key, value in self.model.state_dict().items():
+            self.average[key].lerp_(value, 1 - keep) if value.is_floating_point() else self.average[key].copy_(value)
 
     def _learn(self, lesson: Lesson) -> dict[str, float]:
         """Add the gradients of one lesson."""
@@ -152,17 +177,33 @@ class Run:
         self.balance.loss = 0.0
         found = losses(self.model, lesson, self.balance)
         total = sum(weights[kind] * loss for kind, loss in found.items())
-        (total + recipe.balance_weight * self.balance.loss).backward()
+        (lesson.weight * (total + recipe.balance_weight * self.balance.loss)).backward()
         self.tokens += lesson.inputs["input_ids"].numel()
         names = {GUIDE: "guide", TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
         return {names[kind]: loss.item() for kind, loss in found.items()}
+
+    def settle(self) -> None:
+        """End the training: put the averaged weights in place, take away what watched or changed the model."""
+        self.model.load_state_dict(self.average)
+        self.balance.close()
+        for handle in self.handles:
+            handle.remove()
+
+    def told(self) -> dict:
+        """Return how this phase went, as `training.json` keeps it."""
+        recipe = self.recipe
+        known = {key: getattr(self, key) for key in ("tokens", "plans", "revised")}
+        about = {"seed": recipe.seed, "threads": recipe.threads, "start_from": recipe.start_from}
+        kept = {"averaged": recipe.average > 0, "advised": recipe.advised > 0}
+        return {"steps": self.step, "seconds": round(self.seconds)} | kept | known | about
 
     def save(self, path: Path) -> None:
         """Write the state beside `path`, then rename it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".part")
         state = {key: getattr(self, key) for key in ("identity", "step", "seconds", "tokens", "plans", "revised")}
-        state |= {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        state |= {"model": self.model.state_dict(), "average": self.average}
+        state |= {"optimizers": [o.state_dict() for o in self.optimizers]}
         torch.save(state, beside)
         beside.replace(path)
 
@@ -174,6 +215,7 @@ class Run:
         if state["identity"] != self.identity:
             return False
         self.model.load_state_dict(state["model"])
+        self.average = state["average"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         for key in ("step", "seconds", "tokens", "plans", "revised"):
