@@ -5,7 +5,7 @@ q·(W_UK c) = (W_UKᵀ q)·c, the query can be brought to the latents instead, o
 latents is expanded at the end (DeepSeek-V2, 2024, section 2.1.2): exact up to rounding. Worth it for few new tokens on
 a long cache; which path takes fewer operations is decided by count, so a prompt takes the stock path.
 
-Shapes: B batch, T new tokens, S cached and new tokens, Q heads, H hidden, R latent, P rotary, N no-rotary, D value size.
+Shapes: B batch, T new tokens, S cached and new ones, Q heads, H hidden, R latent, P rotary, N no-rotary, D value.
 """
 
 import sys
@@ -59,9 +59,7 @@ def _forward(
     """Stand in for the attention's own forward: hidden [B, T, H] to (output [B, T, H], None)."""
     new = hidden_states.shape[1]
     if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
-        return type(module).forward(
-            module, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
-        )
+        return type(module).forward(module, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
     q_nope_BQTN, q_rope_BQTP, c_B1TR, k_rope_B1TP = _projections(module, hidden_states, position_embeddings)
     c_B1SR, k_rope_B1SP = cache.update(c_B1TR, k_rope_B1TP, module.layer_idx)
     heads, nope = q_nope_BQTN.shape[1], module.qk_nope_head_dim
@@ -102,7 +100,7 @@ def _attend(
     k_rope_BSP: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the weighted sums of latents [B, Q, T, R]; all heads are rows of one product, since they share the keys."""
+    """Return the weighted sums of latents [B, Q, T, R]; heads are rows of one product, since they share the keys."""
     batch, heads, new, latent = q_latent_BQTR.shape
     rows = heads * new
     scores = torch.matmul(q_latent_BQTR.reshape(batch, rows, latent), c_BSR.transpose(1, 2))
@@ -113,8 +111,6 @@ def _attend(
         mask = torch.ones(new, total, dtype=torch.bool, device=scores.device).tril(total - new)[None, None]
     if mask is not None:
         seen = mask[..., : scores_BQTS.shape[-1]]
-        scores_BQTS = (
-            scores_BQTS.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores_BQTS + seen
-        )
+        scores_BQTS = scores_BQTS.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores_BQTS + seen
     weights = scores_BQTS.softmax(dim=-1, dtype=torch.float32).to(c_BSR.dtype)
     return torch.matmul(weights.view(batch, rows, -1), c_BSR).view(batch, heads, new, latent)

@@ -58,10 +58,7 @@ def _forward(tokens: int, decoder: nn.Module, input_ids: torch.Tensor | None = N
         cut = _cut(given, first, last)
         output = stock(**{name: prompt[:, first:last]}, attention_mask=part, cache=cache, use_cache=True, **cut)
         hidden.append(output.last_hidden_state)
-    output.last_hidden_state = torch.cat(hidden, dim=1)
-    if wanted is False:
-        output.cache = None
-    return output
+    return type(output)(last_hidden_state=torch.cat(hidden, dim=1), cache=None if wanted is False else cache)
 
 
 def _cut(given: Mapping[str, object], first: int, last: int) -> dict[str, object]:
@@ -90,7 +87,7 @@ def _check_context(config: object, context: int) -> None:
 
 @torch.inference_mode()
 def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object = None) -> torch.Tensor:
-    """Return the loss of each next token [B, T - 1] in nats, float32, with logits of at most `rows` tokens at a time."""
+    """Return the loss of each next token [B, T - 1] in nats, float32, with logits of `rows` tokens at a time."""
     if rows < 1:
         raise UserError(f"logit_rows {rows}: expected at least 1")
     forget_pictures(model)

@@ -6,6 +6,7 @@ saves only as often as it is routed to, so experts come last. Two slots of the l
 double buffer. Knows nothing of files or of torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,15 +47,11 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
     count, expert = experts
     reserve = fixed + min(LEAST_EXPERTS, count) * expert
     descending = sorted(units, key=units.__getitem__, reverse=True)
-    smallest = min(
-        (reserve + cost for cost in _costs(units, descending)),
-        default=reserve,
-    )
-    if allowance < smallest:
+    if allowance < (least := smallest(units, fixed, experts)):
         raise UserError(
             f"a memory allowance of {allowance} bytes is too small for this model: its largest layer has to fit twice, "
-            f"one being used and one being read; the smallest possible is {smallest} bytes "
-            f"({smallest / total:.3f} of its {total} bytes)"
+            f"one being used and one being read; the smallest possible is {least} bytes "
+            f"(a memory_ratio of {math.ceil(1000 * least / total) / 1000} of its {total} bytes)"
         )
     chosen: set[str] = set()
     best = -1
@@ -73,6 +70,13 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
         allowance, total, fixed, tuple(name for name in units if name in chosen), max(best, 0),
         streamed, sum(units[name] for name in streamed), slot, slots, expert,
     )  # fmt: skip
+
+
+def smallest(units: Mapping[str, int], fixed: int, experts: tuple[int, int]) -> int:
+    """Return the smallest allowance, in bytes, for which there is a plan."""
+    count, expert = experts
+    descending = sorted(units, key=units.__getitem__, reverse=True)
+    return fixed + min(LEAST_EXPERTS, count) * expert + min(_costs(units, descending))
 
 
 def _costs(units: Mapping[str, int], descending: list[str]) -> list[int]:

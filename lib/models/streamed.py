@@ -158,6 +158,10 @@ class Streamer:
             "copy that folder, or load it whole"
         )
 
+    def settle(self) -> None:
+        """Wait until nothing is being read any more."""
+        wait([slot.filled for slot in self.slots if slot.filled is not None])
+
     def forget(self) -> None:
         """Forget what the slots and the experts' cache hold, and which unit came after which."""
         for slot in self.slots:
@@ -228,31 +232,61 @@ def open_streamed(
     """
     if page_cache not in ("keep", "drop"):
         raise UserError(f'page_cache "{page_cache}"; expected one of keep, drop')
-    file = WeightFile(folder, drop=page_cache == "drop")
-    model = _skeleton(Path(folder), file, device)
+    found = _layout(Path(folder), page_cache == "drop", device)
+    model, file, view, sizes, fixed = found.model, found.file, found.view, unit_bytes(found.units), found.fixed
+    allowance = round(memory_ratio * found.total) if allowance_bytes is None else allowance_bytes
+    plan = residency.plan(sizes, sum(fixed.values()), found.expert_size, found.total, allowance)
+    for name in fixed:
+        _load(model, name, file, device)
+    made = Streamer(file, found.units, plan, device)
+    if found.experts:
+        made.experts = ExpertCache(file, found.experts, plan.expert_slots, device)
+        for index in found.experts:
+            expertcache.attach(view.blocks[index].feed_forward.experts.module, made.experts, index)
+        view.config._experts_implementation = expertcache.NAME
+    _attach(model, view, made, found.embeddings)
+    return model
+
+
+def smallest(folder: Path | str) -> tuple[int, int]:
+    """Return the smallest allowance in which the checkpoint in `folder` can run, and all its weights, both in bytes."""
+    found = _layout(Path(folder), False, "cpu")
+    found.file.close()
+    return residency.smallest(unit_bytes(found.units), sum(found.fixed.values()), found.expert_size), found.total
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model without weights and where they lie: its units, what stays in memory (name → bytes), its experts (block →
+    what gives the places of one; `expert_size` is how many there are, and bytes of one), its embeddings.
+    """
+
+    model: nn.Module
+    view: Anatomy
+    file: WeightFile
+    units: dict[str, list[Part]]
+    fixed: dict[str, int]
+    experts: dict[int, object]
+    expert_size: tuple[int, int]
+    embeddings: Place
+    total: int
+
+
+def _layout(folder: Path, drop: bool, device: str) -> Layout:
+    file = WeightFile(folder, drop=drop)
+    model = _skeleton(folder, file, device)
     view = anatomy(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    embeddings = file.places[names[id(view.embeddings.weight)]]
-    head = embeddings if view.tied else file.places[names[id(view.head.weight)]]
+    embeddings = _place(file, names[id(view.embeddings.weight)])
+    head = embeddings if view.tied else _place(file, names[id(view.head.weight)])
     experts = _experts(view, names, file)
     units = _units(view, names, file, experts, head)
     fixed = _fixed(model, view, units, experts, file)
-    expert = expertcache.expert_bytes(experts) if experts else 0
     count = sum(view.blocks[index].feed_forward.experts.count for index in experts)
-    sizes = unit_bytes(units)
-    total = sum(sizes.values()) + sum(fixed.values()) + count * expert + (0 if view.tied else embeddings.nbytes)
-    allowance = round(memory_ratio * total) if allowance_bytes is None else allowance_bytes
-    plan = residency.plan(sizes, sum(fixed.values()), (count, expert), total, allowance)
-    for name in fixed:
-        _load(model, name, file, device)
-    made = Streamer(file, units, plan, device)
-    if experts:
-        made.experts = ExpertCache(file, experts, plan.expert_slots, device)
-        for index in experts:
-            expertcache.attach(view.blocks[index].feed_forward.experts.module, made.experts, index)
-        view.config._experts_implementation = expertcache.NAME
-    _attach(model, view, made, embeddings)
-    return model
+    size = count, expertcache.expert_bytes(experts) if experts else 0
+    total = sum(unit_bytes(units).values()) + sum(fixed.values()) + size[0] * size[1]
+    total += 0 if view.tied else embeddings.nbytes
+    return Layout(model, view, file, units, fixed, experts, size, embeddings, total)
 
 
 def streamer(model: nn.Module) -> Streamer | None:

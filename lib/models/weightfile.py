@@ -74,7 +74,9 @@ def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
 
 
 class WeightFile:
-    """The open weight files of one checkpoint folder. `bytes_read` counts what was read since it was opened."""
+    """The open weight files of one checkpoint folder. `bytes_read` counts what was read since it was opened; while
+    `log` is a list, every call of `read` leaves its pieces there.
+    """
 
     def __init__(self, folder: str | Path, *, drop: bool = False):
         self.folder, self.drop = Path(folder), drop
@@ -82,6 +84,7 @@ class WeightFile:
             raise UserError("page_cache drop: this system cannot forget what it has read; use keep")
         self.places = places(folder)
         self.bytes_read = 0
+        self.log: list[list[Piece]] | None = None
         self._counting = threading.Lock()
         self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
 
@@ -89,7 +92,9 @@ class WeightFile:
         """Read every piece into its memory. Raises UserError where a file ends early or cannot be read: then no piece
         of this call may be used.
         """
-        total = 0
+        total, pieces = 0, list(pieces)
+        if self.log is not None:
+            self.log.append(pieces)
         for run in _runs(pieces):
             place, _ = run[0]
             self._fill(place.file, place.offset, [memory for _, memory in run])
@@ -136,7 +141,9 @@ class WeightFile:
 def _read_into(handle: int, memories: list[memoryview], offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(handle, memories[:MOST_AT_ONCE], offset)
-    data = os.pread(handle, len(memories[0]), offset) if hasattr(os, "pread") else _seek_and_read(handle, memories, offset)
+    data = (
+        os.pread(handle, len(memories[0]), offset) if hasattr(os, "pread") else _seek_and_read(handle, memories, offset)
+    )
     memories[0][: len(data)] = data
     return len(data)
 

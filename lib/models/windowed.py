@@ -54,6 +54,11 @@ def turn(rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tenso
     return (rotated.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(rotated.dtype)
 
 
+def whole_cache() -> DynamicCache:
+    """Return an empty cache that keeps everything."""
+    return DynamicCache()
+
+
 def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack: int = 1) -> DynamicCache:
     """Return an empty cache for `model` that holds at most sinks + window + slack − 1 tokens between steps.
 
