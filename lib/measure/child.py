@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,14 +84,21 @@ def _import_architecture(arm: Arm) -> None:
 
 
 def _load(arm: Arm) -> torch.nn.Module:
+    if arm.opener:
+        return _named(arm.opener)(arm.folder, **arm.arguments)
     if arm.folder is not None:
         model = loading.load_folder(arm.folder, dtype=loading.DTYPES[arm.dtype], device=arm.device)
     else:
         model = loading.load(**{"device": arm.device, "dtype": arm.dtype, **(arm.load or {})}).model
     if arm.transform:
-        module, _, function = arm.transform.partition(":")
-        model = getattr(importlib.import_module(module), function)(model, **arm.arguments)
+        model = _named(arm.transform)(model, **arm.arguments)
     return model
+
+
+def _named(name: str) -> Callable[..., torch.nn.Module]:
+    """Return the function that "module:function" names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:

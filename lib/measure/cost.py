@@ -95,7 +95,11 @@ def _unique(model: nn.Module) -> list[torch.Tensor]:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers in memory, tied ones once."""
+    """Return the bytes of all parameters and buffers in memory, tied ones once; a model whose weights stream from a
+    file states how many it holds at most.
+    """
+    if (held := getattr(model, "weights_in_memory_bytes", None)) is not None:
+        return held
     return sum(tensor_bytes(tensor) for tensor in _unique(model))
 
 

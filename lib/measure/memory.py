@@ -21,13 +21,15 @@ class Arm:
     """What a child process loads and runs.
 
     `folder`: a checkpoint folder; or `load`: keyword arguments of `lib.models.loading.load`. `transform`:
-    "module:function" that is given the loaded model and `arguments` and returns the model to measure. `workload`:
-    prefill, decode or generate.
+    "module:function" that is given the loaded model and `arguments` and returns the model to measure. `opener`:
+    "module:function" that is given the folder and `arguments` and returns the model, which is then not loaded whole.
+    `workload`: prefill, decode or generate.
     """
 
     folder: str | None = None
     load: dict | None = None
     transform: str | None = None
+    opener: str | None = None
     arguments: dict = field(default_factory=dict)
     workload: str = "generate"
     batch: int = 1

@@ -93,6 +93,7 @@ METRICS: dict[str, Metric] = {
     "prefill_flops_per_token": _efficiency("FLOP/token", False, SIZE_MARGIN),
     "decode_flops_per_token": _efficiency("FLOP/token", False, SIZE_MARGIN),
     "decode_bytes_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
+    "weight_bytes_read_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
     "apply_seconds": _efficiency("s", False, None),
     "break_even_tokens": _efficiency("tokens", False, None),
 }

@@ -94,6 +94,26 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for file in _shards(folder) for name, entry in _header(folder / file).items()}
 
 
+def tensor_places(folder: str | Path) -> dict[str, tuple[Path, int, int, str, tuple[int, ...]]]:
+    """Return where every tensor lies: name → (file, offset in bytes, length in bytes, dtype as stored, shape).
+
+    Raises UserError where a file is missing or cut short, or the index names what no file holds.
+    """
+    folder = Path(folder)
+    found = {}
+    for file, expected in _shards(folder).items():
+        path = folder / file
+        header = _header(path)
+        if missing := sorted(set(expected) - set(header)):
+            raise UserError(f"{path}: the index names {missing[0]} here, but the file does not hold it")
+        with path.open("rb") as opened:
+            start = 8 + struct.unpack("<Q", opened.read(8))[0]
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            found[name] = (path, start + first, last - first, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
 def weights_bytes_on_disk(folder: str | Path) -> int:
     """Return the bytes of the weight files of `folder`."""
     folder = Path(folder)

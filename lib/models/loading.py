@@ -117,11 +117,12 @@ def build(
     configuration = AutoConfig.for_model(architecture, **config)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = _auto(configuration).from_config(configuration, dtype=dtype)
+        model = auto_class(configuration).from_config(configuration, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-def _auto(configuration: object) -> type:
+def auto_class(configuration: object) -> type:
+    """Return the transformers class that builds a model of this configuration."""
     return AutoModelForImageTextToText if hasattr(configuration, "vision_config") else AutoModelForCausalLM
 
 
@@ -169,7 +170,7 @@ def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: st
         model = _load_with_manifest(Path(folder), dtype, device)
     else:
         configuration = AutoConfig.from_pretrained(folder)
-        model, report = _auto(configuration).from_pretrained(
+        model, report = auto_class(configuration).from_pretrained(
             folder, config=configuration, dtype=dtype or "auto", output_loading_info=True
         )
         model = model.to(device)
@@ -194,7 +195,7 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape."""
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
-        model = _auto(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+        model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     factors.restore(model, manifest.get("factors", {}))

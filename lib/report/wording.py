@@ -53,6 +53,7 @@ _LABELS = {
     "prefill_flops_per_token": "prefill compute",
     "decode_flops_per_token": "decode compute",
     "decode_bytes_per_token": "decode memory traffic",
+    "weight_bytes_read_per_token": "weights read from file",
     "apply_seconds": "time to apply",
     "first_call_ms": "first call",
     "load_seconds": "load time",

@@ -1,0 +1,166 @@
+"""Weights read from safetensors files piece by piece, straight into memory that already exists; every byte is counted.
+
+A read takes any number of places at once: neighbours in the file are fetched by one system call, scattered to aligned
+destinations, without a copy in between (the page cache's own copy aside). Whether a byte came from the disk or from
+the page cache is the system's affair; with `drop` each read is forgotten by the page cache, so that the next one comes
+from the disk. Knows nothing of models.
+"""
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lib.errors import UserError
+from lib.models import checkpoint
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+ALIGNMENT = 64  # bytes: a cache line, and what vector kernels like
+MOST_AT_ONCE = 512  # destinations of one system call; the system's own limit is 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor, or some rows of one, lies in a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def rows(self, first: int, last: int) -> "Place":
+        """Return the place of rows `first` to `last` (not included) along the first dimension."""
+        row = self.nbytes // self.shape[0]
+        return Place(
+            self.file, self.offset + first * row, (last - first) * row, self.dtype, (last - first, *self.shape[1:])
+        )
+
+    def element(self, index: int) -> "Place":
+        """Return the place of one entry along the first dimension, without that dimension."""
+        one = self.rows(index, index + 1)
+        return Place(one.file, one.offset, one.nbytes, one.dtype, one.shape[1:])
+
+
+Piece = tuple[Place, torch.Tensor]  # what to read, and the uint8 memory [nbytes] on the processor to read it into
+
+
+def places(folder: str | Path) -> dict[str, Place]:
+    """Return the place of every tensor of a checkpoint folder. Raises UserError for a damaged file or unknown dtype."""
+    found = {}
+    for name, (file, offset, nbytes, dtype, shape) in checkpoint.tensor_places(folder).items():
+        if dtype not in DTYPES:
+            raise UserError(f"{file}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
+        found[name] = Place(file, offset, nbytes, DTYPES[dtype], shape)
+    return found
+
+
+def aligned(nbytes: int) -> int:
+    """Return `nbytes` rounded up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
+    """Return uninitialised memory [nbytes] on the processor whose first byte is aligned."""
+    room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+    start = -room.data_ptr() % ALIGNMENT
+    return room[start : start + nbytes]
+
+
+class WeightFile:
+    """The open weight files of one checkpoint folder. `bytes_read` counts what was read since it was opened; while
+    `log` is a list, every call of `read` leaves its pieces there.
+    """
+
+    def __init__(self, folder: str | Path, *, drop: bool = False):
+        self.folder, self.drop = Path(folder), drop
+        if drop and not hasattr(os, "posix_fadvise"):
+            raise UserError("page_cache drop: this system cannot forget what it has read; use keep")
+        self.places = places(folder)
+        self.bytes_read = 0
+        self.log: list[list[Piece]] | None = None
+        self._counting = threading.Lock()
+        self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
+
+    def read(self, pieces: Iterable[Piece]) -> None:
+        """Read every piece into its memory. Raises UserError where a file ends early or cannot be read: then no piece
+        of this call may be used.
+        """
+        total, pieces = 0, list(pieces)
+        if self.log is not None:
+            self.log.append(pieces)
+        for run in _runs(pieces):
+            place, _ = run[0]
+            self._fill(place.file, place.offset, [memory for _, memory in run])
+            length = sum(piece.nbytes for piece, _ in run)
+            if self.drop:
+                os.posix_fadvise(self._open[place.file], place.offset, length, os.POSIX_FADV_DONTNEED)
+            total += length
+        with self._counting:
+            self.bytes_read += total
+
+    def _fill(self, file: Path, offset: int, memories: list[torch.Tensor]) -> None:
+        waiting = [memoryview(memory.numpy()) for memory in memories if memory.numel()]
+        while waiting:
+            try:
+                got = _read_into(self._open[file], waiting, offset)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}) at byte {offset}") from None
+            if got == 0:
+                missing = sum(map(len, waiting))
+                raise UserError(
+                    f"{file}: truncated while it was being streamed: it ends at byte {offset}, {missing} bytes early; "
+                    "copy it again"
+                )
+            offset += got
+            while waiting and got >= len(waiting[0]):
+                got -= len(waiting.pop(0))
+            if got:
+                waiting[0] = waiting[0][got:]
+
+    def forget(self) -> None:
+        """Let the page cache forget the files, so that the next reads come from the disk (written pages only)."""
+        if not hasattr(os, "posix_fadvise"):
+            raise UserError("this system cannot forget what it has read")
+        for handle in self._open.values():
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files; reading is an error from here on."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _read_into(handle: int, memories: list[memoryview], offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, memories[:MOST_AT_ONCE], offset)
+    data = (
+        os.pread(handle, len(memories[0]), offset) if hasattr(os, "pread") else _seek_and_read(handle, memories, offset)
+    )
+    memories[0][: len(data)] = data
+    return len(data)
+
+
+def _seek_and_read(handle: int, memories: list[memoryview], offset: int) -> bytes:
+    os.lseek(handle, offset, os.SEEK_SET)
+    return os.read(handle, len(memories[0]))
+
+
+def _runs(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """Return the pieces grouped into stretches without a gap, in the order of the files."""
+    runs: list[list[Piece]] = []
+    end = None
+    for place, memory in sorted(pieces, key=lambda piece: (str(piece[0].file), piece[0].offset)):
+        if runs and end == (place.file, place.offset):
+            runs[-1].append((place, memory))
+        else:
+            runs.append([(place, memory)])
+        end = place.file, place.offset + place.nbytes
+    return runs
