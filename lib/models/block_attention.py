@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
-GATHERED_ELEMENTS = 2**21  # keys and values copied at a time: about what a processor's cache holds
+GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
 
 
@@ -172,7 +172,9 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     run = torch.compile(flex_attention) if query.device.type == "cuda" else flex_attention
-    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])[0, :, :tokens]
+    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])[
+        0, :, :tokens
+    ]
 
 
 def exact_mass(query_HTD, key_GKD, scaling: float, block: int, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -143,12 +143,20 @@ def decode(query_BHD, layer: PagedLayer, scaling: float, pages: int, start_B: to
     return scaled_dot_product_attention(query_BGRD, key_BGXD, value_BGXV, attn_mask=mask, scale=scaling).flatten(1, 2)
 
 
-def decode_latent(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL, start_B=None) -> torch.Tensor:
+def decode_latent(
+    query_BHD,
+    layer: PagedLayer,
+    scaling: float,
+    pages: int,
+    weight_HEL: torch.Tensor,
+    start_B: torch.Tensor | None = None,
+    square: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return attention [B, H, V] of one new token over latents: only the chosen pages are read, and none is expanded.
 
     `weight_HEL` expands latents (L) to keys and values of each head (E = D_nope + V); it is multiplied into the query and
     into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary keys
-    [B, 1, C, ·] as values; `pages` of 0 means all.
+    [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
     """
     latent_width, rope_width = layer.keys.shape[-1], layer.values.shape[-1]
     nope = query_BHD.shape[-1] - rope_width
@@ -160,10 +168,10 @@ def decode_latent(query_BHD, layer: PagedLayer, scaling: float, pages: int, weig
         latent_B1XL, rope_B1XE = layer.gather(page_B1N)
         mask = real_tokens(page_B1N, layer, start_B)
     else:
-        latent_B1XL, rope_B1XE, mask = layer.keys, layer.values, None
+        latent_B1XL, rope_B1XE, mask = layer.keys, layer.values, square
         if start_B is not None:
             place_X = torch.arange(latent_B1XL.shape[2], device=start_B.device)
-            mask = (place_X >= start_B.view(-1, 1, 1, 1))
+            mask = place_X >= start_B.view(-1, 1, 1, 1)
     logits_B1HX = query_B1HL[..., :latent_width] @ latent_B1XL.transpose(-1, -2)
     logits_B1HX = logits_B1HX + query_B1HL[..., latent_width:] @ rope_B1XE.transpose(-1, -2)
     logits_B1HX = logits_B1HX.float() * scaling
