@@ -1,16 +1,17 @@
 """Block-sparse causal attention: which blocks of keys a block of queries needs, and attention to those blocks alone.
 
-The pattern is found per input and per head by anti-diagonal scores (Xu et al. 2025, XAttention): of every stride × stride
-square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a causal
-softmax over these sums and their total per block estimate the block's share of attention mass. Kept are, for every block
-of queries, the first and the diagonal block and the fewest others whose estimated mass reaches τ: the budget adapts.
+The pattern is found per input and per head by anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
+stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a
+causal softmax over these sums and their total per block estimate the block's share of attention mass. Kept are, for
+every block of queries, the first and the diagonal block and the fewest others whose estimated mass reaches τ: the
+budget adapts.
 
 Heads are not merged: query heads that share keys keep patterns of their own. (The union over such heads saves a copy of
 keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.) Knows nothing
 of models, caches or padding.
 
-Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last T of them are the queries'), D and V head
-sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
+Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last T of them are the queries'), D and V
+head sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
 """
 
 import torch
@@ -67,8 +68,8 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
 def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tensor:
     """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
 
-    The first and the diagonal block are always kept and count towards τ. `most` limits the kept share of the blocks that
-    a row may see (at least these two). τ = 1 keeps every block that the causal mask leaves.
+    The first and the diagonal block are always kept and count towards τ. `most` limits the kept share of the blocks
+    that a row may see (at least these two). τ = 1 keeps every block that the causal mask leaves.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -81,7 +82,7 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tens
     order_HNM = ranked_HNM.argsort(dim=-1, descending=True, stable=True)
     ordered_HNM = share_HNM.gather(-1, order_HNM)
     before_HNM = ordered_HNM.cumsum(-1) - ordered_HNM
-    enough_HNM = before_HNM < tau * share_HNM.sum(-1, keepdim=True) if tau < 1 else torch.ones_like(causal_NM)
+    enough_HNM = before_HNM < tau * share_HNM.sum(-1, keepdim=True) if tau < 1 else order_HNM >= 0
     limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(2)[:, None]
     place_M = torch.arange(columns, device=share_HNM.device)
     kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < 2)
@@ -116,8 +117,8 @@ def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | N
 def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
     """Return causal attention [H, T, V] to the kept blocks alone.
 
-    Pairs of a head and a block of queries with equally many kept blocks are computed together: their keys and values are
-    copied side by side, the diagonal block last, so that the end of one mask serves them all.
+    Pairs of a head and a block of queries with equally many kept blocks are computed together: their keys and values
+    are copied side by side, the diagonal block last, so that the end of one mask serves them all.
     """
     if query_HTD.device.type == "cuda":
         return attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling, block)
@@ -155,7 +156,7 @@ def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
-    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain (and slow) elsewhere."""
+    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain and slow elsewhere."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tokens = query_HTD.shape[1]
@@ -168,7 +169,7 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
         count_HN[None],
         index_HNM[None],
         BLOCK_SIZE=block,
-        mask_mod=lambda b, h, q, k: q + offset >= k,
+        mask_mod=lambda b, h, q, k: (q + offset >= k) & kept_HNM[h, q // block, k // block],
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     run = torch.compile(flex_attention) if query.device.type == "cuda" else flex_attention

@@ -23,7 +23,7 @@ NAME = "watched"
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries, keys and values of one block for one prompt, rotary positions applied, and the scale of their products."""
+    """Queries, keys and values of one block for one prompt, rotated, and the scale of their products."""
 
     index: int
     query_HTD: torch.Tensor

@@ -1,12 +1,13 @@
 """A key-value cache in pages with the bounds of every page, and attention of one new token to the best pages (Quest).
 
-Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies all
-it holds. Beside them stand, for every full page, the channel-wise largest and smallest key: Σ max(q·max, q·min) bounds
-every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is bounded once.
+Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies
+all it holds. Beside them stand, for every full page, the channel-wise largest and smallest key: Σ max(q·max, q·min)
+bounds every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is
+bounded once.
 
-Query heads that share keys also share their pages: one page is ranked by the head that wants it most, each head's scores
-counted from its best page. For latent attention the page holds latents and rotary keys, shared by all heads. Knows
-nothing of models or masks.
+Query heads that share keys also share their pages: one page is ranked by the head that wants it most, each head's
+scores counted from its best page. For latent attention the page holds latents and rotary keys, shared by all heads.
+Knows nothing of models or masks.
 
 Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages, N chosen pages.
 """
@@ -154,9 +155,9 @@ def decode_latent(
 ) -> torch.Tensor:
     """Return attention [B, H, V] of one new token over latents: only the chosen pages are read, and none is expanded.
 
-    `weight_HEL` expands latents (L) to keys and values of each head (E = D_nope + V); it is multiplied into the query and
-    into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary keys
-    [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
+    `weight_HEL` expands latents (L) to keys and values of each head (E = D_nope + V); it is multiplied into the query
+    and into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary
+    keys [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
     """
     latent_width, rope_width = layer.keys.shape[-1], layer.values.shape[-1]
     nope = query_BHD.shape[-1] - rope_width
@@ -179,3 +180,25 @@ def decode_latent(
         logits_B1HX = logits_B1HX.masked_fill(~mask, float("-inf"))
     mixed_BHL = (logits_B1HX.softmax(-1).to(latent_B1XL.dtype) @ latent_B1XL)[:, 0]
     return torch.einsum("bhl,hvl->bhv", mixed_BHL, down_HVL)
+
+
+def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None) -> torch.Tensor:
+    """Return the exact share of attention mass [B, H] that the chosen pages and the part-filled last one hold.
+
+    From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
+    """
+    key_BGCD, groups = layer.keys, layer.keys.shape[1]
+    if weight_HEL is not None:
+        nope = query_BHD.shape[-1] - layer.values.shape[-1]
+        latent_BHL = torch.einsum("bhd,hdl->bhl", query_BHD[..., :nope], weight_HEL[:, :nope])
+        query_BHD = torch.cat([latent_BHL, query_BHD[..., nope:]], dim=-1)
+        key_BGCD = torch.cat([layer.keys, layer.values], dim=-1)
+    query_BGRD = query_BHD.unflatten(1, (groups, -1))
+    share_BGRC = ((query_BGRD @ key_BGCD.transpose(-1, -2)).float() * scaling).softmax(-1)
+    if not pages or layer.full_pages <= pages:
+        return torch.ones_like(query_BHD[..., 0], dtype=torch.float32)
+    page_BGN = best_pages(query_BGRD, layer, pages)
+    edge = layer.full_pages * layer.page_size
+    share_BGRP = share_BGRC[..., :edge].unflatten(-1, (layer.full_pages, layer.page_size)).sum(-1)
+    chosen_BGR = share_BGRP.gather(-1, page_BGN[:, :, None].expand(-1, -1, share_BGRP.shape[2], -1)).sum(-1)
+    return (chosen_BGR + share_BGRC[..., edge:].sum(-1)).flatten(1)

@@ -65,7 +65,8 @@ def recall_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
 
-    `lead` tokens of text stand in front, so that the key is not the first thing read. No padding. Greedy generation of VALUE tokens must reproduce target_BV exactly.
+    `lead` tokens of text stand in front, so that the key is not the first thing read. No padding. Greedy
+    generation of VALUE tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
     filler_BT = _fillers(loaded, count, lead + distance, random)

@@ -8,8 +8,8 @@
 Both are one attention function, registered by name together with its mask function: a name without a mask function gets
 no mask at all. Left-padded sequences are computed one by one without their padding. What the pattern cannot serve goes
 through full attention: short prompts, pieces of a prompt that do not begin at a block's edge, masks that are not causal
-(the vision tower calls the same function), padding in the middle. `apply` shares every weight with the caller's model and
-leaves it as it is; `revert` gives the stock attention back. Knows nothing of measuring.
+(the vision tower calls the same function), padding in the middle. `apply` shares every weight with the caller's model
+and leaves it as it is; `revert` gives the stock attention back. Knows nothing of measuring.
 
 Shapes: B batch, H query heads, G key-value heads, T query tokens, K key tokens, D and V head sizes, N and M blocks.
 """
@@ -48,7 +48,7 @@ KNOBS = {
 class Sparsity:
     """The knobs of one attention module, and what it kept: blocks of prompts, pages and tokens of decoded tokens.
 
-    `watch`, where given, is called with (index, query [H, T, D], key [G, K, D], scaling, kept [H, N, M]) of every sequence.
+    `watch`, where given, is called while decoding with (index, exact share of mass [B, H] that the pages read hold).
     """
 
     index: int
@@ -155,7 +155,7 @@ def sparsities(model: nn.Module) -> list[Sparsity]:
 
 
 def density(model: nn.Module) -> dict[str, float | None]:
-    """Return the shares since `forget`: blocks of prompts kept, cached tokens read while decoding; None where none ran."""
+    """Return the shares since `forget`: blocks of prompts kept, cached tokens read by decoding; None where none ran."""
     seen = sparsities(model)
     causal, cached = sum(one.causal for one in seen), sum(one.cached_tokens for one in seen)
     return {
@@ -232,12 +232,12 @@ def attention(
         pages = 0 if square else state.pages
         padding = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
         weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.keys.shape[-1])
-        _count_read(state, layer)
+        _count_read(state, layer, query, scaling, weight_HEL)
         return paged.decode_latent(query[:, :, 0], layer, scaling, pages, weight_HEL, **padding)[:, None], None
     if state is None or not causal or square or dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
     if query.shape[2] == 1 and layer is not None:
-        _count_read(state, layer)
+        _count_read(state, layer, query, scaling)
         if state.pages and layer.full_pages > state.pages:
             return paged.decode(query[:, :, 0], layer, scaling, state.pages, _start(attention_mask))[:, None], None
     elif query.shape[2] > 1:
@@ -253,7 +253,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 
 def _fits(state: Sparsity, tokens: int, length: int, starts: list[int]) -> bool:
-    """Whether a pattern can serve these queries, from a block's edge on, and leave anything out: more than two blocks."""
+    """Whether a pattern can serve these queries, from a block's edge on, and leave out any: more than two blocks."""
     aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start in starts)
     return aligned and length - min(starts) > 2 * state.block_size
 
@@ -267,8 +267,6 @@ def _sparse(state: Sparsity, query, key, value, scaling: float, starts: list[int
         parts = query[row, :, skip:], key[row, :, start:], value[row, :, start:]
         kept_HNM = pattern(state, *parts[:2], scaling)
         out[row, :, skip:] = blocks.attend(*parts, kept_HNM, scaling, state.block_size)
-        if state.watch is not None:
-            state.watch(state.index, *parts[:2], scaling, kept_HNM)
     return out
 
 
@@ -287,11 +285,13 @@ def pattern(state: Sparsity, query_HTD: torch.Tensor, key_GKD: torch.Tensor, sca
     return kept_HNM
 
 
-def _count_read(state: Sparsity, layer: paged.PagedLayer) -> None:
+def _count_read(state: Sparsity, layer: paged.PagedLayer, query, scaling: float, weight_HEL=None) -> None:
     cached = layer.get_seq_length()
     left_out = max(0, layer.full_pages - state.pages) * layer.page_size if state.pages else 0
     state.read_tokens += cached - left_out
     state.cached_tokens += cached
+    if state.watch is not None:
+        state.watch(state.index, paged.mass_read(query[:, :, 0], layer, scaling, state.pages, weight_HEL))
 
 
 def _start(real_BK: torch.Tensor | None) -> torch.Tensor | None:
@@ -330,7 +330,7 @@ def _paged_layer(module: nn.Module) -> paged.PagedLayer:
 
 
 def _expand_or_not(module: nn.Module, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
-    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else expand them all."""
+    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else all expand."""
     layer = getattr(latent_B1KL, "pages", lambda: None)()
     if layer is not None and layer.added == 1 and layer.get_seq_length() > 1:
         return latent_B1KL, rope_B1KE
