@@ -216,26 +216,44 @@ def cache_bytes(cache: object) -> int:
 
 
 def prefill_flops(
-    model: nn.Module, tokens: int, batch: int = 1, *, logits: int | None = None, skip_zeros: bool = False
+    model: nn.Module,
+    tokens: int,
+    batch: int = 1,
+    *,
+    logits: int | None = None,
+    skip_zeros: bool = False,
+    density: float = 1.0,
+    stride: int = 0,
 ) -> float:
     """Return the FLOPs of B prompts of T tokens: 2·N_act·T + Σ_L H·(d_qk + d_v)·T² each (causal; 2·L·H·d·T² where d_qk
     = d_v).
 
     `logits` is the number of positions per prompt that pass through the head: all by default, 1 in a timed prefill.
+    Sparse attention computes the share `density` of the causal scores, and Σ_L H·d_qk·T²/`stride` more to find them.
     """
     view = anatomy(model)
     head = _head_size(view, skip_zeros).dense * (tokens if logits is None else logits)
     matrices = sum(_block_size(block, skip_zeros).active for block in view.blocks) * tokens + head
     attention = sum(b.attention.heads * (b.attention.head_dim + b.attention.value_dim) for b in view.blocks)
-    return batch * (2 * matrices + attention * tokens**2)
+    search = sum(b.attention.heads * b.attention.head_dim for b in view.blocks) / stride if stride else 0.0
+    return batch * (2 * matrices + (density * attention + search) * tokens**2)
 
 
-def decode_flops(model: nn.Module, context: float, *, absorbed: bool = False, skip_zeros: bool = False) -> float:
+def decode_flops(
+    model: nn.Module,
+    context: float,
+    *,
+    absorbed: bool = False,
+    skip_zeros: bool = False,
+    attended: float | None = None,
+) -> float:
     """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (4·L·H·d·c where d_qk = d_v).
 
     Stock latent attention expands the whole cache again at every token: 2·|kv_b_proj|·(c − 1) more. With `absorbed`
-    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c.
+    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c. Sparse attention reads `attended` tokens of
+    the context.
     """
+    read = context if attended is None else min(context, attended)
     view = anatomy(model)
     flops = 2.0 * active_parameters(model, skip_zeros=skip_zeros)
     for attention in (block.attention for block in view.blocks):
@@ -245,7 +263,7 @@ def decode_flops(model: nn.Module, context: float, *, absorbed: bool = False, sk
         elif attention.kind == "latent":
             expansion = sum(_elements(p, skip_zeros)[0] for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
             flops += 2 * expansion * (context - 1)
-        flops += 2 * attention.heads * width * context
+        flops += 2 * attention.heads * width * read
     return flops
 
 
@@ -258,15 +276,17 @@ def step_bytes(
     hit: dict[int, float] | None = None,
     overhead: float = 0.0,
     skip_zeros: bool = False,
+    attended: float | None = None,
 ) -> float:
     """Return the bytes of one step: dense weights + Σ (experts hit × their bytes + shared) + B·c·cache + overhead.
 
     `tokens` pass through the model in this step (B by default). `hit` gives distinct experts per block, as counted;
     where it does not, uniform routing is assumed. `overhead` is what a weight format needs beyond what its tensors
-    hold.
+    hold. `attended` tokens of the cache are read, where that is not all of them.
     """
     view = anatomy(model)
-    total = _head_size(view, skip_zeros).dense_bytes + overhead + batch * context * kv_cache_bytes_per_token(model)
+    read = context if attended is None else min(context, attended)
+    total = _head_size(view, skip_zeros).dense_bytes + overhead + batch * read * kv_cache_bytes_per_token(model)
     for block in view.blocks:
         size = _block_size(block, skip_zeros)
         total += size.dense_bytes
@@ -284,16 +304,21 @@ def of(
     absorbed: bool = False,
     overhead: float = 0.0,
     skip_zeros: bool = False,
+    density: float = 1.0,
+    stride: int = 0,
+    attended: float | None = None,
 ) -> Cost:
     """Return FLOPs and bytes of one call of a workload on `model`.
 
     `hit`: see `step_bytes` (of decoding steps). `absorbed`: see `decode_flops`. `skip_zeros` counts what a kernel would
-    do that costs exact zeros nothing: against it, zeros stored dense show as a gain that was not realised.
+    do that costs exact zeros nothing: against it, zeros stored dense show as a gain that was not realised. `density`
+    and `stride`: see `prefill_flops`; `attended`: see `decode_flops`.
     """
+    sparse = {"density": density, "stride": stride}
     prefill, steps = _parts(work)
     flops = bytes_ = 0.0
     if prefill:
-        flops += prefill_flops(model, work.prompt_tokens, work.batch, logits=1, skip_zeros=skip_zeros)
+        flops += prefill_flops(model, work.prompt_tokens, work.batch, logits=1, skip_zeros=skip_zeros, **sparse)
         bytes_ += step_bytes(
             model,
             work.batch,
@@ -305,8 +330,9 @@ def of(
     if steps:
         # Cost is linear in the context, so the middle step stands for all.
         context = work.prompt_tokens + (steps + 1) / 2
-        flops += steps * work.batch * decode_flops(model, context, absorbed=absorbed, skip_zeros=skip_zeros)
-        bytes_ += steps * step_bytes(model, work.batch, context, hit=hit, overhead=overhead, skip_zeros=skip_zeros)
+        read = {"skip_zeros": skip_zeros, "attended": attended}
+        flops += steps * work.batch * decode_flops(model, context, absorbed=absorbed, **read)
+        bytes_ += steps * step_bytes(model, work.batch, context, hit=hit, overhead=overhead, **read)
     return Cost(flops, bytes_)
 
 

@@ -73,6 +73,7 @@ METRICS: dict[str, Metric] = {
     "flips": _score(None, "items", False),
     "flips_to_wrong": _score(None, "items", False),
     "flips_to_right": _score(None, "items", True),
+    "attention_mass_recall": _score(None),
     # Resources.
     "parameters": _resource("parameters"),
     "active_parameters": _resource("parameters"),
@@ -94,6 +95,8 @@ METRICS: dict[str, Metric] = {
     "decode_flops_per_token": _efficiency("FLOP/token", False, SIZE_MARGIN),
     "decode_bytes_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
     "weight_bytes_read_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
+    "attention_density": _efficiency("share", False, None),
+    "cache_read_share": _efficiency("share", False, None),
     "apply_seconds": _efficiency("s", False, None),
     "break_even_tokens": _efficiency("tokens", False, None),
 }

@@ -25,6 +25,7 @@ from lib.measure.metrics import METRICS
 from lib.models import tasks as task_list
 from lib.models.anatomy import anatomy
 from lib.models.loading import Loaded
+from lib.models.recall import LEAD
 
 SCORES: dict[str, Callable] = {
     "f1_macro": f1_score,
@@ -144,11 +145,11 @@ def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
 
 
 @torch.inference_mode()
-def recall(loaded: Loaded, distance: int, count: int, seed: int = 0) -> Recalled:
+def recall(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD) -> Recalled:
     """Return which of `count` values, stored `distance` tokens ago, the model repeats exactly when it generates
-    greedily.
+    greedily. `lead` tokens of text stand before them.
     """
-    ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed)
+    ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed, lead)
     right = []
     for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
         work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])

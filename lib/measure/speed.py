@@ -37,6 +37,8 @@ METRICS_OF = {
 }
 BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
+# What the formulas for prefill, for a decoded token and for the bytes of a step are told of the optimized model.
+OPTIONS = (("density", "stride"), ("absorbed", "attended"), ("overhead", "attended"))
 
 
 @dataclass(frozen=True)
@@ -223,12 +225,13 @@ def resources(
 ) -> list[Measurement]:
     """Return what is counted or derived: parameters, weights, cache, FLOPs and bytes per token at `tokens` of context.
 
-    `costs`: the options `absorbed`, `overhead` and `skip_zeros` of the optimized model, as for `compare`.
+    `costs`: the options of the optimized model, as for `compare`: absorbed, overhead, skip_zeros, density, stride,
+    attended.
     """
     options = costs or {}
-    skip, absorbed = bool(options.get("skip_zeros")), bool(options.get("absorbed"))
-    overhead = float(options.get("overhead", 0))
-    models = ((baseline, {}, {}, {}), (optimized, {"skip_zeros": skip}, {"absorbed": absorbed}, {"overhead": overhead}))
+    skip = {"skip_zeros": bool(options.get("skip_zeros"))}
+    prefill, decode, step = ({n: options[n] for n in names if n in options} for names in OPTIONS)
+    models = ((baseline, {}, {}, {}, {}), (optimized, skip, prefill, decode, step))
     rows = {
         "parameters": ("load", [cost.parameters(m) for m, *_ in models], "counted, tied ones once"),
         "active_parameters": (
@@ -244,17 +247,17 @@ def resources(
         ),
         "prefill_flops_per_token": (
             "prefill",
-            [cost.prefill_flops(m, tokens, **skip) / tokens for m, skip, *_ in models],
+            [cost.prefill_flops(m, tokens, **skip, **more) / tokens for m, skip, more, *_ in models],
             f"formula, prompt of {tokens} tokens",
         ),
         "decode_flops_per_token": (
             "decode",
-            [cost.decode_flops(m, tokens, **skip, **absorbed) for m, skip, absorbed, _ in models],
+            [cost.decode_flops(m, tokens, **skip, **more) for m, skip, _, more, _ in models],
             f"formula, context of {tokens} tokens",
         ),
         "decode_bytes_per_token": (
             "decode",
-            [cost.step_bytes(m, 1, tokens, **skip, **more) for m, skip, _, more in models],
+            [cost.step_bytes(m, 1, tokens, **skip, **more) for m, skip, *_, more in models],
             f"formula, one sequence, context of {tokens} tokens, uniform routing",
         ),
     }

@@ -89,6 +89,22 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
     )
 
 
+def steps(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
+    """Return the work of `decode` at a context that stays: the prompt is read once, now, and every call forgets the
+    tokens it made. For long prompts, whose reading would take most of the time.
+    """
+    inputs = _inputs(model, prompt)
+    batch, length = inputs["input_ids"].shape
+    first_B1, cache = _first(model, inputs)
+
+    def call(work: Workload) -> None:
+        work.output_BN = _steps(model, first_B1, cache, new_tokens, work)
+        cache.crop(-new_tokens)
+
+    conditions = _conditions(model, inputs)
+    return Workload("decode", call, batch * new_tokens, batch, length, new_tokens, conditions, None, _barrier(model))
+
+
 def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
     """Return the work of answering a prompt end to end: prefill, then greedy steps. `tokens` is B·new_tokens."""
     inputs = _inputs(model, prompt)

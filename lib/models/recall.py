@@ -15,6 +15,7 @@ from lib.models import corpus
 
 CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
 KEY, VALUE = 4, 8  # tokens
+LEAD = 8  # tokens of text before the first key
 
 
 def corpus_of(loaded) -> str:
@@ -59,13 +60,15 @@ def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch
     return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
 
 
-def recall_prompts(loaded, distance: int, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def recall_prompts(
+    loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
 
-    No padding. Greedy generation of VALUE tokens must reproduce target_BV exactly.
+    `lead` tokens of text stand in front, so that the key is not the first thing read. No padding. Greedy
+    generation of VALUE tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
-    lead = 8  # tokens of text in front, so that the key is not the first thing read
     filler_BT = _fillers(loaded, count, lead + distance, random)
     key_BK = random_ids(loaded, (count, KEY), random)
     value_BV = random_ids(loaded, (count, VALUE), random)

@@ -1,0 +1,201 @@
+"""Block-sparse causal attention: which blocks of keys a block of queries needs, and attention to those blocks alone.
+
+The pattern is found per input and per head by anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
+stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a
+causal softmax over these sums and their total per block estimate the block's share of attention mass. Kept are, for
+every block of queries, the first and the diagonal block and the fewest others whose estimated mass reaches τ: the
+budget adapts.
+
+Heads are not merged: query heads that share keys keep patterns of their own. (The union over such heads saves a copy of
+keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.) Knows nothing
+of models, caches or padding.
+
+Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last T of them are the queries'), D and V
+head sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
+"""
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+PATTERNS = ("antidiagonal", "window", "random", "oracle")
+GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
+SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
+
+
+def blocks_of(tokens: int, block: int) -> int:
+    """Return the number of blocks that hold `tokens` tokens; the last one may be part-filled."""
+    return -(-tokens // block)
+
+
+def whole(tensor_HTD: torch.Tensor, block: int) -> torch.Tensor:
+    """Return the tensor with zeros behind its tokens, so that they fill whole blocks."""
+    missing = -tensor_HTD.shape[-2] % block
+    return pad(tensor_HTD, (0, 0, 0, missing)) if missing else tensor_HTD
+
+
+def causal_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return bool [N, M]: the blocks that the causal mask does not empty; the last rows and columns coincide."""
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
+
+
+def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block: int, stride: int) -> torch.Tensor:
+    """Return the estimated share of attention mass of every block, float32 [H, N, M]; each row sums to 1.
+
+    Queries begin at a block's edge: K − T is a multiple of `block`, and `block` one of `stride`.
+    """
+    query_HTD, key_GKD = whole(query_HTD, block), whole(key_GKD, block)
+    heads, tokens, width = query_HTD.shape
+    groups, length, _ = key_GKD.shape
+    small, offset = block // stride, (length - tokens) // stride
+    query_HTS = query_HTD.reshape(heads, tokens // stride, stride * width)
+    key_GKS = key_GKD.reshape(groups, length // stride, stride, width).flip(2).reshape(groups, -1, stride * width)
+    query_GRTS = query_HTS.view(groups, heads // groups, -1, stride * width)
+    found = query_HTD.new_zeros(heads, tokens // block, length // block, dtype=torch.float32)
+    step = max(small, SCORED_ROWS // small * small)
+    for first in range(0, tokens // stride, step):
+        last = min(first + step, tokens // stride)
+        seen = offset + last  # columns that these rows may see
+        rows_GXS = query_GRTS[:, :, first:last].reshape(groups, -1, stride * width)
+        logits_HTK = (rows_GXS @ key_GKS[:, :seen].transpose(1, 2)).view(heads, last - first, seen).float()
+        own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
+        logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
+        share_HTK = torch.softmax(logits_HTK * (scaling / stride), dim=-1)
+        share_HNM = share_HTK.view(heads, (last - first) // small, small, seen // small, small).sum((2, 4)) / small
+        found[:, first // small : last // small, : seen // small] = share_HNM
+    return found
+
+
+def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tensor:
+    """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
+
+    The first and the diagonal block are always kept and count towards τ. `most` limits the kept share of the blocks
+    that a row may see (at least these two). τ = 1 keeps every block that the causal mask leaves.
+    """
+    rows, columns = share_HNM.shape[1:]
+    causal_NM = causal_blocks(rows, columns, share_HNM.device)
+    if tau >= 1 and most >= 1:
+        return causal_NM.expand_as(share_HNM).clone()
+    diagonal_N = torch.arange(columns - rows, columns, device=share_HNM.device)
+    ranked_HNM = share_HNM.masked_fill(~causal_NM, -1.0)
+    ranked_HNM[:, torch.arange(rows), diagonal_N] = 3.0
+    ranked_HNM[:, :, 0] = 2.0
+    order_HNM = ranked_HNM.argsort(dim=-1, descending=True, stable=True)
+    ordered_HNM = share_HNM.gather(-1, order_HNM)
+    before_HNM = ordered_HNM.cumsum(-1) - ordered_HNM
+    enough_HNM = before_HNM < tau * share_HNM.sum(-1, keepdim=True) if tau < 1 else order_HNM >= 0
+    limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(2)[:, None]
+    place_M = torch.arange(columns, device=share_HNM.device)
+    kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < 2)
+    return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, kept_HNM) & causal_NM
+
+
+def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | None = None, seed: int = 0):
+    """Return a control: as many blocks in every row as `kept_HNM`, but others.
+
+    `window`: the first block and the last ones; `random`: the first, the diagonal and others by chance; `oracle`: the
+    first, the diagonal and those of most exact mass (`mass_HNM`).
+    """
+    rows, columns = kept_HNM.shape[1:]
+    causal_NM = causal_blocks(rows, columns, kept_HNM.device)
+    if pattern == "window":
+        rank_HNM = torch.arange(columns, device=kept_HNM.device).float().expand_as(kept_HNM).clone()
+    elif pattern == "random":
+        generator = torch.Generator().manual_seed(seed)
+        rank_HNM = torch.rand(kept_HNM.shape, generator=generator).to(kept_HNM.device)
+    else:
+        rank_HNM = mass_HNM.clone()
+    rank_HNM.masked_fill_(~causal_NM, -1.0)
+    diagonal_N = torch.arange(columns - rows, columns, device=kept_HNM.device)
+    rank_HNM[:, torch.arange(rows), diagonal_N] = 2.0 * columns
+    rank_HNM[:, :, 0] = 3.0 * columns
+    order_HNM = rank_HNM.argsort(dim=-1, descending=True)
+    place_M = torch.arange(columns, device=kept_HNM.device)
+    taken_HNM = (place_M < kept_HNM.sum(-1, keepdim=True)).expand_as(kept_HNM)
+    return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, taken_HNM) & causal_NM
+
+
+def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
+    """Return causal attention [H, T, V] to the kept blocks alone.
+
+    Pairs of a head and a block of queries with equally many kept blocks are computed together: their keys and values
+    are copied side by side, the diagonal block last, so that the end of one mask serves them all.
+    """
+    if query_HTD.device.type == "cuda":
+        return attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling, block)
+    tokens, value_width = query_HTD.shape[1], value_GKV.shape[2]
+    query_HTD, key_GKD, value_GKV = _equal_widths(*(whole(x, block) for x in (query_HTD, key_GKD, value_GKV)))
+    heads, padded, width = query_HTD.shape
+    groups, length, _ = key_GKD.shape
+    columns = length // block
+    query_PBD = query_HTD.reshape(-1, block, width)
+    key_XF, value_XF = key_GKD.reshape(-1, block * width), value_GKV.reshape(-1, block * width)
+    kept_PM = kept_HNM.flatten(0, 1)
+    first_P = (torch.arange(heads) // (heads // groups) * columns).repeat_interleave(padded // block)
+    count_P = kept_PM.sum(1)
+    mask_BX = torch.ones(block, columns * block, dtype=torch.bool)
+    mask_BX[:, -block:] = torch.ones(block, block, dtype=torch.bool).tril()
+    out_PBD = torch.empty_like(query_PBD)
+    for count in count_P.unique().tolist():
+        for pair_C in (count_P == count).nonzero()[:, 0].split(max(1, GATHERED_ELEMENTS // (count * block * width))):
+            block_X = (kept_PM[pair_C].nonzero()[:, 1].view(-1, count) + first_P[pair_C, None]).flatten()
+            shape = len(pair_C), 1, count * block, width
+            out_PBD[pair_C] = scaled_dot_product_attention(
+                query_PBD[pair_C][:, None],
+                key_XF.index_select(0, block_X).view(shape),
+                value_XF.index_select(0, block_X).view(shape),
+                attn_mask=mask_BX[:, -count * block :],
+                scale=scaling,
+            )[:, 0]
+    return out_PBD.view(heads, padded, width)[:, :tokens, :value_width]
+
+
+def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return all three as wide as the widest: the fast kernels know one head size, and zeros change no result."""
+    width = max(key.shape[-1], value.shape[-1])
+    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+
+
+def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
+    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain and slow elsewhere."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    tokens = query_HTD.shape[1]
+    query, key, value = (whole(x, block)[None] for x in (query_HTD, key_GKD, value_GKV))
+    offset = key.shape[2] - query.shape[2]
+    count_HN = kept_HNM.sum(-1).int()
+    # Kept blocks first, ascending: the kernel reads only the first `count` of them.
+    index_HNM = kept_HNM.int().argsort(dim=-1, descending=True, stable=True).int()
+    mask = BlockMask.from_kv_blocks(
+        count_HN[None],
+        index_HNM[None],
+        BLOCK_SIZE=block,
+        mask_mod=lambda b, h, q, k: (q + offset >= k) & kept_HNM[h, q // block, k // block],
+        seq_lengths=(query.shape[2], key.shape[2]),
+    )
+    run = torch.compile(flex_attention) if query.device.type == "cuda" else flex_attention
+    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])[
+        0, :, :tokens
+    ]
+
+
+def exact_mass(query_HTD, key_GKD, scaling: float, block: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the exact share of attention mass of every block, float32 [H, N, M], from full probabilities.
+
+    Averaged over the queries of a block. `rows` [R] computes these blocks of queries only: then [H, R, M].
+    """
+    heads, tokens, _ = query_HTD.shape
+    groups, length, _ = key_GKD.shape
+    offset, columns = length - tokens, blocks_of(length, block)
+    rows = torch.arange(blocks_of(tokens, block)) if rows is None else rows
+    found = query_HTD.new_zeros(heads, len(rows), columns, dtype=torch.float32)
+    for place, row in enumerate(rows.tolist()):
+        first, last = row * block, min((row + 1) * block, tokens)
+        seen = offset + last
+        query_GRD = query_HTD[:, first:last].reshape(groups, -1, query_HTD.shape[2])
+        logits_HTK = (query_GRD @ key_GKD[:, :seen].transpose(1, 2)).view(heads, last - first, seen).float() * scaling
+        own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
+        logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
+        share_HK = logits_HTK.softmax(-1).mean(1)
+        share_HK = pad(share_HK, (0, columns * block - seen))
+        found[:, place] = share_HK.view(heads, columns, block).sum(-1)
+    return found
