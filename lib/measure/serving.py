@@ -10,6 +10,7 @@ called after every step. An engine has `prefill(requests)`, `decode()`, `leave(i
 seconds it took, and `bytes`. A clock has `now()`, `advance(seconds)` (of work) and `wait_until(second)`.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,11 +26,17 @@ MOST_ROWS = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server can hold: rows at once, and bytes of cache at `bytes_per_token` (None: no bound)."""
+    """What the server can hold, and for how long a request keeps its place in the queue; the same for every policy.
+
+    rows: at once; cache_bytes: of cache at `bytes_per_token` (None: no bound). Who has waited for more than
+    `patience_seconds` is served after all others (None: never), as a server does whose clients have given up (Triton's
+    queue policy, time-out action DELAY).
+    """
 
     rows: int = MOST_ROWS
     cache_bytes: float | None = None
     bytes_per_token: float = 0
+    patience_seconds: float | None = None
 
 
 @dataclass
@@ -68,7 +75,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees. `room` is how many from the head of `waiting` the limits would admit now."""
+    """What a policy sees. `waiting` are those still in time; the late, where there is nobody else. `room`
+    is how many from its head the limits would admit now."""
 
     now: float
     waiting: Sequence[Request]
@@ -160,7 +168,8 @@ def serve(
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
     outcomes = [Outcome(request) for request in trace.requests]
     served = Served(trace, policy.name, outcomes)
-    arriving, waiting = deque(trace.requests), deque()
+    arriving, prompt, late = deque(trace.requests), deque(), deque()
+    patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
     running: list[Outcome] = []
     done = 0  # rows of a request-level batch that are over but still hold their place
     last = trace.seconds + (max(1.0, trace.seconds / 2) if drain_seconds is None else drain_seconds)
@@ -172,7 +181,10 @@ def serve(
             if fits(limits, [], [request], batching) == 0:
                 served.refused.append(request.id)
             else:
-                waiting.append(request)
+                prompt.append(request)
+        while prompt and now - prompt[0].arrival > patience:
+            late.append(prompt.popleft())
+        waiting = prompt or late
         if now > last:
             served.saturated = bool(waiting or running or arriving)
             break
@@ -190,10 +202,10 @@ def serve(
             count = min(decision.admit, room)
             if count > 0:
                 chosen = [outcomes[waiting.popleft().id] for _ in range(count)]
-                done = _admit(served, chosen, running, policy, engine, clock, len(waiting), batching)
+                done = _admit(served, chosen, running, policy, engine, clock, len(prompt) + len(late), batching)
                 continue
         if running:
-            done = _decode(served, running, done, policy, engine, clock, len(waiting), batching)
+            done = _decode(served, running, done, policy, engine, clock, len(prompt) + len(late), batching)
             continue
         _idle(decision, arriving, clock, now, policy)
     served.end = clock.now()

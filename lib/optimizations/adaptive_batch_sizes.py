@@ -52,7 +52,7 @@ KNOBS = {
     },
 }
 FORGETTING = 0.99  # of the step-time model, per step
-LARGEST_ERROR = 1.0  # relative; a call that took longer (the machine stood still) counts as this much
+LOOK_AHEAD = 8  # waiting requests whose lengths count
 PATIENCE = 3  # decisions in a row that must ask for a larger batch before it grows
 BACKOFF, WINDOW = 0.9, 8  # AIMD: factor after a miss; finished requests between two changes
 
@@ -138,13 +138,14 @@ class StepModel:
     """Seconds of a call as a weighted sum of its terms, learned online in relative error (recursive least squares).
 
     Plackett 1950; with forgetting, Åström and Wittenmark 2008, *Adaptive control*, section 2.2. `weights` starts as the
-    caller's guess; `scale` brings every term to about one.
+    caller's guess, held for right within a factor of about 1 + `spread`; `scale` brings every term to about one.
     """
 
-    def __init__(self, weights: Sequence[float], scale: Sequence[float], confidence: float = 1.0):
+    def __init__(self, weights: Sequence[float], scale: Sequence[float], spread: float = 1.0):
         self.scale = np.asarray(scale, dtype=float)
         self.weights = np.asarray(weights, dtype=float) * self.scale
-        self.covariance = np.eye(len(self.scale)) * confidence
+        self.covariance = np.diag((np.maximum(self.weights, self.weights.sum() / 10) * spread) ** 2)
+        self.most = 100 * np.trace(self.covariance)
 
     def predict(self, terms: Sequence[float]) -> float:
         """Return the seconds expected; never below a microsecond."""
@@ -154,17 +155,17 @@ class StepModel:
         """Take in one measured call."""
         if seconds <= 0:
             return
-        # Divided by what was expected: a long prefill must not outweigh a hundred short steps.
-        expected = self.predict(terms)
-        x = np.asarray(terms) / self.scale / expected
-        error = min(LARGEST_ERROR, seconds / expected - float(self.weights @ x))
+        # Divided by what was measured: a prefill must not outweigh a hundred steps, nor a call in which the machine
+        # stood still a hundred others.
+        x = np.asarray(terms) / self.scale / seconds
         spread = self.covariance @ x
         gain = spread / (FORGETTING + float(x @ spread))
-        self.weights = self.weights + gain * error
+        # Every term takes time, none gives time back: without this, lengths not seen yet could look free.
+        self.weights = np.maximum(self.weights + gain * (1 - float(self.weights @ x)), 0.0)
         self.covariance = (self.covariance - np.outer(gain, spread)) / FORGETTING
         size = np.trace(self.covariance)
-        if size > 1e6:  # without new information the covariance would grow for ever
-            self.covariance *= 1e6 / size
+        if size > self.most:  # without new information the covariance would grow for ever
+            self.covariance *= self.most / size
 
 
 class Adaptive:
@@ -184,12 +185,17 @@ class Adaptive:
         # Before anything is seen: a step of one row, a seventh of it per row; a prefill in proportion to its tokens.
         self.steps = StepModel([0.85 * step, 0.15 * step, 0.0], [1, 8, 8 * prompt])
         self.reads = StepModel([0.0, single.prefill_seconds / prompt, 0.0], [1, prompt, prompt**2])
-        self.answer, self.prompt, self.finished = 32.0, float(prompt), 0
         self.size, self.asked = 1, 0
 
     def decide(self, view: View) -> Decision:
-        context = max(view.context, view.waiting[0].prompt_tokens) + self.answer / 2
-        self._resize(context, view.batching)
+        near = list_head(view.waiting, LOOK_AHEAD)
+        asked = [one.request for one in view.running] + near
+        prompt, answer = (
+            float(np.mean(values))
+            for values in ([request.prompt_tokens for request in near], [request.new_tokens for request in asked])
+        )
+        context = max(view.context, max(request.prompt_tokens for request in near)) + answer / 2
+        self._resize(context, prompt, answer, view.batching)
         count = min(self.size - len(view.running), view.room)
         if count <= 0:
             return Decision(0)
@@ -200,33 +206,31 @@ class Adaptive:
             self.steps.learn((1, step.batch, step.batch * step.tokens), step.seconds)
         else:
             self.reads.learn(_read_terms(step.batch, step.tokens), step.seconds)
-            self.prompt += 0.1 * (step.tokens - self.prompt)
-        for one in finished:
-            self.finished += 1
-            self.answer += max(0.05, 1 / (self.finished + 1)) * (one.request.new_tokens - self.answer)
 
     def step_seconds(self, batch: int, context: float) -> float:
         """Return the predicted seconds of a decode step."""
         return self.steps.predict((1, batch, batch * context))
 
-    def largest(self, budget: float, context: float, batching: str = "iteration") -> int:
+    def largest(self, budget: float, context: float, prompt: float, answer: float, batching: str = "iteration") -> int:
         """Return the largest batch whose predicted seconds per token stay within `budget`; at least 1.
+
+        context: of the batch; prompt, answer: mean tokens of the requests at hand.
 
         While a row lives, about as many others join as the batch has rows, and each join's prefill stops it.
         """
         fixed = self.step_seconds(0, context)
         each = self.step_seconds(1, context) - fixed
         if batching == "iteration":
-            each += self.reads.predict(_read_terms(1, self.prompt)) / self.answer
+            each += self.reads.predict(_read_terms(1, prompt)) / answer
         return int(np.clip((budget - fixed) / max(each, 1e-9), 1, self.most))
 
-    def _resize(self, context: float, batching: str) -> None:
+    def _resize(self, context: float, prompt: float, answer: float, batching: str) -> None:
         """Shrink when the present size is predicted to miss the objective, grow when a larger one keeps some room."""
         objective = self.objectives.token_seconds
-        if self.size > (most := self.largest(objective, context, batching)):
+        if self.size > (most := self.largest(objective, context, prompt, answer, batching)):
             self.size, self.asked = most, 0
             return
-        target = self.largest(objective * (1 - self.headroom), context, batching)
+        target = self.largest(objective * (1 - self.headroom), context, prompt, answer, batching)
         self.asked = self.asked + 1 if target > self.size else 0
         if self.asked >= PATIENCE:
             self.size, self.asked = min(target, 2 * self.size), 0
@@ -256,8 +260,8 @@ class Adaptive:
         return best
 
     def _slack(self, one: Outcome, now: float, seconds: float) -> float:
-        """Seconds that a row can still be stopped for and keep its objective, at the usual length of an answer."""
-        length = max(self.answer, one.produced + 1.0)
+        """Seconds that a row can still be stopped for and keep its objective."""
+        length = one.request.new_tokens
         return (length - 1) * self.objectives.token_seconds - (now - one.first) - (length - one.produced) * seconds
 
 
