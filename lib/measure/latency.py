@@ -5,29 +5,15 @@ the tail. Requests that were refused or never finished count as bad. Knows nothi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from lib.errors import UserError
 from lib.measure import statistics
 from lib.measure.serving import Outcome, Served
+from lib.measure.targets import Objectives
 
 SETTLED_SHARE, SETTLED_REQUESTS = 0.9, 10
 COMPARED = ("goodput share", "latency p50", "latency p95", "time per output token", "output tokens/s")
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """Most seconds to the first token (queueing included), and most seconds per output token behind it (mean)."""
-
-    first_token_seconds: float
-    token_seconds: float
-
-    def __post_init__(self) -> None:
-        for name in ("first_token_seconds", "token_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"objectives: {name} {getattr(self, name)}; expected more than 0 s")
 
 
 def met(outcome: Outcome, objectives: Objectives) -> bool:

@@ -62,7 +62,10 @@ class Outcome:
 
 
 class Step(NamedTuple):
-    """One call of the engine. `tokens` is the longest prompt of a prefill, or the longest context of a decode."""
+    """One call of the engine: `prefill`, `decode` or `leave` of `batch` rows.
+
+    `tokens` is the longest prompt of a prefill, else the longest context. `waiting`, `running`: rows then.
+    """
 
     start: float
     kind: str
@@ -283,7 +286,12 @@ def _after(served, step, touched, running, done, policy, engine, clock, batching
     done += len(finished)
     gone = [one for one in running if one.finished is not None] if finished else []
     if gone and (batching == "iteration" or done == len(running)):
-        clock.advance(engine.leave([one.request.id for one in gone]))
+        start = clock.now()
+        seconds = engine.leave([one.request.id for one in gone])
+        clock.advance(seconds)
         running[:] = [one for one in running if one.finished is None]
         done = 0
+        left = Step(start, "leave", len(gone), step.tokens, seconds, step.waiting, len(running))
+        served.steps.append(left)
+        policy.observe(left, ())
     return done

@@ -24,23 +24,23 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.latency import Objectives, goodput
+from lib.measure.latency import goodput
 from lib.measure.serving import MOST_ROWS, Decision, Outcome, Served, Step, View
-from lib.measure.steptimes import StepTimes
-from lib.measure.traffic import Lengths, Trace
+from lib.measure.targets import FACTORS, Objectives, Single
+from lib.measure.traffic import Trace
 from lib.models import rows
 
 KNOBS = {
     "batching": {"type": "categorical", "choices": ("iteration", "request"), "default": "iteration"},
     "first_token_factor": {
         "type": "float",
-        "range": (1.0, 100.0),
-        "default": 6.0,
+        "range": FACTORS,
+        "default": 8.0,
         "help": "objective of the time to first token, in single-request times",
     },
     "token_factor": {
         "type": "float",
-        "range": (1.0, 100.0),
+        "range": FACTORS,
         "default": 3.0,
         "help": "objective of the time per output token, in single-request times",
     },
@@ -52,8 +52,10 @@ KNOBS = {
     },
 }
 FORGETTING = 0.99  # of the step-time model, per step
+TRUST, SWEEPS = 0.5, 4  # see StepModel
 LOOK_AHEAD = 8  # waiting requests whose lengths count
 PATIENCE = 3  # decisions in a row that must ask for a larger batch before it grows
+FINALISTS = 5  # fixed sizes that serve every trace
 BACKOFF, WINDOW = 0.9, 8  # AIMD: factor after a miss; finished requests between two changes
 
 
@@ -135,37 +137,55 @@ def _check_size(size: int) -> None:
 
 
 class StepModel:
-    """Seconds of a call as a weighted sum of its terms, learned online in relative error (recursive least squares).
+    """Seconds of a call as a weighted sum of its terms, learned online: least squares in relative error, forgetting
+    (Åström and Wittenmark 2008, *Adaptive control*, section 2.2, in information form), no weight below zero.
 
-    Plackett 1950; with forgetting, Åström and Wittenmark 2008, *Adaptive control*, section 2.2. `weights` starts as the
-    caller's guess, held for right within a factor of about 1 + `spread`; `scale` brings every term to about one.
+    guess: weights to begin with; `likely`: terms of a few likely calls, at which the guess goes on counting as `TRUST`
+    measured calls each, so that what is not seen for long stays near it instead of drifting off.
     """
 
-    def __init__(self, weights: Sequence[float], scale: Sequence[float], spread: float = 1.0):
-        self.scale = np.asarray(scale, dtype=float)
-        self.weights = np.asarray(weights, dtype=float) * self.scale
-        self.covariance = np.diag((np.maximum(self.weights, self.weights.sum() / 10) * spread) ** 2)
-        self.most = 100 * np.trace(self.covariance)
+    def __init__(self, guess: Sequence[float], likely: Sequence[Sequence[float]]):
+        # Every term is brought to about one, or the sweeps below would crawl.
+        self.scale = [max(terms[index] for terms in likely) for index in range(len(guess))]
+        self.weights = [weight * scale for weight, scale in zip(guess, self.scale)]
+        count = range(len(guess))
+        self.prior = [[0.0] * len(guess) for _ in count], [0.0] * len(guess)
+        self.seen = [[0.0] * len(guess) for _ in count], [0.0] * len(guess)
+        for terms in likely:
+            self._add(self.prior, terms, self.predict(terms), TRUST)
 
     def predict(self, terms: Sequence[float]) -> float:
         """Return the seconds expected; never below a microsecond."""
-        return max(1e-6, float(self.weights @ (np.asarray(terms) / self.scale)))
+        return max(1e-6, sum(w * term / scale for w, term, scale in zip(self.weights, terms, self.scale)))
 
     def learn(self, terms: Sequence[float], seconds: float) -> None:
         """Take in one measured call."""
         if seconds <= 0:
             return
+        matrix, vector = self.seen
+        for index, row in enumerate(matrix):
+            matrix[index] = [FORGETTING * value for value in row]
+            vector[index] *= FORGETTING
+        self._add(self.seen, terms, seconds, 1.0)
+        self._sweep()
+
+    def _add(self, sums: tuple[list, list], terms: Sequence[float], seconds: float, weight: float) -> None:
         # Divided by what was measured: a prefill must not outweigh a hundred steps, nor a call in which the machine
         # stood still a hundred others.
-        x = np.asarray(terms) / self.scale / seconds
-        spread = self.covariance @ x
-        gain = spread / (FORGETTING + float(x @ spread))
-        # Every term takes time, none gives time back: without this, lengths not seen yet could look free.
-        self.weights = np.maximum(self.weights + gain * (1 - float(self.weights @ x)), 0.0)
-        self.covariance = (self.covariance - np.outer(gain, spread)) / FORGETTING
-        size = np.trace(self.covariance)
-        if size > self.most:  # without new information the covariance would grow for ever
-            self.covariance *= self.most / size
+        x = [term / scale / seconds for term, scale in zip(terms, self.scale)]
+        for row, one in enumerate(x):
+            for column, other in enumerate(x):
+                sums[0][row][column] += weight * one * other
+            sums[1][row] += weight * one
+
+    def _sweep(self) -> None:
+        """Move each weight in turn to its best value of at least zero, from where they stand."""
+        count = range(len(self.weights))
+        for _ in range(SWEEPS):
+            for index in count:
+                row = [self.prior[0][index][other] + self.seen[0][index][other] for other in count]
+                rest = sum(row[other] * self.weights[other] for other in count if other != index)
+                self.weights[index] = max(0.0, (self.prior[1][index] + self.seen[1][index] - rest) / row[index])
 
 
 class Adaptive:
@@ -177,14 +197,15 @@ class Adaptive:
 
     name = "adaptive"
 
-    def __init__(self, objectives: Objectives, single: "Single", *, headroom: float = 0.1, most: int = MOST_ROWS):
+    def __init__(self, objectives: Objectives, single: Single, *, headroom: float = 0.1, most: int = MOST_ROWS):
         if not 0 <= headroom <= KNOBS["headroom"]["range"][1]:
             raise UserError(f"adaptive_batch_sizes: headroom {headroom}; expected 0 <= headroom <= 0.5")
         self.objectives, self.headroom, self.most = objectives, headroom, most
         step, prompt = single.step_seconds, single.prompt_tokens
         # Before anything is seen: a step of one row, a seventh of it per row; a prefill in proportion to its tokens.
-        self.steps = StepModel([0.85 * step, 0.15 * step, 0.0], [1, 8, 8 * prompt])
-        self.reads = StepModel([0.0, single.prefill_seconds / prompt, 0.0], [1, prompt, prompt**2])
+        self.steps = StepModel([0.85 * step, 0.15 * step, 0.0], [(1, batch, batch * prompt) for batch in (1, 4, 16)])
+        self.reads = StepModel([0.0, single.prefill_seconds / prompt, 0.0], [_read_terms(1, prompt), _read_terms(4, 1)])
+        self.leaving = 0.0  # seconds that taking a row out takes
         self.size, self.asked = 1, 0
 
     def decide(self, view: View) -> Decision:
@@ -204,6 +225,8 @@ class Adaptive:
     def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
         if step.kind == "decode":
             self.steps.learn((1, step.batch, step.batch * step.tokens), step.seconds)
+        elif step.kind == "leave":
+            self.leaving += 0.1 * (step.seconds - self.leaving)
         else:
             self.reads.learn(_read_terms(step.batch, step.tokens), step.seconds)
 
@@ -221,7 +244,7 @@ class Adaptive:
         fixed = self.step_seconds(0, context)
         each = self.step_seconds(1, context) - fixed
         if batching == "iteration":
-            each += self.reads.predict(_read_terms(1, prompt)) / answer
+            each += (self.reads.predict(_read_terms(1, prompt)) + self.leaving) / answer
         return int(np.clip((budget - fixed) / max(each, 1e-9), 1, self.most))
 
     def _resize(self, context: float, prompt: float, answer: float, batching: str) -> None:
@@ -274,43 +297,7 @@ def _read_terms(count: int, tokens: float) -> tuple[float, float, float]:
     return 1.0, count * tokens, count * tokens**2
 
 
-# --- objectives, and what can be reached -----------------------------------------------------------------------------
-
-
-class Single:
-    """One request alone: seconds of its prefill and of a decode step, and its prompt's length."""
-
-    def __init__(self, times: StepTimes, lengths: Lengths):
-        self.prompt_tokens = lengths.prompt_tokens
-        self.prefill_seconds = times.prefill(1, lengths.prompt_tokens)
-        self.step_seconds = times.decode(1, lengths.prompt_tokens + lengths.new_tokens / 2)
-
-
-def objectives(single: Single, first_token_factor: float, token_factor: float) -> Objectives:
-    """Return the objectives as multiples of what a request takes alone: a rule fixed before anything is served.
-
-    Raises UserError where a factor is below 1: not even an idle server meets that.
-    """
-    for name, value in (("first_token_factor", first_token_factor), ("token_factor", token_factor)):
-        low, high = KNOBS[name]["range"]
-        if not low <= value <= high:
-            raise UserError(f"adaptive_batch_sizes: {name} {value}; expected a value in [{low:g}, {high:g}]")
-    return Objectives(single.prefill_seconds * first_token_factor, single.step_seconds * token_factor)
-
-
-def unattainable(times: StepTimes, wanted: Objectives, lengths: Lengths) -> str | None:
-    """Return why no batch size can meet the objectives for requests of these lengths, or None where size 1 does."""
-    read, step = (
-        times.prefill(1, lengths.prompt_tokens),
-        times.decode(1, lengths.prompt_tokens + lengths.new_tokens / 2),
-    )
-    if read > wanted.first_token_seconds:
-        return (
-            f"no size can meet it: a prompt alone takes {1000 * read:.1f} ms of {1000 * wanted.first_token_seconds:.1f}"
-        )
-    if step > wanted.token_seconds:
-        return f"no size can meet it: a token alone takes {1000 * step:.1f} ms of {1000 * wanted.token_seconds:.1f}"
-    return None
+# --- hindsight --------------------------------------------------------------------------------------------------------
 
 
 def best_fixed(
@@ -318,10 +305,16 @@ def best_fixed(
 ) -> tuple[int, dict[int, float]]:
     """Return the fixed size with the highest mean goodput over `traces` in hindsight, and the goodput of every size.
 
-    Of equals the smaller one: it holds less memory.
+    Every size serves the first two traces, the five best of them all the others too; of equals the smaller one wins,
+    since it holds less memory. The goodput of the other sizes is that of two traces.
     """
-    found = {size: float(np.mean([goodput(run(trace, Fixed(size)), wanted) for trace in traces])) for size in sizes}
-    return max(found, key=lambda size: (found[size], -size)), found
+    first, rest = traces[:2], traces[2:]
+    found = {size: [goodput(run(trace, Fixed(size)), wanted) for trace in first] for size in sizes}
+    for size in sorted(found, key=lambda size: (-np.mean(found[size]), size))[:FINALISTS]:
+        found[size] += [goodput(run(trace, Fixed(size)), wanted) for trace in rest]
+    finalists = [size for size in found if len(found[size]) == len(traces)]
+    means = {size: float(np.mean(values)) for size, values in found.items()}
+    return max(finalists, key=lambda size: (means[size], -size)), means
 
 
 def best_schedule(
