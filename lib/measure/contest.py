@@ -10,21 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from lib.measure import latency, measurement
+from lib.errors import UserError
+from lib.measure import latency, measurement, statistics, steptimes
 from lib.measure.measurement import Measurement
-from lib.measure.serving import Limits, Policy, Served
+from lib.measure.serving import MOST_ROWS, Limits, Policy, Served
 from lib.measure.simulation import simulate
 from lib.measure.steptimes import StepTimes
-from lib.measure.targets import Objectives, Single
+from lib.measure.targets import Objectives, Single, objectives, unattainable
 from lib.measure.traffic import BURSTINESS, Lengths, Phase, Trace, make
+from lib.models import tasks
+from lib.models.loading import Loaded
 
 CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
+KINDS = {"chat": CHAT, "documents": DOCUMENTS}
 CONTEXTS = (32, 128, 320, DOCUMENTS.longest)  # columns at which steps are timed
 CONSTANT_SHARES = (0.4, 0.7, 0.9)
 BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
 NEW_JITTER = 7919  # added to a seed for the same trace with other jitter: the A/A control
+PHASES = ("chats", "more chats", "documents", "chats")
 
 Make = Callable[[], Policy]
 
@@ -48,10 +52,44 @@ class Ground:
         return simulate(trace, policy, self.times, self.limits, seed=trace.seed + jitter, batching=self.batching)
 
 
-def limits(times: StepTimes, wanted: Objectives, single: Single, rows: int, cache_bytes: float) -> Limits:
-    """Return the server's limits: who cannot make the first-token objective any more is served after the others."""
+def prepare(
+    loaded: Loaded,
+    *,
+    first_token_factor: float,
+    token_factor: float,
+    cache_share: float = 1.0,
+    batching: str = "iteration",
+    repeats: int = 5,
+    seed: int = 0,
+) -> Ground:
+    """Time the real model's steps and return the ground for all policies.
+
+    `cache_share` bounds the cache: the share of what MOST_ROWS of the longest requests would take. Who cannot make the
+    first-token objective any more is served after the others. Raises UserError for a share or a factor out of range.
+    """
+    if not 0 < cache_share <= 1:
+        raise UserError(f"contest: cache_share {cache_share}; expected 0 < cache_share <= 1")
+    text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
+    times = steptimes.measure(loaded.model, text_T, CONTEXTS, repeats=repeats)
+    single = Single.of(times, DOCUMENTS)
+    wanted = objectives(single, first_token_factor, token_factor)
+    longest = max(kind.longest for kind in KINDS.values())
+    size = cache_share * MOST_ROWS * longest * times.bytes_per_token
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return Limits(rows, cache_bytes, times.bytes_per_token, patience)
+    return Ground(times, wanted, single, Limits(MOST_ROWS, size, times.bytes_per_token, patience), batching)
+
+
+def facts(ground: Ground) -> list[dict[str, object]]:
+    """Return a row per kind of request: what it takes alone, what capacity allows, and whether objectives can be met."""
+    rows = []
+    for name, lengths in KINDS.items():
+        alone, (rate, batch) = Single.of(ground.times, lengths), ground.capacity(lengths)
+        why = unattainable(ground.times, ground.wanted, lengths)
+        row = {"requests": name, "tokens in, out": f"{lengths.prompt_tokens}, {lengths.new_tokens}"}
+        row |= {"prefill alone, ms": 1000 * alone.prefill_seconds, "step alone, ms": 1000 * alone.step_seconds}
+        row |= {"capacity, requests/s": rate, "at batch": batch}
+        rows.append(row | {"objectives": why or ("can be met" if rate else "missed once requests join")})
+    return rows
 
 
 def traffic(ground: Ground, name: str, requests: int, seed: int) -> Trace:
@@ -69,6 +107,11 @@ def traffic(ground: Ground, name: str, requests: int, seed: int) -> Trace:
     burst = BURSTINESS if name == "bursty" else 1.0
     phases = [Phase(requests / rate if rate else 1.0, rate, lengths, burst) for rate, lengths in plans[name]]
     return make(name, phases, seed)
+
+
+def several(ground: Ground, name: str, requests: int, seeds: Sequence[int]) -> list[Trace]:
+    """Return a trace per seed."""
+    return [traffic(ground, name, requests, seed) for seed in seeds]
 
 
 CONSTANT = (*(f"constant {share:g}" for share in CONSTANT_SHARES), "constant documents")
@@ -111,7 +154,7 @@ def goodput(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: 
     if min(map(min, (*arms, again))) <= 0:
         means = [float(np.mean(values)) for values in arms]
         return measurement.informative(metric, workload, *means, source, "estimated", n=len(traces))
-    floor = measurement.statistics.noise_floor(measurement.statistics.differences(arms[0], again))
+    floor = statistics.noise_floor(statistics.differences(arms[0], again))
     return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
 
 
@@ -141,7 +184,7 @@ def latencies(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized
 
 
 def settling(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: Make) -> Measurement:
-    """Return the seconds after the load step until requests are served well for good; means of the seeds that settle."""
+    """Return the seconds from the load step until requests are served well for good; means of the seeds that settle."""
     arms, unsettled = [], []
     for fresh in (baseline, optimized):
         times = [settled(ground, ground.run(trace, fresh())) for trace in traces]
@@ -164,20 +207,3 @@ def settled(ground: Ground, served: Served) -> float | None:
     """Return the settling time of a run after its second phase began."""
     starts = [*served.trace.starts, served.trace.seconds]
     return latency.settling_seconds(served, ground.wanted, starts[1], starts[2])
-
-
-def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, int]:
-    """Return (share of requests with equal answers, share of equal tokens, requests) of two runs of the same requests.
-
-    Only what both produced is compared.
-    """
-    first, second = outputs
-    shared = sorted(set(first) & set(second))
-    equal = tokens = same = 0
-    for name in shared:
-        length = min(len(first[name]), len(second[name]))
-        a, b = torch.tensor(first[name][:length]), torch.tensor(second[name][:length])
-        equal += bool((a == b).all())
-        tokens += length
-        same += int((a == b).sum())
-    return equal / max(1, len(shared)), same / max(1, tokens), len(shared)

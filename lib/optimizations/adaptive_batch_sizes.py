@@ -297,6 +297,19 @@ def _read_terms(count: int, tokens: float) -> tuple[float, float, float]:
     return 1.0, count * tokens, count * tokens**2
 
 
+def rivals(size: int, ours: Callable[[], object], wanted: Objectives) -> dict[str, Callable[[], object]]:
+    """Return the policies to compare, as functions that make a fresh one: the fixed `size` first, `ours` last.
+
+    The time-out policy gathers up to four requests for at most a quarter of the first-token objective.
+    """
+    return {
+        f"fixed {size}": lambda: Fixed(size),
+        "time-out": lambda: Timeout(size, min(4, size), wanted.first_token_seconds / 4),
+        "AIMD": lambda: Aimd(wanted),
+        "adaptive": ours,
+    }
+
+
 # --- hindsight --------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Several quantities over one time axis, one panel under the other: what a server did, second by second.
 
-Takes tidy frames and returns a matplotlib Figure in the style of `lib.report.figures`. Knows nothing of servers.
+`timeline` takes tidy frames and returns a matplotlib Figure in the style of `lib.report.figures`; `serving` makes the
+panels of one run of the server loop. Knows nothing of models and policies.
 """
 
 from collections.abc import Sequence
@@ -57,6 +58,30 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
         if handles:
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
     return figure
+
+
+def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[str] = (), title: str = "") -> Figure:
+    """Return the timeline of a run of the server loop: arrivals, queue, batch, and latency against the objectives.
+
+    `served` is a `lib.measure.serving.Served` with at least one step; `names` are those of its trace's phases.
+    """
+    steps = pd.DataFrame([step._asdict() for step in served.steps])
+    decode = steps[steps.kind == "decode"]
+    width = max(served.end / 60, 1e-3)
+    arrived = pd.Series([one.request.arrival for one in served.outcomes]) // width * width
+    arrivals = arrived.value_counts().rename_axis("seconds").reset_index(name="value")
+    done = [one for one in served.outcomes if one.finished is not None]
+    at = [one.request.arrival for one in done]
+    first = pd.DataFrame({"seconds": at, "value": [1000 * one.first_token_seconds for one in done]})
+    token = pd.DataFrame({"seconds": at, "value": [1000 * one.token_seconds for one in done]})
+    panels = [
+        Panel(arrivals.assign(value=arrivals.value / width), "arrivals/s", "bars", width=width),
+        Panel(pd.DataFrame({"seconds": steps.start, "value": steps.waiting}), "waiting", "steps"),
+        Panel(pd.DataFrame({"seconds": decode.start, "value": decode.batch}), "batch (rows)", "steps"),
+        Panel(first, "first token (ms)", "points", first_token_ms),
+        Panel(token, "per token (ms)", "points", token_ms),
+    ]
+    return timeline(panels, marks=list(zip(served.trace.starts, names)), title=title)
 
 
 def _draw(axes, panel: Panel, arms: list[str]) -> None:
