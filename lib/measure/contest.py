@@ -80,7 +80,7 @@ def prepare(
 
 
 def facts(ground: Ground) -> list[dict[str, object]]:
-    """Return a row per kind of request: what it takes alone, what capacity allows, and whether objectives can be met."""
+    """Return a row per kind of request: what it takes alone, what capacity allows, whether objectives can be met."""
     rows = []
     for name, lengths in KINDS.items():
         alone, (rate, batch) = Single.of(ground.times, lengths), ground.capacity(lengths)
