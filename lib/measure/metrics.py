@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
     "feed_forward_ms": _performance("ms", False),
     "requests_per_second": _performance("requests/s", True),
     "goodput_requests_per_second": _performance("requests/s", True),
+    "goodput_share": _performance("share", True),
+    "settling_seconds": _performance("s", False, None),
+    "simulation_error": _performance("share", False, None),
     "latency_p50_ms": _performance("ms", False),
     "latency_p95_ms": _performance("ms", False),
     "latency_p99_ms": _performance("ms", False),
@@ -70,6 +73,7 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", "accuracy", False, PERPLEXITY_MARGIN),
     "kl_divergence_nats": _score(None, "nats/token", False),
     "top1_agreement": _score(None),
+    "same_answers": _score(None),
     "flips": _score(None, "items", False),
     "flips_to_wrong": _score(None, "items", False),
     "flips_to_right": _score(None, "items", True),
@@ -83,6 +87,7 @@ METRICS: dict[str, Metric] = {
     "peak_memory_after_load_bytes": _resource("bytes", margin=SPEED_MARGIN),
     "peak_memory_above_start_bytes": _resource("bytes", margin=SPEED_MARGIN),
     "kv_cache_bytes_per_token": _resource("bytes/token"),
+    "kv_cache_peak_bytes": _resource("bytes"),
     "processor_utilisation": _resource("share of given cores", margin=None),
     "gpu_utilisation": _resource("share", margin=None),
     # Efficiency.
@@ -97,6 +102,7 @@ METRICS: dict[str, Metric] = {
     "weight_bytes_read_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
     "attention_density": _efficiency("share", False, None),
     "cache_read_share": _efficiency("share", False, None),
+    "batch_rows": _efficiency("rows", True, None),
     "apply_seconds": _efficiency("s", False, None),
     "break_even_tokens": _efficiency("tokens", False, None),
 }

@@ -19,6 +19,7 @@ Dimension = Literal["better", "worse", "equivalent", "mixed", "inconclusive", "i
 Accuracy = Literal["maintained", "not_maintained", "inconclusive", "invalid", "unavailable"]
 HEADLINES = {
     "performance": (
+        "goodput_requests_per_second",
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
         "batch_decode_tokens_per_second",

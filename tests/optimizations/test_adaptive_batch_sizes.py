@@ -1,0 +1,215 @@
+"""Policies: the online model finds a planted truth, sizes follow the load, bad values are refused; the real engine."""
+
+import random
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure import contest, latency, replay, serving, targets, traffic
+from lib.measure.contest import CHAT, DOCUMENTS, Ground
+from lib.measure.engine import ModelEngine, prompts
+from lib.measure.serving import Limits, VirtualClock, serve
+from lib.measure.steptimes import StepTimes
+from lib.measure.targets import Objectives, Single
+from lib.measure.traffic import Lengths, Request, Trace
+from lib.models import rows
+from lib.optimizations import adaptive_batch_sizes as batches
+
+
+def planted(fixed=4e-3, row=0.25e-3, token=1.2e-6, read=(5e-3, 0.12e-3, 2e-8)):
+    """Step times of a made-up machine, with jitter of ± 10 %."""
+    dense = tuple(tuple(fixed + row * b + token * b * c for c in range(0, 1040, 16)) for b in range(1, 33))
+    jitter = (0.9, 0.95, 1.0, 1.05, 1.1)
+    return StepTimes(dense, read, (1e-4, 2e-10), jitter, jitter, 6144.0, 0)
+
+
+def ground_of(times, first=8.0, token=3.0, batching="iteration"):
+    single = Single.of(times, DOCUMENTS)
+    wanted = targets.objectives(single, first, token)
+    patience = wanted.first_token_seconds - single.prefill_seconds
+    return Ground(times, wanted, single, Limits(32, None, times.bytes_per_token, patience), batching)
+
+
+@pytest.fixture(scope="module")
+def ground():
+    return ground_of(planted())
+
+
+def test_the_online_model_finds_planted_step_times():
+    draw, truth = random.Random(0), (5e-3, 4e-4, 2e-6)
+    model = batches.StepModel([0.01, 0.01, 0.0], [(1, 1, 200), (1, 8, 1600)])
+    for _ in range(400):
+        batch, context = draw.randint(1, 24), draw.randint(30, 500)
+        terms = (1, batch, batch * context)
+        seconds = sum(w * term for w, term in zip(truth, terms)) * draw.choice((0.95, 1.0, 1.05))
+        model.learn(terms, seconds * (20 if draw.random() < 0.01 else 1))  # now and then the machine stands still
+    for terms in ((1, 1, 50), (1, 8, 1600), (1, 24, 9600)):
+        assert model.predict(terms) == pytest.approx(sum(w * term for w, term in zip(truth, terms)), rel=0.12)
+
+
+def test_the_online_model_follows_a_machine_that_becomes_slower_and_never_goes_below_zero():
+    model = batches.StepModel([0.004, 0.001, 0.0], [(1, 4, 400)])
+    for seconds in [0.01] * 200 + [0.03] * 400:
+        model.learn((1, 4, 400), seconds)
+    assert model.predict((1, 4, 400)) == pytest.approx(0.03, rel=0.05)
+    assert min(model.weights) >= 0
+    model.learn((1, 4, 400), 0.0)  # a clock that did not move teaches nothing
+    assert model.predict((0, 0, 0)) > 0
+
+
+def test_sizes_follow_the_lengths(ground):
+    policy = batches.Adaptive(ground.wanted, ground.single)
+    ground.run(contest.traffic(ground, "changing", 40, 100), policy)
+    per_token = ground.wanted.token_seconds
+    chat, documents = (policy.largest(per_token, kind.longest, *kind.__dict__.values()) for kind in (CHAT, DOCUMENTS))
+    assert documents <= 4 < 8 <= chat
+    truth = ground.capacity(CHAT)[1], ground.capacity(DOCUMENTS)[1]
+    assert chat == pytest.approx(truth[0], abs=5) and documents == pytest.approx(truth[1], abs=1)
+
+
+def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machine(ground):
+    traces = contest.several(ground, "changing", 50, (100, 101, 102))
+    sizes = (1, 2, 3, 4, 6, 8, 10, 12, 16)
+    best, found = batches.best_fixed(traces, ground.wanted, ground.run, sizes)
+    ours = contest.compare(ground, traces, {"adaptive": lambda: batches.Adaptive(ground.wanted, ground.single)})[0]
+    assert set(found) == set(sizes) and found[best] >= found[1]
+    assert ours["goodput"] > 1.1 * found[best]
+
+
+def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(ground):
+    for name in ("constant 0.4", "constant 0.9"):
+        traces = contest.several(ground, name, 80, (100, 101))
+        _, found = batches.best_fixed(traces, ground.wanted, ground.run, (4, 8, 10, 12, 14))
+        ours = contest.compare(ground, traces, {"adaptive": lambda: batches.Adaptive(ground.wanted, ground.single)})[0]
+        assert ours["goodput"] >= 0.95 * max(found.values()), name
+
+
+def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(ground):
+    trace = contest.traffic(ground, "changing", 20, 7)
+    start = latency.goodput(ground.run(trace, batches.Fixed(4)), ground.wanted)
+    schedule, value = batches.best_schedule(trace, ground.wanted, ground.run, (2, 4, 12), 4, 1)
+    assert value >= start and len(schedule.sizes) == 4
+    assert latency.goodput(ground.run(trace, batches.Scheduled(trace.starts, schedule.sizes)), ground.wanted) == value
+
+
+def test_time_out_gathers_a_group_but_not_for_ever(ground):
+    requests = tuple(Request(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
+    trace = Trace("by hand", 0, (traffic.Phase(5.0, 1.0, CHAT),), requests)
+    served = ground.run(trace, batches.Timeout(8, 3, 0.1))
+    assert [round(one.admitted, 3) for one in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
+
+
+def test_aimd_climbs_while_objectives_are_kept_and_backs_off_after_a_miss():
+    policy = batches.Aimd(Objectives(1.0, 0.1))
+    good, bad = (serving.Outcome(Request(0, 0.0, 4, 3), 0.0, 0.1, end, 3) for end in (0.2, 9.0))
+    step = serving.Step(0.0, "decode", 1, 4, 0.1, 0, 1)
+    for _ in range(10 * batches.WINDOW):
+        policy.observe(step, [good])
+    assert policy.size == 11
+    policy.observe(step, [bad])
+    assert policy.size == 9
+
+
+def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(ground):
+    assert targets.unattainable(ground.times, ground.wanted, CHAT) is None
+    hopeless = Objectives(1.0, 1e-4)
+    assert "no size can meet the objective: a token alone" in targets.unattainable(ground.times, hopeless, CHAT)
+    assert "a prompt alone" in targets.unattainable(ground.times, Objectives(1e-4, 1.0), CHAT)
+    assert ground.times.capacity(CHAT, 1e-4) == (0.0, 0)
+    served = ground.run(traffic.constant(5, 4, CHAT), batches.Adaptive(hopeless, ground.single))
+    assert all(one.finished for one in served.outcomes) and latency.goodput(served, hopeless) == 0
+
+
+def test_no_capacity_makes_silent_traces_and_measurements_say_so():
+    slow = Ground(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
+    traces = contest.several(slow, "changing", 10, (0, 1))
+    assert all(trace.requests == () for trace in traces)
+    made = contest.goodput(slow, traces, lambda: batches.Fixed(1), lambda: batches.Fixed(2), "serve")
+    assert made.verdict == "informative" and made.baseline == made.optimized == 0
+    found = contest.latencies(slow, traces, lambda: batches.Fixed(1), lambda: batches.Fixed(2))
+    assert all(one.verdict == "unavailable" for one in found if one.metric.startswith("latency"))
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: batches.Fixed(0), "batch size 0"),
+        (lambda: batches.Fixed(2.5), "batch size 2.5"),
+        (lambda: batches.Timeout(4, 5, 1.0), "1 <= group <= size"),
+        (lambda: batches.Timeout(4, 2, -1.0), "delay >= 0"),
+        (lambda: batches.Adaptive(Objectives(1, 1), Single(0.1, 0.01, 32), headroom=0.7), "headroom 0.7"),
+        (lambda: targets.objectives(Single(0.1, 0.01, 32), 0.5, 3.0), "first_token_factor 0.5"),
+        (lambda: Objectives(0.0, 1.0), "expected more than 0 s"),
+    ],
+)
+def test_values_out_of_range_are_refused(call, says):
+    with pytest.raises(UserError, match=says):
+        call()
+
+
+# --- the real engine, on tiny models ---------------------------------------------------------------------------------
+
+
+def _served(model, policy, requests, text_T):
+    trace = Trace("by hand", 0, (traffic.Phase(1.0, 1.0, Lengths(8, 4)),), tuple(requests))
+    engine = ModelEngine(model, lambda one: text_T[one.id : one.id + one.prompt_tokens])
+    served = serve(trace, policy, engine, VirtualClock(), Limits(8), drain_seconds=float("inf"))
+    return served, engine
+
+
+def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, name):
+    model, draw = tiny(name), random.Random(1)
+    text_T = torch.randint(8, 96, (80,), generator=torch.Generator().manual_seed(5))
+    requests = [Request(i, 0.002 * i, draw.randint(3, 24), draw.randint(1, 9)) for i in range(10)]
+    wanted, single = Objectives(1.0, 0.02), Single(0.01, 0.004, 12)
+    policies = (batches.Fixed(1), batches.Fixed(5), batches.Adaptive(wanted, single))
+    outputs = []
+    for policy in policies:
+        served, engine = _served(model, policy, requests, text_T)
+        assert all(len(engine.output[one.id]) == one.new_tokens for one in requests)
+        assert engine.rows is None and served.peak_bytes > 0
+        outputs.append(engine.output)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert replay.same_tokens(outputs[:2])[:2] == (1.0, 1.0)
+
+
+def test_a_broken_memory_bound_is_an_error_and_changed_answers_are_counted(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    engine = ModelEngine(model, lambda one: torch.arange(8, 8 + one.prompt_tokens), limit_bytes=100)
+    with pytest.raises(RuntimeError, match="over its bound of 100"):
+        engine.prefill([Request(0, 0.0, 20, 4)])
+    equal, agreement, count = replay.same_tokens([{0: [1, 2], 1: [3, 4]}, {0: [1, 2], 1: [3, 5, 6], 2: [7]}])
+    assert (equal, agreement, count) == (0.5, 0.75, 2)
+
+
+def test_models_whose_cache_keeps_no_whole_rows_are_refused(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    assert batches.applies_to(model) is None
+    model.config.layer_types = ["sliding_attention"] * 4
+    assert "sliding_attention" in batches.applies_to(model) == rows.joinable(model)
+    with pytest.raises(UserError, match="cannot join"):
+        ModelEngine(model, lambda one: None)
+
+
+def test_step_times_are_measured_on_the_real_engine(tiny):
+    from lib.measure import steptimes
+
+    model, text_T = tiny("glm-4.7-flash"), torch.randint(8, 96, (64,))
+    times = steptimes.measure(model, text_T, (16, 48), repeats=2, most=4)
+    assert times.decode(1, 20) > 0 and times.decode(4, 48) > 0 and times.prefill(2, 32) > 0
+    assert len(times.measured) == 6 and times.samples > 20
+    per, rate = times.sustained(2, Lengths(16, 8))
+    assert per > times.decode(1, 16) * 0.2 and rate > 0
+    with pytest.raises(UserError, match="need a text of that length"):
+        steptimes.measure(model, text_T, (16, 100))
+
+
+def test_prompts_depend_on_id_and_seed_alone(tiny):
+    class Loaded:
+        model, tokenizer, device, parameters = tiny("qwen3-4b-instruct-2507"), None, "cpu", None
+
+    first, second = prompts(Loaded, 40, 1), prompts(Loaded, 40, 1)
+    request = Request(3, 9.9, 17, 4)
+    assert len(first(request)) == 17 and torch.equal(first(request), second(request))
+    assert not torch.equal(first(request), first(Request(4, 9.9, 17, 4)))
