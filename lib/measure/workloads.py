@@ -57,9 +57,7 @@ def prefill(model: nn.Module, prompt: Prompt) -> Workload:
     def call(work: Workload) -> None:
         work.output_BN = _first(model, inputs)[0]
 
-    return Workload(
-        "prefill", call, batch * length, batch, length, 1, _conditions(model, inputs), None, _barrier(model)
-    )
+    return Workload("prefill", call, batch * length, batch, length, 1, _conditions(model, inputs), None, barrier(model))
 
 
 def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
@@ -85,7 +83,7 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
         new_tokens,
         _conditions(model, inputs),
         prepare,
-        _barrier(model),
+        barrier(model),
     )
 
 
@@ -108,7 +106,7 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
         new_tokens,
         _conditions(model, inputs),
         None,
-        _barrier(model),
+        barrier(model),
     )
 
 
@@ -180,6 +178,6 @@ def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
     }
 
 
-def _barrier(model: nn.Module) -> Callable[[], object] | None:
+def barrier(model: nn.Module) -> Callable[[], object] | None:
     """Return what waits for the device to finish, or None where calls are over when they return."""
     return torch.cuda.synchronize if next(model.parameters()).device.type == "cuda" else None

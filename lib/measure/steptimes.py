@@ -1,0 +1,190 @@
+"""How long a step takes, measured on the real engine: decode by rows and context, prefill by prompts and length, moving
+rows by bytes. The simulation draws from this, and capacity is derived from it. Knows no policy.
+
+Decode times are a table (medians over a grid, linear between its points), since kernels change with the number of rows;
+prefill and moving are non-negative least squares in relative error. What a single call deviates from its median is
+kept as ratios, so that the simulation has the machine's own jitter.
+
+Shapes: B rows, L context, G grid points.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from scipy.optimize import nnls
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure import workloads
+from lib.measure.serving import MOST_ROWS
+from lib.measure.traffic import Lengths
+from lib.models import rows
+
+ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
+COLUMN_STEP = 16  # columns between entries of the dense table
+PROMPTS_MEASURED = (1, 2, 4, 8)
+MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Measured step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]`: b rows, l columns of context.
+
+    `prefill_fit`: seconds = a + b·n·T + c·n·T²; `move_fit`: seconds = a + b·bytes, of joining or leaving.
+    `ratios`: measured ÷ median of single calls. `samples`: how many calls were timed.
+    """
+
+    decode_BL: tuple[tuple[float, ...], ...]
+    prefill_fit: tuple[float, float, float]
+    move_fit: tuple[float, float]
+    decode_ratios: tuple[float, ...]
+    prefill_ratios: tuple[float, ...]
+    bytes_per_token: float
+    samples: int
+    measured: tuple[tuple[int, int, float], ...] = ()
+
+    def decode(self, batch: int, context: float) -> float:
+        """Return the median seconds of one step of `batch` rows at `context` columns."""
+        row = self.decode_BL[min(batch, len(self.decode_BL)) - 1]
+        return row[min(int(context / COLUMN_STEP + 0.5), len(row) - 1)]
+
+    def prefill(self, count: int, tokens: float) -> float:
+        """Return the seconds of reading `count` prompts of `tokens` tokens in one pass."""
+        fixed, linear, square = self.prefill_fit
+        return fixed + linear * count * tokens + square * count * tokens**2
+
+    def move(self, size: float) -> float:
+        """Return the seconds of copying a cache of `size` bytes, as joining and leaving do."""
+        return self.move_fit[0] + self.move_fit[1] * size
+
+    def sustained(self, batch: int, lengths: Lengths) -> tuple[float, float]:
+        """Return (seconds per output token, requests per second) of a batch kept full with requests of mean lengths.
+
+        Every request costs one prefill of its own, during which all other rows stand still, and two moves.
+        """
+        prompt, new = lengths.prompt_tokens, lengths.new_tokens
+        context = prompt + new / 2
+        moves = 2 * self.move(batch * (prompt + new) * self.bytes_per_token)
+        cycle = new * self.decode(batch, context) + batch * (self.prefill(1, prompt) + moves)
+        return cycle / new, batch / cycle
+
+    def capacity(self, lengths: Lengths, token_seconds: float, most: int = MOST_ROWS) -> tuple[float, int]:
+        """Return the largest rate, requests per second, that keeps the objective, and its batch; (0, 0) for none."""
+        rates = [(self.sustained(batch, lengths), batch) for batch in range(1, most + 1)]
+        return max(((rate, batch) for (per, rate), batch in rates if per <= token_seconds), default=(0.0, 0))
+
+
+def measure(
+    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], *, repeats: int = 5, most: int = MOST_ROWS
+) -> StepTimes:
+    """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
+
+    `prompt_T` is text at least as long as the largest context. A warm-up call comes before each point; calls of
+    different points take turns, so that a slow spell of the machine does not fall on one point alone.
+    """
+    contexts = sorted(set(int(context) for context in contexts))
+    if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
+        raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
+    counts = [count for count in ROWS_MEASURED if count <= most] or [1]
+    counts += [most] if most not in counts else []
+    decoded = _decode(model, prompt_T, contexts, counts, repeats)
+    read = _prefill(model, prompt_T, contexts, repeats)
+    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
+    grid = np.array([[np.median(decoded[count, context]) for context in contexts] for count in counts])
+    return StepTimes(
+        _dense(grid, counts, contexts),
+        _fit([(1, n * t, n * t**2) for n, t in read], [np.median(times) for times in read.values()]),
+        _fit([(1, size) for size in moved], [np.median(times) for times in moved.values()]),
+        _ratios(decoded),
+        _ratios(read),
+        per_token,
+        sum(len(times) for found in (decoded, read, moved) for times in found.values()),
+        tuple(
+            (count, context, float(grid[i, j])) for i, count in enumerate(counts) for j, context in enumerate(contexts)
+        ),
+    )
+
+
+def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
+    synchronize = workloads.barrier(model)
+    if synchronize:
+        synchronize()
+    start = time.perf_counter()
+    call(*arguments)
+    if synchronize:
+        synchronize()
+    return time.perf_counter() - start
+
+
+def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int], list[float]]:
+    """Seconds of decode steps per (rows, context): one prompt read once, its row repeated."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for context in contexts:
+        one = rows.prefill(model, [prompt_T[: context - 1]])
+        many = {count: rows.repeat(one, count) for count in counts}
+        for turn in range(repeats + 1):
+            for count in counts:
+                seconds = _timed(model, rows.step, model, many[count])
+                if turn:
+                    found.setdefault((count, context), []).append(seconds)
+    return found
+
+
+def _prefill(model, prompt_T, contexts, repeats) -> dict[tuple[int, int], list[float]]:
+    """Seconds of prefills per (prompts, tokens), up to MOST_PROMPT_TOKENS at once; prompts differ by a shift."""
+    points = [
+        (count, length)
+        for count in PROMPTS_MEASURED
+        for length in dict.fromkeys((contexts[0], contexts[len(contexts) // 2], contexts[-1]))
+        if count * length <= MOST_PROMPT_TOKENS or count == 1
+    ]
+    found: dict[tuple[int, int], list[float]] = {}
+    for turn in range(max(2, repeats // 2) + 1):
+        for count, length in points:
+            prompts = [prompt_T.roll(shift)[:length] for shift in range(count)]
+            seconds = _timed(model, rows.prefill, model, prompts)
+            if turn:
+                found.setdefault((count, length), []).append(seconds)
+    return found
+
+
+def _move(model, prompt_T, contexts, counts, repeats) -> tuple[dict[float, list[float]], float]:
+    """Seconds of taking one row out, by the bytes left; and the cache's bytes per token of one row."""
+    found: dict[float, list[float]] = {}
+    one = rows.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
+    for count in (counts[len(counts) // 2], counts[-1]):
+        for _ in range(repeats):
+            many = rows.repeat(one, count)
+            seconds = _timed(model, rows.keep, many, range(max(1, count - 1)))
+            found.setdefault(float(many.bytes), []).append(seconds)
+    return found, one.bytes / one.length
+
+
+def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Non-negative least squares in relative error: seconds ≈ terms · weights."""
+    a, b = np.asarray(terms, dtype=float), np.asarray(seconds, dtype=float)
+    scale = a.max(0)
+    weights, _ = nnls(a / scale / b[:, None], np.ones(len(b)))
+    return tuple(float(weight) for weight in weights / scale)
+
+
+def _dense(grid_G: np.ndarray, counts: Sequence[int], contexts: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    """Fill the table between and beyond the measured points, linearly, never below the smallest measured time."""
+    least = float(grid_G.min())
+    columns = np.arange(0, 2 * contexts[-1] + COLUMN_STEP, COLUMN_STEP, dtype=float)
+    if len(contexts) == 1:
+        grid_G, contexts = np.repeat(grid_G, 2, axis=1), [contexts[0], contexts[0] + 1]
+    if len(counts) == 1:
+        grid_G, counts = np.repeat(grid_G, 2, axis=0), [counts[0], counts[0] + 1]
+    table = RegularGridInterpolator((counts, contexts), grid_G, bounds_error=False, fill_value=None)
+    batches = np.arange(1, max(counts) + 1)
+    points = np.stack(np.meshgrid(batches, columns, indexing="ij"), -1)
+    return tuple(tuple(float(max(least, value)) for value in row) for row in table(points))
+
+
+def _ratios(found: dict) -> tuple[float, ...]:
+    return tuple(float(value / np.median(times)) for times in found.values() for value in times)

@@ -1,0 +1,159 @@
+"""Open-loop traffic: when requests arrive and how long they are, fixed by a seed before anything is served.
+
+Open loop means that arrivals do not wait for answers: a server that is too slow grows a queue, as a real one does
+(Schroeder, Wierman and Harchol-Balter 2006, NSDI). A trace is a list of phases; within a phase arrivals are a renewal
+process, Poisson (burstiness 1) or with Gamma gaps of a larger coefficient of variation. Knows nothing of servers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.errors import UserError
+
+SPREAD = 0.5  # lengths are uniform within ±50 % of a phase's mean
+BURSTINESS = 3.0  # coefficient of variation of the gaps of a bursty phase
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a request: of its prompt, and of its answer."""
+
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """The largest context that a request of these lengths can reach, in tokens."""
+        return _most(self.prompt_tokens) + _most(self.new_tokens)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`rate` requests per second for `seconds`; `burstiness` is the coefficient of variation of the gaps."""
+
+    seconds: float
+    rate: float
+    lengths: Lengths
+    burstiness: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. `arrival` in seconds since the trace began; the answer's length is forced to `new_tokens`."""
+
+    id: int
+    arrival: float
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in order of arrival, made from `phases` with `seed`; `describe` is what a record keeps of it."""
+
+    name: str
+    seed: int
+    phases: tuple[Phase, ...]
+    requests: tuple[Request, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def starts(self) -> list[float]:
+        """Second at which each phase begins."""
+        return [sum(phase.seconds for phase in self.phases[:index]) for index in range(len(self.phases))]
+
+    def describe(self) -> dict[str, object]:
+        """Return what it takes to make the same trace again, and how many requests and tokens it has."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "requests": len(self.requests),
+            "new_tokens": sum(request.new_tokens for request in self.requests),
+            "phases": [
+                {
+                    "seconds": phase.seconds,
+                    "requests_per_second": phase.rate,
+                    "prompt_tokens": phase.lengths.prompt_tokens,
+                    "new_tokens": phase.lengths.new_tokens,
+                    "burstiness": phase.burstiness,
+                }
+                for phase in self.phases
+            ],
+        }
+
+
+def make(name: str, phases: Sequence[Phase], seed: int = 0) -> Trace:
+    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence; without any phase there is no trace.
+
+    Raises UserError for no phase, a negative or infinite number, lengths below one token, or no burstiness.
+    """
+    if not phases:
+        raise UserError("traffic: a trace needs at least one phase")
+    for index, phase in enumerate(phases):
+        _check(index, phase)
+    random = np.random.default_rng([seed, 0x7AFF1C])
+    requests: list[Request] = []
+    start = 0.0
+    for phase in phases:
+        for arrival in _arrivals(phase, random):
+            prompt, new = (_length(mean, random) for mean in (phase.lengths.prompt_tokens, phase.lengths.new_tokens))
+            requests.append(Request(len(requests), start + arrival, prompt, new))
+        start += phase.seconds
+    return Trace(name, seed, tuple(phases), tuple(requests))
+
+
+def _check(index: int, phase: Phase) -> None:
+    where = f"traffic: phase {index + 1}"
+    if not (np.isfinite(phase.rate) and phase.rate >= 0):
+        raise UserError(f"{where}: rate {phase.rate} requests/s; expected 0 (silence) or more, and finite")
+    if not (np.isfinite(phase.seconds) and phase.seconds > 0):
+        raise UserError(f"{where}: {phase.seconds} s long; expected more than 0, and finite")
+    if min(phase.lengths.prompt_tokens, phase.lengths.new_tokens) < 1:
+        raise UserError(f"{where}: lengths {phase.lengths}; expected at least one token each")
+    if not phase.burstiness > 0:
+        raise UserError(f"{where}: burstiness {phase.burstiness}; expected more than 0 (1 is Poisson)")
+
+
+def _arrivals(phase: Phase, random: np.random.Generator) -> list[float]:
+    """Seconds within the phase: gaps are Gamma with mean 1/rate and the phase's coefficient of variation."""
+    if phase.rate == 0:
+        return []
+    shape = 1 / phase.burstiness**2
+    found, now = [], random.gamma(shape, 1 / (phase.rate * shape))
+    while now < phase.seconds:
+        found.append(float(now))
+        now += random.gamma(shape, 1 / (phase.rate * shape))
+    return found
+
+
+def _length(mean: int, random: np.random.Generator) -> int:
+    return int(random.integers(max(1, round(mean * (1 - SPREAD))), _most(mean) + 1))
+
+
+def _most(mean: int) -> int:
+    return max(1, round(mean * (1 + SPREAD)))
+
+
+def constant(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
+    """Return Poisson arrivals at one rate."""
+    return make("constant", [Phase(seconds, rate, lengths)], seed)
+
+
+def bursty(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
+    """Return the same mean rate in bursts (Gamma gaps)."""
+    return make("bursty", [Phase(seconds, rate, lengths, BURSTINESS)], seed)
+
+
+def load_step(low: float, high: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
+    """Return a third at the low rate, a third at the high one, a third at the low one again."""
+    return make("load step", [Phase(seconds / 3, rate, lengths) for rate in (low, high, low)], seed)
+
+
+def length_change(rates: tuple[float, float], seconds: float, lengths: tuple[Lengths, Lengths], seed: int = 0) -> Trace:
+    """Return two halves, each with its own lengths and rate."""
+    return make("change of lengths", [Phase(seconds / 2, *pair) for pair in zip(rates, lengths)], seed)
