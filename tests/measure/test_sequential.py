@@ -44,5 +44,5 @@ def test_bounds_out_of_range_are_refused(values):
 
 
 def test_a_loss_out_of_range_is_refused():
-    with pytest.raises(UserError, match="loss 1.5"):
+    with pytest.raises(UserError, match=r"loss 1\.5"):
         BreachTest(0.1).add(1.5)
