@@ -1,0 +1,62 @@
+"""A test that may be looked at after every item: has a mean loss risen above what is allowed?
+
+Testing by betting (Waudby-Smith and Ramdas 2024, *Estimating means of bounded random variables by betting*, JRSSB 86,
+section 4): a gambler bets that losses in [0, 1] exceed `bound`. While their mean does not, the expected capital never
+grows, so by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however often one looks. Knows
+nothing of models, nor of what is done about a breach.
+"""
+
+from dataclasses import dataclass, field
+
+from lib.errors import UserError
+
+
+@dataclass
+class BreachTest:
+    """Watches losses in [0, 1]; `add` returns whether their mean is by now shown to exceed `bound`.
+
+    The stake is fixed before each loss is seen, from those before it: (mean − bound) ÷ (variance + (mean − bound)²),
+    the growth-optimal one to second order, kept in [0, 1/(2·bound)]. Raises UserError for a bound or alpha outside
+    (0, 1).
+    """
+
+    bound: float
+    alpha: float = 0.01
+    capital: float = 1.0
+    losses: list[float] = field(default_factory=list)
+    total: float = 0.0
+    squares: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("bound", "alpha"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"sequential test: {name} {getattr(self, name)}; expected a value between 0 and 1")
+
+    @property
+    def breached(self) -> bool:
+        """Whether the capital has reached 1/alpha."""
+        return self.capital >= 1 / self.alpha
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the losses seen; None before the first."""
+        return self.total / len(self.losses) if self.losses else None
+
+    def add(self, loss: float) -> bool:
+        """Take in one loss; return whether the bound is shown to be breached. Raises UserError outside [0, 1]."""
+        if not 0 <= loss <= 1:
+            raise UserError(f"sequential test: loss {loss}; expected a value in [0, 1]")
+        if not self.breached:
+            self.capital *= 1 + self._stake() * (loss - self.bound)
+        self.losses.append(loss)
+        self.total += loss
+        self.squares += loss * loss
+        return self.breached
+
+    def _stake(self) -> float:
+        # Half a loss at 1/2 and variance 1/4 stand for what is not known yet.
+        count = len(self.losses) + 1
+        mean = (self.total + 0.5) / count
+        variance = max(1e-4, (self.squares + 0.5) / count - mean**2)
+        edge = mean - self.bound
+        return min(max(0.0, edge / (variance + edge**2)), 0.5 / self.bound)
