@@ -52,6 +52,13 @@ KNOBS = {
     "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
 }
 
+COMPOSES = {
+    "touches": ("weights", "storage"),
+    "needs": ("whole matrices",),
+    "invalidates": ("whole matrices", "whole channels", "statistics"),
+    "trial": {"method": "whitened"},
+}
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -99,8 +106,8 @@ class Spectrum:
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that every matrix of the decoder is factored already."""
-    return None if matrices(model) else "every matrix of the decoder is factored already"
+    """Return None, or that no matrix of the decoder is left in one dense piece."""
+    return None if matrices(model) else "every matrix of the decoder is stored sparse or factored already"
 
 
 def apply(
@@ -158,9 +165,9 @@ def matrices(model: nn.Module) -> list[Matrix]:
         experts, name = block.feed_forward.experts, experts_name(model, block)
         if experts is None:
             continue
-        if getattr(experts.module, "input_factor", None) is None:
+        if getattr(experts.module, "input_factor", None) is None and experts.gate_up.layout == torch.strided:
             found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
-        if getattr(experts.module, "output_factor", None) is None:
+        if getattr(experts.module, "output_factor", None) is None and experts.down.layout == torch.strided:
             found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
     return found
 
