@@ -53,7 +53,7 @@ COMPOSES = {
     "touches": ("weights", "storage"),
     "needs": ("dense matrices",),
     "invalidates": ("dense matrices", "whole matrices", "whole channels", "stacked experts", "statistics"),
-    "trial": {"method": "wanda"},
+    "trial": {},
 }
 
 
