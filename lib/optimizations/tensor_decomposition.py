@@ -56,7 +56,7 @@ COMPOSES = {
     "touches": ("weights", "storage"),
     "needs": ("whole matrices",),
     "invalidates": ("whole matrices", "whole channels", "statistics"),
-    "trial": {"method": "whitened"},
+    "trial": {"method": "whitened", "budget": "uniform"},
 }
 
 
@@ -129,7 +129,7 @@ def apply(
     for too few calibration tokens, and where there is no matrix to factor.
     """
     _check(compression=compression, method=method, budget=budget)
-    spectra = analyse(model, calibration, method) if spectra is None else spectra
+    spectra = analyse(model, calibration, method, budget) if spectra is None else spectra
     chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
     compressed = copy.deepcopy(model)
     install(compressed, spectra, chosen)
@@ -176,9 +176,15 @@ def matrices(model: nn.Module) -> list[Matrix]:
 
 
 def analyse(
-    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str = "whitened"
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    method: str = "whitened",
+    budget: str = "global",
 ) -> list[Spectrum]:
-    """Return the spectrum of every matrix of the decoder: of W for "plain", else of W·S from `calibration`."""
+    """Return the spectrum of every matrix of the decoder: of W for "plain", else of W·S from `calibration`.
+
+    A "uniform" budget sets no matrix against another, so none is weighed for it: every worth is 1.
+    """
     found = matrices(model)
     if not found:
         raise UserError(f"tensor_decomposition: no matrix to compress: {applies_to(model)}")
@@ -186,7 +192,8 @@ def analyse(
         return [spectrum(matrix) for matrix in found]
     grams = observe_grams(model, calibration)
     entering = [_gram(matrix, grams) for matrix in found]
-    return weigh(model, [spectrum(matrix, gram) for matrix, gram in zip(found, entering)], calibration[0])
+    spectra = [spectrum(matrix, gram) for matrix, gram in zip(found, entering)]
+    return spectra if budget == "uniform" else weigh(model, spectra, calibration[0])
 
 
 @torch.no_grad()
