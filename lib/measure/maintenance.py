@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 STEM = "weight_rounding"
 TIME_LIMIT_SECONDS = 300
-MODULE = '''"""Weight rounding: the decoder's matrices keep a few significant bits of each weight. Stored as wide as before."""
+MODULE = '''"""Weight rounding: the decoder's matrices keep a few bits of each weight, stored as wide as before."""
 
 import copy
 

@@ -22,11 +22,12 @@ from lib.measure.timing import Pairs
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds per call of every arm in every round, `iterations` calls each; `disturbed` says what disturbed a round."""
+    """Seconds per call of every arm in every round, of `iterations` calls; `disturbed` says what disturbed a round."""
 
     seconds: dict[str, list[float]]
     iterations: int
     disturbed: list[str | None]
+    orders: list[list[str]]
 
     def logs(self, arm: str) -> np.ndarray:
         """Return ln(seconds) of one arm, [R]."""
@@ -38,9 +39,14 @@ class Rounds:
 
     def pairs(self, baseline: str, optimized: str) -> Pairs:
         """Return two of the arms as paired blocks, for `lib.measure.measurement.from_pairs`."""
-        order = ["AB" if index % 2 == 0 else "BA" for index in range(len(self.disturbed))]
+        order = ["AB" if first else "BA" for first in self.before(baseline, optimized)]
         arms = self.seconds[baseline], self.seconds[optimized]
-        return Pairs(*arms, order, self.disturbed, self.iterations, [], f"perf_counter, {len(self.seconds)} arms a round")
+        clock = f"perf_counter, {len(self.seconds)} arms a round"
+        return Pairs(*arms, order, self.disturbed, self.iterations, [], clock)
+
+    def before(self, one: str, other: str) -> list[bool]:
+        """Return whether `one` had its turn before `other`, round by round."""
+        return [order.index(one) < order.index(other) for order in self.orders]
 
 
 def rounds(
@@ -59,13 +65,16 @@ def rounds(
     for fewer than six rounds.
     """
     if count < statistics.MINIMUM_BLOCKS:
-        raise UserError(f"{count} rounds are too few to tell noise from effect: give {statistics.MINIMUM_BLOCKS} or more")
+        raise UserError(
+            f"{count} rounds are too few to tell noise from effect: give {statistics.MINIMUM_BLOCKS} or more"
+        )
     shuffle, names = random.Random(seed), list(arms)
     for arm in arms.values():
         for _ in range(warmup):
             arm()
     kept: dict[str, list[float]] = {name: [] for name in names}
     disturbed: list[str | None] = []
+    orders: list[list[str]] = []
     repeats, collecting = count // 2, gc.isenabled()
     gc.disable()
     try:
@@ -80,10 +89,11 @@ def rounds(
             for name, seconds in found.items():
                 kept[name].append(seconds)
             disturbed.append(reason)
+            orders.append(list(order))
     finally:
         if collecting:
             gc.enable()
-    return Rounds(kept, iterations, disturbed)
+    return Rounds(kept, iterations, disturbed, orders)
 
 
 def _round(arms: Mapping, order: list[str], iterations: int, disturbance, clock) -> tuple[dict[str, float], str | None]:

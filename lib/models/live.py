@@ -95,9 +95,7 @@ class Live:
             token_BT, cache, made = prompt_BT, None, []
             for count in range(1, new_tokens + 1):
                 with self.lock:
-                    output = self.model(
-                        input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
-                    )
+                    output = self.model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 token_BT, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
                 made.append(token_BT)
                 if between is not None:
@@ -109,3 +107,37 @@ class Live:
 
 def _said(shape: list[tuple[str, int, int]]) -> str:
     return f"{len(shape)} blocks of {max(elements for _, _, elements in shape)} elements per token"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What exchanging did: the seconds waited, how many tokens of an answer it changed, why not in mid-request."""
+
+    waits: list[float]
+    changed: int
+    reason: str | None
+
+
+def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> Trial:
+    """Exchange `other` in when a third of an answer is there and back at two thirds; where its cache would not fit, do
+    it between requests. The original runs again afterwards.
+    """
+    expected, waits, reasons = live.generate(prompt_BT, new_tokens), [], []
+
+    def between(count: int) -> None:
+        if count == new_tokens // 3:
+            try:
+                waits.append(live.swap(other))
+            except UserError as error:
+                reasons.append(str(error))
+        if count == 2 * new_tokens // 3 and live.kept is not None:
+            waits.append(live.revert())
+
+    given = live.generate(prompt_BT, new_tokens, between)
+    if reasons:
+        waits.append(live.swap(other))
+        try:
+            given = live.generate(prompt_BT, new_tokens)
+        finally:
+            waits.append(live.revert())
+    return Trial(waits, int((given != expected).sum()), reasons[0] if reasons else None)

@@ -100,3 +100,15 @@ def lacking(model: nn.Module, needed: tuple[str, ...] | list[str]) -> str | None
         if trait.concerns(model) and (reason := trait.lacking(model)):
             return f"{name}: {reason}"
     return None
+
+
+def shapes(model: nn.Module, index: int) -> dict[str, str]:
+    """Return the parameters of block `index`, or of the last one, with their shape and how they are stored."""
+    blocks = anatomy(model).blocks
+    block = blocks[min(index, len(blocks) - 1)].module
+    stored_as = {torch.sparse_csr: ", sparse", torch.sparse_bsr: ", sparse"}
+    return {
+        name: " × ".join(map(str, one.shape)) + stored_as.get(one.layout, "")
+        for name, one in block.named_parameters()
+        if one.dim() > 1
+    }

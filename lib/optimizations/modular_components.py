@@ -277,6 +277,32 @@ def ordered_pairs(
     return found
 
 
+def stale(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    pairs: dict[tuple[str, str], Outcome],
+    *,
+    seed: int = 0,
+) -> dict[tuple[str, str], nn.Module]:
+    """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
+
+    Left out are pairs that can do nothing with old statistics: their shapes no longer fit.
+    """
+    found = {}
+    for (first, second), outcome in pairs.items():
+        takes = "observation" in inspect.signature(_module(second).apply).parameters
+        outdated = traits.STATISTICS in _module(first).COMPOSES["invalidates"]
+        if outcome.state != "works" or not (takes and outdated):
+            continue
+        begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
+        before, last = observe(model, calibration), outcome.steps[1]
+        try:
+            found[first, second] = _module(second).apply(begun, calibration, **last.knobs, observation=before)
+        except (RuntimeError, IndexError):
+            continue
+    return found
+
+
 def modularity(pairs: dict[tuple[str, str], Outcome]) -> float | None:
     """Return working ordered pairs ÷ all ordered pairs, or None where there is no pair."""
     return sum(outcome.state == "works" for outcome in pairs.values()) / len(pairs) if pairs else None
