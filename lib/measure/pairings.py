@@ -90,7 +90,7 @@ def order_effects(
     """Return a row per pair that works both ways: the effect of one order − that of the other."""
     rows = []
     for (first, second), (state, _) in states.items():
-        if first < second and state == states[second, first][0] == "works":
+        if first < second and state == states.get((second, first), ("", None))[0] == "works":
             weights = {named(first, second): 1, named(second, first): -1}
             rows.append({"order": named(first, second), "against": named(second, first)})
             rows[-1] |= _flat(effects(timed, lost, weights))
