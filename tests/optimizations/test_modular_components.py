@@ -165,7 +165,7 @@ def test_bad_requests_are_named(tiny, batch):
     with pytest.raises(UserError, match="structured_pruning needs whole channels, which sparse_neural_networks takes"):
         composing.compose(model, [batch], [step(SPARSE), step(PRUNING)], arrange=False)
     sparse = composing.compose(model, [batch], [step(SPARSE)]).model
-    with pytest.raises(UserError, match="structured_pruning cannot be applied here: whole channels: .* stored sparse"):
+    with pytest.raises(UserError, match=r"structured_pruning cannot be applied here: whole channels: .* stored sparse"):
         composing.compose(sparse, [batch], [step(PRUNING)])
 
 
@@ -242,7 +242,7 @@ def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch
     other = composing.compose(model, [batch], [step(PRUNING, granularity="heads", ratio=0.1)]).model
     assert live.cache_shape(model) != live.cache_shape(other)
     serving, prompt = live.Live(model), batch["input_ids"][:1]
-    with pytest.raises(UserError, match="1 request under way.*Swap between requests"):
+    with pytest.raises(UserError, match=r"1 request under way.*Swap between requests"):
         serving.generate(prompt, 4, lambda count: serving.swap(other))
     assert serving.requests == 0 and serving.kept is None
     report = live.trial(serving, other, prompt, 6)
