@@ -158,9 +158,9 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
 
 def test_bad_requests_are_named(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
-    with pytest.raises(UserError, match='no optimization "structured_prunning".*structured_pruning'):
+    with pytest.raises(UserError, match=r'no optimization "structured_prunning".*structured_pruning'):
         composing.compose(model, [batch], [Step(optimization="structured_prunning")])
-    with pytest.raises(UserError, match='structured_pruning has no knob "ration".*ratio'):
+    with pytest.raises(UserError, match=r'structured_pruning has no knob "ration".*ratio'):
         composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"ration": 0.2})])
     with pytest.raises(UserError, match="structured_pruning needs whole channels, which sparse_neural_networks takes"):
         composing.compose(model, [batch], [step(SPARSE), step(PRUNING)], arrange=False)
