@@ -1,4 +1,4 @@
-"""One record against what earlier builds kept of the same run: what got worse where it is comparable, else why it is not.
+"""One record against what earlier builds kept of the same run: what got worse, and where nothing can be compared, why.
 
 Reads the history of builds (`lib.report.history`) and compares by `lib.report.compare`; makes and judges no number.
 """

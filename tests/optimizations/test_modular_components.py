@@ -110,12 +110,18 @@ def test_a_pipeline_is_its_steps_one_by_one(tiny, name, batch):
     assert loading.weights_hash(composed) == loading.weights_hash(by_hand)
 
 
+def _worked(steps):
+    return composing.Outcome(steps, "works", None)
+
+
 def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
     model = tiny("qwen3-coder-30b")
-    twice = [step(PRUNING, granularity="heads", ratio=0.04), step(PRUNING, ratio=0.2)]
+    twice = [step(FACTORS, compression=0.4), step(PRUNING, ratio=0.2)]  # experts in factors can still be removed
     fresh = composing.compose(model, [batch], twice, arrange=False)
-    stale = composing.compose(model, [batch], twice, arrange=False, recalibrate=False)
-    assert (fresh.observations, stale.observations) == (2, 1)
+    again = composing.compose(model, [batch], [*twice, step(PRUNING, ratio=0.1)], arrange=False)
+    stale = next(iter(composing.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
+    assert (fresh.observations, again.observations) == (1, 2)
+    assert loading.weights_hash(stale) != loading.weights_hash(fresh.model), "old statistics chose the same experts"
     by_hand = composing.compose(composing.compose(model, [batch], twice[:1]).model, [batch], twice[1:]).model
     assert loading.weights_hash(fresh.model) == loading.weights_hash(by_hand)
 
