@@ -7,7 +7,7 @@ its joules are read, so that a return can be stated. Composing itself is `modula
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure import attribution, cost, disturbance, energy, measurement, pairings, quality, statistics, timing
 from lib.measure import workloads as work
+from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import SPEED_MARGIN
 from lib.measure.rounds import Rounds
@@ -235,6 +236,30 @@ def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measure
     pairs = timing.paired(*arms, seed=seed, warmup=1, **options)
     control = timing.a_a(arms[0], seed=seed + 1, warmup=1, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
+
+
+def gains(swept: Sequence[Measurement]) -> list[dict]:
+    """Return a row per point of a sweep, for a figure over strength: `arm`, `strength`, `value`, `low`, `high`."""
+    rows = []
+    for one in swept:
+        arm, _, told = one.workload.partition(", ")
+        low, high = one.ci or (None, None)
+        number = int("".join(letter for letter in told if letter.isdigit()))
+        rows.append({"arm": arm, "strength": number, "value": one.ratio, "low": low, "high": high})
+    return rows
+
+
+def recall(
+    loaded: Loaded, optimized: nn.Module, size: Effort, distances: Sequence[int], *, resamples: int, seed: int = 0
+) -> list[Measurement]:
+    """Return exact match of generated values at further distances in tokens, each a workload of its own."""
+    found = []
+    for distance in distances:
+        arms = [quality.recall(replace(loaded, model=one), distance, size.recall_prompts, seed)
+                for one in (loaded.model, optimized)]  # fmt: skip
+        one = quality.compare_recalled(*arms, resamples=resamples, seed=seed)
+        found.append(one.model_copy(update={"workload": f"generate, {distance} tokens back"}))
+    return found
 
 
 # --- what it returns -------------------------------------------------------------------------------------------------
