@@ -30,15 +30,15 @@ def cache_shape(model: nn.Module) -> list[tuple[str, int, int]]:
 def exchange(one: nn.Module, other: nn.Module) -> None:
     """Swap the insides of two models of one class, in place; calling it again undoes it exactly.
 
-    Raises UserError where they are of different classes, or where one holds a method bound to itself, which would go
-    on reaching the wrong object.
+    Raises UserError where they are of different classes, or where one holds a forward of its own or a method bound to
+    itself, which would go on reaching the wrong object.
     """
     if type(one) is not type(other):
         raise UserError(f"live model: cannot put a {type(other).__name__} in the place of a {type(one).__name__}")
     for model in (one, other):
         for name, value in vars(model).items():
-            if inspect.ismethod(value) and value.__self__ is model:
-                raise UserError(f"live model: {type(model).__name__}.{name} is bound to its object; it cannot be moved")
+            if name == "forward" or (inspect.ismethod(value) and value.__self__ is model):
+                raise UserError(f"live model: {type(model).__name__}.{name} belongs to its object; it cannot be moved")
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
 
 
@@ -135,7 +135,10 @@ def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int
 
     given = live.generate(prompt_BT, new_tokens, between)
     if reasons:
-        waits.append(live.swap(other))
+        try:
+            waits.append(live.swap(other))
+        except UserError as error:
+            return Trial([], 0, str(error))
         try:
             given = live.generate(prompt_BT, new_tokens)
         finally:

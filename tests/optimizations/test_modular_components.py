@@ -261,5 +261,9 @@ def test_what_cannot_be_exchanged_is_refused(tiny):
         live.exchange(one, other)
     bound = tiny("qwen3-4b-instruct-2507", seed=1)
     bound.answer = types.MethodType(lambda self: None, bound)
-    with pytest.raises(UserError, match="answer is bound to its object"):
+    with pytest.raises(UserError, match="answer belongs to its object"):
         live.exchange(one, bound)
+    wrapped = tiny("qwen3-4b-instruct-2507", seed=1)
+    wrapped.forward = lambda *arguments, **options: None
+    report = live.trial(live.Live(one), wrapped, torch.tensor([[9, 10, 11]]), 4)
+    assert "forward belongs to its object" in report.reason and report.waits == []
