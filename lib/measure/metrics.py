@@ -64,6 +64,7 @@ METRICS: dict[str, Metric] = {
     "latency_p99_ms": _performance("ms", False),
     "load_seconds": _performance("s", False, None),
     "first_call_ms": _performance("ms", False, None),
+    "swap_ms": _performance("ms", False, None),
     # Accuracy.
     "f1_macro": _score(),
     "precision_macro": _score(),
@@ -104,7 +105,11 @@ METRICS: dict[str, Metric] = {
     "cache_read_share": _efficiency("share", False, None),
     "batch_rows": _efficiency("rows", True, None),
     "apply_seconds": _efficiency("s", False, None),
+    "apply_joules": _efficiency("J", False, None),
     "break_even_tokens": _efficiency("tokens", False, None),
+    "modularity_score": _efficiency("share", True, None),
+    "files_touched": _efficiency("files", False, None),
+    "lines_written": _efficiency("lines", False, None),
 }
 
 

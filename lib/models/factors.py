@@ -176,11 +176,16 @@ def ranks(model: nn.Module) -> dict[str, dict[str, int | None]]:
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear):
             found[name] = {"rank": module.rank}
-        if isinstance(module, FactoredExperts):
-            factors = (module.input_factor, module.output_factor)
+        if factors := shared_factors(module):
             inside, outside = (None if factor is None else min(factor.weight.shape) for factor in factors)
             found[name] = {"input_rank": inside, "output_rank": outside}
     return found
+
+
+def shared_factors(module: nn.Module) -> tuple[nn.Linear | None, nn.Linear | None] | None:
+    """Return (input, output) factor of experts that share any, however their cores are stored; None for all else."""
+    found = getattr(module, "input_factor", None), getattr(module, "output_factor", None)
+    return None if found == (None, None) else found
 
 
 def restore(model: nn.Module, stored: dict[str, dict[str, int | None]]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.anatomy import Block, anatomy
-from lib.models.factors import FactoredExperts, FactoredLinear
+from lib.models.factors import FactoredExperts, FactoredLinear, shared_factors
 
 
 @dataclass
@@ -46,7 +46,7 @@ def linears(model: nn.Module, block: Block) -> dict[str, nn.Linear]:
     inside = {
         id(part)
         for module in block.module.modules()
-        if isinstance(module, (FactoredLinear, FactoredExperts))
+        if isinstance(module, FactoredLinear) or shared_factors(module)
         for part in module.modules()
     }
     names = {id(module): name for name, module in model.named_modules()}

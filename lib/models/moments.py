@@ -1,8 +1,9 @@
 """Second moments of what goes into each matrix of the decoder while calibration text runs through it: Σ x², or Σ x·xᵀ.
 
 A matrix is a linear layer of a block, or the stack of one kind of matrix of its experts; an expert's moments are those
-of the tokens that were routed to it. Padding is left out. Knows nothing of what the moments are used for. Inputs that
-several matrices share (queries, keys and values; gate and up) are kept once.
+of the tokens that were routed to it, behind the input factor where experts share one. Padding is left out. Knows
+nothing of what the moments are used for. Inputs that several matrices share (queries, keys and values; gate and up) are
+kept once.
 
 Shapes: T tokens of a batch without padding, E experts, O outputs and I inputs of a matrix, H hidden.
 """
@@ -154,6 +155,7 @@ def _watch_experts(names: dict[str, str], found: dict[str, Moments], keep: dict,
 
     def hook(module: nn.Module, args: tuple) -> None:
         hidden_TH, chosen_TK = (tensor[keep["mask"]] for tensor in args[:2])
+        hidden_TH = module.enter(hidden_TH) if hasattr(module, "enter") else hidden_TH
         inputs: dict[str, list[torch.Tensor]] = {"gate_up_proj": [], "down_proj": []}
         for expert in range(module.down_proj.shape[0]):
             x_TH = hidden_TH[(chosen_TK == expert).any(-1)]

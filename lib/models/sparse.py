@@ -190,26 +190,29 @@ class SparseExperts(_Stored):
     """Routed experts whose matrices `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] are stored and executed sparse.
 
     One expert after the other on its own tokens, as transformers' `eager` backend does. A stack that stays dense stays
-    as it was.
+    as it was; so do factors that experts share (`lib.models.factors`): their cores are what is stored sparse.
     """
 
     def __init__(self, experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         super().__init__()
         self.act_fn, self.num_experts = experts.act_fn, down.shape[0]
         self.intermediate_dim, self.hidden_dim = down.shape[2], down.shape[1]
+        self.input_factor = getattr(experts, "input_factor", None)
+        self.output_factor = getattr(experts, "output_factor", None)
         for name, weight in zip(EXPERT_NAMES, (gate_up, down)):
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
         self.stored = tuple(name for name in EXPERT_NAMES if getattr(self, name).layout != torch.strided)
 
     def forward(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        total_TH = torch.zeros_like(hidden_TH)
+        entering_TH = hidden_TH if self.input_factor is None else self.input_factor(hidden_TH)
+        total_TH = hidden_TH.new_zeros(len(hidden_TH), self.hidden_dim)
         gate_up, down = self._stacks()
         for expert in index_TK.unique().tolist():
             token, position = torch.where(index_TK == expert)
-            gate, up = _apply(gate_up[expert], hidden_TH[token]).chunk(2, dim=-1)
+            gate, up = _apply(gate_up[expert], entering_TH[token]).chunk(2, dim=-1)
             out = _apply(down[expert], self.act_fn(gate) * up) * weight_TK[token, position, None]
             total_TH.index_add_(0, token, out.to(total_TH.dtype))
-        return total_TH
+        return total_TH if self.output_factor is None else self.output_factor(total_TH)
 
     def _stacks(self) -> list[list[torch.Tensor]]:
         """Return the experts' matrices one by one, made once: cutting a stack takes longer than a small product."""

@@ -44,6 +44,13 @@ KNOBS = {
     "fine_tuning_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of masked distillation"},
 }
 
+COMPOSES = {
+    "touches": ("weights", "storage"),
+    "needs": ("dense matrices",),
+    "invalidates": ("dense matrices", "whole matrices", "whole channels", "stacked experts", "statistics"),
+    "trial": {},
+}
+
 
 @dataclass(frozen=True)
 class Pruned:

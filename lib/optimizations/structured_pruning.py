@@ -25,6 +25,7 @@ from lib.errors import UserError
 from lib.models.anatomy import Anatomy, Attention, Block, Experts, anatomy, resize_linear, synchronise
 from lib.models.distillation import distil, divergence
 from lib.models.observation import BlockStatistics, Observation, observe
+from lib.models.sparse import stored
 
 GRANULARITIES = ("experts", "channels", "heads", "depth")
 SALIENCIES = ("activation", "magnitude", "random")
@@ -44,10 +45,17 @@ KNOBS = {
     "recovery_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of distillation afterwards"},
 }
 
+COMPOSES = {
+    "touches": ("shapes",),
+    "needs": ("whole channels", "stacked experts"),
+    "invalidates": ("statistics",),
+    "trial": {},
+}
+
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None: every decoder has parts to remove."""
-    return None
+    """Return None, or that its matrices are stored in a way that no row or column can be taken out of."""
+    return "matrices stored sparse cannot lose rows or columns; remove parts first" if stored(model) else None
 
 
 def apply(
@@ -71,6 +79,8 @@ def apply(
     batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
     """
     _check(ratio=ratio, granularity=granularity, saliency=saliency, depth_criterion=depth_criterion)
+    if reason := applies_to(model):
+        raise UserError(f"structured_pruning: {reason}")
     shares = plan(model, ratio, granularity)
     pruned = copy.deepcopy(model)
     if not any(shares.values()):

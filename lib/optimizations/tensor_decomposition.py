@@ -52,10 +52,17 @@ KNOBS = {
     "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
 }
 
+COMPOSES = {
+    "touches": ("weights", "storage"),
+    "needs": ("whole matrices",),
+    "invalidates": ("whole matrices", "whole channels", "statistics"),
+    "trial": {"method": "whitened", "budget": "uniform"},
+}
+
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that every matrix of the decoder is factored already."""
-    return None if matrices(model) else "every matrix of the decoder is factored already"
+    """Return None, or that no matrix of the decoder is left in one dense piece."""
+    return None if matrices(model) else "every matrix of the decoder is stored sparse or factored already"
 
 
 def apply(
@@ -78,7 +85,7 @@ def apply(
     for too few calibration tokens, and where there is no matrix to factor.
     """
     _check(compression=compression, method=method, budget=budget)
-    spectra = analyse(model, calibration, method) if spectra is None else spectra
+    spectra = analyse(model, calibration, method, budget) if spectra is None else spectra
     chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
     compressed = copy.deepcopy(model)
     install(compressed, spectra, chosen)
@@ -124,9 +131,9 @@ def matrices(model: nn.Module) -> list[Matrix]:
         experts, name = block.feed_forward.experts, experts_name(model, block)
         if experts is None:
             continue
-        if getattr(experts.module, "input_factor", None) is None:
+        if getattr(experts.module, "input_factor", None) is None and experts.gate_up.layout == torch.strided:
             found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
-        if getattr(experts.module, "output_factor", None) is None:
+        if getattr(experts.module, "output_factor", None) is None and experts.down.layout == torch.strided:
             found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
     return found
 
@@ -135,11 +142,16 @@ def matrices(model: nn.Module) -> list[Matrix]:
 
 
 def analyse(
-    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str = "whitened", seed: int = 0
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    method: str = "whitened",
+    budget: str = "global",
+    seed: int = 0,
 ) -> list[Spectrum]:
     """Return the spectrum of every matrix of the decoder: of W for "plain", of W·S from `calibration` for "whitened".
 
-    For "random" it is the flat one that a random subspace has on average.
+    For "random" it is the flat one that a random subspace has on average. A "uniform" budget sets no matrix against
+    another, so none is weighed for it: every worth is 1.
     """
     found = matrices(model)
     if not found:
@@ -151,7 +163,8 @@ def analyse(
         return [spectrum(matrix) for matrix in found]
     grams = observe_grams(model, calibration)
     entering = [_gram(matrix, grams) for matrix in found]
-    return weigh(model, [spectrum(matrix, gram) for matrix, gram in zip(found, entering)], calibration[0])
+    spectra = [spectrum(matrix, gram) for matrix, gram in zip(found, entering)]
+    return spectra if budget == "uniform" else weigh(model, spectra, calibration[0])
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ _LABELS = {
     "first_call_ms": "first call",
     "load_seconds": "load time",
     "break_even_tokens": "break-even",
+    "apply_joules": "energy to apply",
+    "swap_ms": "hot swap",
 }
 
 
