@@ -14,6 +14,9 @@ from torch import nn
 
 from lib.models.anatomy import anatomy
 
+CHECKS = 4
+PATIENCE = 2
+
 
 def distil(
     student: nn.Module,
@@ -21,12 +24,16 @@ def distil(
     batches: Sequence[dict[str, torch.Tensor]],
     *,
     steps: int,
+    held_out: Sequence[dict[str, torch.Tensor]] = (),
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
     """Train the decoder blocks of `student` in place for `steps` batches; return each step's loss, nats per token.
 
     AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches come in shuffled order, again and again.
+    With `held_out` batches the divergence there is read before, CHECKS times on the way and at the end. The student
+    ends with the weights of the best reading, be it the first: where nothing was lost there is nothing to recover, and
+    training does harm. It gives up once PATIENCE readings in a row are worse than the first.
     """
     view = anatomy(student)
     trained = [parameter for block in view.blocks for parameter in block.module.parameters()]
@@ -36,7 +43,9 @@ def distil(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = torch.Generator().manual_seed(seed)
-    losses = []
+    losses: list[float] = []
+    first = best = _mean_divergence(student, teacher, held_out)
+    kept, worse, every = [parameter.detach().clone() for parameter in trained if held_out], 0, -(-steps // (CHECKS + 1))
     for batch in itertools.islice(_shuffled(batches, order), steps):
         loss = divergence(student, teacher, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -45,10 +54,24 @@ def distil(
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
+        if held_out and (len(losses) % every == 0 or len(losses) == steps):
+            now = _mean_divergence(student, teacher, held_out)
+            if now < best:
+                best, kept = now, [parameter.detach().clone() for parameter in trained]
+            worse = worse + 1 if now >= first else 0
+            if worse == PATIENCE:
+                break
+    for parameter, value in zip(trained, kept, strict=False):
+        parameter.data.copy_(value)
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
     return losses
+
+
+def _mean_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[dict]) -> float:
+    with torch.no_grad():
+        return sum(float(divergence(student, teacher, batch)) for batch in batches) / max(1, len(batches))
 
 
 def divergence(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

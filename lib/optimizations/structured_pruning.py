@@ -28,6 +28,7 @@ from lib.models.observation import BlockStatistics, Observation, observe
 
 GRANULARITIES = ("experts", "channels", "heads", "depth")
 SALIENCIES = ("activation", "magnitude", "random")
+HELD_OUT = 4
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
 
 KNOBS = {
@@ -88,7 +89,8 @@ def apply(
         remove_blocks(pruned, least)
     synchronise(pruned)
     if recovery_steps:
-        distil(pruned, model, recovery or calibration, steps=recovery_steps, learning_rate=learning_rate, seed=seed)
+        options = {"steps": recovery_steps, "learning_rate": learning_rate, "seed": seed}
+        pruned, _ = recover(pruned, model, recovery or calibration, **options)
     return pruned
 
 
@@ -103,12 +105,16 @@ def recover(
 ) -> tuple[nn.Module, list[float]]:
     """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
 
+    Up to HELD_OUT batches (a quarter at most) are not trained on and decide which weights are kept, those of the start
+    among them.
     With no steps it is `pruned` itself.
     """
     if not steps:
         return pruned, []
     student = copy.deepcopy(pruned)
-    return student, distil(student, model, batches, steps=steps, learning_rate=learning_rate, seed=seed)
+    count = min(HELD_OUT, len(batches) // 4)
+    options = {"steps": steps, "held_out": batches[:count], "learning_rate": learning_rate, "seed": seed}
+    return student, distil(student, model, batches[count:], **options)
 
 
 def _check(ratio: float, **choices: str) -> None:

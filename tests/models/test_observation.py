@@ -67,3 +67,20 @@ def test_distillation_brings_a_damaged_model_back(tiny, batch):
     assert float(divergence(student, teacher, batch)) < before / 2
     assert float(divergence(teacher, teacher, batch)) == 0
     assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.mul_(0.999)
+    weights = [parameter.clone() for parameter in student.parameters()]
+    losses = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=0.3)
+    assert len(losses) < 100  # given up
+    assert all(torch.equal(was, now) for was, now in zip(weights, student.parameters()))
+
+
+def test_distillation_ends_at_its_best_reading(tiny, batch):
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.zero_()
+    before = float(divergence(student, teacher, batch))
+    distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=3e-3)
+    assert float(divergence(student, teacher, batch)) < before / 2
