@@ -19,6 +19,7 @@ from torch import nn
 
 from lib.measure import workloads
 from lib.models.anatomy import anatomy, forget_pictures
+from lib.models.library import PARTS
 
 Seconds = dict[str, dict[str, float]]  # slot → option → seconds
 
@@ -97,11 +98,7 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
 
         return hook
 
-    parts = [
-        (b.index, part, getattr(b, part).module)
-        for b in anatomy(model).blocks
-        for part in ("attention", "feed_forward")
-    ]
+    parts = [(b.index, part, getattr(b, part).module) for b in anatomy(model).blocks for part in PARTS]
     hooks = [module.register_forward_pre_hook(keep((index, part)), with_kwargs=True) for index, part, module in parts]
     try:
         forget_pictures(model)
@@ -165,7 +162,7 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
     medians = {key: float(np.median(found)) for key, found in pools.items()}
     times = {
         kind: {
-            slot: {option: medians[kind, *signatures[slot, option]] for option in options}
+            slot: {option: medians[(kind, *signatures[slot, option])] for option in options}
             for slot, options in modules.items()
         }
         for kind in ("prefill", "decode")

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lib.errors import UserError
+from lib.models.library import Choice
 
-Choice = dict[str, str]  # slot → option
 SLACK = 1e-9  # of a budget, for rounding
 
 

@@ -11,9 +11,8 @@ Nothing is loaded again: the library's modules stay in memory, so a swap back is
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import optuna
@@ -23,21 +22,17 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure import block_times, cost, programme
 from lib.measure.block_times import BlockTimes
-from lib.measure.programme import Budget, Choice, Table
+from lib.measure.programme import Budget, Table
 from lib.measure.study import Study
-from lib.models.absent import NoAttention, NoFeedForward, place
-from lib.models.anatomy import Block, anatomy, synchronise
+from lib.models import library as libraries
+from lib.models.anatomy import anatomy
 from lib.models.anatomy import attention as view_attention
-from lib.models.anatomy import feed_forward as view_feed_forward
+from lib.models.library import WHOLE, Choice, Library, locate, swap
 from lib.models.observation import Observation
 from lib.models.probe import Probe, divergence
 from lib.optimizations import structured_pruning as pruning
 
-WHOLE = "whole"
-ATTENTION = (WHOLE, "groups_50", "none")
-DENSE = (WHOLE, "channels_75", "channels_50", "none")
-EXPERTS = (WHOLE, "experts_75", "experts_50", "top_k_50", "experts_50_top_k_50", "none")
-LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # budgets of the front, as shares of the whole; those within reach
+LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
 REFERENCE = (1.0, 1.0)  # of hypervolumes: the whole model's cost, and one nat per token
 
 KNOBS = {
@@ -79,140 +74,15 @@ WORKLOADS = {
 }
 
 
-@dataclass
-class Library:
-    """Replacements by slot and option. `student` shares every tensor with the model; it alone is swapped."""
-
-    modules: dict[str, dict[str, nn.Module]]
-    student: nn.Module
-
-    @property
-    def space(self) -> dict[str, tuple[str, ...]]:
-        return {slot: tuple(options) for slot, options in self.modules.items()}
-
-    @property
-    def whole(self) -> Choice:
-        return dict.fromkeys(self.modules, WHOLE)
-
-
 def applies_to(model: nn.Module) -> str | None:
     """Return None: every decoder has blocks to choose for."""
     return None
 
 
-# --- the library -----------------------------------------------------------------------------------------------------
-
-
-def locate(slot: str) -> tuple[int, str]:
-    """Return block and part of a slot."""
-    index, _, part = slot.partition(".")
-    return int(index), part
-
-
 def build(model: nn.Module, seen: Observation, options: Mapping[str, Sequence[str]] | None = None) -> Library:
-    """Return the library of `model`: real modules, cut by what `seen` saw pass through them.
-
-    `options` restricts the option names by kind: attention, dense, experts. The first block keeps an attention, for the
-    cache tells by it how long the text is. Raises UserError where a slot would have no option.
-    """
-    names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    student = copy.deepcopy(model, shared)
-    modules: dict[str, dict[str, nn.Module]] = {}
-    for block, statistics in zip(anatomy(model).blocks, seen.blocks):
-        scores = pruning.saliency_scores(block, statistics)
-        for part in ("attention", "feed_forward"):
-            kind = "attention" if part == "attention" else block.feed_forward.kind
-            made: dict[str, nn.Module] = {}
-            for option in names[kind]:
-                module = _replacement(block, part, option, scores)
-                if module is not None and not (part == "attention" and option == "none" and block.index == 0):
-                    made.setdefault(option, module)
-            slot = f"{block.index:02d}.{part}"
-            if not made:
-                raise UserError(f'continuous_nas: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
-            modules[slot] = made
-    whole = anatomy(student).blocks
-    for slot in modules:  # the student's own modules stand for "whole"
-        index, part = locate(slot)
-        if WHOLE in modules[slot]:
-            modules[slot][WHOLE] = getattr(whole[index], part).module
-    return Library(modules, student)
-
-
-def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Module | None:
-    """Return the module of one option, or None where it would be no other than one that is there already."""
-    source = getattr(block, part).module
-    if option == "none":
-        return NoAttention() if part == "attention" else NoFeedForward()
-    copied = copy.deepcopy(source, {id(getattr(source, "config", None)): getattr(source, "config", None)})
-    if option == WHOLE:
-        return source
-    shares = _shares(option, "attention" if part == "attention" else block.feed_forward.kind)
-    if part == "attention":
-        attention = view_attention(copied)
-        kept = _most(scores["heads"], shares["groups"])
-        if len(kept) == attention.key_value_heads:
-            return None
-        pruning.keep_groups(attention, kept)
-        if hasattr(copied, "num_heads"):
-            copied.num_heads = view_attention(copied).heads
-        return copied
-    view = replace(block, feed_forward=view_feed_forward(copied))
-    for name, share in shares.items():
-        experts = view.feed_forward.experts
-        if name == "channels":
-            pruning.keep_channels(view, _most(scores["channels"], share, pruning.CHANNEL_MULTIPLE))
-        elif name == "experts":
-            kept = _most(scores["experts"], share)
-            if len(kept) < experts.top_k:
-                return None
-            pruning.keep_experts(experts, kept)
-        elif max(1, round(share * experts.top_k)) == experts.top_k:
-            return None
-        else:
-            experts.router.top_k = max(1, round(share * experts.top_k))
-    return copied
-
-
-def _shares(option: str, kind: str) -> dict[str, float]:
-    """Return what an option keeps: "experts_50_top_k_50" → {"experts": 0.5, "top_k": 0.5}. Raises UserError."""
-    offered, may = {
-        "attention": (ATTENTION, {"groups"}),
-        "dense": (DENSE, {"channels"}),
-        "experts": (EXPERTS, {"experts", "top_k"}),
-    }[kind]
-    words = option.replace("top_k", "top-k").split("_")
-    found = dict(zip((word.replace("-", "_") for word in words[::2]), words[1::2]))
-    if len(found) * 2 != len(words) or not set(found) <= may or not all(_percent(text) for text in found.values()):
-        raise UserError(f'continuous_nas: option "{option}" of {kind}; expected one like {", ".join(offered)}')
-    return {name: int(text) / 100 for name, text in found.items()}
-
-
-def _percent(text: str) -> bool:
-    return text.isdigit() and 0 < int(text) < 100
-
-
-def _most(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor:
-    """Return the indices of the most salient share, ascending."""
-    count = max(multiple, round(len(scores) * share / multiple) * multiple)
-    return scores.topk(min(count, len(scores))).indices.sort().values
-
-
-def swap(library: Library, choice: Choice) -> nn.Module:
-    """Make the live `library.student` the chosen architecture, in place; return it. Nothing is copied or loaded."""
-    layers = anatomy(library.student).decoder.layers
-    for slot, option in choice.items():
-        index, part = locate(slot)
-        place(layers[index], part, library.modules[slot][option])
-    return synchronise(library.student)
-
-
-def child(library: Library, choice: Choice) -> nn.Module:
-    """Return the chosen architecture as a model of its own; the student is whole again afterwards."""
-    made = copy.deepcopy(swap(library, choice))
-    swap(library, library.whole)
-    return synchronise(made)
+    """Return the library of `model`, cut by what `seen` saw pass through it; see `lib.models.library.build`."""
+    blocks = anatomy(model).blocks
+    return libraries.build(model, [pruning.saliency_scores(*pair) for pair in zip(blocks, seen.blocks)], options)
 
 
 # --- what a choice costs ---------------------------------------------------------------------------------------------
