@@ -95,6 +95,10 @@ METRICS: dict[str, Metric] = {
     "decode_bytes_per_token": _efficiency("bytes/token", False, SIZE_MARGIN),
     "apply_seconds": _efficiency("s", False, None),
     "break_even_tokens": _efficiency("tokens", False, None),
+    # Of a search: how much its front dominates (share of cost times nats per token), and what it took.
+    "front_hypervolume": _efficiency("cost share x nats/token", True, None),
+    "search_evaluations": _efficiency("evaluations", False, None),
+    "search_seconds": _efficiency("s", False, None),
 }
 
 

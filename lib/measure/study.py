@@ -8,6 +8,7 @@ is searched.
 
 import hashlib
 import json
+import platform
 import sqlite3
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,11 @@ def code(*modules: object) -> str:
     for module in modules:
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
+
+
+def machine() -> str:
+    """Return which machine times were measured on: they are facts of this one alone."""
+    return f"{platform.node()} {platform.machine()} {platform.processor()}".strip()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,16 @@ WHOLE = "whole"
 ATTENTION = (WHOLE, "groups_50", "none")
 DENSE = (WHOLE, "channels_75", "channels_50", "channels_25", "none")
 EXPERTS = (WHOLE, "experts_75", "experts_50", "top_k_50", "experts_50_top_k_50", "none")
+# Of the uniform control: finer than the library, for it has as many evaluations to spend.
+UNIFORM = {
+    "attention": (WHOLE, "groups_75", "groups_50", "groups_25", "none"),
+    "dense": (WHOLE, *(f"channels_{percent}" for percent in range(95, 15, -5))),
+    "experts": (
+        WHOLE,
+        *(f"experts_{percent}" for percent in (88, 75, 63, 50)),
+        *(f"experts_{percent}_top_k_{chosen}" for chosen in (75, 50, 25) for percent in (99, 75, 50, 38)),
+    ),
+}
 PARTS = ("attention", "feed_forward")
 CHANNEL_MULTIPLE = 8  # matrix kernels are built for aligned rows
 
@@ -156,3 +167,39 @@ def child(library: Library, choice: Choice) -> nn.Module:
     made = copy.deepcopy(swap(library, choice))
     swap(library, library.whole)
     return synchronise(made)
+
+
+def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
+    """Return random choices. Each first draws which share of the slots to replace, so that mild ones are among them."""
+    draw = np.random.default_rng(seed)
+    found: list[Choice] = []
+    while len(found) < count:
+        share = draw.random()
+        choice = {}
+        for slot, options in space.items():
+            others = [option for option in options if option != WHOLE]
+            replaced = bool(others) and draw.random() < share
+            choice[slot] = others[draw.integers(len(others))] if replaced else WHOLE
+        found.append(choice)
+    return found
+
+
+def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
+    """Return at most `count` choices that treat all blocks alike, spread evenly: the mildest first.
+
+    Where a slot lacks an option (another kind of part, a first block that must attend), the one at the same place of
+    its own list stands there.
+    """
+    attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
+    feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)
+    found = []
+    for pair in ((at, feed) for at in attending for feed in feeding):
+        choice = {}
+        for slot, options in space.items():
+            wanted, names = (pair[0], attending) if slot.endswith(".attention") else (pair[1], feeding)
+            nearest = min(round(names.index(wanted) / max(1, len(names) - 1) * (len(options) - 1)), len(options) - 1)
+            choice[slot] = wanted if wanted in options else options[nearest]
+        found.append(choice)
+    found = [choice for choice in found if any(option != WHOLE for option in choice.values())]
+    order = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
+    return [found[index] for index in order]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import block_times, cost, programme
+from lib.measure import block_times, cost, front, programme
 from lib.measure.block_times import BlockTimes
 from lib.measure.programme import Budget, Table
 from lib.measure.study import Study
@@ -217,6 +217,10 @@ class Search:
         """Return (share of the whole model's cost, divergence) of every evaluation, in order."""
         return [(costs.share(one.choice), one.divergence) for one in self.evaluations]
 
+    def curve(self, costs: Costs) -> list[float]:
+        """Return the hypervolume after each evaluation, of share of cost times nats per token within REFERENCE."""
+        return front.progress(self.points(costs), REFERENCE).tolist()
+
 
 def _key(choice: Choice) -> tuple:
     return tuple(sorted(choice.items()))
@@ -329,52 +333,40 @@ def run(
     return best(search, costs, time_share, memory_share)
 
 
-# --- controls --------------------------------------------------------------------------------------------------------
+# --- drift -----------------------------------------------------------------------------------------------------------
 
 
-def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
-    """Return random choices. Each first draws which share of the slots to replace, so that mild ones are among them."""
-    draw = np.random.default_rng(seed)
-    found: list[Choice] = []
-    while len(found) < count:
-        share = draw.random()
-        choice = {}
-        for slot, options in space.items():
-            others = [option for option in options if option != WHOLE]
-            replaced = bool(others) and draw.random() < share
-            choice[slot] = others[draw.integers(len(others))] if replaced else WHOLE
-        found.append(choice)
-    return found
+@dataclass(frozen=True)
+class Adaptation:
+    """How a search followed a drift: hypervolume after each new evaluation, warm and begun again from nothing.
 
-
-# Of the uniform control: finer than the library, for it has as many evaluations to spend.
-UNIFORM = {
-    "attention": (WHOLE, "groups_75", "groups_50", "groups_25", "none"),
-    "dense": (WHOLE, *(f"channels_{percent}" for percent in range(95, 15, -5))),
-    "experts": (
-        WHOLE,
-        *(f"experts_{percent}" for percent in (88, 75, 63, 50)),
-        *(f"experts_{percent}_top_k_{chosen}" for chosen in (75, 50, 25) for percent in (99, 75, 50, 38)),
-    ),
-}
-
-
-def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
-    """Return at most `count` choices that treat all blocks alike, spread evenly: the mildest first.
-
-    Where a slot lacks an option (another kind of part, a first block that must attend), the one at the same place of
-    its own list stands there.
+    `warm[0]` is what was known before any new evaluation. Hypervolumes are of the new workload's costs.
     """
-    attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
-    feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)
-    found = []
-    for pair in ((at, feed) for at in attending for feed in feeding):
-        choice = {}
-        for slot, options in space.items():
-            wanted, names = (pair[0], attending) if slot.endswith(".attention") else (pair[1], feeding)
-            nearest = min(round(names.index(wanted) / max(1, len(names) - 1) * (len(options) - 1)), len(options) - 1)
-            choice[slot] = wanted if wanted in options else options[nearest]
-        found.append(choice)
-    found = [choice for choice in found if any(option != WHOLE for option in choice.values())]
-    order = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return [found[index] for index in order]
+
+    costs: Costs
+    found: Evaluation
+    warm: list[float]
+    cold: list[float]
+
+    def evaluations_until(self, share: float) -> int | None:
+        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume."""
+        reached = front.evaluations_until(self.warm, share * self.cold[-1])
+        return None if reached is None else reached - 1
+
+
+def adapt(
+    search: Search, costs: Costs, *, time_share: float, memory_share: float, refinements: int, count: int = 10
+) -> Adaptation:
+    """Go on under the costs of a new workload, and compare with a search that begins again from nothing.
+
+    What is known of divergences stays true, so only costs are new. Raises what `run` raises.
+    """
+    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements, "count": count}
+    found = run(search, costs, **options)
+    phases = [one.phase.startswith(f"{costs.workload.name}:") for one in search.evaluations]
+    before = phases.index(True) if any(phases) else len(phases)
+    after = len(phases) - phases[::-1].index(True) if any(phases) else len(phases)
+    warm = front.progress(search.points(costs)[:after], REFERENCE)
+    cold = search.afresh()
+    run(cold, costs, **options)
+    return Adaptation(costs, found, warm[max(before - 1, 0) :].tolist(), cold.curve(costs))

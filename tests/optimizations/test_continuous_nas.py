@@ -8,6 +8,7 @@ import torch
 from lib.errors import UserError
 from lib.measure import study
 from lib.measure.programme import Table
+from lib.models import library
 from lib.models.anatomy import anatomy
 from lib.models.library import WHOLE, child
 from lib.models.observation import observe
@@ -99,7 +100,9 @@ def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
     nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
     before = len(search.evaluations)
     drifted = nas.costs(model, search.library, MEMORY, _times(search.library))
-    nas.run(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
+    followed = nas.adapt(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
+    assert len(followed.warm) == len(search.evaluations) - before + 1 and followed.warm[0] > 0
+    assert followed.evaluations_until(0.95) < len(followed.cold) / 3
     phases = [one.phase for one in search.evaluations[before:]]
     assert "library" not in phases and len(phases) <= 12
     assert drifted.share(nas.best(search, drifted, 1.0, 0.8).choice) <= 0.8
@@ -135,16 +138,16 @@ def test_times_are_measured_for_every_option(tiny, name, batch):
 
 def test_controls(tiny, name, batch):
     model = tiny(name)
-    shelf = nas.build(model, observe(model, [batch]), nas.UNIFORM)
-    alike = nas.uniform_choices(shelf.space, 12)
+    shelf = nas.build(model, observe(model, [batch]), library.UNIFORM)
+    alike = library.uniform_choices(shelf.space, 12)
     assert 4 <= len(alike) <= 12 and len({tuple(one.items()) for one in alike}) == len(alike)
     for choice in alike:
         kinds = {}
         for slot, option in choice.items():
             kinds.setdefault((slot[3:], shelf.space[slot]), set()).add(option)
         assert all(len(options) == 1 for options in kinds.values())
-    drawn = nas.random_choices(shelf.space, 40, 1)
-    assert drawn == nas.random_choices(shelf.space, 40, 1) != nas.random_choices(shelf.space, 40, 2)
+    drawn = library.random_choices(shelf.space, 40, 1)
+    assert drawn == library.random_choices(shelf.space, 40, 1) != library.random_choices(shelf.space, 40, 2)
     replaced = [sum(option != WHOLE for option in one.values()) for one in drawn]
     assert min(replaced) <= 2 and max(replaced) >= len(shelf.space) - 2
     assert set(itertools.chain(*(one.values() for one in drawn))) > {WHOLE}
