@@ -30,7 +30,7 @@ from lib.measure.study import Study
 from lib.models.stack import Step
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
-STEPS = 16  # the most that a knob of whole numbers (steps of training) is given in a search
+STEPS = 16  # the most that a knob of whole numbers (steps of training) is given above its least
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,13 @@ class Component:
     stem: str
     module: ModuleType
     knobs: Mapping[str, Mapping]
+    most_steps: int = STEPS
 
     @property
     def defaults(self) -> dict[str, object]:
         """Its defaults, whole numbers within what a search gives them."""
         return {
-            name: min(knob["default"], STEPS) if knob["type"] == "int" else knob["default"]
+            name: min(knob["default"], knob["range"][0] + self.most_steps) if knob["type"] == "int" else knob["default"]
             for name, knob in self.knobs.items()
         }
 
@@ -55,11 +56,12 @@ def applies_to(model: nn.Module) -> str | None:
     return None if any(one.module.applies_to(model) is None for one in components()) else "no optimization applies"
 
 
-def components(declared: Mapping[str, Collection[str]] | None = None) -> list[Component]:
+def components(declared: Mapping[str, Collection[str]] | None = None, most_steps: int = STEPS) -> list[Component]:
     """Return every module beside this one that offers `apply` and `KNOBS`, by name.
 
     `declared` names, by stem, the parameters that its template takes: other knobs stay at their defaults, so that a
-    chosen configuration can be asked for by the template. A stem that is not in it is left out.
+    chosen configuration can be asked for by the template. A stem that is not in it is left out. `most_steps` is the
+    most that a knob of whole numbers is given above its least.
     """
     found = []
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
@@ -68,7 +70,7 @@ def components(declared: Mapping[str, Collection[str]] | None = None) -> list[Co
         module = importlib.import_module(f"lib.optimizations.{info.name}")
         if callable(getattr(module, "apply", None)) and getattr(module, "KNOBS", None):
             knobs = {name: k for name, k in module.KNOBS.items() if declared is None or name in declared[info.name]}
-            found.append(Component(info.name, module, knobs))
+            found.append(Component(info.name, module, knobs, most_steps))
     return found
 
 
@@ -91,20 +93,20 @@ def space(parts: Sequence[Component]) -> dict[str, BaseDistribution]:
     for part in parts:
         found[part.stem] = CategoricalDistribution((False, True))
         found[f"{part.stem}.order"] = FloatDistribution(0, 1)
-        found |= {f"{part.stem}.{name}": _distribution(part.stem, name, knob) for name, knob in part.knobs.items()}
+        found |= {f"{part.stem}.{name}": _distribution(part, name, knob) for name, knob in part.knobs.items()}
     return found
 
 
-def _distribution(stem: str, name: str, knob: Mapping) -> BaseDistribution:
+def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution:
     if "choices" in knob:
         if not knob["choices"]:
-            raise UserError(f'{stem}: knob "{name}" has no choices; expected at least one in KNOBS')
+            raise UserError(f'{part.stem}: knob "{name}" has no choices; expected at least one in KNOBS')
         return CategoricalDistribution(tuple(knob["choices"]))
     low, high = knob["range"]
     if not low <= high:
-        raise UserError(f'{stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in KNOBS')
+        raise UserError(f'{part.stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in KNOBS')
     if knob["type"] == "int":
-        return IntDistribution(int(low), int(min(high, low + STEPS)))
+        return IntDistribution(int(low), int(min(high, low + part.most_steps)))
     inside = [low + share * (high - low) for share in INNER]
     return FloatDistribution(*inside)
 
