@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lib.measure import cost, measurement, memory
+from lib.measure import cost, dimensions, measurement, memory
 from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
@@ -23,6 +23,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
     The work is one prompt of `effort.prompt_tokens` tokens and a few generated ones. Needs room on the temporary disk
     for both checkpoints.
     """
+    if not dimensions.wanted("performance", "resources"):
+        return []
     effort = efforts.read(effort) if isinstance(effort, str) else effort
     weight = next(baseline.parameters())
     with tempfile.TemporaryDirectory() as folder:

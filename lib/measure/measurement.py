@@ -36,9 +36,11 @@ class Measurement(BaseModel):
     """One metric of both arms. The fields are the record's; see the module's text for `ratio`, `ci`, `noise_floor` and
     `mde`.
 
-    `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts from the
-    predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that was
-    measured.
+    `margin` is what the verdict was held to, as in `metrics.py` (a share of the baseline, or in the metric's unit), and
+    `bound` the one-sided 95 % bound of the change that was held against it, in the same terms; both None where nothing
+    was judged so. `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts
+    from the predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that
+    was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -55,6 +57,8 @@ class Measurement(BaseModel):
     n: int | None
     noise_floor: float | None
     mde: float | None
+    margin: float | None = None
+    bound: float | None = None
     verdict: Verdict
     provenance: Provenance
     source: str
@@ -63,7 +67,18 @@ class Measurement(BaseModel):
     predicted: float | None = None
     realised: float | None = None
 
-    @field_validator("baseline", "optimized", "ratio", "noise_floor", "mde", "predicted", "realised", mode="before")
+    @field_validator(
+        "baseline",
+        "optimized",
+        "ratio",
+        "noise_floor",
+        "mde",
+        "margin",
+        "bound",
+        "predicted",
+        "realised",
+        mode="before",
+    )
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
         if value is None:
@@ -187,6 +202,7 @@ def from_samples(
         n=found.n,
         noise_floor=floor,
         mde=found.mde if math.isfinite(found.mde) else None,
+        margin=None if verdict == "informative" else margin,
         verdict=verdict,
         provenance=provenance,
         source=source,
@@ -234,6 +250,7 @@ def counted(
         baseline=baseline,
         optimized=optimized,
         ratio=_ratio(baseline, optimized),
+        margin=None if verdict == "informative" else margin,
         verdict=verdict,
         provenance=provenance,
         source=source,
@@ -273,30 +290,17 @@ def judged(metric: str, workload: str, **fields) -> Measurement:
 
 def unavailable(metric: str, workload: str, reason: str, source: str = "none") -> Measurement:
     """Return a metric that could not be had: null with its reason, never 0, never blank."""
-    return _make(
-        metric,
-        workload,
-        baseline=None,
-        optimized=None,
-        verdict="unavailable",
-        provenance="unavailable",
-        source=source,
-        reason=reason,
-    )
+    return _missing(metric, workload, "unavailable", reason, source)
 
 
 def invalid(metric: str, workload: str, reason: str, source: str = "sanity gate") -> Measurement:
     """Return a metric that must not be shown because an arm's output has degenerated (`lib.measure.sanity`)."""
-    return _make(
-        metric,
-        workload,
-        baseline=None,
-        optimized=None,
-        verdict="invalid",
-        provenance="unavailable",
-        source=source,
-        reason=reason,
-    )
+    return _missing(metric, workload, "invalid", reason, source)
+
+
+def _missing(metric: str, workload: str, verdict: Verdict, reason: str, source: str) -> Measurement:
+    fields = {"baseline": None, "optimized": None, "provenance": "unavailable"}
+    return _make(metric, workload, **fields, verdict=verdict, source=source, reason=reason)
 
 
 def lint(measurements: Iterable[Measurement | dict]) -> list[str]:

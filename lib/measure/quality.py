@@ -17,8 +17,8 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import nn
 
+from lib.measure import dimensions, measurement, noninferiority, statistics, workloads
 from lib.measure import effort as efforts
-from lib.measure import measurement, noninferiority, statistics, workloads
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import METRICS
@@ -95,12 +95,16 @@ def evaluate(
     """Ask one arm all its questions and return the answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
-    tasks, by default those of the model's parameter file. Random weights are asked nothing.
+    tasks, by default those of the model's parameter file. Random weights are asked nothing; where accuracy is not
+    among the dimensions asked for, the final text alone is read.
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
     effort = efforts.read(effort) if isinstance(effort, str) else effort
     arm = loaded if model is None else replace(loaded, model=model)
+    if split == "final" and not dimensions.wanted("accuracy"):  # the text alone, which controls read too
+        ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
+        return Answers([], read(arm.model, ids_NT), None, dimensions.left_out())
     names = tasks if tasks is not None else [t for t in loaded.parameters.tasks if t in task_list.CLASSIFY]
     ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
     return Answers(
@@ -282,25 +286,14 @@ def compare_text(
     source = f"{windows} held-out windows of {tokens} tokens"
     options = {"resamples": resamples, "seed": seed}
     perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
-    kl = measurement.informative(
-        "kl_divergence_nats",
-        "prefill",
-        0.0,
-        float(kl_N.mean()),
-        f"{source}, KL(baseline ‖ optimized) over the whole vocabulary",
-        ratio=None,
-        ci=statistics.bootstrap_interval(kl_N, **options),
-        n=windows,
-    )
-    agreement = measurement.informative(
-        "top1_agreement",
-        "prefill",
-        1.0,
-        float(agree_N.mean()),
-        f"{source}, share of positions with the same most likely token",
-        ci=statistics.bootstrap_interval(agree_N, **options),
-        n=windows,
-    )
+
+    def told(metric: str, alike: float, values_N: np.ndarray, what: str, **more) -> Measurement:
+        spread = {"ci": statistics.bootstrap_interval(values_N, **options), "n": windows}
+        mean = float(values_N.mean())
+        return measurement.informative(metric, "prefill", alike, mean, f"{source}, {what}", **spread, **more)
+
+    kl = told("kl_divergence_nats", 0.0, kl_N, "KL(baseline ‖ optimized) over the whole vocabulary", ratio=None)
+    agreement = told("top1_agreement", 1.0, agree_N, "share of positions with the same most likely token")
     return [perplexity, kl, agreement]
 
 

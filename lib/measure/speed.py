@@ -9,7 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure import ceilings, cost, disturbance, energy, measurement, processor, statistics, timing, workloads
+from lib.measure import (
+    ceilings,
+    cost,
+    dimensions,
+    disturbance,
+    energy,
+    measurement,
+    processor,
+    statistics,
+    timing,
+    workloads,
+)
 from lib.measure import effort as efforts
 from lib.measure.ceilings import Ceilings
 from lib.measure.cost import Cost
@@ -101,9 +112,11 @@ def compare(
     `fallback`: see `ceilings.explain`.
     """
     effort = efforts.read(effort) if isinstance(effort, str) else effort
+    listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
     if invalid:
-        listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
         return Compared([measurement.invalid(metric, name, invalid) for metric, name in listed])
+    if not dimensions.wanted("performance", "efficiency"):
+        return Compared([measurement.unavailable(metric, name, dimensions.left_out()) for metric, name in listed])
     weight = next(baseline.parameters())
     peaks = ceilings.measure(weight.device.type, weight.dtype)
     hints = {"zero_share": cost.zero_share(optimized), "fallback": fallback}
@@ -117,7 +130,11 @@ def compare(
         timed[name] = _time(arms, prices, effort.blocks, seed)
         found += _explained(name, timed[name], hints, peaks)
     found += _processor(timed)
-    if with_energy and (name := "decode" if "decode" in timed else next(iter(timed), None)):
+    if (
+        with_energy
+        and dimensions.wanted("efficiency")
+        and (name := "decode" if "decode" in timed else next(iter(timed), None))
+    ):
         arms = timed[name].baseline, timed[name].optimized
         found += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=weight.device.type, seed=seed)
     return Compared(found, timed, _details(timed, peaks), peaks)

@@ -7,7 +7,7 @@ the frames from a record. Colours are Okabe and Ito's; no meaning rests on colou
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib
@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+
+from lib.report.quantities import counted
 
 WIDTH_INCHES, DPI = 7.6, 160
 INK, GREY, BAND = "#1a1a1a", "#6b6b6b", "#d9dde2"
@@ -100,6 +102,21 @@ def _whiskers(axes: Axes, frame: pd.DataFrame, x: str, y: str, low: str, high: s
             axes.errorbar(has[x], has[y], yerr=[below, (has[high] - has[y]).clip(lower=0)], **options)
 
 
+def _lines(span: Callable, line: Callable, margin: tuple[float, float] | None, reference: float | None) -> None:
+    """Draw, across the axes, the band of what still counts as maintained, and the baseline's value."""
+    if margin is not None:
+        span(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
+    if reference is not None:
+        line(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="baseline", zorder=1)
+
+
+def _spread(axes: Axes, row: pd.Series, name: str, at: float) -> None:
+    """Draw a bar's interval, `low` to `high`, where it has one."""
+    if pd.notna(row.get("low")) and pd.notna(row.get("high")):
+        spread = [[max(row[name] - row["low"], 0)], [max(row["high"] - row[name], 0)]]
+        axes.errorbar(row[name], at, xerr=spread, color=INK, capsize=3, linewidth=1.2)
+
+
 def impact(
     frame: pd.DataFrame,
     *,
@@ -124,10 +141,7 @@ def impact(
     """
     with _style():
         figure, (axes,) = _axes(3.6)
-        if margin is not None:
-            axes.axhspan(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
-        if reference is not None:
-            axes.axhline(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="baseline", zorder=1)
+        _lines(axes.axhspan, axes.axhline, margin, reference)
         for index, (name, rows) in enumerate(frame.groupby(arm, sort=False, observed=True)):
             rows = rows.sort_values(x)
             (colour, marker), control = _look(index), name in controls
@@ -240,9 +254,7 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
         for at, row in rows.iterrows():
             colour = GREY if row["arm"] == "baseline" else ARMS[max(arms.index(row["arm"]) - ("baseline" in arms), 0)]
             axes.barh(at, row["time"], color=colour, height=0.62, alpha=0.9)
-            if "low" in rows and pd.notna(row["low"]) and pd.notna(row["high"]):
-                spread = [[max(row["time"] - row["low"], 0)], [max(row["high"] - row["time"], 0)]]
-                axes.errorbar(row["time"], at, xerr=spread, color=INK, capsize=3, linewidth=1.2)
+            _spread(axes, row, "time", at)
             if pd.notna(row["bound"]):
                 axes.plot([row["bound"]] * 2, [at - 0.4, at + 0.4], color=ORANGE, linewidth=3.5, solid_capstyle="butt")
                 limit = f", limit: {row['limit']}" if "limit" in rows and pd.notna(row["limit"]) else ""
@@ -271,10 +283,6 @@ def bars(
     frame: pd.DataFrame,
     *,
     y_label: str,
-    arm: str = "arm",
-    y: str = "value",
-    low: str = "low",
-    high: str = "high",
     controls: Sequence[str] = (),
     reference: float | None = None,
     margin: tuple[float, float] | None = None,
@@ -282,24 +290,21 @@ def bars(
 ) -> Figure:
     """Return one horizontal bar per arm with its interval; arms named in `controls` are hatched and pale.
 
-    `reference` and `margin` as in `impact`, drawn across the bars. `y_label` carries the unit.
+    `frame` has a row per arm: columns `arm`, `value` and, where known, `low`, `high`. `reference` and `margin` as in
+    `impact`, drawn across the bars. `y_label` carries the unit.
     """
     rows = frame.reset_index(drop=True)
     with _style():
         figure, (axes,) = _axes(1.1 + 0.4 * len(rows))
-        if margin is not None:
-            axes.axvspan(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
+        _lines(axes.axvspan, axes.axvline, margin, reference)
         for at, row in rows.iterrows():
-            control, base = row[arm] in controls, row[arm] == "baseline"
+            control, base = row["arm"] in controls, row["arm"] == "baseline"
             colour = GREY if base else ORANGE if control else BLUE
             style = dict(facecolor="white", edgecolor=colour, hatch="////") if control else dict(color=colour)
-            axes.barh(at, row[y], height=0.62, **style)
-            if low in rows and pd.notna(row[low]) and pd.notna(row[high]):
-                spread = [[max(row[y] - row[low], 0)], [max(row[high] - row[y], 0)]]
-                axes.errorbar(row[y], at, xerr=spread, color=INK, capsize=3, linewidth=1.2)
-        if reference is not None:
-            axes.axvline(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="baseline")
-        axes.set_yticks(range(len(rows)), [f"{name} (control)" if name in controls else name for name in rows[arm]])
+            axes.barh(at, row["value"], height=0.62, **style)
+            _spread(axes, row, "value", at)
+        names = [f"{name} (control)" if name in controls else name for name in rows["arm"]]
+        axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=y_label, title=title)
@@ -328,8 +333,7 @@ def trade_off(
     """
     with _style():
         figure, (axes,) = _axes(4.2)
-        if margin is not None:
-            axes.axhspan(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
+        _lines(axes.axhspan, axes.axhline, margin, None)
         if reference is not None:
             axes.axvline(reference[0], color=INK, linewidth=0.8)
             axes.axhline(reference[1], color=INK, linewidth=0.8)
@@ -363,7 +367,7 @@ def process(frame: pd.DataFrame, *, cores: int | None = None, title: str = "") -
         above.plot(frame["seconds"], frame["processor_percent"], color=BLUE, linewidth=1.3)
         if cores:
             above.axhline(100 * cores, color=GREY, linestyle="--", linewidth=1)
-            above.text(1, 100 * cores, f"{cores} core{'s' * (cores > 1)} given", transform=above.get_yaxis_transform(),
+            above.text(1, 100 * cores, f"{counted(cores, 'core')} given", transform=above.get_yaxis_transform(),
                        ha="right", va="bottom", fontsize=8, color=GREY)  # fmt: skip
             above.set_ylim(0, 100 * cores * 1.25)
         above.set(ylabel="processor (%)", title=title)

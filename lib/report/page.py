@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lib.report import rows
-from lib.report.quantities import duration
+from lib.report.quantities import counted, duration
 from lib.report.record import Process, Record
 from lib.report.wording import one_line, signed, title, words
 
@@ -98,7 +98,7 @@ def machine(environment: Mapping[str, Any]) -> str:
     """Return the machine in a few words from an environment card: GPU or processor, and the cores given."""
     name = environment.get("gpu") or environment.get("processor")
     cores = environment.get("cores_given")
-    return one_line(", ".join(part for part in (name, f"{cores} cores given" if cores else "") if part), 90)
+    return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

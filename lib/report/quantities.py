@@ -76,6 +76,11 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.3f}×" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}×"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 core`, `2 cores`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def share(value: float | None) -> str:
     """Return a share as a percentage: `28 %`, `1.8 %`, `0.05 %`."""
     if value is None:

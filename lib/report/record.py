@@ -13,7 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UserError
+from lib.measure import dimensions
 from lib.measure.measurement import Measurement
+from lib.measure.metrics import DIMENSIONS
 from lib.report import plain
 from lib.report.files import write_atomically
 from lib.report.verdict import Verdict, judge, withhold_if_invalid
@@ -54,7 +56,10 @@ class Process(BaseModel):
 
 
 class Record(BaseModel):
-    """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`."""
+    """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`.
+
+    `dimensions` are those that were asked for; None where all four were: only such a record is whole.
+    """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     schema_version: Literal[1] = Field(SCHEMA, alias="schema")
@@ -62,6 +67,7 @@ class Record(BaseModel):
     model: str
     scale: str
     effort: str
+    dimensions: list[Literal["performance", "accuracy", "resources", "efficiency"]] | None = None
     status: Status = "ok"
     reason: str | None = None
     key: str | None = None
@@ -98,25 +104,32 @@ def build(
 ) -> Record:
     """Return the record of a run, its verdict computed from the measurements.
 
-    A model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
+    Of measurements and controls only the dimensions that were asked for are kept (`lib.measure.dimensions`). A model
+    whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
     `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
-    judged = withhold_if_invalid(list(measurements))
+    asked = dimensions.asked()
+    kept = asked or DIMENSIONS
+    judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in kept]
+    beside = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
+    for control in beside if asked else ():
+        control.measurements = [m for m in control.measurements if m.dimension in kept]
     return Record(
         optimization=optimization,
         model=model,
         scale=scale,
         effort=effort,
+        dimensions=list(asked) if asked else None,
         status=status,
         reason=reason,
         parameters=plain.decode(plain.encode(dict(parameters), "parameters")),
         environment=plain.decode(plain.encode(_as_mapping(environment), "environment")),
         measurements=judged,
-        controls=[item if isinstance(item, Control) else Control.model_validate(item) for item in controls],
+        controls=[control for control in beside if control.measurements or not asked],
         details=plain.decode(plain.encode(dict(details or {}), "details")),
-        verdict=judge(judged, status, reason),
+        verdict=judge(judged, status, reason, asked),
     )
 
 
@@ -125,13 +138,16 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     return encoded if isinstance(encoded, dict) else {"card": encoded}
 
 
-def labelled(value: Any, provenance: str, source: str) -> dict[str, Any]:
-    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands."""
+def labelled(value: Any, provenance: str, source: str, **about: str) -> dict[str, Any]:
+    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands.
+
+    `about` are further words on it; an impact curve names its axes so, `x` and `y` (`lib.report.impact`).
+    """
     if provenance not in ("measured", "derived", "estimated") or not source:
         raise ValueError(
             f'a number is measured, derived or estimated, and has a source; got "{provenance}", "{source}"'
         )
-    return {"provenance": provenance, "source": source, "value": value}
+    return {"provenance": provenance, "source": source, **about, "value": value}
 
 
 def to_json(record: Record) -> dict[str, Any]:

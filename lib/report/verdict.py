@@ -5,7 +5,6 @@ together so that a gain never hides a loss, and said in plain English with ratio
 or pages.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -38,9 +37,6 @@ SAME_TIMES = {
     "time_to_first_token_ms": "prefill_tokens_per_second",
     "time_per_output_token_ms": "decode_tokens_per_second",
 }
-# As `lib.measure.noninferiority` states them in a source; a test holds both together.
-BOUND = re.compile(r"\b(lower|upper) bound ([+-][\d.]+)(%?)")
-MARGIN = re.compile(r"\bmargin ([\d.]+)(%?)")
 _SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -67,8 +63,17 @@ class Verdict(BaseModel):
     sentence: str = ""
 
 
-def judge(measurements: Sequence[Measurement], status: str = "ok", reason: str | None = None) -> Verdict:
-    """Return the verdict of a run; one that failed or does not apply claims nothing and says why."""
+def judge(
+    measurements: Sequence[Measurement],
+    status: str = "ok",
+    reason: str | None = None,
+    asked: Sequence[str] | None = None,
+) -> Verdict:
+    """Return the verdict of a run; one that failed or does not apply claims nothing and says why.
+
+    `asked` are the dimensions that were to be measured, where not all were: the others are unavailable, and the
+    sentence says so.
+    """
     if status == "failed":
         return Verdict(sentence=f"Failed, so nothing is claimed: {_clause(reason)}.")
     if status == "not_applicable":
@@ -79,7 +84,7 @@ def judge(measurements: Sequence[Measurement], status: str = "ok", reason: str |
         accuracy=_accuracy(found["accuracy"]),
         resources=_dimension(found["resources"]),
         efficiency=_dimension(found["efficiency"]),
-        sentence=_sentence(found),
+        sentence=_sentence(found, asked or DIMENSIONS),
     )
 
 
@@ -142,7 +147,7 @@ def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measur
     return first + [m for m in losses if SAME_TIMES.get(m.metric) not in shown][:2]
 
 
-def _sentence(found: dict[str, list[Measurement]]) -> str:
+def _sentence(found: dict[str, list[Measurement]], asked: Sequence[str]) -> str:
     broken = next((m for m in found["accuracy"] if m.verdict == "invalid"), None)
     parts = []
     if broken:
@@ -153,12 +158,14 @@ def _sentence(found: dict[str, list[Measurement]]) -> str:
         "performance": _speed, "accuracy": _quality, "resources": _amount, "efficiency": _amount,
     }  # fmt: skip
     for name, phrase in say.items():
-        if broken and name != "resources":
+        if name not in asked or (broken and name != "resources"):
             continue
         chosen = headline(found[name], name)
         parts += [phrase(m) + _workload(m, found[name]) for m in chosen]
         if not chosen:
             parts.append(_nothing(name, found[name]))
+    left_out = [name for name in DIMENSIONS if name not in asked]
+    parts += [f"not asked for: {', '.join(left_out)}"] if left_out else []
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "."
 
@@ -250,17 +257,13 @@ def _quality(found: Measurement) -> str:
 
 
 def judged_by(found: Measurement) -> tuple[str | None, str | None]:
-    """Return the one-sided bound and the margin that a score was held to, in words, as its source states them.
+    """Return the one-sided bound and the margin that a score was held to, in words; None for what is not known.
 
-    A margin may be set for one run, so that of the list of metrics is not assumed where the source names none.
+    A margin may be set for one run, so that of the list of metrics is not assumed where the measurement has none.
     """
-    bound, margin = BOUND.search(found.source), MARGIN.search(found.source)
+    sign = "" if found.unit == "share" else " %"
+    side = "lower" if found.higher_is_better else "upper"
     return (
-        bound and f"{bound[1]} bound {signed(_hundredths(bound[2], bound[3]))}{' %' * bool(bound[3])}",
-        margin and f"margin {_hundredths(margin[1], margin[2]):g}{' %' * bool(margin[2])}",
+        None if found.bound is None else f"{side} bound {signed(100 * found.bound)}{sign}",
+        None if found.margin is None else f"margin {100 * found.margin:g}{sign}",
     )
-
-
-def _hundredths(number: str, sign: str) -> float:
-    """Return a share in hundredths; a number with a percent sign is that already."""
-    return float(number) if sign else float(number) * 100

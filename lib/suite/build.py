@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.suite import cores, imports, key, lock, outputs, plan, worker
+from lib.suite import cores, imports, key, lock, outputs, past, plan, site, worker
 from lib.suite.outputs import Folder, State
 from lib.suite.plan import Job, Request
 from lib.suite.progress import Progress, duration
@@ -55,8 +55,8 @@ def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]
     return found
 
 
-def build(request: Request, out: Path, jobs: int | None = None, force: bool = False) -> int:
-    """Run what is not finished, make the pages and the index; return the exit code."""
+def build(request: Request, out: Path, jobs: int | None = None, force: bool = False, suite: str | None = None) -> int:
+    """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code."""
     planned = plan.plan(request)
     side_by_side = jobs if jobs is not None else cores.default_jobs(request.scale, request.device)
     shares = cores.share_out(side_by_side)
@@ -65,7 +65,7 @@ def build(request: Request, out: Path, jobs: int | None = None, force: bool = Fa
     folder = outputs.open_folder(out)
     try:
         with _locked(folder), stoppable():
-            return _build(folder, planned, shares, force)
+            return _build(folder, planned, shares, force, suite)
     except Stopped:
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
         return 1
@@ -89,7 +89,9 @@ def _locked(folder: Folder) -> Iterator[None]:
         ) from None
 
 
-def _build(folder: Folder, planned: Sequence[Job], shares: Sequence[Sequence[int]], force: bool) -> int:
+def _build(
+    folder: Folder, planned: Sequence[Job], shares: Sequence[Sequence[int]], force: bool, suite: str | None
+) -> int:
     surveyed = survey(folder, planned)
     _tidy(folder)
     to_run = [(job, parts) for job, parts, state in surveyed if force or state.must_run]
@@ -103,9 +105,13 @@ def _build(folder: Folder, planned: Sequence[Job], shares: Sequence[Sequence[int
     expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
     results = _run(folder, to_run, shares, planned, expected) if to_run else []
     faults = _render(folder, to_render, planned)
+    faults += past.keep(folder, suite or "run")
     faults += _overview(folder, shares)
-    faults += _index(folder)
-    return _summary(folder, len(planned), results, faults)
+    faults += site.finish(folder, suite)
+    short = site.short_of_curves(folder) if suite == "enhanced" else []
+    for line in short:
+        print(f"SHORT {line}")
+    return _summary(folder, len(planned), results, faults) or bool(short)
 
 
 def _run(folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict) -> list:
@@ -164,18 +170,6 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
     return [fault] if fault else []
 
 
-def _index(folder: Folder) -> list[str]:
-    index = folder.path / "index.html"
-    sources = [*folder.path.glob("*--*.json"), *folder.path.glob("overview.html"), plan.NOTEBOOKS]
-    newest = max((path.stat().st_mtime_ns for path in sources), default=0)
-    if index.is_file() and index.stat().st_mtime_ns >= newest:
-        return []
-    from lib.suite import publish
-
-    fault = publish.write_index(folder)
-    return [fault] if fault else []
-
-
 def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str]) -> int:
     """Print the last lines; return the exit code."""
     failed = [result for result in results if result.status == "failed"]
@@ -203,8 +197,21 @@ def report(out: Path) -> int:
         raise UserError(f"{_shown(out)}: holds no record; build first: python build.py")
     folder = outputs.open_folder(out)
     with _locked(folder):
-        faults = publish.render_all(folder, lambda line: print(line, flush=True))
+        faults = publish.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
     print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
+    return 1 if faults else 0
+
+
+def cover(out: Path) -> int:
+    """Write the coverage report; return the exit code. Runs nothing."""
+    folder = outputs.open_folder(out)
+    with _locked(folder):
+        faults = site.finish(folder, "coverage")
+    for fault in faults:
+        print(f"FAILED {fault}")
+    from lib.report import suites
+
+    print(_shown(folder.path / suites.FILES["coverage"][0]))
     return 1 if faults else 0
 
 

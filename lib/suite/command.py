@@ -16,7 +16,7 @@ from lib.errors import UserError, suggest
 from lib.suite import plan
 
 ROOT = plan.ROOT
-DEFAULT = "complete"
+DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
     "Without a command the complete suite runs: every optimization on every model, then all reports. Finished runs are "
     "kept, and a build that was stopped goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit "
@@ -52,6 +52,7 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
     add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
+    add("--dimension", action="append", default=[], metavar="D", help=f"measure this alone (repeatable): {DIMENSIONS}")
     _out(parser)
 
 
@@ -81,10 +82,22 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     run = add("run", "run some optimizations (default: all)")
     run.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
     _run_options(run)
-    _run_options(add("comprehensive", "run every optimization on every model"))
+    for name, text in SUITES.items():
+        _run_options(add(name, text))
     report = add("report", "render the reports again from the records; runs nothing")
     report.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
     _out(report)
+    coverage = add("coverage", "show which run is covered by which record; runs nothing")
+    check = add("check", "hold a result set against what it should be, point by point; exit 1 where it falls short")
+    compare = add("compare", "two result sets: what got better, worse, or cannot be told; exit 1 on a regression")
+    for name, text in (("old", "before"), ("new", "after")):
+        what = "a result folder, a result file, or an earlier build by date or commit"
+        compare.add_argument(name, metavar=name.upper(), help=f"{text}: {what}")
+    for one in (coverage, check, compare):
+        one.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+        _out(one)
+    for one in (check, compare):
+        one.add_argument("--all", action="store_true", help="show every line")
     _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
     add("proxies", "train the stand-ins again; further arguments go to lib.models.proxies (--help: its options)")
     add("lab", "JupyterLab on the notebooks; further arguments go to JupyterLab")
@@ -92,6 +105,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     return top, found
 
 
+SUITES = {
+    "comprehensive": "run every optimization on every model; results and report in one file each",
+    "enhanced": "every optimization at several strengths: impact curves; exit 1 where a run has none",
+    "all": "run every optimization on every model; aggregated results, and a summary of the execution",
+}
 PASSING_ON = ("proxies", "lab", "test")
 
 
@@ -120,7 +138,7 @@ def _main(arguments: list[str]) -> int:
         # The complete suite, which needs no name.
         own = Parser(prog="build.py", epilog=EPILOG)
         _run_options(own)
-        return _build(_parsed(own, arguments), ())
+        return _build(_parsed(own, arguments), (), "complete")
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         hint = suggest(arguments[0], commands) or f" Known: {', '.join(commands)}."
         if arguments[0] in plan.optimizations():
@@ -130,7 +148,10 @@ def _main(arguments: list[str]) -> int:
         top.print_help()
         return 0
     options = _parsed(commands[arguments[0]], arguments[1:])
-    return {"run": _run, "comprehensive": _comprehensive, "report": _report, "list": _list}[arguments[0]](options)
+    if arguments[0] in SUITES:
+        return _build(options, (), arguments[0])
+    does = {"run": _run, "report": _report, "coverage": _coverage, "check": _check, "compare": _compare, "list": _list}
+    return does[arguments[0]](options)
 
 
 def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
@@ -162,6 +183,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         device=options.device,
         checkpoints=options.checkpoints,
         random_weights=options.random_weights,
+        dimensions=tuple(options.dimension),
         parameters=plan.assignments(options.parameters),
     )
 
@@ -171,24 +193,39 @@ def _folder(options: argparse.Namespace) -> Path:
     return Path(os.path.abspath(base)) / options.scale
 
 
-def _build(options: argparse.Namespace, optimizations: Sequence[str]) -> int:
+def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str | None = None) -> int:
     from lib.suite import build
 
-    return build.build(_request(options, optimizations), _folder(options), options.jobs, options.force)
+    request = _request(options, optimizations)
+    return build.build(request, _folder(options), options.jobs, options.force, suite)
 
 
 def _run(options: argparse.Namespace) -> int:
     return _build(options, options.optimizations)
 
 
-def _comprehensive(options: argparse.Namespace) -> int:
-    return _build(options, ())
-
-
 def _report(options: argparse.Namespace) -> int:
     from lib.suite import build
 
     return build.report(_folder(options))
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    from lib.suite import build
+
+    return build.cover(_folder(options))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lib.suite import verdicts
+
+    return verdicts.check(_folder(options), options.all)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lib.suite import verdicts
+
+    return verdicts.compare(options.old, options.new, _folder(options), options.all)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -93,7 +93,8 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     """
     modules = (reached or {}).get(job.optimization) or imports.reached(job.template)
     model = parameter_files.read(job.model)
-    return {
+    asked = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
+    return asked | {
         "template": {str(index): digest(cell) for index, cell in enumerate(job.template.cells)},
         "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
         "model": {
@@ -147,8 +148,8 @@ def _hub_revision(hub_id: str) -> str:
 def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:
     """Return what changed between two jobs' parts: `code: lib/measure/timing.py changed`; empty if nothing."""
     told = []
-    for part in after:
-        old, new = before.get(part, {}), after[part]
+    for part in {**after, **before}:
+        old, new = before.get(part, {}), after.get(part, {})
         changed = [name for name in new if name in old and old[name] != new[name]]
         added, removed = [name for name in new if name not in old], [name for name in old if name not in new]
         for names, verb in ((changed, "changed"), (added, "new"), (removed, "gone")):

@@ -24,6 +24,8 @@ OVERVIEW = "overview"
 SCALES = parameter_files.SCALES
 EFFORTS = ("quick", "standard", "thorough")
 DEVICES = ("cpu", "cuda")
+# As in lib/measure/metrics.py, which a listing need not load; a test holds both together.
+DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
 OPTIONS = {
     "model": "--model",
     "scale": "--scale",
@@ -36,7 +38,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line. Empty `optimizations` or `models` mean all of them."""
+    """What was asked for on the command line. Empty `optimizations`, `models` or `dimensions` mean all of them."""
 
     optimizations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class Request:
     device: str = "cpu"
     checkpoints: str = ""
     random_weights: bool = False
+    dimensions: tuple[str, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -57,6 +60,7 @@ class Job:
     scale: str
     effort: str
     parameters: Mapping[str, Any]
+    dimensions: tuple[str, ...] = ()
 
     @property
     def optimization(self) -> str:
@@ -102,6 +106,7 @@ def plan(request: Request, to_run: bool = True) -> list[Job]:
     on = _chosen("model", request.models, models(), "parameters/*.yaml")
     if to_run:
         _check_device(request.device)
+    dimensions = _dimensions(request.dimensions)
     read = [templates.read(NOTEBOOKS / f"{name}.ipynb") for name in chosen]
     files = {name: parameter_files.read(name) for name in on}
     for name in on:
@@ -109,10 +114,20 @@ def plan(request: Request, to_run: bool = True) -> list[Job]:
         if to_run:
             _check_weights(name, request)
     return [
-        Job(template, name, request.scale, request.effort, resolve(template, name, files[name].optimizations, request))
+        Job(template, name, request.scale, request.effort, values, dimensions)
         for template in read
         for name in on
+        for values in [resolve(template, name, files[name].optimizations, request)]
     ]
+
+
+def _dimensions(asked: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the dimensions that were asked for, in their order; empty where all four are meant."""
+    for name in asked:
+        if name not in DIMENSIONS:
+            raise UserError(f"--dimension {name}: expected one of {', '.join(DIMENSIONS)}.{suggest(name, DIMENSIONS)}")
+    chosen = tuple(name for name in DIMENSIONS if name in asked)
+    return () if chosen == DIMENSIONS else chosen
 
 
 def _chosen(what: str, asked: tuple[str, ...], known: list[str], where: str) -> list[str]:

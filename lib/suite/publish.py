@@ -35,7 +35,7 @@ def _first_line(error: Exception) -> str:
 
 
 def render_all(folder: Folder, told: Callable[[str], None]) -> list[str]:
-    """Render every record of the folder again, then the overview and the index; return what went wrong, a line each."""
+    """Render every record of the folder again, then the overview; return what went wrong, a line each."""
     pairs = present(folder)
     faults = []
     stems = [f"{optimization}--{model}" for optimization, model in pairs]
@@ -44,17 +44,4 @@ def render_all(folder: Folder, told: Callable[[str], None]) -> list[str]:
         fault = render(folder.path, stem, pairs)
         told(f"{stem}: {fault}" if fault else f"{stem}: rendered")
         faults += [fault] if fault else []
-    fault = write_index(folder)
-    return faults + ([fault] if fault else [])
-
-
-def write_index(folder: Folder) -> str | None:
-    """Write `index.html`; return None, or in one line why it could not be done."""
-    from lib.report import index
-
-    try:
-        index.write(folder.path, plan.optimizations(), plan.models())
-    except Exception as error:  # as above
-        log.exception("writing the index")
-        return f"index.html could not be made: {type(error).__name__}: {_first_line(error)}"
-    return None
+    return faults

@@ -44,6 +44,7 @@ def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outco
         found = records.build(
             job.optimization, job.model, job.scale, job.effort, job.parameters, status="failed", reason=reason
         )
+        found.dimensions = list(job.dimensions) or None
     log = _log(job.template, task, outcome, found.status == "failed")
     found = found.model_copy(
         update={
@@ -72,6 +73,8 @@ def _accept(job: Job, content: Any) -> tuple[records.Record | None, str | None]:
         told, wanted = getattr(found, name), getattr(job, name)
         if told != wanted:
             return None, f'the glued record says {name} "{told}", but this run is "{wanted}"'
+    if found.dimensions != (list(job.dimensions) or None):
+        return None, f"the glued record is of {found.dimensions or 'all dimensions'}; lib.report.record.build makes it"
     return found, None
 
 

@@ -90,6 +90,7 @@ def _begin(build: Build, slot: Slot) -> None:
         cores=slot.cores,
         jobs=len(build.shares),
         effort=job.effort,
+        dimensions=job.dimensions,
     )
     slot.tries += 1
     slot.worker = worker.start(task)

@@ -40,6 +40,7 @@ class Task:
     jobs: int
     effort: str
     glued: bool = True
+    dimensions: tuple[str, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -145,6 +146,7 @@ def start(task: Task) -> Worker:
     task.folder.mkdir(parents=True, exist_ok=True)
     (task.temporary / "tmp").mkdir(parents=True, exist_ok=True)
     environment = surroundings(task.temporary) | {name: str(len(task.cores)) for name in THREADS}
+    environment["WORKBENCH_DIMENSIONS"] = ",".join(task.dimensions)
     environment |= {"WORKBENCH_JOBS": str(task.jobs), "TMPDIR": str(task.temporary / "tmp")}
     with task.log.open("ab") as log:
         process = subprocess.Popen(

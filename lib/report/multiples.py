@@ -1,0 +1,38 @@
+"""Small multiples in the style of `lib.report.figures`: the same axes once per model, or once per metric.
+
+Takes tidy frames and returns matplotlib Figures; knows nothing of records.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.report.figures import _axes, _look, _style, _whiskers
+
+
+def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = False) -> Figure:
+    """Return small multiples of `impact`: a panel per model with the same axes, one legend, no more than two abreast.
+
+    `frame` has columns `model`, `arm`, `strength`, `value`, `low`, `high`.
+    """
+    models, arms = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["arm"]))
+    columns = min(len(models), 2)
+    lines = -(-len(models) // columns)
+    with _style():
+        figure, axes = _axes(2.5 * lines + 0.6, columns, lines, sharex=True, sharey=True, squeeze=False)
+        for one, model in zip(axes, models):
+            for index, arm in enumerate(arms):
+                rows = frame[(frame["model"] == model) & (frame["arm"] == arm)].sort_values("strength")
+                colour, marker = _look(index)
+                one.plot(rows["strength"], rows["value"], color=colour, marker=marker, markersize=5, label=arm)
+                _whiskers(one, rows, "strength", "value", "low", "high", fmt="none", ecolor=colour, capsize=2)
+            one.set_title(model)
+            if log_y:
+                one.set_yscale("log")
+        for unused in axes[len(models) :]:
+            unused.set_axis_off()
+        for one in axes[max(len(models) - columns, 0) : len(models)]:
+            one.set_xlabel(x_label)
+        figure.supylabel(y_label, fontsize=9.5)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure

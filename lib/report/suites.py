@@ -1,0 +1,83 @@
+"""Writes the eight files of the suites from a result set: JSON by the published schema, Markdown, a summary as text.
+
+Each file is made whole from the records and replaced in one step. Knows the files' names; runs nothing.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lib.report import execution, results, suite_pages
+from lib.report.files import write_atomically
+from lib.report.results import Results
+
+FILES = {
+    "comprehensive": (
+        "comprehensive_optimization_benchmark_results.json",
+        "comprehensive_optimization_benchmark_report.md",
+    ),
+    "enhanced": (
+        "enhanced_optimization_impact_benchmark_results.json",
+        "enhanced_optimization_impact_benchmark_report.md",
+    ),
+    "coverage": ("optimization_coverage_report.md",),
+    "all": ("master_benchmark_results_all_optimizations.json", "benchmark_execution_report_all_optimizations.txt"),
+    "complete": ("complete_benchmark_suite_results.json",),
+}
+CONTENT = {
+    "comprehensive": results.comprehensive,
+    "enhanced": results.enhanced,
+    "all": results.master,
+    "complete": results.complete,
+}
+PARTS = ("comprehensive", "enhanced", "coverage", "all")  # what the complete suite is made of, besides its own file
+
+
+def files(kind: str) -> tuple[str, ...]:
+    """Return the names of the files that a suite leaves; the complete one leaves all of them."""
+    if kind == "complete":
+        return tuple(name for part in (*PARTS, "complete") for name in FILES[part])
+    return FILES[kind]
+
+
+def write(kind: str, folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Path]:
+    """Write a suite's files from the records in `folder`; return them. Raises OSError.
+
+    `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
+    """
+    found = results.read(folder, optimizations, models)
+    kinds = (*PARTS, "complete") if kind == "complete" else (kind,)
+    return [path for one in kinds for path in _write(one, found, Path(folder))]
+
+
+def _write(kind: str, found: Results, folder: Path) -> list[Path]:
+    written = []
+    for name in FILES[kind]:
+        if name.endswith(".json"):
+            text = _json(CONTENT[kind](found))
+        elif name.endswith(".txt"):
+            text = execution.text(found)
+        else:
+            text, pictures = getattr(suite_pages, kind)(found, f"{name.removesuffix('.md')}_files")
+            _pictures(folder / f"{name.removesuffix('.md')}_files", pictures)
+        written.append(write_atomically(folder / name, text))
+    return written
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _pictures(place: Path, pictures: dict[str, bytes]) -> None:
+    """Replace the folder of a report's pictures."""
+    fresh = place.with_name(f".{place.name}.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    if pictures:
+        fresh.mkdir(parents=True)
+        for name, content in pictures.items():
+            (fresh / name).write_bytes(content)
+    shutil.rmtree(place, ignore_errors=True)
+    if pictures:
+        fresh.rename(place)
