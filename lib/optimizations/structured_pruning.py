@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.anatomy import Anatomy, Block, Experts, anatomy, synchronise
+from lib.models.anatomy import Anatomy, Attention, Block, Experts, anatomy, synchronise
 from lib.models.distillation import distil, divergence
 from lib.models.observation import BlockStatistics, Observation, observe
 from lib.models.surgery import head_projections, keep_channels, keep_expert_channels, keep_experts, keep_groups
@@ -156,7 +156,7 @@ def _whole(view: Anatomy, granularity: str, share: float) -> float:
     """Return the nearest share that whole experts, groups or blocks can give; channels are fine enough as they are."""
     counts = {
         "experts": [block.feed_forward.experts.count for block in view.blocks if block.feed_forward.experts],
-        "heads": [block.attention.key_value_heads for block in view.blocks],
+        "heads": [b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none"],
         "depth": [len(view.blocks)],
     }.get(granularity)
     return share if counts is None else round(share * counts[0]) / counts[0]
@@ -194,7 +194,7 @@ def _most(view: Anatomy, granularity: str) -> float:
         routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
         return min(1 - experts.top_k / experts.count for experts in routed)
     if granularity == "heads":
-        return min(1 - 1 / block.attention.key_value_heads for block in view.blocks)
+        return min(1 - 1 / b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none")
     if granularity == "depth":
         return 1 - max(1, view.fixed_blocks) / len(view.blocks)
     return 0.95
@@ -219,11 +219,17 @@ def saliency_scores(block: Block, seen: BlockStatistics | None, saliency: str = 
         scores["expert_channels"] = down_EI * (seen.expert_channel_activation_EI if active else up_EI)
         norm_E = torch.sqrt(up_EI.square().sum(1) + down_EI.square().sum(1))
         scores["experts"] = seen.expert_contribution_E / seen.expert_tokens_E.clamp_min(1) if active else norm_E
-    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
-    heads_Q = seen.head_contribution_Q if active else output_HQD.square().sum((0, 2)).sqrt()
-    scores["heads"] = heads_Q.view(attention.key_value_heads, -1).sum(1)
+    if attention.kind != "none":
+        scores["heads"] = _head_saliency(attention, seen if active else None)
     scores["depth"] = seen.influence if active else _norm(block)
     return scores
+
+
+def _head_saliency(attention: Attention, seen: BlockStatistics | None) -> torch.Tensor:
+    """Return one number per key-value group: what its heads added, or, where nothing was seen, the norm of weights."""
+    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
+    heads_Q = output_HQD.square().sum((0, 2)).sqrt() if seen is None else seen.head_contribution_Q
+    return heads_Q.view(attention.key_value_heads, -1).sum(1)
 
 
 def _random_scores(block: Block, generator: torch.Generator) -> dict:
@@ -265,7 +271,7 @@ def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
 
 def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:
     part = block.feed_forward
-    if shares["heads"]:
+    if shares["heads"] and block.attention.kind != "none":
         keep_groups(block.attention, _kept(scores["heads"], shares["heads"]))
     if shares["channels"] and part.dense is not None:
         keep_channels(block, _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE))

@@ -120,3 +120,16 @@ def test_bad_options_are_named(tiny, batch):
             library.build(model, scores, {kind: ("whole", option)})
     with pytest.raises(UserError, match=r'slot "00\.attention" has no option'):
         library.build(model, scores, {"attention": ()})
+
+
+def test_other_optimizations_take_a_model_with_absent_parts(tiny, name, batch):
+    """What is left is pruned as ever; a part that is absent has nothing to lose."""
+    from lib.optimizations import structured_pruning as pruning
+
+    model = tiny(name)
+    absent.remove(model, 1, "attention")
+    absent.remove(model, 2, "feed_forward")
+    for granularity, ratio in (("channels", 0.1), ("heads", 0.05), ("depth", 0.25)):
+        pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
+        assert pruning.decoder_parameters(pruned) < pruning.decoder_parameters(model)
+        assert torch.isfinite(pruned(**batch).logits).all()
