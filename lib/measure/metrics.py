@@ -110,6 +110,10 @@ METRICS: dict[str, Metric] = {
     "modularity_score": _efficiency("share", True, None),
     "files_touched": _efficiency("files", False, None),
     "lines_written": _efficiency("lines", False, None),
+    # Of a search: how much its front dominates (share of cost times nats per token), and what it took.
+    "front_hypervolume": _efficiency("cost share x nats/token", True, None),
+    "search_evaluations": _efficiency("evaluations", False, None),
+    "search_seconds": _efficiency("s", False, None),
 }
 
 

@@ -24,6 +24,7 @@ class Attention:
 
     `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
     `latent`: queries and key-values are expanded from latents, one slice per head; the cache keeps the latents.
+    `none`: the block has no attention (`lib.models.absent`): every count is 0.
     """
 
     module: nn.Module
@@ -83,7 +84,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Feed-forward part of one block: kind `dense`, or `experts` (then `dense` is the shared expert, if any)."""
+    """Feed-forward part of one block: kind `dense`, `experts` (then `dense` is the shared expert, if any) or `none`."""
 
     module: nn.Module
     kind: str
@@ -174,6 +175,8 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def attention(module: nn.Module) -> Attention:
     """Return the view of one attention module; head counts come from the tensors' shapes."""
+    if getattr(module, "absent", False):
+        return Attention(module, "none", 0, 0, head_dim=0, value_dim=0, latent_dim=0, rope_dim=0)
     if hasattr(module, "kv_b_proj"):
         heads = module.o_proj.in_features // module.v_head_dim
         return Attention(
@@ -201,6 +204,8 @@ def attention(module: nn.Module) -> Attention:
 
 def feed_forward(module: nn.Module) -> FeedForward:
     """Return the view of one feed-forward module."""
+    if getattr(module, "absent", False):
+        return FeedForward(module, "none", None, None)
     if hasattr(module, "experts"):
         return FeedForward(
             module, "experts", getattr(module, "shared_experts", None), Experts(module.experts, module.gate)
@@ -235,8 +240,11 @@ def synchronise(model: nn.Module) -> nn.Module:
     writes a manifest, since such shapes do not follow from a configuration.
     """
     view = anatomy(model)
-    for index, block in enumerate(view.blocks):
-        block.attention.module.layer_idx = index
+    with_attention = 0  # only these have a place in the cache
+    for block in view.blocks:
+        if block.attention.kind != "none":
+            block.attention.module.layer_idx = with_attention
+            with_attention += 1
         for linear in (module for module in block.module.modules() if isinstance(module, nn.Linear)):
             linear.out_features, linear.in_features = linear.weight.shape
         _synchronise_block(block)
@@ -247,7 +255,8 @@ def synchronise(model: nn.Module) -> nn.Module:
 def _synchronise_block(block: Block) -> None:
     seen = attention(block.attention.module)
     module = seen.module
-    module.num_key_value_groups = seen.heads // seen.key_value_heads
+    if seen.kind != "none":
+        module.num_key_value_groups = seen.heads // seen.key_value_heads
     if hasattr(module, "num_heads"):
         module.num_heads = seen.heads
     dense, experts = block.feed_forward.dense, block.feed_forward.experts
@@ -273,8 +282,8 @@ def _state_in_config(view: Anatomy) -> None:
         setattr(config, name, max(part.count for part in routed))
         config.moe_intermediate_size = max(part.channels for part in routed)
     if getattr(config, "mlp_layer_types", None) is not None:
-        config.mlp_layer_types = ["dense" if block.feed_forward.kind == "dense" else "sparse" for block in blocks]
+        config.mlp_layer_types = ["sparse" if block.feed_forward.kind == "experts" else "dense" for block in blocks]
     if hasattr(config, "mlp_only_layers"):
-        config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind == "dense"]
+        config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind != "experts"]
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[: len(blocks)]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
-from lib.models import factors, sparse
+from lib.models import absent, factors, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
@@ -149,7 +149,8 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, proc
             "channels": block.feed_forward.channels,
             "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
         }
-        for block in anatomy(model).blocks
+        | told
+        for block, told in zip(anatomy(model).blocks, absent.describe(model))
     ]
     manifest: dict[str, object] = {"blocks": blocks}
     manifest |= {
@@ -198,6 +199,7 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
         model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    absent.restore(model, manifest.get("blocks", []))
     factors.restore(model, manifest.get("factors", {}))
     sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
     for name, old in [*model.named_parameters(), *model.named_buffers()]:

@@ -85,10 +85,13 @@ def _watch_block(block: Block, statistics: BlockStatistics, real: Callable, keep
             lambda module, args, kwargs, output: _add_influence(statistics, real, args, kwargs, output),
             with_kwargs=True,
         ),
-        block.attention.output.register_forward_pre_hook(
-            lambda module, args: _add_heads(statistics, block, real(args[0]))
-        ),
     ]
+    if block.attention.kind != "none":
+        hooks.append(
+            block.attention.output.register_forward_pre_hook(
+                lambda module, args: _add_heads(statistics, block, real(args[0]))
+            )
+        )
     part = block.feed_forward
     if part.dense is not None:
         hooks.append(part.down.register_forward_pre_hook(lambda module, args: _add_channels(statistics, real(args[0]))))

@@ -207,17 +207,25 @@ def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor,
 
 
 def calibration(
-    loaded, sequences: int, length: int, seed: int = 0, *, tokens_at_once: int = TOKENS_AT_ONCE
+    loaded,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    *,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    split: str = "calibration",
 ) -> list[dict[str, torch.Tensor]]:
     """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
+
+    Another `split` makes the same of other text, for a search that must not judge by what it was made from.
 
     Half running text, half questions with their answers, with a key and a value repeated in each window so that recall
     is calibrated for too. A vision-language model gets batches of pictures beside them, one picture per sequence.
     """
     random = torch.Generator().manual_seed(seed)
-    rows_NT = text_windows(loaded, "calibration", sequences - sequences // 2, length, seed).cpu()
+    rows_NT = text_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
     short = sequences - len(rows_NT)
-    rows_NT = torch.cat([rows_NT, _questions(loaded, short, length, seed, random)]) if short else rows_NT
+    rows_NT = torch.cat([rows_NT, _questions(loaded, short, length, seed, random, split)]) if short else rows_NT
     span = KEY + VALUE
     if length >= 4 * span:
         span_NS = random_ids(loaded, (len(rows_NT), span), random)
@@ -226,18 +234,20 @@ def calibration(
     size = max(1, tokens_at_once // length)
     made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
     if loaded.processor is not None and "digits" in loaded.parameters.tasks:
-        pictures = items("digits", "calibration", sequences, seed)
+        pictures = items("digits", split, sequences, seed)
         made += [inputs for inputs, _ in batches(loaded, pictures)]
     return made
 
 
-def _questions(loaded, rows: int, length: int, seed: int, random: torch.Generator) -> torch.Tensor:
-    """Return windows packed with questions and answers of the calibration split (repeated where there are too few)."""
+def _questions(
+    loaded, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
+) -> torch.Tensor:
+    """Return windows packed with questions and answers of a split (repeated where there are too few)."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (rows, length), random)
     task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")
     ids = []
-    for question in itertools.cycle(items(task, "calibration", None, seed)):
+    for question in itertools.cycle(items(task, split, None, seed)):
         text = f"{question.prompt} {question.label}"
         ids += [*loaded.tokenizer(text, add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
         if len(ids) >= rows * length:

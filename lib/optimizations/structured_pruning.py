@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.anatomy import Anatomy, Attention, Block, Experts, anatomy, resize_linear, synchronise
+from lib.models.anatomy import Anatomy, Attention, Block, Experts, anatomy, synchronise
 from lib.models.distillation import distil, divergence
 from lib.models.observation import BlockStatistics, Observation, observe
 from lib.models.sparse import stored
+from lib.models.surgery import head_projections, keep_channels, keep_expert_channels, keep_experts, keep_groups
 
 GRANULARITIES = ("experts", "channels", "heads", "depth")
 SALIENCIES = ("activation", "magnitude", "random")
@@ -165,7 +166,7 @@ def _whole(view: Anatomy, granularity: str, share: float) -> float:
     """Return the nearest share that whole experts, groups or blocks can give; channels are fine enough as they are."""
     counts = {
         "experts": [block.feed_forward.experts.count for block in view.blocks if block.feed_forward.experts],
-        "heads": [block.attention.key_value_heads for block in view.blocks],
+        "heads": [b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none"],
         "depth": [len(view.blocks)],
     }.get(granularity)
     return share if counts is None else round(share * counts[0]) / counts[0]
@@ -193,7 +194,7 @@ def _removable(view: Anatomy, granularity: str) -> int:
         if granularity == "depth":
             total += sum(parameter.numel() for parameter in block.module.parameters())
         if granularity == "heads":
-            total += sum(linear.weight.numel() for linear in _head_projections(block.attention))
+            total += sum(linear.weight.numel() for linear in head_projections(block.attention))
     return total
 
 
@@ -203,17 +204,10 @@ def _most(view: Anatomy, granularity: str) -> float:
         routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
         return min(1 - experts.top_k / experts.count for experts in routed)
     if granularity == "heads":
-        return min(1 - 1 / block.attention.key_value_heads for block in view.blocks)
+        return min(1 - 1 / b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none")
     if granularity == "depth":
         return 1 - max(1, view.fixed_blocks) / len(view.blocks)
     return 0.95
-
-
-def _head_projections(attention: Attention) -> list[nn.Linear]:
-    module = attention.module
-    if attention.kind == "latent":
-        return [module.q_b_proj if module.q_proj is None else module.q_proj, module.kv_b_proj, module.o_proj]
-    return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
 
 
 # --- what goes -------------------------------------------------------------------------------------------------------
@@ -235,11 +229,17 @@ def saliency_scores(block: Block, seen: BlockStatistics | None, saliency: str = 
         scores["expert_channels"] = down_EI * (seen.expert_channel_activation_EI if active else up_EI)
         norm_E = torch.sqrt(up_EI.square().sum(1) + down_EI.square().sum(1))
         scores["experts"] = seen.expert_contribution_E / seen.expert_tokens_E.clamp_min(1) if active else norm_E
-    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
-    heads_Q = seen.head_contribution_Q if active else output_HQD.square().sum((0, 2)).sqrt()
-    scores["heads"] = heads_Q.view(attention.key_value_heads, -1).sum(1)
+    if attention.kind != "none":
+        scores["heads"] = _head_saliency(attention, seen if active else None)
     scores["depth"] = seen.influence if active else _norm(block)
     return scores
+
+
+def _head_saliency(attention: Attention, seen: BlockStatistics | None) -> torch.Tensor:
+    """Return one number per key-value group: what its heads added, or, where nothing was seen, the norm of weights."""
+    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
+    heads_Q = output_HQD.square().sum((0, 2)).sqrt() if seen is None else seen.head_contribution_Q
+    return heads_Q.view(attention.key_value_heads, -1).sum(1)
 
 
 def _random_scores(block: Block, generator: torch.Generator) -> dict:
@@ -281,7 +281,7 @@ def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
 
 def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:
     part = block.feed_forward
-    if shares["heads"]:
+    if shares["heads"] and block.attention.kind != "none":
         keep_groups(block.attention, _kept(scores["heads"], shares["heads"]))
     if shares["channels"] and part.dense is not None:
         keep_channels(block, _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE))
@@ -289,48 +289,6 @@ def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:
         keep_expert_channels(part.experts, _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE))
     if shares["experts"] and part.experts is not None:
         keep_experts(part.experts, _kept(scores["experts"], shares["experts"], least=part.experts.top_k))
-
-
-def keep_experts(experts: Experts, kept: torch.Tensor) -> None:
-    """Keep the experts `kept` (indices, ascending) in place: tensors, router rows and correction bias."""
-    module, router = experts.module, experts.router
-    for owner, name in ((module, "gate_up_proj"), (module, "down_proj"), (router, "weight")):
-        tensor = getattr(owner, name)
-        setattr(owner, name, nn.Parameter(tensor[kept].contiguous(), requires_grad=tensor.requires_grad))
-    if experts.correction_bias is not None:
-        router.e_score_correction_bias = experts.correction_bias[kept].clone()
-    module.num_experts = router.num_experts = len(kept)
-
-
-def keep_channels(block: Block, kept: torch.Tensor) -> None:
-    """Keep the channels `kept` of the dense part (or shared expert) in place."""
-    part = block.feed_forward
-    resize_linear(part.down, part.down.weight[:, kept])
-    for linear in (part.gate, part.up):
-        resize_linear(linear, linear.weight[kept])
-
-
-def keep_expert_channels(experts: Experts, kept_EJ: torch.Tensor) -> None:
-    """Keep in every expert its own channels [E, J] in place."""
-    width, module = experts.channels, experts.module
-    both = torch.cat([kept_EJ, kept_EJ + width], dim=1)
-    gate_up = experts.gate_up.gather(1, both[:, :, None].expand(-1, -1, experts.gate_up.shape[2]))
-    down = experts.down.gather(2, kept_EJ[:, None, :].expand(-1, experts.down.shape[1], -1))
-    module.gate_up_proj = nn.Parameter(gate_up, requires_grad=experts.gate_up.requires_grad)
-    module.down_proj = nn.Parameter(down.contiguous(), requires_grad=experts.down.requires_grad)
-
-
-def keep_groups(attention: Attention, kept: torch.Tensor) -> None:
-    """Keep the key-value groups `kept`, each with its query heads, in place; for latent attention, heads."""
-    per_group = attention.heads // attention.key_value_heads
-    *inputs, output = _head_projections(attention)
-    for linear in inputs:
-        groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
-        resize_linear(linear, groups[kept].flatten(0, 1))
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.unflatten(0, (attention.key_value_heads, -1))[kept].flatten(0, 1))
-    groups = output.weight.unflatten(1, (attention.key_value_heads, per_group * attention.value_dim))
-    resize_linear(output, groups[:, kept].flatten(1, 2))
 
 
 def remove_blocks(model: nn.Module, removed: Sequence[int]) -> None:

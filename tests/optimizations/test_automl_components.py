@@ -1,0 +1,195 @@
+"""Components are found by looking; spaces are checked; what is infeasible is cut and said; a stop changes no answer."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure import bench as bench_module
+from lib.measure import quality, study
+from lib.measure.bench import Bench, Outcome
+from lib.models.stack import Step
+from lib.optimizations import automl_components as automl
+from lib.optimizations.automl_components import Component, Finalist
+
+
+def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:
+    module = SimpleNamespace(apply=apply, applies_to=applies, KNOBS=knobs)
+    return Component(stem, module, knobs)
+
+
+def _scale(model, calibration, *, share=0.5, kind="a"):
+    """Shrink the first block's output projection: the more, the further from the original."""
+    import copy
+
+    made = copy.deepcopy(model)
+    made.model.layers[0].self_attn.o_proj.weight.mul_(1 - share)
+    return made
+
+
+SHARE = {"type": "float", "range": (0.0, 1.0), "default": 0.5}
+KIND = {"type": "categorical", "choices": ("a", "b"), "default": "a"}
+
+
+def _bench(model, parts, **other) -> Bench:
+    ids_NT = torch.randint(8, 96, (4, 16), generator=torch.Generator().manual_seed(1))
+    texts = [quality.read(model, ids_NT[:2]), quality.read(model, ids_NT)]
+    return Bench(model, [{"input_ids": ids_NT}], texts, ids_NT[:1], automl.modules(parts), new_tokens=2, **other)
+
+
+def _untimed(bench, monkeypatch):
+    """Judge times by the stack alone, so that no clock is in the answer."""
+
+    def pairs(one, other, **_):
+        return SimpleNamespace(differences=np.zeros(1))
+
+    monkeypatch.setattr(bench_module.timing, "paired", pairs)
+    return bench
+
+
+def test_components_are_found_by_looking():
+    found = {part.stem for part in automl.components()}
+    assert {"structured_pruning", "tensor_decomposition", "sparse_neural_networks"} <= found
+    assert "automl_components" not in found and "continuous_nas" not in found, "they offer no apply"
+    some = automl.components({"structured_pruning": {"ratio"}})
+    assert [part.stem for part in some] == ["structured_pruning"] and list(some[0].knobs) == ["ratio"]
+
+
+def test_a_new_module_is_found_without_being_named(monkeypatch, tmp_path):
+    (tmp_path / "automl_components.py").write_text("")
+    (tmp_path / "twelfth.py").write_text("")
+    twelfth = SimpleNamespace(apply=_scale, KNOBS={"share": SHARE})
+    monkeypatch.setattr(automl, "__file__", str(tmp_path / "automl_components.py"))
+    monkeypatch.setattr(automl.importlib, "import_module", lambda name: twelfth)
+    assert [part.stem for part in automl.components()] == ["twelfth"]
+
+
+def test_every_real_configuration_becomes_a_stack_and_back():
+    parts = automl.components()
+    every = automl.space(parts)
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        params = {name: automl._draw(one, draw) for name, one in every.items()}
+        stack = automl.stack_of(params, parts)
+        assert automl.stack_of(automl.params_of(stack, parts), parts) == stack
+        json.dumps([step.model_dump() for step in stack])
+
+
+@pytest.mark.parametrize(
+    ("knob", "says"),
+    [
+        (
+            {"type": "float", "range": (0.9, 0.1), "default": 0.5},
+            r'one: knob "share" has an empty range \(0\.9, 0\.1\)',
+        ),
+        ({"type": "int", "range": (3, 2), "default": 3}, "has an empty range"),
+        ({"type": "categorical", "choices": (), "default": "a"}, 'knob "share" has no choices'),
+    ],
+)
+def test_empty_ranges_are_named(knob, says):
+    with pytest.raises(UserError, match=says):
+        automl.space([_fake("one", _scale, share=knob)])
+    with pytest.raises(UserError, match="nothing to search"):
+        automl.space([])
+
+
+def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
+    def refuse(model, calibration):
+        raise UserError("refused: no such thing")
+
+    def crash(model, calibration):
+        raise RuntimeError("broken\nlong story")
+
+    def noise(model, calibration):
+        made = _scale(model, calibration)
+        made.lm_head.weight.copy_(torch.randn_like(made.lm_head.weight) * 9)
+        return made
+
+    makers = {"refusing": refuse, "crashing": crash, "noisy": noise}
+    parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
+    parts += [_fake("foreign", _scale, lambda model: "another kind", share=SHARE), _fake("good", _scale, share=SHARE)]
+    bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
+    monkeypatch.setattr(bench_module.timing, "paired", lambda *_, **__: pytest.fail("timed"))
+    says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
+    for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
+        found = bench.judge([Step(optimization=stem)])
+        assert text in found.reason and "\n" not in found.reason and found.point == bench_module.WORST
+    bench.memory_budget = 0.5
+    assert "memory of 1.000 is over the budget of 0.500" in bench.judge([Step(optimization="good")]).reason
+
+
+def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
+    parts = [_fake("one", _scale, share=SHARE, kind=KIND), _fake("two", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    with study.opened(None, "s", {}, 2) as memory:
+        whole = automl.run(bench, parts, memory, 12, seed=3)
+    for stop in (4, 9, None):
+        with study.opened(tmp_path / "s.db", "s", {}, 2) as kept:
+            parted = automl.run(bench, parts, kept, 12, seed=3, stop_after=stop)
+    assert [one.stack for one in parted] == [one.stack for one in whole]
+    assert [step.optimization for step in whole[0].stack] == ["one"], "the defaults come first"
+    assert any(len(one.stack) == 2 for one in whole)
+
+
+def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
+    parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    name = "automl_components--glm--quick"
+    with study.opened(tmp_path / f"{name}.db", name, {}, 2) as kept:
+        found = automl.run(bench, parts, kept, 6)
+    (tmp_path / "automl_components--coder--quick.db").write_text("damaged")
+    first = automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts)
+    assert first == [max((one for one in found if one.stack and not one.reason), key=automl.utility).stack]
+    assert automl.elsewhere(tmp_path, name, parts) == [], "its own study is no other model's"
+    assert automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts[:0]) == []
+    with study.opened(None, "s", {}, 2) as memory:
+        assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
+
+
+def _finalist(time: float, lost: float, kl: float = 0.1) -> Finalist:
+    return Finalist(Outcome([], time, kl, 1.0, None, 0.0), kl, lost)
+
+
+def test_the_rule_takes_the_fastest_that_keeps_its_scores():
+    finalists = [_finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.7, 0.0, 0.05), _finalist(1.0, 0.0, 0.0)]
+    assert automl.choose(finalists, 0.02) is finalists[2]
+    with pytest.raises(UserError, match=r"no stack loses at most 0\.02; the nearest loses 0\.1"):
+        automl.choose(finalists[:1], 0.02)
+
+
+def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
+    parts = [_fake("one", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    found = [bench.judge([Step(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
+    best = automl.promote(bench, found, 1)
+    assert best[0][0] is found[0] and best[0][1] == pytest.approx(bench.divergence(bench.apply(found[0].stack), 1))
+
+
+def test_regret_finds_a_planted_optimum():
+    one, other = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
+    utilities = np.exp(-((one - 4) ** 2 + (other - 2) ** 2) / 8)
+    curves = [automl.regret(utilities, 18, seed) for seed in range(3)]
+    assert all(np.diff(curve).min() >= 0 and curve[-1] > 0.7 for curve in curves)
+    assert automl.regret(utilities, 5, 1) == automl.regret(utilities, 5, 1)
+
+
+def test_grids_pair_the_quickest_components():
+    parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("slow", "quick", "middling")]
+    seconds = {"slow": 9.0, "quick": 1.0, "middling": 2.0}
+    found = [Outcome([Step(optimization=stem)], 1.0, 0.0, 1.0, None, took) for stem, took in seconds.items()]
+    made = automl.grid(found, parts, 3)
+    assert made[0][0] == [] and [step.optimization for step in made[2][1]] == ["quick", "middling"]
+    assert made[1][0][0].knobs == {"share": 0.05, "kind": "a"} and made[2][0][0].knobs["share"] == 0.75
+    with pytest.raises(UserError, match="needs two components"):
+        automl.grid(found, parts[:1], 3)
+
+
+def test_a_real_stack_is_judged(tiny):
+    bench = _bench(tiny("qwen3-coder-30b"), automl.components())
+    step = Step(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
+    found = bench.judge([step])
+    assert found.reason is None and 0 < found.memory_share < 1 and found.time_share > 0 and found.divergence > 0
+    assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
