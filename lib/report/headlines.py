@@ -28,6 +28,11 @@ class Shown:
     source: str
 
     @property
+    def sign(self) -> str:
+        """The verdict's sign."""
+        return SIGNS[self.state]
+
+    @property
     def text(self) -> str:
         """Sign, value and interval: `▲ 1.31× (1.28–1.34)`."""
         return f"{SIGNS[self.state]} {self.value}" + (f" ({self.spread})" if self.spread else "")

@@ -1,7 +1,8 @@
-"""Writes `index.html` of a result folder: the matrix of optimizations and models, from the records on disk.
+"""Writes `index.html` of a result folder: the matrix of optimizations and models and all that compares runs.
 
-A damaged record is shown as damaged with one line; a run that is not there is shown as missing. Knows nothing of what
-should run: the expected names are handed in, and whatever else lies in the folder is shown too.
+Made from the records on disk. A damaged record is shown as damaged with one line; a run that is not there is shown as
+missing. Knows nothing of what should run: the expected names are handed in, and whatever else lies in the folder is
+shown too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS
-from lib.report import page
+from lib.report import headlines, page, reproduce, results, views
 from lib.report.files import write_atomically
 from lib.report.html import TEMPLATES
 from lib.report.quantities import duration
-from lib.report.record import Record, read_folder
+from lib.report.record import Record
+from lib.report.results import Results
 from lib.report.wording import one_line, signed, title
 
 KEY = (
@@ -27,7 +29,10 @@ KEY = (
     "invalid",
     "unavailable",
     "failed",
+    "not_applicable",
+    "missing",
 )
+TOLD = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory", "efficiency": "Efficiency"}
 
 
 def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
@@ -36,75 +41,76 @@ def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
     folder = Path(folder)
-    records, damaged = read_folder(folder)
-    return write_atomically(folder / "index.html", text(folder, records, damaged, optimizations, models))
+    found = results.read(folder, optimizations, models)
+    return write_atomically(folder / "index.html", text(folder, found))
 
 
-def text(
-    folder: Path,
-    records: Sequence[Record],
-    damaged: dict[str, str],
-    optimizations: Iterable[str] = (),
-    models: Iterable[str] = (),
-) -> str:
+def text(folder: Path, found: Results) -> str:
     """Return the page."""
     from jinja2 import Environment, FileSystemLoader
 
-    found = {(r.optimization, r.model): r for r in records}
-    broken = {tuple(stem.split("--", 1)): fault for stem, fault in damaged.items()}
-    known = [*found, *broken]
-    shown_models = _ordered(models, (model for _, model in known))
     rows = [
-        (title(name), [_cell(folder, name, model, found, broken) for model in shown_models])
-        for name in _ordered(optimizations, (name for name, _ in known))
+        (title(name), [_cell(folder, name, model, found) for model in found.models]) for name in found.optimizations
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("matrix.html.j2").render(
-        title=f"Results at scale {_distinct(r.scale for r in records) or folder.resolve().name}",
-        summary=_summary(records, damaged, len(rows) * len(shown_models)),
-        facts=_facts(records),
+        title=f"Results at scale {_distinct(r.scale for r in found.records) or folder.resolve().name}",
+        summary=_summary(found),
+        facts=_facts(found.records),
         links=_links(folder),
         rows=rows,
-        models=shown_models,
-        key=[(state, signed(state)) for state in KEY],
+        models=found.models,
+        dimensions=[(name, TOLD[name]) for name in DIMENSIONS],
+        verdicts=[(state, signed(state)) for state in KEY],
+        by_dimension=[views.dimension(found, name) for name in DIMENSIONS] if found.measured else [],
+        pareto=views.pareto(found),
+        rankings=views.rankings(found),
+        provenance=views.provenance(found),
+        curves=views.curves(folder),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "filter.js").read_text(encoding="utf-8"),
     )
 
 
-def _ordered(expected: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Return the expected names in their order, then the unexpected ones, sorted."""
-    first = list(dict.fromkeys(expected))
-    return first + sorted(set(present) - set(first))
-
-
-def _cell(folder: Path, optimization: str, model: str, found: dict, broken: dict) -> dict[str, Any]:
+def _cell(folder: Path, optimization: str, model: str, found: Results) -> dict[str, Any]:
     stem = f"{optimization}--{model}"
-    cell = {"model": model, "href": None, "verdicts": [], "note": "", "status": "missing", "status_text": "· not run"}
-    if (optimization, model) in broken:
-        return cell | {"status": "damaged", "status_text": signed("damaged"), "note": broken[optimization, model]}
-    record: Record | None = found.get((optimization, model))
+    cell: dict[str, Any] = {"model": model, "stem": stem, "href": None, "record": None, "parts": [], "note": ""}
+    if stem in found.damaged:
+        return cell | _status("damaged") | {"note": found.damaged[stem]}
+    record = found.of(optimization, model)
     if record is None:
-        return cell
+        return cell | _status("missing") | {"command": f"python build.py run {optimization} --model {model}"}
     if (folder / f"{stem}.html").is_file():
         cell["href"] = f"{stem}.html"
-    cell |= {"status": record.status, "status_text": signed(record.status)}
+    cell |= _status(record.status) | {"record": f"{stem}.json", "command": reproduce.command(record)}
     if record.status != "ok":
         return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
-    said = [(name, getattr(record.verdict, name)) for name in DIMENSIONS]
-    verdicts = [{"name": name, "state": state, "text": signed(state)} for name, state in said]
-    return cell | {"verdicts": verdicts, "note": f"{record.effort}, {page.day(record.started) or 'no date'}"}
+    parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
+    partial = f", {' and '.join(record.dimensions)} only" if record.dimensions else ""
+    return cell | {"parts": parts, "note": f"{record.effort}, {page.day(record.started) or 'no date'}{partial}"}
 
 
-def _summary(records: Sequence[Record], damaged: dict[str, str], cells: int) -> str:
+def _status(state: str) -> dict[str, str]:
+    return {"status": state, "status_text": signed(state)}
+
+
+def _part(record: Record, dimension: str) -> dict[str, Any]:
+    """Return a dimension of a cell: its verdict, and the numbers that stand for it."""
+    state = getattr(record.verdict, dimension)
+    numbers = headlines.of(record, dimension)[: 3 if dimension in ("performance", "accuracy") else 1]
+    return {"name": dimension, "told": TOLD[dimension], "state": state, "text": signed(state), "numbers": numbers}
+
+
+def _summary(found: Results) -> str:
+    records, damaged = found.records, found.damaged
     if not records and not damaged:
         return "No run has left a record here yet."
     count = {status: sum(r.status == status for r in records) for status in ("ok", "failed", "not_applicable")}
-    parts = [f"{count['ok']} of {cells} runs measured"]
+    parts = [f"{count['ok']} of {len(found.optimizations) * len(found.models)} runs measured"]
     parts += [f"{count['failed']} failed"] if count["failed"] else []
     parts += [f"{count['not_applicable']} not applicable"] if count["not_applicable"] else []
     parts += [f"{len(damaged)} damaged"] if damaged else []
-    missing = cells - len(records) - len(damaged)
-    return ", ".join([*parts, *([f"{missing} not run"] if missing > 0 else [])]) + "."
+    return ", ".join([*parts, *([f"{len(found.missing)} not run"] if found.missing else [])]) + "."
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -128,7 +134,7 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _links(folder: Path) -> list[tuple[str, str]]:
-    """Return the pages that lie in the folder beside the runs: the overview and the suites' reports."""
+    """Return what lies in the folder beside the runs: the overview and the suites' files."""
     found = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
-    others = sorted(p.name for p in folder.glob("*_report*") if p.suffix in (".md", ".txt") and "--" not in p.name)
-    return found + [(name, name) for name in others]
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
+    return found + [(name, name) for name in others if "_report" in name or "_results" in name]

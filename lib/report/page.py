@@ -6,7 +6,7 @@ Made from the record alone; knows no HTML and runs nothing.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lib.report import rows
+from lib.report import reproduce, rows
 from lib.report.quantities import counted, duration
 from lib.report.record import Process, Record
 from lib.report.wording import one_line, signed, title, words
@@ -49,6 +49,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
         ],
         "more": [(name, items) for name, items in _more(record) if items],
         "log": record.log or "",
+        "command": reproduce.command(record),
         "nav": navigation(neighbours, record.optimization, record.model),
         "footer": f"Record {record.stem}.json, schema {record.schema_version}. This page needs no network.",
     }
@@ -124,7 +125,7 @@ def navigation(neighbours: Iterable[Neighbour], optimization: str, model: str) -
     The page itself stands among its neighbours without a link.
     """
     known = sorted(set(neighbours) | {(optimization, model)})
-    top = [{"text": "all results", "href": "index.html", "markdown": "index.html"}]
+    top = [{"text": "all results", "href": f"index.html#{optimization}--{model}", "markdown": "index.html"}]
     models = [_link(o, m, m, (o, m) == (optimization, model)) for o, m in known if o == optimization]
     others = [_link(o, m, title(o), (o, m) == (optimization, model)) for o, m in known if m == model]
     return [("Index", top), ("This optimization", models), ("This model", others)]

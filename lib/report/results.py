@@ -3,14 +3,13 @@
 Says what is there, what is missing and what failed; sums up over models; never judges. Knows no file names.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS, METRICS
-from lib.report import headlines, impact, page, verdict
+from lib.report import headlines, impact, page, ranking, verdict
 from lib.report.record import Record, read_folder, to_json
 
 VERSION = 1
@@ -152,7 +151,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "metric": metric,
                 "dimension": METRICS[metric].dimension,
                 "models": sorted({model for model, *_ in members}),
-                "geometric_mean_gain": math.exp(sum(map(math.log, gains)) / len(gains)),
+                "geometric_mean_gain": ranking.geometric_mean(gains),
                 "least": min(gains),
                 "most": max(gains),
                 "verdicts": {word: said.count(word) for word in sorted(set(said))},

@@ -187,9 +187,8 @@ def mixed(folder):
     chance = random.Random(11)
     for optimization in OPTIMIZATIONS:
         for model in MODELS:
-            found = whole(
-                optimization, model, chance.choice([0.85, 1.0, 1.1, 1.3, 2.1]), chance.choice([0.0, 0.004, 0.05])
-            )
+            gain, lost = chance.lognormvariate(0.15, 0.3), chance.choice([-0.003, 0.0, 0.004, 0.009, 0.05, 0.031])
+            found = whole(optimization, model, gain, lost)
             record.write(found, folder / f"{found.stem}.json")
     made_so = {
         ("continuous_nas", MODELS[3]): without_result("not_applicable", "no experts", "continuous_nas", MODELS[3]),

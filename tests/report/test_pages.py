@@ -113,7 +113,7 @@ def test_the_page_links_to_its_neighbours(rendered):
         linked = f'href="structured_pruning--{name}.html"' in page
         assert linked == (name != samples.MODELS[1])
     assert 'href="continuous_nas--qwen3-4b-instruct-2507.html"' in page
-    assert 'href="index.html"' in page
+    assert 'href="index.html#structured_pruning--qwen3-4b-instruct-2507"' in page
     assert "(continuous_nas--qwen3-4b-instruct-2507.md)" in text
 
 
@@ -179,7 +179,7 @@ def test_the_matrix_shows_every_state(tmp_path):
     )
     text = page.read_text()
     soup = BeautifulSoup(text, "html.parser")
-    body = soup.select("table.matrix tbody tr")
+    body = soup.select_one("table.matrix").select("tbody tr")
     assert [row.th.get_text() for row in body] == ["Structured pruning", "Continuous NAS", "Feedback mechanisms"]
     assert all(len(row.find_all("td")) == 4 for row in body)
     assert all(head.get("scope") for head in soup.find_all("th"))
@@ -188,13 +188,20 @@ def test_the_matrix_shows_every_state(tmp_path):
     }
     assert "▲ better" in cell["Structured pruning", "qwen3-4b-instruct-2507"]
     assert "✗ not maintained" in cell["Structured pruning", "qwen3-coder-30b"]
+    whole = cell["Structured pruning", "qwen3-4b-instruct-2507"]
+    assert "prefill ▲ better: 1.31× (1.28–1.34)" in whole and "F1 ✓ maintained: −0.4 points (lower bound −2.1" in whole
+    assert "energy per token · informative: −19.0 % (−21 to −15 %) estimated" in whole
+    assert "processor time × 6.5 W per core" in whole  # the source, on demand
     assert "✗ failed cell 3 <apply>: RuntimeError" in cell["Structured pruning", "glm-4.7-flash"]
     assert "not applicable" in cell["Continuous NAS", "qwen3-vl-2b"]
     assert "damaged continuous_nas--qwen3-coder-30b.json: not a record" in cell["Continuous NAS", "qwen3-coder-30b"]
-    assert cell["Feedback mechanisms", "qwen3-vl-2b"] == "· not run"
-    assert [a["href"] for a in soup.select("table.matrix a")] == ["structured_pruning--qwen3-4b-instruct-2507.html"]
+    assert cell["Feedback mechanisms", "qwen3-vl-2b"].startswith("· missing")
+    stem = "structured_pruning--qwen3-4b-instruct-2507"
+    assert [a["href"] for row in body for a in row.find_all("a")] == [f"{stem}.html", f"{stem}.json"]
+    again = f"python build.py run {stem.replace('--', ' --model ')} --effort quick -p ratio=0.3 -p seed=0 --force"
+    assert again in whole
     assert "2 of 12 runs measured, 1 failed, 1 not applicable, 1 damaged, 7 not run." in text
-    assert not REACHES_OUT.search(text) and "<script" not in text
+    assert not REACHES_OUT.search(text) and text.count("<script>") == text.count("<script") == 1
 
 
 def test_the_matrix_of_nothing_says_so(tmp_path):

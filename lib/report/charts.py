@@ -1,0 +1,149 @@
+"""Charts of the index as SVG: quality against speed, readable on a phone, in print and without colour.
+
+A point is a number inside a shape that says whether quality was maintained; the best trade-offs are joined by a line.
+Takes plain points and returns text; the colours are the page's (`style.css`). Knows no records.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 420, 330
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 14, 46
+PLACES = ((0, -15), (14, -9), (16, 4), (12, 16), (0, 20), (-13, 15), (-16, 4), (-14, -9), (24, -16), (-24, -16),
+          (26, 20), (-26, 20), (0, -30), (0, 34))  # fmt: skip
+STEPS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
+    is written beside it, `name` who it is, `state` the verdict on quality.
+    """
+
+    mark: str
+    name: str
+    x: float
+    y: float
+    x_low: float | None
+    x_high: float | None
+    y_low: float | None
+    y_high: float | None
+    state: str
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other one beats in both speed and quality, from slow to fast."""
+    best = [p for p in points if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in points)]
+    return sorted(best, key=lambda p: p.x)
+
+
+def words(points: Sequence[Point], title: str) -> str:
+    """Return what the chart shows, for those who do not see it."""
+    if not points:
+        return f"{title}: no run has both numbers."
+    named = ", ".join(f"{p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points))
+    lost = sum(p.state == "not_maintained" for p in points)
+    return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}."
+
+
+def trade_off(points: Sequence[Point], title: str, margin: float, y_label: str = "F1, change in points") -> str:
+    """Return the chart as an SVG element; its title is the text for those who do not see it."""
+    across = _Axis([p.x for p in points] + [v for p in points for v in (p.x_low, p.x_high) if v], LEFT, WIDTH - RIGHT)
+    ends = [v for p in points for v in (p.y_low, p.y_high) if v is not None]
+    low, high = min([*ends, *(p.y for p in points), -margin * 1.2]), max([*ends, *(p.y for p in points), margin * 1.2])
+    pad = 0.08 * (high - low)
+    low, high = low - pad, high + pad
+
+    def down(value: float) -> float:
+        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    alt = escape(words(points, title))
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>']
+    band = down(-margin) - down(margin)
+    parts.append(
+        f'<rect class="band" x="{LEFT}" y="{down(margin):.1f}" width="{WIDTH - LEFT - RIGHT}" height="{band:.1f}"/>'
+    )
+    parts += _grid(across, down, low, high, y_label)
+    best = front(points)
+    path = " ".join(f"{across(p.x):.1f},{down(p.y):.1f}" for p in best)
+    parts.append(f'<polyline class="front" points="{path}"/>')
+    for p in points:
+        parts += _whiskers(p, across, down)
+    placed: list[tuple[float, float]] = [(across(p.x), down(p.y)) for p in points]
+    for p in sorted(points, key=lambda p: p not in best):
+        parts += _point(p, across(p.x), down(p.y), placed)
+    return "".join([*parts, "</svg>"])
+
+
+class _Axis:
+    """A logarithmic axis of ratios."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float):
+        self.low = math.log(min([*values, 0.92])) - 0.03
+        self.high = math.log(max([*values, 1.1])) + 0.05
+        self.start, self.end = start, end
+
+    def __call__(self, value: float) -> float:
+        return self.start + (math.log(value) - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Return round ratios that lie apart."""
+        kept: list[float] = []
+        for step in sorted(STEPS, key=lambda s: (s != 1, abs(math.log(s)))):
+            inside = self.low <= math.log(step) <= self.high
+            if inside and all(abs(self(step) - self(other)) > 38 for other in kept):
+                kept.append(step)
+        return sorted(kept)
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _grid(across: _Axis, down: Callable[[float], float], low: float, high: float, y_label: str) -> list[str]:
+    parts, floor, end = [], HEIGHT - BOTTOM, WIDTH - RIGHT
+    for tick in across.ticks():
+        parts.append(_line("zero" if tick == 1 else "grid", across(tick), TOP, across(tick), floor))
+        parts.append(f'<text x="{across(tick):.1f}" y="{floor + 17}" text-anchor="middle">{tick:g}×</text>')
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 7)
+    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
+        at, text = down(number * step), f"{number * step:+g}".replace("-", "−") if number else "0"
+        parts.append(_line("grid" if number else "zero", LEFT, at, end, at))
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+    axis = '<text class="axis" text-anchor="middle" transform'
+    parts.append(f'{axis}="translate({(LEFT + end) / 2} {HEIGHT - 8})">speed, gain over the baseline</text>')
+    parts.append(f'{axis}="translate(13 {(TOP + floor) / 2}) rotate(-90)">{escape(y_label)}</text>')
+    return parts
+
+
+def _whiskers(p: Point, across: _Axis, down: Callable[[float], float]) -> list[str]:
+    parts = []
+    if p.x_low and p.x_high:
+        parts.append(_line("spread", across(p.x_low), down(p.y), across(p.x_high), down(p.y)))
+    if p.y_low is not None and p.y_high is not None:
+        parts.append(_line("spread", across(p.x), down(p.y_low), across(p.x), down(p.y_high)))
+    return parts
+
+
+def _point(p: Point, x: float, y: float, placed: list[tuple[float, float]]) -> list[str]:
+    """Return shape, label and its leader; the label takes the place that is furthest from everything drawn so far."""
+    shapes = {
+        "maintained": f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
+        "better": f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
+        "not_maintained": f'<path class="lost" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>',
+    }
+    shape = shapes.get(p.state, f'<circle class="open" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
+
+    def room(place: tuple[int, int]) -> float:
+        at = x + place[0], y + place[1]
+        inside = LEFT + 8 < at[0] < WIDTH - RIGHT - 8 and TOP + 8 < at[1] < HEIGHT - BOTTOM - 4
+        nearest = min((math.dist(at, other) for other in placed), default=99)
+        return min(nearest, 15) - 0.02 * math.hypot(*place) - (0 if inside else 50)
+
+    dx, dy = max(PLACES, key=room)
+    placed.append((x + dx, y + dy))
+    leader = _line("leader", x, y, x + dx, y + dy)
+    label = f'<text class="mark" x="{x + dx:.1f}" y="{y + dy + 4:.1f}" text-anchor="middle">{escape(p.mark)}</text>'
+    return [leader if math.hypot(dx, dy) > 18 else "", shape, label]

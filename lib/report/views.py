@@ -1,0 +1,141 @@
+"""What the index shows below its matrix: each dimension, quality against speed, ranks, where numbers come from.
+
+Plain values for the template, made from a result set. Knows no HTML but the charts it passes on.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.measure.measurement import Measurement
+from lib.measure.metrics import METRICS
+from lib.report import charts, headlines, ranking, verdict
+from lib.report.charts import Point
+from lib.report.quantities import times
+from lib.report.record import Record
+from lib.report.results import Results
+from lib.report.wording import label, one_line, title
+
+KINDS = ("measured", "derived", "estimated", "unavailable")
+SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
+
+
+def dimension(found: Results, name: str) -> dict[str, Any]:
+    """Return a dimension's own table: per run all headline numbers with their labels, by optimization and model."""
+    rows = []
+    for optimization in found.optimizations:
+        cells = []
+        for model in found.models:
+            record = found.of(optimization, model)
+            numbers = headlines.of(record, name) if record and record.status == "ok" else []
+            cells.append({"model": model, "stem": f"{optimization}--{model}", "numbers": numbers})
+        rows.append((title(optimization), cells))
+    return {"name": name, "rows": rows}
+
+
+def pareto(found: Results) -> dict[str, Any] | None:
+    """Return the charts of quality against speed: over all models (means), and each model by itself."""
+    marks = {name: str(number) for number, name in enumerate(found.optimizations, 1)}
+    single = {
+        model: [p for r in found.measured if r.model == model and (p := _point(r, marks))] for model in found.models
+    }
+    if not any(single.values()):
+        return None
+    margin = 100 * METRICS[QUALITY].margin
+    across = [p for name in found.optimizations if (p := _mean(name, found, marks))]
+    drawn = [("All models, means", across), *single.items()]
+    made = [
+        {"title": name, "svg": charts.trade_off(points, name, margin), "front": charts.front(points)}
+        for name, points in drawn
+        if points
+    ]
+    legend = [(marks[name], title(name)) for name in found.optimizations]
+    return {"charts": made, "legend": legend, "speed": label(SPEED), "quality": label(QUALITY)}
+
+
+def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
+    chosen = [next((m for m in record.measurements if m.metric == name and m.ratio), None) for name in (SPEED, QUALITY)]
+    return None if None in chosen or verdict.gain(chosen[0])[0] is None else tuple(chosen)
+
+
+def _point(record: Record, marks: dict[str, str]) -> Point | None:
+    both = _numbers(record)
+    if both is None:
+        return None
+    speed, quality = both
+    scale = 100 * (quality.baseline or 1)
+    ends = [(end - 1) * scale for end in quality.ci] if quality.ci else [None, None]
+    x, x_low, x_high = verdict.gain(speed)
+    mark, state = marks[record.optimization], record.verdict.accuracy
+    return Point(mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, *ends, state)
+
+
+def _mean(name: str, found: Results, marks: dict[str, str]) -> Point | None:
+    """Return the mean over the models; its spread is from the least to the most of them, its state the worst."""
+    points = [p for r in found.measured if r.optimization == name and (p := _point(r, marks))]
+    if not points:
+        return None
+    x = ranking.geometric_mean([p.x for p in points])
+    y = sum(p.y for p in points) / len(points)
+    states = {p.state for p in points}
+    state = next((s for s in ("invalid", "not_maintained", "inconclusive", "unavailable") if s in states), "maintained")
+    xs, ys = [p.x for p in points], [p.y for p in points]
+    return Point(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
+
+
+def rankings(found: Results) -> list[dict[str, Any]]:
+    """Return the ranks over all models, then on each model: per optimization a place in each metric."""
+    sets = [("All models", found.measured)]
+    sets += [(model, [r for r in found.measured if r.model == model]) for model in found.models]
+    return [one for name, records in sets if (one := _ranked(name, records))]
+
+
+def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
+    by_metric = {metric: {p.optimization: p for p in ranking.places(records, metric)} for metric in ranking.METRICS}
+    metrics = [metric for metric, places in by_metric.items() if places]
+    if not metrics:
+        return None
+    order = [p for metric in metrics for p in by_metric[metric]]
+    rows = []
+    for optimization in dict.fromkeys(order):
+        cells = []
+        for metric in metrics:
+            place = by_metric[metric].get(optimization)
+            spread = f"{place.low}–{place.high}" if place and place.low != place.high else ""
+            gain = times(place.gain) if place else ""
+            cells.append({"rank": place.rank if place else None, "spread": spread, "gain": gain})
+        rows.append((title(optimization), cells))
+    heads = [
+        {"text": label(metric), "provenance": ", ".join(sorted({p.provenance for p in by_metric[metric].values()}))}
+        for metric in metrics
+    ]
+    return {"title": name, "heads": heads, "rows": rows}
+
+
+def provenance(found: Results) -> dict[str, Any] | None:
+    """Return how many numbers of each run are measured, derived, estimated, unavailable, with source or reason."""
+    if not found.measured:
+        return None
+    counts, kinds = [], {kind: {} for kind in KINDS}
+    for record in found.measured:
+        every = [m.provenance for m in record.measurements]
+        counts.append((record.stem, title(record.optimization), record.model, [every.count(kind) for kind in KINDS]))
+        for m in record.measurements:
+            about = m.reason if m.provenance == "unavailable" else m.source
+            key = (label(m.metric), one_line(re.sub(r"\d[\d,.]*", "…", about or ""), 160))
+            kinds[m.provenance].setdefault(key, set()).add(record.stem)
+    total = [sum(numbers[at] for *_, numbers in counts) for at in range(len(KINDS))]
+    told = {
+        kind: sorted((metric, about, len(stems)) for (metric, about), stems in kinds[kind].items()) for kind in KINDS
+    }
+    return {"kinds": KINDS, "total": list(zip(KINDS, total)), "counts": counts, "told": told}
+
+
+def curves(folder: Path) -> list[tuple[str, str]]:
+    """Return the pictures of the impact report that lies in the folder, as (alternative text, path)."""
+    path = folder / "enhanced_optimization_impact_benchmark_report.md"
+    if not path.is_file():
+        return []
+    return [(alt, at) for alt, at in PICTURE.findall(path.read_text(encoding="utf-8")) if (folder / at).is_file()]

@@ -1,0 +1,48 @@
+"""A browser for the tests in this folder: the system's Chromium through Playwright, which downloads nothing.
+
+Where there is no Chromium the tests are left out, and the last lines of the test run say which; with
+`WORKBENCH_BROWSER=required` (continuous integration) they fail instead.
+"""
+
+import os
+import shutil
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+LEFT_OUT = "no Chromium here"
+
+
+def _chromium():
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, headless."""
+    path = _chromium()
+    if path is None:
+        if os.environ.get("WORKBENCH_BROWSER") == "required":
+            pytest.fail(f"the browser tests are required, and none of {', '.join(NAMES)} is installed")
+        pytest.skip(LEFT_OUT)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # The sandbox needs rights that a container's root does not have; the pages are our own.
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name what was left out for want of a browser."""
+    skipped = [
+        report.nodeid
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and LEFT_OUT in report.longrepr[2]
+    ]
+    if skipped:
+        terminalreporter.write_line(f"left out, {LEFT_OUT} (install Debian's package chromium): {len(skipped)} tests")
+        for nodeid in skipped:
+            terminalreporter.write_line(f"  {nodeid}")
