@@ -168,8 +168,7 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
         for kind in ("prefill", "decode")
     }
     rest = {
-        kind: _undisturbed(samples["model", "whole", kind])
-        - sum(options["whole"] for options in times[kind].values())
+        kind: _undisturbed(samples["model", "whole", kind]) - sum(options["whole"] for options in times[kind].values())
         for kind in times
     }
     return BlockTimes(times["prefill"], times["decode"], max(rest["prefill"], 0.0), max(rest["decode"], 0.0))

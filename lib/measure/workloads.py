@@ -100,7 +100,7 @@ def steps(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
         cache.crop(-new_tokens)
 
     conditions = _conditions(model, inputs)
-    return Workload("decode", call, batch * new_tokens, batch, length, new_tokens, conditions, None, _barrier(model))
+    return Workload("decode", call, batch * new_tokens, batch, length, new_tokens, conditions, None, barrier(model))
 
 
 def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:

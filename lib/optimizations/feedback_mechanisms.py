@@ -75,9 +75,9 @@ def check(**knobs: float) -> None:
 
 @dataclass
 class PI:
-    """Proportional-integral law in velocity form, so nothing winds up at a bound: a move of gain·(Δerror + error/reset).
+    """Proportional-integral law in velocity form, so nothing winds up at a bound.
 
-    The error is ln(setpoint / signal): positive, there is room. `reset` in decisions.
+    A move is gain·(Δerror + error/reset). The error is ln(setpoint / signal): positive, there is room. `reset` in decisions.
     """
 
     gain: float = 0.5

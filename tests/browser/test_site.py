@@ -91,7 +91,8 @@ def test_the_audit_finds_what_it_looks_for(site, open_page):
     page = open_page(site / "overview.html")
     page.evaluate(
         """document.querySelector('main').insertAdjacentHTML('beforeend', `<h4>deep</h4><img src="data:,">
-        <a href="x"></a>        <p id="x" style="color:#999">pale</p><p id="x">twice</p><table><tr><td>1</td></tr></table><select></select>
+        <a href="x"></a>        <p id="x" style="color:#999">pale</p><p id="x">twice</p>
+        <table><tr><td>1</td></tr></table><select></select>
         <div aria-labelledby="nowhere" role="thing"></div>`)"""
     )
     found = "\n".join(page.evaluate(AUDIT))

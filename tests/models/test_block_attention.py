@@ -99,7 +99,7 @@ def test_controls_keep_as_many_blocks_in_every_row_and_stay_causal():
 
 
 def test_exact_mass_is_that_of_full_probabilities():
-    query, key, value = _heads(tokens=40, queries=40)
+    query, key, _ = _heads(tokens=40, queries=40)
     probabilities = _dense(query, key, torch.eye(40).expand(2, -1, -1), torch.ones(4, 3, 3).bool(), 0.3, BLOCK)
     found = blocks.exact_mass(query, key, 0.3, BLOCK)
     assert torch.allclose(found[:, 1, 0], probabilities[:, 16:32, :16].sum(-1).mean(1), atol=1e-6)
