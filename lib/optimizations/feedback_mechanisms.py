@@ -77,7 +77,8 @@ def check(**knobs: float) -> None:
 class PI:
     """Proportional-integral law in velocity form, so nothing winds up at a bound.
 
-    A move is gain·(Δerror + error/reset). The error is ln(setpoint / signal): positive, there is room. `reset` in decisions.
+    A move is gain·(Δerror + error/reset). The error is ln(setpoint / signal): positive, there is room. `reset` in
+    decisions.
     """
 
     gain: float = 0.5
