@@ -86,12 +86,13 @@ class Finder:
         return blocks.choose(share_HNM, self.tau, self.most)
 
 
-def needed(heads: Heads, block: int, share: float) -> float:
+def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
     """Return the least density at which an oracle reaches `share` of the mass: no pattern of blocks can do with less.
 
     The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
+    `mass_HRM`: see `judge`.
     """
-    mass_HRM = mass(heads, block)
+    mass_HRM = mass(heads, block) if mass_HRM is None else mass_HRM
     rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
     ordered_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
     count_HR = (ordered_HRM < share).sum(-1) + 1
