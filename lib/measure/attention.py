@@ -100,8 +100,12 @@ def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None
 
 
 @torch.inference_mode()
-def time_attention(heads: Heads, find: Finder, count: int, seed: int = 0) -> tuple[Pairs, Pairs]:
-    """Return pairs of (full attention, pattern found and attention to it), and the A/A control of full attention."""
+def time_attention(
+    heads: Heads, find: Finder, count: int, seed: int = 0, control: bool = True
+) -> tuple[Pairs, Pairs | None]:
+    """Return pairs of (full attention, pattern found and attention to it), and the A/A control of full attention
+    (None where not wanted).
+    """
     parts = heads.query_HTD, heads.key_GTD, heads.value_GTV
     grouped = parts[0].shape[0] != parts[1].shape[0]
 
@@ -117,7 +121,8 @@ def time_attention(heads: Heads, find: Finder, count: int, seed: int = 0) -> tup
 
     full.synchronize = torch.cuda.synchronize if parts[0].is_cuda else None
     options = {"blocks": count, "warmup": 1, "disturbance": disturbance.watch}
-    return timing.paired(full, sparse, seed=seed, **options), timing.a_a(full, seed=seed + 1, **options)
+    pairs = timing.paired(full, sparse, seed=seed, **options)
+    return pairs, timing.a_a(full, seed=seed + 1, **options) if control else None
 
 
 def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:

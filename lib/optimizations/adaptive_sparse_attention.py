@@ -149,6 +149,17 @@ def check(tau, block_size, stride, max_density, pages, page_size, pattern) -> No
         raise UserError(f'{told}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
 
 
+def check_context(model: nn.Module | object, tokens: int) -> None:
+    """Raise UserError where `tokens` of context are more than the model, or its configuration, allows."""
+    config = anatomy(model).config if isinstance(model, nn.Module) else model
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise UserError(
+            f"adaptive_sparse_attention: a context of {tokens} tokens is longer than this model allows; "
+            f"expected at most {longest} (max_position_embeddings)"
+        )
+
+
 def sparsities(model: nn.Module) -> list[Sparsity]:
     """Return the state of every block's attention of a sparse model, in order."""
     return [block.attention.module.sparsity for block in anatomy(model).blocks]
@@ -189,12 +200,7 @@ def mask(
 
     Raises UserError for a context longer than the model allows.
     """
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and kv_length + kv_offset > longest:
-        raise UserError(
-            f"adaptive_sparse_attention: a context of {kv_length + kv_offset} tokens is longer than this model allows; "
-            f"expected at most {longest} (max_position_embeddings)"
-        )
+    check_context(config, kv_length + kv_offset)
     real_BK = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     plain = mask_function is causal_mask_function and kv_offset == 0 and q_offset + q_length == kv_length
     if plain and (real_BK is None or bool(real_BK.all())):
