@@ -58,11 +58,9 @@ def patience() -> float:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Yield a client of the scheduler; what it still has running there is called off at the end. Raises UserError."""
-    import cloudpickle
     import distributed
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost, this module tells
-    cloudpickle.register_pickle_by_value(aboard)
     try:
         client = distributed.Client(address, timeout=patience(), set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:

@@ -18,6 +18,24 @@ from lib.suite.plan import Job
 DEVICE = "device"
 
 
+class Carried:
+    """A function of `lib.suite.aboard` that arrives whole where `lib` cannot be imported: scheduler and worker."""
+
+    def __init__(self, function: Callable):
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(aboard)
+        self.text = cloudpickle.dumps(function)
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return cloudpickle.loads, (self.text,)
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("it is called where it arrives")
+
+
 @dataclass
 class Slot:
     """One `device` token of a worker, the cores that belong to it, and whatever the loop has running there."""
@@ -78,7 +96,7 @@ class Crew:
         """Have a worker carry out a request on one of its tokens; return the future of its answer."""
         told = {"variables": dict(self.variables), "library": key.digest(self.library)}
         return self.client.submit(
-            aboard.call,
+            Carried(aboard.call),
             {**request, **told},
             key=f"workbench-{uuid.uuid4()}",
             workers=[address],
