@@ -60,7 +60,9 @@ def _connected(address: str) -> Iterator[Any]:
     """Yield a client of the scheduler; what it still has running there is called off at the end. Raises UserError."""
     import distributed
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost, this module tells
+    for name in ["distributed", *logging.root.manager.loggerDict]:
+        if name.startswith("distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what is lost, this module tells
     try:
         client = distributed.Client(address, timeout=patience(), set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:

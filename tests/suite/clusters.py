@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import workbench
 
@@ -30,13 +31,13 @@ class Cluster:
         self.processes: list[subprocess.Popen] = []
         self.scheduler = self.start("scheduler", "--port", "0", "--host", "127.0.0.1")
 
-    def start(self, *arguments: str, cores: str = "") -> subprocess.Popen:
-        """Start `dask` with arguments, kept to `cores` (as taskset takes them) if given."""
+    def start(self, *arguments: str, cores: str = "", root: Path | None = None) -> subprocess.Popen:
+        """Start `dask` with arguments in `root`, kept to `cores` (as taskset takes them) if given."""
         command = [DASK, *arguments, "--no-dashboard", "--scheduler-file", self.file]
         with (self.folder / f"{len(self.processes)}.log").open("w") as log:
             process = subprocess.Popen(
                 [*(["taskset", "-c", cores] if cores else []), *map(str, command)],
-                cwd=self.root,
+                cwd=root or self.root,
                 env=workbench.surroundings(**QUICK),
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -56,11 +57,11 @@ class Cluster:
 
         return workbench.wait_for(told, 30)
 
-    def worker(self, name: str, resources: str = "device=1", cores: str = "") -> subprocess.Popen:
+    def worker(self, name: str, resources: str = "device=1", **more: Any) -> subprocess.Popen:
         """Start a worker without a nanny; it need not have met the scheduler when this returns."""
         options = ["--nthreads", "1", "--no-nanny", "--name", name, "--local-directory", str(self.folder / name)]
         given = ["--resources", resources] if resources else []
-        return self.start("worker", "--host", "127.0.0.1", *options, *given, cores=cores)
+        return self.start("worker", "--host", "127.0.0.1", *options, *given, **more)
 
     def meet(self, number: int, seconds: float = 30) -> None:
         """Wait until the scheduler knows `number` workers."""
