@@ -34,10 +34,10 @@ def script(seconds=60.0, seed=0):
 def test_seconds_beyond_counts_the_disturbed_seconds_alone():
     stolen = script()["stolen core"]
     _, batch = times().capacity(LENGTHS, OBJECTIVES.token_seconds)
-    played = scenarios.play(stolen, Fixed(batch), times(), LIMITS)
+    played = scenarios.play(stolen, Fixed(batch), times(), LIMITS).served
     bad = [start for start, _, good in scenarios.windows(played, OBJECTIVES) if good is not None and good < 0.9]
     assert scenarios.seconds_beyond(played, OBJECTIVES) == pytest.approx(len(bad) * 1.0)
-    quiet = scenarios.play(script()["quiet"], Fixed(batch), times(), LIMITS)
+    quiet = scenarios.play(script()["quiet"], Fixed(batch), times(), LIMITS).served
     assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= 1.0
 
 
@@ -45,7 +45,7 @@ def test_seconds_beyond_counts_the_disturbed_seconds_alone():
 @pytest.mark.parametrize("name", ["quiet", "load step", "longer prompts", "stolen core"])
 def test_the_loop_stays_within_the_objective_once_settled(law, name):
     loop = feedback.LatencyLoop(law(), OBJECTIVES)
-    played = scenarios.play(script()[name], loop, times(), LIMITS)
+    played = scenarios.play(script()[name], loop, times(), LIMITS).served
     assert not played.saturated
     signals = np.array([signal for _, _, signal in loop.course])
     assert np.mean(signals > OBJECTIVES.token_seconds) < 0.25
