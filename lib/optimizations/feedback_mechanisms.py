@@ -53,9 +53,10 @@ KNOBS = {
 PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rate of the actuator
 FILTER = 1 / 16  # weight of a new decode step in the filtered signal
 MOST_CHANGE = math.log(2)  # of the limit, per decision
-PRESSED, EASY = 0.5, 0.25  # waits, as shares of the first-token objective, at which the fast profile comes and may go
-HOLD, MOST_HOLD = 8.0, 64.0  # first-token objectives for which the fast profile stays at least, and at most before a try
+PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
+HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives for which the fast profile stays at least, and at most before a try
 FULL, FAST = 0, 1  # profiles
+START_ROWS = 16.0  # limit before anything is known
 FALSE_ALARM = 0.01  # of the guard, per watch
 LONGEST_DRAFT = 8
 REMEMBERED = 0.97  # of what was seen, per round
@@ -115,7 +116,7 @@ class Aimd:
 
 @dataclass
 class Switch:
-    """Which profile answers newcomers: FULL, or FAST once the first in the queue has waited for half of what it may.
+    """Which profile answers newcomers: FULL, or FAST once the first in the queue has waited for a fifth of what it may.
 
     saving: how many times as long a request takes with the full profile as with the fast one. Back to FULL after `hold`
     seconds without pressure, if the time per token would then be within the objective too; a return that does not last
@@ -169,7 +170,7 @@ class LatencyLoop:
         check(setpoint=setpoint)
         self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
         self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
-        self.limit, self.bound, self.wait = 2.0, False, 0.0
+        self.limit, self.bound, self.wait = START_ROWS, False, 0.0
         self.pending, self.signal, self.count = 0.0, None, 0
         self.course: list[tuple[float, float, float]] = []
 
