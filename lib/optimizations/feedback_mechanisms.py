@@ -54,7 +54,10 @@ PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rat
 FILTER = 1 / 16  # weight of a new decode step in the filtered signal
 MOST_CHANGE = math.log(2)  # of the limit, per decision
 PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
-HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives for which the fast profile stays at least, and at most before a try
+HOLD, MOST_HOLD = (
+    32.0,
+    128.0,
+)  # first-token objectives for which the fast profile stays at least, and at most before a try
 FULL, FAST = 0, 1  # profiles
 START_ROWS = 16.0  # limit before anything is known
 FALSE_ALARM = 0.01  # of the guard, per watch
@@ -352,6 +355,13 @@ def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Te
     ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
     logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
     return float((logits_1NV[0].argmax(-1).cpu() != answer_N.cpu()).float().mean())
+
+
+def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
+    """Return `disagreement` of each answer after its prompt."""
+    return [
+        disagreement(baseline, prompt_T, answer_N.to(prompt_T.device)) for prompt_T, answer_N in zip(prompts, answers)
+    ]
 
 
 @dataclass

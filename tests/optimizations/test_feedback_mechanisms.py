@@ -56,7 +56,7 @@ def test_the_limit_does_not_wind_up_in_calm_hours():
     calm = scenarios.Scenario(scenarios.make("calm", [scenarios.Phase(30.0, 2.0, LENGTHS)], 0))
     loop = feedback.LatencyLoop(feedback.PI(), OBJECTIVES)
     scenarios.play(calm, loop, times(), LIMITS)
-    assert loop.limit < 8  # two requests a second need one or two rows
+    assert loop.limit <= feedback.START_ROWS  # two requests a second leave plenty of room under it
 
 
 def test_pi_in_velocity_form_removes_a_constant_error():
