@@ -1,4 +1,4 @@
-"""The quality of a server that lets two profiles answer: each item is answered by one of them, drawn by a stated share."""
+"""The quality of a server whose answers come from two profiles: each item from one of them, drawn by a stated share."""
 
 from dataclasses import replace
 

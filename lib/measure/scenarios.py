@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from lib.measure import disturbance
 from lib.measure.latency import Objectives, met
 from lib.measure.profiles import Profiles
 from lib.measure.serving import Limits, Policy, Served, VirtualClock, serve
@@ -133,25 +134,29 @@ def reversals(values: Sequence[float]) -> int:
 
 
 class Spinner:
-    """A process that is always busy, on the cores of this one, while the `with` block lasts or until `stop`."""
+    """Processes that are always busy, one on each core that is given to this one, while the `with` block lasts or until
+    `stop`: every core of ours is shared with somebody else.
+    """
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen | None = None
+        self.processes: list[subprocess.Popen] = []
 
     def start(self) -> None:
         """Begin to steal."""
-        if self.process is None:
-            self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            here = psutil.Process()
-            if hasattr(here, "cpu_affinity"):
-                psutil.Process(self.process.pid).cpu_affinity(here.cpu_affinity())
+        if self.processes:
+            return
+        for core in disturbance.cores():
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            self.processes.append(process)
+            if hasattr(psutil.Process, "cpu_affinity"):
+                psutil.Process(process.pid).cpu_affinity([core])
 
     def stop(self) -> None:
         """Give the cores back."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes = []
 
     def __enter__(self) -> "Spinner":
         return self

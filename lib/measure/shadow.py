@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.models import rows
-from lib.models.anatomy import anatomy
+from lib.models.anatomy import anatomy, forget_pictures
 
 AT_ONCE = 16  # prompts answered together
 
@@ -30,6 +30,26 @@ def answers(model: nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int) 
             steps.append(rows.step(model, state).cpu())
         found += list(torch.stack(steps, 1))
     return found
+
+
+@torch.inference_mode()
+def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
+    """Return the share of an answer's tokens that the baseline, reading the same words, would not have chosen.
+
+    One pass over prompt and answer: far cheaper than answering again.
+    """
+    forget_pictures(baseline)
+    device = next(baseline.parameters()).device
+    ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
+    logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
+    return float((logits_1NV[0].argmax(-1).cpu() != answer_N.cpu()).float().mean())
+
+
+def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
+    """Return `disagreement` of each answer after its prompt."""
+    return [
+        disagreement(baseline, prompt_T, answer_N.to(prompt_T.device)) for prompt_T, answer_N in zip(prompts, answers)
+    ]
 
 
 def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:

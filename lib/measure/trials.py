@@ -1,7 +1,7 @@
-"""A server with two profiles put through scripted disturbances, simulated on measured step times: policies side by side.
+"""A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
 
 Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions that make a fresh policy; this module knows none of them.
+functions that make a fresh policy; this module knows but the static ones. Profile 0 is the full one, 1 the fast one.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.measure import latency, measurement, scenarios, statistics, steptimes
 from lib.measure.measurement import Measurement
 from lib.measure.scenarios import Played, Scenario
-from lib.measure.serving import MOST_ROWS, Limits, Policy
+from lib.measure.serving import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
 from lib.measure.steptimes import StepTimes
 from lib.measure.targets import Objectives, Single, objectives
 from lib.measure.traffic import Lengths
@@ -26,6 +26,31 @@ CONTEXTS = (32, 96, 256)  # columns at which steps are timed
 NEW_JITTER = 7919  # added to a seed for the same trace with other jitter: the A/A control
 
 Make = Callable[[Scenario], Policy]
+
+
+@dataclass
+class Static:
+    """The static setting: at most `size` rows, profile `always`; or, with `span`, the oracle: the fast profile in [span)."""
+
+    size: int
+    always: int = 0
+    span: tuple[float, float] | None = None
+    profile: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the setting is called in tables."""
+        kind = "oracle" if self.span else "static, fast" if self.always == 1 else "static"
+        return f"{kind} {self.size}"
+
+    def decide(self, view: View) -> Decision:
+        """Admit whoever fits below the size."""
+        inside = self.span is not None and self.span[0] <= view.now < self.span[1]
+        self.profile = 1 if inside else self.always
+        return Decision(max(0, min(self.size - len(view.running), view.room)))
+
+    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+        """Learn nothing."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +158,9 @@ def totals(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def goodput(ground: Ground, every: Sequence[Scenario], baseline: Make, optimized: Make) -> Measurement:
+def goodput(
+    ground: Ground, every: Sequence[Scenario], baseline: Make, optimized: Make, workload: str = "serve, disturbed"
+) -> Measurement:
     """Return the goodput of two settings, script by script, simulated; floor: the baseline with other jitter."""
     arms = [
         [latency.goodput(ground.play(one, fresh(one)).served, ground.wanted) for one in every]
@@ -144,9 +171,9 @@ def goodput(ground: Ground, every: Sequence[Scenario], baseline: Make, optimized
     metric = "goodput_requests_per_second"
     if min(map(min, (*arms, again))) <= 0:
         means = [float(np.mean(values)) for values in arms]
-        return measurement.informative(metric, "serve", *means, source, "estimated", n=len(every))
+        return measurement.informative(metric, workload, *means, source, "estimated", n=len(every))
     floor = statistics.noise_floor(statistics.differences(arms[0], again))
-    return measurement.from_samples(metric, "serve", *arms, source=source, floor=floor, provenance="estimated")
+    return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
 
 
 def measurements(ground: Ground, rows: Sequence[dict[str, object]], baseline: str, optimized: str) -> list[Measurement]:

@@ -19,7 +19,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from lib.errors import UserError
@@ -27,7 +26,6 @@ from lib.measure.latency import Objectives
 from lib.measure.sequential import BreachTest
 from lib.measure.serving import MOST_ROWS, Decision, Outcome, Step, View
 from lib.models import rows
-from lib.models.anatomy import forget_pictures
 from lib.models.speculation import Round
 
 KNOBS = {
@@ -220,31 +218,6 @@ class LatencyLoop:
         self.limit = min(max(self.limit * math.exp(move), 1.0), float(self.most))
 
 
-@dataclass
-class Static:
-    """The static setting, or, with `span`, the oracle: at most `size` rows; the fast profile in [span) and else not."""
-
-    size: int
-    profile_always: int = FULL
-    span: tuple[float, float] | None = None
-    profile: int = FULL
-
-    @property
-    def name(self) -> str:
-        """What the setting is called in tables."""
-        kind = "oracle" if self.span else "static, fast" if self.profile_always == FAST else "static"
-        return f"{kind} {self.size}"
-
-    def decide(self, view: View) -> Decision:
-        """Admit whoever fits below the size."""
-        inside = self.span is not None and self.span[0] <= view.now < self.span[1]
-        self.profile = FAST if inside else self.profile_always
-        return Decision(max(0, min(self.size - len(view.running), view.room)))
-
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
-        """Learn nothing."""
-
-
 # --- loop 2: speculation by the draft's length -----------------------------------------------------------------------
 
 
@@ -342,26 +315,6 @@ def fixed(count: int) -> Callable[[Sequence[Round]], int]:
 
 
 # --- loop 3: quality by shadow runs ----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
-    """Return the share of an answer's tokens that the baseline, reading the same words, would not have chosen.
-
-    One pass over prompt and answer: far cheaper than answering again.
-    """
-    forget_pictures(baseline)
-    device = next(baseline.parameters()).device
-    ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
-    logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
-    return float((logits_1NV[0].argmax(-1).cpu() != answer_N.cpu()).float().mean())
-
-
-def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
-    """Return `disagreement` of each answer after its prompt."""
-    return [
-        disagreement(baseline, prompt_T, answer_N.to(prompt_T.device)) for prompt_T, answer_N in zip(prompts, answers)
-    ]
 
 
 @dataclass

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure import scenarios
+from lib.measure import scenarios, shadow
 from lib.measure.latency import Objectives
 from lib.measure.serving import Limits
 from lib.measure.steptimes import COLUMN_STEP, StepTimes
@@ -138,8 +138,8 @@ def test_disagreement_is_zero_for_the_baselines_own_answer_and_large_for_another
     model = tiny(name)
     prompt_T = torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(1))
     own, _ = speculation.generate(model, model, prompt_T, 12, feedback.fixed(0))
-    assert feedback.disagreement(model, prompt_T, own) == 0
-    assert feedback.disagreement(model, prompt_T, (own + 1) % 96) > 0.5
+    assert shadow.disagreement(model, prompt_T, own) == 0
+    assert shadow.disagreement(model, prompt_T, (own + 1) % 96) > 0.5
 
 
 @pytest.mark.parametrize("knob", [{"setpoint": 0.0}, {"setpoint": 1.2}, {"shadow_share": 0.0}, {"quality_margin": 0.9}])
