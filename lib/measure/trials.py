@@ -4,6 +4,7 @@ Rates, objectives and lengths of the scripts follow from the measured times by r
 functions that make a fresh policy; this module knows but the static ones. Profile 0 is the full one, 1 the fast one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ Make = Callable[[Scenario], Policy]
 
 @dataclass
 class Static:
-    """The static setting: at most `size` rows, profile `always`; or, with `span`, the oracle: the fast profile in [span)."""
+    """At most `size` rows, with the profile `always`; or, with `span`, the oracle: the fast profile in [span)."""
 
     size: int
     always: int = 0
@@ -173,6 +174,7 @@ def goodput(
         means = [float(np.mean(values)) for values in arms]
         return measurement.informative(metric, workload, *means, source, "estimated", n=len(every))
     floor = statistics.noise_floor(statistics.differences(arms[0], again))
+    floor = floor if math.isfinite(floor) else None
     return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
 
 
