@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake in a request, in one line: what, where, what was expected, what to do. `build.py` exits with 2."""
 
 
+class Gone(Exception):
+    """What a build rests on went away while it ran, in one line: a cluster's scheduler, its last worker."""
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the nearest valid name, or an empty string where nothing is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

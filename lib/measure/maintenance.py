@@ -76,7 +76,7 @@ from lib.optimizations import modular_components as composing
 loaded = loading.load(sys.argv[1])
 sample = tasks.text_windows(loaded, "search", 2, 64)
 fitting, _ = composing.applicable(loaded.model)
-steps = composing.order([Step(optimization=stem) for stem in fitting], loaded.model)
+steps, _ = composing.orderable([Step(optimization=stem) for stem in fitting], loaded.model)
 made = composing.attempt(loaded.model, [], [Step(optimization="{STEM}")], sample)
 print(json.dumps(dict(parts=fitting, order=[one.optimization for one in steps], state=made.state, reason=made.reason)))
 """

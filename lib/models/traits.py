@@ -62,6 +62,10 @@ def _dense_matrices(model: nn.Module) -> str | None:
     return "every matrix of its decoder is stored sparse" if stored(model) else "its decoder has no matrix"
 
 
+def _nothing_sparse(model: nn.Module) -> str | None:
+    return "some of its matrices are stored sparse" if stored(model) else None
+
+
 def _stock_attention(model: nn.Module) -> str | None:
     chosen = getattr(anatomy(model).config, "_attn_implementation", None)
     stock = chosen in (None, "eager", "sdpa", "flex_attention") or str(chosen).startswith("flash_attention")
@@ -77,6 +81,7 @@ TRAITS: dict[str, Trait] = {
     "stacked experts": Trait(_routed, _stacked_experts),
     "whole matrices": Trait(_always, _whole_matrices),
     "dense matrices": Trait(_always, _dense_matrices),
+    "dense storage": Trait(_always, _nothing_sparse),
     "stock attention": Trait(_always, _stock_attention),
 }
 

@@ -30,6 +30,7 @@ from lib.measure.study import Study
 from lib.models.stack import Step
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
+STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
 STEPS = 16  # the most that a knob of whole numbers (steps of training) is given above its least
 
 
@@ -173,7 +174,7 @@ def run(
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed * 1_000_003 + number, multivariate=True, n_startup_trials=1)
+    return optuna.samplers.TPESampler(seed=seed * 1_000_003 + number, multivariate=True, n_startup_trials=STARTUP)
 
 
 def outcomes(study: Study) -> list[Outcome]:
@@ -304,7 +305,9 @@ def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
     study.enqueue_trial({"one": middle, "other": middle})
     found: list[float] = []
     for number in range(evaluations):
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 1009 + number, multivariate=True, n_startup_trials=1)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed * 1009 + number, multivariate=True, n_startup_trials=STARTUP
+        )
         limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
         trial = study.ask(limits)
         found.append(float(utilities[trial.params["one"], trial.params["other"]]))

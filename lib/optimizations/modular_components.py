@@ -148,6 +148,21 @@ def order(steps: Sequence[Step], model: nn.Module) -> list[Step]:
     return arranged
 
 
+def orderable(steps: Sequence[Step], model: nn.Module) -> tuple[list[Step], dict[str, str]]:
+    """Return as many of the steps as fit together, in order, and by stem why each of the others had to be left out.
+
+    Steps are taken in the order of what they touch; each that no order would fit in with those before is left out.
+    """
+    kept: list[Step] = []
+    left: dict[str, str] = {}
+    for step in sorted(steps, key=lambda step: _rank(_module(step.optimization), step)):
+        try:
+            kept = order([*kept, step], model)
+        except UserError as error:
+            left[step.optimization] = str(error).removeprefix(f"{NAME}: ")
+    return kept, left
+
+
 def _knot(waiting: Sequence[Step], concerning: set[str]) -> str:
     said = []
     for step in waiting:

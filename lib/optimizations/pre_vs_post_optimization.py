@@ -89,7 +89,9 @@ def default_stack(
     known = None if loaded.random_weights else float(quality.read(loaded.model, ids_NT).loss_N.mean())
     wanted = [composing.trial(stem) for stem in composing.applicable(loaded.model)[0]]
     kept, current, rows, fallback = [], loaded.model, [], None
-    for step in composing.order(wanted, loaded.model):
+    arranged, left = composing.orderable(wanted, loaded.model)
+    rows += [{"step": stem, "state": "refused", "kept": False, "why": why} for stem, why in left.items()]
+    for step in arranged:
         options = {"random_weights": loaded.random_weights, "seed": seed}
         made = composing.attempt(current, calibration, [step], sample_BT, **options)
         row = {"step": step.optimization, "state": made.state, "kept": False, "why": made.reason or ""}

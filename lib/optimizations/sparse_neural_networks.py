@@ -47,7 +47,14 @@ KNOBS = {
 COMPOSES = {
     "touches": ("weights", "storage"),
     "needs": ("dense matrices",),
-    "invalidates": ("dense matrices", "whole matrices", "whole channels", "stacked experts", "statistics"),
+    "invalidates": (
+        "dense matrices",
+        "whole matrices",
+        "whole channels",
+        "stacked experts",
+        "dense storage",
+        "statistics",
+    ),
     "trial": {},
 }
 

@@ -46,6 +46,14 @@ KNOBS = {
     "page_cache": {"type": "categorical", "choices": PAGE_CACHE, "default": "keep"},
 }
 
+COMPOSES = {
+    "touches": ("execution",),
+    "needs": ("dense storage",),
+    # Its weights lie in a file from then on: nothing that reads or changes them can follow.
+    "invalidates": ("whole channels", "stacked experts", "whole matrices", "dense matrices", "statistics"),
+    "trial": {"memory_ratio": 1.0},  # in memory: reading weights from a file at every step takes long
+}
+
 
 def applies_to(model: nn.Module) -> str | None:
     """Return None, or why the weights of `model` cannot be streamed."""

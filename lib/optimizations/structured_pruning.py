@@ -163,13 +163,16 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
 
 
 def _whole(view: Anatomy, granularity: str, share: float) -> float:
-    """Return the nearest share that whole experts, groups or blocks can give; channels are fine enough as they are."""
+    """Return the nearest share that whole experts, groups or blocks can give, at least one of them.
+
+    Channels are fine enough as they are.
+    """
     counts = {
         "experts": [block.feed_forward.experts.count for block in view.blocks if block.feed_forward.experts],
         "heads": [b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none"],
         "depth": [len(view.blocks)],
     }.get(granularity)
-    return share if counts is None else round(share * counts[0]) / counts[0]
+    return share if counts is None or share <= 0 else max(1, round(share * counts[0])) / counts[0]
 
 
 def _resolve(view: Anatomy, granularity: str) -> str:

@@ -82,12 +82,13 @@ def apply(
 
     spectra: what `analyse(model, calibration, method)` returned, to compress several times from one pass. ranks: of
     matrices by name (None: dense), in place of a budget. Raises UserError for a value out of range or out of reach,
-    for too few calibration tokens, and where there is no matrix to factor.
+    for too few calibration tokens, and where there is no matrix to factor. Embeddings and head are those of `model`,
+    not copies: train neither in place.
     """
     _check(compression=compression, method=method, budget=budget)
-    spectra = analyse(model, calibration, method, budget) if spectra is None else spectra
+    spectra = analyse(model, calibration, method, budget, seed) if spectra is None else spectra
     chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
-    compressed = copy.deepcopy(model)
+    compressed = copy.deepcopy(model, _shared(model, spectra, chosen))
     install(compressed, spectra, chosen)
     if method == "refined" and refine_steps:
         blocks.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)

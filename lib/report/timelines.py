@@ -46,12 +46,12 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
         figure, axes = _axes(1.2 + 1.35 * len(panels), rows=len(panels), sharex=True)
         for one, panel in zip(axes, panels):
             _draw(one, panel, arms)
-        for second, text in marks:
+        for index, (second, text) in enumerate(marks):
             for one in axes:
                 one.axvline(second, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-            axes[0].annotate(text, (second, 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
+            axes[0].annotate(text, (second, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 10 * (index % 2)),
                              textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
-        axes[0].set_title(title, pad=18 if marks else None)
+        axes[0].set_title(title, pad=28 if marks else None)
         axes[-1].set_xlabel("time (s)")
         figure.align_ylabels(list(axes))
         handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels())}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import Gone, UserError
 from lib.suite import cores, imports, key, lock, outputs, past, plan, site, worker
 from lib.suite.outputs import Folder, State
 from lib.suite.plan import Job, Request
@@ -55,9 +55,19 @@ def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]
     return found
 
 
-def build(request: Request, out: Path, jobs: int | None = None, force: bool = False, suite: str | None = None) -> int:
-    """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code."""
-    planned = plan.plan(request)
+def build(
+    request: Request,
+    out: Path,
+    jobs: int | None = None,
+    force: bool = False,
+    suite: str | None = None,
+    cluster: str | None = None,
+) -> int:
+    """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code.
+
+    `cluster` is the address of the Dask scheduler whose workers run it; without one, this machine does.
+    """
+    planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cores.default_jobs(request.scale, request.device)
     shares = cores.share_out(side_by_side)
     for kind in ("cell", "run"):
@@ -65,9 +75,12 @@ def build(request: Request, out: Path, jobs: int | None = None, force: bool = Fa
     folder = outputs.open_folder(out)
     try:
         with _locked(folder), stoppable():
-            return _build(folder, planned, shares, force, suite)
+            return _build(folder, planned, shares, force, suite, cluster)
     except Stopped:
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
+        return 1
+    except Gone as gone:
+        print(f"build.py: {gone}; what was finished is kept, and the same command goes on from there")
         return 1
     except OSError as error:
         where = error.filename or folder.path
@@ -90,7 +103,12 @@ def _locked(folder: Folder) -> Iterator[None]:
 
 
 def _build(
-    folder: Folder, planned: Sequence[Job], shares: Sequence[Sequence[int]], force: bool, suite: str | None
+    folder: Folder,
+    planned: Sequence[Job],
+    shares: Sequence[Sequence[int]],
+    force: bool,
+    suite: str | None,
+    cluster: str | None,
 ) -> int:
     surveyed = survey(folder, planned)
     _tidy(folder)
@@ -103,7 +121,7 @@ def _build(
     if kept:
         print(f"{kept} of {len(planned)} runs are finished already and kept")
     expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
-    results = _run(folder, to_run, shares, planned, expected) if to_run else []
+    results = _run(folder, to_run, shares, planned, expected, cluster) if to_run else []
     faults = _render(folder, to_render, planned)
     faults += past.keep(folder, suite or "run")
     faults += _overview(folder, shares)
@@ -114,13 +132,20 @@ def _build(
     return _summary(folder, len(planned), results, faults) or bool(short)
 
 
-def _run(folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict) -> list:
+def _run(
+    folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict, address: str | None
+) -> list:
     from lib.suite import schedule
 
     neighbours = sorted({*outputs.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, key.of(parts), parts) for job, parts in to_run]
     with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
-        return schedule.run(schedule.Build(folder, shares, temporary, neighbours, progress), entries)
+        shared = schedule.Build(folder, shares, temporary, neighbours, progress)
+        if address:
+            from lib.suite import cluster
+
+            return cluster.run(shared, entries, address)
+        return schedule.run(shared, entries)
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
     "Without a command the complete suite runs: every optimization on every model, then all reports. Finished runs are "
     "kept, and a build that was stopped goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit "
-    "how long a cell and a run may take. Exit codes: 0 all well; 1 a run failed or a check fell short; 2 the request "
-    "was wrong."
+    "how long a cell and a run may take, WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
+    "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong."
 )
 
 
@@ -63,6 +63,7 @@ def _out(parser: argparse.ArgumentParser) -> None:
 def _run_options(parser: argparse.ArgumentParser) -> None:
     _request_options(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs beside each other, each on its own cores")
+    parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")
     parser.add_argument("--force", action="store_true", help="run also what is finished already")
 
 
@@ -197,7 +198,19 @@ def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str
     from lib.suite import build
 
     request = _request(options, optimizations)
-    return build.build(request, _folder(options), options.jobs, options.force, suite)
+    if options.cluster is not None:
+        _check_cluster(options)
+    return build.build(request, _folder(options), options.jobs, options.force, suite, options.cluster)
+
+
+def _check_cluster(options: argparse.Namespace) -> None:
+    """Raises UserError for an address that is none, and for options that mean this machine."""
+    from lib.suite import cluster
+
+    cluster.check_address(options.cluster)
+    cluster.patience()
+    if options.jobs is not None:
+        raise UserError('--jobs is for this machine; on a cluster one job runs per "device" token of a worker')
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -143,6 +143,37 @@ def place(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
+    """Put what a run left in another result folder into this one, each file whole, the record before its pages.
+
+    `files`: content by the path in that folder; what is not the run's own is left out. Raises OSError.
+    """
+    part = folder.running / stem / "part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, target: Path) -> None:
+        if name in files:
+            part.write_bytes(files[name])
+            place(part, target)
+
+    folder.failed(stem).unlink(missing_ok=True)
+    if f"{stem}.ipynb" not in files:
+        discard_pages(folder, stem)
+    put(f"failed/{stem}.ipynb", folder.failed(stem))
+    put(f"logs/{stem}.log", folder.log(stem))
+    put(f"{stem}.ipynb", folder.of(stem, ".ipynb"))
+    put(f".cache/{stem}.json", folder.parts(stem))
+    put(f"{stem}.json", folder.of(stem, ".json"))
+    pictures = folder.path / f"{stem}_files"
+    shutil.rmtree(pictures, ignore_errors=True)
+    for name in files:
+        if name.startswith(f"{stem}_files/"):
+            put(name, pictures / Path(name).name)
+    for ending in (".html", ".md"):
+        put(f"{stem}{ending}", folder.of(stem, ending))
+    shutil.rmtree(part.parent, ignore_errors=True)
+
+
 def discard_pages(folder: Folder, stem: str) -> None:
     """Take away the notebook and pages of a run that failed: they tell of something else than its record."""
     for ending in (".ipynb", ".html", ".md"):

@@ -97,15 +97,15 @@ def assignments(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def plan(request: Request, to_run: bool = True) -> list[Job]:
+def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     """Return the jobs of a request, in the order in which they are run. Raises UserError; nothing has run by then.
 
-    Where nothing is `to_run`, the device and the weights need not be there.
+    Where nothing is `to_run`, the device and the weights need not be there; where it is not `here`, the device.
     """
     chosen = _chosen("optimization", request.optimizations, optimizations(), "notebooks/*.ipynb")
     on = _chosen("model", request.models, models(), "parameters/*.yaml")
-    if to_run:
-        _check_device(request.device)
+    if to_run and here:
+        check_device(request.device)
     dimensions = _dimensions(request.dimensions)
     read = [templates.read(NOTEBOOKS / f"{name}.ipynb") for name in chosen]
     files = {name: parameter_files.read(name) for name in on}
@@ -140,8 +140,8 @@ def _chosen(what: str, asked: tuple[str, ...], known: list[str], where: str) -> 
     return list(dict.fromkeys(asked)) if asked else known
 
 
-def _check_device(device: str) -> None:
-    """Asks the driver, not torch: a request must be answered at once."""
+def check_device(device: str) -> None:
+    """Raise UserError where there is no such device here. Asks the driver, not torch: the answer must come at once."""
     if device != "cuda":
         return
     try:

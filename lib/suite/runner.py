@@ -19,6 +19,7 @@ from lib.suite.template import Template
 from lib.suite.worker import Outcome, Task
 
 LOG_LINES = 40
+LOST_WORKERS = "LostWorkers"  # the kind of an error that no notebook is known to have made
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def fault(template: Template, outcome: Outcome) -> str:
         what = f"the kernel was killed or died (it and its children held up to {held / 2**20:.0f} MiB)"
     else:
         what = f"{kind}: {text[:300]}" if text else kind
+    if kind == LOST_WORKERS:
+        return text
     if outcome.cell is None:
         return f"before the first cell: {what}"
     return f"{_cell(template, outcome.cell)}: {what}"

@@ -45,13 +45,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Build:
-    """What all jobs of a build share."""
+    """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's."""
 
     folder: Folder
     shares: Sequence[Sequence[int]]
     temporary: Path
     neighbours: Sequence[tuple[str, str]]
     progress: Progress
+    side_by_side: int | None = None
 
 
 def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
@@ -88,7 +89,7 @@ def _begin(build: Build, slot: Slot) -> None:
         folder=build.folder.running / job.stem,
         temporary=slot.temporary,
         cores=slot.cores,
-        jobs=len(build.shares),
+        jobs=build.side_by_side or len(build.shares),
         effort=job.effort,
         dimensions=job.dimensions,
     )

@@ -41,4 +41,4 @@ def test_what_is_added_does_what_it_says(tiny, name, tmp_path):
 def test_the_copy_finds_orders_and_runs_it():
     found = maintenance.measure("qwen3-4b-instruct-2507")
     assert found.touched == 2 and found.listed and found.state == "works"
-    assert maintenance.STEM in found.parts and set(found.order) == set(found.parts)
+    assert maintenance.STEM in found.order and set(found.order) <= set(found.parts)

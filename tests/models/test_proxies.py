@@ -18,8 +18,6 @@ from lib.models.muon import orthogonal
 from lib.models.recipe import Recipe
 
 VOCABULARY = 2048
-# Targets that a kept stand-in does not reach yet; a longer training has to.
-SHORT_OF = {"qwen3-coder-30b": {"code_origin_f1_macro"}}
 # A second phase in small.
 VARIED = {"copy_until": 0.0, "questions": 6, "joined": 0.3, "advised": 0.4, "replaced": 0.5, "text_every": 2}
 VARIED |= {"dropout": 0.1, "average": 0.9}
@@ -325,7 +323,6 @@ def test_kept_stand_in_meets_its_targets_and_size(kept, name):
     loaded, stated = kept
     task = loaded.parameters.tasks[0]
     targets = {f"{task}_f1_macro": 0.97 if task == "digits" else 0.90, "recall_256": 0.90, "least_expert_share": 0.25}
-    missed = {score for score, least in targets.items() if stated.get(score, least) < least}
-    assert missed == SHORT_OF.get(name, set()), "a target newly missed, or one newly reached: then remove it there"
+    assert not {score: stated[score] for score, least in targets.items() if stated.get(score, least) < least}
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) <= 5_000_000
     assert sum(path.stat().st_size for path in loaded.folder.glob("*.safetensors")) <= 10_000_000

@@ -87,6 +87,9 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
         composing.order([Step(optimization="one"), Step(optimization="two")], model)
     with pytest.raises(UserError, match="cannot be ordered"):
         composing.compose(model, [], [Step(optimization="one"), Step(optimization="two")])
+    kept, left = composing.orderable([Step(optimization="two"), Step(optimization="one")], model)
+    assert [one.optimization for one in kept] == ["one"]
+    assert left["two"].startswith("these steps cannot be ordered: one takes away stock attention")
 
 
 def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, batch):

@@ -161,9 +161,9 @@ def test_break_even_is_what_was_spent_over_what_a_token_saves():
     assert max(row["strength"] for row in never) == pytest.approx(10 * 10.0 * 100 / 1000)
 
 
-def test_a_sweep_has_every_point_with_its_control(tiny):
+def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
-    pruned = composing.compose(model, [], [Step(optimization=PRUNING, knobs={"saliency": "random"})]).model
+    pruned = composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"saliency": "random"})]).model
     prompt = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(0))
     found = comparing.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
     assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
