@@ -1,4 +1,5 @@
-"""Shadow runs: what a profile answers and how a guard fares with the losses of its answers, on real losses drawn again.
+"""Shadow runs: what a profile answers, how a guard fares with real losses of its answers, drawn again, and how good a
+server is whose answers come from two profiles.
 
 A guard has `ready(second)`, `wants()`, `add(second, loss)`, `trusted`, `estimate` and `events`; it comes in ready made.
 
@@ -7,12 +8,16 @@ Shapes: T prompt tokens, N new tokens.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from lib.measure import measurement, quality
+from lib.measure.effort import Effort
+from lib.measure.measurement import Measurement
+from lib.measure.quality import Answers
 from lib.models import rows
 from lib.models.anatomy import anatomy, forget_pictures
 
@@ -127,3 +132,25 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
     mean = losses.cumsum(1) / n
     spread = np.sqrt(np.maximum(1e-9, (losses**2).cumsum(1) / n - mean**2) / n)
     return float(((mean - bound) / spread > z)[:, 4:].any(1).mean())
+
+
+def blended(full: Answers, fast: Answers, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
+    """Return classification and recall of the full profile (baseline) against a blend with `share` of fast answers."""
+    if full.reason:
+        return [measurement.unavailable(name, "serve", full.reason) for name in ("f1_macro", "recall_exact_match")]
+    random = np.random.default_rng([seed, 0xB1E])
+    options = {"resamples": effort.resamples, "seed": seed}
+    found = []
+    for one, other in zip(full.classified, fast.classified, strict=True):
+        draw_N = random.random(len(one.ids)) < share
+        mixed = replace(
+            one,
+            chosen_N=np.where(draw_N, other.chosen_N, one.chosen_N),
+            scores_NL=np.where(draw_N[:, None], other.scores_NL, one.scores_NL),
+        )
+        found += quality.compare_classified(one, mixed, **options)
+    if full.recalled is not None:
+        draw_N = random.random(len(full.recalled.right_N)) < share
+        right_N = np.where(draw_N, fast.recalled.right_N, full.recalled.right_N)
+        found.append(quality.compare_recalled(full.recalled, replace(full.recalled, right_N=right_N), **options))
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import latency, measurement, scenarios, statistics, steptimes
+from lib.measure import cost, latency, measurement, scenarios, statistics, steptimes
 from lib.measure.measurement import Measurement
 from lib.measure.scenarios import Played, Scenario
 from lib.measure.serving import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
@@ -86,16 +86,16 @@ def prepare(
     first_token_factor: float,
     token_factor: float,
     requests: int,
-    repeats: int = 3,
+    rounds: int = 3,
     seed: int = 0,
 ) -> Ground:
-    """Time the steps of both profiles and return the ground for all settings.
+    """Time the steps of both profiles in turn and return the ground for all settings.
 
     A third of a script lasts as long as `requests` requests at capacity. Raises UserError where no request can be
     served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
-    times = tuple(steptimes.measure(model, text_T, CONTEXTS, repeats=repeats) for model in (loaded.model, fast))
+    times = steptimes.measure_together((loaded.model, fast), text_T, CONTEXTS, rounds=rounds)
     single = Single.of(times[0], LENGTHS)
     wanted = objectives(single, first_token_factor, token_factor)
     rate, _ = times[0].capacity(LENGTHS, wanted.token_seconds)
@@ -202,6 +202,19 @@ def measurements(ground: Ground, rows: Sequence[dict[str, object]], baseline: st
         fields |= {"reason": "one arm has no such number"} if None in means else {}
         found.append(measurement.informative(metric, "serve", *means, source, "estimated", **fields))
     return found
+
+
+def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
+    """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
+    weights = [float(cost.weights_bytes(one)) for one in (full, fast)]
+    cache = [float(cost.kv_cache_bytes_per_token(one)) for one in (full, fast)]
+    mixed = (1 - share) * cache[0] + share * cache[1]
+    by = "by formula from the caches' shapes, blend of both profiles"
+    return [
+        measurement.counted("weights_bytes", "load", weights[0], sum(weights), "full alone; full and fast, as stored"),
+        measurement.counted("kv_cache_bytes_per_token", "decode", cache[0], mixed, by),
+        measurement.informative("apply_seconds", "calibrate", 0.0, apply_seconds, "perf_counter, once", ratio=None),
+    ]
 
 
 def _samples(ground: Ground) -> int:
