@@ -84,6 +84,28 @@ def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[s
     return timeline(panels, marks=list(zip(served.trace.starts, names)), title=title)
 
 
+def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives) -> list[Panel]:
+    """Return the panels of a closed loop: signal, limit, profile in charge, and the times of requests by arrival.
+
+    course: (second, limit in rows, seconds per token) of every decision; profiles: (second, profile) of every change;
+    `objectives` with `first_token_seconds` and `token_seconds`.
+    """
+    made = pd.DataFrame(course, columns=["seconds", "limit", "signal"])
+    switched = pd.DataFrame([(0.0, 0), *profiles, (served.end, profiles[-1][1] if profiles else 0)],
+                            columns=["seconds", "value"])  # fmt: skip
+    done = [one for one in served.outcomes if one.finished is not None]
+    at = [one.request.arrival for one in done]
+    first = pd.DataFrame({"seconds": at, "value": [1000 * one.first_token_seconds for one in done]})
+    token = pd.DataFrame({"seconds": at, "value": [1000 * one.token_seconds for one in done]})
+    return [
+        Panel(made.assign(value=1000 * made.signal), "signal (ms/token)", "line", 1000 * objectives.token_seconds),
+        Panel(made.assign(value=made.limit), "limit (rows)", "steps"),
+        Panel(switched, "fast in charge", "steps"),
+        Panel(first, "first token (ms)", "points", 1000 * objectives.first_token_seconds),
+        Panel(token, "per token (ms)", "points", 1000 * objectives.token_seconds),
+    ]
+
+
 def _draw(axes, panel: Panel, arms: list[str]) -> None:
     groups = panel.frame.groupby("arm", sort=False) if "arm" in panel.frame else [(None, panel.frame)]
     for name, rows in groups:
