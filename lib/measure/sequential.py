@@ -19,8 +19,8 @@ class BreachTest:
 
     The stake is fixed before each loss is seen, from those before it: (mean − bound) ÷ (variance + (mean − bound)²),
     the growth-optimal one to second order, kept in [0, 3/(4·bound)]. Mean and variance are of the last losses, older
-    ones fade: any stake that does not look ahead is fair, and a fault may begin late. Raises UserError for a bound or alpha outside
-    (0, 1).
+    ones fade: any stake that does not look ahead is fair, and a fault may begin late. Raises UserError for a bound or
+    alpha outside (0, 1).
     """
 
     bound: float
