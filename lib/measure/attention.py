@@ -86,12 +86,13 @@ class Finder:
         return blocks.choose(share_HNM, self.tau, self.most)
 
 
-def needed(heads: Heads, block: int, share: float) -> float:
+def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
     """Return the least density at which an oracle reaches `share` of the mass: no pattern of blocks can do with less.
 
     The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
+    `mass_HRM`: see `judge`.
     """
-    mass_HRM = mass(heads, block)
+    mass_HRM = mass(heads, block) if mass_HRM is None else mass_HRM
     rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
     ordered_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
     count_HR = (ordered_HRM < share).sum(-1) + 1
@@ -99,8 +100,12 @@ def needed(heads: Heads, block: int, share: float) -> float:
 
 
 @torch.inference_mode()
-def time_attention(heads: Heads, find: Finder, count: int, seed: int = 0) -> tuple[Pairs, Pairs]:
-    """Return pairs of (full attention, pattern found and attention to it), and the A/A control of full attention."""
+def time_attention(
+    heads: Heads, find: Finder, count: int, seed: int = 0, control: bool = True
+) -> tuple[Pairs, Pairs | None]:
+    """Return pairs of (full attention, pattern found and attention to it), and the A/A control of full attention
+    (None where not wanted).
+    """
     parts = heads.query_HTD, heads.key_GTD, heads.value_GTV
     grouped = parts[0].shape[0] != parts[1].shape[0]
 
@@ -116,7 +121,8 @@ def time_attention(heads: Heads, find: Finder, count: int, seed: int = 0) -> tup
 
     full.synchronize = torch.cuda.synchronize if parts[0].is_cuda else None
     options = {"blocks": count, "warmup": 1, "disturbance": disturbance.watch}
-    return timing.paired(full, sparse, seed=seed, **options), timing.a_a(full, seed=seed + 1, **options)
+    pairs = timing.paired(full, sparse, seed=seed, **options)
+    return pairs, timing.a_a(full, seed=seed + 1, **options) if control else None
 
 
 def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 
+from lib.measure import disturbance
 from lib.measure.latency import Objectives, met
+from lib.measure.profiles import Profiles
 from lib.measure.serving import Limits, Policy, Served, VirtualClock, serve
 from lib.measure.simulation import SimulatedEngine
 from lib.measure.steptimes import StepTimes
@@ -21,7 +24,7 @@ from lib.measure.traffic import Lengths, Phase, Request, Trace, make
 
 WINDOWS = 60  # into which a trace is cut to count the seconds beyond an objective
 GOOD_SHARE = 0.9  # of the requests arriving in a window that must be served well
-CALM, BUSY = 0.45, 0.85  # shares of capacity
+CALM, BUSY = 0.45, 1.15  # shares of what the full profile can serve within the objectives
 STOLEN = 2.0  # how much slower a machine is whose core is shared with one other process
 
 
@@ -44,20 +47,32 @@ class Scenario:
 def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: float, seed: int = 0) -> list[Scenario]:
     """Return the four scenarios of one length: quiet, load step, longer prompts, stolen core.
 
-    The middle third is disturbed. Prompts get three times as long at the calm share of *their* capacity.
+    The middle third is disturbed: the load steps beyond capacity; prompts get three times as long, beyond *their*
+    capacity; the machine slows down under an unchanged calm load.
     """
     third = seconds / 3
     long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
     rate, _ = times.capacity(lengths, objective.token_seconds)
     long_rate, _ = times.capacity(long, objective.token_seconds)
     calm = Phase(third, CALM * rate, lengths)
-    busy, longer = Phase(third, BUSY * rate, lengths), Phase(third, CALM * long_rate, long)
+    busy, longer = Phase(third, BUSY * rate, lengths), Phase(third, BUSY * long_rate, long)
     return [
         Scenario(make("quiet", [calm] * 3, seed)),
         Scenario(make("load step", [calm, busy, calm], seed)),
         Scenario(make("longer prompts", [calm, longer, calm], seed)),
         Scenario(make("stolen core", [calm] * 3, seed), ((0.0, 1.0), (third, STOLEN), (2 * third, 1.0))),
     ]
+
+
+class Played(NamedTuple):
+    """A run, and which profile answered each request that was admitted (request id → index)."""
+
+    served: Served
+    profile_of: dict[int, int]
+
+    def share(self, profile: int) -> float:
+        """Return the share of the answered requests that `profile` answered."""
+        return sum(one == profile for one in self.profile_of.values()) / max(1, len(self.profile_of))
 
 
 class SlowedEngine(SimulatedEngine):
@@ -77,10 +92,16 @@ class SlowedEngine(SimulatedEngine):
         return super().leave(ids) * self.scenario.factor(self.now())
 
 
-def play(scenario: Scenario, policy: Policy, times: StepTimes, limits: Limits, seed: int = 0) -> Served:
-    """Serve a scenario in virtual time and return what happened."""
+def play(
+    scenario: Scenario, policy: Policy, times: StepTimes | Sequence[StepTimes], limits: Limits, seed: int = 0
+) -> Played:
+    """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile."""
     clock = VirtualClock()
-    return serve(scenario.trace, policy, SlowedEngine(times, scenario, clock.now, seed), clock, limits)
+    each = [times] if isinstance(times, StepTimes) else times
+    engines = [SlowedEngine(one, scenario, clock.now, seed) for one in each]
+    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0))
+    served = serve(scenario.trace, policy, profiles, clock, limits)
+    return Played(served, dict(profiles.owner))
 
 
 def seconds_beyond(served: Served, objectives: Objectives) -> float:
@@ -113,25 +134,29 @@ def reversals(values: Sequence[float]) -> int:
 
 
 class Spinner:
-    """A process that is always busy, on the cores of this one, while the `with` block lasts or until `stop`."""
+    """Processes that are always busy, one on each core that is given to this one, while the `with` block lasts or until
+    `stop`: every core of ours is shared with somebody else.
+    """
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen | None = None
+        self.processes: list[subprocess.Popen] = []
 
     def start(self) -> None:
         """Begin to steal."""
-        if self.process is None:
-            self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            here = psutil.Process()
-            if hasattr(here, "cpu_affinity"):
-                psutil.Process(self.process.pid).cpu_affinity(here.cpu_affinity())
+        if self.processes:
+            return
+        for core in disturbance.cores():
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            self.processes.append(process)
+            if hasattr(psutil.Process, "cpu_affinity"):
+                psutil.Process(process.pid).cpu_affinity([core])
 
     def stop(self) -> None:
         """Give the cores back."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes = []
 
     def __enter__(self) -> "Spinner":
         return self

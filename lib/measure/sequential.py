@@ -16,7 +16,7 @@ class BreachTest:
     """Watches losses in [0, 1]; `add` returns whether their mean is by now shown to exceed `bound`.
 
     The stake is fixed before each loss is seen, from those before it: (mean − bound) ÷ (variance + (mean − bound)²),
-    the growth-optimal one to second order, kept in [0, 1/(2·bound)]. Raises UserError for a bound or alpha outside
+    the growth-optimal one to second order, kept in [0, 3/(4·bound)]. Raises UserError for a bound or alpha outside
     (0, 1).
     """
 
@@ -59,4 +59,4 @@ class BreachTest:
         mean = (self.total + 0.5) / count
         variance = max(1e-4, (self.squares + 0.5) / count - mean**2)
         edge = mean - self.bound
-        return min(max(0.0, edge / (variance + edge**2)), 0.5 / self.bound)
+        return min(max(0.0, edge / (variance + edge**2)), 0.75 / self.bound)

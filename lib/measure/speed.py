@@ -102,6 +102,8 @@ def compare(
     invalid: str | None = None,
     except_for: tuple[str, ...] = (),
     costs: dict[str, object] | None = None,
+    baseline_costs: dict[str, object] | None = None,
+    prompt_once: bool = False,
     fallback: bool = False,
     with_energy: bool = True,
     seed: int = 0,
@@ -110,8 +112,9 @@ def compare(
 
     `prompt_BT` is ids [1, T]; for `batch_decode` its beginning is repeated, rolled. `invalid` is what the sanity
     gate said: then nothing is timed and every metric is invalid, with that reason. `except_for`: conditions in which
-    the arms may differ. `costs`: options of `cost.of` for the optimized model (absorbed, overhead, skip_zeros);
-    `fallback`: see `ceilings.explain`.
+    the arms may differ. `costs`: options of `cost.of` for the optimized model (absorbed, overhead, skip_zeros), and
+    `baseline_costs` for the baseline. `prompt_once` decodes again and again from one long prompt that is read once
+    (`workloads.steps`). `fallback`: see `ceilings.explain`.
     """
     effort = efforts.read(effort) if isinstance(effort, str) else effort
     listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
@@ -126,9 +129,9 @@ def compare(
     found: list[Measurement] = []
     timed: dict[str, Timed] = {}
     for name in names:
-        arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
+        arms = [_workload(name, model, prompt_BT, effort, prompt_once) for model in (baseline, optimized)]
         workloads.assert_same_conditions(*arms, except_for=except_for)
-        prices = _cost(baseline, arms[0], {}), _cost(optimized, arms[1], costs or {})
+        prices = _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {})
         timed[name] = _time(arms, prices, effort.blocks, seed)
         found += _explained(name, timed[name], hints, peaks)
     found += _processor(timed)
@@ -142,11 +145,11 @@ def compare(
     return Compared(found, timed, _details(timed, peaks), peaks)
 
 
-def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
+def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort, once: bool = False) -> Workload:
     if name == "prefill":
         return workloads.prefill(model, prompt_BT)
     if name == "decode":
-        return workloads.decode(model, prompt_BT, effort.new_tokens)
+        return (workloads.steps if once else workloads.decode)(model, prompt_BT, effort.new_tokens)
     if name == "generate":
         return workloads.generate(model, prompt_BT, effort.new_tokens)
     # Rolled by one token each: as many different prompts, the same length; short, for what is timed is the decoding.

@@ -3,7 +3,8 @@
 Three loops, each of which stands alone:
 
 - `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
-  by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989).
+  by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989); where the limit is
+  not enough, a `Switch` lets a faster profile answer newcomers, and tries the full one again ever later.
 - `DraftLength` and `Bandit`: how many tokens a pruned draft proposes follows the measured acceptance and the measured
   times (Leviathan et al. 2023, section 3.5), or is found by trying (discounted UCB: Garivier and Moulines 2011).
 - `Guard`: a share of the answers is read again by the baseline; a sequential test says when a profile answers worse
@@ -18,7 +19,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from lib.errors import UserError
@@ -26,7 +26,6 @@ from lib.measure.latency import Objectives
 from lib.measure.sequential import BreachTest
 from lib.measure.serving import MOST_ROWS, Decision, Outcome, Step, View
 from lib.models import rows
-from lib.models.anatomy import forget_pictures
 from lib.models.speculation import Round
 
 KNOBS = {
@@ -50,7 +49,15 @@ KNOBS = {
     },
 }
 PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rate of the actuator
+FILTER = 1 / 16  # weight of a new decode step in the filtered signal
 MOST_CHANGE = math.log(2)  # of the limit, per decision
+PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
+HOLD, MOST_HOLD = (
+    32.0,
+    128.0,
+)  # first-token objectives for which the fast profile stays at least, and at most before a try
+FULL, FAST = 0, 1  # profiles
+START_ROWS, LEAST_ROWS = 16.0, 4.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
 LONGEST_DRAFT = 8
 REMEMBERED = 0.97  # of what was seen, per round
@@ -81,8 +88,8 @@ class PI:
     decisions.
     """
 
-    gain: float = 0.5
-    reset: float = 4.0
+    gain: float = 0.2
+    reset: float = 8.0
     name: str = "PI"
     last: float | None = None
 
@@ -105,23 +112,67 @@ class Aimd:
         return math.log(1 + 1 / limit) if error > 0 else math.log(self.backoff)
 
 
-# --- loop 1: latency by the batch limit ------------------------------------------------------------------------------
+# --- loop 1: latency by the batch limit and by the profile -----------------------------------------------------------
+
+
+@dataclass
+class Switch:
+    """Which profile answers newcomers: FULL, or FAST once the first in the queue has waited for a fifth of what it may.
+
+    saving: how many times as long a request takes with the full profile as with the fast one. Back to FULL after `hold`
+    seconds without pressure, if the time per token would then be within the objective too; a return that does not last
+    doubles the next hold. `course` keeps (second, profile) of every change.
+    """
+
+    objectives: Objectives
+    saving: float
+    profile: int = FULL
+    since: float = 0.0
+    factor: float = HOLD
+    course: list[tuple[float, int]] = field(default_factory=list)
+
+    def look(self, now: float, wait: float, signal: float) -> None:
+        """Take in the longest wait and the filtered seconds per token; change the profile where that is due."""
+        pressed = wait > PRESSED * self.objectives.first_token_seconds or signal > self.objectives.token_seconds
+        hold = self.factor * self.objectives.first_token_seconds
+        if self.profile == FULL and pressed:
+            lasted = now - self.since > 2 * hold or not self.course
+            self.factor = HOLD if lasted else min(2 * self.factor, MOST_HOLD)
+            self._change(FAST, now)
+        elif self.profile == FAST:
+            if pressed or wait > EASY * self.objectives.first_token_seconds:
+                self.since = now
+            elif now - self.since >= hold and signal * self.saving <= self.objectives.token_seconds:
+                self._change(FULL, now)
+
+    def _change(self, profile: int, now: float) -> None:
+        self.profile, self.since = profile, now
+        self.course.append((now, profile))
 
 
 class LatencyLoop:
     """A policy of the server loop whose batch limit follows the measured seconds per token to setpoint × objective.
 
-    Signal: seconds between a row's tokens, prefills of others included, over the last PERIOD_STEPS decode steps;
-    filter: their mean. The limit rises only while it is what keeps requests waiting: otherwise it would wind up in calm
-    hours and overshoot with the first rush. `course` keeps (second, limit, signal) of every decision.
+    Signal: seconds between a row's tokens, prefills of others included; filter: exponential, over about 1/FILTER decode
+    steps, since a single prefill takes as long as several of them. The limit rises only while it is what keeps requests
+    waiting: otherwise it would wind up in calm hours and overshoot with the first rush. With a `switch` the loop also
+    sets the `profile`. `course` keeps (second, limit, signal) of every decision.
     """
 
-    def __init__(self, law: PI | Aimd, objectives: Objectives, *, setpoint: float = 0.8, most: int = MOST_ROWS):
+    def __init__(
+        self,
+        law: PI | Aimd,
+        objectives: Objectives,
+        *,
+        setpoint: float = 0.8,
+        most: int = MOST_ROWS,
+        switch: Switch | None = None,
+    ):
         check(setpoint=setpoint)
-        self.law, self.target, self.most = law, setpoint * objectives.token_seconds, most
-        self.name = f"{law.name} loop"
-        self.limit, self.bound = 2.0, False
-        self.seconds, self.count, self.end = 0.0, 0, None
+        self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
+        self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
+        self.limit, self.bound, self.wait = START_ROWS, False, 0.0
+        self.pending, self.signal, self.count = 0.0, None, 0
         self.course: list[tuple[float, float, float]] = []
 
     @property
@@ -129,29 +180,42 @@ class LatencyLoop:
         """The batch limit as a whole number of rows."""
         return max(1, min(self.most, math.floor(self.limit + 1e-9)))
 
+    @property
+    def profile(self) -> int:
+        """The profile that answers whoever is admitted now."""
+        return self.switch.profile if self.switch else FULL
+
     def decide(self, view: View) -> Decision:
         """Admit as many as the limit and the server's memory have room for."""
         self.bound |= self.size - len(view.running) < len(view.waiting)
+        self.wait = view.now - view.waiting[0].arrival
+        if self.switch:
+            self.switch.look(view.now, self.wait, self.signal or 0.0)
         return Decision(max(0, min(self.size - len(view.running), view.room)))
 
     def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
         """Take in a step; decide anew after every PERIOD_STEPS of decoding."""
         if step.kind == "decode" or step.running > step.batch:  # a first prefill stops nobody
-            self.seconds += step.seconds
-        self.count += step.kind == "decode"
-        if self.count < PERIOD_STEPS:
+            self.pending += step.seconds
+        if step.kind != "decode":
             return
-        signal = self.seconds / self.count
-        self._act(math.log(self.target / max(signal, 1e-9)))
-        self.course.append((step.start + step.seconds, self.limit, signal))
-        self.seconds, self.count, self.bound = 0.0, 0, False
+        self.signal = self.pending if self.signal is None else self.signal + FILTER * (self.pending - self.signal)
+        self.pending, self.count = 0.0, self.count + 1
+        end = step.start + step.seconds
+        self.wait = self.wait if step.waiting else 0.0
+        if self.switch:
+            self.switch.look(end, self.wait, self.signal)
+        if self.count % PERIOD_STEPS == 0:
+            self._act(math.log(self.target / max(self.signal, 1e-9)))
+            self.course.append((end, self.limit, self.signal))
+            self.bound = False
 
     def _act(self, error: float) -> None:
         move = self.law.move(error, self.limit) if isinstance(self.law, Aimd) else self.law.move(error)
         if move > 0 and not self.bound:
             return
         move = min(max(move, -MOST_CHANGE), MOST_CHANGE)
-        self.limit = min(max(self.limit * math.exp(move), 1.0), float(self.most))
+        self.limit = min(max(self.limit * math.exp(move), LEAST_ROWS), float(self.most))
 
 
 # --- loop 2: speculation by the draft's length -----------------------------------------------------------------------
@@ -251,19 +315,6 @@ def fixed(count: int) -> Callable[[Sequence[Round]], int]:
 
 
 # --- loop 3: quality by shadow runs ----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
-    """Return the share of an answer's tokens that the baseline, reading the same words, would not have chosen.
-
-    One pass over prompt and answer: far cheaper than answering again.
-    """
-    forget_pictures(baseline)
-    device = next(baseline.parameters()).device
-    ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
-    logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
-    return float((logits_1NV[0].argmax(-1).cpu() != answer_N.cpu()).float().mean())
 
 
 @dataclass

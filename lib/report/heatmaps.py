@@ -27,25 +27,29 @@ def pairs(
     `frame` has a row per pair: `first`, `second`, `state` (shown where there is no number) and the value's column, with
     `<column>_low` and `<column>_high` where known: a value whose interval holds zero is set in grey.
     """
-    size = len(names)
-    height = WIDTH_INCHES / len(values) * 0.9 * max(size, 2) / max(size, 2) + 0.4
+    beside = len(names) * len(values) <= CELLS_BESIDE
     with _style():
-        figure, panels = _axes(max(height, 2.6), columns=len(values), sharey=True)
+        if beside:
+            figure, panels = _axes(max(WIDTH_INCHES / len(values) * 0.9 + 0.4, 2.6), columns=len(values), sharey=True)
+        else:
+            figure, panels = _axes((0.62 * len(names) + 0.9) * len(values), rows=len(values))
         for axes, (column, heading) in zip(panels, values.items()):
-            _panel(axes, frame, list(names), column, form)
+            _panel(axes, frame, list(names), column, form, "equal" if beside else "auto")
             axes.set_title(heading)
-        panels[0].set_ylabel("first")
+        for axes in panels[:1] if beside else panels:
+            axes.set_ylabel("first")
         figure.suptitle(title)
     return figure
 
 
-def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form: str) -> None:
+def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form: str, aspect: str) -> None:
     matrix = np.full((len(names), len(names)), np.nan)
     for row in frame.itertuples():
         matrix[names.index(row.first), names.index(row.second)] = getattr(row, column, np.nan)
     most = np.nanmax(np.abs(matrix)) if np.isfinite(matrix).any() else 1.0
     colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="white")
-    axes.imshow(np.ma.masked_invalid(matrix), cmap=colours, vmin=-1.4 * (most or 1), vmax=1.4 * (most or 1))
+    limit = 2 * (most or 1)  # the pale half of the colours only, so that dark text can be read on every cell
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=colours, vmin=-limit, vmax=limit, aspect=aspect)
     for row in frame.itertuples():
         at = names.index(row.second), names.index(row.first)
         value, low, high = (getattr(row, column + end, None) for end in ("", "_low", "_high"))
@@ -66,4 +70,5 @@ def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form:
     axes.tick_params(length=0)
 
 
+CELLS_BESIDE = 9  # cells beside one another that the page's width can hold with their intervals
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}

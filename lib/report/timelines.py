@@ -46,12 +46,12 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
         figure, axes = _axes(1.2 + 1.35 * len(panels), rows=len(panels), sharex=True)
         for one, panel in zip(axes, panels):
             _draw(one, panel, arms)
-        for second, text in marks:
+        for index, (second, text) in enumerate(marks):
             for one in axes:
                 one.axvline(second, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-            axes[0].annotate(text, (second, 1), xycoords=("data", "axes fraction"), xytext=(3, 3),
+            axes[0].annotate(text, (second, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 10 * (index % 2)),
                              textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
-        axes[0].set_title(title, pad=18 if marks else None)
+        axes[0].set_title(title, pad=28 if marks else None)
         axes[-1].set_xlabel("time (s)")
         figure.align_ylabels(list(axes))
         handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels())}
@@ -82,6 +82,28 @@ def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[s
         Panel(token, "per token (ms)", "points", token_ms),
     ]
     return timeline(panels, marks=list(zip(served.trace.starts, names)), title=title)
+
+
+def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives) -> list[Panel]:
+    """Return the panels of a closed loop: signal, limit, profile in charge, and the times of requests by arrival.
+
+    course: (second, limit in rows, seconds per token) of every decision; profiles: (second, profile) of every change;
+    `objectives` with `first_token_seconds` and `token_seconds`.
+    """
+    made = pd.DataFrame(course, columns=["seconds", "limit", "signal"])
+    switched = pd.DataFrame([(0.0, 0), *profiles, (served.end, profiles[-1][1] if profiles else 0)],
+                            columns=["seconds", "value"])  # fmt: skip
+    done = [one for one in served.outcomes if one.finished is not None]
+    at = [one.request.arrival for one in done]
+    first = pd.DataFrame({"seconds": at, "value": [1000 * one.first_token_seconds for one in done]})
+    token = pd.DataFrame({"seconds": at, "value": [1000 * one.token_seconds for one in done]})
+    return [
+        Panel(made.assign(value=1000 * made.signal), "signal (ms/token)", "line", 1000 * objectives.token_seconds),
+        Panel(made.assign(value=made.limit), "limit (rows)", "steps"),
+        Panel(switched, "fast in charge", "steps"),
+        Panel(first, "first token (ms)", "points", 1000 * objectives.first_token_seconds),
+        Panel(token, "per token (ms)", "points", 1000 * objectives.token_seconds),
+    ]
 
 
 def _draw(axes, panel: Panel, arms: list[str]) -> None:

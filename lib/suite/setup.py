@@ -30,19 +30,24 @@ RESTARTS = "WORKBENCH_RESTARTS"
 
 @dataclass(frozen=True)
 class Requirement:
-    """A line of `requirements.txt`: what pip installs, and what an environment that is already there may have."""
+    """A line of `requirements.txt`: what an environment that is already there may have, and whether it may lack it."""
 
     name: str
     accepted: str
+    optional: bool = False
 
 
 def requirements(text: str) -> list[Requirement]:
-    """Return the requirements in `text`. `torch==2.13.0  # accept >=2.11`: installs 2.13.0, is satisfied by 2.11."""
+    """Return the requirements in `text`. `torch==2.13.0  # accept >=2.11`: installs 2.13.0, is satisfied by 2.11;
+    `playwright>=1.49  # accept absence`: installs it, is satisfied without it.
+    """
     found = []
     for line in text.splitlines():
         match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*([^#;]*)(?:#\s*accept\s+(\S+))?", line.split(";")[0])
         if match:
-            found.append(Requirement(match[1], (match[3] or match[2]).replace(" ", "")))
+            optional = match[3] == "absence"
+            accepted = match[2] if optional else match[3] or match[2]
+            found.append(Requirement(match[1], accepted.replace(" ", ""), optional))
     return found
 
 
@@ -78,7 +83,8 @@ def unmet(text: str) -> list[str]:
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            lacking.append(wanted.name)
+            if not wanted.optional:
+                lacking.append(wanted.name)
             continue
         if version is None or not satisfies(version, wanted.accepted):
             lacking.append(f"{wanted.name} ({version}, needs {wanted.accepted})")

@@ -1,36 +1,44 @@
 """A browser for the tests in this folder: the system's Chromium through Playwright, which downloads nothing.
 
-Where there is no Chromium the tests are left out, and the last lines of the test run say which; with
+Where there is no Chromium, or no Playwright, the tests are left out, and the last lines of the test run say which; with
 `WORKBENCH_BROWSER=required` (continuous integration) they fail instead.
 """
 
+import importlib.util
 import os
 import shutil
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-LEFT_OUT = "no Chromium here"
+LEFT_OUT = "left out for want of a browser"
 
 
 def _chromium():
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def _lacking():
+    if _chromium() is None:
+        return "no Chromium here: install Debian's package chromium"
+    if importlib.util.find_spec("playwright") is None:
+        return "no Playwright here: pip install playwright"
+    return None
+
+
 @pytest.fixture(scope="session")
 def browser():
     """Chromium, headless."""
-    path = _chromium()
-    if path is None:
+    if lacking := _lacking():
         if os.environ.get("WORKBENCH_BROWSER") == "required":
-            pytest.fail(f"the browser tests are required, and none of {', '.join(NAMES)} is installed")
-        pytest.skip(LEFT_OUT)
+            pytest.fail(f"the browser tests are required; {lacking}")
+        pytest.skip(f"{LEFT_OUT}; {lacking}")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # The sandbox needs rights that a container's root does not have; the pages are our own.
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
-        chromium = playwright.chromium.launch(executable_path=path, args=arguments)
+        chromium = playwright.chromium.launch(executable_path=_chromium(), args=arguments)
         yield chromium
         chromium.close()
 
@@ -43,6 +51,6 @@ def pytest_terminal_summary(terminalreporter):
         if isinstance(report.longrepr, tuple) and LEFT_OUT in report.longrepr[2]
     ]
     if skipped:
-        terminalreporter.write_line(f"left out, {LEFT_OUT} (install Debian's package chromium): {len(skipped)} tests")
+        terminalreporter.write_line(f"{len(skipped)} tests {LEFT_OUT} ({_lacking()}):")
         for nodeid in skipped:
             terminalreporter.write_line(f"  {nodeid}")

@@ -1,40 +1,46 @@
-"""JupyterLab itself: `python build.py lab` serves, a template opens, Run All finishes, its figure appears."""
+"""JupyterLab itself: `python build.py lab` serves, a template opens, Run All finishes, its figures appear."""
 
+import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 
+import nbformat
 import pytest
 
+from lib.suite import plan
+from tests.report import samples
 from tests.suite import workbench
 
-CODE = """import sys
-
-sys.path.insert(0, "..")
-
-import pandas as pd
-
-from lib.report import figures
-
-frame = pd.DataFrame({"arm": ["baseline", "optimized"], "value": [1.0, 1.3]})
-figures.show(figures.bars(frame, y_label="tokens/s"), "The optimized arm is faster.")"""
 TOKEN = "browser-test"
+TEMPLATE = plan.NOTEBOOKS / "overview.ipynb"  # a whole template of the project that needs no model
+SETTINGS = {
+    # The whole notebook is kept in the page, so that all of it can be looked at.
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 @pytest.fixture
 def lab(browser, tmp_path):
-    """JupyterLab on a copy of the project with one tiny template; returns its address."""
+    """JupyterLab on a copy of the project with the template and a result set; returns its address."""
     root = workbench.project(tmp_path / "project")
-    workbench.notebook(root / "notebooks" / "tiny.ipynb", [("Figure", CODE), ("Sum", "print(1 + ratio)")])
+    shutil.copy(TEMPLATE, root / "notebooks")
+    (root / "executed" / "proxy").mkdir(parents=True)
+    samples.mixed(root / "executed" / "proxy")
+    own = {name: str(tmp_path / name.lower()) for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR",
+           "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR")}  # fmt: skip
+    for name, settings in SETTINGS.items():
+        path = tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {name: str(tmp_path / name.lower()) for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR",
-           "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR")}  # fmt: skip
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}"]
-    options += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url="]
     log = (tmp_path / "lab.log").open("w")
     process = subprocess.Popen(
         [sys.executable, str(root / "build.py"), "lab", *options],
@@ -61,18 +67,25 @@ def lab(browser, tmp_path):
         log.close()
 
 
-def test_a_template_runs_in_jupyterlab(lab, browser):
+def test_a_template_runs_in_jupyterlab(lab, browser, tmp_path):
+    code = [cell for cell in nbformat.read(TEMPLATE, as_version=4).cells if cell.cell_type == "code"]
+    shown = sum("figures.show(" in cell.source for cell in code)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(120_000)
-    page.goto(f"{lab}/lab/tree/tiny.ipynb?token={TOKEN}&reset")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.goto(f"{lab}/lab/tree/{TEMPLATE.name}?token={TOKEN}&reset")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+    assert page.locator(".jp-Notebook .jp-CodeCell").count() == len(code)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator(".jp-OutputArea-output", has_text=re.compile(r"^\s*1\.25\s*$")).wait_for()  # the last cell
+    page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(rf"^\[{len(code)}\]:$")).wait_for()
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
-    assert [prompt.strip() for prompt in prompts] == ["[1]:", "[2]:", "[3]:"]
-    figure = page.locator(".jp-RenderedImage img")
-    assert figure.count() == 1 and figure.evaluate("(image) => image.naturalWidth") > 1000
-    assert page.locator(".jp-mod-error, [data-mime-type='application/vnd.jupyter.error']").count() == 0
+    assert [prompt.strip() for prompt in prompts] == [f"[{number}]:" for number in range(1, len(code) + 1)]
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    figures = page.locator(".jp-RenderedImage img")
+    assert figures.count() == shown > 1
+    assert all(width > 600 for width in figures.evaluate_all("(all) => all.map((one) => one.naturalWidth)"))
+    assert all(figures.evaluate_all("(all) => all.map((one) => one.alt)"))
+    figures.last.scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path / "lab.png")
+    assert page.locator("table.dataframe").count() > 3
     page.close()

@@ -15,8 +15,11 @@ from lib.suite import setup
 
 def test_requirements_are_read_with_what_is_accepted():
     text = "# why\ntorch==2.13.0  # accept >=2.11\npapermill>=2.6,<3\nsix\n--no-index\n"
-    found = [(item.name, item.accepted) for item in setup.requirements(text)]
-    assert found == [("torch", ">=2.11"), ("papermill", ">=2.6,<3"), ("six", "")]
+    text += "playwright>=1.49  # accept absence\n"
+    found = [(item.name, item.accepted, item.optional) for item in setup.requirements(text)]
+    assert found == [
+        ("torch", ">=2.11", False), ("papermill", ">=2.6,<3", False), ("six", "", False), ("playwright", ">=1.49", True)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,8 @@ def test_this_environment_satisfies_the_requirements():
 def test_unmet_names_what_is_missing():
     assert setup.unmet("no-such-package-here\npytest>=9999\n")[0] == "no-such-package-here"
     assert setup.unmet("pytest>=9999\n")[0].endswith("needs >=9999)")
+    assert setup.unmet("no-such-package-here>=1  # accept absence\n") == []
+    assert setup.unmet("pytest>=9999  # accept absence\n")[0].endswith("needs >=9999)")
 
 
 def _wheel(folder: Path, name: str = "tinypackage", version: str = "1.0") -> None:
