@@ -6,7 +6,7 @@ Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.re
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,8 +175,11 @@ def write(record: Record, path: Path) -> Path:
     return write_atomically(path, json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read(path: Path) -> Record:
-    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema."""
+def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
+    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema.
+
+    `look` is shown the stem and the plain JSON before it is made a record, whatever it holds.
+    """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -185,15 +188,17 @@ def read(path: Path) -> Record:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         at = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path.name}: not a record: not JSON{at}. Delete it or build it again.") from None
+    if look:
+        look(path.name.removesuffix(".json"), content)
     return from_json(content, path.name)
 
 
-def read_folder(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
+    """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong; `look` as above."""
     records, damaged = [], {}
     for path in sorted(Path(folder).glob("*--*.json")):
         try:
-            records.append(read(path))
+            records.append(read(path, look))
         except UserError as error:
             damaged[path.name.removesuffix(".json")] = str(error)
     return records, damaged
