@@ -1,9 +1,9 @@
 """Ten thousand results: how long planning, `list`, `check`, `compare` and the overview take, and how that grows.
 
 By hand: `python tests/report/many_results.py [--models 25 50 100] [--optimizations 100]`. Makes a workbench with that
-many models and templates and a record for each pair, runs every command in a process of its own, and prints seconds, the
-peak of memory, and the growth: the exponent k of time ~ records^k between the smallest and the largest set. Exits with
-1 where the largest set takes more than 20 seconds or 2 GB, or where a time grows faster than in proportion.
+many models and templates and a record for each pair, runs every command in a process of its own, and prints seconds,
+the peak of memory, and the growth: the exponent k of time ~ records^k between the smallest and the largest set. Exits
+with 1 where the largest set takes more than 20 seconds or 2 GB, or where a time grows faster than in proportion.
 """
 
 import argparse
@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent / "suite")]
 
 MOST_SECONDS, MOST_BYTES, MOST_GROWTH = 20.0, 2 * 2**30, 1.25
+MIME = "application/scrapbook.scrap.json+json"
 PLANNING = """
 from pathlib import Path
 from lib.suite import build, plan
@@ -79,20 +80,33 @@ def fill(root: Path, name: str) -> None:
         reached.setdefault(job.optimization, imports.reached(job.template))
         parts = key.parts(job, hashes, reached)
         gain, lost = 0.8 + 0.01 * (number % 70), 0.001 * (number % 30)
-        found = samples.whole(job.optimization, job.model, gain, lost, seed=number % 50)
-        found = found.model_copy(update={"key": key.of(parts), "parameters": dict(job.parameters)})
+        found = samples.whole(job.optimization, job.model, gain, lost, seed=number % 50 + 50 * (name == "older"))
+        started = f"2026-01-{30 if name == 'older' else 31}T14:05:00+00:00"
+        about = {"key": key.of(parts), "parameters": dict(job.parameters), "started": started}
+        found = found.model_copy(update=about)
         record.write(found, folder / f"{job.stem}.json")
-        (folder / f"{job.stem}.ipynb").write_text("{}", encoding="utf-8")
+        (folder / f"{job.stem}.ipynb").write_text(executed(record.to_json(found)), encoding="utf-8")
         for ending in (".html", ".md"):
             (folder / f"{job.stem}{ending}").write_text("a page", encoding="utf-8")
         (folder / ".cache" / f"{job.stem}.json").write_text(json.dumps(parts), encoding="utf-8")
 
 
-def measured(root: Path, command: list[str]) -> tuple[float, int, str]:
-    """Run a command; return its seconds, the peak of memory of its processes together, and the end of what it said."""
+def executed(glued: dict) -> str:
+    """Return a notebook with one cell, which glued a record."""
+    mark = {"scrapbook": {"name": "record", "data": True, "display": False}}
+    scrap = {"name": "record", "data": glued, "encoder": "json", "version": 1}
+    output = {"output_type": "display_data", "metadata": mark, "data": {MIME: scrap}}
+    cell = {"cell_type": "code", "metadata": {}, "source": "", "execution_count": 1, "outputs": [output]}
+    return json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
+
+
+def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
+    """Run a command; return its seconds, those of the processor, the peak of memory of its processes together, and what
+    it said if it failed.
+    """
     from lib.suite.sampling import Tree
 
-    began = time.monotonic()
+    began, before = time.monotonic(), processor()
     process = subprocess.Popen(
         command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings()
     )
@@ -104,7 +118,14 @@ def measured(root: Path, command: list[str]) -> tuple[float, int, str]:
         except subprocess.TimeoutExpired:
             continue
     said = process.stdout.read()
-    return time.monotonic() - began, peak, said if process.returncode not in (0, 1) else ""
+    failed = process.returncode not in (0, 1) or "Traceback" in said
+    return time.monotonic() - began, processor() - before, peak, said if failed else ""
+
+
+def processor() -> float:
+    """Return the seconds that the processor has worked for children of this process that have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def resident(processes: list) -> int:
@@ -164,10 +185,11 @@ def _run(base: Path, given: argparse.Namespace) -> int:
                 program += f"many_results.fill(many_results.Path({str(root)!r}), {name!r})"
                 subprocess.run([sys.executable, "-c", program], cwd=root, env=surroundings(), check=True)
         for name in given.only:
-            seconds, peak, fault = measured(root, commands()[name])
+            seconds, worked, peak, fault = measured(root, commands()[name])
             found[name][number] = seconds, peak
             faults += [f"{name} at {number}: {fault.strip().splitlines()[-1]}"] if fault else []
-            print(f"{number:6} records  {name:9} {seconds:7.2f} s  {peak / 2**20:6.0f} MB", flush=True)
+            used = f"{seconds:7.2f} s  (processor {worked:7.2f} s)"
+            print(f"{number:6} records  {name:9} {used}  {peak / 2**20:6.0f} MB", flush=True)
     for name, by_number in found.items():
         (least, (first, _)), (most, (last, peak)) = min(by_number.items()), max(by_number.items())
         growth = math.log(last / first) / math.log(most / least) if most > least else 0.0
