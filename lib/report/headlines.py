@@ -12,7 +12,6 @@ from lib.report.quantities import interval, quantity, signed, times
 from lib.report.record import Record
 from lib.report.wording import SIGNS, words
 
-
 CARRIED_BY = {
     "better": ("better",),
     "worse": ("worse",),

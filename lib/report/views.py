@@ -59,9 +59,7 @@ def pareto(found: Results) -> dict[str, Any] | None:
         if points
     ]
     legend = [(marks[name], title(name), _other_speed(name, found)) for name in found.optimizations]
-    absent = [
-        f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)
-    ]
+    absent = [f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)]
     about = {"speed": label(SPEED), "quality": label(QUALITY), "absent": absent}
     return {"charts": made, "legend": legend} | about
 
