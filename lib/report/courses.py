@@ -45,7 +45,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     metrics = [name for name in METRICS if name in set(frame["metric"])]
     models, arms = sorted(set(frame["model"])), sorted(set(frame["optimization"]))
     days = frame.drop_duplicates("at").set_index("at")["build"].str[5:16].str.replace("T", " ").sort_index()
-    shown = days[:: max(1, -(-len(days) // 3))]
+    shown = days.iloc[[0, -1]] if len(days) > 1 else days
     with _style():
         figure, axes = _axes(
             1.25 * len(metrics) + 1, len(models), len(metrics), sharex=True, sharey="row", squeeze=False
@@ -66,8 +66,10 @@ def draw(frame: pd.DataFrame) -> Figure:
             if index % len(models) == 0:
                 one.set_ylabel(label(metric).replace(", ", ",\n"), fontsize=7, rotation=0, ha="right", va="center")
             one.set_xticks(list(shown.index), list(shown), fontsize=6.5)
+            for text, side in zip(one.get_xticklabels(), ("left", "right")):
+                text.set_ha(side if len(shown) > 1 else "center")
             one.tick_params(axis="y", labelsize=7)
-        figure.supxlabel("build; gain over the baseline upwards, above 1 is better", fontsize=8.5)
+        figure.suptitle("Gain over the baseline, above 1 is better; from the first build to the last", fontsize=8.5)
         looks = [_look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=marker)[0] for colour, marker in looks]
         figure.legend(handles, [title(name) for name in arms], loc="outside lower center", ncols=4, fontsize=7.5)

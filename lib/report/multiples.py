@@ -65,7 +65,8 @@ def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple
             one.set_title(model)
         for unused in axes[len(models) :]:
             unused.set_axis_off()
-        figure.supxlabel(x_label, fontsize=9.5)
+        for one in axes[max(len(models) - columns, 0) : len(models)]:
+            one.set_xlabel(x_label)
         figure.supylabel(y_label, fontsize=9.5)
         looks = [_look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=mark, linestyle="")[0] for colour, mark in looks]
