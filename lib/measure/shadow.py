@@ -17,9 +17,9 @@ from torch import nn
 from lib.measure import measurement, quality
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.measure.quality import Answers
-from lib.models import rows
+from lib.models import rows, tasks
 from lib.models.anatomy import anatomy, forget_pictures
+from lib.models.loading import Loaded
 
 AT_ONCE = 16  # prompts answered together
 
@@ -134,23 +134,26 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
     return float(((mean - bound) / spread > z)[:, 4:].any(1).mean())
 
 
-def blended(full: Answers, fast: Answers, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
-    """Return classification and recall of the full profile (baseline) against a blend with `share` of fast answers."""
-    if full.reason:
-        return [measurement.unavailable(name, "serve", full.reason) for name in ("f1_macro", "recall_exact_match")]
+def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
+    """Return classification and recall of the full profile (baseline) against a blend with `share` of `fast` answers.
+
+    Which profile answers an item is drawn beforehand.
+    """
+    if loaded.random_weights:
+        reason = "random weights: answers carry no information"
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
     random = np.random.default_rng([seed, 0xB1E])
     options = {"resamples": effort.resamples, "seed": seed}
+    arms = loaded, replace(loaded, model=fast)
     found = []
-    for one, other in zip(full.classified, fast.classified, strict=True):
+    for task in (one for one in loaded.parameters.tasks if one in tasks.CLASSIFY):
+        one, other = (quality.classify(arm, task, "final", effort.items, seed) for arm in arms)
         draw_N = random.random(len(one.ids)) < share
-        mixed = replace(
-            one,
-            chosen_N=np.where(draw_N, other.chosen_N, one.chosen_N),
-            scores_NL=np.where(draw_N[:, None], other.scores_NL, one.scores_NL),
-        )
+        chosen_N = np.where(draw_N, other.chosen_N, one.chosen_N)
+        scores_NL = np.where(draw_N[:, None], other.scores_NL, one.scores_NL)
+        mixed = replace(one, chosen_N=chosen_N, scores_NL=scores_NL)
         found += quality.compare_classified(one, mixed, **options)
-    if full.recalled is not None:
-        draw_N = random.random(len(full.recalled.right_N)) < share
-        right_N = np.where(draw_N, fast.recalled.right_N, full.recalled.right_N)
-        found.append(quality.compare_recalled(full.recalled, replace(full.recalled, right_N=right_N), **options))
-    return found
+    one, other = (quality.recall(arm, effort.recall_distance, effort.recall_prompts, seed) for arm in arms)
+    draw_N = random.random(len(one.right_N)) < share
+    mixed = replace(one, right_N=np.where(draw_N, other.right_N, one.right_N))
+    return [*found, quality.compare_recalled(one, mixed, **options)]

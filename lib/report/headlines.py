@@ -12,6 +12,14 @@ from lib.report.quantities import interval, quantity, signed, times
 from lib.report.record import Record
 from lib.report.wording import SIGNS, words
 
+CARRIED_BY = {
+    "better": ("better",),
+    "worse": ("worse",),
+    "mixed": ("better", "worse"),
+    "not_maintained": ("not_maintained",),
+    "inconclusive": ("inconclusive",),
+}
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -89,8 +97,17 @@ def _amount(found: Measurement) -> tuple[str, str]:
 
 
 def of(record: Record, dimension: str) -> list[Shown]:
-    """Return what stands for a dimension of a record, losses included; empty where nothing does."""
-    return [shown(found) for found in chosen(record.measurements, dimension)]
+    """Return what stands for a dimension of a record, losses included; empty where nothing does.
+
+    Where none of it carries the dimension's verdict, the first measurement that does stands beside it: a cell that says
+    `better` shows what is.
+    """
+    found = chosen(record.measurements, dimension)
+    wanted = CARRIED_BY.get(getattr(record.verdict, dimension), ())
+    for state in wanted:
+        if all(m.verdict != state for m in found):
+            found += [m for m in record.measurements if m.dimension == dimension and m.verdict == state][:1]
+    return [shown(one) for one in found]
 
 
 def chosen(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:

@@ -29,6 +29,7 @@ KEY = (
     "invalid",
     "unavailable",
     "failed",
+    "damaged",
     "not_applicable",
     "missing",
 )
@@ -97,8 +98,8 @@ def _status(state: str) -> dict[str, str]:
 def _part(record: Record, dimension: str) -> dict[str, Any]:
     """Return a dimension of a cell: its verdict, and the numbers that stand for it."""
     state = getattr(record.verdict, dimension)
-    numbers = headlines.of(record, dimension)[: 3 if dimension in ("performance", "accuracy") else 1]
-    return {"name": dimension, "told": TOLD[dimension], "state": state, "text": signed(state), "numbers": numbers}
+    shown = {"state": state, "text": signed(state), "numbers": headlines.of(record, dimension)}
+    return {"name": dimension, "told": TOLD[dimension]} | shown
 
 
 def _summary(found: Results) -> str:

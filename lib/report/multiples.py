@@ -6,7 +6,7 @@ Takes tidy frames and returns matplotlib Figures; knows nothing of records.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.report.figures import _axes, _look, _style, _whiskers
+from lib.report.figures import INK, _axes, _lines, _look, _style, _whiskers
 
 
 def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = False) -> Figure:
@@ -35,4 +35,40 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
         figure.supylabel(y_label, fontsize=9.5)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
+
+
+def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple[float, float] | None = None) -> Figure:
+    """Return quality against speed, a panel per model (column `label`), a colour and marker per `arm`.
+
+    `frame` is what `tables.speed_and_quality` returns; the baseline is at (1, 0), and `margin` the band of y that still
+    counts as maintained.
+    """
+    models, arms = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["arm"]))
+    columns = min(len(models), 2)
+    lines = -(-len(models) // columns)
+    with _style():
+        figure, axes = _axes(2.7 * lines + 0.9, columns, lines, sharex=True, sharey=True, squeeze=False)
+        for one, model in zip(axes, models):
+            _lines(one.axhspan, one.axhline, margin, None)
+            one.axvline(1, color=INK, linewidth=0.8)
+            one.axhline(0, color=INK, linewidth=0.8)
+            for name, rows in frame[frame["label"] == model].groupby("arm", sort=False):
+                colour, marker = _look(arms.index(name))
+                for low, high, along, across in (
+                    ("x_low", "x_high", "y", one.hlines),
+                    ("y_low", "y_high", "x", one.vlines),
+                ):
+                    has = rows.dropna(subset=[low, high])
+                    across(has[along], has[low], has[high], color=colour, linewidth=1, alpha=0.6)
+                one.scatter(rows["x"], rows["y"], color=colour, marker=marker, s=42, zorder=3)
+            one.set_title(model)
+        for unused in axes[len(models) :]:
+            unused.set_axis_off()
+        for one in axes[max(len(models) - columns, 0) : len(models)]:
+            one.set_xlabel(x_label)
+        figure.supylabel(y_label, fontsize=9.5)
+        looks = [_look(index) for index in range(len(arms))]
+        handles = [axes[0].plot([], [], color=colour, marker=mark, linestyle="")[0] for colour, mark in looks]
+        figure.legend(handles, arms, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure

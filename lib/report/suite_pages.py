@@ -40,8 +40,8 @@ def comprehensive(found: Results, folder: str) -> tuple[str, Pictures]:
         parts += ["## Speed", _picture(f"Prefill rate of {len(frame)} runs with intervals: {said}.", folder, "prefill")]
     points = tables.speed_and_quality(found.measured)
     if len(points):
-        drawn = figures.trade_off(
-            points, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)", reference=(1, 0),
+        drawn = multiples.trade_offs(
+            points, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)",
             margin=(-100 * METRICS["f1_macro"].margin, 100 * METRICS["f1_macro"].margin),
         )  # fmt: skip
         pictures["quality_against_speed.png"] = figures.png(drawn)

@@ -12,10 +12,10 @@ from lib.measure.measurement import Measurement
 from lib.measure.metrics import METRICS
 from lib.report import charts, headlines, ranking, verdict
 from lib.report.charts import Point
-from lib.report.quantities import times
+from lib.report.quantities import counted, times
 from lib.report.record import Record
 from lib.report.results import Results
-from lib.report.wording import label, one_line, title
+from lib.report.wording import label, one_line, signed, title
 
 KINDS = ("measured", "derived", "estimated", "unavailable")
 SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
@@ -29,14 +29,21 @@ def dimension(found: Results, name: str) -> dict[str, Any]:
         cells = []
         for model in found.models:
             record = found.of(optimization, model)
-            numbers = headlines.of(record, name) if record and record.status == "ok" else []
-            cells.append({"model": model, "stem": f"{optimization}--{model}", "numbers": numbers})
+            stem = f"{optimization}--{model}"
+            status = "damaged" if stem in found.damaged else record.status if record else "missing"
+            numbers = headlines.of(record, name) if record and status == "ok" else []
+            why = "" if status == "ok" else signed(status)
+            cells.append({"model": model, "stem": stem, "status": status, "numbers": numbers, "why": why})
         rows.append((title(optimization), cells))
     return {"name": name, "rows": rows}
 
 
 def pareto(found: Results) -> dict[str, Any] | None:
-    """Return the charts of quality against speed: over all models (means), and each model by itself."""
+    """Return the charts of quality against speed: over all models (means), and each model by itself.
+
+    Speed is the prefill rate; an optimization that has none (a server's, say) stands there with its first headline, and
+    the legend says which. Who has no point at all is named too.
+    """
     marks = {name: str(number) for number, name in enumerate(found.optimizations, 1)}
     single = {
         model: [p for r in found.measured if r.model == model and (p := _point(r, marks))] for model in found.models
@@ -51,13 +58,27 @@ def pareto(found: Results) -> dict[str, Any] | None:
         for name, points in drawn
         if points
     ]
-    legend = [(marks[name], title(name)) for name in found.optimizations]
-    return {"charts": made, "legend": legend, "speed": label(SPEED), "quality": label(QUALITY)}
+    legend = [(marks[name], title(name), _other_speed(name, found)) for name in found.optimizations]
+    absent = [f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)]
+    about = {"speed": label(SPEED), "quality": label(QUALITY), "absent": absent}
+    return {"charts": made, "legend": legend} | about
+
+
+def _other_speed(name: str, found: Results) -> str:
+    """Return what is drawn as an optimization's speed where that is not the prefill rate, or nothing."""
+    drawn = [both[0].metric for r in found.measured if r.optimization == name and (both := _numbers(r))]
+    return ", ".join(label(metric) for metric in dict.fromkeys(drawn) if metric != SPEED)
 
 
 def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
-    chosen = [next((m for m in record.measurements if m.metric == name and m.ratio), None) for name in (SPEED, QUALITY)]
-    return None if None in chosen or verdict.gain(chosen[0])[0] is None else tuple(chosen)
+    """Return the measurements of speed and quality that make a record's point; None where one is missing."""
+    members = [m for m in record.measurements if verdict.gain(m)[0] is not None and m.verdict != "invalid"]
+    timed = [m for m in members if m.dimension == "performance"]
+    speed = next((m for m in timed if m.metric == SPEED), None) or next(
+        (m for m in verdict.headline(timed, "performance") if m.metric in verdict.HEADLINES["performance"]), None
+    )
+    quality = next((m for m in members if m.metric == QUALITY), None)
+    return None if speed is None or quality is None else (speed, quality)
 
 
 def _point(record: Record, marks: dict[str, str]) -> Point | None:
@@ -93,6 +114,7 @@ def rankings(found: Results) -> list[dict[str, Any]]:
 
 
 def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
+    models = len({r.model for r in records})
     by_metric = {metric: {p.optimization: p for p in ranking.places(records, metric)} for metric in ranking.METRICS}
     metrics = [metric for metric, places in by_metric.items() if places]
     if not metrics:
@@ -105,7 +127,8 @@ def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
             place = by_metric[metric].get(optimization)
             spread = f"{place.low}–{place.high}" if place and place.low != place.high else ""
             gain = times(place.gain) if place else ""
-            cells.append({"rank": place.rank if place else None, "spread": spread, "gain": gain})
+            fewer = counted(place.models, "model") if place and place.models < models else ""
+            cells.append({"rank": place.rank if place else None, "spread": spread, "gain": gain, "models": fewer})
         rows.append((title(optimization), cells))
     heads = [
         {"text": label(metric), "provenance": ", ".join(sorted({p.provenance for p in by_metric[metric].values()}))}

@@ -149,7 +149,7 @@ def test_filters(site, open_page):
     page = open_page(site / "index.html")
     total = len(samples.OPTIMIZATIONS) * len(samples.MODELS)
     status = page.get_by_role("status")
-    assert _shown(page) == total and status.inner_text() == f"{total} of {total} runs shown"
+    assert _shown(page) == total and status.inner_text() == f"{total} of {total} cells shown"
     page.get_by_role("combobox", name="Model").select_option("qwen3-vl-2b")
     assert _shown(page) == 11 and page.locator("th[data-model]:visible").all_inner_texts() == ["qwen3-vl-2b"] * 5
     page.get_by_role("combobox", name="Dimension").select_option("accuracy")
@@ -158,12 +158,12 @@ def test_filters(site, open_page):
     page.get_by_role("combobox", name="Verdict").select_option("not_maintained")
     on_it = [found for found in record.read_folder(site)[0] if found.model == "qwen3-vl-2b"]
     lost = sum(found.verdict.accuracy == "not_maintained" for found in on_it)
-    assert 0 < lost < 11 and _shown(page) == lost and status.inner_text() == f"{lost} of {total} runs shown"
+    assert 0 < lost < 11 and _shown(page) == lost and status.inner_text() == f"{lost} of {total} cells shown"
     page.get_by_role("button", name="Show all").click()
     page.wait_for_function("document.querySelector('output').value.startsWith('44 of 44')")
     assert _shown(page) == total
     page.get_by_role("combobox", name="Verdict").select_option("failed")
-    assert _shown(page) == 1 and "MemoryError" in page.locator("td[data-status=failed]").inner_text()
+    assert _shown(page) == 1 and "MemoryError" in page.locator("td[id][data-status=failed]").inner_text()
     assert page.faults == []
 
 

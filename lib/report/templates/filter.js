@@ -26,7 +26,7 @@
     }
     const cells = all("#matrix ~ table.matrix td[id]");
     const shown = cells.filter((cell) => !cell.hidden && !cell.firstElementChild.hidden);
-    form.elements.shown.value = `${shown.length} of ${cells.length} runs shown`;
+    form.elements.shown.value = `${shown.length} of ${cells.length} cells shown`;
   };
   form.hidden = false;
   form.addEventListener("change", apply);
