@@ -79,11 +79,12 @@ class Finder:
     block: int
     stride: int
     most: float = 1.0
+    last: int = 0
 
     @torch.inference_mode()
     def __call__(self, heads: Heads) -> torch.Tensor:
         share_HNM = blocks.scores(heads.query_HTD, heads.key_GTD, heads.scaling, self.block, self.stride)
-        return blocks.choose(share_HNM, self.tau, self.most)
+        return blocks.choose(share_HNM, self.tau, self.most, self.last)
 
 
 def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:

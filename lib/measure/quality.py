@@ -92,12 +92,13 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     split: str = "final",
     seed: int = 0,
+    lead: int = LEAD,
 ) -> Answers:
     """Ask one arm all its questions and return the answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
     tasks, by default those of the model's parameter file. Random weights are asked nothing; where accuracy is not
-    among the dimensions asked for, the final text alone is read.
+    among the dimensions asked for, the final text alone is read. `lead` tokens of text stand before a value to recall.
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
@@ -111,7 +112,7 @@ def evaluate(
     return Answers(
         [classify(arm, name, split, effort.items, seed) for name in names],
         read(arm.model, ids_NT),
-        recall(arm, effort.recall_distance, effort.recall_prompts, seed),
+        recall(arm, effort.recall_distance, effort.recall_prompts, seed, lead),
     )
 
 

@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 
 from lib.errors import UserError
 
+FADING = 0.95  # of what was seen, per loss, in the mean that sets the stake
+
 
 @dataclass
 class BreachTest:
     """Watches losses in [0, 1]; `add` returns whether their mean is by now shown to exceed `bound`.
 
     The stake is fixed before each loss is seen, from those before it: (mean − bound) ÷ (variance + (mean − bound)²),
-    the growth-optimal one to second order, kept in [0, 3/(4·bound)]. Raises UserError for a bound or alpha outside
-    (0, 1).
+    the growth-optimal one to second order, kept in [0, 3/(4·bound)]. Mean and variance are of the last losses, older
+    ones fade: any stake that does not look ahead is fair, and a fault may begin late. Raises UserError for a bound or
+    alpha outside (0, 1).
     """
 
     bound: float
     alpha: float = 0.01
     capital: float = 1.0
     losses: list[float] = field(default_factory=list)
-    total: float = 0.0
-    squares: float = 0.0
+    recent: tuple[float, float, float] = (1.0, 0.5, 0.5)  # faded count, sum and sum of squares
 
     def __post_init__(self) -> None:
         for name in ("bound", "alpha"):
@@ -40,7 +42,7 @@ class BreachTest:
     @property
     def mean(self) -> float | None:
         """The mean of the losses seen; None before the first."""
-        return self.total / len(self.losses) if self.losses else None
+        return sum(self.losses) / len(self.losses) if self.losses else None
 
     def add(self, loss: float) -> bool:
         """Take in one loss; return whether the bound is shown to be breached. Raises UserError outside [0, 1]."""
@@ -49,14 +51,13 @@ class BreachTest:
         if not self.breached:
             self.capital *= 1 + self._stake() * (loss - self.bound)
         self.losses.append(loss)
-        self.total += loss
-        self.squares += loss * loss
+        self.recent = tuple(FADING * old + new for old, new in zip(self.recent, (1.0, loss, loss * loss)))
         return self.breached
 
     def _stake(self) -> float:
-        # Half a loss at 1/2 and variance 1/4 stand for what is not known yet.
-        count = len(self.losses) + 1
-        mean = (self.total + 0.5) / count
-        variance = max(1e-4, (self.squares + 0.5) / count - mean**2)
+        # One loss at 1/2 with variance 1/4 stands at first for what is not known yet.
+        count, total, squares = self.recent
+        mean = total / count
+        variance = max(1e-4, squares / count - mean**2)
         edge = mean - self.bound
         return min(max(0.0, edge / (variance + edge**2)), 0.75 / self.bound)

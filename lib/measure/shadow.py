@@ -1,4 +1,5 @@
-"""Shadow runs: what a profile answers and how a guard fares with the losses of its answers, on real losses drawn again.
+"""Shadow runs: what a profile answers, how a guard fares with real losses of its answers, drawn again, and how good a
+server is whose answers come from two profiles.
 
 A guard has `ready(second)`, `wants()`, `add(second, loss)`, `trusted`, `estimate` and `events`; it comes in ready made.
 
@@ -7,14 +8,18 @@ Shapes: T prompt tokens, N new tokens.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib.models import rows
+from lib.measure import measurement, quality
+from lib.measure.effort import Effort
+from lib.measure.measurement import Measurement
+from lib.models import rows, tasks
 from lib.models.anatomy import anatomy, forget_pictures
+from lib.models.loading import Loaded
 
 AT_ONCE = 16  # prompts answered together
 
@@ -127,3 +132,28 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
     mean = losses.cumsum(1) / n
     spread = np.sqrt(np.maximum(1e-9, (losses**2).cumsum(1) / n - mean**2) / n)
     return float(((mean - bound) / spread > z)[:, 4:].any(1).mean())
+
+
+def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
+    """Return classification and recall of the full profile (baseline) against a blend with `share` of `fast` answers.
+
+    Which profile answers an item is drawn beforehand.
+    """
+    if loaded.random_weights:
+        reason = "random weights: answers carry no information"
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
+    random = np.random.default_rng([seed, 0xB1E])
+    options = {"resamples": effort.resamples, "seed": seed}
+    arms = loaded, replace(loaded, model=fast)
+    found = []
+    for task in (one for one in loaded.parameters.tasks if one in tasks.CLASSIFY):
+        one, other = (quality.classify(arm, task, "final", effort.items, seed) for arm in arms)
+        draw_N = random.random(len(one.ids)) < share
+        chosen_N = np.where(draw_N, other.chosen_N, one.chosen_N)
+        scores_NL = np.where(draw_N[:, None], other.scores_NL, one.scores_NL)
+        mixed = replace(one, chosen_N=chosen_N, scores_NL=scores_NL)
+        found += quality.compare_classified(one, mixed, **options)
+    one, other = (quality.recall(arm, effort.recall_distance, effort.recall_prompts, seed) for arm in arms)
+    draw_N = random.random(len(one.right_N)) < share
+    mixed = replace(one, right_N=np.where(draw_N, other.right_N, one.right_N))
+    return [*found, quality.compare_recalled(one, mixed, **options)]

@@ -10,7 +10,7 @@ Shapes: B rows, L context, G grid points.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,14 +86,64 @@ def measure(
     `prompt_T` is text at least as long as the largest context. A warm-up call comes before each point; calls of
     different points take turns, so that a slow spell of the machine does not fall on one point alone.
     """
+    contexts, counts = _grid(prompt_T, contexts, most)
+    decoded = _decode(model, prompt_T, contexts, counts, repeats)
+    read = _prefill(model, prompt_T, contexts, repeats)
+    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
+    return _assembled(decoded, read, moved, per_token, counts, contexts)
+
+
+def measure_together(
+    models: Sequence[nn.Module],
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    *,
+    rounds: int = 3,
+    most: int = MOST_ROWS,
+) -> tuple[StepTimes, ...]:
+    """Return `measure` of several models whose calls take turns, round by round in alternating order, so that a slow
+    spell of the machine falls on all of them.
+    """
+    contexts, counts = _grid(prompt_T, contexts, most)
+    found = [({}, {}, {}) for _ in models]
+    per_token = [0.0] * len(models)
+    for turn in range(rounds):
+        order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
+        for index in order:
+            model = models[index]
+            moved, per_token[index] = _move(model, prompt_T, contexts, counts, 1)
+            some = _decode(model, prompt_T, contexts, counts, 1), _prefill(model, prompt_T, contexts, 1), moved
+            for all_of, new in zip(found[index], some):
+                for point, seconds in new.items():
+                    all_of.setdefault(point, []).extend(seconds)
+    return tuple(_assembled(*lists, size, counts, contexts) for lists, size in zip(found, per_token))
+
+
+def by_mean(times: StepTimes) -> StepTimes:
+    """Return the same times told by means: tables of medians times the mean ratio, and ratios that are 1 on average.
+
+    What a server can sustain follows from the mean of a call, which on a disturbed machine lies far above the median.
+    """
+    decode, prefill = (float(np.mean(ratios)) for ratios in (times.decode_ratios, times.prefill_ratios))
+    return replace(
+        times,
+        decode_BL=tuple(tuple(decode * value for value in row) for row in times.decode_BL),
+        prefill_fit=tuple(prefill * value for value in times.prefill_fit),
+        decode_ratios=tuple(value / decode for value in times.decode_ratios),
+        prefill_ratios=tuple(value / prefill for value in times.prefill_ratios),
+    )
+
+
+def _grid(prompt_T: torch.Tensor, contexts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+    """Return the contexts and row counts to time, checked."""
     contexts = sorted(set(int(context) for context in contexts))
     if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
         raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
     counts = [count for count in ROWS_MEASURED if count <= most] or [1]
-    counts += [most] if most not in counts else []
-    decoded = _decode(model, prompt_T, contexts, counts, repeats)
-    read = _prefill(model, prompt_T, contexts, repeats)
-    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
+    return contexts, counts + ([most] if most not in counts else [])
+
+
+def _assembled(decoded: dict, read: dict, moved: dict, per_token: float, counts, contexts) -> StepTimes:
     grid = np.array([[np.median(decoded[count, context]) for context in contexts] for count in counts])
     return StepTimes(
         _dense(grid, counts, contexts),

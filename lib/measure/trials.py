@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import latency, measurement, scenarios, statistics, steptimes
+from lib.measure import cost, disturbance, latency, measurement, scenarios, statistics, steptimes
 from lib.measure.measurement import Measurement
 from lib.measure.scenarios import Played, Scenario
 from lib.measure.serving import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
@@ -56,12 +56,15 @@ class Static:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script."""
+    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script;
+    and what disturbed the machine while the steps were timed (None: nothing noticed).
+    """
 
     times: tuple[StepTimes, StepTimes]
     wanted: Objectives
     limits: Limits
     seconds: float
+    disturbed: str | None = None
 
     @property
     def rate(self) -> float:
@@ -86,23 +89,25 @@ def prepare(
     first_token_factor: float,
     token_factor: float,
     requests: int,
-    repeats: int = 3,
+    rounds: int = 3,
     seed: int = 0,
 ) -> Ground:
-    """Time the steps of both profiles and return the ground for all settings.
+    """Time the steps of both profiles in turn and return the ground for all settings.
 
     A third of a script lasts as long as `requests` requests at capacity. Raises UserError where no request can be
     served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
-    times = tuple(steptimes.measure(model, text_T, CONTEXTS, repeats=repeats) for model in (loaded.model, fast))
+    close = disturbance.watch()
+    times = steptimes.measure_together((loaded.model, fast), text_T, CONTEXTS, rounds=rounds)
+    disturbed, times = close(), tuple(steptimes.by_mean(one) for one in times)
     single = Single.of(times[0], LENGTHS)
     wanted = objectives(single, first_token_factor, token_factor)
     rate, _ = times[0].capacity(LENGTHS, wanted.token_seconds)
     if not rate:
         raise UserError("trials: no batch keeps the objective per token; give a larger token_factor")
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return Ground(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate)
+    return Ground(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate, disturbed)
 
 
 def scripts(ground: Ground, seeds: Sequence[int]) -> list[Scenario]:
@@ -202,6 +207,19 @@ def measurements(ground: Ground, rows: Sequence[dict[str, object]], baseline: st
         fields |= {"reason": "one arm has no such number"} if None in means else {}
         found.append(measurement.informative(metric, "serve", *means, source, "estimated", **fields))
     return found
+
+
+def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
+    """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
+    weights = [float(cost.weights_bytes(one)) for one in (full, fast)]
+    cache = [float(cost.kv_cache_bytes_per_token(one)) for one in (full, fast)]
+    mixed = (1 - share) * cache[0] + share * cache[1]
+    by = "by formula from the caches' shapes, blend of both profiles"
+    return [
+        measurement.counted("weights_bytes", "load", weights[0], sum(weights), "full alone; full and fast, as stored"),
+        measurement.counted("kv_cache_bytes_per_token", "decode", cache[0], mixed, by),
+        measurement.informative("apply_seconds", "calibrate", 0.0, apply_seconds, "perf_counter, once", ratio=None),
+    ]
 
 
 def _samples(ground: Ground) -> int:

@@ -65,11 +65,13 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
     return found
 
 
-def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tensor:
+def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0) -> torch.Tensor:
     """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
 
     The first and the diagonal block are always kept and count towards τ. `most` limits the kept share of the blocks
-    that a row may see (at least these two). τ = 1 keeps every block that the causal mask leaves.
+    that a row may see (at least these two). The `last` blocks of queries keep all, whatever `most` says: a question at
+    the end of a prompt is a few queries of a block, and what they alone look for weighs little in its mean. τ = 1
+    keeps every block that the causal mask leaves.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -86,6 +88,7 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tens
     limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(2)[:, None]
     place_M = torch.arange(columns, device=share_HNM.device)
     kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < 2)
+    kept_HNM[:, max(0, rows - last) :] = True
     return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, kept_HNM) & causal_NM
 
 

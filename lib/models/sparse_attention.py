@@ -39,6 +39,7 @@ class Sparsity:
     block_size: int
     stride: int
     max_density: float
+    full_last: int
     pages: int
     page_size: int
     pattern: str
@@ -156,9 +157,8 @@ def _sparse(state: Sparsity, query, key, value, scaling: float, starts: list[int
 def pattern(state: Sparsity, query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the kept blocks [H, N, M] of one sequence, and count them."""
     size = state.block_size
-    kept_HNM = blocks.choose(
-        blocks.scores(query_HTD, key_GKD, scaling, size, state.stride), state.tau, state.max_density
-    )
+    share_HNM = blocks.scores(query_HTD, key_GKD, scaling, size, state.stride)
+    kept_HNM = blocks.choose(share_HNM, state.tau, state.max_density, state.full_last)
     if state.pattern != "antidiagonal":
         mass = blocks.exact_mass(query_HTD, key_GKD, scaling, size) if state.pattern == "oracle" else None
         kept_HNM = blocks.same_budget(kept_HNM, state.pattern, mass, state.seed + state.index)

@@ -26,6 +26,7 @@ KNOBS = {
     "block_size": {"type": "int", "range": (16, 512), "default": 128, "help": "tokens of a block"},
     "stride": {"type": "int", "range": (2, 64), "default": 16, "help": "side of the squares that are scored"},
     "max_density": {"type": "float", "range": (0.05, 1.0), "default": 1.0, "help": "most blocks a row may keep"},
+    "full_last": {"type": "int", "range": (0, 64), "default": 1, "help": "last blocks of queries that attend to all"},
     "pages": {"type": "int", "range": (0, 4096), "default": 64, "help": "pages a new token reads; 0: all"},
     "page_size": {"type": "int", "range": (4, 64), "default": 16, "help": "tokens of a page"},
     "pattern": {"type": "categorical", "choices": blocks.PATTERNS, "default": "antidiagonal"},
@@ -53,6 +54,7 @@ def apply(
     block_size: int = 128,
     stride: int = 16,
     max_density: float = 1.0,
+    full_last: int = 1,
     pages: int = 64,
     page_size: int = 16,
     pattern: str = "antidiagonal",
@@ -63,12 +65,12 @@ def apply(
     The pattern is found from each input, so `calibration` is not looked at. `pattern` other than "antidiagonal" are
     controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
     """
-    check(tau, block_size, stride, max_density, pages, page_size, pattern)
+    check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
     if reason := applies_to(model):
         raise UserError(f"adaptive_sparse_attention: {reason}")
     sparse = sharing(revert(model) if is_sparse(model) else model)
     view = anatomy(sparse)
-    knobs = (tau, block_size, stride, max_density, pages, page_size, pattern, seed)
+    knobs = (tau, block_size, stride, max_density, full_last, pages, page_size, pattern, seed)
     for block in view.blocks:
         module = block.attention.module
         module.sparsity = Sparsity(block.index, *knobs)
@@ -100,7 +102,7 @@ def is_sparse(model: nn.Module) -> bool:
     return any(hasattr(block.attention.module, "sparsity") for block in anatomy(model).blocks)
 
 
-def check(tau, block_size, stride, max_density, pages, page_size, pattern) -> None:
+def check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern) -> None:
     """Raise UserError, one line, for the first knob that cannot be."""
     told = "adaptive_sparse_attention: "
     for name, value in (("tau", tau), ("max_density", max_density)):
@@ -115,8 +117,9 @@ def check(tau, block_size, stride, max_density, pages, page_size, pattern) -> No
             f"{told}stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
             f"for example {max(1, round(block_size / stride)) * stride}"
         )
-    if pages < 0:
-        raise UserError(f"{told}pages {pages} is out of range; expected 0 (all pages) or more")
+    for name, value, meaning in (("pages", pages, "all pages"), ("full_last", full_last, "none")):
+        if value < 0:
+            raise UserError(f"{told}{name} {value} is out of range; expected 0 ({meaning}) or more")
     if pattern not in blocks.PATTERNS:
         raise UserError(f'{told}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
 

@@ -57,7 +57,7 @@ HOLD, MOST_HOLD = (
     128.0,
 )  # first-token objectives for which the fast profile stays at least, and at most before a try
 FULL, FAST = 0, 1  # profiles
-START_ROWS = 16.0  # limit before anything is known
+START_ROWS, LEAST_ROWS = 16.0, 4.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
 LONGEST_DRAFT = 8
 REMEMBERED = 0.97  # of what was seen, per round
@@ -215,7 +215,7 @@ class LatencyLoop:
         if move > 0 and not self.bound:
             return
         move = min(max(move, -MOST_CHANGE), MOST_CHANGE)
-        self.limit = min(max(self.limit * math.exp(move), 1.0), float(self.most))
+        self.limit = min(max(self.limit * math.exp(move), LEAST_ROWS), float(self.most))
 
 
 # --- loop 2: speculation by the draft's length -----------------------------------------------------------------------

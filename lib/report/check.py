@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import DIMENSIONS
@@ -46,9 +47,16 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     folder = Path(folder)
     named = ((OPTIMIZATIONS, optimizations), (MODELS, models))
     wanted = [tuple(dict.fromkeys([*fixed, *more])) for fixed, more in named]
-    found = results.read(folder, *wanted)
+    unsound: list[tuple[str, str]] = []
+    unlabelled: list[tuple[str, str]] = []
+
+    def look(stem: str, content: Any) -> None:  # while it is read, so that each file is read once
+        unsound.extend(_file(stem, content))
+        unlabelled.extend(_labels(stem, content))
+
+    found = results.read(folder, *wanted, look)
     points: list[tuple[str, Callable[[], list[tuple[str, str]]]]] = [
-        ("the files are sound", lambda: _files(folder, found)),
+        ("the files are sound", lambda: _files(folder, found, unsound)),
         (f"all {len(wanted[1])} models are there", lambda: _models(found, wanted[1])),
         (f"all {len(wanted[0])} optimizations are measured", lambda: _optimizations(found, *wanted)),
         ("several metrics in each of the four dimensions", lambda: _each(found, _dimensions)),
@@ -57,7 +65,7 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
         ("performance maintained or improved", lambda: _each(found, _performance)),
         ("accuracy maintained or improved", lambda: _each(found, _accuracy)),
         ("verdicts follow from the numbers", lambda: _each(found, _verdicts)),
-        ("every number has its provenance", lambda: _labels(folder)),
+        ("every number has its provenance", lambda: unlabelled),
     ]
     return [Point(name, look()) for name, look in points]
 
@@ -67,15 +75,17 @@ def _each(found: Results, look: Callable[[Record], list[str]]) -> list[tuple[str
     return [(record.stem, why) for record in found.measured for why in look(record)]
 
 
-def _files(folder: Path, found: Results) -> list[tuple[str, str]]:
-    faults = list(found.damaged.items())
-    for path in sorted(folder.glob("*--*.json")):
-        stem = path.name.removesuffix(".json")
-        if stem not in found.damaged:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            faults += [(stem, why) for why in schema.faults(content)]
-            if (holds := f"{content['optimization']}--{content['model']}") != stem:
-                faults.append((stem, f"holds the record of {holds}"))
+def _file(stem: str, content: Any) -> list[tuple[str, str]]:
+    """Return what is wrong with one record's plain JSON; a file that holds no object is named as damaged."""
+    if not isinstance(content, dict):
+        return []
+    faults = [(stem, why) for why in schema.faults(content)]
+    holds = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
+    return faults if holds == stem else [*faults, (stem, f"holds the record of {holds}")]
+
+
+def _files(folder: Path, found: Results, unsound: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    faults = list(found.damaged.items()) + [fault for fault in unsound if fault[0] not in found.damaged]
     for path in sorted(folder.glob("*_results*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -211,18 +221,9 @@ def _contradiction(m: Measurement) -> list[str]:
     return faults
 
 
-def _labels(folder: Path) -> list[tuple[str, str]]:
-    """Lint the records as plain JSON, those that are damaged in other ways among them."""
-    faults = []
-    for path in sorted(folder.glob("*--*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # named among the files
-        if isinstance(content, dict):
-            stem = path.name.removesuffix(".json")
-            faults += [(stem, line.split(": ", 1)[1]) for line in lint.lint(content)]
-    return faults
+def _labels(stem: str, content: Any) -> list[tuple[str, str]]:
+    """Lint a record as plain JSON, one that is damaged in other ways too."""
+    return [(stem, line.split(": ", 1)[1]) for line in lint.lint(content)] if isinstance(content, dict) else []
 
 
 def table(points: Sequence[Point], most: int = 4) -> list[str]:

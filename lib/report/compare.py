@@ -12,6 +12,7 @@ inside the margin; otherwise it is `inconclusive`. Holm 1979, A simple sequentia
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -150,11 +151,25 @@ def _differences(found: Measurement) -> np.ndarray | None:
 
 def _by_blocks(old: np.ndarray, new: np.ndarray) -> tuple[float, float, float, float, int]:
     """Return effect, interval's ends, standard error (of the logarithm), and degrees of freedom."""
-    chance = np.random.default_rng(0)
-    medians = [np.median(chance.choice(d, (RESAMPLES, len(d))), axis=1) for d in (old, new)]
+    places = _middles(len(old), len(new))
+    ranked = [np.sort(d)[place] for d, place in zip((old, new), places, strict=True)]
+    medians = [0.5 * (low + high) for low, high in ranked]
     spread = medians[1] - medians[0]
     low, high = np.quantile(spread, [LEVEL / 2, 1 - LEVEL / 2])
     return float(np.median(new) - np.median(old)), float(low), float(high), float(spread.std()), len(old) + len(new) - 2
+
+
+@lru_cache(maxsize=16)
+def _middles(*lengths: int) -> list[np.ndarray]:
+    """Return for each length the places (2 × RESAMPLES) in the sorted values whose mean is a resample's median.
+
+    The same resamples serve every pair of measurements of these lengths, so they are drawn once.
+    """
+    chance, found = np.random.default_rng(0), []
+    for length in lengths:
+        drawn = np.sort(chance.integers(0, length, (RESAMPLES, length)), axis=1)
+        found.append(np.stack([drawn[:, (length - 1) // 2], drawn[:, length // 2]]))
+    return found
 
 
 def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int]:
@@ -167,10 +182,10 @@ def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, flo
 def _estimated(
     change: Change, sign: float, effect: float, low: float, high: float, error: float, freedom: int, how: str
 ) -> Change:
-    from scipy import stats
+    from scipy import special
 
     ends = sorted((math.exp(sign * low), math.exp(sign * high)))
-    p = float(2 * stats.t.sf(abs(effect) / error, freedom)) if error > 0 else float(effect == 0)
+    p = float(2 * special.stdtr(freedom, -abs(effect) / error)) if error > 0 else float(effect == 0)
     return replace(change, ratio=math.exp(sign * effect), low=ends[0], high=ends[1], p=p, how=how, verdict="")
 
 

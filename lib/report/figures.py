@@ -27,6 +27,7 @@ BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 ARMS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MOST_NAMED = 60  # points or arms whose names can still be read beside one another
 VERDICTS = {  # verdict: colour, marker, filled
     "better": (BLUE, ">", True),
     "worse": (VERMILLION, "<", True),
@@ -328,8 +329,8 @@ def trade_off(
 ) -> Figure:
     """Return one point per row, quality against speed, with both intervals (`x_low`, `x_high`, `y_low`, `y_high`).
 
-    Colour and marker by `arm`; `label` names a column written beside each point; `reference` is the baseline's point
-    and `margin` the band of y that still counts as maintained.
+    Colour and marker by `arm`; `label` names a column written beside each point, unless there are too many to be read;
+    `reference` is the baseline's point and `margin` the band of y that still counts as maintained.
     """
     with _style():
         figure, (axes,) = _axes(4.2)
@@ -347,13 +348,13 @@ def trade_off(
                         rows[x], rows[y], fmt="none", ecolor=colour, elinewidth=1, alpha=0.7, **{option: spread}
                     )
             axes.scatter(rows[x], rows[y], color=colour, marker=marker, s=42, label=name, zorder=3)
-            if label is not None:
+            if label is not None and len(frame) <= MOST_NAMED:
                 for _, row in rows.iterrows():
                     axes.annotate(
                         str(row[label]), (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=8
                     )
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        if axes.get_legend_handles_labels()[0]:
+        if 0 < len(axes.get_legend_handles_labels()[0]) <= MOST_NAMED:
             figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
 

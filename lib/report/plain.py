@@ -59,9 +59,9 @@ def _key(key: Any) -> str:
 
 
 def decode(value: Any) -> Any:
-    """Return `value` with the tagged floats of `encode` as floats again."""
-    if isinstance(value, Mapping):
-        if set(value) == {TAG}:
+    """Return `value` with the tagged floats of `encode` as floats again. Takes what a JSON text holds: dict, list."""
+    if isinstance(value, dict):
+        if len(value) == 1 and TAG in value:
             return float(value[TAG])
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -6,7 +6,7 @@ Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.re
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lib.report.verdict import Verdict, judge, withhold_if_invalid
 
 SCHEMA = 1
 SCRAP = "record"
+MOST_NOTEBOOKS = 400
 ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
 Status = Literal["ok", "failed", "not_applicable"]
 
@@ -175,25 +176,44 @@ def write(record: Record, path: Path) -> Path:
     return write_atomically(path, json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read(path: Path) -> Record:
-    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema."""
+def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
+    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema.
+
+    `look` is shown the stem and the plain JSON before it is made a record, whatever it holds.
+    """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if look is None and (found := _quickly(text)):
+            return found
+        content = json.loads(text)
     except OSError as error:
         raise UserError(f"{path.name}: cannot be read ({error.strerror}). Build it again.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         at = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path.name}: not a record: not JSON{at}. Delete it or build it again.") from None
+    if look:
+        look(path.name.removesuffix(".json"), content)
     return from_json(content, path.name)
 
 
-def read_folder(folder: Path) -> tuple[list[Record], dict[str, str]]:
+def _quickly(text: str) -> Record | None:
+    """Return the record in a JSON text that is sound and holds no tagged float; None where more has to be looked at."""
+    if f'"{plain.TAG}"' in text:
+        return None
+    try:
+        found = Record.model_validate_json(text)
+    except ValidationError:
+        return None
+    return found if "schema_version" in found.model_fields_set else None
+
+
+def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
     """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
     records, damaged = [], {}
     for path in sorted(Path(folder).glob("*--*.json")):
         try:
-            records.append(read(path))
+            records.append(read(path, look))
         except UserError as error:
             damaged[path.name.removesuffix(".json")] = str(error)
     return records, damaged
@@ -242,9 +262,12 @@ def gather(folder: Path) -> tuple[list[Record], dict[str, str]]:
     """Return every record of a result folder, sorted by stem, and the damaged ones as stem → what is wrong.
 
     What a notebook glued is read through scrapbook, and completed by what the runner added in the JSON file (state,
-    time, samples); a run that glued nothing, because it failed, comes from its JSON file alone.
+    time, samples); a run that glued nothing, because it failed, comes from its JSON file alone. Of more than
+    MOST_NOTEBOOKS runs all do: it holds the same, and opening thousands of notebooks takes many minutes.
     """
     known, damaged = read_folder(folder)
+    if len(known) > MOST_NOTEBOOKS:
+        return known, damaged
     found = {record.stem: record for record in known}
     glued, unreadable = from_notebooks(folder)
     for record in glued:

@@ -3,8 +3,9 @@
 Says what is there, what is missing and what failed; sums up over models; never judges. Knows no file names.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ class Results:
 
     def of(self, optimization: str, model: str) -> Record | None:
         """Return a record, or None."""
-        return next((r for r in self.records if (r.optimization, r.model) == (optimization, model)), None)
+        return self._by_pair.get((optimization, model))
+
+    @cached_property
+    def _by_pair(self) -> dict[tuple[str, str], Record]:
+        return {(record.optimization, record.model): record for record in reversed(self.records)}
 
     @property
     def measured(self) -> list[Record]:
@@ -42,10 +47,18 @@ class Results:
         return [stem for stem in stems if stem not in there]
 
 
-def read(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Results:
-    """Return the results in a folder; names that are there but not expected are added behind the expected ones."""
+def read(
+    folder: Path,
+    optimizations: Iterable[str] = (),
+    models: Iterable[str] = (),
+    look: Callable[[str, Any], None] | None = None,
+) -> Results:
+    """Return the results in a folder; names that are there but not expected are added behind the expected ones.
+
+    `look` is shown each stem and its plain JSON.
+    """
     folder = Path(folder)
-    records, damaged = read_folder(folder)
+    records, damaged = read_folder(folder, look)
     stems = [record.stem for record in records] + list(damaged)
     names = [tuple(dict.fromkeys([*given, *sorted(stem.split("--", 1)[at] for stem in stems)])) for at, given in
              enumerate((optimizations, models))]  # fmt: skip

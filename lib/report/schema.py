@@ -6,7 +6,7 @@ it is up to date. Knows no numbers: what they must be is `lib.report.lint`'s and
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,43 @@ def _validator(name: str) -> Any:
     return Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": published["$defs"]})
 
 
+@cache
+def _quick(name: str) -> Callable[[Any], Any]:
+    """Return the same schema compiled, an order of magnitude quicker, which only says whether something is wrong."""
+    import fastjsonschema
+
+    published = json.loads(PATH.read_text(encoding="utf-8"))
+    document = {"$ref": f"#/$defs/{name}", "$defs": published["$defs"]}
+    return fastjsonschema.compile(_as_draft_7(document), use_default=False)
+
+
+def _as_draft_7(schema: Any) -> Any:
+    """Return a schema as its dialect was before: there, a list with a schema for each place is called `items`."""
+    if isinstance(schema, list):
+        return [_as_draft_7(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    plain = {name: _as_draft_7(value) for name, value in schema.items()}
+    return plain | {"items": plain.pop("prefixItems")} if isinstance(plain.get("prefixItems"), list) else plain
+
+
+def _is_sound(name: str, content: Any) -> bool:
+    from fastjsonschema import JsonSchemaValueException
+
+    try:
+        _quick(name)(content)
+    except JsonSchemaValueException:
+        return False
+    return True
+
+
 def faults(content: Any, most: int = 5) -> list[str]:
     """Return what is wrong with a record or a result file as plain JSON, a line each with its place; at most `most`."""
     name = content.get("kind", "Record") if isinstance(content, Mapping) else "Record"
     if name not in ("Record", *KINDS):
         return [f"kind {name!r} is none of {', '.join(KINDS)}"]
+    if _is_sound(name, content):
+        return []
     found = []
     for error in _validator(name).iter_errors(content):
         place = ".".join(map(str, error.absolute_path)) or "the file"

@@ -6,7 +6,8 @@ well in JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
@@ -24,6 +25,10 @@ TIDY = (
     "high", "gain", "gain_low", "gain_high", "n", "noise_floor", "mde", "verdict", "provenance", "source", "reason",
     "predicted", "realised",
 )  # fmt: skip
+OWN = tuple(name for name in TIDY if name not in ("label", "low", "high", "gain", "gain_low", "gain_high"))
+RUN = ("optimization", "model", "scale", "effort")
+MOST_LINES = 400  # that `show` displays; a page with thousands of them opens slowly and is not read
+MOST_POINTS = 60  # that a figure with a line for each can hold
 
 
 def _of(source: Source) -> list[Measurement]:
@@ -35,31 +40,37 @@ def tidy(source: Source) -> pd.DataFrame:
     """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio turned so that above 1 is
     better.
     """
-    lines = []
-    for found in _of(source):
-        fields = found.model_dump(exclude={"samples", "ci"})
-        low, high = found.ci or (None, None)
-        turned, turned_low, turned_high = gain(found)
-        fields |= {"label": label(found.metric), "low": low, "high": high, "gain": turned}
-        lines.append(fields | {"gain_low": turned_low, "gain_high": turned_high})
-    frame = pd.DataFrame(lines, columns=list(TIDY))
-    repeated = frame.duplicated("metric", keep=False)
-    frame.loc[repeated, "label"] = frame["label"] + " [" + frame["workload"] + "]"
-    numbers = ["baseline", "optimized", "ratio", "low", "high", "gain", "gain_low", "gain_high", "noise_floor", "mde"]
-    return frame.astype(dict.fromkeys([*numbers, "predicted", "realised"], float))
+    return _frame(_lines(source), TIDY)
 
 
 def tidy_all(records: Iterable[Record]) -> pd.DataFrame:
     """Return `tidy` of several records under one another, with `optimization`, `model`, `scale` and `effort` in
     front.
     """
-    frames = [
-        tidy(found).assign(optimization=found.optimization, model=found.model, scale=found.scale, effort=found.effort)
-        for found in records
-        if found.measurements
-    ]
-    columns = ["optimization", "model", "scale", "effort", *TIDY]
-    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    return _frame(_all_lines(records), (*RUN, *TIDY))
+
+
+def _all_lines(records: Iterable[Record], keep: Callable[[Measurement], bool] = lambda _: True) -> list[dict]:
+    """Return the rows of several records; all go into one frame in the end, because a frame for each takes long."""
+    return [{name: getattr(r, name) for name in RUN} | line for r in records for line in _lines(r, keep)]
+
+
+def _lines(source: Source, keep: Callable[[Measurement], bool] = lambda _: True) -> list[dict]:
+    found = _of(source)
+    times = Counter(m.metric for m in found)
+    lines = []
+    for m in filter(keep, found):
+        name = label(m.metric) if times[m.metric] == 1 else f"{label(m.metric)} [{m.workload}]"
+        low, high = m.ci or (None, None)
+        line = {column: getattr(m, column) for column in OWN} | {"label": name, "low": low, "high": high}
+        lines.append(line | dict(zip(("gain", "gain_low", "gain_high"), gain(m))))
+    return lines
+
+
+def _frame(lines: Sequence[dict], columns: Sequence[str]) -> pd.DataFrame:
+    frame = pd.DataFrame(lines, columns=list(columns))
+    numbers = ["baseline", "optimized", "ratio", "low", "high", "gain", "gain_low", "gain_high", "noise_floor", "mde"]
+    return frame.astype(dict.fromkeys([*numbers, "predicted", "realised"], float))
 
 
 def measurements(source: Source, dimension: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -105,8 +116,8 @@ def sentences(records: Iterable[Record]) -> pd.DataFrame:
 
 def coverage(records: Iterable[Record]) -> pd.DataFrame:
     """Return in how many records of each model a metric has a number: what can be compared across models."""
-    frame = tidy_all(records)
-    frame = frame[frame["provenance"] != "unavailable"]
+    found = [(m.metric, r.model) for r in records for m in r.measurements if m.provenance != "unavailable"]
+    frame = pd.DataFrame(found, columns=["metric", "model"])
     counts = pd.crosstab(frame["metric"], frame["model"]).astype(int) if len(frame) else pd.DataFrame()
     counts = counts.reindex([name for name in METRICS if name in counts.index])
     lines = [{"dimension": METRICS[name].dimension, "metric": label(name)} for name in counts.index]
@@ -115,19 +126,27 @@ def coverage(records: Iterable[Record]) -> pd.DataFrame:
 
 def missing(records: Iterable[Record]) -> pd.DataFrame:
     """Return the metrics that could not be had, with the reason and in how many records."""
-    frame = tidy_all(records)
-    frame = frame[frame["provenance"] == "unavailable"]
+    frame = _frame(_all_lines(records, lambda m: m.provenance == "unavailable"), (*RUN, *TIDY))
     counts = frame.groupby(["dimension", "label", "reason"], sort=True).size().reset_index(name="records")
     return counts.rename(columns={"label": "metric"})
 
 
 def across(records: Iterable[Record], metric: str) -> pd.DataFrame:
     """Return one metric of several records for `figures.forest(frame, group="model")`, labelled by optimization."""
-    frame = tidy_all(records)
-    frame = frame[(frame["metric"] == metric) & frame["gain"].notna()]
+    frame = _frame(_all_lines(records, lambda m: m.metric == metric), (*RUN, *TIDY))
+    frame = frame[frame["gain"].notna()]
     several = frame.duplicated(["optimization", "model"], keep=False)
     names = frame["optimization"].map(title)
     return frame.assign(label=names.where(~several, names + " [" + frame["workload"] + "]"))
+
+
+def extremes(frame: pd.DataFrame, column: str = "gain", most: int = MOST_POINTS) -> pd.DataFrame:
+    """Return the frame, or of one with more than `most` rows those with the least and the largest values, in its
+    order.
+    """
+    ranked = frame[column].sort_values(kind="stable").index
+    half = most // 2
+    return frame if len(frame) <= most else frame.loc[frame.index.isin([*ranked[:half], *ranked[-half:]])]
 
 
 def controls(found: Iterable[Control], metric: str) -> pd.DataFrame:
@@ -201,8 +220,14 @@ def _html_cell(value: object) -> str:
 def show(frame: pd.DataFrame, caption: str = "") -> None:
     """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a
     model.
+
+    Of a frame with more than MOST_LINES rows the first ones are shown, and it is said how many there are.
     """
     from IPython.display import display
+
+    if len(frame) > MOST_LINES:
+        caption = f"{caption} (the first {MOST_LINES} of {len(frame)} lines)".strip()
+        frame = frame.head(MOST_LINES)
 
     above = f"*{caption}*\n\n" if caption else ""
     data = {

@@ -11,7 +11,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Hashes:
     def __init__(self, store: Path | None = None):
         self.store = store
         self.known: dict[str, list] = {}
+        self.asked: dict[Any, Any] = {}  # what was found of a file or a folder; each is looked at once
         self.changed = False
         try:
             content = json.loads(store.read_text(encoding="utf-8")) if store else {}
@@ -45,6 +47,9 @@ class Hashes:
 
     def of(self, path: Path) -> str:
         """Return the hash of a file's content; of a file above 256 MiB, that of its size and sixteen samples."""
+        return self._once(path, lambda: self._of(path))
+
+    def _of(self, path: Path) -> str:
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns]
         known = self.known.get(str(path))
@@ -56,8 +61,25 @@ class Hashes:
 
     def of_folder(self, folder: Path) -> dict[str, str]:
         """Return relative path → hash of every file under `folder`; empty where there is none."""
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-        return {path.relative_to(folder).as_posix(): self.of(path) for path in files}
+
+        def find() -> dict[str, str]:
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+            return {path.relative_to(folder).as_posix(): self.of(path) for path in files}
+
+        return dict(self._once(folder, find))
+
+    def of_model(self, name: str) -> parameter_files.ModelParameters:
+        """Return what a model's parameter file holds."""
+        return self._once(("model", name), lambda: parameter_files.read(name))
+
+    def of_cells(self, cells: tuple) -> dict[str, str]:
+        """Return the hash of each cell of a template."""
+        return self._once(cells, lambda: {str(index): digest(cell) for index, cell in enumerate(cells)})
+
+    def _once(self, what: Any, find: Callable[[], Any]) -> Any:
+        if what not in self.asked:
+            self.asked[what] = find()
+        return self.asked[what]
 
     def save(self) -> None:
         """Keep the hashes for the next time; a folder that cannot be written to is no error here."""
@@ -92,10 +114,10 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     `reached` may hold, by optimization, what `imports.reached` found, so that it is walked once per template.
     """
     modules = (reached or {}).get(job.optimization) or imports.reached(job.template)
-    model = parameter_files.read(job.model)
+    model = hashes.of_model(job.model)
     asked = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
     return asked | {
-        "template": {str(index): digest(cell) for index, cell in enumerate(job.template.cells)},
+        "template": hashes.of_cells(job.template.cells),
         "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
         "model": {
             "architecture": model.architecture,
@@ -118,6 +140,7 @@ def of(parts_of_job: Mapping[str, Mapping[str, str]]) -> str:
     return "sha256:" + digest(parts_of_job)
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -77,6 +77,15 @@ def test_the_fewest_blocks_that_reach_tau_are_kept():
     assert blocks.choose(share, 1.0, 0.6)[0, 0].tolist() == [True, False, True, False, True]
 
 
+def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
+    share = torch.zeros(2, 6, 8)
+    share[:, :, 0] = 1.0
+    kept = blocks.choose(share, 0.5, 0.3, last=2)
+    causal = blocks.causal_blocks(6, 8)
+    assert torch.equal(kept[0, 4:], causal[4:]) and (kept[0, :4].sum(-1) < causal[:4].sum(-1)).all()
+    assert torch.equal(blocks.choose(share, 0.5, 0.3, last=9)[0], causal)
+
+
 def test_tau_of_one_keeps_blocks_without_any_mass():
     share = torch.zeros(1, 3, 3)
     share[:, :, 0] = 1.0

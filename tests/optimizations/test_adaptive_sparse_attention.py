@@ -47,6 +47,16 @@ def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(t
 
 
 @torch.inference_mode()
+def test_the_question_reads_all_and_is_counted(tiny, prompts):
+    model = tiny("qwen3-4b-instruct-2507")
+    bare, asked = (sparse.apply(model, tau=0.3, full_last=last, **SMALL) for last in (0, 1))
+    answers = [one(input_ids=prompts["input_ids"]).logits for one in (bare, asked)]
+    torch.testing.assert_close(answers[0][:, :80], answers[1][:, :80], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(answers[0][:, 80:], answers[1][:, 80:], atol=1e-3)
+    assert sparse.density(bare)["blocks"] < sparse.density(asked)["blocks"]
+
+
+@torch.inference_mode()
 def test_later_tokens_and_padding_change_nothing(tiny, name, prompts):
     model = sparse.apply(tiny(name), tau=0.5, **SMALL)
     before = model(**prompts).logits
@@ -142,6 +152,7 @@ def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
         ({"block_size": 100, "stride": 16}, "stride 16 does not divide block_size 100"),
         ({"block_size": 8}, "block_size 8 is out of range; expected 16 to 512"),
         ({"pages": -1}, "pages -1 is out of range"),
+        ({"full_last": -1}, "full_last -1 is out of range; expected 0 (none) or more"),
         ({"pattern": "stars"}, 'pattern "stars"; expected one of'),
     ],
 )

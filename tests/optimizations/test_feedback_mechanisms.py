@@ -1,15 +1,19 @@
 """The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure import scenarios, shadow
+from lib.measure import disturbance, scenarios, shadow, trials
 from lib.measure.latency import Objectives
+from lib.measure.profiles import Profiles
 from lib.measure.serving import Limits
-from lib.measure.steptimes import COLUMN_STEP, StepTimes
-from lib.measure.traffic import Lengths
+from lib.measure.simulation import SimulatedEngine
+from lib.measure.steptimes import COLUMN_STEP, StepTimes, by_mean
+from lib.measure.traffic import Lengths, Request
 from lib.models.speculation import Round
 from lib.optimizations import feedback_mechanisms as feedback
 from lib.optimizations.adaptive_batch_sizes import Fixed
@@ -146,3 +150,135 @@ def test_disagreement_is_zero_for_the_baselines_own_answer_and_large_for_another
 def test_knobs_out_of_range_are_refused(knob):
     with pytest.raises(UserError, match=rf"feedback_mechanisms: {next(iter(knob))} .*; expected a value in"):
         feedback.check(**knob)
+
+
+# --- two profiles ----------------------------------------------------------------------------------------------------
+
+
+def faster(factor: float = 1.8) -> StepTimes:
+    """The same machine with a profile that takes `factor` times less."""
+    full = times()
+    table = tuple(tuple(value / factor for value in row) for row in full.decode_BL)
+    return StepTimes(table, tuple(v / factor for v in full.prefill_fit), (0.0, 0.0), *([(0.97, 1.0, 1.03)] * 2), 1.0, 1)
+
+
+def two_profiles(law=feedback.Aimd):
+    return feedback.LatencyLoop(law(), OBJECTIVES, switch=feedback.Switch(OBJECTIVES, 1.8))
+
+
+@pytest.mark.parametrize("name", ["load step", "longer prompts", "stolen core"])
+def test_the_switch_saves_most_of_the_seconds_that_a_static_setting_misses(name):
+    scenario, both = script()[name], (times(), faster())
+    static = min(
+        scenarios.seconds_beyond(scenarios.play(scenario, trials.Static(n), both, LIMITS).served, OBJECTIVES)
+        for n in (4, 8, 16, 32)
+    )
+    loop = two_profiles()
+    played = scenarios.play(scenario, loop, both, LIMITS)
+    assert static > 5
+    assert scenarios.seconds_beyond(played.served, OBJECTIVES) < 0.5 * static
+    assert 0.2 < played.share(feedback.FAST) < 1
+
+
+def test_the_full_profile_comes_back_in_calm_hours():
+    calm, busy = (scenarios.Phase(20.0, rate, LENGTHS) for rate in (20.0, 90.0))
+    trace = scenarios.make("one rush", [calm, busy, *[calm] * 6], 0)
+    loop = two_profiles()
+    scenarios.play(scenarios.Scenario(trace), loop, (times(), faster()), LIMITS)
+    assert [profile for _, profile in loop.switch.course[:1]] == [feedback.FAST]
+    assert loop.profile == feedback.FULL
+
+
+def test_the_switch_holds_longer_after_a_return_that_did_not_last():
+    switch = feedback.Switch(OBJECTIVES, 1.5)
+    late, hold = OBJECTIVES.first_token_seconds, feedback.HOLD * OBJECTIVES.first_token_seconds
+    switch.look(0.0, late, 0.001)
+    switch.look(hold + 0.1, 0.0, 0.001)
+    assert [profile for _, profile in switch.course] == [feedback.FAST, feedback.FULL]
+    switch.look(hold + 0.2, late, 0.001)
+    switch.look(2 * hold + 0.4, 0.0, 0.001)
+    assert switch.profile == feedback.FAST and switch.factor == 2 * feedback.HOLD
+    switch.look(3 * hold + 0.4, 0.0, 0.001)
+    assert switch.profile == feedback.FULL
+
+
+def test_the_switch_does_not_return_to_a_profile_that_would_miss_the_objective():
+    switch = feedback.Switch(OBJECTIVES, 2.0)
+    switch.look(0.0, OBJECTIVES.first_token_seconds, 0.0)
+    for second in range(1, 200):
+        switch.look(float(second), 0.0, 0.6 * OBJECTIVES.token_seconds)
+    assert switch.profile == feedback.FAST
+
+
+def test_rows_end_in_the_profile_where_they_began():
+    current = 0
+    engines = [SimulatedEngine(one, jitter=False) for one in (times(), faster())]
+    both = Profiles(engines, lambda: current)
+    first, second = (Request(i, 0.0, 16, 4) for i in range(2))
+    both.prefill([first])
+    current = 1
+    both.prefill([second])
+    alone = [engine.times.decode(1, 17) for engine in engines]
+    assert both.decode() == pytest.approx(sum(alone))
+    assert both.owner == {0: 0, 1: 1}
+    both.leave([0])
+    assert both.decode() == pytest.approx(alone[1])
+
+
+def test_times_by_mean_keep_the_mean_of_every_call():
+    skewed = replace(times(), decode_ratios=(1.0, 1.0, 4.0), prefill_ratios=(0.5, 1.0))
+    told = by_mean(skewed)
+    assert told.decode(4, 32) * np.mean(told.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
+    assert np.mean(told.decode_ratios) == pytest.approx(1) and told.prefill(1, 32) < skewed.prefill(1, 32)
+    assert told.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
+
+
+# --- shadow runs and drafting ----------------------------------------------------------------------------------------
+
+
+def test_answers_together_are_the_greedy_ones(tiny, name):
+    from lib.models import speculation
+
+    model = tiny(name)
+    prompts = [torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 12)]
+    together = shadow.answers(model, prompts, 6)
+    alone = [speculation.generate(model, model, prompt_T, 6, feedback.fixed(0))[0] for prompt_T in prompts]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone))
+
+
+def test_a_broken_profile_is_a_copy_and_loses_more(tiny, name):
+    model = tiny(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    damaged = shadow.broken(model, 4.0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    prompts = [torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    assert np.mean(shadow.disagreements(model, prompts, shadow.answers(damaged, prompts, 8))) > 0.2
+
+
+def test_trials_of_a_guard_find_a_planted_fault_and_spare_a_sound_profile():
+    sound = shadow.trials(lambda i: guard(seed=i), [0.0, 0.05, 0.1], 200, 60)
+    faulty = shadow.trials(lambda i: guard(seed=i), [0.5, 0.7, 0.9], 200, 60)
+    assert sound["caught"] <= 0.02 and sound["error"] < 0.05
+    assert faulty["caught"] == 1 and np.median(faulty["delays"]) < 20
+
+
+def test_looking_often_with_a_plain_test_raises_false_alarms_and_the_guard_does_not():
+    pool, windows = [0.0, 0.1, 0.2, 0.3, 0.4], 500
+    plain = shadow.peeking(0.2, pool, windows, 100)
+    ours = shadow.trials(lambda i: guard(usual=0.1, margin=0.1, seed=i), pool, windows, 100)
+    assert plain > 0.03 and ours["caught"] <= 0.015
+
+
+def test_the_stream_takes_a_broken_profile_back_and_nothing_before():
+    watched = shadow.stream(guard(cool_down=1000), lambda at: [0.9] if at >= 50 else [0.0, 0.1], 10.0, 100.0)
+    assert watched.first("rolled back") > 50 and watched.first("rolled back", 50) < 56
+    assert not watched.course[-1][1]
+
+
+def test_the_spinner_takes_every_core_and_gives_it_back():
+    with scenarios.Spinner() as spinner:
+        spinner.start()
+        spinner.start()
+        assert len(spinner.processes) == len(disturbance.cores())
+        children = list(spinner.processes)
+    assert all(one.poll() is not None for one in children) and not spinner.processes
