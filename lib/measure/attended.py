@@ -68,19 +68,30 @@ def curves(rows: Sequence[dict], names: Mapping[str, str]) -> pd.DataFrame:
 
 
 def at_places(
-    loaded: Loaded, arms: Mapping[str, nn.Module], length: int, count: int, seed: int = 0
+    loaded: Loaded,
+    arms: Mapping[str, nn.Module],
+    length: int,
+    count: int,
+    seed: int = 0,
+    known: Mapping[str, Mapping[str, Recalled]] | None = None,
 ) -> dict[str, dict[str, Recalled]]:
     """Return for each arm which of `count` values it repeats from the "start", "middle" and "end" of a prompt of
     `length` tokens: the same prompts for every arm, greedy, exact match.
+
+    `known` are answers (arm → place) that were given before, to the same prompts; others are asked for. Raises
+    ValueError where they are of another distance.
     """
     room = length - 2 * KEY - VALUE  # text around the stored value
     leads = {"start": LEAD, "middle": room // 2, "end": max(LEAD, room - NEAR)}
-    return {
-        arm: {
-            place: quality.recall(_with(loaded, model), room - lead, count, seed, lead) for place, lead in leads.items()
-        }
-        for arm, model in arms.items()
-    }
+    found: dict[str, dict[str, Recalled]] = {}
+    for arm, model in arms.items():
+        found[arm] = {}
+        for place, lead in leads.items():
+            one = (known or {}).get(arm, {}).get(place)
+            if one is not None and (one.distance, len(one.right_N)) != (room - lead, count):
+                raise ValueError(f"{arm}, {place}: known answers are not to prompts of {length} tokens")
+            found[arm][place] = one or quality.recall(_with(loaded, model), room - lead, count, seed, lead)
+    return found
 
 
 def _with(loaded: Loaded, model: nn.Module) -> Loaded:

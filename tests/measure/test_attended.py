@@ -51,3 +51,9 @@ def test_values_are_asked_for_at_three_places_of_prompts_of_one_length(monkeypat
     bars = attended.place_bars(found)
     assert list(bars["arm"][:2]) == ["start, full", "start, sparse"] and (bars["value"] == 0.75).all()
     assert (bars["low"] > 0.2).all() and (bars["high"] < 1).all()
+    middle = found["full"]["middle"]
+    asked.clear()
+    attended.at_places(None, {"full": "a"}, 512, 4, 0, {"full": {"middle": middle}})
+    assert [lead for _, lead, _ in asked] == [8, 432]
+    with pytest.raises(ValueError, match="not to prompts of 256 tokens"):
+        attended.at_places(None, {"full": "a"}, 256, 4, 0, {"full": {"middle": middle}})
