@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import cost, latency, measurement, scenarios, statistics, steptimes
+from lib.measure import cost, disturbance, latency, measurement, scenarios, statistics, steptimes
 from lib.measure.measurement import Measurement
 from lib.measure.scenarios import Played, Scenario
 from lib.measure.serving import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
@@ -56,12 +56,15 @@ class Static:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script."""
+    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script;
+    and what disturbed the machine while the steps were timed (None: nothing noticed).
+    """
 
     times: tuple[StepTimes, StepTimes]
     wanted: Objectives
     limits: Limits
     seconds: float
+    disturbed: str | None = None
 
     @property
     def rate(self) -> float:
@@ -95,14 +98,16 @@ def prepare(
     served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
+    close = disturbance.watch()
     times = steptimes.measure_together((loaded.model, fast), text_T, CONTEXTS, rounds=rounds)
+    disturbed, times = close(), tuple(steptimes.by_mean(one) for one in times)
     single = Single.of(times[0], LENGTHS)
     wanted = objectives(single, first_token_factor, token_factor)
     rate, _ = times[0].capacity(LENGTHS, wanted.token_seconds)
     if not rate:
         raise UserError("trials: no batch keeps the objective per token; give a larger token_factor")
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return Ground(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate)
+    return Ground(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate, disturbed)
 
 
 def scripts(ground: Ground, seeds: Sequence[int]) -> list[Scenario]:

@@ -174,8 +174,14 @@ def _steps(model: nn.Module, token_B1: torch.Tensor, cache: object, steps: int, 
     return torch.cat(produced, dim=1) if produced else token_B1[:, :0]
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Return where the model computes; parameters that wait elsewhere (on disk: meta) do not say."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
 def _inputs(model: nn.Module, prompt: Prompt) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
+    device = _device(model)
     inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
@@ -187,7 +193,7 @@ def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
     return {
         "prompt": digest,
         "dtype": str(weight.dtype),
-        "device": str(weight.device),
+        "device": str(_device(model)),
         "attention": getattr(config, "_attn_implementation", None),
         "experts": getattr(config, "_experts_implementation", None),
         "threads": torch.get_num_threads(),
@@ -196,4 +202,4 @@ def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
 def barrier(model: nn.Module) -> Callable[[], object] | None:
     """Return what waits for the device to finish, or None where calls are over when they return."""
-    return torch.cuda.synchronize if next(model.parameters()).device.type == "cuda" else None
+    return torch.cuda.synchronize if _device(model).type == "cuda" else None

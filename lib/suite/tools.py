@@ -13,6 +13,8 @@ from pathlib import Path
 
 from lib.suite.plan import NOTEBOOKS, ROOT
 
+MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
+
 
 def _call(arguments: Sequence[str], environment: dict[str, str] | None = None) -> int:
     """Run a module of this environment in the repository's root; return its exit code.
@@ -39,6 +41,7 @@ def _python_path() -> str:
 def test(arguments: Sequence[str], description: str) -> int:
     """Run ruff over code and notebooks, then pytest: the unit tests, and every template through nbval.
 
+    As many files at a time as there are cores, each on one thread: templates spend most of their time on one core.
     With paths among the arguments, pytest runs those alone. Pytest's summary stays the last but for what ruff found.
     """
     if {"-h", "--help"} & set(arguments):
@@ -52,8 +55,11 @@ def test(arguments: Sequence[str], description: str) -> int:
     where = [] if chosen else ["tests", *(str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb")))]
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         environment = {"PYTHONPATH": _python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
+        beside = [] if chosen else [f"--numprocesses={min(os.cpu_count() or 1, MOST_BESIDE)}", "--dist=loadfile"]
+        if beside:
+            environment["OMP_NUM_THREADS"] = "1"
         nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
-        found["pytest"] = _call(["pytest", *nbval, *where, *arguments], environment)
+        found["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
     failed = [name for name, code in found.items() if code]
     if failed:
         print(f"build.py test: failed: {', '.join(failed)}", flush=True)

@@ -172,8 +172,9 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
     changed = tiny("qwen3-4b-instruct-2507", seed=2)
     changed.resize_token_embeddings(2048)
     found = by_name(quality.compare(base, quality.evaluate(asked, effort, model=changed.requires_grad_(False))))
-    elsewhere = {"attention_mass_recall", "same_answers"}  # of sparse attention, and of batching
-    assert set(found) == {name for name, metric in METRICS.items() if metric.dimension == "accuracy"} - elsewhere
+    scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "recall_exact_match", "top1_agreement"}
+    scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
+    assert set(found) == scores and all(METRICS[name].dimension == "accuracy" for name in found)
     assert found["kl_divergence_nats"].optimized > 0 and found["perplexity"].n == 6
     again = by_name(quality.compare(base, base))
     assert again["kl_divergence_nats"].optimized == pytest.approx(0, abs=1e-5)

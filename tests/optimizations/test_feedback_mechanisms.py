@@ -1,5 +1,7 @@
 """The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lib.measure.latency import Objectives
 from lib.measure.profiles import Profiles
 from lib.measure.serving import Limits
 from lib.measure.simulation import SimulatedEngine
-from lib.measure.steptimes import COLUMN_STEP, StepTimes
+from lib.measure.steptimes import COLUMN_STEP, StepTimes, by_mean
 from lib.measure.traffic import Lengths, Request
 from lib.models.speculation import Round
 from lib.optimizations import feedback_mechanisms as feedback
@@ -221,6 +223,14 @@ def test_rows_end_in_the_profile_where_they_began():
     assert both.owner == {0: 0, 1: 1}
     both.leave([0])
     assert both.decode() == pytest.approx(alone[1])
+
+
+def test_times_by_mean_keep_the_mean_of_every_call():
+    skewed = replace(times(), decode_ratios=(1.0, 1.0, 4.0), prefill_ratios=(0.5, 1.0))
+    told = by_mean(skewed)
+    assert told.decode(4, 32) * np.mean(told.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
+    assert np.mean(told.decode_ratios) == pytest.approx(1) and told.prefill(1, 32) < skewed.prefill(1, 32)
+    assert told.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
