@@ -1,6 +1,6 @@
 """A model without weights, and where they lie: its units, what always stays in memory, its experts.
 
-The architecture is built with placeholders: a parameter whose weights are elsewhere holds its shape, dtype and a single
+The architecture is built of shells: a parameter whose weights are elsewhere holds its shape, dtype and a single
 NaN. A unit is what is needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which
 tensor of a checkpoint belongs to which unit; reads none of them.
 """
@@ -28,7 +28,7 @@ HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or
 @dataclass(frozen=True)
 class Part:
     """One tensor of a unit: where it lies, which module's parameter it becomes (None for rows of the head), and the
-    placeholder that stands there while it is not in memory.
+    shell that stands there while it is not in memory.
     """
 
     place: Place
@@ -78,7 +78,7 @@ def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
 
 
 def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
-    """Build the architecture with a placeholder for every parameter, in the stored shape and dtype."""
+    """Build the architecture with a shell for every parameter, in the stored shape and dtype."""
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = loading.auto_class(configuration).from_config(configuration)
