@@ -6,6 +6,7 @@ documents beyond what they allow, and back: only beyond capacity does it matter 
 one stays within capacity throughout. Policies come in as functions that make a fresh one; this module knows none.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -150,11 +151,20 @@ def goodput(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: 
     again = [latency.goodput(ground.run(trace, baseline(), NEW_JITTER), ground.wanted) for trace in traces]
     samples = ground.times.samples
     source = f"simulated: {len(traces)} seeds of one trace, step times from {samples} timed calls of this run"
+    return judged_goodput(workload, arms, again, source)
+
+
+def judged_goodput(workload: str, arms: Sequence[Sequence[float]], again: Sequence[float], source: str) -> Measurement:
+    """Return the simulated goodput of two arms, trace by trace; `again` is the baseline's with other jitter, the floor.
+
+    Informative only where an arm served nobody within the objectives: then there is no ratio.
+    """
     metric = "goodput_requests_per_second"
     if min(map(min, (*arms, again))) <= 0:
         means = [float(np.mean(values)) for values in arms]
-        return measurement.informative(metric, workload, *means, source, "estimated", n=len(traces))
+        return measurement.informative(metric, workload, *means, source, "estimated", n=len(again))
     floor = statistics.noise_floor(statistics.differences(arms[0], again))
+    floor = floor if math.isfinite(floor) else None  # two traces give no interval
     return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
 
 

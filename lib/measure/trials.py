@@ -4,7 +4,6 @@ Rates, objectives and lengths of the scripts follow from the measured times by r
 functions that make a fresh policy; this module knows but the static ones. Profile 0 is the full one, 1 the fast one.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import cost, disturbance, latency, measurement, scenarios, statistics, steptimes
+from lib.measure import contest, cost, disturbance, latency, measurement, scenarios, steptimes
 from lib.measure.measurement import Measurement
 from lib.measure.scenarios import Played, Scenario
 from lib.measure.serving import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
@@ -174,13 +173,7 @@ def goodput(
     ]
     again = [latency.goodput(ground.play(one, baseline(one), NEW_JITTER).served, ground.wanted) for one in every]
     source = f"simulated: {len(every)} scripts, step times from {_samples(ground)} timed calls of this run"
-    metric = "goodput_requests_per_second"
-    if min(map(min, (*arms, again))) <= 0:
-        means = [float(np.mean(values)) for values in arms]
-        return measurement.informative(metric, workload, *means, source, "estimated", n=len(every))
-    floor = statistics.noise_floor(statistics.differences(arms[0], again))
-    floor = floor if math.isfinite(floor) else None
-    return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
+    return contest.judged_goodput(workload, arms, again, source)
 
 
 def measurements(ground: Ground, rows: Sequence[dict[str, object]], baseline: str, optimized: str) -> list[Measurement]:
