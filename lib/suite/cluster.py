@@ -23,7 +23,7 @@ from lib.suite.key import Hashes
 from lib.suite.runner import Result
 from lib.suite.sampling import Samples
 from lib.suite.schedule import Build, Entry
-from lib.suite.worker import Outcome, Task
+from lib.suite.worker import Outcome, Task, seconds_from
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
@@ -45,14 +45,7 @@ def check_address(address: str) -> None:
 
 def patience() -> float:
     """Return how long a scheduler may take to answer, and a build without a worker waits for one, in seconds."""
-    given = os.environ.get(PATIENCE) or "30"
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not seconds >= 1:
-        raise UserError(f"{PATIENCE}={given}: expected a number of seconds of at least 1")
-    return seconds
+    return seconds_from(PATIENCE, 30.0)
 
 
 @contextlib.contextmanager

@@ -78,16 +78,20 @@ def limit(kind: str, effort: str) -> float:
 
     Raises UserError where a variable holds no such number.
     """
-    name = f"WORKBENCH_{kind.upper()}_SECONDS"
-    given = os.environ.get(name)
+    return seconds_from(f"WORKBENCH_{kind.upper()}_SECONDS", {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind][effort])
+
+
+def seconds_from(variable: str, default: float) -> float:
+    """Return the seconds, at least 1, that an environment variable holds; `default` where it is not set or empty."""
+    given = os.environ.get(variable)
     if not given:
-        return {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind][effort]
+        return default
     try:
         seconds = float(given)
     except ValueError:
         seconds = 0.0
     if not seconds >= 1:
-        raise UserError(f"{name}={given}: expected a number of seconds of at least 1")
+        raise UserError(f"{variable}={given}: expected a number of seconds of at least 1")
     return seconds
 
 
