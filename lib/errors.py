@@ -8,6 +8,16 @@ class UserError(Exception):
     """A mistake in a request, in one line: what, where, what was expected, what to do. `build.py` exits with 2."""
 
 
+class NotApplicable(UserError):
+    """An optimization has nothing to act on in this model, or cannot act on it as it was loaded: a result, not a fault.
+
+    Raised in a cell of a template, it ends the run with the status `not_applicable` and this text as the reason.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Not applicable: {self}"]
+
+
 class Gone(Exception):
     """What a build rests on went away while it ran, in one line: a cluster's scheduler, its last worker."""
 

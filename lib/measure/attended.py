@@ -74,19 +74,22 @@ def at_places(
     count: int,
     seed: int = 0,
     known: Mapping[str, Mapping[str, Recalled]] | None = None,
+    everywhere: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Recalled]]:
     """Return for each arm which of `count` values it repeats from the "start", "middle" and "end" of a prompt of
     `length` tokens: the same prompts for every arm, greedy, exact match.
 
-    `known` are answers (arm → place) that were given before, to the same prompts; others are asked for. Raises
-    ValueError where they are of another distance.
+    `known` are answers (arm → place) that were given before, to the same prompts; others are asked for. Arms that are
+    not named in `everywhere` (by default all are) are asked in the middle alone. Raises ValueError where known answers
+    are of another distance.
     """
     room = length - 2 * KEY - VALUE  # text around the stored value
     leads = {"start": LEAD, "middle": room // 2, "end": max(LEAD, room - NEAR)}
     found: dict[str, dict[str, Recalled]] = {}
     for arm, model in arms.items():
         found[arm] = {}
-        for place, lead in leads.items():
+        places = leads if everywhere is None or arm in everywhere else ("middle",)
+        for place, lead in ((place, leads[place]) for place in places):
             one = (known or {}).get(arm, {}).get(place)
             if one is not None and (one.distance, len(one.right_N)) != (room - lead, count):
                 raise ValueError(f"{arm}, {place}: known answers are not to prompts of {length} tokens")
@@ -102,7 +105,7 @@ def place_bars(found: Mapping[str, Mapping[str, Recalled]]) -> pd.DataFrame:
     """Return `at_places` for `figures.bars`: a bar for each place and arm, with Wilson's 95 % interval."""
     rows = []
     for place in next(iter(found.values()), {}):
-        for arm, places in found.items():
+        for arm, places in ((arm, places) for arm, places in found.items() if place in places):
             right_N: np.ndarray = places[place].right_N
             spread = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(method="wilson")
             row = {"arm": f"{place}, {arm}", "value": float(right_N.mean()), "low": spread.low, "high": spread.high}

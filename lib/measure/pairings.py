@@ -31,7 +31,7 @@ def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: i
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},
-        "decode": {name: workloads.decode(model, short_BT, DECODE_TOKENS) for name, model in arms.items()},
+        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in arms.items()},
     }
     found = {}
     for name, calls in works.items():

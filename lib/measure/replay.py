@@ -23,6 +23,7 @@ from lib.models.loading import Loaded
 
 PromptOf = Callable[[Request], torch.Tensor]
 BURST_PROMPT, BURST_NEW = 128, 8  # tokens at most of a request in a burst
+ALONE = 200  # items that are answered one at a time
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,14 @@ def alone_and_together(
 ) -> list[Measurement]:
     """Return the accuracy of answers given one at a time (baseline) against those given together (optimized).
 
-    Classification: one prompt per pass against 32. Recall: alone against served among others with `policy`.
+    Classification: one prompt per pass against 32, of at most ALONE items. Recall: alone against served among others
+    with `policy`.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
         return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
     options = {"resamples": effort.resamples, "seed": seed}
+    effort = replace(effort, items=min(effort.items, ALONE))
     found = []
     for one, many in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
         found += quality.compare_classified(one, many, **options)

@@ -2,8 +2,9 @@
 by token; knows nothing of clocks.
 
 Every workload is a callable without arguments. Its length is forced (no end-of-text stop) and its tokens are counted
-from the engine's own ids. Every call starts from a fresh cache: no prompt is served from a warm prefix. What must not
-be timed (the prefill before a decode) lies in `prepare`, which `timing.paired` calls before it starts the clock.
+from the engine's own ids. No prompt is served from a warm prefix: what reads one starts from a fresh cache. What must
+not be timed (the prefill before a decode) is done once, before (`steps`), or lies in `prepare`, which `timing.paired`
+calls before it starts the clock.
 
 Shapes: B batch, T prompt tokens, N new tokens.
 """

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.weightfile import Piece, Place, WeightFile, aligned, buffer
 
 NAME = "streamed"
+COPYING = "the weights of this model stream from a file: it can run, but it cannot be copied or changed"
 Key = tuple[int, int]  # block, expert
 
 
@@ -55,7 +56,7 @@ class ExpertCache:
         self._free = [self._slot(self.memory[at * size : (at + 1) * size]) for at in range(slots)]
 
     def __deepcopy__(self, memo: dict) -> "ExpertCache":
-        raise UserError("a model whose weights stream from a file cannot be copied; open the file once more instead")
+        raise NotApplicable(COPYING)
 
     def _slot(self, memory: torch.Tensor) -> Slot:
         hidden, inner = self._down.shape

@@ -141,7 +141,8 @@ class Lessons:
         items = []
         for index in chosen:
             pixels, label = tasks.digit(int(index))
-            items.append(tasks.Item("", f"{tasks.prompt_of('digits')} {label}", label, _distorted(random, pixels)))
+            answered = f"{tasks.prompt_of('digits')} {label}"
+            items.append(tasks.Item("", "digits", answered, label, _distorted(random, pixels)))
         inputs, last_B = next(tasks.batches(self.loaded, items, len(items)))
         kind_BT = torch.full(inputs["input_ids"].shape, SILENT)
         kind_BT[torch.arange(len(items)), last_B] = ANSWER

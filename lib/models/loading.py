@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
-from lib.models import absent, factors, sparse
+from lib.models import absent, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
@@ -64,9 +64,9 @@ def load(
     """Load model `name` at `scale` for inference.
 
     proxy: the stand-in in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
-    full: `<checkpoints>/<name>`, else the hub id of the parameter file, or random weights. dtype: "float32",
-    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay
-    at its widths), else bfloat16.
+    full: `<checkpoints>/<name>`, else the folder or hub id of the parameter file, or random weights. dtype: "float32",
+    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay at its widths), else
+    bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype.
     Raises UserError for a scale, dtype, device or checkpoint that cannot be used.
     """
     start = time.perf_counter()
@@ -84,8 +84,12 @@ def load(
         model = build(
             description.config(scale), description.architecture, device=device, dtype=DTYPES[dtype], seed=seed
         )
-    else:
+    elif (allowance := placement.allowance_bytes(folder, DTYPES[dtype], device)) is None:
         model = load_folder(folder, dtype=DTYPES[dtype], device=device)
+    else:
+        from lib.models import streamed  # which rests on this module
+
+        model = streamed.open_streamed(folder, allowance_bytes=allowance, device=device)
     return Loaded(
         model=model,
         tokenizer=None if folder is None else AutoTokenizer.from_pretrained(folder),
@@ -95,19 +99,20 @@ def load(
         scale=scale,
         device=device,
         dtype=DTYPES[dtype],
-        folder=folder if isinstance(folder, Path) else None,
+        folder=folder,
         random_weights=random_weights,
         seconds=time.perf_counter() - start,
     )
 
 
-def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path | str:
-    """Return where the weights come from: a checked folder, or a hub id for `full` without `checkpoints`."""
+def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path:
+    """Return the checked folder that the weights come from; for `full` without `checkpoints`, fetched from the hub."""
     if scale == "proxy":
         return check_checkpoint(name, parameter_files.PARAMETERS / "proxies" / name)
+    given = parameter_files.read(name).checkpoint
     if checkpoints:
         return check_checkpoint(name, folder_of(name, checkpoints))
-    return parameter_files.read(name).checkpoint
+    return check_checkpoint(name, given if Path(given).is_dir() else placement.fetch(given))
 
 
 def build(

@@ -18,15 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models import expertcache, residency
 from lib.models.anatomy import Anatomy
 from lib.models.expertcache import ExpertCache
 from lib.models.residency import Plan
 from lib.models.units import Part, layout, unit_bytes, unit_modules
 from lib.models.weightfile import Place, WeightFile, aligned, buffer
-
-COPYING = "a model whose weights stream from a file cannot be copied; open the file once more instead"
 
 
 @dataclass(eq=False)
@@ -64,7 +62,7 @@ class Streamer:
             _bind(units[name], self._kept[name])
 
     def __deepcopy__(self, memo: dict) -> "Streamer":
-        raise UserError(COPYING)
+        raise NotApplicable(expertcache.COPYING)
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         on_cpu = self.device.type == "cpu"

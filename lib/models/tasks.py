@@ -1,34 +1,36 @@
 """What a model is asked to do: name the module of a text or a function, read a digit, repeat a value seen long ago.
 
-Turns frozen text into prompts, and prompts into tensors for any model with a tokenizer. Knows nothing of scores over
-items, of measuring, or of how a model answers best: labels are compared by their log-likelihood as a continuation.
+Turns items (`lib.models.items`), asked as the model is asked (`lib.models.prompting`), into tensors for any model with
+a tokenizer. Knows nothing of scores over items, of measuring, or of how a model answers best: labels are compared by
+their log-likelihood as a continuation.
 
-Shapes: N items, B items of one batch, T tokens, V tokens of a value, L labels.
+Shapes: N items, B items of one batch, T tokens, V tokens of a value, H hidden, L labels.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
-from lib.errors import UserError, suggest
-from lib.models import corpus
-from lib.models.corpus import SPLITS
+from lib.models import prompting
+from lib.models.anatomy import anatomy
+from lib.models.items import CLASSIFY, PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
+from lib.models.prompting import PICTURE_TOKENS
 from lib.models.recall import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
 
 __all__ = [
     "CLASSIFY",
+    "CORPUS",
     "GENERATE",
+    "PICTURE",
     "Item",
     "batches",
     "calibration",
     "class_labels",
     "corpus_of",
+    "digit",
+    "digit_indices",
     "items",
     "label_ids",
     "label_scores",
@@ -37,88 +39,8 @@ __all__ = [
     "text_windows",
 ]
 
-CLASSIFY = {
-    "topic": "which module a passage of documentation is about",
-    "code_origin": "which package a function comes from",
-    "digits": "the handwritten digit in a picture",
-}
 GENERATE = {"recall": "the value that followed a key many tokens ago"}
-PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a square of 4
-PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 TOKENS_AT_ONCE = 4096  # of one calibration batch
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question with one right answer among its task's labels; `pixels` [H, W] uint8 only where a picture is shown."""
-
-    id: str
-    prompt: str
-    label: str
-    pixels: np.ndarray | None = None
-
-
-def class_labels(task: str) -> list[str]:
-    """Return the labels of a classification task."""
-    if task not in CLASSIFY:
-        raise UserError(f'unknown classification task "{task}"; expected one of {", ".join(CLASSIFY)}')
-    return [str(digit) for digit in range(10)] if task == "digits" else list(corpus.classes(CORPUS[task]))
-
-
-def prompt_of(task: str, text: str = "") -> str:
-    """Return the question of `task` about `text`; the answer is a space and a label."""
-    if task == "digits":
-        return "Which digit is this?\nDigit:"
-    names = ", ".join(class_labels(task))
-    return f"Modules: {names}.\n\n{corpus.masked(text, CORPUS[task])}\n\nModule:"
-
-
-def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> list[Item]:
-    """Return the items of one split, shuffled by `seed`, at most `limit`. The splits of a task share no item."""
-    if split not in SPLITS:
-        raise UserError(f'unknown split "{split}"; expected one of {", ".join(SPLITS)}.{suggest(split, SPLITS)}')
-    labels = class_labels(task)
-    if task == "digits":
-        found = [_digit_item(index) for index in digit_indices(split)]
-    else:
-        found = [
-            Item(passage.id, prompt_of(task, passage.text), passage.label, None)
-            for passage in corpus.labelled(CORPUS[task], split)
-            if passage.label in labels
-        ]
-    order = np.random.default_rng(seed).permutation(len(found))
-    return [found[index] for index in order[:limit]]
-
-
-@functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    data = load_digits()
-    return np.clip(data.images * 16, 0, 255).astype(np.uint8), data.target
-
-
-def digit_indices(split: str) -> list[int]:
-    """Return the indices of scikit-learn's digits in a split, or in "train". Two in five are in the final split."""
-    return [index for index in range(len(_digits()[1])) if _digit_split(index) == split]
-
-
-def _digit_split(index: int) -> str:
-    if index % 10 in (1, 3, 5, 7):
-        return "final"
-    if index % 10 == 9:
-        return "search"
-    return "calibration" if index % 20 == 10 else "train"
-
-
-def digit(index: int) -> tuple[np.ndarray, str]:
-    """Return picture `index` as [PICTURE, PICTURE] uint8, enlarged smoothly, and its label."""
-    images, targets = _digits()
-    picture = Image.fromarray(images[index]).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
-    return np.asarray(picture), str(targets[index])
-
-
-def _digit_item(index: int) -> Item:
-    pixels, label = digit(index)
-    return Item(f"digit-{index:04d}", prompt_of("digits"), label, pixels)
 
 
 def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -128,12 +50,12 @@ def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[d
     before it. With pictures, the inputs carry them as the model's own image processor makes them.
     """
     for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
-        pictures = _pictures(loaded, [item.pixels for item in part])
-        ids = [
-            _picture_ids(loaded, pictures, n) + loaded.tokenizer(item.prompt, add_special_tokens=False).input_ids
-            for n, item in enumerate(part)
-        ]
+        rows = [prompting.shown(loaded, item) for item in items[start : start + batch_size]]
+        pictures = _pictures(loaded, [one.pixels for row in rows for one in row])
+        ids = [loaded.tokenizer(prompting.text(loaded, row), add_special_tokens=False).input_ids for row in rows]
+        if pictures:
+            counts = iter(_picture_tokens(loaded, pictures))
+            ids = [_widened(tokens, _image_token(loaded), counts) for tokens in ids]
         ids_BT, last_B = pad(ids, loaded.tokenizer.pad_token_id or 0)
         inputs = {"input_ids": ids_BT.to(loaded.device)}
         if pictures:
@@ -163,18 +85,21 @@ def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor
     return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
 
 
-def _picture_ids(loaded, pictures: dict[str, torch.Tensor], row: int) -> list[int]:
-    if not pictures:
-        return []
+def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
+    """Return how many tokens each picture takes."""
     processor = getattr(loaded.processor, "image_processor", loaded.processor)
-    count = int(pictures["image_grid_thw"][row].prod()) // processor.merge_size**2
-    start, pad_token, end = loaded.tokenizer.convert_tokens_to_ids(list(PICTURE_TOKENS))
-    return [start, *[pad_token] * count, end]
+    return (pictures["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+
+
+def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
+    """Return the tokens with the one mark of each picture as many times as the picture takes tokens."""
+    return [token for one in tokens for token in ([image] * next(counts) if one == image else [one])]
 
 
 def label_ids(loaded, task: str) -> list[list[int]]:
     """Return each label's tokens as the continuation of a prompt: one token in a proxy, perhaps several elsewhere."""
-    return [loaded.tokenizer(f" {name}", add_special_tokens=False).input_ids for name in class_labels(task)]
+    answers = [prompting.answer(loaded, name) for name in class_labels(task)]
+    return [loaded.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
 
 
 @torch.no_grad()
@@ -185,7 +110,7 @@ def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> 
     for inputs, last_B in batches(loaded, items, batch_size):
         rows = torch.arange(len(last_B), device=last_B.device)
         if all(len(label) == 1 for label in labels):
-            logits_BV = loaded.model(**inputs, use_cache=False).logits[rows, last_B].float().log_softmax(-1)
+            logits_BV = _logits(loaded.model, inputs, rows, last_B).float().log_softmax(-1)
             scores.append(logits_BV[:, [label[0] for label in labels]].cpu())
         else:
             scores.append(torch.stack([_continuation(loaded, inputs, last_B, label) for label in labels], 1).cpu())
@@ -201,9 +126,15 @@ def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor,
     extended = inputs | {"input_ids": ids_BT.scatter(1, at_BV, tokens_BV)}
     if "mm_token_type_ids" in inputs:
         extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], room.int()], 1)
-    logits_BTC = loaded.model(**extended, use_cache=False).logits
     rows = torch.arange(len(last_B), device=last_B.device)[:, None]
-    return logits_BTC[rows, at_BV - 1].float().log_softmax(-1).gather(-1, tokens_BV[..., None]).sum((1, 2))
+    logits_BVC = _logits(loaded.model, extended, rows, at_BV - 1).float().log_softmax(-1)
+    return logits_BVC.gather(-1, tokens_BV[..., None]).sum((1, 2))
+
+
+def _logits(model, inputs: dict[str, torch.Tensor], rows, at) -> torch.Tensor:
+    """Return the logits of some positions alone: all of a real vocabulary's would take gigabytes."""
+    hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
+    return anatomy(model).head(hidden_BTH[rows, at])
 
 
 def calibration(

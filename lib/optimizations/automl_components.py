@@ -26,6 +26,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure import front
 from lib.measure.bench import Bench, Outcome, utility
+from lib.measure.metrics import METRICS
 from lib.measure.study import Study
 from lib.models.stack import Step
 
@@ -232,11 +233,14 @@ def _draw(distribution: BaseDistribution, draw: np.random.Generator) -> object:
 
 @dataclass(frozen=True)
 class Finalist:
-    """An outcome judged on more text, and on tasks: `lost` is the largest drop of any score, as a share of one."""
+    """An outcome judged on more text, and on tasks: `lost` is the largest drop of any score, as a share of one,
+    `perplexity` how much that of held-out text grew, as a share of the baseline's.
+    """
 
     outcome: Outcome
     divergence: float
     lost: float
+    perplexity: float
 
 
 def promote(bench: Bench, found: Sequence[Outcome], keep: int) -> list[tuple[Outcome, float]]:
@@ -248,16 +252,23 @@ def promote(bench: Bench, found: Sequence[Outcome], keep: int) -> list[tuple[Out
     return [(one, bench.divergence(bench.apply(one.stack), len(bench.texts) - 1)) for one in ranked[:keep]]
 
 
-def choose(finalists: Sequence[Finalist], margin: float) -> Finalist:
-    """Return the fastest finalist whose scores lose at most `margin`, by divergence among equals; the rule is fixed.
+def choose(
+    finalists: Sequence[Finalist], margin: float, perplexity_margin: float = METRICS["perplexity"].margin
+) -> Finalist:
+    """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
+    by divergence among equals; the rule is fixed.
 
     The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
     nothing qualifies at all, with the nearest.
     """
-    fit = [one for one in finalists if one.lost <= margin]
+    fit = [one for one in finalists if one.lost <= margin and one.perplexity <= perplexity_margin]
     if not fit:
-        nearest = min((one.lost for one in finalists), default=math.inf)
-        raise UserError(f"automl_components: no stack loses at most {margin:.3g}; the nearest loses {nearest:.3g}")
+        nearest = min(finalists, key=lambda one: (one.lost, one.perplexity), default=None)
+        said = f"the nearest loses {nearest.lost:.3g}, its perplexity grows {nearest.perplexity:.1%}" if nearest else ""
+        raise UserError(
+            f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
+            f"perplexity; {said or 'none was judged'}"
+        )
     return min(fit, key=lambda one: (one.outcome.time_share, one.divergence))
 
 

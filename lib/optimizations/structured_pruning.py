@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models.anatomy import Anatomy, Attention, Block, Experts, anatomy, synchronise
 from lib.models.distillation import distil, divergence
 from lib.models.observation import BlockStatistics, Observation, observe
@@ -180,7 +180,7 @@ def _resolve(view: Anatomy, granularity: str) -> str:
     if granularity == "auto":
         return "experts" if routed else "channels"
     if granularity == "experts" and not routed:
-        raise UserError("structured_pruning: this model has no experts; choose channels, heads or depth")
+        raise NotApplicable("this model has no experts; choose channels, heads or depth")
     return granularity
 
 

@@ -29,7 +29,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models import blocks, factors
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
@@ -156,7 +156,7 @@ def analyse(
     """
     found = matrices(model)
     if not found:
-        raise UserError(f"tensor_decomposition: no matrix to compress: {applies_to(model)}")
+        raise NotApplicable(f"no matrix to compress: {applies_to(model)}")
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [random_spectrum(matrix, generator) for matrix in found]

@@ -124,7 +124,8 @@ def navigation(neighbours: Iterable[Neighbour], optimization: str, model: str) -
 
     The page itself stands among its neighbours without a link.
     """
-    known = sorted(set(neighbours) | {(optimization, model)})
+    near = {one for one in neighbours if one[0] == optimization or one[1] == model}
+    known = sorted(near | {(optimization, model)})
     top = [{"text": "all results", "href": f"index.html#{optimization}--{model}", "markdown": "index.html"}]
     models = [_link(o, m, m, (o, m) == (optimization, model)) for o, m in known if o == optimization]
     others = [_link(o, m, title(o), (o, m) == (optimization, model)) for o, m in known if m == model]

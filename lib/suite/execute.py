@@ -17,7 +17,10 @@ from typing import Any
 
 import psutil
 
+from lib.errors import NotApplicable
+
 KERNEL_START_SECONDS = 120
+PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell raised
 # jsonschema looks for this package, whose import takes seconds, to check a kind of address that no notebook holds.
 sys.modules.setdefault("rfc3987_syntax", None)
 
@@ -101,7 +104,7 @@ def _execute(request: dict, tell: Any) -> dict:
         error = {"kind": failure.ename, "text": failure.evalue, "raised": True}
     except Exception as failure:  # a dead kernel, a time-out, a full disk: nbclient and papermill each raise their own
         error = {"kind": type(failure).__name__, "text": str(failure), "raised": False}
-    _settle(request)
+    _settle(request, error)
     found: dict[str, Any] = {"error": error, "record": None}
     if not error and request["glued"]:
         found = _glued(Path(request["output"]))
@@ -127,11 +130,15 @@ def _watch(nb_man: Any, tell: Any) -> None:
     nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
 
 
-def _settle(request: dict) -> None:
-    """Name the notebook's own place in its metadata, not the one it was executed in."""
+def _settle(request: dict, error: dict | None) -> None:
+    """Name the notebook's own place in its metadata, not the one it was executed in; where it ended because nothing
+    applies, leave out papermill's cells that call this an error.
+    """
     path = Path(request["output"])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if error and error["kind"] == NotApplicable.__name__:
+            content["cells"] = [cell for cell in content["cells"] if PAPERMILLS not in cell["metadata"].get("tags", ())]
         told = content["metadata"]["papermill"]
         told["input_path"], told["output_path"] = f"notebooks/{Path(request['notebook']).name}", request["name"]
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, suggest
-from lib.models import checkpoint
+from lib.models import checkpoint, fitting
 from lib.models import parameters as parameter_files
 from lib.suite import template as templates
 from lib.suite.template import Template
@@ -113,6 +113,8 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         _check_sections(name, files[name].optimizations)
         if to_run:
             _check_weights(name, request)
+    if to_run and request.checkpoints:
+        fitting.check(os.path.abspath(checkpoint.folder_of(name, request.checkpoints)) for name in on)
     return [
         Job(template, name, request.scale, request.effort, values, dimensions)
         for template in read

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lib.errors import NotApplicable
 from lib.report import record as records
 from lib.suite import outputs
 from lib.suite.outputs import Folder
@@ -35,15 +36,16 @@ class Result:
 
 def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: Outcome) -> Result:
     """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
-    reason = None
-    found = None
-    if outcome.error:
+    found, status = None, "failed"
+    if outcome.error and outcome.error["kind"] == NotApplicable.__name__ and outcome.error["raised"]:
+        status, reason = "not_applicable", " ".join(outcome.error["text"].split())
+    elif outcome.error:
         reason = fault(job.template, outcome)
     else:
         found, reason = _accept(job, outcome.record)
     if found is None:
         found = records.build(
-            job.optimization, job.model, job.scale, job.effort, job.parameters, status="failed", reason=reason
+            job.optimization, job.model, job.scale, job.effort, job.parameters, status=status, reason=reason
         )
         found.dimensions = list(job.dimensions) or None
     log = _log(job.template, task, outcome, found.status == "failed")

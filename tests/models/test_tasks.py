@@ -31,6 +31,7 @@ def loaded(tiny, vocabulary, name):
         processor=processor,
         parameters=described,
         device="cpu",
+        scale="proxy",
         name=name,
     )
 

@@ -149,14 +149,15 @@ def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
         assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
 
 
-def _finalist(time: float, lost: float, kl: float = 0.1) -> Finalist:
-    return Finalist(Outcome([], time, kl, 1.0, None, 0.0), kl, lost)
+def _finalist(time: float, lost: float, kl: float = 0.1, perplexity: float = 0.0) -> Finalist:
+    return Finalist(Outcome([], time, kl, 1.0, None, 0.0), kl, lost, perplexity)
 
 
 def test_the_rule_takes_the_fastest_that_keeps_its_scores():
     finalists = [_finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.7, 0.0, 0.05), _finalist(1.0, 0.0, 0.0)]
     assert automl.choose(finalists, 0.02) is finalists[2]
-    with pytest.raises(UserError, match=r"no stack loses at most 0\.02; the nearest loses 0\.1"):
+    assert automl.choose([_finalist(0.3, 0.0, 0.4, 0.5), *finalists], 0.02) is finalists[2], "its text fell apart"
+    with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* the nearest loses 0\.1"):
         automl.choose(finalists[:1], 0.02)
 
 
