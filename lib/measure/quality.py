@@ -17,13 +17,14 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import nn
 
-from lib.measure import dimensions, measurement, noninferiority, statistics, workloads
+from lib.measure import dimensions, harness, measurement, noninferiority, statistics, workloads
 from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import METRICS
 from lib.models import tasks as task_list
 from lib.models.anatomy import anatomy
+from lib.models.items import HARNESS, classifies
 from lib.models.loading import Loaded
 from lib.models.recall import LEAD
 
@@ -97,7 +98,7 @@ def evaluate(
     """Ask one arm all its questions and return the answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
-    tasks, by default those of the model's parameter file. Random weights are asked nothing; where accuracy is not
+    tasks, by default those that `loaded` is asked. Random weights are asked nothing; where accuracy is not
     among the dimensions asked for, the final text alone is read. `lead` tokens of text stand before a value to recall.
     """
     if loaded.random_weights:
@@ -107,7 +108,7 @@ def evaluate(
     if split == "final" and not dimensions.wanted("accuracy"):  # the text alone, which controls read too
         ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
         return Answers([], read(arm.model, ids_NT), None, dimensions.left_out())
-    names = tasks if tasks is not None else [t for t in loaded.parameters.tasks if t in task_list.CLASSIFY]
+    names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
     ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
     return Answers(
         [classify(arm, name, split, effort.items, seed) for name in names],
@@ -117,7 +118,12 @@ def evaluate(
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
-    """Return the label of highest log-likelihood for each of at most `limit` items of a split."""
+    """Return the label of highest log-likelihood for each of at most `limit` items of a split; a task of the harness
+    has no such splits: of its first items.
+    """
+    if task.startswith(HARNESS):
+        labels, ids, truth_N, scores_NL = harness.scores(loaded, task, limit, seed)
+        return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL)
     items = task_list.items(task, split, limit, seed)
     labels = task_list.class_labels(task)
     vocabulary = anatomy(loaded.model).vocabulary

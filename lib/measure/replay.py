@@ -122,7 +122,7 @@ def recalled(
 def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
     """Return the answers to the model's classification tasks, `batch` prompts read together."""
     found = []
-    for task in (one for one in loaded.parameters.tasks if one in tasks.CLASSIFY):
+    for task in (one for one in loaded.tasks if one in tasks.CLASSIFY):
         items, labels = tasks.items(task, "final", effort.items, seed), tasks.class_labels(task)
         scores_NL = tasks.label_scores(loaded, task, items, batch).numpy()
         truth_N = np.array([labels.index(item.label) for item in items])

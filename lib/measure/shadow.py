@@ -17,8 +17,9 @@ from torch import nn
 from lib.measure import measurement, quality
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.models import rows, tasks
+from lib.models import rows
 from lib.models.anatomy import anatomy, forget_pictures
+from lib.models.items import classifies
 from lib.models.loading import Loaded
 
 AT_ONCE = 16  # prompts answered together
@@ -146,7 +147,7 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
     options = {"resamples": effort.resamples, "seed": seed}
     arms = loaded, replace(loaded, model=fast)
     found = []
-    for task in (one for one in loaded.parameters.tasks if one in tasks.CLASSIFY):
+    for task in (one for one in loaded.tasks if classifies(one)):
         one, other = (quality.classify(arm, task, "final", effort.items, seed) for arm in arms)
         draw_N = random.random(len(one.ids)) < share
         chosen_N = np.where(draw_N, other.chosen_N, one.chosen_N)

@@ -5,6 +5,7 @@ tokenizers, of models or of examples beside a question.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ CLASSIFY = {
     "code_origin": "which package a function comes from",
     "digits": "the handwritten digit in a picture",
 }
+GENERATE = {"recall": "the value that followed a key many tokens ago"}
+HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness (`lib.measure.harness`)
 PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a square of 4
 
 
@@ -33,6 +36,21 @@ class Item:
     prompt: str
     label: str
     pixels: np.ndarray | None = None
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Raise UserError for a name that is no task."""
+    known = [*CLASSIFY, *GENERATE]
+    for name in names:
+        if name not in known and not name.startswith(HARNESS):
+            raise UserError(
+                f'unknown task "{name}"; expected one of {", ".join(known)}, or {HARNESS}NAME.{suggest(name, known)}'
+            )
+
+
+def classifies(name: str) -> bool:
+    """Return whether a task is answered by the likeliest of several labels."""
+    return name in CLASSIFY or name.startswith(HARNESS)
 
 
 def class_labels(task: str) -> list[str]:

@@ -7,6 +7,7 @@ tasks, measuring or optimizations. Offline unless a hub id is asked for at scale
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lib.models import absent, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
+from lib.models.items import check_tasks
 
 transformers_logging.disable_progress_bar()
 
@@ -44,6 +46,12 @@ class Loaded:
     folder: Path | None
     random_weights: bool
     seconds: float
+    chosen_tasks: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that it is asked: those chosen for this run, else those of its parameter file."""
+        return [*self.chosen_tasks] or self.parameters.tasks
 
     @property
     def quality_unavailable(self) -> str | None:
@@ -59,6 +67,7 @@ def load(
     dtype: str | None = None,
     checkpoints: str | Path | None = None,
     random_weights: bool = False,
+    tasks: Sequence[str] = (),
     seed: int = 0,
 ) -> Loaded:
     """Load model `name` at `scale` for inference.
@@ -67,7 +76,8 @@ def load(
     full: `<checkpoints>/<name>`, else the folder or hub id of the parameter file, or random weights. dtype: "float32",
     "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay at its widths), else
     bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype.
-    Raises UserError for a scale, dtype, device or checkpoint that cannot be used.
+    `tasks` replace those of the parameter file. Raises UserError for a scale, dtype, device, checkpoint or task that
+    cannot be used.
     """
     start = time.perf_counter()
     description = parameter_files.read(name)
@@ -75,6 +85,7 @@ def load(
         raise UserError(f'unknown scale "{scale}"; expected one of {", ".join(parameter_files.SCALES)}')
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f'device "{device}" is not available here; use --device cpu')
+    check_tasks(tasks)
     dtype = dtype or ("float32" if scale == "proxy" and device == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')
@@ -102,6 +113,7 @@ def load(
         folder=folder,
         random_weights=random_weights,
         seconds=time.perf_counter() - start,
+        chosen_tasks=tuple(tasks),
     )
 
 

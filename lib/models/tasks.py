@@ -15,7 +15,7 @@ import torch
 
 from lib.models import prompting
 from lib.models.anatomy import anatomy
-from lib.models.items import CLASSIFY, PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
+from lib.models.items import CLASSIFY, GENERATE, PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.prompting import PICTURE_TOKENS
 from lib.models.recall import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
 
@@ -39,7 +39,6 @@ __all__ = [
     "text_windows",
 ]
 
-GENERATE = {"recall": "the value that followed a key many tokens ago"}
 TOKENS_AT_ONCE = 4096  # of one calibration batch
 
 
