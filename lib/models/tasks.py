@@ -103,17 +103,21 @@ def label_ids(loaded, task: str) -> list[list[int]]:
 
 @torch.no_grad()
 def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
-    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the processor."""
+    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the processor.
+
+    Items of like length are read together, so that little of a batch is padding.
+    """
     labels = label_ids(loaded, task)
+    order_N = torch.tensor(sorted(range(len(items)), key=lambda n: len(items[n].prompt)))
     scores = []
-    for inputs, last_B in batches(loaded, items, batch_size):
+    for inputs, last_B in batches(loaded, [items[n] for n in order_N], batch_size):
         rows = torch.arange(len(last_B), device=last_B.device)
         if all(len(label) == 1 for label in labels):
             logits_BV = _logits(loaded.model, inputs, rows, last_B).float().log_softmax(-1)
             scores.append(logits_BV[:, [label[0] for label in labels]].cpu())
         else:
             scores.append(torch.stack([_continuation(loaded, inputs, last_B, label) for label in labels], 1).cpu())
-    return torch.cat(scores)
+    return torch.cat(scores)[order_N.argsort()]
 
 
 def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor, label: list[int]) -> torch.Tensor:

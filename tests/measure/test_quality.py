@@ -1,6 +1,9 @@
 """Answers are paired per item, judged for non-inferiority, and compared with little memory."""
 
+import json
 import math
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from lib.errors import UserError
 from lib.measure import noninferiority, quality
 from lib.measure.metrics import METRICS
 from lib.measure.quality import Classified, Recalled
@@ -191,3 +195,48 @@ def test_random_weights_have_no_quality_and_the_reason_is_given(tiny):
 def test_different_items_are_refused():
     with pytest.raises(ValueError, match="different items"):
         quality.compare_classified(classified(40, 1.0), classified(48, 1.0))
+
+
+def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
+    """Skipped where the extra is not installed; `.ci/run` installs it."""
+    if os.environ.get("WORKBENCH_HARNESS") != "required":
+        pytest.importorskip("lm_eval")
+    lines = [
+        {"question": f"What is {n} plus one", "choices": ["one", "two", "three", "four"][: 3 + n % 2], "answer": n % 3}
+        for n in range(6)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = {
+        "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))
+    asked = loaded(tiny, random_weights=False)
+    found = quality.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
+    assert found.truth_N.tolist() == [0, 1, 2, 0, 1] and found.scores_NL.shape == (5, 4)
+    prompt = asked.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
+    for choice, score in zip(lines[0]["choices"], found.scores_NL[0]):
+        ids = asked.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
+        logits_TV = asked.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        by_hand = sum(logits_TV[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+        assert score == pytest.approx(by_hand, abs=1e-3)
+    assert found.scores_NL[0, 3] < -1e8  # a choice that the item does not have
+    same = by_name(quality.compare_classified(found, found))
+    assert same["flips"].optimized == 0
+    with pytest.raises(UserError, match="there is no such file"):
+        quality.classify(asked, "lm_eval:nowhere.yaml", "final", 5)
+
+
+def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="lm-evaluation-harness is not installed.*pip install"):
+        quality.classify(loaded(tiny, random_weights=False), "lm_eval:arc_easy", "final", 5)
+
+
+def test_tasks_may_be_chosen_and_unknown_ones_are_named():
+    from lib.models.items import check_tasks
+
+    check_tasks(["topic", "recall", "lm_eval:arc_easy"])
+    with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
+        check_tasks(["topics"])

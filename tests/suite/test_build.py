@@ -16,7 +16,7 @@ def test_one_failure_stops_nothing(built):
     assert ended.returncode == 1, ended.stdout + ended.stderr
     statuses = {name: workbench.record(root, f"{name}--alpha-1.5")["status"] for name in ("well", "raises", "hangs")}
     assert statuses == {"well": "not_applicable", "raises": "failed", "hangs": "failed"}
-    assert "1 of 5 well, 4 failed" in ended.stdout
+    assert "2 of 6 well, 4 failed" in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,18 @@ def test_a_failure_tells_cell_error_and_notebook(built, name, told):
     place = f"executed/proxy/failed/{stem}.ipynb"
     assert told in line and place in line and (root / place).is_file()
     assert not (root / f"executed/proxy/{stem}.ipynb").exists()
+
+
+def test_what_does_not_apply_is_a_result(built):
+    root, ended = built
+    folder, stem = root / "executed" / "proxy", "absent--alpha-1.5"
+    record = workbench.record(root, stem)
+    assert (record["status"], record["reason"]) == ("not_applicable", "this model has no experts")
+    assert record["verdict"]["sentence"] == "Not applicable: this model has no experts."
+    page = (folder / f"{stem}.html").read_text(encoding="utf-8")
+    assert "Not applicable: this model has no experts" in page and "Traceback (most" not in page
+    assert "An Exception was encountered" not in (folder / f"{stem}.ipynb").read_text(encoding="utf-8")
+    assert f"FAILED {stem}" not in ended.stdout and not (folder / "failed" / f"{stem}.ipynb").exists()
 
 
 def test_a_finished_run_is_whole(built):
