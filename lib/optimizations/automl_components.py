@@ -24,7 +24,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure import front
 from lib.measure.bench import Bench, Outcome, utility
 from lib.measure.metrics import METRICS
 from lib.measure.study import Study
@@ -244,11 +243,13 @@ class Finalist:
 
 
 def promote(bench: Bench, found: Sequence[Outcome], keep: int) -> list[tuple[Outcome, float]]:
-    """Return the `keep` best outcomes with their divergence on the next rung's text, the front by time first."""
+    """Return the `keep` best outcomes with their divergence on the next rung's text: first the fastest of those that
+    little text already shows within the margin of perplexity, then those that dominate most.
+    """
     fit = [one for one in found if one.reason is None]
-    on_front = [fit[index] for index in front.front([one.point for one in fit])]
-    rest = sorted((one for one in fit if one not in on_front), key=utility, reverse=True)
-    ranked = sorted(on_front, key=utility, reverse=True) + rest
+    within = [one for one in fit if one.divergence <= math.log(1 + METRICS["perplexity"].margin)]
+    rest = sorted((one for one in fit if one not in within), key=utility, reverse=True)
+    ranked = sorted(within, key=lambda one: one.time_share) + rest
     return [(one, bench.divergence(bench.apply(one.stack), len(bench.texts) - 1)) for one in ranked[:keep]]
 
 
@@ -285,12 +286,13 @@ def nothing(bench: Bench) -> Outcome:
 def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> list[list[list[Step]]]:
     """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
 
-    The two are those whose first trial, defaults alone, took the least time; a component's strength is its first knob
-    of real numbers.
+    The two are those whose first trial, defaults alone, dominates most, the quicker one among equals; a component's
+    strength is its first knob of real numbers.
     """
-    alone = {one.stack[0].optimization: one.seconds for one in reversed(found) if len(one.stack) == 1}
+    alone = {one.stack[0].optimization: one for one in reversed(found) if len(one.stack) == 1}
+    worth = {stem: (-utility(one) if one.reason is None else 0.0, one.seconds) for stem, one in alone.items()}
     strong = [part for part in parts if any(knob["type"] == "float" for knob in part.knobs.values())]
-    pair = sorted(strong, key=lambda part: alone.get(part.stem, math.inf))[:2]
+    pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, math.inf)))[:2]
     every = space(parts)
 
     def step(part: Component, level: int) -> list[Step]:
@@ -309,16 +311,14 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
 def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
     """Return the best utility over the optimum after each of `evaluations` that Optuna makes on a judged grid [L, L].
 
-    It begins in the middle; what it asks twice counts twice.
+    It begins in the middle, then with one at random; what it asks twice counts twice.
     """
     study = optuna.create_study(direction="maximize")
     middle = utilities.shape[0] // 2
     study.enqueue_trial({"one": middle, "other": middle})
     found: list[float] = []
     for number in range(evaluations):
-        study.sampler = optuna.samplers.TPESampler(
-            seed=seed * 1009 + number, multivariate=True, n_startup_trials=STARTUP
-        )
+        study.sampler = optuna.samplers.TPESampler(seed=seed * 1009 + number, multivariate=True, n_startup_trials=2)
         limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
         trial = study.ask(limits)
         found.append(float(utilities[trial.params["one"], trial.params["other"]]))

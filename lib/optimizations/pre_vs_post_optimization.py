@@ -66,13 +66,17 @@ def chosen(
 ) -> Chosen:
     """Return the stack that a search stored for this model at this scale, or else the default stack.
 
-    Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be ordered.
+    Where the search chose to change nothing there is no after to compare; then it is the default stack too, and
+    `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be ordered.
     """
     stored = stacks.find(loaded.name, loaded.scale)
-    if stored is not None:
+    if stored is not None and stored.stack:
         origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
         return Chosen(composing.order(stored.stack, loaded.model), origin)
-    return default_stack(loaded, calibration, most_loss=most_loss, seed=seed)
+    found = default_stack(loaded, calibration, most_loss=most_loss, seed=seed)
+    if stored is not None:
+        return replace(found, origin=f"{stored.chosen_by} chose to change nothing; instead {found.origin}")
+    return found
 
 
 def default_stack(

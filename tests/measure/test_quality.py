@@ -207,7 +207,8 @@ def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {
-        "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "task": "sums", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
         "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "answer", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
@@ -230,7 +231,7 @@ def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
 
 def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match="lm-evaluation-harness is not installed.*pip install"):
+    with pytest.raises(UserError, match=r"lm-evaluation-harness is not installed.*pip install"):
         quality.classify(loaded(tiny, random_weights=False), "lm_eval:arc_easy", "final", 5)
 
 

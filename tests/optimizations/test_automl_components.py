@@ -165,6 +165,9 @@ def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
     found = [bench.judge([Step(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
+    near, quick = (Outcome([Step(optimization="one", knobs={"share": 0.1})], time, kl, 1.0, None, 0.0) for time, kl in
+                   ((0.9, 0.01), (0.3, 0.4)))  # fmt: skip
+    assert [one for one, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], "within the margin comes first"
     best = automl.promote(bench, found, 1)
     assert best[0][0] is found[0] and best[0][1] == pytest.approx(bench.divergence(bench.apply(found[0].stack), 1))
 
@@ -177,10 +180,12 @@ def test_regret_finds_a_planted_optimum():
     assert automl.regret(utilities, 5, 1) == automl.regret(utilities, 5, 1)
 
 
-def test_grids_pair_the_quickest_components():
-    parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("slow", "quick", "middling")]
-    seconds = {"slow": 9.0, "quick": 1.0, "middling": 2.0}
-    found = [Outcome([Step(optimization=stem)], 1.0, 0.0, 1.0, None, took) for stem, took in seconds.items()]
+def test_grids_pair_the_components_that_are_worth_most():
+    parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("idle", "quick", "middling", "refused")]
+    alone = {"idle": (1.0, 0.5, None), "quick": (0.6, 9.0, None), "middling": (0.8, 2.0, None)}
+    alone["refused"] = (0.1, 0.1, "refused")
+    found = [Outcome([Step(optimization=stem)], time, 0.0, 1.0, *rest) for stem, (time, *_) in alone.items()
+             for rest in [(alone[stem][2], alone[stem][1])]]  # fmt: skip
     made = automl.grid(found, parts, 3)
     assert made[0][0] == [] and [step.optimization for step in made[2][1]] == ["quick", "middling"]
     assert made[1][0][0].knobs == {"share": 0.05, "kind": "a"} and made[2][0][0].knobs["share"] == 0.75

@@ -39,6 +39,16 @@ def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
     assert found.steps == STEPS and found.origin.startswith("a search") and found.considered == []
 
 
+def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    stored = stack.Stack(model="m", scale="proxy", stack=[], chosen_by="a search")
+    monkeypatch.setattr(stack, "find", lambda name, scale: stored)
+    default = comparing.Chosen(STEPS, "the default rule")
+    monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
+    found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    assert found.steps == STEPS and found.origin == "a search chose to change nothing; instead the default rule"
+
+
 def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     other = stack.Stack(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
