@@ -67,7 +67,8 @@ def chosen(
     """Return the stack that a search stored for this model at this scale, or else the default stack.
 
     Where the search chose to change nothing there is no after to compare; then it is the default stack too, and
-    `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be ordered.
+    `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be
+    ordered.
     """
     stored = stacks.find(loaded.name, loaded.scale)
     if stored is not None and stored.stack:
