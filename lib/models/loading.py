@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models import absent, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
@@ -57,6 +57,11 @@ class Loaded:
     def quality_unavailable(self) -> str | None:
         """The reason why this model's answers mean nothing, or None where they do."""
         return "random weights: answers carry no information" if self.random_weights else None
+
+    def require_answers(self, what: str) -> None:
+        """Raise NotApplicable where answers mean nothing, to an optimization that is steered by them: `what` is."""
+        if self.random_weights:
+            raise NotApplicable(f"{what} is steered by answers; {self.quality_unavailable}")
 
 
 def load(

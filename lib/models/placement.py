@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models import checkpoint
 
 WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for the cache, activations and a prompt's logits
@@ -34,6 +35,18 @@ def allowance_bytes(folder: Path | str, dtype: torch.dtype, device: str, free: i
     """
     free = free_bytes(device) if free is None else free
     return None if weights_bytes(folder, dtype) <= WEIGHTS_SHARE * free else int(STREAMED_SHARE * free)
+
+
+def require_room(model: nn.Module, copies: int, what: str) -> None:
+    """Raise NotApplicable where so many copies of a model do not fit beside it into the memory that is free."""
+    weight = next(model.parameters())
+    each = sum(parameter.nbytes for parameter in model.parameters())
+    free = free_bytes(str(weight.device))
+    if copies * each > WEIGHTS_SHARE * free:
+        raise NotApplicable(
+            f"{what} holds about {copies} copies of the model at once, {copies * each / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free"
+        )
 
 
 def fetch(hub_id: str) -> Path:
