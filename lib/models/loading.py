@@ -205,8 +205,9 @@ def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: st
 def _ready(model: nn.Module) -> nn.Module:
     """Make a model ready for inference; return it.
 
-    Its head is given hidden states of their own. Those of a prompt's last token are a view into a larger tensor, and for
-    its strides torch (2.13, on a processor) copies the whole head before it multiplies: seconds at real vocabularies.
+    Its head is given hidden states of their own. Those of a prompt's last token are a view into a larger tensor, and
+    for its strides torch (2.13, on a processor) copies the whole head before it multiplies: seconds at real
+    vocabularies.
     """
     head = getattr(model, "lm_head", None)
     if head is not None:

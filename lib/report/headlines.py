@@ -3,8 +3,9 @@
 One place for what the matrix, the suites' reports and the ranking show of a run. Judges nothing; knows no HTML.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.measure.measurement import Measurement
 from lib.report import verdict
@@ -99,15 +100,19 @@ def _amount(found: Measurement) -> tuple[str, str]:
 def of(record: Record, dimension: str) -> list[Shown]:
     """Return what stands for a dimension of a record, losses included; empty where nothing does.
 
-    Where none of it carries the dimension's verdict, the first measurement that does stands beside it: a cell that says
-    `better` shows what is.
+    Two of the same kind are told apart by their workloads. Where none of it carries the dimension's verdict, the first
+    measurement that does stands beside it: a cell that says `better` shows what is.
     """
     found = chosen(record.measurements, dimension)
     wanted = CARRIED_BY.get(getattr(record.verdict, dimension), ())
     for state in wanted:
         if all(m.verdict != state for m in found):
             found += [m for m in record.measurements if m.dimension == dimension and m.verdict == state][:1]
-    return [shown(one) for one in found]
+    listed = [shown(one) for one in found]
+    often = Counter(one.what for one in listed)
+    return [
+        replace(one, what=f"{one.what}, {m.workload}") if often[one.what] > 1 else one for one, m in zip(listed, found)
+    ]
 
 
 def chosen(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:

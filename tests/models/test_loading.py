@@ -1,5 +1,6 @@
 """Checkpoints: the round trip through disk, and every damaged folder told apart before anything runs."""
 
+import copy
 import json
 import shutil
 
@@ -24,6 +25,16 @@ def test_round_trip_keeps_every_bit(tiny, name, batch, tmp_path):
     back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
     assert torch.equal(back(**batch).logits, model(**batch).logits)
     assert loading.weights_hash(back) == loading.weights_hash(model)
+
+
+def test_the_head_never_sees_a_view(tiny, name, batch):
+    """Of a view, torch copies the whole head before it multiplies: a prompt would take seconds more."""
+    model, seen = copy.deepcopy(tiny(name)), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    one, both = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"]}
+    for inputs in (one, both):
+        model(**inputs, logits_to_keep=1)
+    assert seen == [(32, 32, 1)] * 2
 
 
 def test_hash_sees_one_changed_weight(tiny):

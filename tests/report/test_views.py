@@ -5,7 +5,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from lib.report import charts, ranking, reproduce, results, views
+from lib.report import charts, headlines, ranking, record, reproduce, results, views
 from lib.report.charts import Point
 from lib.suite import command, plan
 from tests.report import samples
@@ -76,3 +76,25 @@ def test_the_command_of_a_record_asks_for_the_same_run():
     assert (options.scale, options.device, options.random_weights, options.force) == ("slice", "cuda", True, True)
     assert options.dimension == ["resources"]
     assert plan.assignments(options.parameters) == {"ratio": "0.3", "words": "['a', 'b c']", "limit": "none"}
+
+
+def test_a_cell_shows_what_carries_its_verdict():
+    found = [
+        samples.timed("prefill_tokens_per_second", 1.0, 0.01, "equivalent"),
+        samples.timed("decode_tokens_per_second", 1.0, 0.01, "equivalent", "decode"),
+        samples.timed("first_call_ms", 0.8, 0.01, "better", "load"),
+    ]
+    made = record.build("structured_pruning", samples.MODELS[1], "proxy", "quick", {}, found)
+    assert made.verdict.performance == "better"
+    listed = headlines.of(made, "performance")
+    assert [one.metric for one in listed][-1] == "first_call_ms" and len(listed) == 3
+
+
+def test_two_numbers_of_a_kind_are_told_apart_by_their_workload():
+    found = [
+        samples.timed("goodput_requests_per_second", 1.3, workload="serve"),
+        samples.timed("goodput_requests_per_second", 1.1, workload="serve, within capacity"),
+    ]
+    made = record.build("adaptive_batch_sizes", samples.MODELS[1], "proxy", "quick", {}, found)
+    said = [one.what for one in headlines.of(made, "performance")]
+    assert said == ["goodput, serve", "goodput, serve, within capacity"]
