@@ -150,3 +150,20 @@ def test_damage_is_named_before_anything_runs(folder, name, damage):
     with pytest.raises(UserError) as caught:
         plan.plan(request)
     assert words[damage] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeypatch):
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 10 * sum(p.nbytes for p in source.parameters()))
+    placement.require_room(source, 7, "measuring pairs")
+    with pytest.raises(NotApplicable, match="measuring pairs holds about 9 copies of the model at once"):
+        placement.require_room(source, 9, "measuring pairs")
+    described = parameters.read(name)
+    place = {"device": "cpu", "dtype": torch.float32, "folder": None, "seconds": 0.0, "scale": "slice", "name": name}
+    for random in (False, True):
+        loaded = loading.Loaded(source, None, None, parameters=described, random_weights=random, **place)
+        if random:
+            with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
+                loaded.require_answers("the search")
+        else:
+            loaded.require_answers("the search")
+    assert loaded.tasks == described.tasks
