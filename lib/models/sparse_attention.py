@@ -213,8 +213,11 @@ def _paged_layer(module: nn.Module) -> paged.PagedLayer:
 
 
 def expand_or_not(module: nn.Module, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
-    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else all expand."""
+    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else all expand, and
+    so they do where the matrix that expands them has since been stored otherwise than dense.
+    """
     layer = getattr(latent_B1KL, "pages", lambda: None)()
-    if layer is not None and layer.added == 1 and layer.get_seq_length() > 1:
+    dense = isinstance(module.kv_b_proj, nn.Linear)
+    if dense and layer is not None and layer.added == 1 and layer.get_seq_length() > 1:
         return latent_B1KL, rope_B1KE
     return type(module).expand_kv(module, latent_B1KL, rope_B1KE)

@@ -167,3 +167,16 @@ def test_a_context_beyond_the_model_is_refused(tiny, name):
     model = sparse.apply(tiny(name), **SMALL)
     with pytest.raises(UserError, match="513 tokens is longer than this model allows; expected at most 512"):
         model(input_ids=torch.full((1, 513), 9))
+
+
+@torch.inference_mode()
+def test_matrices_may_be_stored_sparse_afterwards(tiny, name, prompts):
+    """Latents are then expanded again: what multiplies them is no longer one dense piece."""
+    from lib.optimizations import sparse_neural_networks
+
+    model = tiny(name)
+    thinned = [
+        sparse_neural_networks.apply(one, [{"input_ids": prompts["input_ids"]}], method="magnitude", sparsity=0.5)
+        for one in (model, sparse.apply(model, tau=1.0, pages=1000, **SMALL))
+    ]
+    torch.testing.assert_close(_steps(thinned[1], prompts), _steps(thinned[0], prompts), atol=1e-4, rtol=1e-3)
