@@ -287,7 +287,7 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
     """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
 
     The two are those whose first trial, defaults alone, dominates most, the quicker one among equals; a component's
-    strength is its first knob of real numbers.
+    strength is its first knob of real numbers. Steps of training are as few as can be: every cell is made.
     """
     alone = {one.stack[0].optimization: one for one in reversed(found) if len(one.stack) == 1}
     worth = {stem: (-utility(one) if one.reason is None else 0.0, one.seconds) for stem, one in alone.items()}
@@ -301,7 +301,8 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
         name = next(name for name, knob in part.knobs.items() if knob["type"] == "float")
         inside = every[f"{part.stem}.{name}"]
         value = inside.low + (level - 1) / max(1, levels - 2) * (inside.high - inside.low)
-        return [Step(optimization=part.stem, knobs=part.defaults | {name: _plain(value)})]
+        least = {knob: about["range"][0] for knob, about in part.knobs.items() if about["type"] == "int"}
+        return [Step(optimization=part.stem, knobs=part.defaults | least | {name: _plain(value)})]
 
     if len(pair) < 2:
         raise UserError("automl_components: a grid needs two components with a knob of real numbers")
