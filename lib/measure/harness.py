@@ -24,11 +24,14 @@ TOKENS = 256
 NEVER = -1e9  # of a choice that an item does not have
 
 
-def scores(loaded, task: str, limit: int, seed: int = 0) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+def scores(
+    loaded, task: str, split: str, limit: int, seed: int = 0
+) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
     """Return (names of the choices, ids of the items, truth_N the right choice's index, scores_NL log-likelihoods).
 
-    An item with fewer choices than L has NEVER there. At most `limit` items, the first of the task. Raises UserError
-    where the harness is not installed, the task cannot be loaded, or is not one of multiple choice.
+    An item with fewer choices than L has NEVER there. At most `limit` items: for the split "final" of every other item
+    of the task, for any other split, by which something is chosen, of those between. Raises UserError where the harness
+    is not installed, the task cannot be loaded, or is not one of multiple choice.
     """
     try:
         import lm_eval
@@ -41,9 +44,13 @@ def scores(loaded, task: str, limit: int, seed: int = 0) -> tuple[list[str], lis
     asked = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, device=loaded.device)
     chance = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     caches = {"use_cache": None, "cache_requests": False}
+    chosen = range(0 if split == "final" else 1, len(found.eval_docs), 2)[:limit]
+    if not chosen:
+        raise UserError(f'{task}: holds {len(found.eval_docs)} items, none for the split "{split}"')
     told = lm_eval.simple_evaluate(
-        model=asked, tasks=[found], limit=limit, log_samples=True, bootstrap_iters=0, **caches, **chance
-    )
+        model=asked, tasks=[found], samples={found.config.task: [*chosen]}, log_samples=True, bootstrap_iters=0,
+        **caches, **chance,
+    )  # fmt: skip
     [samples] = told["samples"].values()
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     values = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]

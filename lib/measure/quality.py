@@ -118,11 +118,11 @@ def evaluate(
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
-    """Return the label of highest log-likelihood for each of at most `limit` items of a split; a task of the harness
-    has no such splits: of its first items.
+    """Return the label of highest log-likelihood for each of at most `limit` items of a split (how a task of the
+    harness is split, `lib.measure.harness` says).
     """
     if task.startswith(HARNESS):
-        labels, ids, truth_N, scores_NL = harness.scores(loaded, task, limit, seed)
+        labels, ids, truth_N, scores_NL = harness.scores(loaded, task, split, limit, seed)
         return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL)
     items = task_list.items(task, split, limit, seed)
     labels = task_list.class_labels(task)

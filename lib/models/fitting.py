@@ -34,7 +34,10 @@ def check(folders: Iterable[Path | str]) -> None:
 
 
 def fault(folder: Path | str) -> str | None:
-    """Return None, or in one line which tensor is missing, superfluous or of another shape than the architecture's."""
+    """Return None, or in one line which tensor is missing or of another shape than the architecture's.
+
+    What a checkpoint holds besides (layers that predict further tokens) is not asked for, and no fault.
+    """
     import torch
     from transformers import AutoConfig
 

@@ -201,9 +201,9 @@ def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
     """Skipped where the extra is not installed; `.ci/run` installs it."""
     if os.environ.get("WORKBENCH_HARNESS") != "required":
         pytest.importorskip("lm_eval")
+    words = ["one", "two", "three", "four"]
     lines = [
-        {"question": f"What is {n} plus one", "choices": ["one", "two", "three", "four"][: 3 + n % 2], "answer": n % 3}
-        for n in range(6)
+        {"question": f"What is {n} plus one", "choices": words[: 3 + n // 2 % 2], "answer": n % 3} for n in range(6)
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = {
@@ -215,7 +215,9 @@ def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
     (tmp_path / "sums.yaml").write_text(json.dumps(task))
     asked = loaded(tiny, random_weights=False)
     found = quality.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
-    assert found.truth_N.tolist() == [0, 1, 2, 0, 1] and found.scores_NL.shape == (5, 4)
+    assert found.truth_N.tolist() == [0, 2, 1] and found.scores_NL.shape == (3, 4)
+    other = quality.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "search", 5)
+    assert other.truth_N.tolist() == [1, 0, 2] and not set(other.ids) & set(found.ids)
     prompt = asked.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
     for choice, score in zip(lines[0]["choices"], found.scores_NL[0]):
         ids = asked.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
