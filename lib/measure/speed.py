@@ -103,7 +103,6 @@ def compare(
     except_for: tuple[str, ...] = (),
     costs: dict[str, object] | None = None,
     baseline_costs: dict[str, object] | None = None,
-    prompt_once: bool = True,
     fallback: bool = False,
     with_energy: bool = True,
     seed: int = 0,
@@ -114,8 +113,7 @@ def compare(
     gate said: then nothing is timed and every metric is invalid, with that reason. `except_for`: conditions in which
     the arms may differ. `costs`: options of `cost.of` for the optimized model (absorbed, overhead, skip_zeros), and
     `baseline_costs` for the baseline. Decoding starts again and again behind a prompt that is read once
-    (`workloads.steps`); without `prompt_once` the prompt is read, untimed, before each call. `fallback`: see
-    `ceilings.explain`.
+    (`workloads.steps`). `fallback`: see `ceilings.explain`.
     """
     effort = efforts.read(effort) if isinstance(effort, str) else effort
     listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
@@ -130,7 +128,7 @@ def compare(
     found: list[Measurement] = []
     timed: dict[str, Timed] = {}
     for name in names:
-        arms = [_workload(name, model, prompt_BT, effort, prompt_once) for model in (baseline, optimized)]
+        arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
         workloads.assert_same_conditions(*arms, except_for=except_for)
         prices = _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {})
         timed[name] = _time(arms, prices, effort.blocks, seed)
@@ -146,18 +144,17 @@ def compare(
     return Compared(found, timed, _details(timed, peaks), peaks)
 
 
-def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort, once: bool) -> Workload:
-    decode = workloads.steps if once else workloads.decode
+def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
     if name == "prefill":
         return workloads.prefill(model, prompt_BT)
     if name == "decode":
-        return decode(model, prompt_BT, effort.new_tokens)
+        return workloads.steps(model, prompt_BT, effort.new_tokens)
     if name == "generate":
         return workloads.generate(model, prompt_BT, effort.new_tokens)
     # Rolled by one token each: as many different prompts, the same length; short, for what is timed is the decoding.
     short_BT = prompt_BT[:1, :BATCH_PROMPT_TOKENS]
     rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(effort.batch)])
-    return decode(model, rolled_BT, effort.new_tokens)
+    return workloads.steps(model, rolled_BT, effort.new_tokens)
 
 
 def _time(arms: list[Workload], costs: tuple[Cost, Cost], blocks: int, seed: int) -> Timed:
