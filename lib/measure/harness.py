@@ -16,7 +16,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.models.anatomy import anatomy
-from lib.models.items import HARNESS
+from lib.models.tasknames import HARNESS
 
 EXTRA = 'pip install "lm-eval>=0.4.13,<0.5"'
 CHUNK_ELEMENTS = 2**26  # logits held at a time; the harness keeps those of all tokens of a batch

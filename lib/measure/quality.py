@@ -24,9 +24,9 @@ from lib.measure.measurement import Measurement
 from lib.measure.metrics import METRICS
 from lib.models import tasks as task_list
 from lib.models.anatomy import anatomy
-from lib.models.items import HARNESS, classifies
 from lib.models.loading import Loaded
 from lib.models.recall import LEAD
+from lib.models.tasknames import HARNESS, classifies
 
 SCORES: dict[str, Callable] = {
     "f1_macro": f1_score,

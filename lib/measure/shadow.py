@@ -19,8 +19,8 @@ from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.models import rows
 from lib.models.anatomy import anatomy, forget_pictures
-from lib.models.items import classifies
 from lib.models.loading import Loaded
+from lib.models.tasknames import classifies
 
 AT_ONCE = 16  # prompts answered together
 

@@ -5,7 +5,6 @@ tokenizers, of models or of examples beside a question.
 """
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +15,8 @@ from lib.errors import UserError, suggest
 from lib.models import corpus
 from lib.models.corpus import SPLITS
 from lib.models.recall import CORPUS
+from lib.models.tasknames import CLASSIFY
 
-CLASSIFY = {
-    "topic": "which module a passage of documentation is about",
-    "code_origin": "which package a function comes from",
-    "digits": "the handwritten digit in a picture",
-}
-GENERATE = {"recall": "the value that followed a key many tokens ago"}
-HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness (`lib.measure.harness`)
 PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a square of 4
 
 
@@ -36,21 +29,6 @@ class Item:
     prompt: str
     label: str
     pixels: np.ndarray | None = None
-
-
-def check_tasks(names: Iterable[str]) -> None:
-    """Raise UserError for a name that is no task."""
-    known = [*CLASSIFY, *GENERATE]
-    for name in names:
-        if name not in known and not name.startswith(HARNESS):
-            raise UserError(
-                f'unknown task "{name}"; expected one of {", ".join(known)}, or {HARNESS}NAME.{suggest(name, known)}'
-            )
-
-
-def classifies(name: str) -> bool:
-    """Return whether a task is answered by the likeliest of several labels."""
-    return name in CLASSIFY or name.startswith(HARNESS)
 
 
 def class_labels(task: str) -> list[str]:

@@ -23,7 +23,7 @@ from lib.models import absent, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
-from lib.models.items import check_tasks
+from lib.models.tasknames import check_tasks
 
 transformers_logging.disable_progress_bar()
 

@@ -15,9 +15,10 @@ import torch
 
 from lib.models import prompting
 from lib.models.anatomy import anatomy
-from lib.models.items import CLASSIFY, GENERATE, PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
+from lib.models.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.prompting import PICTURE_TOKENS
 from lib.models.recall import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
+from lib.models.tasknames import CLASSIFY, GENERATE
 
 __all__ = [
     "CLASSIFY",

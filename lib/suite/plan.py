@@ -15,6 +15,7 @@ from typing import Any
 from lib.errors import UserError, suggest
 from lib.models import checkpoint, fitting
 from lib.models import parameters as parameter_files
+from lib.models.tasknames import check_tasks
 from lib.suite import template as templates
 from lib.suite.template import Template
 
@@ -215,6 +216,7 @@ def resolve(
     for source, given in ((where, section), ("-p", request.parameters)):
         for name, value in given.items():
             values[name] = _checked(source, name, value, template)
+    check_tasks(values.get("tasks", ()))
     return values | options
 
 

@@ -238,8 +238,15 @@ def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
 
 
 def test_tasks_may_be_chosen_and_unknown_ones_are_named():
-    from lib.models.items import check_tasks
+    from lib.models.tasknames import check_tasks
 
     check_tasks(["topic", "recall", "lm_eval:arc_easy"])
     with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
         check_tasks(["topics"])
+
+
+def test_an_unknown_task_is_refused_before_anything_runs():
+    from lib.suite import plan
+
+    with pytest.raises(UserError, match=r'unknown task "topics"'):
+        plan.plan(plan.Request(optimizations=("structured_pruning",), parameters={"tasks": "topics"}))
