@@ -47,6 +47,7 @@ class Student:
     processor: object | None
     parameters: parameters.ModelParameters
     device: str = "cpu"
+    scale: str = "proxy"
 
 
 def student(name: str) -> Student:
