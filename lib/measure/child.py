@@ -1,13 +1,15 @@
-"""What runs in a child process of `lib.measure.memory`: reads an arm from standard input, loads it, runs its workload
-once as first call and once more, and prints what memory and time that took as one line of JSON. Knows nothing of the
-other arm.
+"""What runs in a child process of `lib.measure.memory`: reads arms from standard input, and for each, in a process of
+its own forked from this one, loads it, runs its workload once as first call and once more, and prints what memory and
+time that took as one line of JSON. No arm ever sees what another left behind.
 """
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -109,5 +111,42 @@ def _workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:
     return make(model, prompt_BT, arm.new_tokens)
 
 
+def forked(arm: Arm) -> dict[str, object]:
+    """Run one arm in a process forked from this one; return its peak as JSON, or {"failed": why}."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "w") as out:
+                try:
+                    out.write(json.dumps(asdict(run(arm))))
+                    code = 0
+                except Exception as error:
+                    out.write(f"{type(error).__name__}: {error}".splitlines()[0])
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        said = told.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 0:
+        return json.loads(said)
+    return {"failed": f"the child process ended with {code}: {said or 'no message'}"}
+
+
+def main() -> None:
+    """Run the arms that standard input names."""
+    arms = [Arm(**one) for one in json.load(sys.stdin)]
+    if len(arms) == 1:
+        print(json.dumps(asdict(run(arms[0]))))
+        return
+    with suppress(Exception):  # whatever is wrong with the first arm, its own process will say
+        _import_architecture(arms[0])
+    for arm in arms:
+        print(json.dumps(forked(arm)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(run(Arm(**json.load(sys.stdin))))))
+    main()

@@ -52,6 +52,10 @@ METRICS: dict[str, Metric] = {
     "time_per_output_token_ms": _performance("ms", False),
     "batch_decode_tokens_per_second": _performance("tokens/s", True),
     "generate_tokens_per_second": _performance("tokens/s", True),
+    # Of a slice, taken to the whole model's number of blocks: derived, never judged.
+    "full_depth_prefill_tokens_per_second": _performance("tokens/s", True, None),
+    "full_depth_decode_tokens_per_second": _performance("tokens/s", True, None),
+    "full_depth_batch_decode_tokens_per_second": _performance("tokens/s", True, None),
     "attention_ms": _performance("ms", False),
     "feed_forward_ms": _performance("ms", False),
     "requests_per_second": _performance("requests/s", True),
@@ -97,6 +101,9 @@ METRICS: dict[str, Metric] = {
     "peak_memory_above_start_bytes": _resource("bytes", margin=SPEED_MARGIN),
     "kv_cache_bytes_per_token": _resource("bytes/token"),
     "kv_cache_peak_bytes": _resource("bytes"),
+    "full_depth_parameters": _resource("parameters", margin=None),
+    "full_depth_weights_bytes": _resource("bytes", margin=None),
+    "full_depth_kv_cache_bytes_per_token": _resource("bytes/token", margin=None),
     "processor_utilisation": _resource("share of given cores", margin=None),
     "gpu_utilisation": _resource("share", margin=None),
     # Efficiency.

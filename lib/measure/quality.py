@@ -17,7 +17,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import nn
 
-from lib.measure import dimensions, harness, measurement, noninferiority, statistics, workloads
+from lib.measure import answers, dimensions, harness, measurement, noninferiority, statistics, workloads
 from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
@@ -42,7 +42,7 @@ PROMPTS_AT_ONCE = 16
 @dataclass(frozen=True)
 class Classified:
     """Answers to a classification task: ids of the items, the true and the chosen label's index, all label scores in
-    nats.
+    nats. `answered` is the day on which they were given, where that was before this run.
     """
 
     task: str
@@ -51,6 +51,7 @@ class Classified:
     truth_N: np.ndarray
     chosen_N: np.ndarray
     scores_NL: np.ndarray
+    answered: str | None = None
 
     @property
     def right_N(self) -> np.ndarray:
@@ -69,10 +70,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Recalled:
-    """Which values were repeated exactly, over a stated distance in tokens."""
+    """Which values were repeated exactly, over a stated distance in tokens; `answered` as above."""
 
     distance: int
     right_N: np.ndarray
+    answered: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def evaluate(
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
     tasks, by default those that `loaded` is asked. Random weights are asked nothing; where accuracy is not
     among the dimensions asked for, the final text alone is read. `lead` tokens of text stand before a value to recall.
+    A model that is as it was loaded is not asked again what it answered before (`lib.measure.answers`).
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
@@ -128,9 +131,12 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
     labels = task_list.class_labels(task)
     vocabulary = anatomy(loaded.model).vocabulary
     batch = max(1, min(32, CHUNK_ELEMENTS * 2 // (vocabulary * 256)))
-    scores_NL = task_list.label_scores(loaded, task, items, batch).numpy()
-    truth_N = np.array([labels.index(item.label) for item in items])
-    return Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL)
+    question = {"task": task, "split": split, "ids": [item.id for item in items]}
+    scores, answered = answers.known_or(
+        loaded, question, lambda: {"scores_NL": task_list.label_scores(loaded, task, items, batch).numpy()}
+    )
+    scores_NL, truth_N = scores["scores_NL"], np.array([labels.index(item.label) for item in items])
+    return Classified(task, labels, question["ids"], truth_N, scores_NL.argmax(1), scores_NL, answered)
 
 
 @torch.inference_mode()
@@ -157,12 +163,18 @@ def recall(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int =
     greedily. `lead` tokens of text stand before them.
     """
     ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed, lead)
-    right = []
-    for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
-        work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])
-        work()
-        right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
-    return Recalled(distance, np.concatenate(right))
+
+    def ask() -> dict[str, np.ndarray]:
+        right = []
+        for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
+            work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])
+            work()
+            right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
+        return {"right_N": np.concatenate(right)}
+
+    question = {"task": "recall", "distance": distance, "count": count, "seed": seed, "lead": lead}
+    found, answered = answers.known_or(loaded, question, ask)
+    return Recalled(distance, found["right_N"], answered)
 
 
 @torch.inference_mode()
@@ -231,8 +243,8 @@ def compare_classified(
     """Return macro F1, precision, recall, accuracy and the flips of one task."""
     if baseline.ids != optimized.ids or baseline.task != optimized.task:
         raise ValueError("the arms answered different items")
-    answers = (baseline.truth_N, baseline.chosen_N, optimized.chosen_N)
-    replicates = noninferiority.resampled_scores(*answers, len(baseline.labels), resamples, seed)
+    given = (baseline.truth_N, baseline.chosen_N, optimized.chosen_N)
+    replicates = noninferiority.resampled_scores(*given, len(baseline.labels), resamples, seed)
     identical = bool(np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     to_wrong = int((baseline.right_N & ~optimized.right_N).sum())
     to_right = int((~baseline.right_N & optimized.right_N).sum())
@@ -247,7 +259,8 @@ def compare_classified(
             to_wrong=0 if identical else to_wrong,
             identical=identical,
             margin=margin,
-            source=f"{baseline.task}, {n} items of the same prompts, label by log-likelihood, scikit-learn",
+            source=f"{baseline.task}, {n} items of the same prompts, label by log-likelihood, scikit-learn"
+            + _before(baseline),
         )
         for name in replicates
     ]
@@ -256,6 +269,13 @@ def compare_classified(
     return found + [
         measurement.informative(name, "classify", 0, count, source, ratio=None, n=n) for name, count in counts.items()
     ]
+
+
+def _before(baseline: Classified | Recalled) -> str:
+    """Say where the baseline's answers were not given in this run."""
+    if baseline.answered is None:
+        return ""
+    return f"; the baseline's answers of {baseline.answered} (same weights, code, data and machine)"
 
 
 def _score(name: str, arm: Classified) -> float:
@@ -271,17 +291,17 @@ def compare_recalled(
     """Return the exact match of generated values."""
     n = len(baseline.right_N)
     truth_N = np.ones(n, dtype=int)
-    answers = (truth_N, baseline.right_N.astype(int), optimized.right_N.astype(int))
+    given = (truth_N, baseline.right_N.astype(int), optimized.right_N.astype(int))
     return noninferiority.score(
         "recall_exact_match",
         "generate",
         float(baseline.right_N.mean()),
         float(optimized.right_N.mean()),
-        noninferiority.resampled_scores(*answers, 2, resamples, seed)["accuracy"],
+        noninferiority.resampled_scores(*given, 2, resamples, seed)["accuracy"],
         n=n,
         to_wrong=int((baseline.right_N & ~optimized.right_N).sum()),
         margin=margin,
-        source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match",
+        source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match" + _before(baseline),
     )
 
 

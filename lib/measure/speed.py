@@ -15,6 +15,7 @@ from lib.measure import (
     dimensions,
     disturbance,
     energy,
+    full_depth,
     measurement,
     processor,
     statistics,
@@ -133,6 +134,7 @@ def compare(
         prices = _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {})
         timed[name] = _time(arms, prices, effort.blocks, seed)
         found += _explained(name, timed[name], hints, peaks)
+        found += full_depth.speed(name, tuple(arms), (baseline, optimized))
     found += _processor(timed)
     if (
         with_energy
@@ -263,7 +265,8 @@ def resources(
             f"formula, one sequence, context of {tokens} tokens, uniform routing",
         ),
     }
-    return [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
+    found = [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
+    return found + full_depth.sizes((baseline, optimized))
 
 
 def break_even(apply_seconds: float, found: Measurement, workload: str = "apply") -> list[Measurement]:

@@ -24,6 +24,12 @@ COPYING = "the weights of this model stream from a file: it can run, but it cann
 Key = tuple[int, int]  # block, expert
 
 
+def require_changeable(model: nn.Module) -> None:
+    """Raise NotApplicable where a model's weights stream from a file."""
+    if getattr(model, "weights_in_memory_bytes", None) is not None:
+        raise NotApplicable(COPYING)
+
+
 @dataclass(eq=False)
 class Slot:
     """Memory of one expert (uint8), its matrices gate_up [2I, H] and down [H, I] as views, and the read filling it."""

@@ -7,7 +7,8 @@ tasks, measuring or optimizations. Offline unless a hub id is asked for at scale
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import NotApplicable, UserError
-from lib.models import absent, factors, placement, sparse
+from lib.models import absent, depth, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
@@ -33,7 +34,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Loaded:
-    """A model ready to run, and where it came from. `folder` and `tokenizer` are None for random weights."""
+    """A model ready to run, and where it came from. `folder` and `tokenizer` are None for random weights.
+
+    `original` leads to the model as it was loaded, which `model` need no longer be.
+    """
 
     model: nn.Module
     tokenizer: object | None
@@ -47,6 +51,7 @@ class Loaded:
     random_weights: bool
     seconds: float
     chosen_tasks: tuple[str, ...] = ()
+    original: Callable[[], nn.Module | None] | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -100,6 +105,8 @@ def load(
         model = build(
             description.config(scale), description.architecture, device=device, dtype=DTYPES[dtype], seed=seed
         )
+        if scale == "slice":
+            depth.state(model, description.full, description.architecture)
     elif (allowance := placement.allowance_bytes(folder, DTYPES[dtype], device)) is None:
         model = load_folder(folder, dtype=DTYPES[dtype], device=device)
     else:
@@ -119,6 +126,7 @@ def load(
         random_weights=random_weights,
         seconds=time.perf_counter() - start,
         chosen_tasks=tuple(tasks),
+        original=weakref.ref(model),
     )
 
 
@@ -211,11 +219,12 @@ def _ready(model: nn.Module) -> nn.Module:
     """
     head = getattr(model, "lm_head", None)
     if head is not None:
-        head.register_forward_pre_hook(_own)
+        head.register_forward_pre_hook(own)
     return model.eval().requires_grad_(False)
 
 
-def _own(module: nn.Module, args: tuple) -> tuple:
+def own(module: nn.Module, args: tuple) -> tuple:
+    """Return a module's arguments with hidden states that are no view."""
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 

@@ -23,12 +23,12 @@ from lib.models.sparse_attention import NAME, Sparsity, expand_or_not, page_the_
 
 KNOBS = {
     "tau": {"type": "float", "range": (0.05, 1.0), "default": 0.9, "help": "share of estimated mass to keep"},
-    "block_size": {"type": "int", "range": (16, 512), "default": 128, "help": "tokens of a block"},
-    "stride": {"type": "int", "range": (2, 64), "default": 16, "help": "side of the squares that are scored"},
+    "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
+    "stride": {"type": "int", "range": (2, 64), "default": 16, "levels": (8, 16)},  # side of the squares scored
     "max_density": {"type": "float", "range": (0.05, 1.0), "default": 1.0, "help": "most blocks a row may keep"},
-    "full_last": {"type": "int", "range": (0, 64), "default": 1, "help": "last blocks of queries that attend to all"},
-    "pages": {"type": "int", "range": (0, 4096), "default": 64, "help": "pages a new token reads; 0: all"},
-    "page_size": {"type": "int", "range": (4, 64), "default": 16, "help": "tokens of a page"},
+    "full_last": {"type": "int", "range": (0, 64), "default": 1, "levels": (0, 1, 2)},  # blocks that attend to all
+    "pages": {"type": "int", "range": (0, 4096), "default": 64, "levels": (0, 16, 64)},  # of a new token; 0: all
+    "page_size": {"type": "int", "range": (4, 64), "default": 16, "levels": (8, 16)},
     "pattern": {"type": "categorical", "choices": blocks.PATTERNS, "default": "antidiagonal"},
 }
 

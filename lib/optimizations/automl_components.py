@@ -31,7 +31,7 @@ from lib.models.stack import Step
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
-STEPS = 16  # the most that a knob of whole numbers (steps of training) is given above its least
+STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,16 @@ class Component:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """Its defaults, whole numbers within what a search gives them."""
+        """Its defaults, steps of training within what a search gives them."""
         return {
-            name: min(knob["default"], knob["range"][0] + self.most_steps) if knob["type"] == "int" else knob["default"]
+            name: min(knob["default"], knob["range"][0] + self.most_steps) if counts_steps(knob) else knob["default"]
             for name, knob in self.knobs.items()
         }
+
+
+def counts_steps(knob: Mapping) -> bool:
+    """Return whether a knob is a whole number that only costs more the larger it is: no `levels` are named for it."""
+    return knob["type"] == "int" and "levels" not in knob
 
 
 def applies_to(model: nn.Module) -> str | None:
@@ -99,10 +104,11 @@ def space(parts: Sequence[Component]) -> dict[str, BaseDistribution]:
 
 
 def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution:
-    if "choices" in knob:
-        if not knob["choices"]:
+    choices = knob.get("levels", knob.get("choices"))
+    if choices is not None:
+        if not choices:
             raise UserError(f'{part.stem}: knob "{name}" has no choices; expected at least one in KNOBS')
-        return CategoricalDistribution(tuple(knob["choices"]))
+        return CategoricalDistribution(tuple(choices))
     low, high = knob["range"]
     if not low <= high:
         raise UserError(f'{part.stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in KNOBS')
@@ -133,6 +139,8 @@ def params_of(stack: Sequence[Step], parts: Sequence[Component]) -> dict[str, ob
             distribution = every.get(f"{part.stem}.{name}")
             if isinstance(distribution, (FloatDistribution, IntDistribution)):
                 value = min(max(value, distribution.low), distribution.high)
+            elif "levels" in part.knobs.get(name, {}):
+                value = min(distribution.choices, key=lambda level: abs(level - value))
             if distribution is not None:
                 found[f"{part.stem}.{name}"] = value
     return found
@@ -301,7 +309,7 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
         name = next(name for name, knob in part.knobs.items() if knob["type"] == "float")
         inside = every[f"{part.stem}.{name}"]
         value = inside.low + (level - 1) / max(1, levels - 2) * (inside.high - inside.low)
-        least = {knob: about["range"][0] for knob, about in part.knobs.items() if about["type"] == "int"}
+        least = {knob: about["range"][0] for knob, about in part.knobs.items() if counts_steps(about)}
         return [Step(optimization=part.stem, knobs=part.defaults | least | {name: _plain(value)})]
 
     if len(pair) < 2:

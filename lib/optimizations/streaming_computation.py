@@ -40,6 +40,7 @@ KNOBS = {
         "type": "int",
         "range": (1, 65536),
         "default": 256,
+        "levels": (64, 256, 1024),
         "help": "tokens of a prompt read at a time",
     },
     "absorbed": {"type": "categorical", "choices": (True, False), "default": True},

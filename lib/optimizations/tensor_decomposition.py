@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models import blocks, factors
+from lib.models import blocks, expertcache, factors
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
 from lib.models.spectra import Matrix, Spectrum, factorise, random_spectrum, spectrum
@@ -86,6 +86,7 @@ def apply(
     not copies: train neither in place.
     """
     _check(compression=compression, method=method, budget=budget)
+    expertcache.require_changeable(model)
     spectra = analyse(model, calibration, method, budget, seed) if spectra is None else spectra
     chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
     compressed = copy.deepcopy(model, _shared(model, spectra, chosen))

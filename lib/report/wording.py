@@ -60,6 +60,12 @@ _LABELS = {
     "break_even_tokens": "break-even",
     "apply_joules": "energy to apply",
     "swap_ms": "hot swap",
+    "full_depth_prefill_tokens_per_second": "prefill rate at full depth",
+    "full_depth_decode_tokens_per_second": "decode rate at full depth",
+    "full_depth_batch_decode_tokens_per_second": "decode rate at full depth, batched",
+    "full_depth_parameters": "parameters at full depth",
+    "full_depth_weights_bytes": "weights at full depth",
+    "full_depth_kv_cache_bytes_per_token": "KV cache at full depth",
 }
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.models.parameters import SCALES
 from lib.report.files import write_atomically
 from lib.suite import imports, key, outputs
 from lib.suite import template as templates
@@ -32,7 +33,10 @@ def _key(folder: Folder, path: Path) -> str:
     hashes = key.Hashes()
     template = templates.read(path)
     reached = {str(module): hashes.of(module) for module in imports.reached(template)}
-    records = {record.name: hashes.of(record) for record in sorted(folder.path.glob("*--*.json"))}
+    # The folders of the other scales lie beside this one: the overview sets their records beside its own.
+    found = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
+    found |= set(folder.path.glob("*--*.json"))
+    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in sorted(found)}
     return key.digest([template.cells, reached, records])
 
 

@@ -78,6 +78,24 @@ def test_every_real_configuration_becomes_a_stack_and_back():
         json.dumps([step.model_dump() for step in stack])
 
 
+def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
+    size = {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 128)}
+    steps = {"type": "int", "range": (0, 1000), "default": 30}
+    part = _fake("one", _scale, size=size, steps=steps)
+    every = automl.space([part])
+    assert every["one.size"].choices == (32, 128) and every["one.steps"].high == part.most_steps
+    assert part.defaults == {"size": 128, "steps": part.most_steps}
+    stack = [Step(optimization="one", knobs={"size": 300, "steps": 2})]
+    assert automl.params_of(stack, [part])["one.size"] == 128
+
+
+def test_the_defaults_of_every_real_component_can_be_asked_for():
+    for part in automl.components():
+        assert automl.stack_of(automl.params_of([Step(optimization=part.stem, knobs=part.defaults)], [part]), [part])
+        block_size, stride = part.defaults.get("block_size"), part.defaults.get("stride", 1)
+        assert block_size is None or block_size % stride == 0
+
+
 @pytest.mark.parametrize(
     ("knob", "says"),
     [

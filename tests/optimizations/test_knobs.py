@@ -25,6 +25,8 @@ def test_knobs_agree_with_the_template(stem):
             low, high = knob["range"]
             assert low <= knob["default"] <= high
             assert declared[name].interval[:2] == (low, high), name
+            levels = knob.get("levels", (knob["default"],))  # what a search tries, where not every number is worth it
+            assert knob["default"] in levels and all(low <= level <= high for level in levels), name
 
 
 def test_every_template_has_its_module():

@@ -8,6 +8,7 @@ import torch
 from lib.errors import UserError
 from lib.measure import child, cost, memory, reading, workloads
 from lib.models import absorbed, loading, streamed
+from lib.optimizations import sparse_neural_networks, structured_pruning, tensor_decomposition
 from lib.optimizations import streaming_computation as streaming
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -51,6 +52,13 @@ def test_what_streams_already_is_refused(tiny):
         streaming.apply(other)
     with pytest.raises(UserError, match="cannot be copied"):
         copy.deepcopy(other)
+
+
+@pytest.mark.parametrize("module", [structured_pruning, tensor_decomposition, sparse_neural_networks])
+def test_what_streams_cannot_be_changed_and_says_so(tiny, name, module):
+    other = streaming.apply(tiny(name), memory_ratio=0.6)
+    with pytest.raises(UserError, match="cannot be copied or changed"):
+        module.apply(other, [{"input_ids": ids_of()}])
 
 
 @pytest.mark.parametrize(

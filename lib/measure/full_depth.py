@@ -1,0 +1,149 @@
+"""From a slice to the whole model: blocks as often as the whole model has them, embeddings, norms and head once.
+
+Each block of both arms is timed where it stands, in calls of their own beside the judged ones; every block counts for
+as many as it stands for (`lib.models.depth`), all else once. The numbers are derived and never judged: caches, memory
+traffic and routing of a deep model may differ from a slice's. Knows no optimization.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lib.measure import cost, measurement
+from lib.measure.measurement import Measurement
+from lib.models import depth
+from lib.models.anatomy import anatomy
+
+PAIRS = 6
+METRIC_OF = {
+    "prefill": "full_depth_prefill_tokens_per_second",
+    "decode": "full_depth_decode_tokens_per_second",
+    "batch_decode": "full_depth_batch_decode_tokens_per_second",
+}
+SIZES: dict[str, Callable[[nn.Module], float]] = {
+    "full_depth_parameters": cost.parameters,
+    "full_depth_weights_bytes": cost.weights_bytes,
+}
+CACHE = "full_depth_kv_cache_bytes_per_token"
+
+
+def speed(name: str, works: tuple, models: tuple[nn.Module, nn.Module], pairs: int = PAIRS) -> list[Measurement]:
+    """Return the rate of workload `name` at full depth, of both arms; empty where the baseline is no slice.
+
+    `works` are the workloads (baseline, optimized) of `models`.
+    """
+    if depth.whole(models[0]) is None or name not in METRIC_OF:
+        return []
+    counts = _counts(models)
+    if isinstance(counts, str):
+        return [measurement.unavailable(METRIC_OF[name], name, counts)]
+    samples: tuple[list[float], list[float]] = ([], [])
+    kept = [len(work.step_seconds) for work in works]
+    for turn in range(pairs + 1):
+        for arm in (0, 1) if turn % 2 else (1, 0):
+            seconds = whole_seconds(works[arm], models[arm], counts)
+            if turn:
+                samples[arm].append(works[arm].tokens / seconds)
+    for work, steps in zip(works, kept):
+        del work.step_seconds[steps:]  # the clocks around blocks belong to no step
+    source = f"{pairs} pairs, perf_counter around each block; {_said(models[0])}"
+    found = measurement.from_samples(
+        METRIC_OF[name], name, *samples, source=source, floor=None, provenance="derived", samples=False
+    )
+    return [found]
+
+
+def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:
+    """Run `work` once and return the seconds that it would take with block i as often as `counts[i]`."""
+    if prepare := getattr(work, "prepare", None):
+        prepare()
+    with _clocks(model) as spent:
+        start = time.perf_counter()
+        work()
+        _synchronize()
+        whole = time.perf_counter() - start
+    return whole + sum(seconds * (count - 1) for seconds, count in zip(spent, counts))
+
+
+@contextmanager
+def _clocks(model: nn.Module):
+    """Yield a list with the seconds that each block has taken."""
+    blocks = anatomy(model).blocks
+    spent, began = [0.0] * len(blocks), [0.0] * len(blocks)
+
+    def starts(index: int):
+        def hook(*_) -> None:
+            _synchronize()
+            began[index] = time.perf_counter()
+
+        return hook
+
+    def ends(index: int):
+        def hook(*_) -> None:
+            _synchronize()
+            spent[index] += time.perf_counter() - began[index]
+
+        return hook
+
+    hooks = []
+    for block in blocks:
+        hooks.append(block.module.register_forward_pre_hook(starts(block.index), prepend=True))
+        hooks.append(block.module.register_forward_hook(ends(block.index)))
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def sizes(models: tuple[nn.Module, nn.Module]) -> list[Measurement]:
+    """Return parameters, bytes of weights and cache per token at full depth; empty where the baseline is no slice."""
+    if depth.whole(models[0]) is None:
+        return []
+    counts = _counts(models)
+    if isinstance(counts, str):
+        return [measurement.unavailable(name, "load", counts) for name in (*SIZES, CACHE)]
+    found = [
+        _derived(name, "load", [size(m) + _more(m, size, counts) for m in models], models[0])
+        for name, size in SIZES.items()
+    ]
+    return [*found, _derived(CACHE, "decode", [_cache_bytes(m, counts) for m in models], models[0])]
+
+
+def _more(model: nn.Module, size: Callable[[nn.Module], float], counts: Sequence[float]) -> float:
+    """What the blocks that the slice lacks would add."""
+    return sum(size(block.module) * (count - 1) for block, count in zip(anatomy(model).blocks, counts))
+
+
+def _cache_bytes(model: nn.Module, counts: Sequence[float]) -> float:
+    elements = (block.attention.cache_elements_per_token for block in anatomy(model).blocks)
+    return next(model.parameters()).element_size() * sum(n * count for n, count in zip(elements, counts))
+
+
+def _derived(name: str, workload: str, values: Sequence[float], baseline: nn.Module) -> Measurement:
+    return measurement.informative(name, workload, *values, _said(baseline), "derived")
+
+
+def _said(baseline: nn.Module) -> str:
+    held, whole = len(anatomy(baseline).blocks), len(depth.whole(baseline))
+    return f"each block of the slice's {held} as often as its kind among the whole model's {whole}, all else once"
+
+
+def _counts(models: Sequence[nn.Module]) -> list[float] | str:
+    """Return how many blocks each block stands for, in both arms, or why that cannot be told."""
+    counts = depth.stands_for(models[0])
+    if isinstance(counts, str):
+        return counts
+    if any(getattr(model, "weights_in_memory_bytes", None) is not None for model in models):
+        return "weights are streamed: what is held and read depends on the allowance, not on the depth alone"
+    if len(anatomy(models[1]).blocks) != len(counts):
+        return f"the optimized slice has {len(anatomy(models[1]).blocks)} blocks, the baseline {len(counts)}"
+    return counts
