@@ -3,8 +3,8 @@
 The pattern is found per input and per head by anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
 stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a
 causal softmax over these sums and their total per block estimate the block's share of attention mass. Kept are, for
-every block of queries, the first and the diagonal block and the fewest others whose estimated mass reaches τ: the
-budget adapts.
+every block of queries, the first, the diagonal block and the one before it, and the fewest others whose estimated mass
+reaches τ: the budget adapts.
 
 Heads are not merged: query heads that share keys keep patterns of their own. (The union over such heads saves a copy of
 keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.) Knows nothing
@@ -17,6 +17,7 @@ head sizes, N and M blocks of queries and keys, P pairs of a head and a block of
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+ALWAYS = 3  # blocks that every row keeps: the first, the one before the diagonal, the diagonal
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
 GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
@@ -68,10 +69,11 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
 def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0) -> torch.Tensor:
     """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
 
-    The first and the diagonal block are always kept and count towards τ. `most` limits the kept share of the blocks
-    that a row may see (at least these two). The `last` blocks of queries keep all, whatever `most` says: a question at
-    the end of a prompt is a few queries of a block, and what they alone look for weighs little in its mean. τ = 1
-    keeps every block that the causal mask leaves.
+    The first, the diagonal block and the one before it are always kept and count towards τ: the first token of a block
+    often reads the token just before it, which weighs next to nothing in the mass of a whole row. `most` limits the
+    kept share of the blocks that a row may see (at least these three). The `last` blocks of queries keep all, whatever
+    `most` says: a question at the end of a prompt is a few queries of a block, and what they alone look for weighs
+    little in its mean. τ = 1 keeps every block that the causal mask leaves.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -79,15 +81,16 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0
         return causal_NM.expand_as(share_HNM).clone()
     diagonal_N = torch.arange(columns - rows, columns, device=share_HNM.device)
     ranked_HNM = share_HNM.masked_fill(~causal_NM, -1.0)
-    ranked_HNM[:, torch.arange(rows), diagonal_N] = 3.0
+    ranked_HNM[:, torch.arange(rows), diagonal_N] = 4.0
+    ranked_HNM[:, torch.arange(rows), (diagonal_N - 1).clamp_min(0)] = 3.0
     ranked_HNM[:, :, 0] = 2.0
     order_HNM = ranked_HNM.argsort(dim=-1, descending=True, stable=True)
     ordered_HNM = share_HNM.gather(-1, order_HNM)
     before_HNM = ordered_HNM.cumsum(-1) - ordered_HNM
     enough_HNM = before_HNM < tau * share_HNM.sum(-1, keepdim=True) if tau < 1 else order_HNM >= 0
-    limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(2)[:, None]
+    limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(ALWAYS)[:, None]
     place_M = torch.arange(columns, device=share_HNM.device)
-    kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < 2)
+    kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < ALWAYS)
     kept_HNM[:, max(0, rows - last) :] = True
     return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, kept_HNM) & causal_NM
 
@@ -95,8 +98,8 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0
 def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | None = None, seed: int = 0):
     """Return a control: as many blocks in every row as `kept_HNM`, but others.
 
-    `window`: the first block and the last ones; `random`: the first, the diagonal and others by chance; `oracle`: the
-    first, the diagonal and those of most exact mass (`mass_HNM`).
+    `window`: the first block and the last ones; `random`: others by chance; `oracle`: those of most exact mass
+    (`mass_HNM`). What `choose` always keeps, all of them keep.
     """
     rows, columns = kept_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, kept_HNM.device)
@@ -109,8 +112,9 @@ def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | N
         rank_HNM = mass_HNM.clone()
     rank_HNM.masked_fill_(~causal_NM, -1.0)
     diagonal_N = torch.arange(columns - rows, columns, device=kept_HNM.device)
-    rank_HNM[:, torch.arange(rows), diagonal_N] = 2.0 * columns
-    rank_HNM[:, :, 0] = 3.0 * columns
+    rank_HNM[:, torch.arange(rows), diagonal_N] = 3.0 * columns
+    rank_HNM[:, torch.arange(rows), (diagonal_N - 1).clamp_min(0)] = 2.0 * columns
+    rank_HNM[:, :, 0] = 4.0 * columns
     order_HNM = rank_HNM.argsort(dim=-1, descending=True)
     place_M = torch.arange(columns, device=kept_HNM.device)
     taken_HNM = (place_M < kept_HNM.sum(-1, keepdim=True)).expand_as(kept_HNM)

@@ -8,6 +8,7 @@ Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.re
 import gc
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,23 +213,31 @@ def _quickly(text: str) -> Record | None:
 def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
     """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
     records, damaged = [], {}
-    collecting = gc.isenabled()
-    gc.disable()  # thousands of records are millions of objects, and none of them is garbage: each pass costs more
-    try:
+    with _uncollected():  # thousands of records are millions of objects
         for path in sorted(Path(folder).glob("*--*.json")):
             try:
                 records.append(read(path, look))
             except UserError as error:
                 damaged[path.name.removesuffix(".json")] = str(error)
+    return records, damaged
+
+
+@contextmanager
+def _uncollected():
+    """Collect no garbage meanwhile: where many objects are made and none of them is garbage, each pass costs more."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return records, damaged
 
 
 def glue(record: Record) -> None:
     """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
-    import scrapbook
+    with _uncollected():  # what it imports builds a grammar: seconds, beside the objects of a loaded model
+        import scrapbook
 
     scrapbook.glue(SCRAP, to_json(record), encoder="json")
 

@@ -70,11 +70,20 @@ def test_scores_are_the_causal_softmax_of_anti_diagonal_means(monkeypatch):
 def test_the_fewest_blocks_that_reach_tau_are_kept():
     share = torch.tensor([[[0.1, 0.05, 0.5, 0.05, 0.3]]])
     kept = [blocks.choose(share, tau)[0, 0].tolist() for tau in (0.3, 0.5, 0.91, 1.0)]
-    assert kept[0] == [True, False, False, False, True]
-    assert kept[1] == [True, False, True, False, True]
+    assert kept[0] == [True, False, False, True, True]
+    assert kept[1] == [True, False, True, True, True]
     assert sum(kept[2]) == 4 and all(kept[3])
-    assert blocks.choose(share, 1.0, 0.4)[0, 0].tolist() == [True, False, False, False, True]
-    assert blocks.choose(share, 1.0, 0.6)[0, 0].tolist() == [True, False, True, False, True]
+    assert blocks.choose(share, 1.0, 0.4)[0, 0].tolist() == [True, False, False, True, True]
+    assert blocks.choose(share, 1.0, 0.8)[0, 0].tolist() == [True, False, True, True, True]
+
+
+def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
+    share = torch.zeros(1, 9, 9)
+    share[:, :, 0] = 1.0
+    kept = blocks.choose(share, 0.5)
+    for found in (kept, *(blocks.same_budget(kept, name, share, 1) for name in blocks.PATTERNS[1:])):
+        assert found[0].diagonal(-1).all() and found[0].diagonal().all() and found[0, :, 0].all()
+        assert int(found.sum()) == 1 + 2 + 7 * blocks.ALWAYS
 
 
 def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
@@ -82,7 +91,7 @@ def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
     share[:, :, 0] = 1.0
     kept = blocks.choose(share, 0.5, 0.3, last=2)
     causal = blocks.causal_blocks(6, 8)
-    assert torch.equal(kept[0, 4:], causal[4:]) and (kept[0, :4].sum(-1) < causal[:4].sum(-1)).all()
+    assert torch.equal(kept[0, 4:], causal[4:]) and (kept[0, 1:4].sum(-1) < causal[1:4].sum(-1)).all()
     assert torch.equal(blocks.choose(share, 0.5, 0.3, last=9)[0], causal)
 
 

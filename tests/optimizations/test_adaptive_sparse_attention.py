@@ -126,7 +126,7 @@ def test_patterns_of_equal_budget(tiny, prompts):
     model, counts, answers = tiny("qwen3-4b-instruct-2507"), [], []
     for pattern in sparse.KNOBS["pattern"]["choices"]:
         other = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
-        answers.append(other(input_ids=prompts["input_ids"]).logits)
+        answers.append(other(input_ids=prompts["input_ids"].repeat(1, 2)).logits)  # twelve blocks to choose from
         counts.append(sparse.sparsities(other)[0].kept)
     assert len(set(counts)) == 1
     assert all(not torch.equal(answers[0], other) for other in answers[1:])
