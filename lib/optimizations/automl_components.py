@@ -15,6 +15,7 @@ import math
 import pkgutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,7 @@ from lib.models.stack import Step
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
+PROPOSALS = 8  # looked at before something is judged a second time
 STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
 
 
@@ -174,15 +176,29 @@ def run(
     ]
     most = trials if stop_after is None else min(trials, stop_after)
     while (number := len(study.trials)) < most:
-        params = begin[number] if number < len(begin) else study.propose(every, lambda n: _sampler(seed, n))
+        params = begin[number] if number < len(begin) else _proposal(study, every, parts, seed)
         found = bench.judge(stack_of(params, parts))
         facts = asdict(found) | {"stack": [step.model_dump() for step in found.stack]}
         study.add(params, every, found.point, {"outcome": json.dumps(facts)})
     return outcomes(study)[:trials]
 
 
-def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed * 1_000_003 + number, multivariate=True, n_startup_trials=STARTUP)
+def _proposal(study: Study, every: Mapping[str, BaseDistribution], parts: Sequence[Component], seed: int) -> dict:
+    """Return a configuration whose stack has not been judged yet, if a few proposals hold one.
+
+    Many configurations are one stack: the knobs of what is switched off change nothing.
+    """
+    judged = [one.stack for one in outcomes(study)]
+    for attempt in range(PROPOSALS):
+        params = study.propose(every, partial(_sampler, seed, attempt))
+        if stack_of(params, parts) not in judged:
+            break
+    return params
+
+
+def _sampler(seed: int, attempt: int, number: int) -> optuna.samplers.BaseSampler:
+    draw = (seed * 1_000_003 + attempt * 7919 + number) % 2**32
+    return optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=STARTUP)
 
 
 def outcomes(study: Study) -> list[Outcome]:
@@ -320,17 +336,25 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
 def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
     """Return the best utility over the optimum after each of `evaluations` that Optuna makes on a judged grid [L, L].
 
-    It begins in the middle, then with one at random; what it asks twice counts twice.
+    It begins in the middle, then with one at random, and passes over what it asked before, as the search does.
     """
     study = optuna.create_study(direction="maximize")
     middle = utilities.shape[0] // 2
     study.enqueue_trial({"one": middle, "other": middle})
+    limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
     found: list[float] = []
+    asked: set[tuple[int, int]] = set()
     for number in range(evaluations):
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 1009 + number, multivariate=True, n_startup_trials=2)
-        limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
-        trial = study.ask(limits)
-        found.append(float(utilities[trial.params["one"], trial.params["other"]]))
+        for attempt in range(PROPOSALS):
+            draw = seed * 1009 + number + 7919 * attempt
+            study.sampler = optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=2)
+            trial = study.ask(limits)
+            cell = trial.params["one"], trial.params["other"]
+            if cell not in asked or attempt == PROPOSALS - 1:
+                break
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        asked.add(cell)
+        found.append(float(utilities[cell]))
         study.tell(trial, found[-1])
     return (np.maximum.accumulate(found) / utilities.max()).tolist()
 
