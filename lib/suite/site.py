@@ -15,7 +15,7 @@ from lib.suite.outputs import Folder
 
 log = logging.getLogger(__name__)
 REPORT = plan.ROOT / "lib" / "report"
-KINDS = ("comprehensive", "enhanced", "coverage", "all", "complete")
+KINDS = ("complete", "comprehensive", "enhanced", "coverage", "all")  # the first leaves the files of the others too
 
 
 def finish(folder: Folder, kind: str | None) -> list[str]:
@@ -72,7 +72,8 @@ def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], No
         return None
     try:
         make(folder, what)
-        write_atomically(stamp, json.dumps(mark) + "\n")
+        for one in KINDS if what == "complete" else (what,):
+            write_atomically(stamp.with_name(f"{one}.json"), json.dumps(mark) + "\n")
     except OSError:
         raise  # a full disk ends the build
     except UserError as error:

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from lib.report import archive, impact, record, results, schema, suites
+from lib.suite import site
+from lib.suite.outputs import Folder
 from tests.report import samples
 
 EIGHT = {
@@ -43,6 +45,17 @@ def test_the_complete_suite_leaves_the_eight_files(written):
         "comprehensive_optimization_benchmark_report_files",
         "enhanced_optimization_impact_benchmark_report_files",
     }
+
+
+def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
+    samples.good(tmp_path, FEW)
+    folder = Folder(tmp_path)
+    assert site.finish(folder, "complete") == []
+    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()}
+    assert set(first) >= {*EIGHT, "index.html", "report.zip"}
+    for kind in ("complete", "enhanced", None):
+        assert site.finish(folder, kind) == []
+        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == first
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
