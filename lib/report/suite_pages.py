@@ -40,13 +40,14 @@ def comprehensive(found: Results, folder: str) -> tuple[str, Pictures]:
         parts += ["## Speed", _picture(f"Prefill rate of {len(frame)} runs with intervals: {said}.", folder, "prefill")]
     points = tables.speed_and_quality(found.measured)
     if len(points):
+        shown, more = tables.few(points, "label")
         drawn = multiples.trade_offs(
-            points, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)",
+            shown, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)",
             margin=(-100 * METRICS["f1_macro"].margin, 100 * METRICS["f1_macro"].margin),
         )  # fmt: skip
         pictures["quality_against_speed.png"] = figures.png(drawn)
         said = ", ".join(f"{count} {words(word)}" for word, count in points["verdict"].value_counts().items())
-        alt = f"Change of F1 against the gain of prefill, {len(points)} runs; F1: {said}."
+        alt = f"Change of F1 against the gain of prefill, {len(points)} runs; F1: {said}.{more}"
         parts += ["## Quality against speed", _picture(alt, folder, "quality_against_speed")]
     parts += ["## In words", _sentences(found.records), "## By optimization", _aggregate(found), *_failures(found)]
     parts += ["## Again", "```sh\npython build.py comprehensive\n```", _machine_readable("comprehensive")]
@@ -65,14 +66,16 @@ def enhanced(found: Results, folder: str) -> tuple[str, Pictures]:
     for name in dict.fromkeys(curve["optimization"] for curve in curves):
         members = [curve for curve in curves if curve["optimization"] == name]
         first = members[0]
-        drawn = _drawn(members)
+        drawn, more = tables.few(_drawn(members), "model")
         parts += [f"## {title(name)}", f"{first['provenance'].capitalize()}: {first['source']}."]
         if len(drawn):
             figure = multiples.panels(drawn, x_label=first["x"], y_label=first["y"], log_y=_wide(drawn["value"]))
             pictures[f"{name}.png"] = figures.png(figure)
             arms = ", ".join(dict.fromkeys(drawn["arm"]))
             ends = f"strengths {digits(drawn['strength'].min())} to {digits(drawn['strength'].max())}"
-            alt = f"{title(name)}: {first['y']} over {first['x']} for {len(members)} models, {ends}; lines: {arms}."
+            alt = (
+                f"{title(name)}: {first['y']} over {first['x']} for {len(members)} models, {ends}; lines: {arms}.{more}"
+            )
             parts.append(_picture(alt, folder, name))
         parts.append(_points(members))
     if short:

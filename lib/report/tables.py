@@ -29,6 +29,7 @@ OWN = tuple(name for name in TIDY if name not in ("label", "low", "high", "gain"
 RUN = ("optimization", "model", "scale", "effort")
 MOST_LINES = 400  # that `show` displays; a page with thousands of them opens slowly and is not read
 MOST_POINTS = 60  # that a figure with a line for each can hold
+MOST_PANELS = 12  # of a figure with a panel for each model
 
 
 def _of(source: Source) -> list[Measurement]:
@@ -147,6 +148,14 @@ def extremes(frame: pd.DataFrame, column: str = "gain", most: int = MOST_POINTS)
     ranked = frame[column].sort_values(kind="stable").index
     half = most // 2
     return frame if len(frame) <= most else frame.loc[frame.index.isin([*ranked[:half], *ranked[-half:]])]
+
+
+def few(frame: pd.DataFrame, column: str, most: int = MOST_PANELS) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the first `most` names in a column, and a sentence that says so where there are more."""
+    names = list(dict.fromkeys(frame[column]))
+    if len(names) <= most:
+        return frame, ""
+    return frame[frame[column].isin(names[:most])], f" Drawn are the first {most} of {len(names)}."
 
 
 def controls(found: Iterable[Control], metric: str) -> pd.DataFrame:

@@ -166,3 +166,10 @@ def test_rows_keep_the_reason_of_what_is_missing():
     found = rows.rows(samples.measurements())[-1]
     assert found["optimized"] == "–"
     assert found["reason"] == "the peak of this machine was not measured"
+
+
+def test_a_figure_of_many_models_draws_the_first_and_says_so():
+    frame = pd.DataFrame({"model": [f"m{n:02}" for n in range(40) for _ in range(2)], "value": 1.0})
+    shown, said = tables.few(frame, "model")
+    assert shown["model"].nunique() == tables.MOST_PANELS and "12 of 40" in said
+    assert tables.few(frame[:8], "model")[1] == "" and len(tables.few(frame[:8], "model")[0]) == 8
