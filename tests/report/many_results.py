@@ -107,17 +107,17 @@ def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
     from lib.suite.sampling import Tree
 
     began, before = time.monotonic(), processor()
-    process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings()
-    )
-    tree, peak = Tree(process.pid), 0
-    while process.poll() is None:
-        peak = max(peak, resident([tree.root, *tree._descendants()]))
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            continue
-    said = process.stdout.read()
+    with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads would hold up a command that says much
+        process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, env=surroundings())
+        tree, peak = Tree(process.pid), 0
+        while process.poll() is None:
+            peak = max(peak, resident([tree.root, *tree._descendants()]))
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        out.seek(0)
+        said = out.read()
     failed = process.returncode not in (0, 1) or "Traceback" in said
     return time.monotonic() - began, processor() - before, peak, said if failed else ""
 
