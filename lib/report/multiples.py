@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from lib.report.figures import INK, _axes, _lines, _look, _style, _whiskers
 
+MOST_LOOKS = 24  # colours and markers that a legend can tell apart
+
 
 def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = False) -> Figure:
     """Return small multiples of `impact`: a panel per model with the same axes, one legend, no more than two abreast.
@@ -39,12 +41,16 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
 
 
 def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple[float, float] | None = None) -> Figure:
-    """Return quality against speed, a panel per model (column `label`), a colour and marker per `arm`.
+    """Return quality against speed, a panel per model (column `label`), a colour and marker per `arm`; where there are
+    more than MOST_LOOKS arms, no legend could tell them apart, and all look alike.
 
     `frame` is what `tables.speed_and_quality` returns; the baseline is at (1, 0), and `margin` the band of y that still
     counts as maintained.
     """
     models, arms = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["arm"]))
+    if len(arms) > MOST_LOOKS:
+        arms = ["every optimization"]
+        frame = frame.assign(arm=arms[0])
     columns = min(len(models), 2)
     lines = -(-len(models) // columns)
     with _style():
