@@ -11,12 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from lib.measure.measurement import Measurement
-from lib.report import record
-from lib.report.quantities import interval, times
+from lib.report import headlines, record
+from lib.report.quantities import DASH
 from lib.report.record import Record
-from lib.report.rows import DASH
-from lib.report.verdict import gain, judged_by
-from lib.report.wording import label, signed, title
+from lib.report.wording import label, title
 
 QUALITY, SPEED = "proxy", "slice"
 COLUMNS = ("optimization", "model")
@@ -50,7 +48,7 @@ def table(
         scored, timed = _first(answers, quality), _first(times_of, speed)
         if scored is None or timed is None:
             continue
-        line = [title(optimization), model, _quality(scored), _speed(timed), _speed(_first(times_of, deep))]
+        line = [title(optimization), model, *map(_told, (scored, timed, _first(times_of, deep)))]
         lines.append(dict(zip((*COLUMNS, *heads), line)))
     return pd.DataFrame(lines, columns=[*COLUMNS, *heads])
 
@@ -60,20 +58,9 @@ def _first(found: Record | None, metric: str) -> Measurement | None:
     return next(known, None)
 
 
-def _quality(found: Measurement) -> str:
-    if found.baseline is None or found.optimized is None:
-        return f"{signed(found.verdict)}, {found.provenance}"
-    share = found.unit == "share"
-    change = 100 * ((found.optimized - found.baseline) if share else found.optimized / found.baseline - 1)
-    parts = [f"{change:+.1f} {'points' if share else '%'}", judged_by(found)[0], signed(found.verdict)]
-    return ", ".join(part for part in [*parts, found.provenance] if part)
-
-
-def _speed(found: Measurement | None) -> str:
+def _told(found: Measurement | None) -> str:
+    """Return value, interval or bound, verdict and label of a number, as everywhere else."""
     if found is None:
         return DASH
-    value, low, high = gain(found)
-    if value is None:
-        return DASH
-    ends = f" ({interval(low, high)})" if low and high else ""
-    return f"{times(value)}{ends}, {signed(found.verdict)}, {found.provenance}"
+    one = headlines.shown(found)
+    return f"{one.text}, {one.verdict}, {one.provenance}"
