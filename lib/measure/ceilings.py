@@ -24,6 +24,7 @@ COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 # Below this share of the bound the arithmetic is not what takes the time.
 DISPATCH_SHARE = 0.2
 CLOSE = 0.1
+_DISTURBED: dict[str, dict] = {}  # what this process measured while the machine was disturbed
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     cache.
 
     The cache is WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. What was measured on a disturbed
-    machine is returned but not kept.
+    machine serves this process, so that all its bounds are of one kind, and is not kept beyond it.
     """
     name = str(dtype).removeprefix("torch.")
-    key = f"{platform.node()} {device} {name} {torch.get_num_threads()} threads {len(disturbance.cores())} cores"
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {len(disturbance.cores())} cores"
     path = cache_folder() / "ceilings.json"
-    known = _read(path)
+    known = _read(path) | _DISTURBED
     if key in known and not fresh:
         return Ceilings(**known[key])
     disturbed = disturbance.watch()
@@ -76,6 +78,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     )
     if disturbed() is None:
         _write(path, _read(path) | {key: asdict(found)})
+    else:
+        _DISTURBED[key] = asdict(found)
     return found
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from lib.measure.workloads import Workload
 from lib.models.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
+from lib.models.sparse import is_dense
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def zero_share(model: nn.Module) -> float:
     zeros = total = 0
     for block in anatomy(model).blocks:
         for parameter in block.module.parameters():
-            if parameter.dim() > 1 and parameter.layout == torch.strided:
+            if parameter.dim() > 1 and is_dense(parameter):
                 total += parameter.numel()
                 zeros += parameter.numel() - int(parameter.count_nonzero())
     return zeros / total if total else 0.0
@@ -144,14 +145,14 @@ class _Size:
 
 
 def _stored_elements(tensor: torch.Tensor) -> int:
-    if tensor.layout == torch.strided:
+    if is_dense(tensor):
         return tensor.numel()
     return (tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()).numel()
 
 
 def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
     """Elements a product has to use, and bytes it has to read; with `skip_zeros` those of a perfect sparse kernel."""
-    if tensor.layout != torch.strided:
+    if not is_dense(tensor):
         return _stored_elements(tensor), tensor_bytes(tensor)
     if skip_zeros:
         used = int(tensor.count_nonzero())

@@ -100,10 +100,14 @@ def _gpu() -> dict[str, object]:
     import pynvml
     import torch
 
+    try:
+        power = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
+    except pynvml.NVMLError:
+        power = None
     return {
         "gpu": torch.cuda.get_device_name(),
         "gpu_memory_bytes": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         "gpu_driver": pynvml.nvmlSystemGetDriverVersion(),
         "cuda": torch.version.cuda,
-        "gpu_power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+        "gpu_power_limit_watts": power,
     }

@@ -2,11 +2,12 @@
 workload. Knows how to start such a process and what to make of its answer; `lib.measure.child` is what runs in it.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a child found. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
+    """What was found. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
 
     `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
     for a small model most of the rest. Times are of one fresh process: seconds to load, milliseconds of the first and
@@ -57,6 +58,7 @@ class Peak:
     first_call_ms: float | None
     second_call_ms: float | None
     reason: str | None = None
+    child: bool = True  # read in a process of its own
 
     @property
     def above_start_bytes(self) -> int | None:
@@ -74,12 +76,35 @@ def peaks(*arms: Arm) -> list[Peak]:
     """
     together = hasattr(os, "fork") and not any(arm.device.startswith("cuda") for arm in arms)
     groups = [arms] if together else [[arm] for arm in arms]
+    if not together and (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process's allocator keeps for itself, a child could not have
     return [found for group in groups for found in _run(group)]
 
 
 def peak(arm: Arm) -> Peak:
     """Run one arm in a fresh child process and return what it found; see `peaks`."""
     return peaks(arm)[0]
+
+
+def allocated(arm: Callable[[], object], model: object, reason: str) -> Peak:
+    """Return the peak of the CUDA allocator while `arm` runs `model` in this process, less what is held beside it.
+
+    For a model of which no second copy has room (`reason`): the allocator counts tensors, so what else it holds can be
+    taken off exactly. How long loading and a first call take is not known then.
+    """
+    import torch
+
+    from lib.measure import cost  # which needs torch
+
+    gc.collect()
+    own = cost.weights_bytes(model)
+    torch.cuda.synchronize()
+    beside = torch.cuda.memory_allocated() - own
+    torch.cuda.reset_peak_memory_stats()
+    arm()
+    torch.cuda.synchronize()
+    scope = "peak of the CUDA allocator in the notebook's process, less what it held beside this arm"
+    return Peak(0, own, torch.cuda.max_memory_allocated() - beside, scope, None, None, None, reason, child=False)
 
 
 def _run(arms: Sequence[Arm]) -> list[Peak]:
@@ -116,7 +141,7 @@ def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") ->
     """
     reason = baseline.reason or optimized.reason
     fixed = f", {optimized.before_load_bytes / 2**20:.0f} MiB of it before load" if optimized.before_load_bytes else ""
-    source = f"one fresh child process per arm, {optimized.scope}"
+    source = f"one fresh child process per arm, {optimized.scope}" if optimized.child else optimized.scope
     names = {
         "peak_memory_above_start_bytes": ("above_start_bytes", workload),
         "peak_memory_after_load_bytes": ("after_load_bytes", "load"),

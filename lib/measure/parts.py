@@ -21,6 +21,7 @@ TOKENS = (1, 16, 256)
 SECONDS = 0.005  # of one arm's turn in a block, at least
 ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from processor time
 ENERGY_BLOCKS = 6
+METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (60, 90)  # where a counter makes a point take half a minute
 
 
 @dataclass
@@ -84,6 +85,15 @@ def compare(dense: Dense, module: nn.Module, dtype: torch.dtype, blocks: int, **
         ceilings.explain(timed, costs, seconds, peaks, working_set_bytes=sizes[1], **hints),
         measurement.counted("weights_bytes", "feed-forward part", *sizes, "parameters and buffers as stored"),
     ]
+
+
+def metered(tokens: int, strength: float, effort: str, device: str) -> bool:
+    """Return whether energy is measured at a point of a sweep: at each where it is estimated; with a counter, whose
+    windows last seconds, for METERED_TOKENS tokens only, and at effort quick at the strengths METERED_QUICKLY only.
+    """
+    if energy.counter(device).window_seconds < 1:
+        return True
+    return tokens == METERED_TOKENS and (effort != "quick" or strength in METERED_QUICKLY)
 
 
 def joules(dense: Dense, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:

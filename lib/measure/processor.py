@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lib.measure import disturbance
@@ -94,5 +95,6 @@ class _GpuSampler:
     def _sample(self, handle) -> None:
         import pynvml
 
-        while not self.closing.wait(0.05):
-            self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        with suppress(pynvml.NVMLError):  # a card that does not tell leaves `mean` None
+            while not self.closing.wait(0.05):
+                self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)

@@ -14,11 +14,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure import ceilings, cost, reading, statistics, timing, workloads
+from lib.measure import ceilings, cost, reading, speed, statistics, timing, workloads
+from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
-from lib.models import absorbed, loading, offloaded, streamed
+from lib.models import absorbed, heads, loading, offloaded, streamed
+from lib.models.anatomy import anatomy
 
 BLOCKS = 6
 
@@ -92,6 +94,21 @@ def equality(
         same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
         found[name] = {"difference": float((got - expected).abs().max() / expected.std()), "same_top": float(same)}
     return found
+
+
+def against_absorbed(
+    baseline: nn.Module, optimized: nn.Module, prompt_BT: torch.Tensor, effort: Effort, **options: object
+) -> list[Measurement]:
+    """Return decoding of `optimized` against the baseline decoded absorbed, which is exact and asks no choice of
+    anybody; empty where the model has nothing to absorb. `options` go to `speed.compare`.
+
+    What decodes latent attention absorbed on its way to something else (pages of a cache) gains by that alone.
+    """
+    if all(block.attention.kind != "latent" for block in anatomy(baseline).blocks):
+        return []
+    fair = absorbed.absorb(heads.sharing(baseline))
+    given = {"names": ("decode",), "baseline_costs": {"absorbed": True}, "with_energy": False}
+    return speed.compare(fair, optimized, prompt_BT, effort, **given, **options).measurements
 
 
 def trade(
@@ -174,9 +191,9 @@ def against_accelerate(
 
     `kind`: "disk" or "processor". Offloading to the disk takes another copy of the weights there for as long.
     """
-    model = loading.load_folder(folder, dtype=dtype)
+    model, device = loading.load_folder(folder, dtype=dtype), work.conditions["device"]
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
-        model = offloaded.disk(model, place) if kind == "disk" else offloaded.processor(model)
+        model = offloaded.disk(model, place, device) if kind == "disk" else offloaded.processor(model, device)
         other = workloads.decode(model, prompt, work.new_tokens)
-        pairs = timing.paired(other, work, blocks=blocks, warmup=1)
-    return pairs, torch.equal(other.output_BN, work.output_BN)
+        pairs = timing.paired(other, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
+    return pairs, torch.equal(other.output_BN.cpu(), work.output_BN.cpu())

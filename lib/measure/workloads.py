@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ class Workload:
     """A timed piece of work. `tokens` is what one call processes (prefill) or produces (decode, generate), all
     sequences together.
 
-    `output_BN` holds the token ids of the last call, `step_seconds` the time of every decoded step where the device is
-    a processor (elsewhere a step is not over when its call returns). `conditions` is what both arms must share.
+    `output_BN` holds the token ids of the last call, `step_seconds` the time of every decoded step (on CUDA between
+    events in the device's stream). `conditions` is what both arms must share.
     """
 
     name: str
@@ -164,15 +165,31 @@ def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Ten
 @torch.inference_mode()
 def _steps(model: nn.Module, token_B1: torch.Tensor, cache: object, steps: int, work: Workload) -> torch.Tensor:
     """Decode `steps` tokens greedily after `token_B1`; return them [B, steps]."""
-    produced, on_processor = [], token_B1.device.type == "cpu"
+    produced, marks = [], [_mark(token_B1)]
     for _ in range(steps):
-        start = time.perf_counter()
         output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token_B1, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
         produced.append(token_B1)
-        if on_processor:
-            work.step_seconds.append(time.perf_counter() - start)
+        marks.append(_mark(token_B1))
+    work.step_seconds += _between(marks)
     return torch.cat(produced, dim=1) if produced else token_B1[:, :0]
+
+
+def _mark(tensor: torch.Tensor) -> float | torch.cuda.Event:
+    """Return this moment: the clock's on a processor, an event in the device's stream on CUDA, which delays nothing."""
+    if not tensor.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(marks: list) -> list[float]:
+    """Return the seconds between neighbouring marks."""
+    if isinstance(marks[0], float):
+        return [later - earlier for earlier, later in pairwise(marks)]
+    marks[-1].synchronize()
+    return [earlier.elapsed_time(later) / 1000 for earlier, later in pairwise(marks)]
 
 
 def _device(model: nn.Module) -> torch.device:

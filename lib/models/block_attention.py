@@ -14,6 +14,9 @@ Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last
 head sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -21,6 +24,8 @@ ALWAYS = 3  # blocks that every row keeps: the first, the one before the diagona
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
 GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
+KERNEL_BLOCK = 128  # FlexAttention's kernels work on blocks of this size, or on smaller powers of two
+RECOMPILATIONS = 64  # a sweep over lengths and heads asks for more kernels than the eight that torch allows
 
 
 def blocks_of(tokens: int, block: int) -> int:
@@ -127,8 +132,9 @@ def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) 
     Pairs of a head and a block of queries with equally many kept blocks are computed together: their keys and values
     are copied side by side, the diagonal block last, so that the end of one mask serves them all.
     """
-    if query_HTD.device.type == "cuda":
+    if query_HTD.is_cuda and flexible(block):
         return attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling, block)
+    device = query_HTD.device
     tokens, value_width = query_HTD.shape[1], value_GKV.shape[2]
     query_HTD, key_GKD, value_GKV = _equal_widths(*(whole(x, block) for x in (query_HTD, key_GKD, value_GKV)))
     heads, padded, width = query_HTD.shape
@@ -137,10 +143,10 @@ def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) 
     query_PBD = query_HTD.reshape(-1, block, width)
     key_XF, value_XF = key_GKD.reshape(-1, block * width), value_GKV.reshape(-1, block * width)
     kept_PM = kept_HNM.flatten(0, 1)
-    first_P = (torch.arange(heads) // (heads // groups) * columns).repeat_interleave(padded // block)
+    first_P = (torch.arange(heads, device=device) // (heads // groups) * columns).repeat_interleave(padded // block)
     count_P = kept_PM.sum(1)
-    mask_BX = torch.ones(block, columns * block, dtype=torch.bool)
-    mask_BX[:, -block:] = torch.ones(block, block, dtype=torch.bool).tril()
+    mask_BX = torch.ones(block, columns * block, dtype=torch.bool, device=device)
+    mask_BX[:, -block:] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
     out_PBD = torch.empty_like(query_PBD)
     for count in count_P.unique().tolist():
         for pair_C in (count_P == count).nonzero()[:, 0].split(max(1, GATHERED_ELEMENTS // (count * block * width))):
@@ -162,27 +168,59 @@ def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
 
 
+def flexible(block: int) -> bool:
+    """Return whether FlexAttention's kernels can work on blocks of this size."""
+    return block % KERNEL_BLOCK == 0 or (block >= 16 and block & (block - 1) == 0)
+
+
 def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
-    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain and slow elsewhere."""
+    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain and slow elsewhere.
+
+    The diagonal blocks are masked, the others are read whole.
+    """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tokens = query_HTD.shape[1]
     query, key, value = (whole(x, block)[None] for x in (query_HTD, key_GKD, value_GKV))
     offset = key.shape[2] - query.shape[2]
-    count_HN = kept_HNM.sum(-1).int()
-    # Kept blocks first, ascending: the kernel reads only the first `count` of them.
-    index_HNM = kept_HNM.int().argsort(dim=-1, descending=True, stable=True).int()
+    rows, columns = kept_HNM.shape[1:]
+    diagonal_NM = torch.eye(columns, dtype=torch.bool, device=query.device)[columns - rows :]
+    listed = [*_listed(kept_HNM & diagonal_NM), *_listed(kept_HNM & ~diagonal_NM)]
+
+    def causal(b, h, q, k):
+        return q + offset >= k
+
+    def causal_and_kept(b, h, q, k):
+        return (q + offset >= k) & kept_HNM[h, q // block, k // block]
+
+    compiled = query.is_cuda  # whose kernels read the listed blocks alone; uncompiled, the mask has to say all
     mask = BlockMask.from_kv_blocks(
-        count_HN[None],
-        index_HNM[None],
+        *listed,
         BLOCK_SIZE=block,
-        mask_mod=lambda b, h, q, k: (q + offset >= k) & kept_HNM[h, q // block, k // block],
+        mask_mod=causal if compiled else causal_and_kept,
         seq_lengths=(query.shape[2], key.shape[2]),
     )
-    run = torch.compile(flex_attention) if query.device.type == "cuda" else flex_attention
-    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])[
-        0, :, :tokens
-    ]
+    options = {"BLOCK_M": block, "BLOCK_N": block} if block < KERNEL_BLOCK else None
+    run = _compiled() if compiled else flex_attention
+    grouped = key.shape[1] != query.shape[1]
+    found = run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
+    return found[0, :, :tokens]
+
+
+def _listed(kept_HNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many blocks each row keeps [1, H, N], and their indices, ascending, before those of the others."""
+    order_HNM = kept_HNM.int().argsort(dim=-1, descending=True, stable=True)
+    return kept_HNM.sum(-1).int()[None], order_HNM.int()[None]
+
+
+@functools.cache
+def _compiled() -> Callable:
+    """Return FlexAttention compiled; once per process, so that calls of one shape share a kernel."""
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    return torch.compile(flex_attention)
 
 
 def exact_mass(query_HTD, key_GKD, scaling: float, block: int, rows: torch.Tensor | None = None) -> torch.Tensor:

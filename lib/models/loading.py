@@ -9,6 +9,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from lib.models.tasknames import check_tasks
 transformers_logging.disable_progress_bar()
 
 ALIGNMENT = 64  # bytes; what torch gives a fresh tensor on a processor
+HASHED_BYTES = 2**26  # at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -235,7 +237,7 @@ def _aligned(model: nn.Module) -> nn.Module:
     arm in memory.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.data_ptr() % ALIGNMENT:
+        if tensor.device.type == "cpu" and sparse.is_dense(tensor) and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
     return model
 
@@ -272,9 +274,19 @@ def _place(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor,
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
+    """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer.
+
+    Pieces of at most HASHED_BYTES are hashed side by side, wherever they lie; the hash is of theirs, in order.
+    """
+
+    def digest(piece: torch.Tensor) -> bytes:
+        return hashlib.sha256(piece.cpu().numpy()).digest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, tensor in sorted(model.state_dict().items()):
+            whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            pieces = tensor.detach().contiguous().flatten().view(torch.uint8).split(HASHED_BYTES)
+            for found in pool.map(digest, pieces):
+                whole.update(found)
+    return whole.hexdigest()

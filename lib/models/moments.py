@@ -16,6 +16,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.anatomy import FeedForward, anatomy
+from lib.models.sparse import is_dense
 
 PARTS = ("attention", "feed_forward", "experts")
 
@@ -75,7 +76,7 @@ def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Modu
         owner = part.experts.module
         for attribute in ("gate_up_proj", "down_proj"):
             weight = getattr(owner, attribute, None)
-            if weight is not None and weight.layout == torch.strided and weight.is_floating_point():
+            if weight is not None and is_dense(weight) and weight.is_floating_point():
                 found.append(Matrix(f"{names[owner]}.{attribute}", block, "experts", owner, attribute))
     return found
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from lib.models.moments import matrices
 
+LEAST_ROWS = 17  # tokens of a product of integers on CUDA
+
 
 class Int8Linear(nn.Module):
     """A linear layer with `weight` int8 [O, I] and `scale` [O]."""
@@ -64,7 +66,9 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def product(weight_OI: torch.Tensor, scale_O: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     """Return x·Wᵀ [T, O] in the dtype of x: integers multiplied, sums in int32."""
     values_TI, scale_T = quantize(x_TI)
-    return (torch._int_mm(values_TI, weight_OI.T).float() * scale_T[:, None] * scale_O).to(x_TI.dtype)
+    missing = max(0, LEAST_ROWS - len(values_TI)) if values_TI.is_cuda else 0
+    sums_TO = torch._int_mm(nn.functional.pad(values_TI, (0, 0, 0, missing)), weight_OI.T)[: len(x_TI)]
+    return (sums_TO.float() * scale_T[:, None] * scale_O).to(x_TI.dtype)
 
 
 def int8(model: nn.Module, part: str = "all") -> nn.Module:

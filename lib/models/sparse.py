@@ -76,6 +76,11 @@ def _bsr(crow: torch.Tensor, columns: torch.Tensor, values_NR: torch.Tensor, sha
     return torch.sparse_bsr_tensor(crow, columns, values_NR.unsqueeze(-1), tuple(shape), check_invariants=False)
 
 
+def is_dense(weight: torch.Tensor) -> bool:
+    """Return whether a weight is a plain tensor: not of a sparse layout, nor of a class that packs it."""
+    return weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
+
+
 def layout_of(weight: torch.Tensor) -> str:
     """Return which of LAYOUTS a stored weight has."""
     names = {torch.sparse_csr: "csr", torch.sparse_bsr: "columns"}
@@ -143,6 +148,15 @@ def _columns_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     return torch.bmm(values_GNR.transpose(1, 2), gathered_GNT).view(weight.shape[0], len(x_TI)).T
 
 
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    """Return a copy in memory of its own, by the packed parts where torch (before 2.13) cannot copy the whole."""
+    if layout_of(weight) != "semi_structured":
+        return weight.clone()
+    names, told = weight.__tensor_flatten__()
+    inner = {name: getattr(weight, name).clone() for name in names}
+    return type(weight).__tensor_unflatten__(inner, told, weight.shape, weight.stride())
+
+
 class _Stored(nn.Module):
     """What both modules share: stored weights reach checkpoints as plain tensors, and copies are copies."""
 
@@ -159,7 +173,7 @@ class _Stored(nn.Module):
         for name in self.stored:
             weight = getattr(self, name)
             if id(weight) not in memo:
-                memo[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                memo[id(weight)] = nn.Parameter(_copied(weight.detach()), requires_grad=False)
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         made.__dict__ = copy.deepcopy({name: v for name, v in self.__dict__.items() if name != "views"}, memo)

@@ -16,7 +16,7 @@ from lib.models.anatomy import anatomy
 from lib.models.factors import FactoredLinear
 from lib.models.gram import linears
 from lib.models.moments import matrices
-from lib.models.sparse import stored
+from lib.models.sparse import is_dense, stored
 
 STATISTICS = "statistics"  # what was observed on calibration text: never a fault of a model, only out of date
 ASPECTS = ("shapes", "weights", "storage", "attention", "cache", "execution")  # what an optimization may touch
@@ -45,7 +45,7 @@ def _whole_channels(model: nn.Module) -> str | None:
 
 def _stacked_experts(model: nn.Module) -> str | None:
     routed = [block.feed_forward.experts for block in anatomy(model).blocks if block.feed_forward.experts]
-    dense = all(stack.layout == torch.strided for experts in routed for stack in (experts.gate_up, experts.down))
+    dense = all(is_dense(stack) for experts in routed for stack in (experts.gate_up, experts.down))
     return None if dense else "its experts are stored sparse"
 
 

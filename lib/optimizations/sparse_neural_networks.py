@@ -24,7 +24,7 @@ from lib.models import anatomy
 from lib.models.distillation import distil
 from lib.models.moments import PARTS, Matrix, Moments, feed_forward_matrices, matrices, moments
 from lib.models.selection import METHODS, PATTERNS, STEP, WITHIN, block_shape, keep, score, sparsegpt
-from lib.models.sparse import compress, store, stored
+from lib.models.sparse import compress, is_dense, store, stored
 
 EXECUTE = ("sparse", "dense")
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
@@ -314,7 +314,7 @@ def _choose(
 
 def stored_shares(model: nn.Module) -> dict[str, float]:
     """Return the share of each sparsely stored matrix that is not stored, by name."""
-    found = ((name, weight) for name, weight in stored(model).items() if weight.layout != torch.strided)
+    found = ((name, weight) for name, weight in stored(model).items() if not is_dense(weight))
     return {name: 1 - weight.values().numel() / weight.numel() for name, weight in found}
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models import blocks, expertcache, factors
+from lib.models import blocks, expertcache, factors, sparse
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
 from lib.models.spectra import Matrix, Spectrum, factorise, random_spectrum, spectrum
@@ -133,9 +133,9 @@ def matrices(model: nn.Module) -> list[Matrix]:
         experts, name = block.feed_forward.experts, experts_name(model, block)
         if experts is None:
             continue
-        if getattr(experts.module, "input_factor", None) is None and experts.gate_up.layout == torch.strided:
+        if getattr(experts.module, "input_factor", None) is None and sparse.is_dense(experts.gate_up):
             found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
-        if getattr(experts.module, "output_factor", None) is None and experts.down.layout == torch.strided:
+        if getattr(experts.module, "output_factor", None) is None and sparse.is_dense(experts.down):
             found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
     return found
 

@@ -1,7 +1,7 @@
-"""Writes the README's table of results between its two markers, from the records of a result folder.
+"""Writes the README's tables of results, each between its two markers, from the records of a result folder.
 
-Run as `python -m lib.report.readme executed/proxy`. No number in the README is typed by hand. Knows nothing of the rest
-of that file.
+Run as `python -m lib.report.readme executed/proxy`. Other scales have markers of their own (`executed/full`: "results
+full"). No number in the README is typed by hand. Knows nothing of the rest of that file.
 """
 
 import argparse
@@ -17,7 +17,13 @@ from lib.report.record import Record, read_folder
 from lib.report.rows import markdown
 from lib.report.wording import signed, title, words
 
-START, END = "<!-- results: start -->", "<!-- results: end -->"
+APART = ("slice", "full")  # scales whose tables have markers of their own
+
+
+def markers(folder: Path) -> tuple[str, str]:
+    """Return what encloses the table of a result folder, which is named after its scale."""
+    scale = f" {folder.name}" if folder.name in APART else ""
+    return f"<!-- results{scale}: start -->", f"<!-- results{scale}: end -->"
 
 
 def table(records: Sequence[Record]) -> str:
@@ -51,11 +57,12 @@ def update(readme: Path, folder: Path) -> bool:
     """
     if not readme.is_file():
         raise UserError(f"{readme.name}: there is no such file")
+    start, end = markers(folder)
     old = readme.read_text(encoding="utf-8")
-    if old.count(START) != 1 or old.count(END) != 1 or old.index(START) > old.index(END):
-        raise UserError(f'{readme.name}: expected one "{START}" and, after it, one "{END}"')
-    before, rest = old.split(START)
-    new = f"{before}{START}\n{table(read_folder(folder)[0])}\n{END}{rest.split(END)[1]}"
+    if old.count(start) != 1 or old.count(end) != 1 or old.index(start) > old.index(end):
+        raise UserError(f'{readme.name}: expected one "{start}" and, after it, one "{end}"')
+    before, rest = old.split(start)
+    new = f"{before}{start}\n{table(read_folder(folder)[0])}\n{end}{rest.split(end)[1]}"
     if new != old:
         write_atomically(readme, new)
     return new != old

@@ -169,3 +169,13 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert ceilings.measure(dtype=torch.bfloat16).dtype == "bfloat16"
     (tmp_path / "ceilings.json").write_text("{half a file")
     assert ceilings.measure().device == "cpu"
+
+
+def test_ceilings_of_a_disturbed_machine_serve_one_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(ceilings, "_DISTURBED", {})
+    monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: "other processes took the cores")
+    first = ceilings.measure()
+    assert ceilings.measure() == first and not (tmp_path / "ceilings.json").exists()

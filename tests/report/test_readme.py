@@ -1,14 +1,18 @@
 """The README's table comes from records, between its markers, and nothing else is touched."""
 
+from pathlib import Path
+
 import pytest
 
 from lib.errors import UserError
 from lib.report import readme, record
 from tests.report import samples
 
+START, END = readme.markers(Path("proxy"))
+
 
 def _readme(path, between: str = "old"):
-    path.write_text(f"# Workbench\n\nBefore.\n\n{readme.START}\n{between}\n{readme.END}\n\nAfter.\n")
+    path.write_text(f"# Workbench\n\nBefore.\n\n{START}\n{between}\n{END}\n\nAfter.\n")
     return path
 
 
@@ -25,6 +29,20 @@ def test_the_table_replaces_only_what_lies_between_the_markers(tmp_path):
     assert not readme.update(page, tmp_path)  # the same records, the same file
 
 
+def test_real_sizes_have_a_table_of_their_own(tmp_path):
+    found = samples.made()
+    record.write(found, tmp_path / "full" / f"{found.stem}.json")
+    page = _readme(tmp_path / "README.md")
+    with pytest.raises(UserError, match="results full: start"):
+        readme.update(page, tmp_path / "full")
+    first, last = readme.markers(tmp_path / "full")
+    page.write_text(f"{page.read_text()}\n{first}\n{last}\n")
+    assert readme.update(page, tmp_path / "full")
+    above, below = page.read_text().split(first)
+    assert "old" in above and "| Structured pruning |" in below
+    assert not readme.update(page, tmp_path / "full")
+
+
 def test_without_records_it_says_so(tmp_path):
     page = _readme(tmp_path / "README.md")
     readme.update(page, tmp_path)
@@ -36,9 +54,7 @@ def test_failed_runs_are_shown(tmp_path):
     assert "| failed |" in readme.table([found])
 
 
-@pytest.mark.parametrize(
-    "text", ["nothing", f"{readme.END} {readme.START}", f"{readme.START} {readme.START} {readme.END}"]
-)
+@pytest.mark.parametrize("text", ["nothing", f"{END} {START}", f"{START} {START} {END}"])
 def test_missing_markers_are_named(text, tmp_path):
     page = tmp_path / "README.md"
     page.write_text(text)

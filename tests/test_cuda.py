@@ -1,0 +1,151 @@
+"""What a GPU adds, each against the processor or a slow reference: run where there is one, left out elsewhere."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from lib.measure import ceilings, energy, footprint, memory, processor, timing, workloads
+from lib.measure.processor import use
+from lib.models import absorbed, loading, placement, streamed
+from lib.models import block_attention as blocks
+from lib.optimizations import adaptive_sparse_attention, sparse_neural_networks, streaming_computation
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CLOSE = {"atol": 1e-4, "rtol": 1e-3}
+PROMPT = torch.randint(8, 96, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Products in float32 proper, so that answers can be compared with the processor's."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_answers_and_hash_are_those_of_the_processor(tiny, name):
+    model = tiny(name)
+    other = copy.deepcopy(model).to("cuda")
+    with torch.inference_mode():
+        torch.testing.assert_close(other(PROMPT.cuda()).logits.cpu(), model(PROMPT).logits, **CLOSE)
+    assert loading.weights_hash(other) == loading.weights_hash(model)
+
+
+def test_a_workload_waits_for_the_device_and_times_its_steps_by_events(tiny, name):
+    model = tiny(name).to("cuda")
+    work = workloads.decode(model, PROMPT, 6)
+    assert work.synchronize is not None
+    pairs = timing.paired(work, workloads.decode(model, PROMPT, 6), blocks=6)
+    assert min(pairs.baseline_seconds) > 0 and work.output_BN.shape == (2, 6)
+    calls = 1 + 6  # a warm-up and the blocks
+    steps = len(work.step_seconds) // calls
+    assert steps in (5, 6) and min(work.step_seconds) > 0
+    assert sum(work.step_seconds[-steps:]) < pairs.baseline_seconds[-1] * 1.5 + 0.01
+
+
+@pytest.mark.parametrize("block", [16, 24, 64, 128])
+@pytest.mark.parametrize("queries", ["all", "the last"])
+def test_flex_attention_equals_a_dense_mask(block, queries):
+    random = torch.Generator().manual_seed(0)
+    tokens, count = 8 * block - 5, 8 * block - 5 if queries == "all" else 3 * block - 5
+    query, key, value = (
+        torch.randn(heads, length, 32, generator=random).cuda()
+        for heads, length in ((4, count), (2, tokens), (2, tokens))
+    )
+    kept = blocks.choose(blocks.scores(query, key, 0.3, block, 8), 0.5)
+    assert kept.sum() < len(kept) * blocks.causal_blocks(*kept.shape[1:]).sum()
+    mask = kept.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :count, :tokens]
+    mask = mask & torch.ones(count, tokens, dtype=torch.bool, device="cuda").tril(tokens - count)
+    logits = query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.3
+    expected = logits.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 0)
+    torch.testing.assert_close(blocks.attend(query, key, value, kept, 0.3, block), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
+    model = tiny(name).to("cuda")
+    prompt = torch.randint(8, 96, (1, 150), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        full = model(prompt).logits
+        other = adaptive_sparse_attention.apply(model, tau=1.0, block_size=16, stride=4)
+        torch.testing.assert_close(other(prompt).logits, full, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("ratio", ["smallest", 0.7])
+def test_streamed_weights_give_the_answers_of_resident_ones(tiny, name, ratio, tmp_path):
+    model = tiny(name).to("cuda")
+    folder = loading.save(model, tmp_path / "checkpoint")
+    size = {"allowance_bytes": streamed.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
+    other = streamed.open_streamed(folder, device="cuda", **size)
+    with torch.inference_mode():
+        for _ in range(3):
+            torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
+    streamed.streamer(other).close()
+    assert loading.weights_hash(streaming_computation.revert(other)) == loading.weights_hash(model)
+
+
+def test_absorbed_attention_gives_the_same_answers(tiny):
+    model = tiny("glm-4.7-flash").to("cuda")
+    other = absorbed.absorb(copy.deepcopy(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "16x1"])
+def test_weights_executed_sparse_equal_masked_ones(tiny, pattern):
+    model = tiny("qwen3-4b-instruct-2507").to("cuda", torch.bfloat16)
+    pruned = sparse_neural_networks.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern)
+    other = sparse_neural_networks.executed(pruned)
+    with torch.inference_mode():
+        expected, got = pruned.model(PROMPT.cuda()).logits.float(), other(PROMPT.cuda()).logits.float()
+    assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_the_allocator_in_this_process_tells_what_a_child_does():
+    name = "qwen3-4b-instruct-2507"
+    loaded = loading.load(name, device="cuda")
+    arm = memory.Arm(load={"name": name}, dtype="bfloat16", device="cuda", new_tokens=4)
+    child = memory.peak(arm)
+    assert child.reason is None and child.scope.endswith("CUDA allocator")
+    weight = sum(one.nbytes for one in loaded.model.parameters())
+    beside = torch.ones(2**24, device="cuda")
+    work = workloads.generate(loaded.model, workloads.random_prompt(loaded.model, 1, arm.prompt_tokens), 4)
+    work()
+    here = memory.allocated(work, loaded.model, "no room")
+    assert here.above_start_bytes >= weight and beside.numel()
+    assert 0.8 < here.above_start_bytes / child.above_start_bytes < 1.25
+
+
+def test_peaks_are_read_in_place_where_another_copy_has_no_room(tiny, monkeypatch):
+    models = [tiny("qwen3-4b-instruct-2507").to("cuda") for _ in range(2)]
+    assert footprint._lack_of_room(*models) is None
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 100)
+    found = {one.metric: one for one in footprint.footprint(*models, "quick")}
+    assert found["peak_memory_bytes"].provenance == "measured" and "CUDA allocator" in found["peak_memory_bytes"].source
+    assert found["checkpoint_bytes"].reason.startswith("no room on the device for another copy")
+
+
+def test_energy_and_utilisation_come_from_the_card(tiny):
+    model = tiny("qwen3-4b-instruct-2507").to("cuda")
+    work = workloads.prefill(model, PROMPT)
+    counter = energy.counter("cuda")
+    assert (counter.kind, counter.provenance) == ("nvml", "measured") and counter.window_seconds >= 2
+    assert processor.nvml_handle() is not None and 0 <= use(work, 0.5).gpu <= 1
+
+
+def test_ceilings_are_those_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    found = ceilings.measure("cuda", torch.bfloat16)
+    assert found.device == "cuda" and found.cache_bytes > 2**20
+    assert found.flops_per_second > 1e12 and found.bytes_per_second > 1e11
+
+
+def test_marks_in_the_stream_are_in_order():
+    tensor = torch.ones(2**20, device="cuda")
+    marks = [workloads._mark(tensor)]
+    for _ in range(3):
+        tensor.mul_(1.0)
+        marks.append(workloads._mark(tensor))
+    assert all(earlier.elapsed_time(later) >= 0 for earlier, later in itertools.pairwise(marks))
