@@ -2,7 +2,7 @@
 effects; `standard` finds a 5 % difference at a paired spread of 3 %; `thorough` is for figures one wants to publish.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.errors import UserError, suggest
 
@@ -37,10 +37,16 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
 }
 
+ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 4, "calibration_sequences": 8}
 
-def read(name: str) -> Effort:
-    """Return the effort called `name`; raises UserError, with the nearest valid name, where there is none."""
+
+def read(name: str, scale: str = "proxy") -> Effort:
+    """Return the effort called `name` at a scale; raises UserError, with the nearest valid name, where there is none.
+
+    On a slice one step of decoding takes as long as many of a stand-in, and weights are random: fewer steps, a shorter
+    prompt and less calibration text tell as much.
+    """
     if name not in EFFORTS:
         valid = ", ".join(EFFORTS)
         raise UserError(f'unknown effort "{name}": expected one of {valid}.{suggest(name, EFFORTS)}')
-    return EFFORTS[name]
+    return replace(EFFORTS[name], **ON_A_SLICE) if scale == "slice" else EFFORTS[name]

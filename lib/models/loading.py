@@ -25,6 +25,7 @@ from lib.models import absent, depth, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
+from lib.models.random_weights import Tiled
 from lib.models.tasknames import check_tasks
 
 transformers_logging.disable_progress_bar()
@@ -147,7 +148,7 @@ def build(
 ) -> nn.Module:
     """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference."""
     configuration = AutoConfig.for_model(architecture, **config)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), Tiled():
         torch.manual_seed(seed)
         model = auto_class(configuration).from_config(configuration, dtype=dtype)
     return _ready(model)
