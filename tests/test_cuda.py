@@ -94,8 +94,8 @@ def test_absorbed_attention_gives_the_same_answers(tiny):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "16x1"])
-def test_weights_executed_sparse_equal_masked_ones(tiny, pattern):
-    model = tiny("qwen3-4b-instruct-2507").to("cuda", torch.bfloat16)
+def test_weights_executed_sparse_equal_masked_ones(pattern):
+    model = loading.load("qwen3-4b-instruct-2507", device="cuda").model
     pruned = sparse_neural_networks.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern)
     other = sparse_neural_networks.executed(pruned)
     with torch.inference_mode():
@@ -115,7 +115,8 @@ def test_the_allocator_in_this_process_tells_what_a_child_does():
     work()
     here = memory.allocated(work, loaded.model, "no room")
     assert here.above_start_bytes >= weight and beside.numel()
-    assert 0.8 < here.above_start_bytes / child.above_start_bytes < 1.25
+    # A child's first product also allocates the workspace of the libraries, which here was there before.
+    assert abs(here.above_start_bytes - child.above_start_bytes) < 2**26
 
 
 def test_peaks_are_read_in_place_where_another_copy_has_no_room(tiny, monkeypatch):
@@ -148,4 +149,5 @@ def test_marks_in_the_stream_are_in_order():
     for _ in range(3):
         tensor.mul_(1.0)
         marks.append(workloads._mark(tensor))
+    torch.cuda.synchronize()
     assert all(earlier.elapsed_time(later) >= 0 for earlier, later in itertools.pairwise(marks))

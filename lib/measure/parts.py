@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure import ceilings, cost, disturbance, energy, measurement, timing
+from lib.measure import ceilings, cost, dimensions, disturbance, energy, measurement, timing
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 
@@ -89,8 +89,11 @@ def compare(dense: Dense, module: nn.Module, dtype: torch.dtype, blocks: int, **
 
 def metered(tokens: int, strength: float, effort: str, device: str) -> bool:
     """Return whether energy is measured at a point of a sweep: at each where it is estimated; with a counter, whose
-    windows last seconds, for METERED_TOKENS tokens only, and at effort quick at the strengths METERED_QUICKLY only.
+    windows last seconds, for METERED_TOKENS tokens only, and at effort quick at the strengths METERED_QUICKLY only;
+    nowhere where efficiency was not asked for.
     """
+    if not dimensions.wanted("efficiency"):
+        return False
     if energy.counter(device).window_seconds < 1:
         return True
     return tokens == METERED_TOKENS and (effort != "quick" or strength in METERED_QUICKLY)

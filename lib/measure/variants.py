@@ -19,7 +19,7 @@ from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
-from lib.models import absorbed, heads, loading, offloaded, streamed
+from lib.models import absorbed, caches, heads, loading, offloaded, streamed
 from lib.models.anatomy import anatomy
 
 BLOCKS = 6
@@ -45,11 +45,9 @@ class Continued:
     def __call__(self) -> None:
         if self._copy is None:
             self.prepare()
-        cache, token_B1, said = self._copy, self.token_B1, []
+        given, token_B1, said = caches.given(self._copy) | {"use_cache": True}, self.token_B1, []
         for _ in range(self.count):
-            token_B1 = (
-                self.model(input_ids=token_B1, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            )
+            token_B1 = self.model(input_ids=token_B1, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
             said.append(token_B1)
         self._copy, self.output_BN = None, torch.cat(said, 1)
 
@@ -67,11 +65,11 @@ def absorbed_against_stock(
     was = absorbed.is_absorbed(model)
     output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
     repeats = -(-context // prompt_1T.shape[1])
-    for layer in output.cache.layers:
+    for layer in caches.of(output).layers:
         layer.keys = layer.keys.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
         layer.values = layer.values.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
     token_B1 = output.logits[:, -1:].argmax(-1)
-    arms = [Continued(model, output.cache, token_B1, steps, path) for path in (absorbed.expand, absorbed.absorb)]
+    arms = [Continued(model, caches.of(output), token_B1, steps, path) for path in (absorbed.expand, absorbed.absorb)]
     try:
         pairs = timing.paired(*arms, blocks=blocks, warmup=1, seed=seed)
     finally:

@@ -14,6 +14,7 @@ import types
 import torch
 from torch import nn
 
+from lib.models import caches
 from lib.models.anatomy import anatomy
 
 
@@ -53,13 +54,13 @@ def _forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
-    cache: object = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stand in for the attention's own forward: hidden [B, T, H] to (output [B, T, H], None)."""
-    new = hidden_states.shape[1]
+    new, cache = hidden_states.shape[1], caches.taken(kwargs)
     if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
-        return type(module).forward(module, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
+        kwargs |= caches.given(cache)
+        return type(module).forward(module, hidden_states, position_embeddings, attention_mask, **kwargs)
     q_nope_BQTN, q_rope_BQTP, c_B1TR, k_rope_B1TP = _projections(module, hidden_states, position_embeddings)
     c_B1SR, k_rope_B1SP = cache.update(c_B1TR, k_rope_B1TP, module.layer_idx)
     heads, nope = q_nope_BQTN.shape[1], module.qk_nope_head_dim

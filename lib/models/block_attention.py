@@ -24,7 +24,8 @@ ALWAYS = 3  # blocks that every row keeps: the first, the one before the diagona
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
 GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
-KERNEL_BLOCK = 128  # FlexAttention's kernels work on blocks of this size, or on smaller powers of two
+KERNEL_BLOCK = 128  # FlexAttention's kernels work on blocks of this size, or on smaller powers of two,
+KERNEL_WIDTH = 16  # and on heads of at least this size
 RECOMPILATIONS = 64  # a sweep over lengths and heads asks for more kernels than the eight that torch allows
 
 
@@ -165,7 +166,13 @@ def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) 
 def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return all three as wide as the widest: the fast kernels know one head size, and zeros change no result."""
     width = max(key.shape[-1], value.shape[-1])
-    return tuple(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    return tuple(wide(x, width) for x in (query, key, value))
+
+
+def wide(tensor_HTD: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the tensor with zeros behind the numbers of each token, so that there are at least `width`."""
+    missing = width - tensor_HTD.shape[-1]
+    return pad(tensor_HTD, (0, missing)) if missing > 0 else tensor_HTD
 
 
 def flexible(block: int) -> bool:
@@ -181,7 +188,7 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     tokens = query_HTD.shape[1]
-    query, key, value = (whole(x, block)[None] for x in (query_HTD, key_GKD, value_GKV))
+    query, key, value = (wide(whole(x, block), KERNEL_WIDTH)[None] for x in (query_HTD, key_GKD, value_GKV))
     offset = key.shape[2] - query.shape[2]
     rows, columns = kept_HNM.shape[1:]
     diagonal_NM = torch.eye(columns, dtype=torch.bool, device=query.device)[columns - rows :]
@@ -204,7 +211,7 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
     run = _compiled() if compiled else flex_attention
     grouped = key.shape[1] != query.shape[1]
     found = run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
-    return found[0, :, :tokens]
+    return found[0, :, :tokens, : value_GKV.shape[2]]
 
 
 def _listed(kept_HNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lib.errors import UserError
+from lib.models import caches
 from lib.models.anatomy import anatomy, forget_pictures
 
 
@@ -39,15 +40,14 @@ def whole_prefill(model: nn.Module) -> nn.Module:
 def _forward(tokens: int, decoder: nn.Module, input_ids: torch.Tensor | None = None, **given) -> object:
     """Stand in for the decoder's own forward."""
     stock = functools.partial(type(decoder).forward, decoder)
-    cache = given.pop("past_key_values", None)
-    cache = given.pop("cache", None) if cache is None else cache
+    cache = caches.taken(given)
     names = {"input_ids": input_ids, "inputs_embeds": given.pop("inputs_embeds", None)}
     name, prompt = next((name, value) for name, value in names.items() if value is not None)
     length = prompt.shape[1]
     _check_context(decoder.config, length + (0 if cache is None else cache.get_seq_length()))
     mask = given.pop("attention_mask", None)
     if length <= tokens or (mask is not None and mask.ndim != 2):
-        return stock(**{name: prompt}, attention_mask=mask, cache=cache, **given)
+        return stock(**{name: prompt}, attention_mask=mask, **caches.given(cache), **given)
     wanted = given.pop("use_cache", None)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     behind = 0 if mask is None else mask.shape[1] - length
@@ -56,9 +56,11 @@ def _forward(tokens: int, decoder: nn.Module, input_ids: torch.Tensor | None = N
         last = min(first + tokens, length)
         part = None if mask is None else mask[:, : behind + last]
         cut = _cut(given, first, last)
-        output = stock(**{name: prompt[:, first:last]}, attention_mask=part, cache=cache, use_cache=True, **cut)
+        cut |= caches.given(cache)
+        output = stock(**{name: prompt[:, first:last]}, attention_mask=part, use_cache=True, **cut)
         hidden.append(output.last_hidden_state)
-    return type(output)(last_hidden_state=torch.cat(hidden, dim=1), cache=None if wanted is False else cache)
+    kept = caches.given(None if wanted is False else cache)
+    return type(output)(last_hidden_state=torch.cat(hidden, dim=1), **kept)
 
 
 def _cut(given: Mapping[str, object], first: int, last: int) -> dict[str, object]:
@@ -91,7 +93,8 @@ def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object =
     if rows < 1:
         raise UserError(f"logit_rows {rows}: expected at least 1")
     forget_pictures(model)
-    hidden_BTH = model.model(input_ids=ids_BT, cache=cache, use_cache=cache is not None).last_hidden_state[:, :-1]
+    given = {"use_cache": cache is not None} | caches.given(cache)
+    hidden_BTH = model.model(input_ids=ids_BT, **given).last_hidden_state[:, :-1]
     flat = zip(hidden_BTH.flatten(0, 1).split(rows), ids_BT[:, 1:].flatten().split(rows))
     found = [nn.functional.cross_entropy(model.lm_head(h).float(), target, reduction="none") for h, target in flat]
     return torch.cat(found).view(ids_BT.shape[0], -1)
@@ -107,7 +110,7 @@ def tokens(model: nn.Module, prompt: torch.Tensor | Mapping, count: int, *, cach
     if cache is None:
         forget_pictures(model)
     for _ in range(count):
-        output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-        cache, token_B = output.cache, output.logits[:, -1].argmax(-1)
+        output = model(**inputs, **caches.given(cache), use_cache=True, logits_to_keep=1)
+        cache, token_B = caches.of(output), output.logits[:, -1].argmax(-1)
         yield token_B
         inputs = {"input_ids": token_B[:, None]}

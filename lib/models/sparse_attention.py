@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from lib.errors import UserError
 from lib.models import block_attention as blocks
+from lib.models import caches
 from lib.models import pages as paged
 from lib.models.anatomy import anatomy
 
@@ -195,13 +196,14 @@ def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> t
 
 def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
     """Before the decoder runs: give it a cache in pages where it would make one, or was given an empty stock one."""
-    name = "past_key_values" if kwargs.get("past_key_values") is not None else "cache"
-    cache, wanted = kwargs.get(name), kwargs.get("use_cache")
+    cache, wanted = caches.taken(kwargs), kwargs.get("use_cache")
+    kwargs |= caches.given(cache)
     view_blocks = decoder.layers
     if wanted is False or (wanted is None and not getattr(decoder.config, "use_cache", True)):
         return None
     if cache is None:
-        kwargs[name] = cache = DynamicCache(config=decoder.config)
+        cache = DynamicCache(config=decoder.config)
+        kwargs |= caches.given(cache)
     stock = isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if stock and cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
         cache.layers[:] = [_paged_layer(block.self_attn) for block in view_blocks]

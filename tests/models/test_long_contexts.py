@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import absorbed, chunked, windowed
+from lib.models import absorbed, caches, chunked, windowed
 from lib.models.anatomy import anatomy
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -14,6 +14,11 @@ def ids_of(length: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(8, 96, (rows, length), generator=torch.Generator().manual_seed(5))
 
 
+def kept(output: object) -> dict[str, object]:
+    """Return the cache of `output` as the next call takes it."""
+    return caches.given(caches.of(output))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_a_prompt_in_chunks_is_the_whole_prompt(tiny, name, chunk):
     plain, model = tiny(name), chunked.chunk_prefill(tiny(name), chunk)
@@ -21,12 +26,10 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(tiny, name, chunk):
     with torch.inference_mode():
         expected, got = plain(ids), model(ids)
         torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
-        assert got.cache.get_seq_length() == 40
-        assert model(ids, use_cache=False).cache is None
+        assert caches.of(got).get_seq_length() == 40
+        assert caches.of(model(ids, use_cache=False)) is None
         step = ids[:, :1]
-        torch.testing.assert_close(
-            model(step, cache=got.cache).logits, plain(step, cache=expected.cache).logits, **CLOSE
-        )
+        torch.testing.assert_close(model(step, **kept(got)).logits, plain(step, **kept(expected)).logits, **CLOSE)
     torch.testing.assert_close(chunked.whole_prefill(model)(ids).logits, expected.logits, atol=0, rtol=0)
 
 
@@ -73,7 +76,7 @@ def test_absorbed_attention_is_exact(tiny, new):
         calls.clear()
         for at in range(3):
             more = ids[:, at : at + new]
-            expected, got = plain(more, cache=expected.cache), model(more, cache=got.cache)
+            expected, got = plain(more, **kept(expected)), model(more, **kept(got))
             torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
     assert not calls, "the cache was expanded"
     assert absorbed.is_absorbed(model) and not absorbed.is_absorbed(absorbed.expand(model))
@@ -86,9 +89,9 @@ def test_absorbed_attention_respects_padding_and_eager_masks(tiny):
     for backend in ("sdpa", "eager"):
         plain.set_attn_implementation(backend), model.set_attn_implementation(backend)
         with torch.inference_mode():
-            caches = [one(ids, attention_mask=mask[:, :20]).cache for one in (plain, model)]
+            read = [one(ids, attention_mask=mask[:, :20]) for one in (plain, model)]
             expected, got = (
-                one(ids[:, :2], attention_mask=mask, cache=cache).logits for one, cache in zip((plain, model), caches)
+                one(ids[:, :2], attention_mask=mask, **kept(before)).logits for one, before in zip((plain, model), read)
             )
         torch.testing.assert_close(got, expected, **CLOSE)
 
@@ -136,7 +139,7 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
     decoder.config.num_hidden_layers = 1
     cache = windowed.windowed_cache(model, sinks=3, window=10)
     for at in range(50):
-        got = model(ids[:, at : at + 1], cache=cache, use_cache=True).logits[:, -1]
+        got = model(ids[:, at : at + 1], use_cache=True, **caches.given(cache)).logits[:, -1]
     short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)  # ten before the last token, and that token
     torch.testing.assert_close(got, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
     assert cache.layers[0].keys.shape[-2] == 13 and cache.layers[0].forgotten == 37

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import loading, residency, streamed
+from lib.models import caches, loading, residency, streamed
 from lib.models.anatomy import anatomy
 from lib.models.checkpoint import tensor_places
 from lib.models.weightfile import WeightFile, buffer, places
@@ -55,8 +55,8 @@ def test_answers_are_those_of_the_resident_model(saved, batch, ratio):
             expected, got = model(**batch), other(**batch)
             torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
         step = torch.tensor([[7], [9]])
-        expected = model(input_ids=step, cache=model(batch["input_ids"]).cache).logits
-        got = other(input_ids=step, cache=other(batch["input_ids"]).cache).logits
+        expected = model(input_ids=step, **caches.given(caches.of(model(batch["input_ids"])))).logits
+        got = other(input_ids=step, **caches.given(caches.of(other(batch["input_ids"])))).logits
     torch.testing.assert_close(got, expected, **CLOSE)
     made.close()
 

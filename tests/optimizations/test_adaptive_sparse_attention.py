@@ -5,7 +5,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lib.errors import UserError
-from lib.models import loading
+from lib.models import caches, loading
 from lib.models.heads import watch
 from lib.optimizations import adaptive_sparse_attention as sparse
 
@@ -33,7 +33,7 @@ def _steps(model, prompts, count=3):
     for token in range(10, 10 + count):
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         ids = torch.full((2, 1), token)
-        out = model(input_ids=ids, attention_mask=mask, cache=out.cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **caches.given(caches.of(out)))
         found.append(out.logits[:, -1])
     return torch.cat(found)
 
@@ -112,8 +112,8 @@ def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, pro
     for edge in (48, 50):  # at a block's edge, and not
         whole, cache = model(input_ids=ids).logits, None
         for part in (ids[:, :edge], ids[:, edge:]):
-            out = kept(input_ids=part, cache=cache, use_cache=True)
-            cache = out.cache
+            out = kept(input_ids=part, use_cache=True, **caches.given(cache))
+            cache = caches.of(out)
         torch.testing.assert_close(out.logits, whole[:, edge:], atol=2e-5, rtol=1e-4)
     holes = torch.ones_like(ids)
     holes[0, 30:40] = 0
