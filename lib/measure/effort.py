@@ -37,14 +37,14 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
 }
 
-ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 4, "calibration_sequences": 8}
+ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 4, "batch": 4, "calibration_sequences": 8}
 
 
 def read(name: str, scale: str = "proxy") -> Effort:
     """Return the effort called `name` at a scale; raises UserError, with the nearest valid name, where there is none.
 
-    On a slice one step of decoding takes as long as many of a stand-in, and weights are random: fewer steps, a shorter
-    prompt and less calibration text tell as much.
+    On a slice one step of decoding takes as long as many of a stand-in, and weights are random: fewer steps, smaller
+    batches, a shorter prompt and less calibration text tell as much.
     """
     if name not in EFFORTS:
         valid = ", ".join(EFFORTS)

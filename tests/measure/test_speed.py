@@ -6,6 +6,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.measure import ceilings, cost, effort, energy, measurement, memory, speed, workloads
+from lib.measure import footprint as module
 from lib.measure.footprint import footprint
 
 QUICK = replace(effort.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
@@ -93,3 +94,31 @@ def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
     assert measurement.lint(found.values()) == [] and len(set(folders)) == 2
     assert found["peak_memory_bytes"].verdict == found["peak_memory_above_start_bytes"].verdict == "better"
     assert found["checkpoint_bytes"].baseline > 0
+
+
+def test_without_room_for_another_copy_peaks_are_read_in_place(tiny, monkeypatch):
+    base, asked = tiny("qwen3-4b-instruct-2507"), []
+
+    def allocated(work, model, reason):
+        asked.append((work.prompt_tokens, model))
+        return memory.Peak(0, 80, 100, "peak of the CUDA allocator", None, None, None, reason, child=False)
+
+    monkeypatch.setattr(module, "_lack_of_room", lambda *models: "no room on the device for another copy")
+    monkeypatch.setattr(memory, "allocated", allocated)
+    found = {m.metric: m for m in footprint(base, base, QUICK)}
+    assert asked == [(QUICK.prompt_tokens, base)] * 2 and measurement.lint(found.values()) == []
+    assert found["peak_memory_bytes"].source == "peak of the CUDA allocator"
+    for name in ("checkpoint_bytes", "load_seconds", "first_call_ms"):
+        assert found[name].verdict == "unavailable" and found[name].reason.startswith("no room on the device")
+
+
+def test_a_processor_always_has_room(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    assert module._lack_of_room(model, model) is None
+
+
+def test_an_effort_asks_less_of_a_slice():
+    for name, whole in effort.EFFORTS.items():
+        assert effort.read(name) == effort.read(name, "full") == whole
+        cut = effort.read(name, "slice")
+        assert cut.new_tokens < whole.new_tokens and cut.blocks == whole.blocks and cut.items == whole.items
