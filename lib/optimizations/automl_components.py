@@ -33,6 +33,7 @@ from lib.models.stack import Step
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
 PROPOSALS = 8  # looked at before something is judged a second time
+LEAST_GAIN = 0.02  # of the time of a request: what a few pairs of times can tell from nothing
 STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
 
 
@@ -281,7 +282,7 @@ def choose(
     finalists: Sequence[Finalist], margin: float, perplexity_margin: float = METRICS["perplexity"].margin
 ) -> Finalist:
     """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
-    by divergence among equals; the rule is fixed.
+    by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
 
     The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
     nothing qualifies at all, with the nearest.
@@ -294,7 +295,8 @@ def choose(
             f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
             f"perplexity; {said or 'none was judged'}"
         )
-    return min(fit, key=lambda one: (one.outcome.time_share, one.divergence))
+    worth = [one for one in fit if not one.outcome.stack or one.outcome.time_share <= 1 - LEAST_GAIN]
+    return min(worth or fit, key=lambda one: (one.outcome.time_share, one.divergence))
 
 
 def nothing(bench: Bench) -> Outcome:
@@ -317,14 +319,13 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
     worth = {stem: (-utility(one) if one.reason is None else 0.0, one.seconds) for stem, one in alone.items()}
     strong = [part for part in parts if any(knob["type"] == "float" for knob in part.knobs.values())]
     pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, math.inf)))[:2]
-    every = space(parts)
 
     def step(part: Component, level: int) -> list[Step]:
         if not level:
             return []
-        name = next(name for name, knob in part.knobs.items() if knob["type"] == "float")
-        inside = every[f"{part.stem}.{name}"]
-        value = inside.low + (level - 1) / max(1, levels - 2) * (inside.high - inside.low)
+        name, (low, high) = next((name, knob["range"]) for name, knob in part.knobs.items() if knob["type"] == "float")
+        share = INNER[0] + (level - 1) / max(1, levels - 2) * (INNER[1] - INNER[0])
+        value = low + share * (high - low)
         least = {knob: about["range"][0] for knob, about in part.knobs.items() if counts_steps(about)}
         return [Step(optimization=part.stem, knobs=part.defaults | least | {name: _plain(value)})]
 

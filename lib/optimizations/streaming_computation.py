@@ -34,6 +34,7 @@ KNOBS = {
         "type": "float",
         "range": (0.05, 1.0),
         "default": 0.35,
+        "levels": (0.35, 0.6, 1.0),  # all in memory is a choice of its own: absorbed decoding and chunks alone
         "help": "share of the weights allowed in memory; 1.0 streams nothing",
     },
     "prefill_chunk": {

@@ -179,6 +179,14 @@ def test_the_rule_takes_the_fastest_that_keeps_its_scores():
         automl.choose(finalists[:1], 0.02)
 
 
+def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
+    stack = [Step(optimization="one", knobs={})]
+    nothing = _finalist(1.0, 0.0, 0.0)
+    noise, better = (Finalist(Outcome(stack, time, 0.1, 1.0, None, 0.0), 0.1, 0.0, 0.0) for time in (0.985, 0.95))
+    assert automl.choose([nothing, noise], 0.02) is nothing
+    assert automl.choose([nothing, noise, better], 0.02) is better
+
+
 def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)

@@ -115,7 +115,7 @@ def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
             worker = next(p for p in psutil.Process(first).parents() if p.pid in [q.pid for q in made.processes])
             worker.kill()
             workbench.wait_for(lambda: len(_pids(marks, "well")) == 2, 30)
-            assert not psutil.pid_exists(first), "the kernel outlived its worker"
+            workbench.wait_for(lambda: not psutil.pid_exists(first), 20)  # the kernel does not outlive its worker
             assert not list((root / "executed/proxy").glob("well--*"))
             hold.unlink()
             said, _ = started.communicate(timeout=60)
