@@ -48,11 +48,14 @@ class Component:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """Its defaults, steps of training within what a search gives them."""
-        return {
-            name: min(knob["default"], knob["range"][0] + self.most_steps) if counts_steps(knob) else knob["default"]
-            for name, knob in self.knobs.items()
-        }
+        """Its defaults, or what it says of itself for trials in company; steps of training within what a search gives
+        them.
+        """
+        values = {name: knob["default"] for name, knob in self.knobs.items()}
+        trial = getattr(self.module, "COMPOSES", {}).get("trial", {})
+        values |= {name: value for name, value in trial.items() if name in values}
+        most = {name: knob["range"][0] + self.most_steps for name, knob in self.knobs.items() if counts_steps(knob)}
+        return {name: min(value, most[name]) if name in most else value for name, value in values.items()}
 
 
 def counts_steps(knob: Mapping) -> bool:

@@ -225,3 +225,11 @@ def test_a_real_stack_is_judged(tiny):
     found = bench.judge([step])
     assert found.reason is None and 0 < found.memory_share < 1 and found.time_share > 0 and found.divergence > 0
     assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
+
+
+def test_a_component_begins_with_what_it_says_of_trials():
+    part = next(one for one in automl.components() if one.stem == "streaming_computation")
+    assert part.module.KNOBS["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
+    assert part.defaults["prefill_chunk"] == part.module.KNOBS["prefill_chunk"]["default"]
+    space = automl.space([part])
+    assert 1.0 in space["streaming_computation.memory_ratio"].choices
