@@ -326,9 +326,13 @@ def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> l
     def step(part: Component, level: int) -> list[Step]:
         if not level:
             return []
-        name, (low, high) = next((name, knob["range"]) for name, knob in part.knobs.items() if knob["type"] == "float")
-        share = INNER[0] + (level - 1) / max(1, levels - 2) * (INNER[1] - INNER[0])
-        value = low + share * (high - low)
+        name, knob = next((name, knob) for name, knob in part.knobs.items() if knob["type"] == "float")
+        share = (level - 1) / max(1, levels - 2)
+        if "levels" in knob:
+            value = knob["levels"][round(share * (len(knob["levels"]) - 1))]
+        else:
+            low, high = knob["range"]
+            value = low + (INNER[0] + share * (INNER[1] - INNER[0])) * (high - low)
         least = {knob: about["range"][0] for knob, about in part.knobs.items() if counts_steps(about)}
         return [Step(optimization=part.stem, knobs=part.defaults | least | {name: _plain(value)})]
 
