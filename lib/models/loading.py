@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,12 @@ def load(
     folder = None if random_weights else source(name, scale, checkpoints)
     if folder is None:
         model = build(
-            description.config(scale), description.architecture, device=device, dtype=DTYPES[dtype], seed=seed
+            description.config(scale),
+            description.architecture,
+            device=device,
+            dtype=DTYPES[dtype],
+            seed=seed,
+            tiled=True,
         )
         if scale == "slice":
             depth.state(model, description.full, description.architecture)
@@ -144,11 +150,20 @@ def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path
 
 
 def build(
-    config: dict, architecture: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    config: dict,
+    architecture: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tiled: bool = False,
 ) -> nn.Module:
-    """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference."""
+    """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference.
+
+    `tiled`: large tensors repeat a tile, for models that are only timed; what is to be trained is drawn in full.
+    """
     configuration = AutoConfig.for_model(architecture, **config)
-    with torch.random.fork_rng(devices=[]), torch.device(device), Tiled():
+    with torch.random.fork_rng(devices=[]), torch.device(device), Tiled() if tiled else nullcontext():
         torch.manual_seed(seed)
         model = auto_class(configuration).from_config(configuration, dtype=dtype)
     return _ready(model)

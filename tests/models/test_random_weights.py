@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.models import random_weights
+from lib.models import loading, random_weights
 from lib.models.random_weights import Tiled
 
 
@@ -55,3 +55,12 @@ def test_small_tensors_and_layers_are_drawn_as_always():
     with Tiled():
         layer = nn.Linear(64, 80)
     assert layer.weight.requires_grad and 0 < layer.weight.std() < 0.125 + 0.01
+
+
+def test_what_is_to_be_trained_is_drawn_in_full(monkeypatch):
+    monkeypatch.setattr(random_weights, "repeat", lambda flat: pytest.fail("a tile was repeated"))
+    config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "intermediate_size": 128}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    loading.build(config, "qwen3")
+    with pytest.raises(pytest.fail.Exception, match="a tile was repeated"):
+        loading.build(config, "qwen3", tiled=True)
