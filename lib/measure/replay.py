@@ -219,16 +219,19 @@ def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, 
 
 
 def beside(simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], wanted: Objectives) -> list[dict]:
-    """Return a row per policy and compared quantity: real, simulated (mean of the runs), relative error."""
+    """Return a row per policy and compared quantity: real, simulated (mean, least and most of the runs), relative error
+    of the mean.
+
+    Where least and most lie far apart the quantity hangs on single requests, and one replay tells as little of it.
+    """
     rows = []
     for runs, one in zip(simulated, real):
         seen, made = latency.summary(one.served, wanted), [latency.summary(run, wanted) for run in runs]
         for name, error in latency.errors(runs, one.served, wanted).items():
             values = [each[name] for each in made]
-            mean = None if None in values else float(np.mean(values))
-            rows.append(
-                {"policy": one.served.policy, "quantity": name, "real": seen[name], "simulated": mean, "error": error}
-            )
+            told = [None] * 3 if None in values else [float(of(values)) for of in (np.mean, min, max)]
+            row = {"policy": one.served.policy, "quantity": name, "real": seen[name], "error": error}
+            rows.append(row | dict(zip(("simulated", "least", "most"), told)))
     return rows
 
 

@@ -1,13 +1,17 @@
 """How long a step takes, measured on the real engine: decode by rows and context, prefill by prompts and length, moving
 rows by bytes. The simulation draws from this, and capacity is derived from it. Knows no policy.
 
-Decode times are a table (medians over a grid, linear between its points), since kernels change with the number of rows;
-prefill and moving are non-negative least squares in relative error. What a single call deviates from its median is
-kept as ratios, so that the simulation has the machine's own jitter.
+Decode times are a table (medians over a grid, linear between its points), since kernels change with the number of rows.
+Prefill and moving are non-negative least squares in relative error; what the measured prefills are beside that fit is
+a table too, since a core's caches hold short prompts and not long ones. What a single call deviates from its median is
+kept as ratios, so that the simulation has the machine's own jitter. As in a server, every timed step follows another of
+its own rows (the first after other work is slower), and rows and prompts differ (or all would go to the same experts).
 
-Shapes: B rows, L context, G grid points.
+Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 """
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +31,7 @@ from lib.models import rows
 ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
 COLUMN_STEP = 16  # columns between entries of the dense table
 PROMPTS_MEASURED = (1, 2, 4, 8)
+DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 
 
@@ -34,8 +39,9 @@ MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 class StepTimes:
     """Measured step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]`: b rows, l columns of context.
 
-    `prefill_fit`: seconds = a + b·n·T + c·n·T²; `move_fit`: seconds = a + b·bytes, of joining or leaving.
-    `ratios`: measured ÷ median of single calls. `samples`: how many calls were timed.
+    `prefill_fit`: seconds = a + b·n·T + c·n·T², times `prefill_BT[n - 1][T // COLUMN_STEP]` where there is such a table
+    (beyond its edges the edge's); `move_fit`: seconds = a + b·bytes, of joining or leaving. `ratios`: measured ÷ median
+    of single calls. `samples`: how many calls were timed.
     """
 
     decode_BL: tuple[tuple[float, ...], ...]
@@ -46,16 +52,16 @@ class StepTimes:
     bytes_per_token: float
     samples: int
     measured: tuple[tuple[int, int, float], ...] = ()
+    prefill_BT: tuple[tuple[float, ...], ...] = ((1.0,),)
 
     def decode(self, batch: int, context: float) -> float:
         """Return the median seconds of one step of `batch` rows at `context` columns."""
-        row = self.decode_BL[min(batch, len(self.decode_BL)) - 1]
-        return row[min(int(context / COLUMN_STEP + 0.5), len(row) - 1)]
+        return _at(self.decode_BL, batch, context)
 
     def prefill(self, count: int, tokens: float) -> float:
         """Return the seconds of reading `count` prompts of `tokens` tokens in one pass."""
         fixed, linear, square = self.prefill_fit
-        return fixed + linear * count * tokens + square * count * tokens**2
+        return (fixed + linear * count * tokens + square * count * tokens**2) * _at(self.prefill_BT, count, tokens)
 
     def move(self, size: float) -> float:
         """Return the seconds of copying a cache of `size` bytes, as joining and leaving do."""
@@ -76,6 +82,12 @@ class StepTimes:
         """Return the largest rate, requests per second, that keeps the objective, and its batch; (0, 0) for none."""
         rates = [(self.sustained(batch, lengths), batch) for batch in range(1, most + 1)]
         return max(((rate, batch) for (per, rate), batch in rates if per <= token_seconds), default=(0.0, 0))
+
+
+def _at(table: tuple[tuple[float, ...], ...], count: int, tokens: float) -> float:
+    """Return the entry of a dense table, its edge's beyond it."""
+    row = table[min(count, len(table)) - 1]
+    return row[min(int(tokens / COLUMN_STEP + 0.5), len(row) - 1)]
 
 
 def measure(
@@ -145,9 +157,10 @@ def _grid(prompt_T: torch.Tensor, contexts: Sequence[int], most: int) -> tuple[l
 
 def _assembled(decoded: dict, read: dict, moved: dict, per_token: float, counts, contexts) -> StepTimes:
     grid = np.array([[np.median(decoded[count, context]) for context in contexts] for count in counts])
+    fit = _fit([(1, n * t, n * t**2) for n, t in read], [np.median(times) for times in read.values()])
     return StepTimes(
         _dense(grid, counts, contexts),
-        _fit([(1, n * t, n * t**2) for n, t in read], [np.median(times) for times in read.values()]),
+        fit,
         _fit([(1, size) for size in moved], [np.median(times) for times in moved.values()]),
         _ratios(decoded),
         _ratios(read),
@@ -156,7 +169,22 @@ def _assembled(decoded: dict, read: dict, moved: dict, per_token: float, counts,
         tuple(
             (count, context, float(grid[i, j])) for i, count in enumerate(counts) for j, context in enumerate(contexts)
         ),
+        _beside_fit(read, fit),
     )
+
+
+def _beside_fit(read: dict, fit: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
+    """Return measured ÷ fitted prefill, a dense table by prompts and tokens. Points too large to be measured have the
+    ratio of the next fewer prompts of that length.
+    """
+    counts, lengths = (sorted({point[axis] for point in read}) for axis in (0, 1))
+    grid = np.ones((len(counts), len(lengths)))
+    for (row, n), (column, t) in itertools.product(enumerate(counts), enumerate(lengths)):
+        if (n, t) in read:
+            grid[row, column] = np.median(read[n, t]) / (fit[0] + fit[1] * n * t + fit[2] * n * t**2)
+        elif row:
+            grid[row, column] = grid[row - 1, column]
+    return _dense(grid, counts, lengths, beyond=False)
 
 
 def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
@@ -171,31 +199,45 @@ def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
 
 
 def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int], list[float]]:
-    """Seconds of decode steps per (rows, context): one prompt read once, its row repeated."""
+    """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
+    another token.
+    """
     found: dict[tuple[int, int], list[float]] = {}
+    token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
     for context in contexts:
-        one = rows.prefill(model, [prompt_T[: context - 1]])
-        many = {count: rows.repeat(one, count) for count in counts}
-        for turn in range(repeats + 1):
+        some = _together([rows.prefill(model, [_part(prompt_T, at, context - 1)]) for at in range(DISTINCT)])
+        many = {count: rows.keep(rows.repeat(some, -(-count // DISTINCT)), range(count)) for count in counts}
+        for turn in range(repeats):
             for count in counts:
-                seconds = _timed(model, rows.step, model, many[count])
-                if turn:
-                    found.setdefault((count, context), []).append(seconds)
+                for timed in (False, True):
+                    many[count].token_B = token_T[turn : turn + count].clone()
+                    seconds = _timed(model, rows.step, model, many[count])
+                    if timed:
+                        found.setdefault((count, context), []).append(seconds)
     return found
 
 
+def _together(several: Sequence[rows.Rows]) -> rows.Rows:
+    return functools.reduce(rows.join, several)
+
+
+def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
+    """Return the part of the text, `length` tokens long, that begins behind `index` such parts (round the end)."""
+    return prompt_T.roll(-length * index)[:length]
+
+
 def _prefill(model, prompt_T, contexts, repeats) -> dict[tuple[int, int], list[float]]:
-    """Seconds of prefills per (prompts, tokens), up to MOST_PROMPT_TOKENS at once; prompts differ by a shift."""
+    """Seconds of prefills per (prompts, tokens), up to MOST_PROMPT_TOKENS at once, each another part of the text."""
     points = [
         (count, length)
         for count in PROMPTS_MEASURED
-        for length in dict.fromkeys((contexts[0], contexts[len(contexts) // 2], contexts[-1]))
+        for length in contexts
         if count * length <= MOST_PROMPT_TOKENS or count == 1
     ]
     found: dict[tuple[int, int], list[float]] = {}
-    for turn in range(max(2, repeats // 2) + 1):
+    for turn in range(repeats + 1):
         for count, length in points:
-            prompts = [prompt_T.roll(shift)[:length] for shift in range(count)]
+            prompts = [_part(prompt_T, index, length) for index in range(count)]
             seconds = _timed(model, rows.prefill, model, prompts)
             if turn:
                 found.setdefault((count, length), []).append(seconds)
@@ -222,17 +264,22 @@ def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[fl
     return tuple(float(weight) for weight in weights / scale)
 
 
-def _dense(grid_G: np.ndarray, counts: Sequence[int], contexts: Sequence[int]) -> tuple[tuple[float, ...], ...]:
-    """Fill the table between and beyond the measured points, linearly, never below the smallest measured time."""
+def _dense(
+    grid_G: np.ndarray, counts: Sequence[int], contexts: Sequence[int], beyond: bool = True
+) -> tuple[tuple[float, ...], ...]:
+    """Fill the table between the measured points, linearly. Beyond them linearly too, never below the smallest measured
+    value; or, not `beyond`, with the value of the nearest edge.
+    """
     least = float(grid_G.min())
-    columns = np.arange(0, 2 * contexts[-1] + COLUMN_STEP, COLUMN_STEP, dtype=float)
+    columns = np.arange(0, (2 if beyond else 1) * contexts[-1] + COLUMN_STEP, COLUMN_STEP, dtype=float)
     if len(contexts) == 1:
         grid_G, contexts = np.repeat(grid_G, 2, axis=1), [contexts[0], contexts[0] + 1]
     if len(counts) == 1:
         grid_G, counts = np.repeat(grid_G, 2, axis=0), [counts[0], counts[0] + 1]
     table = RegularGridInterpolator((counts, contexts), grid_G, bounds_error=False, fill_value=None)
     batches = np.arange(1, max(counts) + 1)
-    points = np.stack(np.meshgrid(batches, columns, indexing="ij"), -1)
+    inside = columns if beyond else columns.clip(contexts[0], contexts[-1])
+    points = np.stack(np.meshgrid(batches, inside, indexing="ij"), -1)
     return tuple(tuple(float(max(least, value)) for value in row) for row in table(points))
 
 

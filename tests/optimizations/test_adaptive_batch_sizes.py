@@ -206,6 +206,41 @@ def test_step_times_are_measured_on_the_real_engine(tiny):
         steptimes.measure(model, text_T, (16, 100))
 
 
+def test_prefill_times_are_those_measured_and_its_edges_beyond():
+    from lib.measure import steptimes
+
+    # A core whose caches hold short prompts: what lies beyond 300 tokens takes half as long again.
+    read = {(n, t): [n * t * (1.5e-4 if t > 300 else 1e-4)] * 2 for n in (1, 4) for t in (32, 128, 320, 600)}
+    del read[4, 600]
+    decoded = {(count, context): [0.01] for count in (1, 4) for context in (32, 600)}
+    times = steptimes._assembled(decoded, read, {1.0: [1e-4]}, 1.0, [1, 4], [32, 600])
+    for (n, t), seconds in read.items():
+        assert times.prefill(n, t) == pytest.approx(seconds[0], rel=0.01)
+    for n, t in ((4, 600), (8, 600), (2, 32), (3, 600)):
+        assert times.prefill(n, t) == pytest.approx(n * t * (1.5e-4 if t > 300 else 1e-4), rel=0.15)
+
+
+def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monkeypatch):
+    from lib.measure import steptimes
+
+    seen, step = [], rows.step
+    monkeypatch.setattr(rows, "step", lambda model, some: (seen.append(some.token_B.clone()), step(model, some))[1])
+    steptimes.measure(tiny("qwen3-coder-30b"), torch.arange(8, 72), (16, 48), repeats=2, most=4)
+    assert [len(one) for one in seen] == [1, 1, 2, 2, 4, 4] * 4
+    assert all(len(one.unique()) == len(one) for one in seen)
+
+
+def test_a_simulation_is_told_with_its_own_spread(ground):
+    trial = contest.traffic(ground, "changing", 10, 3)
+    fresh = lambda: batches.Fixed(8)  # noqa: E731
+    real = replay.Replayed(ground.run(trial, fresh(), 99), {}, 1.0, None)
+    made = replay.beside([[ground.run(trial, fresh(), jitter) for jitter in range(4)]], [real], ground.wanted)
+    assert [row["quantity"] for row in made] == list(latency.COMPARED)
+    assert all(row["least"] <= row["simulated"] <= row["most"] for row in made)
+    error = replay.simulation_error(made)
+    assert error.optimized == pytest.approx(sum(row["error"] for row in made) / len(made)) and error.optimized < 0.5
+
+
 def test_prompts_depend_on_id_and_seed_alone(tiny):
     class Loaded:
         model, tokenizer, device, parameters = tiny("qwen3-4b-instruct-2507"), None, "cpu", None
