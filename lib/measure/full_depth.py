@@ -60,7 +60,7 @@ def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence
     """Run `work` once and return the seconds that it would take with block i as often as `counts[i]`."""
     if prepare := getattr(work, "prepare", None):
         prepare()
-    with _clocks(model) as spent:
+    with clocks([block.module for block in anatomy(model).blocks]) as spent:
         start = time.perf_counter()
         work()
         _synchronize()
@@ -69,10 +69,9 @@ def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence
 
 
 @contextmanager
-def _clocks(model: nn.Module):
-    """Yield a list with the seconds that each block has taken."""
-    blocks = anatomy(model).blocks
-    spent, began = [0.0] * len(blocks), [0.0] * len(blocks)
+def clocks(modules: Sequence[nn.Module]):
+    """Yield a list with the seconds that each module has taken."""
+    spent, began = [0.0] * len(modules), [0.0] * len(modules)
 
     def starts(index: int):
         def hook(*_) -> None:
@@ -89,9 +88,9 @@ def _clocks(model: nn.Module):
         return hook
 
     hooks = []
-    for block in blocks:
-        hooks.append(block.module.register_forward_pre_hook(starts(block.index), prepend=True))
-        hooks.append(block.module.register_forward_hook(ends(block.index)))
+    for index, module in enumerate(modules):
+        hooks.append(module.register_forward_pre_hook(starts(index), prepend=True))
+        hooks.append(module.register_forward_hook(ends(index)))
     try:
         yield spent
     finally:

@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure import ceilings, cost, reading, speed, statistics, timing, workloads
+from lib.measure import ceilings, cost, full_depth, reading, speed, statistics, timing, workloads
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
-from lib.models import absorbed, caches, heads, loading, offloaded, streamed
+from lib.models import absorbed, caches, depth, heads, loading, offloaded, streamed
 from lib.models.anatomy import anatomy
 
 BLOCKS = 6
@@ -56,9 +56,10 @@ class Continued:
 @torch.inference_mode()
 def absorbed_against_stock(
     model: nn.Module, prompt_1T: torch.Tensor, context: int, steps: int, blocks: int = BLOCKS, seed: int = 0
-) -> tuple[Pairs, bool, tuple[float, float]]:
-    """Return the pairs (stock, absorbed) of `steps` decoded tokens at `context`, whether the tokens are equal, and the
-    operations of one token on each path.
+) -> tuple[Pairs, bool, dict[str, float | None]]:
+    """Return the pairs (stock, absorbed) of `steps` decoded tokens at `context`, whether the tokens are equal, and
+    stock ÷ absorbed of other quantities: operations of a token by count, seconds of the attentions alone, and of a step
+    at full depth (`full_depth`; None where the model is no slice).
 
     The cache holds `prompt_1T`, its latents repeated up to `context` where the prompt is shorter: what is timed does
     not depend on what they hold. The model is changed while this runs, and left as it was.
@@ -73,10 +74,26 @@ def absorbed_against_stock(
     arms = [Continued(model, caches.of(output), token_B1, steps, path) for path in (absorbed.expand, absorbed.absorb)]
     try:
         pairs = timing.paired(*arms, blocks=blocks, warmup=1, seed=seed)
+        gains = _stock_over_absorbed(model, arms)
     finally:
         (absorbed.absorb if was else absorbed.expand)(model)
-    flops = tuple(cost.decode_flops(model, context, absorbed=path) for path in (False, True))
-    return pairs, torch.equal(arms[0].output_BN, arms[1].output_BN), flops
+    stock, ours = (cost.decode_flops(model, context, absorbed=path) for path in (False, True))
+    return pairs, torch.equal(arms[0].output_BN, arms[1].output_BN), {"operations": stock / ours} | gains
+
+
+def _stock_over_absorbed(model: nn.Module, arms: Sequence[Continued], turns: int = 3) -> dict[str, float | None]:
+    """Return the ratios of median seconds of the attentions alone, and of the step at full depth, in turns."""
+    counts = depth.stands_for(model) if depth.whole(model) is not None else None
+    counts = None if isinstance(counts, str) else counts
+    attentions = [block.attention.module for block in anatomy(model).blocks]
+    alone, whole = ([], []), ([], [])
+    for turn in range(turns):
+        for index in (0, 1) if turn % 2 else (1, 0):
+            with full_depth.clocks(attentions) as spent:
+                whole[index].append(full_depth.whole_seconds(arms[index], model, counts or [1.0] * len(attentions)))
+            alone[index].append(sum(spent))
+    attention, step = (float(np.median(one[0]) / np.median(one[1])) for one in (alone, whole))
+    return {"attention alone": attention, "at full depth": step if counts else None}
 
 
 @torch.inference_mode()

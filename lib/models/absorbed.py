@@ -14,7 +14,7 @@ import types
 import torch
 from torch import nn
 
-from lib.models import caches
+from lib.models import caches, latents
 from lib.models.anatomy import anatomy
 
 
@@ -65,9 +65,9 @@ def _forward(
     c_B1SR, k_rope_B1SP = cache.update(c_B1TR, k_rope_B1TP, module.layer_idx)
     heads, nope = q_nope_BQTN.shape[1], module.qk_nope_head_dim
     weight_QER = module.kv_b_proj.weight.view(heads, nope + module.v_head_dim, module.kv_lora_rank)
-    q_latent_BQTR = torch.matmul(q_nope_BQTN, weight_QER[:, :nope])
+    q_latent_BQTR = latents.into(q_nope_BQTN, weight_QER[:, :nope])
     latent_BQTR = _attend(module, q_latent_BQTR, q_rope_BQTP, c_B1SR[:, 0], k_rope_B1SP[:, 0], attention_mask)
-    value_BQTD = torch.matmul(latent_BQTR, weight_QER[:, nope:].transpose(1, 2))
+    value_BQTD = latents.out_of(latent_BQTR, weight_QER[:, nope:])
     output_BTX = value_BQTD.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
     return module.o_proj(output_BTX), None
 
@@ -104,8 +104,8 @@ def _attend(
     """Return the weighted sums of latents [B, Q, T, R]; heads are rows of one product, since they share the keys."""
     batch, heads, new, latent = q_latent_BQTR.shape
     rows = heads * new
-    scores = torch.matmul(q_latent_BQTR.reshape(batch, rows, latent), c_BSR.transpose(1, 2))
-    scores += torch.matmul(q_rope_BQTP.reshape(batch, rows, -1), k_rope_BSP.transpose(1, 2))
+    scores = latents.scores(q_latent_BQTR.reshape(batch, rows, latent), c_BSR)
+    scores += latents.scores(q_rope_BQTP.reshape(batch, rows, -1), k_rope_BSP)
     scores_BQTS = scores.view(batch, heads, new, -1) * module.scaling
     if mask is None and new > 1:
         total = c_BSR.shape[1]
@@ -114,4 +114,4 @@ def _attend(
         seen = mask[..., : scores_BQTS.shape[-1]]
         scores_BQTS = scores_BQTS.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores_BQTS + seen
     weights = scores_BQTS.softmax(dim=-1, dtype=torch.float32).to(c_BSR.dtype)
-    return torch.matmul(weights.view(batch, rows, -1), c_BSR).view(batch, heads, new, latent)
+    return torch.bmm(weights.view(batch, rows, -1), c_BSR).view(batch, heads, new, latent)

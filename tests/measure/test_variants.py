@@ -39,3 +39,20 @@ def test_decoding_is_held_against_the_absorbed_baseline(tiny, monkeypatch):
 def test_without_latents_there_is_nothing_to_hold_it_against(tiny, plain):
     model = tiny(plain)
     assert variants.against_absorbed(model, model, PROMPT, QUICK) == []
+
+
+def test_absorbed_decoding_says_the_same_and_is_told_part_by_part(tiny, monkeypatch):
+    model, asked = tiny("glm-4.7-flash"), []
+    monkeypatch.setattr(variants.depth, "whole", lambda model: ["dense"] + ["routed"] * 9)
+    monkeypatch.setattr(variants.depth, "stands_for", lambda model: [1.0, 3.0, 3.0, 3.0])
+    whole_seconds = variants.full_depth.whole_seconds
+    monkeypatch.setattr(
+        variants.full_depth, "whole_seconds", lambda *args: (asked.append(args[2]), whole_seconds(*args))[1]
+    )
+    pairs, same, gains = variants.absorbed_against_stock(model, PROMPT, 40, 2)
+    assert same and len(pairs.baseline_seconds) == len(pairs.optimized_seconds) >= 6 and not absorbed.is_absorbed(model)
+    assert gains["operations"] > 1 and min(gains.values()) > 0
+    assert asked == [[1.0, 3.0, 3.0, 3.0]] * 6
+    assert not any(block.attention.module._forward_hooks for block in variants.anatomy(model).blocks)
+    monkeypatch.setattr(variants.depth, "whole", lambda model: None)
+    assert variants.absorbed_against_stock(model, PROMPT, 40, 1)[2]["at full depth"] is None
