@@ -17,6 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lib.errors import NotApplicable
+from lib.models.filepages import FilePages
 from lib.models.weightfile import Piece, Place, WeightFile, aligned, buffer
 
 NAME = "streamed"
@@ -138,6 +139,59 @@ class ExpertCache:
     def close(self) -> None:
         """End the reading thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
+
+
+class MappedExperts(ExpertCache):
+    """The same where experts are used in the pages of the file: at most `slots` of them are held at a time.
+
+    For experts whose gate and up lie in one piece.
+    """
+
+    def __init__(self, pages: FilePages, parts: Mapping[int, Callable[[int], list[Place]]], slots: int):
+        self.pages, self.parts, self.slots = pages, parts, slots
+        self.hits = self.misses = 0
+        self._held: OrderedDict[Key, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    def experts(self, block: int, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (expert, gate_up [2I, H], down [H, I]) for every wanted expert of a block, those held already first."""
+        here = [expert for expert in wanted if (block, expert) in self._held]
+        missing = [expert for expert in wanted if (block, expert) not in self._held]
+        self.hits, self.misses = self.hits + len(here), self.misses + len(missing)
+        for expert in missing:
+            self.pages.expect(self.parts[block](expert))
+        for expert in here:
+            self._held.move_to_end((block, expert))
+        for expert in here + missing:
+            yield expert, *self._weights((block, expert))
+
+    def _weights(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        if key not in self._held:
+            if len(self._held) >= self.slots:
+                self._give_back(self._victim(key[0], key))
+            places = self.parts[key[0]](key[1])
+            self.pages.hold(places)
+            self._held[key] = tuple(self.pages.view(place) for place in places)
+        self._held.move_to_end(key)
+        return self._held[key]
+
+    def _give_back(self, key: Key) -> None:
+        del self._held[key]
+        self.pages.release(self.parts[key[0]](key[1]))
+
+    def forget(self) -> None:
+        """Give back every expert and set the counts to zero."""
+        for key in list(self._held):
+            self._give_back(key)
+        self.hits = self.misses = 0
+
+    def close(self) -> None:
+        """Give back every expert."""
+        self.forget()
+
+
+def in_one_piece(parts: Mapping[int, Callable[[int], list[Place]]]) -> bool:
+    """Return whether gate and up of an expert are one tensor in the file."""
+    return len(next(iter(parts.values()))(0)) == 2
 
 
 def expert_bytes(parts: Mapping[int, Callable[[int], list[Place]]]) -> int:

@@ -3,8 +3,9 @@
 `open_streamed` takes the architecture without weights (`lib.models.units`): whoever uses a parameter that is not in
 memory gets NaN, never an old value. Before a unit (a decoder block, a block of a vision tower, some rows of the head)
 runs, a hook gives it views into one of two slots, and one background thread starts to read the next unit into the
-other. Embeddings are read row by row, experts by `lib.models.expertcache`. What stays in
-memory is decided by `lib.models.residency`. Knows nothing of measuring.
+other; or, without any copy, views into the mapped file, whose pages are given back afterwards. Embeddings are read row
+by row, experts by `lib.models.expertcache`. What stays in memory is decided by `lib.models.residency`. Knows nothing of
+measuring.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary.
 """
@@ -19,12 +20,15 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models import expertcache, residency
+from lib.models import expertcache, filepages, residency
 from lib.models.anatomy import Anatomy
-from lib.models.expertcache import ExpertCache
+from lib.models.expertcache import ExpertCache, MappedExperts
+from lib.models.filepages import FilePages
 from lib.models.residency import Plan
 from lib.models.units import Part, layout, unit_bytes, unit_modules
 from lib.models.weightfile import Place, WeightFile, aligned, buffer
+
+PAGE_CACHE = ("keep", "copy", "drop")
 
 
 @dataclass(eq=False)
@@ -42,11 +46,13 @@ class Streamer:
     `plan` says what stays in memory; `file` counts the bytes; `experts` is the cache of experts, or None.
     """
 
+    slot_count = residency.SLOTS
+
     def __init__(self, file: WeightFile, units: Mapping[str, list[Part]], plan: Plan, device: str = "cpu"):
         self.file, self.units, self.plan = file, units, plan
         self.device = torch.device(device)
         self.experts: ExpertCache | None = None
-        self.slots = [Slot(self._memory(plan.slot_bytes)) for _ in range(residency.SLOTS if plan.streamed else 0)]
+        self.slots = [Slot(self._memory(plan.slot_bytes)) for _ in range(self.slot_count if plan.streamed else 0)]
         self._staging = None if self.device.type == "cpu" else buffer(max(unit_bytes(units).values()), pinned=True)
         self._side = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -164,6 +170,52 @@ class Streamer:
         self.file.close()
 
 
+class MappedStreamer(Streamer):
+    """The same where units are used in the pages of the file, on a processor: one is held at a time, and the system is
+    told which comes next. No slot holds a copy.
+    """
+
+    slot_count = 0
+
+    def __init__(self, pages: FilePages, units: Mapping[str, list[Part]], plan: Plan):
+        super().__init__(pages.file, units, plan)
+        self.pages = pages
+        self._mapped = {name: [self._parameter(part.place) for part in units[name]] for name in plan.streamed}
+
+    def _parameter(self, place: Place) -> nn.Parameter:
+        return nn.Parameter(self.pages.view(place), requires_grad=False)
+
+    def weights(self, name: str) -> list[nn.Parameter]:
+        """Return the weights of unit `name`, bound to its modules; the unit before is given back.
+
+        They hold until the next unit is asked for. Raises UserError where they cannot be read.
+        """
+        if name in self._kept:
+            return self._kept[name]
+        before, self._last = self._last, None
+        if before is not None:
+            self._next[before] = name
+            self._give_back(before)
+        self.pages.hold(self._places(name))
+        self._last = name
+        self.pages.expect(self._places(self._next[name]))
+        _bind(self.units[name], self._mapped[name])
+        return self._mapped[name]
+
+    def _places(self, name: str) -> list[Place]:
+        return [part.place for part in self.units[name]]
+
+    def _give_back(self, name: str) -> None:
+        _unbind(self.units[name])
+        self.pages.release(self._places(name))
+
+    def forget(self) -> None:
+        """Give back the unit that is held, and forget which unit came after which."""
+        if self._last is not None:
+            self._give_back(self._last)
+        super().forget()
+
+
 class StreamedHead(nn.Module):
     """Head whose rows come piece by piece: logits [..., V] of hidden [..., H] from as many products."""
 
@@ -209,21 +261,28 @@ def open_streamed(
 ) -> nn.Module:
     """Open a checkpoint folder so that at most `allowance_bytes` of its weights are in memory at a time.
 
-    Without `allowance_bytes` it is `memory_ratio` of all weights. `page_cache`: "keep", or "drop", so that every read
-    comes from the disk. The weights keep the dtype they are stored in. `streamer(model)` gives counts and the plan.
-    Raises UserError for an allowance below the smallest possible (which it names) and for a damaged checkpoint.
+    Without `allowance_bytes` it is `memory_ratio` of all weights. `page_cache`: "keep", weights are used where the page
+    cache holds them (on a processor, where the system can: `lib.models.filepages`); "copy", they are copied from there;
+    "drop", every read comes from the disk. The weights keep the dtype they are stored in. `streamer(model)` gives
+    counts and the plan. Raises UserError for an allowance below the smallest possible (which it names) and for a
+    damaged checkpoint.
     """
-    if page_cache not in ("keep", "drop"):
-        raise UserError(f'page_cache "{page_cache}"; expected one of keep, drop')
+    if page_cache not in PAGE_CACHE:
+        raise UserError(f'page_cache "{page_cache}"; expected one of {", ".join(PAGE_CACHE)}')
     found = layout(Path(folder), page_cache == "drop", device)
     model, file, view, sizes, fixed = found.model, found.file, found.view, unit_bytes(found.units), found.fixed
     allowance = round(memory_ratio * found.total) if allowance_bytes is None else allowance_bytes
     plan = residency.plan(sizes, sum(fixed.values()), found.expert_size, found.total, allowance)
     for name in fixed:
         _load(model, name, file, device)
-    made = Streamer(file, found.units, plan, device)
-    if found.experts:
+    mapped = page_cache == "keep" and torch.device(device).type == "cpu" and filepages.available()
+    pages = FilePages(file) if mapped else None
+    made = MappedStreamer(pages, found.units, plan) if mapped else Streamer(file, found.units, plan, device)
+    if found.experts and mapped and expertcache.in_one_piece(found.experts):
+        made.experts = MappedExperts(pages, found.experts, plan.expert_slots)
+    elif found.experts:
         made.experts = ExpertCache(file, found.experts, plan.expert_slots, device)
+    if found.experts:
         for index in found.experts:
             expertcache.attach(view.blocks[index].feed_forward.experts.module, made.experts, index)
         view.config._experts_implementation = expertcache.NAME

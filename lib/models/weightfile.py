@@ -8,7 +8,7 @@ from the disk. Knows nothing of models.
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
 
 class WeightFile:
     """The open weight files of one checkpoint folder. `bytes_read` counts what was read since it was opened; while
-    `log` is a list, every call of `read` leaves its pieces there.
+    `log` is a list, every call of `read` leaves there what reads the same once more.
     """
 
     def __init__(self, folder: str | Path, *, drop: bool = False):
@@ -84,7 +84,7 @@ class WeightFile:
             raise UserError("page_cache drop: this system cannot forget what it has read; use keep")
         self.places = places(folder)
         self.bytes_read = 0
-        self.log: list[list[Piece]] | None = None
+        self.log: list[Callable[[], None]] | None = None
         self._counting = threading.Lock()
         self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
 
@@ -93,8 +93,6 @@ class WeightFile:
         of this call may be used.
         """
         total, pieces = 0, list(pieces)
-        if self.log is not None:
-            self.log.append(pieces)
         for run in _runs(pieces):
             place, _ = run[0]
             self._fill(place.file, place.offset, [memory for _, memory in run])
@@ -102,8 +100,18 @@ class WeightFile:
             if self.drop:
                 os.posix_fadvise(self._open[place.file], place.offset, length, os.POSIX_FADV_DONTNEED)
             total += length
+        self.count(total, lambda: self.read(pieces))
+
+    def count(self, nbytes: int, again: Callable[[], None]) -> None:
+        """Count bytes that were read, and note what reads them once more."""
         with self._counting:
-            self.bytes_read += total
+            self.bytes_read += nbytes
+            if self.log is not None:
+                self.log.append(again)
+
+    def size(self, file: Path) -> int:
+        """Return the bytes that a file has now."""
+        return os.fstat(self._open[file]).st_size
 
     def _fill(self, file: Path, offset: int, memories: list[torch.Tensor]) -> None:
         waiting = [memoryview(memory.numpy()) for memory in memories if memory.numel()]

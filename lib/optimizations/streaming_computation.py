@@ -2,9 +2,9 @@
 
 Six variants, each in `lib.models` and each switched on alone:
 
-- weights: blocks, head and embeddings read from safetensors just in time, the next one while this one computes; of
-  routed experts only those that are asked for, with a cache (`streamed`, `expertcache`; FlexGen, Sheng et al. 2023;
-  LLM in a flash, Alizadeh et al. 2024);
+- weights: blocks, head and embeddings read from safetensors just in time, the next one while this one computes, or
+  used in the page cache without a copy; of routed experts only those that are asked for, with a cache (`streamed`,
+  `filepages`, `expertcache`; FlexGen, Sheng et al. 2023; LLM in a flash, Alizadeh et al. 2024);
 - prompts in chunks: bounded memory for activations (`chunked`);
 - logits in chunks (`chunked.losses`);
 - absorbed latent attention: no expansion of the cache at every token (`absorbed`; DeepSeek-V2, 2024);
@@ -25,10 +25,9 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models import absorbed as latent
-from lib.models import chunked, loading, streamed
+from lib.models import checkpoint, chunked, loading, streamed
 from lib.models.anatomy import anatomy
 
-PAGE_CACHE = ("keep", "drop")
 KNOBS = {
     "memory_ratio": {
         "type": "float",
@@ -45,7 +44,7 @@ KNOBS = {
         "help": "tokens of a prompt read at a time",
     },
     "absorbed": {"type": "categorical", "choices": (True, False), "default": True},
-    "page_cache": {"type": "categorical", "choices": PAGE_CACHE, "default": "keep"},
+    "page_cache": {"type": "categorical", "choices": streamed.PAGE_CACHE, "default": "keep"},
 }
 
 COMPOSES = {
@@ -90,12 +89,19 @@ def apply(
     if folder is None:
         kept = tempfile.TemporaryDirectory(prefix="streamed-")
         folder = kept.name
-    loading.save(model, folder)
+    write(model, folder)
     device = str(next(model.parameters()).device)
     options = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
     found = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
     found.kept_folder = kept  # removed together with the model
     return found
+
+
+def write(model: nn.Module, folder: Path | str) -> Path:
+    """Save a model to be streamed: as any checkpoint, its tensors aligned in the file. Returns the folder."""
+    saved = loading.save(model, folder)
+    checkpoint.align(saved)
+    return saved
 
 
 def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **options: object) -> nn.Module:
@@ -134,5 +140,6 @@ def _check(memory_ratio: float, prefill_chunk: int, page_cache: str) -> None:
         raise UserError(f"streaming_computation: memory_ratio {memory_ratio} is out of range; expected {low} to {high}")
     if prefill_chunk < 1:
         raise UserError(f"streaming_computation: prefill_chunk {prefill_chunk}; expected at least 1 token")
-    if page_cache not in PAGE_CACHE:
-        raise UserError(f'streaming_computation: page_cache "{page_cache}"; expected one of {", ".join(PAGE_CACHE)}')
+    if page_cache not in streamed.PAGE_CACHE:
+        known = ", ".join(streamed.PAGE_CACHE)
+        raise UserError(f'streaming_computation: page_cache "{page_cache}"; expected one of {known}')

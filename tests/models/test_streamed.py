@@ -42,11 +42,12 @@ def test_places_are_where_safetensors_finds_the_tensors(saved):
     assert tensor_places(folder).keys() == found.keys()
 
 
+@pytest.mark.parametrize("pages", ["keep", "copy"])
 @pytest.mark.parametrize("ratio", ["smallest", 0.6, 1.0])
-def test_answers_are_those_of_the_resident_model(saved, batch, ratio):
+def test_answers_are_those_of_the_resident_model(saved, batch, ratio, pages):
     model, folder = saved
     size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
-    other = streamed.open_streamed(folder, **size)
+    other = streamed.open_streamed(folder, **size, page_cache=pages)
     made = streamed.streamer(other)
     assert made.plan.in_memory_bytes <= made.plan.allowance_bytes
     assert ratio != 1.0 or not made.plan.streamed
@@ -96,7 +97,7 @@ def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count a process's reads")
 def test_bytes_counted_are_those_the_system_counts(saved, batch):
     _, folder = saved
-    other = streamed.open_streamed(folder, allowance_bytes=smallest(folder))
+    other = streamed.open_streamed(folder, allowance_bytes=smallest(folder), page_cache="copy")
     made = streamed.streamer(other)
     other(**batch)
 
@@ -187,9 +188,10 @@ def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
     torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
 
 
-def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(saved, batch):
+@pytest.mark.parametrize("pages", ["keep", "copy"])
+def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(saved, batch, pages):
     _, folder = saved
-    other = streamed.open_streamed(folder, allowance_bytes=smallest(folder))
+    other = streamed.open_streamed(folder, allowance_bytes=smallest(folder), page_cache=pages)
     expected = other(**batch).logits
     streamed.streamer(other).settle()
     (path,) = folder.glob("*.safetensors")
@@ -239,7 +241,7 @@ def test_dropped_pages_give_the_same_answers(saved, batch):
     other = streamed.open_streamed(folder, memory_ratio=0.6, page_cache="drop")
     streamed.streamer(other).file.forget()
     torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
-    with pytest.raises(UserError, match="expected one of keep, drop"):
+    with pytest.raises(UserError, match="expected one of keep, copy, drop"):
         streamed.open_streamed(folder, page_cache="cold")
 
 

@@ -1,0 +1,78 @@
+"""Mapped weights: the right numbers, in memory only while they are held, and a cut file told to the byte."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import UserError
+from lib.models import checkpoint, filepages
+from lib.models.filepages import FilePages
+from lib.models.weightfile import WeightFile
+
+pytestmark = pytest.mark.skipif(not filepages.available(), reason="this system cannot make mapped pages present")
+MEGABYTE = 2**20
+
+
+def file_bytes_in_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tensors = {f"t{index}": torch.randn(4 * MEGABYTE) for index in range(3)} | {"z": torch.randn(1000, 3)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_pages_are_in_memory_while_held_and_no_longer(folder):
+    file = WeightFile(folder)
+    pages = FilePages(file)
+    whole = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}  # not mapped
+    assert torch.equal(whole["z"], whole["z"].clone())  # what code this takes is in memory before anything is counted
+    for name in ("t0", "t1", "t2"):
+        place, before = file.places[name], file_bytes_in_memory()
+        pages.hold([place])
+        assert 15 * MEGABYTE < file_bytes_in_memory() - before < 18 * MEGABYTE, name
+        assert torch.equal(pages.view(place), whole[name])
+        pages.release([place])
+        assert file_bytes_in_memory() - before < 2 * MEGABYTE, name
+    assert file.bytes_read == 3 * 16 * MEGABYTE
+
+
+def test_what_was_held_can_be_held_once_more(folder):
+    file = WeightFile(folder)
+    pages, file.log = FilePages(file), []
+    pages.hold([file.places["t1"], file.places["z"]])
+    (again,) = file.log
+    file.log = None
+    before = file.bytes_read
+    again()
+    assert file.bytes_read - before == 16 * MEGABYTE + 12000
+
+
+@pytest.mark.parametrize("missing", [1, 5000, 20 * MEGABYTE])
+def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, missing):
+    file = WeightFile(folder)
+    pages, path = FilePages(file), folder / "model.safetensors"
+    last = max(file.places.values(), key=lambda place: place.offset)
+    pages.hold([last])
+    size = path.stat().st_size - missing
+    os.truncate(path, size)
+    with pytest.raises(UserError, match=f"truncated while it was being streamed: it ends at byte {size}, {missing} b"):
+        pages.hold([last])
+
+
+def test_aligned_files_hold_the_same_and_begin_at_a_multiple(folder):
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    for extra in range(1, 9):  # headers of several lengths
+        save_file(whole, path, metadata={"format": "pt", "extra": "x" * 8 * extra})
+        checkpoint.align(folder)
+        assert all(place.offset % 64 == 0 for name, place in WeightFile(folder).places.items() if name != "z")
+        found = load_file(path)
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+        assert os.listdir(folder) == ["model.safetensors"]
