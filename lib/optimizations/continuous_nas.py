@@ -11,6 +11,7 @@ Nothing is loaded again: the library's modules stay in memory, so a swap back is
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -334,6 +335,18 @@ def run(
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------
+
+
+def around(points: Sequence[tuple[float, float]], share: float, count: int = 5) -> list[int]:
+    """Return at most `count` indices of the points (time, divergence) that none beats in both, nearest in time first."""
+    return sorted(front.front(points), key=lambda index: abs(points[index][0] - share))[:count]
+
+
+def fair_rival(gains: Mapping[int, float]) -> int:
+    """Return which rival to be held against: of those that are not faster (gain ≥ 1) the nearest in speed, else the
+    nearest of all. `gains`: index → measured speed of what is judged ÷ that of the rival.
+    """
+    return min(gains, key=lambda index: (gains[index] < 1, abs(math.log(gains[index]))))
 
 
 @dataclass(frozen=True)

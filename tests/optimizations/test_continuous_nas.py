@@ -151,3 +151,10 @@ def test_controls(tiny, name, batch):
     replaced = [sum(option != WHOLE for option in one.values()) for one in drawn]
     assert min(replaced) <= 2 and max(replaced) >= len(shelf.space) - 2
     assert set(itertools.chain(*(one.values() for one in drawn))) > {WHOLE}
+
+
+def test_the_rival_is_the_nearest_of_the_undominated_that_is_not_faster():
+    points = [(0.9, 0.1), (0.8, 0.2), (0.85, 0.3), (0.7, 0.4), (0.5, 0.9), (0.95, 0.05), (0.4, 2.0)]
+    assert nas.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
+    assert nas.fair_rival({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3}) == 3
+    assert nas.fair_rival({4: 0.97, 1: 0.99}) == 1, "all are faster: the nearest"
