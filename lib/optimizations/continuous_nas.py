@@ -338,7 +338,7 @@ def run(
 
 
 def around(points: Sequence[tuple[float, float]], share: float, count: int = 5) -> list[int]:
-    """Return at most `count` indices of the points (time, divergence) that none beats in both, nearest in time first."""
+    """Return at most `count` indices of points (time, divergence) that none beats in both, nearest in time first."""
     return sorted(front.front(points), key=lambda index: abs(points[index][0] - share))[:count]
 
 
