@@ -342,11 +342,21 @@ def around(points: Sequence[tuple[float, float]], share: float, count: int = 5) 
     return sorted(front.front(points), key=lambda index: abs(points[index][0] - share))[:count]
 
 
-def fair_rival(gains: Mapping[int, float]) -> int:
-    """Return which rival to be held against: of those that are not faster (gain ≥ 1) the nearest in speed, else the
-    nearest of all. `gains`: index → measured speed of what is judged ÷ that of the rival.
+def bracketing(gains: Mapping[int, float]) -> list[int]:
+    """Return the rivals nearest in speed: of those that are not faster, and of those that are; one where a side is
+    empty. `gains`: index → measured speed of what is judged ÷ that of the rival.
     """
-    return min(gains, key=lambda index: (gains[index] < 1, abs(math.log(gains[index]))))
+    slower, faster = ([at for at in gains if (gains[at] >= 1) == side] for side in (True, False))
+    return [min(side, key=lambda at: abs(math.log(gains[at]))) for side in (slower, faster) if side]
+
+
+def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> float:
+    """Return the divergence of rivals at the speed of what is judged: on the line between the two in logarithms of
+    speed and divergence; beyond both, or of one rival alone, the nearer one's.
+    """
+    order = np.argsort(gains)
+    logs = np.log(gains)[order], np.log(divergences)[order]
+    return float(np.exp(np.interp(0.0, *logs)))
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,16 @@ def test_controls(tiny, name, batch):
     assert set(itertools.chain(*(one.values() for one in drawn))) > {WHOLE}
 
 
-def test_the_rival_is_the_nearest_of_the_undominated_that_is_not_faster():
+def test_rivals_are_the_nearest_undominated_ones_on_both_sides():
     points = [(0.9, 0.1), (0.8, 0.2), (0.85, 0.3), (0.7, 0.4), (0.5, 0.9), (0.95, 0.05), (0.4, 2.0)]
     assert nas.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
-    assert nas.fair_rival({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3}) == 3
-    assert nas.fair_rival({4: 0.97, 1: 0.99}) == 1, "all are faster: the nearest"
+    assert nas.bracketing({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3, 2: 0.8}) == [3, 4]
+    assert nas.bracketing({4: 0.97, 1: 0.99}) == [1], "all are faster: the nearest alone"
+
+
+def test_a_rival_is_brought_to_equal_speed_between_two_and_never_beyond():
+    assert nas.at_equal_speed([1.1, 1 / 1.1], [0.1, 0.4]) == pytest.approx(0.2)
+    assert nas.at_equal_speed([1 / 1.1, 1.1], [0.4, 0.1]) == pytest.approx(0.2)
+    assert nas.at_equal_speed([1.0, 0.9], [0.1, 0.4]) == pytest.approx(0.1)
+    assert nas.at_equal_speed([1.05, 1.02], [0.1, 0.15]) == pytest.approx(0.15), "beyond both: the nearer one"
+    assert nas.at_equal_speed([0.97], [0.3]) == pytest.approx(0.3)
