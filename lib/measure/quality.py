@@ -21,7 +21,6 @@ from lib.measure import answers, dimensions, harness, measurement, noninferiorit
 from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.measure.metrics import METRICS
 from lib.models import tasks as task_list
 from lib.models.anatomy import anatomy
 from lib.models.loading import Loaded
@@ -33,6 +32,10 @@ SCORES: dict[str, Callable] = {
     "precision_macro": precision_score,
     "recall_macro": recall_score,
 }
+# What `compare` tells of a model whose answers mean something, and of which workload.
+ASKED = {name: "classify" for name in (*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right")}
+ASKED |= {"recall_exact_match": "generate", "perplexity": "prefill"}
+ASKED |= {"kl_divergence_nats": "prefill", "top1_agreement": "prefill"}
 # Logits held at a time, in elements.
 CHUNK_ELEMENTS = 2**24
 WINDOWS_AT_ONCE = 4
@@ -218,7 +221,7 @@ def compare(
     `margin` replaces that of the scores (a difference), `perplexity_margin` that of the perplexity (a share).
     """
     if reason := baseline.reason or optimized.reason:
-        return [_unavailable(name, reason) for name, metric in METRICS.items() if metric.dimension == "accuracy"]
+        return [measurement.unavailable(name, workload, reason) for name, workload in ASKED.items()]
     found = []
     for base, opt in zip(baseline.classified, optimized.classified, strict=True):
         found += compare_classified(base, opt, margin=margin, resamples=resamples, seed=seed)
@@ -229,12 +232,6 @@ def compare(
     if baseline.text and optimized.text:
         found += compare_text(baseline.text, optimized.text, margin=perplexity_margin, resamples=resamples, seed=seed)
     return found
-
-
-def _unavailable(name: str, reason: str) -> Measurement:
-    workload = {"recall_exact_match": "generate", "perplexity": "prefill"}.get(name)
-    workload = workload or ("prefill" if name in ("kl_divergence_nats", "top1_agreement") else "classify")
-    return measurement.unavailable(name, workload, reason)
 
 
 def compare_classified(

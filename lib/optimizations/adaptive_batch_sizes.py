@@ -156,7 +156,10 @@ class StepModel:
 
     def predict(self, terms: Sequence[float]) -> float:
         """Return the seconds expected; never below a microsecond."""
-        return max(1e-6, sum(w * term / scale for w, term, scale in zip(self.weights, terms, self.scale)))
+        seconds = 0.0
+        for weight, term, scale in zip(self.weights, terms, self.scale):
+            seconds += weight * term / scale
+        return max(1e-6, seconds)
 
     def learn(self, terms: Sequence[float], seconds: float) -> None:
         """Take in one measured call."""
@@ -180,12 +183,14 @@ class StepModel:
 
     def _sweep(self) -> None:
         """Move each weight in turn to its best value of at least zero, from where they stand."""
-        count = range(len(self.weights))
+        rows = [[p + s for p, s in zip(*pair)] for pair in zip(self.prior[0], self.seen[0])]
+        goals = [p + s for p, s in zip(self.prior[1], self.seen[1])]
         for _ in range(SWEEPS):
-            for index in count:
-                row = [self.prior[0][index][other] + self.seen[0][index][other] for other in count]
-                rest = sum(row[other] * self.weights[other] for other in count if other != index)
-                self.weights[index] = max(0.0, (self.prior[1][index] + self.seen[1][index] - rest) / row[index])
+            for index, (row, goal) in enumerate(zip(rows, goals)):
+                rest = -row[index] * self.weights[index]
+                for value, weight in zip(row, self.weights):
+                    rest += value * weight
+                self.weights[index] = max(0.0, (goal - rest) / row[index])
 
 
 class Adaptive:
@@ -211,10 +216,8 @@ class Adaptive:
     def decide(self, view: View) -> Decision:
         near = list_head(view.waiting, LOOK_AHEAD)
         asked = [one.request for one in view.running] + near
-        prompt, answer = (
-            float(np.mean(values))
-            for values in ([request.prompt_tokens for request in near], [request.new_tokens for request in asked])
-        )
+        prompt = sum(request.prompt_tokens for request in near) / len(near)
+        answer = sum(request.new_tokens for request in asked) / len(asked)
         context = max(view.context, max(request.prompt_tokens for request in near)) + answer / 2
         self._resize(context, prompt, answer, view.batching)
         count = min(self.size - len(view.running), view.room)
@@ -245,7 +248,7 @@ class Adaptive:
         each = self.step_seconds(1, context) - fixed
         if batching == "iteration":
             each += (self.reads.predict(_read_terms(1, prompt)) + self.leaving) / answer
-        return int(np.clip((budget - fixed) / max(each, 1e-9), 1, self.most))
+        return int(min(self.most, max(1.0, (budget - fixed) / max(each, 1e-9))))
 
     def _resize(self, context: float, prompt: float, answer: float, batching: str) -> None:
         """Shrink when the present size is predicted to miss the objective, grow when a larger one keeps some room."""

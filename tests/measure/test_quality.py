@@ -178,7 +178,7 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
     found = by_name(quality.compare(base, quality.evaluate(asked, effort, model=changed.requires_grad_(False))))
     scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "recall_exact_match", "top1_agreement"}
     scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
-    assert set(found) == scores and all(METRICS[name].dimension == "accuracy" for name in found)
+    assert set(found) == scores == set(quality.ASKED) and all(METRICS[name].dimension == "accuracy" for name in found)
     assert found["kl_divergence_nats"].optimized > 0 and found["perplexity"].n == 6
     again = by_name(quality.compare(base, base))
     assert again["kl_divergence_nats"].optimized == pytest.approx(0, abs=1e-5)
@@ -188,8 +188,8 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
 def test_random_weights_have_no_quality_and_the_reason_is_given(tiny):
     answers = quality.evaluate(loaded(tiny, random_weights=True), "quick")
     found = quality.compare(answers, answers)
-    assert {m.metric for m in found} == {n for n, metric in METRICS.items() if metric.dimension == "accuracy"}
     assert all(m.verdict == "unavailable" and "random weights" in m.reason for m in found)
+    assert [(m.metric, m.workload) for m in found] == list(quality.ASKED.items())
 
 
 def test_different_items_are_refused():
