@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lib.errors import NotApplicable
-from lib.models.filepages import FilePages
+from lib.models.filepages import FilePages, spans
 from lib.models.weightfile import Piece, Place, WeightFile, aligned, buffer
 
 NAME = "streamed"
@@ -158,7 +158,7 @@ class MappedExperts(ExpertCache):
         missing = [expert for expert in wanted if (block, expert) not in self._held]
         self.hits, self.misses = self.hits + len(here), self.misses + len(missing)
         for expert in missing:
-            self.pages.expect(self.parts[block](expert))
+            self.pages.expect(spans(self.parts[block](expert)))
         for expert in here:
             self._held.move_to_end((block, expert))
         for expert in here + missing:
@@ -169,14 +169,14 @@ class MappedExperts(ExpertCache):
             if len(self._held) >= self.slots:
                 self._give_back(self._victim(key[0], key))
             places = self.parts[key[0]](key[1])
-            self.pages.hold(places)
+            self.pages.hold(spans(places))
             self._held[key] = tuple(self.pages.view(place) for place in places)
         self._held.move_to_end(key)
         return self._held[key]
 
     def _give_back(self, key: Key) -> None:
         del self._held[key]
-        self.pages.release(self.parts[key[0]](key[1]))
+        self.pages.release(spans(self.parts[key[0]](key[1])))
 
     def forget(self) -> None:
         """Give back every expert and set the counts to zero."""

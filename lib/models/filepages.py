@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,8 +31,29 @@ def available() -> bool:
     """Return whether this system can make mapped pages present and say where it cannot."""
     if not sys.platform.startswith("linux"):
         return False
-    with mmap.mmap(-1, PAGE) as some:
-        return _advise(_address(some), PAGE, POPULATE_READ) == 0
+    some = torch.zeros(2 * PAGE, dtype=torch.uint8)
+    page = ctypes.c_void_p(-(-some.data_ptr() // PAGE) * PAGE)
+    return _library().madvise(page, ctypes.c_size_t(PAGE), POPULATE_READ) == 0
+
+
+class Span(NamedTuple):
+    """Bytes `first` to `end` (not included) of a file."""
+
+    file: Path
+    first: int
+    end: int
+
+
+def spans(places: Sequence[Place]) -> tuple[Span, ...]:
+    """Return what these places cover, neighbours together: a call to the system costs as much as a small tensor."""
+    found: list[Span] = []
+    for place in sorted(places, key=lambda place: (str(place.file), place.offset)):
+        end = place.offset + place.nbytes
+        if found and (found[-1].file, found[-1].end) == (place.file, place.offset):
+            found[-1] = found[-1]._replace(end=end)
+        else:
+            found.append(Span(place.file, place.offset, end))
+    return tuple(found)
 
 
 class FilePages:
@@ -54,49 +76,42 @@ class FilePages:
             raise UserError(f"{place.file}: a tensor at byte {place.offset}, which is no multiple of its numbers' size")
         return raw.view(place.dtype).view(place.shape)
 
-    def hold(self, places: Sequence[Place]) -> None:
-        """Make the pages of these places present. Raises UserError where a file ends early or cannot be read."""
-        for place in places:
-            end, size = place.offset + place.nbytes, self.file.size(place.file)
-            if end > size:  # the page in which a file ends is present, and zero behind the end
+    def hold(self, spans: Sequence[Span]) -> None:
+        """Make the pages of these spans present. Raises UserError where a file ends early or cannot be read."""
+        for span in spans:
+            size = self.file.size(span.file)
+            if span.end > size:  # the page in which a file ends is present, and zero behind the end
                 raise UserError(
-                    f"{place.file}: truncated while it was being streamed: it ends at byte {size}, {end - size} bytes "
-                    "early; copy it again"
+                    f"{span.file}: truncated while it was being streamed: it ends at byte {size}, {span.end - size} "
+                    "bytes early; copy it again"
                 )
-            first = place.offset // PAGE * PAGE
-            if error := _advise(self._bytes[place.file].data_ptr() + first, end - first, POPULATE_READ):
-                raise UserError(f"{place.file}: cannot be read ({os.strerror(error)}) at byte {place.offset}")
-        self.file.count(sum(place.nbytes for place in places), lambda: self._again(places))
+            if error := self._advise(span.file, span.first // PAGE * PAGE, span.end, POPULATE_READ):
+                raise UserError(f"{span.file}: cannot be read ({os.strerror(error)}) at byte {span.first}")
+        self.file.count(sum(span.end - span.first for span in spans), lambda: self._again(spans))
 
-    def expect(self, places: Sequence[Place]) -> None:
-        """Tell the system that these places will be needed soon: what it lacks of them it reads meanwhile."""
-        for place in places:
-            first = place.offset // PAGE * PAGE
-            _advise(self._bytes[place.file].data_ptr() + first, place.offset + place.nbytes - first, WILLNEED)
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Tell the system that these spans will be needed soon: what it lacks of them it reads meanwhile."""
+        for span in spans:
+            self._advise(span.file, span.first // PAGE * PAGE, span.end, WILLNEED)
 
-    def release(self, places: Sequence[Place]) -> None:
-        """Take these places out of the process's memory; pages that they share with neighbours stay."""
-        for place in places:
-            first, last = -(-place.offset // PAGE) * PAGE, (place.offset + place.nbytes) // PAGE * PAGE
-            if last > first:
-                _advise(self._bytes[place.file].data_ptr() + first, last - first, DONTNEED)
+    def release(self, spans: Sequence[Span]) -> None:
+        """Take these spans out of the process's memory; pages that they share with neighbours stay."""
+        for span in spans:
+            self._advise(span.file, -(-span.first // PAGE) * PAGE, span.end // PAGE * PAGE, DONTNEED)
 
-    def _again(self, places: Sequence[Place]) -> None:
-        self.hold(places)
-        self.release(places)
+    def _advise(self, file: Path, first: int, end: int, advice: int) -> int:
+        """Return 0, or the error number. Other threads run meanwhile."""
+        if end <= first:
+            return 0
+        address = ctypes.c_void_p(self._bytes[file].data_ptr() + first)
+        while _library().madvise(address, ctypes.c_size_t(end - first), advice):
+            if (error := ctypes.get_errno()) != errno.EAGAIN:
+                return error
+        return 0
 
-
-def _address(some: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(some))
-
-
-def _advise(address: int, length: int, advice: int) -> int:
-    """Return 0, or the error number. Other threads run meanwhile."""
-    madvise = _library().madvise
-    while madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice)):
-        if (error := ctypes.get_errno()) != errno.EAGAIN:
-            return error
-    return 0
+    def _again(self, spans: Sequence[Span]) -> None:
+        self.hold(spans)
+        self.release(spans)
 
 
 def _library() -> ctypes.CDLL:

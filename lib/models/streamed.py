@@ -181,6 +181,7 @@ class MappedStreamer(Streamer):
         super().__init__(pages.file, units, plan)
         self.pages = pages
         self._mapped = {name: [self._parameter(part.place) for part in units[name]] for name in plan.streamed}
+        self._spans = {name: filepages.spans([part.place for part in units[name]]) for name in plan.streamed}
 
     def _parameter(self, place: Place) -> nn.Parameter:
         return nn.Parameter(self.pages.view(place), requires_grad=False)
@@ -196,18 +197,15 @@ class MappedStreamer(Streamer):
         if before is not None:
             self._next[before] = name
             self._give_back(before)
-        self.pages.hold(self._places(name))
+        self.pages.hold(self._spans[name])
         self._last = name
-        self.pages.expect(self._places(self._next[name]))
+        self.pages.expect(self._spans[self._next[name]])
         _bind(self.units[name], self._mapped[name])
         return self._mapped[name]
 
-    def _places(self, name: str) -> list[Place]:
-        return [part.place for part in self.units[name]]
-
     def _give_back(self, name: str) -> None:
         _unbind(self.units[name])
-        self.pages.release(self._places(name))
+        self.pages.release(self._spans[name])
 
     def forget(self) -> None:
         """Give back the unit that is held, and forget which unit came after which."""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
 from lib.models import checkpoint, filepages
-from lib.models.filepages import FilePages
+from lib.models.filepages import FilePages, spans
 from lib.models.weightfile import WeightFile
 
 pytestmark = pytest.mark.skipif(not filepages.available(), reason="this system cannot make mapped pages present")
@@ -35,18 +35,25 @@ def test_pages_are_in_memory_while_held_and_no_longer(folder):
     assert torch.equal(whole["z"], whole["z"].clone())  # what code this takes is in memory before anything is counted
     for name in ("t0", "t1", "t2"):
         place, before = file.places[name], file_bytes_in_memory()
-        pages.hold([place])
+        pages.hold(spans([place]))
         assert 15 * MEGABYTE < file_bytes_in_memory() - before < 18 * MEGABYTE, name
         assert torch.equal(pages.view(place), whole[name])
-        pages.release([place])
+        pages.release(spans([place]))
         assert file_bytes_in_memory() - before < 2 * MEGABYTE, name
     assert file.bytes_read == 3 * 16 * MEGABYTE
+
+
+def test_neighbours_are_one_span_and_gaps_are_kept(folder):
+    places = WeightFile(folder).places
+    (both,) = spans([places["t1"], places["t0"]])
+    assert both.end - both.first == 32 * MEGABYTE and both.first == places["t0"].offset
+    assert len(spans([places["t2"], places["t0"]])) == 2
 
 
 def test_what_was_held_can_be_held_once_more(folder):
     file = WeightFile(folder)
     pages, file.log = FilePages(file), []
-    pages.hold([file.places["t1"], file.places["z"]])
+    pages.hold(spans([file.places["z"], file.places["t1"]]))
     (again,) = file.log
     file.log = None
     before = file.bytes_read
@@ -59,11 +66,11 @@ def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, miss
     file = WeightFile(folder)
     pages, path = FilePages(file), folder / "model.safetensors"
     last = max(file.places.values(), key=lambda place: place.offset)
-    pages.hold([last])
+    pages.hold(spans([last]))
     size = path.stat().st_size - missing
     os.truncate(path, size)
     with pytest.raises(UserError, match=f"truncated while it was being streamed: it ends at byte {size}, {missing} b"):
-        pages.hold([last])
+        pages.hold(spans([last]))
 
 
 def test_aligned_files_hold_the_same_and_begin_at_a_multiple(folder):
