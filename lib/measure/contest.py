@@ -8,7 +8,7 @@ one stays within capacity throughout. Policies come in as functions that make a 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -78,6 +78,13 @@ def prepare(
     size = cache_share * MOST_ROWS * longest * times.bytes_per_token
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
     return Ground(times, wanted, single, Limits(MOST_ROWS, size, times.bytes_per_token, patience), batching)
+
+
+def around(loaded: Loaded, ground: Ground, run: Callable[[], object], seed: int = 0) -> tuple[Ground, object]:
+    """Return the same ground with the step times that held around `run()`, and what that returned."""
+    text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
+    times, result = steptimes.around(loaded.model, text_T, CONTEXTS, run)
+    return replace(ground, times=times), result
 
 
 def facts(ground: Ground) -> list[dict[str, object]]:

@@ -99,10 +99,35 @@ def measure(
     different points take turns, so that a slow spell of the machine does not fall on one point alone.
     """
     contexts, counts = _grid(prompt_T, contexts, most)
+    *found, per_token = _calls(model, prompt_T, contexts, counts, repeats)
+    return _assembled(*found, per_token, counts, contexts)
+
+
+def around(
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    run: Callable[[], object],
+    *,
+    repeats: int = 2,
+    most: int = MOST_ROWS,
+) -> tuple[StepTimes, object]:
+    """Return the step times of the model directly before and after `run()`, all calls taken together, and what it
+    returned: a machine's speed drifts, and a run is told by the times that held while it ran.
+    """
+    contexts, counts = _grid(prompt_T, contexts, most)
+    before = _calls(model, prompt_T, contexts, counts, repeats)
+    result = run()
+    *after, per_token = _calls(model, prompt_T, contexts, counts, repeats)
+    found = [{point: first[point] + last[point] for point in first} for first, last in zip(before, after)]
+    return _assembled(*found, per_token, counts, contexts), result
+
+
+def _calls(model, prompt_T, contexts, counts, repeats) -> tuple[dict, dict, dict, float]:
+    """Return the seconds of single calls (decoding, prefills, moves), and the cache's bytes per token."""
     decoded = _decode(model, prompt_T, contexts, counts, repeats)
     read = _prefill(model, prompt_T, contexts, repeats)
-    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
-    return _assembled(decoded, read, moved, per_token, counts, contexts)
+    return decoded, read, *_move(model, prompt_T, contexts, counts, repeats)
 
 
 def measure_together(
@@ -123,8 +148,7 @@ def measure_together(
         order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
         for index in order:
             model = models[index]
-            moved, per_token[index] = _move(model, prompt_T, contexts, counts, 1)
-            some = _decode(model, prompt_T, contexts, counts, 1), _prefill(model, prompt_T, contexts, 1), moved
+            *some, per_token[index] = _calls(model, prompt_T, contexts, counts, 1)
             for all_of, new in zip(found[index], some):
                 for point, seconds in new.items():
                     all_of.setdefault(point, []).extend(seconds)

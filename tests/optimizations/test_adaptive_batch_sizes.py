@@ -230,6 +230,26 @@ def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monk
     assert all(len(one.unique()) == len(one) for one in seen)
 
 
+def test_step_times_around_a_run_are_those_before_and_after_it(tiny, monkeypatch):
+    from lib.measure import steptimes
+
+    told, speed = [], [1.0]
+
+    def timed(model, call, *arguments):
+        told.append(speed[0])
+        call(*arguments)
+        return speed[0]
+
+    monkeypatch.setattr(steptimes, "_timed", timed)
+    text_T = torch.arange(8, 72)
+    times, result = steptimes.around(
+        tiny("qwen3-4b-instruct-2507"), text_T, (16, 48), lambda: speed.__setitem__(0, 3.0) or "ran", repeats=2, most=4
+    )
+    assert result == "ran" and told.count(1.0) == told.count(3.0) > 20
+    assert times.decode(2, 48) == pytest.approx(2.0) and times.prefill(1, 16) == pytest.approx(2.0, rel=0.01)
+    assert set(times.decode_ratios) == {0.5, 1.5}
+
+
 def test_a_simulation_is_told_with_its_own_spread(ground):
     trial = contest.traffic(ground, "changing", 10, 3)
     fresh = lambda: batches.Fixed(8)  # noqa: E731
