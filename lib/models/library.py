@@ -23,7 +23,7 @@ from lib.models.surgery import keep_channels, keep_experts, keep_groups
 
 WHOLE = "whole"
 ATTENTION = (WHOLE, "groups_50", "none")
-DENSE = (WHOLE, "channels_75", "channels_50", "channels_25", "none")
+DENSE = (WHOLE, "channels_88", "channels_75", "channels_50", "channels_25", "none")
 EXPERTS = (WHOLE, "experts_75", "experts_50", "top_k_50", "experts_50_top_k_50", "none")
 # Of the uniform control: finer than the library, for it has as many evaluations to spend.
 UNIFORM = {
