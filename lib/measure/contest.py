@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from lib.errors import UserError
 from lib.measure import latency, measurement, statistics, steptimes
@@ -70,8 +71,7 @@ def prepare(
     """
     if not 0 < cache_share <= 1:
         raise UserError(f"contest: cache_share {cache_share}; expected 0 < cache_share <= 1")
-    text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
-    times = steptimes.measure(loaded.model, text_T, CONTEXTS, repeats=repeats)
+    times = steptimes.measure(loaded.model, _text(loaded, seed), CONTEXTS, repeats=repeats)
     single = Single.of(times, DOCUMENTS)
     wanted = objectives(single, first_token_factor, token_factor)
     longest = max(kind.longest for kind in KINDS.values())
@@ -82,9 +82,13 @@ def prepare(
 
 def around(loaded: Loaded, ground: Ground, run: Callable[[], object], seed: int = 0) -> tuple[Ground, object]:
     """Return the same ground with the step times that held around `run()`, and what that returned."""
-    text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
-    times, result = steptimes.around(loaded.model, text_T, CONTEXTS, run)
+    times, result = steptimes.around(loaded.model, _text(loaded, seed), CONTEXTS, run)
     return replace(ground, times=times), result
+
+
+def _text(loaded: Loaded, seed: int) -> torch.Tensor:
+    """Return the text [T] on which steps are timed."""
+    return tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
 
 
 def facts(ground: Ground) -> list[dict[str, object]]:

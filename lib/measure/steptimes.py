@@ -10,7 +10,6 @@ its own rows (the first after other work is slower), and rows and prompts differ
 Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 """
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -229,7 +228,7 @@ def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int],
     found: dict[tuple[int, int], list[float]] = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
     for context in contexts:
-        some = _together([rows.prefill(model, [_part(prompt_T, at, context - 1)]) for at in range(DISTINCT)])
+        some = rows.prefill(model, [_part(prompt_T, at, context - 1) for at in range(DISTINCT)])
         many = {count: rows.keep(rows.repeat(some, -(-count // DISTINCT)), range(count)) for count in counts}
         for turn in range(repeats):
             for count in counts:
@@ -239,10 +238,6 @@ def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int],
                     if timed:
                         found.setdefault((count, context), []).append(seconds)
     return found
-
-
-def _together(several: Sequence[rows.Rows]) -> rows.Rows:
-    return functools.reduce(rows.join, several)
 
 
 def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
