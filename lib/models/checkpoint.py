@@ -14,6 +14,7 @@ from lib.models import parameters
 
 MANIFEST = "workbench.json"
 WRITTEN = 2**22  # bytes at a time
+ALIGNMENT = 64  # bytes: a cache line, and what torch gives a fresh tensor on a processor
 
 
 def folder_of(name: str, checkpoints: str | Path) -> Path:
@@ -116,8 +117,8 @@ def tensor_places(folder: str | Path) -> dict[str, tuple[Path, int, int, str, tu
     return found
 
 
-def align(folder: str | Path, multiple: int = 64) -> None:
-    """Write every weight file of a folder anew, where it is needed, so that its tensors begin at a multiple of bytes.
+def align(folder: str | Path) -> None:
+    """Write every weight file of a folder anew, where it is needed, so that its tensors begin at an aligned byte.
 
     Products over memory that lies askew are slower and round differently; a file that is mapped is such memory. The
     header is padded with blanks, which the format allows; a tensor whose own size is no multiple moves those behind it.
@@ -126,7 +127,7 @@ def align(folder: str | Path, multiple: int = 64) -> None:
         path = Path(folder) / file
         with path.open("rb") as source:
             length = struct.unpack("<Q", source.read(8))[0]
-            padding = -(8 + length) % multiple
+            padding = -(8 + length) % ALIGNMENT
             if not padding:
                 continue
             header = source.read(length) + b" " * padding

@@ -25,13 +25,12 @@ from lib.errors import NotApplicable, UserError
 from lib.models import absent, depth, factors, placement, sparse
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
-from lib.models.checkpoint import MANIFEST, check_checkpoint, folder_of
+from lib.models.checkpoint import ALIGNMENT, MANIFEST, check_checkpoint, folder_of
 from lib.models.random_weights import Tiled
 from lib.models.tasknames import check_tasks
 
 transformers_logging.disable_progress_bar()
 
-ALIGNMENT = 64  # bytes; what torch gives a fresh tensor on a processor
 HASHED_BYTES = 2**26  # at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -16,12 +16,12 @@ import torch
 
 from lib.errors import UserError
 from lib.models import checkpoint
+from lib.models.checkpoint import ALIGNMENT
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-ALIGNMENT = 64  # bytes: a cache line, and what vector kernels like
 MOST_AT_ONCE = 512  # destinations of one system call; the system's own limit is 1024
 
 
