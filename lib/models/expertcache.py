@@ -7,6 +7,7 @@ The sum is that of transformers' own loop over experts, up to rounding.
 Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per token.
 """
 
+import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -151,6 +152,7 @@ class MappedExperts(ExpertCache):
         self.pages, self.parts, self.slots = pages, parts, slots
         self.hits = self.misses = 0
         self._held: OrderedDict[Key, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._spans = functools.cache(lambda key: spans(parts[key[0]](key[1])))
 
     def experts(self, block: int, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (expert, gate_up [2I, H], down [H, I]) for every wanted expert of a block, those held already first."""
@@ -158,7 +160,7 @@ class MappedExperts(ExpertCache):
         missing = [expert for expert in wanted if (block, expert) not in self._held]
         self.hits, self.misses = self.hits + len(here), self.misses + len(missing)
         for expert in missing:
-            self.pages.expect(spans(self.parts[block](expert)))
+            self.pages.expect(self._spans((block, expert)))
         for expert in here:
             self._held.move_to_end((block, expert))
         for expert in here + missing:
@@ -168,15 +170,14 @@ class MappedExperts(ExpertCache):
         if key not in self._held:
             if len(self._held) >= self.slots:
                 self._give_back(self._victim(key[0], key))
-            places = self.parts[key[0]](key[1])
-            self.pages.hold(spans(places))
-            self._held[key] = tuple(self.pages.view(place) for place in places)
+            self.pages.hold(self._spans(key))
+            self._held[key] = tuple(self.pages.view(place) for place in self.parts[key[0]](key[1]))
         self._held.move_to_end(key)
         return self._held[key]
 
     def _give_back(self, key: Key) -> None:
         del self._held[key]
-        self.pages.release(spans(self.parts[key[0]](key[1])))
+        self.pages.release(self._spans(key))
 
     def forget(self) -> None:
         """Give back every expert and set the counts to zero."""
