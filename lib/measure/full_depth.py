@@ -1,14 +1,16 @@
 """From a slice to the whole model: blocks as often as the whole model has them, embeddings, norms and head once.
 
-Each block of both arms is timed where it stands, in calls of their own beside the judged ones; every block counts for
-as many as it stands for (`lib.models.depth`), all else once. The numbers are derived and never judged: caches, memory
-traffic and routing of a deep model may differ from a slice's. Knows no optimization.
+How much longer a call would take at full depth is read from a few calls of its own, with a clock around every block:
+every block counts for as many as it stands for (`lib.models.depth`), all else once. The judged times, taken without
+such clocks, are multiplied by that. The numbers are derived and never judged: caches, memory traffic and routing of a
+deep model may differ from a slice's. Knows no optimization.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ from lib.measure.measurement import Measurement
 from lib.models import depth
 from lib.models.anatomy import anatomy
 
-PAIRS = 6
+LOOKS = 3  # calls of each arm with clocks around its blocks; the median counts
 METRIC_OF = {
     "prefill": "full_depth_prefill_tokens_per_second",
     "decode": "full_depth_decode_tokens_per_second",
@@ -30,34 +32,51 @@ SIZES: dict[str, Callable[[nn.Module], float]] = {
 CACHE = "full_depth_kv_cache_bytes_per_token"
 
 
-def speed(name: str, works: tuple, models: tuple[nn.Module, nn.Module], pairs: int = PAIRS) -> list[Measurement]:
+def speed(
+    name: str,
+    works: tuple,
+    models: tuple[nn.Module, nn.Module],
+    seconds: tuple[Sequence[float], Sequence[float]],
+    looks: int = LOOKS,
+) -> list[Measurement]:
     """Return the rate of workload `name` at full depth, of both arms; empty where the baseline is no slice.
 
-    `works` are the workloads (baseline, optimized) of `models`.
+    `works` are the workloads (baseline, optimized) of `models`, warm already; `seconds` the judged times of their
+    calls, pair by pair.
     """
     if depth.whole(models[0]) is None or name not in METRIC_OF:
         return []
     counts = _counts(models)
     if isinstance(counts, str):
         return [measurement.unavailable(METRIC_OF[name], name, counts)]
-    samples: tuple[list[float], list[float]] = ([], [])
+    longer: tuple[list[float], list[float]] = ([], [])
     kept = [len(work.step_seconds) for work in works]
-    for turn in range(pairs + 1):
+    for turn in range(looks):
         for arm in (0, 1) if turn % 2 else (1, 0):
-            seconds = whole_seconds(works[arm], models[arm], counts)
-            if turn:
-                samples[arm].append(works[arm].tokens / seconds)
+            longer[arm].append(times_longer(works[arm], models[arm], counts))
     for work, steps in zip(works, kept):
         del work.step_seconds[steps:]  # the clocks around blocks belong to no step
-    source = f"{pairs} pairs, perf_counter around each block; {_said(models[0])}"
+    rates = [[work.tokens / (one * np.median(by)) for one in arm] for work, arm, by in zip(works, seconds, longer)]
+    source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_said(models[0])}"
     found = measurement.from_samples(
-        METRIC_OF[name], name, *samples, source=source, floor=None, provenance="derived", samples=False
+        METRIC_OF[name], name, *rates, source=source, floor=None, provenance="derived", samples=False
     )
     return [found]
 
 
+def times_longer(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:
+    """Run `work` once and return how many times as long it would take with block i as often as `counts[i]`."""
+    whole, deep = both_seconds(work, model, counts)
+    return deep / whole
+
+
 def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:
     """Run `work` once and return the seconds that it would take with block i as often as `counts[i]`."""
+    return both_seconds(work, model, counts)[1]
+
+
+def both_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> tuple[float, float]:
+    """Run `work` once and return the seconds that it took, and those with block i as often as `counts[i]`."""
     if prepare := getattr(work, "prepare", None):
         prepare()
     with clocks([block.module for block in anatomy(model).blocks]) as spent:
@@ -65,7 +84,7 @@ def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence
         work()
         _synchronize()
         whole = time.perf_counter() - start
-    return whole + sum(seconds * (count - 1) for seconds, count in zip(spent, counts))
+    return whole, whole + sum(seconds * (count - 1) for seconds, count in zip(spent, counts))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 them against the machine's bound, and adds processor and energy. Puts the other modules together; knows no optimization.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -38,6 +39,7 @@ METRICS_OF = {
 }
 BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
+LONG_SECONDS = 0.5  # a call that lasts longer is warm after one, and enough by itself for a turn in a block
 # What the formulas for prefill, for a decoded token and for the bytes of a step are told of the optimized model.
 OPTIONS = (("density", "stride"), ("absorbed", "attended"), ("overhead", "attended"))
 
@@ -131,10 +133,14 @@ def compare(
     for name in names:
         arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
         workloads.assert_same_conditions(*arms, except_for=except_for)
-        prices = _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {})
-        timed[name] = _time(arms, prices, effort.blocks, seed)
+        prices, lasted = zip(
+            _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {}), strict=True
+        )
+        timed[name] = _time(arms, prices, min(lasted), effort.blocks, seed)
         found += _explained(name, timed[name], hints, peaks)
-        found += full_depth.speed(name, tuple(arms), (baseline, optimized))
+        pairs = timed[name].pairs
+        judged = pairs.baseline_seconds, pairs.optimized_seconds
+        found += full_depth.speed(name, tuple(arms), (baseline, optimized), judged)
     found += _processor(timed)
     if (
         with_energy
@@ -159,19 +165,30 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
     return workloads.steps(model, rolled_BT, effort.new_tokens)
 
 
-def _time(arms: list[Workload], costs: tuple[Cost, Cost], blocks: int, seed: int) -> Timed:
+def _time(arms: list[Workload], costs: tuple[Cost, Cost], lasted: float, blocks: int, seed: int) -> Timed:
+    """Time both arms, which were called once already and `lasted` seconds then, and the baseline against itself."""
     baseline, optimized = arms
-    options = {"blocks": blocks, "iterations": timing.iterations_for(baseline), "disturbance": disturbance.watch}
+    options = {"blocks": blocks, "warmup": 1, "disturbance": disturbance.watch}
+    if lasted > LONG_SECONDS:
+        options["warmup"] = 0
+    else:
+        options["iterations"] = timing.iterations_for(baseline, warm=True)
     pairs = timing.paired(baseline, optimized, seed=seed, **options)
-    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, warmup=1, **options), costs)
+    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, **options), costs)
 
 
-def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> Cost:
-    """FLOPs and bytes of one call, with the experts that its steps really use counted in one call that is not timed."""
+def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> tuple[Cost, float]:
+    """FLOPs and bytes of one call, with the experts that its steps really use counted in one call that is not judged;
+    and the seconds that it took.
+    """
     with cost.experts_hit(model) as hit:
+        start = time.perf_counter()
         work()
+        if work.synchronize:
+            work.synchronize()
+        lasted = time.perf_counter() - start
     work.step_seconds.clear()
-    return cost.of(model, work, hit=hit.mean(work.batch), **options)
+    return cost.of(model, work, hit=hit.mean(work.batch), **options), lasted
 
 
 def _quantity(metric: str, work: Workload) -> float:

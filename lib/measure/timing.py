@@ -72,11 +72,18 @@ def balanced_order(blocks: int, seed: int = 0) -> list[str]:
 
 
 def iterations_for(
-    arm: Callable[[], object], seconds: float = 0.03, *, clock: Callable[[], float] = time.perf_counter
+    arm: Callable[[], object],
+    seconds: float = 0.03,
+    *,
+    warm: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Return how many calls of `arm` last at least `seconds`, by its second call, so that a block is not all noise."""
+    """Return how many calls of `arm` last at least `seconds`, by one call, so that a block is not all noise. Where it
+    is not `warm` yet, it is called once before.
+    """
     prepare = getattr(arm, "prepare", None) or (lambda: None)
-    arm()
+    if not warm:
+        arm()
     prepare()
     start = clock()
     arm()
@@ -110,8 +117,8 @@ def paired(
         )
     synchronize = synchronize or getattr(baseline, "synchronize", None)
     for _ in range(warmup):
-        baseline()
-        optimized()
+        for arm in (baseline,) if optimized is baseline else (baseline, optimized):
+            arm()
 
     def seconds(arm: Callable[[], object]) -> float:
         prepare = getattr(arm, "prepare", None)

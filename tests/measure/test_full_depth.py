@@ -61,10 +61,13 @@ def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatc
     work = workloads.prefill(model, torch.randint(8, 90, (1, 16)))
     assert full_depth.whole_seconds(work, model, counts) == pytest.approx(7 + 2 + 46 * 3)
     assert full_depth.whole_seconds(work, model, [1.0] * 4) == pytest.approx(7 + 2 + 3 * 3)
-    (found,) = full_depth.speed("prefill", (work, work), (model, model))
-    assert found.baseline == pytest.approx(16 / 147) and found.ratio == 1 and found.provenance == "derived"
+    assert full_depth.times_longer(work, model, counts) == pytest.approx(147 / 18)
+    (found,) = full_depth.speed("prefill", (work, work), (model, model), ([18.0] * 6, [9.0] * 6))
+    assert (
+        found.baseline == pytest.approx(16 / 147) and found.ratio == pytest.approx(2) and found.provenance == "derived"
+    )
     steps = workloads.steps(model, torch.randint(8, 90, (1, 16)), 4)
-    (found,) = full_depth.speed("decode", (steps, steps), (model, model))
+    (found,) = full_depth.speed("decode", (steps, steps), (model, model), ([18.0 * 4] * 6, [18.0 * 4] * 6))
     assert found.baseline == pytest.approx(1 / 147) and not steps.step_seconds
     assert measurement.lint([found]) == []
 
@@ -79,7 +82,7 @@ def test_hooks_are_taken_away_again(tiny, name):
 def test_a_whole_model_has_no_other_depth(tiny, name):
     model = tiny(name)
     work = workloads.prefill(model, torch.randint(8, 90, (1, 8)))
-    assert full_depth.sizes((model, model)) == full_depth.speed("prefill", (work, work), (model, model)) == []
+    assert full_depth.sizes((model, model)) == full_depth.speed("prefill", (work, work), (model, model), ([], [])) == []
 
 
 @pytest.mark.parametrize("case", ["kind", "count", "streamed"])
@@ -96,7 +99,7 @@ def test_what_cannot_be_told_says_why(tiny, case):
         else:
             other.weights_in_memory_bytes = 1000
             said = "streamed"
-    found = full_depth.sizes((base, other)) + full_depth.speed("prefill", (), (base, other))
+    found = full_depth.sizes((base, other)) + full_depth.speed("prefill", (), (base, other), ([], []))
     assert {m.provenance for m in found} == {"unavailable"} and all(said in m.reason for m in found)
 
 
