@@ -27,6 +27,9 @@ from lib.models.loading import Loaded
 CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
 KINDS = {"chat": CHAT, "documents": DOCUMENTS}
 CONTEXTS = (32, 128, 320, DOCUMENTS.longest)  # columns at which steps are timed
+# Which steps are timed at real dimensions, where one takes up to seconds and its time is linear in the context.
+CONTEXTS_AT_REAL_SIZE = (CONTEXTS[0], CONTEXTS[-1])
+AT_REAL_SIZE = {"rows_measured": (1, 2, 4, 8, 16, 32), "prompt_tokens": 512}
 CONSTANT_SHARES = (0.4, 0.7, 0.9)
 BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
 NEW_JITTER = 7919  # added to a seed for the same trace with other jitter: the A/A control
@@ -71,7 +74,8 @@ def prepare(
     """
     if not 0 < cache_share <= 1:
         raise UserError(f"contest: cache_share {cache_share}; expected 0 < cache_share <= 1")
-    times = steptimes.measure(loaded.model, _text(loaded, seed), CONTEXTS, repeats=repeats)
+    contexts, options = _steps(loaded)
+    times = steptimes.measure(loaded.model, _text(loaded, seed), contexts, repeats=repeats, **options)
     single = Single.of(times, DOCUMENTS)
     wanted = objectives(single, first_token_factor, token_factor)
     longest = max(kind.longest for kind in KINDS.values())
@@ -82,8 +86,15 @@ def prepare(
 
 def around(loaded: Loaded, ground: Ground, run: Callable[[], object], seed: int = 0) -> tuple[Ground, object]:
     """Return the same ground with the step times that held around `run()`, and what that returned."""
-    times, result = steptimes.around(loaded.model, _text(loaded, seed), CONTEXTS, run)
+    contexts, options = _steps(loaded)
+    repeats = 2 if loaded.scale == "proxy" else 1
+    times, result = steptimes.around(loaded.model, _text(loaded, seed), contexts, run, repeats=repeats, **options)
     return replace(ground, times=times), result
+
+
+def _steps(loaded: Loaded) -> tuple[tuple[int, ...], dict[str, object]]:
+    """Return the contexts at which steps are timed, and which steps."""
+    return (CONTEXTS, {}) if loaded.scale == "proxy" else (CONTEXTS_AT_REAL_SIZE, AT_REAL_SIZE)
 
 
 def _text(loaded: Loaded, seed: int) -> torch.Tensor:

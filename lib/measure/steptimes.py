@@ -90,15 +90,23 @@ def _at(table: tuple[tuple[float, ...], ...], count: int, tokens: float) -> floa
 
 
 def measure(
-    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], *, repeats: int = 5, most: int = MOST_ROWS
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    *,
+    repeats: int = 5,
+    most: int = MOST_ROWS,
+    rows_measured: Sequence[int] = ROWS_MEASURED,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
 ) -> StepTimes:
     """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
 
-    `prompt_T` is text at least as long as the largest context. A warm-up call comes before each point; calls of
-    different points take turns, so that a slow spell of the machine does not fall on one point alone.
+    `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
+    warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
+    not fall on one point alone.
     """
-    contexts, counts = _grid(prompt_T, contexts, most)
-    *found, per_token = _calls(model, prompt_T, contexts, counts, repeats)
+    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
+    *found, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
     return _assembled(*found, per_token, counts, contexts)
 
 
@@ -110,22 +118,26 @@ def around(
     *,
     repeats: int = 2,
     most: int = MOST_ROWS,
+    rows_measured: Sequence[int] = ROWS_MEASURED,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
 ) -> tuple[StepTimes, object]:
     """Return the step times of the model directly before and after `run()`, all calls taken together, and what it
     returned: a machine's speed drifts, and a run is told by the times that held while it ran.
     """
-    contexts, counts = _grid(prompt_T, contexts, most)
-    before = _calls(model, prompt_T, contexts, counts, repeats)
+    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
+    before = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
     result = run()
-    *after, per_token = _calls(model, prompt_T, contexts, counts, repeats)
+    *after, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
     found = [{point: first[point] + last[point] for point in first} for first, last in zip(before, after)]
     return _assembled(*found, per_token, counts, contexts), result
 
 
-def _calls(model, prompt_T, contexts, counts, repeats) -> tuple[dict, dict, dict, float]:
+def _calls(
+    model, prompt_T, contexts, counts, repeats, prompt_tokens=MOST_PROMPT_TOKENS
+) -> tuple[dict, dict, dict, float]:
     """Return the seconds of single calls (decoding, prefills, moves), and the cache's bytes per token."""
     decoded = _decode(model, prompt_T, contexts, counts, repeats)
-    read = _prefill(model, prompt_T, contexts, repeats)
+    read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens)
     return decoded, read, *_move(model, prompt_T, contexts, counts, repeats)
 
 
@@ -169,12 +181,14 @@ def by_mean(times: StepTimes) -> StepTimes:
     )
 
 
-def _grid(prompt_T: torch.Tensor, contexts: Sequence[int], most: int) -> tuple[list[int], list[int]]:
+def _grid(
+    prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int] = ROWS_MEASURED
+) -> tuple[list[int], list[int]]:
     """Return the contexts and row counts to time, checked."""
     contexts = sorted(set(int(context) for context in contexts))
     if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
         raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
-    counts = [count for count in ROWS_MEASURED if count <= most] or [1]
+    counts = [count for count in rows_measured if count <= most] or [1]
     return contexts, counts + ([most] if most not in counts else [])
 
 
@@ -227,8 +241,9 @@ def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int],
     """
     found: dict[tuple[int, int], list[float]] = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
+    longest = rows.prefill(model, [_part(prompt_T, at, contexts[-1] - 1) for at in range(DISTINCT)])
     for context in contexts:
-        some = rows.prefill(model, [_part(prompt_T, at, context - 1) for at in range(DISTINCT)])
+        some = rows.first(longest, context - 1)
         many = {count: rows.keep(rows.repeat(some, -(-count // DISTINCT)), range(count)) for count in counts}
         for turn in range(repeats):
             for count in counts:
@@ -245,13 +260,10 @@ def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
     return prompt_T.roll(-length * index)[:length]
 
 
-def _prefill(model, prompt_T, contexts, repeats) -> dict[tuple[int, int], list[float]]:
-    """Seconds of prefills per (prompts, tokens), up to MOST_PROMPT_TOKENS at once, each another part of the text."""
+def _prefill(model, prompt_T, contexts, repeats, most) -> dict[tuple[int, int], list[float]]:
+    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
     points = [
-        (count, length)
-        for count in PROMPTS_MEASURED
-        for length in contexts
-        if count * length <= MOST_PROMPT_TOKENS or count == 1
+        (count, length) for count in PROMPTS_MEASURED for length in contexts if count * length <= most or count == 1
     ]
     found: dict[tuple[int, int], list[float]] = {}
     for turn in range(repeats + 1):

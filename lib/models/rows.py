@@ -162,6 +162,21 @@ def repeat(rows: Rows, count: int) -> Rows:
     return Rows(cache, rows.mask_BL.repeat(count, 1), rows.position_B.repeat(count), rows.token_B.repeat(count))
 
 
+@torch.inference_mode()
+def first(rows: Rows, length: int) -> Rows:
+    """Return a new set of rows as they stood after their first `length` columns; none may be padded. The newest token
+    is theirs to be set.
+    """
+    cache = copy.copy(rows.cache)
+    cache.layers = []
+    for layer in rows.cache.layers:
+        twin = copy.copy(layer)
+        twin.keys, twin.values = (part[:, :, :length].contiguous() for part in _parts(layer))
+        cache.layers.append(twin)
+    position_B = rows.position_B - (rows.length - length)
+    return Rows(cache, rows.mask_BL[:, :length], position_B, rows.token_B.clone())
+
+
 def _parts(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.keys, layer.values
 
