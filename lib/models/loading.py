@@ -35,6 +35,9 @@ HASHED_BYTES = 2**26  # at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+NO_INFORMATION = "random weights: answers carry no information"
+
+
 @dataclass
 class Loaded:
     """A model ready to run, and where it came from. `folder` and `tokenizer` are None for random weights.
@@ -64,12 +67,13 @@ class Loaded:
     @property
     def quality_unavailable(self) -> str | None:
         """The reason why this model's answers mean nothing, or None where they do."""
-        return "random weights: answers carry no information" if self.random_weights else None
+        return NO_INFORMATION if self.random_weights else None
 
-    def require_answers(self, what: str) -> None:
-        """Raise NotApplicable where answers mean nothing, to an optimization that is steered by them: `what` is."""
-        if self.random_weights:
-            raise NotApplicable(f"{what} is steered by answers; {self.quality_unavailable}")
+
+def require_answers(what: str, scale: str, random_weights: bool) -> None:
+    """Raise NotApplicable where answers will mean nothing, to an optimization that is steered by them: `what` is."""
+    if random_weights or scale == "slice":
+        raise NotApplicable(f"{what} is steered by answers; {NO_INFORMATION}")
 
 
 def load(

@@ -161,9 +161,10 @@ def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeyp
     place = {"device": "cpu", "dtype": torch.float32, "folder": None, "seconds": 0.0, "scale": "slice", "name": name}
     for random in (False, True):
         loaded = loading.Loaded(source, None, None, parameters=described, random_weights=random, **place)
-        if random:
-            with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
-                loaded.require_answers("the search")
-        else:
-            loaded.require_answers("the search")
+        for scale in ("slice", "full"):
+            if random or scale == "slice":
+                with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
+                    loading.require_answers("the search", scale, random)
+            else:
+                loading.require_answers("the search", scale, random)
     assert loaded.tasks == described.tasks
