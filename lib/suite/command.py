@@ -47,7 +47,7 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="M", help="run on this model (repeatable; default: all)")
     add("--scale", default="proxy", metavar="S", help=f"body of the model: {'|'.join(plan.SCALES)} (default: proxy)")
-    add("--effort", default="standard", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard)")
+    add("--effort", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard; at scale slice: quick)")
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
@@ -166,8 +166,8 @@ def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
             raise UserError(f'unknown option "{name}".{hint}')
         raise UserError(f'"{word}" is not expected here; optimizations are given as: build.py run {word}')
     for name, known in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
-        value = getattr(options, name, known[0])
-        if value not in known:
+        value = getattr(options, name, None)
+        if value is not None and value not in known:
             raise UserError(f"--{name} {value}: expected one of {', '.join(known)}.{suggest(value, known)}")
     return options
 
@@ -180,7 +180,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         optimizations=tuple(optimizations),
         models=tuple(options.model),
         scale=options.scale,
-        effort=options.effort,
+        effort=options.effort or plan.DEFAULT_EFFORT[options.scale],
         device=options.device,
         checkpoints=options.checkpoints,
         random_weights=options.random_weights,

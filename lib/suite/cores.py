@@ -5,8 +5,8 @@ Knows nothing of jobs beyond their number.
 
 The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two, each
 pinned to its own cores, give no more false positives and no wider intervals than one alone, and more work done. More of
-them share caches and memory bandwidth in ways that nobody has measured. Where cores cannot be pinned, at the real
-dimensions (memory for one is all that is promised) and on a GPU it is one.
+them share caches and memory bandwidth in ways that nobody has measured. At real dimensions two need memory for both;
+at full size, on a GPU and where cores cannot be pinned it is one.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ import psutil
 from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
+SLICE_BYTES = 7.5 * 2**30  # of memory per notebook at scale slice: the largest two beside each other need twice that
 
 
 def available() -> list[int]:
@@ -41,9 +42,10 @@ def can_pin() -> bool:
 
 def default_jobs(scale: str, device: str) -> int:
     """Return how many jobs run beside each other unless asked otherwise; the module's text says why."""
-    if device != "cpu" or scale != "proxy" or not can_pin():
+    if device != "cpu" or scale == "full" or not can_pin():
         return 1
-    return min(CLEAN_SIDE_BY_SIDE, len(available()))
+    room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(psutil.virtual_memory().total // SLICE_BYTES)
+    return max(1, min(CLEAN_SIDE_BY_SIDE, room, len(available())))
 
 
 def share_out(jobs: int) -> list[list[int]]:

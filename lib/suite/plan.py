@@ -24,6 +24,8 @@ NOTEBOOKS = ROOT / "notebooks"
 OVERVIEW = "overview"
 SCALES = parameter_files.SCALES
 EFFORTS = ("quick", "standard", "thorough")
+# At real dimensions a call lasts as long as many of a stand-in, and tells as much.
+DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
 DEVICES = ("cpu", "cuda")
 # As in lib/measure/metrics.py, which a listing need not load; a test holds both together.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")

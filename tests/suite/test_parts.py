@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import workbench
@@ -72,7 +73,19 @@ def test_cores_are_shared_out_evenly_and_apart(monkeypatch):
     assert cores.share_out(2) == [[0, 4], [1, 5]]
     with pytest.raises(UserError, match="--jobs 6: expected 1 to 5"):
         cores.share_out(6)
-    assert cores.default_jobs("proxy", "cuda") == cores.default_jobs("slice", "cpu") == 1
+
+
+def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cores, "can_pin", lambda: True)
+    total = [64 * 2**30]
+    monkeypatch.setattr(cores.psutil, "virtual_memory", lambda: SimpleNamespace(total=total[0]))
+    assert cores.default_jobs("proxy", "cuda") == cores.default_jobs("full", "cpu") == 1
+    assert cores.default_jobs("proxy", "cpu") == cores.default_jobs("slice", "cpu") == 2
+    total[0] = 12 * 2**30
+    assert cores.default_jobs("proxy", "cpu") == 2 and cores.default_jobs("slice", "cpu") == 1
+    total[0] = 4 * 2**30
+    assert cores.default_jobs("slice", "cpu") == 1
 
 
 def test_a_long_run_keeps_few_samples_and_its_peak():
