@@ -16,6 +16,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.anatomy import Block, anatomy
 from lib.models.factors import FactoredExperts, FactoredLinear, shared_factors
+from lib.models.observation import real_T
 
 
 @dataclass
@@ -95,8 +96,7 @@ class _Watch:
     """What the hooks share while one batch runs: its mask, and the last product, which query, key and value share."""
 
     def start(self, inputs: dict[str, torch.Tensor]) -> int:
-        mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        self.mask_T = torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
+        self.mask_T = real_T(inputs)
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None
         return int(self.mask_T.sum())
 

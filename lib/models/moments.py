@@ -16,6 +16,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.anatomy import FeedForward, anatomy
+from lib.models.observation import real_T
 from lib.models.sparse import is_dense
 
 PARTS = ("attention", "feed_forward", "experts")
@@ -106,8 +107,7 @@ def moments(
     hooks += [block.module.register_forward_hook(_stop) for block in anatomy(model).blocks if block.index == last]
     try:
         for inputs in calibration:
-            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            keep["mask"] = (torch.ones_like(ids) if mask is None else mask).bool().flatten()
+            keep["mask"] = real_T(inputs)
             try:
                 model(**inputs, use_cache=False, logits_to_keep=1)
             except _Seen:

@@ -39,6 +39,17 @@ class Observation:
     tokens: int = 0
 
 
+def real_T(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return which tokens of a batch are no padding, all sequences one behind the other."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    return torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
+
+
+def count(calibration: Iterable[dict[str, torch.Tensor]]) -> int:
+    """Return how many tokens, padding left out, calibration has."""
+    return sum(int(real_T(inputs).sum()) for inputs in calibration)
+
+
 def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
     """Run `calibration` (keyword arguments of the model, batch by batch) and return what each block did.
 
@@ -61,9 +72,7 @@ def watching(view: Anatomy, seen: Observation):
     keep: dict[str, torch.Tensor] = {}
 
     def start(inputs: dict[str, torch.Tensor]) -> None:
-        mask = inputs.get("attention_mask")
-        ids = inputs["input_ids"]
-        keep["mask"] = torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
+        keep["mask"] = real_T(inputs)
         seen.tokens += int(keep["mask"].sum())
 
     def real(hidden: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models import anatomy
+from lib.models import anatomy, observation
 from lib.models.distillation import distil
 from lib.models.moments import PARTS, Matrix, Moments, feed_forward_matrices, matrices, moments
 from lib.models.selection import METHODS, PATTERNS, STEP, WITHIN, block_shape, keep, score, sparsegpt
@@ -145,6 +145,10 @@ def prune(
     the same statistics serve many settings.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
+    if method == "sparsegpt" and seen is None and sparsity:
+        tokens = observation.count(calibration)
+        for matrix in (one for one in matrices(model, parts) if one.part != "experts"):
+            _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
     copied = copy.deepcopy(model)
     if sparsity == 0 and pattern != "2:4":
         kept = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
@@ -259,16 +263,22 @@ def check(
             )
 
 
+def _require(matrix: Matrix, tokens: int) -> None:
+    inputs = matrix.weight.shape[-1]
+    if tokens < inputs:
+        raise UserError(
+            f"{matrix.name}: {tokens} calibration tokens, but sparsegpt needs at least its {inputs} inputs; "
+            "give more calibration text, or choose method wanda"
+        )
+
+
 def _enough(matrix: Matrix, seen: Moments, method: str) -> dict[str, int]:
     """Return how many experts saw fewer tokens than SparseGPT wants; raise UserError where a single matrix did."""
     inputs, fewest = matrix.weight.shape[-1], int(seen.tokens.min())
     if method != "sparsegpt":
         return {}
-    if matrix.part != "experts" and fewest < inputs:
-        raise UserError(
-            f"{matrix.name}: {fewest} calibration tokens, but sparsegpt needs at least its {inputs} inputs; "
-            "give more calibration text, or choose method wanda"
-        )
+    if matrix.part != "experts":
+        _require(matrix, fewest)
     few = int((seen.tokens < inputs).sum())
     return {matrix.name: few} if few else {}
 

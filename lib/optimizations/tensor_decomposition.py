@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models import blocks, expertcache, factors, sparse
+from lib.models import blocks, expertcache, factors, observation, sparse
 from lib.models.anatomy import anatomy
 from lib.models.gram import Gram, Grams, experts_name, linears, observe_grams
 from lib.models.spectra import Matrix, Spectrum, factorise, random_spectrum, spectrum
@@ -163,6 +163,9 @@ def analyse(
         return [random_spectrum(matrix, generator) for matrix in found]
     if method == "plain":
         return [spectrum(matrix) for matrix in found]
+    tokens = observation.count(calibration)
+    for matrix in (one for one in found if one.side == "linear"):
+        _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
     grams = observe_grams(model, calibration)
     entering = [_gram(matrix, grams) for matrix in found]
     spectra = [spectrum(matrix, gram) for matrix, gram in zip(found, entering)]
@@ -204,13 +207,18 @@ def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch
 def _gram(matrix: Matrix, grams: Grams) -> Gram:
     sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
     gram = sides[matrix.side][matrix.module]
+    if matrix.side != "output":  # the output side needs no inverse, and no full covariance
+        _require(matrix, gram.tokens)
+    return gram
+
+
+def _require(matrix: Matrix, tokens: int) -> None:
     columns = matrix.weight.shape[1]
-    if matrix.side != "output" and gram.tokens < columns:  # the output side needs no inverse, and no full covariance
+    if tokens < columns:
         raise UserError(
-            f"tensor_decomposition: {matrix.name}: {gram.tokens} calibration tokens reach its {columns} inputs; "
+            f"tensor_decomposition: {matrix.name}: {tokens} calibration tokens reach its {columns} inputs; "
             f"their covariance is singular. Give at least {columns}, or choose method plain"
         )
-    return gram
 
 
 def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
