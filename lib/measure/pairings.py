@@ -15,7 +15,7 @@ from lib.measure.attribution import Estimate
 from lib.measure.rounds import Rounds, rounds
 
 BASELINE, AGAIN = "baseline", "baseline again"
-DECODE_PROMPT, DECODE_TOKENS = 64, 8
+DECODE_PROMPT, DECODE_TOKENS = 64, 4
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
 LIKE = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
 
@@ -25,9 +25,13 @@ def named(*stems: str) -> str:
     return " → ".join(stems) if stems else BASELINE
 
 
-def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode of all arms; the arm BASELINE a second time too, as A/A control."""
-    arms = {**models, AGAIN: models[BASELINE]}
+def time_arms(
+    models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0, control: bool = True
+) -> dict[str, Rounds]:
+    """Time prefill of the prompt and a short decode of all arms; the arm BASELINE a second time too, as A/A control,
+    unless nothing is judged by it.
+    """
+    arms = {**models, AGAIN: models[BASELINE]} if control else dict(models)
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},

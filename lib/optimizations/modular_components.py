@@ -198,7 +198,7 @@ def compose(
     checked: bool = True,
     seed: int = 0,
 ) -> Composed:
-    """Return what becomes of a copy of `model` behind all steps; no steps: the copy itself (the identity pipeline).
+    """Return what becomes of `model` behind all steps, itself left as it was; no steps: a copy (the identity pipeline).
 
     arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
     again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `checked` off
@@ -210,7 +210,7 @@ def compose(
         _check_knobs(step)
     if checked and (reason := refusal(steps, model)):
         raise UserError(f"{NAME}: {reason}")
-    current, seconds, observation, observations = copy.deepcopy(model), [], None, 0
+    current, seconds, observation, observations = model, [], None, 0
     for step in steps:
         module, start = _module(step.optimization), time.perf_counter()
         if checked and (reason := _unfit(module, current)):
@@ -227,7 +227,7 @@ def compose(
         if recalibrate and traits.STATISTICS in module.COMPOSES["invalidates"]:
             observation = None
         seconds.append(time.perf_counter() - start)
-    return Composed(current, steps, seconds, observations)
+    return Composed(copy.deepcopy(model) if current is model else current, steps, seconds, observations)
 
 
 def _unfit(module: ModuleType, model: nn.Module) -> str | None:

@@ -125,7 +125,8 @@ def default_stack(
 
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: int) -> float:
     """Return the mean over prefill and decode of the median log-speed of `after` against `before`."""
-    timed = pairings.time_arms({pairings.BASELINE: before, "after": after}, prompt_BT, ROUNDS, seed)
+    arms = {pairings.BASELINE: before, "after": after}
+    timed = pairings.time_arms(arms, prompt_BT, ROUNDS, seed, control=False)
     weights = {"after": 1, pairings.BASELINE: -1}
     return float(np.mean([-np.median(one.contrast(weights)) for one in timed.values()]))
 
@@ -162,10 +163,15 @@ def groups(steps: Sequence[Step], most: int = attribution.MOST_PARTS) -> dict[st
 
 
 def every_subset(
-    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], parts: Mapping[str, list[Step]], *, seed: int = 0
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    parts: Mapping[str, list[Step]],
+    *,
+    whole: nn.Module | None = None,
+    seed: int = 0,
 ) -> dict[tuple[str, ...], nn.Module]:
     """Return the model of every subset of the parts, () being `model` itself. Each is made from the subset that lacks
-    its last part, as the pipeline would.
+    its last part, as the pipeline would. `whole`: the model behind all parts, where it was made already.
 
     Raises UserError where a part refuses a subset: then nothing can be attributed.
     """
@@ -173,6 +179,9 @@ def every_subset(
     for subset in attribution.subsets(list(parts)):
         if not subset:
             made[subset] = model
+            continue
+        if whole is not None and len(subset) == len(parts):
+            made[subset] = whole
             continue
         steps = parts[subset[-1]]
         made[subset] = composing.compose(made[subset[:-1]], calibration, steps, arrange=False, seed=seed).model
@@ -233,7 +242,7 @@ def sweep(
     for batch in batches:
         short_BT = prompt_BT[:1, :128]
         rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(batch)])
-        arms = [work.decode(model, rolled_BT, new_tokens) for model in (baseline, optimized)]
+        arms = [work.steps(model, rolled_BT, new_tokens) for model in (baseline, optimized)]
         found.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, blocks, seed))
     return found
 

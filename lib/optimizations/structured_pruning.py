@@ -83,7 +83,7 @@ def apply(
     if reason := applies_to(model):
         raise UserError(f"structured_pruning: {reason}")
     shares = plan(model, ratio, granularity)
-    pruned = copy.deepcopy(model)
+    pruned = copy.deepcopy(model, _replaced(model, shares))
     if not any(shares.values()):
         return pruned
     if saliency == "activation" and observation is None:
@@ -280,6 +280,17 @@ def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
 
 
 # --- taking it away --------------------------------------------------------------------------------------------------
+
+
+def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Tensor]:
+    """Return the tensors that a copy need not hold first: smaller ones take their place at once (`_prune_block`)."""
+    tensors = []
+    for part in (block.feed_forward for block in anatomy(model).blocks):
+        if part.experts is not None and (shares["channels"] or shares["experts"]):
+            tensors += [part.experts.gate_up, part.experts.down]
+        if part.dense is not None and shares["channels"]:
+            tensors += [part.gate.weight, part.up.weight, part.down.weight]
+    return {id(tensor): tensor for tensor in tensors}
 
 
 def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:

@@ -115,6 +115,7 @@ def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
         steps = [step for part in subset for step in parts[part]]
         whole = composing.compose(model, [batch], steps).model
         assert loading.weights_hash(made[subset]) == loading.weights_hash(whole)
+    assert comparing.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
 
 
 def test_long_stacks_are_grouped_and_names_stay_apart():
