@@ -21,15 +21,15 @@ from lib.models.heads import Heads
 
 SAMPLED_ROWS = 12  # blocks of queries whose exact mass is computed, spread evenly over the prompt
 CONTEXTS = {"quick": (1024, 2048), "standard": (1024, 2048, 4096, 8192), "thorough": (1024, 2048, 4096, 8192, 16384)}
+# At real dimensions, where reading the longest takes seconds and the shortest shows little.
+AT_REAL_SIZE = {"quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
-    """Return the lengths of the curves: by effort, from 4,096 tokens on at scales of real dimensions; or powers of two
-    up to `longest`, and that length itself.
-    """
+    """Return the lengths of the curves: by effort and scale, or powers of two up to `longest`, and that length too."""
     if longest:
         return [2**i for i in range(10, 24) if 2**i < longest] + [longest]
-    return [length for length in CONTEXTS[effort] if scale == "proxy" or length >= 4096] or [4096]
+    return list((CONTEXTS if scale == "proxy" else AT_REAL_SIZE)[effort])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
 }
 
-ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 4, "batch": 4, "calibration_sequences": 8}
+ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 2, "batch": 4, "calibration_sequences": 8}
 
 
 def read(name: str, scale: str = "proxy") -> Effort:

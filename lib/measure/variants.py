@@ -145,13 +145,13 @@ def trade(
     resident one; the first ratio is timed twice more: copied from the page cache, and with every read from the disk.
     """
     rows = []
-    base = workloads.decode(resident, prompt_1T, steps)
+    base = workloads.steps(resident, prompt_1T, steps)
     for ratio, pages in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
         model = opener(folder, memory_ratio=ratio, page_cache=pages)
         made = streamed.streamer(model)
         if pages == "drop":
             made.file.forget()
-        work = workloads.decode(model, prompt_1T, steps)
+        work = workloads.steps(model, prompt_1T, steps)
         pairs = timing.paired(base, work, blocks=blocks, warmup=1, seed=seed)
         rows.append(_row(model, work, pairs, ratio, pages))
         made.close()
@@ -212,6 +212,6 @@ def against_accelerate(
     model, device = loading.load_folder(folder, dtype=dtype), work.conditions["device"]
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
         model = offloaded.disk(model, place, device) if kind == "disk" else offloaded.processor(model, device)
-        other = workloads.decode(model, prompt, work.new_tokens)
+        other = workloads.steps(model, prompt, work.new_tokens)
         pairs = timing.paired(other, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
     return pairs, torch.equal(other.output_BN.cpu(), work.output_BN.cpu())

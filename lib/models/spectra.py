@@ -88,13 +88,18 @@ def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
 
 
 def random_spectrum(matrix: Matrix, generator: torch.Generator) -> Spectrum:
-    """Return a random orthonormal basis on the smaller side of `matrix`; each direction keeps the same on average."""
+    """Return a random orthonormal basis on the smaller side of `matrix`; each direction keeps the same on average.
+
+    Of half precision where the matrix is: nothing has to be inverted, and at real dimensions the products take long.
+    """
     rows, columns = matrix.weight.shape
     by_rows = _by_rows(matrix)
     side = rows if by_rows else columns
     basis, _ = torch.linalg.qr(torch.randn(side, side, generator=generator))
     energy_R = torch.full((side,), 1 / side, dtype=torch.float64)
-    return Spectrum(matrix, energy_R, basis.to(matrix.weight.device, _precision(matrix)), 1.0, by_rows, None)
+    half = matrix.weight.dtype in (torch.bfloat16, torch.float16)
+    basis = basis.to(matrix.weight.device, matrix.weight.dtype if half else _precision(matrix))
+    return Spectrum(matrix, energy_R, basis, 1.0, by_rows, None)
 
 
 def _by_rows(matrix: Matrix) -> bool:
