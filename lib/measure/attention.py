@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lib.measure import disturbance, timing
+from lib.measure.rounds import called, with_control
 from lib.measure.timing import Pairs
 from lib.models import block_attention as blocks
 from lib.models.heads import Heads
@@ -121,9 +122,10 @@ def time_attention(
             return blocks.attend(*parts, find(heads), heads.scaling, find.block)
 
     full.synchronize = torch.cuda.synchronize if parts[0].is_cuda else None
-    options = {"blocks": count, "warmup": 1, "disturbance": disturbance.watch}
-    pairs = timing.paired(full, sparse, seed=seed, **options)
-    return pairs, timing.a_a(full, seed=seed + 1, **options) if control else None
+    options = {"blocks": count, "disturbance": disturbance.watch}
+    if control:
+        return with_control(full, sparse, lasted=called(full, sparse), seconds=0.0, seed=seed, **options)
+    return timing.paired(full, sparse, warmup=1, seed=seed, **options), None
 
 
 def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:

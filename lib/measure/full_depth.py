@@ -19,7 +19,7 @@ from lib.measure.measurement import Measurement
 from lib.models import depth
 from lib.models.anatomy import anatomy
 
-LOOKS = 3  # calls of each arm with clocks around its blocks; the median counts
+LOOKS = 2  # calls of each arm with clocks around its blocks; their median counts
 METRIC_OF = {
     "prefill": "full_depth_prefill_tokens_per_second",
     "decode": "full_depth_decode_tokens_per_second",

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.errors import UserError
-from lib.measure import statistics
+from lib.measure import statistics, timing
 from lib.measure.timing import Pairs
+
+LONG_SECONDS = 0.2  # a call that lasts longer is warm after one, and none is made that can be spared
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,36 @@ def rounds(
         if collecting:
             gc.enable()
     return Rounds(kept, iterations, disturbed, orders)
+
+
+def with_control(
+    baseline: Callable[[], object],
+    optimized: Callable[[], object],
+    *,
+    lasted: float,
+    blocks: int,
+    seconds: float = 0.03,
+    seed: int = 0,
+    disturbance: Callable[[], Callable[[], str | None]] | None = None,
+) -> tuple[Pairs, Pairs]:
+    """Time two arms, called once already and `lasted` seconds then, and the baseline against itself; return both pairs.
+
+    Each in blocks of its own, of as many calls as last `seconds`; or, where calls are long, in the same rounds, with
+    the baseline's second turn as the third arm.
+    """
+    options = {"iterations": timing.iterations_for(baseline, seconds, warm=True), "disturbance": disturbance}
+    if lasted > LONG_SECONDS and options["iterations"] == 1:
+        three = {"baseline": baseline, "optimized": optimized, "again": baseline}
+        timed = rounds(three, blocks, warmup=0, seed=seed, **options)
+        return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "again")
+    options |= {"blocks": blocks, "warmup": 1}
+    pairs = timing.paired(baseline, optimized, seed=seed, **options)
+    return pairs, timing.a_a(baseline, seed=seed + 1, **options)
+
+
+def called(*arms: Callable[[], object]) -> float:
+    """Call every arm once, to warm it, and return the fewest seconds that one took."""
+    return min(_seconds(arm, 1, time.perf_counter) for arm in arms)
 
 
 def _round(arms: Mapping, order: list[str], iterations: int, disturbance, clock) -> tuple[dict[str, float], str | None]:

@@ -20,7 +20,6 @@ from lib.measure import (
     measurement,
     processor,
     statistics,
-    timing,
     workloads,
 )
 from lib.measure import effort as efforts
@@ -28,6 +27,7 @@ from lib.measure.ceilings import Ceilings
 from lib.measure.cost import Cost
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
+from lib.measure.rounds import with_control
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
 
@@ -39,7 +39,6 @@ METRICS_OF = {
 }
 BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
-LONG_SECONDS = 0.5  # a call that lasts longer is warm after one, and enough by itself for a turn in a block
 # What the formulas for prefill, for a decoded token and for the bytes of a step are told of the optimized model.
 OPTIONS = (("density", "stride"), ("absorbed", "attended"), ("overhead", "attended"))
 
@@ -136,7 +135,8 @@ def compare(
         prices, lasted = zip(
             _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {}), strict=True
         )
-        timed[name] = _time(arms, prices, min(lasted), effort.blocks, seed)
+        options = {"lasted": min(lasted), "blocks": effort.blocks, "disturbance": disturbance.watch}
+        timed[name] = Timed(*arms, *with_control(*arms, seed=seed, **options), prices)
         found += _explained(name, timed[name], hints, peaks)
         pairs = timed[name].pairs
         judged = pairs.baseline_seconds, pairs.optimized_seconds
@@ -163,18 +163,6 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
     short_BT = prompt_BT[:1, :BATCH_PROMPT_TOKENS]
     rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(effort.batch)])
     return workloads.steps(model, rolled_BT, effort.new_tokens)
-
-
-def _time(arms: list[Workload], costs: tuple[Cost, Cost], lasted: float, blocks: int, seed: int) -> Timed:
-    """Time both arms, which were called once already and `lasted` seconds then, and the baseline against itself."""
-    baseline, optimized = arms
-    options = {"blocks": blocks, "warmup": 1, "disturbance": disturbance.watch}
-    if lasted > LONG_SECONDS:
-        options["warmup"] = 0
-    else:
-        options["iterations"] = timing.iterations_for(baseline, warm=True)
-    pairs = timing.paired(baseline, optimized, seed=seed, **options)
-    return Timed(baseline, optimized, pairs, timing.a_a(baseline, seed=seed + 1, **options), costs)
 
 
 def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> tuple[Cost, float]:

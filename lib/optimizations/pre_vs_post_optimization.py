@@ -5,6 +5,7 @@ judges. Every subset of the stack is made once, so that gains can be attributed 
 its joules are read, so that a return can be stated. Composing itself is `modular_components`. Names no optimization.
 """
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from lib.measure import workloads as work
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import SPEED_MARGIN
-from lib.measure.rounds import Rounds
+from lib.measure.rounds import Rounds, called, with_control
+from lib.measure.speed import Timed
 from lib.models import stack as stacks
 from lib.models.loading import Loaded
 from lib.models.stack import Step
@@ -117,6 +119,7 @@ def default_stack(
             row["why"] = "loses too much" if not within else "neither faster, nor smaller at the same speed"
     if not kept and fallback is None:
         raise UserError(f"{NAME}: no part works alone on this model; there is no stack to compare")
+    gc.collect()  # models refer to themselves: what was tried is given back now, not some time
     rule = f"the default rule: within {most_loss} nats, and faster or smaller"
     return Chosen(
         kept or fallback[1], rule if kept else "the part that loses least; none pays by the default rule", rows
@@ -188,6 +191,22 @@ def every_subset(
     return made
 
 
+def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
+    """Return the judged blocks of prefill and decode as rounds of two arms, the baseline and the only part: the whole
+    gain is its own, and nothing has to be timed again.
+    """
+    return {
+        what: Rounds(
+            {pairings.BASELINE: one.pairs.baseline_seconds, name: one.pairs.optimized_seconds},
+            one.pairs.iterations,
+            one.pairs.disturbed,
+            [[pairings.BASELINE, name][:: 1 if order == timing.BASELINE_FIRST else -1] for order in one.pairs.order],
+        )
+        for what, one in timed.items()
+        if what in pairings.LIKE
+    }
+
+
 def attribute(
     names: Sequence[str], timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], seed: int = 0
 ) -> list[dict]:
@@ -248,9 +267,8 @@ def sweep(
 
 
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
-    options = {"blocks": blocks, "iterations": timing.iterations_for(arms[0], 0.02), "disturbance": disturbance.watch}
-    pairs = timing.paired(*arms, seed=seed, warmup=1, **options)
-    control = timing.a_a(arms[0], seed=seed + 1, warmup=1, **options)
+    options = {"lasted": called(*arms), "blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
+    pairs, control = with_control(*arms, seed=seed, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 
 

@@ -51,7 +51,7 @@ def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
         raise AssertionError("something was timed")
 
     _ask(monkeypatch, "accuracy", "resources")
-    monkeypatch.setattr(speed, "_time", timed)
+    monkeypatch.setattr(speed, "with_control", timed)
     model = tiny("qwen3-4b-instruct-2507")
     found = speed.compare(model, model, None, "quick").measurements
     assert found and {m.verdict for m in found} == {"unavailable"} and "accuracy and resources" in found[0].reason

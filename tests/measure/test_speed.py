@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lib.errors import UserError
-from lib.measure import ceilings, cost, effort, energy, measurement, memory, speed, workloads
+from lib.measure import ceilings, cost, effort, energy, measurement, memory, rounds, speed, workloads
 from lib.measure import footprint as module
 from lib.measure.footprint import footprint
 
@@ -50,6 +50,24 @@ def test_a_degenerate_model_is_not_timed(tiny):
     )
     with pytest.raises(UserError, match="unknown effort"):
         speed.compare(model, model, prompt_BT, "brisk")
+
+
+def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
+    base, calls, names = tiny("qwen3-4b-instruct-2507"), [], {"names": ("prefill",), "with_energy": False}
+    other = tiny("qwen3-4b-instruct-2507", seed=1)
+    for arm, model in (("base", base), ("other", other)):
+        model.register_forward_hook(lambda *_, arm=arm: calls.append(arm))
+    monkeypatch.setattr(rounds, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(rounds.timing, "iterations_for", lambda *_, **__: 1)
+    monkeypatch.setattr(speed.processor, "use", lambda *_: speed.processor.Use(1.0, 1.0, 1))
+    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
+    # One call of each for the experts it uses, then six rounds of three.
+    assert calls[:2] == ["base", "other"] and len(calls) == 20 and calls.count("other") == 7
+    pairs, control = found.timed["prefill"].pairs, found.timed["prefill"].control
+    assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
+    for one in (pairs, control):
+        assert sorted(one.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in one.describe()
+    assert found.measurements[0].n == 6 and found.measurements[0].noise_floor == pytest.approx(control.floor)
 
 
 def test_cost_options_reach_the_prediction(tiny):

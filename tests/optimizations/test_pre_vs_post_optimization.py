@@ -138,6 +138,22 @@ def test_attribution_adds_up_to_the_whole():
         assert of["x"] + of["y"] == pytest.approx(of["the whole stack"])
 
 
+def test_the_only_part_has_the_whole_gain(tiny, batch):
+    from lib.measure import speed
+
+    model = tiny("qwen3-4b-instruct-2507")
+    pruned = composing.compose(model, [batch], STEPS[:1]).model
+    prompt_BT = torch.arange(8, 40)[None]
+    compared = speed.compare(model, pruned, prompt_BT, "quick", names=("prefill", "decode"), with_energy=False)
+    timed = comparing.one_part(PRUNING, compared.timed)
+    assert set(timed) == {"prefill", "decode"}
+    pairs = timed["decode"].pairs(pairings.BASELINE, PRUNING)
+    assert pairs.order == compared.timed["decode"].pairs.order
+    for row in comparing.attribute([PRUNING], timed, {}):
+        gain = -float(np.mean(compared.timed[row["what"]].pairs.differences))
+        assert row["mean"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
+
+
 def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch):
     model = tiny("qwen3-coder-30b")
     before = loading.weights_hash(model)
