@@ -67,6 +67,21 @@ class ModelParameters(Section):
         return merge(self.full, self.proxy.config)
 
 
+def about_slice_parameters(described: ModelParameters) -> float:
+    """Return about how many parameters the slice has: embeddings, head, and the matrices that are most of a block.
+
+    From the configuration alone, so by a tenth or a third beside the truth; for deciding what fits beside what.
+    """
+    config, vision = described.full.get("text_config", described.full), described.full.get("vision_config", {})
+    hidden, head = config["hidden_size"], config.get("head_dim") or config.get("v_head_dim", 0)
+    experts = config.get("n_routed_experts") or config.get("num_experts") or 0
+    width = experts * config["moe_intermediate_size"] if experts else config["intermediate_size"]
+    attention = 2 * head * (config["num_attention_heads"] + config["num_key_value_heads"])
+    ends = config["vocab_size"] * (1 if config.get("tie_word_embeddings") else 2)
+    tower = 12 * vision.get("hidden_size", 0) ** 2 * vision.get("depth", 0)
+    return hidden * (ends + described.slice.layers * (3 * width + attention)) + tower
+
+
 def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """Return `config` with its decoder cut to the first `layers` blocks."""
     if "text_config" in config:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.models import parameters
 from lib.suite import publish, runner, worker
 from lib.suite.outputs import Folder
 from lib.suite.plan import Job
@@ -61,13 +62,14 @@ def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
     Whatever ends this function early (a signal, a full disk), no process of a job outlives it. Raises OSError where
     results cannot be written.
     """
-    waiting, results = deque(entries), []
+    waiting, results = deque(by_size(entries)), []
     slots = [Slot(tuple(cores), build.temporary / str(at)) for at, cores in enumerate(build.shares)]
     try:
         while waiting or any(slot.entry for slot in slots):
-            for slot in slots:
+            for at, slot in enumerate(slots):
                 if slot.entry is None and waiting:
-                    slot.entry, slot.tries, slot.result = waiting.popleft(), 0, None
+                    taken = waiting.pop() if at % 2 and sized(waiting[0]) else waiting.popleft()
+                    slot.entry, slot.tries, slot.result = taken, 0, None
                     _begin(build, slot)
                 elif slot.entry is not None and _step(build, slot):
                     results.append(slot.result)
@@ -78,6 +80,21 @@ def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
             if slot.worker is not None:
                 worker.finish(slot.worker)
     return results
+
+
+def sized(entry: Entry) -> bool:
+    """Return whether memory decides what may run beside `entry`: at real dimensions."""
+    return entry.job.scale == "slice"
+
+
+def by_size(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries in the order of running. Slices: the largest model's first, since every second share of the
+    cores begins at the other end, so that the two largest models are not in memory at once.
+    """
+    if not all(sized(entry) for entry in entries):
+        return list(entries)
+    sizes = {entry.job.model: parameters.about_slice_parameters(parameters.read(entry.job.model)) for entry in entries}
+    return sorted(entries, key=lambda entry: (-sizes[entry.job.model], entry.job.model))
 
 
 def _begin(build: Build, slot: Slot) -> None:

@@ -134,6 +134,17 @@ def test_a_template_that_is_no_notebook(asked):
         path.unlink()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "effort"),
+    [([], "standard"), (["--scale", "slice"], "quick"), (["--scale", "slice", "--effort", "thorough"], "thorough")],
+)
+def test_slices_are_measured_quickly_unless_asked_otherwise(arguments, effort):
+    from lib.suite import command
+
+    options = command.parser()[1]["run"].parse_args(arguments)
+    assert command._request(options, ()).effort == effort
+
+
 def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
     from lib.models import parameters
     from lib.suite import plan
