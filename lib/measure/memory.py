@@ -47,7 +47,7 @@ class Peak:
 
     `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
     for a small model most of the rest. Times are of one fresh process: seconds to load, milliseconds of the first and
-    of the second call.
+    of the second call (None where the first was long).
     """
 
     before_load_bytes: int | None

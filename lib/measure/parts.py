@@ -21,7 +21,7 @@ TOKENS = (1, 16, 256)
 SECONDS = 0.005  # of one arm's turn in a block, at least
 ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from processor time
 ENERGY_BLOCKS = 6
-METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (70, 90)  # where a point takes long
+METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes long
 
 
 @dataclass

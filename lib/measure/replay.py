@@ -68,7 +68,14 @@ class Burst:
     """
 
     def __init__(
-        self, model: nn.Module, trace: Trace, fresh: Callable[[], Policy], limits: Limits, prompt_of: PromptOf, each=3
+        self,
+        model: nn.Module,
+        trace: Trace,
+        fresh: Callable[[], Policy],
+        limits: Limits,
+        prompt_of: PromptOf,
+        each: int = 3,
+        new_tokens: int = BURST_NEW,
     ):
         chosen = [
             request
@@ -76,7 +83,7 @@ class Burst:
             for request in [one for one in trace.requests if start <= one.arrival < start + phase.seconds][:each]
         ]
         requests = [
-            Request(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, BURST_NEW))
+            Request(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, new_tokens))
             for i, one in enumerate(chosen)
         ]
         self.trace = replace(trace, name="burst", requests=tuple(requests))

@@ -147,7 +147,7 @@ def prune(
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     if method == "sparsegpt" and seen is None and sparsity:
         tokens = observation.count(calibration)
-        for matrix in (one for one in matrices(model, parts) if one.part != "experts"):
+        for matrix in (one for one in matrices(model, parts) if one.part != "experts" and tokens):
             _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
     copied = copy.deepcopy(model)
     if sparsity == 0 and pattern != "2:4":

@@ -164,7 +164,7 @@ def analyse(
     if method == "plain":
         return [spectrum(matrix) for matrix in found]
     tokens = observation.count(calibration)
-    for matrix in (one for one in found if one.side == "linear"):
+    for matrix in (one for one in found if one.side == "linear" and tokens):
         _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
     grams = observe_grams(model, calibration)
     entering = [_gram(matrix, grams) for matrix in found]

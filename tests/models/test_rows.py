@@ -75,6 +75,19 @@ def test_bytes_are_those_of_the_cache_formula(tiny, name):
 
 
 @torch.inference_mode()
+def test_rows_cut_short_go_on_as_if_no_more_had_been_read(tiny, name):
+    model, prompts = tiny(name), _prompts(12, 12)
+    long = rows.prefill(model, prompts)
+    cut, read = rows.first(long, 8), rows.prefill(model, [one[:8] for one in prompts])
+    assert long.length == 12 and cut.length == 8 and torch.equal(cut.position_B, read.position_B)
+    cut.token_B = read.token_B = torch.stack([one[8] for one in prompts])
+    assert torch.equal(rows.step(model, cut), rows.step(model, read))
+    for some, other in zip(cut.cache.layers, read.cache.layers):
+        torch.testing.assert_close(some.keys, other.keys, atol=1e-5, rtol=1e-5)
+    assert long.length == 12
+
+
+@torch.inference_mode()
 def test_a_picture_joins_text(tiny):
     model = tiny("qwen3-vl-2b")
     ids_BT = torch.tensor([[9, 3, 5, 5, 5, 5, 4, 11, 12]])

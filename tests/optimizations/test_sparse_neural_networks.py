@@ -415,6 +415,9 @@ def test_bad_requests_are_named(tiny, text):
         sparse.apply(model, text, pattern="48x1")
     with pytest.raises(UserError, match=r"q_proj\.weight: 8 calibration tokens, but sparsegpt needs at least its 32"):
         sparse.apply(model, [{"input_ids": torch.arange(8, 16)[None]}])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="8 calibration tokens"):
+        patch.setattr(sparse, "moments", None)  # said before anything is observed
+        sparse.apply(model, [{"input_ids": torch.arange(8, 16)[None]}])
     with pytest.raises(UserError, match="no token"):
         sparse.apply(model, [], method="wanda")
     executed = sparse.apply(model, text, method="magnitude")

@@ -296,6 +296,9 @@ def test_bad_requests_are_named(tiny, name, text):
     few = [{"input_ids": text[0]["input_ids"][:1, :20]}]
     with pytest.raises(UserError, match=r"layers\.0\..*: 20 calibration tokens .* singular\. Give at least 32"):
         td.apply(model, few)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="20 calibration tokens"):
+        patch.setattr(td, "observe_grams", None)  # said before anything is observed
+        td.apply(model, few)
     assert td.apply(model, [], method="plain") is not None
     spectra = td.analyse(model, [], "plain")
     layer = spectra[0].matrix
