@@ -70,16 +70,23 @@ class ModelParameters(Section):
 def about_slice_parameters(described: ModelParameters) -> float:
     """Return about how many parameters the slice has: embeddings, head, and the matrices that are most of a block.
 
-    From the configuration alone, so by a tenth or a third beside the truth; for deciding what fits beside what.
+    From the configuration alone, so a tenth or so beside the truth; for deciding what fits beside what.
     """
     config, vision = described.full.get("text_config", described.full), described.full.get("vision_config", {})
-    hidden, head = config["hidden_size"], config.get("head_dim") or config.get("v_head_dim", 0)
-    experts = config.get("n_routed_experts") or config.get("num_experts") or 0
-    width = experts * config["moe_intermediate_size"] if experts else config["intermediate_size"]
-    attention = 2 * head * (config["num_attention_heads"] + config["num_key_value_heads"])
-    ends = config["vocab_size"] * (1 if config.get("tie_word_embeddings") else 2)
+
+    def count(*names: str) -> int:
+        return next((config[name] for name in names if config.get(name)), 0)
+
+    experts = count("n_routed_experts", "num_experts")
+    layers, wide = described.slice.layers, experts * count("moe_intermediate_size")
+    # Where experts have shared ones beside them, the first block is dense (DeepSeek-AI 2024).
+    dense = min(layers, 1 if count("n_shared_experts") else 0) if experts else layers
+    widths = dense * count("intermediate_size") + (layers - dense) * wide
+    heads = count("num_attention_heads") + count("num_key_value_heads")
+    blocks = 3 * widths + 2 * layers * heads * count("head_dim", "v_head_dim")
+    ends = count("vocab_size") * (1 if count("tie_word_embeddings") else 2)
     tower = 12 * vision.get("hidden_size", 0) ** 2 * vision.get("depth", 0)
-    return hidden * (ends + described.slice.layers * (3 * width + attention)) + tower
+    return count("hidden_size") * (ends + blocks) + tower
 
 
 def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:

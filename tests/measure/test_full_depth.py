@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib.measure import full_depth, measurement, workloads
+from lib.measure import cost, full_depth, measurement, workloads
 from lib.models import depth, loading, parameters
 from lib.models.anatomy import anatomy
 
@@ -39,6 +39,11 @@ def test_a_slice_counts_to_the_whole_models_parameters(name):
     assert len(depth.whole(model)) == parameters.read(name).config("full").get("num_hidden_layers", 28)
     assert all(m.provenance == "derived" and m.verdict == "informative" for m in found.values())
     assert measurement.lint(found.values()) == []
+
+
+def test_the_size_of_a_slice_is_known_about_from_its_configuration(name):
+    about = parameters.about_slice_parameters(parameters.read(name))
+    assert about == pytest.approx(cost.parameters(slice_of(name)), rel=0.15)
 
 
 def test_the_cache_of_the_whole_model_follows_from_its_blocks():

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import workbench
 
 from lib.errors import UserError
-from lib.suite import cores, imports, key, outputs, progress, sampling, worker
+from lib.models import parameters
+from lib.suite import cores, imports, key, outputs, progress, sampling, schedule, worker
 from lib.suite.template import Template
 
 
@@ -86,6 +88,31 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
     assert cores.default_jobs("proxy", "cpu") == 2 and cores.default_jobs("slice", "cpu") == 1
     total[0] = 4 * 2**30
     assert cores.default_jobs("slice", "cpu") == 1
+
+
+def _entries(scale):
+    models = [model for _ in ("first", "second") for model in parameters.names()]
+    return [schedule.Entry(SimpleNamespace(scale=scale, model=model), "", {}) for model in models]
+
+
+def _begun(scale, monkeypatch):
+    """Return which models each of two shares of the cores is given, in order, where all runs last the same."""
+    begun = {(0,): [], (1,): []}
+    monkeypatch.setattr(schedule, "_begin", lambda build, slot: begun[slot.cores].append(slot.entry.job.model))
+    monkeypatch.setattr(schedule, "_step", lambda build, slot: True)
+    monkeypatch.setattr(schedule, "POLL_SECONDS", 0)
+    build = SimpleNamespace(temporary=Path(), shares=[[0], [1]])
+    assert len(schedule.run(build, _entries(scale))) == 8
+    return list(begun.values())
+
+
+def test_the_two_largest_slices_are_not_in_memory_at_once(monkeypatch):
+    glm, dense, coder, pictures = parameters.names()
+    large, small = _begun("slice", monkeypatch)
+    assert large == [coder, coder, glm, glm] and small == [dense, dense, pictures, pictures]
+    one, other = _begun("proxy", monkeypatch)
+    assert sorted(one + other) == sorted(large + small)
+    assert [entry.job.model for entry in schedule.by_size(_entries("proxy"))] == [glm, dense, coder, pictures] * 2
 
 
 def test_a_long_run_keeps_few_samples_and_its_peak():
