@@ -30,7 +30,7 @@ class Use:
 
 
 def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
-    """Call `arm` again and again for at least `seconds` and return the use of processor (this process, all threads) and
+    """Call `arm` once, and again for at least `seconds`; return the use of processor (this process, all threads) and
     GPU.
 
     What an arm's `prepare` does is left out.
@@ -39,7 +39,7 @@ def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
     synchronize = getattr(arm, "synchronize", None)
     wall = busy = 0.0
     with _GpuSampler() as gpu:
-        while wall < seconds:
+        while not wall or wall < seconds:
             if prepare:
                 prepare()
             if synchronize:

@@ -2,7 +2,6 @@
 them against the machine's bound, and adds processor and energy. Puts the other modules together; knows no optimization.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -27,7 +26,8 @@ from lib.measure.ceilings import Ceilings
 from lib.measure.cost import Cost
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.measure.rounds import with_control
+from lib.measure.processor import Use
+from lib.measure.rounds import LONG_SECONDS, with_control
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
 
@@ -132,16 +132,16 @@ def compare(
     for name in names:
         arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
         workloads.assert_same_conditions(*arms, except_for=except_for)
-        prices, lasted = zip(
+        prices, first = zip(
             _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {}), strict=True
         )
-        options = {"lasted": min(lasted), "blocks": effort.blocks, "disturbance": disturbance.watch}
-        timed[name] = Timed(*arms, *with_control(*arms, seed=seed, **options), prices)
+        options = {"lasted": min(one.wall_seconds for one in first), "blocks": effort.blocks}
+        pairs, control = with_control(*arms, seed=seed, disturbance=disturbance.watch, **options)
+        timed[name] = Timed(*arms, pairs, control, prices)
         found += _explained(name, timed[name], hints, peaks)
-        pairs = timed[name].pairs
         judged = pairs.baseline_seconds, pairs.optimized_seconds
         found += full_depth.speed(name, tuple(arms), (baseline, optimized), judged)
-    found += _processor(timed)
+        found += _processor(name, timed[name], first)
     if (
         with_energy
         and dimensions.wanted("efficiency")
@@ -165,18 +165,14 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
     return workloads.steps(model, rolled_BT, effort.new_tokens)
 
 
-def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> tuple[Cost, float]:
+def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> tuple[Cost, Use]:
     """FLOPs and bytes of one call, with the experts that its steps really use counted in one call that is not judged;
-    and the seconds that it took.
+    and the processor's use in that call.
     """
     with cost.experts_hit(model) as hit:
-        start = time.perf_counter()
-        work()
-        if work.synchronize:
-            work.synchronize()
-        lasted = time.perf_counter() - start
+        use = processor.use(work, 0.0)
     work.step_seconds.clear()
-    return cost.of(model, work, hit=hit.mean(work.batch), **options), lasted
+    return cost.of(model, work, hit=hit.mean(work.batch), **options), use
 
 
 def _quantity(metric: str, work: Workload) -> float:
@@ -195,20 +191,15 @@ def _explained(name: str, timed: Timed, hints: dict, peaks: Ceilings) -> list[Me
     return found + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
 
 
-def _processor(timed: dict[str, Timed]) -> list[Measurement]:
-    """Processor use (and the GPU's, where there is one) of each workload."""
-    found = []
-    for name, arms in timed.items():
-        base, opt = processor.use(arms.baseline, 0.2), processor.use(arms.optimized, 0.2)
-        found.append(
-            measurement.informative(
-                "processor_utilisation", name, base.utilisation, opt.utilisation, opt.source, samples=None
-            )
-        )
-        if base.gpu is not None and opt.gpu is not None:
-            found.append(
-                measurement.informative("gpu_utilisation", name, base.gpu, opt.gpu, "NVML, sampled 20 times a second")
-            )
+def _processor(name: str, arms: Timed, first: Sequence[Use]) -> list[Measurement]:
+    """Processor use (and the GPU's, where there is one) of a workload; of its `first` calls where these were long."""
+    if min(one.wall_seconds for one in first) < LONG_SECONDS:
+        first = processor.use(arms.baseline, 0.2), processor.use(arms.optimized, 0.2)
+    base, opt = first
+    tell, told = measurement.informative, (base.utilisation, opt.utilisation, opt.source)
+    found = [tell("processor_utilisation", name, *told, samples=None)]
+    if base.gpu is not None and opt.gpu is not None:
+        found.append(tell("gpu_utilisation", name, base.gpu, opt.gpu, "NVML, sampled 20 times a second"))
     return found
 
 

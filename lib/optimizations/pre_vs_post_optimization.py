@@ -77,6 +77,7 @@ def chosen(
         origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
         return Chosen(composing.order(stored.stack, loaded.model), origin)
     found = default_stack(loaded, calibration, most_loss=most_loss, seed=seed)
+    gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
     if stored is not None:
         return replace(found, origin=f"{stored.chosen_by} chose to change nothing; instead {found.origin}")
     return found
@@ -119,7 +120,6 @@ def default_stack(
             row["why"] = "loses too much" if not within else "neither faster, nor smaller at the same speed"
     if not kept and fallback is None:
         raise UserError(f"{NAME}: no part works alone on this model; there is no stack to compare")
-    gc.collect()  # models refer to themselves: what was tried is given back now, not some time
     rule = f"the default rule: within {most_loss} nats, and faster or smaller"
     return Chosen(
         kept or fallback[1], rule if kept else "the part that loses least; none pays by the default rule", rows
@@ -272,15 +272,26 @@ def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measure
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 
 
+def points_known(measurements: Sequence[Measurement], prompt_tokens: int, batch: int) -> list[Measurement]:
+    """Return those standard workloads that are points of a sweep, under the names that they have there."""
+    names = {
+        ("prefill_tokens_per_second", "prefill"): f"prefill, {prompt_tokens} tokens",
+        ("decode_tokens_per_second", "decode"): "decode, batch of 1",
+        ("batch_decode_tokens_per_second", "batch_decode"): f"decode, batch of {batch}",
+    }
+    named = [(one, names.get((one.metric, one.workload))) for one in measurements if one.ratio is not None]
+    return [one.model_copy(update={"workload": name}) for one, name in named if name]
+
+
 def gains(swept: Sequence[Measurement]) -> list[dict]:
-    """Return a row per point of a sweep, for a figure over strength: `arm`, `strength`, `value`, `low`, `high`."""
+    """Return a row per point of a sweep, in order, for a figure: `arm`, `strength`, `value`, `low`, `high`."""
     rows = []
     for one in swept:
         arm, _, told = one.workload.partition(", ")
         low, high = one.ci or (None, None)
         number = int("".join(letter for letter in told if letter.isdigit()))
         rows.append({"arm": arm, "strength": number, "value": one.ratio, "low": low, "high": high})
-    return rows
+    return sorted(rows, key=lambda row: (row["arm"], row["strength"]))
 
 
 def recall(

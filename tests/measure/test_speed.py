@@ -59,14 +59,15 @@ def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
         model.register_forward_hook(lambda *_, arm=arm: calls.append(arm))
     monkeypatch.setattr(rounds, "LONG_SECONDS", 0.0)
     monkeypatch.setattr(rounds.timing, "iterations_for", lambda *_, **__: 1)
-    monkeypatch.setattr(speed.processor, "use", lambda *_: speed.processor.Use(1.0, 1.0, 1))
+    monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
-    # One call of each for the experts it uses, then six rounds of three.
+    # One call of each, for the experts and the processor that it uses; then six rounds of three.
     assert calls[:2] == ["base", "other"] and len(calls) == 20 and calls.count("other") == 7
     pairs, control = found.timed["prefill"].pairs, found.timed["prefill"].control
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
     for one in (pairs, control):
         assert sorted(one.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in one.describe()
+    assert any(one.metric == "processor_utilisation" and one.baseline > 0 for one in found.measurements)
     assert found.measurements[0].n == 6 and found.measurements[0].noise_floor == pytest.approx(control.floor)
 
 

@@ -1,6 +1,7 @@
 """Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
 
 import types
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_where_nothing_pays_the_least_harmful_part_is_taken(tiny, batch, monkeyp
         comparing.default_stack(_loaded(tiny(name), name), [batch])
 
 
+def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
+    tried, attempt = [], composing.attempt
+
+    def watched(*arguments, **options):
+        outcome = attempt(*arguments, **options)
+        tried.append(weakref.ref(outcome.model) if outcome.model is not None else lambda: None)
+        return outcome
+
+    monkeypatch.setattr(composing, "attempt", watched)
+    monkeypatch.setattr(comparing.stacks, "find", lambda *_: None)
+    comparing.chosen(_loaded(tiny(name), name), [batch])
+    assert tried and all(one() is None for one in tried)
+
+
 def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
     model = tiny(name)
     parts = comparing.groups(STEPS)
@@ -196,9 +211,15 @@ def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
     assert all(one.noise_floor is not None and one.ci and one.n == 6 for one in found)
     assert [(row["arm"], row["strength"]) for row in comparing.gains(found)] == [
+        ("decode", 2),
         ("prefill", 16),
         ("prefill", 64),
-        ("decode", 2),
+    ]
+    both = [_rate("better", 1.0, 2.0), _rate("better", 1.0, 3.0, "decode_tokens_per_second")]
+    known = comparing.points_known([*both, *found], 32, 4)
+    assert [(row["arm"], row["strength"], row["value"]) for row in comparing.gains(known)] == [
+        ("decode", 1, 3.0),
+        ("prefill", 32, 2.0),
     ]
 
 
