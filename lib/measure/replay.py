@@ -254,13 +254,15 @@ def simulation_error(rows: Sequence[dict]) -> Measurement:
     return measurement.informative("simulation_error", "serve, real time", *means, source, n=1)
 
 
-def answers_alike(real: Sequence[Replayed]) -> list[Measurement]:
-    """Return how many requests of two replays got the same tokens, and how many tokens are the same."""
+def answers_alike(real: Sequence[Replayed], unavailable: str | None = None) -> list[Measurement]:
+    """Return how many requests of two replays got the same tokens, and how many tokens are the same; or that this is
+    `unavailable`, with the reason: random weights are near ties, which another batch decides otherwise.
+    """
     *values, count = same_tokens([one.output for one in real])
     source = f"{count} requests answered by the real model under both policies, greedy, same prompts"
     names = ("same_answers", "top1_agreement")
-    if not count:
-        return [measurement.unavailable(name, "serve, real time", "nothing was served", source) for name in names]
+    if reason := unavailable or (None if count else "nothing was served"):
+        return [measurement.unavailable(name, "serve, real time", reason, source) for name in names]
     return [
         measurement.informative(name, "serve, real time", 1.0, value, source, n=count)
         for name, value in zip(names, values)

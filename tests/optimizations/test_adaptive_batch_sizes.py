@@ -250,6 +250,13 @@ def test_step_times_around_a_run_are_those_before_and_after_it(tiny, monkeypatch
     assert set(times.decode_ratios) == {0.5, 1.5}
 
 
+def test_answers_of_random_weights_are_not_compared():
+    real = [replay.Replayed(None, {0: [1, 2]}, 1.0, None), replay.Replayed(None, {0: [1, 3]}, 1.0, None)]
+    assert [one.optimized for one in replay.answers_alike(real)] == [0.0, 0.5]
+    told = replay.answers_alike(real, "random weights")
+    assert [(one.verdict, one.reason) for one in told] == [("unavailable", "random weights")] * 2
+
+
 def test_a_simulation_is_told_with_its_own_spread(ground):
     trial = contest.traffic(ground, "changing", 10, 3)
     fresh = lambda: batches.Fixed(8)  # noqa: E731
