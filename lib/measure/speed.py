@@ -221,17 +221,24 @@ def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
 
 
 def resources(
-    baseline: nn.Module, optimized: nn.Module, *, tokens: int, costs: dict[str, object] | None = None
+    baseline: nn.Module,
+    optimized: nn.Module,
+    *,
+    tokens: int,
+    costs: dict[str, object] | None = None,
+    baseline_costs: dict[str, object] | None = None,
 ) -> list[Measurement]:
     """Return what is counted or derived: parameters, weights, cache, FLOPs and bytes per token at `tokens` of context.
 
     `costs`: the options of the optimized model, as for `compare`: absorbed, overhead, skip_zeros, density, stride,
-    attended.
+    attended; `baseline_costs` those of the baseline.
     """
-    options = costs or {}
-    skip = {"skip_zeros": bool(options.get("skip_zeros"))}
-    prefill, decode, step = ({n: options[n] for n in names if n in options} for names in OPTIONS)
-    models = ((baseline, {}, {}, {}, {}), (optimized, skip, prefill, decode, step))
+
+    def priced(options: dict[str, object]) -> list[dict[str, object]]:
+        skip = {"skip_zeros": True} if options.get("skip_zeros") else {}
+        return [skip, *({n: options[n] for n in names if n in options} for names in OPTIONS)]
+
+    models = ((baseline, *priced(baseline_costs or {})), (optimized, *priced(costs or {})))
     rows = {
         "parameters": ("load", [cost.parameters(m) for m, *_ in models], "counted, tied ones once"),
         "active_parameters": (

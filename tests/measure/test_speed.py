@@ -89,6 +89,11 @@ def test_resources_are_counted_and_derived(tiny, name):
     skipped = {m.metric: m for m in speed.resources(base, other, tokens=16, costs={"skip_zeros": True})}
     assert skipped["prefill_flops_per_token"].verdict == "better"
     assert found["parameters"].baseline == cost.parameters(base)
+    if name == "glm-4.7-flash":
+        absorbed = {"absorbed": True}
+        one, both = ({m.metric: m.ratio for m in speed.resources(base, other, tokens=16, costs=absorbed, **more)}
+                     for more in ({}, {"baseline_costs": absorbed}))  # fmt: skip
+        assert one["decode_flops_per_token"] < 1 == both["decode_flops_per_token"]
 
 
 def test_break_even_needs_a_gain():
