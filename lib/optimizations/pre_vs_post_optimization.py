@@ -72,6 +72,7 @@ def chosen(
     `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be
     ordered.
     """
+    composing.parts()  # imported before models are tried: what an import leaves may hold the frames that led to it
     stored = stacks.find(loaded.name, loaded.scale)
     if stored is not None and stored.stack:
         origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"

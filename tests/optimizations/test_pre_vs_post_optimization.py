@@ -1,5 +1,6 @@
 """Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
 
+import sys
 import types
 import weakref
 from dataclasses import replace
@@ -114,6 +115,13 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
         tried.append(weakref.ref(outcome.model) if outcome.model is not None else lambda: None)
         return outcome
 
+    held, parts = [], composing.parts
+
+    def imported():
+        held.append(sys._getframe()) if not held else None  # as a failed import within does, by its traceback
+        return parts()
+
+    monkeypatch.setattr(composing, "parts", imported)
     monkeypatch.setattr(composing, "attempt", watched)
     monkeypatch.setattr(comparing.stacks, "find", lambda *_: None)
     comparing.chosen(_loaded(tiny(name), name), [batch])
