@@ -158,8 +158,6 @@ def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Hea
     return Heads(heads.index, query_HTD.to(**like), (key_GTD + noise_GTD).to(**like), heads.value_GTV, heads.scaling)
 
 
-def time_calls(baseline: Callable, optimized: Callable, count: int, control: bool = True, seed: int = 0):
-    """Return pairs of two calls that last long enough by themselves, and the A/A control (None where not wanted)."""
-    options = {"blocks": count, "warmup": 1, "disturbance": disturbance.watch}
-    pairs = timing.paired(baseline, optimized, seed=seed, **options)
-    return pairs, timing.a_a(baseline, seed=seed + 1, **options) if control else None
+def time_calls(baseline: Callable, optimized: Callable, count: int, seed: int = 0) -> Pairs:
+    """Return pairs of two calls that last long enough by themselves."""
+    return timing.paired(baseline, optimized, blocks=count, warmup=1, seed=seed, disturbance=disturbance.watch)
