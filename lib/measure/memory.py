@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lib.measure import measurement
-from lib.measure.measurement import Measurement
+if TYPE_CHECKING:
+    from lib.measure.measurement import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 1800
@@ -134,11 +135,13 @@ def _failed(reason: str) -> Peak:
     return Peak(None, None, None, "none", None, None, None, reason)
 
 
-def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") -> list[Measurement]:
+def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") -> "list[Measurement]":
     """Return both peaks, time to load and time of the first call as measurements of (baseline, optimized).
 
     Load and first call are single readings of fresh processes: informative, without an interval.
     """
+    from lib.measure import measurement  # the child needs no statistics, whose import takes half a second
+
     reason = baseline.reason or optimized.reason
     fixed = f", {optimized.before_load_bytes / 2**20:.0f} MiB of it before load" if optimized.before_load_bytes else ""
     source = f"one fresh child process per arm, {optimized.scope}" if optimized.child else optimized.scope

@@ -9,12 +9,11 @@ Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import nn
 
 from lib.measure import answers, dimensions, harness, measurement, noninferiority, statistics, workloads
@@ -27,11 +26,7 @@ from lib.models.loading import Loaded
 from lib.models.recall import LEAD
 from lib.models.tasknames import HARNESS, classifies
 
-SCORES: dict[str, Callable] = {
-    "f1_macro": f1_score,
-    "precision_macro": precision_score,
-    "recall_macro": recall_score,
-}
+SCORES = ("f1_macro", "precision_macro", "recall_macro")
 # What `compare` tells of a model whose answers mean something, and of which workload.
 ASKED = {name: "classify" for name in (*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right")}
 ASKED |= {"recall_exact_match": "generate", "perplexity": "prefill"}
@@ -276,10 +271,13 @@ def _before(baseline: Classified | Recalled) -> str:
 
 
 def _score(name: str, arm: Classified) -> float:
+    from sklearn import metrics  # half a second, where there are answers
+
     if name == "accuracy":
-        return float(accuracy_score(arm.truth_N, arm.chosen_N))
+        return float(metrics.accuracy_score(arm.truth_N, arm.chosen_N))
+    score = dict(zip(SCORES, (metrics.f1_score, metrics.precision_score, metrics.recall_score)))[name]
     labels = np.arange(len(arm.labels))
-    return float(SCORES[name](arm.truth_N, arm.chosen_N, labels=labels, average="macro", zero_division=0))
+    return float(score(arm.truth_N, arm.chosen_N, labels=labels, average="macro", zero_division=0))
 
 
 def compare_recalled(

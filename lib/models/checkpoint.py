@@ -5,7 +5,6 @@ file whose header promises more bytes than it holds is found, a flipped bit is n
 """
 
 import json
-import shutil
 import struct
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from lib.errors import UserError
 from lib.models import parameters
 
 MANIFEST = "workbench.json"
-WRITTEN = 2**22  # bytes at a time
 ALIGNMENT = 64  # bytes: a cache line, and what torch gives a fresh tensor on a processor
 
 
@@ -115,29 +113,6 @@ def tensor_places(folder: str | Path) -> dict[str, tuple[Path, int, int, str, tu
             first, last = entry["data_offsets"]
             found[name] = (path, start + first, last - first, entry["dtype"], tuple(entry["shape"]))
     return found
-
-
-def align(folder: str | Path) -> None:
-    """Write every weight file of a folder anew, where it is needed, so that its tensors begin at an aligned byte.
-
-    Products over memory that lies askew are slower and round differently; a file that is mapped is such memory. The
-    header is padded with blanks, which the format allows; a tensor whose own size is no multiple moves those behind it.
-    """
-    for file in _shards(Path(folder)):
-        path = Path(folder) / file
-        with path.open("rb") as source:
-            length = struct.unpack("<Q", source.read(8))[0]
-            padding = -(8 + length) % ALIGNMENT
-            if not padding:
-                continue
-            header = source.read(length) + b" " * padding
-            begun = struct.pack("<Q", len(header)) + header
-            with path.with_suffix(".aligned").open("wb", buffering=0) as target:
-                # Whole pieces from the first byte on: the page cache keeps such a file in large pages, which are mapped
-                # ten times as fast (1,600 against 160 GB/s, ext4, Linux 6.18).
-                target.write(begun + source.read(-len(begun) % WRITTEN))
-                shutil.copyfileobj(source, target, WRITTEN)
-        path.with_suffix(".aligned").replace(path)
 
 
 def weights_bytes_on_disk(folder: str | Path) -> int:

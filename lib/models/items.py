@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from lib.errors import UserError, suggest
 from lib.models import corpus
@@ -65,6 +64,8 @@ def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> lis
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits  # half a second, where there are pictures
+
     data = load_digits()
     return np.clip(data.images * 16, 0, 255).astype(np.uint8), data.target
 

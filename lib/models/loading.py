@@ -21,8 +21,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lib.errors import NotApplicable, UserError
-from lib.models import absent, depth, factors, placement, sparse
+from lib.errors import UserError
+from lib.models import absent, depth, factors, placement, sparse, weightfile
 from lib.models import parameters as parameter_files
 from lib.models.anatomy import anatomy, synchronise
 from lib.models.checkpoint import ALIGNMENT, MANIFEST, check_checkpoint, folder_of
@@ -32,10 +32,8 @@ from lib.models.tasknames import check_tasks
 transformers_logging.disable_progress_bar()
 
 HASHED_BYTES = 2**26  # at a time
+WEIGHTS = "model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-NO_INFORMATION = "random weights: answers carry no information"
 
 
 @dataclass
@@ -67,13 +65,7 @@ class Loaded:
     @property
     def quality_unavailable(self) -> str | None:
         """The reason why this model's answers mean nothing, or None where they do."""
-        return NO_INFORMATION if self.random_weights else None
-
-
-def require_answers(what: str, scale: str, random_weights: bool) -> None:
-    """Raise NotApplicable where answers will mean nothing, to an optimization that is steered by them: `what` is."""
-    if random_weights or scale == "slice":
-        raise NotApplicable(f"{what} is steered by answers; {NO_INFORMATION}")
+        return parameter_files.NO_INFORMATION if self.random_weights else None
 
 
 def load(
@@ -186,13 +178,16 @@ def load_image_processor(folder: Path | str) -> object:
 
 def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, processor: object = None) -> Path:
     """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths and of its factored
-    matrices; return the folder.
+    matrices; return the folder. Tied weights are stored once, and tensors begin at aligned bytes.
 
     Where every block has the shapes that the configuration implies, and nothing is factored, transformers reads the
     folder as well.
     """
     folder = Path(folder)
-    model.save_pretrained(folder, save_original_format=False)
+    model.save_pretrained(folder, state_dict={})  # its configurations; the weights are written as we want them
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    weightfile.write(folder / WEIGHTS, stored)
     blocks = [
         {
             "heads": block.attention.heads,

@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lib.errors import UserError, suggest
+from lib.errors import NotApplicable, UserError, suggest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
 SCALES = ("proxy", "slice", "full")
+NO_INFORMATION = "random weights: answers carry no information"
 
 
 class Section(BaseModel):
@@ -65,6 +66,12 @@ class ModelParameters(Section):
         if scale == "slice":
             return _cut(self.full, self.slice.layers)
         return merge(self.full, self.proxy.config)
+
+
+def require_answers(what: str, scale: str, random_weights: bool) -> None:
+    """Raise NotApplicable where answers will mean nothing, to an optimization that is steered by them: `what` is."""
+    if random_weights or scale == "slice":
+        raise NotApplicable(f"{what} is steered by answers; {NO_INFORMATION}")
 
 
 def about_slice_parameters(described: ModelParameters) -> float:

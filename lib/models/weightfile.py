@@ -1,4 +1,5 @@
 """Weights read from safetensors files piece by piece, straight into memory that already exists; every byte is counted.
+And written so that they may be used where the file is mapped.
 
 A read takes any number of places at once: neighbours in the file are fetched by one system call, scattered to aligned
 destinations, without a copy in between (the page cache's own copy aside). Whether a byte came from the disk or from
@@ -6,9 +7,11 @@ the page cache is the system's affair; with `drop` each read is forgotten by the
 from the disk. Knows nothing of models.
 """
 
+import json
 import os
+import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+WRITTEN = 2**22  # bytes at a time
 MOST_AT_ONCE = 512  # destinations of one system call; the system's own limit is 1024
 
 
@@ -71,6 +75,36 @@ def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
     room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
     start = -room.data_ptr() % ALIGNMENT
     return room[start : start + nbytes]
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as one safetensors file, each at an aligned byte. (Behind one whose size is no multiple, others lie
+    askew, since the format allows no gaps: such come last.)
+
+    Products over memory that lies askew are slower and round differently, and a mapped file is such memory: what reads
+    it would have to hold all weights twice for a moment. Raises UserError for a dtype that is not among DTYPES.
+    """
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNMENT > 0)
+    for name in ordered:
+        tensor = tensors[name]
+        if tensor.dtype not in names:
+            raise UserError(f"{path}: {name} cannot be stored as {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+        place = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-(8 + len(told)) % ALIGNMENT)
+    # In whole pieces from the first byte on: the page cache keeps such a file in large pages, which are mapped ten
+    # times as fast (1,600 against 160 GB/s, ext4, Linux 6.18).
+    beside = path.with_suffix(".writing")  # what is mapped from an older file of this name stays whole
+    with beside.open("wb", buffering=WRITTEN) as file:
+        file.write(struct.pack("<Q", len(told)) + told)
+        for name in ordered:
+            flat = tensors[name].detach().contiguous().flatten()
+            for piece in flat.view(torch.uint8).split(WRITTEN) if flat.numel() else ():
+                file.write(piece.cpu().numpy())
+    beside.replace(path)
 
 
 class WeightFile:

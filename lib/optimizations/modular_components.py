@@ -23,6 +23,7 @@ import lib.optimizations
 from lib.errors import UserError, suggest
 from lib.measure import sanity
 from lib.models import traits
+from lib.models.anatomy import anatomy
 from lib.models.observation import observe
 from lib.models.stack import Step
 
@@ -199,6 +200,7 @@ def compose(
     seed: int = 0,
 ) -> Composed:
     """Return what becomes of `model` behind all steps, itself left as it was; no steps: a copy (the identity pipeline).
+    Embeddings and head may be those of `model`: train neither in place.
 
     arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
     again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `checked` off
@@ -227,7 +229,13 @@ def compose(
         if recalibrate and traits.STATISTICS in module.COMPOSES["invalidates"]:
             observation = None
         seconds.append(time.perf_counter() - start)
-    return Composed(copy.deepcopy(model) if current is model else current, steps, seconds, observations)
+    return Composed(_copy(model) if current is model else current, steps, seconds, observations)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as behind any pipeline."""
+    view = anatomy(model)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (view.embeddings.weight, view.head.weight)})
 
 
 def _unfit(module: ModuleType, model: nn.Module) -> str | None:

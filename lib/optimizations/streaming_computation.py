@@ -25,7 +25,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models import absorbed as latent
-from lib.models import checkpoint, chunked, loading, streamed
+from lib.models import chunked, loading, streamed
 from lib.models.anatomy import anatomy
 
 KNOBS = {
@@ -89,19 +89,12 @@ def apply(
     if folder is None:
         kept = tempfile.TemporaryDirectory(prefix="streamed-")
         folder = kept.name
-    write(model, folder)
+    loading.save(model, folder)
     device = str(next(model.parameters()).device)
     options = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
     found = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
     found.kept_folder = kept  # removed together with the model
     return found
-
-
-def write(model: nn.Module, folder: Path | str) -> Path:
-    """Save a model to be streamed: as any checkpoint, its tensors aligned in the file. Returns the folder."""
-    saved = loading.save(model, folder)
-    checkpoint.align(saved)
-    return saved
 
 
 def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **options: object) -> nn.Module:

@@ -78,6 +78,7 @@ def apply(
     granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels).
     observation: what `observe(model, calibration)` returned, to prune several times from one pass; recovery: the
     batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
+    Without recovery, embeddings and head are those of `model`, not copies: train neither in place.
     """
     _check(ratio=ratio, granularity=granularity, saliency=saliency, depth_criterion=depth_criterion)
     if reason := applies_to(model):
@@ -283,9 +284,12 @@ def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
 
 
 def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Tensor]:
-    """Return the tensors that a copy need not hold first: smaller ones take their place at once (`_prune_block`)."""
-    tensors = []
-    for part in (block.feed_forward for block in anatomy(model).blocks):
+    """Return the tensors that a copy need not hold anew: embeddings, head, and what smaller ones will take the place
+    of at once (`_prune_block`).
+    """
+    view = anatomy(model)
+    tensors = [view.embeddings.weight, view.head.weight]
+    for part in (block.feed_forward for block in view.blocks):
         if part.experts is not None and (shares["channels"] or shares["experts"]):
             tensors += [part.experts.gate_up, part.experts.down]
         if part.dense is not None and shares["channels"]:

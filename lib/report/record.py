@@ -7,9 +7,11 @@ Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.re
 
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -236,10 +238,19 @@ def _uncollected():
 
 def glue(record: Record) -> None:
     """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
-    with _uncollected():  # what it imports builds a grammar: seconds, beside the objects of a loaded model
-        import scrapbook
-
+    with _uncollected():  # beside the objects of a loaded model each pass is long
+        scrapbook = _scrapbook()
     scrapbook.glue(SCRAP, to_json(record), encoder="json")
+
+
+def _scrapbook() -> ModuleType:
+    """Import scrapbook without what jsonschema would load beside it to check a kind of address that no notebook holds:
+    that builds grammars for seconds.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import scrapbook
+
+    return scrapbook
 
 
 def from_notebook(path: Path) -> Record | None:
@@ -247,9 +258,7 @@ def from_notebook(path: Path) -> Record | None:
 
     Raises UserError where the file is no notebook or the scrap is no record.
     """
-    import scrapbook
-
-    path = Path(path)
+    path, scrapbook = Path(path), _scrapbook()
     try:
         scraps = scrapbook.read_notebook(str(path)).scraps
     except Exception as error:  # papermill, nbformat, jsonschema and the file system each raise their own

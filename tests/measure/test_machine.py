@@ -7,7 +7,7 @@ import pytest
 
 from lib.measure import disturbance, energy, environment, memory, processor
 from lib.measure.disturbance import Reading
-from lib.models import checkpoint, loading
+from lib.models import loading
 
 QUIET = Reading(wall=0.0, own=0.0, busy=0.0, stolen=0.0, waited=0.0, throttled=0)
 # One second later on two cores of which we used both.
@@ -114,13 +114,12 @@ def test_peaks_come_from_fresh_processes(tiny, tmp_path):
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
 
 
-def test_a_mapped_checkpoint_is_in_memory_after_loading(tiny, tmp_path):
+def test_a_mapped_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
     # 64 MB in one matrix, aligned in its file: loaded as it lies, and so far only mapped.
     model = tiny("qwen3-4b-instruct-2507")
     model.resize_token_embeddings(2**19)
     folder = loading.save(model, tmp_path / "large")
-    checkpoint.align(folder)
     arm = memory.Arm(folder=str(folder), prompt_tokens=4, new_tokens=1, dtype="float32")
     (peak,) = memory.peaks(arm)
     weights = sum(parameter.numel() * 4 for parameter in {id(p): p for p in model.parameters()}.values())
-    assert peak.after_load_bytes - peak.before_load_bytes >= 0.9 * weights
+    assert 0.9 * weights <= peak.after_load_bytes - peak.before_load_bytes <= 1.4 * weights

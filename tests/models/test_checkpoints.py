@@ -164,7 +164,7 @@ def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeyp
         for scale in ("slice", "full"):
             if random or scale == "slice":
                 with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
-                    loading.require_answers("the search", scale, random)
+                    parameters.require_answers("the search", scale, random)
             else:
-                loading.require_answers("the search", scale, random)
+                parameters.require_answers("the search", scale, random)
     assert loaded.tasks == described.tasks

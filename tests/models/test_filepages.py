@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import checkpoint, filepages
+from lib.models import filepages
 from lib.models.filepages import FilePages, spans
-from lib.models.weightfile import WeightFile
+from lib.models.weightfile import WeightFile, write
 
 pytestmark = pytest.mark.skipif(not filepages.available(), reason="this system cannot make mapped pages present")
 MEGABYTE = 2**20
@@ -73,13 +73,17 @@ def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, miss
         pages.hold(spans([last]))
 
 
-def test_aligned_files_hold_the_same_and_begin_at_a_multiple(folder):
-    path = folder / "model.safetensors"
-    whole = load_file(path)
-    for extra in range(1, 9):  # headers of several lengths
-        save_file(whole, path, metadata={"format": "pt", "extra": "x" * 8 * extra})
-        checkpoint.align(folder)
-        assert all(place.offset % 64 == 0 for name, place in WeightFile(folder).places.items() if name != "z")
+@pytest.mark.parametrize("length", range(1, 17))
+def test_written_files_hold_the_same_at_aligned_bytes(tmp_path, length):
+    path, name = tmp_path / "model.safetensors", "n" * length  # headers of several lengths
+    odd = {"askew": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(2.5), "none": torch.empty(0, 4)}
+    whole = odd | {name: torch.randn(64, 3).bfloat16().T, "truth": torch.tensor([True, False] * 32)}
+    for _ in range(2):  # anew, over a file that is still mapped
+        write(path, whole)
         found = load_file(path)
-        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
-        assert os.listdir(folder) == ["model.safetensors"]
+        assert found.keys() == whole.keys() and all(torch.equal(found[one], whole[one]) for one in whole)
+        assert {one: tensor.dtype for one, tensor in found.items()} == {one: whole[one].dtype for one in whole}
+    assert all(place.offset % 64 == 0 for one, place in WeightFile(tmp_path).places.items() if one not in odd)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    with pytest.raises(UserError, match="complex cannot be stored as"):
+        write(path, {"complex": torch.zeros(2, dtype=torch.complex64)})
