@@ -16,7 +16,7 @@ import psutil
 from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
-SLICE_BYTES = 8.5 * 2**30  # of memory per notebook at scale slice: two, children included, held up to 15.8 GiB
+SLICE_BYTES = 7.5 * 2**30  # of memory per notebook at scale slice: two, children included, held up to 12.7 GiB
 
 
 def available() -> list[int]:

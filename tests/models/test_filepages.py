@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import filepages
+from lib.models import filepages, weightfile
 from lib.models.filepages import FilePages, spans
 from lib.models.weightfile import WeightFile, write
 
@@ -71,6 +71,14 @@ def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, miss
     os.truncate(path, size)
     with pytest.raises(UserError, match=f"truncated while it was being streamed: it ends at byte {size}, {missing} b"):
         pages.hold(spans([last]))
+
+
+def test_files_are_written_in_whole_pieces(monkeypatch):
+    monkeypatch.setattr(weightfile, "WRITTEN", 100)
+    tensors = [torch.arange(256, dtype=torch.uint8), torch.tensor([], dtype=torch.float32), torch.ones(3)]
+    pieces = [bytes(piece) for piece in weightfile._whole_pieces(b"x" * 30, tensors)]
+    assert [len(piece) for piece in pieces] == [100, 100, 98]
+    assert b"".join(pieces) == b"x" * 30 + bytes(range(256)) + tensors[2].numpy().tobytes()
 
 
 @pytest.mark.parametrize("length", range(1, 17))
