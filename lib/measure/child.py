@@ -152,6 +152,9 @@ def forked(arm: Arm) -> dict[str, object]:
 def main() -> None:
     """Run the arms that standard input names."""
     arms = [Arm(**one) for one in json.load(sys.stdin)]
+    for name in filter(None, [name for arm in arms for name in (arm.transform, arm.opener)]):
+        with suppress(Exception):  # imported for all arms alike, so that no arm's peak holds another one's libraries
+            _named(name)
     if len(arms) == 1:
         print(json.dumps(asdict(run(arms[0]))))
         return

@@ -114,6 +114,14 @@ def test_peaks_come_from_fresh_processes(tiny, tmp_path):
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
 
 
+def test_what_a_transform_imports_is_in_no_arms_peak(tiny, tmp_path):
+    folder = loading.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
+    arm = memory.Arm(folder=str(folder), prompt_tokens=16, new_tokens=2)
+    plain, changed = memory.peaks(arm, replace(arm, transform="lib.optimizations.adaptive_sparse_attention:revert"))
+    assert changed.reason is None and changed.before_load_bytes == pytest.approx(plain.before_load_bytes, abs=2**21)
+    assert changed.after_load_bytes == pytest.approx(plain.after_load_bytes, abs=2**22)
+
+
 def test_a_mapped_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
     # 64 MB in one matrix, aligned in its file: loaded as it lies, and so far only mapped.
     model = tiny("qwen3-4b-instruct-2507")
