@@ -1,11 +1,13 @@
 """What is read from the machine: disturbance, processor, energy, peaks in child processes, the environment card."""
 
+import io
 import json
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 
-from lib.measure import disturbance, energy, environment, memory, processor
+from lib.measure import child, disturbance, energy, environment, memory, processor
 from lib.measure.disturbance import Reading
 from lib.models import loading
 
@@ -114,12 +116,14 @@ def test_peaks_come_from_fresh_processes(tiny, tmp_path):
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
 
 
-def test_what_a_transform_imports_is_in_no_arms_peak(tiny, tmp_path):
-    folder = loading.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
-    arm = memory.Arm(folder=str(folder), prompt_tokens=16, new_tokens=2)
-    plain, changed = memory.peaks(arm, replace(arm, transform="lib.optimizations.adaptive_sparse_attention:revert"))
-    assert changed.reason is None and changed.before_load_bytes == pytest.approx(plain.before_load_bytes, abs=2**21)
-    assert changed.after_load_bytes == pytest.approx(plain.after_load_bytes, abs=2**22)
+def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "heavy_transform.py").write_text("def apply(model):\n    return model\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    arms = [memory.Arm(load={"name": "qwen3-4b-instruct-2507"}), memory.Arm(transform="heavy_transform:apply")]
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([asdict(arm) for arm in arms])))
+    monkeypatch.setattr(child, "forked", lambda arm: {"known": "heavy_transform" in sys.modules})
+    child.main()
+    assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
 
 
 def test_a_mapped_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
