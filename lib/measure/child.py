@@ -22,6 +22,7 @@ from lib.measure.memory import Arm, Peak
 from lib.models import loading, parameters, sparse
 
 LONG_SECONDS = 1.0  # a first call that lasts longer has shown its peak
+LARGE_BYTES = 2**28  # of weights that cannot hide in what was held, and given back, before they were loaded
 
 
 def peak_bytes() -> tuple[int | None, str]:
@@ -57,11 +58,13 @@ def run(arm: Arm) -> Peak:
     before, scope = read()
     start = time.perf_counter()
     model = _load(arm)
-    _make_present(model)
+    present = _make_present(model)
     if on_gpu:
         torch.cuda.synchronize()
     load_seconds = time.perf_counter() - start
     after_load, _ = read()
+    if not on_gpu:
+        _require_all(present, after_load, before)
     work = _workload(model, arm)
     calls: list[float] = []
     while len(calls) < 2 and (not calls or calls[0] < 1000 * LONG_SECONDS):
@@ -101,13 +104,26 @@ def _load(arm: Arm) -> torch.nn.Module:
     return model
 
 
-def _make_present(model: torch.nn.Module) -> None:
+def _make_present(model: torch.nn.Module) -> int:
     """Read a number of every page of the weights: what lies in a mapped file is in memory only once it has been used,
     and would be missing from the peak after loading. Shells of streamed weights hold a single number, and stay so.
+    Returns the bytes of what was read, tied ones once.
     """
+    read: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and sparse.is_dense(tensor) and tensor.is_contiguous():
             tensor.detach().reshape(-1)[:: max(1, mmap.PAGESIZE // tensor.element_size())].sum()
+            read[tensor.data_ptr()] = tensor.nbytes
+    return sum(read.values())
+
+
+def _require_all(present: int, after_load: int | None, before: int | None) -> None:
+    """Raise UserError where less than the weights was ever in memory: the system took mapped pages away again."""
+    if present > LARGE_BYTES and after_load is not None and after_load - (before or 0) < 0.95 * present:
+        raise UserError(
+            f"memory is short: of {present / 1e9:.2f} GB of weights the system kept "
+            f"{(after_load - (before or 0)) / 1e9:.2f} GB in memory, so a peak would be too low"
+        )
 
 
 def _named(name: str) -> Callable[..., torch.nn.Module]:

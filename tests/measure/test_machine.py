@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from lib.errors import UserError
 from lib.measure import child, disturbance, energy, environment, memory, processor
 from lib.measure.disturbance import Reading
 from lib.models import loading
@@ -124,6 +125,13 @@ def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, mo
     monkeypatch.setattr(child, "forked", lambda arm: {"known": "heavy_transform" in sys.modules})
     child.main()
     assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
+
+
+def test_weights_that_were_taken_away_make_no_peak():
+    child._require_all(3_740_000_000, 4_060_000_000, 310_000_000)
+    child._require_all(13_000_000, 310_000_000, 310_000_000)  # held in what was given back before
+    with pytest.raises(UserError, match="memory is short: of 3"):
+        child._require_all(3_740_000_000, 2_420_000_000, 310_000_000)
 
 
 def test_a_mapped_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
