@@ -10,13 +10,13 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -257,18 +257,23 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) -> nn.Module:
-    """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape."""
+    """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape.
+
+    Tensors are read one by one into memory of their own, as a model has them that was built in memory: of a mapped file
+    the system may take pages away, and then a peak lacks them.
+    """
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     absent.restore(model, manifest.get("blocks", []))
     factors.restore(model, manifest.get("factors", {}))
-    sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
-    for name, old in [*model.named_parameters(), *model.named_buffers()]:
-        if name in stored:
-            _place(model, name, old, stored.pop(name), dtype, device)
+    with closing(weightfile.WeightFile(folder)) as file:
+        stored = {name: partial(file.tensor, place) for name, place in file.places.items()}
+        sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
+        for name, old in [*model.named_parameters(), *model.named_buffers()]:
+            if name in stored:
+                _place(model, name, old, stored.pop(name)(), dtype, device)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left or stored:

@@ -15,6 +15,7 @@ Shapes: T tokens, O outputs, I inputs, E experts, K experts per token, G groups 
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -274,19 +275,22 @@ def describe(model: nn.Module) -> dict[str, dict]:
 
 
 def restore(
-    model: nn.Module, described: dict[str, dict], tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+    model: nn.Module,
+    described: dict[str, dict],
+    tensors: dict[str, Callable[[], torch.Tensor]],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Give the dense `model` (perhaps without weights) the stored weights `described`, taken out of `tensors`.
 
-    `dtype` is that of the model's other parameters; values in `csr` stay as they are. Raises UserError with the name
-    of a tensor that is missing.
+    `tensors`: by name, what reads each one. `dtype` is that of the model's other parameters; values in `csr` stay as
+    they are. Raises UserError with the name of a tensor that is missing.
     """
     weights = {}
     for name, said in described.items():
         names = ("dense",) if said["layout"] == "semi_structured" else ("crow", "columns", "values")
         if missing := [f"{name}.{part}" for part in names if f"{name}.{part}" not in tensors]:
             raise UserError(f"the checkpoint lacks {missing[0]}, which its manifest names; save the model again")
-        found = {part: tensors.pop(f"{name}.{part}") for part in names}
+        found = {part: tensors.pop(f"{name}.{part}")() for part in names}
         if said["layout"] != "csr" and dtype is not None:
             found = {part: t.to(dtype) if t.is_floating_point() else t for part, t in found.items()}
         weights[name] = from_parts(found, said["layout"], tuple(said["shape"]))

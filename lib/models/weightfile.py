@@ -142,6 +142,12 @@ class WeightFile:
         self._counting = threading.Lock()
         self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
 
+    def tensor(self, place: Place) -> torch.Tensor:
+        """Return one tensor, read into memory of its own."""
+        memory = buffer(place.nbytes)
+        self.read([(place, memory)])
+        return memory.view(place.dtype).view(place.shape)
+
     def read(self, pieces: Iterable[Piece]) -> None:
         """Read every piece into its memory. Raises UserError where a file ends early or cannot be read: then no piece
         of this call may be used.

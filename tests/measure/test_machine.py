@@ -134,8 +134,8 @@ def test_weights_that_were_taken_away_make_no_peak():
         child._require_all(3_740_000_000, 2_420_000_000, 310_000_000)
 
 
-def test_a_mapped_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
-    # 64 MB in one matrix, aligned in its file: loaded as it lies, and so far only mapped.
+def test_a_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
+    # 64 MB in one matrix.
     model = tiny("qwen3-4b-instruct-2507")
     model.resize_token_embeddings(2**19)
     folder = loading.save(model, tmp_path / "large")

@@ -27,6 +27,15 @@ def test_round_trip_keeps_every_bit(tiny, name, batch, tmp_path):
     assert loading.weights_hash(back) == loading.weights_hash(model)
 
 
+def test_a_loaded_model_owns_its_weights(tiny, batch, tmp_path):
+    model = tiny("qwen3-4b-instruct-2507")
+    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
+    path = tmp_path / loading.WEIGHTS
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))  # in place: what is mapped would become zeros
+    assert torch.equal(back(**batch).logits, model(**batch).logits)
+
+
 def test_the_head_never_sees_a_view(tiny, name, batch):
     """Of a view, torch copies the whole head before it multiplies: a prompt would take seconds more."""
     model, seen = copy.deepcopy(tiny(name)), []
