@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from lib import machine
 from lib.measure import disturbance, energy, processor
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn", "psutil", "zeus")
@@ -27,6 +28,7 @@ def card(
         "cores_given": len(disturbance.cores()),
         "cores_of_machine": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
+        "memory_given_bytes": machine.memory_bytes(),
         "operating_system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

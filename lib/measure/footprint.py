@@ -15,6 +15,7 @@ from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.models import loading, placement
+from lib.models.parking import parked
 
 NEW_TOKENS = 4  # enough to hold prompt, cache and a step at once; more only takes longer
 ACTIVATIONS = 0.1  # of the weights, kept free on a device for what running a model takes beside them
@@ -24,7 +25,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
     """Return bytes on disk, true peaks after load and at work, time to load and of the first call, of both models.
 
     The work is one prompt of `effort.prompt_tokens` tokens and a few generated ones. Needs room on the temporary disk
-    for both checkpoints; where a GPU's models are too large for that, the peaks are read where they are.
+    for both checkpoints; while the processes run, the weights are there alone. Where a GPU's models are too large for
+    that, the peaks are read where they are.
     """
     if not dimensions.wanted("performance", "resources"):
         return []
@@ -47,7 +49,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
             )
             for place in places
         ]
-        peaks = memory.measurements(*memory.peaks(*arms))
+        with parked(*zip((baseline, optimized), places)):
+            peaks = memory.measurements(*memory.peaks(*arms))
     return [measurement.counted("checkpoint_bytes", "load", *sizes, "sizes of the saved files", "measured"), *peaks]
 
 

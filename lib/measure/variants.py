@@ -4,6 +4,7 @@ Times pairs of decoding arms; knows nothing of what a record is.
 """
 
 import copy
+import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,8 @@ def trade(
         pairs = timing.paired(base, work, blocks=blocks, warmup=1, seed=seed)
         rows.append(_row(model, work, pairs, ratio, pages))
         made.close()
+        del model, made, work
+        gc.collect()  # models refer to themselves
     return rows
 
 
@@ -214,4 +217,7 @@ def against_accelerate(
         model = offloaded.disk(model, place, device) if kind == "disk" else offloaded.processor(model, device)
         other = workloads.steps(model, prompt, work.new_tokens)
         pairs = timing.paired(other, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
-    return pairs, torch.equal(other.output_BN.cpu(), work.output_BN.cpu())
+    same = torch.equal(other.output_BN.cpu(), work.output_BN.cpu())
+    del model, other
+    gc.collect()  # models refer to themselves
+    return pairs, same

@@ -6,10 +6,10 @@ Counts bytes from the headers before anything is read. Knows nothing of what wil
 import math
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
+from lib import machine
 from lib.errors import NotApplicable, UserError
 from lib.models import checkpoint
 
@@ -21,7 +21,7 @@ def free_bytes(device: str) -> int:
     """Return the memory that is free on a device, in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return machine.free_memory_bytes()
 
 
 def weights_bytes(folder: Path | str, dtype: torch.dtype) -> int:

@@ -144,7 +144,7 @@ class WeightFile:
 
     def tensor(self, place: Place) -> torch.Tensor:
         """Return one tensor, read into memory of its own."""
-        memory = buffer(place.nbytes)
+        memory = torch.empty(place.nbytes, dtype=torch.uint8)
         self.read([(place, memory)])
         return memory.view(place.dtype).view(place.shape)
 

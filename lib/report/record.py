@@ -7,7 +7,6 @@ Knows nothing of how a number is made (`lib.measure`), what it is worth (`lib.re
 
 import gc
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from lib.errors import UserError
 from lib.measure import dimensions
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import DIMENSIONS
-from lib.report import plain
+from lib.report import imports, plain
 from lib.report.files import write_atomically
 from lib.report.verdict import Verdict, judge, withhold_if_invalid
 
@@ -244,10 +243,7 @@ def glue(record: Record) -> None:
 
 
 def _scrapbook() -> ModuleType:
-    """Import scrapbook without what jsonschema would load beside it to check a kind of address that no notebook holds:
-    that builds grammars for seconds.
-    """
-    sys.modules.setdefault("rfc3987_syntax", None)
+    imports.refuse_address_grammars()
     import scrapbook
 
     return scrapbook

@@ -5,13 +5,13 @@ it is up to date. Knows no numbers: what they must be is `lib.report.lint`'s and
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS
+from lib.report import imports
 from lib.report.files import write_atomically
 from lib.report.record import Record
 
@@ -96,7 +96,7 @@ def text() -> str:
 
 @cache
 def _validator(name: str) -> Any:
-    sys.modules.setdefault("rfc3987_syntax", None)  # its import takes seconds, to check addresses that stand nowhere
+    imports.refuse_address_grammars()
     from jsonschema import Draft202012Validator
 
     published = json.loads(PATH.read_text(encoding="utf-8"))

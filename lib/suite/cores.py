@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from lib import machine
 from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
@@ -44,7 +45,7 @@ def default_jobs(scale: str, device: str) -> int:
     """Return how many jobs run beside each other unless asked otherwise; the module's text says why."""
     if device != "cpu" or scale == "full" or not can_pin():
         return 1
-    room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(psutil.virtual_memory().total // SLICE_BYTES)
+    room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(machine.memory_bytes() // SLICE_BYTES)
     return max(1, min(CLEAN_SIDE_BY_SIDE, room, len(available())))
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import psutil
 
 from lib.errors import NotApplicable
+from lib.report import imports
 
 KERNEL_START_SECONDS = 120
 PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell raised
-# jsonschema looks for this package, whose import takes seconds, to check a kind of address that no notebook holds.
-sys.modules.setdefault("rfc3987_syntax", None)
 
 
 def main() -> None:
     """Run one notebook, then render if told to."""
+    imports.refuse_address_grammars()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints belongs in the log
     commands: queue.Queue = queue.Queue()

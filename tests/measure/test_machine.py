@@ -99,6 +99,7 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
     assert json.loads(json.dumps(card)) == card
     for name in ("processor", "cores_given", "memory_bytes", "operating_system", "python", "threads", "commit"):
         assert card[name], name
+    assert 0 < card["memory_given_bytes"] <= card["memory_bytes"]
     assert (card["weights_hash"], card["data_hash"], card["jobs_beside"]) == ("w", "d", 1)
     assert card["dtype"] == "float32" and card["packages"]["torch"] and card["experts_backend"]
 

@@ -81,7 +81,7 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
     monkeypatch.setattr(cores, "available", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(cores, "can_pin", lambda: True)
     total = [64 * 2**30]
-    monkeypatch.setattr(cores.psutil, "virtual_memory", lambda: SimpleNamespace(total=total[0]))
+    monkeypatch.setattr(cores.machine, "memory_bytes", lambda: total[0])
     assert cores.default_jobs("proxy", "cuda") == cores.default_jobs("full", "cpu") == 1
     assert cores.default_jobs("proxy", "cpu") == cores.default_jobs("slice", "cpu") == 2
     total[0] = 12 * 2**30
