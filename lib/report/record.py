@@ -19,7 +19,7 @@ from lib.errors import UserError
 from lib.measure import dimensions
 from lib.measure.measurement import Measurement
 from lib.measure.metrics import DIMENSIONS
-from lib.report import imports, plain
+from lib.report import grammars, plain
 from lib.report.files import write_atomically
 from lib.report.verdict import Verdict, judge, withhold_if_invalid
 
@@ -243,7 +243,7 @@ def glue(record: Record) -> None:
 
 
 def _scrapbook() -> ModuleType:
-    imports.refuse_address_grammars()
+    grammars.refuse()
     import scrapbook
 
     return scrapbook

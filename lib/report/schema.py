@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS
-from lib.report import imports
+from lib.report import grammars
 from lib.report.files import write_atomically
 from lib.report.record import Record
 
@@ -96,7 +96,7 @@ def text() -> str:
 
 @cache
 def _validator(name: str) -> Any:
-    imports.refuse_address_grammars()
+    grammars.refuse()
     from jsonschema import Draft202012Validator
 
     published = json.loads(PATH.read_text(encoding="utf-8"))

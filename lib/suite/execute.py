@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from lib.errors import NotApplicable
-from lib.report import imports
+from lib.report import grammars
 
 KERNEL_START_SECONDS = 120
 PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell raised
@@ -26,7 +26,7 @@ PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell r
 
 def main() -> None:
     """Run one notebook, then render if told to."""
-    imports.refuse_address_grammars()
+    grammars.refuse()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints belongs in the log
     commands: queue.Queue = queue.Queue()

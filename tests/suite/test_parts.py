@@ -26,7 +26,7 @@ def test_imports_are_followed_through_functions_packages_and_relative_names():
         for path in imports.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))
     }
     expected = {"lib/__init__.py", "lib/errors.py", "lib/suite/__init__.py", "lib/suite/lock.py", "lib/suite/cores.py"}
-    assert found == expected | {"lib/report/__init__.py", "lib/report/files.py"}
+    assert found == expected | {"lib/machine.py", "lib/report/__init__.py", "lib/report/files.py"}
     assert list(imported("from . import a\nfrom ..b import c", "lib.suite")) == ["lib.suite.a", "lib.b.c"]
 
 
