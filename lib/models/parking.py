@@ -23,22 +23,23 @@ def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
     the files can no longer be read.
     """
     with ExitStack() as opened:
-        groups: dict[tuple, tuple[WeightFile, Place, list[torch.Tensor]]] = {}
+        held: dict[tuple, tuple[WeightFile, Place]] = {}
+        sharing: dict[tuple, list[torch.Tensor]] = {}
         for model, folder in saved:
             file = opened.enter_context(closing(WeightFile(folder)))
             for name, tensor in _tensors(model).items():
                 memory = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
-                if memory not in groups and _holds(file, name, tensor):
-                    groups[memory] = file, file.places[name], []
-                if memory in groups:
-                    groups[memory][2].append(tensor)
-        for _, place, alike in groups.values():
+                sharing.setdefault(memory, []).append(tensor)
+                if _holds(file, name, tensor):
+                    held[memory] = file, file.places[name]
+        groups = [(*place, sharing[memory]) for memory, place in held.items()]
+        for _, place, alike in groups:
             for tensor in alike:
                 tensor.data = torch.empty(0, dtype=place.dtype)
         try:
             yield
         finally:
-            for file, place, alike in groups.values():
+            for file, place, alike in groups:
                 whole = file.tensor(place)
                 for tensor in alike:
                     tensor.data = whole

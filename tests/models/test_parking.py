@@ -42,9 +42,11 @@ def test_what_shares_memory_without_being_the_same_tensor_shares_it_still(tiny, 
     (model, folder), (other, beside) = arms(copy.deepcopy(tiny("qwen3-coder-30b")), tmp_path)
     embedding = model.get_input_embeddings().weight
     other.set_input_embeddings(nn.Embedding.from_pretrained(embedding.data))
-    with parked((model, folder), (other, beside)):
+    other.first_of_all = nn.Parameter(embedding.data)  # in no file
+    other._parameters = {"first_of_all": other._parameters.pop("first_of_all"), **other._parameters}
+    with parked((other, beside), (model, folder)):
         assert held(model) == held(other) == 0
-    assert other.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
+    assert other.get_input_embeddings().weight.data_ptr() == embedding.data_ptr() == other.first_of_all.data_ptr()
 
 
 def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
