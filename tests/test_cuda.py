@@ -8,7 +8,7 @@ import torch
 
 from lib.measure import ceilings, energy, footprint, memory, processor, timing, workloads
 from lib.measure.processor import use
-from lib.models import absorbed, loading, placement, streamed
+from lib.models import absorbed, io, loading, placement, streamed
 from lib.models import block_attention as blocks
 from lib.optimizations import adaptive_sparse_attention, sparse_neural_networks, streaming_computation
 
@@ -31,7 +31,7 @@ def test_answers_and_hash_are_those_of_the_processor(tiny, name):
     other = copy.deepcopy(model).to("cuda")
     with torch.inference_mode():
         torch.testing.assert_close(other(PROMPT.cuda()).logits.cpu(), model(PROMPT).logits, **CLOSE)
-    assert loading.weights_hash(other) == loading.weights_hash(model)
+    assert io.weights_hash(other) == io.weights_hash(model)
 
 
 def test_a_workload_waits_for_the_device_and_times_its_steps_by_events(tiny, name):
@@ -76,14 +76,14 @@ def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
 @pytest.mark.parametrize("ratio", ["smallest", 0.7])
 def test_streamed_weights_give_the_answers_of_resident_ones(tiny, name, ratio, tmp_path):
     model = tiny(name).to("cuda")
-    folder = loading.save(model, tmp_path / "checkpoint")
+    folder = io.save(model, tmp_path / "checkpoint")
     size = {"allowance_bytes": streamed.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
     other = streamed.open_streamed(folder, device="cuda", **size)
     with torch.inference_mode():
         for _ in range(3):
             torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
     streamed.streamer(other).close()
-    assert loading.weights_hash(streaming_computation.revert(other)) == loading.weights_hash(model)
+    assert io.weights_hash(streaming_computation.revert(other)) == io.weights_hash(model)
 
 
 def test_absorbed_attention_gives_the_same_answers(tiny):

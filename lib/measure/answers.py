@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from lib.measure.ceilings import cache_folder
-from lib.models import corpus, loading
+from lib.models import architecture, corpus, io
 from lib.models.anatomy import anatomy
 from lib.models.loading import Loaded
 
@@ -58,14 +58,14 @@ def is_as_loaded(loaded: Loaded) -> bool:
 
 
 def _foreign(module: torch.nn.Module) -> list:
-    return [hook for hook in module._forward_pre_hooks.values() if hook is not loading.own]
+    return [hook for hook in module._forward_pre_hooks.values() if hook is not architecture.own]
 
 
 def _key(loaded: Loaded, question: dict[str, object]) -> str:
     config = anatomy(loaded.model).config
     parts = {
         "question": question,
-        "weights": loading.weights_hash(loaded.model),
+        "weights": io.weights_hash(loaded.model),
         "model": [type(loaded.model).__name__, loaded.name, loaded.scale, str(loaded.folder)],
         "how": [config._attn_implementation, getattr(config, "_experts_implementation", None)],
         "config": json.loads(config.to_json_string(use_diff=False)),

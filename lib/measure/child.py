@@ -19,7 +19,7 @@ import torch
 from lib.errors import UserError
 from lib.measure import workloads
 from lib.measure.memory import Arm, Peak
-from lib.models import loading, parameters, sparse
+from lib.models import io, loading, parameters, sparse
 
 LONG_SECONDS = 1.0  # a first call that lasts longer has shown its peak
 LARGE_BYTES = 2**28  # of weights that cannot hide in what was held, and given back, before they were loaded
@@ -89,14 +89,14 @@ def _import_architecture(arm: Arm) -> None:
     else:
         description = parameters.read(arm.load["name"])
         config, architecture = description.config(arm.load.get("scale", "proxy")), description.architecture
-    loading.build(config, architecture, device="meta")
+    io.build(config, architecture, device="meta")
 
 
 def _load(arm: Arm) -> torch.nn.Module:
     if arm.opener:
         return _named(arm.opener)(arm.folder, **arm.arguments)
     if arm.folder is not None:
-        model = loading.load_folder(arm.folder, dtype=loading.DTYPES[arm.dtype], device=arm.device)
+        model = io.load_folder(arm.folder, dtype=io.DTYPES[arm.dtype], device=arm.device)
     else:
         model = loading.load(**{"device": arm.device, "dtype": arm.dtype, **(arm.load or {})}).model
     if arm.transform:

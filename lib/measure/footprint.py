@@ -14,7 +14,7 @@ from lib.measure import cost, dimensions, measurement, memory, workloads
 from lib.measure import effort as efforts
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.models import loading, placement
+from lib.models import io, placement
 from lib.models.parking import parked
 
 NEW_TOKENS = 4  # enough to hold prompt, cache and a step at once; more only takes longer
@@ -37,7 +37,7 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / arm for arm in ("baseline", "optimized")]
         for model, place in zip((baseline, optimized), places):
-            loading.save(model, place)
+            io.save(model, place)
         sizes = [cost.checkpoint_bytes(place) for place in places]
         arms = [
             memory.Arm(

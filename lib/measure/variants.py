@@ -20,7 +20,7 @@ from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.timing import Pairs
 from lib.measure.workloads import Workload
-from lib.models import absorbed, caches, depth, heads, loading, offloaded, streamed
+from lib.models import absorbed, caches, depth, heads, io, offloaded, streamed
 from lib.models.anatomy import anatomy
 
 BLOCKS = 6
@@ -212,7 +212,7 @@ def against_accelerate(
 
     `kind`: "disk" or "processor". Offloading to the disk takes another copy of the weights there for as long.
     """
-    model, device = loading.load_folder(folder, dtype=dtype), work.conditions["device"]
+    model, device = io.load_folder(folder, dtype=dtype), work.conditions["device"]
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
         model = offloaded.disk(model, place, device) if kind == "disk" else offloaded.processor(model, device)
         other = workloads.steps(model, prompt, work.new_tokens)

@@ -236,7 +236,7 @@ def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
 def synchronise(model: nn.Module) -> nn.Module:
     """Make every count that modules and configuration keep agree with the tensors' shapes; return the model.
 
-    The configuration states the largest of widths that differ from block to block; `lib.models.loading.save` then
+    The configuration states the largest of widths that differ from block to block; `lib.models.io.save` then
     writes a manifest, since such shapes do not follow from a configuration.
     """
     view = anatomy(model)

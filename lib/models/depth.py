@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lib.models.anatomy import anatomy
+from lib.models.architecture import auto_class
 
 NAME = "whole_blocks"  # of the text configuration
 
@@ -22,8 +23,6 @@ def kinds(model: nn.Module) -> list[str]:
 
 def state(model: nn.Module, whole: dict, architecture: str) -> nn.Module:
     """Write into a slice the blocks of the model with configuration `whole` (built without weights); return it."""
-    from lib.models.loading import auto_class  # which rests on this module
-
     configuration = AutoConfig.for_model(architecture, **whole)
     with init_empty_weights():
         found = kinds(auto_class(configuration).from_config(configuration))

@@ -41,7 +41,7 @@ def fault(folder: Path | str) -> str | None:
     import torch
     from transformers import AutoConfig
 
-    from lib.models.loading import auto_class
+    from lib.models.architecture import auto_class
     from lib.models.weightfile import DTYPES
 
     folder = Path(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
-from lib.models import loading
+from lib.models import io
 from lib.models.anatomy import Experts, FeedForward, anatomy
 
 
@@ -24,7 +24,7 @@ def inherit(model: torch.nn.Module, folder: Path) -> list[str]:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint to start from; train {folder.name} first")
-    source, target = anatomy(loading.load_folder(folder, torch.float32)), anatomy(model)
+    source, target = anatomy(io.load_folder(folder, torch.float32)), anatomy(model)
     stored, own = source.decoder.state_dict(), target.decoder.state_dict()
     shared = {name: stored[name] for name in own if name in stored and stored[name].shape == own[name].shape}
     if "embed_tokens.weight" not in shared:

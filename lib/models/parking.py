@@ -17,7 +17,7 @@ from lib.models.weightfile import Place, WeightFile
 
 @contextmanager
 def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
-    """Within, the models have no weights and cannot run; `saved` says for each in which folder `loading.save` put them.
+    """Within, the models have no weights and cannot run; `saved` says for each in which folder `io.save` put them.
 
     Tensors that share their memory, within a model or between two, share it again. Raises UserError at the end where
     the files can no longer be read.

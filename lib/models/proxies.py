@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lib.errors import UserError
-from lib.models import loading, parameters, tasks, tokenizer
+from lib.models import io, parameters, tasks, tokenizer
 from lib.models.anatomy import anatomy
 from lib.models.inheritance import inherit
 from lib.models.lessons import Lessons
@@ -61,7 +61,7 @@ def student(name: str) -> Student:
         config = config | {"text_config": text | endings}
     else:
         config = config | endings | {"bos_token_id": None}
-    model = spread(loading.build(config, description.architecture, seed=recipe.seed))
+    model = spread(io.build(config, description.architecture, seed=recipe.seed))
     processor = picture_processor(config["vision_config"]) if "vision_config" in config else None
     return Student(model, vocabulary, processor, description)
 
@@ -174,7 +174,7 @@ def train(name: str, folder: Path | None = None, only_refine: bool = False) -> P
         before = history(folder)
         if len(before) != 1:
             raise UserError(f"{folder}: has its second phase behind it; train {name} from nothing instead")
-        model = loading.load_folder(folder, dtype=torch.float32)
+        model = io.load_folder(folder, dtype=torch.float32)
     else:
         run = prepare(name)
         follow(name, run, "first")
@@ -238,8 +238,8 @@ def publish(name: str, run: Run, folder: Path) -> Path:
 
 def describe(name: str, folder: Path) -> None:
     """Score the checkpoint of model `name` in `folder` and write its README."""
-    model, description = loading.load_folder(folder, dtype=torch.float32), parameters.read(name)
-    processor = loading.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
+    model, description = io.load_folder(folder, dtype=torch.float32), parameters.read(name)
+    processor = io.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
     found = scores(Student(model, AutoTokenizer.from_pretrained(folder), processor, description))
     (folder / "README.md").write_text(readme(name, model, history(folder), found), encoding="utf-8")
     LOG.info("%s: %s", name, found)

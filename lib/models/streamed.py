@@ -224,7 +224,7 @@ class StreamedHead(nn.Module):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.clone(memory_format=torch.contiguous_format)  # see `lib.models.loading._ready`
+        hidden = hidden.clone(memory_format=torch.contiguous_format)  # see `lib.models.architecture.ready`
         logits = hidden.new_empty(*hidden.shape[:-1], self.out_features)
         for name, first, last in self.pieces:
             logits[..., first:last] = nn.functional.linear(hidden, self.streamer.weights(name)[0])

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lib.errors import UserError
-from lib.models import expertcache, factors, loading
+from lib.models import architecture, expertcache, factors
 from lib.models.anatomy import Anatomy, anatomy, synchronise
 from lib.models.checkpoint import MANIFEST
 from lib.models.weightfile import Place, WeightFile, aligned
@@ -81,7 +81,7 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     """Build the architecture with a shell for every parameter, in the stored shape and dtype."""
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
-        model = loading.auto_class(configuration).from_config(configuration)
+        model = architecture.auto_class(configuration).from_config(configuration)
     path = folder / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if manifest.get("sparse"):

@@ -25,7 +25,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models import absorbed as latent
-from lib.models import chunked, loading, streamed
+from lib.models import chunked, io, streamed
 from lib.models.anatomy import anatomy
 
 KNOBS = {
@@ -89,7 +89,7 @@ def apply(
     if folder is None:
         kept = tempfile.TemporaryDirectory(prefix="streamed-")
         folder = kept.name
-    loading.save(model, folder)
+    io.save(model, folder)
     device = str(next(model.parameters()).device)
     options = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
     found = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
@@ -117,7 +117,7 @@ def revert(model: nn.Module) -> nn.Module:
     made = streamed.streamer(model)
     if made is None:
         return latent.expand(chunked.whole_prefill(copy.deepcopy(model)))
-    whole = loading.load_folder(made.file.folder, device=str(made.device))
+    whole = io.load_folder(made.file.folder, device=str(made.device))
     made.close()
     return whole
 

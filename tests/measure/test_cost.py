@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.measure import ceilings, cost, measurement, workloads
 from lib.measure.ceilings import Ceilings
 from lib.measure.cost import Cost
-from lib.models import loading, parameters
+from lib.models import io, parameters
 from lib.models.anatomy import anatomy
 
 MACHINE = Ceilings(1e12, 1e10, "cpu", "float32", 1, "2026-01-01", 2**20)
@@ -51,7 +51,7 @@ def test_stock_latent_attention_expands_its_cache_at_every_token(tiny):
 
 def loaded_full(name: str):
     described = parameters.read(name)
-    return loading.build(described.config("full"), described.architecture, device="meta", dtype=torch.bfloat16)
+    return io.build(described.config("full"), described.architecture, device="meta", dtype=torch.bfloat16)
 
 
 def test_active_parameters_of_the_real_models():

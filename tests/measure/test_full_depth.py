@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.measure import cost, full_depth, measurement, workloads
-from lib.models import depth, loading, parameters
+from lib.models import depth, io, parameters
 from lib.models.anatomy import anatomy
 
 COUNTS = {
@@ -23,7 +23,7 @@ def slice_of(name: str, layers: int | None = None, device: str = "meta"):
     config = described.config("slice")
     if layers is not None:
         config = parameters.merge(config, {"num_hidden_layers": layers})
-    model = loading.build(config, described.architecture, device=device)
+    model = io.build(config, described.architecture, device=device)
     return depth.state(model, described.full, described.architecture)
 
 
@@ -110,5 +110,5 @@ def test_what_cannot_be_told_says_why(tiny, case):
 
 def test_a_copy_and_a_saved_slice_still_know_the_whole(tiny, tmp_path):
     model = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
-    loading.save(model, tmp_path)
-    assert depth.whole(copy.deepcopy(model)) == depth.whole(loading.load_folder(tmp_path)) == ["dense"] * 36
+    io.save(model, tmp_path)
+    assert depth.whole(copy.deepcopy(model)) == depth.whole(io.load_folder(tmp_path)) == ["dense"] * 36

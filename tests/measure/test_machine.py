@@ -1,16 +1,16 @@
 """What is read from the machine: disturbance, processor, energy, peaks in child processes, the environment card."""
 
-import io
 import json
 import sys
 from dataclasses import asdict, replace
+from io import StringIO
 
 import pytest
 
 from lib.errors import UserError
 from lib.measure import child, disturbance, energy, environment, memory, processor
 from lib.measure.disturbance import Reading
-from lib.models import loading
+from lib.models import io
 
 QUIET = Reading(wall=0.0, own=0.0, busy=0.0, stolen=0.0, waited=0.0, throttled=0)
 # One second later on two cores of which we used both.
@@ -105,7 +105,7 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
 
 
 def test_peaks_come_from_fresh_processes(tiny, tmp_path):
-    loading.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
+    io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
     arm = memory.Arm(folder=str(tmp_path / "model"), prompt_tokens=16, new_tokens=2)
     found, failed = memory.peaks(arm, replace(arm, folder=str(tmp_path / "nothing")))
     assert found.reason is None and found.load_seconds > 0 and found.first_call_ms > 0
@@ -122,7 +122,7 @@ def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, mo
     (tmp_path / "heavy_transform.py").write_text("def apply(model):\n    return model\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     arms = [memory.Arm(load={"name": "qwen3-4b-instruct-2507"}), memory.Arm(transform="heavy_transform:apply")]
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([asdict(arm) for arm in arms])))
+    monkeypatch.setattr("sys.stdin", StringIO(json.dumps([asdict(arm) for arm in arms])))
     monkeypatch.setattr(child, "forked", lambda arm: {"known": "heavy_transform" in sys.modules})
     child.main()
     assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
     # 64 MB in one matrix.
     model = tiny("qwen3-4b-instruct-2507")
     model.resize_token_embeddings(2**19)
-    folder = loading.save(model, tmp_path / "large")
+    folder = io.save(model, tmp_path / "large")
     arm = memory.Arm(folder=str(folder), prompt_tokens=4, new_tokens=1, dtype="float32")
     (peak,) = memory.peaks(arm)
     weights = sum(parameter.numel() * 4 for parameter in {id(p): p for p in model.parameters()}.values())

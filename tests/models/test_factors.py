@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.errors import UserError
 from lib.measure import cost, workloads
-from lib.models import factors, loading
+from lib.models import factors, io
 from lib.models.anatomy import anatomy, resize_linear
 from lib.models.gram import experts_name, linears, observe_grams
 from lib.models.observation import observe
@@ -73,15 +73,15 @@ def test_disk_round_trip_keeps_every_bit_of_the_weights(tiny, name, batch, tmp_p
     view = anatomy(model)
     dense_attention = view.blocks[1].attention.module  # dense and factored side by side, and another rank
     dense_attention.o_proj = tiny(name, seed=3).get_submodule(_name(model, dense_attention)).o_proj
-    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
-    assert loading.weights_hash(back) == loading.weights_hash(model)
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(model)
     same_answers(back, model, batch)
     assert factors.ranks(back) == factors.ranks(model)
     manifest = json.loads((tmp_path / "workbench.json").read_text())
     manifest["factors"]["model.nothing"] = {"rank": 8}
     (tmp_path / "workbench.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"no module model\.nothing"):
-        loading.load_folder(tmp_path)
+        io.load_folder(tmp_path)
 
 
 def _name(model, module) -> str:
@@ -93,8 +93,8 @@ def test_a_stack_alone_may_be_factored(tiny, batch, tmp_path):
     for block in anatomy(model).blocks:
         down = (torch.randn(32, 8), torch.randn(8, 8, 32))
         factors.factor_experts(model, experts_name(model, block), down=down)
-    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
-    assert loading.weights_hash(back) == loading.weights_hash(model)
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(model)
     same_answers(back, model, batch)
     assert set(map(str, factors.ranks(back).values())) == {"{'input_rank': None, 'output_rank': 8}"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import absent, library, loading
+from lib.models import absent, io, library
 from lib.models.anatomy import anatomy
 from lib.models.distillation import divergence as whole_divergence
 from lib.models.observation import observe
@@ -54,7 +54,7 @@ def test_the_first_block_may_lack_attention_too(tiny, name, batch):
 
 def test_every_option_runs_survives_the_disk_and_goes_back_exactly(made, batch, tmp_path):
     model, shelf = made
-    expected, before = model(**batch).logits, loading.weights_hash(model)
+    expected, before = model(**batch).logits, io.weights_hash(model)
     assert torch.equal(shelf.student(**batch).logits, expected)
     for turn in range(1, max(len(options) for options in shelf.space.values())):
         choice = {slot: options[turn % len(options)] for slot, options in shelf.space.items()}
@@ -62,11 +62,11 @@ def test_every_option_runs_survives_the_disk_and_goes_back_exactly(made, batch, 
         assert not torch.equal(logits, expected)
         own = library.child(shelf, choice)
         assert close(own(**batch).logits, logits)
-        back = loading.load_folder(loading.save(own, tmp_path / str(turn)), torch.float32)
-        assert loading.weights_hash(back) == loading.weights_hash(own)
+        back = io.load_folder(io.save(own, tmp_path / str(turn)), torch.float32)
+        assert io.weights_hash(back) == io.weights_hash(own)
         torch.testing.assert_close(back(**batch).logits, logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(library.swap(shelf, shelf.whole)(**batch).logits, expected)
-    assert loading.weights_hash(model) == loading.weights_hash(shelf.student) == before
+    assert io.weights_hash(model) == io.weights_hash(shelf.student) == before
 
 
 def test_the_student_shares_every_tensor(made):

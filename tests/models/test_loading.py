@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import loading, parameters
+from lib.models import io, loading, parameters
 from lib.models.checkpoint import check_checkpoint, tensor_shapes
 
 
@@ -22,15 +22,15 @@ def folder(tiny, tmp_path):
 
 def test_round_trip_keeps_every_bit(tiny, name, batch, tmp_path):
     model = tiny(name)
-    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
     assert torch.equal(back(**batch).logits, model(**batch).logits)
-    assert loading.weights_hash(back) == loading.weights_hash(model)
+    assert io.weights_hash(back) == io.weights_hash(model)
 
 
 def test_a_loaded_model_owns_its_weights(tiny, batch, tmp_path):
     model = tiny("qwen3-4b-instruct-2507")
-    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
-    path = tmp_path / loading.WEIGHTS
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
+    path = tmp_path / io.WEIGHTS
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))  # in place: what is mapped would become zeros
     assert torch.equal(back(**batch).logits, model(**batch).logits)
@@ -48,15 +48,15 @@ def test_the_head_never_sees_a_view(tiny, name, batch):
 
 def test_hash_sees_one_changed_weight(tiny):
     model = tiny("qwen3-4b-instruct-2507")
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     model.lm_head.weight.view(-1)[0] += 1
-    assert loading.weights_hash(model) != before
+    assert io.weights_hash(model) != before
 
 
 def test_sharded_checkpoint_is_whole_and_loads(tiny, folder, batch):
     assert check_checkpoint("qwen3-coder-30b", folder) == folder
     assert len(tensor_shapes(folder)) > 10
-    model = loading.load_folder(folder, torch.float32)
+    model = io.load_folder(folder, torch.float32)
     assert torch.allclose(model(**batch).logits, tiny("qwen3-coder-30b")(**batch).logits, atol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_random_weights_have_no_quality_and_are_repeatable(monkeypatch):
     first, second = (loading.load("qwen3-4b-instruct-2507", "slice", seed=5) for _ in range(2))
     assert "random weights" in first.quality_unavailable
     assert len(first.model.model.layers) == described.slice.layers and first.dtype == torch.bfloat16
-    assert loading.weights_hash(first.model) == loading.weights_hash(second.model)
+    assert io.weights_hash(first.model) == io.weights_hash(second.model)
 
 
 def test_wrong_requests_are_named():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models import loading, sparse
+from lib.models import io, sparse
 from lib.models.parking import parked
 from lib.optimizations import sparse_neural_networks
 
@@ -17,7 +17,7 @@ def arms(model, tmp_path):
     other = copy.deepcopy(model)
     other.set_input_embeddings(model.get_input_embeddings())
     other.get_parameter("lm_head.weight").data.mul_(2)
-    return [(one, loading.save(one, tmp_path / str(at))) for at, one in enumerate((model, other))]
+    return [(one, io.save(one, tmp_path / str(at))) for at, one in enumerate((model, other))]
 
 
 def held(model):
@@ -26,11 +26,11 @@ def held(model):
 
 def test_weights_leave_and_come_back(tiny, name, batch, tmp_path):
     saved = arms(copy.deepcopy(tiny(name)), tmp_path)
-    before = [(loading.weights_hash(model), model(**batch).logits) for model, _ in saved]
+    before = [(io.weights_hash(model), model(**batch).logits) for model, _ in saved]
     with parked(*saved):
         assert [held(model) for model, _ in saved] == [0, 0]
     for (model, _), (hashed, logits) in zip(saved, before):
-        assert loading.weights_hash(model) == hashed and torch.equal(model(**batch).logits, logits)
+        assert io.weights_hash(model) == hashed and torch.equal(model(**batch).logits, logits)
     first, second = (model.get_input_embeddings().weight for model, _ in saved)
     assert first.data_ptr() == second.data_ptr()
     model = saved[0][0]
@@ -57,19 +57,19 @@ def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
     larger = torch.randn(2 * size[0], size[1])
     model.get_input_embeddings().weight.data = larger[: size[0]]
     found = sparse.stored(model)
-    folder, before = loading.save(model, tmp_path), loading.weights_hash(model)
+    folder, before = io.save(model, tmp_path), io.weights_hash(model)
     with parked((model, folder)):
         assert held(model) >= larger.nbytes // 2 and all(one._nnz() for one in found.values())
         assert model.get_parameter("model.norm.weight").nbytes == 0
-    assert found and loading.weights_hash(model) == before
+    assert found and io.weights_hash(model) == before
     assert model.get_input_embeddings().weight.data_ptr() == larger.data_ptr()
 
 
 def test_they_come_back_after_a_failure_and_a_lost_file_is_told(tiny, tmp_path):
     ((model, folder), _) = arms(copy.deepcopy(tiny("qwen3-4b-instruct-2507")), tmp_path)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     with pytest.raises(ZeroDivisionError), parked((model, folder)):
         _ = 1 / 0
-    assert loading.weights_hash(model) == before
+    assert io.weights_hash(model) == before
     with pytest.raises(UserError, match="truncated"), parked((model, folder)):
-        (folder / loading.WEIGHTS).write_bytes(b"")
+        (folder / io.WEIGHTS).write_bytes(b"")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import advice, corpus, loading, parameters, proxies, questions, tasks, training
+from lib.models import advice, corpus, io, loading, parameters, proxies, questions, tasks, training
 from lib.models.anatomy import anatomy
 from lib.models.inheritance import inherit
 from lib.models.lessons import ANSWER, REPEAT, SILENT, Lessons
@@ -251,7 +251,7 @@ def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert [phase["steps"] for phase in json.loads((folder / "training.json").read_text(encoding="utf-8"))] == [0]
     assert "| recall_256 | 0.500 |" in (folder / "README.md").read_text(encoding="utf-8")
-    model = loading.load_folder(folder, dtype=torch.float32)
+    model = io.load_folder(folder, dtype=torch.float32)
     assert model.config.to_dict().get("dtype") in ("bfloat16", "float32", torch.bfloat16, torch.float32)
     assert (folder / "tokenizer.json").is_file()
     assert (folder / "preprocessor_config.json").is_file() == hasattr(model.config, "vision_config")

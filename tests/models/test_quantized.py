@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lib.measure import cost
-from lib.models import loading
+from lib.models import io
 from lib.models.moments import matrices
 from lib.models.quantized import Int8Linear, int8, quantize
 
@@ -28,11 +28,11 @@ def test_the_layer_is_near_the_dense_one_for_any_batch_shape():
 
 def test_a_model_takes_a_quarter_of_its_matrices_bytes_and_says_nearly_the_same(tiny, name, batch):
     model = tiny(name)
-    before, small = loading.weights_hash(model), int8(model)
+    before, small = io.weights_hash(model), int8(model)
     dense = sum(matrix.weight.nbytes for matrix in matrices(model))
     scales = sum(4 * matrix.weight.numel() // matrix.weight.shape[-1] for matrix in matrices(model))
     assert cost.weights_bytes(model) - cost.weights_bytes(small) == dense - dense // 4 - scales
-    assert loading.weights_hash(model) == before and matrices(small) == []
+    assert io.weights_hash(model) == before and matrices(small) == []
     with torch.no_grad():
         ours, theirs = (one(**batch).logits.log_softmax(-1) for one in (small, model))
     assert nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean() < 0.05

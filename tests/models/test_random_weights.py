@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.models import loading, random_weights
+from lib.models import io, random_weights
 from lib.models.random_weights import Tiled
 
 
@@ -61,6 +61,6 @@ def test_what_is_to_be_trained_is_drawn_in_full(monkeypatch):
     monkeypatch.setattr(random_weights, "repeat", lambda flat: pytest.fail("a tile was repeated"))
     config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "intermediate_size": 128}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    loading.build(config, "qwen3")
+    io.build(config, "qwen3")
     with pytest.raises(pytest.fail.Exception, match="a tile was repeated"):
-        loading.build(config, "qwen3", tiled=True)
+        io.build(config, "qwen3", tiled=True)

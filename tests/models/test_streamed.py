@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models import caches, loading, residency, streamed
+from lib.models import caches, io, residency, streamed
 from lib.models.anatomy import anatomy
 from lib.models.checkpoint import tensor_places
 from lib.models.weightfile import WeightFile, buffer, places
@@ -21,7 +21,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 def saved(tiny, name, tmp_path):
     """A tiny model and the folder it is saved in."""
     model = tiny(name)
-    return model, loading.save(model, tmp_path / "checkpoint")
+    return model, io.save(model, tmp_path / "checkpoint")
 
 
 def smallest(folder: Path) -> int:
@@ -134,7 +134,7 @@ def test_more_memory_reads_less(saved, batch):
 @pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-coder-30b"], indirect=False)
 def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
     model = tiny(name)
-    folder = loading.save(model, tmp_path / "checkpoint")
+    folder = io.save(model, tmp_path / "checkpoint")
     other = streamed.open_streamed(folder, memory_ratio=1.0)
     cache = streamed.streamer(other).experts
     ids = torch.tensor([[11]])
@@ -147,7 +147,7 @@ def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
 
 def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
     model = tiny("qwen3-coder-30b")
-    folder = loading.save(model, tmp_path / "checkpoint")
+    folder = io.save(model, tmp_path / "checkpoint")
     (path,) = folder.glob("*.safetensors")
     single = {}
     for key, tensor in load_file(path).items():
@@ -165,7 +165,7 @@ def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
 
 def test_a_vision_tower_streams_with_its_picture(tiny, tmp_path):
     model = tiny("qwen3-vl-2b")
-    folder = loading.save(model, tmp_path / "checkpoint")
+    folder = io.save(model, tmp_path / "checkpoint")
     other = streamed.open_streamed(folder, allowance_bytes=smallest(folder))
     made = streamed.streamer(other)
     assert sum(unit.startswith("vision.") for unit in made.plan.streamed) >= 3
@@ -231,7 +231,7 @@ def test_it_cannot_be_copied_or_saved(saved, tmp_path):
     with pytest.raises(UserError, match="cannot be copied"):
         copy.deepcopy(other)
     with pytest.raises(UserError, match="stream from here"):
-        loading.save(other, tmp_path / "copy")
+        io.save(other, tmp_path / "copy")
 
 
 def test_dropped_pages_give_the_same_answers(saved, batch):

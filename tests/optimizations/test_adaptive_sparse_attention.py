@@ -5,7 +5,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lib.errors import UserError
-from lib.models import caches, loading
+from lib.models import caches, io
 from lib.models.heads import watch
 from lib.optimizations import adaptive_sparse_attention as sparse
 
@@ -91,13 +91,13 @@ def test_fewer_pages_are_read_and_named(tiny, name, prompts):
 @torch.inference_mode()
 def test_the_callers_model_stays_and_revert_is_exact(tiny, name, prompts):
     model = tiny(name)
-    before, weights = model(**prompts).logits, loading.weights_hash(model)
+    before, weights = model(**prompts).logits, io.weights_hash(model)
     applied = sparse.apply(sparse.apply(model, tau=0.5, **SMALL), tau=0.4, **SMALL)
     assert not torch.equal(applied(**prompts).logits, before)
     assert torch.equal(model(**prompts).logits, before) and not sparse.is_sparse(model)
     assert next(applied.parameters()).data_ptr() == next(model.parameters()).data_ptr()
     back = sparse.revert(applied)
-    assert torch.equal(back(**prompts).logits, before) and loading.weights_hash(back) == weights
+    assert torch.equal(back(**prompts).logits, before) and io.weights_hash(back) == weights
     assert not sparse.is_sparse(back) and sparse.is_sparse(applied)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import lib.optimizations
 from lib.errors import UserError
-from lib.models import live, loading, traits
+from lib.models import io, live, traits
 from lib.models.anatomy import anatomy
 from lib.models.stack import Step
 from lib.optimizations import modular_components as composing
@@ -94,12 +94,12 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
 
 def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, batch):
     model = tiny(name)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     identity = composing.compose(model, [batch], [])
-    assert loading.weights_hash(identity.model) == before and identity.model is not model and identity.steps == []
+    assert io.weights_hash(identity.model) == before and identity.model is not model and identity.steps == []
     composed = composing.compose(model, [batch], [step(SPARSE), step(FACTORS), step(PRUNING)])
     assert [one.optimization for one in composed.steps] == [PRUNING, FACTORS, SPARSE]
-    assert loading.weights_hash(model) == before != loading.weights_hash(composed.model)
+    assert io.weights_hash(model) == before != io.weights_hash(composed.model)
     assert torch.isfinite(composed.model(**batch).logits).all()
 
 
@@ -110,7 +110,7 @@ def test_a_pipeline_is_its_steps_one_by_one(tiny, name, batch):
     by_hand = structured_pruning.apply(model, [batch], ratio=0.2)
     by_hand = sparse_neural_networks.apply(by_hand, [batch], method="magnitude")
     composed = composing.compose(model, [batch], [step(PRUNING), step(SPARSE)]).model
-    assert loading.weights_hash(composed) == loading.weights_hash(by_hand)
+    assert io.weights_hash(composed) == io.weights_hash(by_hand)
 
 
 def _worked(steps):
@@ -124,9 +124,9 @@ def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
     again = composing.compose(model, [batch], [*twice, step(PRUNING, ratio=0.1)], arrange=False)
     stale = next(iter(composing.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
     assert (fresh.observations, again.observations) == (1, 2)
-    assert loading.weights_hash(stale) != loading.weights_hash(fresh.model), "old statistics chose the same experts"
+    assert io.weights_hash(stale) != io.weights_hash(fresh.model), "old statistics chose the same experts"
     by_hand = composing.compose(composing.compose(model, [batch], twice[:1]).model, [batch], twice[1:]).model
-    assert loading.weights_hash(fresh.model) == loading.weights_hash(by_hand)
+    assert io.weights_hash(fresh.model) == io.weights_hash(by_hand)
 
 
 def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
@@ -200,8 +200,8 @@ def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tm
     assert type(experts).__name__ == "SparseExperts"
     assert experts.input_factor is not None or experts.output_factor is not None, "no stack of experts was factored"
     torch.testing.assert_close(made(**batch).logits, dense(**batch).logits, atol=1e-4, rtol=1e-4)
-    back = loading.load_folder(loading.save(made, tmp_path), torch.float32)
-    assert loading.weights_hash(back) == loading.weights_hash(made)
+    back = io.load_folder(io.save(made, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(made)
     torch.testing.assert_close(back(**batch).logits, made(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -210,17 +210,17 @@ def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tm
 
 def test_a_live_model_gets_everything_back(tiny, name, batch):
     model = tiny(name)
-    prompt, before, logits = batch["input_ids"][:1], loading.weights_hash(model), model(**batch).logits
+    prompt, before, logits = batch["input_ids"][:1], io.weights_hash(model), model(**batch).logits
     other = composing.compose(model, [batch], [step(PRUNING)]).model
-    changed, theirs = loading.weights_hash(other), other(**batch).logits
+    changed, theirs = io.weights_hash(other), other(**batch).logits
     serving = live.Live(model)
     answer = serving.generate(prompt, 6)
     serving.swap(other)
-    assert loading.weights_hash(model) == changed and torch.equal(model(**batch).logits, theirs)
+    assert io.weights_hash(model) == changed and torch.equal(model(**batch).logits, theirs)
     with pytest.raises(UserError, match="swapped in already"):
         serving.swap(other)
     serving.revert()
-    assert loading.weights_hash(model) == before and torch.equal(model(**batch).logits, logits)
+    assert io.weights_hash(model) == before and torch.equal(model(**batch).logits, logits)
     assert torch.equal(serving.generate(prompt, 6), answer)
     with pytest.raises(UserError, match="nothing to revert"):
         serving.revert()
@@ -228,7 +228,7 @@ def test_a_live_model_gets_everything_back(tiny, name, batch):
 
 def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     model = tiny("qwen3-coder-30b")
-    prompt, before = batch["input_ids"][:1], loading.weights_hash(model)
+    prompt, before = batch["input_ids"][:1], io.weights_hash(model)
     other = composing.compose(model, [batch], [step(PRUNING, ratio=0.4)]).model
     serving, ran = live.Live(model), []
     experts = lambda: anatomy(model).blocks[-1].feed_forward.experts.count  # noqa: E731
@@ -241,7 +241,7 @@ def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
             serving.revert()
 
     serving.generate(prompt, 6, between)
-    assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and loading.weights_hash(model) == before
+    assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and io.weights_hash(model) == before
     report = live.trial(serving, other, prompt, 6)
     assert report.reason is None and len(report.waits) == 2 and serving.kept is None
 

@@ -12,7 +12,7 @@ import torch
 from lib.errors import UserError
 from lib.measure import attribution, measurement, pairings, rounds
 from lib.measure import effort as efforts
-from lib.models import loading, stack
+from lib.models import io, loading, stack
 from lib.models.parameters import read
 from lib.models.stack import Step
 from lib.optimizations import modular_components as composing
@@ -137,7 +137,7 @@ def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
     for subset in ((FACTORS,), (PRUNING, SPARSE), (PRUNING, FACTORS, SPARSE)):
         steps = [step for part in subset for step in parts[part]]
         whole = composing.compose(model, [batch], steps).model
-        assert loading.weights_hash(made[subset]) == loading.weights_hash(whole)
+        assert io.weights_hash(made[subset]) == io.weights_hash(whole)
     assert comparing.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
 
 
@@ -179,10 +179,10 @@ def test_the_only_part_has_the_whole_gain(tiny, batch):
 
 def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch):
     model = tiny("qwen3-coder-30b")
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     applied = comparing.apply_stack(model, [batch], STEPS[:1])
     assert applied.seconds > 0 and applied.joules > 0 and applied.provenance in ("measured", "estimated")
-    assert loading.weights_hash(model) == before != loading.weights_hash(applied.model)
+    assert io.weights_hash(model) == before != io.weights_hash(applied.model)
 
 
 def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefill_tokens_per_second"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure import cost
-from lib.models import loading
+from lib.models import io
 from lib.models.anatomy import anatomy
 from lib.models.moments import matrices, moments
 from lib.models.sparse import SparseExperts, SparseLinear, compress, product, slices, stored
@@ -77,13 +77,13 @@ def test_masks_that_cannot_be_stacked_are_refused():
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "8x8"])
 def test_the_sparse_model_equals_the_masked_one(tiny, name, batch, text, pattern):
     model = tiny(name)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     options = {"sparsity": 0.5, "method": "wanda", "pattern": pattern}
     # 8x8 blocks do not divide every projection of latent attention in these small models
     options["parts"] = "feed_forward" if pattern == "8x8" else "all"
     masked = sparse.apply(model, text, execute="dense", **options)
     executed = sparse.apply(model, text, execute="sparse", **options)
-    assert loading.weights_hash(model) == before, "the caller's model is left alone"
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
     assert any(isinstance(module, (SparseLinear, SparseExperts)) for module in executed.modules())
     assert close(executed(**batch).logits, masked(**batch).logits)
     assert torch.equal(executed.generate(**batch, max_new_tokens=4), masked.generate(**batch, max_new_tokens=4))
@@ -106,12 +106,12 @@ def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_storing_at_once_is_pruning_and_then_storing(tiny, name, method):
     model = tiny(name)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     options = {"sparsity": 0.7, "method": method, "parts": "feed_forward"}
     at_once = sparse.apply(model, [], **options)
     in_steps = sparse.executed(sparse.prune(model, [], **options))
-    assert loading.weights_hash(at_once) == loading.weights_hash(in_steps)
-    assert loading.weights_hash(model) == before, "the caller's model is left alone"
+    assert io.weights_hash(at_once) == io.weights_hash(in_steps)
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
     shares = sparse.stored_shares(at_once)
     assert set(shares) == set(stored(at_once)) and all(abs(share - 0.7) < 0.03 for share in shares.values())
 
@@ -337,25 +337,25 @@ def test_fine_tuning_keeps_zeros_and_lowers_the_divergence(tiny, name, text):
 def test_the_sparse_model_survives_the_disk(tiny, name, batch, text, tmp_path, pattern):
     parts = "all" if pattern == "unstructured" else "feed_forward"
     executed = sparse.apply(tiny(name), text, method="wanda", pattern=pattern, sparsity=0.75, parts=parts)
-    loading.save(executed, tmp_path)
-    back = loading.load_folder(tmp_path, torch.float32)
+    io.save(executed, tmp_path)
+    back = io.load_folder(tmp_path, torch.float32)
     assert close(back(**batch).logits, executed(**batch).logits)  # bit by bit the weights, rounding may differ
-    assert loading.weights_hash(back) == loading.weights_hash(executed)
+    assert io.weights_hash(back) == io.weights_hash(executed)
     assert cost.weights_bytes(back) == cost.weights_bytes(executed)
-    again = loading.load_folder(loading.save(back, tmp_path / "again"), torch.float32)
-    assert loading.weights_hash(again) == loading.weights_hash(executed)
+    again = io.load_folder(io.save(back, tmp_path / "again"), torch.float32)
+    assert io.weights_hash(again) == io.weights_hash(executed)
 
 
 def test_a_damaged_sparse_checkpoint_is_named(tiny, text, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    loading.save(sparse.apply(tiny("qwen3-4b-instruct-2507"), text, method="magnitude"), tmp_path)
+    io.save(sparse.apply(tiny("qwen3-4b-instruct-2507"), text, method="magnitude"), tmp_path)
     file = next(tmp_path.glob("*.safetensors"))
     tensors = load_file(file)
     tensors.pop("model.layers.0.mlp.up_proj.weight.values")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"up_proj\.weight\.values"):
-        loading.load_folder(tmp_path, torch.float32)
+        io.load_folder(tmp_path, torch.float32)
 
 
 def test_bytes_count_indices_and_elements_count_values(tiny, name, text):
@@ -382,7 +382,7 @@ def test_sparsity_zero_changes_nothing(tiny, name, text, batch):
     model = tiny(name)
     for method in ("sparsegpt", "magnitude"):
         masked = sparse.apply(model, text, sparsity=0.0, method=method, execute="dense")
-        assert loading.weights_hash(masked) == loading.weights_hash(model)
+        assert io.weights_hash(masked) == io.weights_hash(model)
     executed = sparse.apply(model, text, sparsity=0.0, method="magnitude")
     assert close(executed(**batch).logits, model(**batch).logits)
 
@@ -390,7 +390,7 @@ def test_sparsity_zero_changes_nothing(tiny, name, text, batch):
 def test_random_masks_repeat_and_follow_the_seed(tiny):
     model = tiny("qwen3-coder-30b")
     one, same, other = (sparse.apply(model, [], method="random", seed=seed) for seed in (1, 1, 2))
-    assert loading.weights_hash(one) == loading.weights_hash(same) != loading.weights_hash(other)
+    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
 
 
 def test_bad_requests_are_named(tiny, text):

@@ -7,7 +7,7 @@ import torch
 
 from lib.errors import UserError
 from lib.measure import child, cost, memory, reading, workloads
-from lib.models import absorbed, loading, streamed
+from lib.models import absorbed, io, streamed
 from lib.optimizations import sparse_neural_networks, structured_pruning, tensor_decomposition
 from lib.optimizations import streaming_computation as streaming
 
@@ -21,18 +21,18 @@ def ids_of(length: int = 40) -> torch.Tensor:
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_it_answers_like_the_model_it_was_given(tiny, name, ratio):
     model = tiny(name)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     other = streaming.apply(model, memory_ratio=ratio, prefill_chunk=7)
     torch.testing.assert_close(other(ids_of()).logits, model(ids_of()).logits, **CLOSE)
     work = [workloads.generate(one, ids_of(), 8) for one in (model, other)]
     for one in work:
         one()
     assert torch.equal(work[0].output_BN, work[1].output_BN)
-    assert loading.weights_hash(model) == before and "forward" not in model.__dict__
+    assert io.weights_hash(model) == before and "forward" not in model.__dict__
     assert absorbed.is_absorbed(other) == streaming.has_latents(model)
     assert cost.weights_bytes(other) <= max(ratio, 1.0 * (ratio == 1.0)) * cost.weights_bytes(model) * 1.001
     back = streaming.revert(other)
-    assert loading.weights_hash(back) == before
+    assert io.weights_hash(back) == before
     torch.testing.assert_close(back(ids_of()).logits, model(ids_of()).logits, **CLOSE)
 
 
@@ -78,7 +78,7 @@ def test_wrong_knobs_are_told_in_one_line(tiny, wrong):
 
 
 def test_a_child_process_opens_it_without_loading_it(tiny, tmp_path):
-    folder = loading.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "checkpoint")
+    folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "checkpoint")
     opener = "lib.optimizations.streaming_computation:open_folder"
     arm = {"folder": str(folder), "prompt_tokens": 32, "new_tokens": 2}
     found = memory.peak(memory.Arm(opener=opener, arguments={"memory_ratio": 0.6, "prefill_chunk": 8}, **arm))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import loading
+from lib.models import io
 from lib.models.anatomy import anatomy, synchronise
 from lib.optimizations import structured_pruning as pruning
 
@@ -86,24 +86,22 @@ def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
         with pytest.raises(UserError, match="no experts"):
             pruning.apply(model, [batch], ratio=0.2, granularity=granularity)
         return
-    before, size = loading.weights_hash(model), pruning.decoder_parameters(model)
+    before, size = io.weights_hash(model), pruning.decoder_parameters(model)
     view = anatomy(model)
     one_group = pruning._removable(view, "heads") / size / view.blocks[0].attention.key_value_heads
     ratio = {"depth": 0.25, "heads": one_group}.get(granularity, 0.2)
     pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
-    assert loading.weights_hash(model) == before, "the caller's model is left alone"
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
     step = 1 / len(anatomy(model).blocks) if granularity == "depth" else 0.06
     assert abs(1 - pruning.decoder_parameters(pruned) / size - ratio) < step, "as near as whole parts come"
     expected = pruned(**batch).logits
-    own = loading.load_folder(loading.save(pruned, tmp_path), torch.float32)
+    own = io.load_folder(io.save(pruned, tmp_path), torch.float32)
     assert torch.equal(own(**batch).logits, expected)
     view = anatomy(own)
     assert view.config.num_hidden_layers == len(view.blocks)
     assert view.config.num_attention_heads == view.blocks[0].attention.heads
     (tmp_path / "workbench.json").unlink()
-    assert torch.equal(loading.load_folder(tmp_path, torch.float32)(**batch).logits, expected), (
-        "transformers' own loader"
-    )
+    assert torch.equal(io.load_folder(tmp_path, torch.float32)(**batch).logits, expected), "transformers' own loader"
 
 
 def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
@@ -116,7 +114,7 @@ def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
     if view.blocks[0].feed_forward.dense is not None:
         pruning.keep_channels(view.blocks[0], torch.arange(24))
     synchronise(model)
-    back = loading.load_folder(loading.save(model, tmp_path), torch.float32)
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
     assert torch.equal(back(**batch).logits, model(**batch).logits)
 
 
@@ -167,12 +165,12 @@ def test_recovery_lowers_the_divergence(tiny, batch):
 def test_random_saliency_is_repeatable_and_follows_the_seed(tiny, batch):
     model = tiny("qwen3-coder-30b")
     one, same, other = (pruning.apply(model, [], ratio=0.3, saliency="random", seed=seed) for seed in (1, 1, 2))
-    assert loading.weights_hash(one) == loading.weights_hash(same) != loading.weights_hash(other)
+    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
 
 
 def test_ratio_zero_changes_nothing(tiny, name, batch):
     model = tiny(name)
-    assert loading.weights_hash(pruning.apply(model, [batch], ratio=0.0)) == loading.weights_hash(model)
+    assert io.weights_hash(pruning.apply(model, [batch], ratio=0.0)) == io.weights_hash(model)
 
 
 def test_bad_requests_are_named(tiny, batch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import blocks, factors, loading, spectra
+from lib.models import blocks, factors, io, spectra
 from lib.models.anatomy import anatomy
 from lib.models.distillation import divergence
 from lib.models.gram import Gram, linears, observe_grams
@@ -120,13 +120,13 @@ def test_tucker_keeps_the_leading_subspaces_of_the_unfolded_stacks(tiny, name):
 @pytest.mark.parametrize("compression", [0.15, 0.3])
 def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, method, compression):
     model = tiny(name)
-    before = loading.weights_hash(model)
+    before = io.weights_hash(model)
     low = td.apply(model, text, compression=compression, method=method, refine_steps=2)
-    assert loading.weights_hash(model) == before, "the caller's model is left alone"
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
     removed = 1 - td.decoder_bytes(low) / td.decoder_bytes(model)
     assert compression - 1e-9 <= removed < compression + 0.06, "not less, and at most a step of rank more"
-    back = loading.load_folder(loading.save(low, tmp_path), torch.float32)
-    assert loading.weights_hash(back) == loading.weights_hash(low)
+    back = io.load_folder(io.save(low, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(low)
     # Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there.
     torch.testing.assert_close(back(**batch).logits, low(**batch).logits, rtol=1e-4, atol=1e-5)
 
@@ -244,7 +244,7 @@ def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
 def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny, name):
     model = tiny(name)
     one, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
-    assert loading.weights_hash(one) == loading.weights_hash(same) != loading.weights_hash(other)
+    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
     assert 0.2 <= 1 - td.decoder_bytes(one) / td.decoder_bytes(model) < 0.26
 
 
