@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lib.measure import disturbance, timing
 from lib.measure.rounds import called, with_control
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 from lib.models import block_attention as blocks
 from lib.models.heads import Heads
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from lib.measure import statistics
 from lib.measure.metrics import metric as metric_named
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 
 Verdict = Literal[
     "better",

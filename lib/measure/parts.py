@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.measure import ceilings, cost, dimensions, disturbance, energy, measurement, timing
 from lib.measure.measurement import Measurement
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 
 TOKENS = (1, 16, 256)
 SECONDS = 0.005  # of one arm's turn in a block, at least

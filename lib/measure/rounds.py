@@ -17,7 +17,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.measure import statistics, timing
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 
 LONG_SECONDS = 0.2  # a call that lasts longer is warm after one, and none is made that can be spared
 

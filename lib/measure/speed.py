@@ -28,7 +28,7 @@ from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
 from lib.measure.processor import Use
 from lib.measure.rounds import LONG_SECONDS, with_control
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 from lib.measure.workloads import Workload
 
 METRICS_OF = {

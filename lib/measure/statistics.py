@@ -10,7 +10,7 @@ many items (quality), scipy's bootstrap is used.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import beta, binom, bootstrap
@@ -158,3 +158,42 @@ def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
     return {
         name: float(np.percentile(values, q)) if values.size >= least else None for name, (q, least) in enough.items()
     }
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the
+    repeated ones as (baseline seconds, optimized seconds, reason).
+    """
+
+    baseline_seconds: list[float]
+    optimized_seconds: list[float]
+    order: list[str]
+    disturbed: list[str | None]
+    iterations: int
+    set_aside: list[tuple[float, float, str]] = field(default_factory=list)
+    clock: str = "perf_counter"
+
+    @property
+    def differences(self) -> np.ndarray:
+        """d[n] = ln(t_optimized / t_baseline) per block."""
+        return differences(self.baseline_seconds, self.optimized_seconds)
+
+    @property
+    def floor(self) -> float:
+        """The noise floor, if these pairs are an A/A control: see `noise_floor`."""
+        return noise_floor(self.differences)
+
+    def describe(self) -> str:
+        """Return how these were made, in a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
+        parts = [f"{len(self.order)} balanced AB/BA blocks"]
+        if self.iterations > 1:
+            parts.append(f"{self.iterations} calls each")
+        parts.append(self.clock)
+        if self.set_aside:
+            parts.append(f"{len(self.set_aside)} disturbed and repeated")
+        if kept := sum(reason is not None for reason in self.disturbed):
+            parts.append(f"{kept} disturbed and kept")
+        if found := outliers(self.differences):
+            parts.append(f"{found} outlying and kept")
+        return ", ".join(parts)

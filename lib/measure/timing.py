@@ -12,53 +12,12 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from lib.errors import UserError
 from lib.measure import statistics
+from lib.measure.statistics import Pairs
 
 BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the
-    repeated ones as (baseline seconds, optimized seconds, reason).
-    """
-
-    baseline_seconds: list[float]
-    optimized_seconds: list[float]
-    order: list[str]
-    disturbed: list[str | None]
-    iterations: int
-    set_aside: list[tuple[float, float, str]] = field(default_factory=list)
-    clock: str = "perf_counter"
-
-    @property
-    def differences(self) -> np.ndarray:
-        """d[n] = ln(t_optimized / t_baseline) per block."""
-        return statistics.differences(self.baseline_seconds, self.optimized_seconds)
-
-    @property
-    def floor(self) -> float:
-        """The noise floor, if these pairs are an A/A control: see `statistics.noise_floor`."""
-        return statistics.noise_floor(self.differences)
-
-    def describe(self) -> str:
-        """Return how these were made, in a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
-        parts = [f"{len(self.order)} balanced AB/BA blocks"]
-        if self.iterations > 1:
-            parts.append(f"{self.iterations} calls each")
-        parts.append(self.clock)
-        if self.set_aside:
-            parts.append(f"{len(self.set_aside)} disturbed and repeated")
-        if kept := sum(reason is not None for reason in self.disturbed):
-            parts.append(f"{kept} disturbed and kept")
-        if found := statistics.outliers(self.differences):
-            parts.append(f"{found} outlying and kept")
-        return ", ".join(parts)
 
 
 def balanced_order(blocks: int, seed: int = 0) -> list[str]:

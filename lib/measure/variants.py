@@ -18,7 +18,7 @@ from torch import nn
 from lib.measure import ceilings, cost, full_depth, reading, speed, statistics, timing, workloads
 from lib.measure.effort import Effort
 from lib.measure.measurement import Measurement
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 from lib.measure.workloads import Workload
 from lib.models import absorbed, caches, depth, heads, io, offloaded, streamed
 from lib.models.anatomy import anatomy

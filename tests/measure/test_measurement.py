@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from lib.errors import UserError
 from lib.measure import effort, measurement
 from lib.measure.metrics import DIMENSIONS, METRICS, metric
-from lib.measure.timing import Pairs
+from lib.measure.statistics import Pairs
 
 
 def pairs(ratio: float, blocks: int = 12) -> Pairs:
