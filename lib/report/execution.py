@@ -1,6 +1,6 @@
 """The execution summary as plain text: what ran, where, how long, and what failed. Knows records and no metric."""
 
-from lib.report import page
+from lib.report import facts
 from lib.report.quantities import counted, duration
 from lib.report.record import Record
 from lib.report.results import Results
@@ -47,8 +47,8 @@ def _facts(results: Results, records: list[Record]) -> list[str]:
         f"damaged              {len(results.damaged)}",
         f"never run            {len(results.missing)}",
         f"work in all          {duration(sum(record.seconds or 0 for record in records))}",
-        f"first run started    {page.day(days[0]) if days else 'unknown'}",
-        f"last run started     {page.day(days[-1]) if days else 'unknown'}",
+        f"first run started    {facts.day(days[0]) if days else 'unknown'}",
+        f"last run started     {facts.day(days[-1]) if days else 'unknown'}",
     ]
 
 
@@ -59,7 +59,7 @@ def _line(record: Record) -> str:
         beside = f"  {counted(process.cores, 'core')}, {counted(process.jobs_side_by_side or 1, 'job')} side by side"
     took = duration(record.seconds) if record.seconds is not None else "unknown"
     partial = f"  {', '.join(record.dimensions)} only" if record.dimensions else ""
-    line = f"{page.day(record.started) or 'unknown time':18}{words(record.status):15}{record.stem:58}"
+    line = f"{facts.day(record.started) or 'unknown time':18}{words(record.status):15}{record.stem:58}"
     return f"{line}{took:>12}  {record.effort:9}{beside}{partial}".rstrip()
 
 
@@ -70,7 +70,7 @@ def _machines(records: list[Record]) -> list[str]:
     for record in records:
         card = record.environment
         packages = card.get("packages") or {}
-        parts = [page.machine(card) or "machine not recorded"]
+        parts = [facts.machine(card) or "machine not recorded"]
         parts += [f"{name.replace('_', ' ')} {card[name]}" for name in names if card.get(name)]
         parts += [f"{name} {packages[name]}" for name in ("torch", "transformers") if packages.get(name)]
         line = "; ".join(parts)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.report import page, verdict
+from lib.report import facts, verdict
 from lib.report.record import Record, from_json, to_json
 
 NAME = "history.sqlite"
@@ -90,7 +90,7 @@ def _insert(connection: sqlite3.Connection, record: Record) -> None:
     bare = to_json(record.model_copy(update={"process": None, "log": None}))
     packed = zlib.compress(json.dumps(bare, ensure_ascii=False).encode())
     row = [started, key, record.optimization, record.model, record.scale, record.effort, record.status, record.seconds]
-    row += [page.machine(record.environment), packed]
+    row += [facts.machine(record.environment), packed]
     if not connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({', '.join('?' * 10)})", row).rowcount:
         return
     numbers = [(started, key, m.metric, m.workload, *verdict.gain(m), m.verdict) for m in record.measurements]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS
-from lib.report import headlines, page, reproduce, results, views
+from lib.report import facts, headlines, reproduce, results, views
 from lib.report.files import write_atomically
 from lib.report.html import TEMPLATES
 from lib.report.quantities import duration
@@ -88,7 +88,7 @@ def _cell(folder: Path, optimization: str, model: str, found: Results) -> dict[s
         return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
     parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
     partial = f", {' and '.join(record.dimensions)} only" if record.dimensions else ""
-    return cell | {"parts": parts, "note": f"{record.effort}, {page.day(record.started) or 'no date'}{partial}"}
+    return cell | {"parts": parts, "note": f"{record.effort}, {facts.day(record.started) or 'no date'}{partial}"}
 
 
 def _status(state: str) -> dict[str, str]:
@@ -116,18 +116,18 @@ def _summary(found: Results) -> str:
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Return machines, days, efforts and the time in all; more than one of a kind is a warning to the reader."""
-    machines = _distinct(page.machine(r.environment) for r in records)
-    days = sorted({page.day(r.started)[:10] for r in records} - {""})
+    machines = _distinct(facts.machine(r.environment) for r in records)
+    days = sorted({facts.day(r.started)[:10] for r in records} - {""})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
     efforts = _distinct(r.effort for r in records)
     took = sum(r.seconds or 0 for r in records)
-    facts = [
+    rows = [
         ("Machine", machines),
         ("Measured", span),
         ("Effort", efforts),
         ("Runs took together", duration(took) if took else ""),
     ]
-    return [(name, value) for name, value in facts if value]
+    return [(name, value) for name, value in rows if value]
 
 
 def _distinct(values: Iterable[str]) -> str:

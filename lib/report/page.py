@@ -6,8 +6,8 @@ Made from the record alone; knows no HTML and runs nothing.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lib.report import reproduce, rows
-from lib.report.quantities import counted, duration
+from lib.report import facts, reproduce, rows
+from lib.report.quantities import duration
 from lib.report.record import Process, Record
 from lib.report.wording import one_line, signed, title, words
 
@@ -24,7 +24,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
     ]
     if record.status != "ok":
         chips = [{"name": "status", "state": record.status, "text": signed(record.status)}]
-    listed = facts(record)
+    listed = _run_facts(record)
     return {
         "record": True,
         "status": record.status,
@@ -77,29 +77,17 @@ def _provenance(record: Record) -> str:
     return f"{len(kinds)} numbers: {', '.join(parts)}."
 
 
-def facts(record: Record) -> list[tuple[str, str]]:
+def _run_facts(record: Record) -> list[tuple[str, str]]:
     """Return what a reader must know to weigh the numbers: status, scale, effort, machine, date, duration."""
     found = [("Status", words(record.status)), ("Scale", record.scale), ("Effort", record.effort)]
     found += [
-        ("Machine", machine(record.environment)),
-        ("Measured", day(record.started)),
+        ("Machine", facts.machine(record.environment)),
+        ("Measured", facts.day(record.started)),
         ("Took", duration(record.seconds)),
     ]
     if record.process and record.process.jobs_side_by_side:
         found.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
     return [(name, value) for name, value in found if value]
-
-
-def day(started: str | None) -> str:
-    """Return an ISO time as `2026-01-31 14:05`, or an empty string."""
-    return (started or "")[:16].replace("T", " ")
-
-
-def machine(environment: Mapping[str, Any]) -> str:
-    """Return the machine in a few words from an environment card: GPU or processor, and the cores given."""
-    name = environment.get("gpu") or environment.get("processor")
-    cores = environment.get("cores_given")
-    return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

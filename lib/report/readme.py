@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.measure.metrics import DIMENSIONS
-from lib.report import page
+from lib.report import facts
 from lib.report.files import write_atomically
 from lib.report.record import Record, read_folder
 from lib.report.rows import markdown
@@ -43,8 +43,8 @@ def _line(record: Record) -> list[str]:
 
 
 def _conditions(records: Sequence[Record]) -> str:
-    machines = sorted({page.machine(r.environment) for r in records} - {""}) or ["not recorded"]
-    days = sorted({page.day(r.started)[:10] for r in records} - {""}) or ["not recorded"]
+    machines = sorted({facts.machine(r.environment) for r in records} - {""}) or ["not recorded"]
+    days = sorted({facts.day(r.started)[:10] for r in records} - {""}) or ["not recorded"]
     scales, efforts = sorted({r.scale for r in records}), sorted({r.effort for r in records})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"Scale {', '.join(scales)}; effort {', '.join(efforts)}; machine: {'; '.join(machines)}; measured: {span}."

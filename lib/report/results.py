@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics import DIMENSIONS, METRICS
-from lib.report import headlines, impact, page, ranking, verdict
+from lib.report import facts, headlines, impact, ranking, verdict
 from lib.report.record import Record, read_folder, to_json
 
 VERSION = 1
@@ -80,7 +80,7 @@ def summary(results: Results) -> dict[str, Any]:
         "reasons": {r.stem: r.reason for r in records if r.status != "ok"},
         "seconds": round(sum(r.seconds or 0 for r in records), 2),
         "efforts": sorted({r.effort for r in records}),
-        "machines": sorted({page.machine(r.environment) for r in records} - {""}),
+        "machines": sorted({facts.machine(r.environment) for r in records} - {""}),
         "first_started": days[0] if days else None,
         "last_started": days[-1] if days else None,
     }

@@ -9,7 +9,8 @@ import math
 import pandas as pd
 
 from lib.measure.metrics import DIMENSIONS, METRICS
-from lib.report import figures, headlines, impact, multiples, page, results, tables
+from lib.report import facts, figures, headlines, impact, multiples, results, tables
+from lib.report.file_names import FILES
 from lib.report.quantities import duration, times
 from lib.report.quantities import figures as digits
 from lib.report.record import Record
@@ -125,8 +126,6 @@ def _picture(alt: str, folder: str, name: str) -> str:
 
 
 def _machine_readable(kind: str) -> str:
-    from lib.report.suites import FILES
-
     return f"For programs: [{FILES[kind][0]}]({FILES[kind][0]}). All runs: [index.html](index.html)."
 
 
@@ -140,7 +139,7 @@ def _counts(found: Results) -> str:
 
 def _conditions(found: Results) -> str:
     told = results.summary(found)
-    first, last = page.day(told["first_started"])[:10], page.day(told["last_started"])[:10]
+    first, last = facts.day(told["first_started"])[:10], facts.day(told["last_started"])[:10]
     span = first if first == last else f"{first} to {last}"
     lines = [
         ("scale", found.scale), ("effort", ", ".join(told["efforts"])), ("machine", "; ".join(told["machines"])),

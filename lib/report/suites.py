@@ -1,6 +1,6 @@
 """Writes the eight files of the suites from a result set: JSON by the published schema, Markdown, a summary as text.
 
-Each file is made whole from the records and replaced in one step. Knows the files' names; runs nothing.
+Each file is made whole from the records and replaced in one step. Runs nothing.
 """
 
 import json
@@ -10,36 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lib.report import execution, results, suite_pages
+from lib.report.file_names import FILES, PARTS
 from lib.report.files import write_atomically
 from lib.report.results import Results
 
-FILES = {
-    "comprehensive": (
-        "comprehensive_optimization_benchmark_results.json",
-        "comprehensive_optimization_benchmark_report.md",
-    ),
-    "enhanced": (
-        "enhanced_optimization_impact_benchmark_results.json",
-        "enhanced_optimization_impact_benchmark_report.md",
-    ),
-    "coverage": ("optimization_coverage_report.md",),
-    "all": ("master_benchmark_results_all_optimizations.json", "benchmark_execution_report_all_optimizations.txt"),
-    "complete": ("complete_benchmark_suite_results.json",),
-}
 CONTENT = {
     "comprehensive": results.comprehensive,
     "enhanced": results.enhanced,
     "all": results.master,
     "complete": results.complete,
 }
-PARTS = ("comprehensive", "enhanced", "coverage", "all")  # what the complete suite is made of, besides its own file
-
-
-def files(kind: str) -> tuple[str, ...]:
-    """Return the names of the files that a suite leaves; the complete one leaves all of them."""
-    if kind == "complete":
-        return tuple(name for part in (*PARTS, "complete") for name in FILES[part])
-    return FILES[kind]
 
 
 def write(kind: str, folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import Gone, UserError
+from lib.report import file_names
 from lib.suite import cores, imports, key, lock, outputs, past, plan, site, worker
 from lib.suite.outputs import Folder, State
 from lib.suite.plan import Job, Request
@@ -234,9 +235,7 @@ def cover(out: Path) -> int:
         faults = site.finish(folder, "coverage")
     for fault in faults:
         print(f"FAILED {fault}")
-    from lib.report import suites
-
-    print(_shown(folder.path / suites.FILES["coverage"][0]))
+    print(_shown(folder.path / file_names.FILES["coverage"][0]))
     return 1 if faults else 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.report import file_names
 from lib.report.files import write_atomically
 from lib.suite import key, plan
 from lib.suite.outputs import Folder
@@ -48,17 +49,13 @@ def _marks(files: Iterable[Path]) -> list:
 
 
 def _present(folder: Folder, kind: str) -> bool:
-    from lib.report import suites
-
-    return (folder.path / suites.FILES[kind][-1]).is_file()
+    return (folder.path / file_names.FILES[kind][-1]).is_file()
 
 
 def _names(kind: str) -> tuple[str, ...]:
     if kind not in KINDS:
         return (kind,)
-    from lib.report import suites
-
-    return suites.files(kind)
+    return file_names.files(kind)
 
 
 def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], None]) -> str | None:

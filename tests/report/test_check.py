@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lib.report import check, suites
+from lib.report import check, file_names, suites
 from tests.report import samples
 
 FEW = samples.OPTIMIZATIONS[:2]
@@ -195,8 +195,8 @@ def test_result_files_of_other_records_and_of_no_schema(folder):
     assert _short(folder) == {}
     samples.good(folder, FEW, seed=5)
     told = dict(_short(folder)["the files are sound"])
-    assert set(told) == {suites.FILES["comprehensive"][0], suites.FILES["all"][0]}
+    assert set(told) == {file_names.FILES["comprehensive"][0], file_names.FILES["all"][0]}
     assert all("other records" in why for why in told.values())
-    path = folder / suites.FILES["comprehensive"][0]
+    path = folder / file_names.FILES["comprehensive"][0]
     path.write_text(path.read_text().replace('"summary"', '"summery"', 1))
     assert any("summ" in why for _, why in _short(folder)["the files are sound"])

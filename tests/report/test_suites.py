@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lib.report import archive, impact, record, results, schema, suites
+from lib.report import archive, file_names, impact, record, results, schema, suites
 from lib.suite import site
 from lib.suite.outputs import Folder
 from tests.report import samples
@@ -40,7 +40,7 @@ def written(tmp_path_factory):
 
 def test_the_complete_suite_leaves_the_eight_files(written):
     folder, paths = written
-    assert {path.name for path in paths} == EIGHT == set(suites.files("complete"))
+    assert {path.name for path in paths} == EIGHT == set(file_names.files("complete"))
     assert {path.name for path in folder.iterdir() if "--" not in path.name} - {"index.html"} == EIGHT | {
         "comprehensive_optimization_benchmark_report_files",
         "enhanced_optimization_impact_benchmark_report_files",
