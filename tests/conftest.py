@@ -39,7 +39,7 @@ def tiny():
     """Return a function that builds a tiny random model (float32) of a model's architecture by the model's name."""
     import torch
 
-    from lib.models.io import build
+    from lib.models.checkpoints.io import build
 
     torch.set_num_threads(1)
 

@@ -6,11 +6,19 @@ import itertools
 import pytest
 import torch
 
-from lib.measure import ceilings, energy, footprint, memory, processor, timing, workloads
-from lib.measure.processor import use
-from lib.models import absorbed, io, loading, placement, streamed
-from lib.models import block_attention as blocks
-from lib.optimizations import adaptive_sparse_attention, sparse_neural_networks, streaming_computation
+from lib.measure.compare import footprint
+from lib.measure.roofline import ceilings
+from lib.measure.timing import interleaved, workloads
+from lib.measure.trackers import cpu, energy, memory
+from lib.measure.trackers.cpu import use
+from lib.models import loading
+from lib.models.checkpoints import io, placement
+from lib.models.decoding import mla_absorption
+from lib.models.offload import streamer
+from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.optimizations.adaptive_sparse_attention import method as adaptive_sparse_attention
+from lib.optimizations.sparse_neural_networks import method as sparse_neural_networks
+from lib.optimizations.streaming_computation import method as streaming_computation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
@@ -38,7 +46,7 @@ def test_a_workload_waits_for_the_device_and_times_its_steps_by_events(tiny, nam
     model = tiny(name).to("cuda")
     work = workloads.decode(model, PROMPT, 6)
     assert work.synchronize is not None
-    pairs = timing.paired(work, workloads.decode(model, PROMPT, 6), blocks=6)
+    pairs = interleaved.paired(work, workloads.decode(model, PROMPT, 6), blocks=6)
     assert min(pairs.baseline_seconds) > 0 and work.output_BN.shape == (2, 6)
     calls = 1 + 6  # a warm-up and the blocks
     steps = len(work.step_seconds) // calls
@@ -77,18 +85,18 @@ def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
 def test_streamed_weights_give_the_answers_of_resident_ones(tiny, name, ratio, tmp_path):
     model = tiny(name).to("cuda")
     folder = io.save(model, tmp_path / "checkpoint")
-    size = {"allowance_bytes": streamed.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
-    other = streamed.open_streamed(folder, device="cuda", **size)
+    size = {"allowance_bytes": streamer.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
+    other = streamer.open_streamed(folder, device="cuda", **size)
     with torch.inference_mode():
         for _ in range(3):
             torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
-    streamed.streamer(other).close()
+    streamer.streamer(other).close()
     assert io.weights_hash(streaming_computation.revert(other)) == io.weights_hash(model)
 
 
 def test_absorbed_attention_gives_the_same_answers(tiny):
     model = tiny("glm-4.7-flash").to("cuda")
-    other = absorbed.absorb(copy.deepcopy(model))
+    other = mla_absorption.absorb(copy.deepcopy(model))
     with torch.inference_mode():
         torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
 
@@ -133,7 +141,7 @@ def test_energy_and_utilisation_come_from_the_card(tiny):
     work = workloads.prefill(model, PROMPT)
     counter = energy.counter("cuda")
     assert (counter.kind, counter.provenance) == ("nvml", "measured") and counter.window_seconds >= 2
-    assert processor.nvml_handle() is not None and 0 <= use(work, 0.5).gpu <= 1
+    assert cpu.nvml_handle() is not None and 0 <= use(work, 0.5).gpu <= 1
 
 
 def test_ceilings_are_those_of_a_gpu(tmp_path, monkeypatch):

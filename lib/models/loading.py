@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lib.errors import UserError
-from lib.models import depth, io, placement, streamed
 from lib.models import parameters as parameter_files
-from lib.models.anatomy import anatomy
-from lib.models.checkpoint import check_checkpoint, folder_of
-from lib.models.io import DTYPES
-from lib.models.tasknames import check_tasks
+from lib.models.checkpoints import io, placement
+from lib.models.checkpoints.folder import check_checkpoint, folder_of
+from lib.models.checkpoints.io import DTYPES
+from lib.models.offload import streamer
+from lib.models.structure import slice_depth
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks.registry import check_tasks
 
 
 @dataclass
@@ -97,11 +99,11 @@ def load(
             tiled=True,
         )
         if scale == "slice":
-            depth.state(model, description.full, description.architecture)
+            slice_depth.state(model, description.full, description.architecture)
     elif (allowance := placement.allowance_bytes(folder, DTYPES[dtype], device)) is None:
         model = io.load_folder(folder, dtype=DTYPES[dtype], device=device)
     else:
-        model = streamed.open_streamed(folder, allowance_bytes=allowance, device=device)
+        model = streamer.open_streamed(folder, allowance_bytes=allowance, device=device)
     return Loaded(
         model=model,
         tokenizer=None if folder is None else AutoTokenizer.from_pretrained(folder),

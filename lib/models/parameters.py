@@ -2,7 +2,7 @@
 
 Reads and checks `parameters/<model>.yaml`. Knows nothing of torch or transformers, so it answers at once; whether the
 dimensions make a working model is found out by `lib.models.loading`, and whether an override is a parameter that the
-template declares, by `lib.suite.plan`.
+template declares, by `lib.suite.plan.plan`.
 """
 
 import os

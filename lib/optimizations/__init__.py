@@ -1,1 +1,1 @@
-"""One module per optimization, named as its notebook."""
+"""One folder (or module) per optimization, named as its notebook."""

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from lib.measure.measurement import Measurement
-from lib.measure.metrics import DIMENSIONS, METRICS
-from lib.report import rows
-from lib.report.quantities import duration
-from lib.report.record import Control, Record
-from lib.report.verdict import gain
-from lib.report.wording import label, signed, title, words
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import rows
+from lib.report.records.record import Control, Record
+from lib.report.records.verdict import gain
+from lib.report.text.quantities import duration
+from lib.report.text.wording import label, signed, title, words
 
 Source = Record | Iterable[Measurement]
 TIDY = (

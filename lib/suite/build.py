@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import Gone, UserError
-from lib.report import file_names
-from lib.suite import cores, imports, key, lock, outputs, past, plan, site, worker
-from lib.suite.outputs import Folder, State
-from lib.suite.plan import Job, Request
-from lib.suite.progress import Progress, duration
+from lib.report.pages import file_names
+from lib.suite import lock
+from lib.suite.plan import cache_key, dependencies, plan
+from lib.suite.plan.plan import Job, Request
+from lib.suite.run import cpu_affinity, kernel_process
+from lib.suite.run.progress import Progress, duration
+from lib.suite.store import build_history, result_folder, site
+from lib.suite.store.result_folder import Folder, State
 
 
 class Stopped(BaseException):
@@ -44,13 +47,13 @@ def stoppable() -> Iterator[None]:
 
 def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]:
     """Return each job with the parts of its key and its state."""
-    hashes = key.Hashes(folder.hashes)
+    hashes = cache_key.Hashes(folder.hashes)
     templates = {job.optimization: job.template for job in jobs}
-    reached = {name: imports.reached(template) for name, template in templates.items()}
+    reached = {name: dependencies.reached(template) for name, template in templates.items()}
     found = []
     for job in jobs:
-        parts = key.parts(job, hashes, reached)
-        found.append((job, parts, outputs.state(folder, job.stem, parts)))
+        parts = cache_key.parts(job, hashes, reached)
+        found.append((job, parts, result_folder.state(folder, job.stem, parts)))
     if folder.path.is_dir():
         hashes.save()
     return found
@@ -69,11 +72,11 @@ def build(
     `cluster` is the address of the Dask scheduler whose workers run it; without one, this machine does.
     """
     planned = plan.plan(request, here=cluster is None)
-    side_by_side = jobs if jobs is not None else cores.default_jobs(request.scale, request.device)
-    shares = cores.share_out(side_by_side)
+    side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
+    shares = cpu_affinity.share_out(side_by_side)
     for kind in ("cell", "run"):
-        worker.limit(kind, request.effort)  # a wrong variable is a wrong request
-    folder = outputs.open_folder(out)
+        kernel_process.limit(kind, request.effort)  # a wrong variable is a wrong request
+    folder = result_folder.open_folder(out)
     try:
         with _locked(folder), stoppable():
             return _build(folder, planned, shares, force, suite, cluster)
@@ -124,7 +127,7 @@ def _build(
     expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
     results = _run(folder, to_run, shares, planned, expected, cluster) if to_run else []
     faults = _render(folder, to_render, planned)
-    faults += past.keep(folder, suite or "run")
+    faults += build_history.keep(folder, suite or "run")
     faults += _overview(folder, shares)
     faults += site.finish(folder, suite)
     short = site.short_of_curves(folder) if suite == "enhanced" else []
@@ -136,14 +139,14 @@ def _build(
 def _run(
     folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict, address: str | None
 ) -> list:
-    from lib.suite import schedule
+    from lib.suite.run import schedule
 
-    neighbours = sorted({*outputs.present(folder), *((job.optimization, job.model) for job in planned)})
-    entries = [schedule.Entry(job, key.of(parts), parts) for job, parts in to_run]
+    neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
+    entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
     with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
         shared = schedule.Build(folder, shares, temporary, neighbours, progress)
         if address:
-            from lib.suite import cluster
+            from lib.suite.cluster import dask as cluster
 
             return cluster.run(shared, entries, address)
         return schedule.run(shared, entries)
@@ -176,10 +179,10 @@ def _tidy(folder: Folder) -> None:
 def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> list[str]:
     if not stems:
         return []
-    from lib.suite import publish
+    from lib.suite.store import render
 
-    neighbours = sorted({*outputs.present(folder), *((job.optimization, job.model) for job in planned)})
-    return [fault for stem in stems if (fault := publish.render(folder.path, stem, neighbours))]
+    neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
+    return [fault for stem in stems if (fault := render.render(folder.path, stem, neighbours))]
 
 
 def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
@@ -187,7 +190,7 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
     path = plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb"
     if not path.is_file():
         return []
-    from lib.suite import overview
+    from lib.suite.run import overview
 
     if overview.up_to_date(folder, path):
         return []
@@ -217,20 +220,20 @@ def _shown(path: Path) -> Path:
 
 def report(out: Path) -> int:
     """Render the pages of every record again, and the index; return the exit code. Runs no notebook."""
-    from lib.suite import publish
+    from lib.suite.store import render
 
-    if not outputs.present(Folder(out)):
+    if not result_folder.present(Folder(out)):
         raise UserError(f"{_shown(out)}: holds no record; build first: python build.py")
-    folder = outputs.open_folder(out)
+    folder = result_folder.open_folder(out)
     with _locked(folder):
-        faults = publish.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
+        faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
     print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
     return 1 if faults else 0
 
 
 def cover(out: Path) -> int:
     """Write the coverage report; return the exit code. Runs nothing."""
-    folder = outputs.open_folder(out)
+    folder = result_folder.open_folder(out)
     with _locked(folder):
         faults = site.finish(folder, "coverage")
     for fault in faults:

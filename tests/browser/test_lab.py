@@ -11,9 +11,9 @@ import nbformat
 import psutil
 import pytest
 
-from lib.measure.metrics import DIMENSIONS
-from lib.report import history, record
-from lib.suite import plan
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.report.records import history, record
+from lib.suite.plan import plan
 from tests.report import samples
 from tests.suite import workbench
 

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from lib.report import archive, html, index, record
+from lib.report.pages import archive, html, index
+from lib.report.records import record
 from tests.report import samples
 
 AUDIT = (Path(__file__).parent / "audit.js").read_text(encoding="utf-8")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.models import io, loading, parameters
-from lib.models.checkpoint import check_checkpoint, tensor_shapes
+from lib.models import loading, parameters
+from lib.models.checkpoints import io
+from lib.models.checkpoints.folder import check_checkpoint, tensor_shapes
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ MOST_SECONDS, MOST_BYTES, MOST_GROWTH = 20.0, 2 * 2**30, 1.25
 MIME = "application/scrapbook.scrap.json+json"
 PLANNING = """
 from pathlib import Path
-from lib.suite import build, plan
-from lib.suite.outputs import Folder
+from lib.suite import build
+from lib.suite.plan import plan
+from lib.suite.store.result_folder import Folder
 planned = plan.plan(plan.Request(effort="quick"))
 states = [state.kind for *_, state in build.survey(Folder(Path("executed/proxy").resolve()), planned)]
 assert set(states) == {"finished"}, set(states)
@@ -34,16 +35,17 @@ assert set(states) == {"finished"}, set(states)
 OVERVIEW = """
 import tempfile
 from pathlib import Path
-from lib.suite import overview, plan
-from lib.suite.outputs import Folder
+from lib.suite.run import overview
+from lib.suite.plan import plan
+from lib.suite.store.result_folder import Folder
 folder = Folder(Path("executed/proxy").resolve())
 fault = overview.execute(folder, plan.NOTEBOOKS / "overview.ipynb", [0], Path(tempfile.mkdtemp()))
 assert fault is None, fault
 """
 SITE = """
 from pathlib import Path
-from lib.suite import site
-from lib.suite.outputs import Folder
+from lib.suite.store import site
+from lib.suite.store.result_folder import Folder
 faults = site.finish(Folder(Path("executed/proxy").resolve()), "complete")
 assert not faults, faults
 """
@@ -70,19 +72,19 @@ def fill(root: Path, name: str) -> None:
     """Write the record of every planned run, with its key, its pages and a notebook, so that all count as finished."""
     import samples
 
-    from lib.report import record
-    from lib.suite import imports, key, plan
+    from lib.report.records import record
+    from lib.suite.plan import cache_key, dependencies, plan
 
     folder = root / name / "proxy"
     (folder / ".cache").mkdir(parents=True, exist_ok=True)
-    reached, hashes = {}, key.Hashes()
+    reached, hashes = {}, cache_key.Hashes()
     for number, job in enumerate(plan.plan(plan.Request(effort="quick"))):
-        reached.setdefault(job.optimization, imports.reached(job.template))
-        parts = key.parts(job, hashes, reached)
+        reached.setdefault(job.optimization, dependencies.reached(job.template))
+        parts = cache_key.parts(job, hashes, reached)
         gain, lost = 0.8 + 0.01 * (number % 70), 0.001 * (number % 30)
         found = samples.whole(job.optimization, job.model, gain, lost, seed=number % 50 + 50 * (name == "older"))
         started = f"2026-01-{30 if name == 'older' else 31}T14:05:00+00:00"
-        about = {"key": key.of(parts), "parameters": dict(job.parameters), "started": started}
+        about = {"key": cache_key.of(parts), "parameters": dict(job.parameters), "started": started}
         found = found.model_copy(update=about)
         record.write(found, folder / f"{job.stem}.json")
         (folder / f"{job.stem}.ipynb").write_text(executed(record.to_json(found)), encoding="utf-8")
@@ -104,7 +106,7 @@ def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
     """Run a command; return its seconds, those of the processor, the peak of memory of its processes together, and what
     it said if it failed.
     """
-    from lib.suite.sampling import Tree
+    from lib.suite.run.sampling import Tree
 
     began, before = time.monotonic(), processor()
     with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads would hold up a command that says much

@@ -2,11 +2,11 @@
 
 import random
 
-from lib.measure import measurement
-from lib.measure.measurement import Measurement
-from lib.measure.metrics import METRICS
-from lib.report import record
-from lib.report.record import Process, Record
+from lib.measure.metrics import measurement
+from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import record
+from lib.report.records.record import Process, Record
 
 MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
 ENVIRONMENT = {

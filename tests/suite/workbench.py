@@ -25,7 +25,7 @@ checkpoints: str = ""  # folder of checkpoints
 random_weights: bool = False  # whether the weights are random
 seed: int = 0  # the seed
 ratio: float = 0.25  # share of channels removed, in [0, 1)"""
-# What lib.report.record.glue leaves, without the seconds that importing scrapbook takes.
+# What lib.report.records.record.glue leaves, without the seconds that importing scrapbook takes.
 RECORD = """from IPython.display import display
 from lib.errors import UserError
 

@@ -1,0 +1,1 @@
+"""Baseline against optimized: speed, counted resources, memory."""

@@ -1,0 +1,1 @@
+"""Metrics, measurements, paired statistics, efforts and dimensions."""

@@ -1,0 +1,319 @@
+"""One metric of both arms, as it stands in a record. It knows how to judge numbers, not how they came about.
+
+`ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for
+milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of
+`optimized`. `ratio` of paired times is the median of the blocks' ratios, which need not equal the ratio of the two
+medians shown. `noise_floor` and `mde` are shares (natural logarithms, which are the same thing while they are small). A
+number that could not be had is null, with a reason.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from lib.measure.metrics import paired_stats
+from lib.measure.metrics.catalogue import metric as metric_named
+from lib.measure.metrics.paired_stats import Pairs
+
+Verdict = Literal[
+    "better",
+    "worse",
+    "equivalent",
+    "inconclusive",
+    "maintained",
+    "not_maintained",
+    "unavailable",
+    "invalid",
+    "informative",
+]
+Provenance = Literal["measured", "derived", "estimated", "unavailable"]
+
+
+class Measurement(BaseModel):
+    """One metric of both arms. The fields are the record's; see the module's text for `ratio`, `ci`, `noise_floor` and
+    `mde`.
+
+    `margin` is what the verdict was held to, as in `metrics.py` (a share of the baseline, or in the metric's unit), and
+    `bound` the one-sided 95 % bound of the change that was held against it, in the same terms; both None where nothing
+    was judged so. `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts
+    from the predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that
+    was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    metric: str
+    workload: str
+    dimension: str
+    unit: str
+    higher_is_better: bool
+    baseline: float | None
+    optimized: float | None
+    ratio: float | None
+    ci: tuple[float, float] | None
+    n: int | None
+    noise_floor: float | None
+    mde: float | None
+    margin: float | None = None
+    bound: float | None = None
+    verdict: Verdict
+    provenance: Provenance
+    source: str
+    reason: str | None = None
+    samples: dict[str, list[float]] | None = None
+    predicted: float | None = None
+    realised: float | None = None
+
+    @field_validator(
+        "baseline",
+        "optimized",
+        "ratio",
+        "noise_floor",
+        "mde",
+        "margin",
+        "bound",
+        "predicted",
+        "realised",
+        mode="before",
+    )
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is None:
+            return None
+        if not math.isfinite(value):
+            raise ValueError("not a finite number: what is unknown is null, with a reason")
+        return float(value)
+
+    @field_validator("ci", mode="before")
+    @classmethod
+    def _finite_interval(cls, value: Sequence[float] | None) -> tuple[float, float] | None:
+        return None if value is None or not np.isfinite(value).all() else (float(value[0]), float(value[1]))
+
+    @model_validator(mode="after")
+    def _labelled(self) -> "Measurement":
+        listed = metric_named(self.metric)
+        if (self.unit, self.dimension, self.higher_is_better) != (
+            listed.unit,
+            listed.dimension,
+            listed.higher_is_better,
+        ):
+            raise ValueError(f"{self.metric}: unit, dimension and direction must be those listed in metrics.py")
+        missing = self.baseline is None and self.optimized is None
+        if missing != (self.provenance == "unavailable"):
+            raise ValueError(
+                f"{self.metric}: a missing number is unavailable, a number is measured, derived or estimated"
+            )
+        if missing and (not self.reason or self.verdict not in ("unavailable", "invalid")):
+            raise ValueError(f"{self.metric}: a missing number needs its reason and the verdict unavailable or invalid")
+        if not self.source:
+            raise ValueError(f"{self.metric}: every number needs its source")
+        return self
+
+
+def _make(metric: str, workload: str, **fields) -> Measurement:
+    listed = metric_named(metric)
+    empty = {"ratio": None, "ci": None, "n": None, "noise_floor": None, "mde": None}
+    return Measurement(
+        metric=metric,
+        workload=workload,
+        dimension=listed.dimension,
+        unit=listed.unit,
+        higher_is_better=listed.higher_is_better,
+        **{**empty, **fields},
+    )
+
+
+def _ratio(baseline: float | None, optimized: float | None) -> float | None:
+    return optimized / baseline if baseline and optimized is not None else None
+
+
+def from_pairs(
+    metric: str,
+    workload: str,
+    pairs: Pairs,
+    quantity: float,
+    floor: Pairs | float | None,
+    margin: float | None = None,
+    samples: bool = True,
+) -> Measurement:
+    """Return a rate or a latency from timed pairs.
+
+    `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide
+    by for a latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical
+    margin.
+    """
+    unit = metric_named(metric).unit
+    if unit.endswith("/s"):
+        convert = lambda seconds: quantity / seconds  # noqa: E731
+    elif unit in ("ms", "s"):
+        convert = lambda seconds: seconds * (1000 if unit == "ms" else 1) / quantity  # noqa: E731
+    else:
+        raise ValueError(f"{metric} is in {unit}: times make only rates and latencies")
+    return from_samples(
+        metric,
+        workload,
+        [convert(t) for t in pairs.baseline_seconds],
+        [convert(t) for t in pairs.optimized_seconds],
+        source=pairs.describe(),
+        floor=floor,
+        margin=margin,
+        samples=samples,
+    )
+
+
+def from_samples(
+    metric: str,
+    workload: str,
+    baseline: Sequence[float],
+    optimized: Sequence[float],
+    *,
+    source: str,
+    floor: Pairs | float | None,
+    provenance: Provenance = "measured",
+    margin: float | None = None,
+    samples: bool = True,
+) -> Measurement:
+    """Return a measurement from samples of both arms that were taken in pairs, in the metric's unit.
+
+    Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
+    verdict is informative.
+    """
+    listed = metric_named(metric)
+    margin = listed.margin if margin is None else margin
+    found = paired_stats.effect(paired_stats.differences(baseline, optimized))
+    floor = floor.floor if isinstance(floor, Pairs) else floor
+    reason = None
+    if floor is None or found.n < paired_stats.MINIMUM_BLOCKS or margin is None:
+        verdict = "informative"
+        if margin is not None:
+            reason = "no A/A control ran" if floor is None else f"{found.n} pairs are too few for an interval"
+    else:
+        verdict = paired_stats.verdict(found, listed.higher_is_better, margin, floor)
+    return _make(
+        metric,
+        workload,
+        baseline=float(np.median(baseline)),
+        optimized=float(np.median(optimized)),
+        ratio=math.exp(found.median),
+        ci=(math.exp(found.low), math.exp(found.high)) if math.isfinite(found.low) else None,
+        n=found.n,
+        noise_floor=floor,
+        mde=found.mde if math.isfinite(found.mde) else None,
+        margin=None if verdict == "informative" else margin,
+        verdict=verdict,
+        provenance=provenance,
+        source=source,
+        reason=reason,
+        samples={"baseline": [float(v) for v in baseline], "optimized": [float(v) for v in optimized]}
+        if samples
+        else None,
+    )
+
+
+def counted(
+    metric: str,
+    workload: str,
+    baseline: float | None,
+    optimized: float | None,
+    source: str,
+    provenance: Provenance = "derived",
+    margin: float | None = None,
+    reason: str | None = None,
+) -> Measurement:
+    """Return a number that has no spread: parameters, bytes, FLOPs, or a single reading. Beyond the margin it is better
+    or worse.
+
+    One arm may be None, with `reason`; then nothing is judged.
+    """
+    listed = metric_named(metric)
+    margin = listed.margin if margin is None else margin
+    if baseline is None and optimized is None:
+        return unavailable(metric, workload, reason or "not reported", source)
+    if baseline is None or optimized is None or margin is None:
+        verdict = "informative"
+    else:
+        scale = 1 if listed.margin_kind == "absolute" else abs(baseline)
+        change = optimized - baseline
+        verdict = (
+            "equivalent"
+            if abs(change) <= margin * scale
+            else "better"
+            if (change > 0) == listed.higher_is_better
+            else "worse"
+        )
+    return _make(
+        metric,
+        workload,
+        baseline=baseline,
+        optimized=optimized,
+        ratio=_ratio(baseline, optimized),
+        margin=None if verdict == "informative" else margin,
+        verdict=verdict,
+        provenance=provenance,
+        source=source,
+        reason=reason,
+    )
+
+
+def informative(
+    metric: str,
+    workload: str,
+    baseline: float | None,
+    optimized: float | None,
+    source: str,
+    provenance: Provenance = "measured",
+    **fields,
+) -> Measurement:
+    """Return a number that describes and is not judged; `fields` are further fields of Measurement (n, ci, reason,
+    samples …).
+    """
+    fields = {"ratio": _ratio(baseline, optimized), **fields}
+    return _make(
+        metric,
+        workload,
+        baseline=baseline,
+        optimized=optimized,
+        verdict="informative",
+        provenance=provenance,
+        source=source,
+        **fields,
+    )
+
+
+def judged(metric: str, workload: str, **fields) -> Measurement:
+    """Return a measurement whose verdict was reached elsewhere (quality); `fields` are the other fields."""
+    return _make(metric, workload, **fields)
+
+
+def unavailable(metric: str, workload: str, reason: str, source: str = "none") -> Measurement:
+    """Return a metric that could not be had: null with its reason, never 0, never blank."""
+    return _missing(metric, workload, "unavailable", reason, source)
+
+
+def invalid(metric: str, workload: str, reason: str, source: str = "sanity gate") -> Measurement:
+    """Return a metric that must not be shown because an arm's output has degenerated (`lib.measure.quality.sanity`)."""
+    return _missing(metric, workload, "invalid", reason, source)
+
+
+def _missing(metric: str, workload: str, verdict: Verdict, reason: str, source: str) -> Measurement:
+    fields = {"baseline": None, "optimized": None, "provenance": "unavailable"}
+    return _make(metric, workload, **fields, verdict=verdict, source=source, reason=reason)
+
+
+def lint(measurements: Iterable[Measurement | dict]) -> list[str]:
+    """Return one line for each measurement of a result set that is unlabelled, unlisted or malformed; empty where all
+    is well.
+    """
+    faults = []
+    for found in measurements:
+        fields = found.model_dump() if isinstance(found, Measurement) else found
+        try:
+            Measurement.model_validate(fields)
+        except Exception as error:
+            faults.append(
+                f"{fields.get('metric', 'a measurement without a name')}: {str(error).splitlines()[-1].strip()}"
+            )
+    return faults

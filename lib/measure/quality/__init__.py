@@ -1,0 +1,1 @@
+"""Answers of both arms, paired per item, and verdicts of non-inferiority."""

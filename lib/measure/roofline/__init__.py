@@ -1,0 +1,1 @@
+"""What operations and bytes predict: cost model, measured ceilings, full depth."""

@@ -1,0 +1,224 @@
+"""The machine's own ceilings, and time against them: a large matrix product and a large copy, measured once per host,
+device, dtype and number of threads. From them the physical bound of a workload, the speed-up it predicts, and how much
+of it was realised.
+"""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.roofline.cost_model import Cost
+from lib.measure.timing import disturbance
+
+REPEATS = 5
+# Sides of the square product, bytes of the copy: large against every cache, a second or so in all.
+PRODUCT = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
+# Below this share of the bound the arithmetic is not what takes the time.
+DISPATCH_SHARE = 0.2
+CLOSE = 0.1
+_DISTURBED: dict[str, dict] = {}  # what this process measured while the machine was disturbed
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best: FLOP/s and bytes/s (a copy counts what it reads and what it writes)."""
+
+    flops_per_second: float
+    bytes_per_second: float
+    device: str
+    dtype: str
+    threads: int
+    measured_at: str
+    cache_bytes: int | None
+
+    @property
+    def source(self) -> str:
+        return f"matrix product and copy on this machine, {self.dtype}, {self.threads} threads, {self.measured_at}"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time a cost can take: the larger of arithmetic and traffic, and which of the two it is."""
+
+    seconds: float
+    limited_by: str
+
+
+def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: bool = False) -> Ceilings:
+    """Return this machine's ceilings for `dtype` at the present number of threads; measured once, then read from the
+    cache.
+
+    The cache is WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. What was measured on a disturbed
+    machine serves this process, so that all its bounds are of one kind, and is not kept beyond it.
+    """
+    name = str(dtype).removeprefix("torch.")
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {len(disturbance.cores())} cores"
+    path = cache_folder() / "ceilings.json"
+    known = _read(path) | _DISTURBED
+    if key in known and not fresh:
+        return Ceilings(**known[key])
+    disturbed = disturbance.watch()
+    found = Ceilings(
+        _product(device, dtype),
+        _copy(device),
+        device,
+        name,
+        torch.get_num_threads(),
+        datetime.now(timezone.utc).date().isoformat(),
+        last_level_cache_bytes(device),
+    )
+    if disturbed() is None:
+        _write(path, _read(path) | {key: asdict(found)})
+    else:
+        _DISTURBED[key] = asdict(found)
+    return found
+
+
+def cache_folder() -> Path:
+    """Return where measurements of the machine are kept."""
+    return Path(os.environ.get("WORKBENCH_CACHE") or Path.home() / ".cache" / "workbench")
+
+
+def last_level_cache_bytes(device: str = "cpu") -> int | None:
+    """Return the size of the last-level cache that our cores see, None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path(f"/sys/devices/system/cpu/cpu{disturbance.cores()[0]}/cache").glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(sizes, default=None)
+
+
+def bound(cost: Cost, ceilings: Ceilings) -> Bound:
+    """Return t_bound = max(FLOPs / peak, bytes / bandwidth)."""
+    arithmetic, traffic = cost.flops / ceilings.flops_per_second, cost.bytes / ceilings.bytes_per_second
+    return Bound(max(arithmetic, traffic), "arithmetic" if arithmetic >= traffic else "traffic")
+
+
+def utilisation(
+    workload: str,
+    costs: tuple[Cost, Cost],
+    seconds: tuple[float, float],
+    ceilings: Ceilings,
+) -> list[Measurement]:
+    """Return model-FLOPs and memory-bandwidth utilisation of (baseline, optimized): costs and measured seconds of one
+    call.
+    """
+    flops = [cost.flops / time_ / ceilings.flops_per_second for cost, time_ in zip(costs, seconds)]
+    traffic = [cost.bytes / time_ / ceilings.bytes_per_second for cost, time_ in zip(costs, seconds)]
+    source = f"FLOPs and bytes by formula over measured time, against {ceilings.source}"
+    return [
+        measurement.informative("model_flops_utilisation", workload, *flops, source, "derived"),
+        measurement.informative("memory_bandwidth_utilisation", workload, *traffic, source, "derived"),
+    ]
+
+
+def explain(
+    found: Measurement,
+    costs: tuple[Cost, Cost],
+    seconds: tuple[float, float],
+    ceilings: Ceilings,
+    *,
+    zero_share: float = 0.0,
+    fallback: bool = False,
+    working_set_bytes: float | None = None,
+) -> Measurement:
+    """Return the measurement `found` (a rate or latency) with the predicted speed-up, the share realised, and why they
+    part.
+
+    `costs` and `seconds` (median time of one call) are of (baseline, optimized). `zero_share` is that of the optimized
+    model's dense weights (`cost.zero_share`), `fallback` says that a slower kernel ran than the one the optimization is
+    meant for, `working_set_bytes` is what the optimized arm reads over and over (its weights).
+    """
+    if found.ratio is None:
+        return found
+    bounds = [bound(cost, ceilings) for cost in costs]
+    predicted = bounds[0].seconds / bounds[1].seconds
+    invert = not found.higher_is_better
+    measured = 1 / found.ratio if invert else found.ratio
+    low, high = found.ci or (found.ratio, found.ratio)
+    low, high = (1 / high, 1 / low) if invert else (low, high)
+    reason = found.reason
+    if not (low <= predicted <= high or abs(measured / predicted - 1) <= CLOSE):
+        reason = _reason(found, predicted, bounds, costs, seconds, ceilings, zero_share, fallback, working_set_bytes)
+    return found.model_copy(update={"predicted": predicted, "realised": measured / predicted, "reason": reason})
+
+
+def _reason(found, predicted, bounds, costs, seconds, ceilings, zero_share, fallback, working_set_bytes) -> str:
+    """Why measured and predicted speed-up part, the most telling reason first."""
+    if zero_share > CLOSE and costs[1].flops < costs[0].flops:
+        return "zeros stored dense"
+    if fallback:
+        return "kernel fallback"
+    if found.mde is not None and abs(predicted - 1) < max(found.mde, found.noise_floor or 0):
+        return "below MDE"
+    reached = [limit.seconds / time_ for limit, time_ in zip(bounds, seconds)]
+    if max(reached) > 1 or (
+        bounds[0].limited_by == "traffic"
+        and working_set_bytes
+        and ceilings.cache_bytes
+        and working_set_bytes < ceilings.cache_bytes
+    ):
+        return "cache resident"
+    if min(reached) < DISPATCH_SHARE:
+        return "dispatch bound"
+    return "unexplained"
+
+
+def _product(device: str, dtype: torch.dtype) -> float:
+    """Best FLOP/s of a square matrix product."""
+    side = PRODUCT["cuda" if device.startswith("cuda") else "cpu"]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _best(lambda: torch.mm(left, right, out=out), device)
+
+
+def _copy(device: str) -> float:
+    """Best bytes/s of a copy, read and written bytes counted."""
+    size = COPY_BYTES["cuda" if device.startswith("cuda") else "cpu"] // 4
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+
+
+def _best(call, device: str) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, content: dict) -> None:
+    """Write beside, then rename; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        return

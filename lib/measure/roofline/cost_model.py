@@ -1,0 +1,348 @@
+"""What a workload has to cost: parameters, FLOPs and bytes by formula, from the anatomy's view of a model. Derived,
+never timed.
+
+FLOPs count a multiplication and an addition as two. Only matrices are counted (norms, activations and the embedding
+look-up are not); the vision tower is left out, since the timed prompts are text. `torch.utils.flop_counter` is right
+for linear layers only (it returns 0 for attention on the processor and counts causal attention as dense); a test
+cross-checks that part.
+
+Symbols: L layers, H query heads, T prompt tokens, c context, B batch, b bytes per element, E experts, k experts per
+token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.measure.timing.workloads import Workload
+from lib.models.structure.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
+from lib.models.structure.sparse import is_dense
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes moved of one call of a workload."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass
+class ExpertsHit:
+    """Distinct experts that each forward pass really used, per block: lists of (tokens, distinct experts)."""
+
+    passes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def mean(self, tokens: int | None = None) -> dict[int, float]:
+        """Return the mean number of distinct experts per block, of passes with `tokens` tokens (all where None)."""
+        found = {}
+        for block, passes in self.passes.items():
+            counts = [distinct for size, distinct in passes if tokens is None or size == tokens]
+            if counts:
+                found[block] = sum(counts) / len(counts)
+        return found
+
+
+@contextmanager
+def experts_hit(model: nn.Module) -> Iterator[ExpertsHit]:
+    """While open, count the distinct experts of every pass by hooks on the routers (third output, [tokens, k])."""
+    found = ExpertsHit()
+
+    def hook(block: int):
+        def count(_module, _inputs, output) -> None:
+            chosen = output[2]
+            found.passes.setdefault(block, []).append((chosen.shape[0], int(chosen.unique().numel())))
+
+        return count
+
+    handles = [
+        block.feed_forward.experts.router.register_forward_hook(hook(block.index))
+        for block in anatomy(model).blocks
+        if block.feed_forward.experts
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def experts_hit_uniform(count: int, top_k: int, tokens: float) -> float:
+    """Return E·(1 − (1 − k/E)^B): distinct experts that B tokens use under uniform routing."""
+    return count * (1 - (1 - top_k / count) ** tokens)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes a tensor takes: for sparse layouts and subclasses with their indices, masks and scales."""
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        return sum(part.nbytes for part in parts)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return sum(tensor_bytes(part) for part in inner if torch.is_tensor(part))
+    return tensor.numel() * tensor.element_size()
+
+
+def _unique(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, tied ones once."""
+    found: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return list(found.values())
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers in memory, tied ones once; a model whose weights stream from a
+    file states how many it holds at most.
+    """
+    if (held := getattr(model, "weights_in_memory_bytes", None)) is not None:
+        return held
+    return sum(tensor_bytes(tensor) for tensor in _unique(model))
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones once; of a sparsely stored matrix, those that are stored."""
+    return sum(_stored_elements(parameter) for parameter in model.parameters())
+
+
+def checkpoint_bytes(folder: Path | str) -> int:
+    """Return the bytes of a checkpoint's weight files; raises FileNotFoundError where there are none."""
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), *Path(folder).glob("*.pt")]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no weight files")
+    return sum(file.stat().st_size for file in files)
+
+
+def zero_share(model: nn.Module) -> float:
+    """Return the share of exact zeros among the densely stored matrices of the decoder blocks."""
+    zeros = total = 0
+    for block in anatomy(model).blocks:
+        for parameter in block.module.parameters():
+            if parameter.dim() > 1 and is_dense(parameter):
+                total += parameter.numel()
+                zeros += parameter.numel() - int(parameter.count_nonzero())
+    return zeros / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Elements and bytes of the matrices of one part: what every token needs, and what one routed expert needs."""
+
+    dense: float = 0
+    dense_bytes: float = 0
+    expert: float = 0
+    expert_bytes: float = 0
+    count: int = 0
+    top_k: int = 0
+
+    @property
+    def active(self) -> float:
+        return self.dense + self.top_k * self.expert
+
+
+def _stored_elements(tensor: torch.Tensor) -> int:
+    if is_dense(tensor):
+        return tensor.numel()
+    return (tensor.values() if tensor.layout != torch.sparse_coo else tensor._values()).numel()
+
+
+def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
+    """Elements a product has to use, and bytes it has to read; with `skip_zeros` those of a perfect sparse kernel."""
+    if not is_dense(tensor):
+        return _stored_elements(tensor), tensor_bytes(tensor)
+    if skip_zeros:
+        used = int(tensor.count_nonzero())
+        return used, used * tensor.element_size()
+    return tensor.numel(), tensor_bytes(tensor)
+
+
+def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
+    return _size(block.module, block.feed_forward.experts, skip_zeros)
+
+
+def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) -> _Size:
+    routed = {id(parameter) for parameter in experts.module.parameters()} if experts else set()
+    dense = dense_bytes = expert = expert_bytes = 0.0
+    for parameter in module.parameters():
+        if parameter.dim() < 2:
+            continue
+        elements, size = _elements(parameter, skip_zeros)
+        # What the experts share (a common factor of a decomposition) is not stacked along the experts.
+        if id(parameter) in routed and parameter.dim() == 3 and parameter.shape[0] == experts.count:
+            expert += elements / experts.count
+            expert_bytes += size / experts.count
+        else:
+            dense += elements
+            dense_bytes += size
+    if not experts:
+        return _Size(dense, dense_bytes)
+    return _Size(dense, dense_bytes, expert, expert_bytes, experts.count, experts.top_k)
+
+
+def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
+    sizes = [_elements(p, skip_zeros) for p in view.head.parameters() if p.dim() > 1]
+    return _Size(sum(elements for elements, _ in sizes), sum(size for _, size in sizes))
+
+
+def of_feed_forward(module: nn.Module, tokens: int, *, skip_zeros: bool = False) -> Cost:
+    """Return FLOPs and bytes of one feed-forward part for `tokens` tokens in one pass, uniform routing."""
+    size = _size(module, feed_forward(module).experts, skip_zeros)
+    hit = experts_hit_uniform(size.count, size.top_k, tokens) if size.count else 0
+    return Cost(2 * size.active * tokens, size.dense_bytes + hit * size.expert_bytes)
+
+
+def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
+    """Return N_act: matrix elements that one token of text uses: top-k and shared experts, router, head; not the
+    look-up.
+    """
+    view = anatomy(model)
+    sizes = [_block_size(block, skip_zeros) for block in view.blocks]
+    return round(sum(size.active for size in sizes) + _head_size(view, skip_zeros).dense)
+
+
+def kv_cache_bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes the cache keeps per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents."""
+    element = next(model.parameters()).element_size()
+    return element * sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
+
+
+def cache_bytes(cache: object) -> int:
+    """Return the bytes of the tensors that a cache (transformers' DynamicCache) really holds."""
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    return sum(tensor.numel() * tensor.element_size() for pair in kept for tensor in pair if torch.is_tensor(tensor))
+
+
+def prefill_flops(
+    model: nn.Module,
+    tokens: int,
+    batch: int = 1,
+    *,
+    logits: int | None = None,
+    skip_zeros: bool = False,
+    density: float = 1.0,
+    stride: int = 0,
+) -> float:
+    """Return the FLOPs of B prompts of T tokens: 2·N_act·T + Σ_L H·(d_qk + d_v)·T² each (causal; 2·L·H·d·T² where d_qk
+    = d_v).
+
+    `logits` is the number of positions per prompt that pass through the head: all by default, 1 in a timed prefill.
+    Sparse attention computes the share `density` of the causal scores, and Σ_L H·d_qk·T²/`stride` more to find them.
+    """
+    view = anatomy(model)
+    head = _head_size(view, skip_zeros).dense * (tokens if logits is None else logits)
+    matrices = sum(_block_size(block, skip_zeros).active for block in view.blocks) * tokens + head
+    attention = sum(b.attention.heads * (b.attention.head_dim + b.attention.value_dim) for b in view.blocks)
+    search = sum(b.attention.heads * b.attention.head_dim for b in view.blocks) / stride if stride else 0.0
+    return batch * (2 * matrices + (density * attention + search) * tokens**2)
+
+
+def decode_flops(
+    model: nn.Module,
+    context: float,
+    *,
+    absorbed: bool = False,
+    skip_zeros: bool = False,
+    attended: float | None = None,
+) -> float:
+    """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (4·L·H·d·c where d_qk = d_v).
+
+    Stock latent attention expands the whole cache again at every token: 2·|kv_b_proj|·(c − 1) more. With `absorbed`
+    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c. Sparse attention reads `attended` tokens of
+    the context.
+    """
+    read = context if attended is None else min(context, attended)
+    view = anatomy(model)
+    flops = 2.0 * active_parameters(model, skip_zeros=skip_zeros)
+    for attention in (block.attention for block in view.blocks):
+        width = attention.head_dim + attention.value_dim
+        if attention.kind == "latent" and absorbed:
+            width = 2 * attention.latent_dim + attention.rope_dim
+        elif attention.kind == "latent":
+            expansion = sum(_elements(p, skip_zeros)[0] for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
+            flops += 2 * expansion * (context - 1)
+        flops += 2 * attention.heads * width * read
+    return flops
+
+
+def step_bytes(
+    model: nn.Module,
+    batch: int,
+    context: float,
+    *,
+    tokens: int | None = None,
+    hit: dict[int, float] | None = None,
+    overhead: float = 0.0,
+    skip_zeros: bool = False,
+    attended: float | None = None,
+) -> float:
+    """Return the bytes of one step: dense weights + Σ (experts hit × their bytes + shared) + B·c·cache + overhead.
+
+    `tokens` pass through the model in this step (B by default). `hit` gives distinct experts per block, as counted;
+    where it does not, uniform routing is assumed. `overhead` is what a weight format needs beyond what its tensors
+    hold. `attended` tokens of the cache are read, where that is not all of them.
+    """
+    view = anatomy(model)
+    read = context if attended is None else min(context, attended)
+    total = _head_size(view, skip_zeros).dense_bytes + overhead + batch * read * kv_cache_bytes_per_token(model)
+    for block in view.blocks:
+        size = _block_size(block, skip_zeros)
+        total += size.dense_bytes
+        if size.count:
+            uniform = experts_hit_uniform(size.count, size.top_k, tokens or batch)
+            total += size.expert_bytes * (hit or {}).get(block.index, uniform)
+    return total
+
+
+def of(
+    model: nn.Module,
+    work: Workload,
+    *,
+    hit: dict[int, float] | None = None,
+    absorbed: bool = False,
+    overhead: float = 0.0,
+    skip_zeros: bool = False,
+    density: float = 1.0,
+    stride: int = 0,
+    attended: float | None = None,
+) -> Cost:
+    """Return FLOPs and bytes of one call of a workload on `model`.
+
+    `hit`: see `step_bytes` (of decoding steps). `absorbed`: see `decode_flops`. `skip_zeros` counts what a kernel would
+    do that costs exact zeros nothing: against it, zeros stored dense show as a gain that was not realised. `density`
+    and `stride`: see `prefill_flops`; `attended`: see `decode_flops`.
+    """
+    sparse = {"density": density, "stride": stride}
+    prefill, steps = _parts(work)
+    flops = bytes_ = 0.0
+    if prefill:
+        flops += prefill_flops(model, work.prompt_tokens, work.batch, logits=1, skip_zeros=skip_zeros, **sparse)
+        bytes_ += step_bytes(
+            model,
+            work.batch,
+            work.prompt_tokens,
+            tokens=work.batch * work.prompt_tokens,
+            overhead=overhead,
+            skip_zeros=skip_zeros,
+        )
+    if steps:
+        # Cost is linear in the context, so the middle step stands for all.
+        context = work.prompt_tokens + (steps + 1) / 2
+        read = {"skip_zeros": skip_zeros, "attended": attended}
+        flops += steps * work.batch * decode_flops(model, context, absorbed=absorbed, **read)
+        bytes_ += steps * step_bytes(model, work.batch, context, hit=hit, overhead=overhead, **read)
+    return Cost(flops, bytes_)
+
+
+def _parts(work: Workload) -> tuple[bool, int]:
+    """Return whether a workload prefills, and how many steps it decodes."""
+    if work.name == "prefill":
+        return True, 0
+    if work.name == "decode":
+        return False, work.new_tokens
+    if work.name == "generate":
+        return True, work.new_tokens - 1
+    raise ValueError(f'no formula for the workload "{work.name}"')

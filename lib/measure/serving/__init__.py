@@ -1,0 +1,1 @@
+"""A server loop over real and simulated engines: traffic, step times, service-level objectives."""

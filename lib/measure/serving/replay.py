@@ -1,0 +1,273 @@
+"""The real model behind the server loop: a trace replayed in real time, a burst to weigh in joules, and whether answers
+served together are those given alone. Knows no policy; a policy comes in ready made.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Classified, Recalled
+from lib.measure.serving import latency
+from lib.measure.serving.engine import ModelEngine
+from lib.measure.serving.server import Limits, Policy, RealClock, Served, VirtualClock, serve
+from lib.measure.serving.slo import Objectives
+from lib.measure.serving.traffic import Request, Trace
+from lib.measure.timing import disturbance
+from lib.measure.trackers import memory
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks
+
+PromptOf = Callable[[Request], torch.Tensor]
+BURST_PROMPT, BURST_NEW = 128, 8  # tokens at most of a request in a burst
+ALONE = 200  # items that are answered one at a time
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A run of the real model: what happened, the tokens of every request, share of the given cores used, and what
+    disturbed the machine meanwhile (None: nothing noticed).
+    """
+
+    served: Served
+    output: dict[int, list[int]]
+    utilisation: float
+    disturbed: str | None
+
+
+def replay(
+    model: nn.Module, trace: Trace, policy: Policy, limits: Limits, prompt_of: PromptOf, batching: str = "iteration"
+) -> Replayed:
+    """Serve `trace` with the real model in real time. Raises RuntimeError if the cache ever outgrows its bound."""
+    engine = ModelEngine(model, prompt_of, limits.cache_bytes)
+    _warm_up(engine, trace)
+    close, busy, start = disturbance.watch(), time.process_time(), time.perf_counter()
+    served = serve(trace, policy, engine, RealClock(), limits, batching=batching)
+    wall = time.perf_counter() - start
+    share = (time.process_time() - busy) / (wall * len(disturbance.cores()))
+    return Replayed(served, engine.output, share, close())
+
+
+def _warm_up(engine: ModelEngine, trace: Trace) -> None:
+    """Two requests that are not timed: first calls of a shape cost more."""
+    if trace.requests:
+        engine.prefill([trace.requests[0]])
+        engine.prefill([trace.requests[-1]])
+        for _ in range(3):
+            engine.decode()
+        engine.clear()
+
+
+class Burst:
+    """The first requests of each phase, all there at once, served once per call: the workload that energy is read of.
+
+    Prompts and answers are cut short. `tokens` counts the new tokens of one call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        fresh: Callable[[], Policy],
+        limits: Limits,
+        prompt_of: PromptOf,
+        each: int = 3,
+        new_tokens: int = BURST_NEW,
+    ):
+        chosen = [
+            request
+            for start, phase in zip(trace.starts, trace.phases)
+            for request in [one for one in trace.requests if start <= one.arrival < start + phase.seconds][:each]
+        ]
+        requests = [
+            Request(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, new_tokens))
+            for i, one in enumerate(chosen)
+        ]
+        self.trace = replace(trace, name="burst", requests=tuple(requests))
+        self.fresh, self.limits = fresh, replace(limits, patience_seconds=None)
+        self.engine = ModelEngine(model, prompt_of, limits.cache_bytes)
+        self.tokens = max(1, sum(request.new_tokens for request in requests))
+
+    def __call__(self) -> None:
+        serve(self.trace, self.fresh(), self.engine, VirtualClock(), self.limits, drain_seconds=float("inf"))
+
+
+def recalled(
+    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+) -> tuple[Recalled, Served]:
+    """Return which recall values come back right when their prompts are served among others, and the run.
+
+    Every second request is a chat of another length, so rows join, are padded and leave all the time. Engine times are
+    real, idle time is skipped.
+    """
+    ids_BT, target_BV = tasks.recall_prompts(loaded, effort.recall_distance, effort.recall_prompts, seed)
+    text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
+    random = np.random.default_rng(seed)
+    arrivals = np.cumsum(random.exponential(1 / rate, 2 * len(ids_BT)))
+    requests, wanted = [], target_BV.shape[1]
+    for index, arrival in enumerate(arrivals.tolist()):
+        length, new = int(random.integers(8, 96)), int(random.integers(4, 3 * wanted))
+        chat = index % 2
+        requests.append(Request(index, arrival, length if chat else ids_BT.shape[1], new if chat else wanted))
+    trace = Trace("recall among chats", seed, (), tuple(requests))
+
+    def prompt_of(request: Request) -> torch.Tensor:
+        if request.id % 2:
+            return text_T[request.id : request.id + request.prompt_tokens]
+        return ids_BT[request.id // 2].cpu()
+
+    engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
+    limits = replace(limits, patience_seconds=None)
+    served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
+    right = [engine.output.get(2 * index) == target.tolist() for index, target in enumerate(target_BV)]
+    return Recalled(effort.recall_distance, np.array(right)), served
+
+
+def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
+    """Return the answers to the model's classification tasks, `batch` prompts read together."""
+    found = []
+    for task in (one for one in loaded.tasks if one in tasks.CLASSIFY):
+        items, labels = tasks.items(task, "final", effort.items, seed), tasks.class_labels(task)
+        scores_NL = tasks.label_scores(loaded, task, items, batch).numpy()
+        truth_N = np.array([labels.index(item.label) for item in items])
+        found.append(Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL))
+    return found
+
+
+def alone_and_together(
+    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+) -> list[Measurement]:
+    """Return the accuracy of answers given one at a time (baseline) against those given together (optimized).
+
+    Classification: one prompt per pass against 32, of at most ALONE items. Recall: alone against served among others
+    with `policy`.
+    """
+    if loaded.random_weights:
+        reason = "random weights: answers carry no information"
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
+    options = {"resamples": effort.resamples, "seed": seed}
+    effort = replace(effort, items=min(effort.items, ALONE))
+    found = []
+    for one, many in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
+        found += evaluate.compare_classified(one, many, **options)
+    alone = evaluate.recall(loaded, effort.recall_distance, effort.recall_prompts, seed)
+    together, _ = recalled(loaded, effort, policy, limits, rate, seed)
+    return [*found, evaluate.compare_recalled(alone, together, **options)]
+
+
+def measurements(baseline: Replayed, optimized: Replayed, wanted: Objectives) -> list[Measurement]:
+    """Return what two replays of one trace showed: goodput, largest cache, processor. One run each, no interval."""
+    runs = (baseline, optimized)
+    source = f"one replay in real time each, {len(baseline.served.outcomes)} requests, real model"
+    disturbed = sorted({run.disturbed for run in runs if run.disturbed})
+    source += f"; disturbed: {'; '.join(disturbed)}" if disturbed else ""
+    summaries = [latency.summary(run.served, wanted) for run in runs]
+
+    def told(metric: str, values: Sequence[float | None]) -> Measurement:
+        if None in values:
+            return measurement.unavailable(metric, "serve, real time", "too few requests finished", source)
+        return measurement.informative(metric, "serve, real time", *values, source, n=1)
+
+    return [
+        told("goodput_requests_per_second", [one["goodput"] for one in summaries]),
+        told("goodput_share", [one["goodput share"] for one in summaries]),
+        told("latency_p50_ms", [_ms(one["latency p50"]) for one in summaries]),
+        told("time_per_output_token_ms", [_ms(one["time per output token"]) for one in summaries]),
+        told("kv_cache_peak_bytes", [float(run.served.peak_bytes) for run in runs]),
+        told("processor_utilisation", [run.utilisation for run in runs]),
+        told("batch_rows", [one["batch"] for one in summaries]),
+    ]
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
+
+def peaks(loaded: Loaded, baseline: Replayed, optimized: Replayed) -> list[Measurement]:
+    """Return true peaks of memory of one child process per arm, which decodes the largest batch that the arm formed."""
+    arms = []
+    for run in (baseline, optimized):
+        steps = [step for step in run.served.steps if step.kind == "decode"]
+        # The step whose padded cache was the largest of the run.
+        most = max(steps, key=lambda step: step.batch * step.tokens, default=None)
+        batch, tokens = (most.batch, most.tokens) if most else (1, 16)
+        arms.append(
+            memory.Arm(
+                folder=str(loaded.folder) if loaded.folder else None,
+                load=None if loaded.folder else {"name": loaded.name, "scale": loaded.scale, "random_weights": True},
+                batch=batch,
+                prompt_tokens=max(1, tokens - 4),
+                new_tokens=4,
+                dtype=str(loaded.dtype).removeprefix("torch."),
+                device=loaded.device,
+            )
+        )
+    return memory.measurements(*memory.peaks(*arms), workload="serve")
+
+
+def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, int]:
+    """Return (share of requests with equal answers, share of equal tokens, requests) of two runs of the same requests.
+
+    Only what both produced is compared.
+    """
+    first, second = outputs
+    shared = sorted(set(first) & set(second))
+    equal = tokens = same = 0
+    for name in shared:
+        length = min(len(first[name]), len(second[name]))
+        a, b = torch.tensor(first[name][:length]), torch.tensor(second[name][:length])
+        equal += bool((a == b).all())
+        tokens += length
+        same += int((a == b).sum())
+    return equal / max(1, len(shared)), same / max(1, tokens), len(shared)
+
+
+def beside(simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], wanted: Objectives) -> list[dict]:
+    """Return a row per policy and compared quantity: real, simulated (mean, least and most of the runs), relative error
+    of the mean.
+
+    Where least and most lie far apart the quantity hangs on single requests, and one replay tells as little of it.
+    """
+    rows = []
+    for runs, one in zip(simulated, real):
+        seen, made = latency.summary(one.served, wanted), [latency.summary(run, wanted) for run in runs]
+        for name, error in latency.errors(runs, one.served, wanted).items():
+            values = [each[name] for each in made]
+            told = [None] * 3 if None in values else [float(of(values)) for of in (np.mean, min, max)]
+            row = {"policy": one.served.policy, "quantity": name, "real": seen[name], "error": error}
+            rows.append(row | dict(zip(("simulated", "least", "most"), told)))
+    return rows
+
+
+def simulation_error(rows: Sequence[dict]) -> Measurement:
+    """Return the mean relative error of the simulation for the first policy and the last, from rows of `beside`."""
+    source = f"simulation against one replay in real time, mean error of {', '.join(latency.COMPARED)}"
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])]
+    known = [[error for error in arm if error is not None] for arm in arms]
+    if not all(known):
+        return measurement.unavailable("simulation_error", "serve, real time", "nothing to compare", source)
+    means = [float(np.mean(arm)) for arm in known]
+    return measurement.informative("simulation_error", "serve, real time", *means, source, n=1)
+
+
+def answers_alike(real: Sequence[Replayed], unavailable: str | None = None) -> list[Measurement]:
+    """Return how many requests of two replays got the same tokens, and how many tokens are the same; or that this is
+    `unavailable`, with the reason: random weights are near ties, which another batch decides otherwise.
+    """
+    *values, count = same_tokens([one.output for one in real])
+    source = f"{count} requests answered by the real model under both policies, greedy, same prompts"
+    names = ("same_answers", "top1_agreement")
+    if reason := unavailable or (None if count else "nothing was served"):
+        return [measurement.unavailable(name, "serve, real time", reason, source) for name in names]
+    return [
+        measurement.informative(name, "serve, real time", 1.0, value, source, n=count)
+        for name, value in zip(names, values)
+    ]

@@ -1,0 +1,68 @@
+"""The server loop without a model: steps take the time that was measured (`lib.measure.serving.step_times`), with its
+jitter.
+
+The engine here keeps the same padded cache as the real one, in numbers only, so hours of traffic take seconds.
+Everything is drawn by seed. Knows no policy.
+"""
+
+import random
+from collections.abc import Sequence
+
+from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
+from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.traffic import Request, Trace
+
+
+class SimulatedEngine:
+    """Answers with the measured time of each call. `jitter` off: medians, the same every time."""
+
+    def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True):
+        self.times, self.jitter = times, jitter
+        self.random = random.Random(seed)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.base: dict[int, int] = {}  # a row's context less the steps so far
+        self.steps = 0
+        self.longest = 0
+        self.columns = 0
+
+    @property
+    def bytes(self) -> float:
+        """Bytes the padded cache would hold now."""
+        return len(self.base) * self.columns * self.times.bytes_per_token
+
+    def prefill(self, requests: Sequence[Request]) -> float:
+        tokens = max(request.prompt_tokens for request in requests)
+        joining = bool(self.base)
+        for request in requests:
+            self.base[request.id] = request.prompt_tokens - self.steps
+        self._widen()
+        seconds = self.times.prefill(len(requests), tokens) * self._deviation(self.times.prefill_ratios)
+        return seconds + (self.times.move(self.bytes) if joining else 0.0)
+
+    def decode(self) -> float:
+        self.steps += 1
+        self.columns = self.longest + self.steps
+        return self.times.decode(len(self.base), self.columns) * self._deviation(self.times.decode_ratios)
+
+    def leave(self, ids: Sequence[int]) -> float:
+        for name in ids:
+            del self.base[name]
+        self._widen()
+        return self.times.move(self.bytes) if self.base else 0.0
+
+    def _widen(self) -> None:
+        self.longest = max(self.base.values(), default=0)
+        self.columns = self.longest + self.steps if self.base else 0
+
+    def _deviation(self, ratios: Sequence[float]) -> float:
+        return self.random.choice(ratios) if self.jitter else 1.0
+
+
+def simulate(
+    trace: Trace, policy: Policy, times: StepTimes, limits: Limits, *, seed: int = 0, jitter: bool = True, **options
+) -> Served:
+    """Serve `trace` in virtual time and return what happened; `options` are those of `serving.serve`."""
+    return serve(trace, policy, SimulatedEngine(times, seed, jitter), VirtualClock(), limits, **options)

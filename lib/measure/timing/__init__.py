@@ -1,0 +1,1 @@
+"""Interleaved timing of workloads, and what disturbed it."""

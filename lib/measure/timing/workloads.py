@@ -1,0 +1,223 @@
+"""What an arm is asked to do while it is timed: prefill, decode, generate. Knows how to drive a decoder by hand, token
+by token; knows nothing of clocks.
+
+Every workload is a callable without arguments. Its length is forced (no end-of-text stop) and its tokens are counted
+from the engine's own ids. No prompt is served from a warm prefix: what reads one starts from a fresh cache. What must
+not be timed (the prefill before a decode) is done once, before (`steps`), or lies in `prepare`, which `timing.paired`
+calls before it starts the clock.
+
+Shapes: B batch, T prompt tokens, N new tokens.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from lib.models.structure.anatomy import forget_pictures
+
+Prompt = torch.Tensor | Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Workload:
+    """A timed piece of work. `tokens` is what one call processes (prefill) or produces (decode, generate), all
+    sequences together.
+
+    `output_BN` holds the token ids of the last call, `step_seconds` the time of every decoded step (on CUDA between
+    events in the device's stream). `conditions` is what both arms must share.
+    """
+
+    name: str
+    call: Callable[["Workload"], object]
+    tokens: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    conditions: dict[str, object]
+    prepare: Callable[[], object] | None = None
+    synchronize: Callable[[], object] | None = None
+    output_BN: torch.Tensor | None = None
+    step_seconds: list[float] = field(default_factory=list)
+
+    def __call__(self) -> object:
+        return self.call(self)
+
+
+def prefill(model: nn.Module, prompt: Prompt) -> Workload:
+    """Return the work of reading a prompt up to its first new token: ids [B, T], or a dictionary of inputs.
+
+    `tokens` is B·T; divide by it for tokens per second; one call is one time to first token.
+    """
+    inputs = _inputs(model, prompt)
+    batch, length = inputs["input_ids"].shape
+
+    def call(work: Workload) -> None:
+        work.output_BN = _first(model, inputs)[0]
+
+    return Workload("prefill", call, batch * length, batch, length, 1, _conditions(model, inputs), None, barrier(model))
+
+
+def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
+    """Return the work of `new_tokens` greedy steps; the prompt's prefill is not timed. `tokens` is B·new_tokens."""
+    inputs = _inputs(model, prompt)
+    batch, length = inputs["input_ids"].shape
+    state: dict[str, object] = {}
+
+    def prepare() -> None:
+        state["first_B1"], state["cache"] = _first(model, inputs)
+
+    def call(work: Workload) -> None:
+        if not state:
+            prepare()
+        work.output_BN = _steps(model, state.pop("first_B1"), state.pop("cache"), new_tokens, work)
+
+    return Workload(
+        "decode",
+        call,
+        batch * new_tokens,
+        batch,
+        length,
+        new_tokens,
+        _conditions(model, inputs),
+        prepare,
+        barrier(model),
+    )
+
+
+def steps(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
+    """Return the work of `decode` at a context that stays: the prompt is read once, now, and every call forgets the
+    tokens it made. For long prompts, whose reading would take most of the time.
+    """
+    inputs = _inputs(model, prompt)
+    batch, length = inputs["input_ids"].shape
+    first_B1, cache = _first(model, inputs)
+
+    def call(work: Workload) -> None:
+        work.output_BN = _steps(model, first_B1, cache, new_tokens, work)
+        cache.crop(-new_tokens)
+
+    conditions = _conditions(model, inputs)
+    return Workload("decode", call, batch * new_tokens, batch, length, new_tokens, conditions, None, barrier(model))
+
+
+def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
+    """Return the work of answering a prompt end to end: prefill, then greedy steps. `tokens` is B·new_tokens."""
+    inputs = _inputs(model, prompt)
+    batch, length = inputs["input_ids"].shape
+
+    def call(work: Workload) -> None:
+        first_B1, cache = _first(model, inputs)
+        rest_BN = _steps(model, first_B1, cache, new_tokens - 1, work)
+        work.output_BN = torch.cat([first_B1, rest_BN], dim=1)
+
+    return Workload(
+        "generate",
+        call,
+        batch * new_tokens,
+        batch,
+        length,
+        new_tokens,
+        _conditions(model, inputs),
+        None,
+        barrier(model),
+    )
+
+
+def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Return random token ids [B, T] of the model's vocabulary: for models without a tokenizer (random weights)."""
+    config = model.config.get_text_config()
+    # The lowest ids are special tokens, and for vision-language models stand for pictures that are not there.
+    floor = min(256, config.vocab_size // 4)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(floor, config.vocab_size // 2, (batch, length), generator=generator)
+
+
+def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_for: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless both arms have the same prompts, lengths, dtype, device, attention and experts backend.
+
+    `except_for` names the conditions that are the optimization itself.
+    """
+    differing = [
+        f"{name} ({baseline.conditions[name]} against {optimized.conditions[name]})"
+        for name in baseline.conditions
+        if name not in except_for and baseline.conditions[name] != optimized.conditions[name]
+    ]
+    for name in ("name", "batch", "tokens", "new_tokens"):
+        if name not in except_for and getattr(baseline, name) != getattr(optimized, name):
+            differing.append(f"{name} ({getattr(baseline, name)} against {getattr(optimized, name)})")
+    if differing:
+        raise ValueError(f"the arms are not comparable: they differ in {', '.join(differing)}")
+
+
+@torch.inference_mode()
+def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, object]:
+    """Run the prompt; return the first greedy token [B, 1] and the cache, which is new."""
+    forget_pictures(model)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+@torch.inference_mode()
+def _steps(model: nn.Module, token_B1: torch.Tensor, cache: object, steps: int, work: Workload) -> torch.Tensor:
+    """Decode `steps` tokens greedily after `token_B1`; return them [B, steps]."""
+    produced, marks = [], [_mark(token_B1)]
+    for _ in range(steps):
+        output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token_B1, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        produced.append(token_B1)
+        marks.append(_mark(token_B1))
+    work.step_seconds += _between(marks)
+    return torch.cat(produced, dim=1) if produced else token_B1[:, :0]
+
+
+def _mark(tensor: torch.Tensor) -> float | torch.cuda.Event:
+    """Return this moment: the clock's on a processor, an event in the device's stream on CUDA, which delays nothing."""
+    if not tensor.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(marks: list) -> list[float]:
+    """Return the seconds between neighbouring marks."""
+    if isinstance(marks[0], float):
+        return [later - earlier for earlier, later in pairwise(marks)]
+    marks[-1].synchronize()
+    return [earlier.elapsed_time(later) / 1000 for earlier, later in pairwise(marks)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Return where the model computes; parameters that wait elsewhere (on disk: meta) do not say."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def _inputs(model: nn.Module, prompt: Prompt) -> dict[str, torch.Tensor]:
+    device = _device(model)
+    inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, object]:
+    weight = next(model.parameters())
+    config = model.config.get_text_config()
+    digest = hashlib.sha256(inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
+    return {
+        "prompt": digest,
+        "dtype": str(weight.dtype),
+        "device": str(_device(model)),
+        "attention": getattr(config, "_attn_implementation", None),
+        "experts": getattr(config, "_experts_implementation", None),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def barrier(model: nn.Module) -> Callable[[], object] | None:
+    """Return what waits for the device to finish, or None where calls are over when they return."""
+    return torch.cuda.synchronize if _device(model).type == "cuda" else None

@@ -1,0 +1,100 @@
+"""How busy the processor (and the GPU, where there is one) is while something runs. Knows nothing of what runs."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from lib.measure.timing import disturbance
+
+
+@dataclass(frozen=True)
+class Use:
+    """Processor use of one stretch. `utilisation` is (user + system) / (wall × given cores); `gpu` a share, None
+    without one.
+    """
+
+    wall_seconds: float
+    processor_seconds: float
+    cores: int
+    gpu: float | None = None
+
+    @property
+    def utilisation(self) -> float:
+        return self.processor_seconds / (self.wall_seconds * self.cores)
+
+    @property
+    def source(self) -> str:
+        return f"user + system time over wall time on {self.cores} given core{'s' * (self.cores > 1)}"
+
+
+def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
+    """Call `arm` once, and again for at least `seconds`; return the use of processor (this process, all threads) and
+    GPU.
+
+    What an arm's `prepare` does is left out.
+    """
+    prepare = getattr(arm, "prepare", None)
+    synchronize = getattr(arm, "synchronize", None)
+    wall = busy = 0.0
+    with _GpuSampler() as gpu:
+        while not wall or wall < seconds:
+            if prepare:
+                prepare()
+            if synchronize:
+                synchronize()
+            start_wall, start_busy = time.perf_counter(), time.process_time()
+            arm()
+            if synchronize:
+                synchronize()
+            wall += time.perf_counter() - start_wall
+            busy += time.process_time() - start_busy
+    return Use(wall, busy, len(disturbance.cores()), gpu.mean)
+
+
+def nvml_handle():
+    """Return NVML's handle of the CUDA device in use, or None where there is no GPU or no NVML."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    except pynvml.NVMLError:
+        return None
+
+
+class _GpuSampler:
+    """Reads the GPU's utilisation twenty times a second while open; `mean` is its share, None where there is no GPU."""
+
+    def __init__(self):
+        self.samples: list[int] = []
+        self.closing = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.samples) / len(self.samples) / 100 if self.samples else None
+
+    def __enter__(self):
+        handle = nvml_handle()
+        if handle is not None:
+            self.thread = threading.Thread(target=self._sample, args=(handle,), daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        if self.thread:
+            self.thread.join()
+
+    def _sample(self, handle) -> None:
+        import pynvml
+
+        with suppress(pynvml.NVMLError):  # a card that does not tell leaves `mean` None
+            while not self.closing.wait(0.05):
+                self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)

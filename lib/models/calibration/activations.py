@@ -1,0 +1,167 @@
+"""What happens inside a model on calibration text: activations, routing, contributions of heads, influence of blocks.
+
+One pass with hooks on the anatomy, for every optimization that ranks parts by what they do. Padding is left out.
+Knows nothing of how a part is ranked or removed, and keeps sums only, never activations.
+
+Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.structure.anatomy import Anatomy, Block, anatomy
+from lib.models.structure.factored import FactoredExperts
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over the calibration tokens of one block, float32 on the model's device; None where it lacks the part."""
+
+    tokens: int = 0
+    channel_activation_C: torch.Tensor | None = None  # Σ |activation| at the down projection of the dense part
+    head_contribution_Q: torch.Tensor | None = None  # Σ ‖what the head adds to the hidden state‖₂
+    influence: float = 0.0  # Σ (1 − cos(block input, block output)), Men et al. 2024 (ShortGPT), section 3
+    expert_tokens_E: torch.Tensor | None = None  # tokens routed to each expert
+    expert_contribution_E: torch.Tensor | None = None  # Σ router weight × ‖expert output‖₂ over its tokens
+    expert_channel_activation_EI: torch.Tensor | None = None  # Σ |activation| over its tokens
+
+
+@dataclass
+class Observation:
+    """Statistics of every block, and the number of tokens seen."""
+
+    blocks: list[BlockStatistics] = field(default_factory=list)
+    tokens: int = 0
+
+
+def real_T(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return which tokens of a batch are no padding, all sequences one behind the other."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    return torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
+
+
+def count(calibration: Iterable[dict[str, torch.Tensor]]) -> int:
+    """Return how many tokens, padding left out, calibration has."""
+    return sum(int(real_T(inputs).sum()) for inputs in calibration)
+
+
+def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
+    """Run `calibration` (keyword arguments of the model, batch by batch) and return what each block did.
+
+    Raises UserError where there is no calibration token at all.
+    """
+    view = anatomy(model)
+    seen = Observation([BlockStatistics() for _ in view.blocks])
+    with watching(view, seen) as start, torch.inference_mode():
+        for inputs in calibration:
+            start(inputs)
+            model(**inputs, use_cache=False, logits_to_keep=1)
+    if seen.tokens == 0:
+        raise UserError("calibration: no token to observe; give at least one sequence")
+    return seen
+
+
+@contextmanager
+def watching(view: Anatomy, seen: Observation):
+    """Hook the statistics of `seen` into the model; yields a function to be called with the inputs of each batch."""
+    keep: dict[str, torch.Tensor] = {}
+
+    def start(inputs: dict[str, torch.Tensor]) -> None:
+        keep["mask"] = real_T(inputs)
+        seen.tokens += int(keep["mask"].sum())
+
+    def real(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.reshape(-1, hidden.shape[-1])[keep["mask"]]
+
+    hooks = []
+    for block, statistics in zip(view.blocks, seen.blocks):
+        hooks += _watch_block(block, statistics, real, keep)
+    try:
+        yield start
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _watch_block(block: Block, statistics: BlockStatistics, real: Callable, keep: dict) -> list:
+    hooks = [
+        block.module.register_forward_hook(
+            lambda module, args, kwargs, output: _add_influence(statistics, real, args, kwargs, output),
+            with_kwargs=True,
+        ),
+    ]
+    if block.attention.kind != "none":
+        hooks.append(
+            block.attention.output.register_forward_pre_hook(
+                lambda module, args: _add_heads(statistics, block, real(args[0]))
+            )
+        )
+    part = block.feed_forward
+    if part.dense is not None:
+        hooks.append(part.down.register_forward_pre_hook(lambda module, args: _add_channels(statistics, real(args[0]))))
+    if part.experts is not None:
+        hooks.append(
+            part.experts.module.register_forward_pre_hook(
+                lambda module, args: _add_experts(statistics, module, *(tensor[keep["mask"]] for tensor in args))
+            )
+        )
+    return hooks
+
+
+def _add(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    return value if total is None else total + value
+
+
+def _add_influence(statistics: BlockStatistics, real: Callable, args: tuple, kwargs: dict, output) -> None:
+    before = args[0] if args else kwargs["hidden_states"]
+    after = output[0] if isinstance(output, tuple) else output
+    cosine = torch.nn.functional.cosine_similarity(real(before).float(), real(after).float(), dim=-1)
+    statistics.influence += float((1 - cosine).sum())
+    statistics.tokens += cosine.shape[0]
+
+
+def _add_channels(statistics: BlockStatistics, activation_TC: torch.Tensor) -> None:
+    statistics.channel_activation_C = _add(statistics.channel_activation_C, activation_TC.float().abs().sum(0))
+
+
+def _add_heads(statistics: BlockStatistics, block: Block, heads_TF: torch.Tensor) -> None:
+    """Norm of what each head adds: ‖W_o[:, head] · a‖, through the head's Gram matrix, without forming it per token."""
+    attention = block.attention
+    heads_TQD = heads_TF.float().view(heads_TF.shape[0], attention.heads, attention.value_dim)
+    weight_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
+    gram_QDD = torch.einsum("hqd,hqe->qde", weight_HQD, weight_HQD)
+    squared_TQ = torch.einsum("tqd,qde,tqe->tq", heads_TQD, gram_QDD, heads_TQD)
+    statistics.head_contribution_Q = _add(statistics.head_contribution_Q, squared_TQ.clamp_min(0).sqrt().sum(0))
+
+
+def _add_experts(
+    statistics: BlockStatistics,
+    module: nn.Module,
+    hidden_TH: torch.Tensor,
+    chosen_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> None:
+    """Run each expert on its own tokens once more, to see its activations and its weighted output."""
+    count, _, width = module.down_proj.shape
+    tokens_E, contribution_E = hidden_TH.new_zeros(count, dtype=torch.float32), hidden_TH.new_zeros(count).float()
+    activation_EI = hidden_TH.new_zeros(count, width, dtype=torch.float32)
+    factored = isinstance(module, FactoredExperts)
+    entering = module.enter(hidden_TH) if factored else hidden_TH
+    for expert in range(count):
+        token, position = torch.where(chosen_TK == expert)
+        if token.numel() == 0:
+            continue
+        inner = module._apply_gate(nn.functional.linear(entering[token], module.gate_up_proj[expert]))
+        output = nn.functional.linear(inner, module.down_proj[expert])
+        output = module.leave(output) if factored else output
+        tokens_E[expert] = token.numel()
+        contribution_E[expert] = (weight_TK[token, position].float() * output.float().norm(dim=-1)).sum()
+        activation_EI[expert] = inner.float().abs().sum(0)
+    statistics.expert_tokens_E = _add(statistics.expert_tokens_E, tokens_E)
+    statistics.expert_contribution_E = _add(statistics.expert_contribution_E, contribution_E)
+    statistics.expert_channel_activation_EI = _add(statistics.expert_channel_activation_EI, activation_EI)

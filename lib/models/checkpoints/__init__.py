@@ -1,0 +1,1 @@
+"""Checkpoint folders: their files and bytes, read, written, checked, placed in memory."""

@@ -1,0 +1,176 @@
+"""Models to and from checkpoint folders: building, saving, loading (pruned and factored ones too), hashing.
+
+A proxy is an ordinary checkpoint folder, so the path that real checkpoints take runs everywhere. Knows nothing of
+scales, parameter files, tasks, measuring or optimizations. Offline unless a hub id is given.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from lib.errors import UserError
+from lib.models.checkpoints import weight_file
+from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
+from lib.models.checkpoints.random_weights import Tiled
+from lib.models.structure import factored, no_op, sparse
+from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.architecture import auto_class, ready
+
+transformers_logging.disable_progress_bar()
+
+HASHED_BYTES = 2**26  # at a time
+WEIGHTS = "model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(
+    config: dict,
+    architecture: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tiled: bool = False,
+) -> nn.Module:
+    """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference.
+
+    `tiled`: large tensors repeat a tile, for models that are only timed; what is to be trained is drawn in full.
+    """
+    configuration = AutoConfig.for_model(architecture, **config)
+    with torch.random.fork_rng(devices=[]), torch.device(device), Tiled() if tiled else nullcontext():
+        torch.manual_seed(seed)
+        model = auto_class(configuration).from_config(configuration, dtype=dtype)
+    return ready(model)
+
+
+def load_image_processor(folder: Path | str) -> object:
+    """Load the picture processor of a vision-language checkpoint on the PIL path, which needs no torchvision."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, processor: object = None) -> Path:
+    """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths and of its factored
+    matrices; return the folder. Tied weights are stored once, and tensors begin at aligned bytes.
+
+    Where every block has the shapes that the configuration implies, and nothing is factored, transformers reads the
+    folder as well.
+    """
+    folder = Path(folder)
+    model.save_pretrained(folder, state_dict={})  # its configurations; the weights are written as we want them
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    weight_file.write(folder / WEIGHTS, stored)
+    blocks = [
+        {
+            "heads": block.attention.heads,
+            "key_value_heads": block.attention.key_value_heads,
+            "channels": block.feed_forward.channels,
+            "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
+        }
+        | told
+        for block, told in zip(anatomy(model).blocks, no_op.describe(model))
+    ]
+    manifest: dict[str, object] = {"blocks": blocks}
+    manifest |= {
+        name: found for name, found in (("factors", factored.ranks(model)), ("sparse", sparse.describe(model))) if found
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for part in (tokenizer, processor):
+        if part is not None:
+            part.save_pretrained(folder)
+    return folder
+
+
+def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """Load a checkpoint folder (or hub id) for inference; with our manifest each block may have a shape of its own, and
+    matrices may be stored in factors.
+    """
+    if (Path(folder) / MANIFEST).is_file():
+        model = _load_with_manifest(Path(folder), dtype, device)
+    else:
+        configuration = AutoConfig.from_pretrained(folder)
+        model, report = auto_class(configuration).from_pretrained(
+            folder, config=configuration, dtype=dtype or "auto", output_loading_info=True
+        )
+        model = model.to(device)
+        if report["missing_keys"]:
+            raise UserError(f"{folder}: the checkpoint lacks {sorted(report['missing_keys'])[0]}")
+    return _aligned(ready(model))
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """Move weights that lie askew in a mapped file into memory of their own, aligned as fresh tensors are.
+
+    Products round differently, and run slower, over misaligned memory: an arm read from disk would differ from the same
+    arm in memory.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and sparse.is_dense(tensor) and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) -> nn.Module:
+    """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape.
+
+    Tensors are read one by one into memory of their own, as a model has them that was built in memory: of a mapped file
+    the system may take pages away, and then a peak lacks them.
+    """
+    configuration = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    no_op.restore(model, manifest.get("blocks", []))
+    factored.restore(model, manifest.get("factors", {}))
+    with closing(weight_file.WeightFile(folder)) as file:
+        stored = {name: partial(file.tensor, place) for name, place in file.places.items()}
+        sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
+        for name, old in [*model.named_parameters(), *model.named_buffers()]:
+            if name in stored:
+                _place(model, name, old, stored.pop(name)(), dtype, device)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or stored:
+        raise UserError(f"{folder}: weights and configuration do not fit at {(left or sorted(stored))[0]}")
+    return synchronise(model.to(device))
+
+
+def _place(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, dtype, device: str) -> None:
+    """Put a stored tensor where `old` is; parameters take `dtype`, buffers keep their own."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if isinstance(old, nn.Parameter):
+        tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, leaf, tensor.to(device=device, dtype=old.dtype))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer.
+
+    Pieces of at most HASHED_BYTES are hashed side by side, wherever they lie; the hash is of theirs, in order.
+    """
+
+    def digest(piece: torch.Tensor) -> bytes:
+        return hashlib.sha256(piece.cpu().numpy()).digest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, tensor in sorted(model.state_dict().items()):
+            whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            pieces = tensor.detach().contiguous().flatten().view(torch.uint8).split(HASHED_BYTES)
+            for found in pool.map(digest, pieces):
+                whole.update(found)
+    return whole.hexdigest()

@@ -1,0 +1,1 @@
+"""Models larger than memory: weights streamed from files, experts cached."""

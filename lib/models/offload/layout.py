@@ -1,0 +1,192 @@
+"""A model without weights, and where they lie: its units, what always stays in memory, its experts.
+
+The architecture is built of shells: a parameter whose weights are elsewhere holds its shape, dtype and a single
+NaN. A unit is what is needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which
+tensor of a checkpoint belongs to which unit; reads none of them.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig
+
+from lib.errors import UserError
+from lib.models.checkpoints.folder import MANIFEST
+from lib.models.checkpoints.weight_file import Place, WeightFile, aligned
+from lib.models.offload import expert_cache
+from lib.models.structure import architecture, factored
+from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
+
+HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a unit: where it lies, which module's parameter it becomes (None for rows of the head), and the
+    shell that stands there while it is not in memory.
+    """
+
+    place: Place
+    owner: nn.Module | None
+    leaf: str
+    empty: nn.Parameter | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model without weights and where they lie: its units, what stays in memory (name → bytes), its experts (block →
+    what gives the places of one; `expert_size` is how many there are, and bytes of one), its embeddings.
+    """
+
+    model: nn.Module
+    view: Anatomy
+    file: WeightFile
+    units: dict[str, list[Part]]
+    fixed: dict[str, int]
+    experts: dict[int, object]
+    expert_size: tuple[int, int]
+    embeddings: Place
+    total: int
+
+
+def layout(folder: Path, drop: bool, device: str) -> Layout:
+    """Return the layout of a checkpoint folder. Raises UserError where it is damaged or lacks a tensor."""
+    file = WeightFile(folder, drop=drop)
+    model = _skeleton(folder, file, device)
+    view = anatomy(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    embeddings = _place(file, names[id(view.embeddings.weight)])
+    head = embeddings if view.tied else _place(file, names[id(view.head.weight)])
+    experts = _experts(view, names, file)
+    units = _units(view, names, file, experts, head)
+    fixed = _fixed(model, view, units, experts, file)
+    count = sum(view.blocks[index].feed_forward.experts.count for index in experts)
+    size = count, expert_cache.expert_bytes(experts) if experts else 0
+    total = sum(unit_bytes(units).values()) + sum(fixed.values()) + size[0] * size[1]
+    total += 0 if view.tied else embeddings.nbytes
+    return Layout(model, view, file, units, fixed, experts, size, embeddings, total)
+
+
+def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
+    """Return the memory that each unit takes, its tensors aligned."""
+    return {name: sum(aligned(part.place.nbytes) for part in parts) for name, parts in units.items()}
+
+
+def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
+    """Build the architecture with a shell for every parameter, in the stored shape and dtype."""
+    configuration = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = architecture.auto_class(configuration).from_config(configuration)
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if manifest.get("sparse"):
+        raise UserError(f"{folder}: holds sparsely stored matrices, which cannot be streamed; stream the dense model")
+    factored.restore(model, manifest.get("factors", {}))
+    model.tie_weights()
+    shared = {}
+    usual = max(file.places.values(), key=lambda place: place.nbytes).dtype
+    for module_name, module in model.named_modules():
+        for leaf, old in module._parameters.items():
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            if old is not None and id(old) not in shared:
+                place = file.places.get(name)
+                shape, dtype = (old.shape, usual) if place is None else (place.shape, place.dtype)
+                one = torch.full((1,), float("nan"), dtype=dtype, device=device)
+                shared[id(old)] = nn.Parameter(one.expand(shape), requires_grad=False)
+            if old is not None:
+                module._parameters[leaf] = shared[id(old)]
+        for leaf, old in module._buffers.items():
+            module._buffers[leaf] = None if old is None else old.to(device)
+    return (synchronise(model) if manifest else model).eval()
+
+
+def _experts(view: Anatomy, names: Mapping[int, str], file: WeightFile) -> dict[int, object]:
+    """Return, per block with routed experts, what gives the places of one: stacked in one tensor, or each by itself."""
+    found = {}
+    for block in view.blocks:
+        experts = block.feed_forward.experts
+        if experts is None or isinstance(experts.module, factored.FactoredExperts):
+            continue
+        stacked = names[id(experts.gate_up)], names[id(experts.down)]
+        if all(name in file.places for name in stacked):
+            found[block.index] = functools.partial(_stacked_expert, *(file.places[name] for name in stacked))
+        else:
+            found[block.index] = functools.partial(_single_expert, file, stacked[0].rpartition(".")[0])
+    return found
+
+
+def _stacked_expert(gate_up: Place, down: Place, expert: int) -> list[Place]:
+    return [gate_up.element(expert), down.element(expert)]
+
+
+def _single_expert(file: WeightFile, prefix: str, expert: int) -> list[Place]:
+    names = [f"{prefix}.{expert}.{leaf}_proj.weight" for leaf in ("gate", "up", "down")]
+    return [_place(file, name) for name in names]
+
+
+def _place(file: WeightFile, name: str) -> Place:
+    if name not in file.places:
+        raise UserError(f"{file.folder}: the checkpoint lacks {name}")
+    return file.places[name]
+
+
+def _units(
+    view: Anatomy, names: Mapping[int, str], file: WeightFile, experts: Mapping[int, object], head: Place
+) -> dict[str, list[Part]]:
+    """Return the parts of every unit in order of use: blocks of the vision tower, decoder blocks, rows of the head."""
+    units = {}
+    for name, module in unit_modules(view).items():
+        routed: set[int] = set()
+        if name.startswith("block.") and int(name.partition(".")[2]) in experts:
+            routed = {id(parameter) for parameter in _routed(view, int(name.partition(".")[2])).parameters()}
+        units[name] = [
+            Part(_place(file, names[id(parameter)]), owner, leaf, parameter)
+            for owner in module.modules()
+            for leaf, parameter in owner._parameters.items()
+            if parameter is not None and id(parameter) not in routed
+        ]
+    largest = max(unit_bytes({n: parts for n, parts in units.items() if n.startswith("block.")}).values())
+    rows = max(1, min(HEAD_BYTES, largest) * head.shape[0] // head.nbytes)
+    for first in range(0, head.shape[0], rows):
+        units[f"head.{first}"] = [Part(head.rows(first, min(first + rows, head.shape[0])), None, "weight", None)]
+    return units
+
+
+def _routed(view: Anatomy, block: int) -> nn.Module:
+    return view.blocks[block].feed_forward.experts.module
+
+
+def unit_modules(view: Anatomy) -> dict[str, nn.Module]:
+    """Return the modules that are units, by name, in order of use: whatever has matrices in the vision tower (the parts
+    of its lists one by one), then the decoder blocks.
+    """
+    found = {}
+    for name, child in view.vision.named_children() if view.vision is not None else ():
+        members = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
+        for at, member in members:
+            if any(isinstance(module, nn.Linear) for module in member.modules()):
+                found[f"vision.{name}.{at}".rstrip(".")] = member
+    return found | {f"block.{block.index}": block.module for block in view.blocks}
+
+
+def _fixed(
+    model: nn.Module,
+    view: Anatomy,
+    units: Mapping[str, list[Part]],
+    experts: Mapping[int, object],
+    file: WeightFile,
+) -> dict[str, int]:
+    """Return the bytes of everything that always stays in memory: norms, small parts of a vision tower, buffers."""
+    elsewhere = {id(part.empty) for parts in units.values() for part in parts}
+    elsewhere |= {id(parameter) for index in experts for parameter in _routed(view, index).parameters()}
+    elsewhere |= {id(view.embeddings.weight), id(view.head.weight)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in elsewhere]
+    stored = {name: _place(file, name) for name in names}
+    stored |= {name: file.places[name] for name, _ in model.named_buffers() if name in file.places}
+    return {name: aligned(place.nbytes) for name, place in stored.items()}

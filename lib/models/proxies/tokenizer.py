@@ -1,0 +1,56 @@
+"""The proxies' tokenizer: byte-level pairs learned from the frozen training text, one token for every label.
+
+Knows the frozen text and the tokenizers library. Knows nothing of models or prompts.
+"""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lib.models.tasks import corpus
+
+# In this order they get the ids 0 to 6, which the proxies' configurations name.
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHARACTERS = 3_000_000  # of each corpus; more does not change the merges that matter
+
+
+def train(size: int) -> PreTrainedTokenizerFast:
+    """Learn a tokenizer of exactly `size` entries from both corpora: special tokens, bytes, merges, labels."""
+    names = {name for part in corpus.CORPORA for name in corpus.classes(part)} | set("0123456789")
+    labels = sorted(f" {name}" for name in names)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(labels),
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(), trainer)
+    tokenizer.add_tokens([AddedToken(label, normalized=False) for label in labels])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[1:]),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _sample():
+    for part in corpus.CORPORA:
+        left = CHARACTERS
+        for document in corpus.documents(part):
+            text = "\n\n".join(document.pieces)
+            yield text
+            left -= len(text)
+            if left <= 0:
+                break

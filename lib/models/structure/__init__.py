@@ -1,0 +1,1 @@
+"""One view of all architectures, and surgery on it."""

@@ -1,0 +1,289 @@
+"""One view of the four architectures: decoder blocks, each with attention and feed-forward; embeddings, head, vision.
+
+Everything is found by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
+never by a model's name, so an optimization is written once against this view. The view holds references into the
+model, no copies: it is taken anew after a structural change, and `synchronise` then makes the counts that modules
+keep beside their tensors (widths, numbers of heads and experts) agree with the tensors' real shapes.
+
+Knows nothing of measuring, of tokenizers or of where weights come from.
+
+Shapes: E experts, H hidden, I width of one expert, C channels of a dense feed-forward part.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one block. Head sizes are per head, in elements.
+
+    `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
+    `latent`: queries and key-values are expanded from latents, one slice per head; the cache keeps the latents.
+    `none`: the block has no attention (`lib.models.structure.no_op`): every count is 0.
+    """
+
+    module: nn.Module
+    kind: str
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    value_dim: int
+    latent_dim: int
+    rope_dim: int
+
+    @property
+    def output(self) -> nn.Linear:
+        """Projection from the heads back to hidden, weight [H, heads × value_dim]."""
+        return self.module.o_proj
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Elements that the cache keeps for one token of this block."""
+        if self.kind == "latent":
+            return self.latent_dim + self.rope_dim
+        return self.key_value_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of one block: `gate_up` [E, 2I, H] and `down` [E, H, I], chosen by `router` (weight [E, H])."""
+
+    module: nn.Module
+    router: nn.Module
+
+    @property
+    def gate_up(self) -> nn.Parameter:
+        return self.module.gate_up_proj
+
+    @property
+    def down(self) -> nn.Parameter:
+        return self.module.down_proj
+
+    @property
+    def count(self) -> int:
+        return self.gate_up.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.down.shape[2]
+
+    @property
+    def top_k(self) -> int:
+        return self.router.top_k
+
+    @property
+    def correction_bias(self) -> torch.Tensor | None:
+        """Bias [E] added to the router's scores for choosing only, or None."""
+        return getattr(self.router, "e_score_correction_bias", None)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Feed-forward part of one block: kind `dense`, `experts` (then `dense` is the shared expert, if any) or `none`."""
+
+    module: nn.Module
+    kind: str
+    dense: nn.Module | None
+    experts: Experts | None
+
+    @property
+    def gate(self) -> nn.Linear | None:
+        return getattr(self.dense, "gate_proj", None)
+
+    @property
+    def up(self) -> nn.Linear | None:
+        return getattr(self.dense, "up_proj", None)
+
+    @property
+    def down(self) -> nn.Linear | None:
+        return getattr(self.dense, "down_proj", None)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the dense part (0 where there is none)."""
+        return self.down.in_features if self.dense is not None else 0
+
+
+@dataclass(frozen=True)
+class Block:
+    index: int
+    module: nn.Module
+    attention: Attention
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The whole model: `decoder` holds the list `decoder.layers`; `config` is the text configuration."""
+
+    model: nn.Module
+    decoder: nn.Module
+    config: object
+    blocks: list[Block]
+    embeddings: nn.Embedding
+    head: nn.Linear
+    final_norm: nn.Module
+    vision: nn.Module | None
+
+    @property
+    def hidden(self) -> int:
+        return self.embeddings.weight.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.embeddings.weight.shape[0]
+
+    @property
+    def fixed_blocks(self) -> int:
+        """Number of first blocks that must stay: the vision tower adds its features behind them, by index."""
+        return len(getattr(self.vision, "deepstack_merger_list", ()))
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embeddings are one tensor."""
+        return self.head.weight is self.embeddings.weight
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Return the view of `model`. Raises TypeError where its structure is none that this view knows."""
+    inner = getattr(model, "model", model)
+    decoder = getattr(inner, "language_model", inner)
+    if not hasattr(decoder, "layers") or not hasattr(model, "lm_head"):
+        raise TypeError(
+            f"{type(model).__name__}: no decoder with `layers` and `lm_head`; the anatomy knows decoders only"
+        )
+    blocks = [
+        Block(index, layer, attention(layer.self_attn), feed_forward(layer.mlp))
+        for index, layer in enumerate(decoder.layers)
+    ]
+    return Anatomy(
+        model=model,
+        decoder=decoder,
+        config=decoder.config,
+        blocks=blocks,
+        embeddings=decoder.embed_tokens,
+        head=model.lm_head,
+        final_norm=decoder.norm,
+        vision=getattr(inner, "visual", None),
+    )
+
+
+def attention(module: nn.Module) -> Attention:
+    """Return the view of one attention module; head counts come from the tensors' shapes."""
+    if getattr(module, "absent", False):
+        return Attention(module, "none", 0, 0, head_dim=0, value_dim=0, latent_dim=0, rope_dim=0)
+    if hasattr(module, "kv_b_proj"):
+        heads = module.o_proj.in_features // module.v_head_dim
+        return Attention(
+            module,
+            "latent",
+            heads,
+            heads,
+            head_dim=module.qk_nope_head_dim + module.qk_rope_head_dim,
+            value_dim=module.v_head_dim,
+            latent_dim=module.kv_lora_rank,
+            rope_dim=module.qk_rope_head_dim,
+        )
+    size = module.head_dim
+    return Attention(
+        module,
+        "grouped_query",
+        heads=module.o_proj.in_features // size,
+        key_value_heads=module.k_proj.out_features // size,
+        head_dim=size,
+        value_dim=size,
+        latent_dim=0,
+        rope_dim=size,
+    )
+
+
+def feed_forward(module: nn.Module) -> FeedForward:
+    """Return the view of one feed-forward module."""
+    if getattr(module, "absent", False):
+        return FeedForward(module, "none", None, None)
+    if hasattr(module, "experts"):
+        return FeedForward(
+            module, "experts", getattr(module, "shared_experts", None), Experts(module.experts, module.gate)
+        )
+    return FeedForward(module, "dense", module, None)
+
+
+def forget_pictures(model: nn.Module) -> None:
+    """Make a vision-language model forget where the pictures of its last prompt stood; nothing happens elsewhere.
+
+    It keeps that offset on itself, and would shift the positions of the next text-only prompt by it while decoding.
+    """
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+
+
+def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
+    """Give `linear` another weight [out, in]; its bias must already fit. Raises UserError where it is not dense."""
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"{type(linear).__name__}: its matrix is stored in factors and cannot lose rows or columns; "
+            "remove parts before matrices are factored"
+        )
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+    linear.out_features, linear.in_features = weight.shape
+
+
+def synchronise(model: nn.Module) -> nn.Module:
+    """Make every count that modules and configuration keep agree with the tensors' shapes; return the model.
+
+    The configuration states the largest of widths that differ from block to block; `lib.models.checkpoints.io.save`
+    then writes a manifest, since such shapes do not follow from a configuration.
+    """
+    view = anatomy(model)
+    with_attention = 0  # only these have a place in the cache
+    for block in view.blocks:
+        if block.attention.kind != "none":
+            block.attention.module.layer_idx = with_attention
+            with_attention += 1
+        for linear in (module for module in block.module.modules() if isinstance(module, nn.Linear)):
+            linear.out_features, linear.in_features = linear.weight.shape
+        _synchronise_block(block)
+    _state_in_config(view)
+    return model
+
+
+def _synchronise_block(block: Block) -> None:
+    seen = attention(block.attention.module)
+    module = seen.module
+    if seen.kind != "none":
+        module.num_key_value_groups = seen.heads // seen.key_value_heads
+    if hasattr(module, "num_heads"):
+        module.num_heads = seen.heads
+    dense, experts = block.feed_forward.dense, block.feed_forward.experts
+    if dense is not None:
+        dense.intermediate_size = block.feed_forward.channels
+    if experts is not None:
+        experts.module.num_experts = experts.router.num_experts = experts.count
+        experts.module.intermediate_dim = experts.channels
+
+
+def _state_in_config(view: Anatomy) -> None:
+    """Write the decoder's real dimensions into its configuration."""
+    config, blocks = view.config, anatomy(view.model).blocks
+    config.num_hidden_layers = len(blocks)
+    config.num_attention_heads = max(block.attention.heads for block in blocks)
+    config.num_key_value_heads = max(block.attention.key_value_heads for block in blocks)
+    dense = [block.feed_forward for block in blocks if block.feed_forward.kind == "dense"]
+    if dense:
+        config.intermediate_size = max(part.channels for part in dense)
+    routed = [block.feed_forward.experts for block in blocks if block.feed_forward.experts]
+    if routed:
+        name = "n_routed_experts" if hasattr(config, "n_routed_experts") else "num_experts"
+        setattr(config, name, max(part.count for part in routed))
+        config.moe_intermediate_size = max(part.channels for part in routed)
+    if getattr(config, "mlp_layer_types", None) is not None:
+        config.mlp_layer_types = ["sparse" if block.feed_forward.kind == "experts" else "dense" for block in blocks]
+    if hasattr(config, "mlp_only_layers"):
+        config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind != "experts"]
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[: len(blocks)]

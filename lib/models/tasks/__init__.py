@@ -1,0 +1,1 @@
+"""What a model is asked: tasks, items, prompts, evaluation text."""

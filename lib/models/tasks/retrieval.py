@@ -1,0 +1,85 @@
+"""Token windows: held-out text, and keys with values stored in it.
+
+`recall` puts a key and a value of random tokens before `distance` tokens of held-out text and asks for the value
+after the key. Everything is drawn by seed, in ids of the model's own tokenizer. Knows nothing of scoring.
+
+Shapes: N windows, B prompts, T tokens, V tokens of a value.
+"""
+
+import functools
+import string
+
+import torch
+
+from lib.models.tasks import corpus
+
+CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
+KEY, VALUE = 4, 8  # tokens
+LEAD = 8  # tokens of text before the first key
+
+
+def corpus_of(loaded) -> str:
+    """Return which corpus the text of this model's tasks comes from: "docs" or "code"."""
+    return next((CORPUS[task] for task in loaded.parameters.tasks if task in CORPUS), "docs")
+
+
+def text_windows(loaded, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
+
+    Fewer come back where the split holds fewer. Without a tokenizer (random weights) the ids are random.
+    """
+    random = torch.Generator().manual_seed(seed)
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (windows, length), random).to(loaded.device)
+    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    rows_NT = stream_T[: len(stream_T) // length * length].view(-1, length)
+    return rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]].to(loaded.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _stream(tokenizer, part: str, split: str) -> torch.Tensor:
+    ids = []
+    for passage in corpus.running_text(part, split):
+        ids += [*tokenizer(passage.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+@functools.lru_cache(maxsize=8)
+def signs(tokenizer) -> tuple[int, ...]:
+    """Return the tokens that keys and values are made of: letters and digits, one token each."""
+    ids = (tokenizer(sign, add_special_tokens=False).input_ids for sign in string.ascii_letters + string.digits)
+    return tuple(token[0] for token in ids if len(token) == 1)
+
+
+def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """Return random letters and digits; without a tokenizer, random tokens, but not the first, often special ones."""
+    if loaded.tokenizer is not None:
+        signs_S = torch.tensor(signs(loaded.tokenizer))
+        return signs_S[torch.randint(len(signs_S), shape, generator=random)]
+    text = getattr(loaded.model.config, "text_config", loaded.model.config)
+    return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
+
+
+def recall_prompts(
+    loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
+
+    `lead` tokens of text stand in front, so that the key is not the first thing read. No padding. Greedy
+    generation of VALUE tokens must reproduce target_BV exactly.
+    """
+    random = torch.Generator().manual_seed(seed)
+    filler_BT = _fillers(loaded, count, lead + distance, random)
+    key_BK = random_ids(loaded, (count, KEY), random)
+    value_BV = random_ids(loaded, (count, VALUE), random)
+    ids_BT = torch.cat([filler_BT[:, :lead], key_BK, value_BV, filler_BT[:, lead:], key_BK], 1)
+    return ids_BT.to(loaded.device), value_BV.to(loaded.device)
+
+
+def _fillers(loaded, count: int, length: int, random: torch.Generator) -> torch.Tensor:
+    """Return windows of final held-out text that may overlap, each from a random place."""
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (count, length), random)
+    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    starts = torch.randint(len(stream_T) - length, (count,), generator=random)
+    return torch.stack([stream_T[start : start + length] for start in starts.tolist()])

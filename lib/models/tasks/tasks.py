@@ -1,0 +1,189 @@
+"""What a model is asked to do: name the module of a text or a function, read a digit, repeat a value seen long ago.
+
+Turns items (`lib.models.tasks.items`), asked as the model is asked (`lib.models.tasks.prompting`), into tensors for any
+model with a tokenizer. Knows nothing of scores over items, of measuring, or of how a model answers best: labels are
+compared by their log-likelihood as a continuation.
+
+Shapes: N items, B items of one batch, T tokens, V tokens of a value, H hidden, L labels.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import prompting
+from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
+from lib.models.tasks.prompting import PICTURE_TOKENS
+from lib.models.tasks.registry import CLASSIFY, GENERATE
+from lib.models.tasks.retrieval import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
+
+__all__ = [
+    "CLASSIFY",
+    "CORPUS",
+    "GENERATE",
+    "PICTURE",
+    "Item",
+    "batches",
+    "calibration",
+    "class_labels",
+    "corpus_of",
+    "digit",
+    "digit_indices",
+    "items",
+    "label_ids",
+    "label_scores",
+    "prompt_of",
+    "recall_prompts",
+    "text_windows",
+]
+
+TOKENS_AT_ONCE = 4096  # of one calibration batch
+
+
+def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yield (inputs, last_B): keyword arguments of the model, right padded, and the index of each last real token.
+
+    Items come in the order given. No mask is needed: attention is causal, so padding on the right changes nothing
+    before it. With pictures, the inputs carry them as the model's own image processor makes them.
+    """
+    for start in range(0, len(items), batch_size):
+        rows = [prompting.shown(loaded, item) for item in items[start : start + batch_size]]
+        pictures = _pictures(loaded, [one.pixels for row in rows for one in row])
+        ids = [loaded.tokenizer(prompting.text(loaded, row), add_special_tokens=False).input_ids for row in rows]
+        if pictures:
+            counts = iter(_picture_tokens(loaded, pictures))
+            ids = [_widened(tokens, _image_token(loaded), counts) for tokens in ids]
+        ids_BT, last_B = pad(ids, loaded.tokenizer.pad_token_id or 0)
+        inputs = {"input_ids": ids_BT.to(loaded.device)}
+        if pictures:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == _image_token(loaded)).int()
+            inputs |= {name: tensor.to(loaded.device) for name, tensor in pictures.items()}
+        yield inputs, last_B.to(loaded.device)
+
+
+def pad(ids: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids_BT padded on the right, last_B the index of each last real token)."""
+    ids_BT = torch.full((len(ids), max(map(len, ids))), padding)
+    for row, tokens in enumerate(ids):
+        ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+    return ids_BT, torch.tensor([len(tokens) - 1 for tokens in ids])
+
+
+def _image_token(loaded) -> int:
+    return loaded.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
+
+
+def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+    """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
+    if any(picture is None for picture in pixels):
+        return {}
+    processor = getattr(loaded.processor, "image_processor", loaded.processor)
+    made = processor(images=[np.repeat(p[..., None], 3, -1) for p in pixels], return_tensors="pt")
+    return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+
+
+def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
+    """Return how many tokens each picture takes."""
+    processor = getattr(loaded.processor, "image_processor", loaded.processor)
+    return (pictures["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+
+
+def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
+    """Return the tokens with the one mark of each picture as many times as the picture takes tokens."""
+    return [token for one in tokens for token in ([image] * next(counts) if one == image else [one])]
+
+
+def label_ids(loaded, task: str) -> list[list[int]]:
+    """Return each label's tokens as the continuation of a prompt: one token in a proxy, perhaps several elsewhere."""
+    answers = [prompting.answer(loaded, name) for name in class_labels(task)]
+    return [loaded.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+
+
+@torch.no_grad()
+def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
+    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the processor.
+
+    Items of like length are read together, so that little of a batch is padding.
+    """
+    labels = label_ids(loaded, task)
+    order_N = torch.tensor(sorted(range(len(items)), key=lambda n: len(items[n].prompt)))
+    scores = []
+    for inputs, last_B in batches(loaded, [items[n] for n in order_N], batch_size):
+        rows = torch.arange(len(last_B), device=last_B.device)
+        if all(len(label) == 1 for label in labels):
+            logits_BV = _logits(loaded.model, inputs, rows, last_B).float().log_softmax(-1)
+            scores.append(logits_BV[:, [label[0] for label in labels]].cpu())
+        else:
+            scores.append(torch.stack([_continuation(loaded, inputs, last_B, label) for label in labels], 1).cpu())
+    return torch.cat(scores)[order_N.argsort()]
+
+
+def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor, label: list[int]) -> torch.Tensor:
+    """Return the summed log-likelihood of the tokens of one label after each prompt, scores_B."""
+    room = inputs["input_ids"].new_zeros(len(last_B), len(label))
+    ids_BT = torch.cat([inputs["input_ids"], room], 1)
+    at_BV = last_B[:, None] + 1 + torch.arange(len(label), device=last_B.device)
+    tokens_BV = torch.tensor(label, device=last_B.device).expand_as(at_BV)
+    extended = inputs | {"input_ids": ids_BT.scatter(1, at_BV, tokens_BV)}
+    if "mm_token_type_ids" in inputs:
+        extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], room.int()], 1)
+    rows = torch.arange(len(last_B), device=last_B.device)[:, None]
+    logits_BVC = _logits(loaded.model, extended, rows, at_BV - 1).float().log_softmax(-1)
+    return logits_BVC.gather(-1, tokens_BV[..., None]).sum((1, 2))
+
+
+def _logits(model, inputs: dict[str, torch.Tensor], rows, at) -> torch.Tensor:
+    """Return the logits of some positions alone: all of a real vocabulary's would take gigabytes."""
+    hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
+    return anatomy(model).head(hidden_BTH[rows, at])
+
+
+def calibration(
+    loaded,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    *,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    split: str = "calibration",
+) -> list[dict[str, torch.Tensor]]:
+    """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
+
+    Another `split` makes the same of other text, for a search that must not judge by what it was made from.
+
+    Half running text, half questions with their answers, with a key and a value repeated in each window so that recall
+    is calibrated for too. A vision-language model gets batches of pictures beside them, one picture per sequence.
+    """
+    random = torch.Generator().manual_seed(seed)
+    rows_NT = text_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
+    short = sequences - len(rows_NT)
+    rows_NT = torch.cat([rows_NT, _questions(loaded, short, length, seed, random, split)]) if short else rows_NT
+    span = KEY + VALUE
+    if length >= 4 * span:
+        span_NS = random_ids(loaded, (len(rows_NT), span), random)
+        rows_NT = torch.cat([rows_NT[:, : length // 4], span_NS, rows_NT[:, length // 4 :]], 1)[:, : length - span]
+        rows_NT = torch.cat([rows_NT, span_NS], 1)
+    size = max(1, tokens_at_once // length)
+    made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
+    if loaded.processor is not None and "digits" in loaded.parameters.tasks:
+        pictures = items("digits", split, sequences, seed)
+        made += [inputs for inputs, _ in batches(loaded, pictures)]
+    return made
+
+
+def _questions(
+    loaded, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
+) -> torch.Tensor:
+    """Return windows packed with questions and answers of a split (repeated where there are too few)."""
+    if loaded.tokenizer is None:
+        return random_ids(loaded, (rows, length), random)
+    task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")
+    ids = []
+    for question in itertools.cycle(items(task, split, None, seed)):
+        text = f"{question.prompt} {question.label}"
+        ids += [*loaded.tokenizer(text, add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
+        if len(ids) >= rows * length:
+            return torch.tensor(ids[: rows * length]).view(rows, length)

@@ -1,0 +1,1 @@
+"""Adaptive batch sizes: what it does to a model, and how it is measured."""

@@ -1,0 +1,1 @@
+"""Adaptive sparse attention: what it does to a model, and how it is measured."""

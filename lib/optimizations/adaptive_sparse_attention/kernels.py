@@ -1,0 +1,225 @@
+"""Attention that a pattern of blocks or of pages makes sparse: registered by name with transformers, with its mask.
+
+A name without a mask function gets no mask at all, so both are registered. Left-padded sequences are computed one by
+one without their padding. What the pattern cannot serve goes through full attention: short prompts, pieces of a prompt
+that do not begin at a block's edge, masks that are not causal (the vision tower calls the same function), padding in
+the middle. A module without a `Sparsity` is served in full. Knows nothing of who chose the knobs.
+
+Shapes: B batch, H query heads, G key-value heads, T query tokens, K key tokens, D and V head sizes, N and M blocks,
+E expanded size of a head, L latent size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from lib.errors import UserError
+from lib.models.decoding import cache_names
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.optimizations.adaptive_sparse_attention import paged_cache as paged
+
+NAME = "adaptive_sparse"
+
+
+@dataclass
+class Sparsity:
+    """The knobs of one attention module, and what it kept: blocks of prompts, pages and tokens of decoded tokens.
+
+    `watch`, where given, is called while decoding with (index, exact share of mass [B, H] that the pages read hold).
+    """
+
+    index: int
+    tau: float
+    block_size: int
+    stride: int
+    max_density: float
+    full_last: int
+    pages: int
+    page_size: int
+    pattern: str
+    seed: int
+    kept: int = 0
+    causal: int = 0
+    read_tokens: int = 0
+    cached_tokens: int = 0
+    watch: Callable | None = None
+
+
+def check_context(model: nn.Module | object, tokens: int) -> None:
+    """Raise UserError where `tokens` of context are more than the model, or its configuration, allows."""
+    config = anatomy(model).config if isinstance(model, nn.Module) else model
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise UserError(
+            f"adaptive_sparse_attention: a context of {tokens} tokens is longer than this model allows; "
+            f"expected at most {longest} (max_position_embeddings)"
+        )
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    config: object = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """Return what the attention function needs to know: None for plain causal, bool [B, K] of real tokens where the
+    padding is on the left or on the right, else the stock mask [B, 1, T, K].
+
+    Raises UserError for a context longer than the model allows.
+    """
+    check_context(config, kv_length + kv_offset)
+    real_BK = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    plain = mask_function is causal_mask_function and kv_offset == 0 and q_offset + q_length == kv_length
+    if plain and (real_BK is None or bool(real_BK.all())):
+        return None
+    if plain and _one_sided(real_BK, q_length == kv_length):
+        return real_BK
+    options = {"mask_function": mask_function, "attention_mask": attention_mask} | kwargs
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options | {"allow_is_causal_skip": False})
+
+
+def _one_sided(real_BK: torch.Tensor, right_too: bool) -> bool:
+    """Whether every sequence is padded on the left alone, or (where `right_too`) on the right alone."""
+    step_BK = real_BK[:, 1:].int() - real_BK[:, :-1].int()
+    left_B, right_B = (step_BK >= 0).all(1) & real_BK[:, -1], (step_BK <= 0).all(1) & real_BK[:, 0]
+    return bool((left_B | right_B if right_too else left_B).all())
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of transformers: query [B, H, T, D], key [B, G, K, D], value [B, G, K, V] → [B, T, H, V]."""
+    state: Sparsity | None = getattr(module, "sparsity", None)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = getattr(key, "pages", lambda: None)()
+    square = attention_mask is not None and attention_mask.dim() == 4
+    if layer is not None and layer.latent:
+        pages = 0 if square else state.pages
+        padding = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
+        weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.keys.shape[-1])
+        _count_read(state, layer, query, scaling, weight_HEL)
+        return paged.decode_latent(query[:, :, 0], layer, scaling, pages, weight_HEL, **padding)[:, None], None
+    if state is None or not causal or square or dropout:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
+    if query.shape[2] == 1 and layer is not None:
+        _count_read(state, layer, query, scaling)
+        if state.pages and layer.full_pages > state.pages:
+            return paged.decode(query[:, :, 0], layer, scaling, state.pages, _start(attention_mask))[:, None], None
+    elif query.shape[2] > 1:
+        starts = [0] * len(query) if attention_mask is None else _start(attention_mask).tolist()
+        if _fits(state, query.shape[2], key.shape[2], starts):
+            return _sparse(state, query, key, value, scaling, starts).transpose(1, 2).contiguous(), None
+    square = _square(attention_mask, query.shape[2], key.shape[2], query.device)
+    return sdpa_attention_forward(module, query, key, value, square, dropout, scaling, causal, **kwargs)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
+
+
+def _fits(state: Sparsity, tokens: int, length: int, starts: list[int]) -> bool:
+    """Whether a pattern can serve these queries, from a block's edge on, and leave out any: more than two blocks."""
+    aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start in starts)
+    return aligned and length - min(starts) > 2 * state.block_size
+
+
+def _sparse(state: Sparsity, query, key, value, scaling: float, starts: list[int]) -> torch.Tensor:
+    """Return sparse attention [B, H, T, V], sequence by sequence, without the padding before `starts`."""
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    before = key.shape[2] - query.shape[2]
+    for row, start in enumerate(starts):
+        skip = max(0, start - before)
+        parts = query[row, :, skip:], key[row, :, start:], value[row, :, start:]
+        kept_HNM = pattern(state, *parts[:2], scaling)
+        out[row, :, skip:] = blocks.attend(*parts, kept_HNM, scaling, state.block_size)
+    return out
+
+
+def pattern(state: Sparsity, query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the kept blocks [H, N, M] of one sequence, and count them."""
+    size = state.block_size
+    share_HNM = blocks.scores(query_HTD, key_GKD, scaling, size, state.stride)
+    kept_HNM = blocks.choose(share_HNM, state.tau, state.max_density, state.full_last)
+    if state.pattern != "antidiagonal":
+        mass = blocks.exact_mass(query_HTD, key_GKD, scaling, size) if state.pattern == "oracle" else None
+        kept_HNM = blocks.same_budget(kept_HNM, state.pattern, mass, state.seed + state.index)
+    rows, columns = kept_HNM.shape[1:]
+    state.kept += int(kept_HNM.sum())
+    state.causal += len(kept_HNM) * int(blocks.causal_blocks(rows, columns).sum())
+    return kept_HNM
+
+
+def _count_read(state: Sparsity, layer: paged.PagedLayer, query, scaling: float, weight_HEL=None) -> None:
+    cached = layer.get_seq_length()
+    left_out = max(0, layer.full_pages - state.pages) * layer.page_size if state.pages else 0
+    state.read_tokens += cached - left_out
+    state.cached_tokens += cached
+    if state.watch is not None:
+        state.watch(state.index, paged.mass_read(query[:, :, 0], layer, scaling, state.pages, weight_HEL))
+
+
+def _start(real_BK: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the first real token of each sequence [B], or None where nothing is padded."""
+    return None if real_BK is None else real_BK.int().argmax(1)
+
+
+def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> torch.Tensor | None:
+    """Return the full mask [B, 1, T, K] that `mask` stands for; None where stock attention knows it by itself."""
+    if real_BK is None and (tokens == length or tokens == 1):
+        return None
+    causal_TK = torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
+    return causal_TK[None, None] if real_BK is None else causal_TK & real_BK[:, None, None, :]
+
+
+# --- the cache, and sharing weights ----------------------------------------------------------------------------------
+
+
+def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
+    """Before the decoder runs: give it a cache in pages where it would make one, or was given an empty stock one."""
+    cache, wanted = cache_names.taken(kwargs), kwargs.get("use_cache")
+    kwargs |= cache_names.given(cache)
+    view_blocks = decoder.layers
+    if wanted is False or (wanted is None and not getattr(decoder.config, "use_cache", True)):
+        return None
+    if cache is None:
+        cache = DynamicCache(config=decoder.config)
+        kwargs |= cache_names.given(cache)
+    stock = isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if stock and cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
+        cache.layers[:] = [_paged_layer(block.self_attn) for block in view_blocks]
+    return args, kwargs
+
+
+def _paged_layer(module: nn.Module) -> paged.PagedLayer:
+    return paged.PagedLayer(module.sparsity.page_size, latent="expand_kv" in module.__dict__)
+
+
+def expand_or_not(module: nn.Module, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
+    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else all expand, and
+    so they do where the matrix that expands them has since been stored otherwise than dense.
+    """
+    layer = getattr(latent_B1KL, "pages", lambda: None)()
+    dense = isinstance(module.kv_b_proj, nn.Linear)
+    if dense and layer is not None and layer.added == 1 and layer.get_seq_length() > 1:
+        return latent_B1KL, rope_B1KE
+    return type(module).expand_kv(module, latent_B1KL, rope_B1KE)

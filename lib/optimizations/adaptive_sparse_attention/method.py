@@ -1,0 +1,146 @@
+"""Adaptive sparse attention: a prompt attends to the blocks that hold the mass, a new token to the pages that matter.
+
+- Prefill: block-sparse, found per input and per head from anti-diagonal scores, the fewest blocks that reach τ
+  (Xu et al. 2025, XAttention); `lib.optimizations.adaptive_sparse_attention.block_pattern`.
+- Decode: the best pages of the cache by the bounds of their keys (Tang et al. 2024, Quest);
+`lib.optimizations.adaptive_sparse_attention.paged_cache`. Latent attention is decoded in the latent space, so that only
+chosen pages are read and the cache is not expanded again.
+
+Both are one attention function, `lib.optimizations.adaptive_sparse_attention.kernels`. `apply` shares every weight with
+the caller's model and leaves it as it is; `revert` gives the stock attention back. Knows nothing of measuring.
+"""
+
+import types
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.decoding.attention_inputs import sharing
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
+
+KNOBS = {
+    "tau": {"type": "float", "range": (0.05, 1.0), "default": 0.9, "help": "share of estimated mass to keep"},
+    "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
+    "stride": {"type": "int", "range": (2, 64), "default": 16, "levels": (8, 16)},  # side of the squares scored
+    "max_density": {"type": "float", "range": (0.05, 1.0), "default": 1.0, "help": "most blocks a row may keep"},
+    "full_last": {"type": "int", "range": (0, 64), "default": 1, "levels": (0, 1, 2)},  # blocks that attend to all
+    "pages": {"type": "int", "range": (0, 4096), "default": 64, "levels": (0, 16, 64)},  # of a new token; 0: all
+    "page_size": {"type": "int", "range": (4, 64), "default": 16, "levels": (8, 16)},
+    "pattern": {"type": "categorical", "choices": blocks.PATTERNS, "default": "antidiagonal"},
+}
+
+COMPOSES = {
+    "touches": ("attention", "cache"),
+    "needs": ("stock attention",),
+    "invalidates": ("stock attention",),
+    "trial": {"block_size": 64},  # so that prompts of a few hundred tokens have blocks to leave out
+}
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or why not: a decoder whose blocks attend to a sliding window is sparse already."""
+    kinds = getattr(anatomy(model).config, "layer_types", None) or []
+    return "its blocks attend to a sliding window already" if "sliding_attention" in kinds else None
+
+
+def apply(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]] = (),
+    *,
+    tau: float = 0.9,
+    block_size: int = 128,
+    stride: int = 16,
+    max_density: float = 1.0,
+    full_last: int = 1,
+    pages: int = 64,
+    page_size: int = 16,
+    pattern: str = "antidiagonal",
+    seed: int = 0,
+) -> nn.Module:
+    """Return a model with the same weights (shared, not copied) that attends sparsely.
+
+    The pattern is found from each input, so `calibration` is not looked at. `pattern` other than "antidiagonal" are
+    controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
+    """
+    check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
+    if reason := applies_to(model):
+        raise UserError(f"adaptive_sparse_attention: {reason}")
+    sparse = sharing(revert(model) if is_sparse(model) else model)
+    view = anatomy(sparse)
+    knobs = (tau, block_size, stride, max_density, full_last, pages, page_size, pattern, seed)
+    for block in view.blocks:
+        module = block.attention.module
+        module.sparsity = Sparsity(block.index, *knobs)
+        if block.attention.kind == "latent" and isinstance(module.kv_b_proj, nn.Linear):
+            module.expand_kv = types.MethodType(expand_or_not, module)
+    view.decoder.stock_attention = view.config._attn_implementation
+    view.decoder.sparse_hook = view.decoder.register_forward_pre_hook(page_the_cache, with_kwargs=True)
+    sparse.set_attn_implementation(NAME)
+    return sparse
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Return a model with the same weights (shared) and the attention that it had before."""
+    stock = sharing(model)
+    view = anatomy(stock)
+    for block in view.blocks:
+        for name in ("sparsity", "expand_kv"):
+            block.attention.module.__dict__.pop(name, None)
+    if hook := view.decoder.__dict__.pop("sparse_hook", None):
+        view.decoder._forward_pre_hooks.pop(hook.id, None)
+        view.decoder._forward_pre_hooks_with_kwargs.pop(hook.id, None)
+    if before := view.decoder.__dict__.pop("stock_attention", None):
+        stock.set_attn_implementation(before)
+    return stock
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether `apply` made this model."""
+    return any(hasattr(block.attention.module, "sparsity") for block in anatomy(model).blocks)
+
+
+def check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern) -> None:
+    """Raise UserError, one line, for the first knob that cannot be."""
+    told = "adaptive_sparse_attention: "
+    for name, value in (("tau", tau), ("max_density", max_density)):
+        if not 0 < value <= 1:
+            raise UserError(f"{told}{name} {value} is out of range; expected 0 < {name} <= 1")
+    for name, value in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
+        low, high = KNOBS[name]["range"]
+        if not low <= value <= high:
+            raise UserError(f"{told}{name} {value} is out of range; expected {low} to {high}")
+    if block_size % stride:
+        raise UserError(
+            f"{told}stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
+            f"for example {max(1, round(block_size / stride)) * stride}"
+        )
+    for name, value, meaning in (("pages", pages, "all pages"), ("full_last", full_last, "none")):
+        if value < 0:
+            raise UserError(f"{told}{name} {value} is out of range; expected 0 ({meaning}) or more")
+    if pattern not in blocks.PATTERNS:
+        raise UserError(f'{told}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
+
+
+def sparsities(model: nn.Module) -> list[Sparsity]:
+    """Return the state of every block's attention of a sparse model, in order."""
+    return [block.attention.module.sparsity for block in anatomy(model).blocks]
+
+
+def density(model: nn.Module) -> dict[str, float | None]:
+    """Return the shares since `forget`: blocks of prompts kept, cached tokens read by decoding; None where none ran."""
+    seen = sparsities(model)
+    causal, cached = sum(one.causal for one in seen), sum(one.cached_tokens for one in seen)
+    return {
+        "blocks": sum(one.kept for one in seen) / causal if causal else None,
+        "tokens": sum(one.read_tokens for one in seen) / cached if cached else None,
+    }
+
+
+def forget(model: nn.Module) -> None:
+    """Set the counts of a sparse model to zero."""
+    for one in sparsities(model):
+        one.kept = one.causal = one.read_tokens = one.cached_tokens = 0

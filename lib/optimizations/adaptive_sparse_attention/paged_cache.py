@@ -1,0 +1,207 @@
+"""A key-value cache in pages with the bounds of every page, and attention of one new token to the best pages (Quest).
+
+Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies
+all it holds. Beside them stand, for every full page, the channel-wise largest and smallest key: Σ max(q·max, q·min)
+bounds every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is
+bounded once.
+
+Query heads that share keys also share their pages: one page is ranked by the head that wants it most, each head's
+scores counted from its best page. For latent attention the page holds latents and rotary keys, shared by all heads.
+Knows nothing of models or masks.
+
+Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages, N chosen pages.
+"""
+
+import weakref
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import DynamicLayer
+
+from lib.models.decoding import latents
+
+ROOM_TOKENS = 256  # free places beyond the tokens, at least
+
+
+class PagedLayer(DynamicLayer):
+    """One layer of a transformers cache whose tensors can be read page by page.
+
+    `latent`: bounds are taken over keys and values together (the latents and the rotary keys of latent attention).
+    `added` is the number of tokens that the last update brought.
+    """
+
+    def __init__(self, page_size: int, latent: bool = False):
+        super().__init__()
+        self.page_size, self.latent = page_size, latent
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.added = 0
+        self._bounds_BGPE: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append keys and values [B, G, new tokens, ·]; return all of them, as views that know their layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        if not self._holds(old) or new > self.buffers[0].shape[-2]:
+            self._grow(key_states, value_states, old, new)
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[..., old:new, :] = states
+        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+        self.added = new - old
+        if self._bounds_BGPE is not None:
+            self._bounds_BGPE = self._bounds_BGPE[:, :, : old // self.page_size]  # after a crop, pages are refilled
+        self.keys.pages = self.values.pages = weakref.ref(self)
+        return self.keys, self.values
+
+    def _holds(self, length: int) -> bool:
+        """Whether the buffers still back the cached tensors: others may have replaced them (beam search)."""
+        if self.buffers is None or length == 0:
+            return False
+        backed = self.keys.data_ptr() == self.buffers[0].data_ptr() and self.keys.stride() == self.buffers[0].stride()
+        return backed and self.keys.shape[:2] == self.buffers[0].shape[:2]
+
+    def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, old: int, new: int) -> None:
+        if not self._holds(old):
+            self._bounds_BGPE = None
+        room = new + max(ROOM_TOKENS, new // 8)
+        room += -room % self.page_size
+        grown = []
+        for states, cached in ((key_states, self.keys), (value_states, self.values)):
+            buffer = states.new_zeros(*states.shape[:2], room, states.shape[-1])
+            if old:
+                buffer[..., :old, :] = cached
+            grown.append(buffer)
+        self.buffers = (grown[0], grown[1])
+
+    @property
+    def full_pages(self) -> int:
+        return self.get_seq_length() // self.page_size
+
+    def bounds(self) -> torch.Tensor:
+        """Return [B, G, P, 2·D]: the largest, then the smallest key of every full page, channel by channel."""
+        have, pages = 0 if self._bounds_BGPE is None else self._bounds_BGPE.shape[2], self.full_pages
+        if have < pages:
+            place = slice(have * self.page_size, pages * self.page_size)
+            parts = [self.keys[..., place, :]] + ([self.values[..., place, :]] if self.latent else [])
+            paged = torch.cat(parts, dim=-1).unflatten(2, (pages - have, self.page_size))
+            fresh = torch.cat([paged.amax(3), paged.amin(3)], dim=-1)
+            self._bounds_BGPE = fresh if have == 0 else torch.cat([self._bounds_BGPE, fresh], dim=2)
+        return self._bounds_BGPE
+
+    def gather(self, page_BGN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of the chosen pages and of the part-filled last one: [B, G, N·page + rest, ·]."""
+        batch, groups, chosen = page_BGN.shape
+        place, found = self.full_pages * self.page_size, []
+        for buffer, states in zip(self.buffers, (self.keys, self.values)):
+            pages = buffer.shape[2] // self.page_size
+            first_BG1 = torch.arange(batch * groups, device=buffer.device).view(batch, groups, 1) * pages
+            row_X = (page_BGN + first_BG1).flatten()
+            picked = buffer.view(batch * groups * pages, -1).index_select(0, row_X)
+            picked = picked.view(batch, groups, chosen * self.page_size, -1)
+            found.append(torch.cat([picked, states[:, :, place:]], dim=2))
+        return found[0], found[1]
+
+
+def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Tensor:
+    """Return an upper bound of the scores of every page, [B, G, R, P]."""
+    both_BGRE = torch.cat([query_BGRD.clamp_min(0), query_BGRD.clamp_max(0)], dim=-1)
+    return latents.scores(both_BGRE.flatten(0, 1), bounds_BGPE.flatten(0, 1)).unflatten(0, bounds_BGPE.shape[:2])
+
+
+def best_pages(query_BGRD, layer: PagedLayer, pages: int, start_B: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the `pages` best full pages, ascending, [B, G, N]; the first page with real tokens is always among them.
+
+    `start_B` is the first real token of each sequence, where sequences are padded on the left.
+    """
+    score_BGRP = page_scores(query_BGRD, layer.bounds()).float()
+    first_B = torch.zeros(len(score_BGRP), dtype=torch.long, device=score_BGRP.device)
+    if start_B is not None:
+        first_B = (start_B // layer.page_size).clamp_max(layer.full_pages - 1)
+        page_P = torch.arange(layer.full_pages, device=score_BGRP.device)
+        score_BGRP = score_BGRP.masked_fill((page_P < first_B[:, None])[:, None, None], float("-inf"))
+    score_BGP = (score_BGRP - score_BGRP.amax(-1, keepdim=True)).amax(2)
+    score_BGP.scatter_(2, first_B.view(-1, 1, 1).expand(-1, score_BGP.shape[1], 1), float("inf"))
+    return score_BGP.topk(pages, dim=-1).indices.sort(-1).values
+
+
+def real_tokens(page_BGN: torch.Tensor, layer: PagedLayer, start_B: torch.Tensor | None) -> torch.Tensor | None:
+    """Return bool [B, G, 1, gathered tokens]: which of them are not padding; None where nothing is padded."""
+    if start_B is None:
+        return None
+    size, length = layer.page_size, layer.get_seq_length()
+    place_BGX = (page_BGN[..., None] * size + torch.arange(size, device=page_BGN.device)).flatten(2)
+    rest_X = torch.arange(layer.full_pages * size, length, device=page_BGN.device)
+    place_BGX = torch.cat([place_BGX, rest_X.expand(*place_BGX.shape[:2], -1)], dim=2)
+    return (place_BGX >= start_B.view(-1, 1, 1))[:, :, None]
+
+
+def decode(query_BHD, layer: PagedLayer, scaling: float, pages: int, start_B: torch.Tensor | None = None):
+    """Return attention [B, H, V] of one new token to the best `pages` pages and the part-filled last one."""
+    groups = layer.keys.shape[1]
+    query_BGRD = query_BHD.unflatten(1, (groups, -1))
+    page_BGN = best_pages(query_BGRD, layer, pages, start_B)
+    key_BGXD, value_BGXV = layer.gather(page_BGN)
+    mask = real_tokens(page_BGN, layer, start_B)
+    return scaled_dot_product_attention(query_BGRD, key_BGXD, value_BGXV, attn_mask=mask, scale=scaling).flatten(1, 2)
+
+
+def decode_latent(
+    query_BHD,
+    layer: PagedLayer,
+    scaling: float,
+    pages: int,
+    weight_HEL: torch.Tensor,
+    start_B: torch.Tensor | None = None,
+    square: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return attention [B, H, V] of one new token over latents: only the chosen pages are read, and none is expanded.
+
+    `weight_HEL` expands latents (L) to keys and values of each head (E = D_nope + V); it is multiplied into the query
+    and into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary
+    keys [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
+    """
+    latent_width, rope_width = layer.keys.shape[-1], layer.values.shape[-1]
+    nope = query_BHD.shape[-1] - rope_width
+    up_HDL, down_HVL = weight_HEL[:, :nope], weight_HEL[:, nope:]
+    query_BHL = latents.into(query_BHD[..., None, :nope], up_HDL)[:, :, 0]
+    query_B1HL = torch.cat([query_BHL, query_BHD[..., nope:]], dim=-1)[:, None]
+    if pages and layer.full_pages > pages:
+        page_B1N = best_pages(query_B1HL, layer, pages, start_B)
+        latent_B1XL, rope_B1XE = layer.gather(page_B1N)
+        mask = real_tokens(page_B1N, layer, start_B)
+    else:
+        latent_B1XL, rope_B1XE, mask = layer.keys, layer.values, square
+        if start_B is not None:
+            place_X = torch.arange(latent_B1XL.shape[2], device=start_B.device)
+            mask = place_X >= start_B.view(-1, 1, 1, 1)
+    logits_BHX = latents.scores(query_B1HL[:, 0, :, :latent_width], latent_B1XL[:, 0])
+    logits_BHX = logits_BHX + latents.scores(query_B1HL[:, 0, :, latent_width:], rope_B1XE[:, 0])
+    logits_B1HX = logits_BHX[:, None].float() * scaling
+    if mask is not None:
+        logits_B1HX = logits_B1HX.masked_fill(~mask, float("-inf"))
+    share_BHX = logits_B1HX[:, 0].softmax(-1).to(latent_B1XL.dtype)
+    mixed_BHL = torch.bmm(share_BHX, latent_B1XL[:, 0])
+    return latents.out_of(mixed_BHL[:, :, None], down_HVL)[:, :, 0]
+
+
+def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None) -> torch.Tensor:
+    """Return the exact share of attention mass [B, H] that the chosen pages and the part-filled last one hold.
+
+    From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
+    """
+    key_BGCD, groups = layer.keys, layer.keys.shape[1]
+    if weight_HEL is not None:
+        nope = query_BHD.shape[-1] - layer.values.shape[-1]
+        latent_BHL = torch.einsum("bhd,hdl->bhl", query_BHD[..., :nope], weight_HEL[:, :nope])
+        query_BHD = torch.cat([latent_BHL, query_BHD[..., nope:]], dim=-1)
+        key_BGCD = torch.cat([layer.keys, layer.values], dim=-1)
+    query_BGRD = query_BHD.unflatten(1, (groups, -1))
+    share_BGRC = ((query_BGRD @ key_BGCD.transpose(-1, -2)).float() * scaling).softmax(-1)
+    if not pages or layer.full_pages <= pages:
+        return torch.ones_like(query_BHD[..., 0], dtype=torch.float32)
+    page_BGN = best_pages(query_BGRD, layer, pages)
+    edge = layer.full_pages * layer.page_size
+    share_BGRP = share_BGRC[..., :edge].unflatten(-1, (layer.full_pages, layer.page_size)).sum(-1)
+    chosen_BGR = share_BGRP.gather(-1, page_BGN[:, :, None].expand(-1, -1, share_BGRP.shape[2], -1)).sum(-1)
+    return (chosen_BGR + share_BGRC[..., edge:].sum(-1)).flatten(1)

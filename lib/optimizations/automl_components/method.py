@@ -1,0 +1,373 @@
+"""One search over every optimization that can be composed: which of them, in which order, with which knobs.
+
+Components are found by looking: every module beside this one with `apply` and `KNOBS`. A configuration switches each on
+or off, orders them, and sets their knobs. It is judged by two objectives, time of a request and divergence, both as
+small as can be, under a budget of memory; in rungs: bytes, then divergence on little text, then time; the best on more
+text; the best of those on tasks. What fails a rung costs no more. Proposals come from Optuna's tree of Parzen
+estimators after the defaults of each component and what served other models; all of it lies in a study that survives.
+
+The rule that takes one point is fixed beforehand: `choose`. Knows nothing of what an optimization does.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.metrics.catalogue import METRICS
+from lib.optimizations.automl_components.successive_filtering import Bench, Outcome, utility
+from lib.optimizations.common import discovery
+from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.study import Study
+
+INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
+STEM = "automl_components"
+STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
+PROPOSALS = 8  # looked at before something is judged a second time
+LEAST_GAIN = 0.02  # of the time of a request: what a few pairs of times can tell from nothing
+STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
+
+
+@dataclass(frozen=True)
+class Component:
+    """An optimization that can be composed: its stem, its module, and the knobs that a search may turn."""
+
+    stem: str
+    module: ModuleType
+    knobs: Mapping[str, Mapping]
+    most_steps: int = STEPS
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """Its defaults, or what it says of itself for trials in company; steps of training within what a search gives
+        them.
+        """
+        values = {name: knob["default"] for name, knob in self.knobs.items()}
+        trial = getattr(self.module, "COMPOSES", {}).get("trial", {})
+        values |= {name: value for name, value in trial.items() if name in values}
+        most = {name: knob["range"][0] + self.most_steps for name, knob in self.knobs.items() if counts_steps(knob)}
+        return {name: min(value, most[name]) if name in most else value for name, value in values.items()}
+
+
+def counts_steps(knob: Mapping) -> bool:
+    """Return whether a knob is a whole number that only costs more the larger it is: no `levels` are named for it."""
+    return knob["type"] == "int" and "levels" not in knob
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or that nothing can be composed for this model."""
+    return None if any(one.module.applies_to(model) is None for one in components()) else "no optimization applies"
+
+
+def components(declared: Mapping[str, Collection[str]] | None = None, most_steps: int = STEPS) -> list[Component]:
+    """Return every other optimization that offers `apply` and `KNOBS`, by name.
+
+    `declared` names, by stem, the parameters that its template takes: other knobs stay at their defaults, so that a
+    chosen configuration can be asked for by the template. A stem that is not in it is left out. `most_steps` is the
+    most that a knob of whole numbers is given above its least.
+    """
+    found = []
+    for stem in discovery.stems():
+        if stem == STEM or (declared is not None and stem not in declared):
+            continue
+        module = discovery.method(stem)
+        if callable(getattr(module, "apply", None)) and getattr(module, "KNOBS", None):
+            knobs = {name: k for name, k in module.KNOBS.items() if declared is None or name in declared[stem]}
+            found.append(Component(stem, module, knobs, most_steps))
+    return found
+
+
+def modules(parts: Sequence[Component]) -> dict[str, ModuleType]:
+    """Return the modules of components by stem, for `lib.optimizations.automl_components.successive_filtering`."""
+    return {part.stem: part.module for part in parts}
+
+
+# --- the space -------------------------------------------------------------------------------------------------------
+
+
+def space(parts: Sequence[Component]) -> dict[str, BaseDistribution]:
+    """Return the search space: per component a switch, a place in the order, and its knobs.
+
+    Raises UserError for a knob whose range is empty, and where there is no component.
+    """
+    if not parts:
+        raise UserError("automl_components: no optimization offers apply and KNOBS; there is nothing to search")
+    found: dict[str, BaseDistribution] = {}
+    for part in parts:
+        found[part.stem] = CategoricalDistribution((False, True))
+        found[f"{part.stem}.order"] = FloatDistribution(0, 1)
+        found |= {f"{part.stem}.{name}": _distribution(part, name, knob) for name, knob in part.knobs.items()}
+    return found
+
+
+def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution:
+    choices = knob.get("levels", knob.get("choices"))
+    if choices is not None:
+        if not choices:
+            raise UserError(f'{part.stem}: knob "{name}" has no choices; expected at least one in KNOBS')
+        return CategoricalDistribution(tuple(choices))
+    low, high = knob["range"]
+    if not low <= high:
+        raise UserError(f'{part.stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in KNOBS')
+    if knob["type"] == "int":
+        return IntDistribution(int(low), int(min(high, low + part.most_steps)))
+    inside = [low + share * (high - low) for share in INNER]
+    return FloatDistribution(*inside)
+
+
+def stack_of(params: Mapping[str, object], parts: Sequence[Component]) -> list[Step]:
+    """Return the steps of a configuration in their order."""
+    chosen = sorted((part for part in parts if params[part.stem]), key=lambda part: params[f"{part.stem}.order"])
+    return [
+        Step(optimization=part.stem, knobs={name: _plain(params[f"{part.stem}.{name}"]) for name in part.knobs})
+        for part in chosen
+    ]
+
+
+def params_of(stack: Sequence[Step], parts: Sequence[Component]) -> dict[str, object]:
+    """Return the configuration of a stack: the inverse of `stack_of`, with defaults for what the stack leaves out."""
+    where = {step.optimization: (at, step.knobs) for at, step in enumerate(stack)}
+    found: dict[str, object] = {}
+    every = space(parts)
+    for part in parts:
+        at, knobs = where.get(part.stem, (0, {}))
+        found |= {part.stem: part.stem in where, f"{part.stem}.order": at / max(1, len(stack))}
+        for name, value in (part.defaults | dict(knobs)).items():
+            distribution = every.get(f"{part.stem}.{name}")
+            if isinstance(distribution, (FloatDistribution, IntDistribution)):
+                value = min(max(value, distribution.low), distribution.high)
+            elif "levels" in part.knobs.get(name, {}):
+                value = min(distribution.choices, key=lambda level: abs(level - value))
+            if distribution is not None:
+                found[f"{part.stem}.{name}"] = value
+    return found
+
+
+def _plain(value: object) -> object:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def run(
+    bench: Bench,
+    parts: Sequence[Component],
+    study: Study,
+    trials: int,
+    *,
+    seed: int = 0,
+    first: Sequence[Sequence[Step]] = (),
+    stop_after: int | None = None,
+) -> list[Outcome]:
+    """Return the outcomes of `trials` configurations, going on where the study ended.
+
+    The first are `first` (what served others) and each component's defaults alone; then each proposal follows from the
+    seed and the trials before it. Stops early after `stop_after` trials in all.
+    """
+    every = space(parts)
+    begin = [
+        params_of(stack, parts) for stack in [*first, *([Step(optimization=p.stem, knobs=p.defaults)] for p in parts)]
+    ]
+    most = trials if stop_after is None else min(trials, stop_after)
+    while (number := len(study.trials)) < most:
+        params = begin[number] if number < len(begin) else _proposal(study, every, parts, seed)
+        found = bench.judge(stack_of(params, parts))
+        facts = asdict(found) | {"stack": [step.model_dump() for step in found.stack]}
+        study.add(params, every, found.point, {"outcome": json.dumps(facts)})
+    return outcomes(study)[:trials]
+
+
+def _proposal(study: Study, every: Mapping[str, BaseDistribution], parts: Sequence[Component], seed: int) -> dict:
+    """Return a configuration whose stack has not been judged yet, if a few proposals hold one.
+
+    Many configurations are one stack: the knobs of what is switched off change nothing.
+    """
+    judged = [one.stack for one in outcomes(study)]
+    for attempt in range(PROPOSALS):
+        params = study.propose(every, partial(_sampler, seed, attempt))
+        if stack_of(params, parts) not in judged:
+            break
+    return params
+
+
+def _sampler(seed: int, attempt: int, number: int) -> optuna.samplers.BaseSampler:
+    draw = (seed * 1_000_003 + attempt * 7919 + number) % 2**32
+    return optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=STARTUP)
+
+
+def outcomes(study: Study) -> list[Outcome]:
+    """Return the outcomes that a study holds, in order."""
+    found = [json.loads(trial.user_attrs["outcome"]) for trial in study.trials]
+    return [Outcome(**one | {"stack": [Step(**step) for step in one["stack"]]}) for one in found]
+
+
+def elsewhere(folder: Path, name: str, parts: Sequence[Component], most: int = 2) -> list[list[Step]]:
+    """Return stacks that served other models: of every other study of this search in `folder`, the nearest to the best.
+
+    `name` is this study's: "<search>--<model>--<effort>". Studies that cannot be read, and stacks of components that
+    are not among `parts`, are passed over.
+    """
+    search, model, effort = name.split("--")
+    known = {part.stem: set(part.knobs) for part in parts}
+    found: list[list[Step]] = []
+    for path in sorted(Path(folder).glob(f"{search}--*--{effort}.db")):
+        if path.stem == name or f"--{model}--" in path.name:
+            continue
+        try:
+            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+            loaded = optuna.load_study(study_name=path.stem, storage=storage)
+            there = outcomes(Study(loaded, None, path))
+            storage.remove_session()
+        except Exception:  # whatever is wrong with another model's file, it is no reason not to search here
+            continue
+        fit = [one for one in there if one.reason is None and one.stack]
+        fit = [one for one in fit if all(set(s.knobs) <= known.get(s.optimization, set()) for s in one.stack)]
+        if fit:
+            found.append(max(fit, key=utility).stack)
+    return found[:most]
+
+
+def at_random(bench: Bench, parts: Sequence[Component], seconds: float, seed: int) -> list[Outcome]:
+    """Return outcomes of random configurations, as many as take `seconds`, at least one."""
+    draw = np.random.default_rng(seed)
+    every = space(parts)
+    found: list[Outcome] = []
+    while not found or sum(one.seconds for one in found) < seconds:
+        found.append(bench.judge(stack_of({name: _draw(one, draw) for name, one in every.items()}, parts)))
+    return found
+
+
+def _draw(distribution: BaseDistribution, draw: np.random.Generator) -> object:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[draw.integers(len(distribution.choices))]
+    if isinstance(distribution, IntDistribution):
+        return int(draw.integers(distribution.low, distribution.high + 1))
+    return float(draw.uniform(distribution.low, distribution.high))
+
+
+# --- the rule that takes one point -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """An outcome judged on more text, and on tasks: `lost` is the largest drop of any score, as a share of one,
+    `perplexity` how much that of held-out text grew, as a share of the baseline's.
+    """
+
+    outcome: Outcome
+    divergence: float
+    lost: float
+    perplexity: float
+
+
+def promote(bench: Bench, found: Sequence[Outcome], keep: int) -> list[tuple[Outcome, float]]:
+    """Return the `keep` best outcomes with their divergence on the next rung's text: first the fastest of those that
+    little text already shows within the margin of perplexity, then those that dominate most.
+    """
+    fit = [one for one in found if one.reason is None]
+    within = [one for one in fit if one.divergence <= math.log(1 + METRICS["perplexity"].margin)]
+    rest = sorted((one for one in fit if one not in within), key=utility, reverse=True)
+    ranked = sorted(within, key=lambda one: one.time_share) + rest
+    return [(one, bench.divergence(bench.apply(one.stack), len(bench.texts) - 1)) for one in ranked[:keep]]
+
+
+def choose(
+    finalists: Sequence[Finalist], margin: float, perplexity_margin: float = METRICS["perplexity"].margin
+) -> Finalist:
+    """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
+    by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
+
+    The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
+    nothing qualifies at all, with the nearest.
+    """
+    fit = [one for one in finalists if one.lost <= margin and one.perplexity <= perplexity_margin]
+    if not fit:
+        nearest = min(finalists, key=lambda one: (one.lost, one.perplexity), default=None)
+        said = f"the nearest loses {nearest.lost:.3g}, its perplexity grows {nearest.perplexity:.1%}" if nearest else ""
+        raise UserError(
+            f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
+            f"perplexity; {said or 'none was judged'}"
+        )
+    worth = [one for one in fit if not one.outcome.stack or one.outcome.time_share <= 1 - LEAST_GAIN]
+    return min(worth or fit, key=lambda one: (one.outcome.time_share, one.divergence))
+
+
+def nothing(bench: Bench) -> Outcome:
+    """Return the outcome of the empty stack: the baseline itself. Raises UserError where its memory is over budget."""
+    if bench.memory_budget < 1:
+        return Outcome([], 1.0, 0.0, 1.0, "the baseline's own memory is over the budget", 0.0)
+    return Outcome([], 1.0, 0.0, 1.0, None, 0.0)
+
+
+# --- controls: everything on a small grid ----------------------------------------------------------------------------
+
+
+def grid(found: Sequence[Outcome], parts: Sequence[Component], levels: int) -> list[list[list[Step]]]:
+    """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
+
+    The two are those whose first trial, defaults alone, dominates most, the quicker one among equals; a component's
+    strength is its first knob of real numbers. Steps of training are as few as can be: every cell is made.
+    """
+    alone = {one.stack[0].optimization: one for one in reversed(found) if len(one.stack) == 1}
+    worth = {stem: (-utility(one) if one.reason is None else 0.0, one.seconds) for stem, one in alone.items()}
+    strong = [part for part in parts if any(knob["type"] == "float" for knob in part.knobs.values())]
+    pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, math.inf)))[:2]
+
+    def step(part: Component, level: int) -> list[Step]:
+        if not level:
+            return []
+        name, knob = next((name, knob) for name, knob in part.knobs.items() if knob["type"] == "float")
+        share = (level - 1) / max(1, levels - 2)
+        if "levels" in knob:
+            value = knob["levels"][round(share * (len(knob["levels"]) - 1))]
+        else:
+            low, high = knob["range"]
+            value = low + (INNER[0] + share * (INNER[1] - INNER[0])) * (high - low)
+        least = {knob: about["range"][0] for knob, about in part.knobs.items() if counts_steps(about)}
+        return [Step(optimization=part.stem, knobs=part.defaults | least | {name: _plain(value)})]
+
+    if len(pair) < 2:
+        raise UserError("automl_components: a grid needs two components with a knob of real numbers")
+    return [[step(pair[0], one) + step(pair[1], other) for other in range(levels)] for one in range(levels)]
+
+
+def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
+    """Return the best utility over the optimum after each of `evaluations` that Optuna makes on a judged grid [L, L].
+
+    It begins in the middle, then with one at random, and passes over what it asked before, as the search does.
+    """
+    study = optuna.create_study(direction="maximize")
+    middle = utilities.shape[0] // 2
+    study.enqueue_trial({"one": middle, "other": middle})
+    limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
+    found: list[float] = []
+    asked: set[tuple[int, int]] = set()
+    for number in range(evaluations):
+        for attempt in range(PROPOSALS):
+            draw = seed * 1009 + number + 7919 * attempt
+            study.sampler = optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=2)
+            trial = study.ask(limits)
+            cell = trial.params["one"], trial.params["other"]
+            if cell not in asked or attempt == PROPOSALS - 1:
+                break
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        asked.add(cell)
+        found.append(float(utilities[cell]))
+        study.tell(trial, found[-1])
+    return (np.maximum.accumulate(found) / utilities.max()).tolist()
+
+
+def automation(parts: Sequence[Component], left: Sequence[str]) -> float:
+    """Return decisions made by the search over all decisions: `left` are those that stay with a person."""
+    made = len(space(parts))
+    return made / (made + len(left))

@@ -1,0 +1,121 @@
+"""Judging stacks of optimizations cheaply: in rungs, of which each costs more than the one before.
+
+First bytes, then divergence on little text, then time of a request; what fails a rung costs no more, and says why.
+Knows nothing of how a stack was thought of, nor of what its optimizations do.
+
+Shapes: B batch, T prompt tokens.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.quality import evaluate
+from lib.measure.roofline import cost_model
+from lib.measure.timing import interleaved, workloads
+from lib.optimizations.common import pareto
+from lib.optimizations.common.recipe import Step
+
+REFERENCE = (1.0, 1.0)  # of hypervolumes: the baseline's time, and one nat per token
+HOPELESS = 2.0  # nats per token on little text; beyond it nothing is timed
+WORST = (2.0, 10.0)  # objectives of what is infeasible
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a configuration came to. Shares are of the baseline; `reason` says why it went no further."""
+
+    stack: list[Step]
+    time_share: float | None
+    divergence: float | None
+    memory_share: float | None
+    reason: str | None
+    seconds: float
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """The two objectives; of what is infeasible, the worst."""
+        return WORST if self.reason else (self.time_share, self.divergence)
+
+
+@dataclass
+class Bench:
+    """What stacks are judged with: a baseline, text to calibrate on, text to judge on, a prompt to be timed, and the
+    modules that the steps of a stack name: each with `applies_to` and `apply`.
+
+    `texts` are the rungs of text: few windows, then more. Prefixes of stacks are kept, for many share them.
+    """
+
+    model: nn.Module
+    calibration: Sequence[dict[str, torch.Tensor]]
+    texts: Sequence[evaluate.Text]
+    prompt_BT: torch.Tensor
+    modules: Mapping[str, ModuleType]
+    memory_budget: float = 1.0
+    new_tokens: int = 8
+    pairs: int = 6
+    kept: dict[str, nn.Module] = field(default_factory=dict)
+    largest_store: int = 6
+
+    def apply(self, stack: Sequence[Step]) -> nn.Module:
+        """Return the model with a stack applied. Raises UserError where a step does not apply or is refused."""
+        model = self.model
+        for at, step in enumerate(stack):
+            key = json.dumps([one.model_dump() for one in stack[: at + 1]])
+            if key not in self.kept:
+                if reason := self.modules[step.optimization].applies_to(model):
+                    raise UserError(f"{step.optimization} does not apply: {reason}")
+                made = self.modules[step.optimization].apply(model, self.calibration, **step.knobs)
+                while len(self.kept) >= self.largest_store:
+                    self.kept.pop(next(iter(self.kept)))
+                self.kept[key] = made
+            model = self.kept[key]
+        return model
+
+    def judge(self, stack: Sequence[Step]) -> Outcome:
+        """Return what a stack comes to on the lowest rungs: bytes, divergence on little text, time of a request."""
+        start = time.perf_counter()
+        found: dict[str, float | None] = {"time_share": None, "divergence": None, "memory_share": None}
+        try:
+            reason = self._rungs(list(stack), found)
+        except UserError as error:
+            reason = str(error)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+            reason = f"crashed: {type(error).__name__}: {error}".splitlines()[0]
+        return Outcome(list(stack), **found, reason=reason, seconds=time.perf_counter() - start)
+
+    def _rungs(self, stack: list[Step], found: dict[str, float | None]) -> str | None:
+        model = self.apply(stack)
+        held = [cost_model.weights_bytes(one) + self._cache(one) for one in (self.model, model)]
+        found["memory_share"] = held[1] / held[0]
+        if found["memory_share"] > self.memory_budget:
+            return f"memory of {found['memory_share']:.3f} is over the budget of {self.memory_budget:.3f}"
+        found["divergence"] = self.divergence(model, 0)
+        if not found["divergence"] < HOPELESS:
+            return f"divergence of {found['divergence']:.3f} nats per token"
+        arms = [workloads.generate(one, self.prompt_BT, self.new_tokens) for one in (self.model, model)]
+        found["time_share"] = math.exp(
+            float(np.median(interleaved.paired(*arms, blocks=self.pairs, warmup=1).differences))
+        )
+        return None
+
+    def _cache(self, model: nn.Module) -> int:
+        return (self.prompt_BT.numel() + self.new_tokens) * cost_model.kv_cache_bytes_per_token(model)
+
+    def divergence(self, model: nn.Module, rung: int) -> float:
+        """Return nats per token from the baseline on the text of a rung."""
+        text = self.texts[rung]
+        return float(evaluate.divergence(text, evaluate.read(model, text.ids_NT))[0].mean())
+
+
+def utility(found: Outcome) -> float:
+    """Return the area that one outcome dominates by itself, within REFERENCE: one number for one point."""
+    return 0.0 if found.reason else pareto.hypervolume([found.point], REFERENCE)

@@ -1,0 +1,35 @@
+"""Finds the optimizations: the folder is the registry.
+
+An optimization is `lib/optimizations/<stem>.py`, or a folder `<stem>/` with a `method.py`. Names none of them.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+import lib.optimizations
+
+
+def stems() -> list[str]:
+    """Return the stems of all optimizations, sorted."""
+    modules = pkgutil.iter_modules(lib.optimizations.__path__)
+    return sorted(info.name for info in modules if not info.ispkg or (_folder() / info.name / "method.py").is_file())
+
+
+def method(stem: str) -> ModuleType:
+    """Return the module that holds an optimization's `applies_to`, and `apply` where it changes the model."""
+    return importlib.import_module(f"lib.optimizations.{stem}{'.method' if _is_folder(stem) else ''}")
+
+
+def source(stem: str) -> str:
+    """Return the path of that module from the project's root, for messages."""
+    return f"lib/optimizations/{stem}{'/method' if _is_folder(stem) else ''}.py"
+
+
+def _folder() -> Path:
+    return Path(lib.optimizations.__path__[0])
+
+
+def _is_folder(stem: str) -> bool:
+    return (_folder() / stem / "method.py").is_file()

@@ -1,0 +1,124 @@
+"""What parts of a pipeline do alone, in pairs and in either order: timed in common rounds, losses on the same windows.
+
+An arm is a model under a name; a pair's name is made by `named`. Effects are in natural logarithms of speed (above 0 is
+faster) and in nats of loss per token (above 0 is worse). Knows nothing of what the parts are.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.metrics import paired_stats
+from lib.measure.quality import evaluate
+from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.rounds import Rounds, rounds
+from lib.optimizations.common import shapley
+from lib.optimizations.common.shapley import Estimate
+
+BASELINE, AGAIN = "baseline", "baseline again"
+DECODE_PROMPT, DECODE_TOKENS = 64, 4
+States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
+LIKE = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
+
+
+def named(*stems: str) -> str:
+    """Return the name of the arm that has the steps `stems`, in this order."""
+    return " → ".join(stems) if stems else BASELINE
+
+
+def time_arms(
+    models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0, control: bool = True
+) -> dict[str, Rounds]:
+    """Time prefill of the prompt and a short decode of all arms; the arm BASELINE a second time too, as A/A control,
+    unless nothing is judged by it.
+    """
+    arms = {**models, AGAIN: models[BASELINE]} if control else dict(models)
+    short_BT = prompt_BT[:, :DECODE_PROMPT]
+    works = {
+        "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},
+        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in arms.items()},
+    }
+    found = {}
+    for name, calls in works.items():
+        iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
+        options = {"iterations": iterations, "seed": seed, "disturbance": disturbance.watch}
+        found[name] = rounds(calls, count, **options)
+    return found
+
+
+def losses(models: Mapping[str, nn.Module], ids_NT: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return how every arm reads held-out windows: nats per token of each window, [N]."""
+    return {name: evaluate.read(model, ids_NT).loss_N for name, model in models.items()}
+
+
+def effects(
+    timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int = 0
+) -> dict[str, Estimate]:
+    """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats)."""
+    found = {name: shapley.over_rounds(-one.contrast(weights)) for name, one in timed.items()}
+    if lost:
+        found["loss"] = shapley.over_items(sum(w * lost[arm] for arm, w in weights.items()), seed=seed)
+    return found
+
+
+def floor(timed: Rounds) -> float:
+    """Return the noise floor of the rounds: what the baseline differs from itself."""
+    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}))
+
+
+def singles(timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
+    """Return a row per part: its effects alone against the baseline."""
+    return [{"part": stem, **_flat(effects(timed, lost, {stem: 1, BASELINE: -1}))} for stem in stems]
+
+
+def interactions(
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    states: States,
+) -> list[dict]:
+    """Return a row per ordered pair: state, reason, and where it works the effect of both − the sum of each."""
+    rows = []
+    for (first, second), (state, reason) in states.items():
+        row: dict[str, object] = {"first": first, "second": second, "state": state, "reason": reason or ""}
+        if state == "works":
+            weights = {named(first, second): 1, first: -1, second: -1, BASELINE: 1}
+            row |= _flat(effects(timed, lost, weights))
+        rows.append(row)
+    return rows
+
+
+def order_effects(
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    states: States,
+) -> list[dict]:
+    """Return a row per pair that works both ways: the effect of one order − that of the other."""
+    rows = []
+    for (first, second), (state, _) in states.items():
+        if first < second and state == states.get((second, first), ("", None))[0] == "works":
+            weights = {named(first, second): 1, named(second, first): -1}
+            rows.append({"order": named(first, second), "against": named(second, first)})
+            rows[-1] |= _flat(effects(timed, lost, weights))
+    return rows
+
+
+def staleness(
+    lost: Mapping[str, np.ndarray], outdated: Mapping[tuple[str, str], np.ndarray], seed: int = 0
+) -> list[dict]:
+    """Return a row per pair made with outdated statistics (its losses [N]): what they add to the loss, nats/token."""
+    rows = []
+    for pair, loss_N in outdated.items():
+        cost = shapley.over_items(loss_N - lost[named(*pair)], seed=seed)
+        rows.append({"pair": named(*pair), **_flat({"loss": cost})})
+    return rows
+
+
+def _flat(found: Mapping[str, Estimate]) -> dict[str, float | None]:
+    """Return estimates as columns `<name>`, `<name>_low`, `<name>_high`; an interval that is not finite is None."""
+    flat: dict[str, float | None] = {}
+    for name, one in found.items():
+        ends = (one.low, one.high) if np.isfinite([one.low, one.high]).all() else (None, None)
+        flat |= {name: one.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    return flat

@@ -1,0 +1,80 @@
+"""What parts contribute to a whole, and what they do to each other: interactions of two, Shapley values of several.
+
+Works on values of subsets of the parts, given per sample (a round of timing, a window of text), so that every figure
+has an interval over samples. Knows nothing of what the parts are. Values are additive where nothing interacts: natural
+logarithms of times, or losses in nats.
+
+Shapes: S samples.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.measure.metrics import paired_stats
+
+MOST_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval over n samples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+def over_rounds(values_S: Sequence[float]) -> Estimate:
+    """Return the median of timed contrasts with its order-statistic interval."""
+    found = paired_stats.effect(np.asarray(values_S, dtype=float))
+    return Estimate(found.median, found.low, found.high, found.n)
+
+
+def over_items(values_S: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Return the mean over windows or items with its bootstrap interval."""
+    values_S = np.asarray(values_S, dtype=float)
+    low, high = paired_stats.bootstrap_interval(values_S, resamples=resamples, seed=seed)
+    return Estimate(float(values_S.mean()), low, high, len(values_S))
+
+
+def interaction(nothing_S, first_S, second_S, both_S) -> np.ndarray:
+    """Return effect of both − sum of each effect, per sample: both − first − second + nothing, [S]."""
+    nothing_S, first_S, second_S, both_S = (np.asarray(v, dtype=float) for v in (nothing_S, first_S, second_S, both_S))
+    return both_S - first_S - second_S + nothing_S
+
+
+def subsets(parts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return all subsets of the parts, each in the order of `parts`, the empty one first.
+
+    Raises ValueError beyond MOST_PARTS parts: the number of subsets doubles with each.
+    """
+    if len(parts) > MOST_PARTS:
+        raise ValueError(f"{len(parts)} parts have {2 ** len(parts)} subsets; attribution takes at most {MOST_PARTS}")
+    return [chosen for size in range(len(parts) + 1) for chosen in itertools.combinations(parts, size)]
+
+
+def shapley(parts: Sequence[str], values: Mapping[tuple[str, ...], Sequence[float]]) -> dict[str, np.ndarray]:
+    """Return each part's Shapley value per sample, [S]: its mean marginal effect over all orders of joining.
+
+    `values` has a row [S] for every one of `subsets(parts)`. The values of all parts add up to the effect of the whole,
+    in every sample (Shapley 1953).
+    """
+    count, found = len(parts), {}
+    for part in parts:
+        total: np.ndarray | float = 0.0
+        for chosen in subsets([other for other in parts if other != part]):
+            weight = math.factorial(len(chosen)) * math.factorial(count - len(chosen) - 1) / math.factorial(count)
+            joined = tuple(other for other in parts if other in chosen or other == part)
+            total = total + weight * (np.asarray(values[joined], dtype=float) - np.asarray(values[chosen], dtype=float))
+        found[part] = total
+    return found

@@ -1,0 +1,181 @@
+"""Studies that survive: what a search found lies in an Optuna study in a SQLite file, and a second start goes on there.
+
+A study belongs to one search space, described by plain JSON. A file that is damaged, or that belongs to another space,
+is kept aside under another name and said; it is never overwritten. Every proposal is a function of the seed and of the
+completed trials alone, so a search that was killed and started again ends with the same answer. Knows nothing of what
+is searched.
+"""
+
+import hashlib
+import json
+import platform
+import sqlite3
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from lib.errors import UserError
+from lib.optimizations.common.recipe import aside
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+DIRECTION = "minimize"
+
+
+@dataclass
+class Study:
+    """A study in a file (or in memory, where `path` is None), of one space. `notes` says what was found at opening.
+
+    `memory` mirrors the file's completed trials: proposals are made there, and only whole trials are written.
+    """
+
+    memory: optuna.Study
+    file: optuna.Study | None
+    path: Path | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Completed trials in the order in which they were told."""
+        return self.memory.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def fact(self, name: str, make: Callable[[], object]) -> object:
+        """Return a stored fact (plain JSON); the first time it is made and stored, so that it stays the same."""
+        if name not in self.memory.user_attrs:
+            text = json.dumps(make())
+            for study in filter(None, (self.file, self.memory)):
+                study.set_user_attr(name, text)
+        return json.loads(self.memory.user_attrs[name])
+
+    def add(
+        self,
+        params: Mapping[str, object],
+        distributions: Mapping[str, BaseDistribution],
+        values: Sequence[float],
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Store a trial that was proposed elsewhere."""
+        found = {"params": dict(params), "distributions": dict(distributions), "values": list(values)}
+        self._store(optuna.trial.create_trial(**found, user_attrs=dict(facts or {})))
+
+    def propose(
+        self, distributions: Mapping[str, BaseDistribution], sampler: Callable[[int], optuna.samplers.BaseSampler]
+    ) -> dict[str, object]:
+        """Return the next trial's parameters. `sampler` is given the number of trials, and made anew each time."""
+        self.memory.sampler = sampler(len(self.trials))
+        trial = self.memory.ask(dict(distributions))
+        self.memory.tell(trial, state=TrialState.FAIL)  # a proposal only: `add` stores it with its values
+        return dict(trial.params)
+
+    def _store(self, trial: FrozenTrial) -> None:
+        for study in filter(None, (self.file, self.memory)):
+            study.add_trial(trial)
+
+
+def fingerprint(space: Mapping[str, object]) -> str:
+    """Return the hash of a space: plain JSON, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(space, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code(*modules: object) -> str:
+    """Return a hash of the modules' source files: what was measured by other code is another space."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> str:
+    """Return which machine times were measured on: they are facts of this one alone."""
+    return f"{platform.node()} {platform.machine()} {platform.processor()}".strip()
+
+
+@contextmanager
+def opened(path: Path | str | None, name: str, space: Mapping[str, object], objectives: int):
+    """Yield the study `name` in the file `path` (None: in memory), new or gone on with; nobody else may hold it.
+
+    Raises UserError where another process is searching in the same file, or where the file cannot be written.
+    """
+    if path is None:
+        yield _make(None, name, space, objectives)
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written to ({error.strerror}); give another folder for studies") from None
+    with lock:
+        if not _locked(lock):
+            raise UserError(f"{path.name}: another run is searching in it; wait for it, or give another folder")
+        notes = _set_aside(path, name, space)
+        found = _make(path, name, space, objectives)
+        found.notes += notes
+        if found.trials:
+            found.notes.append(f"{path.name}: gone on with, {len(found.trials)} evaluations were there")
+        try:
+            yield found
+        finally:
+            found.file._storage.remove_session()
+
+
+def _locked(file) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # without advisory locks SQLite still keeps the file whole
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _make(path: Path | None, name: str, space: Mapping[str, object], objectives: int) -> Study:
+    options = {"study_name": name, "directions": [DIRECTION] * objectives, "load_if_exists": True}
+    memory = optuna.create_study(**options)
+    if path is None:
+        return Study(memory, None, None)
+    file = optuna.create_study(storage=f"sqlite:///{path}", **options)
+    if "space" not in file.user_attrs:
+        file.set_user_attr("space", fingerprint(space))
+    for fact, text in file.user_attrs.items():
+        memory.set_user_attr(fact, text)
+    memory.add_trials(file.get_trials(states=(TrialState.COMPLETE,)))
+    return Study(memory, file, path)
+
+
+def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
+    """Rename a file that is damaged or of another space; return what was done, in words."""
+    if not path.exists():
+        return []
+    reason = _unusable(path, name, space)
+    if reason is None:
+        return []
+    kept = path.rename(aside(path))
+    for journal in path.parent.glob(f"{path.name}-*"):  # of SQLite; they belong to the file that left
+        journal.rename(kept.with_name(kept.name + journal.name.removeprefix(path.name)))
+    return [f"{path.name}: {reason}; kept as {kept.name}, a new study was begun"]
+
+
+def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:
+    """Return why the file cannot be gone on with, or None. Reads with SQLite alone: Optuna would write to it."""
+    query = """select value_json from study_user_attributes join studies using (study_id)
+               where study_name = ? and key = 'space'"""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+            if file.execute("pragma quick_check").fetchone()[0] != "ok":
+                return "the study file is damaged"
+            found = file.execute(query, (name,)).fetchone()
+    except (sqlite3.DatabaseError, OSError):
+        return "the study file is damaged"
+    if found is None:
+        return f'it holds no study "{name}"'
+    return None if json.loads(found[0]) == fingerprint(space) else "it belongs to another search space"

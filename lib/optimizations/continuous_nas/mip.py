@@ -1,0 +1,121 @@
+"""Choosing one option per slot so that a sum is least and other sums stay within budgets: a mixed-integer programme.
+
+Puzzle's second step (Bercovich et al. 2024, section 4): scores and costs of a whole are sums over its parts. Solved
+exactly by scipy's `milp` (HiGHS). Knows nothing of what a slot or an option is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from lib.errors import UserError
+from lib.optimizations.continuous_nas.replacement_library import Choice
+
+SLACK = 1e-9  # of a budget, for rounding
+
+
+@dataclass(frozen=True)
+class Table:
+    """A cost that adds up: `rest`, and `values[slot][option]`, in one unit."""
+
+    name: str
+    values: Mapping[str, Mapping[str, float]]
+    rest: float = 0.0
+    unit: str = ""
+
+    def of(self, choice: Choice) -> float:
+        """Return the cost of a whole choice."""
+        return self.rest + sum(self.values[slot][option] for slot, option in choice.items())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A table and the most that its sum may be."""
+
+    table: Table
+    most: float
+
+
+def solve(
+    scores: Mapping[str, Mapping[str, float]],
+    budgets: Sequence[Budget] = (),
+    *,
+    count: int = 1,
+    without: Sequence[Choice] = (),
+) -> list[Choice]:
+    """Return the `count` choices of least total score within every budget, best first; fewer where there are fewer.
+
+    `without` are choices not to be returned. Raises UserError where no choice meets the budgets, with the nearest
+    that can be met; and where a slot has no option.
+    """
+    empty = next((slot for slot, options in scores.items() if not options), None)
+    if empty is not None or not scores:
+        raise UserError(f'"{empty}" has no option to choose from' if scores else "there is no slot to choose for")
+    found: list[Choice] = []
+    while len(found) < count:
+        choice = _least(scores, budgets, [*without, *found])
+        if choice is None:
+            break
+        found.append(choice)
+    if not found and budgets and _least(scores, budgets, ()) is None:
+        raise UserError(unreachable(scores, budgets))
+    return found
+
+
+def unreachable(scores: Mapping[str, Mapping[str, float]], budgets: Sequence[Budget]) -> str:
+    """Return which budgets cannot be met, and the nearest that can: each alone, then the last under the others."""
+    for budget in budgets:
+        least = budget.table.of(_least(budget.table.values, (), ()))
+        if least > budget.most:
+            return f"no choice has {_said(budget)}; the nearest within reach is {least:.4g} {budget.table.unit}".strip()
+    *others, last = budgets
+    nearest = _least(last.table.values, others, ())
+    within = " and ".join(_said(one) for one in others)
+    if nearest is None:
+        return f"no choice has {within} and {_said(last)}; loosen one of them"
+    return (
+        f"no choice has {within} and {_said(last)} together; with {within} the nearest {last.table.name} within reach "
+        f"is {last.table.of(nearest):.4g} {last.table.unit}".strip()
+    )
+
+
+def _said(budget: Budget) -> str:
+    return f"{budget.table.name} of at most {budget.most:.4g} {budget.table.unit}".strip()
+
+
+def _least(scores: Mapping[str, Mapping[str, float]], budgets, without) -> Choice | None:
+    """Return the choice of least score within the budgets that is none of `without`, or None."""
+    pairs = [(slot, option) for slot, options in scores.items() for option in options]
+    index = {pair: at for at, pair in enumerate(pairs)}
+    rows, low, high = [], [], []
+    for slot in scores:  # one option per slot
+        rows.append([float(pair[0] == slot) for pair in pairs])
+        low.append(1.0)
+        high.append(1.0)
+    for budget in budgets:
+        room = budget.most - budget.table.rest
+        values = [budget.table.values[slot][option] for slot, option in pairs]
+        scale = max(abs(room), max(map(abs, values)), 1e-300)  # seconds and bytes: a solver's tolerance is absolute
+        rows.append([value / scale for value in values])
+        low.append(-np.inf)
+        high.append(room / scale + SLACK)
+    for choice in without:
+        row = np.zeros(len(pairs))
+        row[[index[pair] for pair in choice.items()]] = 1
+        rows.append(row.tolist())
+        low.append(-np.inf)
+        high.append(len(scores) - 1)
+    objective = np.array([scores[slot][option] for slot, option in pairs])
+    objective = objective / max(np.abs(objective).max(), 1e-300)
+    solved = milp(
+        objective,
+        constraints=LinearConstraint(np.array(rows), low, high),
+        integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if solved.x is None:
+        return None
+    return {slot: option for (slot, option), taken in zip(pairs, solved.x) if taken > 0.5}

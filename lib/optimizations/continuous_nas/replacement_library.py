@@ -1,0 +1,205 @@
+"""Replacements for the parts of blocks: cheaper attention and feed-forward modules, built once, kept, swapped at once.
+
+A slot ("03.attention", "03.feed_forward") is where a part stands, an option ("groups_50", "channels_75", "none") what
+may stand there, and a choice one option per slot. The live student shares every tensor with the model it was made of;
+swapping changes which modules it runs, copies nothing, and is exactly undone by the choice `whole`. Knows nothing of
+what an option is worth or costs.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.structure.anatomy import Block, anatomy, synchronise
+from lib.models.structure.anatomy import attention as view_attention
+from lib.models.structure.anatomy import feed_forward as view_feed_forward
+from lib.models.structure.no_op import NoAttention, NoFeedForward, place
+from lib.models.structure.surgery import keep_channels, keep_experts, keep_groups
+
+WHOLE = "whole"
+ATTENTION = (WHOLE, "groups_50", "none")
+DENSE = (WHOLE, "channels_88", "channels_75", "channels_50", "channels_25", "none")
+EXPERTS = (WHOLE, "experts_75", "experts_50", "top_k_50", "experts_50_top_k_50", "none")
+# Of the uniform control: finer than the library, for it has as many evaluations to spend.
+UNIFORM = {
+    "attention": (WHOLE, "groups_75", "groups_50", "groups_25", "none"),
+    "dense": (WHOLE, *(f"channels_{percent}" for percent in range(95, 15, -5))),
+    "experts": (
+        WHOLE,
+        *(f"experts_{percent}" for percent in (88, 75, 63, 50)),
+        *(f"experts_{percent}_top_k_{chosen}" for chosen in (75, 50, 25) for percent in (99, 75, 50, 38)),
+    ),
+}
+PARTS = ("attention", "feed_forward")
+CHANNEL_MULTIPLE = 8  # matrix kernels are built for aligned rows
+
+Choice = dict[str, str]  # slot → option
+
+
+@dataclass
+class Library:
+    """Replacements by slot and option. `student` shares every tensor with the model; it alone is swapped."""
+
+    modules: dict[str, dict[str, nn.Module]]
+    student: nn.Module
+
+    @property
+    def space(self) -> dict[str, tuple[str, ...]]:
+        return {slot: tuple(options) for slot, options in self.modules.items()}
+
+    @property
+    def whole(self) -> Choice:
+        return dict.fromkeys(self.modules, WHOLE)
+
+
+def locate(slot: str) -> tuple[int, str]:
+    """Return block and part of a slot."""
+    index, _, part = slot.partition(".")
+    return int(index), part
+
+
+def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, Sequence[str]] | None = None) -> Library:
+    """Return the library of `model`: real modules, of which the most salient parts are kept.
+
+    `saliency` is of each block: heads [G], channels [C], experts [E], where it has them. `options` restricts the option
+    names by kind: attention, dense, experts. The first block keeps an attention, for the cache tells by it how long the
+    text is. Raises UserError for an unknown option, and where a slot would have none.
+    """
+    names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    student = copy.deepcopy(model, shared)
+    modules: dict[str, dict[str, nn.Module]] = {}
+    for block, scores in zip(anatomy(model).blocks, saliency):
+        for part in PARTS:
+            kind = "attention" if part == "attention" else block.feed_forward.kind
+            made: dict[str, nn.Module] = {}
+            for option in names[kind]:
+                module = _replacement(block, part, option, scores)
+                if module is not None and not (part == "attention" and option == "none" and block.index == 0):
+                    made.setdefault(option, module)
+            slot = f"{block.index:02d}.{part}"
+            if not made:
+                raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
+            modules[slot] = made
+    whole = anatomy(student).blocks
+    for slot in modules:  # the student's own modules stand for "whole"
+        index, part = locate(slot)
+        if WHOLE in modules[slot]:
+            modules[slot][WHOLE] = getattr(whole[index], part).module
+    return Library(modules, student)
+
+
+def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Module | None:
+    """Return the module of one option, or None where it would be no other than one that is there already."""
+    source = getattr(block, part).module
+    if option == "none":
+        return NoAttention() if part == "attention" else NoFeedForward()
+    copied = copy.deepcopy(source, {id(getattr(source, "config", None)): getattr(source, "config", None)})
+    if option == WHOLE:
+        return source
+    shares = _shares(option, "attention" if part == "attention" else block.feed_forward.kind)
+    if part == "attention":
+        attention = view_attention(copied)
+        kept = _most(scores["heads"], shares["groups"])
+        if len(kept) == attention.key_value_heads:
+            return None
+        keep_groups(attention, kept)
+        if hasattr(copied, "num_heads"):
+            copied.num_heads = view_attention(copied).heads
+        return copied
+    view = replace(block, feed_forward=view_feed_forward(copied))
+    for name, share in shares.items():
+        experts = view.feed_forward.experts
+        if name == "channels":
+            keep_channels(view, _most(scores["channels"], share, CHANNEL_MULTIPLE))
+        elif name == "experts":
+            kept = _most(scores["experts"], share)
+            if len(kept) < experts.top_k:
+                return None
+            keep_experts(experts, kept)
+        elif max(1, round(share * experts.top_k)) == experts.top_k:
+            return None
+        else:
+            experts.router.top_k = max(1, round(share * experts.top_k))
+    return copied
+
+
+def _shares(option: str, kind: str) -> dict[str, float]:
+    """Return what an option keeps: "experts_50_top_k_50" → {"experts": 0.5, "top_k": 0.5}. Raises UserError."""
+    offered, may = {
+        "attention": (ATTENTION, {"groups"}),
+        "dense": (DENSE, {"channels"}),
+        "experts": (EXPERTS, {"experts", "top_k"}),
+    }[kind]
+    words = option.replace("top_k", "top-k").split("_")
+    found = dict(zip((word.replace("-", "_") for word in words[::2]), words[1::2]))
+    if len(found) * 2 != len(words) or not set(found) <= may or not all(_percent(text) for text in found.values()):
+        raise UserError(f'library: option "{option}" of {kind}; expected one like {", ".join(offered)}')
+    return {name: int(text) / 100 for name, text in found.items()}
+
+
+def _percent(text: str) -> bool:
+    return text.isdigit() and 0 < int(text) < 100
+
+
+def _most(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor:
+    """Return the indices of the most salient share, ascending."""
+    count = max(multiple, round(len(scores) * share / multiple) * multiple)
+    return scores.topk(min(count, len(scores))).indices.sort().values
+
+
+def swap(library: Library, choice: Choice) -> nn.Module:
+    """Make the live `library.student` the chosen architecture, in place; return it. Nothing is copied or loaded."""
+    layers = anatomy(library.student).decoder.layers
+    for slot, option in choice.items():
+        index, part = locate(slot)
+        place(layers[index], part, library.modules[slot][option])
+    return synchronise(library.student)
+
+
+def child(library: Library, choice: Choice) -> nn.Module:
+    """Return the chosen architecture as a model of its own; the student is whole again afterwards."""
+    made = copy.deepcopy(swap(library, choice))
+    swap(library, library.whole)
+    return synchronise(made)
+
+
+def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
+    """Return random choices. Each first draws which share of the slots to replace, so that mild ones are among them."""
+    draw = np.random.default_rng(seed)
+    found: list[Choice] = []
+    while len(found) < count:
+        share = draw.random()
+        choice = {}
+        for slot, options in space.items():
+            others = [option for option in options if option != WHOLE]
+            replaced = bool(others) and draw.random() < share
+            choice[slot] = others[draw.integers(len(others))] if replaced else WHOLE
+        found.append(choice)
+    return found
+
+
+def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
+    """Return at most `count` choices that treat all blocks alike, spread evenly: the mildest first.
+
+    Where a slot lacks an option (another kind of part, a first block that must attend), the one at the same place of
+    its own list stands there.
+    """
+    attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
+    feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)
+    found = []
+    for pair in ((at, feed) for at in attending for feed in feeding):
+        choice = {}
+        for slot, options in space.items():
+            wanted, names = (pair[0], attending) if slot.endswith(".attention") else (pair[1], feeding)
+            nearest = min(round(names.index(wanted) / max(1, len(names) - 1) * (len(options) - 1)), len(options) - 1)
+            choice[slot] = wanted if wanted in options else options[nearest]
+        found.append(choice)
+    found = [choice for choice in found if any(option != WHOLE for option in choice.values())]
+    order = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
+    return [found[index] for index in order]

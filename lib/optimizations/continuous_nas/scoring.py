@@ -1,0 +1,70 @@
+"""How far a changed model's output diverges from the one it came from, beginning at any block.
+
+The original's inputs to every block are kept, so a change in block 4 is judged by running blocks 4 and later alone.
+Knows nothing of what was changed.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary, R real tokens of a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.models.calibration.blockwise import Stream, streams
+from lib.models.structure.anatomy import anatomy
+
+
+@dataclass
+class Probe:
+    """Of the original on each batch: what passed through its blocks, and its log-probabilities [R, V]."""
+
+    streams: list[Stream]
+    expected_RV: list[torch.Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are compared."""
+        return sum(len(expected) for expected in self.expected_RV)
+
+
+@torch.no_grad()
+def probe(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Probe:
+    """Run `model` on `batches` (keyword arguments, batch by batch) and keep what passes through its blocks."""
+    seen = streams(model, batches)
+    last = len(anatomy(model).blocks) - 1
+    expected = [_log_probabilities(model, stream.outputs[last], stream) for stream in seen]
+    return Probe(seen, expected)
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, seen: Probe, first: int = 0) -> float:
+    """Return KL(original ‖ model) in nats per token. All blocks of `model` before `first` must be the original's."""
+    view, total = anatomy(model), 0.0
+    dtype = view.embeddings.weight.dtype
+    last = len(view.blocks) - 1
+    for stream, expected_RV in zip(seen.streams, seen.expected_RV):
+        arguments = {name: _cast(value, dtype) for name, value in stream.arguments.items()}
+        hidden_BTH = stream.inputs[first].to(dtype)
+        for block in view.blocks[first:]:
+            output = block.module(hidden_BTH, **arguments)
+            hidden_BTH = output[0] if isinstance(output, tuple) else output
+            if block.index < last and view.vision is not None:  # between blocks a vision tower adds its features
+                added = stream.inputs[block.index + 1] - stream.outputs[block.index]
+                hidden_BTH = hidden_BTH + added.to(dtype)
+        given_RV = _log_probabilities(model, hidden_BTH, stream)
+        total += float(nn.functional.kl_div(given_RV, expected_RV, reduction="sum", log_target=True))
+    return max(total, 0.0) / seen.tokens
+
+
+def _log_probabilities(model: nn.Module, hidden_BTH: torch.Tensor, stream: Stream) -> torch.Tensor:
+    view = anatomy(model)
+    real_RH = view.final_norm(hidden_BTH.to(view.embeddings.weight.dtype)[stream.mask_BT.to(hidden_BTH.device)])
+    return view.head(real_RH).float().log_softmax(-1)
+
+
+def _cast(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(one, dtype) for one in value)
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

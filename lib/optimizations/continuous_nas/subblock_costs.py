@@ -1,0 +1,186 @@
+"""What each part of each block costs on this device, and what its replacements would: timed by themselves, interleaved.
+
+The real model reads a prompt and decodes one token; what enters each part then is kept, and every module that could
+stand there is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is not in
+a block (embeddings, norms, head, Python) is the whole model's time less its parts'. Knows nothing of why a module is
+a replacement.
+
+Shapes: B batch, P prompt tokens.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.timing import workloads
+from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.optimizations.continuous_nas.replacement_library import PARTS
+
+Seconds = dict[str, dict[str, float]]  # slot → option → seconds
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Seconds of one prefill and of one decoded step: of each slot's options, and of the rest of the model."""
+
+    prefill: Seconds
+    decode: Seconds
+    prefill_rest: float
+    decode_rest: float
+
+
+@dataclass
+class Entering:
+    """What one part of a block is called with."""
+
+    args: tuple
+    kwargs: dict
+
+    @property
+    def cache_name(self) -> str | None:
+        """The keyword under which the cache comes, whatever it is called."""
+        return next((name for name, value in self.kwargs.items() if hasattr(value, "get_seq_length")), None)
+
+    def call(self, module: nn.Module, cache: object) -> object:
+        """Run `module` on this, with another cache."""
+        name = self.cache_name
+        return module(*self.args, **(self.kwargs | ({name: cache} if name else {})))
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    modules: Mapping[str, Mapping[str, nn.Module]],
+    locate: Callable[[str], tuple[int, str]],
+    prompt_BP: torch.Tensor,
+    *,
+    rounds: int = 7,
+    seed: int = 0,
+) -> BlockTimes:
+    """Time every module of `modules[slot][option]` where it would stand: `locate(slot)` is (block, part).
+
+    `model` is the whole one, as it is. Every option is called once per round, after one call that is not counted.
+    """
+    reading, stepping = _capture(model, prompt_BP)
+    works: dict[tuple[str, str, str], Callable[[], object]] = {}
+    indices = {}
+    for slot, options in modules.items():
+        place = locate(slot)
+        for option, module in options.items():
+            if hasattr(module, "layer_idx"):
+                indices[module] = module.layer_idx
+                module.layer_idx = 0
+            prefill, decode = _works(module, reading[place], stepping[place])
+            works[slot, option, "prefill"], works[slot, option, "decode"] = prefill, decode
+    for kind, steps in (("prefill", 0), ("decode", 4)):
+        work = workloads.decode(model, prompt_BP, steps) if steps else workloads.prefill(model, prompt_BP)
+        works["model", "whole", kind] = work
+    try:
+        samples = _rounds(works, rounds, seed)
+    finally:
+        for module, index in indices.items():
+            module.layer_idx = index
+    return _pooled(samples, modules)
+
+
+def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
+    """Return what enters each part of each block while the model reads a prompt, and at the token after it."""
+    found: dict[tuple[int, str], Entering] = {}
+
+    def keep(place: tuple[int, str]):
+        def hook(_module, args, kwargs) -> None:
+            found[place] = Entering(args, dict(kwargs))
+
+        return hook
+
+    parts = [(b.index, part, getattr(b, part).module) for b in anatomy(model).blocks for part in PARTS]
+    hooks = [module.register_forward_pre_hook(keep((index, part)), with_kwargs=True) for index, part, module in parts]
+    try:
+        forget_pictures(model)
+        prompt_BP = prompt_BP.to(next(model.parameters()).device)
+        output = model(input_ids=prompt_BP, use_cache=True, logits_to_keep=1)
+        reading = dict(found)
+        model(
+            input_ids=output.logits[:, -1:].argmax(-1),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reading, found
+
+
+def _works(module: nn.Module, reading: Entering, stepping: Entering) -> tuple[Callable, Callable]:
+    """Return what reads the prompt with `module` (a new cache each time), and what decodes one token after it."""
+    if reading.cache_name is None:
+        return lambda: reading.call(module, None), lambda: stepping.call(module, None)
+    fresh = type(reading.kwargs[reading.cache_name])
+    filled = fresh()
+    reading.call(module, filled)
+    return lambda: reading.call(module, fresh()), lambda: stepping.call(module, filled)
+
+
+def _rounds(works: Mapping[tuple, Callable[[], object]], rounds: int, seed: int) -> dict[tuple, list[float]]:
+    """Return seconds per call, `rounds` samples each, in shuffled order; a workload's own preparation is not timed."""
+    on_device = torch.cuda.is_available()
+    samples: dict[tuple, list[float]] = {key: [] for key in works}
+    order, shuffle = list(works), random.Random(seed)
+    for turn in range(rounds + 1):
+        shuffle.shuffle(order)
+        for key in order:
+            work = works[key]
+            if prepare := getattr(work, "prepare", None):
+                prepare()
+            if on_device:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if on_device:
+                torch.cuda.synchronize()
+            if turn:
+                samples[key].append((time.perf_counter() - start) / getattr(work, "new_tokens", 1))
+    return samples
+
+
+def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str, nn.Module]]) -> BlockTimes:
+    signatures = {
+        (slot, option): (slot.rpartition(".")[2], signature(module))
+        for slot, options in modules.items()
+        for option, module in options.items()
+    }
+    pools: dict[tuple, list[float]] = {}
+    for (slot, option, kind), found in samples.items():
+        if slot != "model":
+            pools.setdefault((kind, *signatures[slot, option]), []).extend(found)
+    typical = {key: _undisturbed(found) for key, found in pools.items()}
+    times = {
+        kind: {
+            slot: {option: typical[(kind, *signatures[slot, option])] for option in options}
+            for slot, options in modules.items()
+        }
+        for kind in ("prefill", "decode")
+    }
+    rest = {
+        kind: _undisturbed(samples["model", "whole", kind]) - sum(options["whole"] for options in times[kind].values())
+        for kind in times
+    }
+    return BlockTimes(times["prefill"], times["decode"], max(rest["prefill"], 0.0), max(rest["decode"], 0.0))
+
+
+def _undisturbed(samples: list[float]) -> float:
+    """Return the tenth percentile: a part takes tens of microseconds, and whatever else runs only ever adds to that."""
+    return float(np.quantile(samples, 0.1))
+
+
+def signature(module: nn.Module) -> tuple:
+    """Return what the cost of a module depends on: its kind, its shapes, and how many experts a token is sent to."""
+    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    chosen = tuple(part.top_k for part in module.modules() if hasattr(part, "top_k"))
+    return type(module).__name__, shapes, chosen

@@ -1,0 +1,1 @@
+"""Feedback mechanisms: what it does to a model, and how it is measured."""

@@ -1,0 +1,165 @@
+"""Scripted disturbances of a server, and how far it strayed from its objectives while they lasted.
+
+A scenario is a trace of requests and how much slower the machine is at each moment; nothing else about it is hidden.
+Rates are shares of the measured capacity, so a scenario asks the same of a small model and of a large one. `Spinner`
+disturbs a real run really: a process that takes the cores this one runs on. Knows no policy.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+from lib.measure.serving.latency import Objectives, met
+from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
+from lib.measure.serving.simulator import SimulatedEngine
+from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.traffic import Lengths, Phase, Request, Trace, make
+from lib.measure.timing import disturbance
+from lib.optimizations.feedback_mechanisms.profiles import Profiles
+
+WINDOWS = 60  # into which a trace is cut to count the seconds beyond an objective
+GOOD_SHARE = 0.9  # of the requests arriving in a window that must be served well
+CALM, BUSY = 0.45, 1.15  # shares of what the full profile can serve within the objectives
+STOLEN = 2.0  # how much slower a machine is whose core is shared with one other process
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A trace, and pairs (second, factor): from that second on every step takes `factor` times as long."""
+
+    trace: Trace
+    slowness: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.trace.name
+
+    def factor(self, second: float) -> float:
+        """Return how much slower than measured the machine is at `second`."""
+        return next((factor for start, factor in reversed(self.slowness) if start <= second), 1.0)
+
+
+def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: float, seed: int = 0) -> list[Scenario]:
+    """Return the four scenarios of one length: quiet, load step, longer prompts, stolen core.
+
+    The middle third is disturbed: the load steps beyond capacity; prompts get three times as long, beyond *their*
+    capacity; the machine slows down under an unchanged calm load.
+    """
+    third = seconds / 3
+    long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
+    rate, _ = times.capacity(lengths, objective.token_seconds)
+    long_rate, _ = times.capacity(long, objective.token_seconds)
+    calm = Phase(third, CALM * rate, lengths)
+    busy, longer = Phase(third, BUSY * rate, lengths), Phase(third, BUSY * long_rate, long)
+    return [
+        Scenario(make("quiet", [calm] * 3, seed)),
+        Scenario(make("load step", [calm, busy, calm], seed)),
+        Scenario(make("longer prompts", [calm, longer, calm], seed)),
+        Scenario(make("stolen core", [calm] * 3, seed), ((0.0, 1.0), (third, STOLEN), (2 * third, 1.0))),
+    ]
+
+
+class Played(NamedTuple):
+    """A run, and which profile answered each request that was admitted (request id → index)."""
+
+    served: Served
+    profile_of: dict[int, int]
+
+    def share(self, profile: int) -> float:
+        """Return the share of the answered requests that `profile` answered."""
+        return sum(one == profile for one in self.profile_of.values()) / max(1, len(self.profile_of))
+
+
+class SlowedEngine(SimulatedEngine):
+    """The simulated engine on a machine that is slower at times; `now` tells the second."""
+
+    def __init__(self, times: StepTimes, scenario: Scenario, now: Callable[[], float], seed: int = 0):
+        super().__init__(times, seed)
+        self.scenario, self.now = scenario, now
+
+    def prefill(self, requests: Sequence[Request]) -> float:
+        return super().prefill(requests) * self.scenario.factor(self.now())
+
+    def decode(self) -> float:
+        return super().decode() * self.scenario.factor(self.now())
+
+    def leave(self, ids: Sequence[int]) -> float:
+        return super().leave(ids) * self.scenario.factor(self.now())
+
+
+def play(
+    scenario: Scenario, policy: Policy, times: StepTimes | Sequence[StepTimes], limits: Limits, seed: int = 0
+) -> Played:
+    """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile."""
+    clock = VirtualClock()
+    each = [times] if isinstance(times, StepTimes) else times
+    engines = [SlowedEngine(one, scenario, clock.now, seed) for one in each]
+    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0))
+    served = serve(scenario.trace, policy, profiles, clock, limits)
+    return Played(served, dict(profiles.owner))
+
+
+def seconds_beyond(served: Served, objectives: Objectives) -> float:
+    """Return for how many seconds of the trace too few of the requests arriving were served within both objectives."""
+    return float(sum(width for _, width, good in windows(served, objectives) if good is not None and good < GOOD_SHARE))
+
+
+def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, float | None]]:
+    """Return (start, seconds, share of well-served requests) of each window; None where nobody arrived."""
+    width = served.trace.seconds / WINDOWS
+    counts, good = np.zeros(WINDOWS), np.zeros(WINDOWS)
+    for one in served.outcomes:
+        at = min(WINDOWS - 1, int(one.request.arrival / width))
+        counts[at] += 1
+        good[at] += met(one, objectives)
+    return [(i * width, width, float(good[i] / counts[i]) if counts[i] else None) for i in range(WINDOWS)]
+
+
+def overshoot(served: Served, objectives: Objectives) -> float:
+    """Return by what share of the objective the slowest time per token lay beyond it; 0 where none did."""
+    slowest = max((one.token_seconds for one in served.outcomes if one.finished is not None), default=0.0)
+    return max(0.0, slowest / objectives.token_seconds - 1)
+
+
+def reversals(values: Sequence[float]) -> int:
+    """Return how often a course changes direction: what an oscillating loop does and a settled one does not."""
+    moves = np.sign(np.diff(np.asarray(values, dtype=float)))
+    moves = moves[moves != 0]
+    return int((moves[1:] != moves[:-1]).sum())
+
+
+class Spinner:
+    """Processes that are always busy, one on each core that is given to this one, while the `with` block lasts or until
+    `stop`: every core of ours is shared with somebody else.
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        """Begin to steal."""
+        if self.processes:
+            return
+        for core in disturbance.cores():
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            self.processes.append(process)
+            if hasattr(psutil.Process, "cpu_affinity"):
+                psutil.Process(process.pid).cpu_affinity([core])
+
+    def stop(self) -> None:
+        """Give the cores back."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes = []
+
+    def __enter__(self) -> "Spinner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

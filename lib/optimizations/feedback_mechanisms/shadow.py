@@ -1,0 +1,161 @@
+"""Shadow runs: what a profile answers, how a guard fares with real losses of its answers, drawn again, and how good a
+server is whose answers come from two profiles.
+
+A guard has `ready(second)`, `wants()`, `add(second, loss)`, `trusted`, `estimate` and `events`; it comes in ready made.
+
+Shapes: T prompt tokens, N new tokens.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.models.decoding import batch_cache
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.tasks.registry import classifies
+
+AT_ONCE = 16  # prompts answered together
+
+
+@torch.inference_mode()
+def answers(model: nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[torch.Tensor]:
+    """Return the greedy answer [N] of `model` to each prompt [T]."""
+    found = []
+    for start in range(0, len(prompts), AT_ONCE):
+        state = batch_cache.prefill(model, prompts[start : start + AT_ONCE])
+        steps = [state.token_B.cpu()]
+        while len(steps) < new_tokens:
+            steps.append(batch_cache.step(model, state).cpu())
+        found += list(torch.stack(steps, 1))
+    return found
+
+
+@torch.inference_mode()
+def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
+    """Return the share of an answer's tokens that the baseline, reading the same words, would not have chosen.
+
+    One pass over prompt and answer: far cheaper than answering again.
+    """
+    forget_pictures(baseline)
+    device = next(baseline.parameters()).device
+    ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
+    logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
+    return float((logits_1NV[0].argmax(-1).cpu() != answer_N.cpu()).float().mean())
+
+
+def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
+    """Return `disagreement` of each answer after its prompt."""
+    return [
+        disagreement(baseline, prompt_T, answer_N.to(prompt_T.device)) for prompt_T, answer_N in zip(prompts, answers)
+    ]
+
+
+def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
+    """Return a copy whose attention outputs are disturbed: noise of `strength` × their own standard deviation."""
+    damaged = copy.deepcopy(model)
+    random = torch.Generator().manual_seed(seed)
+    for block in anatomy(damaged).blocks:
+        if block.attention.kind != "none":
+            weight = block.attention.output.weight
+            noise = torch.randn(weight.shape, generator=random).to(weight.device, weight.dtype)
+            weight.data += strength * weight.float().std().to(weight.dtype) * noise
+    return damaged
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A guarded stream: (second, trusted, estimate, true mean of the pool then) per answer, and the guard's events."""
+
+    course: list[tuple[float, bool, float | None, float]]
+    events: list[tuple[float, str]]
+
+    def first(self, what: str, since: float = 0.0) -> float | None:
+        """Return the second of the first event `what` from `since` on."""
+        return next((second for second, name in self.events if name == what and second >= since), None)
+
+
+def stream(
+    guard: object, pools: Callable[[float], Sequence[float]], rate: float, seconds: float, seed: int = 0
+) -> Watched:
+    """Let `rate` answers per second pass the guard; each loss is drawn from the pool of real losses of that second."""
+    random = np.random.default_rng([seed, 0x5AD0])
+    second, course = 0.0, []
+    while (second := second + random.exponential(1 / rate)) < seconds:
+        guard.ready(second)
+        pool = pools(second)
+        if guard.wants():
+            guard.add(second, float(random.choice(pool)))
+        course.append((second, guard.trusted, guard.estimate, float(np.mean(pool))))
+    return Watched(course, list(guard.events))
+
+
+def trials(fresh: Callable[[int], object], pool: Sequence[float], count: int, length: int, seed: int = 0) -> dict:
+    """Watch `length` shadowed answers drawn from `pool`, `count` times with a fresh guard.
+
+    Returns `caught` (share of windows with a rollback), `delays` (shadowed answers until it, of those), `error` (mean
+    absolute error of the guard's estimate, of windows without one) and `alarms` (windows with a rollback).
+    """
+    random = np.random.default_rng([seed, 0xC0DE])
+    delays, errors = [], []
+    truth = float(np.mean(pool))
+    for index in range(count):
+        guard = fresh(index)
+        for at, loss in enumerate(random.choice(pool, length).tolist(), start=1):
+            if guard.add(float(at), loss):
+                delays.append(at)
+                break
+        else:
+            errors.append(abs(guard.estimate - truth))
+    return {
+        "caught": len(delays) / count,
+        "alarms": len(delays),
+        "delays": delays,
+        "error": float(np.mean(errors)) if errors else None,
+    }
+
+
+def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: float = 2.326, seed: int = 0) -> float:
+    """Return the share of windows in which a naive one-sided z-test (1 %), repeated after every answer, ever rejects.
+
+    The control: what comes of looking often with a test that is meant to be looked at once.
+    """
+    random = np.random.default_rng([seed, 0xC0DE])
+    losses = random.choice(np.asarray(pool, dtype=float), (count, length))
+    n = np.arange(1, length + 1)
+    mean = losses.cumsum(1) / n
+    spread = np.sqrt(np.maximum(1e-9, (losses**2).cumsum(1) / n - mean**2) / n)
+    return float(((mean - bound) / spread > z)[:, 4:].any(1).mean())
+
+
+def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
+    """Return classification and recall of the full profile (baseline) against a blend with `share` of `fast` answers.
+
+    Which profile answers an item is drawn beforehand.
+    """
+    if loaded.random_weights:
+        reason = "random weights: answers carry no information"
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
+    random = np.random.default_rng([seed, 0xB1E])
+    options = {"resamples": effort.resamples, "seed": seed}
+    arms = loaded, replace(loaded, model=fast)
+    found = []
+    for task in (one for one in loaded.tasks if classifies(one)):
+        one, other = (evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms)
+        draw_N = random.random(len(one.ids)) < share
+        chosen_N = np.where(draw_N, other.chosen_N, one.chosen_N)
+        scores_NL = np.where(draw_N[:, None], other.scores_NL, one.scores_NL)
+        mixed = replace(one, chosen_N=chosen_N, scores_NL=scores_NL)
+        found += evaluate.compare_classified(one, mixed, **options)
+    one, other = (evaluate.recall(arm, effort.recall_distance, effort.recall_prompts, seed) for arm in arms)
+    draw_N = random.random(len(one.right_N)) < share
+    mixed = replace(one, right_N=np.where(draw_N, other.right_N, one.right_N))
+    return [*found, evaluate.compare_recalled(one, mixed, **options)]

@@ -1,0 +1,1 @@
+"""Modular components: what it does to a model, and how it is measured."""

@@ -1,0 +1,165 @@
+"""What a further optimization costs whoever maintains this: one is really added to a temporary copy of the project, and
+the files and lines that it took are counted. Then the copy is asked, in a process of its own, whether it found the new
+part, put it in order beside the others and ran it. Nothing in the project itself is changed.
+
+The optimization added is a plain one: every weight rounded to a few significant bits.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+STEM = "weight_rounding"
+TIME_LIMIT_SECONDS = 300
+MODULE = '''"""Weight rounding: the decoder's matrices keep a few bits of each weight, stored as wide as before."""
+
+import copy
+
+import torch
+
+from lib.models.calibration.second_moments import matrices
+
+KNOBS = {"bits": {"type": "int", "range": (1, 23), "default": 6, "help": "significant bits kept of each weight"}}
+
+COMPOSES = {"touches": ("weights",), "needs": ("dense matrices",), "invalidates": ("statistics",), "trial": {}}
+
+
+def applies_to(model):
+    """Return None, or that no matrix is stored dense."""
+    return None if matrices(model) else "every matrix of the decoder is stored sparse"
+
+
+def apply(model, calibration, *, bits=6):
+    """Return a copy of `model` whose dense matrices are rounded to `bits` significant bits."""
+    rounded = copy.deepcopy(model)
+    for matrix in matrices(rounded):
+        fraction, exponent = torch.frexp(matrix.weight.data.float())
+        matrix.weight.data = torch.ldexp((fraction * 2**bits).round() / 2**bits, exponent).to(matrix.weight.dtype)
+    return rounded
+'''
+# From here on the template is that of any other optimization; these lines are what is its own.
+CELL = f"""import sys
+
+sys.path.insert(0, "..")
+
+from lib.measure.compare import speed
+from lib.models import loading
+from lib.models.tasks import tasks
+from lib.optimizations import {STEM}
+from lib.report.records import record
+
+loaded = loading.load(model, scale, device=device, random_weights=random_weights, seed=seed)
+optimized = {STEM}.apply(loaded.model, None, bits=bits)
+prompt = tasks.text_windows(loaded, "final", 1, 64, seed)
+found = speed.compare(loaded.model, optimized, prompt, effort, names=("prefill",), seed=seed)
+taken = speed.resources(loaded.model, optimized, tokens=64)
+record.glue(record.build("{STEM}", model, scale, effort, {{"bits": bits}}, [*found.measurements, *taken]))"""
+PARAMETERS = """model: str = "qwen3-4b-instruct-2507"  # a file in parameters/
+scale: str = "proxy"  # one of proxy|slice|full
+effort: str = "quick"  # one of quick|standard|thorough
+device: str = "cpu"  # where both arms run
+checkpoints: str = ""  # folder of checkpoints, for scale full
+random_weights: bool = False  # scale full without a checkpoint
+seed: int = 0  # of data and block order
+bits: int = 6  # significant bits kept of each weight, in [1, 23]"""
+# What the copy is asked: is the part there, in order with all others, and does it run behind and before each?
+PROGRAM = f"""
+import json, sys
+from lib.models import loading
+from lib.models.tasks import tasks
+from lib.optimizations.common.recipe import Step
+from lib.optimizations.modular_components import method as composing
+loaded = loading.load(sys.argv[1])
+sample = tasks.text_windows(loaded, "search", 2, 64)
+fitting, _ = composing.applicable(loaded.model)
+steps, _ = composing.orderable([Step(optimization=stem) for stem in fitting], loaded.model)
+made = composing.attempt(loaded.model, [], [Step(optimization="{STEM}")], sample)
+print(json.dumps(dict(parts=fitting, order=[one.optimization for one in steps], state=made.state, reason=made.reason)))
+"""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Files and lines that the addition took, and what the grown copy said of it."""
+
+    files_added: list[str]
+    files_changed: list[str]
+    lines: int
+    parts: list[str]
+    order: list[str]
+    state: str
+    reason: str | None
+    listed: bool
+
+    @property
+    def touched(self) -> int:
+        return len(self.files_added) + len(self.files_changed)
+
+
+def notebook() -> dict:
+    """Return the template of the added optimization, as a notebook's JSON."""
+    prose = {"cell_type": "markdown", "metadata": {}, "source": "# Weight rounding"}
+    code = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "outputs": [], "execution_count": None}
+    cells = [prose, code | {"source": PARAMETERS}, code | {"metadata": {"tags": ["record"]}, "source": CELL}]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}
+
+
+def copy_of_project(place: Path) -> Path:
+    """Copy what a build needs to `place` (which is made) and return it."""
+    leave = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("lib", "notebooks", "parameters"):
+        shutil.copytree(ROOT / name, place / name, ignore=leave)
+    for name in ("build.py", "requirements.txt"):
+        shutil.copy(ROOT / name, place / name)
+    return place
+
+
+def add(place: Path) -> tuple[list[str], list[str], int]:
+    """Add the optimization to the copy at `place`; return files added, files changed, and lines written."""
+    before = _fingerprints(place)
+    (place / "lib" / "optimizations" / f"{STEM}.py").write_text(MODULE, encoding="utf-8")
+    (place / "notebooks" / f"{STEM}.ipynb").write_text(json.dumps(notebook(), indent=1), encoding="utf-8")
+    after = _fingerprints(place)
+    added = [name for name in after if name not in before]
+    changed = [name for name in before if after.get(name) != before[name]]
+    lines = sum(len([line for line in text.splitlines() if line.strip()]) for text in (MODULE, PARAMETERS, CELL))
+    return added, changed, lines
+
+
+def measure(model: str) -> Effort:
+    """Add the optimization to a temporary copy, ask the copy about it on the stand-in of `model`, and count.
+
+    Raises RuntimeError, with the last line of its output, where the copy fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = copy_of_project(Path(folder) / "project")
+        added, changed, lines = add(place)
+        said = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
+        listed = STEM in _run(place, "-c", "from lib.suite.plan import plan; print(*plan.optimizations())").split()
+    return Effort(added, changed, lines, **said, listed=listed)
+
+
+def _run(place: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=place, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the copy with {STEM} failed: {last}")
+    return done.stdout.strip()
+
+
+def _fingerprints(place: Path) -> dict[str, str]:
+    files = [path for name in ("lib", "notebooks", "parameters") for path in sorted((place / name).rglob("*"))]
+    return {
+        path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file() and "__pycache__" not in path.parts
+    }

@@ -1,0 +1,328 @@
+"""Modular components: the optimizations as parts that fit together, found in their folder and put into a working order.
+
+A module of `lib/optimizations` with `apply`, `KNOBS` and `COMPOSES` is a part. `COMPOSES` is plain data: which aspects
+of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it is tried
+where time is short. A pipeline puts what invalidates behind what needs, refuses what cannot be ordered, asks the real
+model before every step, and takes calibration statistics anew once they are out of date. The caller's model is never
+changed; a live one is changed and reverted by `hot_swap.py`. Names no optimization, knows none.
+"""
+
+import copy
+import inspect
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from lib.errors import UserError, suggest
+from lib.measure.quality import sanity
+from lib.models.calibration.activations import observe
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common import discovery
+from lib.optimizations.common.recipe import Step
+from lib.optimizations.modular_components import traits
+
+NAME = "modular_components"
+KEYS = ("touches", "needs", "invalidates", "trial")
+STATES = ("works", "refused", "invalid", "crashed")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A model behind all steps, the steps in their order, and the seconds of each; `observations`: statistics taken."""
+
+    model: nn.Module = field(repr=False)
+    steps: list[Step]
+    seconds: list[float]
+    observations: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an attempt to apply `steps`: one of STATES, why, and the model where it works."""
+
+    steps: list[Step]
+    state: str
+    reason: str | None
+    model: nn.Module | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or that fewer than two parts apply, so that there is nothing to compose."""
+    count = len(applicable(model)[0])
+    return None if count > 1 else f"{count} optimization applies to this model; composing needs two"
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def parts() -> dict[str, ModuleType]:
+    """Return every optimization that can be composed, by its stem, sorted. Raises UserError for a faulty descriptor."""
+    modules = {stem: discovery.method(stem) for stem in discovery.stems()}
+    found = {stem: module for stem, module in modules.items() if hasattr(module, "COMPOSES")}
+    for stem, module in found.items():
+        check(stem, module)
+    return found
+
+
+def check(stem: str, module: ModuleType) -> None:
+    """Raise UserError, naming the fault, where a module cannot be a part."""
+    for name in ("apply", "KNOBS", "applies_to"):
+        if not hasattr(module, name):
+            raise UserError(f"{discovery.source(stem)}: it has COMPOSES, but no {name}; a part needs both")
+    described = module.COMPOSES
+    if set(described) != set(KEYS):
+        odd = sorted(set(described) ^ set(KEYS))[0]
+        raise UserError(f'{discovery.source(stem)}: COMPOSES: unknown or missing key "{odd}"; expected {KEYS}')
+    valid = {"touches": traits.ASPECTS, "needs": tuple(traits.TRAITS)}
+    valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": tuple(module.KNOBS)}
+    for key, names in described.items():
+        for name in names:
+            if name not in valid[key]:
+                hint = suggest(name, valid[key])
+                raise UserError(f'{discovery.source(stem)}: COMPOSES, {key}: unknown "{name}".{hint}')
+
+
+def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Return the stems of the parts that apply to `model`, in pipeline order, and the others with their reason."""
+    said = {stem: module.applies_to(model) for stem, module in parts().items()}
+    fitting = [Step(optimization=stem) for stem, reason in said.items() if reason is None]
+    ranked = sorted(fitting, key=lambda step: _rank(parts()[step.optimization], step))
+    return [step.optimization for step in ranked], {stem: reason for stem, reason in said.items() if reason}
+
+
+def trial(stem: str) -> Step:
+    """Return the step that stands for a part where time is short: its defaults but for its own `trial` knobs."""
+    return Step(optimization=stem, knobs=dict(_module(stem).COMPOSES["trial"]))
+
+
+def _module(stem: str) -> ModuleType:
+    known = parts()
+    if stem not in known:
+        hint = suggest(stem, known) or f" Known: {', '.join(known)}."
+        raise UserError(f'{NAME}: no optimization "{stem}" that can be composed.{hint}')
+    return known[stem]
+
+
+def _rank(module: ModuleType, step: Step) -> tuple[int, str]:
+    touched = [traits.ASPECTS.index(name) for name in module.COMPOSES["touches"]]
+    return min(touched, default=len(traits.ASPECTS)), step.optimization
+
+
+# --- which order -----------------------------------------------------------------------------------------------------
+
+
+def conflict(first: str, second: str, concerning: set[str]) -> str | None:
+    """Return the trait among `concerning` that `first` invalidates though `second` needs it, or None."""
+    invalidated, needed = _module(first).COMPOSES["invalidates"], _module(second).COMPOSES["needs"]
+    return next((name for name in needed if name in invalidated and name in concerning), None)
+
+
+def order(steps: Sequence[Step], model: nn.Module) -> list[Step]:
+    """Return the steps in an order in which none invalidates what a later one needs.
+
+    Among those that could come next, what touches shapes comes before weights, storage and attention. Raises UserError
+    where there is no such order, naming the steps that stand in each other's way, and why.
+    """
+    concerning, waiting, arranged = traits.concerning(model), list(steps), []
+    modules = {step.optimization: _module(step.optimization) for step in steps}
+    while waiting:
+        free = [
+            step
+            for step in waiting
+            if not any(
+                conflict(step.optimization, other.optimization, concerning) for other in waiting if other is not step
+            )
+        ]
+        if not free:
+            raise UserError(_knot(waiting, concerning))
+        chosen = min(free, key=lambda step: _rank(modules[step.optimization], step))
+        arranged.append(chosen)
+        waiting = [step for step in waiting if step is not chosen]
+    return arranged
+
+
+def orderable(steps: Sequence[Step], model: nn.Module) -> tuple[list[Step], dict[str, str]]:
+    """Return as many of the steps as fit together, in order, and by stem why each of the others had to be left out.
+
+    Steps are taken in the order of what they touch; each that no order would fit in with those before is left out.
+    """
+    kept: list[Step] = []
+    left: dict[str, str] = {}
+    for step in sorted(steps, key=lambda step: _rank(_module(step.optimization), step)):
+        try:
+            kept = order([*kept, step], model)
+        except UserError as error:
+            left[step.optimization] = str(error).removeprefix(f"{NAME}: ")
+    return kept, left
+
+
+def _knot(waiting: Sequence[Step], concerning: set[str]) -> str:
+    said = []
+    for step in waiting:
+        other = next(o for o in waiting if o is not step and conflict(step.optimization, o.optimization, concerning))
+        lost = conflict(step.optimization, other.optimization, concerning)
+        said.append(f"{step.optimization} takes away {lost}, which {other.optimization} needs")
+    return f"{NAME}: these steps cannot be ordered: {'; '.join(dict.fromkeys(said))}. Leave one of them out"
+
+
+def refusal(steps: Sequence[Step], model: nn.Module) -> str | None:
+    """Return why the steps cannot be applied to `model` in the order given, from their descriptors alone, or None."""
+    concerning = traits.concerning(model)
+    for index, step in enumerate(steps):
+        for before in steps[:index]:
+            if lost := conflict(before.optimization, step.optimization, concerning):
+                return (
+                    f"{step.optimization} needs {lost}, which {before.optimization} takes away; "
+                    f"put {step.optimization} first"
+                )
+    return None
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def compose(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    steps: Iterable[Step],
+    *,
+    arrange: bool = True,
+    recalibrate: bool = True,
+    checked: bool = True,
+    seed: int = 0,
+) -> Composed:
+    """Return what becomes of `model` behind all steps, itself left as it was; no steps: a copy (the identity pipeline).
+    Embeddings and head may be those of `model`: train neither in place.
+
+    arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
+    again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `checked` off
+    skips every refusal: for finding out whether a refusal was right. Raises UserError for a refused order, an unknown
+    part or knob, and whatever a part itself refuses.
+    """
+    steps = order(list(steps), model) if arrange else list(steps)
+    for step in steps:
+        _check_knobs(step)
+    if checked and (reason := refusal(steps, model)):
+        raise UserError(f"{NAME}: {reason}")
+    current, seconds, observation, observations = model, [], None, 0
+    for step in steps:
+        module, start = _module(step.optimization), time.perf_counter()
+        if checked and (reason := _unfit(module, current)):
+            raise UserError(f"{NAME}: {step.optimization} cannot be applied here: {reason}")
+        options: dict[str, object] = dict(step.knobs)
+        accepted = inspect.signature(module.apply).parameters
+        if "seed" in accepted:
+            options.setdefault("seed", seed)
+        if "observation" in accepted:
+            if observation is None:
+                observation, observations = observe(current, calibration), observations + 1
+            options["observation"] = observation
+        current = module.apply(current, calibration, **options)
+        if recalibrate and traits.STATISTICS in module.COMPOSES["invalidates"]:
+            observation = None
+        seconds.append(time.perf_counter() - start)
+    return Composed(_copy(model) if current is model else current, steps, seconds, observations)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as behind any pipeline."""
+    view = anatomy(model)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (view.embeddings.weight, view.head.weight)})
+
+
+def _unfit(module: ModuleType, model: nn.Module) -> str | None:
+    return traits.lacking(model, module.COMPOSES["needs"]) or module.applies_to(model)
+
+
+def _check_knobs(step: Step) -> None:
+    known = _module(step.optimization).KNOBS
+    for name in step.knobs:
+        if name not in known:
+            hint = suggest(name, known) or f" Known: {', '.join(known)}."
+            raise UserError(f'{NAME}: {step.optimization} has no knob "{name}".{hint}')
+
+
+def attempt(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    steps: Sequence[Step],
+    sample_BT: torch.Tensor,
+    *,
+    begun: Outcome | None = None,
+    random_weights: bool = False,
+    checked: bool = True,
+    seed: int = 0,
+) -> Outcome:
+    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, no error.
+
+    `begun` holds the model behind all steps but the last, so that it need not be made again. A refusal has its reason
+    from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
+    """
+    start, given = time.perf_counter(), list(steps)
+    if checked and (reason := refusal(given, model)):
+        return Outcome(given, "refused", reason)
+    source, left = (model, given) if begun is None else (begun.model, given[len(begun.steps) :])
+    try:
+        made = compose(source, calibration, left, arrange=False, checked=checked, seed=seed).model
+        broken = sanity.check(made, sample_BT, new_tokens=4, random_weights=random_weights)
+    except UserError as reason:
+        return Outcome(given, "refused", str(reason))
+    except Exception as error:  # whatever a part raises but a refusal is what this looks for
+        text = " ".join(str(error).split())[:160]
+        return Outcome(given, "crashed", f"{type(error).__name__}: {text}")
+    state = "invalid" if broken else "works"
+    return Outcome(given, state, broken, made, time.perf_counter() - start)
+
+
+def ordered_pairs(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    singles: dict[str, Outcome],
+    sample_BT: torch.Tensor,
+    **options: object,
+) -> dict[tuple[str, str], Outcome]:
+    """Return the outcome of every ordered pair of different parts; `singles` are those of the parts alone."""
+    found = {}
+    for first, begun in singles.items():
+        for second in singles:
+            if first != second:
+                steps = [*begun.steps, *singles[second].steps]
+                start = begun if begun.model is not None else None
+                found[first, second] = attempt(model, calibration, steps, sample_BT, begun=start, **options)
+    return found
+
+
+def stale(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    pairs: dict[tuple[str, str], Outcome],
+    *,
+    seed: int = 0,
+) -> dict[tuple[str, str], nn.Module]:
+    """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
+
+    Left out are pairs that can do nothing with old statistics: their shapes no longer fit.
+    """
+    found = {}
+    for (first, second), outcome in pairs.items():
+        takes = "observation" in inspect.signature(_module(second).apply).parameters
+        outdated = traits.STATISTICS in _module(first).COMPOSES["invalidates"]
+        if outcome.state != "works" or not (takes and outdated):
+            continue
+        begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
+        before, last = observe(model, calibration), outcome.steps[1]
+        try:
+            found[first, second] = _module(second).apply(begun, calibration, **last.knobs, observation=before)
+        except (RuntimeError, IndexError):
+            continue
+    return found
+
+
+def modularity(pairs: dict[tuple[str, str], Outcome]) -> float | None:
+    """Return working ordered pairs ÷ all ordered pairs, or None where there is no pair."""
+    return sum(outcome.state == "works" for outcome in pairs.values()) / len(pairs) if pairs else None

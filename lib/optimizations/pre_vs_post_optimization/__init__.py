@@ -1,0 +1,1 @@
+"""Pre vs post optimization: what it does to a model, and how it is measured."""

@@ -1,0 +1,137 @@
+"""One feed-forward part by itself, at several numbers of tokens: each arm against the fastest dense form of the part.
+
+For optimizations that change matrices only: attention, cache and head, the same in both arms, would hide what the
+matrices gain. Knows nothing of how the parts came about.
+
+Shapes: T tokens, H hidden.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.metrics import dimensions, measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.roofline import ceilings, cost_model
+from lib.measure.timing import disturbance, interleaved
+from lib.measure.trackers import energy
+
+TOKENS = (1, 16, 256)
+SECONDS = 0.005  # of one arm's turn in a block, at least
+ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from processor time
+ENERGY_BLOCKS = 6
+METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes long
+
+
+@dataclass
+class Pass:
+    """A forward pass of a part on x [1, T, H], as timing and energy want it: a callable with its `tokens`."""
+
+    module: nn.Module
+    x_1TH: torch.Tensor
+    synchronize: Callable[[], object] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.x_1TH.shape[1]
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor:
+        return self.module(self.x_1TH)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The fastest dense form of a part at some number of tokens: its dtype, its pass, and its A/A control."""
+
+    dtype: torch.dtype
+    work: Pass
+    control: Pairs
+
+
+def run(module: nn.Module, tokens: int, hidden: int, dtype: torch.dtype) -> Pass:
+    """Return a pass of `module` on `tokens` random tokens of width `hidden` in `dtype`."""
+    device = next(module.parameters()).device
+    x_1TH = torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+    return Pass(module, x_1TH, torch.cuda.synchronize if device.type == "cuda" else None)
+
+
+def fastest(dense: Mapping[torch.dtype, nn.Module], tokens: int, hidden: int, blocks: int, seed: int = 0) -> Dense:
+    """Return the fastest dense form of a part (dtype → module) for `tokens` tokens, timed against each other."""
+    best, *others = [(dtype, run(module, tokens, hidden, dtype)) for dtype, module in dense.items()]
+    for other in others:
+        pairs = interleaved.paired(best[1], other[1], **_options(best[1], 6, seed))
+        best = other if np.median(pairs.differences) < 0 else best
+    return Dense(*best, interleaved.a_a(best[1], **_options(best[1], blocks, seed + 1)))
+
+
+def compare(dense: Dense, module: nn.Module, dtype: torch.dtype, blocks: int, **hints: object) -> list[Measurement]:
+    """Return time per pass of `module` (run in `dtype`) against the fastest dense form, and bytes of the weights.
+
+    `hints` go to `ceilings.explain`: zero_share, fallback. The bound takes the ceilings of the dense form's dtype.
+    """
+    hidden, name = dense.work.x_1TH.shape[2], workload(dense.work.tokens)
+    other = run(module, dense.work.tokens, hidden, dtype)
+    pairs = interleaved.paired(dense.work, other, **_options(dense.work, blocks, dense.work.tokens))
+    costs = tuple(cost_model.of_feed_forward(one.module, one.tokens) for one in (dense.work, other))
+    if hints.get("zero_share"):
+        costs = costs[0], cost_model.of_feed_forward(module, other.tokens, skip_zeros=True)
+    sizes = [cost_model.weights_bytes(one.module) for one in (dense.work, other)]
+    seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
+    peaks = ceilings.measure(dense.work.x_1TH.device.type, dense.dtype)
+    timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, samples=False)
+    return [
+        ceilings.explain(timed, costs, seconds, peaks, working_set_bytes=sizes[1], **hints),
+        measurement.counted("weights_bytes", "feed-forward part", *sizes, "parameters and buffers as stored"),
+    ]
+
+
+def metered(tokens: int, strength: float, effort: str, device: str, scale: str = "proxy") -> bool:
+    """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls; with a
+    counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at effort quick at
+    the strengths METERED_QUICKLY only; nowhere where efficiency was not asked for.
+    """
+    if not dimensions.wanted("efficiency"):
+        return False
+    if energy.counter(device).window_seconds < 1 and scale == "proxy":
+        return True
+    return tokens == METERED_TOKENS and (effort != "quick" or strength in METERED_QUICKLY)
+
+
+def joules(dense: Dense, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:
+    """Return energy per token of `module` against the fastest dense form."""
+    hidden, device = dense.work.x_1TH.shape[2], dense.work.x_1TH.device.type
+    source = energy.counter(device)
+    seconds = ENERGY_SECONDS if source.provenance == "estimated" else None
+    arms = dense.work, run(module, dense.work.tokens, hidden, dtype)
+    options = {"blocks": ENERGY_BLOCKS, "device": device, "seconds": seconds, "seed": seed, "source": source}
+    found = energy.per_token(*arms, workload=workload(dense.work.tokens), **options)
+    return [one for one in found if one.metric == "energy_joules_per_token"]
+
+
+def workload(tokens: int) -> str:
+    """Return what a pass on `tokens` tokens is called in a record."""
+    return f"feed-forward part, {tokens} token{'s' * (tokens != 1)}"
+
+
+def crossover(strengths: list[float], gains: list[float]) -> float | None:
+    """Return the least strength from which on every gain is at least 1, between two points by interpolation; or None.
+
+    `gains` are speed-ups at `strengths`, which ascend.
+    """
+    behind = next((i for i in reversed(range(len(gains))) if gains[i] < 1), None)
+    if behind is None:
+        return strengths[0]
+    if behind == len(gains) - 1:
+        return None
+    (x0, x1), (y0, y1) = strengths[behind : behind + 2], np.log(gains[behind : behind + 2])
+    return float(x0 + (x1 - x0) * -y0 / (y1 - y0))
+
+
+def _options(arm: Pass, blocks: int, seed: int) -> dict[str, object]:
+    iterations = interleaved.iterations_for(arm, SECONDS)
+    return {"blocks": blocks, "iterations": iterations, "warmup": 1, "seed": seed, "disturbance": disturbance.watch}

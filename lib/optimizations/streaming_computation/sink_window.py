@@ -1,0 +1,84 @@
+"""A cache of constant size for endless text: the first tokens (sinks) and the most recent ones stay, the middle goes.
+
+StreamingLLM (Xiao et al. 2024): positions count within the cache, not within the text, so they never exceed what the
+model was trained on. Keys are kept rotated; when the middle goes, the keys behind it are turned back by as many
+positions as went, which is exact because rotations add. The window may overrun by `slack` tokens before it is cut, so
+that turning is rare. What has left is forgotten for good: such a model reads on fluently, and cannot recall it.
+
+Shapes: B batch, G key-value heads, S cached tokens, D head size, P rotated part.
+"""
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lib.errors import UserError
+from lib.models.structure.anatomy import anatomy
+
+
+class SinkWindowLayer(DynamicLayer):
+    """One block's cache. `rotated` names what carries the rotation: "keys", or for latent attention "values"."""
+
+    def __init__(self, sinks: int, window: int, slack: int, rotated: str, inverse_frequency_F: torch.Tensor):
+        super().__init__()
+        self.sinks, self.window, self.slack = sinks, window, slack
+        self.rotated, self.inverse_frequency_F = rotated, inverse_frequency_F
+        self.forgotten = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, return everything held [B, G, S, D] for this step, then cut what has fallen out of the window."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        excess = keys.shape[-2] - self.sinks - self.window
+        if excess >= max(1, self.slack):
+            self._cut(excess)
+        return keys, values
+
+    def _cut(self, excess: int) -> None:
+        behind = self.sinks + excess
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            recent = held[..., behind:, :]
+            recent = turn(recent, -excess, self.inverse_frequency_F) if name == self.rotated else recent
+            setattr(self, name, torch.cat([held[..., : self.sinks, :], recent], dim=-2))
+        self.forgotten += excess
+
+
+def turn(rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor) -> torch.Tensor:
+    """Return rotated keys [..., P] as if they stood `positions` further on; computed in float32."""
+    angle = positions * inverse_frequency_F.float()
+    cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
+    first, second = rotated.float().chunk(2, dim=-1)
+    return (rotated.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(rotated.dtype)
+
+
+def whole_cache() -> DynamicCache:
+    """Return an empty cache that keeps everything."""
+    return DynamicCache()
+
+
+def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack: int = 1) -> DynamicCache:
+    """Return an empty cache for `model` that holds at most sinks + window + slack − 1 tokens between steps.
+
+    A prompt longer than that has to come in chunks (`lib.models.decoding.chunked.chunk_prefill`). Raises UserError for
+    numbers out of range, or more than the model's positions.
+    """
+    view = anatomy(model)
+    if sinks < 0 or window < 1 or slack < 1:
+        raise UserError(
+            f"window: sinks {sinks}, window {window}, slack {slack}; expected sinks >= 0, window >= 1, slack >= 1"
+        )
+    if sinks + window + slack > view.config.max_position_embeddings:
+        raise UserError(
+            f"window: {sinks} sinks, {window} recent and {slack} spare tokens are more than this model's "
+            f"{view.config.max_position_embeddings} positions; choose a smaller window"
+        )
+    frequency_F = view.decoder.rotary_emb.inv_freq
+    cache = DynamicCache()
+    cache.layers = [
+        SinkWindowLayer(sinks, window, slack, "values" if b.attention.kind == "latent" else "keys", frequency_F)
+        for b in view.blocks
+    ]
+    return cache

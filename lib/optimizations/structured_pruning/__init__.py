@@ -1,0 +1,1 @@
+"""Structured pruning: what it does to a model, and how it is measured."""

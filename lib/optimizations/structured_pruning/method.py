@@ -1,0 +1,349 @@
+"""Structured pruning: whole experts, feed-forward channels, heads or blocks are removed, and the tensors really shrink.
+
+Four granularities, each written once against the anatomy:
+
+- experts: REAP (Lasby et al. 2025): mean over an expert's tokens of router weight × ‖output‖₂; slices the 3-D tensors,
+  the router's rows and its correction bias.
+- channels: mean |activation| × ‖column of the down projection‖₂, for dense parts and inside experts.
+- heads: a whole key-value group with its query heads; for latent attention single heads; by mean ‖contribution‖₂.
+- depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), or greedily by what
+  skipping a block does to the output.
+
+Every block loses the same number, so shapes stay uniform. Controls: `magnitude` ranks by weight norms alone, `random`
+by chance. Knows nothing of measuring; `apply` never changes the caller's model.
+
+Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-value groups.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lib.errors import NotApplicable, UserError
+from lib.models.calibration.activations import BlockStatistics, Observation, observe
+from lib.models.calibration.distillation import distil, divergence
+from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, synchronise
+from lib.models.structure.sparse import stored
+from lib.models.structure.surgery import (
+    head_projections,
+    keep_channels,
+    keep_expert_channels,
+    keep_experts,
+    keep_groups,
+)
+
+GRANULARITIES = ("experts", "channels", "heads", "depth")
+SALIENCIES = ("activation", "magnitude", "random")
+HELD_OUT = 4
+CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
+
+KNOBS = {
+    "ratio": {
+        "type": "float",
+        "range": (0.0, 0.9),
+        "default": 0.3,
+        "help": "share of the decoder's parameters removed",
+    },
+    "granularity": {"type": "categorical", "choices": ("auto", *GRANULARITIES), "default": "auto"},
+    "saliency": {"type": "categorical", "choices": SALIENCIES, "default": "activation"},
+    "depth_criterion": {"type": "categorical", "choices": ("influence", "divergence"), "default": "influence"},
+    "recovery_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of distillation afterwards"},
+}
+
+COMPOSES = {
+    "touches": ("shapes",),
+    "needs": ("whole channels", "stacked experts"),
+    "invalidates": ("statistics",),
+    "trial": {},
+}
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or that its matrices are stored in a way that no row or column can be taken out of."""
+    return "matrices stored sparse cannot lose rows or columns; remove parts first" if stored(model) else None
+
+
+def apply(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    ratio: float = 0.3,
+    granularity: str = "auto",
+    saliency: str = "activation",
+    depth_criterion: str = "influence",
+    recovery_steps: int = 0,
+    learning_rate: float = 3e-4,
+    recovery: Sequence[dict[str, torch.Tensor]] | None = None,
+    observation: Observation | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a smaller model: about `ratio` of the decoder's parameters removed, then `recovery_steps` of distillation.
+
+    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels).
+    observation: what `observe(model, calibration)` returned, to prune several times from one pass; recovery: the
+    batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
+    Without recovery, embeddings and head are those of `model`, not copies: train neither in place.
+    """
+    _check(ratio=ratio, granularity=granularity, saliency=saliency, depth_criterion=depth_criterion)
+    if reason := applies_to(model):
+        raise UserError(f"structured_pruning: {reason}")
+    shares = plan(model, ratio, granularity)
+    pruned = copy.deepcopy(model, _replaced(model, shares))
+    if not any(shares.values()):
+        return pruned
+    if saliency == "activation" and observation is None:
+        observation = observe(model, calibration)
+    view = anatomy(pruned)
+    seen = [None] * len(view.blocks) if observation is None else observation.blocks
+    scores = [saliency_scores(block, statistics, saliency, seed) for block, statistics in zip(view.blocks, seen)]
+    for block, score in zip(view.blocks, scores):
+        _prune_block(block, score, shares)
+    if blocks := round(shares["depth"] * len(view.blocks)):
+        by_divergence = saliency == "activation" and depth_criterion == "divergence"
+        depth = torch.tensor([score["depth"] for score in scores])
+        least = greedy_depth(model, calibration, blocks) if by_divergence else _least(depth, blocks, view.fixed_blocks)
+        remove_blocks(pruned, least)
+    synchronise(pruned)
+    if recovery_steps:
+        options = {"steps": recovery_steps, "learning_rate": learning_rate, "seed": seed}
+        pruned, _ = recover(pruned, model, recovery or calibration, **options)
+    return pruned
+
+
+def recover(
+    pruned: nn.Module,
+    model: nn.Module,
+    batches: Sequence[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+) -> tuple[nn.Module, list[float]]:
+    """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
+
+    Up to HELD_OUT batches (a quarter at most) are not trained on and decide which weights are kept, those of the start
+    among them.
+    With no steps it is `pruned` itself.
+    """
+    if not steps:
+        return pruned, []
+    student = copy.deepcopy(pruned)
+    count = min(HELD_OUT, len(batches) // 4)
+    options = {"steps": steps, "held_out": batches[:count], "learning_rate": learning_rate, "seed": seed}
+    return student, distil(student, model, batches[count:], **options)
+
+
+def _check(ratio: float, **choices: str) -> None:
+    if not 0 <= ratio < KNOBS["ratio"]["range"][1]:
+        raise UserError(f"structured_pruning: ratio {ratio} is out of range; expected 0 <= ratio < 0.9")
+    for name, value in choices.items():
+        if value not in KNOBS[name]["choices"]:
+            raise UserError(
+                f'structured_pruning: {name} "{value}"; expected one of {", ".join(KNOBS[name]["choices"])}'
+            )
+
+
+# --- how much goes ---------------------------------------------------------------------------------------------------
+
+
+def decoder_parameters(model: nn.Module) -> int:
+    """Return the parameters of all decoder blocks: what `ratio` is a share of."""
+    return sum(parameter.numel() for block in anatomy(model).blocks for parameter in block.module.parameters())
+
+
+def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str, float]:
+    """Return the share of experts, channels, heads and blocks to remove so that `ratio` of the decoder's parameters go.
+
+    Experts, groups and blocks come whole: the share is rounded to what they can give.
+    Raises UserError with the largest ratio in reach.
+    """
+    view, total = anatomy(model), decoder_parameters(model)
+    name = _resolve(view, granularity)
+    weight = _removable(view, name)
+    share = ratio * total / max(1, weight)
+    if share > _most(view, name):
+        reach = weight * _most(view, name) / total
+        raise UserError(f"structured_pruning: ratio {ratio} is out of reach by {granularity}; at most {reach:.2f}")
+    return dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
+
+
+def _whole(view: Anatomy, granularity: str, share: float) -> float:
+    """Return the nearest share that whole experts, groups or blocks can give, at least one of them.
+
+    Channels are fine enough as they are.
+    """
+    counts = {
+        "experts": [block.feed_forward.experts.count for block in view.blocks if block.feed_forward.experts],
+        "heads": [b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none"],
+        "depth": [len(view.blocks)],
+    }.get(granularity)
+    return share if counts is None or share <= 0 else max(1, round(share * counts[0])) / counts[0]
+
+
+def _resolve(view: Anatomy, granularity: str) -> str:
+    routed = any(block.feed_forward.experts for block in view.blocks)
+    if granularity == "auto":
+        return "experts" if routed else "channels"
+    if granularity == "experts" and not routed:
+        raise NotApplicable("this model has no experts; choose channels, heads or depth")
+    return granularity
+
+
+def _removable(view: Anatomy, granularity: str) -> int:
+    """Return the parameters that are proportional to the count of this granularity."""
+    total = 0
+    for block in view.blocks:
+        experts, part = block.feed_forward.experts, block.feed_forward
+        if granularity == "experts" and experts:
+            total += experts.gate_up.numel() + experts.down.numel() + experts.router.weight.numel()
+        if granularity == "channels":
+            total += 3 * part.down.weight.numel() if part.dense is not None else 0
+            total += experts.gate_up.numel() + experts.down.numel() if experts else 0
+        if granularity == "depth":
+            total += sum(parameter.numel() for parameter in block.module.parameters())
+        if granularity == "heads":
+            total += sum(linear.weight.numel() for linear in head_projections(block.attention))
+    return total
+
+
+def _most(view: Anatomy, granularity: str) -> float:
+    """Return the largest share that may go: top-k experts, one group, a few channels, one block stay."""
+    if granularity == "experts":
+        routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
+        return min(1 - experts.top_k / experts.count for experts in routed)
+    if granularity == "heads":
+        return min(1 - 1 / b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none")
+    if granularity == "depth":
+        return 1 - max(1, view.fixed_blocks) / len(view.blocks)
+    return 0.95
+
+
+# --- what goes -------------------------------------------------------------------------------------------------------
+
+
+def saliency_scores(block: Block, seen: BlockStatistics | None, saliency: str = "activation", seed: int = 0) -> dict:
+    """Return saliency: experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number)."""
+    part, attention = block.feed_forward, block.attention
+    if saliency == "random":
+        return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
+    active = saliency == "activation"
+    scores: dict = {}
+    if part.dense is not None:
+        column_C = part.down.weight.float().norm(dim=0)
+        rows_C = torch.hypot(part.gate.weight.float().norm(dim=1), part.up.weight.float().norm(dim=1))
+        scores["channels"] = column_C * (seen.channel_activation_C if active else rows_C)
+    if part.experts is not None:
+        up_EI, down_EI = _expert_norms(part.experts)
+        scores["expert_channels"] = down_EI * (seen.expert_channel_activation_EI if active else up_EI)
+        norm_E = torch.sqrt(up_EI.square().sum(1) + down_EI.square().sum(1))
+        scores["experts"] = seen.expert_contribution_E / seen.expert_tokens_E.clamp_min(1) if active else norm_E
+    if attention.kind != "none":
+        scores["heads"] = _head_saliency(attention, seen if active else None)
+    scores["depth"] = seen.influence if active else _norm(block)
+    return scores
+
+
+def _head_saliency(attention: Attention, seen: BlockStatistics | None) -> torch.Tensor:
+    """Return one number per key-value group: what its heads added, or, where nothing was seen, the norm of weights."""
+    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
+    heads_Q = output_HQD.square().sum((0, 2)).sqrt() if seen is None else seen.head_contribution_Q
+    return heads_Q.view(attention.key_value_heads, -1).sum(1)
+
+
+def _random_scores(block: Block, generator: torch.Generator) -> dict:
+    part = block.feed_forward
+    scores: dict = {"heads": torch.rand(block.attention.key_value_heads, generator=generator)}
+    scores["depth"] = float(torch.rand(1, generator=generator))
+    if part.dense is not None:
+        scores["channels"] = torch.rand(part.channels, generator=generator)
+    if part.experts is not None:
+        scores["experts"] = torch.rand(part.experts.count, generator=generator)
+        scores["expert_channels"] = torch.rand(part.experts.count, part.experts.channels, generator=generator)
+    return scores
+
+
+def _expert_norms(experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return per expert and channel the norm of its gate and up rows, and of its down column, both [E, I]."""
+    rows = experts.gate_up.float().norm(dim=2)
+    return torch.hypot(rows[:, : experts.channels], rows[:, experts.channels :]), experts.down.float().norm(dim=1)
+
+
+def _norm(block: Block) -> float:
+    return float(sum(parameter.float().square().sum() for parameter in block.module.parameters()) ** 0.5)
+
+
+def _kept(scores: torch.Tensor, share: float, multiple: int = 1, least: int = 1) -> torch.Tensor:
+    """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
+    size = scores.shape[-1]
+    count = min(size, max(least, multiple, round(size * (1 - share) / multiple) * multiple))
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
+    """Return the `count` least salient of the blocks behind the `protected` first ones."""
+    return sorted((scores[protected:].topk(int(count), largest=False).indices + protected).tolist())
+
+
+# --- taking it away --------------------------------------------------------------------------------------------------
+
+
+def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Tensor]:
+    """Return the tensors that a copy need not hold anew: embeddings, head, and what smaller ones will take the place
+    of at once (`_prune_block`).
+    """
+    view = anatomy(model)
+    tensors = [view.embeddings.weight, view.head.weight]
+    for part in (block.feed_forward for block in view.blocks):
+        if part.experts is not None and (shares["channels"] or shares["experts"]):
+            tensors += [part.experts.gate_up, part.experts.down]
+        if part.dense is not None and shares["channels"]:
+            tensors += [part.gate.weight, part.up.weight, part.down.weight]
+    return {id(tensor): tensor for tensor in tensors}
+
+
+def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:
+    part = block.feed_forward
+    if shares["heads"] and block.attention.kind != "none":
+        keep_groups(block.attention, _kept(scores["heads"], shares["heads"]))
+    if shares["channels"] and part.dense is not None:
+        keep_channels(block, _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE))
+    if shares["channels"] and part.experts is not None:
+        keep_expert_channels(part.experts, _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE))
+    if shares["experts"] and part.experts is not None:
+        keep_experts(part.experts, _kept(scores["experts"], shares["experts"], least=part.experts.top_k))
+
+
+def remove_blocks(model: nn.Module, removed: Sequence[int]) -> None:
+    """Remove whole blocks in place; `synchronise` must follow."""
+    decoder = anatomy(model).decoder
+    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in set(removed))
+
+
+def greedy_depth(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int) -> list[int]:
+    """Return `count` blocks, chosen one after another: the one whose skipping diverges least (nats) from `model`."""
+    view = anatomy(model)
+    removed: list[int] = []
+    for _ in range(count):
+        losses = {}
+        for index in range(view.fixed_blocks, len(view.blocks)):
+            if index not in removed:
+                student = without_blocks(model, [*removed, index])
+                losses[index] = sum(float(divergence(student, model, inputs)) for inputs in calibration)
+        removed.append(min(losses, key=losses.get))
+    return sorted(removed)
+
+
+def without_blocks(model: nn.Module, removed: Sequence[int]) -> nn.Module:
+    """Return a copy of `model` that lacks the blocks `removed` and shares every tensor with it: for reading only."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    student = copy.deepcopy(model, shared)
+    remove_blocks(student, removed)
+    return synchronise(student)
+
+
+def shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of block `index`: parameter name → shape. Indices are of the model as it is."""
+    block = anatomy(model).blocks[index].module
+    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim > 1}

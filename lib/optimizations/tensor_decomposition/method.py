@@ -1,0 +1,329 @@
+"""Tensor decomposition: the decoder's matrices are replaced by two thin factors each, which are really executed.
+
+- plain: the best low-rank matrix (truncated SVD).
+- whitened: the best low-rank matrix on calibration inputs X. With S the Cholesky factor of X·Xᵀ, the SVD of W·S is cut
+  and S⁻¹ applied (SVD-LLM, Wang et al. 2024). Where W has fewer rows than columns the same matrix is U·Uᵀ·W, U the
+  leading eigenvectors of W·X·Xᵀ·Wᵀ, which needs no inverse.
+- refined: whitened, then the factors of each block are trained for a few steps: its inputs come from the compressed
+  blocks before it, its target is the original block's output (AA-SVD).
+- experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
+  [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
+- random: a random subspace of the same rank, as a control, and where weights are random themselves: the shapes of any
+  other method, found in no time.
+
+Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
+8. Energies of different matrices are made comparable by what losing them costs: the divergence in nats that is measured
+when this matrix alone is cut to half its break-even rank. (The Fisher information of the output would need one backward
+pass only, but it is the curvature at an error of zero, and cuts are not small; the divergence itself is measured at an
+error of the size that is made.) Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix
+stays dense where factors would not be smaller than m·n, and where the budget is better spent on it whole. Knows nothing
+of measuring; `apply` never changes the caller's model.
+
+Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lib.errors import NotApplicable, UserError
+from lib.models.calibration import activations, blockwise
+from lib.models.calibration.gram import Gram, Grams, experts_name, linears, observe_grams
+from lib.models.offload import expert_cache
+from lib.models.structure import factored as factors
+from lib.models.structure import sparse
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.tensor_decomposition.low_rank import Matrix, Spectrum, factorise, random_spectrum, spectrum
+
+METHODS = ("plain", "whitened", "refined", "random")
+BUDGETS = ("global", "uniform")
+MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
+WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
+
+KNOBS = {
+    "compression": {
+        "type": "float",
+        "range": (0.0, 1.0),
+        "default": 0.2,
+        "help": "share of the decoder's bytes removed",
+    },
+    "method": {"type": "categorical", "choices": METHODS, "default": "refined"},
+    "budget": {"type": "categorical", "choices": BUDGETS, "default": "global"},
+    "refine_steps": {"type": "int", "range": (0, 1000), "default": 20, "help": "of Adam per block, method refined"},
+}
+
+COMPOSES = {
+    "touches": ("weights", "storage"),
+    "needs": ("whole matrices",),
+    "invalidates": ("whole matrices", "whole channels", "statistics"),
+    "trial": {"method": "whitened", "budget": "uniform"},
+}
+
+
+def applies_to(model: nn.Module) -> str | None:
+    """Return None, or that no matrix of the decoder is left in one dense piece."""
+    return None if matrices(model) else "every matrix of the decoder is stored sparse or factored already"
+
+
+def apply(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    compression: float = 0.2,
+    method: str = "refined",
+    budget: str = "global",
+    refine_steps: int = 20,
+    learning_rate: float = 1e-3,
+    spectra: Sequence[Spectrum] | None = None,
+    ranks: dict[str, int | None] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a model with about `compression` of the decoder's bytes less, factors in the place of matrices.
+
+    spectra: what `analyse(model, calibration, method)` returned, to compress several times from one pass. ranks: of
+    matrices by name (None: dense), in place of a budget. Raises UserError for a value out of range or out of reach,
+    for too few calibration tokens, and where there is no matrix to factor. Embeddings and head are those of `model`,
+    not copies: train neither in place.
+    """
+    _check(compression=compression, method=method, budget=budget)
+    expert_cache.require_changeable(model)
+    spectra = analyse(model, calibration, method, budget, seed) if spectra is None else spectra
+    chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
+    compressed = copy.deepcopy(model, _shared(model, spectra, chosen))
+    install(compressed, spectra, chosen)
+    if method == "refined" and refine_steps:
+        blockwise.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)
+    return compressed
+
+
+def _shared(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> dict[int, torch.Tensor]:
+    """Return the tensors that a copy need not hold anew: embeddings, head, and what factors will take the place of."""
+    view = anatomy(model)
+    tensors = [view.embeddings.weight, view.head.weight]
+    attribute = {"linear": "weight", "input": "gate_up_proj", "output": "down_proj"}
+    for matrix in (found.matrix for found in spectra if ranks.get(found.matrix.name) is not None):
+        tensors.append(getattr(model.get_submodule(matrix.module), attribute[matrix.side]))
+    return {id(tensor): tensor for tensor in tensors}
+
+
+def _check(compression: float, **choices: str) -> None:
+    if not 0 < compression < 1:
+        raise UserError(
+            f"tensor_decomposition: compression {compression} is out of range; expected 0 < compression < 1"
+        )
+    for name, value in choices.items():
+        valid = KNOBS[name]["choices"]
+        if value not in valid:
+            raise UserError(f'tensor_decomposition: {name} "{value}"; expected one of {", ".join(valid)}')
+
+
+# --- what can be factored --------------------------------------------------------------------------------------------
+
+
+def decoder_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters of the decoder's blocks: what `compression` is a share of."""
+    return sum(parameter.nbytes for block in anatomy(model).blocks for parameter in block.module.parameters())
+
+
+def matrices(model: nn.Module) -> list[Matrix]:
+    """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
+    found = []
+    for block in anatomy(model).blocks:
+        found += [Matrix(name, "linear", block.index, one.weight) for name, one in linears(model, block).items()]
+        experts, name = block.feed_forward.experts, experts_name(model, block)
+        if experts is None:
+            continue
+        if getattr(experts.module, "input_factor", None) is None and sparse.is_dense(experts.gate_up):
+            found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
+        if getattr(experts.module, "output_factor", None) is None and sparse.is_dense(experts.down):
+            found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
+    return found
+
+
+# --- what each rank keeps --------------------------------------------------------------------------------------------
+
+
+def analyse(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    method: str = "whitened",
+    budget: str = "global",
+    seed: int = 0,
+) -> list[Spectrum]:
+    """Return the spectrum of every matrix of the decoder: of W for "plain", of W·S from `calibration` for "whitened".
+
+    For "random" it is the flat one that a random subspace has on average. A "uniform" budget sets no matrix against
+    another, so none is weighed for it: every worth is 1.
+    """
+    found = matrices(model)
+    if not found:
+        raise NotApplicable(f"no matrix to compress: {applies_to(model)}")
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [random_spectrum(matrix, generator) for matrix in found]
+    if method == "plain":
+        return [spectrum(matrix) for matrix in found]
+    tokens = activations.count(calibration)
+    for matrix in (one for one in found if one.side == "linear" and tokens):
+        _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
+    grams = observe_grams(model, calibration)
+    entering = [_gram(matrix, grams) for matrix in found]
+    spectra = [spectrum(matrix, gram) for matrix, gram in zip(found, entering)]
+    return spectra if budget == "uniform" else weigh(model, spectra, calibration[0])
+
+
+@torch.no_grad()
+def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch.Tensor]) -> list[Spectrum]:
+    """Return `spectra` with the worth of each: divergence, when it alone is cut, over the share of energy it then lost.
+
+    Text is cut to a few sequences. For each matrix the model runs from its block on, as a copy that shares its tensors.
+    """
+    if set(inputs) <= {"input_ids", "attention_mask"}:
+        inputs = {name: tensor[:WEIGHED_SEQUENCES] for name, tensor in inputs.items()}
+    trial = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    (stream,) = blockwise.streams(model, [inputs], in_float32=False)
+
+    def answers(changed: nn.Module, block: int) -> torch.Tensor:
+        return blockwise.rest(changed, stream, block)[stream.mask_BT].float().log_softmax(-1)
+
+    expected, weighed = answers(model, len(anatomy(model).blocks)), []
+    for found in spectra:
+        factored = [rank for rank, _, _ in options(found) if rank is not None]
+        if not factored:
+            weighed.append(found)
+            continue
+        rank = min(factored, key=lambda one: abs(one - found.matrix.break_even / 2))
+        owner, _, leaf = found.matrix.module.rpartition(".")
+        whole = trial.get_submodule(found.matrix.module)
+        install(trial, [found], {found.matrix.name: rank})
+        given = answers(trial, found.matrix.block)
+        setattr(trial.get_submodule(owner), leaf, whole)
+        lost = nn.functional.kl_div(given, expected, reduction="sum", log_target=True) / len(expected)
+        share = max(1 - float(found.kept_R[rank - 1]), 1e-9)
+        weighed.append(replace(found, worth=max(float(lost), 0.0) / share))
+    return weighed
+
+
+def _gram(matrix: Matrix, grams: Grams) -> Gram:
+    sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
+    gram = sides[matrix.side][matrix.module]
+    if matrix.side != "output":  # the output side needs no inverse, and no full covariance
+        _require(matrix, gram.tokens)
+    return gram
+
+
+def _require(matrix: Matrix, tokens: int) -> None:
+    columns = matrix.weight.shape[1]
+    if tokens < columns:
+        raise UserError(
+            f"tensor_decomposition: {matrix.name}: {tokens} calibration tokens reach its {columns} inputs; "
+            f"their covariance is singular. Give at least {columns}, or choose method plain"
+        )
+
+
+def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
+    """Return the nats per token that cutting to these ranks should cost, were errors additive."""
+    chosen = ((found, ranks.get(found.matrix.name)) for found in spectra)
+    return sum(found.worth * (1 - float(found.kept_R[rank - 1])) for found, rank in chosen if rank is not None)
+
+
+def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> None:
+    """Put factors of the given ranks into `model`, in place; what is None or not named stays dense."""
+    names = {found.matrix.name for found in spectra}
+    if unknown := sorted(set(ranks) - names):
+        raise UserError(f"tensor_decomposition: no matrix {unknown[0]} in this model; there is {sorted(names)[0]}, …")
+    for found in spectra:
+        rank, matrix = ranks.get(found.matrix.name), found.matrix
+        if rank is None:
+            continue
+        outer, inner = factorise(found, rank)
+        if matrix.side == "linear":
+            factors.factor_linear(model, matrix.module, outer, inner)
+            continue
+        count = model.get_submodule(matrix.module).num_experts
+        if matrix.side == "input":
+            factors.factor_experts(model, matrix.module, gate_up=(outer.unflatten(0, (count, -1)), inner))
+        else:
+            factors.factor_experts(model, matrix.module, down=(outer, inner.unflatten(1, (count, -1)).transpose(0, 1)))
+
+
+# --- how much each gets ----------------------------------------------------------------------------------------------
+
+
+def options(found: Spectrum) -> list[tuple[int | None, int, float]]:
+    """Return what a matrix can be: (rank, elements, what is kept of its worth) by ascending size, dense (None) last."""
+    matrix, kept_R = found.matrix, found.kept_R * found.worth
+    ranks = [rank for rank in range(MULTIPLE, len(kept_R) + 1, MULTIPLE) if rank < matrix.break_even]
+    factored = [(rank, matrix.elements(rank), float(kept_R[rank - 1])) for rank in ranks]
+    return [*factored, (None, matrix.elements(None), found.worth)]
+
+
+def allocate(
+    model: nn.Module, spectra: Sequence[Spectrum], compression: float, budget: str = "global"
+) -> dict[str, int | None]:
+    """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
+
+    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
+    Raises UserError with the largest compression in reach.
+    """
+    size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
+    menus = {found.matrix.name: options(found) for found in spectra}
+    dense = sum(menu[-1][1] for menu in menus.values())
+    room = dense - compression * total / size
+    least = sum(menu[0][1] for menu in menus.values())
+    if least > room:
+        reach = (dense - least) * size / total
+        raise UserError(
+            f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
+            f"(or dense, where that is smaller) at most {reach:.2f}"
+        )
+    if budget == "uniform":
+        fixed = sum(menu[0][1] for menu in menus.values() if len(menu) == 1)  # too small for factors
+        share = (room - fixed) / max(1, dense - fixed)
+        at = {name: max(sum(one[1] <= share * menu[-1][1] for one in menu) - 1, 0) for name, menu in menus.items()}
+    else:
+        at = _greedy(menus, room)
+    _fill(menus, at, room)
+    return {name: menus[name][index][0] for name, index in at.items()}
+
+
+def _greedy(menus: dict[str, list[tuple]], room: float) -> dict[str, int]:
+    """Return the index chosen from each menu: steps along the upper hull of energy over elements, steepest first."""
+    at = dict.fromkeys(menus, 0)
+    room -= sum(menu[0][1] for menu in menus.values())
+    steps = []
+    for name, menu in menus.items():
+        here = 0
+        while here < len(menu) - 1:
+            slope, there = max((_slope(menu, here, index), index) for index in range(here + 1, len(menu)))
+            steps.append((slope, name, here, there))
+            here = there
+    for _, name, here, there in sorted(steps, key=lambda step: -step[0]):
+        cost = menus[name][there][1] - menus[name][here][1]
+        if at[name] == here and cost <= room:
+            at[name], room = there, room - cost
+    return at
+
+
+def _fill(menus: dict[str, list[tuple]], at: dict[str, int], room: float) -> None:
+    """Spend in place what whole steps left over: again and again the best step of any size that still fits."""
+    room -= sum(menus[name][index][1] for name, index in at.items())
+    while True:
+        fitting = [
+            (_slope(menu, at[name], index), name, index)
+            for name, menu in menus.items()
+            for index in range(at[name] + 1, len(menu))
+            if menu[index][1] - menu[at[name]][1] <= room
+        ]
+        if not fitting:
+            return
+        _, name, index = max(fitting)
+        room -= menus[name][index][1] - menus[name][at[name]][1]
+        at[name] = index
+
+
+def _slope(menu: list[tuple], here: int, there: int) -> float:
+    return (menu[there][2] - menu[here][2]) / max(1, menu[there][1] - menu[here][1])

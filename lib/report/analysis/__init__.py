@@ -1,0 +1,1 @@
+"""What follows from many records: headlines, ranking, comparison, acceptance."""

@@ -1,0 +1,238 @@
+"""Is a result set what it should be? Point by point, with the record that falls short; nothing is rounded into a pass.
+
+The points are those of the design: all models, all optimizations, several metrics in each dimension, before and after,
+comparable across models, performance and accuracy maintained or improved, every number labelled; and that the files
+are sound and their verdicts follow from their numbers. A run that does not apply is excused, a failed one is not.
+Reads records as they lie on disk; runs nothing.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import headlines, result_set
+from lib.report.analysis.result_set import Results
+from lib.report.records import lint, schema, verdict
+from lib.report.records.record import Record
+from lib.report.text.wording import SIGNS, label, one_line, words
+
+MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
+OPTIMIZATIONS = (
+    "structured_pruning", "adaptive_sparse_attention", "adaptive_batch_sizes", "continuous_nas",
+    "streaming_computation", "tensor_decomposition", "sparse_neural_networks", "modular_components",
+    "automl_components", "feedback_mechanisms", "pre_vs_post_optimization",
+)  # fmt: skip
+SEVERAL = 2
+FASTER_OR_EQUAL = ("better", "equivalent")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing that was checked: what it says, and each place where it does not hold, as (record, why)."""
+
+    name: str
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing falls short."""
+        return not self.faults
+
+
+def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Point]:
+    """Return every point for the result set in `folder`. `optimizations` and `models` are expected beside the named."""
+    folder = Path(folder)
+    named = ((OPTIMIZATIONS, optimizations), (MODELS, models))
+    wanted = [tuple(dict.fromkeys([*fixed, *more])) for fixed, more in named]
+    unsound: list[tuple[str, str]] = []
+    unlabelled: list[tuple[str, str]] = []
+
+    def look(stem: str, content: Any) -> None:  # while it is read, so that each file is read once
+        unsound.extend(_file(stem, content))
+        unlabelled.extend(_labels(stem, content))
+
+    found = result_set.read(folder, *wanted, look)
+    points: list[tuple[str, Callable[[], list[tuple[str, str]]]]] = [
+        ("the files are sound", lambda: _files(folder, found, unsound)),
+        (f"all {len(wanted[1])} models are there", lambda: _models(found, wanted[1])),
+        (f"all {len(wanted[0])} optimizations are measured", lambda: _optimizations(found, *wanted)),
+        ("several metrics in each of the four dimensions", lambda: _each(found, _dimensions)),
+        ("a before and an after in each dimension", lambda: _each(found, _both_arms)),
+        ("comparable across models", lambda: _comparable(found)),
+        ("performance maintained or improved", lambda: _each(found, _performance)),
+        ("accuracy maintained or improved", lambda: _each(found, _accuracy)),
+        ("verdicts follow from the numbers", lambda: _each(found, _verdicts)),
+        ("every number has its provenance", lambda: unlabelled),
+    ]
+    return [Point(name, look()) for name, look in points]
+
+
+def _each(found: Results, look: Callable[[Record], list[str]]) -> list[tuple[str, str]]:
+    """Return what `look` finds in each record with a result; a failed one falls short of everything once, elsewhere."""
+    return [(record.stem, why) for record in found.measured for why in look(record)]
+
+
+def _file(stem: str, content: Any) -> list[tuple[str, str]]:
+    """Return what is wrong with one record's plain JSON; a file that holds no object is named as damaged."""
+    if not isinstance(content, dict):
+        return []
+    faults = [(stem, why) for why in schema.faults(content)]
+    holds = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
+    return faults if holds == stem else [*faults, (stem, f"holds the record of {holds}")]
+
+
+def _files(folder: Path, found: Results, unsound: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    faults = list(found.damaged.items()) + [fault for fault in unsound if fault[0] not in found.damaged]
+    for path in sorted(folder.glob("*_results*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            faults.append((path.name, "is not JSON"))
+            continue
+        faults += [(path.name, why) for why in schema.faults(content)] or _outdated(path.name, content, found)
+    return faults
+
+
+def _outdated(name: str, content: Mapping, found: Results) -> list[tuple[str, str]]:
+    """Return whether a result file tells of other runs than the records beside it."""
+    told = content.get("records", content.get("runs"))
+    if told is None:
+        return []
+    keys = {(one["optimization"], one["model"], one["key"], one["started"]) for one in told}
+    there = {(r.optimization, r.model, r.key, r.started) for r in found.records}
+    return [] if keys == there else [(name, "was made from other records; call: python build.py report")]
+
+
+def _models(found: Results, models: Sequence[str]) -> list[tuple[str, str]]:
+    there = {record.model for record in found.measured}
+    return [(model, "no record with a result") for model in models if model not in there]
+
+
+def _optimizations(found: Results, optimizations: Sequence[str], models: Sequence[str]) -> list[tuple[str, str]]:
+    faults = []
+    for name in optimizations:
+        runs = {model: found.of(name, model) for model in models}
+        if not any(run and run.status == "ok" for run in runs.values()):
+            faults.append((name, "measured on no model"))
+        for model, run in runs.items():
+            if run is None and f"{name}--{model}" not in found.damaged:
+                faults.append((f"{name}--{model}", "never run"))
+            elif run is not None and run.status == "failed":
+                faults.append((run.stem, f"failed: {run.reason}"))
+    return faults
+
+
+def _partial(record: Record) -> list[str]:
+    return [f"partial: measured for {', '.join(record.dimensions)} only"] if record.dimensions else []
+
+
+def _dimensions(record: Record) -> list[str]:
+    count = {
+        name: len({m.metric for m in record.measurements if m.dimension == name and m.optimized is not None})
+        for name in DIMENSIONS
+    }
+    few = [f"{name}: {number} of at least {SEVERAL} metrics" for name, number in count.items() if number < SEVERAL]
+    return _partial(record) + few
+
+
+def _both_arms(record: Record) -> list[str]:
+    both = {m.dimension for m in record.measurements if m.baseline is not None and m.optimized is not None}
+    return [f"{name}: no metric has a value before and after" for name in DIMENSIONS if name not in both]
+
+
+def _comparable(found: Results) -> list[tuple[str, str]]:
+    """Across the models of an optimization: the same effort and scale, the same metrics.
+
+    Units are the list's (`lib.measure.metrics.catalogue`): a record in others is none, and is named as damaged.
+    """
+    faults = []
+    for name in dict.fromkeys(record.optimization for record in found.measured):
+        runs = [record for record in found.measured if record.optimization == name]
+        first = runs[0]
+        for run in runs[1:]:
+            for what in ("effort", "scale"):
+                if getattr(run, what) != getattr(first, what):
+                    faults.append(
+                        (run.stem, f"{what} {getattr(run, what)}, but {getattr(first, what)} on {first.model}")
+                    )
+        every = {m.metric for run in runs for m in run.measurements}
+        for run in runs:
+            if lacking := sorted(every - {m.metric for m in run.measurements}):
+                faults.append(
+                    (run.stem, f"without metrics that other models have: {', '.join(map(label, lacking[:4]))}")
+                )
+    return faults
+
+
+def _performance(record: Record) -> list[str]:
+    said = record.verdict.performance
+    return [] if said in FASTER_OR_EQUAL else [_told(record, "performance", said)]
+
+
+def _accuracy(record: Record) -> list[str]:
+    said = record.verdict.accuracy
+    return [] if said == "maintained" else [_told(record, "accuracy", said)]
+
+
+def _told(record: Record, dimension: str, said: str) -> str:
+    """Return the verdict with the numbers that made it, those that are not a success first."""
+    well = ("better", "equivalent", "maintained", "informative")
+    members = [m for m in record.measurements if m.dimension == dimension and m.verdict not in well]
+    named = [headlines.shown(m) for m in members[:3]] or headlines.of(record, dimension)[:2]
+    return f"{words(said)}: " + ("; ".join(f"{one.what} {one.text}" for one in named) or "nothing was measured")
+
+
+def _verdicts(record: Record) -> list[str]:
+    """Recompute what can be: the four words, and that each judged interval allows its verdict."""
+    again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions)
+    faults = [
+        f"{name} is said to be {words(getattr(record.verdict, name))}, its numbers say {words(getattr(again, name))}"
+        for name in DIMENSIONS
+        if getattr(record.verdict, name) != getattr(again, name)
+    ]
+    return faults + [
+        f"{label(m.metric)} [{m.workload}]: {why}" for m in record.measurements for why in _contradiction(m)
+    ]
+
+
+def _contradiction(m: Measurement) -> list[str]:
+    """Return what in a measurement contradicts itself."""
+    low, high = m.ci or (None, None)
+    faults = []
+    if low is not None and low > high:
+        faults.append(f"the interval {low:.3g} to {high:.3g} is upside down")
+    if m.verdict in ("better", "worse") and m.ratio is not None:
+        gain, least, most = verdict.gain(m)
+        if gain is not None and (gain > 1) != (m.verdict == "better"):
+            faults.append(f"{m.verdict}, yet the ratio {m.ratio:.3g} says otherwise")
+        elif least is not None and most is not None and least <= 1 <= most and m.n is not None:
+            faults.append(f"{m.verdict}, yet its interval {least:.3f} to {most:.3f} holds no change")
+    if m.n is None and m.baseline and m.optimized is not None and m.ratio is not None:
+        ratio = m.optimized / m.baseline
+        if abs(ratio - m.ratio) > 1e-6 * abs(ratio):
+            faults.append(f"the ratio is {m.ratio:.4g}, the two values give {ratio:.4g}")
+    if m.verdict == "maintained" and m.margin is not None and m.bound is not None:
+        held = m.bound > -m.margin if m.higher_is_better else m.bound < m.margin
+        if not held:
+            faults.append(f"maintained, yet its bound {m.bound:+.4f} is beyond the margin {m.margin:g}")
+    return faults
+
+
+def _labels(stem: str, content: Any) -> list[tuple[str, str]]:
+    """Lint a record as plain JSON, one that is damaged in other ways too."""
+    return [(stem, line.split(": ", 1)[1]) for line in lint.lint(content)] if isinstance(content, dict) else []
+
+
+def table(points: Sequence[Point], most: int = 4) -> list[str]:
+    """Return the points as lines of text; under one that falls short, `most` of its faults and how many more."""
+    lines = []
+    for point in points:
+        number = "" if point.holds else f": {len(point.faults)} fall short"
+        lines.append(f"{SIGNS['ok' if point.holds else 'failed']} {point.name}{number}")
+        lines += [f"    {stem}: {one_line(why, 200)}" for stem, why in point.faults[:most]]
+        lines += [f"    … and {len(point.faults) - most} more; --all shows them"] if len(point.faults) > most else []
+    return lines

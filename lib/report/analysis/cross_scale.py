@@ -1,0 +1,67 @@
+"""Quality from one scale beside speed from another: each number with the scale and the label it has, none of them
+merged into one.
+
+A stand-in can say what an optimization does to answers, a slice what it does to time at the real dimensions. Knows
+records only.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import headlines
+from lib.report.records import record
+from lib.report.records.record import Record
+from lib.report.text.quantities import DASH
+from lib.report.text.wording import label, title
+
+QUALITY, SPEED = "proxy", "slice"
+COLUMNS = ("optimization", "model")
+
+
+def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
+    """Return the other scale, and the measured records in the folder of that name beside `folder`; empty where there
+    is none.
+    """
+    other = SPEED if scale == QUALITY else QUALITY
+    where = Path(folder).resolve().parent / other
+    records, _ = record.read_folder(where) if where.is_dir() else ([], {})
+    return other, [found for found in records if found.status == "ok" and found.scale == other]
+
+
+def table(
+    records: Iterable[Record], quality: str = "f1_macro", speed: str = "prefill_tokens_per_second"
+) -> pd.DataFrame:
+    """Return a line per optimization and model that has `quality` on a stand-in and `speed` on a slice.
+
+    Columns: the change in quality with its bound and verdict; the gain in speed with its interval and verdict; that
+    gain at full depth, where it was derived. Each says its scale and label.
+    """
+    of = {(found.scale, found.optimization, found.model): found for found in records}
+    names = sorted({(optimization, model) for _, optimization, model in of})
+    deep = f"full_depth_{speed}"
+    heads = (f"{label(quality)} ({QUALITY})", f"{label(speed)} ({SPEED})", f"the same at full depth (from the {SPEED})")
+    lines = []
+    for optimization, model in names:
+        answers, times_of = of.get((QUALITY, optimization, model)), of.get((SPEED, optimization, model))
+        scored, timed = _first(answers, quality), _first(times_of, speed)
+        if scored is None or timed is None:
+            continue
+        line = [title(optimization), model, *map(_told, (scored, timed, _first(times_of, deep)))]
+        lines.append(dict(zip((*COLUMNS, *heads), line)))
+    return pd.DataFrame(lines, columns=[*COLUMNS, *heads])
+
+
+def _first(found: Record | None, metric: str) -> Measurement | None:
+    known = (m for m in (found.measurements if found else ()) if m.metric == metric and m.provenance != "unavailable")
+    return next(known, None)
+
+
+def _told(found: Measurement | None) -> str:
+    """Return value, interval or bound, verdict and label of a number, as everywhere else."""
+    if found is None:
+        return DASH
+    one = headlines.shown(found)
+    return f"{one.text}, {one.verdict}, {one.provenance}"

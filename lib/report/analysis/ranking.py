@@ -1,0 +1,76 @@
+"""Ranks with their uncertainty: how each optimization places in a metric when every gain is drawn from its interval.
+
+A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. Numbers without an
+interval (bytes, counts) are taken as exact. Knows no page.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import verdict
+from lib.report.records.record import Record
+
+DRAWS = 4000
+METRICS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "f1_macro",
+    "weights_bytes",
+    "energy_joules_per_token",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an optimization stands: its rank, the 90 % interval of the rank, the mean gain, over how many models."""
+
+    optimization: str
+    rank: int
+    low: int
+    high: int
+    gain: float
+    models: int
+    provenance: str
+
+
+def places(records: Sequence[Record], metric: str) -> list[Place]:
+    """Return the places in a metric, best first; optimizations without it have none."""
+    groups: dict[str, list[Measurement]] = {}
+    for record in records:
+        found = next((m for m in record.measurements if m.metric == metric and verdict.gain(m)[0]), None)
+        if record.status == "ok" and found is not None:
+            groups.setdefault(record.optimization, []).append(found)
+    if not groups:
+        return []
+    chance = np.random.default_rng(0)
+    drawn_OR = np.stack([_draws(members, chance) for members in groups.values()])
+    ranks_OR = 1 + (drawn_OR[None] > drawn_OR[:, None]).sum(1)
+    found = []
+    for (name, members), ranks_R in zip(groups.items(), ranks_OR):
+        low, high = np.quantile(ranks_R, [0.05, 0.95], method="nearest")
+        gain = geometric_mean([verdict.gain(m)[0] for m in members])
+        labels = sorted({m.provenance for m in members})
+        found.append((name, int(low), int(high), gain, len(members), ", ".join(labels)))
+    found.sort(key=lambda one: -one[3])
+    # Equals share a rank: bytes that were counted alike are no order.
+    ranks = [1 + sum(other[3] > one[3] * (1 + 1e-9) for other in found) for one in found]
+    return [Place(name, rank, *rest) for rank, (name, *rest) in zip(ranks, found)]
+
+
+def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.ndarray:
+    """Return draws of the mean logarithm of the gains."""
+    total = np.zeros(DRAWS)
+    for found in members:
+        middle, low, high = verdict.gain(found)
+        error = (math.log(high) - math.log(low)) / (2 * 1.96) if low and high and low > 0 else 0.0
+        total += math.log(middle) + error * chance.standard_normal(DRAWS)
+    return total / len(members)
+
+
+def geometric_mean(gains: Sequence[float]) -> float:
+    """Return the geometric mean of ratios."""
+    return math.exp(sum(map(math.log, gains)) / len(gains))

@@ -1,0 +1,73 @@
+"""One record against what earlier builds kept of the same run: what got worse, and where nothing can be compared, why.
+
+Reads the history of builds (`lib.report.records.history`) and compares by `lib.report.analysis.compare`; makes and
+judges no number.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.report.analysis import compare
+from lib.report.analysis.compare import Change
+from lib.report.records import history
+from lib.report.records.record import Record
+
+PLACE = Path(__file__).resolve().parents[3] / "executed" / history.NAME
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The builds that hold this run, newest first, and the changes since the newest comparable one (`against`).
+
+    `said` is one sentence: what was compared, or why nothing could be.
+    """
+
+    builds: list[str]
+    against: str | None
+    changes: list[Change]
+    said: str
+
+    def rows(self) -> list[dict]:
+        """Return the judged changes as plain rows: metric, workload, verdict, ratio (above 1 is better), interval."""
+        return [
+            {"metric": one.metric, "workload": one.workload, "verdict": one.verdict, "ratio": one.ratio}
+            | {"low": one.low, "high": one.high, "primary": one.primary}
+            for one in self.changes
+            if one.verdict != "not comparable"
+        ]
+
+    @property
+    def regressions(self) -> list[Change]:
+        return [one for one in self.changes if one.regression]
+
+
+def against(record: Record, path: Path | None = None) -> Earlier:
+    """Return `record` against the newest comparable run of the same optimization and model in the history at `path`.
+
+    A run of another scale, effort or machine is not compared, and the sentence says so. Raises UserError where the file
+    is no history.
+    """
+    path = path or PLACE
+    builds = history.builds(path)
+    runs, seen = [], set()
+    for build in reversed(builds):
+        for one in history.records(path, build):
+            mark = (one.started, one.key)
+            if (one.optimization, one.model) == (record.optimization, record.model) and mark not in seen:
+                seen.add(mark)
+                runs.append((build, one))
+    if not runs:
+        what = f"{record.optimization} on {record.model}"
+        return Earlier([], None, [], f"No earlier run of {what} in {len(builds)} kept builds: nothing to regress from.")
+    refused = []
+    for build, one in runs:
+        changes = compare.compare([one], [record])
+        comparable = [change for change in changes if change.verdict != "not comparable"]
+        if comparable:
+            counts = compare.counts(comparable)
+            told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+            skipped = f"; {len(refused)} newer ones are not comparable ({refused[0]})" if refused else ""
+            return Earlier([str(b) for b, _ in runs], str(build), changes, f"Against {build}: {told}{skipped}.")
+        refused.append(next((change.reason for change in changes if change.reason), "nothing in common"))
+    text = f"{len(runs)} earlier runs, none comparable: {refused[0]}."
+    return Earlier([str(build) for build, _ in runs], None, [], text)

@@ -1,0 +1,203 @@
+"""A result set as plain JSON: what the suites' result files hold, made from records and from nothing else.
+
+Says what is there, what is missing and what failed; sums up over models; never judges. Knows no file names.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
+from lib.report.analysis import headlines, ranking, strength_curves
+from lib.report.records import facts, verdict
+from lib.report.records.record import Record, read_folder, to_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of a result folder, sorted; `damaged` is stem → fault; what is expected names what may be missing."""
+
+    scale: str
+    records: list[Record]
+    damaged: dict[str, str] = field(default_factory=dict)
+    optimizations: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    def of(self, optimization: str, model: str) -> Record | None:
+        """Return a record, or None."""
+        return self._by_pair.get((optimization, model))
+
+    @cached_property
+    def _by_pair(self) -> dict[tuple[str, str], Record]:
+        return {(record.optimization, record.model): record for record in reversed(self.records)}
+
+    @property
+    def measured(self) -> list[Record]:
+        """The records with a result."""
+        return [record for record in self.records if record.status == "ok"]
+
+    @property
+    def missing(self) -> list[str]:
+        """The stems that are expected and have no record."""
+        there = {record.stem for record in self.records} | set(self.damaged)
+        stems = [f"{optimization}--{model}" for optimization in self.optimizations for model in self.models]
+        return [stem for stem in stems if stem not in there]
+
+
+def read(
+    folder: Path,
+    optimizations: Iterable[str] = (),
+    models: Iterable[str] = (),
+    look: Callable[[str, Any], None] | None = None,
+) -> Results:
+    """Return the results in a folder; names that are there but not expected are added behind the expected ones.
+
+    `look` is shown each stem and its plain JSON.
+    """
+    folder = Path(folder)
+    records, damaged = read_folder(folder, look)
+    stems = [record.stem for record in records] + list(damaged)
+    names = [tuple(dict.fromkeys([*given, *sorted(stem.split("--", 1)[at] for stem in stems)])) for at, given in
+             enumerate((optimizations, models))]  # fmt: skip
+    scale = records[0].scale if records else folder.resolve().name
+    return Results(scale, records, damaged, *names)
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return what ran, where, when and how long, and what did not."""
+    records = results.records
+    counts = {kind: sum(r.status == kind for r in records) for kind in ("ok", "failed", "not_applicable")}
+    days = sorted(r.started for r in records if r.started)
+    return {
+        "expected": len(results.optimizations) * len(results.models),
+        **counts,
+        "missing": results.missing,
+        "damaged": results.damaged,
+        "partial": {r.stem: r.dimensions for r in records if r.dimensions},
+        "reasons": {r.stem: r.reason for r in records if r.status != "ok"},
+        "seconds": round(sum(r.seconds or 0 for r in records), 2),
+        "efforts": sorted({r.effort for r in records}),
+        "machines": sorted({facts.machine(r.environment) for r in records} - {""}),
+        "first_started": days[0] if days else None,
+        "last_started": days[-1] if days else None,
+    }
+
+
+def envelope(kind: str, results: Results) -> dict[str, Any]:
+    """Return what every result file opens with."""
+    return {
+        "schema": VERSION,
+        "kind": kind,
+        "scale": results.scale,
+        "optimizations": list(results.optimizations),
+        "models": list(results.models),
+        "summary": summary(results),
+    }
+
+
+def comprehensive(results: Results) -> dict[str, Any]:
+    """Return every record, without the samples of its process and its log, which its own file keeps."""
+    return envelope("comprehensive", results) | {"records": _records(results)}
+
+
+def enhanced(results: Results) -> dict[str, Any]:
+    """Return the impact curves, and which records have none of three strengths."""
+    return envelope("enhanced", results) | _curves(results)
+
+
+def master(results: Results) -> dict[str, Any]:
+    """Return the runs in short, and what they amount to by optimization, over the models."""
+    return envelope("all", results) | {"runs": _runs(results), "aggregate": aggregate(results.measured)}
+
+
+def complete(results: Results) -> dict[str, Any]:
+    """Return all of the above in one."""
+    more = {"runs": _runs(results), "aggregate": aggregate(results.measured), "coverage": coverage(results)}
+    return envelope("complete", results) | {"records": _records(results)} | _curves(results) | more
+
+
+def _records(results: Results) -> list[dict[str, Any]]:
+    return [to_json(record.model_copy(update={"process": None, "log": None})) for record in results.records]
+
+
+def _curves(results: Results) -> dict[str, Any]:
+    return {"curves": strength_curves.curves(results.records), "without_curve": strength_curves.short(results.records)}
+
+
+def _runs(results: Results) -> list[dict[str, Any]]:
+    """Return a line per record: how it ended, and its headline numbers."""
+    lines = []
+    for record in results.records:
+        line = {name: getattr(record, name) for name in ("optimization", "model", "effort", "status", "reason", "key")}
+        line |= {"started": record.started, "seconds": record.seconds, "verdict": record.verdict.model_dump()}
+        numbers = [m for name in DIMENSIONS for m in headlines.chosen(record.measurements, name)]
+        keep = ("metric", "workload", "unit", "baseline", "optimized", "ratio", "ci", "verdict", "provenance", "source")
+        lines.append(line | {"headlines": [{name: _plain(getattr(m, name)) for name in keep} for m in numbers]})
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return a line per optimization and metric: over how many models, the geometric mean gain, least, most, verdicts.
+
+    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts.
+    """
+    groups: dict[tuple[str, str], list] = {}
+    for record in records:
+        for found in record.measurements:
+            if (gain := verdict.gain(found)[0]) is not None:
+                groups.setdefault((record.optimization, found.metric), []).append((record.model, gain, found.verdict))
+    order = list(METRICS)
+    lines = []
+    for (optimization, metric), members in sorted(groups.items(), key=lambda i: (i[0][0], order.index(i[0][1]))):
+        gains = [gain for _, gain, _ in members]
+        said = [word for *_, word in members]
+        lines.append(
+            {
+                "optimization": optimization,
+                "metric": metric,
+                "dimension": METRICS[metric].dimension,
+                "models": sorted({model for model, *_ in members}),
+                "geometric_mean_gain": ranking.geometric_mean(gains),
+                "least": min(gains),
+                "most": max(gains),
+                "verdicts": {word: said.count(word) for word in sorted(set(said))},
+                "provenance": "derived",
+                "source": "geometric mean of the runs' ratios, each turned so that above 1 is better",
+            }
+        )
+    return lines
+
+
+def coverage(results: Results) -> list[dict[str, Any]]:
+    """Return a line per expected run: how it ended, and how many numbers of each dimension and provenance it has."""
+    lines = []
+    for optimization in results.optimizations:
+        for model in results.models:
+            record = results.of(optimization, model)
+            status = record.status if record else "missing"
+            status = "damaged" if f"{optimization}--{model}" in results.damaged else status
+            found = record.measurements if record else []
+            numbers = {d: sum(m.dimension == d and m.provenance != "unavailable" for m in found) for d in DIMENSIONS}
+            kinds = ("measured", "derived", "estimated", "unavailable")
+            labels = {kind: sum(m.provenance == kind for m in found) for kind in kinds}
+            line = {"optimization": optimization, "model": model, "status": status, "numbers": numbers}
+            lines.append(line | {"provenance": labels, "controls": len(record.controls) if record else 0})
+    return lines
+
+
+def comparable(records: Sequence[Record]) -> Mapping[str, list[str]]:
+    """Return metric → the models in which some record has a number of it."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for m in record.measurements:
+            if m.provenance != "unavailable":
+                found.setdefault(m.metric, set()).add(record.model)
+    return {name: sorted(found[name]) for name in METRICS if name in found}

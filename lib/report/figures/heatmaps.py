@@ -1,0 +1,74 @@
+"""Values of ordered pairs, drawn as a matrix: rows come first, columns second; what is no number says why. In the style
+of `figures`: colour-blind safe (purple to orange), the number written in every cell, no meaning on colour alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lib.report.figures.style import GREY, INK, WIDTH_INCHES, _axes, _style
+
+
+def pairs(
+    frame: pd.DataFrame,
+    names: Sequence[str],
+    values: Mapping[str, str],
+    *,
+    form: str = "{:+.3f}",
+    title: str = "",
+) -> Figure:
+    """Return one panel per entry of `values` (column → heading) over all ordered pairs of `names`.
+
+    `frame` has a row per pair: `first`, `second`, `state` (shown where there is no number) and the value's column, with
+    `<column>_low` and `<column>_high` where known: a value whose interval holds zero is set in grey.
+    """
+    beside = len(names) * len(values) <= CELLS_BESIDE
+    with _style():
+        if beside:
+            figure, panels = _axes(max(WIDTH_INCHES / len(values) * 0.9 + 0.4, 2.6), columns=len(values), sharey=True)
+        else:
+            figure, panels = _axes((0.62 * len(names) + 0.9) * len(values), rows=len(values))
+        for axes, (column, heading) in zip(panels, values.items()):
+            _panel(axes, frame, list(names), column, form, "equal" if beside else "auto")
+            axes.set_title(heading)
+        for axes in panels[:1] if beside else panels:
+            axes.set_ylabel("first")
+        figure.suptitle(title)
+    return figure
+
+
+def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form: str, aspect: str) -> None:
+    matrix = np.full((len(names), len(names)), np.nan)
+    for row in frame.itertuples():
+        matrix[names.index(row.first), names.index(row.second)] = getattr(row, column, np.nan)
+    most = np.nanmax(np.abs(matrix)) if np.isfinite(matrix).any() else 1.0
+    colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="white")
+    limit = 2 * (most or 1)  # the pale half of the colours only, so that dark text can be read on every cell
+    axes.imshow(np.ma.masked_invalid(matrix), cmap=colours, vmin=-limit, vmax=limit, aspect=aspect)
+    for row in frame.itertuples():
+        at = names.index(row.second), names.index(row.first)
+        value, low, high = (getattr(row, column + end, None) for end in ("", "_low", "_high"))
+        if value is None or pd.isna(value):
+            axes.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#c9c9c9"))
+            axes.text(*at, row.state, ha="center", va="center", fontsize=7.5, color=INK, bbox=_PLATE)
+            continue
+        open_ = low is not None and pd.notna(low) and low <= 0 <= high
+        text = form.format(value) + (f"\n{form.format(low)} to\n{form.format(high)}" if pd.notna(low) else "")
+        axes.text(*at, text.replace("-", "−"), ha="center", va="center", fontsize=7, color=GREY if open_ else INK)
+    for index in range(len(names)):
+        axes.text(index, index, "–", ha="center", va="center", color=GREY)
+    labels = [name.replace("_", "\n") for name in names]
+    axes.set_xticks(range(len(names)), labels, fontsize=7.5)
+    axes.set_yticks(range(len(names)), labels, fontsize=7.5)
+    axes.set_xlabel("second")
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+
+
+CELLS_BESIDE = 9  # cells beside one another that the page's width can hold with their intervals
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}

@@ -1,0 +1,1 @@
+"""HTML, Markdown and the files of the suites."""

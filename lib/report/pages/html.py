@@ -1,0 +1,202 @@
+"""Renders one run as HTML and Markdown through nbconvert, with the templates beside this module.
+
+The page starts with the record (verdict, measurements, sources, use of the machine) and goes on with the executed
+notebook, its code folded. Nothing on it needs a network: whatever would, is taken out at the end. Failed runs render
+too, with or without a notebook. Knows nothing of how runs are scheduled.
+"""
+
+import base64
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from lib.files import write_atomically
+from lib.report.pages import run_page
+from lib.report.records.record import Process, Record
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+HTML_PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
+MARKDOWN_PRIORITY = ["text/markdown", "image/png", "image/jpeg", "text/plain"]
+EXTERNAL = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+EXTERNAL_STYLE = re.compile(r"""url\(\s*['"]?\s*(?:https?:)?//[^)]*\)|@import[^;]*;?""", re.IGNORECASE)
+
+
+def render(
+    notebook_path: Path | None,
+    record: Record | None,
+    neighbours: Iterable[run_page.Neighbour] = (),
+    out: Path = Path("."),
+) -> tuple[Path, Path]:
+    """Write `<out>/<stem>.html`, `<out>/<stem>.md` and its pictures in `<out>/<stem>_files/`; return the two pages.
+
+    `record` may be None (the overview), `notebook_path` may be None or missing (a kernel that never started), not both.
+    `neighbours` are the (optimization, model) pairs that have a page in `out`. Raises OSError where `out` cannot be
+    written.
+    """
+    notebook = _read(notebook_path)
+    stem = record.stem if record else Path(notebook_path).name.removesuffix(".ipynb")
+    view = run_page.view(record, neighbours) if record else _bare_view(notebook, stem)
+    view |= {"style": _style(), "figure": _process_figure(record.process) if record else None}
+    out = Path(out)
+    html_path = write_atomically(out / f"{stem}.html", _html(notebook, view))
+    text, pictures = _markdown(notebook, view, f"{stem}_files")
+    _write_pictures(pictures, out, f"{stem}_files")
+    return html_path, write_atomically(out / f"{stem}.md", text)
+
+
+def _read(path: Path | None) -> nbformat.NotebookNode:
+    """Return the notebook, or an empty one where there is none to read."""
+    if path is None or not Path(path).is_file():
+        return nbformat.v4.new_notebook()
+    try:
+        return _without_scraps(nbformat.read(path, as_version=4))
+    except Exception as error:  # nbformat raises ValueError, AttributeError, ValidationError …
+        cell = nbformat.v4.new_markdown_cell(f"The notebook cannot be read ({type(error).__name__}).")
+        return nbformat.v4.new_notebook(cells=[cell])
+
+
+def _without_scraps(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take out what scrapbook glued: it is for programs, and no template can show it."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [found for found in cell.outputs if "scrapbook" not in found.get("metadata", {})]
+    return notebook
+
+
+def _bare_view(notebook: nbformat.NotebookNode, stem: str) -> dict[str, Any]:
+    index = {"text": "all results", "href": "index.html", "markdown": "index.html"}
+    heading = next(
+        (line[2:] for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("# ")), stem
+    )
+    return {"record": False, "title": heading, "nav": [("Index", [index])], "footer": "This page needs no network."}
+
+
+def _style() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="friendly", nobackground=True).get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark", nobackground=True).get_style_defs(".highlight")
+    sheet = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    return f"{sheet}\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _process_figure(process: Process | None) -> dict[str, str] | None:
+    """Return the figure of processor and memory use as a data URI with its words; None where nothing was sampled."""
+    if process is None or not process.seconds:
+        return None
+    import pandas as pd
+
+    from lib.report.figures import style as figures
+
+    length = min(len(process.seconds), len(process.processor_percent), len(process.memory_bytes))
+    frame = pd.DataFrame(
+        {name: getattr(process, name)[:length] for name in ("seconds", "processor_percent", "memory_bytes")}
+    )
+    picture = base64.b64encode(figures.png(figures.process(frame, cores=process.cores))).decode()
+    alt = run_page.process_alt(process)
+    return {"src": f"data:image/png;base64,{picture}", "alt": alt, "caption": f"{alt} Measured: {process.source}."}
+
+
+def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
+    from nbconvert.exporters import HTMLExporter
+    from traitlets.config import Config
+
+    config = Config({"NbConvertBase": {"display_data_priority": HTML_PRIORITY}})
+    exporter = HTMLExporter(
+        config=config, template_name="workbench", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
+    )
+    text, _ = exporter.from_notebook_node(notebook, resources={"page": view})
+    return seal(text, deepen=bool(view["record"]))
+
+
+def seal(text: str, deepen: bool = False) -> str:
+    """Return the page without anything that would reach for the network or run: scripts, frames, foreign pictures.
+
+    A link to the web becomes its text with the address behind it. `deepen` lowers the notebook's headings by one, under
+    the page's own title.
+    """
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(text, "html.parser")
+    for element in soup(["script", "iframe", "link", "object", "embed", "base"]):
+        element.decompose()
+    for style in soup("style"):
+        style.string = EXTERNAL_STYLE.sub("", style.get_text())
+    for element in soup.find_all(True):
+        for name in list(element.attrs):
+            value = element.attrs[name]
+            value = " ".join(value) if isinstance(value, list) else value
+            if name.startswith("on") or (name == "style" and EXTERNAL_STYLE.search(value)):
+                del element.attrs[name]
+            elif name in ("src", "href", "srcset", "poster", "action", "background", "xlink:href") and EXTERNAL.match(
+                value
+            ):
+                _replace(element, value)
+                break
+    if deepen and (body := soup.select_one("div.notebook")):
+        for level in (5, 4, 3, 2, 1):
+            for heading in body.find_all(f"h{level}"):
+                heading.name = f"h{level + 1}"
+    return str(soup)
+
+
+def _replace(element: Any, address: str) -> None:
+    """Put text where a foreign reference was."""
+    words = element.get("alt") if element.name == "img" else element.get_text()
+    bare = re.sub(r"^\w*:?//", "", address).rstrip("/")
+    element.replace_with(
+        words if words and bare in words.replace("https://", "") else f"{words or 'reference'} ({bare})"
+    )
+
+
+def _deeper(source: str) -> str:
+    """Return Markdown with its headings lowered by one, outside of code fences."""
+    fenced, lines = False, []
+    for line in source.splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        lines.append(f"#{line}" if not fenced and re.match(r"#{1,5} ", line) else line)
+    return "\n".join(lines)
+
+
+def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str) -> tuple[str, dict[str, bytes]]:
+    from nbconvert.exporters import MarkdownExporter
+    from traitlets.config import Config
+
+    config = Config({"NbConvertBase": {"display_data_priority": MARKDOWN_PRIORITY}})
+    exporter = MarkdownExporter(
+        config=config, template_name="workbench_markdown", extra_template_basedirs=[str(TEMPLATES)]
+    )
+    exporter.register_filter("deeper", lambda source: _deeper(source) if view["record"] else source)
+    resources = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
+    text, resources = exporter.from_notebook_node(_without_reprs(notebook), resources=resources)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources.get("outputs") or {}
+
+
+def _without_reprs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return a copy without the plain text of objects that say nothing as text (`<IPython.core.display.HTML
+    object>`).
+    """
+    copy = nbformat.from_dict(notebook)
+    for cell in copy.cells:
+        for output in cell.get("outputs", []):
+            plain = output.get("data", {}).get("text/plain", "")
+            if "".join(plain).startswith("<IPython.core.display"):
+                del output["data"]["text/plain"]
+    return copy
+
+
+def _write_pictures(pictures: dict[str, bytes], out: Path, folder: str) -> None:
+    """Replace the folder of pictures by a fresh one, so that none of an earlier run stays behind."""
+    fresh, old = out / f".{folder}.part", out / folder
+    shutil.rmtree(fresh, ignore_errors=True)
+    if pictures:
+        fresh.mkdir(parents=True)
+        for name, content in pictures.items():
+            (fresh / Path(name).name).write_bytes(content)
+    shutil.rmtree(old, ignore_errors=True)
+    if pictures:
+        fresh.rename(old)

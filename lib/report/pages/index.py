@@ -1,0 +1,143 @@
+"""Writes `index.html` of a result folder: the matrix of optimizations and models and all that compares runs.
+
+Made from the records on disk. A damaged record is shown as damaged with one line; a run that is not there is shown as
+missing. Knows nothing of what should run: the expected names are handed in, and whatever else lies in the folder is
+shown too.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.files import write_atomically
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.report.analysis import headlines, result_set
+from lib.report.analysis.result_set import Results
+from lib.report.pages import views
+from lib.report.pages.html import TEMPLATES
+from lib.report.records import facts, reproduce
+from lib.report.records.record import Record
+from lib.report.text.quantities import duration
+from lib.report.text.wording import one_line, signed, title
+
+KEY = (
+    "better",
+    "maintained",
+    "equivalent",
+    "mixed",
+    "inconclusive",
+    "worse",
+    "not_maintained",
+    "invalid",
+    "unavailable",
+    "failed",
+    "damaged",
+    "not_applicable",
+    "missing",
+)
+TOLD = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory", "efficiency": "Efficiency"}
+
+
+def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
+    """Write `<folder>/index.html` from every `*--*.json` in it; return its path. Raises OSError.
+
+    `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
+    """
+    folder = Path(folder)
+    found = result_set.read(folder, optimizations, models)
+    return write_atomically(folder / "index.html", text(folder, found))
+
+
+def text(folder: Path, found: Results) -> str:
+    """Return the page."""
+    from jinja2 import Environment, FileSystemLoader
+
+    rows = [
+        (title(name), [_cell(folder, name, model, found) for model in found.models]) for name in found.optimizations
+    ]
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("matrix.html.j2").render(
+        title=f"Results at scale {_distinct(r.scale for r in found.records) or folder.resolve().name}",
+        summary=_summary(found),
+        facts=_facts(found.records),
+        links=_links(folder),
+        rows=rows,
+        models=found.models,
+        dimensions=[(name, TOLD[name]) for name in DIMENSIONS],
+        verdicts=[(state, signed(state)) for state in KEY],
+        by_dimension=[views.dimension(found, name) for name in DIMENSIONS] if found.measured else [],
+        pareto=views.pareto(found),
+        rankings=views.rankings(found),
+        provenance=views.provenance(found),
+        curves=views.curves(folder),
+        style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "filter.js").read_text(encoding="utf-8"),
+    )
+
+
+def _cell(folder: Path, optimization: str, model: str, found: Results) -> dict[str, Any]:
+    stem = f"{optimization}--{model}"
+    cell: dict[str, Any] = {"model": model, "stem": stem, "href": None, "record": None, "parts": [], "note": ""}
+    if stem in found.damaged:
+        return cell | _status("damaged") | {"note": found.damaged[stem]}
+    record = found.of(optimization, model)
+    if record is None:
+        return cell | _status("missing") | {"command": f"python build.py run {optimization} --model {model}"}
+    if (folder / f"{stem}.html").is_file():
+        cell["href"] = f"{stem}.html"
+    cell |= _status(record.status) | {"record": f"{stem}.json", "command": reproduce.command(record)}
+    if record.status != "ok":
+        return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
+    parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
+    partial = f", {' and '.join(record.dimensions)} only" if record.dimensions else ""
+    return cell | {"parts": parts, "note": f"{record.effort}, {facts.day(record.started) or 'no date'}{partial}"}
+
+
+def _status(state: str) -> dict[str, str]:
+    return {"status": state, "status_text": signed(state)}
+
+
+def _part(record: Record, dimension: str) -> dict[str, Any]:
+    """Return a dimension of a cell: its verdict, and the numbers that stand for it."""
+    state = getattr(record.verdict, dimension)
+    shown = {"state": state, "text": signed(state), "numbers": headlines.of(record, dimension)}
+    return {"name": dimension, "told": TOLD[dimension]} | shown
+
+
+def _summary(found: Results) -> str:
+    records, damaged = found.records, found.damaged
+    if not records and not damaged:
+        return "No run has left a record here yet."
+    count = {status: sum(r.status == status for r in records) for status in ("ok", "failed", "not_applicable")}
+    parts = [f"{count['ok']} of {len(found.optimizations) * len(found.models)} runs measured"]
+    parts += [f"{count['failed']} failed"] if count["failed"] else []
+    parts += [f"{count['not_applicable']} not applicable"] if count["not_applicable"] else []
+    parts += [f"{len(damaged)} damaged"] if damaged else []
+    return ", ".join([*parts, *([f"{len(found.missing)} not run"] if found.missing else [])]) + "."
+
+
+def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return machines, days, efforts and the time in all; more than one of a kind is a warning to the reader."""
+    machines = _distinct(facts.machine(r.environment) for r in records)
+    days = sorted({facts.day(r.started)[:10] for r in records} - {""})
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
+    efforts = _distinct(r.effort for r in records)
+    took = sum(r.seconds or 0 for r in records)
+    rows = [
+        ("Machine", machines),
+        ("Measured", span),
+        ("Effort", efforts),
+        ("Runs took together", duration(took) if took else ""),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return " · ".join(sorted({value for value in values if value}))
+
+
+def _links(folder: Path) -> list[tuple[str, str]]:
+    """Return what lies in the folder beside the runs: the overview and the suites' files."""
+    found = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
+    return found + [(name, name) for name in others if "_report" in name or "_results" in name]

@@ -1,0 +1,138 @@
+"""What a report page says about one run, as plain values for the templates: title, verdict, facts, rows, neighbours.
+
+Made from the record alone; knows no HTML and runs nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lib.report.records import facts, reproduce, rows
+from lib.report.records.record import Process, Record
+from lib.report.text.quantities import duration
+from lib.report.text.wording import one_line, signed, title, words
+
+Neighbour = tuple[str, str]  # optimization, model
+ENDINGS = (".html", ".md")
+
+
+def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]:
+    """Return the values that both templates (HTML and Markdown) put on the page of one run."""
+    measured = record.measurements
+    chips = [
+        {"name": name, "state": state, "text": signed(state)}
+        for name, state in record.verdict.model_dump(exclude={"sentence"}).items()
+    ]
+    if record.status != "ok":
+        chips = [{"name": "status", "state": record.status, "text": signed(record.status)}]
+    listed = _run_facts(record)
+    return {
+        "record": True,
+        "status": record.status,
+        "title": f"{title(record.optimization)} on {record.model}",
+        "sentence": record.verdict.sentence or record.reason or "No verdict was recorded.",
+        "chips": chips,
+        "chips_table": rows.markdown([c["name"] for c in chips], [[c["text"] for c in chips]]),
+        "facts": listed,
+        "facts_table": rows.markdown(["", ""], listed),
+        "measurements": rows.groups(measured) if measured else [],
+        "measurements_table": _table(measured),
+        "sources_table": _sources(measured),
+        "provenance": _provenance(record),
+        "controls": [
+            {
+                "name": c.name,
+                "purpose": c.purpose,
+                "groups": _present(rows.groups(c.measurements)),
+                "table": _table(c.measurements),
+            }
+            for c in record.controls
+        ],
+        "more": [(name, items) for name, items in _more(record) if items],
+        "log": record.log or "",
+        "command": reproduce.command(record),
+        "nav": navigation(neighbours, record.optimization, record.model),
+        "footer": f"Record {record.stem}.json, schema {record.schema_version}. This page needs no network.",
+    }
+
+
+def _present(groups: list[tuple[str, list]]) -> list[tuple[str, list]]:
+    return [(name, found) for name, found in groups if found]
+
+
+def _table(measurements: list) -> str:
+    columns = ("dimension", *rows.COLUMNS)
+    return rows.markdown(columns, ([item[name] for name in columns] for item in rows.rows(measurements)))
+
+
+def _sources(measurements: list) -> str:
+    columns = ("metric", "workload", "provenance", "source", "reason")
+    return rows.markdown(columns, ([item[name] for name in columns] for item in rows.rows(measurements)))
+
+
+def _provenance(record: Record) -> str:
+    kinds = [m.provenance for m in record.measurements]
+    parts = [
+        f"{kinds.count(kind)} {kind}" for kind in ("measured", "derived", "estimated", "unavailable") if kind in kinds
+    ]
+    return f"{len(kinds)} numbers: {', '.join(parts)}."
+
+
+def _run_facts(record: Record) -> list[tuple[str, str]]:
+    """Return what a reader must know to weigh the numbers: status, scale, effort, machine, date, duration."""
+    found = [("Status", words(record.status)), ("Scale", record.scale), ("Effort", record.effort)]
+    found += [
+        ("Machine", facts.machine(record.environment)),
+        ("Measured", facts.day(record.started)),
+        ("Took", duration(record.seconds)),
+    ]
+    if record.process and record.process.jobs_side_by_side:
+        found.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
+    return [(name, value) for name, value in found if value]
+
+
+def flatten(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Return nested values as (dotted name, text) pairs."""
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping):
+            found += flatten(value, f"{name}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append((name, "–" if value is None else one_line(shown, 200)))
+    return found
+
+
+def _more(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [("Parameters", flatten(record.parameters)), ("Environment", flatten(record.environment))]
+
+
+def navigation(neighbours: Iterable[Neighbour], optimization: str, model: str) -> list[tuple[str, list[dict]]]:
+    """Return the link rows: the index, this optimization on other models, other optimizations on this model.
+
+    The page itself stands among its neighbours without a link.
+    """
+    near = {one for one in neighbours if one[0] == optimization or one[1] == model}
+    known = sorted(near | {(optimization, model)})
+    top = [{"text": "all results", "href": f"index.html#{optimization}--{model}", "markdown": "index.html"}]
+    models = [_link(o, m, m, (o, m) == (optimization, model)) for o, m in known if o == optimization]
+    others = [_link(o, m, title(o), (o, m) == (optimization, model)) for o, m in known if m == model]
+    return [("Index", top), ("This optimization", models), ("This model", others)]
+
+
+def _link(optimization: str, model: str, text: str, current: bool) -> dict[str, str | None]:
+    html, markdown = (None if current else f"{optimization}--{model}{ending}" for ending in ENDINGS)
+    return {"text": text, "href": html, "markdown": markdown}
+
+
+def process_alt(process: Process) -> str:
+    """Return what the figure of the process samples shows, in words."""
+    if not process.seconds:
+        return "No samples of processor and memory were taken."
+    processor = sum(process.processor_percent) / max(len(process.processor_percent), 1)
+    peak = max(process.memory_bytes, default=0) / 1e6
+    given = f" of {100 * process.cores} % given" if process.cores else ""
+    return (
+        f"Processor and memory while the notebook ran: {processor:.0f} % on average{given}, "
+        f"at most {peak:.0f} MB, over {duration(process.seconds[-1])}."
+    )

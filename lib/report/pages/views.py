@@ -1,0 +1,166 @@
+"""What the index shows below its matrix: each dimension, quality against speed, ranks, where numbers come from.
+
+Plain values for the template, made from a result set. Knows no HTML but the charts it passes on.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import headlines, ranking
+from lib.report.analysis.result_set import Results
+from lib.report.figures import charts
+from lib.report.figures.charts import Point
+from lib.report.records import verdict
+from lib.report.records.record import Record
+from lib.report.text.quantities import counted, times
+from lib.report.text.wording import label, one_line, signed, title
+
+KINDS = ("measured", "derived", "estimated", "unavailable")
+SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
+
+
+def dimension(found: Results, name: str) -> dict[str, Any]:
+    """Return a dimension's own table: per run all headline numbers with their labels, by optimization and model."""
+    rows = []
+    for optimization in found.optimizations:
+        cells = []
+        for model in found.models:
+            record = found.of(optimization, model)
+            stem = f"{optimization}--{model}"
+            status = "damaged" if stem in found.damaged else record.status if record else "missing"
+            numbers = headlines.of(record, name) if record and status == "ok" else []
+            why = "" if status == "ok" else signed(status)
+            cells.append({"model": model, "stem": stem, "status": status, "numbers": numbers, "why": why})
+        rows.append((title(optimization), cells))
+    return {"name": name, "rows": rows}
+
+
+def pareto(found: Results) -> dict[str, Any] | None:
+    """Return the charts of quality against speed: over all models (means), and each model by itself.
+
+    Speed is the prefill rate; an optimization that has none (a server's, say) stands there with its first headline, and
+    the legend says which. Who has no point at all is named too.
+    """
+    marks = {name: str(number) for number, name in enumerate(found.optimizations, 1)}
+    single = {
+        model: [p for r in found.measured if r.model == model and (p := _point(r, marks))] for model in found.models
+    }
+    if not any(single.values()):
+        return None
+    margin = 100 * METRICS[QUALITY].margin
+    across = [p for name in found.optimizations if (p := _mean(name, found, marks))]
+    drawn = [("All models, means", across), *single.items()]
+    made = [
+        {"title": name, "svg": charts.trade_off(points, name, margin), "front": charts.front(points)}
+        for name, points in drawn
+        if points
+    ]
+    legend = [(marks[name], title(name), _other_speed(name, found)) for name in found.optimizations]
+    absent = [f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)]
+    about = {"speed": label(SPEED), "quality": label(QUALITY), "absent": absent}
+    return {"charts": made, "legend": legend} | about
+
+
+def _other_speed(name: str, found: Results) -> str:
+    """Return what is drawn as an optimization's speed where that is not the prefill rate, or nothing."""
+    drawn = [both[0].metric for r in found.measured if r.optimization == name and (both := _numbers(r))]
+    return ", ".join(label(metric) for metric in dict.fromkeys(drawn) if metric != SPEED)
+
+
+def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
+    """Return the measurements of speed and quality that make a record's point; None where one is missing."""
+    members = [m for m in record.measurements if verdict.gain(m)[0] is not None and m.verdict != "invalid"]
+    timed = [m for m in members if m.dimension == "performance"]
+    speed = next((m for m in timed if m.metric == SPEED), None) or next(
+        (m for m in verdict.headline(timed, "performance") if m.metric in verdict.HEADLINES["performance"]), None
+    )
+    quality = next((m for m in members if m.metric == QUALITY), None)
+    return None if speed is None or quality is None else (speed, quality)
+
+
+def _point(record: Record, marks: dict[str, str]) -> Point | None:
+    both = _numbers(record)
+    if both is None:
+        return None
+    speed, quality = both
+    scale = 100 * (quality.baseline or 1)
+    ends = [(end - 1) * scale for end in quality.ci] if quality.ci else [None, None]
+    x, x_low, x_high = verdict.gain(speed)
+    mark, state = marks[record.optimization], record.verdict.accuracy
+    return Point(mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, *ends, state)
+
+
+def _mean(name: str, found: Results, marks: dict[str, str]) -> Point | None:
+    """Return the mean over the models; its spread is from the least to the most of them, its state the worst."""
+    points = [p for r in found.measured if r.optimization == name and (p := _point(r, marks))]
+    if not points:
+        return None
+    x = ranking.geometric_mean([p.x for p in points])
+    y = sum(p.y for p in points) / len(points)
+    states = {p.state for p in points}
+    state = next((s for s in ("invalid", "not_maintained", "inconclusive", "unavailable") if s in states), "maintained")
+    xs, ys = [p.x for p in points], [p.y for p in points]
+    return Point(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
+
+
+def rankings(found: Results) -> list[dict[str, Any]]:
+    """Return the ranks over all models, then on each model: per optimization a place in each metric."""
+    sets = [("All models", found.measured)]
+    sets += [(model, [r for r in found.measured if r.model == model]) for model in found.models]
+    return [one for name, records in sets if (one := _ranked(name, records))]
+
+
+def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
+    models = len({r.model for r in records})
+    by_metric = {metric: {p.optimization: p for p in ranking.places(records, metric)} for metric in ranking.METRICS}
+    metrics = [metric for metric, places in by_metric.items() if places]
+    if not metrics:
+        return None
+    order = [p for metric in metrics for p in by_metric[metric]]
+    rows = []
+    for optimization in dict.fromkeys(order):
+        cells = []
+        for metric in metrics:
+            place = by_metric[metric].get(optimization)
+            spread = f"{place.low}–{place.high}" if place and place.low != place.high else ""
+            gain = times(place.gain) if place else ""
+            fewer = counted(place.models, "model") if place and place.models < models else ""
+            cells.append({"rank": place.rank if place else None, "spread": spread, "gain": gain, "models": fewer})
+        rows.append((title(optimization), cells))
+    heads = [
+        {"text": label(metric), "provenance": ", ".join(sorted({p.provenance for p in by_metric[metric].values()}))}
+        for metric in metrics
+    ]
+    return {"title": name, "heads": heads, "rows": rows}
+
+
+def provenance(found: Results) -> dict[str, Any] | None:
+    """Return how many numbers of each run are measured, derived, estimated, unavailable, with source or reason."""
+    if not found.measured:
+        return None
+    counts, kinds = [], {kind: {} for kind in KINDS}
+    for record in found.measured:
+        every = [m.provenance for m in record.measurements]
+        counts.append((record.stem, title(record.optimization), record.model, [every.count(kind) for kind in KINDS]))
+        for m in record.measurements:
+            about = m.reason if m.provenance == "unavailable" else m.source
+            key = (label(m.metric), one_line(re.sub(r"\d[\d,.]*", "…", about or ""), 160))
+            kinds[m.provenance].setdefault(key, set()).add(record.stem)
+    total = [sum(numbers[at] for *_, numbers in counts) for at in range(len(KINDS))]
+    told = {
+        kind: sorted((metric, about, len(stems)) for (metric, about), stems in kinds[kind].items()) for kind in KINDS
+    }
+    return {"kinds": KINDS, "total": list(zip(KINDS, total)), "counts": counts, "told": told}
+
+
+def curves(folder: Path) -> list[tuple[str, str]]:
+    """Return the pictures of the impact report that lies in the folder, as (alternative text, path)."""
+    path = folder / "enhanced_optimization_impact_benchmark_report.md"
+    if not path.is_file():
+        return []
+    return [(alt, at) for alt, at in PICTURE.findall(path.read_text(encoding="utf-8")) if (folder / at).is_file()]

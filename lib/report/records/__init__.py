@@ -1,0 +1,1 @@
+"""Records: their definition, schema, verdicts and history."""

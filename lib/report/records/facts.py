@@ -1,0 +1,19 @@
+"""What a reader must know to weigh a record's numbers, in a few words each: when, and on which machine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lib.report.text.quantities import counted
+from lib.report.text.wording import one_line
+
+
+def day(started: str | None) -> str:
+    """Return an ISO time as `2026-01-31 14:05`, or an empty string."""
+    return (started or "")[:16].replace("T", " ")
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Return the machine in a few words from an environment card: GPU or processor, and the cores given."""
+    name = environment.get("gpu") or environment.get("processor")
+    cores = environment.get("cores_given")
+    return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)

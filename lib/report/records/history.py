@@ -1,0 +1,149 @@
+"""Results of earlier builds in one SQLite file: every run's record, and which runs each build ended with.
+
+A run is known by when it started and its key, so it is stored once, however many builds kept it. Everything of a build
+is written in one transaction. A build is named by the beginning of its date (`2026-01-31`, `2026-01-31T14:05`) or of
+its commit. Knows nothing of how builds are run or compared.
+"""
+
+import contextlib
+import datetime
+import json
+import re
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.report.records import facts, verdict
+from lib.report.records.record import Record, from_json, to_json
+
+NAME = "history.sqlite"
+TABLES = """
+CREATE TABLE IF NOT EXISTS runs (started TEXT, key TEXT, optimization TEXT, model TEXT, scale TEXT, effort TEXT,
+    status TEXT, seconds REAL, machine TEXT, record BLOB, PRIMARY KEY (started, key));
+CREATE TABLE IF NOT EXISTS numbers (started TEXT, key TEXT, metric TEXT, workload TEXT, gain REAL, low REAL, high REAL,
+    verdict TEXT, PRIMARY KEY (started, key, metric, workload));
+CREATE TABLE IF NOT EXISTS builds (id INTEGER PRIMARY KEY, ended TEXT, scale TEXT, command TEXT, revision TEXT);
+CREATE TABLE IF NOT EXISTS kept (build INTEGER, started TEXT, key TEXT, PRIMARY KEY (build, started, key));
+"""
+COMMIT = re.compile(r"[0-9a-f]{4,40}")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build that ended: when, at which scale, with which command and commit, and with how many runs."""
+
+    id: int
+    ended: str
+    scale: str
+    command: str
+    commit: str
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.ended[:16]} {self.commit or 'no commit'} ({self.scale}, {self.runs} runs)"
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file, made where it is not there. Raises UserError where it is no such file."""
+    connection = None
+    try:
+        connection = sqlite3.connect(path, timeout=30)
+        connection.executescript(TABLES)
+        with connection:  # one transaction: all of it or nothing
+            yield connection
+    except sqlite3.Error as error:
+        raise UserError(f"{path.name}: cannot be used as the history of builds ({error}); move it away") from None
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _identity(record: Record) -> tuple[str, str]:
+    return record.started or "", record.key or record.stem
+
+
+def keep(path: Path, records: Sequence[Record], scale: str, command: str, commit: str = "") -> bool:
+    """Keep what a build ended with; return whether that was new: another set of runs than the last build's."""
+    identities = sorted(_identity(record) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _open(path) as connection:
+        last = connection.execute("SELECT max(id) FROM builds WHERE scale = ?", [scale]).fetchone()[0]
+        known = connection.execute("SELECT started, key FROM kept WHERE build = ?", [last]).fetchall()
+        if not identities or sorted(known) == identities:
+            return False
+        for record in records:
+            _insert(connection, record)
+        ended = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        row = [ended, scale, command, commit]
+        made = connection.execute("INSERT INTO builds (ended, scale, command, revision) VALUES (?, ?, ?, ?)", row)
+        connection.executemany("INSERT INTO kept VALUES (?, ?, ?)", [(made.lastrowid, *one) for one in identities])
+    return True
+
+
+def _insert(connection: sqlite3.Connection, record: Record) -> None:
+    """Store a run unless it is known; its process samples and log stay with its own file."""
+    started, key = _identity(record)
+    bare = to_json(record.model_copy(update={"process": None, "log": None}))
+    packed = zlib.compress(json.dumps(bare, ensure_ascii=False).encode())
+    row = [started, key, record.optimization, record.model, record.scale, record.effort, record.status, record.seconds]
+    row += [facts.machine(record.environment), packed]
+    if not connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({', '.join('?' * 10)})", row).rowcount:
+        return
+    numbers = [(started, key, m.metric, m.workload, *verdict.gain(m), m.verdict) for m in record.measurements]
+    connection.executemany(f"INSERT OR IGNORE INTO numbers VALUES ({', '.join('?' * 8)})", numbers)
+
+
+def builds(path: Path, scale: str | None = None) -> list[Build]:
+    """Return the builds of a scale (None: of all), oldest first; empty where there is no history."""
+    if not path.is_file():
+        return []
+    with _open(path) as connection:
+        rows = connection.execute(
+            "SELECT id, ended, scale, command, revision, count(*) FROM builds JOIN kept ON build = id "
+            "WHERE scale = coalesce(?, scale) GROUP BY id ORDER BY id",
+            [scale],
+        ).fetchall()
+    return [Build(*row) for row in rows]
+
+
+def find(path: Path, name: str, scale: str | None = None) -> Build:
+    """Return the last build whose date or commit begins with `name`. Raises UserError, naming what is known."""
+    known = builds(path, scale)
+    date = name.replace(" ", "T", 1)
+    found = [build for build in known if len(date) >= 4 and build.ended.startswith(date)]
+    if not found and COMMIT.fullmatch(name):
+        found = [build for build in known if build.commit.startswith(name[: len(build.commit) or None])]
+    if not found:
+        listed = "; ".join(str(build) for build in known[-5:]) or "none yet"
+        raise UserError(f'no build in {path.name} has a date or commit that begins with "{name}". Known: {listed}')
+    return found[-1]
+
+
+def records(path: Path, build: Build) -> list[Record]:
+    """Return the records that a build ended with, sorted by stem."""
+    query = "SELECT record FROM runs JOIN kept USING (started, key) WHERE build = ?"
+    with _open(path) as connection:
+        rows = connection.execute(query, [build.id]).fetchall()
+    found = [from_json(json.loads(zlib.decompress(packed)), path.name) for (packed,) in rows]
+    return sorted(found, key=lambda record: record.stem)
+
+
+def over_time(path: Path, scale: str) -> list[dict]:
+    """Return a row per build, run and metric that has a ratio: `build` (its date), `optimization`, `model`, `effort`,
+    `metric`, `workload`, `gain` (above 1 is better), `low`, `high`, `verdict`, `machine`.
+    """
+    names = ("build", "optimization", "model", "effort", "machine", "metric", "workload")
+    names += ("gain", "low", "high", "verdict")
+    query = (
+        "SELECT ended, optimization, model, effort, machine, metric, workload, gain, low, high, verdict FROM builds "
+        "JOIN kept ON build = id JOIN runs USING (started, key) JOIN numbers USING (started, key) "
+        "WHERE builds.scale = ? AND gain IS NOT NULL ORDER BY id, optimization, model"
+    )
+    if not path.is_file():
+        return []
+    with _open(path) as connection:
+        return [dict(zip(names, row)) for row in connection.execute(query, [scale])]

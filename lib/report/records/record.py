@@ -1,0 +1,300 @@
+"""The record: all that one notebook run on one model found, and the only place that knows scrapbook.
+
+Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook
+reads NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON
+(`lib.report.records.codec`). Knows nothing of how a number is made (`lib.measure`), what it is worth
+(`lib.report.records.verdict`) or how it is shown.
+"""
+
+import gc
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lib.errors import UserError
+from lib.files import write_atomically
+from lib.measure.metrics import dimensions
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import codec, grammars
+from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
+
+SCHEMA = 1
+SCRAP = "record"
+MOST_NOTEBOOKS = 400
+ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
+Status = Literal["ok", "failed", "not_applicable"]
+
+
+class Control(BaseModel):
+    """What keeps a claim honest: a third arm (random saliency) or the baseline against itself, with its own numbers."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    purpose: str = ""
+    measurements: list[Measurement] = []
+
+
+class Process(BaseModel):
+    """Samples of the run's own process tree, taken by the runner while the notebook ran.
+
+    `seconds`, `processor_percent` (100 is one core) and `memory_bytes` are of equal length. `cell_seconds` counts the
+    executed notebook's code cells.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    seconds: list[float] = []
+    processor_percent: list[float] = []
+    memory_bytes: list[float] = []
+    interval_seconds: float | None = None
+    cores: int | None = None
+    pinned_to: list[int] = []
+    jobs_side_by_side: int | None = None
+    cell_seconds: dict[str, float] = {}
+    provenance: Literal["measured"] = "measured"
+    source: str = "psutil, the kernel and its children; 100 % is one core"
+
+
+class Record(BaseModel):
+    """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`.
+
+    `dimensions` are those that were asked for; None where all four were: only such a record is whole.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    optimization: str
+    model: str
+    scale: str
+    effort: str
+    dimensions: list[Literal["performance", "accuracy", "resources", "efficiency"]] | None = None
+    status: Status = "ok"
+    reason: str | None = None
+    key: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    parameters: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    measurements: list[Measurement] = []
+    controls: list[Control] = []
+    details: dict[str, Any] = {}
+    verdict: Verdict = Verdict()
+    process: Process | None = None
+    log: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The file name without its ending. Models have dots in their names: add an ending, never replace one."""
+        return f"{self.optimization}--{self.model}"
+
+
+def build(
+    optimization: str,
+    model: str,
+    scale: str,
+    effort: str,
+    parameters: Mapping[str, Any],
+    measurements: Iterable[Measurement] = (),
+    controls: Iterable[Control | Mapping[str, Any]] = (),
+    details: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    *,
+    status: Status = "ok",
+    reason: str | None = None,
+) -> Record:
+    """Return the record of a run, its verdict computed from the measurements.
+
+    Of measurements and controls only the dimensions that were asked for are kept (`lib.measure.metrics.dimensions`). A
+    model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
+    `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
+    """
+    if status != "ok" and not reason:
+        raise ValueError(f'a record with status "{status}" needs a reason')
+    asked = dimensions.asked()
+    kept = asked or DIMENSIONS
+    judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in kept]
+    beside = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
+    for control in beside if asked else ():
+        control.measurements = [m for m in control.measurements if m.dimension in kept]
+    return Record(
+        optimization=optimization,
+        model=model,
+        scale=scale,
+        effort=effort,
+        dimensions=list(asked) if asked else None,
+        status=status,
+        reason=reason,
+        parameters=codec.decode(codec.encode(dict(parameters), "parameters")),
+        environment=codec.decode(codec.encode(_as_mapping(environment), "environment")),
+        measurements=judged,
+        controls=[control for control in beside if control.measurements or not asked],
+        details=codec.decode(codec.encode(dict(details or {}), "details")),
+        verdict=judge(judged, status, reason, asked),
+    )
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    encoded = codec.encode(value) if value is not None else {}
+    return encoded if isinstance(encoded, dict) else {"card": encoded}
+
+
+def labelled(value: Any, provenance: str, source: str, **about: str) -> dict[str, Any]:
+    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands.
+
+    `about` are further words on it; an impact curve names its axes so, `x` and `y`
+    (`lib.report.analysis.strength_curves`).
+    """
+    if provenance not in ("measured", "derived", "estimated") or not source:
+        raise ValueError(
+            f'a number is measured, derived or estimated, and has a source; got "{provenance}", "{source}"'
+        )
+    return {"provenance": provenance, "source": source, **about, "value": value}
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """Return the record as plain JSON."""
+    return codec.encode(record.model_dump(by_alias=True, mode="python"), "record")
+
+
+def from_json(content: Any, where: str) -> Record:
+    """Return the record that `content` holds. Raises UserError: what is wrong, in `where`, and what to do."""
+    advice = "Delete it or build it again."
+    if not isinstance(content, dict) or "schema" not in content:
+        raise UserError(f'{where}: not a record: expected a JSON object with "schema": {SCHEMA}. {advice}')
+    if content["schema"] != SCHEMA:
+        raise UserError(f"{where}: a record of schema {content['schema']!r}, expected {SCHEMA}. {advice}")
+    try:
+        return Record.model_validate(codec.decode(content))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f'{where}: not a record: "{place}": {fault["msg"].lower()}. {advice}') from None
+
+
+def write(record: Record, path: Path) -> Path:
+    """Write the record as JSON to `path`, atomically; return `path`. Raises OSError."""
+    return write_atomically(path, json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
+    """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema.
+
+    `look` is shown the stem and the plain JSON before it is made a record, whatever it holds.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if look is None and (found := _quickly(text)):
+            return found
+        content = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{path.name}: cannot be read ({error.strerror}). Build it again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        at = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path.name}: not a record: not JSON{at}. Delete it or build it again.") from None
+    if look:
+        look(path.name.removesuffix(".json"), content)
+    return from_json(content, path.name)
+
+
+def _quickly(text: str) -> Record | None:
+    """Return the record in a JSON text that is sound and holds no tagged float; None where more has to be looked at."""
+    if f'"{codec.TAG}"' in text:
+        return None
+    try:
+        found = Record.model_validate_json(text)
+    except ValidationError:
+        return None
+    return found if "schema_version" in found.model_fields_set else None
+
+
+def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
+    """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+    records, damaged = [], {}
+    with _uncollected():  # thousands of records are millions of objects
+        for path in sorted(Path(folder).glob("*--*.json")):
+            try:
+                records.append(read(path, look))
+            except UserError as error:
+                damaged[path.name.removesuffix(".json")] = str(error)
+    return records, damaged
+
+
+@contextmanager
+def _uncollected():
+    """Collect no garbage meanwhile: where many objects are made and none of them is garbage, each pass costs more."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def glue(record: Record) -> None:
+    """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
+    with _uncollected():  # beside the objects of a loaded model each pass is long
+        scrapbook = _scrapbook()
+    scrapbook.glue(SCRAP, to_json(record), encoder="json")
+
+
+def _scrapbook() -> ModuleType:
+    grammars.refuse()
+    import scrapbook
+
+    return scrapbook
+
+
+def from_notebook(path: Path) -> Record | None:
+    """Return the record glued in an executed notebook, through scrapbook; None where it glued none.
+
+    Raises UserError where the file is no notebook or the scrap is no record.
+    """
+    path, scrapbook = Path(path), _scrapbook()
+    try:
+        scraps = scrapbook.read_notebook(str(path)).scraps
+    except Exception as error:  # papermill, nbformat, jsonschema and the file system each raise their own
+        raise UserError(f"{path.name}: not a readable notebook ({type(error).__name__})") from None
+    if SCRAP not in scraps:
+        return None
+    return from_json(scraps[SCRAP].data, path.name)
+
+
+def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged ones as stem → what is
+    wrong.
+    """
+    records, damaged = [], {}
+    for path in sorted(Path(folder).glob("*--*.ipynb")):
+        try:
+            record = from_notebook(path)
+        except UserError as error:
+            damaged[path.name.removesuffix(".ipynb")] = str(error)
+        else:
+            records += [record] if record else []
+    return records, damaged
+
+
+def gather(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Return every record of a result folder, sorted by stem, and the damaged ones as stem → what is wrong.
+
+    What a notebook glued is read through scrapbook, and completed by what the runner added in the JSON file (state,
+    time, samples); a run that glued nothing, because it failed, comes from its JSON file alone. Of more than
+    MOST_NOTEBOOKS runs all do: it holds the same, and opening thousands of notebooks takes many minutes.
+    """
+    known, damaged = read_folder(folder)
+    if len(known) > MOST_NOTEBOOKS:
+        return known, damaged
+    found = {record.stem: record for record in known}
+    glued, unreadable = from_notebooks(folder)
+    for record in glued:
+        kept = found.get(record.stem)
+        added = {name: getattr(kept, name) for name in ADDED_BY_RUNNER} if kept else {}
+        found[record.stem] = record.model_copy(update=added)
+    return [found[stem] for stem in sorted(found)], damaged | unreadable

@@ -1,0 +1,247 @@
+"""The commands and options of `build.py`: reads the command line, calls what does the work, returns the exit code.
+
+0: all well. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected.
+Knows nothing of how anything is done.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib.errors import UserError, suggest
+from lib.suite.plan import plan
+
+ROOT = plan.ROOT
+DIMENSIONS = "|".join(plan.DIMENSIONS)
+EPILOG = (
+    "Without a command the complete suite runs: every optimization on every model, then all reports. Finished runs are "
+    "kept, and a build that was stopped goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit "
+    "how long a cell and a run may take, WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
+    "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose options have no short forms."""
+
+    def __init__(self, **options: Any):
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
+        super().__init__(**options, allow_abbrev=False, formatter_class=layout)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _request_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a run is; `_choice` checks them later, for a better error than argparse's."""
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="M", help="run on this model (repeatable; default: all)")
+    add("--scale", default="proxy", metavar="S", help=f"body of the model: {'|'.join(plan.SCALES)} (default: proxy)")
+    add("--effort", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard; at scale slice: quick)")
+    add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
+    add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
+    add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
+    add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
+    add("--dimension", action="append", default=[], metavar="D", help=f"measure this alone (repeatable): {DIMENSIONS}")
+    _out(parser)
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="results go to DIR/<scale> (default: executed)")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    _request_options(parser)
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs beside each other, each on its own cores")
+    parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")
+    parser.add_argument("--force", action="store_true", help="run also what is finished already")
+
+
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser, and the parser of each command."""
+    top = Parser(
+        prog="build.py", description="What does an optimization do to a model, on this machine?", epilog=EPILOG
+    )
+    _run_options(top)  # for the help alone: they belong to the complete suite
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    found = {}
+
+    def add(name: str, text: str) -> Parser:
+        found[name] = commands.add_parser(name, help=text, description=text)
+        return found[name]
+
+    run = add("run", "run some optimizations (default: all)")
+    run.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
+    _run_options(run)
+    for name, text in SUITES.items():
+        _run_options(add(name, text))
+    report = add("report", "render the reports again from the records; runs nothing")
+    report.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+    _out(report)
+    coverage = add("coverage", "show which run is covered by which record; runs nothing")
+    check = add("check", "hold a result set against what it should be, point by point; exit 1 where it falls short")
+    compare = add("compare", "two result sets: what got better, worse, or cannot be told; exit 1 on a regression")
+    for name, text in (("old", "before"), ("new", "after")):
+        what = "a result folder, a result file, or an earlier build by date or commit"
+        compare.add_argument(name, metavar=name.upper(), help=f"{text}: {what}")
+    for one in (coverage, check, compare):
+        one.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+        _out(one)
+    for one in (check, compare):
+        one.add_argument("--all", action="store_true", help="show every line")
+    _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
+    add("proxies", "train the stand-ins again; further arguments go to lib.models.proxies.train (--help: its options)")
+    add("lab", "JupyterLab on the notebooks; further arguments go to JupyterLab")
+    add("test", "the whole test suite; further arguments go to pytest")
+    return top, found
+
+
+SUITES = {
+    "comprehensive": "run every optimization on every model; results and report in one file each",
+    "enhanced": "every optimization at several strengths: impact curves; exit 1 where a run has none",
+    "all": "run every optimization on every model; aggregated results, and a summary of the execution",
+}
+PASSING_ON = ("proxies", "lab", "test")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry out a command line; return its exit code."""
+    try:
+        return _main(list(arguments))
+    except UserError as error:
+        print(f"build.py: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone: `build.py list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\nbuild.py: stopped", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
+    top, commands = parser()
+    if arguments and arguments[0] in PASSING_ON:
+        from lib.suite.cli import tools
+
+        return getattr(tools, arguments[0])(arguments[1:], commands[arguments[0]].description)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        # The complete suite, which needs no name.
+        own = Parser(prog="build.py", epilog=EPILOG)
+        _run_options(own)
+        return _build(_parsed(own, arguments), (), "complete")
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        hint = suggest(arguments[0], commands) or f" Known: {', '.join(commands)}."
+        if arguments[0] in plan.optimizations():
+            hint = f" To run it: build.py run {arguments[0]}"
+        raise UserError(f'unknown command "{arguments[0]}".{hint}')
+    if arguments[0] in ("-h", "--help"):
+        top.print_help()
+        return 0
+    options = _parsed(commands[arguments[0]], arguments[1:])
+    if arguments[0] in SUITES:
+        return _build(options, (), arguments[0])
+    does = {"run": _run, "report": _report, "coverage": _coverage, "check": _check, "compare": _compare, "list": _list}
+    return does[arguments[0]](options)
+
+
+def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
+    """Parse, with the nearest option for one that is unknown. Values are checked for what can be checked at once."""
+    options, unknown = own.parse_known_args(arguments)
+    for word in unknown:
+        known = [name for action in own._actions for name in action.option_strings if name.startswith("--")]
+        name = word.split("=")[0]
+        if word.startswith("-"):
+            hint = suggest(name, known) or f" Known: {', '.join(known)}, -p."
+            raise UserError(f'unknown option "{name}".{hint}')
+        raise UserError(f'"{word}" is not expected here; optimizations are given as: build.py run {word}')
+    for name, known in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
+        value = getattr(options, name, None)
+        if value is not None and value not in known:
+            raise UserError(f"--{name} {value}: expected one of {', '.join(known)}.{suggest(value, known)}")
+    return options
+
+
+def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.Request:
+    online = options.scale == "full" and not options.checkpoints and not options.random_weights
+    if not online:  # what is on disk is enough; nothing may go to the network unasked
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return plan.Request(
+        optimizations=tuple(optimizations),
+        models=tuple(options.model),
+        scale=options.scale,
+        effort=options.effort or plan.DEFAULT_EFFORT[options.scale],
+        device=options.device,
+        checkpoints=options.checkpoints,
+        random_weights=options.random_weights,
+        dimensions=tuple(options.dimension),
+        parameters=plan.assignments(options.parameters),
+    )
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    base = Path(options.out).expanduser() if options.out else ROOT / "executed"
+    return Path(os.path.abspath(base)) / options.scale
+
+
+def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str | None = None) -> int:
+    from lib.suite import build
+
+    request = _request(options, optimizations)
+    if options.cluster is not None:
+        _check_cluster(options)
+    return build.build(request, _folder(options), options.jobs, options.force, suite, options.cluster)
+
+
+def _check_cluster(options: argparse.Namespace) -> None:
+    """Raises UserError for an address that is none, and for options that mean this machine."""
+    from lib.suite.cluster import dask
+
+    dask.check_address(options.cluster)
+    dask.patience()
+    if options.jobs is not None:
+        raise UserError('--jobs is for this machine; on a cluster one job runs per "device" token of a worker')
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _build(options, options.optimizations)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lib.suite import build
+
+    return build.report(_folder(options))
+
+
+def _coverage(options: argparse.Namespace) -> int:
+    from lib.suite import build
+
+    return build.cover(_folder(options))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lib.suite.cli import verdicts
+
+    return verdicts.check(_folder(options), options.all)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lib.suite.cli import verdicts
+
+    return verdicts.compare(options.old, options.new, _folder(options), options.all)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from lib.suite import build
+
+    return build.show(_request(options, ()), _folder(options))

@@ -1,0 +1,84 @@
+"""The commands that start another program in this environment: the tests, JupyterLab, the training of the stand-ins.
+
+Each takes the arguments that are passed on and returns an exit code. Knows nothing of builds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.suite.plan.plan import NOTEBOOKS, ROOT
+
+MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
+
+
+def _call(arguments: Sequence[str], environment: dict[str, str] | None = None) -> int:
+    """Run a module of this environment in the repository's root; return its exit code.
+
+    Ctrl-C reaches it by itself, as it shares our terminal; what asks this process to end (SIGTERM) is passed on.
+    """
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **(environment or {})}
+    process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=surroundings)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # it decides for itself whether that ends it: JupyterLab asks
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+def test(arguments: Sequence[str], description: str) -> int:
+    """Run ruff over code and notebooks, then pytest: the unit tests, and every template through nbval.
+
+    As many files at a time as there are cores, each on one thread: templates spend most of their time on one core.
+    With paths among the arguments, pytest runs those alone. Pytest's summary stays the last but for what ruff found.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: build.py test [PYTEST ARGUMENT …]\n\n{description}")
+        return 0
+    found = {
+        "ruff check": _call(["ruff", "check", "--quiet", "."]),
+        "ruff format --check": _call(["ruff", "format", "--check", "--quiet", "."]),
+    }
+    chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
+    where = [] if chosen else ["tests", *(str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb")))]
+    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+        environment = {"PYTHONPATH": _python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
+        beside = [] if chosen else [f"--numprocesses={min(os.cpu_count() or 1, MOST_BESIDE)}", "--dist=loadfile"]
+        if beside:
+            environment["OMP_NUM_THREADS"] = "1"
+        nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
+        found["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
+    failed = [name for name, code in found.items() if code]
+    if failed:
+        print(f"build.py test: failed: {', '.join(failed)}", flush=True)
+    return 1 if failed else 0
+
+
+def lab(arguments: Sequence[str], description: str) -> int:
+    """Start JupyterLab in `notebooks/`, with this environment's kernel and `lib` within reach."""
+    from lib.suite.run.kernel_process import write_kernel
+
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: build.py lab [JUPYTERLAB ARGUMENT …]\n\n{description}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+        environment = {"PYTHONPATH": _python_path(), "JUPYTER_PATH": str(write_kernel(Path(folder)))}
+        return 1 if _call(["jupyterlab", str(NOTEBOOKS), *arguments], environment) else 0
+
+
+def proxies(arguments: Sequence[str], description: str) -> int:
+    """Train the stand-ins again; 2 where the request was wrong, as elsewhere."""
+    code = _call(["lib.models.proxies.train", *arguments])
+    return code if code in (0, 2) else 1

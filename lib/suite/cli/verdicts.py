@@ -1,0 +1,72 @@
+"""The commands that judge a result set: `check` it against what it should be, `compare` two of them. Runs nothing."""
+
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.suite.plan import plan
+from lib.suite.store import build_history, result_folder
+from lib.suite.store.result_folder import Folder
+
+SHOWN = 40
+
+
+def check(folder: Path, everything: bool = False) -> int:
+    """Print the table of points; return 0 where all hold, 1 where one falls short."""
+    from lib.report.analysis import acceptance as checks
+
+    if not result_folder.present(Folder(folder)):
+        raise UserError(f"{folder}: holds no record; build first: python build.py")
+    points = checks.check(folder, plan.optimizations(), plan.models())
+    for line in checks.table(points, most=10**6 if everything else 4):
+        print(line)
+    short = [point for point in points if not point.holds]
+    print(f"{len(points) - len(short)} of {len(points)} points hold" + ("" if short else ": nothing falls short"))
+    return 1 if short else 0
+
+
+def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
+    """Print what changed between two result sets; return 1 where a primary metric became worse, 0 otherwise."""
+    from lib.report.analysis import compare as comparing
+
+    (old_title, before), (new_title, after) = (
+        build_history.result_set(old, folder),
+        build_history.result_set(new, folder),
+    )
+    changes = comparing.compare(before, after)
+    print(f"old: {old_title}\nnew: {new_title}")
+    told = [c for c in changes if c.reason or c.verdict]
+    shown = [c for c in told if everything or c.verdict in ("worse", "better", "inconclusive")]
+    for change in shown if everything else shown[:SHOWN]:
+        print(f"  {_line(change)}")
+    if not everything and len(shown) > SHOWN:
+        print(f"  … and {len(shown) - SHOWN} more; --all shows them")
+    for reason, number in _reasons(changes):
+        print(f"  not comparable, {number}: {reason}")
+    print(", ".join(f"{number} {word}" for word, number in comparing.counts(changes).items() if number) or "nothing")
+    worse = [c for c in changes if c.regression]
+    compared = sum(c.primary and not c.reason for c in changes)
+    if worse:
+        print(f"{len(worse)} of {compared} primary comparisons are a regression (Holm-corrected)")
+    else:
+        print(f"no regression in {compared} primary comparisons (Holm-corrected)")
+    return 1 if worse else 0
+
+
+def _line(change) -> str:
+    from lib.report.text.quantities import interval, times
+    from lib.report.text.wording import label, signed
+
+    name = f"{change.optimization}--{change.model}: {label(change.metric)} [{change.workload}]"
+    if change.reason:
+        return f"· not comparable  {name}: {change.reason}"
+    p = "" if change.p is None else f", p {change.p:.3g}{' corrected' if change.primary else ''}"
+    spread = "" if change.low == change.high else f" ({interval(change.low, change.high, '.3f')})"
+    return f"{signed(change.verdict):15} {name}: {times(change.ratio)}{spread}{p}; {change.how}"
+
+
+def _reasons(changes) -> list[tuple[str, int]]:
+    found: dict[str, int] = {}
+    for change in changes:
+        if change.reason:
+            found[change.reason] = found.get(change.reason, 0) + 1
+    return sorted(found.items(), key=lambda item: -item[1])[:8]

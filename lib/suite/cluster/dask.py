@@ -1,0 +1,231 @@
+"""Runs jobs on the workers of a Dask cluster that is already there: one at a time per `device` token of a worker.
+
+The same loop as on one machine (`lib.suite.run.schedule`), over other slots: hand out what there is room for, put what
+has come back into place. A job runs on the worker as it would here, in a process and a result folder of its own; what
+comes back, over the wire and whole, is put into the build's folder here. A lost worker's job runs again elsewhere; one
+that loses two is given up. Knows nothing of notebooks; whom it may trust is `lib.suite.cluster.workers`'s business.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lib.errors import Gone, UserError
+from lib.suite.cluster import remote, worker_stub
+from lib.suite.cluster.workers import DEVICE, Crew, Slot, answer_of
+from lib.suite.plan.cache_key import Hashes
+from lib.suite.run import settle
+from lib.suite.run.kernel_process import Outcome, Task, seconds_from
+from lib.suite.run.sampling import Samples
+from lib.suite.run.schedule import Build, Entry
+from lib.suite.run.settle import Result
+from lib.suite.store import render, result_folder
+
+POLL_SECONDS = 0.1
+LOOK_SECONDS = 1.0
+MOST_LOST = 2
+PATIENCE = "WORKBENCH_CLUSTER_SECONDS"
+PASSED_ON = ("WORKBENCH_CELL_SECONDS", "WORKBENCH_RUN_SECONDS", "HF_HUB_OFFLINE")
+
+
+def check_address(address: str) -> None:
+    """Raise UserError where `address` is not one of a scheduler."""
+    try:
+        parts = urlsplit(address)
+        whole = parts.scheme in ("tcp", "tls") and parts.hostname and parts.port and not parts.path
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UserError(f"--cluster {address}: expected the address of a Dask scheduler, such as tcp://HOST:8786")
+
+
+def patience() -> float:
+    """Return how long a scheduler may take to answer, and a build without a worker waits for one, in seconds."""
+    return seconds_from(PATIENCE, 30.0)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Yield a client of the scheduler; what it still has running there is called off at the end. Raises UserError."""
+    import distributed
+
+    for name in ["distributed", *logging.root.manager.loggerDict]:
+        if name.startswith("distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what is lost, this module tells
+    try:
+        client = distributed.Client(address, timeout=patience(), set_as_default=False)
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"--cluster {address}: no Dask scheduler answers there ({why}); start one with: dask scheduler"
+        ) from None
+    try:
+        yield client
+    finally:
+        with contextlib.suppress(Exception):  # a scheduler that has gone cannot be taken leave of
+            client.close(timeout=2)
+
+
+def run(build: Build, entries: Sequence[Entry], address: str) -> list[Result]:
+    """Run every entry on the cluster; return how each ended, in the order in which they did.
+
+    Raises UserError where no scheduler answers, or no worker may be used; Gone where the scheduler goes, or the last
+    worker goes and none comes. What was finished by then is in place. Raises OSError where it cannot be written.
+    """
+    with _connected(address) as client:
+        parts = {entry.job.stem: entry.parts for entry in entries}
+        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        jobs = [(entry.job, entry.key) for entry in entries]
+        crew = Crew(client, jobs, parts.__getitem__, variables, remote.library(Hashes()))
+        loop = Loop(build, address, client, crew, entries)
+        loop.gather()
+        client.subscribe_topic(worker_stub.TOPIC, loop.hear)
+        while loop.waiting or any(slot.entry for slot in crew.slots):
+            loop.step()
+            time.sleep(POLL_SECONDS)
+        return loop.results
+
+
+class Loop:
+    """What waits, what runs where, what has ended; and how many workers each job has lost."""
+
+    def __init__(self, build: Build, address: str, client: Any, crew: Crew, entries: Sequence[Entry]):
+        self.build, self.address, self.client, self.crew = build, address, client, crew
+        self.waiting = deque(entries)
+        self.lost: dict[str, list[str]] = {}
+        self.results: list[Result] = []
+        self.looked = self.alone_since = time.monotonic()
+
+    def gather(self) -> None:
+        """Meet the workers that are there now. Raises UserError where none of them may be used."""
+        workers = self._workers()
+        if not any(about["resources"].get(DEVICE, 0) >= 1 for about in workers.values()):
+            raise UserError(
+                f'--cluster {self.address}: none of its {len(workers)} workers has a "{DEVICE}" token; start one with: '
+                f'dask worker {self.address} --nthreads 1 --resources "{DEVICE}=1"'
+            )
+        self.crew.look(workers)
+        said: list[str] = []
+        deadline = time.monotonic() + patience()
+        while True:
+            late = time.monotonic() > deadline
+            if not self.crew.asked or late:
+                said += self.crew.welcome()
+                if self.crew.slots or not self.crew.asked:
+                    break
+                self.build.progress.line("the workers are busy with the work of others; waiting for one of them")
+                deadline = float("inf")
+            time.sleep(POLL_SECONDS)
+            self._look()
+        if not self.crew.slots:
+            raise UserError(f"--cluster {self.address}: no worker may be used: {' | '.join(said)}")
+        self._tell_refused(said)
+
+    def _workers(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return address → what the scheduler knows of a worker. Raises Gone where it does not answer any more."""
+        try:
+            if self.client.status != "running":
+                raise OSError
+            return self.client.sync(self.client.scheduler.identity, callback_timeout=patience())["workers"]
+        except (OSError, TimeoutError, AttributeError, RuntimeError):
+            raise Gone(f"the scheduler at {self.address} is gone") from None
+
+    def hear(self, event: tuple[float, Mapping[str, str]]) -> None:
+        """Keep what a worker says it is doing, for the table of progress."""
+        for slot in list(self.crew.slots):
+            if slot.future is not None and slot.future.key == event[1]["key"]:
+                slot.doing = event[1]["doing"]
+
+    def step(self) -> None:
+        """Look after everything once."""
+        self._look()
+        for slot in list(self.crew.slots):
+            if slot.entry is None and self.waiting:
+                self._begin(slot)
+            elif slot.entry is not None and slot.future.done():
+                answer, entry = answer_of(slot.future), slot.entry
+                slot.entry = slot.future = None
+                if self.client.status == "running":  # else the next look tells
+                    self._take(slot, entry, answer)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS and self.client.status == "running":
+            return
+        self.looked = now
+        for slot in self.crew.look(self._workers()):
+            if slot.entry is not None:
+                slot.future.cancel()
+                self._lose(slot, slot.entry, "it went away")
+        self._tell_refused(self.crew.welcome() if self.results or self.crew.slots else [])
+        if self.crew.slots:
+            self.alone_since = now
+            self.build.progress.side_by_side = len(self.crew.slots)
+        elif now - self.alone_since > patience() and not self.crew.asked:
+            raise Gone(f"no worker with a {DEVICE} token is left at {self.address}")
+
+    def _tell_refused(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.build.progress.line(f"not used: {line}")
+
+    def _begin(self, slot: Slot) -> None:
+        entry = slot.entry = self.waiting.popleft()
+        slot.doing = "starting"
+        request = {
+            "do": "run",
+            "job": remote.describe(entry.job),
+            "key": entry.key,
+            "cores": list(slot.cores),
+            "side_by_side": self.crew.side_by_side(slot),
+            "neighbours": list(self.build.neighbours),
+        }
+        slot.future = self.crew.submit(slot.address, request)
+        where = slot.address.split("//")[-1]
+        self.build.progress.start(entry.job.stem, lambda: f"{slot.doing} on {where}")
+
+    def _take(self, slot: Slot, entry: Entry, answer: Mapping[str, Any]) -> None:
+        """Put what came back into place; where nothing did, see what is to be done about it."""
+        stem = entry.job.stem
+        if "lost" in answer:
+            self._lose(slot, entry, answer["lost"])
+        elif why := self.crew.objection(answer):  # its files were changed since it was met
+            self._tell_refused([f"{slot.address}: {why}"])
+            self.waiting.appendleft(entry)
+            for other in self.crew.dismiss(slot.address):
+                if other.entry is not None:
+                    other.future.cancel()
+                    self.waiting.appendleft(other.entry)
+        else:
+            result_folder.adopt(self.build.folder, stem, answer["files"])
+            lies = self.build.folder.failed(stem)
+            notebook = os.path.relpath(lies) if answer["status"] == "failed" and lies.is_file() else None
+            self._end(Result(stem, answer["status"], answer["reason"], notebook, answer["seconds"]))
+
+    def _lose(self, slot: Slot, entry: Entry, why: str) -> None:
+        """Have the job run again elsewhere, or give it up where it has lost two workers."""
+        stem = entry.job.stem
+        lost = self.lost.setdefault(stem, [])
+        lost.append(f"{slot.address} at “{slot.doing}”, {why}")
+        if len(lost) < MOST_LOST:
+            self.build.progress.line(f"{stem}: its worker was lost ({lost[-1]}); it runs again elsewhere")
+            self.waiting.appendleft(entry)
+            return
+        text = f"given up: it lost {len(lost)} workers ({'; '.join(lost)})"
+        error = {"kind": settle.LOST_WORKERS, "text": text}
+        outcome = Outcome(error, None, None, {}, 0.0, Samples(), False)
+        folder = self.build.folder.running / stem
+        task = Task(stem, Path(), {}, folder, folder, (), 0, entry.job.effort)
+        result = settle.settle(self.build.folder, entry.job, entry.parts, entry.key, task, outcome)
+        render.render(self.build.folder.path, stem, self.build.neighbours)
+        self._end(result)
+
+    def _end(self, result: Result) -> None:
+        self.results.append(result)
+        reason = result.reason if result.status != "ok" else None
+        self.build.progress.end(result.stem, result.status, result.seconds, reason)

@@ -1,0 +1,175 @@
+"""The workbench on a worker's side: `python -m lib.suite.cluster.remote`, started by `worker_stub.py`, never by a person.
+
+Reads one line of JSON from standard input and answers with one. `hello`: whether code, environment, weights and data
+here are those of the build, and which cores there are. `run`: the same comparison, and then the job, through the very
+loop that runs jobs on one machine (`lib.suite.run.schedule`), into a result folder of its own; what lies there
+afterwards is what the build puts into place. When standard input closes, nobody wants the answer: everything is ended.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.suite.plan import cache_key, dependencies, plan
+from lib.suite.plan import template as templates
+from lib.suite.plan.plan import Job
+from lib.suite.run import cpu_affinity
+from lib.suite.run.sampling import Tree
+from lib.suite.store.result_folder import Folder
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+TELL_SECONDS = 1.0
+
+
+def library(hashes: cache_key.Hashes) -> dict[str, str]:
+    """Return the hash of every file of `lib`: a worker runs the suite's own code too, not the template's alone."""
+    return {f"lib/{name}": value for name, value in hashes.of_folder(plan.ROOT / "lib").items()}
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Return a job as plain JSON, without its template: the worker reads its own, and both are compared."""
+    return {
+        "optimization": job.optimization,
+        "model": job.model,
+        "scale": job.scale,
+        "effort": job.effort,
+        "parameters": dict(job.parameters),
+        "dimensions": list(job.dimensions),
+    }
+
+
+def job_of(described: dict[str, Any]) -> Job:
+    """Return the job that `describe` described. Raises UserError where its template cannot be read here."""
+    path = plan.NOTEBOOKS / f"{described['optimization']}.ipynb"
+    if not path.is_file():
+        raise UserError(f"notebooks/{path.name} is not there")
+    rest = {name: described[name] for name in ("model", "scale", "effort", "parameters")}
+    return Job(templates.read(path), dimensions=tuple(described["dimensions"]), **rest)
+
+
+def main() -> None:
+    """Answer one request."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints belongs in the log
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_listen, args=(Path(request["folder"]),), daemon=True).start()
+
+    writing = threading.Lock()
+
+    def tell(**event: Any) -> None:
+        with writing:
+            answers.write(json.dumps(event) + "\n")
+            answers.flush()
+
+    os.environ.update(request["variables"])
+    try:
+        tell(**{"hello": _hello, "run": _run}[request["do"]](request, tell))
+    except UserError as error:
+        tell(error=str(error))
+    os._exit(0)  # the thread that listens may hold standard input
+
+
+def _listen(folder: Path) -> None:
+    """End everything when standard input ends: the worker's process has died, or nobody wants the answer."""
+    for _ in sys.stdin:
+        pass
+    Tree(os.getpid()).end_descendants()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _compared(
+    request: dict, hashes: cache_key.Hashes, reached: dict[str, list[Path]], job: Job, wanted: str
+) -> dict | None:
+    """Return None where this side is the build's equal for `job`, else the parts of its key here."""
+    parts = cache_key.parts(job, hashes, reached)
+    return None if cache_key.of(parts) == wanted else parts
+
+
+def _hello(request: dict, tell: Callable[..., None]) -> dict:
+    """Return this machine's mark, its cores, and where something differs, what there is here in its place."""
+    hashes, reached = cache_key.Hashes(), {}
+    here = library(hashes)
+    found = {"host": _host(), "cores": cpu_affinity.available(), "machine": platform.node(), "parts": None}
+    if cache_key.digest(here) != request["library"]:
+        return found | {"parts": {"code": here}}
+    for described, wanted in request["jobs"]:
+        job = job_of(described)
+        plan.check_device(job.parameters["device"])
+        if job.model not in plan.models():
+            raise UserError(f"parameters/{job.model}.yaml is not there")
+        if job.optimization not in reached:
+            reached[job.optimization] = dependencies.reached(job.template)
+        if parts := _compared(request, hashes, reached, job, wanted):
+            return found | {"parts": parts, "stem": job.stem}
+    return found
+
+
+def _host() -> str:
+    """Return what the workers of one machine have in common; containers on it share its cores, and this mark."""
+    try:
+        return BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+class _Telling:
+    """Stands in for the table of progress: what the job is doing goes to the build, which shows it."""
+
+    def __init__(self, tell: Callable[..., None]):
+        self.tell = tell
+        self.doing: Callable[[], str] = lambda: "starting"
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        said = ""
+        while True:
+            if (now := self.doing()) != said:
+                self.tell(doing=now)
+                said = now
+            time.sleep(TELL_SECONDS)
+
+    def start(self, stem: str, doing: Callable[[], str]) -> None:
+        self.doing = doing
+
+    def line(self, text: str) -> None:
+        self.tell(doing=text)
+
+    def end(self, *_: Any) -> None:
+        self.doing = lambda: "sending"
+
+
+def _run(request: dict, tell: Callable[..., None]) -> dict:
+    """Run the job into `<folder>/results` and make its pages; return how it ended."""
+    from lib.suite.run import schedule
+
+    job, hashes = job_of(request["job"]), cache_key.Hashes()
+    parts = cache_key.parts(job, hashes)
+    if cache_key.digest(library(hashes)) != request["library"] or cache_key.of(parts) != request["key"]:
+        return {"parts": parts | {"code": {**parts["code"], **library(hashes)}}, "stem": job.stem}
+    base = Path(request["folder"])
+    folder = Folder(base / "results")
+    folder.path.mkdir()
+    build = schedule.Build(
+        folder=folder,
+        shares=[request["cores"]],
+        temporary=base / "temporary",
+        neighbours=[tuple(pair) for pair in request["neighbours"]],
+        progress=_Telling(tell),
+        side_by_side=request["side_by_side"],
+    )
+    [result] = schedule.run(build, [schedule.Entry(job, request["key"], parts)])
+    shutil.rmtree(folder.running, ignore_errors=True)
+    return {"status": result.status, "reason": result.reason, "seconds": result.seconds}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The workers of a Dask cluster that may run jobs: met once each, compared with this side, given cores of their own.
+
+A worker is met when it appears, and again when it comes back under the same address. It is refused, in one line, where
+its Python, code, environment, weights or data differ from those of the build. Workers on one machine are given cores
+apart from each other; where they were started on cores of their own (`taskset`, Slurm), those are what they keep.
+Knows nothing of how a job runs, or ends.
+"""
+
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib.suite.cluster import remote, worker_stub
+from lib.suite.plan import cache_key
+from lib.suite.plan.plan import Job
+
+DEVICE = "device"
+
+
+class Carried:
+    """A function of `lib.suite.cluster.worker_stub` that arrives whole where `lib` cannot be imported: scheduler and
+    worker.
+    """
+
+    def __init__(self, function: Callable):
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(worker_stub)
+        self.text = cloudpickle.dumps(function)
+
+    def __reduce__(self) -> tuple:
+        import cloudpickle
+
+        return cloudpickle.loads, (self.text,)
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError("it is called where it arrives")
+
+
+@dataclass
+class Slot:
+    """One `device` token of a worker, the cores that belong to it, and whatever the loop has running there."""
+
+    address: str
+    incarnation: str
+    host: str
+    cores: tuple[int, ...]
+    entry: Any = None
+    future: Any = None
+    doing: str = "starting"
+
+
+@dataclass
+class Crew:
+    """Those who may work (`slots`), those who were asked and have not answered, and whom that has been said of."""
+
+    client: Any
+    jobs: Sequence[tuple[Job, str]]
+    parts_of: Callable[[str], Mapping[str, Mapping[str, str]]]
+    variables: Mapping[str, str]
+    library: Mapping[str, str]
+    slots: list[Slot] = field(default_factory=list)
+    asked: dict[tuple[str, str], Any] = field(default_factory=dict)
+    tokens: dict[tuple[str, str], int] = field(default_factory=dict)
+    refused: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def look(self, workers: Mapping[str, Mapping[str, Any]]) -> list[Slot]:
+        """Ask workers that are new, forget those that have gone; return the slots that went with them."""
+        present = {}
+        for address, about in workers.items():
+            tokens = min(int(about["resources"].get(DEVICE, 0)), about["nthreads"])
+            if tokens >= 1:
+                present[address, about["local_directory"]] = tokens  # another folder each time it starts
+        gone = [slot for slot in self.slots if (slot.address, slot.incarnation) not in present]
+        self.slots = [slot for slot in self.slots if slot not in gone]
+        for mark in set(self.tokens) - set(present):
+            self.asked.pop(mark, None)
+            del self.tokens[mark]
+        new = [mark for mark in present if mark not in self.tokens]
+        self.tokens |= {mark: present[mark] for mark in new}
+        pythons = self._pythons() if new else {}
+        for mark in new:
+            python = pythons.get(mark[0], "")
+            if python.split(".")[:2] != [str(part) for part in sys.version_info[:2]]:
+                here = ".".join(str(part) for part in sys.version_info[:3])
+                self.refused[mark] = f"Python is {here} here, {python or 'unknown'} there"
+            else:
+                described = [(remote.describe(job), wanted) for job, wanted in self.jobs]
+                self.asked[mark] = self.submit(mark[0], {"do": "hello", "jobs": described})
+        return gone
+
+    def _pythons(self) -> dict[str, str]:
+        found = self.client.get_versions()["workers"]
+        return {address: told["host"]["python"].removesuffix(".final.0") for address, told in found.items() if told}
+
+    def submit(self, address: str, request: Mapping[str, Any]) -> Any:
+        """Have a worker carry out a request on one of its tokens; return the future of its answer."""
+        told = {"variables": dict(self.variables), "library": cache_key.digest(self.library)}
+        return self.client.submit(
+            Carried(worker_stub.call),
+            {**request, **told},
+            key=f"workbench-{uuid.uuid4()}",
+            workers=[address],
+            allow_other_workers=False,
+            resources={DEVICE: 1},
+            retries=0,
+            pure=False,
+        )
+
+    def welcome(self) -> list[str]:
+        """Take in those who have answered; return the addresses of all that were refused by now and not named yet.
+
+        Workers that answered together share the cores of their machine evenly.
+        """
+        answers = {mark: future for mark, future in self.asked.items() if future.done()}
+        heard = {}
+        for mark, future in answers.items():
+            del self.asked[mark]
+            answer = answer_of(future)
+            if why := self.objection(answer):
+                self.refused[mark] = why
+            else:
+                heard[mark] = answer
+        claims = [(mark, answer) for mark, answer in heard.items() for _ in range(self.tokens[mark])]
+        for (mark, answer), mine in zip(claims, self._cores([answer for _, answer in claims]), strict=True):
+            if mine:
+                self.slots.append(Slot(*mark, answer["host"], tuple(mine)))
+            else:
+                self.refused[mark] = f"every core of {answer['machine']} that it may use belongs to another worker"
+        lines = [f"{address}: {why}" for (address, _), why in self.refused.items()]
+        self.refused.clear()
+        return lines
+
+    def _cores(self, claims: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Return for each claim cores that no other claim or slot has: as many for each as those who share can have."""
+        taken = {(slot.host, core) for slot in self.slots for core in slot.cores}
+        found = []
+        for claim in claims:
+            host, own = claim["host"], set(claim["cores"])
+            sharing = [other for other in claims if other["host"] == host and own & set(other["cores"])]
+            fair = max(len(set().union(*(other["cores"] for other in sharing))) // len(sharing), 1)
+            free = [core for core in claim["cores"] if (host, core) not in taken]
+            found.append(free[:fair])
+            taken |= {(host, core) for core in free[:fair]}
+        return found
+
+    def objection(self, answer: Mapping[str, Any]) -> str | None:
+        """Return why a worker that gave this answer may not work, in one line; None where it may."""
+        for name in ("error", "lost"):
+            if name in answer:
+                return answer[name]
+        theirs = answer.get("parts")
+        if theirs is None:
+            return None
+        mine = self.parts_of(answer["stem"]) if "stem" in answer else {}
+        return differing({**mine, "code": {**mine.get("code", {}), **self.library}}, theirs)
+
+    def dismiss(self, address: str) -> list[Slot]:
+        """Let a worker go that must not work any more, until it comes back anew; return its slots."""
+        gone = [slot for slot in self.slots if slot.address == address]
+        self.slots = [slot for slot in self.slots if slot.address != address]
+        return gone
+
+    def side_by_side(self, slot: Slot) -> int:
+        """Return how many jobs may run at once on the machine of `slot`."""
+        return sum(other.host == slot.host for other in self.slots)
+
+
+def answer_of(future: Any) -> dict[str, Any]:
+    """Return a finished future's answer; where it has none, `lost` and what became of it."""
+    if future.status == "finished":
+        try:
+            return future.result(timeout=60)
+        except Exception as error:  # the worker that held the answer has gone, or the answer could not be carried
+            return {"lost": f"its answer was lost ({type(error).__name__})"}
+    error = future.exception(timeout=10) if future.status == "error" else None
+    return {"lost": f"{type(error).__name__}: {error}" if error else f"its task was {future.status}"}
+
+
+def differing(mine: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]], most: int = 3) -> str:
+    """Return what differs between two sides' parts: `torch is 2.13.0 here, 2.12.0 there; code: lib/x.py differs`."""
+    told = []
+    for part in {**mine, **theirs}:
+        here, there = mine.get(part, {}), theirs.get(part, {})
+        if part == "versions":
+            names = [name for name in here if here[name] != there.get(name)]
+            told += [f"{name} is {here[name]} here, {there.get(name, 'unknown')} there" for name in names]
+            continue
+        names = sorted(name for name in {**here, **there} if here.get(name) != there.get(name))
+        if names and part in ("template", "parameters", "model", "dimensions"):
+            told.append(f"the {part} {'differ' if part.endswith('s') else 'differs'}")
+        elif names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            told.append(f"{part}: {', '.join(names[:most])}{more} {'differ' if len(names) > 1 else 'differs'}")
+    return "; ".join(told) or "its key is another"

@@ -1,0 +1,1 @@
+"""What is to be run: requests, templates, dependencies, cache keys."""

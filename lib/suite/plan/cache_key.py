@@ -1,0 +1,186 @@
+"""The content key of a job: what its result depends on, hashed part by part, so that a change can be named.
+
+Parts: the template's cells, the resolved parameters (the device among them), the model's dimensions, the modules of
+`lib` that the notebook and `lib/optimizations/<stem>.py` reach through their imports, the weights, the evaluation data,
+and the versions of Python, torch and transformers. A hit means: this measurement still belongs to this code. The
+machine is not part of it; the record names it. Knows nothing of records.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lib.models import parameters as parameter_files
+from lib.models.checkpoints import folder as checkpoint
+from lib.suite.plan import dependencies
+from lib.suite.plan.plan import ROOT, Job, proxy_folder
+
+WHOLE_BYTES = 256 * 2**20
+SAMPLES = 16
+SAMPLE_BYTES = 2**20
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Hashes:
+    """Hashes of files, kept in a file by path, size and time of change, so that nothing unchanged is read again."""
+
+    def __init__(self, store: Path | None = None):
+        self.store = store
+        self.known: dict[str, list] = {}
+        self.asked: dict[Any, Any] = {}  # what was found of a file or a folder; each is looked at once
+        self.changed = False
+        try:
+            content = json.loads(store.read_text(encoding="utf-8")) if store else {}
+            self.known = content if isinstance(content, dict) else {}
+        except (OSError, ValueError):
+            pass  # a cache: without it, everything is read again
+
+    def of(self, path: Path) -> str:
+        """Return the hash of a file's content; of a file above 256 MiB, that of its size and sixteen samples."""
+        return self._once(path, lambda: self._of(path))
+
+    def _of(self, path: Path) -> str:
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns]
+        known = self.known.get(str(path))
+        if isinstance(known, list) and len(known) == 3 and known[:2] == mark:
+            return known[2]
+        self.known[str(path)] = [*mark, _content_hash(path, stat.st_size)]
+        self.changed = True
+        return self.known[str(path)][2]
+
+    def of_folder(self, folder: Path) -> dict[str, str]:
+        """Return relative path → hash of every file under `folder`; empty where there is none."""
+
+        def find() -> dict[str, str]:
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+            return {path.relative_to(folder).as_posix(): self.of(path) for path in files}
+
+        return dict(self._once(folder, find))
+
+    def of_model(self, name: str) -> parameter_files.ModelParameters:
+        """Return what a model's parameter file holds."""
+        return self._once(("model", name), lambda: parameter_files.read(name))
+
+    def of_cells(self, cells: tuple) -> dict[str, str]:
+        """Return the hash of each cell of a template."""
+        return self._once(cells, lambda: {str(index): digest(cell) for index, cell in enumerate(cells)})
+
+    def _once(self, what: Any, find: Callable[[], Any]) -> Any:
+        if what not in self.asked:
+            self.asked[what] = find()
+        return self.asked[what]
+
+    def save(self) -> None:
+        """Keep the hashes for the next time; a folder that cannot be written to is no error here."""
+        if not self.changed or not self.store:
+            return
+        part = self.store.with_name(f".{self.store.name}.{os.getpid()}.part")
+        try:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.known), encoding="utf-8")
+            os.replace(part, self.store)
+        except OSError:
+            part.unlink(missing_ok=True)
+
+
+def _content_hash(path: Path, size: int) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            while block := file.read(SAMPLE_BYTES):
+                sha.update(block)
+        else:
+            sha.update(f"{size} sampled".encode())
+            for sample in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                sha.update(file.read(SAMPLE_BYTES))
+    return sha.hexdigest()
+
+
+def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = None) -> dict[str, dict[str, str]]:
+    """Return part → name → hash or version: all that the job's result depends on.
+
+    `reached` may hold, by optimization, what `dependencies.reached` found, so that it is walked once per template.
+    """
+    modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
+    model = hashes.of_model(job.model)
+    asked = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
+    return asked | {
+        "template": hashes.of_cells(job.template.cells),
+        "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
+        "model": {
+            "architecture": model.architecture,
+            "config": digest(model.config(job.scale)),
+            "tasks": digest(model.tasks),
+        },
+        "code": {path.relative_to(ROOT).as_posix(): hashes.of(path) for path in modules},
+        "weights": _weights(job, model, hashes),
+        "data": hashes.of_folder(parameter_files.PARAMETERS / "evaluation"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": _version("torch"),
+            "transformers": _version("transformers"),
+        },
+    }
+
+
+def of(parts_of_job: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the key of a job's parts."""
+    return "sha256:" + digest(parts_of_job)
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _weights(job: Job, model: parameter_files.ModelParameters, hashes: Hashes) -> dict[str, str]:
+    if job.parameters["random_weights"] or job.scale == "slice":
+        return {"random": "by seed"}
+    if job.scale == "proxy":
+        return hashes.of_folder(proxy_folder(job.model))
+    if job.parameters["checkpoints"]:
+        return hashes.of_folder(checkpoint.folder_of(job.model, job.parameters["checkpoints"]))
+    return {model.checkpoint: _hub_revision(model.checkpoint)}
+
+
+def _hub_revision(hub_id: str) -> str:
+    """Return the commit of a hub id that lies in the local hub cache, or `unknown` before it was fetched."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    try:
+        return (cache / f"models--{hub_id.replace('/', '--')}" / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"
+
+
+def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:
+    """Return what changed between two jobs' parts: `code: lib/files.py changed`; empty if nothing."""
+    told = []
+    for part in {**after, **before}:
+        old, new = before.get(part, {}), after.get(part, {})
+        changed = [name for name in new if name in old and old[name] != new[name]]
+        added, removed = [name for name in new if name not in old], [name for name in old if name not in new]
+        for names, verb in ((changed, "changed"), (added, "new"), (removed, "gone")):
+            if names:
+                told.append(f"{part}: {_listed(names)} {verb}" if part != "template" else f"template: cells {verb}")
+    return "; ".join(dict.fromkeys(told))
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

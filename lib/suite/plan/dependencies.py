@@ -1,0 +1,86 @@
+"""Which modules of `lib` a template reaches: a static walk over the imports of its cells and of its own module.
+
+Reads source text; imports and runs nothing. Functions that import while they run are seen too. A notebook or an
+optimization module that finds others by name at run time (`import_module`, `iter_modules`) reaches all of
+`lib/optimizations`, because nobody can tell which.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from lib.suite.plan.plan import ROOT
+from lib.suite.plan.template import Template
+
+OPTIMIZATIONS = ROOT / "lib" / "optimizations"
+MAGIC = re.compile(r"^\s*[%!?].*$", re.MULTILINE)
+NAME = re.compile(r"lib(\.\w+)+")
+BY_NAME = re.compile(r"\b(import_module|iter_modules|__import__|spec_from_file_location)\b")
+
+
+def reached(template: Template) -> list[Path]:
+    """Return the files of `lib` whose change may change the template's result, sorted."""
+    source = "\n".join(MAGIC.sub("", text) for kind, text, _ in template.cells if kind == "code")
+    own = [OPTIMIZATIONS / f"{template.stem}.py", OPTIMIZATIONS / template.stem / "method.py"]
+    waiting = [path for name in imported(source, "") for path in _files(name)]
+    waiting += [path for path in own if path.is_file()]
+    waiting += _every() if BY_NAME.search(source) else []
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        names, finds_by_name = _module(path, path.stat().st_mtime_ns)
+        waiting += [file for name in names for file in _files(name)]
+        waiting += _every() if finds_by_name and path.is_relative_to(OPTIMIZATIONS) else []
+    return sorted(found)
+
+
+def _every() -> list[Path]:
+    return sorted(OPTIMIZATIONS.rglob("*.py"))
+
+
+@cache
+def _module(path: Path, _changed: int) -> tuple[tuple[str, ...], bool]:
+    """Return the modules that a file imports, and whether it finds others by name."""
+    source = path.read_text(encoding="utf-8")
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    return tuple(imported(source, package)), bool(BY_NAME.search(source))
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """Yield the dotted names that `source` imports, `from a import b` as `a.b`; nothing where it does not parse.
+
+    A text that is the name of a module counts too: `[sys.executable, "-m", "lib.measure.trackers.memory_child"]` runs
+    it.
+    """
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [base])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
+            yield node.value
+
+
+def _files(name: str) -> Iterator[Path]:
+    """Yield the files of `lib` that importing the dotted name `name` runs: its packages, and the module itself."""
+    parts = name.split(".")
+    if parts[0] != "lib":
+        return
+    for end in range(1, len(parts) + 1):
+        place = ROOT.joinpath(*parts[:end])
+        for path in (place / "__init__.py", place.with_name(place.name + ".py")):
+            if path.is_file():
+                yield path

@@ -1,0 +1,168 @@
+"""The child process of one run: `python -m lib.suite.run.execute`, started by `lib.suite.run.kernel_process`, never by
+a person.
+
+Reads one line of JSON from standard input (what to run), executes the notebook through papermill, tells its progress as
+lines of JSON on standard output, and renders the pages when it is told to. When standard input closes, the build has
+died: the kernel and everything it started are ended. Everything else it says goes to standard error. It decides
+nothing: the record is written by the process that started it.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib.errors import NotApplicable
+from lib.report.records import grammars
+
+KERNEL_START_SECONDS = 120
+PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell raised
+
+
+def main() -> None:
+    """Run one notebook, then render if told to."""
+    grammars.refuse()
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints belongs in the log
+    commands: queue.Queue = queue.Queue()
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_listen, args=(commands,), daemon=True).start()
+
+    def tell(**event: Any) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    _pin(request["cores"])
+    try:
+        tell(event="end", **_execute(request, tell))
+        command = commands.get()
+        if command.get("render"):
+            tell(event="rendered", **_render(command))
+    except BrokenPipeError:
+        _end_everything()
+
+
+def _listen(commands: queue.Queue) -> None:
+    """Pass on the commands of the build. Standard input ends when the build does, however it does."""
+    for line in sys.stdin:
+        commands.put(json.loads(line))
+    _end_everything()
+
+
+def _end_everything() -> None:
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    os._exit(1)
+
+
+def _pin(cores: list[int]) -> None:
+    """Keep this process, and so the kernel, to its own cores where the operating system can."""
+    process = psutil.Process()
+    if cores and hasattr(process, "cpu_affinity"):
+        process.cpu_affinity(cores)
+
+
+def _execute(request: dict, tell: Any) -> dict:
+    """Execute the notebook; return `{"error": null or {...}, "record": the glued record or null}`."""
+    import papermill
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.exceptions import PapermillExecutionError
+
+    class Telling(NBClientEngine):
+        """Papermill's own engine; it also says which cell is running."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> Any:
+            _watch(nb_man, tell)
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    papermill_engines.register("telling", Telling)
+    try:
+        papermill.execute_notebook(
+            request["notebook"],
+            request["output"],
+            parameters=request["parameters"],
+            engine_name="telling",
+            kernel_name="python3",
+            cwd=request["directory"],
+            progress_bar=False,
+            start_timeout=KERNEL_START_SECONDS,
+            execution_timeout=request["cell_seconds"],
+            iopub_timeout=60,
+            autosave_cell_every=0,
+        )
+        error = None
+    except PapermillExecutionError as failure:
+        error = {"kind": failure.ename, "text": failure.evalue, "raised": True}
+    except Exception as failure:  # a dead kernel, a time-out, a full disk: nbclient and papermill each raise their own
+        error = {"kind": type(failure).__name__, "text": str(failure), "raised": False}
+    _settle(request, error)
+    found: dict[str, Any] = {"error": error, "record": None}
+    if not error and request["glued"]:
+        found = _glued(Path(request["output"]))
+    return found
+
+
+def _watch(nb_man: Any, tell: Any) -> None:
+    """Have the notebook's manager tell when a code cell starts and ends."""
+    start, complete = nb_man.cell_start, nb_man.cell_complete
+    began: dict[int, float] = {}
+
+    def cell_start(cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
+        if cell.cell_type == "code":
+            began[cell_index] = time.monotonic()
+            tell(event="cell", index=cell_index)
+        start(cell, cell_index=cell_index, **kwargs)
+
+    def cell_complete(cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
+        complete(cell, cell_index=cell_index, **kwargs)
+        if cell_index in began:
+            tell(event="cell_end", index=cell_index, seconds=round(time.monotonic() - began.pop(cell_index), 3))
+
+    nb_man.cell_start, nb_man.cell_complete = cell_start, cell_complete
+
+
+def _settle(request: dict, error: dict | None) -> None:
+    """Name the notebook's own place in its metadata, not the one it was executed in; where it ended because nothing
+    applies, leave out papermill's cells that call this an error.
+    """
+    path = Path(request["output"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if error and error["kind"] == NotApplicable.__name__:
+            content["cells"] = [cell for cell in content["cells"] if PAPERMILLS not in cell["metadata"].get("tags", ())]
+        told = content["metadata"]["papermill"]
+        told["input_path"], told["output_path"] = f"notebooks/{Path(request['notebook']).name}", request["name"]
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError, KeyError):
+        pass  # the notebook stays as papermill wrote it, or there is none
+
+
+def _glued(path: Path) -> dict:
+    from lib.errors import UserError
+    from lib.report.records import record
+
+    try:
+        found = record.from_notebook(path)
+    except UserError as error:
+        return {"error": {"kind": "record", "text": str(error), "raised": False}, "record": None}
+    return {"error": None, "record": record.to_json(found) if found else None}
+
+
+def _render(command: dict) -> dict:
+    from lib.suite.store import render
+
+    return {"error": render.render(Path(command["folder"]), command["render"], command["neighbours"])}
+
+
+if __name__ == "__main__":
+    main()

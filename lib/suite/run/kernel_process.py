@@ -1,0 +1,262 @@
+"""The build's side of one run: starts the child process, follows what it tells, samples it, ends it past its limits.
+
+Knows what happened to a notebook (`Outcome`), not what that means for its record (`lib.suite.run.settle`).
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.suite.plan.plan import NOTEBOOKS, ROOT
+from lib.suite.run.sampling import Samples, Tree
+
+# How long a cell and a whole run may take, by effort; the environment variables override them.
+CELL_SECONDS = {"quick": 1200, "standard": 7200, "thorough": 43200}
+RUN_SECONDS = {"quick": 3600, "standard": 21600, "thorough": 172800}
+GRACE_SECONDS = 20
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A notebook to be executed: where it lies and with which parameters, where its files go, and what it may use."""
+
+    name: str
+    notebook: Path
+    parameters: Mapping[str, Any]
+    folder: Path
+    temporary: Path
+    cores: tuple[int, ...]
+    jobs: int
+    effort: str
+    glued: bool = True
+    dimensions: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        """The executed notebook, before it is put into place."""
+        return self.folder / "notebook.ipynb"
+
+    @property
+    def log(self) -> Path:
+        """What the child and the kernel say beside the notebook."""
+        return self.folder / "log.txt"
+
+
+@dataclass
+class Outcome:
+    """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last one begun."""
+
+    error: dict[str, Any] | None
+    record: dict[str, Any] | None
+    cell: int | None
+    cell_seconds: dict[int, float]
+    seconds: float
+    samples: Samples
+    alive: bool
+
+    @property
+    def worth_another_try(self) -> bool:
+        """Whether the notebook was not at fault: the kernel would not start, or the child was lost."""
+        if self.error is None or self.error.get("limit"):
+            return False
+        return self.cell is None or self.error["kind"] == "WorkerLost"
+
+
+def limit(kind: str, effort: str) -> float:
+    """Return the seconds that a cell or a run may take (`WORKBENCH_CELL_SECONDS`, `WORKBENCH_RUN_SECONDS`).
+
+    Raises UserError where a variable holds no such number.
+    """
+    return seconds_from(f"WORKBENCH_{kind.upper()}_SECONDS", {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind][effort])
+
+
+def seconds_from(variable: str, default: float) -> float:
+    """Return the seconds, at least 1, that an environment variable holds; `default` where it is not set or empty."""
+    given = os.environ.get(variable)
+    if not given:
+        return default
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds >= 1:
+        raise UserError(f"{variable}={given}: expected a number of seconds of at least 1")
+    return seconds
+
+
+def write_kernel(folder: Path) -> Path:
+    """Describe the kernel `python3` as this environment's own in `folder`; return what JUPYTER_PATH has to name.
+
+    Without it a `python3` that the user once installed for another environment would be taken.
+    """
+    place = folder / "jupyter" / "kernels" / "python3"
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": command, "display_name": "Python 3 (workbench)", "language": "python"}
+    (place / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
+    return folder / "jupyter"
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    """Return the environment variables of a notebook whose own files go to `folder`."""
+    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JUPYTER_PATH": str(write_kernel(folder)),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+
+
+@dataclass
+class Worker:
+    """A child process and what is known of it."""
+
+    task: Task
+    process: subprocess.Popen
+    tree: Tree
+    events: queue.Queue
+    began: float
+    cell: int | None = None
+    cell_began: float = 0.0
+    cell_seconds: dict[int, float] = field(default_factory=dict)
+    ended: dict[str, Any] | None = None
+    rendered: dict[str, Any] | None = None
+    closed: bool = False
+    over: str | None = None
+    over_since: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self.began
+
+
+def start(task: Task) -> Worker:
+    """Start the child of a task. Raises OSError where its folder cannot be written."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    (task.temporary / "tmp").mkdir(parents=True, exist_ok=True)
+    environment = surroundings(task.temporary) | {name: str(len(task.cores)) for name in THREADS}
+    environment["WORKBENCH_DIMENSIONS"] = ",".join(task.dimensions)
+    environment |= {"WORKBENCH_JOBS": str(task.jobs), "TMPDIR": str(task.temporary / "tmp")}
+    with task.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lib.suite.run.execute"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+    worker = Worker(task, process, Tree(process.pid), queue.Queue(), time.monotonic())
+    threading.Thread(target=_listen, args=(process.stdout, worker.events), daemon=True).start()
+    request = {
+        "notebook": str(task.notebook),
+        "output": str(task.output),
+        "name": task.name,
+        "parameters": dict(task.parameters),
+        "directory": str(NOTEBOOKS),
+        "cores": list(task.cores),
+        "cell_seconds": limit("cell", task.effort),
+        "glued": task.glued,
+    }
+    send(worker, request)
+    return worker
+
+
+def _listen(stream: Any, events: queue.Queue) -> None:
+    for line in stream:
+        try:
+            events.put(json.loads(line))
+        except ValueError:
+            continue  # a child that is killed may leave half a line
+    stream.close()
+    events.put({"event": "closed"})
+
+
+def send(worker: Worker, message: Mapping[str, Any]) -> bool:
+    """Send a line to the child; return whether it could be."""
+    try:
+        worker.process.stdin.write(json.dumps(message).encode() + b"\n")
+        worker.process.stdin.flush()
+    except OSError:
+        return False
+    return True
+
+
+def poll(worker: Worker) -> Outcome | None:
+    """Follow the child; return how the execution ended once it has."""
+    if worker.ended is None:
+        worker.tree.sample()
+    while not worker.events.empty():
+        event = worker.events.get()
+        kind = event.pop("event")
+        if kind == "cell":
+            worker.cell, worker.cell_began = event["index"], time.monotonic()
+        elif kind == "cell_end":
+            worker.cell_seconds[event["index"]] = event["seconds"]
+        elif kind == "end":
+            worker.ended = event
+            return _outcome(worker)
+        elif kind == "rendered":
+            worker.rendered = event
+        elif kind == "closed":
+            worker.closed = True
+    if worker.ended is None:
+        if worker.closed:
+            code = worker.process.wait()
+            worker.ended = {"error": {"kind": "WorkerLost", "text": f"the process ended with {code}", "raised": False}}
+            return _outcome(worker)
+        _enforce(worker)
+    return None
+
+
+def _enforce(worker: Worker) -> None:
+    """End the kernel of a run past its limit; where the child does not tell of it soon, end the child too.
+
+    A cell's limit is papermill's to keep: here it is only a second line, for a child that hangs itself.
+    """
+    now = time.monotonic()
+    if worker.over is None:
+        run, cell = limit("run", worker.task.effort), limit("cell", worker.task.effort)
+        if worker.seconds > run:
+            worker.over = f"the run went past its limit of {run:g} s"
+        elif worker.cell not in (None, *worker.cell_seconds) and now - worker.cell_began > cell + GRACE_SECONDS:
+            worker.over = f"went past its limit of {cell:g} s"
+        if worker.over:
+            worker.over_since = now
+            worker.tree.end_descendants()
+    elif now - worker.over_since > GRACE_SECONDS:
+        worker.tree.end()
+
+
+def _outcome(worker: Worker) -> Outcome:
+    error = worker.ended.get("error")
+    if worker.over:
+        error = {"kind": "TimeLimit", "text": worker.over, "raised": False, "limit": True}
+    alive = worker.process.poll() is None
+    return Outcome(
+        error, worker.ended.get("record"), worker.cell, worker.cell_seconds, worker.seconds, worker.tree.samples, alive
+    )
+
+
+def finish(worker: Worker) -> None:
+    """Let the child go, and end whatever it leaves behind. Its standard input closes, which ends a child that waits."""
+    with contextlib.suppress(OSError):
+        worker.process.stdin.close()
+    worker.tree.end()
+    worker.process.wait()

@@ -1,0 +1,78 @@
+"""The overview notebook: executed last, over all records of a folder, into `overview.ipynb`, `.html` and `.md`.
+
+It is no optimization, has no record, and runs again only where a record or the code it reaches has changed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.files import write_atomically
+from lib.models.parameters import SCALES
+from lib.suite.plan import cache_key, dependencies
+from lib.suite.plan import template as templates
+from lib.suite.plan.plan import OVERVIEW
+from lib.suite.store import result_folder
+from lib.suite.store.result_folder import Folder
+
+EFFORT = "quick"  # for its limits of time
+
+
+def up_to_date(folder: Folder, path: Path) -> bool:
+    """Return whether the overview that lies in the folder was made from these records by this code."""
+    pages = [folder.of(OVERVIEW, ending) for ending in (".ipynb", ".html", ".md")]
+    if not all(page.is_file() for page in pages):
+        return False
+    try:
+        return json.loads(folder.parts(OVERVIEW).read_text(encoding="utf-8")) == {"key": _key(folder, path)}
+    except (OSError, ValueError):
+        return False
+
+
+def _key(folder: Folder, path: Path) -> str:
+    hashes = cache_key.Hashes()
+    template = templates.read(path)
+    reached = {str(module): hashes.of(module) for module in dependencies.reached(template)}
+    # The folders of the other scales lie beside this one: the overview sets their records beside its own.
+    found = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
+    found |= set(folder.path.glob("*--*.json"))
+    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in sorted(found)}
+    return cache_key.digest([template.cells, reached, records])
+
+
+def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -> str | None:
+    """Execute the overview and render it; return None, or in one line what went wrong."""
+    from lib.suite.run import kernel_process, settle
+    from lib.suite.store import render  # they load numpy, which a build without work need not wait for
+
+    template = templates.read(path)
+    made_from = _key(folder, path)
+    declared = {"results": str(folder.path), "folder": str(folder.path), "scale": folder.path.name}
+    task = kernel_process.Task(
+        name=path.name,
+        notebook=path,
+        parameters={name: value for name, value in declared.items() if name in template.parameters},
+        folder=folder.running / OVERVIEW,
+        temporary=temporary / OVERVIEW,
+        cores=tuple(cores),
+        jobs=1,
+        effort=EFFORT,
+        glued=False,
+    )
+    started = kernel_process.start(task)
+    try:
+        while (outcome := kernel_process.poll(started)) is None:
+            time.sleep(0.1)
+    finally:
+        kernel_process.finish(started)
+    result_folder.place(task.log, folder.log(OVERVIEW))
+    if outcome.error:
+        if task.output.is_file():
+            result_folder.place(task.output, folder.failed(OVERVIEW))
+        return f"{OVERVIEW}: {settle.fault(template, outcome)} (notebook: {folder.failed(OVERVIEW)})"
+    result_folder.place(task.output, folder.of(OVERVIEW, ".ipynb"))
+    fault = render.render(folder.path, OVERVIEW, result_folder.present(folder))
+    if not fault:
+        write_atomically(folder.parts(OVERVIEW), json.dumps({"key": made_from}) + "\n")
+    return fault

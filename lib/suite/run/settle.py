@@ -1,0 +1,171 @@
+"""From how an execution ended to what stands in the result folder: the record decides, and this module writes it.
+
+When a kernel is killed or a cell runs out of time, papermill stamps every cell `completed`; so nothing is read from the
+stamps. Knows neither processes nor their order.
+"""
+
+import datetime
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib.errors import NotApplicable
+from lib.report.records import record as records
+from lib.suite.plan.plan import Job
+from lib.suite.plan.template import Template
+from lib.suite.run.kernel_process import Outcome, Task
+from lib.suite.store import result_folder
+from lib.suite.store.result_folder import Folder
+
+LOG_LINES = 40
+LOST_WORKERS = "LostWorkers"  # the kind of an error that no notebook is known to have made
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, for the last lines of a build. `notebook` is where a failed one lies, seen from here."""
+
+    stem: str
+    status: str
+    reason: str | None
+    notebook: str | None
+    seconds: float
+
+
+def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: Outcome) -> Result:
+    """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
+    found, status = None, "failed"
+    if outcome.error and outcome.error["kind"] == NotApplicable.__name__ and outcome.error["raised"]:
+        status, reason = "not_applicable", " ".join(outcome.error["text"].split())
+    elif outcome.error:
+        reason = fault(job.template, outcome)
+    else:
+        found, reason = _accept(job, outcome.record)
+    if found is None:
+        found = records.build(
+            job.optimization, job.model, job.scale, job.effort, job.parameters, status=status, reason=reason
+        )
+        found.dimensions = list(job.dimensions) or None
+    log = _log(job.template, task, outcome, found.status == "failed")
+    found = found.model_copy(
+        update={
+            "key": key,
+            "started": _started(outcome.seconds),
+            "seconds": round(outcome.seconds, 2),
+            "parameters": dict(job.parameters),
+            "process": _process(task, outcome),
+            "log": log,
+        }
+    )
+    _place(folder, job.stem, task, failed=found.status == "failed")
+    result_folder.keep_parts(folder, job.stem, parts)
+    records.write(found, folder.of(job.stem, ".json"))
+    lies = folder.failed(job.stem)
+    notebook = os.path.relpath(lies) if found.status == "failed" and lies.is_file() else None
+    return Result(job.stem, found.status, found.reason, notebook, outcome.seconds)
+
+
+def _accept(job: Job, content: Any) -> tuple[records.Record | None, str | None]:
+    """Return the record that the notebook glued, or None and why it is not one of this job."""
+    if content is None:
+        return None, 'the notebook glued no record; the cell tagged "record" has to call lib.report.records.record.glue'
+    found = records.from_json(content, f"{job.stem}.ipynb")
+    for name in ("optimization", "model", "scale", "effort"):
+        told, wanted = getattr(found, name), getattr(job, name)
+        if told != wanted:
+            return None, f'the glued record says {name} "{told}", but this run is "{wanted}"'
+    if found.dimensions != (list(job.dimensions) or None):
+        return (
+            None,
+            f"the glued record is of {found.dimensions or 'all dimensions'}; lib.report.records.record.build makes it",
+        )
+    return found, None
+
+
+def _started(seconds: float) -> str:
+    began = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds)
+    return began.astimezone().isoformat(timespec="seconds")
+
+
+def _process(task: Task, outcome: Outcome) -> records.Process:
+    """Return the samples, with how many jobs ran side by side, on which cores, and how long each cell took."""
+    samples = outcome.samples
+    return records.Process(
+        seconds=samples.seconds,
+        processor_percent=samples.processor_percent,
+        memory_bytes=samples.memory_bytes,
+        interval_seconds=samples.interval_seconds,
+        cores=len(task.cores),
+        pinned_to=list(task.cores),
+        jobs_side_by_side=task.jobs,
+        cell_seconds={str(index): seconds for index, seconds in sorted(outcome.cell_seconds.items())},
+    )
+
+
+def _place(folder: Folder, stem: str, task: Task, failed: bool) -> None:
+    if task.log.is_file():
+        result_folder.place(task.log, folder.log(stem))
+    if failed:
+        folder.failed(stem).unlink(missing_ok=True)
+        result_folder.discard_pages(folder, stem)
+        if task.output.is_file():
+            result_folder.place(task.output, folder.failed(stem))
+    else:
+        result_folder.place(task.output, folder.of(stem, ".ipynb"))
+        folder.failed(stem).unlink(missing_ok=True)
+    shutil.rmtree(task.folder, ignore_errors=True)
+
+
+def fault(template: Template, outcome: Outcome) -> str:
+    """Return in one line which cell failed, and of what."""
+    kind, text = outcome.error["kind"], " ".join(outcome.error["text"].split())
+    if kind == "CellTimeoutError":
+        what = "it ran past its limit of time"
+    elif kind == "TimeLimit":
+        what = text
+    elif kind == "DeadKernelError":
+        held = max(outcome.samples.memory_bytes, default=0)
+        what = f"the kernel was killed or died (it and its children held up to {held / 2**20:.0f} MiB)"
+    else:
+        what = f"{kind}: {text[:300]}" if text else kind
+    if kind == LOST_WORKERS:
+        return text
+    if outcome.cell is None:
+        return f"before the first cell: {what}"
+    return f"{_cell(template, outcome.cell)}: {what}"
+
+
+def _cell(template: Template, executed: int) -> str:
+    """Return the template's cell that was executed at this place: its number from 1, heading and first line.
+
+    Papermill puts the injected parameters behind the cell tagged `parameters`.
+    """
+    at = next(index for index, (_, _, tags) in enumerate(template.cells) if "parameters" in tags)
+    if executed == at + 1:
+        return "the injected parameters"
+    index = executed if executed <= at else executed - 1
+    heading = _heading(template, index)
+    lines = [line.strip() for line in template.cells[index][1].splitlines() if line.strip()]
+    first = next((line for line in lines if not line.startswith("#")), "")
+    return f"cell {index + 1}{f' under “{heading}”' if heading else ''} (`{first[:60]}`)"
+
+
+def _heading(template: Template, index: int) -> str:
+    for kind, source, _ in reversed(template.cells[:index]):
+        for line in source.splitlines():
+            if kind == "markdown" and line.startswith("#"):
+                return line.lstrip("# ").strip()
+    return ""
+
+
+def _log(template: Template, task: Task, outcome: Outcome, failed: bool) -> str:
+    """Return the run in a few lines: how long each cell took, and of a failed run the end of what the kernel said."""
+    lines = [f"{outcome.seconds:.1f} s, {task.jobs} side by side, cores {', '.join(map(str, task.cores))}"]
+    for index, seconds in sorted(outcome.cell_seconds.items()):
+        lines.append(f"{seconds:8.2f} s  {_cell(template, index)}")
+    if failed and task.log.is_file():
+        said = task.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines += ["", *said[-LOG_LINES:]]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What a build leaves in a result folder."""

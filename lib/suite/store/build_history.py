@@ -1,0 +1,81 @@
+"""Earlier builds: what a build leaves in the history at its end, and what the name of an earlier one stands for."""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.suite.plan import cache_key, plan
+from lib.suite.store.result_folder import Folder
+
+
+def keep(folder: Folder, command: str) -> list[str]:
+    """Keep the records of the folder in the history beside it; return what went wrong. Quick where nothing is new."""
+    files = sorted(folder.path.glob("*--*.json"))
+    store = store_of(folder.path)
+    mark = cache_key.digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    stamp = folder.path / ".cache" / "made" / "history.json"
+    if not files or (store.is_file() and _read(stamp) == mark):
+        return []
+    from lib.files import write_atomically
+    from lib.report.records import history
+    from lib.report.records.record import read_folder
+
+    try:
+        history.keep(store, read_folder(folder.path)[0], folder.path.name, command, _commit())
+    except UserError as error:
+        return [str(error)]
+    write_atomically(stamp, json.dumps(mark) + "\n")
+    return []
+
+
+def store_of(folder: Path) -> Path:
+    """Return where the history of a result folder lies: beside the folders of all scales."""
+    return folder.parent / "history.sqlite"
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _commit() -> str:
+    """Return the commit of this repository, or nothing where there is none."""
+    git = ["git", "-C", str(plan.ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        told = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip() if told.returncode == 0 else ""
+
+
+def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
+    """Return a title and the records that `name` stands for: a result folder, a result file, or an earlier build.
+
+    `folder` is the result folder whose history is meant. Raises UserError where it stands for nothing.
+    """
+    from lib.report.records import history
+    from lib.report.records.record import from_json, read_folder
+
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        inside = path if list(path.glob("*--*.json")) else path / folder.name
+        found, damaged = read_folder(inside)
+        if not found:
+            raise UserError(f"{name}: holds no record" + (f" ({next(iter(damaged.values()))})" if damaged else ""))
+        return name, found
+    if path.is_file():
+        content = _read(path)
+        listed = content.get("records") if isinstance(content, dict) else None
+        if not isinstance(listed, list):
+            raise UserError(f"{name}: expected a file with records, such as complete_benchmark_suite_results.json")
+        return name, [from_json(one, path.name) for one in listed]
+    store = store_of(folder)
+    if not store.is_file():
+        raise UserError(f"{name}: no such folder or file, and there is no {store.name} with earlier builds yet")
+    build = history.find(store, name, folder.name)
+    return str(build), history.records(store, build)

@@ -1,0 +1,187 @@
+"""The result folder: where each file of a run lies, what state a run is in, and how files get there whole.
+
+A run is finished when its record (the JSON) carries the job's key, and the notebook is there. Everything is written in
+`.running/` and renamed; the record comes last. Reads records as plain JSON, because a listing must be quick; what a
+record means is `lib.report.records.record`'s business.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.files import write_atomically
+from lib.suite.plan import cache_key as keys
+
+FINISHED = ("ok", "not_applicable")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`executed/<scale>`, or what was given in its place. Model names have dots: endings are added, never replaced."""
+
+    path: Path
+
+    def of(self, stem: str, ending: str) -> Path:
+        """Return the path of a run's `.ipynb`, `.html`, `.md` or `.json`."""
+        return self.path / f"{stem}{ending}"
+
+    def failed(self, stem: str) -> Path:
+        """Return where the notebook of a failed run lies."""
+        return self.path / "failed" / f"{stem}.ipynb"
+
+    def log(self, stem: str) -> Path:
+        """Return where a run's log lies."""
+        return self.path / "logs" / f"{stem}.log"
+
+    def parts(self, stem: str) -> Path:
+        """Return where the parts of a finished run's key lie: they explain, the record decides."""
+        return self.path / ".cache" / f"{stem}.json"
+
+    @property
+    def hashes(self) -> Path:
+        """Where the hashes of unchanged files are kept."""
+        return self.path / ".cache" / "files" / "hashes.json"
+
+    @property
+    def running(self) -> Path:
+        """Where runs write until they are finished; whatever lies here when a build starts is rubbish."""
+        return self.path / ".running"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a build locks."""
+        return self.path / ".lock"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged."""
+
+    kind: str
+    why: str = ""
+    seconds: float | None = None
+    status: str = ""
+
+    @property
+    def must_run(self) -> bool:
+        """Whether the notebook has to be executed."""
+        return self.kind not in ("finished", "unrendered")
+
+
+def open_folder(path: Path) -> Folder:
+    """Return the result folder, made where it is not there. Raises UserError where nothing can be written to it."""
+    folder = Folder(path)
+    probe = path / f".probe.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0" * 65536)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        _forget(probe)
+        raise UserError(f"{path}: cannot be written to ({error.strerror}); give another folder with --out") from None
+    return folder
+
+
+def _forget(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # its folder is not one
+
+
+def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> State:
+    """Return what is known of the run `stem`, whose job has the key parts `parts`."""
+    path = folder.of(stem, ".json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return State("missing", "never run")
+    except (OSError, ValueError):
+        return State("damaged", f"{path.name} is not JSON")
+    if not isinstance(content, dict) or "status" not in content or "key" not in content:
+        return State("damaged", f"{path.name} is not a record")
+    status, seconds = content["status"], content.get("seconds")
+    if status not in FINISHED:
+        return State("failed", str(content.get("reason") or "no reason given"), seconds, status)
+    if content["key"] != keys.of(parts):
+        return State("stale", _difference(folder, stem, parts), seconds, status)
+    if not folder.of(stem, ".ipynb").is_file():
+        return State("stale", f"{stem}.ipynb is gone", seconds, status)
+    written = path.stat().st_mtime_ns
+    for ending in (".html", ".md"):
+        page = folder.of(stem, ending)
+        if not page.is_file() or page.stat().st_mtime_ns < written:
+            return State("unrendered", f"{page.name} is missing or older than its record", seconds, status)
+    return State("finished", "", seconds, status)
+
+
+def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> str:
+    try:
+        before = json.loads(folder.parts(stem).read_text(encoding="utf-8"))
+        return keys.difference(before, parts) or "its key is another"
+    except (OSError, ValueError, AttributeError):
+        return "its key is another (what it was made from is not known any more)"
+
+
+def keep_parts(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> None:
+    """Keep what a run's key was made of, for explaining later what changed."""
+    write_atomically(folder.parts(stem), json.dumps(parts, indent=1) + "\n")
+
+
+def place(source: Path, target: Path) -> None:
+    """Move a finished file into place: flushed to disk, then renamed. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+
+
+def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
+    """Put what a run left in another result folder into this one, each file whole, the record before its pages.
+
+    `files`: content by the path in that folder; what is not the run's own is left out. Raises OSError.
+    """
+    part = folder.running / stem / "part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, target: Path) -> None:
+        if name in files:
+            part.write_bytes(files[name])
+            place(part, target)
+
+    folder.failed(stem).unlink(missing_ok=True)
+    if f"{stem}.ipynb" not in files:
+        discard_pages(folder, stem)
+    put(f"failed/{stem}.ipynb", folder.failed(stem))
+    put(f"logs/{stem}.log", folder.log(stem))
+    put(f"{stem}.ipynb", folder.of(stem, ".ipynb"))
+    put(f".cache/{stem}.json", folder.parts(stem))
+    put(f"{stem}.json", folder.of(stem, ".json"))
+    pictures = folder.path / f"{stem}_files"
+    shutil.rmtree(pictures, ignore_errors=True)
+    for name in files:
+        if name.startswith(f"{stem}_files/"):
+            put(name, pictures / Path(name).name)
+    for ending in (".html", ".md"):
+        put(f"{stem}{ending}", folder.of(stem, ending))
+    shutil.rmtree(part.parent, ignore_errors=True)
+
+
+def discard_pages(folder: Folder, stem: str) -> None:
+    """Take away the notebook and pages of a run that failed: they tell of something else than its record."""
+    for ending in (".ipynb", ".html", ".md"):
+        folder.of(stem, ending).unlink(missing_ok=True)
+    shutil.rmtree(folder.path / f"{stem}_files", ignore_errors=True)
+
+
+def present(folder: Folder) -> list[tuple[str, str]]:
+    """Return the (optimization, model) pairs that have a record in the folder."""
+    stems = (path.name.removesuffix(".json") for path in sorted(folder.path.glob("*--*.json")))
+    return [tuple(stem.split("--", 1)) for stem in stems]

@@ -1,0 +1,109 @@
+"""What is made from all records of a folder together: the suites' files, the index, the archive to send, the history.
+
+Each is made again only where a record, what is expected, or the code that makes it has changed. Knows nothing of runs.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.files import write_atomically
+from lib.report.pages import file_names
+from lib.suite.plan import cache_key, plan
+from lib.suite.store.result_folder import Folder
+
+log = logging.getLogger(__name__)
+REPORT = plan.ROOT / "lib" / "report"
+KINDS = ("complete", "comprehensive", "enhanced", "coverage", "all")  # the first leaves the files of the others too
+
+
+def finish(folder: Folder, kind: str | None) -> list[str]:
+    """Write the files of the suite `kind` and of those that are there already, the index and the archive.
+
+    Returns what went wrong, a line each.
+    """
+    current = made_from(folder)
+    faults = [_make(folder, one, current, _suite) for one in KINDS if one == kind or _present(folder, one)]
+    faults += [_make(folder, "index.html", current + _others(folder), _index)]
+    if not any(faults):
+        faults += [_make(folder, "report.zip", current + _others(folder), _archive)]
+    return [fault for fault in faults if fault]
+
+
+def made_from(folder: Folder) -> str:
+    """Return a mark of everything the files are made from: records, what is expected, the code of the reports."""
+    files = [*folder.path.glob("*--*.json"), *REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css")]
+    return cache_key.digest([_marks(files), plan.optimizations(), plan.models()])
+
+
+def _others(folder: Folder) -> str:
+    """Return a mark of what lies beside the records and is linked or sent: pages and the suites' files."""
+    files = [*folder.path.glob("*.html"), *folder.path.glob("*.md"), *REPORT.rglob("*.js")]
+    return cache_key.digest(_marks(path for path in files if path.name != "index.html"))
+
+
+def _marks(files: Iterable[Path]) -> list:
+    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)
+
+
+def _present(folder: Folder, kind: str) -> bool:
+    return (folder.path / file_names.FILES[kind][-1]).is_file()
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    if kind not in KINDS:
+        return (kind,)
+    return file_names.files(kind)
+
+
+def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], None]) -> str | None:
+    """Have `what` made unless it is there and was made from the same; return None, or in one line what went wrong."""
+    stamp = folder.path / ".cache" / "made" / f"{what}.json"
+    try:
+        known = json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if known == mark and all((folder.path / name).is_file() for name in _names(what)):
+        return None
+    try:
+        make(folder, what)
+        for one in KINDS if what == "complete" else (what,):
+            write_atomically(stamp.with_name(f"{one}.json"), json.dumps(mark) + "\n")
+    except OSError:
+        raise  # a full disk ends the build
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # a report that cannot be drawn must not take the results with it
+        log.exception("making %s", what)
+        return (
+            f"{what} could not be made: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
+        )
+    return None
+
+
+def _suite(folder: Folder, kind: str) -> None:
+    from lib.report.pages import suite_files
+
+    suite_files.write(kind, folder.path, plan.optimizations(), plan.models())
+
+
+def _index(folder: Folder, _: str) -> None:
+    from lib.report.pages import index
+
+    index.write(folder.path, plan.optimizations(), plan.models())
+
+
+def _archive(folder: Folder, _: str) -> None:
+    from lib.report.pages import archive
+
+    archive.write(folder.path)
+
+
+def short_of_curves(folder: Folder) -> list[str]:
+    """Return a line for each measured record without an impact curve of three strengths."""
+    from lib.report.analysis import strength_curves
+    from lib.report.records.record import read_folder
+
+    return [f"{stem}: {why}" for stem, why in strength_curves.short(read_folder(folder.path)[0]).items()]

@@ -1,0 +1,89 @@
+"""Every number is labelled, listed and judged in the right direction."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement, settings
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
+from lib.measure.metrics.paired_stats import Pairs
+
+
+def pairs(ratio: float, blocks: int = 12) -> Pairs:
+    """Blocks in which the optimized arm takes `ratio` times as long, with a little unevenness."""
+    base = [0.1 * (1 + 0.001 * i) for i in range(blocks)]
+    uneven = [ratio * (1 + 0.001 * (i % 3 - 1)) for i in range(blocks)]
+    return Pairs(base, [t * u for t, u in zip(base, uneven)], ["AB", "BA"] * (blocks // 2), [None] * blocks, 1)
+
+
+def test_rates_and_latencies_are_two_sides_of_the_same_times():
+    rate = measurement.from_pairs("prefill_tokens_per_second", "prefill", pairs(0.8), 256, 0.01)
+    time = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.8), 1, 0.01)
+    assert rate.verdict == time.verdict == "better"
+    assert rate.ratio == pytest.approx(1.25, rel=1e-3) and time.ratio == pytest.approx(0.8, rel=1e-3)
+    assert time.baseline == pytest.approx(100, rel=0.01) and rate.baseline == pytest.approx(2560, rel=0.01)
+    assert rate.ci[0] < rate.ratio < rate.ci[1] and rate.n == 12 and rate.provenance == "measured"
+    per_token = measurement.from_pairs("time_per_output_token_ms", "decode", pairs(1.5), 10, pairs(1.0))
+    assert per_token.verdict == "worse" and per_token.baseline == pytest.approx(10, rel=0.01)
+
+
+def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
+    assert measurement.from_pairs("load_seconds", "load", pairs(0.5), 1, 0.01).verdict == "informative"
+    small = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.99), 1, 0.001)
+    assert small.verdict == "equivalent"
+    noisy = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.9), 1, 0.2)
+    assert noisy.verdict == "inconclusive"
+    uncontrolled = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.9), 1, None)
+    assert uncontrolled.verdict == "informative" and "A/A" in uncontrolled.reason
+
+
+def test_counted_numbers_are_judged_by_direction_and_margin():
+    assert measurement.counted("weights_bytes", "load", 100, 70, "count").verdict == "better"
+    assert measurement.counted("weights_bytes", "load", 100, 130, "count").verdict == "worse"
+    assert measurement.counted("weights_bytes", "load", 100, 100.5, "count").verdict == "equivalent"
+    half = measurement.counted("weights_bytes", "load", 100, None, "count", reason="not saved")
+    assert half.verdict == "informative" and half.ratio is None
+    assert measurement.counted("weights_bytes", "load", None, None, "count").verdict == "unavailable"
+
+
+def test_missing_numbers_are_null_with_a_reason():
+    missing = measurement.unavailable("f1_macro", "classify", "random weights")
+    assert missing.baseline is None and missing.provenance == "unavailable" and missing.reason
+    hidden = measurement.invalid("prefill_tokens_per_second", "prefill", "its logits are not finite")
+    assert hidden.verdict == "invalid" and hidden.optimized is None
+    with pytest.raises(ValidationError, match="reason"):
+        measurement.unavailable("f1_macro", "classify", "")
+    with pytest.raises(ValidationError, match="finite"):
+        measurement.counted("weights_bytes", "load", 1.0, math.nan, "count")
+
+
+def test_names_come_from_one_list():
+    with pytest.raises(UserError, match='Did you mean "perplexity"'):
+        metric("perplexty")
+    with pytest.raises(UserError, match="expected one of"):
+        settings.read("fast")
+    assert {found.dimension for found in METRICS.values()} == set(DIMENSIONS)
+    assert all(found.unit for found in METRICS.values())
+
+
+def test_lint_names_what_is_not_labelled():
+    good = measurement.counted("parameters", "load", 2, 1, "count").model_dump()
+    assert measurement.lint([json.loads(json.dumps(good))]) == []
+    unlabelled = {key: value for key, value in good.items() if key != "provenance"}
+    blank = good | {"source": ""}
+    foreign = good | {"unit": "apples"}
+    faults = measurement.lint([unlabelled, blank, foreign])
+    assert len(faults) == 3 and all(fault.startswith("parameters: ") for fault in faults)
+
+
+def test_what_reports_import_does_not_import_torch():
+    modules = ("metrics.catalogue", "metrics.measurement", "metrics.settings", "metrics.paired_stats")
+    modules += ("timing.interleaved", "timing.disturbance", "quality.noninferiority")
+    imports = ", ".join(f"lib.measure.{name}" for name in modules)
+    code = f"import sys; import {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,186 @@
+"""The statistics find planted effects and find nothing where nothing is, on a clock that we drive ourselves."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom, bootstrap
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.timing import interleaved
+
+TRIALS = 400
+# The most hits among 400 that an honest 5 % gives in 99 of 100 cases.
+ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
+STANDARD = settings.read("standard").blocks
+
+
+class Machine:
+    """A clock that arms push forward; its calls get slower by `drift` per block (two calls)."""
+
+    def __init__(self, seed: int, drift: float = 0.0, noise=None, spread: float = 0.03):
+        self.now, self.calls, self.drift = 0.0, 0, drift
+        # d is the difference of two logarithms: each arm carries its share of the paired spread.
+        self.spread = spread / math.sqrt(2)
+        self.random = np.random.default_rng(seed)
+        self.noise = noise or (lambda random: random.normal())
+
+    def clock(self) -> float:
+        return self.now
+
+    def arm(self, seconds: float):
+        def call():
+            self.now += seconds * math.exp(self.spread * self.noise(self.random)) * (1 + self.drift) ** (self.calls / 2)
+            self.calls += 1
+
+        return call
+
+    def compare(self, slower: float, blocks: int = STANDARD, seed: int = 0) -> tuple[str, paired_stats.Effect]:
+        base, other = self.arm(1.0), self.arm(1.0 + slower)
+        pairs = interleaved.paired(base, other, blocks=blocks, clock=self.clock, seed=seed)
+        control = interleaved.a_a(base, blocks=blocks, clock=self.clock, seed=seed + 1)
+        found = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
+        return found.verdict, paired_stats.effect(pairs.differences)
+
+
+def outlying(random) -> float:
+    """One time in ten ten spreads too slow."""
+    return 10 if random.random() < 0.1 else random.normal()
+
+
+def heavy(random) -> float:
+    return random.standard_t(3) / math.sqrt(3)
+
+
+@pytest.mark.parametrize("blocks", [6, 12, 30])
+@pytest.mark.parametrize("noise", [None, heavy, outlying])
+def test_equal_arms_are_hardly_ever_told_apart(blocks, noise):
+    verdicts, excluded = [], 0
+    for trial in range(TRIALS):
+        verdict, found = Machine(trial, noise=noise).compare(0.0, blocks, trial)
+        verdicts.append(verdict)
+        excluded += found.low > 0 or found.high < 0
+    assert sum(verdict in ("better", "worse") for verdict in verdicts) <= ALLOWED
+    assert excluded <= ALLOWED
+
+
+def test_a_drifting_machine_invents_nothing():
+    verdicts = [Machine(trial, drift=0.01).compare(0.0, seed=trial)[0] for trial in range(TRIALS)]
+    assert sum(verdict in ("better", "worse") for verdict in verdicts) <= ALLOWED
+
+
+def test_a_fixed_order_would_invent_an_effect_on_a_drifting_machine():
+    machine = Machine(0, drift=0.01, spread=0.001)
+    arm, times = machine.arm(1.0), []
+    for _ in range(2 * STANDARD):
+        start = machine.now
+        arm()
+        times.append(machine.now - start)
+    first, second = times[:STANDARD], times[STANDARD:]
+    assert paired_stats.effect(paired_stats.differences(first, second)).low > 0.05
+
+
+def test_five_percent_is_found_at_standard_effort():
+    verdicts = [Machine(trial).compare(0.05, seed=trial)[0] for trial in range(TRIALS)]
+    assert verdicts.count("worse") >= 0.95 * TRIALS
+
+
+@pytest.mark.parametrize("planted", [0.01, 0.03, 0.10])
+@pytest.mark.parametrize("drift", [0.0, 0.01])
+def test_planted_effects_are_estimated_without_bias_and_never_reversed(planted, drift):
+    results = [Machine(trial, drift).compare(planted, seed=trial) for trial in range(100)]
+    assert np.mean([found.median for _, found in results]) == pytest.approx(math.log1p(planted), abs=0.004)
+    assert [verdict for verdict, _ in results].count("better") <= 1
+    if planted == 0.10:
+        assert [verdict for verdict, _ in results].count("worse") >= 99
+
+
+def test_ten_percent_is_found_among_outliers_which_are_counted_and_kept():
+    results = [Machine(trial, noise=outlying, spread=0.02).compare(0.10, seed=trial) for trial in range(100)]
+    assert [verdict for verdict, _ in results].count("worse") >= 85
+    assert all(found.n == STANDARD for _, found in results)
+    assert np.mean([found.outliers for _, found in results]) > 1
+
+
+def test_equivalent_needs_the_whole_interval_inside_the_margin():
+    quiet = [Machine(trial, spread=0.01).compare(0.0, seed=trial)[0] for trial in range(100)]
+    assert quiet.count("equivalent") >= 95
+    loud = [Machine(trial, spread=0.10).compare(0.0, blocks=6, seed=trial)[0] for trial in range(100)]
+    assert loud.count("equivalent") == 0 and loud.count("inconclusive") >= 95
+    different = [Machine(trial).compare(0.05, seed=trial)[0] for trial in range(100)]
+    assert different.count("equivalent") == 0
+
+
+def test_the_interval_keeps_its_level_where_bootstraps_of_a_median_do_not():
+    random, outside = np.random.default_rng(0), {"ours": 0, "percentile": 0, "basic": 0}
+    for _ in range(TRIALS):
+        d = random.normal(size=12)
+        low, high = paired_stats.median_interval(d)
+        outside["ours"] += low > 0 or high < 0
+        for method in ("percentile", "basic"):
+            found = bootstrap((d,), np.median, n_resamples=499, method=method, rng=random).confidence_interval
+            outside[method] += found.low > 0 or found.high < 0
+    assert outside["ours"] <= ALLOWED < outside["basic"]
+    assert outside["ours"] <= outside["percentile"]
+
+
+def test_interval_is_between_the_exact_ones_and_open_where_there_are_too_few():
+    ordered = np.arange(12.0)
+    low, high = paired_stats.median_interval(ordered[::-1])
+    assert 2 <= low <= 3 and 8 <= high <= 9 and low + high == pytest.approx(11)
+    assert paired_stats.median_interval([1, 2, 3, 4, 5]) == (-math.inf, math.inf)
+
+
+def test_sizes_of_effects_and_samples():
+    d = [0.03, -0.03] * 6
+    assert paired_stats.minimum_detectable_effect(d) == pytest.approx(2.8 * np.std(d, ddof=1) / math.sqrt(12))
+    # One point at 5 % discordance, three points at 10 %.
+    assert paired_stats.items_needed(math.sqrt(0.05), 0.01) == pytest.approx(3100, rel=0.01)
+    assert paired_stats.items_needed(math.sqrt(0.10), 0.03) == pytest.approx(690, rel=0.01)
+    assert paired_stats.exact_upper_share(0, 149) == pytest.approx(0.02, rel=0.01)
+    assert paired_stats.percentiles(range(30)) == {"p50": 14.5, "p95": pytest.approx(27.55), "p99": None}
+
+
+def test_order_is_balanced_and_shuffled():
+    orders = [interleaved.balanced_order(12, seed) for seed in range(20)]
+    assert all(order.count("AB") == 6 for order in orders)
+    assert len({tuple(order) for order in orders}) > 10
+    assert abs(interleaved.balanced_order(7).count("AB") * 2 - 7) == 1
+
+
+def test_too_few_blocks_are_refused():
+    with pytest.raises(UserError, match="at least 6"):
+        interleaved.paired(lambda: None, lambda: None, blocks=5)
+
+
+def test_disturbed_blocks_are_repeated_a_bounded_number_of_times_and_counted():
+    machine, windows = Machine(0), iter(range(1000))
+
+    def watch():
+        number = next(windows)
+        return lambda: "disturbed" if number in (1, 2, 5) else None
+
+    pairs = interleaved.paired(machine.arm(1), machine.arm(1), blocks=6, clock=machine.clock, disturbance=watch)
+    assert len(pairs.baseline_seconds) == 6 and len(pairs.set_aside) == 3 and pairs.disturbed == [None] * 6
+    assert "3 disturbed and repeated" in pairs.describe()
+
+    always = interleaved.paired(
+        machine.arm(1), machine.arm(1), blocks=6, clock=machine.clock, disturbance=lambda: lambda: "disturbed"
+    )
+    assert len(always.set_aside) == 6 and always.disturbed == ["disturbed"] * 6
+
+
+def test_preparation_is_not_timed():
+    machine = Machine(0, spread=0)
+
+    class Arm:
+        def __call__(self):
+            machine.now += 1
+
+        def prepare(self):
+            machine.now += 100
+
+    pairs = interleaved.paired(Arm(), Arm(), blocks=6, iterations=3, clock=machine.clock)
+    assert pairs.baseline_seconds == pytest.approx([1.0] * 6)
+    assert interleaved.iterations_for(Arm(), 5, clock=machine.clock) == 5

@@ -1,0 +1,75 @@
+"""`--dimension`: only what was asked for is measured and recorded, and the record says so."""
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure.compare import speed
+from lib.measure.metrics import dimensions, settings
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.quality import evaluate
+from lib.report.records import record
+from lib.suite.plan import plan
+from tests.report import samples
+
+
+def _ask(monkeypatch, *names):
+    monkeypatch.setenv(dimensions.VARIABLE, ",".join(names))
+
+
+def test_all_of_them_is_none_in_particular(monkeypatch):
+    for text in ("", "efficiency, accuracy,resources,performance"):
+        monkeypatch.setenv(dimensions.VARIABLE, text)
+        assert dimensions.asked() is None and dimensions.wanted("accuracy")
+    _ask(monkeypatch, "resources", "performance")
+    assert dimensions.asked() == ("performance", "resources")
+    assert dimensions.wanted("accuracy", "resources") and not dimensions.wanted("accuracy", "efficiency")
+    _ask(monkeypatch, "speed")
+    with pytest.raises(UserError, match="unknown dimension"):
+        dimensions.asked()
+
+
+def test_the_command_line_knows_the_same_dimensions():
+    assert plan.DIMENSIONS == DIMENSIONS
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
+    _ask(monkeypatch, name)
+    found = samples.made()
+    assert found.dimensions == [name] and {m.dimension for m in found.measurements} == {name}
+    assert all(m.dimension == name for control in found.controls for m in control.measurements)
+    others = [other for other in DIMENSIONS if other != name]
+    assert f"not asked for: {', '.join(others)}." in found.verdict.sentence
+    assert {getattr(found.verdict, other) for other in others} == {"unavailable"}
+    assert record.from_json(record.to_json(found), "x") == found
+
+
+def test_a_whole_record_names_no_dimensions():
+    assert samples.made().dimensions is None and "not asked" not in samples.made().verdict.sentence
+
+
+def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
+    def timed(*_, **__):
+        raise AssertionError("something was timed")
+
+    _ask(monkeypatch, "accuracy", "resources")
+    monkeypatch.setattr(speed, "with_control", timed)
+    model = tiny("qwen3-4b-instruct-2507")
+    found = speed.compare(model, model, None, "quick").measurements
+    assert found and {m.verdict for m in found} == {"unavailable"} and "accuracy and resources" in found[0].reason
+    assert speed.break_even(1.0, found[0])[1].verdict == "unavailable"
+
+
+def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("a question was asked")
+
+    _ask(monkeypatch, "performance")
+    for name in ("classify", "recall"):
+        monkeypatch.setattr(evaluate, name, asked)
+    monkeypatch.setattr(evaluate.task_list, "text_windows", lambda *_, **__: "ids")
+    monkeypatch.setattr(evaluate, "read", lambda model, ids: ids)
+    loaded = type("Loaded", (), {"random_weights": False, "model": None})()
+    answers = evaluate.evaluate(loaded, settings.read("quick"))
+    assert answers.text == "ids" and answers.reason == "left out: only performance was asked for"
+    assert {m.verdict for m in evaluate.compare(answers, answers)} == {"unavailable"}

@@ -1,0 +1,94 @@
+"""A baseline's answers are kept, and nothing else's: every way in which a model can be another asks it anew."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.measure.metrics import measurement
+from lib.measure.quality import answer_cache, evaluate
+from lib.models import loading
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.adaptive_sparse_attention import method
+
+QUESTION = {"task": "topic", "ids": ["a", "b"]}
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    return loading.load("qwen3-4b-instruct-2507")
+
+
+def asked(loaded, question=QUESTION) -> bool:
+    """Return whether the model was asked, not looked up."""
+    calls = []
+
+    def ask():
+        calls.append(1)
+        return {"scores_NL": np.ones((2, 3))}
+
+    found, day = answer_cache.known_or(loaded, question, ask)
+    assert (found["scores_NL"] == 1).all() and bool(calls) == (day is None)
+    return bool(calls)
+
+
+def test_the_same_model_is_asked_once(loaded):
+    assert asked(loaded) and not asked(loaded)
+    assert not asked(loading.load("qwen3-4b-instruct-2507"))
+    assert asked(loaded, QUESTION | {"ids": ["a"]})
+
+
+def test_what_an_optimization_made_is_asked_and_not_kept(loaded):
+    asked(loaded)
+    for other in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
+        arm = replace(loaded, model=other)
+        assert asked(arm) and asked(arm)
+
+
+@pytest.mark.parametrize("how", ["weight", "forward", "hook", "attention", "data", "code", "threads"])
+def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
+    asked(loaded)
+    block = anatomy(loaded.model).blocks[1]
+    if how == "weight":
+        block.attention.output.weight[0, 0] += 1e-3
+    elif how == "forward":
+        block.module.forward = block.module.forward
+    elif how == "hook":
+        block.module.register_forward_hook(lambda *_: None)
+    elif how == "attention":
+        loaded.model.set_attn_implementation("eager")
+    elif how == "data":
+        monkeypatch.setattr(answer_cache.corpus, "data_hash", lambda: "another")
+    elif how == "code":
+        monkeypatch.setattr(answer_cache, "_code", lambda: "another")
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert asked(loaded)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive", None])
+def test_a_damaged_file_is_as_good_as_none(loaded, tmp_path, damage):
+    asked(loaded)
+    (kept,) = (tmp_path / "answers").glob("*.npz")
+    kept.write_bytes(kept.read_bytes()[:-30] if damage is None else damage)
+    assert asked(loaded) and not asked(loaded)
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(loaded, tmp_path):
+    (tmp_path / "answers").write_text("a file where the folder should be")
+    assert asked(loaded) and asked(loaded)
+
+
+def test_answers_found_are_those_given_and_say_so(loaded):
+    first = evaluate.classify(loaded, "topic", "search", 12)
+    again = evaluate.classify(loaded, "topic", "search", 12)
+    assert first.answered is None and again.answered and first.ids == again.ids
+    assert (first.scores_NL == again.scores_NL).all() and (first.right_N == again.right_N).all()
+    values = [evaluate.recall(loaded, 64, 4) for _ in range(2)]
+    assert (values[0].right_N == values[1].right_N).all() and values[1].answered
+    told = [evaluate.compare_recalled(values[1], values[0]), *evaluate.compare_classified(again, first)]
+    assert all(again.answered in one.source for one in told if not one.metric.startswith("flips"))
+    assert measurement.lint(told) == []

@@ -1,0 +1,252 @@
+"""Answers are paired per item, judged for non-inferiority, and compared with little memory."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from lib.errors import UserError
+from lib.measure.metrics.catalogue import METRICS
+from lib.measure.quality import evaluate, noninferiority
+from lib.measure.quality.evaluate import Classified, Recalled
+from lib.models.loading import Loaded
+from lib.models.parameters import read as read_parameters
+
+LABELS = list("abcdefgh")
+
+
+def classified(n: int, accuracy: float, seed: int = 0, wrong: int = 0) -> Classified:
+    """Answers to n items at about `accuracy`; `wrong` more of the right ones are wrong."""
+    random = np.random.default_rng(seed)
+    truth_N = np.arange(n) % len(LABELS)
+    chosen_N = np.where(random.random(n) < accuracy, truth_N, (truth_N + 1) % len(LABELS))
+    chosen_N[np.flatnonzero(chosen_N == truth_N)[:wrong]] = 0
+    wrong_too = np.flatnonzero((chosen_N == truth_N) & (truth_N == 0))
+    scores_NL = np.eye(len(LABELS))[chosen_N] + random.normal(size=(n, len(LABELS))) * 0.01
+    assert len(wrong_too) or not wrong
+    return Classified("topic", LABELS, [str(i) for i in range(n)], truth_N, chosen_N, scores_NL)
+
+
+def by_name(found) -> dict:
+    return {measured.metric: measured for measured in found}
+
+
+def test_resampled_scores_are_scikit_learns_on_resampled_items():
+    random = np.random.default_rng(1)
+    truth_N, base_N, opt_N = random.integers(0, 4, (3, 60))
+    drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 4, 20000)
+    slow = []
+    for _ in range(300):
+        pick = random.integers(0, 60, 60)
+        options = {"labels": range(4), "average": "macro", "zero_division": 0}
+        pair = [f1_score(truth_N[pick], arm[pick], **options) for arm in (base_N, opt_N)]
+        slow.append(pair[1] - pair[0])
+    assert drawn["f1_macro"].mean() == pytest.approx(np.mean(slow), abs=0.015)
+    assert drawn["f1_macro"].std() == pytest.approx(np.std(slow), rel=0.15)
+    whole = noninferiority._macro(truth_N, base_N, np.ones((1, 60)), 4)
+    options = {"labels": range(4), "average": "macro", "zero_division": 0}
+    assert whole["precision_macro"][0] == pytest.approx(precision_score(truth_N, base_N, **options))
+    assert whole["recall_macro"][0] == pytest.approx(recall_score(truth_N, base_N, **options))
+
+
+def test_same_answers_are_maintained_with_enough_items_and_inconclusive_with_few():
+    few, many = classified(48, 0.9), classified(400, 0.9)
+    other_few, other_many = (replace(arm, scores_NL=arm.scores_NL + 0.01) for arm in (few, many))
+    found = by_name(evaluate.compare_classified(few, other_few))["f1_macro"]
+    assert found.verdict == "inconclusive" and "about 149" in found.reason
+    assert by_name(evaluate.compare_classified(many, other_many))["f1_macro"].verdict == "maintained"
+    assert by_name(evaluate.compare_classified(few, few))["accuracy"].verdict == "maintained"
+
+
+def test_a_lost_score_is_not_maintained_and_a_gained_one_is_better():
+    good, bad = classified(800, 0.95), classified(800, 0.80, seed=1)
+    lost, won = by_name(evaluate.compare_classified(good, bad)), by_name(evaluate.compare_classified(bad, good))
+    assert lost["f1_macro"].verdict == lost["accuracy"].verdict == "not_maintained"
+    assert won["f1_macro"].verdict == "better"
+    assert lost["f1_macro"].ci[0] < lost["f1_macro"].ratio < lost["f1_macro"].ci[1] < 1
+
+
+def test_too_few_items_say_how_many_it_would_take():
+    good = classified(200, 1.0)
+    other = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
+    good.chosen_N[:4] = (good.truth_N[:4] + 1) % 8
+    other.chosen_N[4:10] = (good.truth_N[4:10] + 1) % 8
+    found = by_name(evaluate.compare_classified(good, other))["accuracy"]
+    assert found.verdict == "inconclusive" and "200 items are too few: about" in found.reason
+
+
+def test_non_inferiority_errs_as_rarely_as_it_says():
+    """The true loss is the margin itself: `maintained` may come out at most one time in twenty, and a little."""
+    random, wrong = np.random.default_rng(0), 0
+    for trial in range(300):
+        truth_N = np.arange(1200) % 8
+        base_N = np.where(random.random(1200) < 0.95, truth_N, (truth_N + 1) % 8)
+        opt_N = np.where(random.random(1200) < 0.03, (truth_N + 1) % 8, base_N)
+        opt_N = np.where((random.random(1200) < 0.17), np.where(base_N != truth_N, truth_N, opt_N), opt_N)
+        true_loss = 0.95 * 0.03 * 0.83 + 0.95 * 0.03 * 0.17 - 0.05 * 0.17
+        drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 8, 500, trial)["accuracy"]
+        found = noninferiority.score(
+            "accuracy",
+            "classify",
+            float((base_N == truth_N).mean()),
+            float((opt_N == truth_N).mean()),
+            drawn,
+            n=1200,
+            to_wrong=int(((base_N == truth_N) & (opt_N != truth_N)).sum()),
+            margin=true_loss,
+            source="simulation",
+        )
+        wrong += found.verdict in ("maintained", "better")
+    assert wrong <= 27
+
+
+def test_flips_are_counted_both_ways_though_accuracy_ties():
+    base = classified(40, 1.0)
+    other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
+    base.chosen_N[:3] = (base.truth_N[:3] + 1) % 8
+    other.chosen_N[3:6] = (base.truth_N[3:6] + 1) % 8
+    found = by_name(evaluate.compare_classified(base, other))
+    assert found["accuracy"].baseline == found["accuracy"].optimized
+    assert (found["flips"].optimized, found["flips_to_wrong"].optimized, found["flips_to_right"].optimized) == (6, 3, 3)
+    assert len(evaluate.flips(base, other)) == 6
+
+
+def test_generated_recall_that_is_destroyed_is_seen():
+    all_right, none_right = Recalled(256, np.ones(64, bool)), Recalled(256, np.zeros(64, bool))
+    found = evaluate.compare_recalled(all_right, none_right)
+    assert found.verdict == "not_maintained" and found.workload == "generate" and found.optimized == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict"), [(0.0, "maintained"), (0.005, "maintained"), (0.2, "not_maintained"), (-0.2, "better")]
+)
+def test_perplexity_by_its_own_margin(loss, verdict):
+    base_N = np.random.default_rng(0).normal(4, 0.3, 32)
+    opt_N = base_N + loss + np.random.default_rng(1).normal(0, 0.01, 32)
+    found = noninferiority.perplexity(base_N, opt_N, source="32 windows")
+    assert found.verdict == verdict and found.ratio == pytest.approx(math.exp(np.mean(opt_N - base_N)))
+    assert noninferiority.perplexity(base_N[:4], opt_N[:4], source="4 windows").verdict == "inconclusive"
+
+
+@torch.no_grad()
+def test_text_is_read_in_chunks_as_it_would_be_at_once(tiny, name, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 96 * 5)
+    base, other = tiny(name), tiny(name, seed=3)
+    ids_NT = torch.randint(8, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    texts = [evaluate.read(model, ids_NT) for model in (base, other)]
+    logits = [model(input_ids=ids_NT).logits.float().log_softmax(-1) for model in (base, other)]
+    loss_N = -logits[0][:, :-1].gather(-1, ids_NT[:, 1:, None])[..., 0].mean(1)
+    assert texts[0].loss_N == pytest.approx(loss_N.numpy(), rel=1e-4)
+    kl_N, agree_N = evaluate.divergence(*texts)
+    expected_N = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean(1)
+    assert kl_N == pytest.approx(expected_N.numpy(), rel=1e-3)
+    assert agree_N == pytest.approx((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean(1).numpy())
+    assert evaluate.divergence(texts[0], texts[0])[0] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="different windows"):
+        evaluate.divergence(texts[0], replace(texts[0], ids_NT=ids_NT + 1))
+
+
+def loaded(tiny, *, random_weights: bool) -> Loaded:
+    """A tiny model as `load` would return it, with a stand-in's tokenizer where it has answers."""
+    name = "qwen3-4b-instruct-2507"
+    model, tokenizer = tiny(name), None
+    if not random_weights:
+        from lib.models.proxies import tokenizer as tokenizers
+
+        tokenizer = tokenizers.train(2048)
+        model.resize_token_embeddings(2048)
+        model.requires_grad_(False)
+    fields = {"model": model, "tokenizer": tokenizer, "processor": None, "parameters": read_parameters(name)}
+    place = {"name": name, "scale": "proxy", "device": "cpu", "dtype": torch.float32, "folder": None}
+    return Loaded(**fields, **place, random_weights=random_weights, seconds=0.0)
+
+
+def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
+    from lib.measure.metrics.settings import read as read_effort
+
+    effort = replace(read_effort("quick"), items=8, windows=6, window_tokens=32, recall_prompts=4, recall_distance=32)
+    asked = loaded(tiny, random_weights=False)
+    base = evaluate.evaluate(asked, effort)
+    changed = tiny("qwen3-4b-instruct-2507", seed=2)
+    changed.resize_token_embeddings(2048)
+    found = by_name(evaluate.compare(base, evaluate.evaluate(asked, effort, model=changed.requires_grad_(False))))
+    scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "recall_exact_match", "top1_agreement"}
+    scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
+    assert set(found) == scores == set(evaluate.ASKED) and all(METRICS[name].dimension == "accuracy" for name in found)
+    assert found["kl_divergence_nats"].optimized > 0 and found["perplexity"].n == 6
+    again = by_name(evaluate.compare(base, base))
+    assert again["kl_divergence_nats"].optimized == pytest.approx(0, abs=1e-5)
+    assert again["top1_agreement"].optimized == 1 and again["perplexity"].verdict == "maintained"
+
+
+def test_random_weights_have_no_quality_and_the_reason_is_given(tiny):
+    answers = evaluate.evaluate(loaded(tiny, random_weights=True), "quick")
+    found = evaluate.compare(answers, answers)
+    assert all(m.verdict == "unavailable" and "random weights" in m.reason for m in found)
+    assert [(m.metric, m.workload) for m in found] == list(evaluate.ASKED.items())
+
+
+def test_different_items_are_refused():
+    with pytest.raises(ValueError, match="different items"):
+        evaluate.compare_classified(classified(40, 1.0), classified(48, 1.0))
+
+
+def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
+    """Skipped where the extra is not installed; `.ci/run` installs it."""
+    if os.environ.get("WORKBENCH_HARNESS") != "required":
+        pytest.importorskip("lm_eval")
+    words = ["one", "two", "three", "four"]
+    lines = [
+        {"question": f"What is {n} plus one", "choices": words[: 3 + n // 2 % 2], "answer": n % 3} for n in range(6)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = {
+        "task": "sums", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))
+    asked = loaded(tiny, random_weights=False)
+    found = evaluate.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
+    assert found.truth_N.tolist() == [0, 2, 1] and found.scores_NL.shape == (3, 4)
+    other = evaluate.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "search", 5)
+    assert other.truth_N.tolist() == [1, 0, 2] and not set(other.ids) & set(found.ids)
+    prompt = asked.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
+    for choice, score in zip(lines[0]["choices"], found.scores_NL[0]):
+        ids = asked.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
+        logits_TV = asked.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        by_hand = sum(logits_TV[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+        assert score == pytest.approx(by_hand, abs=1e-3)
+    assert found.scores_NL[0, 3] < -1e8  # a choice that the item does not have
+    same = by_name(evaluate.compare_classified(found, found))
+    assert same["flips"].optimized == 0
+    with pytest.raises(UserError, match="there is no such file"):
+        evaluate.classify(asked, "lm_eval:nowhere.yaml", "final", 5)
+
+
+def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"lm-evaluation-harness is not installed.*pip install"):
+        evaluate.classify(loaded(tiny, random_weights=False), "lm_eval:arc_easy", "final", 5)
+
+
+def test_tasks_may_be_chosen_and_unknown_ones_are_named():
+    from lib.models.tasks.registry import check_tasks
+
+    check_tasks(["topic", "recall", "lm_eval:arc_easy"])
+    with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
+        check_tasks(["topics"])
+
+
+def test_an_unknown_task_is_refused_before_anything_runs():
+    from lib.suite.plan import plan
+
+    with pytest.raises(UserError, match=r'unknown task "topics"'):
+        plan.plan(plan.Request(optimizations=("structured_pruning",), parameters={"tasks": "topics"}))

@@ -1,0 +1,184 @@
+"""Formulas agree with tensors, cache and FLOP counter, and the bound tells why a gain was not realised."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib.measure.metrics import measurement
+from lib.measure.roofline import ceilings, cost_model
+from lib.measure.roofline.ceilings import Ceilings
+from lib.measure.roofline.cost_model import Cost
+from lib.measure.timing import workloads
+from lib.models import parameters
+from lib.models.checkpoints import io
+from lib.models.structure.anatomy import anatomy
+
+MACHINE = Ceilings(1e12, 1e10, "cpu", "float32", 1, "2026-01-01", 2**20)
+
+
+@torch.no_grad()
+def test_matrix_flops_agree_with_the_counter(tiny, name):
+    """The counter is right for linear layers (`mm`), not for attention: compare the formula less its attention."""
+    model = tiny(name)
+    model.set_experts_implementation("eager")
+    ids_BT = workloads.random_prompt(model, 2, 16)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids_BT, use_cache=False)
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    attention = sum(
+        block.attention.heads * (block.attention.head_dim + block.attention.value_dim) * 16**2
+        for block in anatomy(model).blocks
+    )
+    assert cost_model.prefill_flops(model, 16, 2) - 2 * attention == counted
+
+
+def test_attention_formulas_reduce_to_the_textbook_ones(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    layers, heads, size = 4, 8, 8
+    active = cost_model.active_parameters(model)
+    assert cost_model.prefill_flops(model, 32) == 2 * active * 32 + 2 * layers * heads * size * 32**2
+    assert cost_model.decode_flops(model, 32) == 2 * active + 4 * layers * heads * size * 32
+
+
+def test_stock_latent_attention_expands_its_cache_at_every_token(tiny):
+    model = tiny("glm-4.7-flash")
+    expansion = sum(block.attention.module.kv_b_proj.weight.numel() for block in anatomy(model).blocks)
+    stock = [cost_model.decode_flops(model, context) for context in (1, 101)]
+    attention = sum(
+        2 * b.attention.heads * (b.attention.head_dim + b.attention.value_dim) for b in anatomy(model).blocks
+    )
+    assert stock[1] - stock[0] == 100 * (attention + 2 * expansion)
+    absorbed = cost_model.decode_flops(loaded_full("glm-4.7-flash"), 32768, absorbed=True)
+    assert cost_model.decode_flops(loaded_full("glm-4.7-flash"), 32768) > 100 * absorbed
+
+
+def loaded_full(name: str):
+    described = parameters.read(name)
+    return io.build(described.config("full"), described.architecture, device="meta", dtype=torch.bfloat16)
+
+
+def test_active_parameters_of_the_real_models():
+    dense = loaded_full("qwen3-4b-instruct-2507")
+    vectors = sum(p.numel() for p in dense.parameters() if p.dim() == 1)
+    assert cost_model.active_parameters(dense) == 4_022_468_096 - vectors
+    coder = loaded_full("qwen3-coder-30b")
+    routed = 48 * 128 * 3 * 2048 * 768
+    vectors = sum(p.numel() for p in coder.parameters() if p.dim() == 1)
+    assert cost_model.active_parameters(coder) == 30_532_122_624 - vectors - 151936 * 2048 - routed * 120 // 128
+    assert cost_model.kv_cache_bytes_per_token(coder) == 2 * 48 * 4 * 128 * 2
+    assert cost_model.kv_cache_bytes_per_token(loaded_full("glm-4.7-flash")) == 47 * (512 + 64) * 2
+
+
+@torch.no_grad()
+def test_cache_bytes_are_what_the_cache_holds(tiny, name):
+    model = tiny(name)
+    cache = model(input_ids=workloads.random_prompt(model, 2, 16), use_cache=True).past_key_values
+    assert cost_model.cache_bytes(cache) == 2 * 16 * cost_model.kv_cache_bytes_per_token(model)
+
+
+def test_experts_hit_by_formula_and_by_hook(tiny):
+    assert [round(cost_model.experts_hit_uniform(128, 8, b)) for b in (1, 4, 16)] == [8, 29, 82]
+    model = tiny("qwen3-coder-30b")
+    work = workloads.decode(model, workloads.random_prompt(model, 3, 8), 4)
+    with cost_model.experts_hit(model) as hit:
+        work()
+    counted = hit.mean(tokens=3)
+    assert len(counted) == 4 and all(2 <= n <= 6 for n in counted.values())
+    assert all(not block.feed_forward.experts.router._forward_hooks for block in anatomy(model).blocks)
+    used = cost_model.step_bytes(model, 3, 10, hit=counted)
+    everything = cost_model.step_bytes(model, 3, 10, hit=dict.fromkeys(range(4), 8))
+    assert used < everything < cost_model.weights_bytes(model) + 3 * 10 * cost_model.kv_cache_bytes_per_token(model)
+
+
+def test_bytes_include_the_overhead_of_a_format_and_tied_weights_once(tiny):
+    dense = torch.zeros(64, 64)
+    dense[0, :8] = 1
+    sparse = dense.to_sparse_csr()
+    assert cost_model.tensor_bytes(sparse) == 8 * 4 + 8 * 8 + 65 * 8
+    model = tiny("qwen3-4b-instruct-2507")
+    assert cost_model.parameters(model) == sum(p.numel() for p in model.parameters())
+    assert cost_model.weights_bytes(model) >= 4 * cost_model.parameters(model)
+
+
+def test_zeros_are_seen_and_skipped_only_on_request(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    before = cost_model.of(model, workloads.prefill(model, workloads.random_prompt(model, 1, 16)))
+    assert cost_model.zero_share(model) == 0
+    for block in anatomy(model).blocks:
+        block.feed_forward.up.weight[::2] = 0
+    work = workloads.prefill(model, workloads.random_prompt(model, 1, 16))
+    assert cost_model.zero_share(model) > 0.05
+    assert cost_model.of(model, work) == before
+    assert cost_model.of(model, work, skip_zeros=True).flops < before.flops
+
+
+def test_costs_of_workloads_add_up(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT = workloads.random_prompt(model, 2, 16)
+    parts = [
+        cost_model.of(model, work)
+        for work in (
+            workloads.prefill(model, prompt_BT),
+            workloads.decode(model, prompt_BT, 4),
+            workloads.generate(model, prompt_BT, 5),
+        )
+    ]
+    assert parts[0].flops + parts[1].flops == pytest.approx(parts[2].flops)
+    assert parts[0].bytes + parts[1].bytes == pytest.approx(parts[2].bytes)
+    steps = sum(2 * cost_model.decode_flops(model, 16 + step) for step in range(1, 5))
+    assert parts[1].flops == pytest.approx(steps)
+
+
+def timed(ratio: float, mde: float = 0.01) -> measurement.Measurement:
+    found = measurement.counted("prefill_tokens_per_second", "prefill", 100, 100 * ratio, "12 blocks", "measured")
+    return found.model_copy(update={"ci": (ratio * 0.99, ratio * 1.01), "mde": mde, "noise_floor": 0.01})
+
+
+def test_the_bound_predicts_and_says_what_was_not_realised():
+    twice = (Cost(2e9, 1e6), Cost(1e9, 1e6))
+    assert ceilings.bound(twice[0], MACHINE).seconds == 2e-3
+    assert ceilings.bound(Cost(1e6, 1e8), MACHINE).limited_by == "traffic"
+    realised = ceilings.explain(timed(2.0), twice, (4e-3, 2e-3), MACHINE)
+    assert (realised.predicted, realised.realised, realised.reason) == (2.0, 1.0, None)
+
+    def reason(found, costs, seconds, **hints):
+        return ceilings.explain(found, costs, seconds, MACHINE, **hints).reason
+
+    assert reason(timed(1.0), twice, (4e-3, 4e-3), zero_share=0.5) == "zeros stored dense"
+    assert reason(timed(1.0), twice, (4e-3, 4e-3), fallback=True) == "kernel fallback"
+    assert reason(timed(1.0), twice, (4e-2, 4e-2)) == "dispatch bound"
+    traffic = (Cost(1e6, 2e7), Cost(1e6, 1e7))
+    assert reason(timed(1.0), traffic, (4e-3, 4e-3), working_set_bytes=2**19) == "cache resident"
+    assert (
+        reason(
+            timed(0.5),
+            (Cost(2e9, 1), Cost(1.99e9, 1)),
+            (4e-3, 8e-3),
+        )
+        == "below MDE"
+    )
+    latency = measurement.counted("time_to_first_token_ms", "prefill", 4, 2, "12 blocks", "measured")
+    assert ceilings.explain(latency, twice, (4e-3, 2e-3), MACHINE).realised == 1.0
+
+
+def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: None)
+    first = ceilings.measure()
+    assert first.flops_per_second > 0 and first.bytes_per_second > 0
+    assert ceilings.measure() == first
+    assert ceilings.measure(dtype=torch.bfloat16).dtype == "bfloat16"
+    (tmp_path / "ceilings.json").write_text("{half a file")
+    assert ceilings.measure().device == "cpu"
+
+
+def test_ceilings_of_a_disturbed_machine_serve_one_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(ceilings, "_DISTURBED", {})
+    monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: "other processes took the cores")
+    first = ceilings.measure()
+    assert ceilings.measure() == first and not (tmp_path / "ceilings.json").exists()

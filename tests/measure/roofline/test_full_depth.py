@@ -1,0 +1,118 @@
+"""A slice taken to full depth: exact where it is counted, and by a clock whose every tick is known."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure.metrics import measurement
+from lib.measure.roofline import cost_model, full_depth
+from lib.measure.timing import workloads
+from lib.models import parameters
+from lib.models.checkpoints import io
+from lib.models.structure import slice_depth
+from lib.models.structure.anatomy import anatomy
+
+COUNTS = {
+    "glm-4.7-flash": 29_943_390_976,
+    "qwen3-4b-instruct-2507": 4_022_468_096,
+    "qwen3-coder-30b": 30_532_122_624,
+    "qwen3-vl-2b": 2_127_532_032,
+}
+
+
+def slice_of(name: str, layers: int | None = None, device: str = "meta"):
+    described = parameters.read(name)
+    config = described.config("slice")
+    if layers is not None:
+        config = parameters.merge(config, {"num_hidden_layers": layers})
+    model = io.build(config, described.architecture, device=device)
+    return slice_depth.state(model, described.full, described.architecture)
+
+
+def as_slice(model, whole: list[str]):
+    setattr(anatomy(model).config, slice_depth.NAME, whole)
+    return model
+
+
+def test_a_slice_counts_to_the_whole_models_parameters(name):
+    model = slice_of(name)
+    found = {m.metric: m for m in full_depth.sizes((model, model))}
+    assert found["full_depth_parameters"].baseline == COUNTS[name]
+    assert len(slice_depth.whole(model)) == parameters.read(name).config("full").get("num_hidden_layers", 28)
+    assert all(m.provenance == "derived" and m.verdict == "informative" for m in found.values())
+    assert measurement.lint(found.values()) == []
+
+
+def test_the_size_of_a_slice_is_known_about_from_its_configuration(name):
+    about = parameters.about_slice_parameters(parameters.read(name))
+    assert about == pytest.approx(cost_model.parameters(slice_of(name)), rel=0.15)
+
+
+def test_the_cache_of_the_whole_model_follows_from_its_blocks():
+    latent, grouped = slice_of("glm-4.7-flash"), slice_of("qwen3-coder-30b")
+    size = {m: next(m.parameters()).element_size() for m in (latent, grouped)}
+    cache = {m: full_depth.sizes((m, m))[-1].baseline for m in (latent, grouped)}
+    assert cache[latent] == 47 * (512 + 64) * size[latent]
+    assert cache[grouped] == 48 * 2 * 4 * 128 * size[grouped]
+
+
+def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatch):
+    model = as_slice(tiny("glm-4.7-flash"), ["dense"] + ["experts"] * 46)
+    counts, clock = slice_depth.stands_for(model), [0.0]
+    assert counts == [1.0, *[46 / 3] * 3]
+    monkeypatch.setattr(full_depth, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ticks = {block.module: 2.0 if block.feed_forward.kind == "dense" else 3.0 for block in anatomy(model).blocks}
+    ticks[anatomy(model).head] = 7.0
+    for module, seconds in ticks.items():
+        module.register_forward_hook(lambda *_, seconds=seconds: clock.__setitem__(0, clock[0] + seconds))
+    work = workloads.prefill(model, torch.randint(8, 90, (1, 16)))
+    assert full_depth.whole_seconds(work, model, counts) == pytest.approx(7 + 2 + 46 * 3)
+    assert full_depth.whole_seconds(work, model, [1.0] * 4) == pytest.approx(7 + 2 + 3 * 3)
+    assert full_depth.times_longer(work, model, counts) == pytest.approx(147 / 18)
+    (found,) = full_depth.speed("prefill", (work, work), (model, model), ([18.0] * 6, [9.0] * 6))
+    assert (
+        found.baseline == pytest.approx(16 / 147) and found.ratio == pytest.approx(2) and found.provenance == "derived"
+    )
+    steps = workloads.steps(model, torch.randint(8, 90, (1, 16)), 4)
+    (found,) = full_depth.speed("decode", (steps, steps), (model, model), ([18.0 * 4] * 6, [18.0 * 4] * 6))
+    assert found.baseline == pytest.approx(1 / 147) and not steps.step_seconds
+    assert measurement.lint([found]) == []
+
+
+def test_hooks_are_taken_away_again(tiny, name):
+    model = as_slice(tiny(name), ["dense"] * 9)
+    before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    full_depth.whole_seconds(workloads.prefill(model, torch.randint(8, 90, (1, 8))), model, [1.0] * 4)
+    assert before == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+
+def test_a_whole_model_has_no_other_depth(tiny, name):
+    model = tiny(name)
+    work = workloads.prefill(model, torch.randint(8, 90, (1, 8)))
+    assert full_depth.sizes((model, model)) == full_depth.speed("prefill", (work, work), (model, model), ([], [])) == []
+
+
+@pytest.mark.parametrize("case", ["kind", "count", "streamed"])
+def test_what_cannot_be_told_says_why(tiny, case):
+    if case == "kind":
+        base = other = slice_of("glm-4.7-flash", layers=1)
+        said = "no block of kind experts, of which the whole model has 46"
+    else:
+        base = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
+        other = copy.deepcopy(base)
+        if case == "count":
+            del anatomy(other).decoder.layers[-1]
+            said = "3 blocks, the baseline 4"
+        else:
+            other.weights_in_memory_bytes = 1000
+            said = "streamed"
+    found = full_depth.sizes((base, other)) + full_depth.speed("prefill", (), (base, other), ([], []))
+    assert {m.provenance for m in found} == {"unavailable"} and all(said in m.reason for m in found)
+
+
+def test_a_copy_and_a_saved_slice_still_know_the_whole(tiny, tmp_path):
+    model = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
+    io.save(model, tmp_path)
+    assert slice_depth.whole(copy.deepcopy(model)) == slice_depth.whole(io.load_folder(tmp_path)) == ["dense"] * 36

@@ -1,0 +1,171 @@
+"""The server loop with a stub clock and a stub engine: who is served when, within which memory, and when it ends."""
+
+import random
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure.serving import latency, server, traffic
+from lib.measure.serving.server import Decision, Limits, VirtualClock
+from lib.measure.serving.simulator import SimulatedEngine, simulate
+from lib.measure.serving.slo import Objectives
+from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.traffic import Lengths, Request, Trace
+
+
+def stub_times(step=1.0, per_row=0.0, read=0.5, per_byte=0.0):
+    """Seconds of a decode = step + per_row·rows; of a prefill = read per prompt; ten bytes per token."""
+    dense = tuple((step + per_row * rows,) * 200 for rows in range(1, 33))
+    return StepTimes(dense, (read, 0.0, 0.0), (0.0, per_byte), (1.0,), (1.0,), 10.0, 0)
+
+
+class Greedy:
+    """Admits everybody there is room for."""
+
+    name = "greedy"
+
+    def __init__(self, most=32):
+        self.most, self.seen = most, []
+
+    def decide(self, view):
+        self.seen.append(view)
+        return Decision(min(view.room, self.most - len(view.running)))
+
+    def observe(self, step, finished):
+        pass
+
+
+def trace_of(*requests, seconds=100.0):
+    made = tuple(Request(index, *one) for index, one in enumerate(requests))
+    return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), made)
+
+
+def test_times_of_a_trace_counted_by_hand():
+    # One prompt: read 0.5 s, then two steps of 1 s. The second arrives meanwhile and joins between two steps.
+    trace = trace_of((0.0, 4, 3), (0.7, 4, 2))
+    served = simulate(trace, Greedy(), stub_times(), Limits())
+    first, second = served.outcomes
+    assert (first.first, first.finished) == (0.5, 3.0)  # 0.5 read, step to 1.5, read of the other to 2.0, step to 3.0
+    assert (second.admitted, second.first, second.finished) == (1.5, 2.0, 3.0)
+    assert second.first_token_seconds == pytest.approx(1.3) and second.token_seconds == pytest.approx(1.0)
+    assert [step.kind for step in served.steps] == ["prefill", "decode", "prefill", "decode", "leave"]
+    assert not served.saturated and served.end == 3.0
+
+
+def test_request_level_batches_wait_for_the_one_before_and_keep_their_width():
+    trace = trace_of((0.0, 4, 2), (0.0, 4, 4), (0.6, 4, 1))
+    served = simulate(trace, Greedy(), stub_times(), Limits(), batching="request")
+    assert [one.finished for one in served.outcomes[:2]] == [1.5, 3.5]
+    assert served.outcomes[2].admitted == 3.5
+    assert [step.batch for step in served.steps if step.kind == "decode"] == [2, 2, 2]
+    with pytest.raises(UserError, match="expected one of iteration, request"):
+        simulate(trace, Greedy(), stub_times(), Limits(), batching="token")
+
+
+@pytest.mark.parametrize("batching", server.BATCHINGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cache_never_outgrows_its_bound_and_nobody_is_lost(batching, seed):
+    draw = random.Random(seed)
+    trace = trace_of(*sorted((draw.uniform(0, 20), draw.randint(1, 60), draw.randint(1, 20)) for _ in range(60)))
+    limits = Limits(8, 10.0 * draw.choice([90, 150, 300]), 10.0)
+    served = simulate(trace, Greedy(), stub_times(0.1, 0.01, 0.02), limits, batching=batching, drain_seconds=1000)
+    assert 0 < served.peak_bytes <= limits.cache_bytes
+    assert max(step.batch for step in served.steps) <= 8
+    assert all(one.finished is not None and one.produced >= one.request.new_tokens for one in served.outcomes)
+
+
+def test_a_request_that_never_fits_is_refused_not_waited_for():
+    trace = trace_of((0.0, 500, 3), (0.0, 4, 3))
+    served = simulate(trace, Greedy(), stub_times(), Limits(8, 100.0, 10.0))
+    assert served.refused == [0] and served.outcomes[0].finished is None and served.outcomes[1].finished is not None
+    assert latency.goodput_share(served, Objectives(10, 10)) == 0.5
+
+
+def test_no_traffic_ends_at_once():
+    served = simulate(traffic.constant(0, 10, Lengths(4, 4)), Greedy(), stub_times(), Limits())
+    assert served.steps == [] and not served.saturated
+    told = latency.summary(served, Objectives(1, 1))
+    assert told["goodput"] == 0 and told["goodput share"] is None and told["latency p50"] is None
+
+
+def test_beyond_saturation_the_run_ends_and_says_so():
+    trace = traffic.constant(50, 20, Lengths(4, 8), 1)
+    served = simulate(trace, Greedy(4), stub_times(0.2), Limits(), drain_seconds=5)
+    assert served.saturated and served.end < trace.seconds + 5 + 10
+    told = latency.summary(served, Objectives(1, 1))
+    assert told["saturated"] and told["unfinished"] > 100 and told["goodput share"] < 0.2
+
+
+def test_the_late_are_served_last():
+    trace = trace_of((0.0, 4, 10), (0.1, 4, 1), (7.0, 4, 1))
+    served = simulate(trace, Greedy(1), stub_times(), Limits(patience_seconds=3.0))
+    early, late, prompt = served.outcomes
+    assert prompt.admitted == early.finished and late.admitted == prompt.finished
+    patient = simulate(trace, Greedy(1), stub_times(), Limits())
+    assert patient.outcomes[1].admitted < patient.outcomes[2].admitted
+
+
+def test_a_policy_that_waits_for_nothing_is_an_error():
+    class Idle(Greedy):
+        def decide(self, view):
+            return Decision(0)
+
+    with pytest.raises(UserError, match="waits for nothing"):
+        simulate(trace_of((0.0, 4, 2)), Idle(), stub_times(), Limits())
+
+
+def test_a_policy_may_wait_for_a_moment():
+    class Patient(Greedy):
+        def decide(self, view):
+            return Decision(1) if view.now >= 2 else Decision(0, 2.0)
+
+    served = simulate(trace_of((0.0, 4, 2)), Patient(), stub_times(), Limits())
+    assert served.outcomes[0].admitted == 2.0
+
+
+def test_the_simulated_cache_is_as_wide_as_its_longest_row():
+    engine = SimulatedEngine(stub_times(), jitter=False)
+    engine.prefill([Request(0, 0, 10, 9), Request(1, 0, 4, 9)])
+    engine.decode()
+    assert engine.bytes == 2 * 11 * 10
+    engine.leave([0])
+    assert engine.bytes == 5 * 10
+    engine.clear()
+    assert engine.bytes == 0
+
+
+def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch():
+    # A server that is slow between seconds 10 and 20, in which one request a second is late.
+    requests = [(float(second), 4, 2) for second in range(40)]
+    served = simulate(trace_of(*requests, seconds=40.0), Greedy(), stub_times(0.1, 0.0, 0.1), Limits())
+    for one in served.outcomes:
+        if 10 <= one.request.arrival < 20:
+            one.first = one.finished = one.finished + 5
+    wanted = Objectives(1.0, 1.0)
+    assert latency.goodput(served, wanted) == 30 / 40
+    assert latency.goodput(served, Objectives(1.0, 1e-6)) == 0
+    settled = latency.settling_seconds(served, wanted, 10.0, 40.0)
+    # The last window of ten with two bad ones ends at request 27: one bad request of ten is still settled.
+    assert settled == pytest.approx(17.0)
+    assert latency.settling_seconds(served, wanted, 21.0, 40.0) == 0.0
+    assert latency.settling_seconds(served, wanted, 0.0, 20.0) is None
+    assert latency.settling_seconds(served, wanted, 35.0, 40.0) is None
+
+
+def test_errors_of_a_simulation_are_zero_against_itself_and_seen_when_planted():
+    trace = traffic.constant(1.0, 60, Lengths(4, 8), 3)
+    served = simulate(trace, Greedy(), stub_times(0.1, read=0.001), Limits())
+    slower = simulate(trace, Greedy(), stub_times(0.2, read=0.001), Limits())
+    wanted = Objectives(5, 5)
+    assert set(latency.errors([served, served], served, wanted).values()) == {0.0}
+    assert latency.errors(slower, served, wanted)["time per output token"] == pytest.approx(1.0, rel=0.2)
+
+
+def test_the_virtual_clock_never_goes_back():
+    clock = VirtualClock()
+    clock.advance(2.0)
+    clock.wait_until(1.0)
+    assert clock.now() == 2.0
+    real = server.RealClock()
+    real.wait_until(0.02)
+    assert real.now() >= 0.02

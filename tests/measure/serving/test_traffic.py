@@ -1,0 +1,67 @@
+"""Traffic: the same seed gives the same requests, rates and spreads are as asked, bad requests are refused."""
+
+import numpy as np
+import pytest
+
+from lib.errors import UserError
+from lib.measure.serving import traffic
+from lib.measure.serving.traffic import Lengths, Phase
+
+CHAT = Lengths(32, 16)
+
+
+def test_a_seed_makes_one_trace_and_its_description_makes_it_again():
+    first, again, other = (traffic.load_step(5, 20, 60, CHAT, seed) for seed in (3, 3, 4))
+    assert first == again and first.requests != other.requests
+    said = first.describe()
+    phases = [
+        Phase(
+            one["seconds"],
+            one["requests_per_second"],
+            Lengths(one["prompt_tokens"], one["new_tokens"]),
+            one["burstiness"],
+        )
+        for one in said["phases"]
+    ]
+    assert traffic.make(said["name"], phases, said["seed"]) == first
+    assert said["requests"] == len(first.requests)
+
+
+def test_rate_and_burstiness_are_those_asked_for():
+    calm, bursty = traffic.constant(20, 500, CHAT, 1), traffic.bursty(20, 500, CHAT, 1)
+    for trace, spread in ((calm, 1.0), (bursty, traffic.BURSTINESS)):
+        gaps = np.diff([request.arrival for request in trace.requests])
+        assert len(trace.requests) == pytest.approx(20 * 500, rel=0.1)
+        assert gaps.std() / gaps.mean() == pytest.approx(spread, rel=0.15)
+        assert (gaps >= 0).all() and trace.requests[-1].arrival < trace.seconds
+
+
+def test_phases_change_rate_and_lengths_where_they_say():
+    trace = traffic.length_change((5, 20), 100, (CHAT, Lengths(200, 8)), 2)
+    halves = [[one for one in trace.requests if low <= one.arrival < low + 50] for low in trace.starts]
+    assert trace.starts == [0, 50] and len(halves[1]) > 2 * len(halves[0])
+    assert max(one.prompt_tokens for one in halves[0]) <= 48 < 100 <= min(one.prompt_tokens for one in halves[1])
+    assert max(one.prompt_tokens + one.new_tokens for one in trace.requests) <= Lengths(200, 8).longest
+
+
+def test_a_rate_of_zero_is_silence():
+    trace = traffic.constant(0, 10, CHAT)
+    assert trace.requests == () and trace.seconds == 10
+
+
+@pytest.mark.parametrize(
+    "phase, says",
+    [
+        (Phase(1, -1, CHAT), "rate -1"),
+        (Phase(1, float("inf"), CHAT), "rate inf"),
+        (Phase(1, float("nan"), CHAT), "rate nan"),
+        (Phase(0, 1, CHAT), "0 s long"),
+        (Phase(1, 1, Lengths(0, 4)), "at least one token"),
+        (Phase(1, 1, CHAT, 0), "burstiness 0"),
+    ],
+)
+def test_impossible_phases_are_refused(phase, says):
+    with pytest.raises(UserError, match=says):
+        traffic.make("bad", [phase])
+    with pytest.raises(UserError, match="at least one phase"):
+        traffic.make("empty", [])

@@ -1,0 +1,96 @@
+"""Workloads drive every architecture by hand as its full forward pass would go; the gate refuses degenerate ones."""
+
+import pytest
+import torch
+
+from lib.measure.quality import sanity
+from lib.measure.timing import workloads
+
+
+def greedy(model, ids_BT, new_tokens):
+    """The slow, obvious reference: the whole sequence again for every token."""
+    for _ in range(new_tokens):
+        ids_BT = torch.cat([ids_BT, model(input_ids=ids_BT, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids_BT
+
+
+@torch.inference_mode()
+def test_generation_equals_the_reference_at_forced_length_from_a_fresh_cache(tiny, name):
+    model = tiny(name)
+    prompt_BT = workloads.random_prompt(model, 2, 12)
+    expected_BT = greedy(model, prompt_BT, 5)
+    work = workloads.generate(model, prompt_BT, 5)
+    for _ in range(2):
+        work()
+        assert torch.equal(work.output_BN, expected_BT[:, 12:])
+    assert (work.tokens, work.batch, work.new_tokens) == (10, 2, 5)
+
+
+@torch.inference_mode()
+def test_decode_leaves_the_prefill_to_its_preparation(tiny, name):
+    model = tiny(name)
+    prompt_BT = workloads.random_prompt(model, 2, 12)
+    work = workloads.decode(model, prompt_BT, 4)
+    work()
+    first = work.output_BN
+    work.prepare()
+    work()
+    assert torch.equal(first, work.output_BN) and torch.equal(first, greedy(model, prompt_BT, 5)[:, 13:])
+    assert work.tokens == 8 and len(work.step_seconds) == 8
+
+
+def test_prefill_counts_the_prompt_and_takes_inputs(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    work = workloads.prefill(model, {"input_ids": batch["input_ids"]})
+    work()
+    assert work.tokens == 48 and work.output_BN.shape == (2, 1)
+
+
+def test_arms_that_cannot_be_compared_are_refused(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT = workloads.random_prompt(model, 1, 8)
+    base = workloads.prefill(model, prompt_BT)
+    workloads.assert_same_conditions(base, workloads.prefill(tiny("qwen3-4b-instruct-2507", 1), prompt_BT))
+    other = workloads.prefill(tiny("qwen3-4b-instruct-2507").bfloat16(), prompt_BT)
+    with pytest.raises(ValueError, match="dtype"):
+        workloads.assert_same_conditions(base, other)
+    workloads.assert_same_conditions(base, other, except_for=("dtype",))
+    with pytest.raises(ValueError, match="prompt"):
+        workloads.assert_same_conditions(base, workloads.prefill(model, workloads.random_prompt(model, 1, 8, seed=1)))
+
+
+def test_the_gate_sees_each_degeneration(tiny):
+    name = "qwen3-4b-instruct-2507"
+    model = tiny(name)
+    ids_BT = workloads.random_prompt(model, 2, 32)
+    # Reading its own most likely continuation, a model is far better than uniform.
+    own_BT = greedy(model, ids_BT[:, :2], 30)
+    assert "perplexity" in sanity.check(model, ids_BT) or sanity.check(model, own_BT) is None
+    assert sanity.check(model, ids_BT, random_weights=True) is None
+
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
+    long_BT = workloads.random_prompt(model, 1, 5 * sanity.LOOKED_AT)
+    sanity.check(model, long_BT, random_weights=True), sanity.check(model, long_BT[:, :20], random_weights=True)
+    hook.remove()
+    assert seen == [sanity.LOOKED_AT, 20] and int(sanity.spread(99)[-1]) == 98
+
+    broken = tiny(name)
+    broken.model.norm.weight[0] = float("nan")
+    assert "finite" in sanity.check(broken, ids_BT, random_weights=True)
+
+    stuck = tiny(name)
+    stuck.lm_head.weight = torch.nn.Parameter(torch.zeros_like(stuck.lm_head.weight), requires_grad=False)
+    assert "repeated token" in sanity.check(stuck, ids_BT)
+
+
+def test_a_picture_seen_before_does_not_move_a_text_prompt(tiny):
+    model = tiny("qwen3-vl-2b")
+    ids_BT = torch.randint(8, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    fresh = workloads.generate(model, ids_BT, 6)
+    fresh()
+    for stale in (torch.full((1, 1), 7), torch.full((3, 1), 7)):
+        model.model.rope_deltas = stale  # as a prompt with pictures leaves it, for another number of sequences
+        again = workloads.generate(model, ids_BT, 6)
+        again()
+        assert torch.equal(again.output_BN, fresh.output_BN)

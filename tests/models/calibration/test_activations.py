@@ -1,0 +1,86 @@
+"""What is observed against a slow second way, with padding that must not count."""
+
+import torch
+
+from lib.models.calibration.activations import observe
+from lib.models.calibration.distillation import distil, divergence
+from lib.models.structure.anatomy import anatomy
+
+
+def captured(model, module, batch):
+    """Return the positional inputs of `module` while `batch` runs."""
+    kept = []
+    hook = module.register_forward_pre_hook(lambda module, args: kept.append(args))
+    model(**batch, use_cache=False)
+    hook.remove()
+    return kept[0]
+
+
+def test_padding_does_not_count(tiny, name, batch):
+    model = tiny(name)
+    both = observe(model, [batch])
+    apart = observe(model, [{"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:, :15]}])
+    assert both.tokens == apart.tokens == 24 + 15
+    for one, other in zip(both.blocks, apart.blocks):
+        assert abs(one.influence - other.influence) < 1e-3
+        assert torch.allclose(one.head_contribution_Q, other.head_contribution_Q, rtol=1e-3)
+
+
+def test_heads_against_each_heads_own_product(tiny, name, batch):
+    model = tiny(name)
+    ids = {"input_ids": batch["input_ids"]}
+    seen = observe(model, [ids])
+    for block, statistics in zip(anatomy(model).blocks, seen.blocks):
+        attention = block.attention
+        (heads_BTF,) = captured(model, attention.output, ids)
+        for head in range(attention.heads):
+            part = slice(head * attention.value_dim, (head + 1) * attention.value_dim)
+            slow = (heads_BTF[..., part] @ attention.output.weight[:, part].T).norm(dim=-1).sum()
+            assert torch.allclose(statistics.head_contribution_Q[head], slow, rtol=1e-3)
+
+
+def test_experts_against_a_loop_over_tokens(tiny, batch):
+    for name in ("glm-4.7-flash", "qwen3-coder-30b"):
+        model = tiny(name)
+        ids = {"input_ids": batch["input_ids"][:1, :10]}
+        statistics = observe(model, [ids]).blocks[2]
+        experts = anatomy(model).blocks[2].feed_forward.experts
+        hidden, chosen, weight = captured(model, experts.module, ids)
+        tokens, contribution = torch.zeros(experts.count), torch.zeros(experts.count)
+        for token in range(10):
+            for position in range(experts.top_k):
+                expert = chosen[token, position]
+                gate, up = (experts.gate_up[expert] @ hidden[token]).chunk(2)
+                output = experts.down[expert] @ (torch.nn.functional.silu(gate) * up)
+                tokens[expert] += 1
+                contribution[expert] += weight[token, position] * output.norm()
+        assert torch.equal(statistics.expert_tokens_E, tokens)
+        assert torch.allclose(statistics.expert_contribution_E, contribution, rtol=1e-3)
+
+
+def test_distillation_brings_a_damaged_model_back(tiny, batch):
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.zero_()
+    before = float(divergence(student, teacher, batch))
+    losses = distil(student, teacher, [batch], steps=40, learning_rate=3e-3)
+    assert len(losses) == 40
+    assert float(divergence(student, teacher, batch)) < before / 2
+    assert float(divergence(teacher, teacher, batch)) == 0
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.mul_(0.999)
+    weights = [parameter.clone() for parameter in student.parameters()]
+    losses = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=0.3)
+    assert len(losses) < 100  # given up
+    assert all(torch.equal(was, now) for was, now in zip(weights, student.parameters()))
+
+
+def test_distillation_ends_at_its_best_reading(tiny, batch):
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.zero_()
+    before = float(divergence(student, teacher, batch))
+    distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=3e-3)
+    assert float(divergence(student, teacher, batch)) < before / 2

@@ -1,0 +1,174 @@
+"""Real checkpoints, in the layout they are published in: several shards with an index, a tied head, a chat template.
+
+Small ones of all four architectures, made here: they are read, asked with examples, streamed where they do not fit, and
+refused before anything runs where they are damaged.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import NotApplicable, UserError
+from lib.models import loading, parameters
+from lib.models.checkpoints import placement, validate
+from lib.models.checkpoints.folder import check_checkpoint, tensor_shapes
+from lib.models.offload import streamer
+from lib.models.proxies import tokenizer, train
+from lib.models.tasks import prompting, tasks
+from lib.suite.plan import plan
+
+VOCABULARY = 2048
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    made = tokenizer.train(VOCABULARY)
+    made.chat_template = CHAT
+    return made
+
+
+@pytest.fixture
+def source(tiny, name):
+    """The small model that a checkpoint is made of."""
+    model = tiny(name)
+    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def folder(source, name, vocabulary, tmp_path):
+    """A checkpoint in the genuine layout, under the model's name."""
+    made = tmp_path / name
+    source.generation_config.do_sample = False
+    for parameter in source.parameters():  # buffers, such as frequencies, stay exact
+        parameter.data = parameter.data.bfloat16()
+    source.save_pretrained(made, max_shard_size="60KB")
+    vocabulary.save_pretrained(made)
+    vision = getattr(source.config, "vision_config", None)
+    if vision is not None:
+        train.picture_processor(vision.to_dict()).save_pretrained(made)
+    return made
+
+
+def test_the_layout_is_the_genuine_one_and_fits(folder, name):
+    files = {path.name for path in folder.iterdir()}
+    assert {INDEX, "config.json", "generation_config.json", "tokenizer.json"} <= files
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    shapes = tensor_shapes(folder)
+    described = parameters.read(name).full
+    tied = described.get("text_config", described).get("tie_word_embeddings", described.get("tie_word_embeddings"))
+    assert ("lm_head.weight" in shapes) != bool(tied)
+    routed = "qwen3-coder" in name or "glm" in name
+    assert any(".experts.3.up_proj.weight" in one for one in shapes) == routed  # stored one by one
+    assert check_checkpoint(name, folder) == folder and validate.fault(folder) is None
+
+
+def test_it_loads_as_it_was_saved(folder, source, name, batch):
+    loaded = loading.load(name, "full", checkpoints=folder.parent)
+    assert loaded.dtype == torch.bfloat16 and loaded.folder == folder and not loaded.random_weights
+    kept = dict(source.named_parameters())
+    assert all(torch.equal(one, kept[name]) for name, one in loaded.model.named_parameters())
+    assert (loaded.model(**batch).logits - source(**batch).logits).abs().median() < 0.01
+    assert (loaded.processor is not None) == ("vl" in name)
+
+
+def test_it_is_asked_with_examples_in_its_own_chat(folder, name):
+    loaded = loading.load(name, "full", checkpoints=folder.parent, dtype="float32")
+    task = loaded.parameters.tasks[0]
+    asked = tasks.items(task, "final", 3)
+    row = prompting.shown(loaded, asked[0])
+    told = prompting.text(loaded, row)
+    assert len(row) == prompting.SHOTS + 1 and len({one.label for one in row[:-1]}) == prompting.SHOTS
+    assert not {one.id for one in row[:-1]} & {one.id for one in tasks.items(task, "final")}
+    assert told.count("<|im_start|>user") == prompting.SHOTS + 1 and told.endswith("assistant\n<think></think>")
+    assert all(f"assistant\n{one.label}<|im_end|>" in told for one in row[:-1])
+    label = loaded.tokenizer.decode(tasks.label_ids(loaded, task)[0])
+    assert label == tasks.class_labels(task)[0]
+    together, alone = tasks.label_scores(loaded, task, asked, 3), tasks.label_scores(loaded, task, asked, 1)
+    assert together.isfinite().all() and torch.allclose(together, alone, atol=1e-3)
+
+
+def test_without_a_chat_template_examples_are_plain_text(folder, name):
+    loaded = loading.load(name, "full", checkpoints=folder.parent)
+    loaded.tokenizer.chat_template = None
+    task = loaded.parameters.tasks[0]
+    [item] = tasks.items(task, "final", 1)
+    told = prompting.text(loaded, prompting.shown(loaded, item))
+    assert told.endswith(item.prompt) and told.count("\n\n" if task == "digits" else "Module:") >= prompting.SHOTS
+    assert prompting.answer(loaded, "x") == " x"
+
+
+def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, name, batch, monkeypatch):
+    _, total = streamer.smallest(folder)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: int(1.1 * total))
+    loaded = loading.load(name, "full", checkpoints=folder.parent)
+    assert streamer.streamer(loaded.model).in_memory_bytes < 0.7 * total
+    found, expected = loaded.model(**batch).logits, source(**batch).logits
+    assert (found - expected).abs().median() < 0.01 < expected.std()  # an expert chosen by a hair may be another one
+    from lib.optimizations.structured_pruning import method
+
+    with pytest.raises(NotApplicable, match="stream from a file"):
+        method.apply(loaded.model, [batch], ratio=0.3, granularity="depth")
+    streamer.streamer(loaded.model).close()
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "wrong shape", "index", "other", "lacking", "no tokenizer"])
+def test_damage_is_named_before_anything_runs(folder, name, damage):
+    index = json.loads((folder / INDEX).read_text())
+    places = index["weight_map"]
+    victim = sorted(one for one in places if one.endswith("up_proj.weight") or "linear_fc1.weight" in one)[-1]
+    shard = folder / places[victim]
+    tensors = load_file(shard)
+    if damage == "missing shard":
+        shard.unlink()
+    elif damage == "wrong shape":
+        tensors[victim] = torch.cat([tensors[victim], tensors[victim]], -1).contiguous()
+        save_file(tensors, shard, metadata={"format": "pt"})
+    elif damage == "index":
+        places["model.layers.99.nothing.weight"] = shard.name
+    elif damage == "other":
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    elif damage == "lacking":
+        del tensors[victim], places[victim]
+        save_file(tensors or {"nothing": torch.zeros(1)}, shard, metadata={"format": "pt"})
+    else:
+        (folder / "tokenizer.json").unlink()
+    (folder / INDEX).write_text(json.dumps(index))
+    words = {
+        "missing shard": f"{shard.name}: missing, though the index names it",
+        "wrong shape": f"{victim} has the shape",
+        "index": "the index names model.layers.99.nothing.weight here",
+        "other": f'architecture "llama", but {name} is',
+        "lacking": f"the checkpoint lacks {victim}",
+        "no tokenizer": "holds no tokenizer",
+    }
+    request = plan.Request(models=(name,), scale="full", checkpoints=str(folder.parent))
+    with pytest.raises(UserError) as caught:
+        plan.plan(request)
+    assert words[damage] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeypatch):
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 10 * sum(p.nbytes for p in source.parameters()))
+    placement.require_room(source, 7, "measuring pairs")
+    with pytest.raises(NotApplicable, match="measuring pairs holds about 9 copies of the model at once"):
+        placement.require_room(source, 9, "measuring pairs")
+    described = parameters.read(name)
+    place = {"device": "cpu", "dtype": torch.float32, "folder": None, "seconds": 0.0, "scale": "slice", "name": name}
+    for random in (False, True):
+        loaded = loading.Loaded(source, None, None, parameters=described, random_weights=random, **place)
+        for scale in ("slice", "full"):
+            if random or scale == "slice":
+                with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
+                    parameters.require_answers("the search", scale, random)
+            else:
+                parameters.require_answers("the search", scale, random)
+    assert loaded.tasks == described.tasks

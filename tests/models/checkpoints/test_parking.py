@@ -1,0 +1,76 @@
+"""Weights that are on disk alone for a while: gone meanwhile, the same afterwards, shared as before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.checkpoints import io
+from lib.models.checkpoints.parking import parked
+from lib.models.structure import sparse
+from lib.optimizations.sparse_neural_networks import method
+
+
+def arms(model, tmp_path):
+    """Return the model and another that shares its embeddings, each with the folder it is saved in."""
+    other = copy.deepcopy(model)
+    other.set_input_embeddings(model.get_input_embeddings())
+    other.get_parameter("lm_head.weight").data.mul_(2)
+    return [(one, io.save(one, tmp_path / str(at))) for at, one in enumerate((model, other))]
+
+
+def held(model):
+    return sum(tensor.nbytes for tensor in model.parameters())
+
+
+def test_weights_leave_and_come_back(tiny, name, batch, tmp_path):
+    saved = arms(copy.deepcopy(tiny(name)), tmp_path)
+    before = [(io.weights_hash(model), model(**batch).logits) for model, _ in saved]
+    with parked(*saved):
+        assert [held(model) for model, _ in saved] == [0, 0]
+    for (model, _), (hashed, logits) in zip(saved, before):
+        assert io.weights_hash(model) == hashed and torch.equal(model(**batch).logits, logits)
+    first, second = (model.get_input_embeddings().weight for model, _ in saved)
+    assert first.data_ptr() == second.data_ptr()
+    model = saved[0][0]
+    tied = model.config.get_text_config().tie_word_embeddings
+    assert (model.get_parameter("lm_head.weight").data_ptr() == first.data_ptr()) == tied
+
+
+def test_what_shares_memory_without_being_the_same_tensor_shares_it_still(tiny, tmp_path):
+    (model, folder), (other, beside) = arms(copy.deepcopy(tiny("qwen3-coder-30b")), tmp_path)
+    embedding = model.get_input_embeddings().weight
+    other.set_input_embeddings(nn.Embedding.from_pretrained(embedding.data))
+    other.first_of_all = nn.Parameter(embedding.data)  # in no file
+    other._parameters = {"first_of_all": other._parameters.pop("first_of_all"), **other._parameters}
+    with parked((other, beside), (model, folder)):
+        assert held(model) == held(other) == 0
+    assert other.get_input_embeddings().weight.data_ptr() == embedding.data_ptr() == other.first_of_all.data_ptr()
+
+
+def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
+    ids = torch.randint(8, 96, (8, 32), generator=torch.Generator().manual_seed(5))
+    text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    model = method.apply(copy.deepcopy(tiny("qwen3-4b-instruct-2507")), text, sparsity=0.75)
+    size = model.get_input_embeddings().weight.shape
+    larger = torch.randn(2 * size[0], size[1])
+    model.get_input_embeddings().weight.data = larger[: size[0]]
+    found = sparse.stored(model)
+    folder, before = io.save(model, tmp_path), io.weights_hash(model)
+    with parked((model, folder)):
+        assert held(model) >= larger.nbytes // 2 and all(one._nnz() for one in found.values())
+        assert model.get_parameter("model.norm.weight").nbytes == 0
+    assert found and io.weights_hash(model) == before
+    assert model.get_input_embeddings().weight.data_ptr() == larger.data_ptr()
+
+
+def test_they_come_back_after_a_failure_and_a_lost_file_is_told(tiny, tmp_path):
+    ((model, folder), _) = arms(copy.deepcopy(tiny("qwen3-4b-instruct-2507")), tmp_path)
+    before = io.weights_hash(model)
+    with pytest.raises(ZeroDivisionError), parked((model, folder)):
+        _ = 1 / 0
+    assert io.weights_hash(model) == before
+    with pytest.raises(UserError, match="truncated"), parked((model, folder)):
+        (folder / io.WEIGHTS).write_bytes(b"")

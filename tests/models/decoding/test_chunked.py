@@ -1,0 +1,189 @@
+"""Chunks, absorbed latents, window, and tokens one by one: each against the plain way of doing the same."""
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.decoding import cache_names, chunked, mla_absorption
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.streaming_computation import sink_window
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def ids_of(length: int, rows: int = 2) -> torch.Tensor:
+    return torch.randint(8, 96, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def kept(output: object) -> dict[str, object]:
+    """Return the cache of `output` as the next call takes it."""
+    return cache_names.given(cache_names.of(output))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_prompt_in_chunks_is_the_whole_prompt(tiny, name, chunk):
+    plain, model = tiny(name), chunked.chunk_prefill(tiny(name), chunk)
+    ids = ids_of(40)
+    with torch.inference_mode():
+        expected, got = plain(ids), model(ids)
+        torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+        assert cache_names.of(got).get_seq_length() == 40
+        assert cache_names.of(model(ids, use_cache=False)) is None
+        step = ids[:, :1]
+        torch.testing.assert_close(model(step, **kept(got)).logits, plain(step, **kept(expected)).logits, **CLOSE)
+    torch.testing.assert_close(chunked.whole_prefill(model)(ids).logits, expected.logits, atol=0, rtol=0)
+
+
+def test_chunks_respect_padding(tiny, name, batch):
+    plain, model = tiny(name), chunked.chunk_prefill(tiny(name), 5)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(model(**batch).logits[real], plain(**batch).logits[real], **CLOSE)
+
+
+def test_chunks_cut_through_pictures(tiny):
+    plain, model = tiny("qwen3-vl-2b"), chunked.chunk_prefill(tiny("qwen3-vl-2b"), 3)
+    ids = torch.tensor([[3, *[5] * 4, 4, 20, 21, 22], [30, 31, 3, *[5] * 4, 4, 23]])
+    picture = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "pixel_values": picture, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    inputs["mm_token_type_ids"] = (ids == 5).int()
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, **CLOSE)
+
+
+def test_only_a_chunk_is_in_flight(tiny, name):
+    model = chunked.chunk_prefill(tiny(name), 8)
+    lengths = []
+    anatomy(model).blocks[0].module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    model(ids_of(30), logits_to_keep=1)
+    assert lengths == [8, 8, 8, 6]
+
+
+def test_losses_in_chunks_are_those_of_whole_logits(tiny, name):
+    model, ids = tiny(name), ids_of(30)
+    logits = model(ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    for rows in (1, 7, 1000):
+        torch.testing.assert_close(chunked.losses(model, ids, rows=rows).flatten(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_absorbed_attention_is_exact(tiny, new):
+    plain, model = tiny("glm-4.7-flash"), mla_absorption.absorb(tiny("glm-4.7-flash"))
+    calls = []
+    for block in anatomy(model).blocks:
+        block.attention.module.kv_b_proj.register_forward_hook(lambda *_: calls.append(1))
+    ids = ids_of(40)
+    with torch.inference_mode():
+        expected, got = plain(ids), model(ids)
+        calls.clear()
+        for at in range(3):
+            more = ids[:, at : at + new]
+            expected, got = plain(more, **kept(expected)), model(more, **kept(got))
+            torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+    assert not calls, "the cache was expanded"
+    assert mla_absorption.is_absorbed(model) and not mla_absorption.is_absorbed(mla_absorption.expand(model))
+
+
+def test_absorbed_attention_respects_padding_and_eager_masks(tiny):
+    plain, model = tiny("glm-4.7-flash"), mla_absorption.absorb(tiny("glm-4.7-flash"))
+    ids, mask = ids_of(20), torch.ones(2, 22, dtype=torch.long)
+    mask[1, :6] = 0
+    for backend in ("sdpa", "eager"):
+        plain.set_attn_implementation(backend), model.set_attn_implementation(backend)
+        with torch.inference_mode():
+            read = [one(ids, attention_mask=mask[:, :20]) for one in (plain, model)]
+            expected, got = (
+                one(ids[:, :2], attention_mask=mask, **kept(before)).logits for one, before in zip((plain, model), read)
+            )
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_absorbing_leaves_other_attention_alone(tiny):
+    model = mla_absorption.absorb(tiny("qwen3-4b-instruct-2507"))
+    assert not mla_absorption.is_absorbed(model)
+
+
+def test_which_path_is_cheaper_is_counted(tiny):
+    module = anatomy(tiny("glm-4.7-flash")).blocks[0].attention.module
+    module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim = 512, 192, 256
+    assert mla_absorption.most_tokens(module) == 512 * 448 // (1024 - 448)
+
+
+def test_turning_a_key_is_rotating_it_elsewhere(tiny, name):
+    decoder = anatomy(tiny(name)).decoder
+    hidden = torch.zeros(1, 1, 4)
+    shape = (4, 1, 1) if name == "qwen3-vl-2b" else (1, 1)
+    raw = torch.randn(1, 1, 1, 2 * len(decoder.rotary_emb.inv_freq))
+
+    def rotated(position: int) -> torch.Tensor:
+        at = torch.full(shape, position)
+        cos, sin = decoder.rotary_emb(hidden, at[:3] if name == "qwen3-vl-2b" else at)
+        first, second = raw.chunk(2, dim=-1)
+        return raw * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    turned = sink_window.turn(rotated(90), -37, decoder.rotary_emb.inv_freq)
+    torch.testing.assert_close(turned, rotated(53), **CLOSE)
+
+
+def test_a_window_that_holds_everything_changes_nothing(tiny, name):
+    model, ids = tiny(name), ids_of(30)
+    cache = sink_window.windowed_cache(model, sinks=2, window=100)
+    expected = list(chunked.tokens(model, ids, 8))
+    got = list(chunked.tokens(model, ids, 8, cache=cache))
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+def test_one_block_sees_exactly_sinks_and_window(tiny, name):
+    """In a model of one block, reading on with a window equals reading the sinks and the window as one short text."""
+    model, ids = tiny(name), ids_of(50)
+    decoder = anatomy(model).decoder
+    decoder.layers = decoder.layers[:1]
+    decoder.config.num_hidden_layers = 1
+    cache = sink_window.windowed_cache(model, sinks=3, window=10)
+    for at in range(50):
+        got = model(ids[:, at : at + 1], use_cache=True, **cache_names.given(cache)).logits[:, -1]
+    short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)  # ten before the last token, and that token
+    torch.testing.assert_close(got, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
+    assert cache.layers[0].keys.shape[-2] == 13 and cache.layers[0].forgotten == 37
+
+
+def test_the_window_stays_constant_in_size(tiny, name):
+    model = chunked.chunk_prefill(tiny(name), 16)
+    cache = sink_window.windowed_cache(model, sinks=4, window=32, slack=8)
+    sizes = []
+    for _ in chunked.tokens(model, ids_of(300), 250, cache=cache):  # longer than the model's 512 positions
+        sizes.append(cache.layers[-1].keys.shape[-2])
+    assert max(sizes) <= 4 + 32 + 8 and min(sizes) >= 4 + 32
+    assert cache.layers[0].forgotten + cache.get_seq_length() == 300 + 249
+
+
+def test_tokens_come_one_by_one_and_a_reader_may_stop(tiny, name):
+    model, ids, passes = tiny(name), ids_of(12), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    stream = chunked.tokens(model, ids, 100)
+    first = next(stream)
+    assert len(passes) == 1 and first.shape == (2,)
+    next(stream)
+    stream.close()
+    assert len(passes) == 2
+
+
+def test_a_context_longer_than_the_model_is_refused(tiny, name):
+    model = chunked.chunk_prefill(tiny(name), 64)
+    with pytest.raises(UserError, match="513 tokens is longer than this model's 512 positions"):
+        model(ids_of(513))
+    with pytest.raises(UserError, match="longer than"):
+        list(chunked.tokens(model, ids_of(510), 8))
+
+
+@pytest.mark.parametrize("wrong", [{"sinks": -1}, {"window": 0}, {"slack": 0}, {"window": 4096}])
+def test_wrong_windows_are_refused(tiny, wrong):
+    with pytest.raises(UserError, match="window: "):
+        sink_window.windowed_cache(tiny("qwen3-4b-instruct-2507"), **wrong)
+
+
+def test_wrong_chunks_are_refused(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    with pytest.raises(UserError, match="prefill_chunk 0"):
+        chunked.chunk_prefill(model, 0)
+    with pytest.raises(UserError, match="logit_rows 0"):
+        chunked.losses(model, ids_of(8), rows=0)

@@ -1,0 +1,98 @@
+"""Mapped weights: the right numbers, in memory only while they are held, and a cut file told to the byte."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import UserError
+from lib.models.checkpoints import weight_file
+from lib.models.checkpoints.weight_file import WeightFile, write
+from lib.models.offload import mapped_pages
+from lib.models.offload.mapped_pages import FilePages, spans
+
+pytestmark = pytest.mark.skipif(not mapped_pages.available(), reason="this system cannot make mapped pages present")
+MEGABYTE = 2**20
+
+
+def file_bytes_in_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tensors = {f"t{index}": torch.randn(4 * MEGABYTE) for index in range(3)} | {"z": torch.randn(1000, 3)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_pages_are_in_memory_while_held_and_no_longer(folder):
+    file = WeightFile(folder)
+    pages = FilePages(file)
+    whole = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}  # not mapped
+    assert torch.equal(whole["z"], whole["z"].clone())  # what code this takes is in memory before anything is counted
+    for name in ("t0", "t1", "t2"):
+        place, before = file.places[name], file_bytes_in_memory()
+        pages.hold(spans([place]))
+        assert 15 * MEGABYTE < file_bytes_in_memory() - before < 18 * MEGABYTE, name
+        assert torch.equal(pages.view(place), whole[name])
+        pages.release(spans([place]))
+        assert file_bytes_in_memory() - before < 2 * MEGABYTE, name
+    assert file.bytes_read == 3 * 16 * MEGABYTE
+
+
+def test_neighbours_are_one_span_and_gaps_are_kept(folder):
+    places = WeightFile(folder).places
+    (both,) = spans([places["t1"], places["t0"]])
+    assert both.end - both.first == 32 * MEGABYTE and both.first == places["t0"].offset
+    assert len(spans([places["t2"], places["t0"]])) == 2
+
+
+def test_what_was_held_can_be_held_once_more(folder):
+    file = WeightFile(folder)
+    pages, file.log = FilePages(file), []
+    pages.hold(spans([file.places["z"], file.places["t1"]]))
+    (again,) = file.log
+    file.log = None
+    before = file.bytes_read
+    again()
+    assert file.bytes_read - before == 16 * MEGABYTE + 12000
+
+
+@pytest.mark.parametrize("missing", [1, 5000, 20 * MEGABYTE])
+def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, missing):
+    file = WeightFile(folder)
+    pages, path = FilePages(file), folder / "model.safetensors"
+    last = max(file.places.values(), key=lambda place: place.offset)
+    pages.hold(spans([last]))
+    size = path.stat().st_size - missing
+    os.truncate(path, size)
+    with pytest.raises(UserError, match=f"truncated while it was being streamed: it ends at byte {size}, {missing} b"):
+        pages.hold(spans([last]))
+
+
+def test_files_are_written_in_whole_pieces(monkeypatch):
+    monkeypatch.setattr(weight_file, "WRITTEN", 100)
+    tensors = [torch.arange(256, dtype=torch.uint8), torch.tensor([], dtype=torch.float32), torch.ones(3)]
+    pieces = [bytes(piece) for piece in weight_file._whole_pieces(b"x" * 30, tensors)]
+    assert [len(piece) for piece in pieces] == [100, 100, 98]
+    assert b"".join(pieces) == b"x" * 30 + bytes(range(256)) + tensors[2].numpy().tobytes()
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_written_files_hold_the_same_at_aligned_bytes(tmp_path, length):
+    path, name = tmp_path / "model.safetensors", "n" * length  # headers of several lengths
+    odd = {"askew": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(2.5), "none": torch.empty(0, 4)}
+    whole = odd | {name: torch.randn(64, 3).bfloat16().T, "truth": torch.tensor([True, False] * 32)}
+    for _ in range(2):  # anew, over a file that is still mapped
+        write(path, whole)
+        found = load_file(path)
+        assert found.keys() == whole.keys() and all(torch.equal(found[one], whole[one]) for one in whole)
+        assert {one: tensor.dtype for one, tensor in found.items()} == {one: whole[one].dtype for one in whole}
+    assert all(place.offset % 64 == 0 for one, place in WeightFile(tmp_path).places.items() if one not in odd)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    with pytest.raises(UserError, match="complex cannot be stored as"):
+        write(path, {"complex": torch.zeros(2, dtype=torch.complex64)})

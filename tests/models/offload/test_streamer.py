@@ -1,0 +1,257 @@
+"""Streamed weights against resident ones: same answers, bytes counted by the system too, damage told, nothing hung."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import UserError
+from lib.models.checkpoints import io
+from lib.models.checkpoints.folder import tensor_places
+from lib.models.checkpoints.weight_file import WeightFile, buffer, places
+from lib.models.decoding import cache_names
+from lib.models.offload import residency, streamer
+from lib.models.structure.anatomy import anatomy
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@pytest.fixture
+def saved(tiny, name, tmp_path):
+    """A tiny model and the folder it is saved in."""
+    model = tiny(name)
+    return model, io.save(model, tmp_path / "checkpoint")
+
+
+def smallest(folder: Path) -> int:
+    return streamer.smallest(folder)[0]
+
+
+def test_places_are_where_safetensors_finds_the_tensors(saved):
+    _, folder = saved
+    found = places(folder)
+    file = WeightFile(folder)
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            memory = buffer(found[name].nbytes)
+            file.read([(found[name], memory)])
+            assert memory.data_ptr() % 64 == 0
+            assert torch.equal(memory.view(tensor.dtype).view(tensor.shape), tensor), name
+    assert file.bytes_read == sum(place.nbytes for place in found.values())
+    assert tensor_places(folder).keys() == found.keys()
+
+
+@pytest.mark.parametrize("pages", ["keep", "copy"])
+@pytest.mark.parametrize("ratio", ["smallest", 0.6, 1.0])
+def test_answers_are_those_of_the_resident_model(saved, batch, ratio, pages):
+    model, folder = saved
+    size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
+    other = streamer.open_streamed(folder, **size, page_cache=pages)
+    made = streamer.streamer(other)
+    assert made.plan.in_memory_bytes <= made.plan.allowance_bytes
+    assert ratio != 1.0 or not made.plan.streamed
+    with torch.inference_mode():
+        for _ in range(2):  # the second time the order of units is known
+            expected, got = model(**batch), other(**batch)
+            torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+        step = torch.tensor([[7], [9]])
+        expected = model(input_ids=step, **cache_names.given(cache_names.of(model(batch["input_ids"])))).logits
+        got = other(input_ids=step, **cache_names.given(cache_names.of(other(batch["input_ids"])))).logits
+    torch.testing.assert_close(got, expected, **CLOSE)
+    made.close()
+
+
+def test_weights_in_a_slot_are_those_of_the_file_bit_for_bit(saved, batch):
+    model, folder = saved
+    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    expected, seen = dict(model.named_parameters()), []
+
+    def compare(module, prefix):
+        for leaf, parameter in module.named_parameters():
+            if "experts.gate_up_proj" not in leaf and "experts.down_proj" not in leaf:
+                assert torch.equal(parameter, expected[f"{prefix}.{leaf}"])
+                seen.append(leaf)
+
+    names = {module: name for name, module in other.named_modules()}
+    for block in anatomy(other).blocks:
+        block.module.register_forward_hook(lambda module, *_: compare(module, names[module]))
+    other(**batch)
+    assert len(seen) >= 4 * 8
+
+
+def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
+    _, folder = saved
+    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    other(**batch)
+    made = streamer.streamer(other)
+    made.forget()
+    away = [part for name in made.plan.streamed for part in made.units[name] if part.owner is not None]
+    assert away
+    for part in away:
+        weight = part.owner._parameters[part.leaf]
+        assert weight.shape == part.place.shape and weight.isnan().all()
+        assert weight.untyped_storage().nbytes() == weight.element_size()
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count a process's reads")
+def test_bytes_counted_are_those_the_system_counts(saved, batch):
+    _, folder = saved
+    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache="copy")
+    made = streamer.streamer(other)
+    other(**batch)
+
+    def system() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    made.settle()
+    ours, theirs = made.file.bytes_read, system()
+    own = system() - theirs  # reading the count is counted as well
+    for _ in range(3):
+        other(**batch)
+    made.settle()
+    ours, theirs = made.file.bytes_read - ours, system() - theirs - own
+    used = [unit for unit in made.plan.streamed if not unit.startswith("vision.")]  # the prompt has no picture
+    assert ours >= 3 * sum(part.place.nbytes for unit in used for part in made.units[unit])
+    assert 0 <= theirs - ours <= 4096
+
+
+def test_more_memory_reads_less(saved, batch):
+    _, folder = saved
+    counts = []
+    for size in ({"allowance_bytes": smallest(folder)}, {"memory_ratio": 0.8}, {"memory_ratio": 1.0}):
+        other = streamer.open_streamed(folder, **size)
+        made = streamer.streamer(other)
+        other(**batch), made.settle()
+        before = made.file.bytes_read
+        other(**batch), made.settle()
+        counts.append(made.file.bytes_read - before)
+    assert counts[0] > counts[1] > counts[2]
+    rows = batch["input_ids"].unique().numel() * anatomy(other).hidden * 4
+    assert counts[2] == rows  # with everything in memory only the embeddings of the prompt are looked up
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-coder-30b"], indirect=False)
+def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
+    model = tiny(name)
+    folder = io.save(model, tmp_path / "checkpoint")
+    other = streamer.open_streamed(folder, memory_ratio=1.0)
+    cache = streamer.streamer(other).experts
+    ids = torch.tensor([[11]])
+    routed = [block.feed_forward.experts for block in anatomy(other).blocks if block.feed_forward.experts]
+    other(ids)
+    assert (cache.hits, cache.misses) == (0, len(routed) * routed[0].top_k)
+    other(ids)
+    assert (cache.hits, cache.misses) == (len(routed) * routed[0].top_k,) * 2
+
+
+def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
+    model = tiny("qwen3-coder-30b")
+    folder = io.save(model, tmp_path / "checkpoint")
+    (path,) = folder.glob("*.safetensors")
+    single = {}
+    for key, tensor in load_file(path).items():
+        prefix, leaf = key.rpartition(".")[::2]
+        for index, one in enumerate(tensor if prefix.endswith("experts") else ()):
+            parts = {"down": one} if leaf == "down_proj" else dict(zip(("gate", "up"), one.chunk(2)))
+            single |= {f"{prefix}.{index}.{part}_proj.weight": w.contiguous() for part, w in parts.items()}
+        if not prefix.endswith("experts"):
+            single[key] = tensor
+    save_file(single, path, metadata={"format": "pt"})
+    (folder / "workbench.json").unlink()
+    other = streamer.open_streamed(folder, memory_ratio=0.6)
+    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+
+
+def test_a_vision_tower_streams_with_its_picture(tiny, tmp_path):
+    model = tiny("qwen3-vl-2b")
+    folder = io.save(model, tmp_path / "checkpoint")
+    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    made = streamer.streamer(other)
+    assert sum(unit.startswith("vision.") for unit in made.plan.streamed) >= 3
+    ids = torch.tensor([[3, *[5] * 4, 4, 20, 21, 22]])
+    picture = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "pixel_values": picture, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs["mm_token_type_ids"] = (ids == 5).int()
+    for _ in range(2):
+        torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, **CLOSE)
+    text = torch.tensor([[20, 21, 22, 23]])
+    torch.testing.assert_close(other(text).logits, model(text).logits, **CLOSE)
+
+
+def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
+    model, folder = saved
+    least = smallest(folder)
+    with pytest.raises(UserError, match=f"smallest possible is {least} bytes"):
+        streamer.open_streamed(folder, allowance_bytes=least - 1)
+    other = streamer.open_streamed(folder, allowance_bytes=least)
+    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("pages", ["keep", "copy"])
+def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(saved, batch, pages):
+    _, folder = saved
+    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache=pages)
+    expected = other(**batch).logits
+    streamer.streamer(other).settle()
+    (path,) = folder.glob("*.safetensors")
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 3)
+    streamer.streamer(other).forget()
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{path.name}: truncated while it was being streamed"):
+            other(**batch)
+    with path.open("r+b") as file:
+        file.write(whole)
+    torch.testing.assert_close(other(**batch).logits, expected, **CLOSE)
+
+
+def test_a_file_cut_before_is_refused_at_once(saved):
+    _, folder = saved
+    (path,) = folder.glob("*.safetensors")
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(UserError, match="truncated"):
+        streamer.open_streamed(folder)
+
+
+def test_a_missing_tensor_is_named(saved):
+    _, folder = saved
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    gone = next(key for key in tensors if key.endswith("o_proj.weight"))
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks {gone}"):
+        streamer.open_streamed(folder)
+
+
+def test_it_cannot_be_copied_or_saved(saved, tmp_path):
+    _, folder = saved
+    other = streamer.open_streamed(folder, memory_ratio=0.6)
+    with pytest.raises(UserError, match="cannot be copied"):
+        copy.deepcopy(other)
+    with pytest.raises(UserError, match="stream from here"):
+        io.save(other, tmp_path / "copy")
+
+
+def test_dropped_pages_give_the_same_answers(saved, batch):
+    model, folder = saved
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system cannot forget what it has read")
+    other = streamer.open_streamed(folder, memory_ratio=0.6, page_cache="drop")
+    streamer.streamer(other).file.forget()
+    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+    with pytest.raises(UserError, match="expected one of keep, copy, drop"):
+        streamer.open_streamed(folder, page_cache="cold")
+
+
+def test_the_plan_streams_the_fewest_bytes():
+    units = {"large": 50, "a": 20, "b": 20, "c": 20, "head": 10}
+    plan = residency.plan(units, 5, (0, 0), 125, 105)
+    assert plan.in_memory_bytes == 105 and plan.resident == ("large", "head") and plan.slot_bytes == 20
+    everything = residency.plan(units, 5, (0, 0), 125, 125)
+    assert not everything.streamed and everything.in_memory_bytes == 125
+    with_experts = residency.plan({"a": 20}, 0, (10, 7), 90, 20 + 21)
+    assert with_experts.expert_slots == 3 and not with_experts.streamed

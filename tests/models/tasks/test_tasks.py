@@ -1,0 +1,137 @@
+"""Prompts become the right tensors: last tokens, pictures, several-token labels, keys and values."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models import parameters
+from lib.models.proxies import tokenizer, train
+from lib.models.tasks import corpus, tasks
+
+VOCABULARY = 2048
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizer.train(VOCABULARY)
+
+
+@pytest.fixture
+def loaded(tiny, vocabulary, name):
+    """A tiny random model of each architecture with the proxies' tokenizer."""
+    described = parameters.read(name)
+    model = tiny(name)
+    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    vision = getattr(model.config, "vision_config", None)
+    processor = train.picture_processor(vision.to_dict()) if vision else None
+    return SimpleNamespace(
+        model=model.requires_grad_(False).eval(),
+        tokenizer=vocabulary,
+        processor=processor,
+        parameters=described,
+        device="cpu",
+        scale="proxy",
+        name=name,
+    )
+
+
+def test_tokenizer_has_one_token_per_label_and_fixed_special_ids(vocabulary):
+    assert len(vocabulary) == VOCABULARY
+    assert vocabulary.convert_tokens_to_ids(list(tokenizer.SPECIAL)) == list(range(7))
+    for task in tasks.CLASSIFY:
+        ids = tasks.label_ids(SimpleNamespace(tokenizer=vocabulary), task)
+        assert all(len(label) == 1 for label in ids) and len({label[0] for label in ids}) == len(ids)
+    text = "def f(x):\n    return “x” * 2  # é\n"
+    assert vocabulary.decode(vocabulary(text).input_ids) == text
+
+
+@pytest.mark.parametrize("task", tasks.CLASSIFY)
+def test_splits_are_disjoint_and_items_reproducible(task):
+    found = {split: tasks.items(task, split) for split in corpus.SPLITS}
+    ids = [item.id for split in found.values() for item in split]
+    assert len(set(ids)) == len(ids) and len(found["final"]) >= 700
+    assert {item.label for item in found["final"]} == set(tasks.class_labels(task))
+    again = tasks.items(task, "final", 20)
+    assert [item.id for item in again] == [item.id for item in found["final"][:20]]
+    if task == "digits":
+        indices = [set(tasks.digit_indices(split)) for split in (*corpus.SPLITS, "train")]
+        assert sum(map(len, indices)) == len(set.union(*indices)) == 1797
+        assert again[0].pixels.shape == (tasks.PICTURE, tasks.PICTURE) and again[0].pixels.dtype == np.uint8
+
+
+def test_wrong_names_are_told():
+    with pytest.raises(UserError, match=r'unknown split "finale".*Did you mean "final"'):
+        tasks.items("topic", "finale")
+    with pytest.raises(UserError, match="unknown classification task"):
+        tasks.items("recall", "final")
+
+
+def test_last_index_points_at_the_end_of_each_prompt(loaded):
+    task = loaded.parameters.tasks[0]
+    asked = tasks.items(task, "search", 5)
+    (inputs, last_B) = next(tasks.batches(loaded, asked, 8))
+    for row, item in enumerate(asked):
+        prompt = loaded.tokenizer(item.prompt).input_ids
+        end = int(last_B[row]) + 1
+        assert inputs["input_ids"][row, end - len(prompt) : end].tolist() == prompt
+        assert (inputs["input_ids"][row, end:] == loaded.tokenizer.pad_token_id).all()
+    if item.pixels is not None:
+        pictures = int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
+        assert pictures == int(inputs["image_grid_thw"].prod(1).sum()) // 4
+    assert sum(len(last) for _, last in tasks.batches(loaded, asked, 2)) == 5
+
+
+def test_scores_do_not_depend_on_the_batch(loaded):
+    task = loaded.parameters.tasks[0]
+    asked = tasks.items(task, "search", 4)
+    together, alone = tasks.label_scores(loaded, task, asked, 4), tasks.label_scores(loaded, task, asked, 1)
+    assert together.shape == (4, len(tasks.class_labels(task)))
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatch):
+    task = loaded.parameters.tasks[0]
+    asked = tasks.items(task, "search", 3)
+    expected = tasks.label_scores(loaded, task, asked)
+    single = tasks.label_ids(loaded, task)
+    monkeypatch.setattr(tasks, "label_ids", lambda *_: [[*single[0], 300, 301], *single[1:]])
+    found = tasks.label_scores(loaded, task, asked)
+    assert torch.allclose(found[:, 1:], expected[:, 1:], atol=1e-4)
+    assert (found[:, 0] < expected[:, 0]).all()
+
+
+def test_recall_prompts_hold_key_and_value_and_distance(loaded):
+    ids_BT, target_BV = tasks.recall_prompts(loaded, 100, 3, seed=5)
+    assert target_BV.shape == (3, tasks.VALUE) and ids_BT.shape[1] == 8 + 2 * tasks.KEY + tasks.VALUE + 100
+    key_BK = ids_BT[:, -tasks.KEY :]
+    assert torch.equal(ids_BT[:, 8 : 8 + tasks.KEY], key_BK)
+    assert torch.equal(ids_BT[:, 8 + tasks.KEY :][:, : tasks.VALUE], target_BV)
+    again = tasks.recall_prompts(loaded, 100, 3, seed=5)
+    assert torch.equal(ids_BT, again[0]) and not torch.equal(ids_BT, tasks.recall_prompts(loaded, 100, 3, seed=6)[0])
+    assert int(torch.cat([key_BK, target_BV], 1).min()) > 6
+
+
+def test_windows_are_disjoint_and_splits_differ(loaded):
+    final = tasks.text_windows(loaded, "final", 1000, 64)
+    assert final.shape[1] == 64 and len({tuple(row) for row in final.tolist()}) == len(final)
+    assert torch.equal(final[:5], tasks.text_windows(loaded, "final", 5, 64))
+    calibration = {tuple(row) for row in tasks.text_windows(loaded, "calibration", 1000, 64).tolist()}
+    assert not calibration & {tuple(row) for row in final.tolist()}
+
+
+def test_calibration_runs_and_has_the_size_asked_for(loaded):
+    made = tasks.calibration(loaded, 6, 128)
+    text = [inputs["input_ids"] for inputs in made if "pixel_values" not in inputs]
+    assert sum(len(ids) for ids in text) == 6 and all(ids.shape[1] == 128 for ids in text)
+    assert any("pixel_values" in inputs for inputs in made) == (loaded.processor is not None)
+    for inputs in made:
+        assert loaded.model(**inputs, use_cache=False).logits.isfinite().all()
+
+
+def test_random_weights_get_random_tokens(loaded):
+    loaded.tokenizer = None
+    assert tasks.text_windows(loaded, "final", 3, 16).shape == (3, 16)
+    assert tasks.recall_prompts(loaded, 32, 2, 0)[1].shape == (2, tasks.VALUE)

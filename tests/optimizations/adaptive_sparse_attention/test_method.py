@@ -1,0 +1,183 @@
+"""Adaptive sparse attention on tiny models: equal to full attention where all is kept; causal; padding; bad input."""
+
+import pytest
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from lib.errors import UserError
+from lib.models.checkpoints import io
+from lib.models.decoding import cache_names
+from lib.models.decoding.attention_inputs import watch
+from lib.optimizations.adaptive_sparse_attention import method as sparse
+
+SMALL = {"block_size": 16, "stride": 4, "page_size": 4}
+PAD = 21
+
+
+@pytest.fixture
+def prompts():
+    """Two sequences of 90 tokens; the second is padded on the left by PAD."""
+    ids = torch.randint(8, 96, (2, 90), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :PAD] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _real(logits, mask):
+    return logits[mask.bool()]
+
+
+def _steps(model, prompts, count=3):
+    """Logits of the prompt's real tokens, then of `count` forced tokens."""
+    out, mask = model(**prompts, use_cache=True), prompts["attention_mask"]
+    found = [_real(out.logits, mask)]
+    for token in range(10, 10 + count):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        ids = torch.full((2, 1), token)
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **cache_names.given(cache_names.of(out)))
+        found.append(out.logits[:, -1])
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(tiny, name, prompts):
+    model = tiny(name)
+    kept = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
+    torch.testing.assert_close(_steps(kept, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
+    assert sparse.density(kept) == {"blocks": 1.0, "tokens": 1.0}
+
+
+@torch.inference_mode()
+def test_the_question_reads_all_and_is_counted(tiny, prompts):
+    model = tiny("qwen3-4b-instruct-2507")
+    bare, asked = (sparse.apply(model, tau=0.3, full_last=last, **SMALL) for last in (0, 1))
+    answers = [one(input_ids=prompts["input_ids"]).logits for one in (bare, asked)]
+    torch.testing.assert_close(answers[0][:, :80], answers[1][:, :80], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(answers[0][:, 80:], answers[1][:, 80:], atol=1e-3)
+    assert sparse.density(bare)["blocks"] < sparse.density(asked)["blocks"]
+
+
+@torch.inference_mode()
+def test_later_tokens_and_padding_change_nothing(tiny, name, prompts):
+    model = sparse.apply(tiny(name), tau=0.5, **SMALL)
+    before = model(**prompts).logits
+    assert 0 < sparse.density(model)["blocks"] < 0.9
+    changed = {**prompts, "input_ids": prompts["input_ids"].clone()}
+    changed["input_ids"][:, 70:] = 11
+    changed["input_ids"][1, :PAD] = 12
+    after = model(**changed).logits
+    # The pattern of a block of queries is found from the whole block: it may change with the block's last tokens.
+    torch.testing.assert_close(after[0, :64], before[0, :64], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(after[1, PAD : PAD + 48], before[1, PAD : PAD + 48], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(after[0, 70:], before[0, 70:], atol=1e-3)
+    alone = model(input_ids=prompts["input_ids"][1:, PAD:]).logits
+    torch.testing.assert_close(before[1, PAD:], alone[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_fewer_pages_are_read_and_named(tiny, name, prompts):
+    model = tiny(name)
+    few = sparse.apply(model, tau=1.0, pages=5, **SMALL)
+    shares = []
+    for one in sparse.sparsities(few):
+        one.watch = lambda index, share_BH: shares.append(share_BH)
+    plain = {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])}
+    found, full = _steps(few, plain), _steps(model, plain)
+    assert not torch.allclose(found[-6:], full[-6:], atol=1e-3)
+    assert 0.2 < sparse.density(few)["tokens"] < 0.35
+    share = torch.stack(shares)
+    assert (share > 0).all() and (share <= 1 + 1e-5).all() and share.mean() < 0.99
+
+
+@torch.inference_mode()
+def test_the_callers_model_stays_and_revert_is_exact(tiny, name, prompts):
+    model = tiny(name)
+    before, weights = model(**prompts).logits, io.weights_hash(model)
+    applied = sparse.apply(sparse.apply(model, tau=0.5, **SMALL), tau=0.4, **SMALL)
+    assert not torch.equal(applied(**prompts).logits, before)
+    assert torch.equal(model(**prompts).logits, before) and not sparse.is_sparse(model)
+    assert next(applied.parameters()).data_ptr() == next(model.parameters()).data_ptr()
+    back = sparse.revert(applied)
+    assert torch.equal(back(**prompts).logits, before) and io.weights_hash(back) == weights
+    assert not sparse.is_sparse(back) and sparse.is_sparse(applied)
+
+
+def test_both_functions_are_registered():
+    assert sparse.NAME in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+@torch.inference_mode()
+def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, prompts):
+    model = tiny(name)
+    kept, ids = sparse.apply(model, tau=1.0, pages=3, **SMALL), prompts["input_ids"]
+    for edge in (48, 50):  # at a block's edge, and not
+        whole, cache = model(input_ids=ids).logits, None
+        for part in (ids[:, :edge], ids[:, edge:]):
+            out = kept(input_ids=part, use_cache=True, **cache_names.given(cache))
+            cache = cache_names.of(out)
+        torch.testing.assert_close(out.logits, whole[:, edge:], atol=2e-5, rtol=1e-4)
+    holes = torch.ones_like(ids)
+    holes[0, 30:40] = 0
+    both = [_steps(one, {"input_ids": ids, "attention_mask": holes}, 2) for one in (kept, model)]
+    torch.testing.assert_close(*both, atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_patterns_of_equal_budget(tiny, prompts):
+    model, counts, answers = tiny("qwen3-4b-instruct-2507"), [], []
+    for pattern in sparse.KNOBS["pattern"]["choices"]:
+        other = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
+        answers.append(other(input_ids=prompts["input_ids"].repeat(1, 2)).logits)  # twelve blocks to choose from
+        counts.append(sparse.sparsities(other)[0].kept)
+    assert len(set(counts)) == 1
+    assert all(not torch.equal(answers[0], other) for other in answers[1:])
+
+
+@torch.inference_mode()
+def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
+    model = tiny(name)
+    seen = watch(model, prompts["input_ids"][:1], {1, 2})
+    assert [heads.index for heads in seen] == [1, 2]
+    view = sparse.anatomy(model).blocks[1].attention
+    assert seen[0].query_HTD.shape == (view.heads, 90, view.head_dim)
+    assert seen[0].value_GTV.shape == (view.key_value_heads, 90, view.value_dim)
+    assert torch.equal(seen[0].first(40).key_GTD, seen[0].key_GTD[:, :40])
+
+
+@pytest.mark.parametrize(
+    "knobs, says",
+    [
+        ({"tau": 0.0}, "tau 0.0 is out of range; expected 0 < tau <= 1"),
+        ({"tau": 1.5}, "tau 1.5 is out of range"),
+        ({"max_density": 0}, "max_density 0 is out of range"),
+        ({"block_size": 100, "stride": 16}, "stride 16 does not divide block_size 100"),
+        ({"block_size": 8}, "block_size 8 is out of range; expected 16 to 512"),
+        ({"pages": -1}, "pages -1 is out of range"),
+        ({"full_last": -1}, "full_last -1 is out of range; expected 0 (none) or more"),
+        ({"pattern": "stars"}, 'pattern "stars"; expected one of'),
+    ],
+)
+def test_bad_knobs_are_named_in_one_line(tiny, knobs, says):
+    with pytest.raises(UserError, match="adaptive_sparse_attention: ") as raised:
+        sparse.apply(tiny("qwen3-4b-instruct-2507"), **knobs)
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+@torch.inference_mode()
+def test_a_context_beyond_the_model_is_refused(tiny, name):
+    model = sparse.apply(tiny(name), **SMALL)
+    with pytest.raises(UserError, match="513 tokens is longer than this model allows; expected at most 512"):
+        model(input_ids=torch.full((1, 513), 9))
+
+
+@torch.inference_mode()
+def test_matrices_may_be_stored_sparse_afterwards(tiny, name, prompts):
+    """Latents are then expanded again: what multiplies them is no longer one dense piece."""
+    from lib.optimizations.sparse_neural_networks import method
+
+    model = tiny(name)
+    thinned = [
+        method.apply(one, [{"input_ids": prompts["input_ids"]}], method="magnitude", sparsity=0.5)
+        for one in (model, sparse.apply(model, tau=1.0, pages=1000, **SMALL))
+    ]
+    torch.testing.assert_close(_steps(thinned[1], prompts), _steps(thinned[0], prompts), atol=1e-4, rtol=1e-3)

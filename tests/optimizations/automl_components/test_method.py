@@ -1,0 +1,234 @@
+"""Components are found by looking; spaces are checked; what is infeasible is cut and said; a stop changes no answer."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.quality import evaluate
+from lib.optimizations.automl_components import method as automl
+from lib.optimizations.automl_components import successive_filtering as bench_module
+from lib.optimizations.automl_components.method import Component, Finalist
+from lib.optimizations.automl_components.successive_filtering import Bench, Outcome
+from lib.optimizations.common import study
+from lib.optimizations.common.recipe import Step
+
+
+def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:
+    module = SimpleNamespace(apply=apply, applies_to=applies, KNOBS=knobs)
+    return Component(stem, module, knobs)
+
+
+def _scale(model, calibration, *, share=0.5, kind="a"):
+    """Shrink the first block's output projection: the more, the further from the original."""
+    import copy
+
+    made = copy.deepcopy(model)
+    made.model.layers[0].self_attn.o_proj.weight.mul_(1 - share)
+    return made
+
+
+SHARE = {"type": "float", "range": (0.0, 1.0), "default": 0.5}
+KIND = {"type": "categorical", "choices": ("a", "b"), "default": "a"}
+
+
+def _bench(model, parts, **other) -> Bench:
+    ids_NT = torch.randint(8, 96, (4, 16), generator=torch.Generator().manual_seed(1))
+    texts = [evaluate.read(model, ids_NT[:2]), evaluate.read(model, ids_NT)]
+    return Bench(model, [{"input_ids": ids_NT}], texts, ids_NT[:1], automl.modules(parts), new_tokens=2, **other)
+
+
+def _untimed(bench, monkeypatch):
+    """Judge times by the stack alone, so that no clock is in the answer."""
+
+    def pairs(one, other, **_):
+        return SimpleNamespace(differences=np.zeros(1))
+
+    monkeypatch.setattr(bench_module.timing, "paired", pairs)
+    return bench
+
+
+def test_components_are_found_by_looking():
+    found = {part.stem for part in automl.components()}
+    assert {"structured_pruning", "tensor_decomposition", "sparse_neural_networks"} <= found
+    assert "automl_components" not in found and "continuous_nas" not in found, "they offer no apply"
+    some = automl.components({"structured_pruning": {"ratio"}})
+    assert [part.stem for part in some] == ["structured_pruning"] and list(some[0].knobs) == ["ratio"]
+
+
+def test_a_new_module_is_found_without_being_named(monkeypatch):
+    twelfth = SimpleNamespace(apply=_scale, KNOBS={"share": SHARE})
+    monkeypatch.setattr(automl.discovery, "stems", lambda: ["automl_components", "twelfth"])
+    monkeypatch.setattr(automl.discovery, "method", lambda stem: twelfth)
+    assert [part.stem for part in automl.components()] == ["twelfth"]
+
+
+def test_every_real_configuration_becomes_a_stack_and_back():
+    parts = automl.components()
+    every = automl.space(parts)
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        params = {name: automl._draw(one, draw) for name, one in every.items()}
+        stack = automl.stack_of(params, parts)
+        assert automl.stack_of(automl.params_of(stack, parts), parts) == stack
+        json.dumps([step.model_dump() for step in stack])
+
+
+def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
+    size = {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 128)}
+    steps = {"type": "int", "range": (0, 1000), "default": 30}
+    part = _fake("one", _scale, size=size, steps=steps)
+    every = automl.space([part])
+    assert every["one.size"].choices == (32, 128) and every["one.steps"].high == part.most_steps
+    assert part.defaults == {"size": 128, "steps": part.most_steps}
+    stack = [Step(optimization="one", knobs={"size": 300, "steps": 2})]
+    assert automl.params_of(stack, [part])["one.size"] == 128
+
+
+def test_the_defaults_of_every_real_component_can_be_asked_for():
+    for part in automl.components():
+        assert automl.stack_of(automl.params_of([Step(optimization=part.stem, knobs=part.defaults)], [part]), [part])
+        block_size, stride = part.defaults.get("block_size"), part.defaults.get("stride", 1)
+        assert block_size is None or block_size % stride == 0
+
+
+@pytest.mark.parametrize(
+    ("knob", "says"),
+    [
+        (
+            {"type": "float", "range": (0.9, 0.1), "default": 0.5},
+            r'one: knob "share" has an empty range \(0\.9, 0\.1\)',
+        ),
+        ({"type": "int", "range": (3, 2), "default": 3}, "has an empty range"),
+        ({"type": "categorical", "choices": (), "default": "a"}, 'knob "share" has no choices'),
+    ],
+)
+def test_empty_ranges_are_named(knob, says):
+    with pytest.raises(UserError, match=says):
+        automl.space([_fake("one", _scale, share=knob)])
+    with pytest.raises(UserError, match="nothing to search"):
+        automl.space([])
+
+
+def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
+    def refuse(model, calibration):
+        raise UserError("refused: no such thing")
+
+    def crash(model, calibration):
+        raise RuntimeError("broken\nlong story")
+
+    def noise(model, calibration):
+        made = _scale(model, calibration)
+        made.lm_head.weight.copy_(torch.randn_like(made.lm_head.weight) * 9)
+        return made
+
+    makers = {"refusing": refuse, "crashing": crash, "noisy": noise}
+    parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
+    parts += [_fake("foreign", _scale, lambda model: "another kind", share=SHARE), _fake("good", _scale, share=SHARE)]
+    bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
+    monkeypatch.setattr(bench_module.timing, "paired", lambda *_, **__: pytest.fail("timed"))
+    says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
+    for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
+        found = bench.judge([Step(optimization=stem)])
+        assert text in found.reason and "\n" not in found.reason and found.point == bench_module.WORST
+    bench.memory_budget = 0.5
+    assert "memory of 1.000 is over the budget of 0.500" in bench.judge([Step(optimization="good")]).reason
+
+
+def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
+    parts = [_fake("one", _scale, share=SHARE, kind=KIND), _fake("two", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    with study.opened(None, "s", {}, 2) as memory:
+        whole = automl.run(bench, parts, memory, 12, seed=3)
+    for stop in (4, 9, None):
+        with study.opened(tmp_path / "s.db", "s", {}, 2) as kept:
+            parted = automl.run(bench, parts, kept, 12, seed=3, stop_after=stop)
+    assert [one.stack for one in parted] == [one.stack for one in whole]
+    assert [step.optimization for step in whole[0].stack] == ["one"], "the defaults come first"
+    assert any(len(one.stack) == 2 for one in whole)
+
+
+def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
+    parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    name = "automl_components--glm--quick"
+    with study.opened(tmp_path / f"{name}.db", name, {}, 2) as kept:
+        found = automl.run(bench, parts, kept, 6)
+    (tmp_path / "automl_components--coder--quick.db").write_text("damaged")
+    first = automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts)
+    assert first == [max((one for one in found if one.stack and not one.reason), key=automl.utility).stack]
+    assert automl.elsewhere(tmp_path, name, parts) == [], "its own study is no other model's"
+    assert automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts[:0]) == []
+    with study.opened(None, "s", {}, 2) as memory:
+        assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
+
+
+def _finalist(time: float, lost: float, kl: float = 0.1, perplexity: float = 0.0) -> Finalist:
+    return Finalist(Outcome([], time, kl, 1.0, None, 0.0), kl, lost, perplexity)
+
+
+def test_the_rule_takes_the_fastest_that_keeps_its_scores():
+    finalists = [_finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.7, 0.0, 0.05), _finalist(1.0, 0.0, 0.0)]
+    assert automl.choose(finalists, 0.02) is finalists[2]
+    assert automl.choose([_finalist(0.3, 0.0, 0.4, 0.5), *finalists], 0.02) is finalists[2], "its text fell apart"
+    with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* the nearest loses 0\.1"):
+        automl.choose(finalists[:1], 0.02)
+
+
+def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
+    stack = [Step(optimization="one", knobs={})]
+    nothing = _finalist(1.0, 0.0, 0.0)
+    noise, better = (Finalist(Outcome(stack, time, 0.1, 1.0, None, 0.0), 0.1, 0.0, 0.0) for time in (0.985, 0.95))
+    assert automl.choose([nothing, noise], 0.02) is nothing
+    assert automl.choose([nothing, noise, better], 0.02) is better
+
+
+def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
+    parts = [_fake("one", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    found = [bench.judge([Step(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
+    near, quick = (Outcome([Step(optimization="one", knobs={"share": 0.1})], time, kl, 1.0, None, 0.0) for time, kl in
+                   ((0.9, 0.01), (0.3, 0.4)))  # fmt: skip
+    assert [one for one, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], "within the margin comes first"
+    best = automl.promote(bench, found, 1)
+    assert best[0][0] is found[0] and best[0][1] == pytest.approx(bench.divergence(bench.apply(found[0].stack), 1))
+
+
+def test_regret_finds_a_planted_optimum():
+    one, other = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
+    utilities = np.exp(-((one - 4) ** 2 + (other - 2) ** 2) / 8)
+    curves = [automl.regret(utilities, 18, seed) for seed in range(3)]
+    assert all(np.diff(curve).min() >= 0 and curve[-1] > 0.7 for curve in curves)
+    assert automl.regret(utilities, 5, 1) == automl.regret(utilities, 5, 1)
+
+
+def test_grids_pair_the_components_that_are_worth_most():
+    parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("idle", "quick", "middling", "refused")]
+    alone = {"idle": (1.0, 0.5, None), "quick": (0.6, 9.0, None), "middling": (0.8, 2.0, None)}
+    alone["refused"] = (0.1, 0.1, "refused")
+    found = [Outcome([Step(optimization=stem)], time, 0.0, 1.0, *rest) for stem, (time, *_) in alone.items()
+             for rest in [(alone[stem][2], alone[stem][1])]]  # fmt: skip
+    made = automl.grid(found, parts, 3)
+    assert made[0][0] == [] and [step.optimization for step in made[2][1]] == ["quick", "middling"]
+    assert made[1][0][0].knobs == {"share": 0.05, "kind": "a"} and made[2][0][0].knobs["share"] == 0.75
+    with pytest.raises(UserError, match="needs two components"):
+        automl.grid(found, parts[:1], 3)
+
+
+def test_a_real_stack_is_judged(tiny):
+    bench = _bench(tiny("qwen3-coder-30b"), automl.components())
+    step = Step(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
+    found = bench.judge([step])
+    assert found.reason is None and 0 < found.memory_share < 1 and found.time_share > 0 and found.divergence > 0
+    assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
+
+
+def test_a_component_begins_with_what_it_says_of_trials():
+    part = next(one for one in automl.components() if one.stem == "streaming_computation")
+    assert part.module.KNOBS["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
+    assert part.defaults["prefill_chunk"] == part.module.KNOBS["prefill_chunk"]["default"]
+    space = automl.space([part])
+    assert 1.0 in space["streaming_computation.memory_ratio"].choices

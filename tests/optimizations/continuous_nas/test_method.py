@@ -1,0 +1,172 @@
+"""Planted idle parts go first; budgets hold or are refused; a stop changes no answer; after a drift scores stay."""
+
+import itertools
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.calibration.activations import observe
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common import study
+from lib.optimizations.continuous_nas import method as nas
+from lib.optimizations.continuous_nas import replacement_library
+from lib.optimizations.continuous_nas.mip import Table
+from lib.optimizations.continuous_nas.replacement_library import WHOLE, child
+from lib.optimizations.continuous_nas.scoring import divergence, probe
+
+PREFILL, MEMORY = nas.WORKLOADS["prefill_heavy"], nas.WORKLOADS["memory_limited"]
+
+
+def _times(shelf) -> dict:
+    """Seconds by number of parameters: what no clock disturbs."""
+    seconds = {
+        slot: {name: 1e-6 * sum(p.numel() for p in module.parameters()) for name, module in options.items()}
+        for slot, options in shelf.modules.items()
+    }
+    return {"prefill": seconds, "decode": seconds, "prefill_rest": 0.001, "decode_rest": 0.001}
+
+
+def _begin(model, batch, **other):
+    shelf = nas.build(model, observe(model, [batch]))
+    return nas.Search(shelf, probe(model, [batch]), **other), nas.costs(model, shelf, PREFILL, _times(shelf))
+
+
+def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    blocks = anatomy(model).blocks
+    blocks[2].attention.output.weight.zero_()
+    blocks[1].feed_forward.down.weight.zero_()
+    search, costs = _begin(model, batch)
+    idle = search.library.whole | {"02.attention": "none", "01.feed_forward": "none"}
+    found = nas.run(search, costs, time_share=costs.share(idle) + 1e-9, memory_share=1.0, refinements=3)
+    assert found.choice == idle and found.divergence < 1e-6
+
+
+def test_answers_are_within_the_budgets(tiny, name, batch):
+    model = tiny(name)
+    search, costs = _begin(model, batch)
+    found = nas.run(search, costs, time_share=0.7, memory_share=0.8, refinements=4)
+    assert costs.share(found.choice, costs.time) <= 0.7 and costs.share(found.choice, costs.memory) <= 0.8
+    measured = nas.swap(search.library, found.choice)
+    assert divergence(measured, search.probe) == pytest.approx(found.divergence, rel=1e-4)
+    within = [
+        one.divergence
+        for one in search.evaluations
+        if costs.share(one.choice, costs.time) <= 0.7 and costs.share(one.choice, costs.memory) <= 0.8
+    ]
+    assert found.divergence == min(within)
+
+
+def test_scores_add_up_best_where_little_changes(tiny, batch):
+    """The programme's sum is exact for one replacement: the check of its prediction must find it so."""
+    search, _ = _begin(tiny("qwen3-coder-30b"), batch)
+    scores = nas.score(search)
+    table = Table("", scores)
+    singles = [one for one in search.evaluations if sum(option != WHOLE for option in one.choice.values()) == 1]
+    assert len(singles) == len(search.evaluations) > 10
+    assert all(table.of(one.choice) == pytest.approx(one.divergence) for one in singles)
+
+
+def test_budgets_out_of_reach_name_the_nearest(tiny, batch):
+    search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch)
+    with pytest.raises(UserError, match=r"no choice has time of at most .* the nearest within reach is"):
+        nas.run(search, costs, time_share=0.001, memory_share=1.0, refinements=1)
+    with pytest.raises(UserError, match=r"no choice has memory of at most .* bytes; the nearest within reach is"):
+        nas.run(search, costs, time_share=1.0, memory_share=0.01, refinements=1)
+
+
+def test_stopped_anywhere_and_gone_on_with_ends_the_same(tiny, name, batch, tmp_path):
+    model = tiny(name)
+    options = {"time_share": 0.8, "memory_share": 1.0, "refinements": 5}
+    whole, costs = _begin(model, batch)
+    expected = nas.run(whole, costs, **options)
+    for stop in (3, len(whole.evaluations) - 3, None):
+        with study.opened(tmp_path / "s.db", "s", {"name": name}, 1) as kept:
+            search = nas.Search(whole.library, whole.probe, kept, stop_after=stop)
+            if stop is None:
+                found = nas.run(search, costs, **options)
+                continue
+            with pytest.raises(nas.Stopped):
+                nas.run(search, costs, **options)
+            assert len(search.evaluations) == stop
+    assert found.choice == expected.choice and found.divergence == pytest.approx(expected.divergence, rel=1e-5)
+    assert [one.choice for one in search.evaluations] == [one.choice for one in whole.evaluations]
+
+
+def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    search, costs = _begin(model, batch)
+    nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
+    before = len(search.evaluations)
+    drifted = nas.costs(model, search.library, MEMORY, _times(search.library))
+    followed = nas.adapt(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
+    assert len(followed.warm) == len(search.evaluations) - before + 1 and followed.warm[0] > 0
+    assert followed.evaluations_until(0.95) < len(followed.cold) / 3
+    phases = [one.phase for one in search.evaluations[before:]]
+    assert "library" not in phases and len(phases) <= 12
+    assert drifted.share(nas.best(search, drifted, 1.0, 0.8).choice) <= 0.8
+    assert costs.scarce.unit == "s" and drifted.scarce.unit == "bytes"
+
+
+def test_memory_is_counted_as_the_model_holds_it(tiny, name, batch):
+    from lib.measure.roofline import cost_model
+
+    model = tiny(name)
+    search, costs = _begin(model, batch)
+    tokens = PREFILL.batch * (PREFILL.prompt_tokens + PREFILL.new_tokens)
+    for choice in (search.library.whole, {slot: options[-1] for slot, options in search.library.space.items()}):
+        made = child(search.library, choice)
+        held = cost_model.weights_bytes(made) + tokens * cost_model.kv_cache_bytes_per_token(made)
+        assert costs.memory.of(choice) == pytest.approx(held)
+
+
+def test_times_are_measured_for_every_option(tiny, name, batch):
+    model = tiny(name)
+    shelf = nas.build(model, observe(model, [batch]))
+    indices = [block.attention.module.layer_idx for block in anatomy(shelf.student).blocks]
+    small = nas.Workload("small", 16, 2, 2, "time")
+    times = nas.measure_costs(model, shelf, small, batch["input_ids"][:1], rounds=2)
+    costs = nas.costs(model, shelf, small, times)
+    assert {slot: tuple(options) for slot, options in times["prefill"].items()} == shelf.space
+    assert all(value > 0 for options in costs.time.values.values() for value in options.values())
+    assert costs.time.values["01.attention"]["none"] < costs.time.values["01.attention"]["whole"]
+    assert [block.attention.module.layer_idx for block in anatomy(shelf.student).blocks] == indices
+    prompt = {"input_ids": batch["input_ids"][:1]}
+    assert torch.equal(shelf.student.generate(**prompt, max_new_tokens=4), model.generate(**prompt, max_new_tokens=4))
+
+
+def test_controls(tiny, name, batch):
+    model = tiny(name)
+    shelf = nas.build(model, observe(model, [batch]), replacement_library.UNIFORM)
+    alike = replacement_library.uniform_choices(shelf.space, 12)
+    assert 4 <= len(alike) <= 12 and len({tuple(one.items()) for one in alike}) == len(alike)
+    for choice in alike:
+        kinds = {}
+        for slot, option in choice.items():
+            kinds.setdefault((slot[3:], shelf.space[slot]), set()).add(option)
+        assert all(len(options) == 1 for options in kinds.values())
+    drawn = replacement_library.random_choices(shelf.space, 40, 1)
+    assert (
+        drawn
+        == replacement_library.random_choices(shelf.space, 40, 1)
+        != replacement_library.random_choices(shelf.space, 40, 2)
+    )
+    replaced = [sum(option != WHOLE for option in one.values()) for one in drawn]
+    assert min(replaced) <= 2 and max(replaced) >= len(shelf.space) - 2
+    assert set(itertools.chain(*(one.values() for one in drawn))) > {WHOLE}
+
+
+def test_rivals_are_the_nearest_undominated_ones_on_both_sides():
+    points = [(0.9, 0.1), (0.8, 0.2), (0.85, 0.3), (0.7, 0.4), (0.5, 0.9), (0.95, 0.05), (0.4, 2.0)]
+    assert nas.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
+    assert nas.bracketing({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3, 2: 0.8}) == [3, 4]
+    assert nas.bracketing({4: 0.97, 1: 0.99}) == [1], "all are faster: the nearest alone"
+
+
+def test_a_rival_is_brought_to_equal_speed_between_two_and_never_beyond():
+    assert nas.at_equal_speed([1.1, 1 / 1.1], [0.1, 0.4]) == pytest.approx(0.2)
+    assert nas.at_equal_speed([1 / 1.1, 1.1], [0.4, 0.1]) == pytest.approx(0.2)
+    assert nas.at_equal_speed([1.0, 0.9], [0.1, 0.4]) == pytest.approx(0.1)
+    assert nas.at_equal_speed([1.05, 1.02], [0.1, 0.15]) == pytest.approx(0.15), "beyond both: the nearer one"
+    assert nas.at_equal_speed([0.97], [0.3]) == pytest.approx(0.3)

@@ -1,0 +1,87 @@
+"""The mixed-integer programme against trying everything; fronts against counting squares."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lib.errors import UserError
+from lib.optimizations.common import pareto
+from lib.optimizations.continuous_nas import mip
+from lib.optimizations.continuous_nas.mip import Budget, Table
+
+
+@pytest.fixture
+def problem():
+    draw = np.random.default_rng(0)
+    slots = [f"slot{i}" for i in range(5)]
+    names = ["whole", "half", "none"]
+    scores = {slot: {name: float(draw.random()) * at for at, name in enumerate(names)} for slot in slots}
+    seconds = {slot: dict(zip(names, sorted(draw.random(3), reverse=True))) for slot in slots}
+    bytes_ = {slot: dict(zip(names, sorted(1e7 * draw.random(3), reverse=True))) for slot in slots}
+    return scores, Table("time", seconds, 0.5, "s"), Table("memory", bytes_, 1e6, "bytes")
+
+
+def _everything(scores, budgets):
+    slots = list(scores)
+    every = [dict(zip(slots, options)) for options in itertools.product(*(scores[slot] for slot in slots))]
+    allowed = [one for one in every if all(budget.table.of(one) <= budget.most for budget in budgets)]
+    return sorted(allowed, key=lambda one: Table("", scores).of(one))
+
+
+def test_the_best_ten_are_those_of_trying_everything(problem):
+    scores, time, memory = problem
+    budgets = [Budget(time, 2.2), Budget(memory, 2.2e7)]
+    expected = _everything(scores, budgets)[:10]
+    found = mip.solve(scores, budgets, count=10)
+    total = Table("", scores).of
+    assert len(expected) > 3 and found[0] == expected[0]
+    assert [total(one) for one in found] == pytest.approx([total(one) for one in expected])
+    assert mip.solve(scores, budgets, without=found[:1])[0] == found[1]
+
+
+def test_fewer_come_back_where_there_are_fewer():
+    scores = {"a": {"x": 0.0, "y": 1.0}}
+    assert mip.solve(scores, count=5) == [{"a": "x"}, {"a": "y"}]
+    assert mip.solve(scores, without=[{"a": "x"}, {"a": "y"}]) == []
+
+
+def test_unreachable_budgets_name_the_nearest(problem):
+    scores, time, _ = problem
+    least = min(time.of(one) for one in _everything(scores, []))
+    with pytest.raises(UserError, match=f"the nearest within reach is {least:.4g} s"):
+        mip.solve(scores, [Budget(time, least * 0.9)])
+    table = {"a": {"fast": 0.0, "small": 0.0}}
+    fast = Table("time", {"a": {"fast": 1.0, "small": 3.0}}, unit="s")
+    small = Table("memory", {"a": {"fast": 5.0, "small": 2.0}}, unit="bytes")
+    with pytest.raises(UserError, match=r"together; .* nearest memory within reach is 5 bytes"):
+        mip.solve(table, [Budget(fast, 2.0), Budget(small, 3.0)])
+
+
+def test_empty_slots_are_named():
+    with pytest.raises(UserError, match='"b" has no option'):
+        mip.solve({"a": {"x": 0.0}, "b": {}})
+    with pytest.raises(UserError, match="no slot"):
+        mip.solve({})
+
+
+def test_front_and_hypervolume():
+    points = [(0.5, 0.5), (0.2, 0.8), (0.6, 0.6), (0.5, 0.5), (0.2, 0.9), (2.0, 0.1)]
+    assert pareto.front(points) == [1, 0, 5]
+    assert pareto.hypervolume(points, (1.0, 1.0)) == pytest.approx(0.8 * 0.2 + 0.5 * 0.3)
+    assert pareto.hypervolume([], (1.0, 1.0)) == 0
+    draw = np.random.default_rng(1).random((20, 2))
+    grid = (np.arange(400) + 0.5) / 400
+    x, y = np.meshgrid(grid, grid)
+    covered = np.zeros_like(x, dtype=bool)
+    for px, py in draw:
+        covered |= (x >= px) & (y >= py)
+    assert pareto.hypervolume([tuple(p) for p in draw], (1.0, 1.0)) == pytest.approx(covered.mean(), abs=0.01)
+
+
+def test_progress_never_falls_and_finds_its_level():
+    points = [(0.9, 0.9), (0.5, 0.5), (0.95, 0.95), (0.1, 0.1)]
+    curve = pareto.progress(points, (1.0, 1.0))
+    assert (np.diff(curve) >= 0).all() and curve[-1] == pytest.approx(0.81)
+    assert pareto.evaluations_until(curve, 0.2) == 2
+    assert pareto.evaluations_until(curve, 0.9) is None

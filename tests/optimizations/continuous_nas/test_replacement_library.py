@@ -1,0 +1,139 @@
+"""Replacements against slow, obvious references: silenced parts, whole divergences, exact swaps back, disk."""
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.calibration.activations import observe
+from lib.models.calibration.distillation import divergence as whole_divergence
+from lib.models.checkpoints import io
+from lib.models.structure import no_op
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.continuous_nas import replacement_library
+from lib.optimizations.continuous_nas.scoring import divergence, probe
+from lib.optimizations.structured_pruning.method import saliency_scores
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def made(tiny, name, batch):
+    """A tiny model and its library."""
+    model = tiny(name)
+    seen = observe(model, [batch])
+    return model, replacement_library.build(
+        model, [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, seen.blocks)]
+    )
+
+
+def test_an_absent_part_equals_a_silenced_one(tiny, name, batch):
+    silenced, lacking = tiny(name), tiny(name)
+    block = anatomy(silenced).blocks[1]
+    block.attention.output.weight.zero_()
+    no_op.remove(lacking, 1, "attention")
+    part = anatomy(silenced).blocks[2].feed_forward
+    for weight in (part.down.weight if part.dense is not None else None, part.experts.down if part.experts else None):
+        if weight is not None:
+            weight.zero_()
+    no_op.remove(lacking, 2, "feed_forward")
+    assert close(lacking(**batch).logits, silenced(**batch).logits)
+    prompt = {"input_ids": batch["input_ids"][:1]}
+    assert torch.equal(lacking.generate(**prompt, max_new_tokens=6), silenced.generate(**prompt, max_new_tokens=6))
+
+
+def test_the_first_block_may_lack_attention_too(tiny, name, batch):
+    """The cache's first layer is then the second block's, or decoding would begin at position zero again."""
+    silenced, lacking = tiny(name), tiny(name)
+    anatomy(silenced).blocks[0].attention.output.weight.zero_()
+    no_op.remove(lacking, 0, "attention")
+    prompt = {"input_ids": batch["input_ids"][:1]}
+    assert torch.equal(lacking.generate(**prompt, max_new_tokens=6), silenced.generate(**prompt, max_new_tokens=6))
+    for index in (1, 2):
+        no_op.remove(lacking, index, "attention")
+    with pytest.raises(UserError, match="the last attention must stay"):
+        no_op.remove(lacking, 3, "attention")
+
+
+def test_every_option_runs_survives_the_disk_and_goes_back_exactly(made, batch, tmp_path):
+    model, shelf = made
+    expected, before = model(**batch).logits, io.weights_hash(model)
+    assert torch.equal(shelf.student(**batch).logits, expected)
+    for turn in range(1, max(len(options) for options in shelf.space.values())):
+        choice = {slot: options[turn % len(options)] for slot, options in shelf.space.items()}
+        logits = replacement_library.swap(shelf, choice)(**batch).logits
+        assert not torch.equal(logits, expected)
+        own = replacement_library.child(shelf, choice)
+        assert close(own(**batch).logits, logits)
+        back = io.load_folder(io.save(own, tmp_path / str(turn)), torch.float32)
+        assert io.weights_hash(back) == io.weights_hash(own)
+        torch.testing.assert_close(back(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(replacement_library.swap(shelf, shelf.whole)(**batch).logits, expected)
+    assert io.weights_hash(model) == io.weights_hash(shelf.student) == before
+
+
+def test_the_student_shares_every_tensor(made):
+    model, shelf = made
+    assert {id(tensor) for tensor in shelf.student.parameters()} == {id(tensor) for tensor in model.parameters()}
+
+
+def test_options_are_what_they_say(made):
+    model, shelf = made
+    for slot, options in shelf.modules.items():
+        index, part = replacement_library.locate(slot)
+        block = anatomy(model).blocks[index]
+        if part == "attention":
+            halved = anatomy(replacement_library.swap(shelf, shelf.whole | {slot: "groups_50"})).blocks[index].attention
+            assert halved.key_value_heads * 2 == block.attention.key_value_heads
+            assert halved.heads * 2 == block.attention.heads
+        elif block.feed_forward.kind == "dense":
+            assert options["channels_50"].down_proj.in_features * 2 == block.feed_forward.channels
+        else:
+            assert options["experts_75"].experts.down_proj.shape[0] * 4 == block.feed_forward.experts.count * 3
+            assert options["top_k_50"].gate.top_k * 2 == block.feed_forward.experts.top_k
+    replacement_library.swap(shelf, shelf.whole)
+
+
+def test_divergence_from_a_later_block_is_that_of_the_whole(made, batch):
+    model, shelf = made
+    pictures = [{"input_ids": batch["input_ids"]}, batch]
+    seen = probe(model, pictures)
+    assert divergence(shelf.student, seen) < 1e-6
+    for slot in list(shelf.modules)[-3:]:
+        option = shelf.space[slot][1]
+        changed = replacement_library.swap(shelf, shelf.whole | {slot: option})
+        later = divergence(changed, seen, replacement_library.locate(slot)[0])
+        assert later == pytest.approx(divergence(changed, seen), rel=1e-4, abs=1e-7)
+        tokens = [24 * 2, 24 + 15]
+        both = sum(float(whole_divergence(changed, model, one)) * n for one, n in zip(pictures, tokens)) / sum(tokens)
+        assert later == pytest.approx(both, rel=1e-3, abs=1e-6)
+    replacement_library.swap(shelf, shelf.whole)
+
+
+def test_bad_options_are_named(tiny, batch):
+    model = tiny("glm-4.7-flash")
+    scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
+    for kind, option in (
+        ("dense", "channels_150"),
+        ("experts", "channels_50"),
+        ("attention", "half"),
+        ("dense", "x_y"),
+    ):
+        with pytest.raises(UserError, match=f'option "{option}" of {kind}; expected one like'):
+            replacement_library.build(model, scores, {kind: ("whole", option)})
+    with pytest.raises(UserError, match=r'slot "00\.attention" has no option'):
+        replacement_library.build(model, scores, {"attention": ()})
+
+
+def test_other_optimizations_take_a_model_with_absent_parts(tiny, name, batch):
+    """What is left is pruned as ever; a part that is absent has nothing to lose."""
+    from lib.optimizations.structured_pruning import method as pruning
+
+    model = tiny(name)
+    no_op.remove(model, 1, "attention")
+    no_op.remove(model, 2, "feed_forward")
+    for granularity, ratio in (("channels", 0.1), ("heads", 0.05), ("depth", 0.25)):
+        pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
+        assert pruning.decoder_parameters(pruned) < pruning.decoder_parameters(model)
+        assert torch.isfinite(pruned(**batch).logits).all()

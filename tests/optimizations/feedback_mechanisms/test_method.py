@@ -1,0 +1,287 @@
+"""The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.serving.latency import Objectives
+from lib.measure.serving.server import Limits
+from lib.measure.serving.simulator import SimulatedEngine
+from lib.measure.serving.step_times import COLUMN_STEP, StepTimes, by_mean
+from lib.measure.serving.traffic import Lengths, Request
+from lib.measure.timing import disturbance
+from lib.optimizations.adaptive_batch_sizes.method import Fixed
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, scenarios, shadow
+from lib.optimizations.feedback_mechanisms import method as feedback
+from lib.optimizations.feedback_mechanisms.profiles import Profiles
+from lib.optimizations.feedback_mechanisms.speculative import Round
+
+LENGTHS = Lengths(32, 16)
+LIMITS = Limits(rows=32)
+
+
+def times() -> StepTimes:
+    """A machine whose decode step takes 4 ms and 0.5 ms per row, and whose prompts take 0.05 ms per token."""
+    table = tuple((0.004 + 0.0005 * rows,) * (4096 // COLUMN_STEP) for rows in range(1, 33))
+    return StepTimes(table, (0.0005, 5e-5, 0.0), (0.0, 0.0), (0.97, 1.0, 1.03), (0.97, 1.0, 1.03), 1.0, 1)
+
+
+OBJECTIVES = Objectives(0.4, 0.012)
+
+
+def script(seconds=60.0, seed=0):
+    return {one.name: one for one in scenarios.script(times(), OBJECTIVES, LENGTHS, seconds, seed)}
+
+
+def test_seconds_beyond_counts_the_disturbed_seconds_alone():
+    stolen = script()["stolen core"]
+    _, batch = times().capacity(LENGTHS, OBJECTIVES.token_seconds)
+    played = scenarios.play(stolen, Fixed(batch), times(), LIMITS).served
+    bad = [start for start, _, good in scenarios.windows(played, OBJECTIVES) if good is not None and good < 0.9]
+    assert scenarios.seconds_beyond(played, OBJECTIVES) == pytest.approx(len(bad) * 1.0)
+    quiet = scenarios.play(script()["quiet"], Fixed(batch), times(), LIMITS).served
+    assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= 1.0
+
+
+@pytest.mark.parametrize("law", [feedback.PI, feedback.Aimd])
+@pytest.mark.parametrize("name", ["quiet", "load step", "longer prompts", "stolen core"])
+def test_the_loop_stays_within_the_objective_once_settled(law, name):
+    loop = feedback.LatencyLoop(law(), OBJECTIVES)
+    played = scenarios.play(script()[name], loop, times(), LIMITS).served
+    assert not played.saturated
+    signals = np.array([signal for _, _, signal in loop.course])
+    assert np.mean(signals > OBJECTIVES.token_seconds) < 0.25
+    assert loop.course and 1 <= loop.limit <= 32
+
+
+def test_the_limit_does_not_wind_up_in_calm_hours():
+    calm = scenarios.Scenario(scenarios.make("calm", [scenarios.Phase(30.0, 2.0, LENGTHS)], 0))
+    loop = feedback.LatencyLoop(feedback.PI(), OBJECTIVES)
+    scenarios.play(calm, loop, times(), LIMITS)
+    assert loop.limit <= feedback.START_ROWS  # two requests a second leave plenty of room under it
+
+
+def test_pi_in_velocity_form_removes_a_constant_error():
+    law, level = feedback.PI(), 0.0
+    for _ in range(300):
+        level += law.move(1.5 - level)
+    assert level == pytest.approx(1.5, abs=0.01)
+
+
+def play_rounds(law, acceptance, rounds, draft=0.2, check=1.0, seed=0):
+    """Rounds of one long answer in which every drafted token is accepted with a probability of its own."""
+    random, done = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        count = law(done)
+        accepted = int(np.cumprod(random.random(count) < acceptance).sum())
+        done.append(Round(count, accepted, draft * count, check + 0.02 * count))
+    return done
+
+
+def tokens_per_second(rounds):
+    return sum(one.accepted + 1 for one in rounds) / sum(one.seconds for one in rounds)
+
+
+@pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("make", [feedback.DraftLength, feedback.Bandit])
+def test_draft_lengths_come_near_the_best_static_one(make, acceptance):
+    found = tokens_per_second(play_rounds(make(), acceptance, 600)[100:])
+    static = [tokens_per_second(play_rounds(feedback.fixed(count), acceptance, 600)) for count in range(9)]
+    assert found > 0.9 * max(static)
+
+
+def test_the_draft_length_follows_a_change_of_text():
+    law, done = feedback.DraftLength(), []
+    random = np.random.default_rng(1)
+    for at in range(800):
+        acceptance = 0.95 if at < 400 else 0.1
+        count = law(done)
+        accepted = int(np.cumprod(random.random(count) < acceptance).sum())
+        done.append(Round(count, accepted, 0.2 * count, 1.0))
+    assert np.mean([count for count, _ in law.course[300:400]]) > 4
+    assert np.mean([count for count, _ in law.course[700:]]) < 1
+
+
+def guard(**options):
+    return feedback.Guard(**({"usual": 0.05, "margin": 0.1, "share": 0.5, "cool_down": 10.0} | options))
+
+
+def test_a_broken_profile_is_taken_back_and_tried_again_ever_later():
+    watch, random, second = guard(), np.random.default_rng(2), 0.0
+    while watch.breaches < 3 and second < 1000:
+        second += 1.0
+        watch.ready(second)
+        if watch.wants():
+            watch.add(second, float(random.random() < 0.9))
+    back = [when for when, what in watch.events if what == "rolled back"]
+    again = [when for when, what in watch.events if what == "tried again"]
+    assert len(back) == 3 and len(again) == 2
+    assert again[0] - back[0] >= 10 and again[1] - back[1] >= 20
+
+
+def test_a_quiet_profile_is_left_alone():
+    random, false = np.random.default_rng(3), 0
+    for seed in range(300):
+        watch = guard(seed=seed, share=1.0)
+        for second in range(100):
+            watch.add(second, float(random.beta(0.5, 9.5)))
+        false += watch.breaches
+    assert false <= 300 * feedback.FALSE_ALARM + 3
+
+
+def test_the_shadowed_share_is_kept():
+    watch = guard(share=0.25)
+    assert 0.2 < np.mean([watch.wants() for _ in range(2000)]) < 0.3
+
+
+def test_disagreement_is_zero_for_the_baselines_own_answer_and_large_for_another(tiny, name):
+    from lib.optimizations.feedback_mechanisms import speculative
+
+    model = tiny(name)
+    prompt_T = torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(1))
+    own, _ = speculative.generate(model, model, prompt_T, 12, feedback.fixed(0))
+    assert shadow.disagreement(model, prompt_T, own) == 0
+    assert shadow.disagreement(model, prompt_T, (own + 1) % 96) > 0.5
+
+
+@pytest.mark.parametrize("knob", [{"setpoint": 0.0}, {"setpoint": 1.2}, {"shadow_share": 0.0}, {"quality_margin": 0.9}])
+def test_knobs_out_of_range_are_refused(knob):
+    with pytest.raises(UserError, match=rf"feedback_mechanisms: {next(iter(knob))} .*; expected a value in"):
+        feedback.check(**knob)
+
+
+# --- two profiles ----------------------------------------------------------------------------------------------------
+
+
+def faster(factor: float = 1.8) -> StepTimes:
+    """The same machine with a profile that takes `factor` times less."""
+    full = times()
+    table = tuple(tuple(value / factor for value in row) for row in full.decode_BL)
+    return StepTimes(table, tuple(v / factor for v in full.prefill_fit), (0.0, 0.0), *([(0.97, 1.0, 1.03)] * 2), 1.0, 1)
+
+
+def two_profiles(law=feedback.Aimd):
+    return feedback.LatencyLoop(law(), OBJECTIVES, switch=feedback.Switch(OBJECTIVES, 1.8))
+
+
+@pytest.mark.parametrize("name", ["load step", "longer prompts", "stolen core"])
+def test_the_switch_saves_most_of_the_seconds_that_a_static_setting_misses(name):
+    scenario, both = script()[name], (times(), faster())
+    static = min(
+        scenarios.seconds_beyond(
+            scenarios.play(scenario, disturbance_comparison.Static(n), both, LIMITS).served, OBJECTIVES
+        )
+        for n in (4, 8, 16, 32)
+    )
+    loop = two_profiles()
+    played = scenarios.play(scenario, loop, both, LIMITS)
+    assert static > 5
+    assert scenarios.seconds_beyond(played.served, OBJECTIVES) < 0.5 * static
+    assert 0.2 < played.share(feedback.FAST) < 1
+
+
+def test_the_full_profile_comes_back_in_calm_hours():
+    calm, busy = (scenarios.Phase(20.0, rate, LENGTHS) for rate in (20.0, 90.0))
+    trace = scenarios.make("one rush", [calm, busy, *[calm] * 6], 0)
+    loop = two_profiles()
+    scenarios.play(scenarios.Scenario(trace), loop, (times(), faster()), LIMITS)
+    assert [profile for _, profile in loop.switch.course[:1]] == [feedback.FAST]
+    assert loop.profile == feedback.FULL
+
+
+def test_the_switch_holds_longer_after_a_return_that_did_not_last():
+    switch = feedback.Switch(OBJECTIVES, 1.5)
+    late, hold = OBJECTIVES.first_token_seconds, feedback.HOLD * OBJECTIVES.first_token_seconds
+    switch.look(0.0, late, 0.001)
+    switch.look(hold + 0.1, 0.0, 0.001)
+    assert [profile for _, profile in switch.course] == [feedback.FAST, feedback.FULL]
+    switch.look(hold + 0.2, late, 0.001)
+    switch.look(2 * hold + 0.4, 0.0, 0.001)
+    assert switch.profile == feedback.FAST and switch.factor == 2 * feedback.HOLD
+    switch.look(3 * hold + 0.4, 0.0, 0.001)
+    assert switch.profile == feedback.FULL
+
+
+def test_the_switch_does_not_return_to_a_profile_that_would_miss_the_objective():
+    switch = feedback.Switch(OBJECTIVES, 2.0)
+    switch.look(0.0, OBJECTIVES.first_token_seconds, 0.0)
+    for second in range(1, 200):
+        switch.look(float(second), 0.0, 0.6 * OBJECTIVES.token_seconds)
+    assert switch.profile == feedback.FAST
+
+
+def test_rows_end_in_the_profile_where_they_began():
+    current = 0
+    engines = [SimulatedEngine(one, jitter=False) for one in (times(), faster())]
+    both = Profiles(engines, lambda: current)
+    first, second = (Request(i, 0.0, 16, 4) for i in range(2))
+    both.prefill([first])
+    current = 1
+    both.prefill([second])
+    alone = [engine.times.decode(1, 17) for engine in engines]
+    assert both.decode() == pytest.approx(sum(alone))
+    assert both.owner == {0: 0, 1: 1}
+    both.leave([0])
+    assert both.decode() == pytest.approx(alone[1])
+
+
+def test_times_by_mean_keep_the_mean_of_every_call():
+    skewed = replace(times(), decode_ratios=(1.0, 1.0, 4.0), prefill_ratios=(0.5, 1.0))
+    told = by_mean(skewed)
+    assert told.decode(4, 32) * np.mean(told.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
+    assert np.mean(told.decode_ratios) == pytest.approx(1) and told.prefill(1, 32) < skewed.prefill(1, 32)
+    assert told.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
+
+
+# --- shadow runs and drafting ----------------------------------------------------------------------------------------
+
+
+def test_answers_together_are_the_greedy_ones(tiny, name):
+    from lib.optimizations.feedback_mechanisms import speculative
+
+    model = tiny(name)
+    prompts = [torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 12)]
+    together = shadow.answers(model, prompts, 6)
+    alone = [speculative.generate(model, model, prompt_T, 6, feedback.fixed(0))[0] for prompt_T in prompts]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone))
+
+
+def test_a_broken_profile_is_a_copy_and_loses_more(tiny, name):
+    model = tiny(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    damaged = shadow.broken(model, 4.0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    prompts = [torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    assert np.mean(shadow.disagreements(model, prompts, shadow.answers(damaged, prompts, 8))) > 0.2
+
+
+def test_trials_of_a_guard_find_a_planted_fault_and_spare_a_sound_profile():
+    sound = shadow.trials(lambda i: guard(seed=i), [0.0, 0.05, 0.1], 200, 60)
+    faulty = shadow.trials(lambda i: guard(seed=i), [0.5, 0.7, 0.9], 200, 60)
+    assert sound["caught"] <= 0.02 and sound["error"] < 0.05
+    assert faulty["caught"] == 1 and np.median(faulty["delays"]) < 20
+
+
+def test_looking_often_with_a_plain_test_raises_false_alarms_and_the_guard_does_not():
+    pool, windows = [0.0, 0.1, 0.2, 0.3, 0.4], 500
+    plain = shadow.peeking(0.2, pool, windows, 100)
+    ours = shadow.trials(lambda i: guard(usual=0.1, margin=0.1, seed=i), pool, windows, 100)
+    assert plain > 0.03 and ours["caught"] <= 0.015
+
+
+def test_the_stream_takes_a_broken_profile_back_and_nothing_before():
+    watched = shadow.stream(guard(cool_down=1000), lambda at: [0.9] if at >= 50 else [0.0, 0.1], 10.0, 100.0)
+    assert watched.first("rolled back") > 50 and watched.first("rolled back", 50) < 56
+    assert not watched.course[-1][1]
+
+
+def test_the_spinner_takes_every_core_and_gives_it_back():
+    with scenarios.Spinner() as spinner:
+        spinner.start()
+        spinner.start()
+        assert len(spinner.processes) == len(disturbance.cores())
+        children = list(spinner.processes)
+    assert all(one.poll() is not None for one in children) and not spinner.processes

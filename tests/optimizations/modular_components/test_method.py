@@ -1,0 +1,269 @@
+"""Parts found in the folder, their order and refusals; the caller is left alone; a live model gets everything back."""
+
+import types
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.checkpoints import io
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common import discovery
+from lib.optimizations.common.recipe import Step
+from lib.optimizations.modular_components import hot_swap, traits
+from lib.optimizations.modular_components import method as composing
+
+STEMS = discovery.stems()
+PRUNING, FACTORS, SPARSE = "structured_pruning", "tensor_decomposition", "sparse_neural_networks"
+
+
+def step(stem: str, **knobs) -> Step:
+    light = {PRUNING: {"ratio": 0.2}, FACTORS: {"method": "plain"}, SPARSE: {"method": "magnitude"}}
+    return Step(optimization=stem, knobs=light.get(stem, {}) | knobs)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_what_changes_a_model_says_how_it_composes(stem):
+    module = discovery.method(stem)
+    if hasattr(module, "apply"):
+        assert hasattr(module, "COMPOSES"), (
+            f"{stem}: it has apply, so it must say what it touches, needs and takes away"
+        )
+        composing.check(stem, module)
+
+
+def test_parts_are_found_by_walking_the_folder():
+    assert set(composing.parts()) == {stem for stem in STEMS if hasattr(discovery.method(stem), "COMPOSES")}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"needs": ("whole chanels",)}, 'needs: unknown "whole chanels"'),
+        ({"touches": ("souls",)}, 'touches: unknown "souls"'),
+        ({"trial": {"speed": 3}}, 'trial: unknown "speed"'),
+        ({"wants": ()}, 'key "wants"'),
+    ],
+)
+def test_a_faulty_descriptor_is_named(change, says):
+    sound = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
+    module = types.SimpleNamespace(apply=None, applies_to=None, KNOBS={}, COMPOSES=sound)
+    composing.check("twelfth", module)
+    module.COMPOSES = sound | change
+    with pytest.raises(UserError, match=says):
+        composing.check("twelfth", module)
+
+
+def test_order_follows_needs_whatever_is_given(tiny, name):
+    model = tiny(name)
+    wanted = [PRUNING, FACTORS, SPARSE]
+    for given in (wanted, wanted[::-1], [SPARSE, PRUNING, FACTORS]):
+        arranged = composing.order([step(stem) for stem in given], model)
+        assert [one.optimization for one in arranged] == wanted
+    assert composing.refusal([step(SPARSE), step(PRUNING)], model)
+    routed = any(block.feed_forward.experts for block in anatomy(model).blocks)
+    assert (composing.refusal([step(FACTORS), step(PRUNING)], model) is None) == routed, (
+        "experts in factors can still be removed, channels in factors cannot"
+    )
+
+
+def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
+    made = {}
+    for stem, needed, lost in (
+        ("one", "whole matrices", "stock attention"),
+        ("two", "stock attention", "whole matrices"),
+    ):
+        described = {"touches": (), "needs": (needed,), "invalidates": (lost,), "trial": {}}
+        made[stem] = types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=None, applies_to=lambda model: None)
+    monkeypatch.setattr(composing, "parts", lambda: made)
+    model = tiny("qwen3-coder-30b")
+    with pytest.raises(
+        UserError, match="cannot be ordered: one takes away stock attention, which two needs; two takes"
+    ):
+        composing.order([Step(optimization="one"), Step(optimization="two")], model)
+    with pytest.raises(UserError, match="cannot be ordered"):
+        composing.compose(model, [], [Step(optimization="one"), Step(optimization="two")])
+    kept, left = composing.orderable([Step(optimization="two"), Step(optimization="one")], model)
+    assert [one.optimization for one in kept] == ["one"]
+    assert left["two"].startswith("these steps cannot be ordered: one takes away stock attention")
+
+
+def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, batch):
+    model = tiny(name)
+    before = io.weights_hash(model)
+    identity = composing.compose(model, [batch], [])
+    assert io.weights_hash(identity.model) == before and identity.model is not model and identity.steps == []
+    composed = composing.compose(model, [batch], [step(SPARSE), step(FACTORS), step(PRUNING)])
+    assert [one.optimization for one in composed.steps] == [PRUNING, FACTORS, SPARSE]
+    assert io.weights_hash(model) == before != io.weights_hash(composed.model)
+    assert torch.isfinite(composed.model(**batch).logits).all()
+
+
+def test_a_pipeline_is_its_steps_one_by_one(tiny, name, batch):
+    from lib.optimizations.sparse_neural_networks import method as sparse_neural_networks
+    from lib.optimizations.structured_pruning import method as structured_pruning
+
+    model = tiny(name)
+    by_hand = structured_pruning.apply(model, [batch], ratio=0.2)
+    by_hand = sparse_neural_networks.apply(by_hand, [batch], method="magnitude")
+    composed = composing.compose(model, [batch], [step(PRUNING), step(SPARSE)]).model
+    assert io.weights_hash(composed) == io.weights_hash(by_hand)
+
+
+def _worked(steps):
+    return composing.Outcome(steps, "works", None)
+
+
+def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    twice = [step(FACTORS, compression=0.4), step(PRUNING, ratio=0.2)]  # experts in factors can still be removed
+    fresh = composing.compose(model, [batch], twice, arrange=False)
+    again = composing.compose(model, [batch], [*twice, step(PRUNING, ratio=0.1)], arrange=False)
+    stale = next(iter(composing.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
+    assert (fresh.observations, again.observations) == (1, 2)
+    assert io.weights_hash(stale) != io.weights_hash(fresh.model), "old statistics chose the same experts"
+    by_hand = composing.compose(composing.compose(model, [batch], twice[:1]).model, [batch], twice[1:]).model
+    assert io.weights_hash(fresh.model) == io.weights_hash(by_hand)
+
+
+def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
+    model, sample = tiny(name), batch["input_ids"]
+    options = {"random_weights": True}
+    singles = {s: composing.attempt(model, [batch], [step(s)], sample, **options) for s in (PRUNING, FACTORS, SPARSE)}
+    assert {one.state for one in singles.values()} == {"works"}
+    pairs = composing.ordered_pairs(model, [batch], singles, sample, **options)
+    assert len(pairs) == 6 and {one.state for one in pairs.values()} <= {"works", "refused"}
+    assert all(one.reason for one in pairs.values() if one.state == "refused")
+    works = [key for key, one in pairs.items() if one.state == "works"]
+    assert composing.modularity(pairs) == len(works) / 6 and (PRUNING, SPARSE) in works
+    forced = composing.attempt(model, [batch], pairs[SPARSE, PRUNING].steps, sample, checked=False, **options)
+    assert forced.state in ("refused", "crashed"), "the refusal was right"
+    assert composing.stale(model, [batch], pairs).keys() <= set(works)
+
+
+def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
+    def crash(model, calibration):
+        raise RuntimeError("no such kernel")
+
+    def silence(model, calibration):
+        muted = composing.copy.deepcopy(model)
+        anatomy(muted).final_norm.weight.fill_(float("nan"))
+        return muted
+
+    described = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
+    made = {
+        stem: types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=apply, applies_to=lambda model: None)
+        for stem, apply in (("crash", crash), ("silence", silence))
+    }
+    monkeypatch.setattr(composing, "parts", lambda: made)
+    model = tiny("qwen3-4b-instruct-2507")
+    outcomes = [composing.attempt(model, [], [Step(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")]
+    assert [one.state for one in outcomes] == ["crashed", "invalid"]
+    assert outcomes[0].reason == "RuntimeError: no such kernel" and "not finite" in outcomes[1].reason
+
+
+def test_bad_requests_are_named(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    with pytest.raises(UserError, match=r'no optimization "structured_prunning".*structured_pruning'):
+        composing.compose(model, [batch], [Step(optimization="structured_prunning")])
+    with pytest.raises(UserError, match=r'structured_pruning has no knob "ration".*ratio'):
+        composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"ration": 0.2})])
+    with pytest.raises(UserError, match="structured_pruning needs whole channels, which sparse_neural_networks takes"):
+        composing.compose(model, [batch], [step(SPARSE), step(PRUNING)], arrange=False)
+    sparse = composing.compose(model, [batch], [step(SPARSE)]).model
+    with pytest.raises(UserError, match=r"structured_pruning cannot be applied here: whole channels: .* stored sparse"):
+        composing.compose(sparse, [batch], [step(PRUNING)])
+
+
+def test_traits_are_read_from_the_model(tiny, name, batch):
+    model = tiny(name)
+    assert traits.lacking(model, tuple(traits.TRAITS)) is None
+    sparse = composing.compose(model, [batch], [step(SPARSE)]).model
+    for trait in ("whole matrices", "dense matrices"):
+        assert traits.lacking(sparse, [trait])
+    sparse.config.get_text_config()._attn_implementation = "something_else"
+    assert "something_else" in traits.lacking(sparse, ["stock attention"])
+    with pytest.raises(UserError, match="unknown trait"):
+        traits.lacking(model, ["dense"])
+
+
+def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tmp_path):
+    """Sparse cores between shared factors, against the same zeros multiplied densely; then the way to disk."""
+    model = tiny("glm-4.7-flash")
+    wanted = [step(FACTORS), step(SPARSE, sparsity=0.5)]
+    made = composing.compose(model, [batch], wanted).model
+    dense = composing.compose(model, [batch], [step(FACTORS), step(SPARSE, sparsity=0.5, execute="dense")]).model
+    experts = next(b.feed_forward.experts.module for b in anatomy(made).blocks if b.feed_forward.experts)
+    assert type(experts).__name__ == "SparseExperts"
+    assert experts.input_factor is not None or experts.output_factor is not None, "no stack of experts was factored"
+    torch.testing.assert_close(made(**batch).logits, dense(**batch).logits, atol=1e-4, rtol=1e-4)
+    back = io.load_folder(io.save(made, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(made)
+    torch.testing.assert_close(back(**batch).logits, made(**batch).logits, atol=1e-4, rtol=1e-4)
+
+
+# --- a live model ----------------------------------------------------------------------------------------------------
+
+
+def test_a_live_model_gets_everything_back(tiny, name, batch):
+    model = tiny(name)
+    prompt, before, logits = batch["input_ids"][:1], io.weights_hash(model), model(**batch).logits
+    other = composing.compose(model, [batch], [step(PRUNING)]).model
+    changed, theirs = io.weights_hash(other), other(**batch).logits
+    serving = hot_swap.Live(model)
+    answer = serving.generate(prompt, 6)
+    serving.swap(other)
+    assert io.weights_hash(model) == changed and torch.equal(model(**batch).logits, theirs)
+    with pytest.raises(UserError, match="swapped in already"):
+        serving.swap(other)
+    serving.revert()
+    assert io.weights_hash(model) == before and torch.equal(model(**batch).logits, logits)
+    assert torch.equal(serving.generate(prompt, 6), answer)
+    with pytest.raises(UserError, match="nothing to revert"):
+        serving.revert()
+
+
+def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    prompt, before = batch["input_ids"][:1], io.weights_hash(model)
+    other = composing.compose(model, [batch], [step(PRUNING, ratio=0.4)]).model
+    serving, ran = hot_swap.Live(model), []
+    experts = lambda: anatomy(model).blocks[-1].feed_forward.experts.count  # noqa: E731
+
+    def between(count: int) -> None:
+        ran.append(experts())
+        if count == 2:
+            serving.swap(other)
+        if count == 4:
+            serving.revert()
+
+    serving.generate(prompt, 6, between)
+    assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and io.weights_hash(model) == before
+    report = hot_swap.trial(serving, other, prompt, 6)
+    assert report.reason is None and len(report.waits) == 2 and serving.kept is None
+
+
+def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    other = composing.compose(model, [batch], [step(PRUNING, granularity="heads", ratio=0.1)]).model
+    assert hot_swap.cache_shape(model) != hot_swap.cache_shape(other)
+    serving, prompt = hot_swap.Live(model), batch["input_ids"][:1]
+    with pytest.raises(UserError, match=r"1 request under way.*Swap between requests"):
+        serving.generate(prompt, 4, lambda count: serving.swap(other))
+    assert serving.requests == 0 and serving.kept is None
+    report = hot_swap.trial(serving, other, prompt, 6)
+    assert "Swap between requests" in report.reason and len(report.waits) == 2
+
+
+def test_what_cannot_be_exchanged_is_refused(tiny):
+    one, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b")
+    with pytest.raises(UserError, match="in the place of"):
+        hot_swap.exchange(one, other)
+    bound = tiny("qwen3-4b-instruct-2507", seed=1)
+    bound.answer = types.MethodType(lambda self: None, bound)
+    with pytest.raises(UserError, match="answer belongs to its object"):
+        hot_swap.exchange(one, bound)
+    wrapped = tiny("qwen3-4b-instruct-2507", seed=1)
+    wrapped.forward = lambda *arguments, **options: None
+    report = hot_swap.trial(hot_swap.Live(one), wrapped, torch.tensor([[9, 10, 11]]), 4)
+    assert "forward belongs to its object" in report.reason and report.waits == []

@@ -1,0 +1,252 @@
+"""Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
+
+import sys
+import types
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement
+from lib.measure.metrics import settings as efforts
+from lib.measure.timing import rounds
+from lib.models import loading
+from lib.models.checkpoints import io
+from lib.models.parameters import read
+from lib.optimizations.common import interactions, recipe, shapley
+from lib.optimizations.common.recipe import Step
+from lib.optimizations.modular_components import method as composing
+from lib.optimizations.pre_vs_post_optimization import method as comparing
+
+PRUNING, FACTORS, SPARSE = "structured_pruning", "tensor_decomposition", "sparse_neural_networks"
+STEPS = [
+    Step(optimization=PRUNING, knobs={"ratio": 0.2}),
+    Step(optimization=FACTORS, knobs={"method": "plain"}),
+    Step(optimization=SPARSE, knobs={"method": "magnitude"}),
+]
+
+
+def _loaded(model, name: str) -> loading.Loaded:
+    """A tiny random model as `load` would give it: without a tokenizer, answers meaning nothing."""
+    return loading.Loaded(
+        model, None, None, read(name), name, "proxy", "cpu", torch.float32, None, random_weights=True, seconds=0.0
+    )
+
+
+def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    stored = recipe.Stack(model=model.name_or_path or "m", scale="proxy", stack=STEPS[::-1], chosen_by="a search")
+    monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
+    found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    assert found.steps == STEPS and found.origin.startswith("a search") and found.considered == []
+
+
+def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    stored = recipe.Stack(model="m", scale="proxy", stack=[], chosen_by="a search")
+    monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
+    default = comparing.Chosen(STEPS, "the default rule")
+    monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
+    found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    assert found.steps == STEPS and found.origin == "a search chose to change nothing; instead the default rule"
+
+
+def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
+    name = "qwen3-4b-instruct-2507"
+    other = recipe.Stack(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
+    path = recipe.path_of(name, "proxy", tmp_path)
+    recipe.write(other, tmp_path).rename(path)
+    finding = recipe.find
+    monkeypatch.setattr(recipe, "find", lambda name, scale: finding(name, scale, tmp_path))
+    with pytest.raises(UserError, match="a stack of qwen3-vl-2b"):
+        comparing.chosen(_loaded(tiny(name), name), [])
+
+
+def _parts(**applied):
+    described = {"touches": ("weights",), "needs": (), "invalidates": (), "trial": {}}
+    return {
+        stem: types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=apply, applies_to=lambda model: None)
+        for stem, apply in applied.items()
+    }
+
+
+def _copy(model, calibration):
+    return composing.copy.deepcopy(model)
+
+
+def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeypatch):
+    """Speeds are planted: a part that is faster stays; one that is slower, or refuses, goes."""
+
+    def refuse(model, calibration):
+        raise UserError("not today")
+
+    monkeypatch.setattr(composing, "parts", lambda: _parts(brisk=_copy, idle=_copy, tardy=_copy, unwilling=refuse))
+    planted = iter([0.3, 0.0, -0.5])
+    monkeypatch.setattr(comparing, "_faster", lambda *arguments: next(planted))
+    name = "qwen3-4b-instruct-2507"
+    found = comparing.default_stack(_loaded(tiny(name), name), [batch])
+    assert [one.optimization for one in found.steps] == ["brisk"]
+    assert [(row["step"], row["kept"]) for row in found.considered] == [
+        ("brisk", True), ("idle", False), ("tardy", False), ("unwilling", False),
+    ]  # fmt: skip
+    assert "neither faster" in found.considered[1]["why"] and "not today" in found.considered[3]["why"]
+
+
+def test_where_nothing_pays_the_least_harmful_part_is_taken(tiny, batch, monkeypatch):
+    name = "qwen3-4b-instruct-2507"
+    monkeypatch.setattr(composing, "parts", lambda: _parts(one=_copy, two=_copy))
+    monkeypatch.setattr(comparing, "_faster", lambda *arguments: -0.5)
+    found = comparing.default_stack(_loaded(tiny(name), name), [batch])
+    assert len(found.steps) == 1 and "none pays" in found.origin
+
+    def refuse(model, calibration):
+        raise UserError("never")
+
+    monkeypatch.setattr(composing, "parts", lambda: _parts(one=refuse))
+    with pytest.raises(UserError, match="no part works alone"):
+        comparing.default_stack(_loaded(tiny(name), name), [batch])
+
+
+def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
+    tried, attempt = [], composing.attempt
+
+    def watched(*arguments, **options):
+        outcome = attempt(*arguments, **options)
+        tried.append(weakref.ref(outcome.model) if outcome.model is not None else lambda: None)
+        return outcome
+
+    held, parts = [], composing.parts
+
+    def imported():
+        held.append(sys._getframe()) if not held else None  # as a failed import within does, by its traceback
+        return parts()
+
+    monkeypatch.setattr(composing, "parts", imported)
+    monkeypatch.setattr(composing, "attempt", watched)
+    monkeypatch.setattr(comparing.stacks, "find", lambda *_: None)
+    comparing.chosen(_loaded(tiny(name), name), [batch])
+    assert tried and all(one() is None for one in tried)
+
+
+def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
+    model = tiny(name)
+    parts = comparing.groups(STEPS)
+    assert list(parts) == [PRUNING, FACTORS, SPARSE]
+    made = comparing.every_subset(model, [batch], parts)
+    assert set(made) == set(shapley.subsets(list(parts))) and made[()] is model
+    for subset in ((FACTORS,), (PRUNING, SPARSE), (PRUNING, FACTORS, SPARSE)):
+        steps = [step for part in subset for step in parts[part]]
+        whole = composing.compose(model, [batch], steps).model
+        assert io.weights_hash(made[subset]) == io.weights_hash(whole)
+    assert comparing.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
+
+
+def test_long_stacks_are_grouped_and_names_stay_apart():
+    five = [*STEPS, *STEPS[:2]]
+    found = comparing.groups(five)
+    assert list(found) == [PRUNING, FACTORS, SPARSE, f"{PRUNING} + {FACTORS}"]
+    assert [step for part in found.values() for step in part] == five
+    assert list(comparing.groups([STEPS[0], STEPS[0]])) == [PRUNING, f"{PRUNING} 2"]
+    assert list(comparing.groups(STEPS, 1)) == [f"{PRUNING} + {FACTORS} + {SPARSE}"]
+
+
+def test_attribution_adds_up_to_the_whole():
+    random = np.random.default_rng(0)
+    names = [interactions.named(*subset) for subset in shapley.subsets(("x", "y"))]
+    seconds = {name: list(np.exp(random.normal(size=12))) for name in names}
+    timed = {"prefill": rounds.Rounds(seconds, 1, [None] * 12, [names] * 12)}
+    rows = comparing.attribute(["x", "y"], timed, {name: random.normal(size=8) for name in names})
+    for what in ("prefill", "loss"):
+        of = {row["part"]: row["mean"] for row in rows if row["what"] == what}
+        assert of["x"] + of["y"] == pytest.approx(of["the whole stack"])
+
+
+def test_the_only_part_has_the_whole_gain(tiny, batch):
+    from lib.measure.compare import speed
+
+    model = tiny("qwen3-4b-instruct-2507")
+    pruned = composing.compose(model, [batch], STEPS[:1]).model
+    prompt_BT = torch.arange(8, 40)[None]
+    compared = speed.compare(model, pruned, prompt_BT, "quick", names=("prefill", "decode"), with_energy=False)
+    timed = comparing.one_part(PRUNING, compared.timed)
+    assert set(timed) == {"prefill", "decode"}
+    pairs = timed["decode"].pairs(interactions.BASELINE, PRUNING)
+    assert pairs.order == compared.timed["decode"].pairs.order
+    for row in comparing.attribute([PRUNING], timed, {}):
+        gain = -float(np.mean(compared.timed[row["what"]].pairs.differences))
+        assert row["mean"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
+
+
+def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    before = io.weights_hash(model)
+    applied = comparing.apply_stack(model, [batch], STEPS[:1])
+    assert applied.seconds > 0 and applied.joules > 0 and applied.provenance in ("measured", "estimated")
+    assert io.weights_hash(model) == before != io.weights_hash(applied.model)
+
+
+def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefill_tokens_per_second"):
+    return measurement.judged(
+        metric, metric.split("_")[0], baseline=baseline, optimized=optimized, ratio=optimized / baseline,
+        verdict=verdict, provenance="measured", source="planted",
+    )  # fmt: skip
+
+
+def test_break_even_is_what_was_spent_over_what_a_token_saves():
+    applied = comparing.Applied(torch.nn.Identity(), [], 10.0, 30.0, "estimated", "planted")
+    energy = _rate("better", 0.02, 0.01, "energy_joules_per_token")
+    found = comparing.returns(
+        applied, [_rate("better", 100.0, 200.0), _rate("worse", 50.0, 40.0, "decode_tokens_per_second"), energy]
+    )
+    told = {one.workload: one for one in found if one.metric == "break_even_tokens"}
+    assert told["prefill, by time"].optimized == pytest.approx(10.0 / (0.01 - 0.005))
+    assert told["energy, by energy"].optimized == pytest.approx(30.0 / 0.01)
+    assert told["energy, by energy"].provenance == "estimated"
+    assert told["decode, by time"].verdict == "unavailable" and "worse" in told["decode, by time"].reason
+    rows = comparing.account(applied, _rate("better", 100.0, 200.0))
+    at = {(row["arm"], round(row["strength"], 6)): row["value"] for row in rows}
+    assert at["before", 4.0] == pytest.approx(40.0) and at["after, with applying", 4.0] == pytest.approx(30.0)
+    assert at["after, with applying", 0.0] == 10.0
+    never = comparing.account(applied, _rate("worse", 100.0, 50.0))
+    assert max(row["strength"] for row in never) == pytest.approx(10 * 10.0 * 100 / 1000)
+
+
+def test_a_sweep_has_every_point_with_its_control(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    pruned = composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"saliency": "random"})]).model
+    prompt = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = comparing.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
+    assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
+    assert all(one.noise_floor is not None and one.ci and one.n == 6 for one in found)
+    assert [(row["arm"], row["strength"]) for row in comparing.gains(found)] == [
+        ("decode", 2),
+        ("prefill", 16),
+        ("prefill", 64),
+    ]
+    both = [_rate("better", 1.0, 2.0), _rate("better", 1.0, 3.0, "decode_tokens_per_second")]
+    known = comparing.points_known([*both, *found], 32, 4)
+    assert [(row["arm"], row["strength"], row["value"]) for row in comparing.gains(known)] == [
+        ("decode", 1, 3.0),
+        ("prefill", 32, 2.0),
+    ]
+
+
+def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
+    from lib.measure.quality import evaluate
+
+    seen = []
+
+    def recall(loaded, distance, count, seed):
+        seen.append((loaded.model, distance))
+        return evaluate.Recalled(distance, np.array([True, False, True, True]))
+
+    monkeypatch.setattr(evaluate, "recall", recall)
+    name = "qwen3-4b-instruct-2507"
+    loaded, other = _loaded(tiny(name), name), tiny(name, seed=1)
+    size = replace(efforts.EFFORTS["quick"], recall_prompts=4)
+    found = comparing.recall(loaded, other, size, (64, 512), resamples=50)
+    assert [one.workload for one in found] == ["generate, 64 tokens back", "generate, 512 tokens back"]
+    assert [distance for _, distance in seen] == [64, 64, 512, 512] and seen[1][0] is other

@@ -1,0 +1,109 @@
+"""All variants together on tiny models: the same answers, nothing of the caller's model touched, and back again."""
+
+import copy
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.roofline import cost_model
+from lib.measure.timing import workloads
+from lib.measure.trackers import memory, memory_child
+from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
+from lib.models.offload import streamer
+from lib.optimizations.sparse_neural_networks import method as sparse_neural_networks
+from lib.optimizations.streaming_computation import method as streaming
+from lib.optimizations.streaming_computation import reading
+from lib.optimizations.structured_pruning import method as structured_pruning
+from lib.optimizations.tensor_decomposition import method as tensor_decomposition
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def ids_of(length: int = 40) -> torch.Tensor:
+    return torch.randint(8, 96, (2, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_it_answers_like_the_model_it_was_given(tiny, name, ratio):
+    model = tiny(name)
+    before = io.weights_hash(model)
+    other = streaming.apply(model, memory_ratio=ratio, prefill_chunk=7)
+    torch.testing.assert_close(other(ids_of()).logits, model(ids_of()).logits, **CLOSE)
+    work = [workloads.generate(one, ids_of(), 8) for one in (model, other)]
+    for one in work:
+        one()
+    assert torch.equal(work[0].output_BN, work[1].output_BN)
+    assert io.weights_hash(model) == before and "forward" not in model.__dict__
+    assert mla_absorption.is_absorbed(other) == streaming.has_latents(model)
+    assert cost_model.weights_bytes(other) <= max(ratio, 1.0 * (ratio == 1.0)) * cost_model.weights_bytes(model) * 1.001
+    back = streaming.revert(other)
+    assert io.weights_hash(back) == before
+    torch.testing.assert_close(back(ids_of()).logits, model(ids_of()).logits, **CLOSE)
+
+
+def test_the_folder_goes_with_the_model(tiny):
+    other = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
+    folder = streamer.streamer(other).file.folder
+    assert folder.is_dir()
+    streamer.streamer(other).close()
+    other.kept_folder.cleanup()
+    assert not folder.exists()
+
+
+def test_what_streams_already_is_refused(tiny):
+    other = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
+    assert streaming.applies_to(other)
+    with pytest.raises(UserError, match="stream from a file already"):
+        streaming.apply(other)
+    with pytest.raises(UserError, match="cannot be copied"):
+        copy.deepcopy(other)
+
+
+@pytest.mark.parametrize("module", [structured_pruning, tensor_decomposition, sparse_neural_networks])
+def test_what_streams_cannot_be_changed_and_says_so(tiny, name, module):
+    other = streaming.apply(tiny(name), memory_ratio=0.6)
+    with pytest.raises(UserError, match="cannot be copied or changed"):
+        module.apply(other, [{"input_ids": ids_of()}])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory_ratio": 0.0},
+        {"memory_ratio": 1.5},
+        {"prefill_chunk": 0},
+        {"page_cache": "cold"},
+        {"memory_ratio": 0.06},
+    ],
+)
+def test_wrong_knobs_are_told_in_one_line(tiny, wrong):
+    with pytest.raises(UserError) as error:
+        streaming.apply(tiny("qwen3-4b-instruct-2507"), **wrong)
+    assert "\n" not in str(error.value) and ("expected" in str(error.value) or "smallest possible" in str(error.value))
+
+
+def test_a_child_process_opens_it_without_loading_it(tiny, tmp_path):
+    folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "checkpoint")
+    opener = "lib.optimizations.streaming_computation.method:open_folder"
+    arm = {"folder": str(folder), "prompt_tokens": 32, "new_tokens": 2}
+    found = memory.peak(memory.Arm(opener=opener, arguments={"memory_ratio": 0.6, "prefill_chunk": 8}, **arm))
+    assert found.reason is None and found.above_start_bytes > 0
+    with pytest.raises(UserError, match="smallest possible"):
+        memory_child.run(memory.Arm(opener=opener, arguments={"memory_ratio": 0.01}, **arm))
+
+
+def test_reads_are_counted_and_repeated_without_the_model(tiny, name):
+    other = streaming.apply(tiny(name), memory_ratio=0.5)
+    made = streamer.streamer(other)
+    work = workloads.decode(other, ids_of(12), 4)
+    found = reading.reads(other, work)
+    assert found.tokens == 8 and found.seconds > 0 and found.bandwidth > 0
+    assert found.bytes >= 3 * sum(
+        made.units[unit][0].place.nbytes for unit in made.plan.streamed if unit[:5] == "block"
+    )
+    (told,) = reading.measurements({"decode": found})
+    assert told.optimized == found.bytes / 8 and told.verdict == "worse"
+    work()
+    assert work.output_BN.shape == (2, 4)

@@ -1,0 +1,187 @@
+"""Pruned shapes against dense masks: removing a part must equal silencing it. Then shares, saliency, and disk."""
+
+import copy
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.checkpoints import io
+from lib.models.structure.anatomy import anatomy, synchronise
+from lib.optimizations.structured_pruning import method as pruning
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_removed_channels_equal_silenced_channels(tiny, name, batch):
+    masked, pruned = tiny(name), tiny(name)
+    for block, other in zip(anatomy(masked).blocks, anatomy(pruned).blocks):
+        if block.feed_forward.dense is not None:
+            kept = torch.arange(0, block.feed_forward.channels, 2)
+            block.feed_forward.down.weight[:, 1::2] = 0
+            pruning.keep_channels(other, kept)
+        if experts := block.feed_forward.experts:
+            kept_EJ = torch.stack([torch.randperm(32)[:8].sort().values for _ in range(experts.count)])
+            mask = torch.zeros(experts.count, 32).scatter_(1, kept_EJ, 1.0)
+            experts.down.mul_(mask[:, None, :])
+            pruning.keep_expert_channels(other.feed_forward.experts, kept_EJ)
+    assert close(synchronise(pruned)(**batch).logits, masked(**batch).logits)
+
+
+def test_removed_groups_equal_silenced_groups(tiny, name, batch):
+    masked, pruned = tiny(name), tiny(name)
+    for block, other in zip(anatomy(masked).blocks, anatomy(pruned).blocks):
+        attention = block.attention
+        output = attention.output.weight.view(attention.output.out_features, attention.key_value_heads, -1)
+        output[:, [0, 2]] = 0
+        pruning.keep_groups(other.attention, torch.tensor([1, 3]))
+    synchronise(pruned)
+    assert anatomy(pruned).blocks[0].attention.heads == anatomy(masked).blocks[0].attention.heads // 2
+    assert close(pruned(**batch).logits, masked(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-coder-30b"])
+def test_removed_experts_equal_experts_never_chosen(tiny, name, batch):
+    masked, pruned = tiny(name), tiny(name)
+    removed, kept = [1, 4, 6], torch.tensor([0, 2, 3, 5, 7])
+    for block, other in zip(anatomy(masked).blocks, anatomy(pruned).blocks):
+        if experts := block.feed_forward.experts:
+            _never_choose(experts.router, removed)
+            pruning.keep_experts(other.feed_forward.experts, kept)
+    assert close(synchronise(pruned)(**batch).logits, masked(**batch).logits)
+
+
+def _never_choose(router, removed):
+    """Route as if the experts `removed` did not exist, with the full-size router: their score is minus infinity."""
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias[removed] = -1e9
+        return
+    router_weight = router.weight
+
+    def forward(hidden):
+        logits = hidden.reshape(-1, hidden.shape[-1]) @ router_weight.T
+        logits[:, removed] = float("-inf")
+        weight, index = logits.float().softmax(-1).topk(router.top_k, dim=-1)
+        return logits, weight / weight.sum(-1, keepdim=True), index
+
+    router.forward = forward
+
+
+def test_removed_blocks_equal_skipped_blocks(tiny, name, batch):
+    whole, pruned = tiny(name), tiny(name)
+    pruning.remove_blocks(pruned, [2])
+    synchronise(pruned)
+    skipped = anatomy(whole).decoder.layers[2]
+    skipped.forward = lambda hidden_states, **kwargs: hidden_states
+    assert close(pruned(**batch).logits, whole(**batch).logits)
+    assert torch.equal(pruned.generate(**batch, max_new_tokens=4), pruned.generate(**batch, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("granularity", ["auto", *pruning.GRANULARITIES])
+def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
+    model = tiny(name)
+    if granularity == "experts" and not any(block.feed_forward.experts for block in anatomy(model).blocks):
+        with pytest.raises(UserError, match="no experts"):
+            pruning.apply(model, [batch], ratio=0.2, granularity=granularity)
+        return
+    before, size = io.weights_hash(model), pruning.decoder_parameters(model)
+    view = anatomy(model)
+    one_group = pruning._removable(view, "heads") / size / view.blocks[0].attention.key_value_heads
+    ratio = {"depth": 0.25, "heads": one_group}.get(granularity, 0.2)
+    pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
+    step = 1 / len(anatomy(model).blocks) if granularity == "depth" else 0.06
+    assert abs(1 - pruning.decoder_parameters(pruned) / size - ratio) < step, "as near as whole parts come"
+    expected = pruned(**batch).logits
+    own = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert torch.equal(own(**batch).logits, expected)
+    view = anatomy(own)
+    assert view.config.num_hidden_layers == len(view.blocks)
+    assert view.config.num_attention_heads == view.blocks[0].attention.heads
+    (tmp_path / "workbench.json").unlink()
+    assert torch.equal(io.load_folder(tmp_path, torch.float32)(**batch).logits, expected), "transformers' own loader"
+
+
+def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
+    model = tiny(name)
+    view = anatomy(model)
+    pruning.keep_groups(view.blocks[1].attention, torch.tensor([0, 3]))
+    pruning.keep_groups(view.blocks[2].attention, torch.tensor([1, 2, 3]))
+    if view.blocks[3].feed_forward.experts:
+        pruning.keep_experts(view.blocks[3].feed_forward.experts, torch.arange(5))
+    if view.blocks[0].feed_forward.dense is not None:
+        pruning.keep_channels(view.blocks[0], torch.arange(24))
+    synchronise(model)
+    back = io.load_folder(io.save(model, tmp_path), torch.float32)
+    assert torch.equal(back(**batch).logits, model(**batch).logits)
+
+
+def test_activation_finds_the_planted_idle_parts(tiny, batch):
+    """Parts idle on this text, though their weights are large, go first by activation, not by magnitude."""
+    model = tiny("qwen3-4b-instruct-2507")
+    idle = torch.arange(0, 16)
+    for block in anatomy(model).blocks:
+        block.feed_forward.up.weight[idle] = 0  # the channel's activation is zero …
+        block.feed_forward.gate.weight[idle] *= 50  # … though its weights are the largest
+        block.feed_forward.down.weight[:, idle] *= 10
+    expected = model(**batch).logits
+    by_activation, by_magnitude = (
+        pruning.apply(model, [batch], ratio=0.15, granularity="channels", saliency=saliency)
+        for saliency in ("activation", "magnitude")
+    )
+    assert close(by_activation(**batch).logits, expected)
+    assert not close(by_magnitude(**batch).logits, expected)
+
+
+def test_block_influence_finds_the_planted_idle_block(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    idle = anatomy(model).blocks[2]
+    idle.attention.output.weight.zero_()
+    idle.feed_forward.experts.down.zero_()
+    expected = model(**batch).logits
+    for criterion in ("influence", "divergence"):
+        pruned = pruning.apply(model, [batch], ratio=0.25, granularity="depth", depth_criterion=criterion)
+        assert close(pruned(**batch).logits, expected)
+
+
+def test_vision_blocks_with_deepstack_stay(tiny, batch):
+    model = tiny("qwen3-vl-2b")
+    first = [id(layer) for layer in anatomy(model).decoder.layers][: anatomy(model).fixed_blocks]
+    pruning.remove_blocks(model, pruning._least(torch.tensor([0.0, 0.0, 1.0, 2.0]), 1, anatomy(model).fixed_blocks))
+    assert [id(layer) for layer in anatomy(model).decoder.layers][: len(first)] == first
+
+
+def test_recovery_lowers_the_divergence(tiny, batch):
+    from lib.models.calibration.distillation import divergence
+
+    model = tiny("qwen3-coder-30b")
+    plain = pruning.apply(model, [batch], ratio=0.3)
+    recovered = pruning.apply(model, [batch], ratio=0.3, recovery_steps=20)
+    assert divergence(recovered, model, batch) < divergence(plain, model, batch)
+
+
+def test_random_saliency_is_repeatable_and_follows_the_seed(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    one, same, other = (pruning.apply(model, [], ratio=0.3, saliency="random", seed=seed) for seed in (1, 1, 2))
+    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
+
+
+def test_ratio_zero_changes_nothing(tiny, name, batch):
+    model = tiny(name)
+    assert io.weights_hash(pruning.apply(model, [batch], ratio=0.0)) == io.weights_hash(model)
+
+
+def test_bad_requests_are_named(tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    for ratio in (-0.1, 1.0, 0.95):
+        with pytest.raises(UserError, match="out of range"):
+            pruning.apply(model, [batch], ratio=ratio)
+    with pytest.raises(UserError, match="out of reach by heads; at most"):
+        pruning.apply(model, [batch], ratio=0.6, granularity="heads")
+    with pytest.raises(UserError, match="expected one of"):
+        pruning.apply(model, [batch], granularity="rows")
+    with pytest.raises(UserError, match="no token"):
+        pruning.apply(model, [], ratio=0.3)
+    assert copy.deepcopy(pruning.KNOBS)["ratio"]["default"] == 0.3

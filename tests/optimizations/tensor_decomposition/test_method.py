@@ -1,0 +1,319 @@
+"""Factors against numpy's SVD, against the dense matrices they stand for, and against what was asked of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models.calibration import blockwise
+from lib.models.calibration.distillation import divergence
+from lib.models.calibration.gram import Gram, linears, observe_grams
+from lib.models.checkpoints import io
+from lib.models.structure import factored
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.tensor_decomposition import low_rank as spectra
+from lib.optimizations.tensor_decomposition import method as td
+
+
+@pytest.fixture
+def text():
+    """Return two batches of calibration text: enough tokens for every covariance of the tiny models."""
+    ids = torch.randint(8, 96, (2, 6, 48), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": part} for part in ids]
+
+
+@pytest.fixture
+def correlated():
+    """Return a function: a matrix [rows, columns] and inputs [T, columns] whose directions differ much in size."""
+
+    def make(rows: int, columns: int):
+        random = torch.Generator().manual_seed(rows)
+        weight = torch.randn(rows, columns, generator=random)
+        mix = torch.randn(columns, columns, generator=random) * torch.logspace(0, -2, columns)
+        return weight, torch.randn(400, columns, generator=random) @ mix.T
+
+    return make
+
+
+def gram_of(x_TN: torch.Tensor) -> Gram:
+    return Gram(x_TN.double().T @ x_TN.double(), len(x_TN))
+
+
+def matrix_of(weight: torch.Tensor, side: str = "linear") -> td.Matrix:
+    return td.Matrix("layer", side, 0, weight)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+@pytest.mark.parametrize("rank", [1, 8, 24])
+def test_plain_factors_are_the_best_low_rank_matrix(shape, rank):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = td.spectrum(matrix_of(weight))
+    outer, inner = td.factorise(found, rank)
+    u, s, vt = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    assert np.allclose((outer @ inner).numpy(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-8)
+    assert np.allclose(found.energy_R[: len(s)].sqrt().numpy(), s, atol=1e-6)
+    assert outer.shape == (shape[0], rank) and inner.shape == (rank, shape[1])
+    assert torch.allclose(outer.norm(dim=0), inner.norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+def test_whitened_factors_are_the_best_on_calibration_inputs(correlated, shape):
+    """Against the textbook: SVD of W·S, cut, times S⁻¹. And never worse on these inputs than plain."""
+    weight, x_TN = correlated(*shape)
+    root = np.linalg.cholesky(x_TN.double().numpy().T @ x_TN.double().numpy())
+    u, s, vt = np.linalg.svd(weight.double().numpy() @ root, full_matrices=False)
+    for rank in (1, 4, 8, 16):
+        outer, inner = td.factorise(td.spectrum(matrix_of(weight), gram_of(x_TN)), rank)
+        reference = (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
+        errors = {
+            "whitened": outer @ inner,
+            "reference": torch.from_numpy(reference),
+            "plain": torch.matmul(*td.factorise(td.spectrum(matrix_of(weight)), rank)),
+        }
+        errors = {name: float((x_TN.double() @ (weight.double() - low).T).norm()) for name, low in errors.items()}
+        assert errors["whitened"] == pytest.approx(errors["reference"], rel=1e-3)
+        assert errors["whitened"] < errors["plain"]
+
+
+def test_an_input_that_is_never_active_needs_no_care(correlated):
+    weight, x_TN = correlated(40, 24)
+    x_TN[:, 3] = 0
+    outer, inner = td.factorise(td.spectrum(matrix_of(weight), gram_of(x_TN)), 23)
+    assert torch.isfinite(outer).all() and torch.isfinite(inner).all()
+    assert float((x_TN.double() @ (weight.double() - outer @ inner).T).norm() / (x_TN @ weight.T).norm()) < 1e-2
+
+
+@pytest.mark.parametrize("method", ["plain", "whitened"])
+def test_full_rank_changes_nothing(tiny, name, batch, text, method):
+    """Linear layers, latent projections, shared experts, and the Tucker form of stacked experts."""
+    model = tiny(name)
+    spectra = td.analyse(model, text, method)
+    full = {one.matrix.name: min(one.matrix.weight.shape) for one in spectra}
+    whole = td.apply(model, text, method=method, spectra=spectra, ranks=full)
+    assert len(factored.ranks(whole)) == len({one.matrix.module for one in spectra})
+    assert all(isinstance(m, factored.FactoredLinear) for b in anatomy(whole).blocks for m in _attention(b))
+    assert torch.allclose(whole(**batch).logits, model(**batch).logits, atol=2e-3, rtol=1e-3)
+
+
+def _attention(block):
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    return [part for part in (getattr(block.attention.module, one, None) for one in names) if part is not None]
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-coder-30b"])
+def test_tucker_keeps_the_leading_subspaces_of_the_unfolded_stacks(tiny, name):
+    """HOSVD: the shared factors span the leading singular vectors along hidden, the cores are the projections."""
+    model = tiny(name)
+    experts = anatomy(model).blocks[-1].feed_forward.experts
+    spectra = [one for one in td.analyse(model, [], "plain") if one.matrix.side != "linear"]
+    low = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra})
+    module = anatomy(low).blocks[-1].feed_forward.experts.module
+    gate_up = torch.einsum("eip,ph->eih", module.gate_up_proj, module.input_factor.weight)
+    down = torch.einsum("hq,eqi->ehi", module.output_factor.weight, module.down_proj)
+    _, _, v = torch.linalg.svd(experts.gate_up.flatten(0, 1), full_matrices=False)
+    u, _, _ = torch.linalg.svd(experts.down.transpose(0, 1).flatten(1), full_matrices=False)
+    assert torch.allclose(gate_up, experts.gate_up @ v[:8].T @ v[:8], atol=1e-4)
+    assert torch.allclose(down, torch.einsum("hq,gq,egi->ehi", u[:, :8], u[:, :8], experts.down), atol=1e-4)
+    assert module.gate_up_proj.shape[2] == module.down_proj.shape[1] == 8
+
+
+@pytest.mark.parametrize("method", td.METHODS)
+@pytest.mark.parametrize("compression", [0.15, 0.3])
+def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, method, compression):
+    model = tiny(name)
+    before = io.weights_hash(model)
+    low = td.apply(model, text, compression=compression, method=method, refine_steps=2)
+    assert io.weights_hash(model) == before, "the caller's model is left alone"
+    removed = 1 - td.decoder_bytes(low) / td.decoder_bytes(model)
+    assert compression - 1e-9 <= removed < compression + 0.06, "not less, and at most a step of rank more"
+    back = io.load_folder(io.save(low, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(low)
+    # Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there.
+    torch.testing.assert_close(back(**batch).logits, low(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_whitened_diverges_less_than_plain_at_equal_bytes(tiny, name, text):
+    """On text of the kind it was calibrated for, with ranks from the same budget."""
+    model = tiny(name)
+    spectra = {method: td.analyse(model, text, method) for method in ("plain", "whitened")}
+    ranks = td.allocate(model, spectra["whitened"], 0.2)
+    lost = {
+        method: sum(
+            float(divergence(td.apply(model, text, method=method, spectra=spectra[method], ranks=ranks), model, one))
+            for one in text
+        )
+        for method in spectra
+    }
+    assert lost["whitened"] < lost["plain"]
+
+
+def test_refinement_lowers_the_error_of_blocks_and_the_divergence(tiny, name, text):
+    model = tiny(name)
+    low = td.apply(model, text, compression=0.25, method="whitened")
+    refined = copy.deepcopy(low)
+    errors = blockwise.refine(refined, model, text, steps=30, learning_rate=3e-3)
+    assert len(errors) == 4 and all(after <= before for before, after in errors)
+    assert sum(after for _, after in errors) < 0.9 * sum(before for before, _ in errors)
+    kl = [sum(float(divergence(one, model, part)) for part in text) for one in (low, refined)]
+    assert kl[1] < kl[0]
+    dense = {id(p) for p in refined.parameters() if p.requires_grad}
+    assert not dense and factored.ranks(refined) == factored.ranks(low)
+
+
+def test_refinement_targets_the_original_stream(tiny, name, batch):
+    """Blocks left as they are see their own inputs and give their own outputs: error zero, padding left out."""
+    model = tiny(name)
+    assert all(before < 1e-9 for before, _ in blockwise.refine(copy.deepcopy(model), model, [batch], steps=3))
+
+
+def test_bfloat16_is_refined_in_float32(tiny, name, text):
+    model = tiny(name).to(torch.bfloat16)
+    low = td.apply(model, text, compression=0.2, method="refined", refine_steps=2)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(low(**text[0]).logits).all()
+
+
+def test_matrices_leave_out_routers_and_vision(tiny, name):
+    model = tiny(name)
+    found = td.matrices(model)
+    expected = sum(len(linears(model, block)) + 2 * bool(block.feed_forward.experts) for block in anatomy(model).blocks)
+    assert len(found) == expected and not any("gate.weight" in one.name or "visual" in one.name for one in found)
+    sides = {one.side for one in found}
+    assert sides == ({"linear", "input", "output"} if "glm" in name or "coder" in name else {"linear"})
+
+
+def test_the_budget_goes_where_energy_is(tiny, text):
+    """A matrix of low rank is cut to it and loses nothing; one with a flat spectrum stays dense."""
+    model = tiny("qwen3-4b-instruct-2507")
+    first, second = (anatomy(model).blocks[index].feed_forward.up for index in (1, 2))
+    thin = torch.randn(64, 8) @ torch.randn(8, 32)
+    first.weight.copy_(thin)
+    torch.nn.init.orthogonal_(second.weight)
+    ranks = td.allocate(model, td.analyse(model, [], "plain"), 0.1)
+    assert ranks["model.layers.1.mlp.up_proj"] == 8
+    assert ranks["model.layers.2.mlp.up_proj"] is None
+    for one in td.analyse(model, [], "plain"):
+        chosen = ranks[one.matrix.name]
+        assert chosen is None or (chosen % td.MULTIPLE == 0 and chosen < one.matrix.break_even)
+
+
+def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
+    """Cut matrices one at a time, further than they were weighed at: the estimate ranks them as the divergence does."""
+    model = tiny(name)
+    spectra = td.analyse(model, text)
+    predicted, found = [], []
+    for one in spectra[:: max(1, len(spectra) // 12)]:
+        if (rank := td.options(one)[0][0]) is None:
+            continue
+        ranks = {one.matrix.name: rank}
+        low = td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks)
+        predicted.append(td.predicted_divergence(spectra, ranks))
+        found.append(sum(float(divergence(low, model, part)) for part in text) / len(text))
+    assert len(found) >= 8
+    order = [np.argsort(np.argsort(values)) for values in (predicted, found)]
+    assert np.corrcoef(*order)[0, 1] > 0.6
+    assert 0.1 < np.median(np.array(predicted) / np.array(found)) < 10
+
+
+def test_the_rest_of_a_model_from_any_block_on_is_the_model(tiny, name, batch):
+    model = tiny(name)
+    (stream,) = blockwise.streams(model, [batch], in_float32=False)
+    expected = model(**batch).logits
+    for index in range(len(anatomy(model).blocks) + 1):
+        torch.testing.assert_close(blockwise.rest(model, stream, index), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["linear", "input", "output"])
+def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
+    """Small parts, and float32 in place of float64, give the same factors of a plain and of a random subspace."""
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(1))
+    matrix = matrix_of(weight, side)
+    whole = td.spectrum(matrix)
+    expected = torch.matmul(*td.factorise(whole, 8))
+    monkeypatch.setattr(spectra, "AT_ONCE", 100)
+    monkeypatch.setattr(spectra, "SMALL", 1)
+    parted = td.spectrum(matrix)
+    assert parted.vectors.dtype == torch.float32 and torch.allclose(
+        parted.energy_R, whole.energy_R, rtol=1e-3, atol=1e-6 * float(whole.energy_R[0])
+    )
+    assert torch.allclose(torch.matmul(*td.factorise(parted, 8)).double(), expected, atol=1e-3)
+    low = torch.matmul(*td.factorise(td.random_spectrum(matrix, torch.Generator().manual_seed(2)), 8))
+    assert torch.linalg.matrix_rank(low) == 8
+    assert (weight - low).norm() > (weight - expected).norm(), "plain is the best, so random is worse"
+
+
+def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny, name):
+    model = tiny(name)
+    one, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
+    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
+    assert 0.2 <= 1 - td.decoder_bytes(one) / td.decoder_bytes(model) < 0.26
+
+
+def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
+    model = tiny(name)
+    low = td.apply(model, [], method="plain", compression=0.2)
+    ours, theirs = anatomy(low), anatomy(model)
+    assert ours.embeddings.weight is theirs.embeddings.weight and ours.head.weight is theirs.head.weight
+    norms = [view.blocks[0].module.input_layernorm.weight for view in (ours, theirs)]
+    assert norms[0] is not norms[1], "what a recovery may train is a copy"
+
+
+def test_uniform_ranks_take_the_same_share_of_each_matrix(tiny, text):
+    model = tiny("qwen3-vl-2b")
+    spectra = td.analyse(model, text)
+    ranks = td.allocate(model, spectra, 0.3, "uniform")
+    assert (
+        1
+        - td.decoder_bytes(td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks))
+        / td.decoder_bytes(model)
+        >= 0.3
+    )
+    assert td.apply(model, text, compression=0.3, budget="uniform") is not None
+
+
+def test_a_factored_model_is_not_factored_again(tiny, text):
+    model = tiny("glm-4.7-flash")
+    spectra = td.analyse(model, [], "plain")
+    whole = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra})
+    assert "factored already" in td.applies_to(whole) and td.applies_to(model) is None
+    with pytest.raises(UserError, match="no matrix to compress"):
+        td.apply(whole, text)
+    half = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra[::2]})
+    assert td.applies_to(half) is None
+    assert td.decoder_bytes(td.apply(half, text, compression=0.05, method="whitened")) < td.decoder_bytes(half)
+
+
+def test_bad_requests_are_named(tiny, name, text):
+    model = tiny(name)
+    for compression in (0.0, 1.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="out of range; expected 0 < compression < 1"):
+            td.apply(model, text, compression=compression)
+    with pytest.raises(UserError, match=r"compression 0.99 is out of reach: .* at most 0\.\d\d"):
+        td.apply(model, text, compression=0.99)
+    with pytest.raises(UserError, match='method "tucker"; expected one of plain'):
+        td.apply(model, text, method="tucker")
+    with pytest.raises(UserError, match="no token"):
+        td.apply(model, [], method="whitened")
+    few = [{"input_ids": text[0]["input_ids"][:1, :20]}]
+    with pytest.raises(UserError, match=r"layers\.0\..*: 20 calibration tokens .* singular\. Give at least 32"):
+        td.apply(model, few)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="20 calibration tokens"):
+        patch.setattr(td, "observe_grams", None)  # said before anything is observed
+        td.apply(model, few)
+    assert td.apply(model, [], method="plain") is not None
+    spectra = td.analyse(model, [], "plain")
+    layer = spectra[0].matrix
+    for rank in (0, -8, min(layer.weight.shape) + 1):
+        with pytest.raises(UserError, match=rf"{layer.name}: rank {rank}; expected 1 <= rank <= \d+"):
+            td.apply(model, [], method="plain", spectra=spectra, ranks={layer.name: rank})
+    with pytest.raises(UserError, match="no matrix nowhere"):
+        td.apply(model, [], method="plain", spectra=spectra, ranks={"nowhere": 8})
+
+
+def test_grams_are_taken_once_for_shared_inputs(tiny, text):
+    model = tiny("qwen3-4b-instruct-2507")
+    grams = observe_grams(model, text).linear
+    query, key = (grams[f"model.layers.0.self_attn.{one}_proj"].sum for one in ("q", "k"))
+    assert torch.equal(query, key) and torch.linalg.matrix_rank(query) == 32

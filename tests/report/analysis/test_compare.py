@@ -1,0 +1,119 @@
+"""Two result sets: planted changes are found, no change is none, and what cannot be compared says why."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.report.analysis import compare
+from tests.report import samples
+
+STEM = ("structured_pruning", samples.MODELS[1])
+
+
+def _sets(old, new):
+    return {(c.metric, c.workload): c for c in compare.compare([old], [new])}
+
+
+def _changed(record, **fields):
+    return record.model_copy(update=fields)
+
+
+def _with(record, one):
+    kept = [m for m in record.measurements if m.metric != one.metric]
+    return record.model_copy(update={"measurements": [*kept, one]})
+
+
+def _whole(seed=0, gain=1.2, spread=0.01):
+    found = samples.whole(*STEM, gain=gain, seed=seed)
+    return _with(found, samples.paired("prefill_tokens_per_second", gain, spread, seed=seed))
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(1.2, "equivalent"), (1.1, "worse"), (1.35, "better")])
+def test_planted_changes_of_speed(gain, verdict):
+    change = _sets(_whole(spread=0.004), _whole(1, gain, spread=0.004))["prefill_tokens_per_second", "prefill"]
+    assert change.verdict == verdict and change.primary
+    assert change.low <= change.ratio <= change.high and change.ratio == pytest.approx(gain / 1.2, rel=0.01)
+    assert change.regression == (verdict == "worse") and "12 paired blocks" in change.how
+
+
+def test_a_machine_that_is_slower_today_is_no_regression():
+    old = _whole()
+    slow = _whole(1)
+    for m in slow.measurements:
+        if m.samples:
+            m.samples = {arm: [value / 3 for value in values] for arm, values in m.samples.items()}
+    assert not any(change.regression for change in _sets(old, slow).values())
+
+
+def test_noise_alone_is_no_regression():
+    """Forty runs against themselves: nothing in the family of them all; each a family of its own, at most a few."""
+    pairs = [(_whole(seed, spread=0.03), _whole(seed + 1, spread=0.03)) for seed in range(0, 80, 2)]
+    named = [[_changed(one, model=f"{i}") for one in pair] for i, pair in enumerate(pairs)]
+    together = compare.compare([old for old, _ in named], [new for _, new in named])
+    assert sum(c.primary and not c.reason for c in together) >= 200 and not [c for c in together if c.regression]
+    alone = [any(change.regression for change in _sets(*pair).values()) for pair in pairs]
+    assert sum(alone) <= 5  # 5 % of 40 are 2; more than 5 would be seen once in sixty
+
+
+def test_wide_samples_are_inconclusive():
+    change = _sets(_whole(spread=0.2), _whole(1, spread=0.2))["prefill_tokens_per_second", "prefill"]
+    assert change.verdict == "inconclusive"
+
+
+def test_a_time_that_fell_is_better():
+    old = _with(_whole(), samples.paired("time_to_first_token_ms", 1.0))
+    new = _with(_whole(1), samples.paired("time_to_first_token_ms", 1.3, seed=1))
+    change = _sets(old, new)["time_to_first_token_ms", "prefill"]
+    assert change.verdict == "better" and change.ratio == pytest.approx(1.3, rel=0.02) and not change.primary
+
+
+def test_counted_numbers_and_intervals():
+    old, new = _whole(), _whole(1)
+    heavier = measurement.counted("weights_bytes", "load", 7_240_000.0, 6_000_000.0, "sum of the tensors' bytes")
+    worse = samples.scored("f1_macro", 0.91, 0.80, "not_maintained", 0.01)
+    changes = _sets(old, _with(_with(new, heavier), worse))
+    weights, score = changes["weights_bytes", "load"], changes["f1_macro", "classify"]
+    assert weights.regression and weights.how == "counted, without spread" and weights.p is None
+    assert score.regression and "both intervals" in score.how
+    assert changes["parameters", "load"].verdict == "equivalent"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"effort": "thorough"}, "another effort: quick, thorough"),
+        ({"environment": samples.ENVIRONMENT | {"processor": "Another"}}, "another environment: processor"),
+        ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "another environment: threads None, 4"),
+        ({"scale": "slice"}, "another scale"),
+        ({"status": "failed", "reason": "x"}, "failed in the new set"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(fields, told):
+    changes = compare.compare([_whole()], [_changed(_whole(1), **fields)])
+    assert changes and all(change.verdict == "not comparable" and told in change.reason for change in changes)
+
+
+def test_metrics_that_cannot_be_compared_say_why():
+    old, new = _whole(), _whole(1)
+    lost = measurement.unavailable("weights_bytes", "load", "nobody counted")
+    estimated = measurement.counted("parameters", "load", 10, 5, "guess", "estimated")
+    kept = [m for m in new.measurements if m.metric not in ("prefill_flops_per_token", "weights_bytes", "parameters")]
+    changes = _sets(old, _changed(new, measurements=[*kept, lost, estimated]))
+    assert "unavailable in the new set: nobody counted" in changes["weights_bytes", "load"].reason
+    assert "derived in the old set, estimated" in changes["parameters", "load"].reason
+    assert "not measured in the new set" in changes["prefill_flops_per_token", "prefill"].reason
+
+
+def test_runs_on_one_side_only_and_the_same_run():
+    one, other = samples.whole("structured_pruning", samples.MODELS[0]), samples.whole("x", samples.MODELS[0])
+    reasons = {(c.optimization, c.reason) for c in compare.compare([one], [other])}
+    assert reasons == {("structured_pruning", "no run in the new set"), ("x", "no run in the old set")}
+    [same] = compare.compare([one], [one])
+    assert "the same run" in same.reason
+
+
+def test_holm_is_steeper_than_no_correction_and_not_than_bonferroni():
+    made = [
+        compare.Change("o", "m", "f1_macro", str(i), "", True, ratio=1.0, low=1.0, high=1.0, p=p)
+        for i, p in enumerate((0.01, 0.04, 0.03, 0.2))
+    ]
+    assert [c.p for c in compare._holm(made)] == pytest.approx([0.04, 0.09, 0.09, 0.2])

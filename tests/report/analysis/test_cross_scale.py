@@ -1,0 +1,48 @@
+"""Quality of one scale beside speed of another: never mixed up, never made from one scale alone."""
+
+from lib.measure.metrics import measurement
+from lib.report.analysis import cross_scale
+from lib.report.records import record
+from tests.report import samples
+
+DEEP = measurement.from_samples(
+    "full_depth_prefill_tokens_per_second", "prefill", [10.0] * 6, [12.0] * 6, source="blocks", floor=None,
+    provenance="derived",
+)  # fmt: skip
+
+
+def both():
+    proxy = samples.made()
+    rate = samples.timed("prefill_tokens_per_second", 1.62)
+    missing = measurement.unavailable("f1_macro", "classify", "random weights: answers carry no information")
+    cut = samples.made(measurements=[rate, missing, DEEP]).model_copy(update={"scale": "slice"})
+    return proxy, cut
+
+
+def test_each_number_keeps_its_scale_and_label():
+    (line,) = cross_scale.table(both()).values.tolist()
+    assert line[:2] == ["Structured pruning", samples.MODELS[1]]
+    assert "−0.4 points" in line[2].replace("-", "−") and "maintained" in line[2] and "measured" in line[2]
+    assert line[3].startswith("▲ 1.62× (") and "better" in line[3]
+    assert line[4].startswith("· 1.2") and "derived" in line[4] and "informative" in line[4]
+    heads = list(cross_scale.table(both()).columns)
+    assert "(proxy)" in heads[2] and "(slice)" in heads[3]
+
+
+def test_one_scale_alone_makes_no_line():
+    proxy, cut = both()
+    assert cross_scale.table([proxy]).empty and cross_scale.table([cut]).empty and cross_scale.table([]).empty
+    other = cut.model_copy(update={"model": samples.MODELS[0]})
+    assert cross_scale.table([proxy, other]).empty
+
+
+def test_the_other_scale_lies_beside(tmp_path):
+    proxy, cut = both()
+    for name, found in (("proxy", proxy), ("slice", cut)):
+        (tmp_path / name).mkdir()
+        record.write(found, tmp_path / name / f"{found.stem}.json")
+    other, found = cross_scale.beside(tmp_path / "proxy", "proxy")
+    assert other == "slice" and [one.scale for one in found] == ["slice"]
+    other, found = cross_scale.beside(tmp_path / "slice", "slice")
+    assert other == "proxy" and [one.scale for one in found] == ["proxy"]
+    assert cross_scale.beside(tmp_path / "nowhere" / "proxy", "proxy") == ("slice", [])

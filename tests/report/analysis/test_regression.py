@@ -1,0 +1,64 @@
+"""A record against earlier builds: compared with the newest comparable run, and where there is none, why."""
+
+import pytest
+
+from lib.errors import UserError
+from lib.report.analysis import regression
+from lib.report.records import history
+from tests.report import samples
+
+
+def _record(**changes):
+    made = samples.whole("structured_pruning", samples.MODELS[0], seed=changes.pop("seed", 0))
+    return made.model_copy(update=changes)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / history.NAME
+
+
+def test_without_a_history_nothing_is_claimed(path):
+    found = regression.against(_record(), path)
+    assert found.changes == [] == found.regressions and "No earlier run" in found.said
+
+
+def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
+    assert history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run", "aaaa1111")
+    other = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"processor": "Other 1"})
+    assert history.keep(path, [other], "proxy", "run", "bbbb2222")
+    found = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
+    assert "aaaa1111" in found.against and len(found.builds) == 2
+    assert "1 newer ones are not comparable (another environment: processor" in found.said
+    assert found.rows() and all(row["verdict"] != "not comparable" for row in found.rows())
+
+
+def test_another_scale_effort_or_machine_is_not_compared(path):
+    history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run")
+    for change, says in (
+        ({"scale": "slice"}, "another scale: proxy, slice"),
+        ({"effort": "thorough"}, "another effort"),
+        ({"environment": samples.ENVIRONMENT | {"cores_given": 64}}, "another environment: cores given"),
+    ):
+        found = regression.against(_record(started="2026-01-02T00:00:00", key="b", **change), path)
+        assert found.against is None and says in found.said and found.rows() == []
+
+
+def test_a_planted_regression_is_found(path):
+    old = _record(started="2026-01-01T00:00:00", key="a")
+    history.keep(path, [old], "proxy", "run")
+    heavier = [
+        one.model_copy(update={"optimized": one.optimized * 2, "ratio": one.ratio * 2})
+        if one.metric == "weights_bytes"
+        else one
+        for one in old.measurements
+    ]
+    found = regression.against(_record(started="2026-01-02T00:00:00", key="b", measurements=heavier), path)
+    assert [one.metric for one in found.regressions] == ["weights_bytes"]
+    assert not regression.against(_record(started="2026-01-03T00:00:00", key="c"), path).regressions
+
+
+def test_a_damaged_history_is_one_clear_line(path):
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 40)
+    with pytest.raises(UserError, match="cannot be used as the history"):
+        regression.against(_record(), path)

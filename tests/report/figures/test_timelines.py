@@ -1,0 +1,37 @@
+"""Timelines: panels share one axis, objectives and marks are drawn, and wrong panels are refused."""
+
+import pandas as pd
+import pytest
+
+from lib.report.figures import style, timelines
+from lib.report.figures.timelines import Panel
+
+
+def _frame(**more):
+    return pd.DataFrame({"seconds": [0.0, 1.0, 2.0], "value": [1.0, 4.0, 2.0], **more})
+
+
+def test_every_kind_is_drawn_over_one_axis():
+    panels = [
+        Panel(_frame(), "arrivals/s", "bars", width=1.0),
+        Panel(_frame(arm=["ours", "ours", "fixed"]), "batch (rows)", "steps"),
+        Panel(_frame(), "latency (ms)", "points", objective=3.0, log=True),
+        Panel(_frame(), "queue"),
+    ]
+    figure = timelines.timeline(panels, marks=[(1.0, "more load")], title="A run")
+    drawn = figure.axes
+    assert [one.get_ylabel() for one in drawn] == ["arrivals/s", "batch (rows)", "latency (ms)", "queue"]
+    assert len({one.get_xlim() for one in drawn}) == 1 and drawn[-1].get_xlabel() == "time (s)"
+    assert drawn[2].get_yscale() == "log" and "more load" in [text.get_text() for text in drawn[0].texts]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"ours", "fixed", "objective"} <= set(said)
+    assert style.png(figure)[:4] == b"\x89PNG"
+
+
+def test_wrong_panels_are_refused():
+    with pytest.raises(ValueError, match="at least one panel"):
+        timelines.timeline([])
+    with pytest.raises(ValueError, match="panel x"):
+        timelines.timeline([Panel(_frame(), "x", "pie")])
+    with pytest.raises(ValueError, match="columns seconds and value"):
+        timelines.timeline([Panel(pd.DataFrame({"seconds": [1.0]}), "x")])

@@ -1,0 +1,233 @@
+"""Pages: offline, linked, described; failed runs render too; damage is shown and crashes nothing."""
+
+import re
+
+import nbformat
+import pytest
+
+from lib.report.pages import html, index
+from lib.report.records import record
+from tests.report import samples
+
+NEIGHBOURS = [("structured_pruning", name) for name in samples.MODELS] + [("continuous_nas", samples.MODELS[1])]
+REACHES_OUT = re.compile(
+    r"""(?:src|href|srcset|action|poster)\s*=\s*["']?\s*(?:https?:|//)|url\(\s*["']?(?:https?:|//)|@import"""
+)
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PROSE = """# Title
+
+A paper ([REAP](https://arxiv.org/abs/2510.13999)), a bare <https://example.org/page>, a picture
+![alt words](https://example.org/picture.png), <script src="https://example.org/x.js"></script>
+<iframe src="//example.org"></iframe> <img src="https://example.org/y.png" onerror="alert(1)">
+
+<style>@import url("https://example.org/font.css"); p { background: url(https://example.org/z.png) }</style>
+
+## Formula
+
+$t = N$ and `ratio < 1`.
+"""
+
+
+def _notebook(path, *, error: bool = False):
+    v = nbformat.v4
+    picture = v.new_output(
+        "display_data",
+        data={"image/png": PIXEL, "text/plain": "x"},
+        metadata={"image/png": {"alt": 'F1 "falls" & stays > 0.8'}},
+    )
+    javascript = v.new_output(
+        "display_data", data={"application/javascript": "require(['https://x'])", "text/plain": "js"}
+    )
+    table = v.new_output(
+        "display_data", data={"text/html": "<table><tr><td>1</td></tr></table>", "text/markdown": "| 1 |"}
+    )
+    raised = v.new_output(
+        "error", ename="MemoryError", evalue="too much", traceback=["\x1b[31mMemoryError\x1b[0m: too much"]
+    )
+    cells = [
+        v.new_markdown_cell(PROSE),
+        v.new_code_cell('seed: int = 0  # "seed" < 1', metadata={"tags": ["parameters"]}),
+        v.new_code_cell("figure()", outputs=[picture, javascript, table]),
+        v.new_code_cell(
+            "fail()", outputs=[raised] if error else [v.new_output("stream", name="stdout", text="<b>1</b>\n")]
+        ),
+    ]
+    nbformat.write(v.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """The HTML and Markdown of one sound run, and their folder."""
+    out = tmp_path_factory.mktemp("executed")
+    pages = html.render(_notebook(out / "in.ipynb"), samples.made(), NEIGHBOURS, out)
+    return (*(page.read_text() for page in pages), out)
+
+
+def test_nothing_on_the_page_reaches_out(rendered):
+    page, _, _ = rendered
+    assert not REACHES_OUT.search(page)
+    assert "<script" not in page and "<iframe" not in page and "onerror" not in page
+    assert "REAP (arxiv.org/abs/2510.13999)" in page  # the reference stays, as text
+    assert "alt words (example.org/picture.png)" in page
+
+
+def test_code_is_folded_and_escaped(rendered):
+    page, text, _ = rendered
+    assert '<details class="code"><summary>parameters</summary>' in page
+    assert page.count("<details open") == 0
+    assert "&lt;b&gt;1&lt;/b&gt;" in page
+    assert "<details><summary>parameters</summary>" in text
+
+
+def test_the_alternative_text_reaches_both_pages(rendered):
+    from bs4 import BeautifulSoup
+
+    page, text, out = rendered
+    described = [image["alt"] for image in BeautifulSoup(page, "html.parser").find_all("img")]
+    assert 'F1 "falls" & stays > 0.8' in described
+    assert all(described)
+    found = re.search(r'!\[F1 "falls" & stays > 0\.8\]\((.+?)\)', text)
+    assert found and (out / found[1]).is_file()
+    assert found[1].startswith("structured_pruning--qwen3-4b-instruct-2507_files/")
+
+
+def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
+    page, text, _ = rendered
+    for shown in (page, text):
+        for words in (
+            "Prefill 1.31× faster",
+            "Example Processor 9000",
+            "2026-01-31 14:05",
+            "quick",
+            "proxy",
+            "estimated",
+        ):
+            assert words in shown
+        assert "processor time × 6.5 W per core" in shown  # the source, on demand
+    assert "at most" in page and "MB" in page  # use of the machine, in words
+
+
+def test_the_page_links_to_its_neighbours(rendered):
+    page, text, _ = rendered
+    for name in samples.MODELS:
+        linked = f'href="structured_pruning--{name}.html"' in page
+        assert linked == (name != samples.MODELS[1])
+    assert 'href="continuous_nas--qwen3-4b-instruct-2507.html"' in page
+    assert 'href="index.html#structured_pruning--qwen3-4b-instruct-2507"' in page
+    assert "(continuous_nas--qwen3-4b-instruct-2507.md)" in text
+
+
+def test_headings_stand_under_the_page_title(rendered):
+    page, text, _ = rendered
+    assert page.count("<h1") == 1
+    assert sum(line.startswith("# ") for line in text.splitlines()) == 1
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
+    found = samples.made()
+    html.render(_notebook(tmp_path / "in.ipynb"), found, (), tmp_path)
+    assert (tmp_path / f"{found.stem}_files").is_dir()
+    html.render(None, found, (), tmp_path)
+    assert not (tmp_path / f"{found.stem}_files").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failed_run_renders_with_and_without_its_notebook(tmp_path):
+    failed = samples.without_result("failed", "cell 4: MemoryError: too much <b>")
+    for notebook in (_notebook(tmp_path / "in.ipynb", error=True), tmp_path / "none.ipynb", None):
+        page, text = (path.read_text() for path in html.render(notebook, failed, NEIGHBOURS, tmp_path))
+        assert "Failed, so nothing is claimed: cell 4: MemoryError" in text
+        assert "too much &lt;b&gt;" in page
+        assert "✗ failed" in page
+    (tmp_path / "broken.ipynb").write_text("{")
+    page, _ = html.render(tmp_path / "broken.ipynb", failed, (), tmp_path)
+    assert "The notebook cannot be read" in page.read_text()
+
+
+def test_a_notebook_without_a_record_renders(tmp_path):
+    page, text = html.render(_notebook(tmp_path / "overview.ipynb"), None, (), tmp_path)
+    assert page.name == "overview.html" and "<title>Title</title>" in page.read_text()
+    assert text.read_text().count("\n# Title") + text.read_text().startswith("# Title") == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_record_renders(seed, tmp_path):
+    page, _ = html.render(None, samples.by_chance(seed), (), tmp_path)
+    assert not REACHES_OUT.search(page.read_text())
+
+
+def _folder(path):
+    records = [
+        samples.made(),
+        samples.made(model=samples.MODELS[2], accuracy="not_maintained"),
+        samples.without_result("failed", "cell 3 <apply>: RuntimeError"),
+        samples.without_result("not_applicable", "no experts", "continuous_nas", samples.MODELS[3]),
+    ]
+    for found in records:
+        record.write(found, path / f"{found.stem}.json")
+    (path / f"{records[0].stem}.html").write_text("page")
+    (path / "continuous_nas--qwen3-coder-30b.json").write_text('{"schema": 1, "optim')
+    (path / "complete_benchmark_suite_results.json").write_text("{}")  # not a run
+    return path
+
+
+def test_the_matrix_shows_every_state(tmp_path):
+    from bs4 import BeautifulSoup
+
+    page = index.write(
+        _folder(tmp_path), ["structured_pruning", "continuous_nas", "feedback_mechanisms"], samples.MODELS
+    )
+    text = page.read_text()
+    soup = BeautifulSoup(text, "html.parser")
+    body = soup.select_one("table.matrix").select("tbody tr")
+    assert [row.th.get_text() for row in body] == ["Structured pruning", "Continuous NAS", "Feedback mechanisms"]
+    assert all(len(row.find_all("td")) == 4 for row in body)
+    assert all(head.get("scope") for head in soup.find_all("th"))
+    cell = {
+        (row.th.get_text(), td["data-model"]): td.get_text(" ", strip=True) for row in body for td in row.find_all("td")
+    }
+    assert "▲ better" in cell["Structured pruning", "qwen3-4b-instruct-2507"]
+    assert "✗ not maintained" in cell["Structured pruning", "qwen3-coder-30b"]
+    whole = cell["Structured pruning", "qwen3-4b-instruct-2507"]
+    assert "prefill ▲ better: 1.31× (1.28–1.34)" in whole and "F1 ✓ maintained: −0.4 points (lower bound −2.1" in whole
+    assert "energy per token · informative: −19.0 % (−21 to −15 %) estimated" in whole
+    assert "processor time × 6.5 W per core" in whole  # the source, on demand
+    assert "✗ failed cell 3 <apply>: RuntimeError" in cell["Structured pruning", "glm-4.7-flash"]
+    assert "not applicable" in cell["Continuous NAS", "qwen3-vl-2b"]
+    assert "damaged continuous_nas--qwen3-coder-30b.json: not a record" in cell["Continuous NAS", "qwen3-coder-30b"]
+    assert cell["Feedback mechanisms", "qwen3-vl-2b"].startswith("· missing")
+    stem = "structured_pruning--qwen3-4b-instruct-2507"
+    assert [a["href"] for row in body for a in row.find_all("a")] == [f"{stem}.html", f"{stem}.json"]
+    again = f"python build.py run {stem.replace('--', ' --model ')} --effort quick -p ratio=0.3 -p seed=0 --force"
+    assert again in whole
+    assert "2 of 12 runs measured, 1 failed, 1 not applicable, 1 damaged, 7 not run." in text
+    assert not REACHES_OUT.search(text) and text.count("<script>") == text.count("<script") == 1
+
+
+def test_the_matrix_of_nothing_says_so(tmp_path):
+    assert "No run has left a record here yet." in index.write(tmp_path).read_text()
+
+
+def _contrast(first: str, second: str) -> float:
+    """Return the contrast ratio of two colours (WCAG 2.1)."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_is_readable_in_light_and_dark():
+    sheet = (html.TEMPLATES / "style.css").read_text()
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", sheet, re.S)[:2]
+    ]
+    pairs = [("ink", "paper"), ("soft", "paper"), ("soft", "shade"), ("link", "paper")]
+    pairs += [(name, f"{name}-shade") for name in ("good", "bad", "open", "mixed")]
+    for theme in themes:
+        assert all(_contrast(theme[text], theme[ground]) >= 4.5 for text, ground in pairs)

@@ -1,0 +1,106 @@
+"""Ranks, charts and the command of a cell: what the index shows besides its matrix."""
+
+import shlex
+import xml.etree.ElementTree as xml
+
+import pytest
+
+from lib.report.analysis import headlines, ranking, result_set
+from lib.report.figures import charts
+from lib.report.figures.charts import Point
+from lib.report.pages import views
+from lib.report.records import record, reproduce
+from lib.suite.cli import command
+from lib.suite.plan import plan
+from tests.report import samples
+
+
+def _sets(gains):
+    return [samples.whole(name, samples.MODELS[0], gain) for name, gain in gains.items()]
+
+
+def test_ranks_overlap_only_where_intervals_do():
+    places = ranking.places(_sets({"a": 2.0, "b": 1.3, "c": 1.301, "d": 0.9}), "prefill_tokens_per_second")
+    assert [(p.optimization, p.low, p.high) for p in (places[0], places[3])] == [("a", 1, 1), ("d", 4, 4)]
+    assert {(p.low, p.high) for p in places[1:3]} == {(2, 3)}
+    assert places[0].gain == pytest.approx(2.0, rel=0.01) and places[0].provenance == "measured"
+
+
+def test_equals_share_a_rank():
+    places = ranking.places(_sets({"a": 2.0, "b": 1.3}), "weights_bytes")
+    assert {(p.rank, p.low, p.high) for p in places} == {(1, 1, 1)}
+    assert ranking.places(_sets({"a": 2.0}), "goodput_requests_per_second") == []
+
+
+def test_the_front_is_what_nothing_beats():
+    made = [Point(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
+            enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip
+    assert [p.mark for p in charts.front(made)] == ["0", "1", "4"]
+    assert "best trade-offs: 0 n (1.00×, +1.0), 1 n (2.00×, +0.0), 4 n (3.00×, -5.0)" in charts.words(made, "T")
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_a_chart_is_sound_and_says_what_it_shows(count):
+    states = ("maintained", "not_maintained", "inconclusive")
+    points = [
+        Point(str(i), f"<{i}>", 0.3 * (i + 1), -0.7 * i, 0.2 * (i + 1), None, -0.8 * i, -0.6 * i, states[i % 3])
+        for i in range(count)
+    ]
+    root = xml.fromstring(charts.trade_off(points, "A & B", 2.0))
+    assert root.get("role") == "img" and root.get("aria-label").startswith("A & B: ")
+    texts = [element.text for element in root.iter() if element.tag == "text"]
+    assert all(p.mark in texts for p in points) and "1×" in texts and "0" in texts
+    for element in root.iter():
+        for name in ("x", "y", "x1", "y1", "cx", "cy"):
+            if element.get(name):
+                assert -1 <= float(element.get(name)) <= charts.WIDTH + 1
+
+
+def test_the_pareto_has_all_models_and_each(tmp_path):
+    samples.mixed(tmp_path)
+    found = result_set.read(tmp_path, samples.OPTIMIZATIONS, samples.MODELS)
+    drawn = views.pareto(found)
+    assert [chart["title"] for chart in drawn["charts"]] == ["All models, means", *samples.MODELS]
+    assert len(drawn["legend"]) == 11 and all(chart["front"] for chart in drawn["charts"])
+    assert (
+        views.pareto(result_set.Results("proxy", [])) is None and views.rankings(result_set.Results("proxy", [])) == []
+    )
+
+
+def test_the_command_of_a_record_asks_for_the_same_run():
+    record = samples.made().model_copy(
+        update={
+            "scale": "slice", "dimensions": ["resources"],
+            "parameters": {"model": "x", "device": "cuda", "ratio": 0.3, "words": ["a", "b c"], "limit": None,
+                           "checkpoints": "", "random_weights": True},
+        }
+    )  # fmt: skip
+    line = reproduce.command(record)
+    assert line.startswith("python build.py run structured_pruning --model qwen3-4b-instruct-2507 --effort quick")
+    _, commands = command.parser()
+    options = command._parsed(commands["run"], shlex.split(line)[3:])
+    assert (options.scale, options.device, options.random_weights, options.force) == ("slice", "cuda", True, True)
+    assert options.dimension == ["resources"]
+    assert plan.assignments(options.parameters) == {"ratio": "0.3", "words": "['a', 'b c']", "limit": "none"}
+
+
+def test_a_cell_shows_what_carries_its_verdict():
+    found = [
+        samples.timed("prefill_tokens_per_second", 1.0, 0.01, "equivalent"),
+        samples.timed("decode_tokens_per_second", 1.0, 0.01, "equivalent", "decode"),
+        samples.timed("first_call_ms", 0.8, 0.01, "better", "load"),
+    ]
+    made = record.build("structured_pruning", samples.MODELS[1], "proxy", "quick", {}, found)
+    assert made.verdict.performance == "better"
+    listed = headlines.of(made, "performance")
+    assert [one.metric for one in listed][-1] == "first_call_ms" and len(listed) == 3
+
+
+def test_two_numbers_of_a_kind_are_told_apart_by_their_workload():
+    found = [
+        samples.timed("goodput_requests_per_second", 1.3, workload="serve"),
+        samples.timed("goodput_requests_per_second", 1.1, workload="serve, within capacity"),
+    ]
+    made = record.build("adaptive_batch_sizes", samples.MODELS[1], "proxy", "quick", {}, found)
+    said = [one.what for one in headlines.of(made, "performance")]
+    assert said == ["goodput, serve", "goodput, serve, within capacity"]

@@ -1,0 +1,118 @@
+"""The verdict and its sentence: a gain never hides a loss, and nothing is claimed that was not found."""
+
+import re
+
+import numpy as np
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.measure.quality import noninferiority
+from lib.report.records import record, verdict
+from lib.report.records.verdict import judge
+from tests.report import samples
+
+
+def _speed(*verdicts: str) -> str:
+    found = [samples.timed("prefill_tokens_per_second", 1.2, verdict=name) for name in verdicts]
+    return judge(found).performance
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ((), "unavailable"),
+        (("better",), "better"),
+        (("better", "equivalent", "inconclusive"), "better"),
+        (("worse", "inconclusive"), "worse"),
+        (("better", "worse"), "mixed"),
+        (("equivalent", "equivalent"), "equivalent"),
+        (("equivalent", "informative"), "equivalent"),
+        (("equivalent", "inconclusive"), "inconclusive"),
+        (("informative",), "inconclusive"),
+    ],
+)
+def test_a_dimension_is_put_together(said, expected):
+    assert _speed(*said) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ((), "unavailable"),
+        (("maintained", "informative"), "maintained"),
+        (("maintained", "inconclusive"), "inconclusive"),
+        (("maintained", "inconclusive", "not_maintained"), "not_maintained"),
+        (("informative",), "inconclusive"),
+    ],
+)
+def test_accuracy_is_maintained_only_if_all_of_it_is(said, expected):
+    assert judge([samples.scored("f1_macro", 0.9, 0.9, name) for name in said]).accuracy == expected
+
+
+def test_the_sentence_names_gain_and_loss_with_intervals():
+    sentence = samples.made(accuracy="not_maintained").verdict.sentence
+    assert "Prefill 1.31× faster (1.28–1.34)" in sentence
+    assert "decode speed inconclusive at 1.02× (0.98–1.06, detectable from 2.1 %)" in sentence
+    assert "F1 not maintained (−4.1 points, lower bound −5.8, margin 2)" in sentence
+    assert "weights 28 % smaller" in sentence
+    assert "energy per token 19 % lower (15–21 %, estimated)" in sentence
+
+
+def test_bound_and_margin_are_those_that_were_judged_by():
+    chance = np.random.default_rng(0)
+    replicates = chance.normal(-0.041, 0.01, 2000)
+    kept = {"n": 400, "to_wrong": 20, "source": "400 items", "margin": 0.03}
+    found = noninferiority.score("f1_macro", "classify", 0.91, 0.869, replicates, **kept)
+    low = np.quantile(replicates, 0.05) * 100
+    assert f"(−4.1 points, lower bound −{abs(low):.1f}, margin 3)" in judge([found]).sentence
+    losses = chance.normal(3.7, 0.2, 40)
+    text = noninferiority.perplexity(losses, losses + chance.normal(0.05, 0.01, 40), source="40 windows", margin=0.04)
+    assert re.search(
+        r"perplexity not maintained \(\+5\.\d %, upper bound \+5\.\d %, margin 4 %\)", judge([text]).sentence
+    )
+
+
+def test_slower_is_said_as_slower():
+    sentence = samples.made(speed="worse", ratio=0.8).verdict.sentence
+    assert "Prefill 1.25× slower (1.20–1.30)" in sentence
+
+
+def test_a_loss_outside_the_headlines_is_said_too():
+    found = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
+    assert "latency p99 1.50× slower" in judge(found).sentence
+
+
+def test_a_broken_model_shows_no_gain():
+    broken = [m for m in samples.measurements() if m.metric != "f1_macro"]
+    broken.append(measurement.invalid("f1_macro", "classify", "it answers every prompt with one repeated token (3)"))
+    found = record.build("x", "m", "proxy", "quick", {}, broken)
+    assert found.verdict.accuracy == found.verdict.performance == found.verdict.efficiency == "invalid"
+    assert "faster" not in found.verdict.sentence
+    assert "one repeated token" in found.verdict.sentence
+    withheld = [m for m in found.measurements if m.dimension in ("performance", "efficiency")]
+    assert withheld and all(m.optimized is None and m.ratio is None for m in withheld)
+
+
+def test_failed_and_not_applicable_claim_nothing():
+    assert judge([], "failed", "cell 4: MemoryError").sentence == "Failed, so nothing is claimed: cell 4: MemoryError."
+    assert judge([], "not_applicable", "no experts").sentence == "Not applicable: no experts."
+    assert judge([], "failed", "x\ny" * 400).sentence.count("\n") == 0
+
+
+def test_what_is_missing_is_said_with_its_reason():
+    found = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
+    assert "accuracy unavailable (random weights have no quality to lose)" in judge(found).sentence
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_record_gets_a_sentence(seed):
+    found = samples.by_chance(seed)
+    sentence = found.verdict.sentence
+    assert sentence.endswith(".") and sentence[0] == sentence[0].upper()
+    assert not re.search(r"\bnan\b|\binf\b|None|\(\)", sentence)
+
+
+def test_gain_turns_a_time_so_that_more_is_better():
+    low, middle, high = 0.73, 0.76, 0.79
+    found = samples.timed("time_to_first_token_ms", middle, 0.03)
+    assert verdict.gain(found) == pytest.approx((1 / middle, 1 / high, 1 / low))

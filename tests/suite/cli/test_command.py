@@ -1,0 +1,63 @@
+"""The command line: every command answers for itself, and what is not built is not offered."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import workbench
+
+from lib.suite.cli import command
+
+
+def _build(*arguments, **more):
+    return workbench.build(workbench.ROOT, *arguments, **more)
+
+
+@pytest.mark.parametrize("name", ["run", "comprehensive", "report", "list", "lab", "test"])
+def test_every_command_has_help(name):
+    ended = _build(name, "--help")
+    assert ended.returncode == 0 and ended.stdout.startswith(f"usage: build.py {name}"), ended.stdout + ended.stderr
+
+
+def test_help_names_every_command_and_every_exit_code():
+    ended = _build("--help")
+    top, commands = command.parser()
+    assert ended.returncode == 0 and all(f"    {name}" in ended.stdout for name in commands)
+    assert all(f"{code} " in top.epilog for code in (0, 1, 2))
+
+
+def test_the_network_is_not_used_unasked(monkeypatch):
+    def options(*arguments):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        _, commands = command.parser()
+        command._request(command._parsed(commands["run"], list(arguments)), ())
+        return os.environ.pop("HF_HUB_OFFLINE", None)
+
+    assert options() == options("--scale", "slice") == options("--scale", "full", "--checkpoints", "x") == "1"
+    assert options("--scale", "full") is None
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    line = f"{sys.executable} build.py list | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", line], cwd=workbench.ROOT, capture_output=True, text=True)
+    assert "Traceback" not in ended.stderr
+
+
+def test_test_runs_ruff_and_pytest_and_fails_with_either(tmp_path):
+    root = workbench.project(tmp_path / "project")
+    settings = {name: (workbench.ROOT / name).read_text(encoding="utf-8") for name in (".ruff.toml", ".pytest.ini")}
+    (root / ".ruff.toml").write_text('extend-exclude = ["lib"]\n' + settings[".ruff.toml"], encoding="utf-8")
+    (root / ".pytest.ini").write_text(settings[".pytest.ini"], encoding="utf-8")
+    (root / "tests").mkdir()
+    test = root / "tests" / "test_one.py"
+    test.write_text("def test_one():\n    assert True\n", encoding="utf-8")
+    workbench.notebook(root / "notebooks" / "well.ipynb", [("Code", 'print("x")')], "seed: int = 0")
+    ended = workbench.build(root, "test")
+    assert ended.returncode == 0 and "passed" in ended.stdout.splitlines()[-1], ended.stdout + ended.stderr
+    test.write_text("import os\n\n\ndef test_one():\n    assert True\n", encoding="utf-8")
+    ended = workbench.build(root, "test", "tests/test_one.py")
+    assert ended.returncode == 1 and "failed: ruff check" in ended.stdout and "1 passed" in ended.stdout
+    test.write_text("def test_one():\n    raise ValueError\n", encoding="utf-8")
+    ended = workbench.build(root, "test", "-k", "one")
+    assert ended.returncode == 1 and "failed: pytest" in ended.stdout and "1 failed" in ended.stdout

@@ -1,0 +1,224 @@
+"""Jobs on a real Dask cluster: what arrives, what is refused, and what is left when workers or the scheduler die.
+
+The workers stand in another copy of the project than the build, so nothing gets across but over the wire.
+"""
+
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+import workbench
+from clusters import QUICK, cluster
+
+from lib.errors import UserError
+from lib.suite.cluster import dask as clusters
+from lib.suite.cluster import workers
+
+# Leaves a mark that says which worker has it, then waits as long as it is told to: by a file, seen on both sides.
+WAITS = """import os, time
+from pathlib import Path
+
+marks = Path(MARKS)
+with (marks / NAME).open("a") as file:
+    file.write(f"{os.getpid()}\\n")
+while (marks / ("hold-" + NAME)).exists():
+    time.sleep(0.05)"""
+KILLS = """import psutil
+
+for process in psutil.Process().parents():
+    if "dask" in " ".join(process.cmdline()) and "worker" in process.cmdline():
+        process.kill()"""
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Return the build's project, the workers' copy of it made by `copy()`, and the folder of marks."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    root = workbench.project(tmp_path / "here" / "project")
+    workbench.notebook(
+        root / "notebooks" / "well.ipynb", [("W", _waits(marks)), ("Sums", "x = ratio"), ("R", workbench.RECORD)]
+    )
+    there = tmp_path / "there" / "bench"
+
+    def copy():
+        shutil.copytree(root, there, ignore=shutil.ignore_patterns("executed", "__pycache__"))
+        return there
+
+    return root, copy, marks
+
+
+def _waits(marks):
+    return WAITS.replace("MARKS", repr(str(marks)))
+
+
+def _run(root, address, *arguments):
+    return workbench.build(root, *arguments, "--cluster", address, timeout=90, **QUICK)
+
+
+def _pids(marks, name):
+    """Return the kernels that have run `name` so far, in their order."""
+    path = marks / name
+    return [int(line) for line in path.read_text().split()] if path.is_file() else []
+
+
+def _files(root):
+    return {path.relative_to(root / "executed/proxy").as_posix() for path in (root / "executed/proxy").rglob("*")}
+
+
+def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_refused(sides, tmp_path):
+    root, copy, _ = sides
+    raises = "1 / 0"
+    workbench.notebook(root / "notebooks" / "raises.ipynb", [("Sums", raises), ("Record", workbench.RECORD)])
+    there = copy()
+    with cluster(tmp_path / "dask", there) as made:
+        ended = _run(root, made.address)
+        assert ended.returncode == 1, ended.stdout + ended.stderr
+        assert "2 of 4 well, 2 failed" in ended.stdout and "(notebook: executed/proxy/failed/raises--" in ended.stdout
+        records = [workbench.record(root, f"well--{model}") for model in workbench.MODELS]
+        assert all(record["process"]["jobs_side_by_side"] == 2 for record in records)
+        assert all(len(record["process"]["pinned_to"]) == os.cpu_count() // 2 for record in records)
+        assert workbench.record(root, "raises--beta-2")["reason"].endswith("ZeroDivisionError: division by zero")
+        left = _files(root)
+        assert {f"well--beta-2{ending}" for ending in (".ipynb", ".html", ".md", ".json")} <= left
+        assert {"failed/raises--beta-2.ipynb", "raises--beta-2.html", "logs/raises--beta-2.log"} <= left
+        assert not [name for name in left if ".part" in name or ".running" in name]
+        assert not list((there / "executed").glob("**/*--*")) and not list(made.folder.glob("w*/**/workbench-*"))
+        assert _list(root, "well") == {"not_applicable"}  # finished, by its key, its pages younger than its record
+
+        other = there.with_name("other")
+        shutil.copytree(there, other)
+        (there / "lib/errors.py").write_text("# changed\n" + (there / "lib/errors.py").read_text())
+        (other / "parameters/proxies/beta-2/config.json").write_text('{"model_type": "qwen3" }')
+        made.worker("other", root=other)
+        made.meet(3)
+        ended = _run(root, made.address, "run", "well", "--force")
+        assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1
+        assert "code: lib/errors.py differs" in ended.stderr and "weights: config.json differs" in ended.stderr
+
+
+def _list(root, name):
+    lines = workbench.build(root, "list").stdout.splitlines()
+    return {line.split()[0] for line in lines if f"  {name}--" in line}
+
+
+def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
+    root, copy, marks = sides
+    hold = marks / "hold-well"
+    hold.touch()
+    with cluster(tmp_path / "dask", copy()) as made:
+        started = workbench.begin(root, "run", "--model", "alpha-1.5", "--cluster", made.address, **QUICK)
+        try:
+            [first] = workbench.wait_for(lambda: _pids(marks, "well"), 30)
+            worker = next(p for p in psutil.Process(first).parents() if p.pid in [q.pid for q in made.processes])
+            worker.kill()
+            workbench.wait_for(lambda: len(_pids(marks, "well")) == 2, 30)
+            workbench.wait_for(lambda: not psutil.pid_exists(first), 20)  # the kernel does not outlive its worker
+            assert not list((root / "executed/proxy").glob("well--*"))
+            hold.unlink()
+            said, _ = started.communicate(timeout=60)
+        finally:
+            started.kill()
+    assert started.returncode == 0, said
+    assert "its worker was lost" in said and "it runs again elsewhere" in said
+    assert workbench.record(root, "well--alpha-1.5")["status"] == "not_applicable"
+
+
+def test_a_job_that_kills_every_worker_is_given_up_and_a_lost_cluster_is_told(sides, tmp_path):
+    root, copy, _ = sides
+    workbench.notebook(root / "notebooks" / "kills.ipynb", [("Kill", KILLS), ("Record", workbench.RECORD)])
+    workbench.notebook(root / "notebooks" / "later.ipynb", [("Record", workbench.RECORD)])
+    with cluster(tmp_path / "dask", copy()) as made:
+        ended = _run(root, made.address, "run", "kills", "later", "--model", "alpha-1.5")
+        assert ended.returncode == 1, ended.stdout + ended.stderr
+        record = workbench.record(root, "kills--alpha-1.5")
+        assert record["status"] == "failed" and record["reason"].startswith("given up: it lost 2 workers (tcp://")
+        assert "given up: it lost 2 workers" in ended.stdout and "Traceback" not in ended.stderr
+        assert (root / "executed/proxy/kills--alpha-1.5.html").is_file()
+        ended = _run(root, made.address, "run", "well")
+        assert ended.returncode == 2 and 'none of its 0 workers has a "device" token' in ended.stderr
+
+
+def test_the_scheduler_dies_and_what_was_finished_stays(sides, tmp_path):
+    root, copy, marks = sides
+    workbench.notebook(root / "notebooks" / "a.ipynb", [("Record", workbench.RECORD)])
+    (marks / "hold-well").touch()
+    there = copy()
+    arguments = ("run", "a", "well", "--model", "alpha-1.5")
+    with cluster(tmp_path / "dask", there, workers=1) as made:
+        started = workbench.begin(root, *arguments, "--cluster", made.address, **QUICK)
+        try:
+            [kernel] = workbench.wait_for(lambda: _pids(marks, "well"), 40)
+            before = workbench.record(root, "a--alpha-1.5")["started"]
+            made.scheduler.kill()
+            said, _ = started.communicate(timeout=60)
+        finally:
+            started.kill()
+        workbench.wait_for(lambda: not psutil.pid_exists(kernel), 20)
+    assert started.returncode == 1 and "Traceback" not in said, said
+    assert f"build.py: the scheduler at {made.address} is gone; what was finished is kept" in said
+    assert not list((root / "executed/proxy").glob("well--*")) and not (root / "executed/proxy/.running").exists()
+    (marks / "hold-well").unlink()
+    ended = workbench.build(root, *arguments)
+    assert ended.returncode == 0 and "1 of 2 runs are finished already and kept" in ended.stdout
+    assert workbench.record(root, "a--alpha-1.5")["started"] == before
+
+
+def test_a_killed_build_leaves_nothing_running_on_the_workers(sides, tmp_path):
+    root, copy, marks = sides
+    (marks / "hold-well").touch()
+    with cluster(tmp_path / "dask", copy(), workers=0) as made:
+        made.worker("untold", resources="")
+        made.meet(1)
+        ended = _run(root, made.address)
+        assert ended.returncode == 2 and 'none of its 1 workers has a "device" token' in ended.stderr
+        made.worker("w0")
+        made.meet(2)
+        started = workbench.begin(root, "run", "--model", "beta-2", "--cluster", made.address, **QUICK)
+        [kernel] = workbench.wait_for(lambda: _pids(marks, "well"), 30)
+        workbench.kill(started, signal.SIGKILL)
+        workbench.wait_for(lambda: not psutil.pid_exists(kernel), 20)
+        workbench.wait_for(lambda: not list(made.folder.glob("w0/**/workbench-*")), 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--cluster", "somewhere"), "expected the address of a Dask scheduler, such as tcp://HOST:8786"),
+        (("--cluster", "tcp://127.0.0.1"), "expected the address of a Dask scheduler"),
+        (("--cluster", "http://127.0.0.1:8786"), "expected the address of a Dask scheduler"),
+        (("--cluster", "tcp://127.0.0.1:9"), "--cluster tcp://127.0.0.1:9: no Dask scheduler answers there"),
+        (("--cluster", "tcp://127.0.0.1:9", "--jobs", "2"), "--jobs is for this machine"),
+    ],
+)
+def test_a_wrong_address_is_told_in_one_line(project, arguments, told):
+    ended = workbench.build(project, "run", *arguments, **QUICK)
+    assert ended.returncode == 2 and told in ended.stderr, ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1 and not list((project / "executed").glob("**/*--*"))
+
+
+def test_an_address_may_be_of_the_sixth_version_or_encrypted():
+    for address in ("tcp://[::1]:8786", "tls://head:8786"):
+        clusters.check_address(address)
+    with pytest.raises(UserError, match="tcp://HOST:8786"):
+        clusters.check_address("tcp://head:port")
+
+
+def test_workers_of_one_machine_get_cores_apart():
+    met = workers.Crew(None, (), {}.__getitem__, {}, {})
+    claim = {"host": "a", "cores": [0, 1, 2, 3]}
+    assert met._cores([claim, claim]) == [[0, 1], [2, 3]]
+    assert met._cores([claim, {"host": "b", "cores": [0, 1]}]) == [[0, 1, 2, 3], [0, 1]]
+    assert met._cores([{"host": "a", "cores": [0]}, {"host": "a", "cores": [1]}]) == [[0], [1]]
+    assert met._cores([{"host": "a", "cores": [0]}] * 2) == [[0], []]
+    met.slots.append(workers.Slot("tcp://x:1", "x", "a", (0, 1)))
+    assert met._cores([claim]) == [[2, 3]]
+
+
+def test_what_differs_is_named():
+    mine = {"versions": {"torch": "2.13.0"}, "code": {"a": "1", "b": "1"}, "template": {"0": "1"}}
+    theirs = {"versions": {"torch": "2.12.0"}, "code": {"a": "2"}, "template": {"0": "2"}}
+    told = workers.differing(mine, theirs)
+    assert told == "torch is 2.13.0 here, 2.12.0 there; code: a, b differ; the template differs"

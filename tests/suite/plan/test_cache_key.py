@@ -1,0 +1,182 @@
+"""The suite's parts by themselves: keys, imports, cores, samples, kernels, the table of progress."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import workbench
+
+from lib.errors import UserError
+from lib.models import parameters
+from lib.suite.plan import cache_key, dependencies
+from lib.suite.plan.template import Template
+from lib.suite.run import cpu_affinity, kernel_process, progress, sampling, schedule
+from lib.suite.store import result_folder
+
+
+def test_imports_are_followed_through_functions_packages_and_relative_names():
+    source = "import lib.errors\nfrom lib.suite import lock\n%magic\ndef f():\n    from lib.files import x\n"
+    source += "    run('-m', 'lib.suite.run.cpu_affinity')"
+    cells = (("markdown", "import lib.suite.plan.plan", ()), ("code", source, ()))
+    found = {
+        path.relative_to(workbench.ROOT).as_posix()
+        for path in dependencies.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))
+    }
+    expected = {
+        "lib/__init__.py",
+        "lib/errors.py",
+        "lib/suite/__init__.py",
+        "lib/suite/lock.py",
+        "lib/suite/run/__init__.py",
+        "lib/suite/run/cpu_affinity.py",
+    }
+    assert found == expected | {"lib/memory_limits.py", "lib/files.py"}
+    assert list(imported("from . import a\nfrom ..b import c", "lib.suite")) == ["lib.suite.a", "lib.b.c"]
+
+
+def imported(source, package):
+    return dependencies.imported(source, package)
+
+
+def test_finding_modules_by_name_reaches_every_optimization():
+    cells = (("code", "import importlib\nimportlib.import_module('lib.optimizations.' + name)", ()),)
+    found = {path.name for path in dependencies.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))}
+    assert {path.name for path in (workbench.ROOT / "lib/optimizations").rglob("*.py")} <= found
+
+
+def test_hashes_are_kept_by_size_and_time(tmp_path):
+    file, store = tmp_path / "weights", tmp_path / "cache" / "hashes.json"
+    file.write_bytes(b"one")
+    hashes = cache_key.Hashes(store)
+    first = hashes.of(file)
+    hashes.save()
+    assert cache_key.Hashes(store).known[str(file)][2] == first
+    file.write_bytes(b"two")
+    os.utime(file, ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert cache_key.Hashes(store).of(file) != first
+
+
+def test_a_huge_file_is_sampled_and_a_change_of_its_end_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_key, "WHOLE_BYTES", 2**20)
+    file = tmp_path / "weights"
+    file.write_bytes(b"\0" * (3 * 2**20))
+    before = cache_key._content_hash(file, file.stat().st_size)
+    file.write_bytes(b"\0" * (3 * 2**20 - 1) + b"1")
+    assert cache_key._content_hash(file, file.stat().st_size) != before
+
+
+def test_the_difference_is_told_in_words():
+    before = {"code": {"a": "1", "b": "1"}, "versions": {"torch": "2.12"}, "template": {"0": "1"}}
+    after = {"code": {"a": "2", "c": "1"}, "versions": {"torch": "2.13"}, "template": {"0": "2"}}
+    told = cache_key.difference(before, after)
+    assert told == "code: a changed; code: c new; code: b gone; versions: torch changed; template: cells changed"
+    assert cache_key.difference(after, after) == ""
+    assert cache_key.of(before) != cache_key.of(after) and cache_key.of(after) == cache_key.of(
+        json.loads(json.dumps(after))
+    )
+
+
+def test_cores_are_shared_out_evenly_and_apart(monkeypatch):
+    monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 4, 1, 5, 2])
+    assert cpu_affinity.share_out(2) == [[0, 4], [1, 5]]
+    with pytest.raises(UserError, match="--jobs 6: expected 1 to 5"):
+        cpu_affinity.share_out(6)
+
+
+def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
+    monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(cpu_affinity, "can_pin", lambda: True)
+    total = [64 * 2**30]
+    monkeypatch.setattr(cpu_affinity.machine, "memory_bytes", lambda: total[0])
+    assert cpu_affinity.default_jobs("proxy", "cuda") == cpu_affinity.default_jobs("full", "cpu") == 1
+    assert cpu_affinity.default_jobs("proxy", "cpu") == cpu_affinity.default_jobs("slice", "cpu") == 2
+    total[0] = 12 * 2**30
+    assert cpu_affinity.default_jobs("proxy", "cpu") == 2 and cpu_affinity.default_jobs("slice", "cpu") == 1
+    total[0] = 4 * 2**30
+    assert cpu_affinity.default_jobs("slice", "cpu") == 1
+
+
+def _entries(scale):
+    models = [model for _ in ("first", "second") for model in parameters.names()]
+    return [schedule.Entry(SimpleNamespace(scale=scale, model=model), "", {}) for model in models]
+
+
+def _begun(scale, monkeypatch):
+    """Return which models each of two shares of the cores is given, in order, where all runs last the same."""
+    begun = {(0,): [], (1,): []}
+    monkeypatch.setattr(schedule, "_begin", lambda build, slot: begun[slot.cores].append(slot.entry.job.model))
+    monkeypatch.setattr(schedule, "_step", lambda build, slot: True)
+    monkeypatch.setattr(schedule, "POLL_SECONDS", 0)
+    build = SimpleNamespace(temporary=Path(), shares=[[0], [1]])
+    assert len(schedule.run(build, _entries(scale))) == 8
+    return list(begun.values())
+
+
+def test_the_two_largest_slices_are_not_in_memory_at_once(monkeypatch):
+    glm, dense, coder, pictures = parameters.names()
+    large, small = _begun("slice", monkeypatch)
+    assert large == [coder, coder, glm, glm] and small == [dense, dense, pictures, pictures]
+    one, other = _begun("proxy", monkeypatch)
+    assert sorted(one + other) == sorted(large + small)
+    assert [entry.job.model for entry in schedule.by_size(_entries("proxy"))] == [glm, dense, coder, pictures] * 2
+
+
+def test_a_long_run_keeps_few_samples_and_its_peak():
+    samples = sampling.Samples()
+    for at in range(10 * sampling.MOST_SAMPLES):
+        samples.add(at, at % 100, 7 if at == 5000 else 1)
+    assert len(samples.seconds) < sampling.MOST_SAMPLES and max(samples.memory_bytes) == 7
+    assert len(samples.seconds) == len(samples.memory_bytes) == len(samples.processor_percent)
+    assert samples.interval_seconds > sampling.INTERVAL_SECONDS
+
+
+def test_the_use_of_descendants_is_sampled_and_they_end():
+    program = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'b = b\"x\" * (60 * 2**20)\\nwhile True: pass'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    tree = sampling.Tree(process.pid)
+    try:
+        workbench.wait_for(lambda: (tree.sample(), max(tree.samples.memory_bytes, default=0) > 50 * 2**20)[1], 30)
+        time.sleep(0.6)
+        tree.sample()
+        assert 5 < tree.samples.processor_percent[-1] < 130
+    finally:
+        tree.end()
+        process.wait()
+    assert not [seen for seen in tree.seen.values() if sampling.is_alive(seen)]
+
+
+def test_a_foreign_kernel_of_the_same_name_is_not_taken(tmp_path, monkeypatch):
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    foreign = tmp_path / "home" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    (foreign / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "home"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")  # as where the environment is no virtual one
+    assert KernelSpecManager().get_kernel_spec("python3").argv[0] == "/bin/false"
+    monkeypatch.setenv("JUPYTER_PATH", kernel_process.surroundings(tmp_path)["JUPYTER_PATH"])
+    assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        result_folder.open_folder(tmp_path / "file" / "proxy")
+
+
+def test_time_left_is_reckoned_from_earlier_runs():
+    shown = progress.Progress(["a", "b"], 2, {"a": 10.0, "b": 30.0})
+    assert shown.left() == 20
+    shown = progress.Progress(["a", "b", "c"], 1, {})
+    assert shown.left() is None
+    shown.start("a", lambda: "")
+    shown.end("a", "ok", 4.0, None)
+    assert shown.left() == 8
+    assert [progress.duration(value) for value in (3.21, 250, 7500)] == ["3.2 s", "4 min 10 s", "2 h 05 min"]

@@ -1,0 +1,208 @@
+"""A wrong request gets one line that names the nearest valid thing, exit code 2, and nothing is run."""
+
+import pytest
+import workbench
+
+from lib.errors import UserError
+from lib.suite.plan import template as templates
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Return a project of which nothing is ever run."""
+    root = workbench.project(tmp_path_factory.mktemp("asked") / "project")
+    workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)])
+    return root
+
+
+def refused(root, *arguments, **more):
+    """Run a command that must be refused; return its one line."""
+    ended = workbench.build(root, *arguments, **more)
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert len(lines) == 1 and lines[0].startswith("build.py: ") and "Traceback" not in ended.stderr
+    assert not list(root.glob("executed/*/*.json"))
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["rnu"], 'unknown command "rnu". Did you mean "run"?'),
+        (["well"], "To run it: build.py run well"),
+        (["run", "wel"], 'unknown optimization "wel". Did you mean "well"?'),
+        (["--model", "alpha"], 'unknown model "alpha". Did you mean "alpha-1.5"?'),
+        (["--modle", "alpha-1.5"], 'unknown option "--modle". Did you mean "--model"?'),
+        (["list", "--force"], 'unknown option "--force"'),
+        (["--scale", "prxy"], 'expected one of proxy, slice, full. Did you mean "proxy"?'),
+        (["--effort", "huge"], "--effort huge: expected one of quick, standard, thorough"),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
+        (["--jobs", "4000"], "--jobs 4000: expected 1 to"),
+        (["-p", "ratio"], "-p ratio: expected NAME=VALUE"),
+        (
+            ["-p", "ratoi=0.5"],
+            'unknown parameter "ratoi": notebooks/well.ipynb declares seed, ratio. Did you mean "ratio"?',
+        ),
+        (["-p", "ratio=much"], "-p: \"ratio\": expected float, got 'much'"),
+        (["-p", "ratio=1"], '-p: "ratio": expected a value in [0, 1), got 1.0'),
+        (["-p", "ratio=-0.1"], "expected a value in [0, 1), got -0.1"),
+        (["-p", "ratio=nan"], "expected float"),
+        (["-p", "seed=1.5"], '-p: "seed": expected int'),
+        (["-p", "model=beta-2"], '"model" is set by the option --model'),
+        (["--checkpoints", "x"], '--checkpoints is for "--scale full"'),
+        (["--scale", "full", "--checkpoints", "nowhere"], "nowhere/alpha-1.5: no checkpoint folder"),
+        (["report"], "holds no record; build first"),
+        (["--out", "build.py"], "cannot be written to (Not a directory)"),
+        (["--out", "/proc"], "/proc/proxy: cannot be written to"),
+    ],
+)
+def test_a_wrong_request_gets_one_line(asked, arguments, told):
+    assert told in refused(asked, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "parameters/alpha-1.5.yaml: is empty"),
+        ("a: [1", "parameters/alpha-1.5.yaml, line"),
+        ("name: x\n", 'missing key "checkpoint"'),
+        ("+ batch: 1", 'unknown key "batch"'),
+        ("optimizations: {well: {ratio: -0.5}}", 'section "well": "ratio": expected a value in [0, 1), got -0.5'),
+        ("optimizations: {well: {ratio: 1}}", "expected a value in [0, 1), got 1.0"),
+        ("optimizations: {well: {ratio: [1]}}", "expected float, got [1]"),
+        ("optimizations: {well: {ratoi: 0.5}}", 'unknown parameter "ratoi"'),
+        (
+            "optimizations: {wel: {ratio: 0.5}}",
+            'section "wel" of "optimizations" names no optimization. Did you mean "well"?',
+        ),
+    ],
+)
+def test_a_wrong_parameter_file_gets_one_line(asked, text, told):
+    path = asked / "parameters" / "alpha-1.5.yaml"
+    before = path.read_text(encoding="utf-8")
+    changed = before.replace("optimizations: {}", text) if text.startswith("optimizations") else text
+    path.write_text(f"{before}{text[2:]}\n" if text.startswith("+") else changed, encoding="utf-8")
+    try:
+        assert told in refused(asked)
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
+def test_checkpoints_that_are_truncated_or_of_another_architecture(asked, tmp_path):
+    folder = workbench.checkpoint(tmp_path / "alpha-1.5", "glm4_moe_lite")
+    told = refused(asked, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
+    assert 'architecture "glm4_moe_lite", but alpha-1.5 is "qwen3"' in told
+    (folder / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"\x09")
+    told = refused(asked, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
+    assert "truncated or not a safetensors file" in told
+
+
+def test_a_stand_in_that_is_missing(asked):
+    folder = asked / "parameters" / "proxies" / "beta-2"
+    aside = folder.rename(folder.with_name("aside"))
+    try:
+        assert 'train it with "python build.py proxies --model beta-2"' in refused(asked)
+    finally:
+        aside.rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        (None, 'notebooks/odd.ipynb: no cell tagged "parameters"'),
+        ('model: str = "x"', 'the cell "parameters" does not declare "scale"'),
+        ("import os", "cannot read the parameter `import os`"),
+        ("a: int = f()", 'parameter "a": the default f() is not a plain value'),
+    ],
+)
+def test_a_wrong_template_gets_one_line(asked, parameters, told):
+    path = workbench.notebook(asked / "notebooks" / "odd.ipynb", [("Code", "x = 1")], parameters)
+    try:
+        assert told in refused(asked, "run", "odd")
+    finally:
+        path.unlink()
+
+
+def test_a_template_that_is_no_notebook(asked):
+    path = asked / "notebooks" / "odd.ipynb"
+    path.write_text("not a notebook", encoding="utf-8")
+    try:
+        assert "notebooks/odd.ipynb: not a notebook" in refused(asked, "run", "odd")
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "effort"),
+    [([], "standard"), (["--scale", "slice"], "quick"), (["--scale", "slice", "--effort", "thorough"], "thorough")],
+)
+def test_slices_are_measured_quickly_unless_asked_otherwise(arguments, effort):
+    from lib.suite.cli import command
+
+    options = command.parser()[1]["run"].parse_args(arguments)
+    assert command._request(options, ()).effort == effort
+
+
+def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
+    from lib.models import parameters
+    from lib.suite.plan import plan
+
+    root = tmp_path / "project"
+    (root / "notebooks").mkdir(parents=True)
+    (root / "parameters").mkdir()
+    workbench.notebook(root / "notebooks" / "well.ipynb", [])
+    workbench.model_file(root, "alpha-1.5", "{well: {ratio: 0.5, seed: 3}}")
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    [job] = plan.plan(plan.Request(parameters={"seed": "7"}, effort="standard"))
+    assert (job.parameters["ratio"], job.parameters["seed"], job.parameters["effort"]) == (0.5, 7, "standard")
+    assert job.stem == "well--alpha-1.5" and isinstance(job.parameters["ratio"], float)
+
+
+def test_parameters_are_read_as_papermill_reads_them(tmp_path):
+    import papermill
+
+    source = (
+        workbench.COMMON + '\nmode: str = "x"  # one of x|y|z, the mode\nsteps: list[int] = [1, 2]  # each in [1, inf)'
+    )
+    path = workbench.notebook(tmp_path / "x.ipynb", [], source)
+    ours = templates.read(path).parameters
+    theirs = papermill.inspect_notebook(str(path))
+    assert {name: (found["help"], found["inferred_type_name"]) for name, found in theirs.items()} == {
+        found.name: (found.help, found.type) for found in ours.values()
+    }
+    assert ours["mode"].choices == ("x", "y", "z") and ours["steps"].interval == (1, float("inf"), True, False)
+
+
+def test_parameters_that_papermill_cannot_read(tmp_path):
+    source = 'words: list[str] = ["a # b", "c"]  # some words\nlimit: float | None = None  # at most, in (0, inf)'
+    found = templates.read(workbench.notebook(tmp_path / "x.ipynb", [], source)).parameters
+    assert (found["words"].default, found["words"].help) == (["a # b", "c"], "some words")
+    assert found["limit"].interval == (0, float("inf"), False, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "help_text", "value", "expected"),
+    [
+        ("list[int]", "in [1, 64]", "1,2", [1, 2]),
+        ("list[float]", "in (0, 1]", "[0.5, 1]", [0.5, 1.0]),
+        ("list[str]", "", "a, b", ["a", "b"]),
+        ("bool", "", "yes", True),
+        ("bool", "", "maybe", None),
+        ("list[int]", "in [1, 64]", "1,65", None),
+        ("int", "in [-2, 2]", "-2", -2),
+        ("str", "one of a|b", "c", None),
+        ("float | None", "", "none", None),
+    ],
+)
+def test_values_are_converted_and_bounded(kind, help_text, value, expected):
+    parameter = templates.Parameter(
+        "x", kind, None, help_text, templates._interval(help_text), templates._choices(help_text)
+    )
+    if expected is None and kind != "float | None":
+        with pytest.raises(UserError, match="here: expected"):
+            templates.check(value, parameter, "here")
+    else:
+        assert templates.check(value, parameter, "here") == expected

@@ -1,0 +1,80 @@
+"""A build that is stopped, kindly or not: no kernel outlives it, what was finished is kept, the next call goes on."""
+
+import json
+import signal
+
+import psutil
+import pytest
+import workbench
+
+from lib.suite.run.sampling import is_alive
+
+SLOW = """import os, time
+from pathlib import Path
+
+Path(os.environ["MARKS"], NAME + model + ".pid").write_text(str(os.getpid()))
+time.sleep(float(os.environ["SLOW"]))"""
+
+
+@pytest.fixture
+def slow(project, tmp_path):
+    """Return a project with a quick and a slow template, and the folder in which the slow kernel leaves its pid."""
+    workbench.notebook(project / "notebooks" / "z_slow.ipynb", [("Slow", SLOW), ("Record", workbench.RECORD)])
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    return project, marks
+
+
+def _kernel(marks):
+    """Return the slow kernel once it has said who it is."""
+    path = marks / "z_slowalpha-1.5.pid"
+    return psutil.Process(int(workbench.wait_for(lambda: path.is_file() and path.read_text())))
+
+
+def _runs(root):
+    return {
+        path.name: json.loads(path.read_text(encoding="utf-8"))["started"]
+        for path in (root / "executed/proxy").glob("*--*.json")
+    }
+
+
+def test_killed_build_goes_on_where_it_was(slow):
+    root, marks = slow
+    arguments = ("--model", "alpha-1.5", "--jobs", "1")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
+    kernel = _kernel(marks)
+    before = _runs(root)
+    assert list(before) == ["well--alpha-1.5.json"]
+    workbench.kill(process, signal.SIGKILL)
+    workbench.wait_for(lambda: not is_alive(kernel), 15)
+    workbench.wait_for(lambda: not workbench.running(root), 15)
+    ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "1 of 2 runs are finished already and kept" in ended.stdout
+    after = _runs(root)
+    assert set(after) == {"well--alpha-1.5.json", "z_slow--alpha-1.5.json"}
+    assert after["well--alpha-1.5.json"] == before["well--alpha-1.5.json"]
+    assert not (root / "executed/proxy/.running").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_build_ends_its_kernels(slow, how):
+    root, marks = slow
+    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="600")
+    kernel = _kernel(marks)
+    workbench.kill(process, how)
+    assert process.returncode == 1
+    assert "stopped; what was finished is kept" in process.stdout.read()
+    assert not is_alive(kernel)
+    workbench.wait_for(lambda: not workbench.running(root), 15)
+
+
+def test_lost_worker_is_tried_once_more(slow):
+    root, marks = slow
+    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="4")
+    first = _kernel(marks)
+    first.parent().kill()
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, out
+    assert "WorkerLost, trying once more" in out and not is_alive(first)
+    assert workbench.record(root, "z_slow--alpha-1.5")["status"] == "not_applicable"

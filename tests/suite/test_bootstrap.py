@@ -1,0 +1,156 @@
+"""The environment: what satisfies the requirements, how one is made, how an interrupted one is repaired. Offline."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import workbench
+
+from lib.suite import bootstrap
+
+
+def test_requirements_are_read_with_what_is_accepted():
+    text = "# why\ntorch==2.13.0  # accept >=2.11\npapermill>=2.6,<3\nsix\n--no-index\n"
+    text += "playwright>=1.49  # accept absence\n"
+    found = [(item.name, item.accepted, item.optional) for item in bootstrap.requirements(text)]
+    assert found == [
+        ("torch", ">=2.11", False), ("papermill", ">=2.6,<3", False), ("six", "", False), ("playwright", ">=1.49", True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "expected"),
+    [
+        ("2.13.0+cpu", "==2.13.0", True),
+        ("2.11.0a0+git1", ">=2.11", True),
+        ("2.9.1", ">=2.11", False),
+        ("5.17", ">=5.17,<6", True),
+        ("6.0.0", ">=5.17,<6", False),
+        ("2.10", ">=2.9", True),
+        ("1", "", True),
+    ],
+)
+def test_bounds(version, bounds, expected):
+    assert bootstrap.satisfies(version, bounds) is expected
+
+
+def test_this_environment_satisfies_the_requirements():
+    assert bootstrap.unmet((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")) == []
+
+
+def test_unmet_names_what_is_missing():
+    assert bootstrap.unmet("no-such-package-here\npytest>=9999\n")[0] == "no-such-package-here"
+    assert bootstrap.unmet("pytest>=9999\n")[0].endswith("needs >=9999)")
+    assert bootstrap.unmet("no-such-package-here>=1  # accept absence\n") == []
+    assert bootstrap.unmet("pytest>=9999  # accept absence\n")[0].endswith("needs >=9999)")
+
+
+def _wheel(folder: Path, name: str = "tinypackage", version: str = "1.0") -> None:
+    """Write an installable package, so that a set-up needs no network."""
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{information}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Return a project whose only requirement is a package beside it, and whose program says where it runs."""
+    root = tmp_path_factory.mktemp("bare")
+    (root / "lib" / "suite" / "cli").mkdir(parents=True)
+    for name in (
+        "build.py",
+        "lib/__init__.py",
+        "lib/suite/__init__.py",
+        "lib/suite/cli/__init__.py",
+        "lib/suite/bootstrap.py",
+        "lib/suite/lock.py",
+    ):
+        shutil.copy(workbench.ROOT / name, root / name)
+    (root / "lib/suite/cli/command.py").write_text(
+        "import sys\ndef main(arguments):\n    print(sys.prefix, *arguments)\n    return 7\n", encoding="utf-8"
+    )
+    _wheel(root)
+    (root / "requirements.txt").write_text(f"--no-index\n--find-links {root}\ntinypackage==1.0\n", encoding="utf-8")
+    return root
+
+
+def _call(root: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    python = getattr(sys, "_base_executable", sys.executable)
+    return subprocess.run(
+        [python, root / "build.py", *arguments],
+        env=workbench.surroundings(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_first_use_makes_the_environment_and_starts_there(bare):
+    ended = _call(bare, "list", "-x")
+    assert ended.returncode == 7, ended.stdout + ended.stderr
+    assert ended.stdout.strip() == f"{bare / '.venv'} list -x"
+    assert len(ended.stderr.strip().splitlines()) == 1 and "setting up .venv from requirements.txt" in ended.stderr
+    again = _call(bare)
+    assert again.returncode == 7 and not again.stderr
+
+
+@pytest.mark.parametrize("damage", ["installing", "broken python"])
+def test_an_interrupted_set_up_is_repaired(bare, damage):
+    environment = bare / ".venv"
+    assert _call(bare).returncode == 7
+    if damage == "installing":
+        (environment / ".workbench").write_text("installing", encoding="utf-8")
+        (environment / "left-over").touch()
+    else:
+        (environment / "bin" / "python").unlink()
+        (environment / "left-over").touch()
+    ended = _call(bare)
+    assert ended.returncode == 7 and "setting up" in ended.stderr, ended.stdout + ended.stderr
+    assert not (environment / "left-over").exists()
+
+
+def test_changed_requirements_are_installed(bare):
+    assert _call(bare).returncode == 7
+    _wheel(bare, version="1.1")
+    text = (bare / "requirements.txt").read_text(encoding="utf-8")
+    (bare / "requirements.txt").write_text(text.replace("==1.0", "==1.1"), encoding="utf-8")
+    try:
+        inside = subprocess.run(
+            [bare / ".venv/bin/python", bare / "build.py"], env=workbench.surroundings(), capture_output=True, text=True
+        )
+        assert inside.returncode == 7 and "bringing .venv up to requirements.txt" in inside.stderr, inside.stderr
+    finally:
+        (bare / "requirements.txt").write_text(text, encoding="utf-8")
+
+
+def test_a_set_up_that_fails_says_so_in_one_line(bare):
+    path = bare / "requirements.txt"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text + "nothing-of-this-name==1\n", encoding="utf-8")
+    try:
+        ended = _call(bare)
+        *_, line = ended.stderr.strip().splitlines()
+        assert ended.returncode == 2 and "pip install -r requirements.txt failed" in line
+        assert "nothing-of-this-name" in line and "Traceback" not in ended.stderr
+    finally:
+        path.write_text(text, encoding="utf-8")
+    assert _call(bare).returncode == 7
+
+
+def test_a_set_up_that_was_killed_is_repaired(bare):
+    shutil.rmtree(bare / ".venv", ignore_errors=True)
+    python = getattr(sys, "_base_executable", sys.executable)
+    process = subprocess.Popen([python, bare / "build.py"], env=workbench.surroundings(), stderr=subprocess.DEVNULL)
+    workbench.wait_for((bare / ".venv" / "pyvenv.cfg").is_file, 30)
+    workbench.kill(process, signal.SIGKILL)
+    ended = _call(bare)
+    assert ended.returncode == 7, ended.stdout + ended.stderr
