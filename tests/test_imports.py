@@ -1,8 +1,11 @@
-"""What may import what: models ← measure ← optimizations ← notebooks; report and suite never reach torch."""
+"""What may import what: models ← measure ← optimizations ← notebooks, and the floors inside each; report and suite never
+reach torch.
+"""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,17 @@ MAY = {
     "report": {"report", "measure"},
     "suite": {"suite", "report", "models"},
 }
+# Inside an area: what stands on one floor may import what stands on it in the same room, and everything below.
+# Rooms of one floor do not know each other.
+FLOORS = {
+    "models": (
+        {"parameters"}, {"structure"}, {"checkpoints", "calibration", "decoding", "tasks"}, {"offload"}, {"loading"},
+        {"proxies"},
+    ),
+    "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
+    "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages"}),
+    "suite": ({"lock"}, {"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster"}, {"build"}, {"cli"}),
+}  # fmt: skip
 EVERYWHERE = {"errors", "memory_limits", "files"}
 ABOUT_OTHERS = {"modular_components", "automl_components", "continuous_nas", "pre_vs_post_optimization"}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors", "optuna"}
@@ -52,11 +66,51 @@ def test_layers(path):
         )
 
 
-@pytest.mark.parametrize("path", sorted((LIB / "optimizations").rglob("*.py")), ids=lambda path: path.stem)
+def _floor(area: str, room: str) -> int:
+    floors = [number for number, rooms in enumerate(FLOORS[area]) if room in rooms]
+    assert floors, f"{area} has no room {room}"
+    return floors[0]
+
+
+def _room(parts: tuple[str, ...]) -> str:
+    return Path(parts[1]).stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(LIB).as_posix())
+def test_floors_inside_an_area(path):
+    parts = path.relative_to(LIB).parts
+    if parts[0] not in FLOORS or path.name == "__init__.py":
+        return
+    area, room = parts[0], _room(parts)
+    for name in _imports(path):
+        other = name.split(".")
+        if other[:2] == ["lib", area] and len(other) > 2 and other[2] != room:
+            assert _floor(area, other[2]) < _floor(area, room), f"{area}/{room} must not import {name}"
+
+
+@pytest.mark.parametrize("area", sorted(MAY))
+def test_no_circle_even_through_late_imports(area):
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (LIB / area).rglob("*.py")}
+    graph = {name: {one for one in _modules(path) if one in known} for name, path in known.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def _modules(path: Path) -> set[str]:
+    """Return every name that an import of the file may mean: `from a import b` is `a`, or `a.b`."""
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return {part for name in _imports(path) for part in (name, name.rpartition(".")[0])} - {own}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.is_relative_to(LIB / "optimizations") and path.name != "__init__.py"],
+    ids=lambda path: path.relative_to(LIB / "optimizations").as_posix(),
+)
 def test_optimizations_stand_alone(path):
-    others = {name.split(".")[2] for name in _imports(path) if name.startswith("lib.optimizations.")}
-    if path.stem not in ABOUT_OTHERS:
-        assert not others, f"{path.stem} must not import {sorted(others)}"
+    own = Path(path.relative_to(LIB / "optimizations").parts[0]).stem
+    others = {name.split(".")[2] for name in _imports(path) if name.startswith("lib.optimizations.")} - {own, "common"}
+    if own not in ABOUT_OTHERS:
+        assert not others, f"{own} must not import {sorted(others)}"
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)

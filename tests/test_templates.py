@@ -3,6 +3,7 @@
 `faults` holds the rules; every template in notebooks/ has to pass, and a template with each fault in turn has to fail.
 """
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,17 @@ TAGS = (
     "speed",
     "cost",
     "figures",
+    "reading",
+    "refutation",
     "record",
     "environment",
 )
 HEADINGS = ("Question", "Idea", "Is it still right?", "Is it faster?", "What does it cost?", "Limits")
-MOST_LINES = 20
+MOST_LINES = 12
+MOST_COLUMNS = 88
+MOST_CODE_LINES = 125  # without the parameters
+SHOWING = ("show", "show_text", "display")
+CLAIMS = re.compile(r"^### What would refute it\s*$(.*?)(?=^#|\Z)", re.MULTILINE | re.DOTALL)
 IDEA_WORDS = 150
 PARAMETER = re.compile(r"^(?P<name>[a-z_]\w*): (?P<type>[^=#]+?) = (?P<default>.+?)  # (?P<help>\S.*)$")
 # A number with a unit of a result. Code spans (formulas), "95 %" (intervals) and lines that cite a source in brackets
@@ -56,7 +63,9 @@ def _tags(cell) -> list[str]:
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
     """Return one line per broken rule."""
     return [
-        fault for rule in (_stored, _parameters, _tagged, _told, _typed, _glued, _ended) for fault in rule(notebook)
+        fault
+        for rule in (_stored, _parameters, _tagged, _told, _short, _read, _refutable, _typed, _glued, _ended)
+        for fault in rule(notebook)
     ]
 
 
@@ -105,16 +114,72 @@ def _told(notebook) -> list[str]:
     prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     found = [] if len(prose) >= len(code) else [f"{len(code)} code cells, but only {len(prose)} of prose"]
-    for index, cell in enumerate(notebook.cells):
-        lines = len(cell.source.strip().splitlines())
-        if cell.cell_type == "code" and not set(_tags(cell)) & {"parameters"} and lines > MOST_LINES:
-            found.append(f"cell {index}: {lines} lines of code, at most {MOST_LINES}")
     if not notebook.cells or not notebook.cells[0].source.startswith("# "):
         found.append("the first cell is not the title")
     sections = _sections(notebook)
     found += [f'no heading "{name}"' for name in HEADINGS if name not in sections]
     words = len(sections.get("Idea", "").split())
     return found + ([f"the idea takes {words} words, at most {IDEA_WORDS}"] if words > IDEA_WORDS else [])
+
+
+def _short(notebook) -> list[str]:
+    """Short cells of short lines with one displayed result each, and not many of them."""
+    found, total = [], 0
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code" or "parameters" in _tags(cell):
+            continue
+        lines = cell.source.strip().splitlines()
+        total += sum(bool(line.strip()) for line in lines)
+        if len(lines) > MOST_LINES:
+            found.append(f"cell {index}: {len(lines)} lines of code, at most {MOST_LINES}")
+        found += [
+            f"cell {index}: a line of {len(x)} columns, at most {MOST_COLUMNS}" for x in lines if len(x) > MOST_COLUMNS
+        ]
+        shown = _shown(cell)
+        if shown > 1:
+            found.append(f"cell {index}: {shown} displayed results, at most one")
+    return found + ([f"{total} lines of code, at most {MOST_CODE_LINES}"] if total > MOST_CODE_LINES else [])
+
+
+def _shown(cell) -> int:
+    """Return how often a cell displays something; a loop counts twice, and of two branches the longer counts."""
+
+    def count(node: ast.AST) -> int:
+        if isinstance(node, ast.If):
+            return max(sum(map(count, node.body)), sum(map(count, node.orelse)))
+        inner = sum(map(count, ast.iter_child_nodes(node)))
+        if isinstance(node, (ast.For, ast.While)):
+            return 2 * inner
+        called = node.func if isinstance(node, ast.Call) else None
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
+        return inner + (name in SHOWING)
+
+    return count(ast.parse(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE)))
+
+
+def _read(notebook) -> list[str]:
+    """Behind every main figure (tag `figures`) the next code cell says in two computed sentences how to read it."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    after = [(cell, code[i + 1] if i + 1 < len(code) else None) for i, cell in enumerate(code)]
+    return [
+        f"no cell tagged reading after the figure of {cell.source.strip().splitlines()[0][:40]!r}"
+        for cell, following in after
+        if "figures" in _tags(cell) and (following is None or "reading" not in _tags(following))
+    ]
+
+
+def _refutable(notebook) -> list[str]:
+    """The question lists what would refute it, and the record carries the answers."""
+    found = [] if claims(notebook) else ['no list under "### What would refute it"']
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and "record" in _tags(cell)]
+    return found + ["the record has no refutations" for cell in code if "refutations=" not in cell.source]
+
+
+def claims(notebook) -> list[str]:
+    """Return the lines of the list under "What would refute it"."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    section = CLAIMS.search(text)
+    return re.findall(r"^- +(.+?)\s*$", section[1], flags=re.MULTILINE) if section else []
 
 
 def _sections(notebook) -> dict[str, str]:
@@ -163,6 +228,19 @@ def test_templates_keep_the_skeleton(path):
     assert faults(notebook) == []
 
 
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_what_would_refute_it_is_what_the_experiment_answers(path):
+    """The list in prose and `CLAIMS` in the optimization's folder are the same lines, word for word."""
+    folder = NOTEBOOKS.parent / "lib" / "optimizations" / path.stem
+    stated = [
+        ast.literal_eval(node.value)
+        for file in sorted(folder.glob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "CLAIMS" for target in node.targets)
+    ]
+    assert [list(lines) for lines in stated] == [claims(nbformat.read(path, as_version=4))]
+
+
 def test_the_overview_is_stored_clean():
     notebook = nbformat.read(NOTEBOOKS / "overview.ipynb", as_version=4)
     nbformat.validate(notebook)
@@ -176,10 +254,14 @@ def _sound() -> nbformat.NotebookNode:
     v = nbformat.v4
     lines = [f"{name}: {kind} = {DEFAULTS.get(name, repr('x'))}  # help" for name, kind in COMMON]
     lines.append("ratio: float = 0.25  # share removed, in [0, 1)")
-    sources = dict.fromkeys(TAGS, "show()") | {"parameters": "\n".join(lines), "record": "record.glue(found)"}
+    sources = dict.fromkeys(TAGS, "show()") | {
+        "parameters": "\n".join(lines),
+        "record": "record.glue(record.build(refutations=answers))",
+    }
     cells = [v.new_markdown_cell("# Title"), *(v.new_markdown_cell(f"## {name}\n\nProse.") for name in HEADINGS)]
+    cells[1].source += "\n\n### What would refute it\n\n- Nothing changes."
     cells += [
-        v.new_markdown_cell("Known: 1.9 % lost [Authors 2025]; predicted `2.0×`; 95 % interval.") for _ in range(4)
+        v.new_markdown_cell("Known: 1.9 % lost [Authors 2025]; predicted `2.0×`; 95 % interval.") for _ in range(6)
     ]
     return v.new_notebook(cells=cells + [v.new_code_cell(sources[tag], metadata={"tags": [tag]}) for tag in TAGS])
 
@@ -207,8 +289,16 @@ BREAK: dict[str, Callable] = {
     ),
     "no cell tagged speed": lambda n: n.cells.remove(_cell(n, "speed")),
     "out of order": lambda n: n.cells.insert(8, n.cells.pop(n.cells.index(_cell(n, "record")))),
-    "21 lines of code": lambda n: _cell(n, "apply").update(source="\n".join(["x = 1"] * 21)),
-    "only 10 of prose": lambda n: n.cells.pop(7),
+    "13 lines of code": lambda n: _cell(n, "apply").update(source="\n".join(["x = 1"] * 13)),
+    "a line of 89 columns": lambda n: _cell(n, "apply").update(source="x = " + "1" * 85),
+    "2 displayed results": lambda n: _cell(n, "apply").update(source="for x in y:\n    tables.show(x)"),
+    "no cell tagged reading after": lambda n: n.cells.remove(_cell(n, "reading")),
+    "no list under": lambda n: n.cells[1].update(source="## Question"),
+    "the record has no refutations": lambda n: _cell(n, "record").update(source="record.glue(found)"),
+    "lines of code, at most 125": lambda n: n.cells.extend(
+        nbformat.v4.new_code_cell("\n".join(["x = 1"] * 12)) for _ in range(11)
+    ),
+    "only 12 of prose": lambda n: n.cells.pop(7),
     'no heading "Limits"': lambda n: n.cells[6].update(source="## Something"),
     "the idea takes 151 words": lambda n: n.cells[2].update(source="## Idea\n\n" + "word " * 151),
     "not the title": lambda n: n.cells[0].update(source="Title"),

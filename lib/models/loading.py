@@ -34,7 +34,7 @@ class Loaded:
 
     model: nn.Module
     tokenizer: object | None
-    processor: object | None
+    image_processor: object | None
     parameters: parameter_files.ModelParameters
     name: str
     scale: str
@@ -107,7 +107,7 @@ def load(
     return Loaded(
         model=model,
         tokenizer=None if folder is None else AutoTokenizer.from_pretrained(folder),
-        processor=None if folder is None or anatomy(model).vision is None else io.load_image_processor(folder),
+        image_processor=None if folder is None or anatomy(model).vision is None else io.load_image_processor(folder),
         parameters=description,
         name=name,
         scale=scale,

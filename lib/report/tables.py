@@ -7,14 +7,15 @@ well in JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import rows
+from lib.report.records import refutation, rows
 from lib.report.records.record import Control, Record
+from lib.report.records.refutation import Refutation
 from lib.report.records.verdict import gain
 from lib.report.text.quantities import duration
 from lib.report.text.wording import label, signed, title, words
@@ -196,6 +197,23 @@ def _change(found: Measurement) -> tuple[float | None, ...]:
     low, high = found.ci or (None, None)
     ends = sorted((end - 1) * scale for end in (low, high)) if found.ci else [None, None]
     return ((found.ratio - 1) * scale, *ends)
+
+
+def environment(card: Mapping[str, object]) -> pd.DataFrame:
+    """Return the environment card as a table of text, the packages' versions after the rest."""
+    packages = card.get("packages")
+    flat = {name: value for name, value in card.items() if not isinstance(value, dict)}
+    flat |= packages if isinstance(packages, dict) else {}
+    return pd.DataFrame([(name, str(value)) for name, value in flat.items()], columns=["what", "value"])
+
+
+def refutations(answers: Sequence[Refutation], claims: Sequence[str]) -> pd.DataFrame:
+    """Return the answers to what would refute a claim. Raises ValueError unless each of `claims` has its own answer."""
+    answered = [one.claim for one in answers]
+    if answered != list(claims):
+        missing = [claim for claim in claims if claim not in answered]
+        raise ValueError(f"not every claim has its answer, in order; without: {missing or answered}")
+    return pd.DataFrame(refutation.rows(answers), columns=list(refutation.COLUMNS))
 
 
 def markdown(frame: pd.DataFrame) -> str:

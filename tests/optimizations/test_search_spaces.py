@@ -16,7 +16,7 @@ def test_knobs_agree_with_the_template(stem):
     declared = template.read(ROOT / "notebooks" / f"{stem}.ipynb").parameters
     module = discovery.method(stem)
     assert callable(module.applies_to)
-    shared = {name: knob for name, knob in getattr(module, "KNOBS", {}).items() if name in declared}
+    shared = {name: knob for name, knob in getattr(module, "SEARCH_SPACE", {}).items() if name in declared}
     for name, knob in shared.items():
         if "choices" in knob:
             assert knob["default"] in knob["choices"]

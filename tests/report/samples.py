@@ -10,7 +10,7 @@ from lib.report.records.record import Process, Record
 
 MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
 ENVIRONMENT = {
-    "processor": "Example Processor 9000",
+    "cpu": "Example Processor 9000",
     "cores_given": 2,
     "gpu": None,
     "packages": {"torch": "2.13.0"},
@@ -47,7 +47,7 @@ def measurements(accuracy: str = "maintained", speed: str = "better", ratio: flo
         timed("time_to_first_token_ms", 1 / ratio, verdict=speed),
         timed("decode_tokens_per_second", 1.02, 0.04, "inconclusive", "decode"),
         scored("f1_macro", 0.91, 0.91 - lost, accuracy),
-        scored("recall_exact_match", 0.95, 0.94, "inconclusive", workload="recall"),
+        scored("retrieval_exact_match", 0.95, 0.94, "inconclusive", workload="retrieval"),
         scored("perplexity", 41.0, 42.1, "maintained", 0.01, "text"),
         measurement.informative("flips", "classify", 0.0, 17.0, "400 items, both directions"),
         measurement.counted("weights_bytes", "load", 7_240_000.0, 5_212_800.0, "sum of the tensors' bytes"),
@@ -67,7 +67,7 @@ def process(seconds: int = 60) -> Process:
     times = [index / 2 for index in range(2 * seconds)]
     return Process(
         seconds=times,
-        processor_percent=[min(200.0, max(4.0, chance.gauss(170, 25))) for _ in times],
+        cpu_percent=[min(200.0, max(4.0, chance.gauss(170, 25))) for _ in times],
         memory_bytes=[5e8 + 4e6 * time + chance.gauss(0, 5e6) for time in times],
         interval_seconds=0.5,
         cores=2,
@@ -145,7 +145,7 @@ def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002,
         paired("prefill_tokens_per_second", gain, seed=seed),
         paired("decode_tokens_per_second", gain * 0.95, workload="decode", seed=seed),
         scored("f1_macro", 0.91, 0.91 - lost, "maintained" if lost < 0.02 else "not_maintained", 0.01),
-        scored("recall_exact_match", 0.95, 0.95 - lost / 5, "maintained", 0.01, workload="generate"),
+        scored("retrieval_exact_match", 0.95, 0.95 - lost / 5, "maintained", 0.01, workload="generate"),
         measurement.counted("weights_bytes", "load", 7_240_000.0, 5_212_800.0, "sum of the tensors' bytes"),
         measurement.counted("parameters", "load", 3_620_000, 2_606_400, "counted"),
         measurement.informative(

@@ -11,7 +11,7 @@ from lib.report.text import quantities
 from lib.report.text.wording import label, title
 from tests.report import samples
 
-SAMPLED = {"seconds", "processor_percent", "memory_bytes"}
+SAMPLED = {"seconds", "cpu_percent", "memory_bytes"}
 PNG = b"\x89PNG\r\n"
 
 

@@ -62,7 +62,7 @@ def test_a_finished_run_is_whole(built):
     record = workbench.record(root, stem)
     process = record["process"]
     assert record["parameters"]["ratio"] == 0.25 and record["parameters"]["model"] == "alpha-1.5"
-    assert len(process["seconds"]) == len(process["memory_bytes"]) == len(process["processor_percent"]) > 0
+    assert len(process["seconds"]) == len(process["memory_bytes"]) == len(process["cpu_percent"]) > 0
     assert max(process["memory_bytes"]) > 0 and process["jobs_side_by_side"] * process["cores"] <= os.cpu_count()
     assert "under “Record”" in record["log"] and record["seconds"] > 0 and record["key"].startswith("sha256:")
 

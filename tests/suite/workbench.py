@@ -75,7 +75,7 @@ def model_file(root: Path, name: str, optimizations: str = "{}") -> Path:
     path.write_text(
         f"name: {name}\ncheckpoint: somebody/{name}\narchitecture: qwen3\nfull: {{num_hidden_layers: 4}}\n"
         "slice: {layers: 2}\nproxy:\n  config: {num_hidden_layers: 2}\n  training: {steps: 1}\n"
-        f"tasks: [recall]\noptimizations: {optimizations}\n",
+        f"tasks: [retrieval]\noptimizations: {optimizations}\n",
         encoding="utf-8",
     )
     if not (root / "parameters" / "proxies" / name).exists():

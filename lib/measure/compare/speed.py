@@ -189,7 +189,7 @@ def _processor(name: str, arms: Timed, first: Sequence[Use]) -> list[Measurement
         first = cpu.use(arms.baseline, 0.2), cpu.use(arms.optimized, 0.2)
     base, opt = first
     tell, told = measurement.informative, (base.utilisation, opt.utilisation, opt.source)
-    found = [tell("processor_utilisation", name, *told, samples=None)]
+    found = [tell("cpu_utilisation", name, *told, samples=None)]
     if base.gpu is not None and opt.gpu is not None:
         found.append(tell("gpu_utilisation", name, base.gpu, opt.gpu, "NVML, sampled 20 times a second"))
     return found

@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "precision_macro": _score(),
     "recall_macro": _score(),
     "accuracy": _score(),
-    "recall_exact_match": _score(),
+    "retrieval_exact_match": _score(),
     "perplexity": Metric("perplexity", "accuracy", False, PERPLEXITY_MARGIN),
     "kl_divergence_nats": _score(None, "nats/token", False),
     "top1_agreement": _score(None),
@@ -104,7 +104,7 @@ METRICS: dict[str, Metric] = {
     "full_depth_parameters": _resource("parameters", margin=None),
     "full_depth_weights_bytes": _resource("bytes", margin=None),
     "full_depth_kv_cache_bytes_per_token": _resource("bytes/token", margin=None),
-    "processor_utilisation": _resource("share of given cores", margin=None),
+    "cpu_utilisation": _resource("share of given cores", margin=None),
     "gpu_utilisation": _resource("share", margin=None),
     # Efficiency.
     "energy_joules_per_token": _efficiency("J/token", False, ENERGY_MARGIN),

@@ -12,8 +12,8 @@ class Effort:
     """Sizes of one run. `blocks`: timed AB/BA blocks. `items`: classified items. `windows` × `window_tokens`: held-out
     text.
 
-    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `recall_prompts`: generated answers at
-    `recall_distance` tokens; 149 without a flip are the fewest that can show a loss of less than 2 points.
+    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `retrieval_prompts`: generated answers at
+    `retrieval_distance` tokens; 149 without a flip are the fewest that can show a loss of less than 2 points.
     `calibration_sequences` × `calibration_tokens`: what an optimization may look at. `resamples`: bootstrap resamples.
     """
 
@@ -24,8 +24,8 @@ class Effort:
     prompt_tokens: int
     new_tokens: int
     batch: int
-    recall_prompts: int
-    recall_distance: int
+    retrieval_prompts: int
+    retrieval_distance: int
     calibration_sequences: int
     calibration_tokens: int
     resamples: int

@@ -31,7 +31,7 @@ from lib.models.tasks.retrieval import LEAD
 SCORES = ("f1_macro", "precision_macro", "recall_macro")
 # What `compare` tells of a model whose answers mean something, and of which workload.
 ASKED = {name: "classify" for name in (*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right")}
-ASKED |= {"recall_exact_match": "generate", "perplexity": "prefill"}
+ASKED |= {"retrieval_exact_match": "generate", "perplexity": "prefill"}
 ASKED |= {"kl_divergence_nats": "prefill", "top1_agreement": "prefill"}
 # Logits held at a time, in elements.
 CHUNK_ELEMENTS = 2**24
@@ -69,7 +69,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class Retrieved:
     """Which values were repeated exactly, over a stated distance in tokens; `answered` as above."""
 
     distance: int
@@ -83,7 +83,7 @@ class Answers:
 
     classified: list[Classified]
     text: Text | None
-    recalled: Recalled | None
+    recalled: Retrieved | None
     reason: str | None = None
 
 
@@ -116,7 +116,7 @@ def evaluate(
     return Answers(
         [classify(arm, name, split, effort.items, seed) for name in names],
         read(arm.model, ids_NT),
-        recall(arm, effort.recall_distance, effort.recall_prompts, seed, lead),
+        retrieval(arm, effort.retrieval_distance, effort.retrieval_prompts, seed, lead),
     )
 
 
@@ -158,11 +158,11 @@ def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
 
 
 @torch.inference_mode()
-def recall(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD) -> Recalled:
+def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD) -> Retrieved:
     """Return which of `count` values, stored `distance` tokens ago, the model repeats exactly when it generates
     greedily. `lead` tokens of text stand before them.
     """
-    ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed, lead)
+    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead)
 
     def ask() -> dict[str, np.ndarray]:
         right = []
@@ -172,9 +172,9 @@ def recall(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int =
             right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
         return {"right_N": np.concatenate(right)}
 
-    question = {"task": "recall", "distance": distance, "count": count, "seed": seed, "lead": lead}
+    question = {"task": "retrieval", "distance": distance, "count": count, "seed": seed, "lead": lead}
     found, answered = answer_cache.known_or(loaded, question, ask)
-    return Recalled(distance, found["right_N"], answered)
+    return Retrieved(distance, found["right_N"], answered)
 
 
 @torch.inference_mode()
@@ -265,7 +265,7 @@ def compare_classified(
     ]
 
 
-def _before(baseline: Classified | Recalled) -> str:
+def _before(baseline: Classified | Retrieved) -> str:
     """Say where the baseline's answers were not given in this run."""
     if baseline.answered is None:
         return ""
@@ -283,14 +283,14 @@ def _score(name: str, arm: Classified) -> float:
 
 
 def compare_recalled(
-    baseline: Recalled, optimized: Recalled, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
+    baseline: Retrieved, optimized: Retrieved, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> Measurement:
     """Return the exact match of generated values."""
     n = len(baseline.right_N)
     truth_N = np.ones(n, dtype=int)
     given = (truth_N, baseline.right_N.astype(int), optimized.right_N.astype(int))
     return noninferiority.score(
-        "recall_exact_match",
+        "retrieval_exact_match",
         "generate",
         float(baseline.right_N.mean()),
         float(optimized.right_N.mean()),

@@ -40,7 +40,7 @@ Make = Callable[[], Policy]
 
 
 @dataclass(frozen=True)
-class Ground:
+class ServingSetup:
     """What all policies share: measured step times, objectives, limits, batching, capacity per kind of request."""
 
     times: StepTimes
@@ -67,7 +67,7 @@ def prepare(
     batching: str = "iteration",
     repeats: int = 5,
     seed: int = 0,
-) -> Ground:
+) -> ServingSetup:
     """Time the real model's steps and return the ground for all policies.
 
     `cache_share` bounds the cache: the share of what MOST_ROWS of the longest requests would take. Who cannot make the
@@ -82,10 +82,12 @@ def prepare(
     longest = max(kind.longest for kind in KINDS.values())
     size = cache_share * MOST_ROWS * longest * times.bytes_per_token
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return Ground(times, wanted, single, Limits(MOST_ROWS, size, times.bytes_per_token, patience), batching)
+    return ServingSetup(times, wanted, single, Limits(MOST_ROWS, size, times.bytes_per_token, patience), batching)
 
 
-def around(loaded: Loaded, ground: Ground, run: Callable[[], object], seed: int = 0) -> tuple[Ground, object]:
+def around(
+    loaded: Loaded, ground: ServingSetup, run: Callable[[], object], seed: int = 0
+) -> tuple[ServingSetup, object]:
     """Return the same ground with the step times that held around `run()`, and what that returned."""
     contexts, options = _steps(loaded)
     repeats = 2 if loaded.scale == "proxy" else 1
@@ -103,7 +105,7 @@ def _text(loaded: Loaded, seed: int) -> torch.Tensor:
     return tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
 
 
-def facts(ground: Ground) -> list[dict[str, object]]:
+def facts(ground: ServingSetup) -> list[dict[str, object]]:
     """Return a row per kind of request: what it takes alone, what capacity allows, whether objectives can be met."""
     rows = []
     for name, lengths in KINDS.items():
@@ -116,7 +118,7 @@ def facts(ground: Ground) -> list[dict[str, object]]:
     return rows
 
 
-def traffic(ground: Ground, name: str, requests: int, seed: int) -> Trace:
+def traffic(ground: ServingSetup, name: str, requests: int, seed: int) -> Trace:
     """Return one of the traces `NAMES`, about `requests` requests in each phase. Rates follow from the capacity."""
     chat, documents = ground.capacity(CHAT)[0], ground.capacity(DOCUMENTS)[0]
     plans = {f"constant {share:g}": [(share * chat, CHAT)] for share in CONSTANT_SHARES}
@@ -133,7 +135,7 @@ def traffic(ground: Ground, name: str, requests: int, seed: int) -> Trace:
     return make(name, phases, seed)
 
 
-def several(ground: Ground, name: str, requests: int, seeds: Sequence[int]) -> list[Trace]:
+def several(ground: ServingSetup, name: str, requests: int, seeds: Sequence[int]) -> list[Trace]:
     """Return a trace per seed."""
     return [traffic(ground, name, requests, seed) for seed in seeds]
 
@@ -147,7 +149,7 @@ def _plan(shares: Sequence[float], chat: float, documents: float) -> list[tuple[
     return [(share * rate, lengths) for share, (rate, lengths) in zip(shares, kinds)]
 
 
-def compare(ground: Ground, traces: Sequence[Trace], policies: dict[str, Make]) -> list[dict[str, object]]:
+def compare(ground: ServingSetup, traces: Sequence[Trace], policies: dict[str, Make]) -> list[dict[str, object]]:
     """Serve every trace with a fresh policy of every kind; return a row per policy: means over the traces."""
     rows = []
     for name, fresh in policies.items():
@@ -166,7 +168,9 @@ def _peaks(runs: Sequence[Served]) -> list[float]:
     return [run.peak_bytes for run in runs]
 
 
-def goodput(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: Make, workload: str) -> Measurement:
+def goodput(
+    ground: ServingSetup, traces: Sequence[Trace], baseline: Make, optimized: Make, workload: str
+) -> Measurement:
     """Return the goodput of two policies on the same traces, trace by trace, simulated. The floor is the baseline on
     the same traces with other jitter. Raises nothing where nobody was served: then it is said.
     """
@@ -191,7 +195,7 @@ def judged_goodput(workload: str, arms: Sequence[Sequence[float]], again: Sequen
     return measurement.from_samples(metric, workload, *arms, source=source, floor=floor, provenance="estimated")
 
 
-def latencies(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: Make) -> list[Measurement]:
+def latencies(ground: ServingSetup, traces: Sequence[Trace], baseline: Make, optimized: Make) -> list[Measurement]:
     """Return goodput's share, latencies and mean batch of two policies on the same traces, simulated, not judged."""
     names = {
         "goodput_share": ("goodput share", 1),
@@ -216,7 +220,7 @@ def latencies(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized
     return found
 
 
-def settling(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized: Make) -> Measurement:
+def settling(ground: ServingSetup, traces: Sequence[Trace], baseline: Make, optimized: Make) -> Measurement:
     """Return the seconds from the load step until requests are served well for good; means of the seeds that settle."""
     arms, unsettled = [], []
     for fresh in (baseline, optimized):
@@ -236,7 +240,7 @@ def settling(ground: Ground, traces: Sequence[Trace], baseline: Make, optimized:
     )
 
 
-def settled(ground: Ground, served: Served) -> float | None:
+def settled(ground: ServingSetup, served: Served) -> float | None:
     """Return the settling time of a run after its second phase began."""
     starts = [*served.trace.starts, served.trace.seconds]
     return latency.settling_seconds(served, ground.wanted, starts[1], starts[2])

@@ -14,7 +14,7 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Classified, Recalled
+from lib.measure.quality.evaluate import Classified, Retrieved
 from lib.measure.serving import latency
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.server import Limits, Policy, RealClock, Served, VirtualClock, serve
@@ -101,13 +101,13 @@ class Burst:
 
 def recalled(
     loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
-) -> tuple[Recalled, Served]:
+) -> tuple[Retrieved, Served]:
     """Return which recall values come back right when their prompts are served among others, and the run.
 
     Every second request is a chat of another length, so rows join, are padded and leave all the time. Engine times are
     real, idle time is skipped.
     """
-    ids_BT, target_BV = tasks.recall_prompts(loaded, effort.recall_distance, effort.recall_prompts, seed)
+    ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(1 / rate, 2 * len(ids_BT)))
@@ -127,7 +127,7 @@ def recalled(
     limits = replace(limits, patience_seconds=None)
     served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
     right = [engine.output.get(2 * index) == target.tolist() for index, target in enumerate(target_BV)]
-    return Recalled(effort.recall_distance, np.array(right)), served
+    return Retrieved(effort.retrieval_distance, np.array(right)), served
 
 
 def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
@@ -151,13 +151,13 @@ def alone_and_together(
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
-        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
     options = {"resamples": effort.resamples, "seed": seed}
     effort = replace(effort, items=min(effort.items, ALONE))
     found = []
     for one, many in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
         found += evaluate.compare_classified(one, many, **options)
-    alone = evaluate.recall(loaded, effort.recall_distance, effort.recall_prompts, seed)
+    alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     together, _ = recalled(loaded, effort, policy, limits, rate, seed)
     return [*found, evaluate.compare_recalled(alone, together, **options)]
 
@@ -181,7 +181,7 @@ def measurements(baseline: Replayed, optimized: Replayed, wanted: Objectives) ->
         told("latency_p50_ms", [_ms(one["latency p50"]) for one in summaries]),
         told("time_per_output_token_ms", [_ms(one["time per output token"]) for one in summaries]),
         told("kv_cache_peak_bytes", [float(run.served.peak_bytes) for run in runs]),
-        told("processor_utilisation", [run.utilisation for run in runs]),
+        told("cpu_utilisation", [run.utilisation for run in runs]),
         told("batch_rows", [one["batch"] for one in summaries]),
     ]
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from lib.models.structure.anatomy import forget_pictures
+from lib.models.structure.anatomy import reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -157,7 +157,7 @@ def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_fo
 @torch.inference_mode()
 def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, object]:
     """Run the prompt; return the first greedy token [B, 1] and the cache, which is new."""
-    forget_pictures(model)
+    reset_rope_deltas(model)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 

@@ -160,13 +160,13 @@ def _estimate() -> Counter:
 
 def watts_per_core() -> tuple[str, tuple[float, float]]:
     """Return the row of WATTS_PER_CORE that fits this processor, and its (idle, busy) watts."""
-    name = processor_name()
+    name = cpu_name()
     family = next((row for row in WATTS_PER_CORE if row in name), "server")
     return family, WATTS_PER_CORE[family]
 
 
 @lru_cache
-def processor_name() -> str:
+def cpu_name() -> str:
     """Return the processor's name as the system states it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -24,7 +24,7 @@ def card(
     of the evaluation data. `at` is a directory inside the repository whose commit is stated.
     """
     found = {
-        "processor": energy.processor_name(),
+        "cpu": energy.cpu_name(),
         "architecture": platform.machine(),
         "cores_given": len(disturbance.cores()),
         "cores_of_machine": os.cpu_count(),

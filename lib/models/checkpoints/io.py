@@ -53,13 +53,13 @@ def build(
 
 
 def load_image_processor(folder: Path | str) -> object:
-    """Load the picture processor of a vision-language checkpoint on the PIL path, which needs no torchvision."""
+    """Load the image processor of a vision-language checkpoint on the PIL path, which needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
-def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, processor: object = None) -> Path:
+def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, image_processor: object = None) -> Path:
     """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths and of its factored
     matrices; return the folder. Tied weights are stored once, and tensors begin at aligned bytes.
 
@@ -86,7 +86,7 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, proc
         name: found for name, found in (("factors", factored.ranks(model)), ("sparse", sparse.describe(model))) if found
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for part in (tokenizer, processor):
+    for part in (tokenizer, image_processor):
         if part is not None:
             part.save_pretrained(folder)
     return folder

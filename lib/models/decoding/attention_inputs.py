@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 NAME = "watched"
 
@@ -55,7 +55,7 @@ def watch(model: nn.Module, ids_1T: torch.Tensor, indices: Collection[int] | Non
     for block in anatomy(watched).blocks:
         wanted = indices is None or block.index in indices
         block.attention.module.seen_heads = (block.index, seen) if wanted else None
-    forget_pictures(watched)
+    reset_rope_deltas(watched)
     watched(input_ids=ids_1T.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     return seen
 

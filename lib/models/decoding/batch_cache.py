@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -62,7 +62,7 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
     """
     if not prompts:
         raise UserError("rows: no prompt to read; give at least one")
-    forget_pictures(model)
+    reset_rope_deltas(model)
     device = next(model.parameters()).device
     if isinstance(prompts[0], Mapping):
         return _prefill_pictures(model, prompts, device)
@@ -100,7 +100,7 @@ def _prefill_pictures(model: nn.Module, prompts: Sequence[Prompt], device: torch
     shift = getattr(model.model, "rope_deltas", None)
     position_B = torch.full((len(ids_BT),), ids_BT.shape[1], device=device)
     position_B = position_B if shift is None else position_B + shift.flatten().to(device)
-    forget_pictures(model)
+    reset_rope_deltas(model)
     return Rows(output.past_key_values, torch.ones_like(ids_BT), position_B, output.logits[:, -1].argmax(-1))
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from lib.errors import UserError
 from lib.models.decoding import cache_names
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
@@ -92,7 +92,7 @@ def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object =
     """Return the loss of each next token [B, T - 1] in nats, float32, with logits of `rows` tokens at a time."""
     if rows < 1:
         raise UserError(f"logit_rows {rows}: expected at least 1")
-    forget_pictures(model)
+    reset_rope_deltas(model)
     given = {"use_cache": cache is not None} | cache_names.given(cache)
     hidden_BTH = model.model(input_ids=ids_BT, **given).last_hidden_state[:, :-1]
     flat = zip(hidden_BTH.flatten(0, 1).split(rows), ids_BT[:, 1:].flatten().split(rows))
@@ -108,7 +108,7 @@ def tokens(model: nn.Module, prompt: torch.Tensor | Mapping, count: int, *, cach
     """
     inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
     if cache is None:
-        forget_pictures(model)
+        reset_rope_deltas(model)
     for _ in range(count):
         output = model(**inputs, **cache_names.given(cache), use_cache=True, logits_to_keep=1)
         cache, token_B = cache_names.of(output), output.logits[:, -1].argmax(-1)

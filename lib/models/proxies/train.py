@@ -47,7 +47,7 @@ class Student:
 
     model: torch.nn.Module
     tokenizer: object
-    processor: object | None
+    image_processor: object | None
     parameters: parameters.ModelParameters
     device: str = "cpu"
     scale: str = "proxy"
@@ -65,8 +65,8 @@ def student(name: str) -> Student:
     else:
         config = config | endings | {"bos_token_id": None}
     model = spread(io.build(config, description.architecture, seed=recipe.seed))
-    processor = picture_processor(config["vision_config"]) if "vision_config" in config else None
-    return Student(model, vocabulary, processor, description)
+    image_processor = make_image_processor(config["vision_config"]) if "vision_config" in config else None
+    return Student(model, vocabulary, image_processor, description)
 
 
 def spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -97,8 +97,8 @@ def recipe_of(name: str) -> Recipe:
         raise UserError(f"parameters/{name}.yaml: section proxy.training: {error}") from None
 
 
-def picture_processor(vision: dict) -> Qwen2VLImageProcessorPil:
-    """Return the processor of pictures for a vision tower: their size is kept, values go to [-1, 1]."""
+def make_image_processor(vision: dict) -> Qwen2VLImageProcessorPil:
+    """Return the image_processor of pictures for a vision tower: their size is kept, values go to [-1, 1]."""
     return Qwen2VLImageProcessorPil(
         patch_size=vision["patch_size"],
         merge_size=vision["spatial_merge_size"],
@@ -215,7 +215,7 @@ def watch(run: Run) -> dict[str, float]:
 
 
 def publish(name: str, run: Run, folder: Path) -> Path:
-    """Write checkpoint, tokenizer, processor and README beside `folder`, then put them in its place."""
+    """Write checkpoint, tokenizer, image_processor and README beside `folder`, then put them in its place."""
     run.settle()
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -225,8 +225,8 @@ def publish(name: str, run: Run, folder: Path) -> Path:
     model.to(torch.bfloat16).load_state_dict(half)
     model.save_pretrained(beside)
     run.lessons.loaded.tokenizer.save_pretrained(beside)
-    if run.lessons.loaded.processor is not None:
-        run.lessons.loaded.processor.save_pretrained(beside)
+    if run.lessons.loaded.image_processor is not None:
+        run.lessons.loaded.image_processor.save_pretrained(beside)
     keep_history(beside, [*run.before, run.told()])
     describe(name, beside)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +242,8 @@ def publish(name: str, run: Run, folder: Path) -> Path:
 def describe(name: str, folder: Path) -> None:
     """Score the checkpoint of model `name` in `folder` and write its README."""
     model, description = io.load_folder(folder, dtype=torch.float32), parameters.read(name)
-    processor = io.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
-    found = scores(Student(model, AutoTokenizer.from_pretrained(folder), processor, description))
+    image_processor = io.load_image_processor(folder) if "vision_config" in description.config("proxy") else None
+    found = scores(Student(model, AutoTokenizer.from_pretrained(folder), image_processor, description))
     (folder / "README.md").write_text(readme(name, model, history(folder), found), encoding="utf-8")
     LOG.info("%s: %s", name, found)
 
@@ -262,7 +262,7 @@ def scores(loaded, limit: int | None = None, prompts: int = RECALL_PROMPTS) -> d
         found["least_expert_share"] = min(min(shares) for shares in balance.shares().values())
     balance.close()
     for distance in DISTANCES:
-        found[f"recall_{distance}"] = recall(loaded, distance, prompts)
+        found[f"retrieval_{distance}"] = retrieval(loaded, distance, prompts)
     return found
 
 
@@ -287,10 +287,10 @@ def _loss(loaded, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def recall(loaded, distance: int, count: int, seed: int = 1) -> float:
+def retrieval(loaded, distance: int, count: int, seed: int = 1) -> float:
     """Return the share of values reproduced exactly. Greedy generation gives the value if and only if every token of
     it is the likeliest one after the tokens before it, which one forward pass shows."""
-    ids_BT, target_BV = tasks.recall_prompts(loaded, distance, count, seed)
+    ids_BT, target_BV = tasks.retrieval_prompts(loaded, distance, count, seed)
     right = 0
     for ids, target in zip(ids_BT.split(4), target_BV.split(4)):
         width = target.shape[1]

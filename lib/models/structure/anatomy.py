@@ -213,7 +213,7 @@ def feed_forward(module: nn.Module) -> FeedForward:
     return FeedForward(module, "dense", module, None)
 
 
-def forget_pictures(model: nn.Module) -> None:
+def reset_rope_deltas(model: nn.Module) -> None:
     """Make a vision-language model forget where the pictures of its last prompt stood; nothing happens elsewhere.
 
     It keeps that offset on itself, and would shift the positions of the next text-only prompt by it while decoding.

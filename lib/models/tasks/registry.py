@@ -9,7 +9,7 @@ CLASSIFY = {
     "code_origin": "which package a function comes from",
     "digits": "the handwritten digit in a picture",
 }
-GENERATE = {"recall": "the value that followed a key many tokens ago"}
+GENERATE = {"retrieval": "the value that followed a key many tokens ago"}
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness (`lib.measure.quality.lm_eval`)
 
 

@@ -60,7 +60,7 @@ def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch
     return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
 
 
-def recall_prompts(
+def retrieval_prompts(
     loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.

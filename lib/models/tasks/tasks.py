@@ -18,7 +18,7 @@ from lib.models.tasks import prompting
 from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.tasks.prompting import PICTURE_TOKENS
 from lib.models.tasks.registry import CLASSIFY, GENERATE
-from lib.models.tasks.retrieval import CORPUS, KEY, VALUE, corpus_of, random_ids, recall_prompts, text_windows
+from lib.models.tasks.retrieval import CORPUS, KEY, VALUE, corpus_of, random_ids, retrieval_prompts, text_windows
 
 __all__ = [
     "CLASSIFY",
@@ -36,7 +36,7 @@ __all__ = [
     "label_ids",
     "label_scores",
     "prompt_of",
-    "recall_prompts",
+    "retrieval_prompts",
     "text_windows",
 ]
 
@@ -80,15 +80,15 @@ def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor
     """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
     if any(picture is None for picture in pixels):
         return {}
-    processor = getattr(loaded.processor, "image_processor", loaded.processor)
-    made = processor(images=[np.repeat(p[..., None], 3, -1) for p in pixels], return_tensors="pt")
+    image_processor = getattr(loaded.image_processor, "image_processor", loaded.image_processor)
+    made = image_processor(images=[np.repeat(p[..., None], 3, -1) for p in pixels], return_tensors="pt")
     return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
 
 
 def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
     """Return how many tokens each picture takes."""
-    processor = getattr(loaded.processor, "image_processor", loaded.processor)
-    return (pictures["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+    image_processor = getattr(loaded.image_processor, "image_processor", loaded.image_processor)
+    return (pictures["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist()
 
 
 def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
@@ -168,7 +168,7 @@ def calibration(
         rows_NT = torch.cat([rows_NT, span_NS], 1)
     size = max(1, tokens_at_once // length)
     made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
-    if loaded.processor is not None and "digits" in loaded.parameters.tasks:
+    if loaded.image_processor is not None and "digits" in loaded.parameters.tasks:
         pictures = items("digits", split, sequences, seed)
         made += [inputs for inputs, _ in batches(loaded, pictures)]
     return made

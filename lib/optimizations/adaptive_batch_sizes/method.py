@@ -31,7 +31,7 @@ from lib.measure.serving.slo import FACTORS, Objectives, Single
 from lib.measure.serving.traffic import Trace
 from lib.models.decoding import batch_cache as rows
 
-KNOBS = {
+SEARCH_SPACE = {
     "batching": {"type": "categorical", "choices": ("iteration", "request"), "default": "iteration"},
     "first_token_factor": {
         "type": "float",
@@ -204,7 +204,7 @@ class Adaptive:
     name = "adaptive"
 
     def __init__(self, objectives: Objectives, single: Single, *, headroom: float = 0.1, most: int = MOST_ROWS):
-        if not 0 <= headroom <= KNOBS["headroom"]["range"][1]:
+        if not 0 <= headroom <= SEARCH_SPACE["headroom"]["range"][1]:
             raise UserError(f"adaptive_batch_sizes: headroom {headroom}; expected 0 <= headroom <= 0.5")
         self.objectives, self.headroom, self.most = objectives, headroom, most
         step, prompt = single.step_seconds, single.prompt_tokens

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Recalled
+from lib.measure.quality.evaluate import Retrieved
 from lib.models.decoding.attention_inputs import Heads
 from lib.models.loading import Loaded
 from lib.models.tasks.retrieval import KEY, LEAD, VALUE
@@ -74,9 +74,9 @@ def at_places(
     length: int,
     count: int,
     seed: int = 0,
-    known: Mapping[str, Mapping[str, Recalled]] | None = None,
+    known: Mapping[str, Mapping[str, Retrieved]] | None = None,
     everywhere: Sequence[str] | None = None,
-) -> dict[str, dict[str, Recalled]]:
+) -> dict[str, dict[str, Retrieved]]:
     """Return for each arm which of `count` values it repeats from the "start", "middle" and "end" of a prompt of
     `length` tokens: the same prompts for every arm, greedy, exact match.
 
@@ -86,7 +86,7 @@ def at_places(
     """
     room = length - 2 * KEY - VALUE  # text around the stored value
     leads = {"start": LEAD, "middle": room // 2, "end": max(LEAD, room - NEAR)}
-    found: dict[str, dict[str, Recalled]] = {}
+    found: dict[str, dict[str, Retrieved]] = {}
     for arm, model in arms.items():
         found[arm] = {}
         places = leads if everywhere is None or arm in everywhere else ("middle",)
@@ -94,7 +94,7 @@ def at_places(
             one = (known or {}).get(arm, {}).get(place)
             if one is not None and (one.distance, len(one.right_N)) != (room - lead, count):
                 raise ValueError(f"{arm}, {place}: known answers are not to prompts of {length} tokens")
-            found[arm][place] = one or evaluate.recall(_with(loaded, model), room - lead, count, seed, lead)
+            found[arm][place] = one or evaluate.retrieval(_with(loaded, model), room - lead, count, seed, lead)
     return found
 
 
@@ -102,7 +102,7 @@ def _with(loaded: Loaded, model: nn.Module) -> Loaded:
     return Loaded(**{**vars(loaded), "model": model})
 
 
-def place_bars(found: Mapping[str, Mapping[str, Recalled]]) -> pd.DataFrame:
+def place_bars(found: Mapping[str, Mapping[str, Retrieved]]) -> pd.DataFrame:
     """Return `at_places` for `figures.bars`: a bar for each place and arm, with Wilson's 95 % interval."""
     rows = []
     for place in next(iter(found.values()), {}):

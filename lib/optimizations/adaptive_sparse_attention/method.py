@@ -22,7 +22,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
 
-KNOBS = {
+SEARCH_SPACE = {
     "tau": {"type": "float", "range": (0.05, 1.0), "default": 0.9, "help": "share of estimated mass to keep"},
     "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
     "stride": {"type": "int", "range": (2, 64), "default": 16, "levels": (8, 16)},  # side of the squares scored
@@ -110,7 +110,7 @@ def check(tau, block_size, stride, max_density, full_last, pages, page_size, pat
         if not 0 < value <= 1:
             raise UserError(f"{told}{name} {value} is out of range; expected 0 < {name} <= 1")
     for name, value in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
-        low, high = KNOBS[name]["range"]
+        low, high = SEARCH_SPACE[name]["range"]
         if not low <= value <= high:
             raise UserError(f"{told}{name} {value} is out of range; expected {low} to {high}")
     if block_size % stride:

@@ -1,7 +1,7 @@
 """One search over every optimization that can be composed: which of them, in which order, with which knobs.
 
-Components are found by looking: every module beside this one with `apply` and `KNOBS`. A configuration switches each on
-or off, orders them, and sets their knobs. It is judged by two objectives, time of a request and divergence, both as
+Components are found by looking: every other optimization with `apply` and `SEARCH_SPACE`. A configuration switches each
+on or off, orders them, and sets their knobs. It is judged by two objectives, time of a request and divergence, both as
 small as can be, under a budget of memory; in rungs: bytes, then divergence on little text, then time; the best on more
 text; the best of those on tasks. What fails a rung costs no more. Proposals come from Optuna's tree of Parzen
 estimators after the defaults of each component and what served other models; all of it lies in a study that survives.
@@ -69,7 +69,7 @@ def applies_to(model: nn.Module) -> str | None:
 
 
 def components(declared: Mapping[str, Collection[str]] | None = None, most_steps: int = STEPS) -> list[Component]:
-    """Return every other optimization that offers `apply` and `KNOBS`, by name.
+    """Return every other optimization that offers `apply` and `SEARCH_SPACE`, by name.
 
     `declared` names, by stem, the parameters that its template takes: other knobs stay at their defaults, so that a
     chosen configuration can be asked for by the template. A stem that is not in it is left out. `most_steps` is the
@@ -80,14 +80,14 @@ def components(declared: Mapping[str, Collection[str]] | None = None, most_steps
         if stem == STEM or (declared is not None and stem not in declared):
             continue
         module = discovery.method(stem)
-        if callable(getattr(module, "apply", None)) and getattr(module, "KNOBS", None):
-            knobs = {name: k for name, k in module.KNOBS.items() if declared is None or name in declared[stem]}
+        if callable(getattr(module, "apply", None)) and getattr(module, "SEARCH_SPACE", None):
+            knobs = {name: k for name, k in module.SEARCH_SPACE.items() if declared is None or name in declared[stem]}
             found.append(Component(stem, module, knobs, most_steps))
     return found
 
 
 def modules(parts: Sequence[Component]) -> dict[str, ModuleType]:
-    """Return the modules of components by stem, for `lib.optimizations.automl_components.successive_filtering`."""
+    """Return the modules of components by stem, for `successive_filtering.py`."""
     return {part.stem: part.module for part in parts}
 
 
@@ -100,7 +100,7 @@ def space(parts: Sequence[Component]) -> dict[str, BaseDistribution]:
     Raises UserError for a knob whose range is empty, and where there is no component.
     """
     if not parts:
-        raise UserError("automl_components: no optimization offers apply and KNOBS; there is nothing to search")
+        raise UserError("automl_components: no optimization offers apply and SEARCH_SPACE; there is nothing to search")
     found: dict[str, BaseDistribution] = {}
     for part in parts:
         found[part.stem] = CategoricalDistribution((False, True))
@@ -113,11 +113,13 @@ def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution
     choices = knob.get("levels", knob.get("choices"))
     if choices is not None:
         if not choices:
-            raise UserError(f'{part.stem}: knob "{name}" has no choices; expected at least one in KNOBS')
+            raise UserError(f'{part.stem}: knob "{name}" has no choices; expected at least one in SEARCH_SPACE')
         return CategoricalDistribution(tuple(choices))
     low, high = knob["range"]
     if not low <= high:
-        raise UserError(f'{part.stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in KNOBS')
+        raise UserError(
+            f'{part.stem}: knob "{name}" has an empty range ({low}, {high}); expected low <= high in SEARCH_SPACE'
+        )
     if knob["type"] == "int":
         return IntDistribution(int(low), int(min(high, low + part.most_steps)))
     inside = [low + share * (high - low) for share in INNER]

@@ -25,8 +25,8 @@ from lib.optimizations.common import pareto
 from lib.optimizations.common.recipe import Step
 
 REFERENCE = (1.0, 1.0)  # of hypervolumes: the baseline's time, and one nat per token
-HOPELESS = 2.0  # nats per token on little text; beyond it nothing is timed
-WORST = (2.0, 10.0)  # objectives of what is infeasible
+MAX_DIVERGENCE = 2.0  # nats per token on little text; beyond it nothing is timed
+INFEASIBLE_POINT = (2.0, 10.0)  # objectives of what is infeasible
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Outcome:
     @property
     def point(self) -> tuple[float, float]:
         """The two objectives; of what is infeasible, the worst."""
-        return WORST if self.reason else (self.time_share, self.divergence)
+        return INFEASIBLE_POINT if self.reason else (self.time_share, self.divergence)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Bench:
         if found["memory_share"] > self.memory_budget:
             return f"memory of {found['memory_share']:.3f} is over the budget of {self.memory_budget:.3f}"
         found["divergence"] = self.divergence(model, 0)
-        if not found["divergence"] < HOPELESS:
+        if not found["divergence"] < MAX_DIVERGENCE:
             return f"divergence of {found['divergence']:.3f} nats per token"
         arms = [workloads.generate(one, self.prompt_BT, self.new_tokens) for one in (self.model, model)]
         found["time_share"] = math.exp(

@@ -38,7 +38,7 @@ from lib.optimizations.structured_pruning import method as pruning
 LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
 REFERENCE = (1.0, 1.0)  # of hypervolumes: the whole model's cost, and one nat per token
 
-KNOBS = {
+SEARCH_SPACE = {
     "workload": {
         "type": "categorical",
         "choices": ("prefill_heavy", "decode_heavy", "memory_limited"),
@@ -52,7 +52,7 @@ KNOBS = {
         "default": 16,
         "help": "evaluations around the programme's best",
     },
-    "recovery_steps": {"type": "int", "range": (0, 1000), "default": 30, "help": "steps of distillation afterwards"},
+    "finetune_steps": {"type": "int", "range": (0, 1000), "default": 30, "help": "steps of distillation afterwards"},
 }
 
 

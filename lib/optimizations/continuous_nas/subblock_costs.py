@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib.measure.timing import workloads
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.optimizations.continuous_nas.replacement_library import PARTS
 
 Seconds = dict[str, dict[str, float]]  # slot → option → seconds
@@ -101,7 +101,7 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
     parts = [(b.index, part, getattr(b, part).module) for b in anatomy(model).blocks for part in PARTS]
     hooks = [module.register_forward_pre_hook(keep((index, part)), with_kwargs=True) for index, part, module in parts]
     try:
-        forget_pictures(model)
+        reset_rope_deltas(model)
         prompt_BP = prompt_BP.to(next(model.parameters()).device)
         output = model(input_ids=prompt_BP, use_cache=True, logits_to_keep=1)
         reading = dict(found)

@@ -58,7 +58,7 @@ class Static:
 
 
 @dataclass(frozen=True)
-class Ground:
+class ServingSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script;
     and what disturbed the machine while the steps were timed (None: nothing noticed).
     """
@@ -94,7 +94,7 @@ def prepare(
     requests: int,
     rounds: int = 3,
     seed: int = 0,
-) -> Ground:
+) -> ServingSetup:
     """Time the steps of both profiles in turn and return the ground for all settings.
 
     A third of a script lasts as long as `requests` requests at capacity. Raises UserError where no request can be
@@ -110,16 +110,16 @@ def prepare(
     if not rate:
         raise UserError("trials: no batch keeps the objective per token; give a larger token_factor")
     patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return Ground(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate, disturbed)
+    return ServingSetup(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate, disturbed)
 
 
-def scripts(ground: Ground, seeds: Sequence[int]) -> list[Scenario]:
+def scripts(ground: ServingSetup, seeds: Sequence[int]) -> list[Scenario]:
     """Return every scenario for every seed."""
     made = [scenarios.script(ground.times[0], ground.wanted, LENGTHS, ground.seconds, seed) for seed in seeds]
     return [one for several in made for one in several]
 
 
-def compare(ground: Ground, every: Sequence[Scenario], settings: dict[str, Make]) -> list[dict[str, object]]:
+def compare(ground: ServingSetup, every: Sequence[Scenario], settings: dict[str, Make]) -> list[dict[str, object]]:
     """Return a row per scenario and setting: means over the seeds of that scenario.
 
     `missed s`: seconds in which too few of those arriving were served in time; `fast share`: of the answers, given by
@@ -133,7 +133,7 @@ def compare(ground: Ground, every: Sequence[Scenario], settings: dict[str, Make]
     return rows
 
 
-def _row(ground: Ground, chosen: Sequence[Scenario], fresh: Make) -> dict[str, object]:
+def _row(ground: ServingSetup, chosen: Sequence[Scenario], fresh: Make) -> dict[str, object]:
     found = []
     for one in chosen:
         policy = fresh(one)
@@ -168,7 +168,7 @@ def totals(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, float]]:
 
 
 def goodput(
-    ground: Ground, every: Sequence[Scenario], baseline: Make, optimized: Make, workload: str = "serve, disturbed"
+    ground: ServingSetup, every: Sequence[Scenario], baseline: Make, optimized: Make, workload: str = "serve, disturbed"
 ) -> Measurement:
     """Return the goodput of two settings, script by script, simulated; floor: the baseline with other jitter."""
     arms = [
@@ -180,7 +180,9 @@ def goodput(
     return policy_comparison.judged_goodput(workload, arms, again, source)
 
 
-def measurements(ground: Ground, rows: Sequence[dict[str, object]], baseline: str, optimized: str) -> list[Measurement]:
+def measurements(
+    ground: ServingSetup, rows: Sequence[dict[str, object]], baseline: str, optimized: str
+) -> list[Measurement]:
     """Return what `compare` showed of two settings as measurements, over all scenarios, not judged."""
     names = {
         "objective_missed_seconds": "missed s",
@@ -219,5 +221,5 @@ def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: flo
     ]
 
 
-def _samples(ground: Ground) -> int:
+def _samples(ground: ServingSetup) -> int:
     return sum(one.samples for one in ground.times)

@@ -28,7 +28,7 @@ from lib.models.decoding import batch_cache
 from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
 from lib.optimizations.feedback_mechanisms.speculative import Round
 
-KNOBS = {
+SEARCH_SPACE = {
     "setpoint": {
         "type": "float",
         "range": (0.3, 1.0),
@@ -72,7 +72,7 @@ def applies_to(model: nn.Module) -> str | None:
 def check(**knobs: float) -> None:
     """Raise UserError for a knob out of its range."""
     for name, value in knobs.items():
-        low, high = KNOBS[name]["range"]
+        low, high = SEARCH_SPACE[name]["range"]
         if not low <= value <= high:
             raise UserError(f"feedback_mechanisms: {name} {value}; expected a value in [{low:g}, {high:g}]")
 

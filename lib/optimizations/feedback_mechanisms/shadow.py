@@ -20,7 +20,7 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.models.decoding import batch_cache
 from lib.models.loading import Loaded
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.tasks.registry import classifies
 
 AT_ONCE = 16  # prompts answered together
@@ -45,7 +45,7 @@ def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Te
 
     One pass over prompt and answer: far cheaper than answering again.
     """
-    forget_pictures(baseline)
+    reset_rope_deltas(baseline)
     device = next(baseline.parameters()).device
     ids_1T = torch.cat([prompt_T, answer_N])[None].to(device)
     logits_1NV = baseline(input_ids=ids_1T[:, :-1], use_cache=False, logits_to_keep=len(answer_N)).logits
@@ -143,7 +143,7 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
-        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "recall_exact_match")]
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
     random = np.random.default_rng([seed, 0xB1E])
     options = {"resamples": effort.resamples, "seed": seed}
     arms = loaded, replace(loaded, model=fast)
@@ -155,7 +155,7 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
         scores_NL = np.where(draw_N[:, None], other.scores_NL, one.scores_NL)
         mixed = replace(one, chosen_N=chosen_N, scores_NL=scores_NL)
         found += evaluate.compare_classified(one, mixed, **options)
-    one, other = (evaluate.recall(arm, effort.recall_distance, effort.recall_prompts, seed) for arm in arms)
+    one, other = (evaluate.retrieval(arm, effort.retrieval_distance, effort.retrieval_prompts, seed) for arm in arms)
     draw_N = random.random(len(one.right_N)) < share
     mixed = replace(one, right_N=np.where(draw_N, other.right_N, one.right_N))
     return [*found, evaluate.compare_recalled(one, mixed, **options)]

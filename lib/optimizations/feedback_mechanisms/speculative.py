@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def generate(
     the prompt and belongs to no round. Raises UserError where the vocabularies differ.
     """
     check_draft(model, draft)
-    forget_pictures(model)
-    forget_pictures(draft)
+    reset_rope_deltas(model)
+    reset_rope_deltas(draft)
     device = next(model.parameters()).device
     prompt_T = prompt_T.to(device)
     caches = DynamicCache(), DynamicCache()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import anatomy, forget_pictures
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 
 def cache_shape(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -91,7 +91,7 @@ class Live:
         """Answer a prompt greedily, token ids [B, N]; `between(n)` is called when n tokens are there, unlocked."""
         self.requests += 1
         try:
-            forget_pictures(self.model)
+            reset_rope_deltas(self.model)
             token_BT, cache, made = prompt_BT, None, []
             for count in range(1, new_tokens + 1):
                 with self.lock:

@@ -25,7 +25,7 @@ import torch
 
 from lib.models.calibration.second_moments import matrices
 
-KNOBS = {"bits": {"type": "int", "range": (1, 23), "default": 6, "help": "significant bits kept of each weight"}}
+SEARCH_SPACE = {"bits": {"type": "int", "range": (1, 23), "default": 6, "help": "significant bits kept of each weight"}}
 
 COMPOSES = {"touches": ("weights",), "needs": ("dense matrices",), "invalidates": ("statistics",), "trial": {}}
 

@@ -1,10 +1,10 @@
 """Modular components: the optimizations as parts that fit together, found in their folder and put into a working order.
 
-A module of `lib/optimizations` with `apply`, `KNOBS` and `COMPOSES` is a part. `COMPOSES` is plain data: which aspects
-of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it is tried
-where time is short. A pipeline puts what invalidates behind what needs, refuses what cannot be ordered, asks the real
-model before every step, and takes calibration statistics anew once they are out of date. The caller's model is never
-changed; a live one is changed and reverted by `hot_swap.py`. Names no optimization, knows none.
+A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: which
+aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
+is tried where time is short. A pipeline puts what invalidates behind what needs, refuses what cannot be ordered, asks
+the real model before every step, and takes calibration statistics anew once they are out of date. The caller's model is
+never changed; a live one is changed and reverted by `hot_swap.py`. Names no optimization, knows none.
 """
 
 import copy
@@ -71,7 +71,7 @@ def parts() -> dict[str, ModuleType]:
 
 def check(stem: str, module: ModuleType) -> None:
     """Raise UserError, naming the fault, where a module cannot be a part."""
-    for name in ("apply", "KNOBS", "applies_to"):
+    for name in ("apply", "SEARCH_SPACE", "applies_to"):
         if not hasattr(module, name):
             raise UserError(f"{discovery.source(stem)}: it has COMPOSES, but no {name}; a part needs both")
     described = module.COMPOSES
@@ -79,7 +79,7 @@ def check(stem: str, module: ModuleType) -> None:
         odd = sorted(set(described) ^ set(KEYS))[0]
         raise UserError(f'{discovery.source(stem)}: COMPOSES: unknown or missing key "{odd}"; expected {KEYS}')
     valid = {"touches": traits.ASPECTS, "needs": tuple(traits.TRAITS)}
-    valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": tuple(module.KNOBS)}
+    valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": tuple(module.SEARCH_SPACE)}
     for key, names in described.items():
         for name in names:
             if name not in valid[key]:
@@ -240,7 +240,7 @@ def _unfit(module: ModuleType, model: nn.Module) -> str | None:
 
 
 def _check_knobs(step: Step) -> None:
-    known = _module(step.optimization).KNOBS
+    known = _module(step.optimization).SEARCH_SPACE
     for name in step.knobs:
         if name not in known:
             hint = suggest(name, known) or f" Known: {', '.join(known)}."

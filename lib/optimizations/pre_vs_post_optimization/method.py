@@ -304,13 +304,13 @@ def gains(swept: Sequence[Measurement]) -> list[dict]:
     return sorted(rows, key=lambda row: (row["arm"], row["strength"]))
 
 
-def recall(
+def retrieval(
     loaded: Loaded, optimized: nn.Module, size: Effort, distances: Sequence[int], *, resamples: int, seed: int = 0
 ) -> list[Measurement]:
     """Return exact match of generated values at further distances in tokens, each a workload of its own."""
     found = []
     for distance in distances:
-        arms = [evaluate.recall(replace(loaded, model=one), distance, size.recall_prompts, seed)
+        arms = [evaluate.retrieval(replace(loaded, model=one), distance, size.retrieval_prompts, seed)
                 for one in (loaded.model, optimized)]  # fmt: skip
         one = evaluate.compare_recalled(*arms, resamples=resamples, seed=seed)
         found.append(one.model_copy(update={"workload": f"generate, {distance} tokens back"}))

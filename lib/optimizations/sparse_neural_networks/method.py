@@ -39,7 +39,7 @@ from lib.optimizations.sparse_neural_networks.masks import (
 EXECUTE = ("sparse", "dense")
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
 
-KNOBS = {
+SEARCH_SPACE = {
     "sparsity": {
         "type": "float",
         "range": (0.0, 1.0),
@@ -51,7 +51,7 @@ KNOBS = {
     "within": {"type": "categorical", "choices": WITHIN, "default": "row", "help": "where scores compete"},
     "parts": {"type": "categorical", "choices": ("all", *PARTS), "default": "all"},
     "execute": {"type": "categorical", "choices": EXECUTE, "default": "sparse"},
-    "fine_tuning_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of masked distillation"},
+    "finetune_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of masked distillation"},
 }
 
 COMPOSES = {
@@ -97,27 +97,27 @@ def apply(
     within: str = "row",
     parts: str = "all",
     execute: str = "sparse",
-    fine_tuning_steps: int = 0,
+    finetune_steps: int = 0,
     learning_rate: float = 1e-3,
-    lessons: Sequence[dict[str, torch.Tensor]] | None = None,
+    finetune_batches: Sequence[dict[str, torch.Tensor]] | None = None,
     seen: dict[str, Moments] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a model of which `sparsity` of every matrix's weights are zero, stored sparse unless `execute` is "dense".
 
-    parts: "all", or one of PARTS ("feed_forward" has the experts in it). lessons: batches to distil on (default:
+    parts: "all", or one of PARTS ("feed_forward" has the experts in it). finetune_batches: to distil on (default:
     calibration). seen: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern does
     not fit or that saw too few tokens.
     """
     if execute not in EXECUTE:
         raise UserError(f'sparse_neural_networks: execute "{execute}"; expected one of {", ".join(EXECUTE)}')
     options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
-    if execute == "sparse" and method in ("magnitude", "random") and not fine_tuning_steps:
+    if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps:
         return _store_at_once(model, **options, seed=seed)
     pruned = prune(model, calibration, **options, seen=seen, seed=seed)
-    if fine_tuning_steps:
-        options = {"steps": fine_tuning_steps, "learning_rate": learning_rate, "seed": seed}
-        pruned, _ = fine_tune(pruned, model, lessons or calibration, **options)
+    if finetune_steps:
+        options = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
+        pruned, _ = fine_tune(pruned, model, finetune_batches or calibration, **options)
     return pruned.model if execute == "dense" else executed(pruned)
 
 

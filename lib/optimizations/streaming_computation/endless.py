@@ -16,7 +16,7 @@ from torch import nn
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import noninferiority
-from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Recalled, compare_recalled
+from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Retrieved, compare_recalled
 from lib.models.decoding import chunked
 from lib.models.tasks import tasks as task_list
 
@@ -83,14 +83,14 @@ def forgotten(
 
 
 @torch.inference_mode()
-def recall(loaded, model: nn.Module, distance: int, count: int, make_cache: MakeCache, seed: int = 0) -> Recalled:
+def recall(loaded, model: nn.Module, distance: int, count: int, make_cache: MakeCache, seed: int = 0) -> Retrieved:
     """Return which of `count` values, stored `distance` tokens ago, `model` repeats exactly, tokens as they come."""
-    ids_BT, target_BV = task_list.recall_prompts(loaded, distance, count, seed)
+    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed)
     right = []
     for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
         said_BV = torch.stack(list(chunked.tokens(model, prompt_BT, value_BV.shape[1], cache=make_cache())), 1)
         right.append((said_BV.cpu() == value_BV.cpu()).all(1).numpy())
-    return Recalled(distance, np.concatenate(right))
+    return Retrieved(distance, np.concatenate(right))
 
 
 def sizes(model: nn.Module, prompt_1T: torch.Tensor, count: int, caches: Sequence[tuple[str, object]]) -> pd.DataFrame:

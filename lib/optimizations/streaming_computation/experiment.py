@@ -220,13 +220,11 @@ def against_accelerate(
 ) -> tuple[Pairs, bool]:
     """Return the pairs (accelerate's offloading of the checkpoint in `folder`, `work`), and whether tokens are equal.
 
-    `kind`: "disk" or "processor". Offloading to the disk takes another copy of the weights there for as long.
+    `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
     """
     model, device = io.load_folder(folder, dtype=dtype), work.conditions["device"]
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
-        model = (
-            offload_baseline.disk(model, place, device) if kind == "disk" else offload_baseline.processor(model, device)
-        )
+        model = offload_baseline.disk(model, place, device) if kind == "disk" else offload_baseline.cpu(model, device)
         other = workloads.steps(model, prompt, work.new_tokens)
         pairs = interleaved.paired(other, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
     same = torch.equal(other.output_BN.cpu(), work.output_BN.cpu())

@@ -30,7 +30,7 @@ from lib.models.decoding import mla_absorption as latent
 from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
 
-KNOBS = {
+SEARCH_SPACE = {
     "memory_ratio": {
         "type": "float",
         "range": (0.05, 1.0),
@@ -130,7 +130,7 @@ def has_latents(model: nn.Module) -> bool:
 
 
 def _check(memory_ratio: float, prefill_chunk: int, page_cache: str) -> None:
-    low, high = KNOBS["memory_ratio"]["range"]
+    low, high = SEARCH_SPACE["memory_ratio"]["range"]
     if not low <= memory_ratio <= high:
         raise UserError(f"streaming_computation: memory_ratio {memory_ratio} is out of range; expected {low} to {high}")
     if prefill_chunk < 1:

@@ -17,7 +17,7 @@ def disk(model: nn.Module, folder: Path | str, device: torch.device | str = "cpu
     return model
 
 
-def processor(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+def cpu(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Offload `model` to main memory with accelerate, in place; return the model. It computes on `device`."""
     cpu_offload(model, execution_device=torch.device(device))
     return model

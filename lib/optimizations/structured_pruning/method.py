@@ -39,7 +39,7 @@ SALIENCIES = ("activation", "magnitude", "random")
 HELD_OUT = 4
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
 
-KNOBS = {
+SEARCH_SPACE = {
     "ratio": {
         "type": "float",
         "range": (0.0, 0.9),
@@ -49,7 +49,7 @@ KNOBS = {
     "granularity": {"type": "categorical", "choices": ("auto", *GRANULARITIES), "default": "auto"},
     "saliency": {"type": "categorical", "choices": SALIENCIES, "default": "activation"},
     "depth_criterion": {"type": "categorical", "choices": ("influence", "divergence"), "default": "influence"},
-    "recovery_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of distillation afterwards"},
+    "finetune_steps": {"type": "int", "range": (0, 1000), "default": 0, "help": "steps of distillation afterwards"},
 }
 
 COMPOSES = {
@@ -73,13 +73,13 @@ def apply(
     granularity: str = "auto",
     saliency: str = "activation",
     depth_criterion: str = "influence",
-    recovery_steps: int = 0,
+    finetune_steps: int = 0,
     learning_rate: float = 3e-4,
     recovery: Sequence[dict[str, torch.Tensor]] | None = None,
     observation: Observation | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a smaller model: about `ratio` of the decoder's parameters removed, then `recovery_steps` of distillation.
+    """Return a smaller model: about `ratio` of the decoder's parameters removed, then `finetune_steps` of distillation.
 
     granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels).
     observation: what `observe(model, calibration)` returned, to prune several times from one pass; recovery: the
@@ -106,8 +106,8 @@ def apply(
         least = greedy_depth(model, calibration, blocks) if by_divergence else _least(depth, blocks, view.fixed_blocks)
         remove_blocks(pruned, least)
     synchronise(pruned)
-    if recovery_steps:
-        options = {"steps": recovery_steps, "learning_rate": learning_rate, "seed": seed}
+    if finetune_steps:
+        options = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
         pruned, _ = recover(pruned, model, recovery or calibration, **options)
     return pruned
 
@@ -136,12 +136,12 @@ def recover(
 
 
 def _check(ratio: float, **choices: str) -> None:
-    if not 0 <= ratio < KNOBS["ratio"]["range"][1]:
+    if not 0 <= ratio < SEARCH_SPACE["ratio"]["range"][1]:
         raise UserError(f"structured_pruning: ratio {ratio} is out of range; expected 0 <= ratio < 0.9")
     for name, value in choices.items():
-        if value not in KNOBS[name]["choices"]:
+        if value not in SEARCH_SPACE[name]["choices"]:
             raise UserError(
-                f'structured_pruning: {name} "{value}"; expected one of {", ".join(KNOBS[name]["choices"])}'
+                f'structured_pruning: {name} "{value}"; expected one of {", ".join(SEARCH_SPACE[name]["choices"])}'
             )
 
 

@@ -43,7 +43,7 @@ BUDGETS = ("global", "uniform")
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
 
-KNOBS = {
+SEARCH_SPACE = {
     "compression": {
         "type": "float",
         "range": (0.0, 1.0),
@@ -115,7 +115,7 @@ def _check(compression: float, **choices: str) -> None:
             f"tensor_decomposition: compression {compression} is out of range; expected 0 < compression < 1"
         )
     for name, value in choices.items():
-        valid = KNOBS[name]["choices"]
+        valid = SEARCH_SPACE[name]["choices"]
         if value not in valid:
             raise UserError(f'tensor_decomposition: {name} "{value}"; expected one of {", ".join(valid)}')
 

@@ -25,14 +25,14 @@ PRIMARY = (
     "decode_tokens_per_second",
     "goodput_requests_per_second",
     "f1_macro",
-    "recall_exact_match",
+    "retrieval_exact_match",
     "perplexity",
     "weights_bytes",
     "peak_memory_bytes",
     "energy_joules_per_token",
 )
 ENVIRONMENT = (
-    "processor", "cores_given", "gpu", "threads", "instructions", "dtype", "device", "attention_backend",
+    "cpu", "cores_given", "gpu", "threads", "instructions", "dtype", "device", "attention_backend",
     "experts_backend",
 )  # fmt: skip
 LEVEL = 0.05

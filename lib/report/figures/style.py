@@ -360,12 +360,12 @@ def trade_off(
 
 
 def process(frame: pd.DataFrame, *, cores: int | None = None, title: str = "") -> Figure:
-    """Return processor and memory use over a run: columns `seconds`, `processor_percent` (100 is one core),
+    """Return processor and memory use over a run: columns `seconds`, `cpu_percent` (100 is one core),
     `memory_bytes`.
     """
     with _style():
         figure, (above, below) = _axes(3.0, rows=2, sharex=True)
-        above.plot(frame["seconds"], frame["processor_percent"], color=BLUE, linewidth=1.3)
+        above.plot(frame["seconds"], frame["cpu_percent"], color=BLUE, linewidth=1.3)
         if cores:
             above.axhline(100 * cores, color=GREY, linestyle="--", linewidth=1)
             above.text(1, 100 * cores, f"{counted(cores, 'core')} given", transform=above.get_yaxis_transform(),

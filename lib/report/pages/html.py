@@ -92,10 +92,8 @@ def _process_figure(process: Process | None) -> dict[str, str] | None:
 
     from lib.report.figures import style as figures
 
-    length = min(len(process.seconds), len(process.processor_percent), len(process.memory_bytes))
-    frame = pd.DataFrame(
-        {name: getattr(process, name)[:length] for name in ("seconds", "processor_percent", "memory_bytes")}
-    )
+    length = min(len(process.seconds), len(process.cpu_percent), len(process.memory_bytes))
+    frame = pd.DataFrame({name: getattr(process, name)[:length] for name in ("seconds", "cpu_percent", "memory_bytes")})
     picture = base64.b64encode(figures.png(figures.process(frame, cores=process.cores))).decode()
     alt = run_page.process_alt(process)
     return {"src": f"data:image/png;base64,{picture}", "alt": alt, "caption": f"{alt} Measured: {process.source}."}

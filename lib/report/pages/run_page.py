@@ -129,7 +129,7 @@ def process_alt(process: Process) -> str:
     """Return what the figure of the process samples shows, in words."""
     if not process.seconds:
         return "No samples of processor and memory were taken."
-    processor = sum(process.processor_percent) / max(len(process.processor_percent), 1)
+    processor = sum(process.cpu_percent) / max(len(process.cpu_percent), 1)
     peak = max(process.memory_bytes, default=0) / 1e6
     given = f" of {100 * process.cores} % given" if process.cores else ""
     return (

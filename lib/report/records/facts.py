@@ -14,6 +14,6 @@ def day(started: str | None) -> str:
 
 def machine(environment: Mapping[str, Any]) -> str:
     """Return the machine in a few words from an environment card: GPU or processor, and the cores given."""
-    name = environment.get("gpu") or environment.get("processor")
+    name = environment.get("gpu") or environment.get("cpu")
     cores = environment.get("cores_given")
     return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)

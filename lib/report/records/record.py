@@ -21,10 +21,11 @@ from lib.files import write_atomically
 from lib.measure.metrics import dimensions
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import codec, grammars
+from lib.report.records import codec, grammars, migration
+from lib.report.records.refutation import Refutation
 from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
 
-SCHEMA = 1
+SCHEMA = 2
 SCRAP = "record"
 MOST_NOTEBOOKS = 400
 ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
@@ -43,13 +44,13 @@ class Control(BaseModel):
 class Process(BaseModel):
     """Samples of the run's own process tree, taken by the runner while the notebook ran.
 
-    `seconds`, `processor_percent` (100 is one core) and `memory_bytes` are of equal length. `cell_seconds` counts the
+    `seconds`, `cpu_percent` (100 is one core) and `memory_bytes` are of equal length. `cell_seconds` counts the
     executed notebook's code cells.
     """
 
     model_config = ConfigDict(extra="forbid")
     seconds: list[float] = []
-    processor_percent: list[float] = []
+    cpu_percent: list[float] = []
     memory_bytes: list[float] = []
     interval_seconds: float | None = None
     cores: int | None = None
@@ -67,7 +68,7 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    schema_version: Literal[2] = Field(SCHEMA, alias="schema")
     optimization: str
     model: str
     scale: str
@@ -82,6 +83,7 @@ class Record(BaseModel):
     environment: dict[str, Any] = {}
     measurements: list[Measurement] = []
     controls: list[Control] = []
+    refutations: list[Refutation] = []
     details: dict[str, Any] = {}
     verdict: Verdict = Verdict()
     process: Process | None = None
@@ -104,6 +106,7 @@ def build(
     details: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
     *,
+    refutations: Iterable[Refutation] = (),
     status: Status = "ok",
     reason: str | None = None,
 ) -> Record:
@@ -133,6 +136,7 @@ def build(
         environment=codec.decode(codec.encode(_as_mapping(environment), "environment")),
         measurements=judged,
         controls=[control for control in beside if control.measurements or not asked],
+        refutations=list(refutations),
         details=codec.decode(codec.encode(dict(details or {}), "details")),
         verdict=judge(judged, status, reason, asked),
     )
@@ -166,6 +170,7 @@ def from_json(content: Any, where: str) -> Record:
     advice = "Delete it or build it again."
     if not isinstance(content, dict) or "schema" not in content:
         raise UserError(f'{where}: not a record: expected a JSON object with "schema": {SCHEMA}. {advice}')
+    content = migration.upgrade(content)
     if content["schema"] != SCHEMA:
         raise UserError(f"{where}: a record of schema {content['schema']!r}, expected {SCHEMA}. {advice}")
     try:

@@ -29,7 +29,7 @@ HEADLINES = {
         "time_to_first_token_ms",
         "time_per_output_token_ms",
     ),
-    "accuracy": ("f1_macro", "recall_exact_match", "perplexity", "accuracy"),
+    "accuracy": ("f1_macro", "retrieval_exact_match", "perplexity", "accuracy"),
     "resources": ("weights_bytes", "peak_memory_bytes", "kv_cache_bytes_per_token", "parameters"),
     "efficiency": ("energy_joules_per_token", "decode_bytes_per_token", "prefill_flops_per_token"),
 }
@@ -44,7 +44,7 @@ _SUBJECTS = {
     "batch_decode_tokens_per_second": "batched decode",
     "generate_tokens_per_second": "generation",
     "f1_macro": "F1",
-    "recall_exact_match": "recall",
+    "retrieval_exact_match": "retrieval",
     "weights_bytes": "weights",
     "energy_joules_per_token": "energy per token",
     "kv_cache_bytes_per_token": "KV cache per token",

@@ -26,7 +26,7 @@ _LABELS = {
     "f1_macro": "F1 (macro)",
     "precision_macro": "precision (macro)",
     "recall_macro": "recall (macro)",
-    "recall_exact_match": "recall task, exact match",
+    "retrieval_exact_match": "recall task, exact match",
     "kl_divergence_nats": "KL divergence from the baseline",
     "top1_agreement": "top-1 agreement with the baseline",
     "flips": "answers flipped",

@@ -1,4 +1,4 @@
-"""The workbench on a worker's side: `python -m lib.suite.cluster.remote`, started by `worker_stub.py`, never by a person.
+"""The workbench on a worker's side: `python -m lib.suite.cluster.remote`, started by `worker_stub.py` alone.
 
 Reads one line of JSON from standard input and answers with one. `hello`: whether code, environment, weights and data
 here are those of the build, and which cores there are. `run`: the same comparison, and then the job, through the very

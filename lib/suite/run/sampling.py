@@ -15,14 +15,14 @@ class Samples:
     """Equally long lists; halved in number, and the interval doubled, whenever they grow beyond MOST_SAMPLES."""
 
     seconds: list[float] = field(default_factory=list)
-    processor_percent: list[float] = field(default_factory=list)
+    cpu_percent: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
     interval_seconds: float = INTERVAL_SECONDS
 
-    def add(self, seconds: float, processor_percent: float, memory_bytes: int) -> None:
+    def add(self, seconds: float, cpu_percent: float, memory_bytes: int) -> None:
         """Add one sample; of two that are merged, the mean of the processor and the larger memory are kept."""
         self.seconds.append(round(seconds, 2))
-        self.processor_percent.append(round(processor_percent, 1))
+        self.cpu_percent.append(round(cpu_percent, 1))
         self.memory_bytes.append(memory_bytes)
         if len(self.seconds) >= MOST_SAMPLES:
             self._halve()
@@ -30,9 +30,7 @@ class Samples:
     def _halve(self) -> None:
         pairs = range(0, len(self.seconds) - 1, 2)
         self.seconds = [self.seconds[at + 1] for at in pairs]
-        self.processor_percent = [
-            round((self.processor_percent[at] + self.processor_percent[at + 1]) / 2, 1) for at in pairs
-        ]
+        self.cpu_percent = [round((self.cpu_percent[at] + self.cpu_percent[at + 1]) / 2, 1) for at in pairs]
         self.memory_bytes = [max(self.memory_bytes[at : at + 2]) for at in pairs]
         self.interval_seconds *= 2
 

@@ -94,7 +94,7 @@ def _process(task: Task, outcome: Outcome) -> records.Process:
     samples = outcome.samples
     return records.Process(
         seconds=samples.seconds,
-        processor_percent=samples.processor_percent,
+        cpu_percent=samples.cpu_percent,
         memory_bytes=samples.memory_bytes,
         interval_seconds=samples.interval_seconds,
         cores=len(task.cores),

@@ -32,7 +32,7 @@ def test_one_call_fills_performance_and_efficiency(tiny, name):
     metrics = {measured.metric for measured in found.measurements}
     assert set(found.timed) == {"prefill", "decode", "batch_decode"} and found.timed["batch_decode"].baseline.batch == 2
     assert {"prefill_tokens_per_second", "time_to_first_token_ms", "batch_decode_tokens_per_second"} <= metrics
-    assert {"model_flops_utilisation", "memory_bandwidth_utilisation", "processor_utilisation"} <= metrics
+    assert {"model_flops_utilisation", "memory_bandwidth_utilisation", "cpu_utilisation"} <= metrics
     assert {"energy_joules_per_token", "tokens_per_joule"} <= metrics
     assert measurement.lint(found.measurements) == []
     rates = [measured for measured in found.measurements if measured.metric in speed.METRICS_OF["prefill"]]
@@ -71,7 +71,7 @@ def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
     for one in (pairs, control):
         assert sorted(one.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in one.describe()
-    assert any(one.metric == "processor_utilisation" and one.baseline > 0 for one in found.measurements)
+    assert any(one.metric == "cpu_utilisation" and one.baseline > 0 for one in found.measurements)
     assert found.measurements[0].n == 6 and found.measurements[0].noise_floor == pytest.approx(control.floor)
 
 

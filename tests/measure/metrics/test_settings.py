@@ -65,7 +65,7 @@ def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
         raise AssertionError("a question was asked")
 
     _ask(monkeypatch, "performance")
-    for name in ("classify", "recall"):
+    for name in ("classify", "retrieval"):
         monkeypatch.setattr(evaluate, name, asked)
     monkeypatch.setattr(evaluate.task_list, "text_windows", lambda *_, **__: "ids")
     monkeypatch.setattr(evaluate, "read", lambda model, ids: ids)

@@ -87,7 +87,7 @@ def test_answers_found_are_those_given_and_say_so(loaded):
     again = evaluate.classify(loaded, "topic", "search", 12)
     assert first.answered is None and again.answered and first.ids == again.ids
     assert (first.scores_NL == again.scores_NL).all() and (first.right_N == again.right_N).all()
-    values = [evaluate.recall(loaded, 64, 4) for _ in range(2)]
+    values = [evaluate.retrieval(loaded, 64, 4) for _ in range(2)]
     assert (values[0].right_N == values[1].right_N).all() and values[1].answered
     told = [evaluate.compare_recalled(values[1], values[0]), *evaluate.compare_classified(again, first)]
     assert all(again.answered in one.source for one in told if not one.metric.startswith("flips"))

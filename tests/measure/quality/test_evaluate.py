@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.quality import evaluate, noninferiority
-from lib.measure.quality.evaluate import Classified, Recalled
+from lib.measure.quality.evaluate import Classified, Retrieved
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
 
@@ -118,7 +118,7 @@ def test_flips_are_counted_both_ways_though_accuracy_ties():
 
 
 def test_generated_recall_that_is_destroyed_is_seen():
-    all_right, none_right = Recalled(256, np.ones(64, bool)), Recalled(256, np.zeros(64, bool))
+    all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
     found = evaluate.compare_recalled(all_right, none_right)
     assert found.verdict == "not_maintained" and found.workload == "generate" and found.optimized == 0
 
@@ -162,7 +162,7 @@ def loaded(tiny, *, random_weights: bool) -> Loaded:
         tokenizer = tokenizers.train(2048)
         model.resize_token_embeddings(2048)
         model.requires_grad_(False)
-    fields = {"model": model, "tokenizer": tokenizer, "processor": None, "parameters": read_parameters(name)}
+    fields = {"model": model, "tokenizer": tokenizer, "image_processor": None, "parameters": read_parameters(name)}
     place = {"name": name, "scale": "proxy", "device": "cpu", "dtype": torch.float32, "folder": None}
     return Loaded(**fields, **place, random_weights=random_weights, seconds=0.0)
 
@@ -170,13 +170,15 @@ def loaded(tiny, *, random_weights: bool) -> Loaded:
 def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
     from lib.measure.metrics.settings import read as read_effort
 
-    effort = replace(read_effort("quick"), items=8, windows=6, window_tokens=32, recall_prompts=4, recall_distance=32)
+    effort = replace(
+        read_effort("quick"), items=8, windows=6, window_tokens=32, retrieval_prompts=4, retrieval_distance=32
+    )
     asked = loaded(tiny, random_weights=False)
     base = evaluate.evaluate(asked, effort)
     changed = tiny("qwen3-4b-instruct-2507", seed=2)
     changed.resize_token_embeddings(2048)
     found = by_name(evaluate.compare(base, evaluate.evaluate(asked, effort, model=changed.requires_grad_(False))))
-    scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "recall_exact_match", "top1_agreement"}
+    scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "retrieval_exact_match", "top1_agreement"}
     scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
     assert set(found) == scores == set(evaluate.ASKED) and all(METRICS[name].dimension == "accuracy" for name in found)
     assert found["kl_divergence_nats"].optimized > 0 and found["perplexity"].n == 6
@@ -240,7 +242,7 @@ def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
 def test_tasks_may_be_chosen_and_unknown_ones_are_named():
     from lib.models.tasks.registry import check_tasks
 
-    check_tasks(["topic", "recall", "lm_eval:arc_easy"])
+    check_tasks(["topic", "retrieval", "lm_eval:arc_easy"])
     with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
         check_tasks(["topics"])
 

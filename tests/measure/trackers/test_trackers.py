@@ -98,7 +98,7 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
     monkeypatch.setenv("WORKBENCH_JOBS", "2")
     card = environment.card(tiny("qwen3-coder-30b"), weights_hash="w", data_hash="d")
     assert json.loads(json.dumps(card)) == card
-    for name in ("processor", "cores_given", "memory_bytes", "operating_system", "python", "threads", "commit"):
+    for name in ("cpu", "cores_given", "memory_bytes", "operating_system", "python", "threads", "commit"):
         assert card[name], name
     assert 0 < card["memory_given_bytes"] <= card["memory_bytes"]
     assert (card["weights_hash"], card["data_hash"], card["jobs_beside"]) == ("w", "d", 1)

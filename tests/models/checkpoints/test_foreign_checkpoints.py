@@ -54,7 +54,7 @@ def folder(source, name, vocabulary, tmp_path):
     vocabulary.save_pretrained(made)
     vision = getattr(source.config, "vision_config", None)
     if vision is not None:
-        train.picture_processor(vision.to_dict()).save_pretrained(made)
+        train.make_image_processor(vision.to_dict()).save_pretrained(made)
     return made
 
 
@@ -77,7 +77,7 @@ def test_it_loads_as_it_was_saved(folder, source, name, batch):
     kept = dict(source.named_parameters())
     assert all(torch.equal(one, kept[name]) for name, one in loaded.model.named_parameters())
     assert (loaded.model(**batch).logits - source(**batch).logits).abs().median() < 0.01
-    assert (loaded.processor is not None) == ("vl" in name)
+    assert (loaded.image_processor is not None) == ("vl" in name)
 
 
 def test_it_is_asked_with_examples_in_its_own_chat(folder, name):

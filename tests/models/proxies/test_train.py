@@ -54,8 +54,8 @@ def start(tiny, vocabulary, few, name, monkeypatch):
         torch.manual_seed(0)
         model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
         vision = getattr(model.config, "vision_config", None)
-        processor = train.picture_processor(vision.to_dict()) if vision else None
-        learner = train.Student(model, vocabulary, processor, parameters.read(name))
+        image_processor = train.make_image_processor(vision.to_dict()) if vision else None
+        learner = train.Student(model, vocabulary, image_processor, parameters.read(name))
         about = {"steps": 12, "tokens": 256, "questions": 2, "warm_up": 1, "copy_until": 0.15}
         recipe = Recipe(**about | {"row_lengths": ((0.5, 128), (1.0, 256))} | changed)
         return loop.Run(model, Lessons(learner, recipe), recipe, "tiny")
@@ -246,14 +246,14 @@ def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
 
 
 def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "scores", lambda loaded: {"recall_256": 0.5})
+    monkeypatch.setattr(train, "scores", lambda loaded: {"retrieval_256": 0.5})
     run = start()
     folder = tmp_path / "proxies" / name
     for _ in range(2):  # the second time in place of the first
         assert train.publish(name, run, folder) == folder
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert [phase["steps"] for phase in json.loads((folder / "training.json").read_text(encoding="utf-8"))] == [0]
-    assert "| recall_256 | 0.500 |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "| retrieval_256 | 0.500 |" in (folder / "README.md").read_text(encoding="utf-8")
     model = io.load_folder(folder, dtype=torch.float32)
     assert model.config.to_dict().get("dtype") in ("bfloat16", "float32", torch.bfloat16, torch.float32)
     assert (folder / "tokenizer.json").is_file()
@@ -308,24 +308,28 @@ def test_kept_stand_in_reaches_its_stated_scores_on_a_sample(kept):
     chosen = [names[choice] for choice in tasks.label_scores(loaded, task, asked).argmax(1).tolist()]
     right = sum(choice == item.label for choice, item in zip(chosen, asked)) / len(asked)
     assert right >= stated[f"{task}_f1_macro"] - 0.08
-    assert train.recall(loaded, 256, 48) >= stated["recall_256"] - 0.2
+    assert train.retrieval(loaded, 256, 48) >= stated["retrieval_256"] - 0.2
 
 
 def test_kept_stand_in_generates_what_it_recalls(kept):
     loaded, _ = kept
-    ids_BT, target_BV = tasks.recall_prompts(loaded, 64, 8, seed=3)
+    ids_BT, target_BV = tasks.retrieval_prompts(loaded, 64, 8, seed=3)
     made_BT = loaded.model.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=tasks.VALUE, do_sample=False
     )
     right = int((made_BT[:, -tasks.VALUE :] == target_BV).all(1).sum())
-    assert abs(right / 8 - train.recall(loaded, 64, 8, seed=3)) <= 0.125
+    assert abs(right / 8 - train.retrieval(loaded, 64, 8, seed=3)) <= 0.125
     assert right >= 6
 
 
 def test_kept_stand_in_meets_its_targets_and_size(kept, name):
     loaded, stated = kept
     task = loaded.parameters.tasks[0]
-    targets = {f"{task}_f1_macro": 0.97 if task == "digits" else 0.90, "recall_256": 0.90, "least_expert_share": 0.25}
+    targets = {
+        f"{task}_f1_macro": 0.97 if task == "digits" else 0.90,
+        "retrieval_256": 0.90,
+        "least_expert_share": 0.25,
+    }
     assert not {score: stated[score] for score, least in targets.items() if stated.get(score, least) < least}
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) <= 5_000_000
     assert sum(path.stat().st_size for path in loaded.folder.glob("*.safetensors")) <= 10_000_000

@@ -26,11 +26,11 @@ def loaded(tiny, vocabulary, name):
     model = tiny(name)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     vision = getattr(model.config, "vision_config", None)
-    processor = train.picture_processor(vision.to_dict()) if vision else None
+    image_processor = train.make_image_processor(vision.to_dict()) if vision else None
     return SimpleNamespace(
         model=model.requires_grad_(False).eval(),
         tokenizer=vocabulary,
-        processor=processor,
+        image_processor=image_processor,
         parameters=described,
         device="cpu",
         scale="proxy",
@@ -66,7 +66,7 @@ def test_wrong_names_are_told():
     with pytest.raises(UserError, match=r'unknown split "finale".*Did you mean "final"'):
         tasks.items("topic", "finale")
     with pytest.raises(UserError, match="unknown classification task"):
-        tasks.items("recall", "final")
+        tasks.items("retrieval", "final")
 
 
 def test_last_index_points_at_the_end_of_each_prompt(loaded):
@@ -104,13 +104,13 @@ def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatc
 
 
 def test_recall_prompts_hold_key_and_value_and_distance(loaded):
-    ids_BT, target_BV = tasks.recall_prompts(loaded, 100, 3, seed=5)
+    ids_BT, target_BV = tasks.retrieval_prompts(loaded, 100, 3, seed=5)
     assert target_BV.shape == (3, tasks.VALUE) and ids_BT.shape[1] == 8 + 2 * tasks.KEY + tasks.VALUE + 100
     key_BK = ids_BT[:, -tasks.KEY :]
     assert torch.equal(ids_BT[:, 8 : 8 + tasks.KEY], key_BK)
     assert torch.equal(ids_BT[:, 8 + tasks.KEY :][:, : tasks.VALUE], target_BV)
-    again = tasks.recall_prompts(loaded, 100, 3, seed=5)
-    assert torch.equal(ids_BT, again[0]) and not torch.equal(ids_BT, tasks.recall_prompts(loaded, 100, 3, seed=6)[0])
+    again = tasks.retrieval_prompts(loaded, 100, 3, seed=5)
+    assert torch.equal(ids_BT, again[0]) and not torch.equal(ids_BT, tasks.retrieval_prompts(loaded, 100, 3, seed=6)[0])
     assert int(torch.cat([key_BK, target_BV], 1).min()) > 6
 
 
@@ -126,7 +126,7 @@ def test_calibration_runs_and_has_the_size_asked_for(loaded):
     made = tasks.calibration(loaded, 6, 128)
     text = [inputs["input_ids"] for inputs in made if "pixel_values" not in inputs]
     assert sum(len(ids) for ids in text) == 6 and all(ids.shape[1] == 128 for ids in text)
-    assert any("pixel_values" in inputs for inputs in made) == (loaded.processor is not None)
+    assert any("pixel_values" in inputs for inputs in made) == (loaded.image_processor is not None)
     for inputs in made:
         assert loaded.model(**inputs, use_cache=False).logits.isfinite().all()
 
@@ -134,4 +134,4 @@ def test_calibration_runs_and_has_the_size_asked_for(loaded):
 def test_random_weights_get_random_tokens(loaded):
     loaded.tokenizer = None
     assert tasks.text_windows(loaded, "final", 3, 16).shape == (3, 16)
-    assert tasks.recall_prompts(loaded, 32, 2, 0)[1].shape == (2, tasks.VALUE)
+    assert tasks.retrieval_prompts(loaded, 32, 2, 0)[1].shape == (2, tasks.VALUE)

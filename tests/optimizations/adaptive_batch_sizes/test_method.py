@@ -8,7 +8,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.serving import latency, policy_comparison, replay, server, slo, traffic
 from lib.measure.serving.engine import ModelEngine, prompts
-from lib.measure.serving.policy_comparison import CHAT, DOCUMENTS, Ground
+from lib.measure.serving.policy_comparison import CHAT, DOCUMENTS, ServingSetup
 from lib.measure.serving.server import Limits, VirtualClock, serve
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes
@@ -28,7 +28,7 @@ def ground_of(times, first=8.0, token=3.0, batching="iteration"):
     single = Single.of(times, DOCUMENTS)
     wanted = slo.objectives(single, first, token)
     patience = wanted.first_token_seconds - single.prefill_seconds
-    return Ground(times, wanted, single, Limits(32, None, times.bytes_per_token, patience), batching)
+    return ServingSetup(times, wanted, single, Limits(32, None, times.bytes_per_token, patience), batching)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(groun
 
 
 def test_no_capacity_makes_silent_traces_and_measurements_say_so():
-    slow = Ground(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
+    slow = ServingSetup(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
     traces = policy_comparison.several(slow, "changing", 10, (0, 1))
     assert all(trace.requests == () for trace in traces)
     made = policy_comparison.goodput(slow, traces, lambda: batches.Fixed(1), lambda: batches.Fixed(2), "serve")

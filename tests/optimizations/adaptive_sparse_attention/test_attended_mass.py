@@ -42,9 +42,9 @@ def test_values_are_asked_for_at_three_places_of_prompts_of_one_length(monkeypat
 
     def recall(loaded, distance, count, seed, lead):
         asked.append((loaded.model, lead, lead + distance + 16))
-        return attended_mass.Recalled(distance, torch.tensor([True, True, False, True]).numpy())
+        return attended_mass.Retrieved(distance, torch.tensor([True, True, False, True]).numpy())
 
-    monkeypatch.setattr(attended_mass.quality, "recall", recall)
+    monkeypatch.setattr(attended_mass.evaluate, "retrieval", recall)
     monkeypatch.setattr(attended_mass, "_with", lambda loaded, model: type("Arm", (), {"model": model}))
     found = attended_mass.at_places(None, {"full": "a", "sparse": "b"}, 512, 4)
     assert {length for *_, length in asked} == {512} and [lead for _, lead, _ in asked[:3]] == [8, 248, 432]

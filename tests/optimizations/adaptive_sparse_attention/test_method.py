@@ -125,7 +125,7 @@ def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, pro
 @torch.inference_mode()
 def test_patterns_of_equal_budget(tiny, prompts):
     model, counts, answers = tiny("qwen3-4b-instruct-2507"), [], []
-    for pattern in sparse.KNOBS["pattern"]["choices"]:
+    for pattern in sparse.SEARCH_SPACE["pattern"]["choices"]:
         other = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
         answers.append(other(input_ids=prompts["input_ids"].repeat(1, 2)).logits)  # twelve blocks to choose from
         counts.append(sparse.sparsities(other)[0].kept)

@@ -18,7 +18,7 @@ from lib.optimizations.common.recipe import Step
 
 
 def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:
-    module = SimpleNamespace(apply=apply, applies_to=applies, KNOBS=knobs)
+    module = SimpleNamespace(apply=apply, applies_to=applies, SEARCH_SPACE=knobs)
     return Component(stem, module, knobs)
 
 
@@ -60,7 +60,7 @@ def test_components_are_found_by_looking():
 
 
 def test_a_new_module_is_found_without_being_named(monkeypatch):
-    twelfth = SimpleNamespace(apply=_scale, KNOBS={"share": SHARE})
+    twelfth = SimpleNamespace(apply=_scale, SEARCH_SPACE={"share": SHARE})
     monkeypatch.setattr(automl.discovery, "stems", lambda: ["automl_components", "twelfth"])
     monkeypatch.setattr(automl.discovery, "method", lambda stem: twelfth)
     assert [part.stem for part in automl.components()] == ["twelfth"]
@@ -133,7 +133,7 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
     for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
         found = bench.judge([Step(optimization=stem)])
-        assert text in found.reason and "\n" not in found.reason and found.point == bench_module.WORST
+        assert text in found.reason and "\n" not in found.reason and found.point == bench_module.INFEASIBLE_POINT
     bench.memory_budget = 0.5
     assert "memory of 1.000 is over the budget of 0.500" in bench.judge([Step(optimization="good")]).reason
 
@@ -228,7 +228,7 @@ def test_a_real_stack_is_judged(tiny):
 
 def test_a_component_begins_with_what_it_says_of_trials():
     part = next(one for one in automl.components() if one.stem == "streaming_computation")
-    assert part.module.KNOBS["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
-    assert part.defaults["prefill_chunk"] == part.module.KNOBS["prefill_chunk"]["default"]
+    assert part.module.SEARCH_SPACE["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
+    assert part.defaults["prefill_chunk"] == part.module.SEARCH_SPACE["prefill_chunk"]["default"]
     space = automl.space([part])
     assert 1.0 in space["streaming_computation.memory_ratio"].choices

@@ -47,7 +47,7 @@ def test_parts_are_found_by_walking_the_folder():
 )
 def test_a_faulty_descriptor_is_named(change, says):
     sound = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
-    module = types.SimpleNamespace(apply=None, applies_to=None, KNOBS={}, COMPOSES=sound)
+    module = types.SimpleNamespace(apply=None, applies_to=None, SEARCH_SPACE={}, COMPOSES=sound)
     composing.check("twelfth", module)
     module.COMPOSES = sound | change
     with pytest.raises(UserError, match=says):
@@ -74,7 +74,9 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
         ("two", "stock attention", "whole matrices"),
     ):
         described = {"touches": (), "needs": (needed,), "invalidates": (lost,), "trial": {}}
-        made[stem] = types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=None, applies_to=lambda model: None)
+        made[stem] = types.SimpleNamespace(
+            COMPOSES=described, SEARCH_SPACE={}, apply=None, applies_to=lambda model: None
+        )
     monkeypatch.setattr(composing, "parts", lambda: made)
     model = tiny("qwen3-coder-30b")
     with pytest.raises(
@@ -152,7 +154,7 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
 
     described = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
     made = {
-        stem: types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=apply, applies_to=lambda model: None)
+        stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=apply, applies_to=lambda model: None)
         for stem, apply in (("crash", crash), ("silence", silence))
     }
     monkeypatch.setattr(composing, "parts", lambda: made)

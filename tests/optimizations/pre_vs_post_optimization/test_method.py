@@ -68,7 +68,7 @@ def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch)
 def _parts(**applied):
     described = {"touches": ("weights",), "needs": (), "invalidates": (), "trial": {}}
     return {
-        stem: types.SimpleNamespace(COMPOSES=described, KNOBS={}, apply=apply, applies_to=lambda model: None)
+        stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=apply, applies_to=lambda model: None)
         for stem, apply in applied.items()
     }
 
@@ -241,12 +241,12 @@ def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
 
     def recall(loaded, distance, count, seed):
         seen.append((loaded.model, distance))
-        return evaluate.Recalled(distance, np.array([True, False, True, True]))
+        return evaluate.Retrieved(distance, np.array([True, False, True, True]))
 
-    monkeypatch.setattr(evaluate, "recall", recall)
+    monkeypatch.setattr(evaluate, "retrieval", recall)
     name = "qwen3-4b-instruct-2507"
     loaded, other = _loaded(tiny(name), name), tiny(name, seed=1)
-    size = replace(efforts.EFFORTS["quick"], recall_prompts=4)
-    found = comparing.recall(loaded, other, size, (64, 512), resamples=50)
+    size = replace(efforts.EFFORTS["quick"], retrieval_prompts=4)
+    found = comparing.retrieval(loaded, other, size, (64, 512), resamples=50)
     assert [one.workload for one in found] == ["generate, 64 tokens back", "generate, 512 tokens back"]
     assert [distance for _, distance in seen] == [64, 64, 512, 512] and seen[1][0] is other

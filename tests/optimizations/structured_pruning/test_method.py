@@ -158,7 +158,7 @@ def test_recovery_lowers_the_divergence(tiny, batch):
 
     model = tiny("qwen3-coder-30b")
     plain = pruning.apply(model, [batch], ratio=0.3)
-    recovered = pruning.apply(model, [batch], ratio=0.3, recovery_steps=20)
+    recovered = pruning.apply(model, [batch], ratio=0.3, finetune_steps=20)
     assert divergence(recovered, model, batch) < divergence(plain, model, batch)
 
 
@@ -184,4 +184,4 @@ def test_bad_requests_are_named(tiny, batch):
         pruning.apply(model, [batch], granularity="rows")
     with pytest.raises(UserError, match="no token"):
         pruning.apply(model, [], ratio=0.3)
-    assert copy.deepcopy(pruning.KNOBS)["ratio"]["default"] == 0.3
+    assert copy.deepcopy(pruning.SEARCH_SPACE)["ratio"]["default"] == 0.3

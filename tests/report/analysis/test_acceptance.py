@@ -112,7 +112,7 @@ DAMAGE = {
         "accuracy maintained or improved", "not maintained: F1 ✗ −0.2 points (lower bound −4.0, margin 2)",
     ),
     "quality that cannot be told": (
-        _both("recall_exact_match", "accuracy", "inconclusive", "inconclusive"),
+        _both("retrieval_exact_match", "accuracy", "inconclusive", "inconclusive"),
         "accuracy maintained or improved", "inconclusive: recall ?",
     ),
     "a verdict that its numbers do not carry": (

@@ -81,7 +81,7 @@ def test_counted_numbers_and_intervals():
     ("fields", "told"),
     [
         ({"effort": "thorough"}, "another effort: quick, thorough"),
-        ({"environment": samples.ENVIRONMENT | {"processor": "Another"}}, "another environment: processor"),
+        ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "another environment: cpu"),
         ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "another environment: threads None, 4"),
         ({"scale": "slice"}, "another scale"),
         ({"status": "failed", "reason": "x"}, "failed in the new set"),

@@ -25,7 +25,7 @@ def test_without_a_history_nothing_is_claimed(path):
 
 def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run", "aaaa1111")
-    other = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"processor": "Other 1"})
+    other = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"cpu": "Other 1"})
     assert history.keep(path, [other], "proxy", "run", "bbbb2222")
     found = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
     assert "aaaa1111" in found.against and len(found.builds) == 2

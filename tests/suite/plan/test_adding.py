@@ -8,7 +8,7 @@ import workbench
 
 OPTIMIZATION = '''"""Rounds the weights."""
 
-KNOBS = {"decimals": (0, 4, 2)}
+SEARCH_SPACE = {"decimals": (0, 4, 2)}
 
 
 def applies_to(model):
@@ -48,7 +48,7 @@ slice: {layers: 1}
 proxy:
   config: {num_hidden_layers: 2}
   training: {steps: 1}
-tasks: [recall]
+tasks: [retrieval]
 optimizations:
   twelfth: {decimals: 1}
 """

@@ -131,7 +131,7 @@ def test_a_long_run_keeps_few_samples_and_its_peak():
     for at in range(10 * sampling.MOST_SAMPLES):
         samples.add(at, at % 100, 7 if at == 5000 else 1)
     assert len(samples.seconds) < sampling.MOST_SAMPLES and max(samples.memory_bytes) == 7
-    assert len(samples.seconds) == len(samples.memory_bytes) == len(samples.processor_percent)
+    assert len(samples.seconds) == len(samples.memory_bytes) == len(samples.cpu_percent)
     assert samples.interval_seconds > sampling.INTERVAL_SECONDS
 
 
@@ -145,7 +145,7 @@ def test_the_use_of_descendants_is_sampled_and_they_end():
         workbench.wait_for(lambda: (tree.sample(), max(tree.samples.memory_bytes, default=0) > 50 * 2**20)[1], 30)
         time.sleep(0.6)
         tree.sample()
-        assert 5 < tree.samples.processor_percent[-1] < 130
+        assert 5 < tree.samples.cpu_percent[-1] < 130
     finally:
         tree.end()
         process.wait()

@@ -1,0 +1,71 @@
+"""What would refute a notebook's claim, and whether it happened: an answer to each line, computed from the run.
+
+A line comes from the notebook's list "What would refute it", word for word. Knows how to turn a verdict or an interval
+into an answer; knows no optimization.
+"""
+
+from collections.abc import Collection, Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.text.quantities import figures, interval, times
+from lib.report.text.wording import label, words
+
+Outcome = Literal["refuted", "not refuted", "cannot tell"]
+COLUMNS = ("what would refute it", "answer", "evidence")
+
+
+class Refutation(BaseModel):
+    """One line of "What would refute it", its answer, and the number that the answer rests on."""
+
+    model_config = ConfigDict(extra="forbid")
+    claim: str
+    outcome: Outcome
+    evidence: str
+
+
+def decide(claim: str, refuted: bool | None, evidence: str) -> Refutation:
+    """Return the answer to `claim`: whether what it describes happened, None where the run cannot tell.
+
+    `evidence` is a phrase that holds the number. Raises ValueError without it.
+    """
+    if not evidence:
+        raise ValueError("an answer needs its evidence: the number it rests on, or why there is none")
+    outcome: Outcome = "cannot tell" if refuted is None else "refuted" if refuted else "not refuted"
+    return Refutation(claim=claim, outcome=outcome, evidence=evidence)
+
+
+def by_interval(claim: str, low: float | None, high: float | None, limit: float, what: str) -> Refutation:
+    """Return the answer to a claim that is refuted where a quantity lies below `limit`.
+
+    `low` and `high` are the ends of the quantity's interval: all of it below refutes, none of it below does not, else
+    nothing can be told. To refute from above, give the negated quantity and limit. `what` names the quantity.
+    """
+    if low is None or high is None:
+        return decide(claim, None, f"{what}: no interval")
+    refuted = True if high < limit else False if low >= limit else None
+    return decide(claim, refuted, f"{what}: {interval(low, high, '.3g')}, limit {figures(float(limit))}")
+
+
+def by_verdict(
+    claim: str,
+    measurement: Measurement | None,
+    refuted: Collection[str] = ("worse", "equivalent", "not_maintained"),
+    upheld: Collection[str] = ("better", "maintained"),
+) -> Refutation:
+    """Return the answer of a measurement's verdict: it is in `refuted`, in `upheld`, or in neither, which cannot tell."""
+    if measurement is None or measurement.ratio is None:
+        reason = measurement.reason if measurement is not None and measurement.reason else "not measured"
+        return decide(claim, None, reason)
+    found = measurement.verdict
+    low, high = measurement.ci or (None, None)
+    evidence = f"{label(measurement.metric)} [{measurement.workload}] {times(measurement.ratio)}"
+    evidence += f" ({interval(low, high)}), {words(found)}" if measurement.ci else f", {words(found)}"
+    return decide(claim, True if found in refuted else False if found in upheld else None, evidence)
+
+
+def rows(refutations: Iterable[Refutation]) -> list[tuple[str, str, str]]:
+    """Return a row for each answer, in the order of `COLUMNS`."""
+    return [(one.claim, one.outcome, one.evidence) for one in refutations]
