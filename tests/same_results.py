@@ -3,9 +3,8 @@
     python tests/same_results.py OLD NEW
 
 OLD and NEW are record files, or folders of them; the records may be of different schemas. What is timed, or read from a
-process or a counter, is left out. Searches that are steered by measured times may choose otherwise in each run: where
-the chosen configuration differs, the record is named apart, because its numbers are another model's. Exit code 1 where a
-number differs for no such reason.
+process or a counter, is left out. Searches that are steered by measured times may choose otherwise in each run: such
+records are named apart. Exit code 1 where a number differs for no such reason.
 """
 
 import sys
@@ -14,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.report.records import record
-from lib.report.records.record import Record
+from lib.report.records import record  # noqa: E402
+from lib.report.records.record import Record  # noqa: E402
 
 COUNTED = {
     "parameters", "active_parameters", "weights_bytes", "kv_cache_bytes_per_token", "prefill_flops_per_token",

@@ -213,7 +213,7 @@ def _quickly(text: str) -> Record | None:
         return None
     try:
         found = Record.model_validate_json(text)
-    except ValidationError:
+    except (ValidationError, UserError):  # a metric that was renamed since
         return None
     return found if "schema_version" in found.model_fields_set else None
 
