@@ -15,16 +15,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.compare import speed
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import Pairs
-from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import ceilings, cost_model, full_depth
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io
-from lib.models.decoding import attention_inputs, cache_names, mla_absorption
+from lib.models.decoding import cache_names, mla_absorption
 from lib.models.offload import streamer
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
@@ -32,7 +30,6 @@ from lib.optimizations.streaming_computation import offload_baseline, reading
 
 BLOCKS = 6
 ARM_OF = {"keep": "streamed", "copy": "streamed, copied into memory", "drop": "streamed, every byte from the disk"}
-DECODED = ("decode_tokens_per_second", "time_per_output_token_ms")
 
 
 @dataclass
@@ -122,22 +119,6 @@ def equality(
         same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
         found[name] = {"difference": float((got - expected).abs().max() / expected.std()), "same_top": float(same)}
     return found
-
-
-def against_absorbed(
-    baseline: nn.Module, optimized: nn.Module, prompt_BT: torch.Tensor, effort: Effort, **options: object
-) -> list[Measurement]:
-    """Return decoding of `optimized` against the baseline decoded absorbed, which is exact and asks no choice of
-    anybody; empty where the model has nothing to absorb. `options` go to `speed.compare`.
-
-    What decodes latent attention absorbed on its way to something else (pages of a cache) gains by that alone.
-    """
-    if all(block.attention.kind != "latent" for block in anatomy(baseline).blocks):
-        return []
-    fair = mla_absorption.absorb(attention_inputs.sharing(baseline))
-    given = {"names": ("decode",), "baseline_costs": {"absorbed": True}, "with_energy": False}
-    found = speed.compare(fair, optimized, prompt_BT, effort, **given, **options).measurements
-    return [one for one in found if one.metric in DECODED]  # the rest rests on operations counted, which may differ
 
 
 def trade(

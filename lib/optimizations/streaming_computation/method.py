@@ -28,7 +28,6 @@ from lib.models.checkpoints import io
 from lib.models.decoding import chunked
 from lib.models.decoding import mla_absorption as latent
 from lib.models.offload import streamer
-from lib.models.structure.anatomy import anatomy
 
 SEARCH_SPACE = {
     "memory_ratio": {
@@ -122,11 +121,6 @@ def revert(model: nn.Module) -> nn.Module:
     whole = io.load_folder(made.file.folder, device=str(made.device))
     made.close()
     return whole
-
-
-def has_latents(model: nn.Module) -> bool:
-    """Return whether absorbed attention changes anything in `model`."""
-    return any(block.attention.kind == "latent" for block in anatomy(model).blocks)
 
 
 def _check(memory_ratio: float, prefill_chunk: int, page_cache: str) -> None:
