@@ -83,7 +83,8 @@ def load(
         raise UserError(f'unknown scale "{scale}"; expected one of {", ".join(parameter_files.SCALES)}')
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f'device "{device}" is not available here; use --device cpu')
-    check_tasks(tasks)
+    tasks = check_tasks(tasks)
+    description = description.model_copy(update={"tasks": check_tasks(description.tasks)})
     dtype = dtype or ("float32" if scale == "proxy" and device == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')

@@ -219,7 +219,8 @@ def resolve(
     for source, given in ((where, section), ("-p", request.parameters)):
         for name, value in given.items():
             values[name] = _checked(source, name, value, template)
-    check_tasks(values.get("tasks", ()))
+    if "tasks" in values:
+        values["tasks"] = check_tasks(values["tasks"])
     return values | options
 
 
