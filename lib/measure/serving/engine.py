@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.serving.traffic import Request
+from lib.measure.serving.traffic import ServingRequest
 from lib.measure.timing import workloads
 from lib.models.decoding import batch_cache
 from lib.models.tasks import retrieval
@@ -25,7 +25,7 @@ class ModelEngine:
     """
 
     def __init__(
-        self, model: nn.Module, prompt_of: Callable[[Request], torch.Tensor], limit_bytes: float | None = None
+        self, model: nn.Module, prompt_of: Callable[[ServingRequest], torch.Tensor], limit_bytes: float | None = None
     ):
         if reason := batch_cache.joinable(model):
             raise UserError(f"serving: rows cannot join this model's batch: {reason}")
@@ -45,7 +45,7 @@ class ModelEngine:
         """Bytes that the cache holds now."""
         return self.rows.bytes if self.rows is not None else 0
 
-    def prefill(self, requests: Sequence[Request]) -> float:
+    def prefill(self, requests: Sequence[ServingRequest]) -> float:
         """Read the prompts together and let their rows join; return the seconds it took."""
         prompts = [self.prompt_of(request) for request in requests]
         start = time.perf_counter()
@@ -83,7 +83,7 @@ class ModelEngine:
         return time.perf_counter() - start
 
 
-def prompts(loaded: object, longest: int, seed: int = 0) -> Callable[[Request], torch.Tensor]:
+def prompts(loaded: object, longest: int, seed: int = 0) -> Callable[[ServingRequest], torch.Tensor]:
     """Return the function that gives a request its prompt: held-out text of the model's corpus, another place each.
 
     The place depends on the request's id and `seed` alone. With random weights the tokens are random.
@@ -91,7 +91,7 @@ def prompts(loaded: object, longest: int, seed: int = 0) -> Callable[[Request], 
     windows = max(2, min(64, 65536 // max(1, longest)))
     stream_T = retrieval.text_windows(loaded, "final", windows, max(2, longest), seed).flatten().cpu()
 
-    def prompt_of(request: Request) -> torch.Tensor:
+    def prompt_of(request: ServingRequest) -> torch.Tensor:
         start = (request.id * 7919 + seed * 104729) % max(1, len(stream_T) - request.prompt_tokens)
         return stream_T[start : start + request.prompt_tokens]
 

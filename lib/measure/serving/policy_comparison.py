@@ -16,7 +16,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.serving import latency, step_times
+from lib.measure.serving import slo, step_times
 from lib.measure.serving.server import MOST_ROWS, Limits, Policy, Served
 from lib.measure.serving.simulator import simulate
 from lib.measure.serving.slo import Objectives, Single, objectives, unattainable
@@ -154,7 +154,7 @@ def compare(ground: ServingSetup, traces: Sequence[Trace], policies: dict[str, M
     rows = []
     for name, fresh in policies.items():
         runs = [ground.run(trace, fresh()) for trace in traces]
-        found = [latency.summary(run, ground.wanted) for run in runs]
+        found = [slo.summary(run, ground.wanted) for run in runs]
         keys = ("goodput", "goodput share", "first token late", "tokens late", "latency p95", "batch", "unfinished")
         row: dict[str, object] = {"trace": traces[0].name, "policy": name}
         for key in keys:
@@ -174,8 +174,8 @@ def goodput(
     """Return the goodput of two policies on the same traces, trace by trace, simulated. The floor is the baseline on
     the same traces with other jitter. Raises nothing where nobody was served: then it is said.
     """
-    arms = [[latency.goodput(ground.run(t, fresh()), ground.wanted) for t in traces] for fresh in (baseline, optimized)]
-    again = [latency.goodput(ground.run(trace, baseline(), NEW_JITTER), ground.wanted) for trace in traces]
+    arms = [[slo.goodput(ground.run(t, fresh()), ground.wanted) for t in traces] for fresh in (baseline, optimized)]
+    again = [slo.goodput(ground.run(trace, baseline(), NEW_JITTER), ground.wanted) for trace in traces]
     samples = ground.times.samples
     source = f"simulated: {len(traces)} seeds of one trace, step times from {samples} timed calls of this run"
     return judged_goodput(workload, arms, again, source)
@@ -207,7 +207,7 @@ def latencies(ground: ServingSetup, traces: Sequence[Trace], baseline: Make, opt
         "generate_tokens_per_second": ("output tokens/s", 1),
         "batch_rows": ("batch", 1),
     }
-    arms = [[latency.summary(ground.run(t, fresh()), ground.wanted) for t in traces] for fresh in (baseline, optimized)]
+    arms = [[slo.summary(ground.run(t, fresh()), ground.wanted) for t in traces] for fresh in (baseline, optimized)]
     source = f"simulated: mean of {len(traces)} seeds; finished requests, the late included"
     found = []
     for metric, (key, scale) in names.items():
@@ -243,4 +243,4 @@ def settling(ground: ServingSetup, traces: Sequence[Trace], baseline: Make, opti
 def settled(ground: ServingSetup, served: Served) -> float | None:
     """Return the settling time of a run after its second phase began."""
     starts = [*served.trace.starts, served.trace.seconds]
-    return latency.settling_seconds(served, ground.wanted, starts[1], starts[2])
+    return slo.settling_seconds(served, ground.wanted, starts[1], starts[2])

@@ -15,17 +15,17 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Classified, Retrieved
-from lib.measure.serving import latency
+from lib.measure.serving import slo
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.server import Limits, Policy, RealClock, Served, VirtualClock, serve
 from lib.measure.serving.slo import Objectives
-from lib.measure.serving.traffic import Request, Trace
+from lib.measure.serving.traffic import ServingRequest, Trace
 from lib.measure.timing import disturbance
 from lib.measure.trackers import memory
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
-PromptOf = Callable[[Request], torch.Tensor]
+PromptOf = Callable[[ServingRequest], torch.Tensor]
 BURST_PROMPT, BURST_NEW = 128, 8  # tokens at most of a request in a burst
 ALONE = 200  # items that are answered one at a time
 
@@ -87,7 +87,7 @@ class Burst:
             for request in [one for one in trace.requests if start <= one.arrival < start + phase.seconds][:each]
         ]
         requests = [
-            Request(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, new_tokens))
+            ServingRequest(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, new_tokens))
             for i, one in enumerate(chosen)
         ]
         self.trace = replace(trace, name="burst", requests=tuple(requests))
@@ -115,10 +115,10 @@ def recalled(
     for index, arrival in enumerate(arrivals.tolist()):
         length, new = int(random.integers(8, 96)), int(random.integers(4, 3 * wanted))
         chat = index % 2
-        requests.append(Request(index, arrival, length if chat else ids_BT.shape[1], new if chat else wanted))
+        requests.append(ServingRequest(index, arrival, length if chat else ids_BT.shape[1], new if chat else wanted))
     trace = Trace("recall among chats", seed, (), tuple(requests))
 
-    def prompt_of(request: Request) -> torch.Tensor:
+    def prompt_of(request: ServingRequest) -> torch.Tensor:
         if request.id % 2:
             return text_T[request.id : request.id + request.prompt_tokens]
         return ids_BT[request.id // 2].cpu()
@@ -168,7 +168,7 @@ def measurements(baseline: Replayed, optimized: Replayed, wanted: Objectives) ->
     source = f"one replay in real time each, {len(baseline.served.outcomes)} requests, real model"
     disturbed = sorted({run.disturbed for run in runs if run.disturbed})
     source += f"; disturbed: {'; '.join(disturbed)}" if disturbed else ""
-    summaries = [latency.summary(run.served, wanted) for run in runs]
+    summaries = [slo.summary(run.served, wanted) for run in runs]
 
     def told(metric: str, values: Sequence[float | None]) -> Measurement:
         if None in values:
@@ -237,8 +237,8 @@ def beside(simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], want
     """
     rows = []
     for runs, one in zip(simulated, real):
-        seen, made = latency.summary(one.served, wanted), [latency.summary(run, wanted) for run in runs]
-        for name, error in latency.errors(runs, one.served, wanted).items():
+        seen, made = slo.summary(one.served, wanted), [slo.summary(run, wanted) for run in runs]
+        for name, error in slo.errors(runs, one.served, wanted).items():
             values = [each[name] for each in made]
             told = [None] * 3 if None in values else [float(of(values)) for of in (np.mean, min, max)]
             row = {"policy": one.served.policy, "quantity": name, "real": seen[name], "error": error}
@@ -248,7 +248,7 @@ def beside(simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], want
 
 def simulation_error(rows: Sequence[dict]) -> Measurement:
     """Return the mean relative error of the simulation for the first policy and the last, from rows of `beside`."""
-    source = f"simulation against one replay in real time, mean error of {', '.join(latency.COMPARED)}"
+    source = f"simulation against one replay in real time, mean error of {', '.join(slo.COMPARED)}"
     names = list(dict.fromkeys(row["policy"] for row in rows))
     arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])]
     known = [[error for error in arm if error is not None] for arm in arms]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lib.errors import UserError
-from lib.measure.serving.traffic import Request, Trace
+from lib.measure.serving.traffic import ServingRequest, Trace
 
 BATCHINGS = ("iteration", "request")
 MOST_ROWS = 32
@@ -40,10 +40,10 @@ class Limits:
 
 
 @dataclass
-class Outcome:
+class RequestOutcome:
     """What became of a request; times in seconds of the trace, None where it did not come to that."""
 
-    request: Request
+    request: ServingRequest
     admitted: float | None = None
     first: float | None = None
     finished: float | None = None
@@ -51,17 +51,23 @@ class Outcome:
 
     @property
     def first_token_seconds(self) -> float | None:
+        """Seconds from arrival to the first token."""
         return None if self.first is None else self.first - self.request.arrival
+
+    @property
+    def latency_seconds(self) -> float | None:
+        """Seconds from arrival to the last token."""
+        return None if self.finished is None else self.finished - self.request.arrival
 
     @property
     def token_seconds(self) -> float | None:
         """Mean seconds per output token behind the first; None while unfinished, 0 for an answer of one token."""
-        if self.finished is None:
+        if self.first is None or self.finished is None:
             return None
         return (self.finished - self.first) / max(1, self.request.new_tokens - 1)
 
 
-class Step(NamedTuple):
+class ServerStep(NamedTuple):
     """One call of the engine: `prefill`, `decode` or `leave` of `batch` rows.
 
     `tokens` is the longest prompt of a prefill, else the longest context. `waiting`, `running`: rows then.
@@ -82,8 +88,8 @@ class View:
     is how many from its head the limits would admit now."""
 
     now: float
-    waiting: Sequence[Request]
-    running: Sequence[Outcome]
+    waiting: Sequence[ServingRequest]
+    running: Sequence[RequestOutcome]
     room: int
     context: int
     batching: str
@@ -102,7 +108,7 @@ class Policy(Protocol):
 
     def decide(self, view: View) -> Decision: ...
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None: ...
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None: ...
 
 
 @dataclass
@@ -111,8 +117,8 @@ class Served:
 
     trace: Trace
     policy: str
-    outcomes: list[Outcome]
-    steps: list[Step] = field(default_factory=list)
+    outcomes: list[RequestOutcome]
+    steps: list[ServerStep] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
     saturated: bool = False
     end: float = 0.0
@@ -169,11 +175,11 @@ def serve(
     """
     if batching not in BATCHINGS:
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
-    outcomes = [Outcome(request) for request in trace.requests]
+    outcomes = [RequestOutcome(request) for request in trace.requests]
     served = Served(trace, policy.name, outcomes)
     arriving, prompt, late = deque(trace.requests), deque(), deque()
     patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
-    running: list[Outcome] = []
+    running: list[RequestOutcome] = []
     done = 0  # rows of a request-level batch that are over but still hold their place
     last = trace.seconds + (max(1.0, trace.seconds / 2) if drain_seconds is None else drain_seconds)
     engine.clear()
@@ -224,7 +230,9 @@ def _idle(decision: Decision, arriving: deque, clock: object, now: float, policy
     clock.wait_until(min(times))
 
 
-def fits(limits: Limits, running: Sequence[Outcome], waiting: Sequence[Request], batching: str = "iteration") -> int:
+def fits(
+    limits: Limits, running: Sequence[RequestOutcome], waiting: Sequence[ServingRequest], batching: str = "iteration"
+) -> int:
     """Return how many from the head of `waiting` may join so that rows and cache stay within `limits` to the end.
 
     Rows are padded to the longest: the cache is (rows × columns × bytes per token), and the columns are bounded by the
@@ -258,7 +266,7 @@ def _admit(served, chosen, running, policy, engine, clock, waiting, batching) ->
         one.admitted, one.first, one.produced = start, now, 1
     running.extend(chosen)
     longest = max(one.request.prompt_tokens for one in chosen)
-    step = Step(start, "prefill", len(chosen), longest, seconds, waiting, len(running))
+    step = ServerStep(start, "prefill", len(chosen), longest, seconds, waiting, len(running))
     return _after(served, step, chosen, running, 0, policy, engine, clock, batching)
 
 
@@ -270,7 +278,7 @@ def _decode(served, running, done, policy, engine, clock, waiting, batching) -> 
     for one in running:
         one.produced += 1
     context = max(one.request.prompt_tokens + one.produced for one in running)
-    step = Step(start, "decode", len(running), context, seconds, waiting, len(running))
+    step = ServerStep(start, "decode", len(running), context, seconds, waiting, len(running))
     return _after(served, step, running, running, done, policy, engine, clock, batching)
 
 
@@ -291,7 +299,7 @@ def _after(served, step, touched, running, done, policy, engine, clock, batching
         clock.advance(seconds)
         running[:] = [one for one in running if one.finished is None]
         done = 0
-        left = Step(start, "leave", len(gone), step.tokens, seconds, step.waiting, len(running))
+        left = ServerStep(start, "leave", len(gone), step.tokens, seconds, step.waiting, len(running))
         served.steps.append(left)
         policy.observe(left, ())
     return done

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
 from lib.measure.serving.step_times import StepTimes
-from lib.measure.serving.traffic import Request, Trace
+from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class SimulatedEngine:
@@ -33,7 +33,7 @@ class SimulatedEngine:
         """Bytes the padded cache would hold now."""
         return len(self.base) * self.columns * self.times.bytes_per_token
 
-    def prefill(self, requests: Sequence[Request]) -> float:
+    def prefill(self, requests: Sequence[ServingRequest]) -> float:
         tokens = max(request.prompt_tokens for request in requests)
         joining = bool(self.base)
         for request in requests:

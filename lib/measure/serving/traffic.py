@@ -40,7 +40,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Request:
+class ServingRequest:
     """One request. `arrival` in seconds since the trace began; the answer's length is forced to `new_tokens`."""
 
     id: int
@@ -56,7 +56,7 @@ class Trace:
     name: str
     seed: int
     phases: tuple[Phase, ...]
-    requests: tuple[Request, ...]
+    requests: tuple[ServingRequest, ...]
 
     @property
     def seconds(self) -> float:
@@ -97,12 +97,12 @@ def make(name: str, phases: Sequence[Phase], seed: int = 0) -> Trace:
     for index, phase in enumerate(phases):
         _check(index, phase)
     random = np.random.default_rng([seed, 0x7AFF1C])
-    requests: list[Request] = []
+    requests: list[ServingRequest] = []
     start = 0.0
     for phase in phases:
         for arrival in _arrivals(phase, random):
             prompt, new = (_length(mean, random) for mean in (phase.lengths.prompt_tokens, phase.lengths.new_tokens))
-            requests.append(Request(len(requests), start + arrival, prompt, new))
+            requests.append(ServingRequest(len(requests), start + arrival, prompt, new))
         start += phase.seconds
     return Trace(name, seed, tuple(phases), tuple(requests))
 

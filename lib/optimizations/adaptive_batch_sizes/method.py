@@ -25,9 +25,8 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.serving.latency import goodput
-from lib.measure.serving.server import MOST_ROWS, Decision, Outcome, Served, Step, View
-from lib.measure.serving.slo import FACTORS, Objectives, Single
+from lib.measure.serving.server import MOST_ROWS, Decision, RequestOutcome, Served, ServerStep, View
+from lib.measure.serving.slo import FACTORS, Objectives, Single, goodput
 from lib.measure.serving.traffic import Trace
 from lib.models.decoding import batch_cache as rows
 
@@ -78,7 +77,7 @@ class Fixed:
     def decide(self, view: View) -> Decision:
         return Decision(max(0, min(self.size - len(view.running), view.room)))
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         pass
 
 
@@ -106,7 +105,7 @@ class Aimd(Fixed):
         self.objectives, self.most, self.exact = objectives, most, 1.0
         self.seen = self.missed = 0
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         for one in finished:
             self.seen += 1
             self.missed += one.token_seconds > self.objectives.token_seconds
@@ -226,7 +225,7 @@ class Adaptive:
             return Decision(0)
         return Decision(self._worthwhile(view, count, context) if view.running else count)
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         if step.kind == "decode":
             self.steps.learn((1, step.batch, step.batch * step.tokens), step.seconds)
         elif step.kind == "leave":
@@ -286,7 +285,7 @@ class Adaptive:
                 best, gained = admitted, saved - pushed
         return best
 
-    def _slack(self, one: Outcome, now: float, seconds: float) -> float:
+    def _slack(self, one: RequestOutcome, now: float, seconds: float) -> float:
         """Seconds that a row can still be stopped for and keep its objective."""
         length = one.request.new_tokens
         return (length - 1) * self.objectives.token_seconds - (now - one.first) - (length - one.produced) * seconds

@@ -14,8 +14,8 @@ from lib.errors import UserError
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
-from lib.measure.serving import latency, policy_comparison, step_times
-from lib.measure.serving.server import MOST_ROWS, Decision, Limits, Outcome, Policy, Step, View
+from lib.measure.serving import policy_comparison, slo, step_times
+from lib.measure.serving.server import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives, Single, objectives
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
@@ -53,7 +53,7 @@ class Static:
         self.profile = 1 if inside else self.always
         return Decision(max(0, min(self.size - len(view.running), view.room)))
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         """Learn nothing."""
 
 
@@ -143,9 +143,9 @@ def _row(ground: ServingSetup, chosen: Sequence[Scenario], fresh: Make) -> dict[
         found.append(
             {
                 "missed s": scenarios.seconds_beyond(run.served, ground.wanted),
-                "goodput share": latency.goodput_share(run.served, ground.wanted),
+                "goodput share": slo.goodput_share(run.served, ground.wanted),
                 "fast share": run.share(1),
-                "settled s": latency.settling_seconds(run.served, ground.wanted, third, 2 * third),
+                "settled s": slo.settling_seconds(run.served, ground.wanted, third, 2 * third),
                 "overshoot": scenarios.overshoot(run.served, ground.wanted),
                 "reversals": float(scenarios.reversals(limits)) if limits else None,
                 "changes": float(len(policy.switch.course)) if getattr(policy, "switch", None) else None,
@@ -172,10 +172,10 @@ def goodput(
 ) -> Measurement:
     """Return the goodput of two settings, script by script, simulated; floor: the baseline with other jitter."""
     arms = [
-        [latency.goodput(ground.play(one, fresh(one)).served, ground.wanted) for one in every]
+        [slo.goodput(ground.play(one, fresh(one)).served, ground.wanted) for one in every]
         for fresh in (baseline, optimized)
     ]
-    again = [latency.goodput(ground.play(one, baseline(one), NEW_JITTER).served, ground.wanted) for one in every]
+    again = [slo.goodput(ground.play(one, baseline(one), NEW_JITTER).served, ground.wanted) for one in every]
     source = f"simulated: {len(every)} scripts, step times from {_samples(ground)} timed calls of this run"
     return policy_comparison.judged_goodput(workload, arms, again, source)
 

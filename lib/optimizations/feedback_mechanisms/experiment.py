@@ -15,7 +15,7 @@ from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.replay import PromptOf, Replayed
 from lib.measure.serving.server import Limits, Policy, RealClock, Served, serve
 from lib.measure.serving.step_times import StepTimes
-from lib.measure.serving.traffic import Lengths, Phase, Request, make
+from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, make
 from lib.measure.timing import disturbance
 from lib.optimizations.feedback_mechanisms.profiles import Profiles
 from lib.optimizations.feedback_mechanisms.scenarios import CALM, Scenario, Spinner
@@ -50,7 +50,7 @@ class Stealing:
     def clear(self) -> None:
         self.engine.clear()
 
-    def prefill(self, requests: Sequence[Request]) -> float:
+    def prefill(self, requests: Sequence[ServingRequest]) -> float:
         self._look()
         return self.engine.prefill(requests)
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.serving.latency import Objectives
-from lib.measure.serving.server import MOST_ROWS, Decision, Outcome, Step, View
+from lib.measure.serving.server import MOST_ROWS, Decision, RequestOutcome, ServerStep, View
+from lib.measure.serving.slo import Objectives
 from lib.models.decoding import batch_cache
 from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
 from lib.optimizations.feedback_mechanisms.speculative import Round
@@ -193,7 +193,7 @@ class LatencyLoop:
             self.switch.look(view.now, self.wait, self.signal or 0.0)
         return Decision(max(0, min(self.size - len(view.running), view.room)))
 
-    def observe(self, step: Step, finished: Sequence[Outcome]) -> None:
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         """Take in a step; decide anew after every PERIOD_STEPS of decoding."""
         if step.kind == "decode" or step.running > step.batch:  # a first prefill stops nobody
             self.pending += step.seconds

@@ -7,7 +7,7 @@ charge is asked.
 
 from collections.abc import Callable, Sequence
 
-from lib.measure.serving.traffic import Request
+from lib.measure.serving.traffic import ServingRequest
 
 
 class Profiles:
@@ -32,7 +32,7 @@ class Profiles:
         """Bytes that all caches hold now."""
         return sum(engine.bytes for engine in self.engines)
 
-    def prefill(self, requests: Sequence[Request]) -> float:
+    def prefill(self, requests: Sequence[ServingRequest]) -> float:
         """Let the profile in charge read the prompts; return the seconds it took."""
         index = self.current()
         for request in requests:

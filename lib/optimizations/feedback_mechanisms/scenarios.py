@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from lib.measure.serving.latency import Objectives, met
 from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
 from lib.measure.serving.simulator import SimulatedEngine
+from lib.measure.serving.slo import Objectives, met
 from lib.measure.serving.step_times import StepTimes
-from lib.measure.serving.traffic import Lengths, Phase, Request, Trace, make
+from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.timing import disturbance
 from lib.optimizations.feedback_mechanisms.profiles import Profiles
 
@@ -82,7 +82,7 @@ class SlowedEngine(SimulatedEngine):
         super().__init__(times, seed)
         self.scenario, self.now = scenario, now
 
-    def prefill(self, requests: Sequence[Request]) -> float:
+    def prefill(self, requests: Sequence[ServingRequest]) -> float:
         return super().prefill(requests) * self.scenario.factor(self.now())
 
     def decode(self) -> float:

@@ -5,12 +5,12 @@ import random
 import pytest
 
 from lib.errors import UserError
-from lib.measure.serving import latency, server, traffic
+from lib.measure.serving import server, slo, traffic
 from lib.measure.serving.server import Decision, Limits, VirtualClock
 from lib.measure.serving.simulator import SimulatedEngine, simulate
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
-from lib.measure.serving.traffic import Lengths, Request, Trace
+from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
 
 
 def stub_times(step=1.0, per_row=0.0, read=0.5, per_byte=0.0):
@@ -36,7 +36,7 @@ class Greedy:
 
 
 def trace_of(*requests, seconds=100.0):
-    made = tuple(Request(index, *one) for index, one in enumerate(requests))
+    made = tuple(ServingRequest(index, *one) for index, one in enumerate(requests))
     return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), made)
 
 
@@ -78,13 +78,13 @@ def test_a_request_that_never_fits_is_refused_not_waited_for():
     trace = trace_of((0.0, 500, 3), (0.0, 4, 3))
     served = simulate(trace, Greedy(), stub_times(), Limits(8, 100.0, 10.0))
     assert served.refused == [0] and served.outcomes[0].finished is None and served.outcomes[1].finished is not None
-    assert latency.goodput_share(served, Objectives(10, 10)) == 0.5
+    assert slo.goodput_share(served, Objectives(10, 10)) == 0.5
 
 
 def test_no_traffic_ends_at_once():
     served = simulate(traffic.constant(0, 10, Lengths(4, 4)), Greedy(), stub_times(), Limits())
     assert served.steps == [] and not served.saturated
-    told = latency.summary(served, Objectives(1, 1))
+    told = slo.summary(served, Objectives(1, 1))
     assert told["goodput"] == 0 and told["goodput share"] is None and told["latency p50"] is None
 
 
@@ -92,7 +92,7 @@ def test_beyond_saturation_the_run_ends_and_says_so():
     trace = traffic.constant(50, 20, Lengths(4, 8), 1)
     served = simulate(trace, Greedy(4), stub_times(0.2), Limits(), drain_seconds=5)
     assert served.saturated and served.end < trace.seconds + 5 + 10
-    told = latency.summary(served, Objectives(1, 1))
+    told = slo.summary(served, Objectives(1, 1))
     assert told["saturated"] and told["unfinished"] > 100 and told["goodput share"] < 0.2
 
 
@@ -125,7 +125,7 @@ def test_a_policy_may_wait_for_a_moment():
 
 def test_the_simulated_cache_is_as_wide_as_its_longest_row():
     engine = SimulatedEngine(stub_times(), jitter=False)
-    engine.prefill([Request(0, 0, 10, 9), Request(1, 0, 4, 9)])
+    engine.prefill([ServingRequest(0, 0, 10, 9), ServingRequest(1, 0, 4, 9)])
     engine.decode()
     assert engine.bytes == 2 * 11 * 10
     engine.leave([0])
@@ -142,14 +142,14 @@ def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch()
         if 10 <= one.request.arrival < 20:
             one.first = one.finished = one.finished + 5
     wanted = Objectives(1.0, 1.0)
-    assert latency.goodput(served, wanted) == 30 / 40
-    assert latency.goodput(served, Objectives(1.0, 1e-6)) == 0
-    settled = latency.settling_seconds(served, wanted, 10.0, 40.0)
+    assert slo.goodput(served, wanted) == 30 / 40
+    assert slo.goodput(served, Objectives(1.0, 1e-6)) == 0
+    settled = slo.settling_seconds(served, wanted, 10.0, 40.0)
     # The last window of ten with two bad ones ends at request 27: one bad request of ten is still settled.
     assert settled == pytest.approx(17.0)
-    assert latency.settling_seconds(served, wanted, 21.0, 40.0) == 0.0
-    assert latency.settling_seconds(served, wanted, 0.0, 20.0) is None
-    assert latency.settling_seconds(served, wanted, 35.0, 40.0) is None
+    assert slo.settling_seconds(served, wanted, 21.0, 40.0) == 0.0
+    assert slo.settling_seconds(served, wanted, 0.0, 20.0) is None
+    assert slo.settling_seconds(served, wanted, 35.0, 40.0) is None
 
 
 def test_errors_of_a_simulation_are_zero_against_itself_and_seen_when_planted():
@@ -157,8 +157,8 @@ def test_errors_of_a_simulation_are_zero_against_itself_and_seen_when_planted():
     served = simulate(trace, Greedy(), stub_times(0.1, read=0.001), Limits())
     slower = simulate(trace, Greedy(), stub_times(0.2, read=0.001), Limits())
     wanted = Objectives(5, 5)
-    assert set(latency.errors([served, served], served, wanted).values()) == {0.0}
-    assert latency.errors(slower, served, wanted)["time per output token"] == pytest.approx(1.0, rel=0.2)
+    assert set(slo.errors([served, served], served, wanted).values()) == {0.0}
+    assert slo.errors(slower, served, wanted)["time per output token"] == pytest.approx(1.0, rel=0.2)
 
 
 def test_the_virtual_clock_never_goes_back():

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.serving import latency, policy_comparison, replay, server, slo, traffic
+from lib.measure.serving import policy_comparison, replay, server, slo, traffic
 from lib.measure.serving.engine import ModelEngine, prompts
 from lib.measure.serving.policy_comparison import CHAT, DOCUMENTS, ServingSetup
 from lib.measure.serving.server import Limits, VirtualClock, serve
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes
-from lib.measure.serving.traffic import Lengths, Request, Trace
+from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
 from lib.models.decoding import batch_cache
 from lib.optimizations.adaptive_batch_sizes import method as batches
 
@@ -92,14 +92,14 @@ def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(ground):
 
 def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(ground):
     trace = policy_comparison.traffic(ground, "changing", 20, 7)
-    start = latency.goodput(ground.run(trace, batches.Fixed(4)), ground.wanted)
+    start = slo.goodput(ground.run(trace, batches.Fixed(4)), ground.wanted)
     schedule, value = batches.best_schedule(trace, ground.wanted, ground.run, (2, 4, 12), 4, 1)
     assert value >= start and len(schedule.sizes) == 4
-    assert latency.goodput(ground.run(trace, batches.Scheduled(trace.starts, schedule.sizes)), ground.wanted) == value
+    assert slo.goodput(ground.run(trace, batches.Scheduled(trace.starts, schedule.sizes)), ground.wanted) == value
 
 
 def test_time_out_gathers_a_group_but_not_for_ever(ground):
-    requests = tuple(Request(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
+    requests = tuple(ServingRequest(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
     trace = Trace("by hand", 0, (traffic.Phase(5.0, 1.0, CHAT),), requests)
     served = ground.run(trace, batches.Timeout(8, 3, 0.1))
     assert [round(one.admitted, 3) for one in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
@@ -107,8 +107,8 @@ def test_time_out_gathers_a_group_but_not_for_ever(ground):
 
 def test_aimd_climbs_while_objectives_are_kept_and_backs_off_after_a_miss():
     policy = batches.Aimd(Objectives(1.0, 0.1))
-    good, bad = (server.Outcome(Request(0, 0.0, 4, 3), 0.0, 0.1, end, 3) for end in (0.2, 9.0))
-    step = server.Step(0.0, "decode", 1, 4, 0.1, 0, 1)
+    good, bad = (server.RequestOutcome(ServingRequest(0, 0.0, 4, 3), 0.0, 0.1, end, 3) for end in (0.2, 9.0))
+    step = server.ServerStep(0.0, "decode", 1, 4, 0.1, 0, 1)
     for _ in range(10 * batches.WINDOW):
         policy.observe(step, [good])
     assert policy.size == 11
@@ -123,7 +123,7 @@ def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(groun
     assert "a prompt alone" in slo.unattainable(ground.times, Objectives(1e-4, 1.0), CHAT)
     assert ground.times.capacity(CHAT, 1e-4) == (0.0, 0)
     served = ground.run(traffic.constant(5, 4, CHAT), batches.Adaptive(hopeless, ground.single))
-    assert all(one.finished for one in served.outcomes) and latency.goodput(served, hopeless) == 0
+    assert all(one.finished for one in served.outcomes) and slo.goodput(served, hopeless) == 0
 
 
 def test_no_capacity_makes_silent_traces_and_measurements_say_so():
@@ -166,7 +166,7 @@ def _served(model, policy, requests, text_T):
 def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, name):
     model, draw = tiny(name), random.Random(1)
     text_T = torch.randint(8, 96, (80,), generator=torch.Generator().manual_seed(5))
-    requests = [Request(i, 0.002 * i, draw.randint(3, 24), draw.randint(1, 9)) for i in range(10)]
+    requests = [ServingRequest(i, 0.002 * i, draw.randint(3, 24), draw.randint(1, 9)) for i in range(10)]
     wanted, single = Objectives(1.0, 0.02), Single(0.01, 0.004, 12)
     policies = (batches.Fixed(1), batches.Fixed(5), batches.Adaptive(wanted, single))
     outputs = []
@@ -183,7 +183,7 @@ def test_a_broken_memory_bound_is_an_error_and_changed_answers_are_counted(tiny)
     model = tiny("qwen3-4b-instruct-2507")
     engine = ModelEngine(model, lambda one: torch.arange(8, 8 + one.prompt_tokens), limit_bytes=100)
     with pytest.raises(RuntimeError, match="over its bound of 100"):
-        engine.prefill([Request(0, 0.0, 20, 4)])
+        engine.prefill([ServingRequest(0, 0.0, 20, 4)])
     equal, agreement, count = replay.same_tokens([{0: [1, 2], 1: [3, 4]}, {0: [1, 2], 1: [3, 5, 6], 2: [7]}])
     assert (equal, agreement, count) == (0.5, 0.75, 2)
 
@@ -268,7 +268,7 @@ def test_a_simulation_is_told_with_its_own_spread(ground):
     fresh = lambda: batches.Fixed(8)  # noqa: E731
     real = replay.Replayed(ground.run(trial, fresh(), 99), {}, 1.0, None)
     made = replay.beside([[ground.run(trial, fresh(), jitter) for jitter in range(4)]], [real], ground.wanted)
-    assert [row["quantity"] for row in made] == list(latency.COMPARED)
+    assert [row["quantity"] for row in made] == list(slo.COMPARED)
     assert all(row["least"] <= row["simulated"] <= row["most"] for row in made)
     error = replay.simulation_error(made)
     assert error.optimized == pytest.approx(sum(row["error"] for row in made) / len(made)) and error.optimized < 0.5
@@ -279,6 +279,6 @@ def test_prompts_depend_on_id_and_seed_alone(tiny):
         model, tokenizer, device, parameters = tiny("qwen3-4b-instruct-2507"), None, "cpu", None
 
     first, second = prompts(Loaded, 40, 1), prompts(Loaded, 40, 1)
-    request = Request(3, 9.9, 17, 4)
+    request = ServingRequest(3, 9.9, 17, 4)
     assert len(first(request)) == 17 and torch.equal(first(request), second(request))
-    assert not torch.equal(first(request), first(Request(4, 9.9, 17, 4)))
+    assert not torch.equal(first(request), first(ServingRequest(4, 9.9, 17, 4)))

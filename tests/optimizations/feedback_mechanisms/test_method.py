@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.serving.latency import Objectives
 from lib.measure.serving.server import Limits
 from lib.measure.serving.simulator import SimulatedEngine
+from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes, by_mean
-from lib.measure.serving.traffic import Lengths, Request
+from lib.measure.serving.traffic import Lengths, ServingRequest
 from lib.measure.timing import disturbance
 from lib.optimizations.adaptive_batch_sizes.method import Fixed
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, scenarios, shadow
@@ -217,7 +217,7 @@ def test_rows_end_in_the_profile_where_they_began():
     current = 0
     engines = [SimulatedEngine(one, jitter=False) for one in (times(), faster())]
     both = Profiles(engines, lambda: current)
-    first, second = (Request(i, 0.0, 16, 4) for i in range(2))
+    first, second = (ServingRequest(i, 0.0, 16, 4) for i in range(2))
     both.prefill([first])
     current = 1
     both.prefill([second])
