@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models.calibration.activations import BlockStatistics, Observation, observe
+from lib.models.calibration.activations import Observation, observe
 from lib.models.calibration.distillation import distil, divergence
-from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, synchronise
+from lib.models.structure.anatomy import Anatomy, Block, anatomy, synchronise
 from lib.models.structure.sparse import stored
 from lib.models.structure.surgery import (
     head_projections,
@@ -33,9 +33,9 @@ from lib.models.structure.surgery import (
     keep_experts,
     keep_groups,
 )
+from lib.optimizations.structured_pruning.saliency import SALIENCIES, Scores, saliency_scores
 
 GRANULARITIES = ("experts", "channels", "heads", "depth")
-SALIENCIES = ("activation", "magnitude", "random")
 HELD_OUT = 4
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
 
@@ -96,8 +96,8 @@ def apply(
     if saliency == "activation" and observation is None:
         observation = observe(model, calibration)
     view = anatomy(pruned)
-    seen = [None] * len(view.blocks) if observation is None else observation.blocks
-    scores = [saliency_scores(block, statistics, saliency, seed) for block, statistics in zip(view.blocks, seen)]
+    statistics = [None] * len(view.blocks) if observation is None else observation.blocks
+    scores = [saliency_scores(*pair, saliency, seed) for pair in zip(view.blocks, statistics)]
     for block, score in zip(view.blocks, scores):
         _prune_block(block, score, shares)
     if blocks := round(shares["depth"] * len(view.blocks)):
@@ -223,57 +223,6 @@ def _most(view: Anatomy, granularity: str) -> float:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def saliency_scores(block: Block, seen: BlockStatistics | None, saliency: str = "activation", seed: int = 0) -> dict:
-    """Return saliency: experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number)."""
-    part, attention = block.feed_forward, block.attention
-    if saliency == "random":
-        return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
-    active = saliency == "activation"
-    scores: dict = {}
-    if part.dense is not None:
-        column_C = part.down.weight.float().norm(dim=0)
-        rows_C = torch.hypot(part.gate.weight.float().norm(dim=1), part.up.weight.float().norm(dim=1))
-        scores["channels"] = column_C * (seen.channel_activation_C if active else rows_C)
-    if part.experts is not None:
-        up_EI, down_EI = _expert_norms(part.experts)
-        scores["expert_channels"] = down_EI * (seen.expert_channel_activation_EI if active else up_EI)
-        norm_E = torch.sqrt(up_EI.square().sum(1) + down_EI.square().sum(1))
-        scores["experts"] = seen.expert_contribution_E / seen.expert_tokens_E.clamp_min(1) if active else norm_E
-    if attention.kind != "none":
-        scores["heads"] = _head_saliency(attention, seen if active else None)
-    scores["depth"] = seen.influence if active else _norm(block)
-    return scores
-
-
-def _head_saliency(attention: Attention, seen: BlockStatistics | None) -> torch.Tensor:
-    """Return one number per key-value group: what its heads added, or, where nothing was seen, the norm of weights."""
-    output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
-    heads_Q = output_HQD.square().sum((0, 2)).sqrt() if seen is None else seen.head_contribution_Q
-    return heads_Q.view(attention.key_value_heads, -1).sum(1)
-
-
-def _random_scores(block: Block, generator: torch.Generator) -> dict:
-    part = block.feed_forward
-    scores: dict = {"heads": torch.rand(block.attention.key_value_heads, generator=generator)}
-    scores["depth"] = float(torch.rand(1, generator=generator))
-    if part.dense is not None:
-        scores["channels"] = torch.rand(part.channels, generator=generator)
-    if part.experts is not None:
-        scores["experts"] = torch.rand(part.experts.count, generator=generator)
-        scores["expert_channels"] = torch.rand(part.experts.count, part.experts.channels, generator=generator)
-    return scores
-
-
-def _expert_norms(experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return per expert and channel the norm of its gate and up rows, and of its down column, both [E, I]."""
-    rows = experts.gate_up.float().norm(dim=2)
-    return torch.hypot(rows[:, : experts.channels], rows[:, experts.channels :]), experts.down.float().norm(dim=1)
-
-
-def _norm(block: Block) -> float:
-    return float(sum(parameter.float().square().sum() for parameter in block.module.parameters()) ** 0.5)
-
-
 def _kept(scores: torch.Tensor, share: float, multiple: int = 1, least: int = 1) -> torch.Tensor:
     """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
     size = scores.shape[-1]
@@ -303,7 +252,7 @@ def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Ten
     return {id(tensor): tensor for tensor in tensors}
 
 
-def _prune_block(block: Block, scores: dict, shares: dict[str, float]) -> None:
+def _prune_block(block: Block, scores: Scores, shares: dict[str, float]) -> None:
     part = block.feed_forward
     if shares["heads"] and block.attention.kind != "none":
         keep_groups(block.attention, _kept(scores["heads"], shares["heads"]))
@@ -341,9 +290,3 @@ def without_blocks(model: nn.Module, removed: Sequence[int]) -> nn.Module:
     student = copy.deepcopy(model, shared)
     remove_blocks(student, removed)
     return synchronise(student)
-
-
-def shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of block `index`: parameter name → shape. Indices are of the model as it is."""
-    block = anatomy(model).blocks[index].module
-    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim > 1}

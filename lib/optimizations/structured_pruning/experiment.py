@@ -1,0 +1,252 @@
+"""The protocol of the structured-pruning notebook: the cut, its rivals at the same share, a sweep of shares, and the
+answers to what would refute it.
+
+Returns plain data. Knows nothing of tables, figures or records.
+"""
+
+import time
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Text
+from lib.measure.roofline import cost_model
+from lib.models.calibration.activations import Observation, observe
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import tasks as prompts
+from lib.optimizations.common import claims
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.structured_pruning import method
+
+CLAIMS = (
+    "Removing parts at random harms no more than removing the idle ones.",
+    "Removing parts by the size of their weights harms no more than removing the idle ones.",
+    "The gain drowns in the A/A noise although the bound predicts more than can be detected.",
+)
+BY_WEIGHTS, BY_CHANCE = "chosen by weights", "chosen by chance"
+RANDOM_SEEDS = 3
+STRENGTHS = (0.1, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class PruningSetup:
+    """A model with its calibration text and what was observed on it, which took `seconds`."""
+
+    loaded: Loaded
+    calibration: list[dict[str, torch.Tensor]]
+    finetune_batches: list[dict[str, torch.Tensor]]
+    observation: Observation
+    seconds: float
+    seed: int
+
+    @property
+    def baseline(self) -> nn.Module:
+        return self.loaded.model
+
+    @property
+    def middle(self) -> int:
+        """The index of the block that is shown."""
+        return len(self.observation.blocks) // 2
+
+    @property
+    def influence(self) -> list[float]:
+        """What each block changes: mean 1 − cos(input, output) over the calibration tokens."""
+        return [block.influence / self.observation.tokens for block in self.observation.blocks]
+
+    def facts(self) -> dict[str, object]:
+        """Return what is about to be pruned, for a table."""
+        return {
+            "model": f"{self.loaded.parameters.name}, {self.loaded.scale}",
+            "blocks": len(self.observation.blocks),
+            "decoder parameters": f"{method.decoder_parameters(self.baseline):,}",
+            "all parameters": f"{cost_model.parameters(self.baseline):,}",
+            "calibration tokens": f"{self.observation.tokens:,}",
+        }
+
+
+def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
+    """Return the model with its calibration text, observed in one pass."""
+    count, length = effort.calibration_sequences, effort.calibration_tokens
+    calibration = prompts.calibration(loaded, count, length, seed)
+    finetune_batches = prompts.calibration(loaded, 4 * count, length, seed, tokens_at_once=1024)
+    start = time.perf_counter()
+    observation = observe(loaded.model, calibration)
+    return PruningSetup(loaded, calibration, finetune_batches, observation, time.perf_counter() - start, seed)
+
+
+# --- the mechanism ---------------------------------------------------------------------------------------------------
+
+
+def saliency_curves(setup: PruningSetup, shares: dict[str, float]) -> pd.DataFrame:
+    """Return the sorted saliencies of the middle block's parts that are to lose a share.
+
+    One row per part: `strength` is its rank in percent, `value` its saliency over the largest, `arm` the granularity.
+    Empty where whole blocks go.
+    """
+    block = anatomy(setup.baseline).blocks[setup.middle]
+    statistics = setup.observation.blocks[setup.middle]
+    curves = []
+    for part, score in method.saliency_scores(block, statistics).items():
+        if shares.get(part) and part != "depth":
+            ordered = (score.flatten() / score.max()).sort(descending=True).values.tolist()
+            rank = [100 * i / len(ordered) for i in range(len(ordered))]
+            curves.append(pd.DataFrame({"strength": rank, "value": ordered, "arm": part}))
+    return pd.concat(curves) if curves else pd.DataFrame(columns=["strength", "value", "arm"])
+
+
+def read_saliency(curves: pd.DataFrame, shares: dict[str, float]) -> tuple[str, str]:
+    """Return two sentences on the curves: what share of the saliency goes, and what would go if all were alike."""
+    if not len(curves):
+        return "Whole blocks go, so no part inside a block is ranked.", "The table of influence shows what is ranked."
+    part, curve = next(iter(curves.groupby("arm", sort=False)))
+    values = curve["value"].sort_values()
+    share = shares[str(part)]
+    carried = values.iloc[: round(share * len(values))].sum() / values.sum()
+    first = f"The {100 * share:.0f} % least salient of the {part} carry {100 * carried:.0f} % of the block's saliency."
+    if carried < share / 2:
+        return first, "The curve is steep: many of them hardly matter on this text."
+    return first, "The curve is flat: even the least salient ones matter on this text."
+
+
+# --- the cut ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned model, straight after the cut and after distillation; `seconds` include the observation."""
+
+    pruned: nn.Module
+    optimized: nn.Module
+    losses: list[float]
+    removed: float
+    seconds: float
+
+
+def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
+    """Return the model with about `ratio` of the decoder's parameters removed, then distilled.
+
+    `removed` is the share that is really gone.
+    """
+    options = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
+    start = time.perf_counter()
+    pruned = method.apply(setup.baseline, setup.calibration, observation=setup.observation, **options)
+    optimized, losses = method.recover(
+        pruned, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed
+    )
+    seconds = setup.seconds + time.perf_counter() - start
+    removed = 1 - method.decoder_parameters(optimized) / method.decoder_parameters(setup.baseline)
+    return PrunedModel(pruned, optimized, losses, removed, seconds)
+
+
+def shapes(baseline: nn.Module, optimized: nn.Module, index: int) -> pd.DataFrame:
+    """Return the shapes of the matrices of block `index`, or of the last block left, in both arms."""
+    last = len(anatomy(optimized).blocks) - 1
+    before, after = block_shapes(baseline, index), block_shapes(optimized, min(index, last))
+    return pd.DataFrame({"tensor": before.keys(), "baseline": before.values(), "optimized": after.values()})
+
+
+def block_shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices of block `index`: parameter name → shape. Indices are of the model as it is."""
+    block = anatomy(model).blocks[index].module
+    return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim > 1}
+
+
+# --- rivals and strengths --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RivalCuts:
+    """Prunes one model in several ways and holds each against the baseline's reading of the held-out `text`."""
+
+    setup: PruningSetup
+    text: Text
+    ratio: float
+    granularity: str
+
+    def judge(self, name: str, purpose: str, model: nn.Module) -> ThirdArm:
+        """Return an arm with perplexity, divergence and agreement of `model`."""
+        return ThirdArm(name, purpose, evaluate.compare_text(self.text, evaluate.read(model, self.text.ids_NT)))
+
+    def cut(self, name: str, purpose: str, **changed: object) -> ThirdArm:
+        """Return an arm pruned without recovery; `changed` are options of `method.apply` that differ."""
+        options = {"ratio": self.ratio, "granularity": self.granularity, "seed": self.setup.seed} | changed
+        model = method.apply(self.setup.baseline, self.setup.calibration, observation=self.setup.observation, **options)
+        return self.judge(name, purpose, model)
+
+
+def rivals(setup: PruningSetup, text: Text | None, ratio: float, granularity: str) -> RivalCuts | None:
+    """Return the rivals of a cut, None where the baseline read no text (random weights)."""
+    return None if text is None else RivalCuts(setup, text, ratio, granularity)
+
+
+def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm], dict[str, str]]:
+    """Return other choices of what to remove at the same share, and what was left out as name → reason.
+
+    Without recovery: by activation (the cut itself), by weights, at random; then each granularity alone. Last the cut
+    after distillation. Empty without rivals.
+    """
+    if arms is None:
+        return [], {}
+    seed, left_out = arms.setup.seed, {}
+    found = [arms.judge("activation", "chosen by what passes through", chosen.pruned)]
+    found.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
+    for i in range(RANDOM_SEEDS):
+        found.append(arms.cut(f"random {i + 1}", BY_CHANCE, saliency="random", seed=seed + i))
+    for granularity in method.GRANULARITIES:
+        try:
+            found.append(arms.cut(f"{granularity} alone", "one granularity", granularity=granularity))
+        except UserError as reason:
+            left_out[f"{granularity} alone"] = str(reason)
+    found.append(arms.judge("activation, recovered", "after distillation", chosen.optimized))
+    return found, left_out
+
+
+def impact(arms: RivalCuts | None) -> pd.DataFrame:
+    """Return the divergence in nats per token over the share removed in percent (`strength`), an `arm` per saliency.
+
+    A curve ends where a share is out of the model's reach. Empty without rivals.
+    """
+    rows = []
+    for ratio in STRENGTHS if arms is not None else ():
+        for saliency in method.SALIENCIES:
+            try:
+                arm = arms.cut(saliency, "impact", ratio=ratio, saliency=saliency)
+            except UserError:
+                continue
+            divergence = claims.interval([arm], [saliency])
+            rows.append({"arm": saliency, **divergence._asdict(), "strength": 100 * ratio})
+    return pd.DataFrame(rows)
+
+
+def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[ClaimAnswer]:
+    """Return an answer to each of CLAIMS: from the divergences of `controls`, and from the times."""
+    chosen = claims.interval(arms, ["activation"])
+    by_chance = claims.interval(arms, [arm.name for arm in arms if arm.purpose == BY_CHANCE])
+    by_weights = claims.interval(arms, ["magnitude"])
+    return [
+        claims.harms_less(CLAIMS[0], chosen, by_chance, ("the idle ones", f"{RANDOM_SEEDS} random choices")),
+        claims.harms_less(CLAIMS[1], chosen, by_weights, ("the idle ones", "by weights")),
+        claims.gain_drowns(CLAIMS[2], measurements),
+    ]
+
+
+def details(
+    setup: PruningSetup, shares: dict[str, float], chosen: PrunedModel, curves: pd.DataFrame
+) -> dict[str, dict[str, object]]:
+    """Return what a record holds beside measurements: name → value, provenance, source."""
+    tokens = f"{setup.observation.tokens} calibration tokens"
+    values = {
+        "removed_share": (chosen.removed, "derived", "parameters of the decoder blocks"),
+        "shares": (shares, "derived", "plan of what to remove"),
+        "influence": (setup.influence, "measured", tokens),
+        "distillation_losses": (chosen.losses, "measured", "nats per token of each step"),
+        "impact": (curves.to_dict("records"), "measured", "KL on held-out text, bootstrap intervals"),
+    }
+    return {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}

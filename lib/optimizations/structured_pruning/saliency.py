@@ -1,0 +1,92 @@
+"""How much each part of a block matters: by what passes through it on calibration text, by its weights, or by chance.
+
+Knows nothing of what is removed, or how much.
+
+Shapes: E experts, I width of one expert, C channels, Q heads, G key-value groups.
+"""
+
+from typing import Any
+
+import torch
+
+from lib.models.calibration.activations import BlockStatistics
+from lib.models.structure.anatomy import Attention, Block, Experts
+
+SALIENCIES = ("activation", "magnitude", "random")
+Scores = dict[str, Any]  # granularity → tensor of scores; "depth" → one number
+
+
+def saliency_scores(
+    block: Block, statistics: BlockStatistics | None, saliency: str = "activation", seed: int = 0
+) -> Scores:
+    """Return the saliency of a block's parts, larger is more salient.
+
+    experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number); a granularity that the block lacks
+    is missing. "activation" needs the block's `statistics`: raises ValueError where these lack a part.
+    """
+    if saliency == "random":
+        return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
+    if saliency == "magnitude":
+        return _weight_norms(block)
+    if statistics is None:
+        raise ValueError("saliency by activation needs statistics of calibration text")
+    part, scores = block.feed_forward, Scores()
+    if part.dense is not None:
+        scores["channels"] = part.down.weight.float().norm(dim=0) * _observed(statistics.channel_activation_C)
+    if part.experts is not None:
+        _, down_EI = _expert_norms(part.experts)
+        scores["expert_channels"] = down_EI * _observed(statistics.expert_channel_activation_EI)
+        tokens_E = _observed(statistics.expert_tokens_E).clamp_min(1)
+        scores["experts"] = _observed(statistics.expert_contribution_E) / tokens_E
+    if block.attention.kind != "none":
+        scores["heads"] = _per_group(block.attention, _observed(statistics.head_contribution_Q))
+    scores["depth"] = statistics.influence
+    return scores
+
+
+def _observed(statistic: torch.Tensor | None) -> torch.Tensor:
+    if statistic is None:
+        raise ValueError("the calibration text was observed on a model without this part")
+    return statistic
+
+
+def _weight_norms(block: Block) -> Scores:
+    part, scores = block.feed_forward, Scores()
+    if part.dense is not None:
+        column_C = part.down.weight.float().norm(dim=0)
+        rows_C = torch.hypot(part.gate.weight.float().norm(dim=1), part.up.weight.float().norm(dim=1))
+        scores["channels"] = column_C * rows_C
+    if part.experts is not None:
+        up_EI, down_EI = _expert_norms(part.experts)
+        scores["expert_channels"] = down_EI * up_EI
+        scores["experts"] = torch.sqrt(up_EI.square().sum(1) + down_EI.square().sum(1))
+    if block.attention.kind != "none":
+        attention = block.attention
+        output_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
+        scores["heads"] = _per_group(attention, output_HQD.square().sum((0, 2)).sqrt())
+    squares = sum(parameter.float().square().sum() for parameter in block.module.parameters())
+    scores["depth"] = float(squares**0.5)
+    return scores
+
+
+def _per_group(attention: Attention, heads_Q: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the query heads of each key-value group."""
+    return heads_Q.view(attention.key_value_heads, -1).sum(1)
+
+
+def _random_scores(block: Block, generator: torch.Generator) -> Scores:
+    part = block.feed_forward
+    scores: Scores = {"heads": torch.rand(block.attention.key_value_heads, generator=generator)}
+    scores["depth"] = float(torch.rand(1, generator=generator))
+    if part.dense is not None:
+        scores["channels"] = torch.rand(part.channels, generator=generator)
+    if part.experts is not None:
+        scores["experts"] = torch.rand(part.experts.count, generator=generator)
+        scores["expert_channels"] = torch.rand(part.experts.count, part.experts.channels, generator=generator)
+    return scores
+
+
+def _expert_norms(experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return per expert and channel the norm of its gate and up rows, and of its down column, both [E, I]."""
+    rows = experts.gate_up.float().norm(dim=2)
+    return torch.hypot(rows[:, : experts.channels], rows[:, experts.channels :]), experts.down.float().norm(dim=1)

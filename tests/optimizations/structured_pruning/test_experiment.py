@@ -1,0 +1,68 @@
+"""The notebook's protocol on a tiny model: what is removed, what its curves say, and that every claim is answered."""
+
+import pandas as pd
+import pytest
+import torch
+
+from lib.measure.quality import evaluate
+from lib.models.calibration.activations import observe
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.structured_pruning import experiment, method
+
+
+@pytest.fixture
+def setup(tiny, batch):
+    class Loaded:
+        model = tiny("qwen3-4b-instruct-2507")
+
+    observation = observe(Loaded.model, [batch])
+    return experiment.PruningSetup(Loaded(), [batch], [batch] * 4, observation, seconds=1.0, seed=0)
+
+
+def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
+    cut = experiment.cut(setup, 0.2, "auto", finetune_steps=2)
+    assert abs(cut.removed - 0.2) < 0.06
+    assert cut.seconds > setup.seconds
+    assert len(cut.losses) == 2
+    shapes = experiment.shapes(setup.baseline, cut.optimized, setup.middle)
+    changed = shapes[shapes.baseline != shapes.optimized].tensor
+    assert sorted(changed) == ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"]
+
+
+def test_shapes_fall_back_to_the_last_block_that_remains(setup):
+    blocks = len(anatomy(setup.baseline).blocks)
+    cut = experiment.cut(setup, 0.25, "depth", finetune_steps=0)
+    assert len(anatomy(cut.optimized).blocks) < blocks
+    assert len(experiment.shapes(setup.baseline, cut.optimized, blocks - 1))
+
+
+def test_curves_are_sorted_and_read_in_two_sentences(setup):
+    shares = method.plan(setup.baseline, 0.3, "channels")
+    curves = experiment.saliency_curves(setup, shares)
+    assert set(curves.arm) == {"channels"}
+    assert curves.value.is_monotonic_decreasing and curves.value.iloc[0] == 1
+    flat = pd.DataFrame({"strength": range(10), "value": [1.0] * 10, "arm": "channels"})
+    assert "flat" in experiment.read_saliency(flat, {"channels": 0.3})[1]
+    steep = flat.assign(value=[1.0] + [0.01] * 9)
+    assert "steep" in experiment.read_saliency(steep, {"channels": 0.3})[1]
+    assert experiment.saliency_curves(setup, method.plan(setup.baseline, 0.25, "depth")).empty
+
+
+def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
+    generator = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
+    rivals = experiment.rivals(setup, evaluate.read(setup.baseline, ids_NT), 0.2, "auto")
+    arms, left_out = experiment.controls(rivals, experiment.cut(setup, 0.2, "auto", finetune_steps=0))
+    names = [arm.name for arm in arms]
+    assert names[:2] == ["activation", "magnitude"] and names[-1] == "activation, recovered"
+    assert list(left_out) == ["experts alone"]
+    curves = experiment.impact(rivals)
+    assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
+    assert tuple(claim for claim, _, _ in experiment.refutations(arms, [])) == experiment.CLAIMS
+
+
+def test_without_text_nothing_can_be_told(setup):
+    cut = experiment.cut(setup, 0.2, "auto", finetune_steps=0)
+    rivals = experiment.rivals(setup, None, 0.2, "auto")
+    assert experiment.controls(rivals, cut) == ([], {}) and experiment.impact(rivals).empty
+    assert [refuted for _, refuted, _ in experiment.refutations([], [])] == [None, None, None]
