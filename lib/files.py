@@ -1,14 +1,22 @@
-"""Writes a text file so that a reader sees the old one or the new one, never half of one. Knows nothing of what it
-holds.
+"""Files that other processes read or guard at the same time: whole writes, free names for what must not be lost, and
+locks. Knows nothing of what the files hold.
 """
 
+import json
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` beside `path`, flush it to disk and rename it into place; return `path`. Raises OSError."""
+    """Write `text` beside `path`, flush it to disk and rename it into place, so that a reader sees the old file or the
+    new one, never half of one. Returns `path`; raises OSError.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -23,3 +31,44 @@ def write_atomically(path: Path, text: str) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def aside(path: Path) -> Path:
+    """Return a free name beside `path`, for a file that cannot be used and must not be lost."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.aside-{number}")).exists():
+        number += 1
+    return free
+
+
+class Held(Exception):
+    """Another process holds a lock. The text names it: "process 17, since 2026-01-31 12:00:00"."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; raises Held where another process has it, OSError where the file
+    cannot be written.
+
+    The operating system lets go of the lock when its holder dies, so a lock is never stale. The file stays behind; it
+    means nothing unless it is locked. Beside it, `<name>.holder` says who has it.
+    """
+    lock, about = FileLock(path), path.with_name(path.name + ".holder")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:  # an OSError too
+        raise Held(_holder(about)) from None
+    try:
+        holder = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        about.write_text(json.dumps(holder), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "process unknown, since an unknown time"

@@ -29,7 +29,7 @@ FLOORS = {
     ),
     "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
     "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages"}),
-    "suite": ({"lock"}, {"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster"}, {"build"}, {"cli"}),
+    "suite": ({"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster"}, {"build"}, {"cli"}),
 }  # fmt: skip
 EVERYWHERE = {"errors", "memory_limits", "files"}
 ABOUT_OTHERS = {"modular_components", "automl_components", "continuous_nas", "pre_vs_post_optimization"}

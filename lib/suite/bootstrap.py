@@ -6,6 +6,7 @@ Needs the standard library only, and is imported before anything is installed. K
 installation runs it says so instead. An environment whose installation was interrupted is made anew by the next call.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -13,10 +14,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from lib.suite import lock
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -133,9 +134,6 @@ def enter() -> None:
     if not _ready():
         try:
             _make()
-        except lock.Held as other:
-            _say(f"process {other.holder.get('pid', 'unknown')} has been setting up .venv for an hour; end it or wait")
-            sys.exit(2)
         except OSError as error:
             _say(f"cannot set up .venv: {error}")
             sys.exit(2)
@@ -148,8 +146,8 @@ def _ready() -> bool:
     if stamp is not None:
         return stamp == _fingerprint() and _runs("import sys")
     return _runs(
-        "import sys; from pathlib import Path; from lib.suite import setup; "
-        "sys.exit(bool(setup.unmet(setup.REQUIREMENTS.read_text(encoding='utf-8'))))"
+        "import sys; from pathlib import Path; from lib.suite import bootstrap; "
+        "sys.exit(bool(bootstrap.unmet(bootstrap.REQUIREMENTS.read_text(encoding='utf-8'))))"
     )
 
 
@@ -164,9 +162,7 @@ def _runs(program: str) -> bool:
 
 def _make() -> None:
     """Make `.venv` and install into it; only one process at a time does, the others wait for it."""
-    with lock.held(
-        ROOT / ".venv.lock", WAIT_SECONDS, lambda: _say("another process is setting up .venv; waiting for it")
-    ) as handle:
+    with _alone() as handle:
         if _ready():
             return
         broken = _stamp() == INSTALLING or not _runs("import pip")
@@ -185,6 +181,52 @@ def _make() -> None:
         fresh.write_text(_fingerprint(), encoding="utf-8")
         os.replace(fresh, STAMP)
         LOG.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[int]:
+    """Hold the lock on `.venv.lock` inside the block; waits while another process has it, and exits with 2 and one line
+    after WAIT_SECONDS. Yields the file descriptor: a child process that is given it keeps the lock as long as it lives.
+
+    The lock of `lib.files` is filelock's, which is not there before the first installation.
+    """
+    path, about = ROOT / ".venv.lock", ROOT / ".venv.lock.holder"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by child processes
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        waiting = False
+        while not _take(handle):
+            if not waiting:
+                _say("another process is setting up .venv; waiting for it")
+                waiting = True
+            if time.monotonic() >= deadline:
+                holder = about.read_text(encoding="utf-8") if about.is_file() else "unknown"
+                _say(f"process {holder} has been setting up .venv for an hour; end it or wait")
+                sys.exit(2)
+            time.sleep(0.2)
+        about.write_text(str(os.getpid()), encoding="utf-8")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int) -> bool:
+    """Try to lock the open file; False where another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _step(arguments: list, what: str, handle: int) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import Gone, UserError
+from lib.files import Held, locked
 from lib.report.pages import file_names
-from lib.suite import lock
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run import cpu_affinity, kernel_process
@@ -96,13 +96,11 @@ def build(
 def _locked(folder: Folder) -> Iterator[None]:
     """Hold the folder's lock. Raises UserError where another build has it."""
     try:
-        with lock.held(folder.lock):
+        with locked(folder.lock):
             yield
-    except lock.Held as other:
-        about = other.holder
+    except Held as holder:
         raise UserError(
-            f"{folder.path}: another build is at work there (process {about.get('pid', 'unknown')}, since "
-            f"{about.get('since', 'an unknown time')}); wait for it or give another folder with --out"
+            f"{folder.path}: another build is at work there ({holder}); wait for it or give another folder with --out"
         ) from None
 
 

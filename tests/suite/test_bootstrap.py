@@ -72,7 +72,6 @@ def bare(tmp_path_factory):
         "lib/suite/__init__.py",
         "lib/suite/cli/__init__.py",
         "lib/suite/bootstrap.py",
-        "lib/suite/lock.py",
     ):
         shutil.copy(workbench.ROOT / name, root / name)
     (root / "lib/suite/cli/command.py").write_text(

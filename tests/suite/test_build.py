@@ -8,7 +8,7 @@ import sys
 import pytest
 import workbench
 
-from lib.suite import lock
+from lib import files
 
 
 def test_one_failure_stops_nothing(built):
@@ -152,7 +152,7 @@ def test_a_record_that_is_not_json_is_named(built):
 
 def test_two_builds_at_once_in_one_folder(built):
     root, _ = built
-    with lock.held(root / "executed/proxy/.lock"):
+    with files.locked(root / "executed/proxy/.lock"):
         ended = workbench.build(root, "run", "well")
     assert ended.returncode == 2 and "another build is at work there" in ended.stderr
     assert str(os.getpid()) in ended.stderr and "Traceback" not in ended.stderr
@@ -161,11 +161,11 @@ def test_two_builds_at_once_in_one_folder(built):
 def test_the_lock_of_a_dead_process_is_none(tmp_path):
     path = tmp_path / "lock"
     program = (
-        "import os, sys; from pathlib import Path; from lib.suite import lock\n"
-        "with lock.held(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from lib import files\n"
+        "with files.locked(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", program, path], cwd=workbench.ROOT).returncode == -signal.SIGKILL
-    with lock.held(path):
+    with files.locked(path):
         pass
 
 

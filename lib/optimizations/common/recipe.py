@@ -15,13 +15,12 @@ A knob has the name of the template's parameter, so every step is also a request
 Knows nothing of what an optimization does with its knobs, and nothing of torch.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lib import files
 from lib.errors import UserError, suggest
 from lib.models.parameters import ROOT, SCALES
 
@@ -114,28 +113,8 @@ def write(stack: Stack, folder: Path | str | None = None, *, replace_better: boo
         there = find(stack.model, stack.scale, folder)
     except UserError:
         there = None
-        path.rename(aside(path))
+        path.rename(files.aside(path))
     if there and EFFORTS.index(there.effort) > EFFORTS.index(stack.effort) and not replace_better:
         return path
     text = yaml.safe_dump(stack.model_dump(), sort_keys=False, allow_unicode=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def aside(path: Path) -> Path:
-    """Return a free name beside `path`, for a file that cannot be used and must not be lost."""
-    number = 1
-    while (free := path.with_name(f"{path.name}.aside-{number}")).exists():
-        number += 1
-    return free
+    return files.write_atomically(path, text)

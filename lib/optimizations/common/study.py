@@ -12,7 +12,7 @@ import platform
 import sqlite3
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from lib import files
 from lib.errors import UserError
-from lib.optimizations.common.recipe import aside
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -107,35 +107,27 @@ def opened(path: Path | str | None, name: str, space: Mapping[str, object], obje
         yield _make(None, name, space, objectives)
         return
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("a")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written to ({error.strerror}); give another folder for studies") from None
-    with lock:
-        if not _locked(lock):
-            raise UserError(f"{path.name}: another run is searching in it; wait for it, or give another folder")
-        notes = _set_aside(path, name, space)
-        found = _make(path, name, space, objectives)
-        found.notes += notes
-        if found.trials:
-            found.notes.append(f"{path.name}: gone on with, {len(found.trials)} evaluations were there")
+    with ExitStack() as stack:
         try:
-            yield found
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(path.with_name(f".{path.name}.lock")))
+        except files.Held as holder:
+            raise UserError(
+                f"{path.name}: another run is searching in it ({holder}); wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written to ({error.strerror}); give another folder for studies"
+            ) from None
+        notes = _set_aside(path, name, space)
+        study = _make(path, name, space, objectives)
+        study.notes += notes
+        if study.trials:
+            study.notes.append(f"{path.name}: resumed, {len(study.trials)} evaluations stored")
+        try:
+            yield study
         finally:
-            found.file._storage.remove_session()
-
-
-def _locked(file) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # without advisory locks SQLite still keeps the file whole
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            study.file._storage.remove_session()
 
 
 def _make(path: Path | None, name: str, space: Mapping[str, object], objectives: int) -> Study:
@@ -159,7 +151,7 @@ def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
     reason = _unusable(path, name, space)
     if reason is None:
         return []
-    kept = path.rename(aside(path))
+    kept = path.rename(files.aside(path))
     for journal in path.parent.glob(f"{path.name}-*"):  # of SQLite; they belong to the file that left
         journal.rename(kept.with_name(kept.name + journal.name.removeprefix(path.name)))
     return [f"{path.name}: {reason}; kept as {kept.name}, a new study was begun"]

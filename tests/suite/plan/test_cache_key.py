@@ -20,7 +20,7 @@ from lib.suite.store import result_folder
 
 
 def test_imports_are_followed_through_functions_packages_and_relative_names():
-    source = "import lib.errors\nfrom lib.suite import lock\n%magic\ndef f():\n    from lib.files import x\n"
+    source = "import lib.errors\nfrom lib.suite import bootstrap\n%magic\ndef f():\n    from lib.files import x\n"
     source += "    run('-m', 'lib.suite.run.cpu_affinity')"
     cells = (("markdown", "import lib.suite.plan.plan", ()), ("code", source, ()))
     found = {
@@ -31,7 +31,7 @@ def test_imports_are_followed_through_functions_packages_and_relative_names():
         "lib/__init__.py",
         "lib/errors.py",
         "lib/suite/__init__.py",
-        "lib/suite/lock.py",
+        "lib/suite/bootstrap.py",
         "lib/suite/run/__init__.py",
         "lib/suite/run/cpu_affinity.py",
     }
