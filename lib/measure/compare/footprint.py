@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.measure.metrics import dimensions, measurement
-from lib.measure.metrics import settings as efforts
+from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
@@ -31,9 +30,9 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
     for both checkpoints; while the processes run, the weights are there alone. Where a GPU's models are too large for
     that, the peaks are read where they are.
     """
-    if not dimensions.wanted("performance", "resources"):
+    if not settings.wants("performance", "resources"):
         return []
-    effort = efforts.read(effort) if isinstance(effort, str) else effort
+    effort = settings.read(effort) if isinstance(effort, str) else effort
     if reason := _lack_of_room(baseline, optimized):
         return _in_place(baseline, optimized, effort, reason)
     weight = next(baseline.parameters())

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import dimensions, measurement, paired_stats
-from lib.measure.metrics import settings as efforts
+from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import Pairs
 from lib.measure.metrics.settings import Effort
@@ -18,7 +17,7 @@ from lib.measure.roofline import ceilings, cost_model, full_depth
 from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance, workloads
-from lib.measure.timing.rounds import LONG_SECONDS, with_control
+from lib.measure.timing.interleaved import LONG_SECONDS, with_control
 from lib.measure.timing.workloads import Workload
 from lib.measure.trackers import cpu, energy
 from lib.measure.trackers.cpu import Use
@@ -109,12 +108,12 @@ def compare(
     `baseline_costs` for the baseline. Decoding starts again and again behind a prompt that is read once
     (`workloads.steps`). `fallback`: see `ceilings.explain`.
     """
-    effort = efforts.read(effort) if isinstance(effort, str) else effort
+    effort = settings.read(effort) if isinstance(effort, str) else effort
     listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
     if invalid:
         return Compared([measurement.invalid(metric, name, invalid) for metric, name in listed])
-    if not dimensions.wanted("performance", "efficiency"):
-        return Compared([measurement.unavailable(metric, name, dimensions.left_out()) for metric, name in listed])
+    if not settings.wants("performance", "efficiency"):
+        return Compared([measurement.unavailable(metric, name, settings.why_left_out()) for metric, name in listed])
     weight = next(baseline.parameters())
     peaks = ceilings.measure(weight.device.type, weight.dtype)
     hints = {"zero_share": cost_model.zero_share(optimized), "fallback": fallback}
@@ -136,7 +135,7 @@ def compare(
         found += _processor(name, timed[name], first)
     if (
         with_energy
-        and dimensions.wanted("efficiency")
+        and settings.wants("efficiency")
         and (name := "decode" if "decode" in timed else next(iter(timed), None))
     ):
         arms = timed[name].baseline, timed[name].optimized

@@ -1,10 +1,18 @@
-"""How much measuring a run does: three named efforts, nothing else. `quick` shows that everything works and finds large
-effects; `standard` finds a 5 % difference at a paired spread of 3 %; `thorough` is for figures one wants to publish.
+"""What a run is asked to measure, and how much: one of three named efforts, and the dimensions that are measured.
+
+`quick` shows that everything works and finds large effects; `standard` finds a 5 % difference at a paired spread of
+3 %; `thorough` is for figures worth publishing. All four dimensions are measured unless the environment variable
+`WORKBENCH_DIMENSIONS` names some (the runner's `--dimension`): functions that measure a whole dimension then leave it
+out, and `lib.report.records.record.build` records only the requested ones, so that no template needs to know of it.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 from lib.errors import UserError, suggest
+from lib.measure.metrics.catalogue import DIMENSIONS
+
+DIMENSIONS_VARIABLE = "WORKBENCH_DIMENSIONS"
 
 
 @dataclass(frozen=True)
@@ -37,16 +45,40 @@ EFFORTS: dict[str, Effort] = {
     "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
 }
 
-ON_A_SLICE = {"prompt_tokens": 256, "new_tokens": 2, "batch": 4, "calibration_sequences": 8}
-
 
 def read(name: str, scale: str = "proxy") -> Effort:
-    """Return the effort called `name` at a scale; raises UserError, with the nearest valid name, where there is none.
+    """Return the effort called `name` at a scale. Raises UserError, with the nearest valid name, for an unknown one.
 
-    On a slice one step of decoding takes as long as many of a stand-in, and weights are random: fewer steps, smaller
-    batches, a shorter prompt and less calibration text tell as much.
+    On a slice one decoding step takes as long as many of a proxy model, and weights are random: fewer steps, smaller
+    batches, a shorter prompt and less calibration text are as informative.
     """
     if name not in EFFORTS:
         valid = ", ".join(EFFORTS)
         raise UserError(f'unknown effort "{name}": expected one of {valid}.{suggest(name, EFFORTS)}')
-    return replace(EFFORTS[name], **ON_A_SLICE) if scale == "slice" else EFFORTS[name]
+    effort = EFFORTS[name]
+    if scale == "slice":
+        return replace(effort, prompt_tokens=256, new_tokens=2, batch=4, calibration_sequences=8)
+    return effort
+
+
+def requested_dimensions() -> tuple[str, ...] | None:
+    """Return the requested dimensions in the catalogue's order; None where all are. Raises UserError for an unknown
+    one.
+    """
+    names = [name.strip() for name in os.environ.get(DIMENSIONS_VARIABLE, "").split(",") if name.strip()]
+    for name in names:
+        if name not in DIMENSIONS:
+            raise UserError(f'{DIMENSIONS_VARIABLE}: unknown dimension "{name}".{suggest(name, DIMENSIONS)}')
+    requested = tuple(name for name in DIMENSIONS if name in names)
+    return None if not requested or requested == DIMENSIONS else requested
+
+
+def wants(*dimensions: str) -> bool:
+    """Return whether any of these dimensions is to be measured."""
+    requested = requested_dimensions()
+    return requested is None or bool(set(dimensions) & set(requested))
+
+
+def why_left_out() -> str:
+    """Return why a dimension is not measured, as the `reason` of a measurement."""
+    return f"left out: only {' and '.join(requested_dimensions() or DIMENSIONS)} was asked for"

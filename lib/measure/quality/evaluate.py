@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import dimensions, measurement, paired_stats
-from lib.measure.metrics import settings as efforts
+from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_cache, lm_eval, noninferiority
@@ -106,11 +105,11 @@ def evaluate(
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
-    effort = efforts.read(effort) if isinstance(effort, str) else effort
+    effort = settings.read(effort) if isinstance(effort, str) else effort
     arm = loaded if model is None else replace(loaded, model=model)
-    if split == "final" and not dimensions.wanted("accuracy"):  # the text alone, which controls read too
+    if split == "final" and not settings.wants("accuracy"):  # the text alone, which controls read too
         ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
-        return Answers([], read(arm.model, ids_NT), None, dimensions.left_out())
+        return Answers([], read(arm.model, ids_NT), None, settings.why_left_out())
     names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
     ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
     return Answers(

@@ -1,128 +1,252 @@
-"""Times two things against each other: paired, balanced, interleaved. It knows nothing of models: an arm is anything
-callable.
+"""Times arms against each other: in every round each arm has one turn, in random but balanced order. Knows nothing of
+models: an arm is anything callable.
 
-The unit is a block: both arms once, or `iterations` times each, in random but balanced order (AB and BA equally often).
-"Base first, then head" invents effects, and so does a fixed order inside the pair. Warm-up lies outside the blocks. A
-block during which the machine was disturbed is set aside and repeated, a bounded number of times; which block that is
-never depends on its times.
+Of any two arms each comes first equally often. "Base first, then head" invents effects, and so does a fixed order
+inside the pair. Warm-up lies outside the rounds. A round during which the machine was disturbed is set aside and
+repeated, a bounded number of times; which round that is never depends on its times. Two arms, baseline and optimized,
+are the usual case (`paired`); their rounds are called blocks. Any contrast of more arms (an interaction, an
+attribution) is formed within each round, where the machine was the same for all of them, and judged over the rounds by
+`lib.measure.metrics.paired_stats`.
+
+Shapes: R rounds.
 """
 
 import gc
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from lib.errors import UserError
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.paired_stats import Pairs
 
+Arm = Callable[[], object]
+Clock = Callable[[], float]
+Watch = Callable[[], Callable[[], str | None]]  # as `lib.measure.timing.disturbance.watch`
+
 BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
+LONG_SECONDS = 0.2  # a call that lasts longer is warm after one, and no further call is made that can be spared
 
 
-def balanced_order(blocks: int, seed: int = 0) -> list[str]:
-    """Return `blocks` orders, AB and BA equally often (one more of either where the number is odd), shuffled."""
-    shuffle = random.Random(seed)
-    first = shuffle.choice([BASELINE_FIRST, OPTIMIZED_FIRST])
-    second = OPTIMIZED_FIRST if first == BASELINE_FIRST else BASELINE_FIRST
-    order = [first] * math.ceil(blocks / 2) + [second] * (blocks // 2)
-    shuffle.shuffle(order)
-    return order
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds per call of every arm in every round, where a turn was `iterations` calls.
 
-
-def iterations_for(
-    arm: Callable[[], object],
-    seconds: float = 0.03,
-    *,
-    warm: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """Return how many calls of `arm` last at least `seconds`, by one call, so that a block is not all noise. Where it
-    is not `warm` yet, it is called once before.
+    `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed the round or None,
+    `set_aside` the repeated rounds: seconds per call of each arm, and the reason.
     """
-    prepare = getattr(arm, "prepare", None) or (lambda: None)
-    if not warm:
-        arm()
-    prepare()
-    start = clock()
-    arm()
-    elapsed = clock() - start
-    return max(1, math.ceil(seconds / elapsed)) if elapsed > 0 else 1
+
+    seconds: dict[str, list[float]]
+    iterations: int
+    disturbed: list[str | None]
+    orders: list[list[str]]
+    set_aside: list[tuple[dict[str, float], str]] = field(default_factory=list)
+    clock: str = "perf_counter"
+
+    def logs(self, arm: str) -> np.ndarray:
+        """Return ln(seconds) of one arm, [R]."""
+        return np.log(np.asarray(self.seconds[arm], dtype=float))
+
+    def contrast(self, weights: Mapping[str, float]) -> np.ndarray:
+        """Return Σ weight · ln(seconds of the arm) of each round, [R]."""
+        return np.asarray(sum(weight * self.logs(arm) for arm, weight in weights.items()))
+
+    def before(self, first: str, second: str) -> list[bool]:
+        """Return whether the arm `first` had its turn before `second`, round by round."""
+        return [order.index(first) < order.index(second) for order in self.orders]
+
+    def pairs(self, baseline: str, optimized: str) -> Pairs:
+        """Return two of the arms as paired blocks, for `lib.measure.metrics.measurement.from_pairs`."""
+        order = [BASELINE_FIRST if first else OPTIMIZED_FIRST for first in self.before(baseline, optimized)]
+        repeated = [(seconds[baseline], seconds[optimized], reason) for seconds, reason in self.set_aside]
+        clock = self.clock if len(self.seconds) == 2 else f"{self.clock}, {len(self.seconds)} arms a round"
+        arms = self.seconds[baseline], self.seconds[optimized]
+        return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock)
+
+
+def balanced_orders(arms: Sequence[str], count: int, seed: int = 0) -> list[list[str]]:
+    """Return `count` orders of the arms, shuffled: every order stands beside its reverse, so that of any two arms each
+    comes first equally often (once more for either where `count` is odd).
+    """
+    shuffle = random.Random(seed)
+    orders: list[list[str]] = []
+    while len(orders) < count:
+        order = shuffle.sample(list(arms), len(arms))
+        orders += [order, order[::-1]]
+    orders = orders[:count]
+    shuffle.shuffle(orders)
+    return orders
+
+
+def rounds(
+    arms: Mapping[str, Arm],
+    count: int,
+    *,
+    iterations: int = 1,
+    warmup: int = 1,
+    seed: int = 0,
+    repeats: int | None = None,
+    clock: Clock = time.perf_counter,
+    synchronize: Callable[[], object] | None = None,
+    disturbance: Watch | None = None,
+) -> Rounds:
+    """Time every arm once (`iterations` calls) in each of `count` rounds and return every time.
+
+    An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
+    is called before each reading of the clock; where none is given, an arm's own attribute of that name. `disturbance`
+    opens a watch and returns the function that closes it with a reason or None. At most `repeats` disturbed rounds are
+    repeated (by default half of `count`); later ones are kept and marked. Raises UserError for fewer than six rounds.
+    """
+    if count < paired_stats.MINIMUM_BLOCKS:
+        raise UserError(
+            f"{count} blocks are too few to tell noise from effect: give at least {paired_stats.MINIMUM_BLOCKS}"
+        )
+    for arm in {id(arm): arm for arm in arms.values()}.values():
+        for _ in range(warmup):
+            arm()
+
+    def timed(order: Sequence[str]) -> tuple[dict[str, float], str | None]:
+        close = disturbance() if disturbance else None
+        seconds = {name: _turn(arms[name], iterations, clock, synchronize) for name in order}
+        return seconds, close() if close else None
+
+    allowed = count // 2 if repeats is None else repeats
+    orders = balanced_orders(list(arms), count, seed)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    disturbed: list[str | None] = []
+    set_aside: list[tuple[dict[str, float], str]] = []
+    collecting = gc.isenabled()
+    gc.disable()  # a collection inside one arm's turn would be charged to that arm
+    try:
+        for order in orders:
+            seconds, reason = timed(order)
+            while reason is not None and len(set_aside) < allowed:
+                set_aside.append((seconds, reason))
+                seconds, reason = timed(order)
+            for name in arms:
+                times[name].append(seconds[name])
+            disturbed.append(reason)
+    finally:
+        if collecting:
+            gc.enable()
+    return Rounds(times, iterations, disturbed, orders, set_aside, getattr(clock, "__name__", "clock"))
 
 
 def paired(
-    baseline: Callable[[], object],
-    optimized: Callable[[], object],
+    baseline: Arm,
+    optimized: Arm,
     *,
     blocks: int,
     iterations: int = 1,
     warmup: int = 2,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
-    disturbance: Callable[[], Callable[[], str | None]] | None = None,
+    disturbance: Watch | None = None,
 ) -> Pairs:
-    """Time both arms in `blocks` balanced blocks and return every time.
+    """Time two arms in `blocks` balanced blocks and return every time; the options are those of `rounds`.
 
-    An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
-    is called before each reading of the clock (a workload's own `synchronize` attribute is used where none is given).
-    `disturbance` opens a watch and returns the function that closes it with a reason or None
-    (`lib.measure.timing.disturbance.watch`). At most as many blocks are repeated as were asked for. Raises UserError
-    for fewer than six blocks.
+    The baseline's own `synchronize` serves both arms where none is given. At most as many blocks are repeated as were
+    asked for. Raises UserError for fewer than six blocks.
     """
-    if blocks < paired_stats.MINIMUM_BLOCKS:
-        raise UserError(
-            f"{blocks} blocks are too few to tell noise from effect: give at least {paired_stats.MINIMUM_BLOCKS}"
-        )
-    synchronize = synchronize or getattr(baseline, "synchronize", None)
-    for _ in range(warmup):
-        for arm in (baseline,) if optimized is baseline else (baseline, optimized):
+    return rounds(
+        {"baseline": baseline, "optimized": optimized},
+        blocks,
+        iterations=iterations,
+        warmup=warmup,
+        seed=seed,
+        repeats=blocks,
+        clock=clock,
+        synchronize=synchronize or getattr(baseline, "synchronize", None),
+        disturbance=disturbance,
+    ).pairs("baseline", "optimized")
+
+
+def a_a(
+    baseline: Arm,
+    *,
+    blocks: int,
+    iterations: int = 1,
+    warmup: int = 2,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+    disturbance: Watch | None = None,
+) -> Pairs:
+    """Time the baseline against itself, as `paired` would, and return the pairs: their `floor` is the noise floor."""
+    return paired(
+        baseline,
+        baseline,
+        blocks=blocks,
+        iterations=iterations,
+        warmup=warmup,
+        seed=seed,
+        clock=clock,
+        disturbance=disturbance,
+    )
+
+
+def with_control(
+    baseline: Arm,
+    optimized: Arm,
+    *,
+    lasted: float,
+    blocks: int,
+    seconds: float = 0.03,
+    seed: int = 0,
+    disturbance: Watch | None = None,
+) -> tuple[Pairs, Pairs]:
+    """Time two warm arms, whose calls lasted at least `lasted` seconds, and the baseline against itself; return both
+    pairs.
+
+    Each in blocks of its own, of as many calls as last `seconds`; or, where calls are long, in the same rounds, with
+    the baseline's second turn as the third arm.
+    """
+    iterations = iterations_for(baseline, seconds, warm=True)
+    if lasted > LONG_SECONDS and iterations == 1:
+        arms = {"baseline": baseline, "optimized": optimized, "again": baseline}
+        timed = rounds(arms, blocks, warmup=0, seed=seed, disturbance=disturbance)
+        return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "again")
+    pairs = paired(
+        baseline, optimized, blocks=blocks, iterations=iterations, warmup=1, seed=seed, disturbance=disturbance
+    )
+    control = a_a(baseline, blocks=blocks, iterations=iterations, warmup=1, seed=seed + 1, disturbance=disturbance)
+    return pairs, control
+
+
+def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock: Clock = time.perf_counter) -> int:
+    """Return how many calls of `arm` last at least `seconds`, by one call, so that a block is not all noise. An arm
+    that is not `warm` is called once before.
+    """
+    if not warm:
+        arm()
+    elapsed = _turn(arm, 1, clock)
+    return max(1, math.ceil(seconds / elapsed)) if elapsed > 0 else 1
+
+
+def warm_up(*arms: Arm) -> float:
+    """Call every arm once and return the seconds of the fastest, for `with_control`."""
+    return min(_turn(arm, 1, time.perf_counter) for arm in arms)
+
+
+def _turn(arm: Arm, iterations: int, clock: Clock, synchronize: Callable[[], object] | None = None) -> float:
+    """Return the seconds per call of one turn; without a `prepare` between the calls, they are one stretch."""
+    prepare = getattr(arm, "prepare", None)
+    synchronize = synchronize or getattr(arm, "synchronize", None)
+    calls = 1 if prepare else iterations
+    elapsed = 0.0
+    for _ in range(iterations // calls):
+        if prepare:
+            prepare()
+        if synchronize:
+            synchronize()
+        start = clock()
+        for _ in range(calls):
             arm()
-
-    def seconds(arm: Callable[[], object]) -> float:
-        prepare = getattr(arm, "prepare", None)
-        calls = 1 if prepare else iterations
-        elapsed = 0.0
-        for _ in range(iterations // calls):
-            if prepare:
-                prepare()
-            if synchronize:
-                synchronize()
-            start = clock()
-            for _ in range(calls):
-                arm()
-            if synchronize:
-                synchronize()
-            elapsed += clock() - start
-        return elapsed / iterations
-
-    def block(order: str) -> tuple[float, float, str | None]:
-        close = disturbance() if disturbance else None
-        if order == BASELINE_FIRST:
-            base, opt = seconds(baseline), seconds(optimized)
-        else:
-            opt, base = seconds(optimized), seconds(baseline)
-        return base, opt, close() if close else None
-
-    orders, kept, set_aside = balanced_order(blocks, seed), [], []
-    collecting = gc.isenabled()
-    gc.disable()  # a collection inside one arm's turn would be charged to that arm
-    try:
-        for order in orders:
-            found = block(order)
-            while found[2] is not None and len(set_aside) < blocks:
-                set_aside.append(found)
-                found = block(order)
-            kept.append(found)
-    finally:
-        if collecting:
-            gc.enable()
-    base, opt, reasons = (list(column) for column in zip(*kept))
-    return Pairs(base, opt, orders, reasons, iterations, set_aside, getattr(clock, "__name__", "clock"))
-
-
-def a_a(baseline: Callable[[], object], **options) -> Pairs:
-    """Time the baseline against itself through the same path as `paired` and return the pairs: their `floor` is the
-    noise floor.
-    """
-    return paired(baseline, baseline, **options)
+        if synchronize:
+            synchronize()
+        elapsed += clock() - start
+    return elapsed / iterations

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lib.measure.metrics.paired_stats import Pairs
 from lib.measure.timing import disturbance, interleaved
-from lib.measure.timing.rounds import called, with_control
+from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.decoding.attention_inputs import Heads
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 
@@ -124,7 +124,7 @@ def time_attention(
     full.synchronize = torch.cuda.synchronize if parts[0].is_cuda else None
     options = {"blocks": count, "disturbance": disturbance.watch}
     if control:
-        return with_control(full, sparse, lasted=called(full, sparse), seconds=0.0, seed=seed, **options)
+        return with_control(full, sparse, lasted=warm_up(full, sparse), seconds=0.0, seed=seed, **options)
     return interleaved.paired(full, sparse, warmup=1, seed=seed, **options), None
 
 

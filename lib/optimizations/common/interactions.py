@@ -13,7 +13,7 @@ from torch import nn
 from lib.measure.metrics import paired_stats
 from lib.measure.quality import evaluate
 from lib.measure.timing import disturbance, interleaved, workloads
-from lib.measure.timing.rounds import Rounds, rounds
+from lib.measure.timing.interleaved import Rounds, rounds
 from lib.optimizations.common import shapley
 from lib.optimizations.common.shapley import Estimate
 

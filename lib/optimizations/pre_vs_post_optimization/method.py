@@ -25,7 +25,7 @@ from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.timing import disturbance, interleaved
 from lib.measure.timing import workloads as work
-from lib.measure.timing.rounds import Rounds, called, with_control
+from lib.measure.timing.interleaved import Rounds, warm_up, with_control
 from lib.measure.trackers import energy
 from lib.models.loading import Loaded
 from lib.models.tasks.tasks import text_windows
@@ -277,7 +277,7 @@ def sweep(
 
 
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
-    options = {"lasted": called(*arms), "blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
+    options = {"lasted": warm_up(*arms), "blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
     pairs, control = with_control(*arms, seed=seed, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 

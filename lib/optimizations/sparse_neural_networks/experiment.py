@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import dimensions, measurement
+from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import Pairs
 from lib.measure.roofline import ceilings, cost_model
@@ -95,7 +95,7 @@ def metered(tokens: int, strength: float, effort: str, device: str, scale: str =
     counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at effort quick at
     the strengths METERED_QUICKLY only; nowhere where efficiency was not asked for.
     """
-    if not dimensions.wanted("efficiency"):
+    if not settings.wants("efficiency"):
         return False
     if energy.counter(device).window_seconds < 1 and scale == "proxy":
         return True

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.measure.metrics import dimensions
+from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration
@@ -112,13 +112,13 @@ def build(
 ) -> Record:
     """Return the record of a run, its verdict computed from the measurements.
 
-    Of measurements and controls only the dimensions that were asked for are kept (`lib.measure.metrics.dimensions`). A
+    Of measurements and controls only the dimensions that were asked for are kept (`lib.measure.metrics.settings`). A
     model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
     `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
-    asked = dimensions.asked()
+    asked = settings.requested_dimensions()
     kept = asked or DIMENSIONS
     judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in kept]
     beside = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]

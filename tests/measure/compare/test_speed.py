@@ -10,7 +10,7 @@ from lib.measure.compare import speed
 from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, settings
 from lib.measure.roofline import ceilings, cost_model
-from lib.measure.timing import rounds, workloads
+from lib.measure.timing import interleaved, workloads
 from lib.measure.trackers import energy, memory
 
 QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
@@ -61,8 +61,8 @@ def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
     other = tiny("qwen3-4b-instruct-2507", seed=1)
     for arm, model in (("base", base), ("other", other)):
         model.register_forward_hook(lambda *_, arm=arm: calls.append(arm))
-    monkeypatch.setattr(rounds, "LONG_SECONDS", 0.0)
-    monkeypatch.setattr(rounds.timing, "iterations_for", lambda *_, **__: 1)
+    monkeypatch.setattr(interleaved, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(interleaved, "iterations_for", lambda *_, **__: 1)
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
     # One call of each, for the experts and the processor that it uses; then six rounds of three.

@@ -143,10 +143,10 @@ def test_sizes_of_effects_and_samples():
 
 
 def test_order_is_balanced_and_shuffled():
-    orders = [interleaved.balanced_order(12, seed) for seed in range(20)]
-    assert all(order.count("AB") == 6 for order in orders)
-    assert len({tuple(order) for order in orders}) > 10
-    assert abs(interleaved.balanced_order(7).count("AB") * 2 - 7) == 1
+    orders = [interleaved.balanced_orders("AB", 12, seed) for seed in range(20)]
+    assert all(order.count(["A", "B"]) == 6 for order in orders)
+    assert len({str(order) for order in orders}) > 10
+    assert abs(interleaved.balanced_orders("AB", 7).count(["A", "B"]) * 2 - 7) == 1
 
 
 def test_too_few_blocks_are_refused():

@@ -4,7 +4,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.measure.compare import speed
-from lib.measure.metrics import dimensions, settings
+from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.quality import evaluate
 from lib.report.records import record
@@ -13,19 +13,19 @@ from tests.report import samples
 
 
 def _ask(monkeypatch, *names):
-    monkeypatch.setenv(dimensions.VARIABLE, ",".join(names))
+    monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, ",".join(names))
 
 
 def test_all_of_them_is_none_in_particular(monkeypatch):
     for text in ("", "efficiency, accuracy,resources,performance"):
-        monkeypatch.setenv(dimensions.VARIABLE, text)
-        assert dimensions.asked() is None and dimensions.wanted("accuracy")
+        monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, text)
+        assert settings.requested_dimensions() is None and settings.wants("accuracy")
     _ask(monkeypatch, "resources", "performance")
-    assert dimensions.asked() == ("performance", "resources")
-    assert dimensions.wanted("accuracy", "resources") and not dimensions.wanted("accuracy", "efficiency")
+    assert settings.requested_dimensions() == ("performance", "resources")
+    assert settings.wants("accuracy", "resources") and not settings.wants("accuracy", "efficiency")
     _ask(monkeypatch, "speed")
     with pytest.raises(UserError, match="unknown dimension"):
-        dimensions.asked()
+        settings.requested_dimensions()
 
 
 def test_the_command_line_knows_the_same_dimensions():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.measure.timing import rounds
+from lib.measure.timing import interleaved
 from lib.optimizations.common import interactions, shapley
 
 PARTS = ("a", "b", "c")
@@ -74,14 +74,14 @@ class _Clock:
 def test_rounds_time_every_arm_once_and_in_balanced_order():
     clock = _Clock()
     arms = {name: clock.arm(itertools.repeat(seconds)) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    found = rounds.rounds(arms, 8, clock=clock)
+    found = interleaved.rounds(arms, 8, clock=clock)
     np.testing.assert_allclose(found.contrast({"c": 1, "b": -1}), np.log(2))
     for one, other in itertools.permutations(arms, 2):
         assert sum(found.before(one, other)) == 4, "each of two arms comes first equally often"
     pairs = found.pairs("a", "b")
     assert sorted(pairs.order) == ["AB"] * 4 + ["BA"] * 4 and pairs.optimized_seconds == [2.0] * 8
     with pytest.raises(UserError, match="too few"):
-        rounds.rounds(arms, 5, clock=clock)
+        interleaved.rounds(arms, 5, clock=clock)
 
 
 def test_disturbed_rounds_are_repeated_then_kept_and_marked():
@@ -91,7 +91,7 @@ def test_disturbed_rounds_are_repeated_then_kept_and_marked():
         seen.append(None)
         return lambda: "a neighbour"
 
-    found = rounds.rounds({"a": clock.arm(itertools.repeat(1.0))}, 6, clock=clock, disturbance=watch)
+    found = interleaved.rounds({"a": clock.arm(itertools.repeat(1.0))}, 6, clock=clock, disturbance=watch)
     assert len(seen) == 6 + 3 and found.disturbed == ["a neighbour"] * 6
 
 
@@ -99,7 +99,7 @@ def test_interactions_of_timed_arms_and_losses():
     shared = np.random.default_rng(2).normal(size=12)
     logs = {"baseline": 0.0, "baseline again": 0.0, "x": -0.2, "y": -0.1, "x → y": -0.5, "y → x": -0.3}
     seconds = {arm: list(np.exp(value + shared)) for arm, value in logs.items()}
-    timed = {"prefill": rounds.Rounds(seconds, 1, [None] * 12, [list(logs)] * 12)}
+    timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [list(logs)] * 12)}
     lost = {
         arm: np.full(8, value) for arm, value in {"baseline": 1, "x": 1.1, "y": 1.2, "x → y": 1.6, "y → x": 1.3}.items()
     }

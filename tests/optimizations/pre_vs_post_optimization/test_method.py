@@ -12,7 +12,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.metrics import measurement
 from lib.measure.metrics import settings as efforts
-from lib.measure.timing import rounds
+from lib.measure.timing import interleaved
 from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.parameters import read
@@ -157,7 +157,7 @@ def test_attribution_adds_up_to_the_whole():
     random = np.random.default_rng(0)
     names = [interactions.named(*subset) for subset in shapley.subsets(("x", "y"))]
     seconds = {name: list(np.exp(random.normal(size=12))) for name in names}
-    timed = {"prefill": rounds.Rounds(seconds, 1, [None] * 12, [names] * 12)}
+    timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [names] * 12)}
     rows = comparing.attribute(["x", "y"], timed, {name: random.normal(size=8) for name in names})
     for what in ("prefill", "loss"):
         of = {row["part"]: row["mean"] for row in rows if row["what"] == what}
