@@ -45,13 +45,6 @@ def tidy(source: Source) -> pd.DataFrame:
     return _frame(_lines(source), TIDY)
 
 
-def tidy_all(records: Iterable[Record]) -> pd.DataFrame:
-    """Return `tidy` of several records under one another, with `optimization`, `model`, `scale` and `effort` in
-    front.
-    """
-    return _frame(_all_lines(records), (*RUN, *TIDY))
-
-
 def _all_lines(records: Iterable[Record], keep: Callable[[Measurement], bool] = lambda _: True) -> list[dict]:
     """Return the rows of several records; all go into one frame in the end, because a frame for each takes long."""
     return [{name: getattr(r, name) for name in RUN} | line for r in records for line in _lines(r, keep)]
@@ -209,7 +202,7 @@ def environment(card: Mapping[str, object]) -> pd.DataFrame:
 
 def refutations(answers: Sequence[Refutation], claims: Sequence[str]) -> pd.DataFrame:
     """Return the answers to what would refute a claim. Raises ValueError unless each of `claims` has its own answer."""
-    answered = [one.claim for one in answers]
+    answered = [answer.claim for answer in answers]
     if answered != list(claims):
         missing = [claim for claim in claims if claim not in answered]
         raise ValueError(f"not every claim has its answer, in order; without: {missing or answered}")

@@ -5,7 +5,7 @@ import random
 from lib.measure.metrics import measurement
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import record
+from lib.report.records import record, refutation
 from lib.report.records.record import Process, Record
 
 MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
@@ -85,6 +85,10 @@ def made(optimization: str = "structured_pruning", model: str = MODELS[1], **opt
                                  measurements=[scored("f1_macro", 0.91, 0.71, "not_maintained")])],
         details={"impact": {"provenance": "measured", "source": "400 items per strength", "rows": [{"strength": 0.1}]}},
         environment=ENVIRONMENT,
+        refutations=[
+            refutation.decide("Prefill is not faster than the baseline.", False, "prefill rate 1.31×"),
+            refutation.decide("Answers are lost <beyond> the margin.", None, "F1 −0.4 points, margin 2"),
+        ],
     )  # fmt: skip
     return found.model_copy(
         update={"key": "0" * 64, "started": "2026-01-31T14:05:00+00:00", "seconds": 61.5, "process": process()}

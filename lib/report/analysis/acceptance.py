@@ -16,7 +16,7 @@ from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines, result_set
 from lib.report.analysis.result_set import Results
-from lib.report.records import lint, schema, verdict
+from lib.report.records import lint, migration, schema, verdict
 from lib.report.records.record import Record
 from lib.report.text.wording import SIGNS, label, one_line, words
 
@@ -52,6 +52,7 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     unlabelled: list[tuple[str, str]] = []
 
     def look(stem: str, content: Any) -> None:  # while it is read, so that each file is read once
+        content = migration.upgrade(content)
         unsound.extend(_file(stem, content))
         unlabelled.extend(_labels(stem, content))
 

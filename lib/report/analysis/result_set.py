@@ -11,10 +11,8 @@ from typing import Any
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.report.analysis import headlines, ranking, strength_curves
-from lib.report.records import facts, verdict
+from lib.report.records import facts, schema, verdict
 from lib.report.records.record import Record, read_folder, to_json
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def summary(results: Results) -> dict[str, Any]:
 def envelope(kind: str, results: Results) -> dict[str, Any]:
     """Return what every result file opens with."""
     return {
-        "schema": VERSION,
+        "schema": schema.VERSION,
         "kind": kind,
         "scale": results.scale,
         "optimizations": list(results.optimizations),

@@ -6,7 +6,7 @@ Made from the record alone; knows no HTML and runs nothing.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lib.report.records import facts, reproduce, rows
+from lib.report.records import facts, refutation, reproduce, rows
 from lib.report.records.record import Process, Record
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title, words
@@ -24,7 +24,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
     ]
     if record.status != "ok":
         chips = [{"name": "status", "state": record.status, "text": signed(record.status)}]
-    listed = _run_facts(record)
+    listed, answers = _run_facts(record), refutation.rows(record.refutations)
     return {
         "record": True,
         "status": record.status,
@@ -32,6 +32,11 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
         "sentence": record.verdict.sentence or record.reason or "No verdict was recorded.",
         "chips": chips,
         "chips_table": rows.markdown([c["name"] for c in chips], [[c["text"] for c in chips]]),
+        "refutations": [
+            {"claim": answer.claim, "state": refutation.state(answer), "text": text, "evidence": answer.evidence}
+            for answer, (_, text, _) in zip(record.refutations, answers)
+        ],
+        "refutations_table": rows.markdown(refutation.COLUMNS, answers),
         "facts": listed,
         "facts_table": rows.markdown(["", ""], listed),
         "measurements": rows.groups(measured) if measured else [],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.report.records import facts, verdict
+from lib.report.records import facts, migration, verdict
 from lib.report.records.record import Record, from_json, to_json
 
 NAME = "history.sqlite"
@@ -146,4 +146,5 @@ def over_time(path: Path, scale: str) -> list[dict]:
     if not path.is_file():
         return []
     with _open(path) as connection:
-        return [dict(zip(names, row)) for row in connection.execute(query, [scale])]
+        found = [dict(zip(names, row)) for row in connection.execute(query, [scale])]
+    return [row | {"metric": migration.METRICS.get(row["metric"], row["metric"])} for row in found]

@@ -5,7 +5,7 @@
 it added the answers to what would refute a claim. Renames nothing else and judges nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 METRICS = {"recall_exact_match": "retrieval_exact_match", "processor_utilisation": "cpu_utilisation"}
@@ -15,37 +15,58 @@ _PROCESS = {"processor_percent": "cpu_percent"}
 _ENVIRONMENT = {"processor": "cpu"}
 
 
-def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a record's JSON in the present schema; what is of this schema already, or of none known, as it is."""
-    if content.get("schema") != 1:
+def upgrade(content: Any) -> Any:
+    """Return a record's JSON in the present schema; anything else, damaged or of a newer schema, is returned as it is.
+
+    Nothing is dropped: fields of an unexpected type keep their value, for the record's own validation to name.
+    """
+    if not isinstance(content, dict) or content.get("schema") != 1:
         return content
     changed = dict(content) | {"schema": 2}
-    changed["parameters"] = _parameters(content.get("parameters") or {})
-    changed["environment"] = _renamed(content.get("environment") or {}, _ENVIRONMENT)
-    changed["measurements"] = _measurements(content.get("measurements") or [])
-    changed["controls"] = [
-        dict(control) | {"measurements": _measurements(control.get("measurements") or [])}
-        for control in content.get("controls") or []
-    ]
-    if content.get("process"):
-        changed["process"] = _renamed(content["process"], _PROCESS)
+    for field, renew in (
+        ("parameters", _parameters),
+        ("environment", lambda card: _renamed(card, _ENVIRONMENT)),
+        ("process", lambda process: _renamed(process, _PROCESS)),
+        ("measurements", _measurements),
+        ("controls", _controls),
+    ):
+        if content.get(field):
+            changed[field] = renew(content[field])
     return changed
 
 
-def _parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(values: Any) -> Any:
     renamed = _renamed(values, PARAMETERS)
-    if isinstance(renamed.get("tasks"), list):
-        renamed["tasks"] = [TASKS.get(task, task) for task in renamed["tasks"]]
+    if isinstance(renamed, dict) and isinstance(renamed.get("tasks"), list):
+        renamed["tasks"] = [TASKS.get(task, task) if isinstance(task, str) else task for task in renamed["tasks"]]
     return renamed
 
 
-def _measurements(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        dict(one) | {"metric": METRICS.get(one.get("metric"), one.get("metric"))}
-        | {"workload": TASKS.get(one.get("workload"), one.get("workload"))}
-        for one in values
-    ]  # fmt: skip
+def _controls(values: Any) -> Any:
+    def renew(control: dict[str, Any]) -> dict[str, Any]:
+        return (
+            control | {"measurements": _measurements(control["measurements"])} if "measurements" in control else control
+        )
+
+    return _each(values, renew)
 
 
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _measurements(values: Any) -> Any:
+    def renew(measurement: dict[str, Any]) -> dict[str, Any]:
+        names = {"metric": METRICS, "workload": TASKS}
+        known = {field: measurement[field] for field in names if isinstance(measurement.get(field), str)}
+        return measurement | {field: names[field].get(value, value) for field, value in known.items()}
+
+    return _each(values, renew)
+
+
+def _each(values: Any, renew: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    if not isinstance(values, list):
+        return values
+    return [renew(value) if isinstance(value, dict) else value for value in values]
+
+
+def _renamed(values: Any, names: Mapping[str, str]) -> Any:
+    if not isinstance(values, Mapping):
+        return values
     return {names.get(name, name): value for name, value in values.items()}

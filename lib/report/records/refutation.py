@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text.quantities import figures, interval, times
-from lib.report.text.wording import label, words
+from lib.report.text.wording import label, signed, words
 
 Outcome = Literal["refuted", "not refuted", "cannot tell"]
 COLUMNS = ("what would refute it", "answer", "evidence")
@@ -55,17 +55,22 @@ def by_verdict(
     refuted: Collection[str] = ("worse", "equivalent", "not_maintained"),
     upheld: Collection[str] = ("better", "maintained"),
 ) -> Refutation:
-    """Return the answer of a measurement's verdict: it is in `refuted`, in `upheld`, or in neither, which cannot tell."""
+    """Return the answer of a measurement's verdict: in `refuted`, in `upheld`, or in neither, which cannot tell."""
     if measurement is None or measurement.ratio is None:
         reason = measurement.reason if measurement is not None and measurement.reason else "not measured"
         return decide(claim, None, reason)
-    found = measurement.verdict
+    verdict = measurement.verdict
     low, high = measurement.ci or (None, None)
     evidence = f"{label(measurement.metric)} [{measurement.workload}] {times(measurement.ratio)}"
-    evidence += f" ({interval(low, high)}), {words(found)}" if measurement.ci else f", {words(found)}"
-    return decide(claim, True if found in refuted else False if found in upheld else None, evidence)
+    evidence += f" ({interval(low, high)}), {words(verdict)}" if measurement.ci else f", {words(verdict)}"
+    return decide(claim, True if verdict in refuted else False if verdict in upheld else None, evidence)
 
 
 def rows(refutations: Iterable[Refutation]) -> list[tuple[str, str, str]]:
     """Return a row for each answer, in the order of `COLUMNS`."""
-    return [(one.claim, one.outcome, one.evidence) for one in refutations]
+    return [(answer.claim, signed(state(answer)), answer.evidence) for answer in refutations]
+
+
+def state(answer: Refutation) -> str:
+    """Return the outcome as one word, as signs and styles name it: `not_refuted`."""
+    return answer.outcome.replace(" ", "_")

@@ -18,6 +18,7 @@ from lib.report.records.record import Record
 
 PATH = Path(__file__).resolve().parent / "schemas" / "results.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+VERSION = 2  # of the result files, whose records are of `lib.report.records.record.SCHEMA`
 KINDS = ("comprehensive", "enhanced", "all", "complete")
 TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
 PROVENANCE = {"enum": ["measured", "derived", "estimated"]}
@@ -83,11 +84,16 @@ def document() -> dict[str, Any]:
         "complete": tuple(parts),
     }
     for kind, names in holds.items():
-        opening = {"schema": {"const": 1}, "kind": {"const": kind}, "scale": TEXT}
+        opening = {"schema": {"const": VERSION}, "kind": {"const": kind}, "scale": TEXT}
         opening |= {"optimizations": _list(TEXT), "models": _list(TEXT), "summary": _to("Summary")}
         defs[kind] = _object(**opening, **{name: parts[name] for name in names})
     choices = [_to(name) for name in ("Record", *KINDS)]
-    return {"$schema": DIALECT, "title": "Records and result files, version 1", "oneOf": choices, "$defs": defs}
+    return {
+        "$schema": DIALECT,
+        "title": f"Records and result files, version {VERSION}",
+        "oneOf": choices,
+        "$defs": defs,
+    }
 
 
 def text() -> str:

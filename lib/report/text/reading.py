@@ -12,15 +12,25 @@ from lib.report.text.quantities import counted, interval, times
 if TYPE_CHECKING:
     import pandas as pd
 
-SENTENCE = re.compile(r"[.!?](?=\s|$)")
+END = re.compile(r"""[.!?]["”’)\]]*(?=\s|$)""")
+ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|cf|ca|al|approx|incl|resp|Fig|Eq|No)\.$")
 
 
 def two(first: str, second: str) -> str:
-    """Return two sentences as one text. Raises ValueError where either is not one sentence."""
+    """Return two sentences as one text. Raises ValueError unless each of them is exactly one sentence.
+
+    A decimal point (`1.31×`) and the full stop of an abbreviation (`e.g.`) end no sentence.
+    """
     for text in (first, second):
-        if len(SENTENCE.findall(text)) != 1 or not SENTENCE.search(text[-1:]):
+        ends = [end for end in END.finditer(text) if not _abbreviated(text, end)]
+        if len(ends) != 1 or ends[0].end() != len(text) or not text[: ends[0].start()].strip():
             raise ValueError(f"not one sentence: {text!r}")
     return f"{first} {second}"
+
+
+def _abbreviated(text: str, end: re.Match) -> bool:
+    """Return whether a full stop within the text belongs to an abbreviation."""
+    return end.end() < len(text) and bool(ABBREVIATION.search(text[: end.start() + 1]))
 
 
 def forest(frame: "pd.DataFrame") -> str:
@@ -29,44 +39,47 @@ def forest(frame: "pd.DataFrame") -> str:
     if not len(shown):
         return two("No ratio could be shown.", "The reasons stand in the table of sources.")
     judged = shown[shown["verdict"].isin(["better", "worse", "not_maintained"])]
-    first = f"{len(judged)} of {counted(len(shown), 'ratio')} differ from no change by more than noise and margin."
+    differ = "differs" if len(judged) == 1 else "differ"
+    first = f"{len(judged)} of {counted(len(shown), 'ratio')} {differ} from 1 by more than the noise and the margin."
     if not len(judged):
-        return two(first, "An interval that crosses the line claims nothing, and that includes no effect.")
-    far = judged.loc[(judged["gain"].astype(float) - 1).abs().idxmax()]
-    span = f" ({interval(far.gain_low, far.gain_high)})" if far.gain_low == far.gain_low else ""
-    return two(first, f"The largest is {far.label} at {times(far.gain)}{span}; above 1 is better.")
+        return two(first, "An interval that crosses the line shows neither an effect nor that there is none.")
+    largest = judged.loc[(judged["gain"].astype(float) - 1).abs().idxmax()]
+    known = largest.gain_low == largest.gain_low  # not NaN
+    spread = f" ({interval(largest.gain_low, largest.gain_high)})" if known else ""
+    return two(first, f"The largest change is {largest.label} at {times(largest.gain)}{spread}; above 1 is better.")
 
 
 def bound(frame: "pd.DataFrame") -> str:
     """Return how to read `style.bound` (columns `workload`, `arm`, `time`, `bound`): how far from physics each is."""
-    if not len(frame):
-        return two("No bound could be computed.", "Without one, nothing is said on what the machine would allow.")
-    factor = frame["time"] / frame["bound"]
-    far, near = frame.loc[factor.idxmax()], frame.loc[factor.idxmin()]
-    first = (
-        f"The {near.arm} arm of {near.workload} takes {times(factor.min())} its bound, the {far.arm} arm of "
-        f"{far.workload} {times(factor.max())}."
-    )
+    factors = (frame["time"].astype(float) / frame["bound"].astype(float)).dropna()
+    if not len(factors):
+        return two("No bound could be computed.", "So nothing is known of what the machine would allow.")
+    far, near = frame.loc[factors.idxmax()], frame.loc[factors.idxmin()]
+    first = f"The {near.arm} arm of {near.workload} takes {times(factors.min())} as long as its physical bound"
+    if len(factors) > 1:
+        first += f", the {far.arm} arm of {far.workload} {times(factors.max())}"
     return two(
-        first, "Far above its bound a workload waits for something else, and fewer operations need not save time."
+        f"{first}.", "Far above its bound a workload waits for something else, and fewer operations need not save time."
     )
 
 
 def controls(frame: "pd.DataFrame", chosen: str) -> str:
     """Return how to read `style.bars` of controls (columns `arm`, `value`, `low`, `high`; lower is better).
 
-    `chosen` is the arm that the claim is about: it is held against the best of the others.
+    `chosen` is the arm that the claim is about: it is compared with the best of the others.
     """
-    others = frame[frame["arm"] != chosen]
-    own = frame[frame["arm"] == chosen]
+    numbers = frame.astype({"value": float, "low": float, "high": float})
+    own, others = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
     if not len(own) or not len(others):
-        return two(f"There is nothing to hold {chosen} against.", "Without a control no choice is shown to matter.")
+        return two(f"There is nothing to compare {chosen} with.", "Without a control no choice is shown to matter.")
     own, best = own.iloc[0], others.loc[others["value"].idxmin()]
-    first = f"{chosen} stands at {own.value:.3g}, the best of the others ({best.arm}) at {best.value:.3g}."
+    first = f"{chosen} reaches {own.value:.3g}, the best of the others ({best.arm}) {best.value:.3g}; lower is better."
     if own.high < best.low:
         return two(first, "Their intervals do not overlap, so the choice matters here.")
     if best.high < own.low:
         return two(first, "Their intervals do not overlap, and the other arm does better.")
+    if own[["low", "high"]].isna().any() or best[["low", "high"]].isna().any():
+        return two(first, "Without both intervals this run does not tell them apart.")
     return two(first, "Their intervals overlap, so this run does not tell them apart.")
 
 
@@ -76,10 +89,10 @@ def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True) -> st
     `x` names the axis of strengths.
     """
     if not len(frame):
-        return two("There is no curve to show.", "Where strength has no effect on record, none is claimed.")
+        return two("There is no curve to show.", "No effect of the strength was recorded, so none is claimed.")
     ends = frame.sort_values("strength").groupby("arm", sort=False).tail(1).sort_values("value")
     best, worst = (ends.iloc[0], ends.iloc[-1]) if lower_is_better else (ends.iloc[-1], ends.iloc[0])
-    first = f"At its end ({x} {best.strength:.3g}) the curve of {best.arm} stands at {best.value:.3g}."
+    first = f"At the largest strength ({x} {best.strength:.3g}) the curve of {best.arm} reaches {best.value:.3g}."
     if len(ends) == 1:
-        return two(first, "There is one curve, so its slope is all that it says.")
+        return two(first, "It is the only curve, so what it shows is its slope.")
     return two(first, f"The curve of {worst.arm} ends at {worst.value:.3g}; the distance is what the choice is worth.")

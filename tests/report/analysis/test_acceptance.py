@@ -113,7 +113,7 @@ DAMAGE = {
     ),
     "quality that cannot be told": (
         _both("retrieval_exact_match", "accuracy", "inconclusive", "inconclusive"),
-        "accuracy maintained or improved", "inconclusive: recall ?",
+        "accuracy maintained or improved", "inconclusive: retrieval ?",
     ),
     "a verdict that its numbers do not carry": (
         _set("prefill_tokens_per_second", verdict="worse"), "verdicts follow from the numbers", "performance is said",

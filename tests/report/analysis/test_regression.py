@@ -29,7 +29,7 @@ def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert history.keep(path, [other], "proxy", "run", "bbbb2222")
     found = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
     assert "aaaa1111" in found.against and len(found.builds) == 2
-    assert "1 newer ones are not comparable (another environment: processor" in found.said
+    assert "1 newer ones are not comparable (another environment: cpu" in found.said
     assert found.rows() and all(row["verdict"] != "not comparable" for row in found.rows())
 
 

@@ -108,6 +108,22 @@ def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
     assert "at most" in page and "MB" in page  # use of the machine, in words
 
 
+def test_the_page_answers_what_would_refute_it_before_the_measurements(rendered):
+    from bs4 import BeautifulSoup
+
+    page, text, _ = rendered
+    lines = [
+        row.get_text("|", strip=True) for row in BeautifulSoup(page, "html.parser").select(".refutations tbody tr")
+    ]
+    assert lines == [
+        "Prefill is not faster than the baseline.|✓ not refuted|prefill rate 1.31×",
+        "Answers are lost <beyond> the margin.|? cannot tell|F1 −0.4 points, margin 2",
+    ]
+    assert page.index('class="sentence"') < page.index("What would refute it") < page.index("Both arms, metric by")
+    assert "| Prefill is not faster than the baseline. | ✓ not refuted | prefill rate 1.31× |" in text
+    assert text.index("**Prefill 1.31×") < text.index("## What would refute it") < text.index("## Measurements")
+
+
 def test_the_page_links_to_its_neighbours(rendered):
     page, text, _ = rendered
     for name in samples.MODELS:

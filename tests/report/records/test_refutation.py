@@ -1,0 +1,62 @@
+"""An answer says refuted only where the run shows it, and never without the number."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.report import tables
+from lib.report.records import record, refutation
+from tests.report import samples
+
+CLAIM = "Prefill is not faster than the baseline."
+
+
+@pytest.mark.parametrize(("refuted", "outcome"), [(True, "refuted"), (False, "not refuted"), (None, "cannot tell")])
+def test_three_outcomes(refuted, outcome):
+    assert refutation.decide(CLAIM, refuted, "1.31×").outcome == outcome
+
+
+def test_an_answer_needs_its_number():
+    with pytest.raises(ValueError, match="evidence"):
+        refutation.decide(CLAIM, True, "")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "outcome"),
+    [(0.8, 0.95, "refuted"), (1.0, 1.2, "not refuted"), (1.1, 1.2, "not refuted"), (0.9, 1.1, "cannot tell"),
+     (0.9, 1.0, "cannot tell"), (None, 1.2, "cannot tell"), (1.1, None, "cannot tell")],
+)  # fmt: skip
+def test_an_interval_refutes_only_where_all_of_it_lies_below(low, high, outcome):
+    answer = refutation.by_interval(CLAIM, low, high, 1, "gain of prefill")
+    assert answer.outcome == outcome and answer.evidence.startswith("gain of prefill: ")
+    assert ("no interval" in answer.evidence) == (low is None or high is None)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "outcome"),
+    [("better", "not refuted"), ("worse", "refuted"), ("equivalent", "refuted"), ("inconclusive", "cannot tell")],
+)
+def test_a_verdict_is_an_answer(verdict, outcome):
+    answer = refutation.by_verdict(CLAIM, samples.timed("prefill_tokens_per_second", 1.31, verdict=verdict))
+    assert answer.outcome == outcome
+    assert answer.evidence == f"prefill rate [prefill] 1.31× (1.28–1.34), {verdict}"
+
+
+def test_what_was_not_measured_cannot_tell_and_says_why():
+    missing = measurement.unavailable("prefill_tokens_per_second", "prefill", "the clock stood still")
+    assert refutation.by_verdict(CLAIM, missing) == refutation.decide(CLAIM, None, "the clock stood still")
+    assert refutation.by_verdict(CLAIM, None).evidence == "not measured"
+
+
+def test_every_claim_needs_its_answer_in_order():
+    answers = [refutation.decide(claim, None, "not measured") for claim in ("a", "b")]
+    frame = tables.refutations(answers, ("a", "b"))
+    assert list(frame.columns) == list(refutation.COLUMNS) and list(frame["answer"]) == ["? cannot tell"] * 2
+    for claims in (("b", "a"), ("a",), ("a", "b", "c")):
+        with pytest.raises(ValueError, match="answer"):
+            tables.refutations(answers, claims)
+
+
+def test_answers_survive_their_file(tmp_path):
+    answers = [refutation.decide(CLAIM, False, "1.31×")]
+    found = record.build("x", "m", "proxy", "quick", {}, refutations=answers)
+    assert record.read(record.write(found, tmp_path / "x--m.json")).refutations == answers

@@ -1,0 +1,83 @@
+"""How to read a figure: exactly two sentences, whatever the numbers are."""
+
+import pandas as pd
+import pytest
+
+from lib.report import tables
+from lib.report.text import reading
+from tests.report import samples
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is faster.", "The ratio is 1.31×.", "Prefill takes 1.31 s, e.g. with a cache.", "Is it faster?",
+        "qwen3-4b-instruct-2507 stands at 0.5 (0.4–0.6).",
+        "The best of them (i.e. the first) is at 2.",
+        "It stands still!", "Faster than by chance (0.5 vs. 0.4).",
+        "This is called “fast.”", "The curve of Fig. 2 falls.",
+        "One half, ca. 0.5, is left.",
+    ],
+)  # fmt: skip
+def test_one_sentence_is_one_sentence(text):
+    assert reading.two(text, text) == f"{text} {text}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "  .", "No full stop", "The ratio is 1.31", "One. Two.", "One? Two.", "One.  ", "It ends. (Or not)",
+     "It is 1.31×. It is faster", "Two sentences, e.g. this. And that."],
+)  # fmt: skip
+def test_none_or_several_are_refused(text):
+    for pair in ((text, "It is faster."), ("It is faster.", text)):
+        with pytest.raises(ValueError, match="not one sentence"):
+            reading.two(*pair)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_forest_of_any_record_is_read(seed):
+    assert reading.forest(tables.tidy(samples.by_chance(seed))).endswith(".")
+
+
+def test_a_forest_names_its_largest_change():
+    whole = tables.tidy(samples.made())
+    assert reading.forest(whole).endswith("The largest change is weights in memory at 1.39×; above 1 is better.")
+    timed = whole[whole["metric"] == "prefill_tokens_per_second"]
+    assert reading.forest(timed) == (
+        "1 of 1 ratio differs from 1 by more than the noise and the margin. "
+        "The largest change is prefill rate at 1.31× (1.28–1.34); above 1 is better."
+    )
+    assert "No ratio" in reading.forest(tables.tidy([]))
+
+
+def test_a_bound_is_read_where_there_is_one():
+    rows = [("prefill", "baseline", 34.0, 12.0), ("decode", "optimized", 26.0, None), ("decode", "baseline", 9.0, 8.0)]
+    frame = pd.DataFrame(rows, columns=["workload", "arm", "time", "bound"])
+    text = reading.bound(frame)
+    assert "baseline arm of decode takes 1.12× as long" in text and "baseline arm of prefill 2.83×" in text
+    assert "prefill" not in reading.bound(frame[2:])
+    assert "No bound" in reading.bound(frame[1:2]) == reading.bound(frame[:0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [(0.1, 0.2, "the choice matters"), (0.45, 0.6, "overlap, so"), (0.8, 0.9, "the other arm does better"),
+     (None, None, "Without both intervals")],
+)  # fmt: skip
+def test_controls_are_told_apart_only_by_intervals(low, high, says):
+    rows = [("ours", 0.5, low, high), ("by chance", 0.55, 0.5, 0.6), ("uniform", 0.9, 0.8, 1.0)]
+    assert says in reading.controls(pd.DataFrame(rows, columns=["arm", "value", "low", "high"]), "ours")
+
+
+def test_controls_need_another_arm():
+    frame = pd.DataFrame([("ours", 0.5, 0.4, 0.6)], columns=["arm", "value", "low", "high"])
+    assert "nothing to compare" in reading.controls(frame, "ours") and "nothing" in reading.controls(frame, "theirs")
+
+
+def test_curves_end_at_the_largest_strength():
+    rows = [(0.1, 1.0, "ours"), (0.5, 2.0, "ours"), (0.1, 1.5, "by chance"), (0.5, 4.0, "by chance")]
+    frame = pd.DataFrame(rows, columns=["strength", "value", "arm"])
+    assert "(share 0.5) the curve of ours reaches 2" in reading.curves(frame, "share")
+    assert "the curve of by chance reaches 4" in reading.curves(frame, "share", lower_is_better=False)
+    assert "only curve" in reading.curves(frame[:2], "share")
+    assert "no curve" in reading.curves(frame[:0], "share")
