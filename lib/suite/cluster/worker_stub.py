@@ -32,7 +32,7 @@ def call(request: dict) -> dict:
     worker = distributed.get_worker()
     key = worker.get_current_task()
     root = Path(os.environ.get("WORKBENCH_ROOT") or os.getcwd())
-    if not (root / "lib" / "suite" / "remote.py").is_file():
+    if not (root / "lib" / "suite" / "cluster" / "remote.py").is_file():
         return {"error": f"no workbench in {root}; start `dask worker` in the workbench's folder"}
     folder = Path(tempfile.mkdtemp(prefix="workbench-", dir=worker.local_directory))
     try:

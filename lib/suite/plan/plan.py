@@ -6,9 +6,11 @@ of a parameter: template default < model file's section for the optimization < `
 already.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
 from lib.models.checkpoints import validate
 from lib.models.tasks.registry import check_tasks
+from lib.report.records import migration
 from lib.suite.plan import template as templates
 from lib.suite.plan.template import Template
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOKS = ROOT / "notebooks"
@@ -217,11 +222,28 @@ def resolve(
     section = sections.get(template.stem, {})
     where = f'parameters/{model}.yaml: section "{template.stem}"'
     for source, given in ((where, section), ("-p", request.parameters)):
-        for name, value in given.items():
+        for name, value in _present_names(source, given, declared).items():
             values[name] = _checked(source, name, value, template)
     if "tasks" in values:
         values["tasks"] = check_tasks(values["tasks"])
     return values | options
+
+
+def _present_names(source: str, values: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters under their present names; an earlier name is accepted, and a line says what it is now."""
+    present = {}
+    for name, value in values.items():
+        current = name if name in declared else migration.PARAMETERS.get(name, name)
+        if current != name:
+            _say_renamed(f'{source}: parameter "{name}"', current)
+        present[current] = value
+    return present
+
+
+@cache
+def _say_renamed(what: str, current: str) -> None:
+    """Say once what something is called now."""
+    log.warning('%s is now called "%s"; please use the new name', what, current)
 
 
 def _checked(source: str, name: str, value: Any, template: Template) -> Any:

@@ -92,7 +92,7 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
     monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(cpu_affinity, "can_pin", lambda: True)
     total = [64 * 2**30]
-    monkeypatch.setattr(cpu_affinity.machine, "memory_bytes", lambda: total[0])
+    monkeypatch.setattr(cpu_affinity.memory_limits, "memory_bytes", lambda: total[0])
     assert cpu_affinity.default_jobs("proxy", "cuda") == cpu_affinity.default_jobs("full", "cpu") == 1
     assert cpu_affinity.default_jobs("proxy", "cpu") == cpu_affinity.default_jobs("slice", "cpu") == 2
     total[0] = 12 * 2**30

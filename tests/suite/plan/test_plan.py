@@ -206,3 +206,13 @@ def test_values_are_converted_and_bounded(kind, help_text, value, expected):
             templates.check(value, parameter, "here")
     else:
         assert templates.check(value, parameter, "here") == expected
+
+
+def test_an_earlier_name_is_read_and_the_present_one_said(tmp_path):
+    root = workbench.project(tmp_path / "project")
+    parameters = workbench.COMMON.replace("ratio: float", "finetune_steps: float")
+    workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)], parameters)
+    ended = workbench.build(root, "list", "-p", "recovery_steps=0.5")
+    assert ended.returncode == 0, ended.stderr
+    said = '-p: parameter "recovery_steps" is now called "finetune_steps"; please use the new name'
+    assert ended.stderr.strip().splitlines() == [said]
