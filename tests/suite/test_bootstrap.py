@@ -1,5 +1,6 @@
 """The environment: what satisfies the requirements, how one is made, how an interrupted one is repaired. Offline."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -153,3 +154,11 @@ def test_a_set_up_that_was_killed_is_repaired(bare):
     workbench.kill(process, signal.SIGKILL)
     ended = _call(bare)
     assert ended.returncode == 7, ended.stdout + ended.stderr
+
+
+def test_the_tested_versions_satisfy_what_is_required():
+    text = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    tested = dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
+    for wanted in bootstrap.requirements((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")):
+        version = tested[re.sub(r"[-_.]+", "-", wanted.name).lower()]
+        assert bootstrap.satisfies(version, wanted.accepted), f"{wanted.name} {version}"
