@@ -42,14 +42,14 @@ def requirements(text: str) -> list[Requirement]:
     """Return the requirements in `text`. `torch==2.13.0  # accept >=2.11`: installs 2.13.0, is satisfied by 2.11;
     `playwright>=1.49  # accept absence`: installs it, is satisfied without it.
     """
-    found = []
+    wanted_packages = []
     for line in text.splitlines():
         match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*([^#;]*)(?:#\s*accept\s+(\S+))?", line.split(";")[0])
         if match:
             optional = match[3] == "absence"
             accepted = match[2] if optional else match[3] or match[2]
-            found.append(Requirement(match[1], accepted.replace(" ", ""), optional))
-    return found
+            wanted_packages.append(Requirement(match[1], accepted.replace(" ", ""), optional))
+    return wanted_packages
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -71,8 +71,8 @@ def satisfies(version: str, bounds: str) -> bool:
         "<": lambda a, b: a < b,
     }
     for bound in filter(None, bounds.split(",")):
-        operator, wanted = re.match(r"(==|!=|>=|<=|>|<)(.+)", bound).groups()
-        if not compare[operator](_release(version), _release(wanted)):
+        operator, limit = re.match(r"(==|!=|>=|<=|>|<)(.+)", bound).groups()
+        if not compare[operator](_release(version), _release(limit)):
             return False
     return True
 
@@ -80,15 +80,15 @@ def satisfies(version: str, bounds: str) -> bool:
 def unmet(text: str) -> list[str]:
     """Return what this environment lacks of the requirements in `text`: `torch (2.9.1, needs >=2.11)`, `optuna`."""
     lacking = []
-    for wanted in requirements(text):
+    for requirement in requirements(text):
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            if not wanted.optional:
-                lacking.append(wanted.name)
+            if not requirement.optional:
+                lacking.append(requirement.name)
             continue
-        if version is None or not satisfies(version, wanted.accepted):
-            lacking.append(f"{wanted.name} ({version}, needs {wanted.accepted})")
+        if version is None or not satisfies(version, requirement.accepted):
+            lacking.append(f"{requirement.name} ({version}, needs {requirement.accepted})")
     return lacking
 
 
@@ -234,10 +234,14 @@ def _step(arguments: list, what: str, handle: int) -> None:
 
     The step is given the lock: where this process is killed outright, the next call waits until the step has ended too.
     """
-    kept = {} if os.name == "nt" else {"pass_fds": (handle,)}
+    passed_on = {} if os.name == "nt" else {"pass_fds": (handle,)}
     with LOG.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [str(part) for part in arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **kept
+            [str(part) for part in arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            **passed_on,
         )
         try:
             code = process.wait()

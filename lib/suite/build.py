@@ -1,6 +1,6 @@
 """One build from beginning to end: plan, keys, runs, pages, overview and index. Knows no command line.
 
-Returns the exit code: 0 where every run is well, 1 where one failed or the build was stopped. A wrong request raises
+Returns the exit code: 0 if every run succeeded, 1 if one failed or the build was stopped. A wrong request raises
 UserError before anything has run.
 """
 
@@ -29,7 +29,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the first signal that ends a process into `Stopped`; further ones are ignored while it tidies up."""
+    """Turn the first terminating signal into `Stopped`; ignore further ones during clean-up."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def stop(*_: Any) -> None:
@@ -50,13 +50,13 @@ def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]
     hashes = cache_key.Hashes(folder.hashes)
     templates = {job.optimization: job.template for job in jobs}
     reached = {name: dependencies.reached(template) for name, template in templates.items()}
-    found = []
+    surveyed = []
     for job in jobs:
         parts = cache_key.parts(job, hashes, reached)
-        found.append((job, parts, result_folder.state(folder, job.stem, parts)))
+        surveyed.append((job, parts, result_folder.state(folder, job.stem, parts)))
     if folder.path.is_dir():
         hashes.save()
-    return found
+    return surveyed
 
 
 def build(
@@ -119,9 +119,9 @@ def _build(
     for job, _, state in surveyed:
         if state.kind == "damaged":
             print(f"build.py: {state.why}: running {job.stem} again")
-    kept = len(planned) - len(to_run)
-    if kept:
-        print(f"{kept} of {len(planned)} runs are finished already and kept")
+    finished = len(planned) - len(to_run)
+    if finished:
+        print(f"{finished} of {len(planned)} runs are finished already and kept")
     expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
     results = _run(folder, to_run, shares, planned, expected, cluster) if to_run else []
     faults = _render(folder, to_render, planned)
@@ -152,7 +152,7 @@ def _run(
 
 @contextlib.contextmanager
 def _temporary(folder: Folder) -> Iterator[Path]:
-    """Make a folder for what notebooks throw away; remembered, so that the next build removes it after a kill."""
+    """Make a folder for the notebooks' temporary files; its path is stored, so that the next build can remove it."""
     path = Path(tempfile.mkdtemp(prefix="workbench-"))
     folder.running.mkdir(parents=True, exist_ok=True)
     (folder.running / "temporary").write_text(str(path), encoding="utf-8")
@@ -164,7 +164,7 @@ def _temporary(folder: Folder) -> Iterator[Path]:
 
 
 def _tidy(folder: Folder) -> None:
-    """Remove what a build that was killed has left behind. Only the holder of the lock may."""
+    """Remove the leftovers of a build that was killed. Call only while holding the lock."""
     with contextlib.suppress(OSError):
         path = Path((folder.running / "temporary").read_text(encoding="utf-8"))
         if path.name.startswith("workbench-"):

@@ -26,7 +26,7 @@ EPILOG = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose options have no short forms."""
+    """An argument parser with one-line errors and without abbreviated options."""
 
     def __init__(self, **options: Any):
         layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=110)
@@ -43,7 +43,7 @@ def _positive(text: str) -> int:
 
 
 def _request_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what a run is; `_choice` checks them later, for a better error than argparse's."""
+    """Add the options that define a run; `_parsed` checks their values, with better errors than argparse's."""
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="M", help="run on this model (repeatable; default: all)")
     add("--scale", default="proxy", metavar="S", help=f"body of the model: {'|'.join(plan.SCALES)} (default: proxy)")
@@ -74,11 +74,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     )
     _run_options(top)  # for the help alone: they belong to the complete suite
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    found = {}
+    parsers = {}
 
     def add(name: str, text: str) -> Parser:
-        found[name] = commands.add_parser(name, help=text, description=text)
-        return found[name]
+        parsers[name] = commands.add_parser(name, help=text, description=text)
+        return parsers[name]
 
     run = add("run", "run some optimizations (default: all)")
     run.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
@@ -94,16 +94,19 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     for name, text in (("old", "before"), ("new", "after")):
         what = "a result folder, a result file, or an earlier build by date or commit"
         compare.add_argument(name, metavar=name.upper(), help=f"{text}: {what}")
-    for one in (coverage, check, compare):
-        one.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
-        _out(one)
-    for one in (check, compare):
-        one.add_argument("--all", action="store_true", help="show every line")
+    for command in (coverage, check, compare):
+        command.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+        _out(command)
+    for command in (check, compare):
+        command.add_argument("--all", action="store_true", help="show every line")
     _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
-    add("proxies", "train the stand-ins again; further arguments go to lib.models.proxies.train (--help: its options)")
+    add(
+        "proxies",
+        "train the proxy models again; further arguments go to lib.models.proxies.train (--help: its options)",
+    )
     add("lab", "JupyterLab on the notebooks; further arguments go to JupyterLab")
     add("test", "the whole test suite; further arguments go to pytest")
-    return top, found
+    return top, parsers
 
 
 SUITES = {
@@ -156,19 +159,19 @@ def _main(arguments: list[str]) -> int:
 
 
 def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
-    """Parse, with the nearest option for one that is unknown. Values are checked for what can be checked at once."""
+    """Parse the arguments; suggest the nearest option for an unknown one and check values that need no files."""
     options, unknown = own.parse_known_args(arguments)
     for word in unknown:
-        known = [name for action in own._actions for name in action.option_strings if name.startswith("--")]
+        valid = [name for action in own._actions for name in action.option_strings if name.startswith("--")]
         name = word.split("=")[0]
         if word.startswith("-"):
-            hint = suggest(name, known) or f" Known: {', '.join(known)}, -p."
+            hint = suggest(name, valid) or f" Known: {', '.join(valid)}, -p."
             raise UserError(f'unknown option "{name}".{hint}')
         raise UserError(f'"{word}" is not expected here; optimizations are given as: build.py run {word}')
-    for name, known in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
+    for name, valid in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
         value = getattr(options, name, None)
-        if value is not None and value not in known:
-            raise UserError(f"--{name} {value}: expected one of {', '.join(known)}.{suggest(value, known)}")
+        if value is not None and value not in valid:
+            raise UserError(f"--{name} {value}: expected one of {', '.join(valid)}.{suggest(value, valid)}")
     return options
 
 
@@ -204,7 +207,7 @@ def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str
 
 
 def _check_cluster(options: argparse.Namespace) -> None:
-    """Raises UserError for an address that is none, and for options that mean this machine."""
+    """Raise UserError for an invalid address and for options that only apply to this machine."""
     from lib.suite.cluster import dask
 
     dask.check_address(options.cluster)

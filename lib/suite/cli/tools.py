@@ -1,4 +1,4 @@
-"""The commands that start another program in this environment: the tests, JupyterLab, the training of the stand-ins.
+"""The commands that start another program in this environment: the tests, JupyterLab, the training of the proxy models.
 
 Each takes the arguments that are passed on and returns an exit code. Knows nothing of builds.
 """
@@ -19,7 +19,7 @@ MOST_BESIDE = 8  # test files side by side: each may hold a model and its childr
 def _call(arguments: Sequence[str], environment: dict[str, str] | None = None) -> int:
     """Run a module of this environment in the repository's root; return its exit code.
 
-    Ctrl-C reaches it by itself, as it shares our terminal; what asks this process to end (SIGTERM) is passed on.
+    Ctrl-C reaches the child by itself because it shares the terminal; SIGTERM is passed on.
     """
     surroundings = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **(environment or {})}
     process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=surroundings)
@@ -42,12 +42,12 @@ def test(arguments: Sequence[str], description: str) -> int:
     """Run ruff over code and notebooks, then pytest: the unit tests, and every template through nbval.
 
     As many files at a time as there are cores, each on one thread: templates spend most of their time on one core.
-    With paths among the arguments, pytest runs those alone. Pytest's summary stays the last but for what ruff found.
+    If the arguments contain paths, pytest runs only those. Pytest's summary comes last, before failures of ruff.
     """
     if {"-h", "--help"} & set(arguments):
         print(f"usage: build.py test [PYTEST ARGUMENT …]\n\n{description}")
         return 0
-    found = {
+    exit_codes = {
         "ruff check": _call(["ruff", "check", "--quiet", "."]),
         "ruff format --check": _call(["ruff", "format", "--check", "--quiet", "."]),
     }
@@ -59,8 +59,8 @@ def test(arguments: Sequence[str], description: str) -> int:
         if beside:
             environment["OMP_NUM_THREADS"] = "1"
         nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
-        found["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
-    failed = [name for name, code in found.items() if code]
+        exit_codes["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
+    failed = [name for name, code in exit_codes.items() if code]
     if failed:
         print(f"build.py test: failed: {', '.join(failed)}", flush=True)
     return 1 if failed else 0
@@ -79,6 +79,6 @@ def lab(arguments: Sequence[str], description: str) -> int:
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:
-    """Train the stand-ins again; 2 where the request was wrong, as elsewhere."""
+    """Train the proxy models again; return 2 for a wrong request, as elsewhere."""
     code = _call(["lib.models.proxies.train", *arguments])
     return code if code in (0, 2) else 1

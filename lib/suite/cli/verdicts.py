@@ -34,8 +34,8 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     )
     changes = comparing.compare(before, after)
     print(f"old: {old_title}\nnew: {new_title}")
-    told = [c for c in changes if c.reason or c.verdict]
-    shown = [c for c in told if everything or c.verdict in ("worse", "better", "inconclusive")]
+    known = [c for c in changes if c.reason or c.verdict]
+    shown = [c for c in known if everything or c.verdict in ("worse", "better", "inconclusive")]
     for change in shown if everything else shown[:SHOWN]:
         print(f"  {_line(change)}")
     if not everything and len(shown) > SHOWN:
@@ -65,8 +65,8 @@ def _line(change) -> str:
 
 
 def _reasons(changes) -> list[tuple[str, int]]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for change in changes:
         if change.reason:
-            found[change.reason] = found.get(change.reason, 0) + 1
-    return sorted(found.items(), key=lambda item: -item[1])[:8]
+            counts[change.reason] = counts.get(change.reason, 0) + 1
+    return sorted(counts.items(), key=lambda item: -item[1])[:8]

@@ -35,7 +35,7 @@ PASSED_ON = ("WORKBENCH_CELL_SECONDS", "WORKBENCH_RUN_SECONDS", "HF_HUB_OFFLINE"
 
 
 def check_address(address: str) -> None:
-    """Raise UserError where `address` is not one of a scheduler."""
+    """Raise UserError unless `address` is a valid scheduler address."""
     try:
         parts = urlsplit(address)
         whole = parts.scheme in ("tcp", "tls") and parts.hostname and parts.port and not parts.path
@@ -52,7 +52,7 @@ def patience() -> float:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """Yield a client of the scheduler; what it still has running there is called off at the end. Raises UserError."""
+    """Yield a client of the scheduler; its pending tasks are cancelled at the end. Raises UserError."""
     import distributed
 
     for name in ["distributed", *logging.root.manager.loggerDict]:
@@ -75,8 +75,8 @@ def _connected(address: str) -> Iterator[Any]:
 def run(build: Build, entries: Sequence[Entry], address: str) -> list[Result]:
     """Run every entry on the cluster; return how each ended, in the order in which they did.
 
-    Raises UserError where no scheduler answers, or no worker may be used; Gone where the scheduler goes, or the last
-    worker goes and none comes. What was finished by then is in place. Raises OSError where it cannot be written.
+    Raises UserError if no scheduler answers or no worker can be used; Gone if the scheduler or the last worker is lost
+    and none returns. Finished runs are in place by then. Raises OSError if results cannot be written.
     """
     with _connected(address) as client:
         parts = {entry.job.stem: entry.parts for entry in entries}
@@ -93,7 +93,7 @@ def run(build: Build, entries: Sequence[Entry], address: str) -> list[Result]:
 
 
 class Loop:
-    """What waits, what runs where, what has ended; and how many workers each job has lost."""
+    """The state of the loop: waiting, running and ended jobs, and how many workers each job has lost."""
 
     def __init__(self, build: Build, address: str, client: Any, crew: Crew, entries: Sequence[Entry]):
         self.build, self.address, self.client, self.crew = build, address, client, crew
@@ -103,7 +103,7 @@ class Loop:
         self.looked = self.alone_since = time.monotonic()
 
     def gather(self) -> None:
-        """Meet the workers that are there now. Raises UserError where none of them may be used."""
+        """Check the workers that are present. Raises UserError if none of them can be used."""
         workers = self._workers()
         if not any(about["resources"].get(DEVICE, 0) >= 1 for about in workers.values()):
             raise UserError(
@@ -111,21 +111,21 @@ class Loop:
                 f'dask worker {self.address} --nthreads 1 --resources "{DEVICE}=1"'
             )
         self.crew.look(workers)
-        said: list[str] = []
+        refusals: list[str] = []
         deadline = time.monotonic() + patience()
         while True:
             late = time.monotonic() > deadline
-            if not self.crew.asked or late:
-                said += self.crew.welcome()
-                if self.crew.slots or not self.crew.asked:
+            if not self.crew.pending or late:
+                refusals += self.crew.welcome()
+                if self.crew.slots or not self.crew.pending:
                     break
                 self.build.progress.line("the workers are busy with the work of others; waiting for one of them")
                 deadline = float("inf")
             time.sleep(POLL_SECONDS)
             self._look()
         if not self.crew.slots:
-            raise UserError(f"--cluster {self.address}: no worker may be used: {' | '.join(said)}")
-        self._tell_refused(said)
+            raise UserError(f"--cluster {self.address}: no worker may be used: {' | '.join(refusals)}")
+        self._tell_refused(refusals)
 
     def _workers(self) -> Mapping[str, Mapping[str, Any]]:
         """Return address → what the scheduler knows of a worker. Raises Gone where it does not answer any more."""
@@ -137,13 +137,13 @@ class Loop:
             raise Gone(f"the scheduler at {self.address} is gone") from None
 
     def hear(self, event: tuple[float, Mapping[str, str]]) -> None:
-        """Keep what a worker says it is doing, for the table of progress."""
+        """Store a worker's progress message for the progress table."""
         for slot in list(self.crew.slots):
             if slot.future is not None and slot.future.key == event[1]["key"]:
                 slot.doing = event[1]["doing"]
 
     def step(self) -> None:
-        """Look after everything once."""
+        """Run one iteration of the loop."""
         self._look()
         for slot in list(self.crew.slots):
             if slot.entry is None and self.waiting:
@@ -167,7 +167,7 @@ class Loop:
         if self.crew.slots:
             self.alone_since = now
             self.build.progress.side_by_side = len(self.crew.slots)
-        elif now - self.alone_since > patience() and not self.crew.asked:
+        elif now - self.alone_since > patience() and not self.crew.pending:
             raise Gone(f"no worker with a {DEVICE} token is left at {self.address}")
 
     def _tell_refused(self, lines: Sequence[str]) -> None:
@@ -190,17 +190,17 @@ class Loop:
         self.build.progress.start(entry.job.stem, lambda: f"{slot.doing} on {where}")
 
     def _take(self, slot: Slot, entry: Entry, answer: Mapping[str, Any]) -> None:
-        """Put what came back into place; where nothing did, see what is to be done about it."""
+        """Store a returned result; handle a lost worker or a refused one."""
         stem = entry.job.stem
         if "lost" in answer:
             self._lose(slot, entry, answer["lost"])
         elif why := self.crew.objection(answer):  # its files were changed since it was met
             self._tell_refused([f"{slot.address}: {why}"])
             self.waiting.appendleft(entry)
-            for other in self.crew.dismiss(slot.address):
-                if other.entry is not None:
-                    other.future.cancel()
-                    self.waiting.appendleft(other.entry)
+            for lost_slot in self.crew.dismiss(slot.address):
+                if lost_slot.entry is not None:
+                    lost_slot.future.cancel()
+                    self.waiting.appendleft(lost_slot.entry)
         else:
             result_folder.adopt(self.build.folder, stem, answer["files"])
             lies = self.build.folder.failed(stem)
@@ -208,7 +208,7 @@ class Loop:
             self._end(Result(stem, answer["status"], answer["reason"], notebook, answer["seconds"]))
 
     def _lose(self, slot: Slot, entry: Entry, why: str) -> None:
-        """Have the job run again elsewhere, or give it up where it has lost two workers."""
+        """Queue the job again, or give it up after two lost workers."""
         stem = entry.job.stem
         lost = self.lost.setdefault(stem, [])
         lost.append(f"{slot.address} at “{slot.doing}”, {why}")

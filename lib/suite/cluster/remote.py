@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _listen(folder: Path) -> None:
-    """End everything when standard input ends: the worker's process has died, or nobody wants the answer."""
+    """End everything when standard input closes: the worker has died, or the answer is no longer needed."""
     for _ in sys.stdin:
         pass
     Tree(os.getpid()).end_descendants()
@@ -87,34 +87,34 @@ def _listen(folder: Path) -> None:
 
 
 def _compared(
-    request: dict, hashes: cache_key.Hashes, reached: dict[str, list[Path]], job: Job, wanted: str
+    request: dict, hashes: cache_key.Hashes, reached: dict[str, list[Path]], job: Job, expected_key: str
 ) -> dict | None:
-    """Return None where this side is the build's equal for `job`, else the parts of its key here."""
+    """Return None if this side matches the build for `job`, else the parts of the key on this side."""
     parts = cache_key.parts(job, hashes, reached)
-    return None if cache_key.of(parts) == wanted else parts
+    return None if cache_key.of(parts) == expected_key else parts
 
 
 def _hello(request: dict, tell: Callable[..., None]) -> dict:
-    """Return this machine's mark, its cores, and where something differs, what there is here in its place."""
+    """Return this machine's id, its cores and, if something differs from the build, the parts on this side."""
     hashes, reached = cache_key.Hashes(), {}
     here = library(hashes)
-    found = {"host": _host(), "cores": cpu_affinity.available(), "machine": platform.node(), "parts": None}
+    answer = {"host": _host(), "cores": cpu_affinity.available(), "machine": platform.node(), "parts": None}
     if cache_key.digest(here) != request["library"]:
-        return found | {"parts": {"code": here}}
-    for described, wanted in request["jobs"]:
+        return answer | {"parts": {"code": here}}
+    for described, expected_key in request["jobs"]:
         job = job_of(described)
         plan.check_device(job.parameters["device"])
         if job.model not in plan.models():
             raise UserError(f"parameters/{job.model}.yaml is not there")
         if job.optimization not in reached:
             reached[job.optimization] = dependencies.reached(job.template)
-        if parts := _compared(request, hashes, reached, job, wanted):
-            return found | {"parts": parts, "stem": job.stem}
-    return found
+        if parts := _compared(request, hashes, reached, job, expected_key):
+            return answer | {"parts": parts, "stem": job.stem}
+    return answer
 
 
 def _host() -> str:
-    """Return what the workers of one machine have in common; containers on it share its cores, and this mark."""
+    """Return an id shared by all workers of one machine; containers on it share its cores and this id."""
     try:
         return BOOT.read_text(encoding="ascii").strip()
     except OSError:
@@ -122,7 +122,7 @@ def _host() -> str:
 
 
 class _Telling:
-    """Stands in for the table of progress: what the job is doing goes to the build, which shows it."""
+    """Replaces the progress table on a worker: forwards what the job is doing to the build, which shows it."""
 
     def __init__(self, tell: Callable[..., None]):
         self.tell = tell
@@ -130,11 +130,11 @@ class _Telling:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        said = ""
+        last = ""
         while True:
-            if (now := self.doing()) != said:
+            if (now := self.doing()) != last:
                 self.tell(doing=now)
-                said = now
+                last = now
             time.sleep(TELL_SECONDS)
 
     def start(self, stem: str, doing: Callable[[], str]) -> None:

@@ -36,14 +36,14 @@ def call(request: dict) -> dict:
         return {"error": f"no workbench in {root}; start `dask worker` in the workbench's folder"}
     folder = Path(tempfile.mkdtemp(prefix="workbench-", dir=worker.local_directory))
     try:
-        with (folder / "said.txt").open("wb") as said:
+        with (folder / "said.txt").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lib.suite.cluster.remote"],
                 cwd=root,
                 env={name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=log,
                 start_new_session=True,
             )
         try:
@@ -52,8 +52,11 @@ def call(request: dict) -> dict:
             process.stdin.close()  # which ends the process, if it has not ended by itself
             process.wait()
         if answer is None:
-            told = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            return {"lost": f"its process ended with {process.returncode}" + (f" ({told[-1][:200]})" if told else "")}
+            log_lines = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return {
+                "lost": f"its process ended with {process.returncode}"
+                + (f" ({log_lines[-1][:200]})" if log_lines else "")
+            }
         results = folder / "results"
         paths = [path for path in results.rglob("*") if path.is_file()] if results.is_dir() else []
         return answer | {"files": {path.relative_to(results).as_posix(): path.read_bytes() for path in paths}}
@@ -62,7 +65,7 @@ def call(request: dict) -> dict:
 
 
 def _follow(process, request, worker, key):
-    """Send the request and pass on what the process is doing; return its answer, or None where it gave none."""
+    """Send the request and forward progress; return the process's answer, or None if there was none."""
     events = queue.Queue()
 
     def listen():
@@ -94,6 +97,6 @@ def _follow(process, request, worker, key):
 
 
 def _unwanted(worker, key):
-    """Return whether nobody waits for the answer any more: the build or the scheduler has gone, or this worker goes."""
+    """Return whether the answer is no longer needed: the build or scheduler is gone, or this worker is closing."""
     task = worker.state.tasks.get(key)
     return task is None or task.state == "cancelled" or worker.status.name in ("closing", "closed", "failed")

@@ -54,7 +54,7 @@ class Slot:
 
 @dataclass
 class Crew:
-    """Those who may work (`slots`), those who were asked and have not answered, and whom that has been said of."""
+    """Accepted workers (`slots`), workers whose check is `pending`, and `refused` ones that were not reported yet."""
 
     client: Any
     jobs: Sequence[tuple[Job, str]]
@@ -62,12 +62,12 @@ class Crew:
     variables: Mapping[str, str]
     library: Mapping[str, str]
     slots: list[Slot] = field(default_factory=list)
-    asked: dict[tuple[str, str], Any] = field(default_factory=dict)
+    pending: dict[tuple[str, str], Any] = field(default_factory=dict)
     tokens: dict[tuple[str, str], int] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def look(self, workers: Mapping[str, Mapping[str, Any]]) -> list[Slot]:
-        """Ask workers that are new, forget those that have gone; return the slots that went with them."""
+        """Check new workers and drop those that are gone; return the dropped slots."""
         present = {}
         for address, about in workers.items():
             tokens = min(int(about["resources"].get(DEVICE, 0)), about["nthreads"])
@@ -76,7 +76,7 @@ class Crew:
         gone = [slot for slot in self.slots if (slot.address, slot.incarnation) not in present]
         self.slots = [slot for slot in self.slots if slot not in gone]
         for mark in set(self.tokens) - set(present):
-            self.asked.pop(mark, None)
+            self.pending.pop(mark, None)
             del self.tokens[mark]
         new = [mark for mark in present if mark not in self.tokens]
         self.tokens |= {mark: present[mark] for mark in new}
@@ -87,20 +87,22 @@ class Crew:
                 here = ".".join(str(part) for part in sys.version_info[:3])
                 self.refused[mark] = f"Python is {here} here, {python or 'unknown'} there"
             else:
-                described = [(remote.describe(job), wanted) for job, wanted in self.jobs]
-                self.asked[mark] = self.submit(mark[0], {"do": "hello", "jobs": described})
+                described = [(remote.describe(job), expected_key) for job, expected_key in self.jobs]
+                self.pending[mark] = self.submit(mark[0], {"do": "hello", "jobs": described})
         return gone
 
     def _pythons(self) -> dict[str, str]:
-        found = self.client.get_versions()["workers"]
-        return {address: told["host"]["python"].removesuffix(".final.0") for address, told in found.items() if told}
+        versions = self.client.get_versions()["workers"]
+        return {
+            address: about["host"]["python"].removesuffix(".final.0") for address, about in versions.items() if about
+        }
 
     def submit(self, address: str, request: Mapping[str, Any]) -> Any:
-        """Have a worker carry out a request on one of its tokens; return the future of its answer."""
-        told = {"variables": dict(self.variables), "library": cache_key.digest(self.library)}
+        """Submit a request to a worker, using one of its tokens; return the future."""
+        context = {"variables": dict(self.variables), "library": cache_key.digest(self.library)}
         return self.client.submit(
             Carried(worker_stub.call),
-            {**request, **told},
+            {**request, **context},
             key=f"workbench-{uuid.uuid4()}",
             workers=[address],
             allow_other_workers=False,
@@ -110,20 +112,20 @@ class Crew:
         )
 
     def welcome(self) -> list[str]:
-        """Take in those who have answered; return the addresses of all that were refused by now and not named yet.
+        """Accept the workers that have answered; return a line for each refused worker that was not reported yet.
 
         Workers that answered together share the cores of their machine evenly.
         """
-        answers = {mark: future for mark, future in self.asked.items() if future.done()}
-        heard = {}
+        answers = {mark: future for mark, future in self.pending.items() if future.done()}
+        accepted = {}
         for mark, future in answers.items():
-            del self.asked[mark]
+            del self.pending[mark]
             answer = answer_of(future)
             if why := self.objection(answer):
                 self.refused[mark] = why
             else:
-                heard[mark] = answer
-        claims = [(mark, answer) for mark, answer in heard.items() for _ in range(self.tokens[mark])]
+                accepted[mark] = answer
+        claims = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
         for (mark, answer), mine in zip(claims, self._cores([answer for _, answer in claims]), strict=True):
             if mine:
                 self.slots.append(Slot(*mark, answer["host"], tuple(mine)))
@@ -134,20 +136,20 @@ class Crew:
         return lines
 
     def _cores(self, claims: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        """Return for each claim cores that no other claim or slot has: as many for each as those who share can have."""
-        taken = {(slot.host, core) for slot in self.slots for core in slot.cores}
-        found = []
+        """Return disjoint cores for each claim, shared out evenly among the claims on the same machine."""
+        in_use = {(slot.host, core) for slot in self.slots for core in slot.cores}
+        shares = []
         for claim in claims:
             host, own = claim["host"], set(claim["cores"])
-            sharing = [other for other in claims if other["host"] == host and own & set(other["cores"])]
-            fair = max(len(set().union(*(other["cores"] for other in sharing))) // len(sharing), 1)
-            free = [core for core in claim["cores"] if (host, core) not in taken]
-            found.append(free[:fair])
-            taken |= {(host, core) for core in free[:fair]}
-        return found
+            sharing = [rival for rival in claims if rival["host"] == host and own & set(rival["cores"])]
+            fair = max(len(set().union(*(rival["cores"] for rival in sharing))) // len(sharing), 1)
+            free = [core for core in claim["cores"] if (host, core) not in in_use]
+            shares.append(free[:fair])
+            in_use |= {(host, core) for core in free[:fair]}
+        return shares
 
     def objection(self, answer: Mapping[str, Any]) -> str | None:
-        """Return why a worker that gave this answer may not work, in one line; None where it may."""
+        """Return why a worker with this answer is refused, in one line; None if it is accepted."""
         for name in ("error", "lost"):
             if name in answer:
                 return answer[name]
@@ -158,18 +160,18 @@ class Crew:
         return differing({**mine, "code": {**mine.get("code", {}), **self.library}}, theirs)
 
     def dismiss(self, address: str) -> list[Slot]:
-        """Let a worker go that must not work any more, until it comes back anew; return its slots."""
+        """Drop a worker until it reconnects; return its slots."""
         gone = [slot for slot in self.slots if slot.address == address]
         self.slots = [slot for slot in self.slots if slot.address != address]
         return gone
 
     def side_by_side(self, slot: Slot) -> int:
         """Return how many jobs may run at once on the machine of `slot`."""
-        return sum(other.host == slot.host for other in self.slots)
+        return sum(neighbour.host == slot.host for neighbour in self.slots)
 
 
 def answer_of(future: Any) -> dict[str, Any]:
-    """Return a finished future's answer; where it has none, `lost` and what became of it."""
+    """Return a finished future's answer, or `lost` with the reason."""
     if future.status == "finished":
         try:
             return future.result(timeout=60)
@@ -181,17 +183,17 @@ def answer_of(future: Any) -> dict[str, Any]:
 
 def differing(mine: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]], most: int = 3) -> str:
     """Return what differs between two sides' parts: `torch is 2.13.0 here, 2.12.0 there; code: lib/x.py differs`."""
-    told = []
+    differences = []
     for part in {**mine, **theirs}:
         here, there = mine.get(part, {}), theirs.get(part, {})
         if part == "versions":
             names = [name for name in here if here[name] != there.get(name)]
-            told += [f"{name} is {here[name]} here, {there.get(name, 'unknown')} there" for name in names]
+            differences += [f"{name} is {here[name]} here, {there.get(name, 'unknown')} there" for name in names]
             continue
         names = sorted(name for name in {**here, **there} if here.get(name) != there.get(name))
         if names and part in ("template", "parameters", "model", "dimensions"):
-            told.append(f"the {part} {'differ' if part.endswith('s') else 'differs'}")
+            differences.append(f"the {part} {'differ' if part.endswith('s') else 'differs'}")
         elif names:
-            more = f" and {len(names) - most} more" if len(names) > most else ""
-            told.append(f"{part}: {', '.join(names[:most])}{more} {'differ' if len(names) > 1 else 'differs'}")
-    return "; ".join(told) or "its key is another"
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            differences.append(f"{part}: {', '.join(names[:most])}{rest} {'differ' if len(names) > 1 else 'differs'}")
+    return "; ".join(differences) or "its key is another"

@@ -32,7 +32,7 @@ def digest(value: Any) -> str:
 
 
 class Hashes:
-    """Hashes of files, kept in a file by path, size and time of change, so that nothing unchanged is read again."""
+    """File hashes, stored by path, size and modification time, so that unchanged files are not read again."""
 
     def __init__(self, store: Path | None = None):
         self.store = store
@@ -82,7 +82,7 @@ class Hashes:
         return self.asked[what]
 
     def save(self) -> None:
-        """Keep the hashes for the next time; a folder that cannot be written to is no error here."""
+        """Store the hashes for the next build; an unwritable folder is not an error."""
         if not self.changed or not self.store:
             return
         part = self.store.with_name(f".{self.store.name}.{os.getpid()}.part")
@@ -115,8 +115,8 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     """
     modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
     model = hashes.of_model(job.model)
-    asked = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
-    return asked | {
+    dimensions = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
+    return dimensions | {
         "template": hashes.of_cells(job.template.cells),
         "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
         "model": {
@@ -170,15 +170,15 @@ def _hub_revision(hub_id: str) -> str:
 
 def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:
     """Return what changed between two jobs' parts: `code: lib/files.py changed`; empty if nothing."""
-    told = []
+    changes = []
     for part in {**after, **before}:
         old, new = before.get(part, {}), after.get(part, {})
         changed = [name for name in new if name in old and old[name] != new[name]]
         added, removed = [name for name in new if name not in old], [name for name in old if name not in new]
         for names, verb in ((changed, "changed"), (added, "new"), (removed, "gone")):
             if names:
-                told.append(f"{part}: {_listed(names)} {verb}" if part != "template" else f"template: cells {verb}")
-    return "; ".join(dict.fromkeys(told))
+                changes.append(f"{part}: {_listed(names)} {verb}" if part != "template" else f"template: cells {verb}")
+    return "; ".join(dict.fromkeys(changes))
 
 
 def _listed(names: Iterable[str], most: int = 3) -> str:

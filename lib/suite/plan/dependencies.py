@@ -27,16 +27,16 @@ def reached(template: Template) -> list[Path]:
     waiting = [path for name in imported(source, "") for path in _files(name)]
     waiting += [path for path in own if path.is_file()]
     waiting += _every() if BY_NAME.search(source) else []
-    found: set[Path] = set()
+    files: set[Path] = set()
     while waiting:
         path = waiting.pop()
-        if path in found:
+        if path in files:
             continue
-        found.add(path)
+        files.add(path)
         names, finds_by_name = _module(path, path.stat().st_mtime_ns)
         waiting += [file for name in names for file in _files(name)]
         waiting += _every() if finds_by_name and path.is_relative_to(OPTIMIZATIONS) else []
-    return sorted(found)
+    return sorted(files)
 
 
 def _every() -> list[Path]:

@@ -30,7 +30,7 @@ NOTEBOOKS = ROOT / "notebooks"
 OVERVIEW = "overview"
 SCALES = parameter_files.SCALES
 EFFORTS = ("quick", "standard", "thorough")
-# At real dimensions a call lasts as long as many of a stand-in, and tells as much.
+# At real dimensions one call takes as long as many calls of a proxy model, and is as informative.
 DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
 DEVICES = ("cpu", "cuda")
 # As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
@@ -94,16 +94,16 @@ def models() -> list[str]:
 
 def assignments(pairs: list[str]) -> dict[str, str]:
     """Return `["ratio=0.5"]` as a mapping. Raises UserError for anything that is not NAME=VALUE or is given twice."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():
             raise UserError(f'-p {pair}: expected NAME=VALUE, for example "-p seed=1"')
-        if name in found:
+        if name in values:
             raise UserError(f'-p {pair}: "{name}" is given twice')
-        found[name] = value.strip()
-    return found
+        values[name] = value.strip()
+    return values
 
 
 def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
@@ -132,37 +132,37 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     ]
 
 
-def _dimensions(asked: tuple[str, ...]) -> tuple[str, ...]:
+def _dimensions(requested: tuple[str, ...]) -> tuple[str, ...]:
     """Return the dimensions that were asked for, in their order; empty where all four are meant."""
-    for name in asked:
+    for name in requested:
         if name not in DIMENSIONS:
             raise UserError(f"--dimension {name}: expected one of {', '.join(DIMENSIONS)}.{suggest(name, DIMENSIONS)}")
-    chosen = tuple(name for name in DIMENSIONS if name in asked)
+    chosen = tuple(name for name in DIMENSIONS if name in requested)
     return () if chosen == DIMENSIONS else chosen
 
 
-def _chosen(what: str, asked: tuple[str, ...], known: list[str], where: str) -> list[str]:
+def _chosen(what: str, requested: tuple[str, ...], known: list[str], where: str) -> list[str]:
     if not known:
         raise UserError(f"no {what} found: {where} is empty")
-    for name in asked:
+    for name in requested:
         if name not in known:
             hint = suggest(name, known) or f" Known: {', '.join(known)}."
             raise UserError(f'unknown {what} "{name}".{hint}')
-    return list(dict.fromkeys(asked)) if asked else known
+    return list(dict.fromkeys(requested)) if requested else known
 
 
 def check_device(device: str) -> None:
-    """Raise UserError where there is no such device here. Asks the driver, not torch: the answer must come at once."""
+    """Raise UserError if the device does not exist here. Asks the driver rather than torch, which is slow to import."""
     if device != "cuda":
         return
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        found = pynvml.nvmlDeviceGetCount()
+        count = pynvml.nvmlDeviceGetCount()
     except Exception as error:  # no package, no driver, no permission
         raise UserError(f"--device cuda: no NVIDIA device can be used here ({error})") from None
-    if not found:
+    if not count:
         raise UserError("--device cuda: the driver lists no NVIDIA device")
 
 
@@ -178,7 +178,7 @@ def _check_sections(model: str, sections: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def _check_weights(model: str, request: Request) -> None:
-    """What will be loaded must be there and whole: found out now, not in the tenth cell of a notebook."""
+    """Check now, rather than in the tenth cell of a notebook, that the weights to be loaded exist and are complete."""
     if request.checkpoints and request.scale != "full":
         raise UserError(f'--checkpoints is for "--scale full"; the scale is "{request.scale}"')
     if request.checkpoints and request.random_weights:
@@ -191,14 +191,14 @@ def _check_weights(model: str, request: Request) -> None:
         folder = proxy_folder(model)
         if not folder.is_dir():
             raise UserError(
-                f"parameters/proxies/{model}: there is no stand-in for {model}; "
+                f"parameters/proxies/{model}: there is no proxy model for {model};  "
                 f'train it with "python build.py proxies --model {model}"'
             )
         checkpoint.check_checkpoint(model, folder)
 
 
 def proxy_folder(model: str) -> Path:
-    """Return where the trained stand-in of `model` lies."""
+    """Return the folder of the trained proxy model of `model`."""
     return parameter_files.PARAMETERS / "proxies" / model
 
 
@@ -221,8 +221,8 @@ def resolve(
             raise UserError(f'notebooks/{template.path.name}: the cell "parameters" does not declare "{name}"')
     section = sections.get(template.stem, {})
     where = f'parameters/{model}.yaml: section "{template.stem}"'
-    for source, given in ((where, section), ("-p", request.parameters)):
-        for name, value in _present_names(source, given, declared).items():
+    for source, overrides in ((where, section), ("-p", request.parameters)):
+        for name, value in _present_names(source, overrides, declared).items():
             values[name] = _checked(source, name, value, template)
     if "tasks" in values:
         values["tasks"] = check_tasks(values["tasks"])
@@ -230,7 +230,7 @@ def resolve(
 
 
 def _present_names(source: str, values: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters under their present names; an earlier name is accepted, and a line says what it is now."""
+    """Return parameters under their present names; a former name is accepted, with one log line."""
     present = {}
     for name, value in values.items():
         current = name if name in declared else migration.PARAMETERS.get(name, name)
@@ -242,7 +242,7 @@ def _present_names(source: str, values: Mapping[str, Any], declared: Mapping[str
 
 @cache
 def _say_renamed(what: str, current: str) -> None:
-    """Say once what something is called now."""
+    """Log the present name, once per former name."""
     log.warning('%s is now called "%s"; please use the new name', what, current)
 
 

@@ -1,4 +1,4 @@
-"""Processor cores: which ones this process may use, and which of them each job is given.
+"""CPU cores: which ones this process may use, and which of them each job gets.
 
 Cores that share one physical core (hyper-threads) stay with one job, so that pinned neighbours do not slow each other.
 Knows nothing of jobs beyond their number.
@@ -37,12 +37,12 @@ def _first_sibling(core: int) -> int:
 
 
 def can_pin() -> bool:
-    """Return whether the operating system lets a process be kept to some cores."""
+    """Return whether the operating system supports pinning a process to cores."""
     return hasattr(psutil.Process(), "cpu_affinity")
 
 
 def default_jobs(scale: str, device: str) -> int:
-    """Return how many jobs run beside each other unless asked otherwise; the module's text says why."""
+    """Return the default number of parallel jobs; the module docstring gives the reasons."""
     if device != "cpu" or scale == "full" or not can_pin():
         return 1
     room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(memory_limits.memory_bytes() // SLICE_BYTES)
@@ -50,7 +50,7 @@ def default_jobs(scale: str, device: str) -> int:
 
 
 def share_out(jobs: int) -> list[list[int]]:
-    """Return the cores of each of `jobs` jobs, as many for each. Raises UserError where there are too few."""
+    """Return equally many cores for each of `jobs` jobs. Raises UserError if there are too few."""
     cores = available()
     if not 1 <= jobs <= len(cores):
         raise UserError(f"--jobs {jobs}: expected 1 to {len(cores)}, the number of cores that may be used here")

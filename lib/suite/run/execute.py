@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _listen(commands: queue.Queue) -> None:
-    """Pass on the commands of the build. Standard input ends when the build does, however it does."""
+    """Forward the build's commands. Standard input closes when the build ends, for whatever reason."""
     for line in sys.stdin:
         commands.put(json.loads(line))
     _end_everything()
@@ -65,7 +65,7 @@ def _end_everything() -> None:
 
 
 def _pin(cores: list[int]) -> None:
-    """Keep this process, and so the kernel, to its own cores where the operating system can."""
+    """Pin this process, and with it the kernel, to its own cores if the operating system supports it."""
     process = psutil.Process()
     if cores and hasattr(process, "cpu_affinity"):
         process.cpu_affinity(cores)
@@ -78,7 +78,7 @@ def _execute(request: dict, tell: Any) -> dict:
     from papermill.exceptions import PapermillExecutionError
 
     class Telling(NBClientEngine):
-        """Papermill's own engine; it also says which cell is running."""
+        """Papermill's own engine, which also reports the running cell."""
 
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> Any:
@@ -106,14 +106,14 @@ def _execute(request: dict, tell: Any) -> dict:
     except Exception as failure:  # a dead kernel, a time-out, a full disk: nbclient and papermill each raise their own
         error = {"kind": type(failure).__name__, "text": str(failure), "raised": False}
     _settle(request, error)
-    found: dict[str, Any] = {"error": error, "record": None}
+    outcome: dict[str, Any] = {"error": error, "record": None}
     if not error and request["glued"]:
-        found = _glued(Path(request["output"]))
-    return found
+        outcome = _glued(Path(request["output"]))
+    return outcome
 
 
 def _watch(nb_man: Any, tell: Any) -> None:
-    """Have the notebook's manager tell when a code cell starts and ends."""
+    """Make the notebook manager report when a code cell starts and ends."""
     start, complete = nb_man.cell_start, nb_man.cell_complete
     began: dict[int, float] = {}
 
@@ -132,16 +132,16 @@ def _watch(nb_man: Any, tell: Any) -> None:
 
 
 def _settle(request: dict, error: dict | None) -> None:
-    """Name the notebook's own place in its metadata, not the one it was executed in; where it ended because nothing
-    applies, leave out papermill's cells that call this an error.
+    """Replace temporary paths in the notebook's metadata; for a run that is not applicable, remove the error cells that
+    papermill added.
     """
     path = Path(request["output"])
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if error and error["kind"] == NotApplicable.__name__:
             content["cells"] = [cell for cell in content["cells"] if PAPERMILLS not in cell["metadata"].get("tags", ())]
-        told = content["metadata"]["papermill"]
-        told["input_path"], told["output_path"] = f"notebooks/{Path(request['notebook']).name}", request["name"]
+        metadata = content["metadata"]["papermill"]
+        metadata["input_path"], metadata["output_path"] = f"notebooks/{Path(request['notebook']).name}", request["name"]
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except (OSError, ValueError, KeyError):
         pass  # the notebook stays as papermill wrote it, or there is none
@@ -152,10 +152,10 @@ def _glued(path: Path) -> dict:
     from lib.report.records import record
 
     try:
-        found = record.from_notebook(path)
+        glued = record.from_notebook(path)
     except UserError as error:
         return {"error": {"kind": "record", "text": str(error), "raised": False}, "record": None}
-    return {"error": None, "record": record.to_json(found) if found else None}
+    return {"error": None, "record": record.to_json(glued) if glued else None}
 
 
 def _render(command: dict) -> dict:

@@ -49,13 +49,13 @@ class Task:
 
     @property
     def log(self) -> Path:
-        """What the child and the kernel say beside the notebook."""
+        """Log output of the child and the kernel."""
         return self.folder / "log.txt"
 
 
 @dataclass
 class Outcome:
-    """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last one begun."""
+    """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last started."""
 
     error: dict[str, Any] | None
     record: dict[str, Any] | None
@@ -67,7 +67,7 @@ class Outcome:
 
     @property
     def worth_another_try(self) -> bool:
-        """Whether the notebook was not at fault: the kernel would not start, or the child was lost."""
+        """Whether the notebook was not at fault: the kernel did not start, or the child was lost."""
         if self.error is None or self.error.get("limit"):
             return False
         return self.cell is None or self.error["kind"] == "WorkerLost"
@@ -83,15 +83,15 @@ def limit(kind: str, effort: str) -> float:
 
 def seconds_from(variable: str, default: float) -> float:
     """Return the seconds, at least 1, that an environment variable holds; `default` where it is not set or empty."""
-    given = os.environ.get(variable)
-    if not given:
+    value = os.environ.get(variable)
+    if not value:
         return default
     try:
-        seconds = float(given)
+        seconds = float(value)
     except ValueError:
         seconds = 0.0
     if not seconds >= 1:
-        raise UserError(f"{variable}={given}: expected a number of seconds of at least 1")
+        raise UserError(f"{variable}={value}: expected a number of seconds of at least 1")
     return seconds
 
 
@@ -123,7 +123,7 @@ def surroundings(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Worker:
-    """A child process and what is known of it."""
+    """A child process and its state."""
 
     task: Task
     process: subprocess.Popen
@@ -141,7 +141,7 @@ class Worker:
 
     @property
     def seconds(self) -> float:
-        """How long it has been running."""
+        """Seconds since the child was started."""
         return time.monotonic() - self.began
 
 
@@ -189,7 +189,7 @@ def _listen(stream: Any, events: queue.Queue) -> None:
 
 
 def send(worker: Worker, message: Mapping[str, Any]) -> bool:
-    """Send a line to the child; return whether it could be."""
+    """Send a line to the child; return whether that succeeded."""
     try:
         worker.process.stdin.write(json.dumps(message).encode() + b"\n")
         worker.process.stdin.flush()
@@ -199,7 +199,7 @@ def send(worker: Worker, message: Mapping[str, Any]) -> bool:
 
 
 def poll(worker: Worker) -> Outcome | None:
-    """Follow the child; return how the execution ended once it has."""
+    """Process the child's events; return the outcome once it has ended, else None."""
     if worker.ended is None:
         worker.tree.sample()
     while not worker.events.empty():
@@ -255,7 +255,7 @@ def _outcome(worker: Worker) -> Outcome:
 
 
 def finish(worker: Worker) -> None:
-    """Let the child go, and end whatever it leaves behind. Its standard input closes, which ends a child that waits."""
+    """Close the child's standard input, which ends a waiting child, and kill whatever it left behind."""
     with contextlib.suppress(OSError):
         worker.process.stdin.close()
     worker.tree.end()

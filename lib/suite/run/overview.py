@@ -35,9 +35,9 @@ def _key(folder: Folder, path: Path) -> str:
     template = templates.read(path)
     reached = {str(module): hashes.of(module) for module in dependencies.reached(template)}
     # The folders of the other scales lie beside this one: the overview sets their records beside its own.
-    found = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
-    found |= set(folder.path.glob("*--*.json"))
-    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in sorted(found)}
+    paths = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
+    paths |= set(folder.path.glob("*--*.json"))
+    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in sorted(paths)}
     return cache_key.digest([template.cells, reached, records])
 
 

@@ -1,4 +1,4 @@
-"""What a build shows while it works: a live table in a terminal, plain lines elsewhere. Knows nothing of processes."""
+"""Progress of a build: a live table in a terminal, plain lines elsewhere. Knows nothing of processes."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ SHOWN_ENDED = 8
 
 @dataclass
 class Progress:
-    """The jobs of a build: how many wait, which run since when, which have ended how. `expected` is seconds by stem."""
+    """The waiting, running and ended jobs of a build. `expected` holds seconds by stem."""
 
     waiting: list[str]
     side_by_side: int
@@ -42,13 +42,13 @@ class Progress:
         return len(self.waiting) + len(self.running) + len(self.ended)
 
     def start(self, stem: str, doing: Callable[[], str]) -> None:
-        """A job has started; `doing` tells what it is at."""
+        """Register a started job; `doing` returns its current step."""
         if stem in self.waiting:
             self.waiting.remove(stem)
         self.running[stem] = (time.monotonic(), doing)
 
     def end(self, stem: str, status: str, seconds: float, reason: str | None) -> None:
-        """A job has ended."""
+        """Register an ended job."""
         self.running.pop(stem, None)
         self.ended.append((stem, status, seconds))
         left = self.left()
@@ -57,11 +57,11 @@ class Progress:
         self.line(f"{text}: {reason}" if reason else text, STYLES.get(status, ""))
 
     def line(self, text: str, style: str = "") -> None:
-        """Say a line, above the table where there is one."""
+        """Print a line, above the table if there is one."""
         self.console.print(Text(text, style=style if self.console.is_terminal else ""))
 
     def left(self) -> float | None:
-        """Return the seconds that are left, from earlier runs of the same jobs or from those of this build."""
+        """Return the estimated remaining seconds, from earlier runs of the same jobs or from this build."""
         took = [seconds for _, _, seconds in self.ended]
         usual = sum(took) / len(took) if took else None
         now, total = time.monotonic(), 0.0
@@ -73,7 +73,7 @@ class Progress:
         return total / self.side_by_side
 
     def picture(self) -> Group:
-        """Return the table of what runs, with a line of what waits, is done and failed."""
+        """Return the table of running jobs, with a summary line."""
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         for stem, status, seconds in self.ended[-SHOWN_ENDED:]:
             table.add_row(Text(status, style=STYLES.get(status, "")), stem, duration(seconds), "")

@@ -1,4 +1,4 @@
-"""Processor and memory use of a process tree, sampled while it runs. Knows nothing of notebooks."""
+"""CPU and memory use of a process tree, sampled while it runs. Knows nothing of notebooks."""
 
 import contextlib
 import time
@@ -20,7 +20,7 @@ class Samples:
     interval_seconds: float = INTERVAL_SECONDS
 
     def add(self, seconds: float, cpu_percent: float, memory_bytes: int) -> None:
-        """Add one sample; of two that are merged, the mean of the processor and the larger memory are kept."""
+        """Add one sample; two merged samples keep the mean CPU use and the larger memory."""
         self.seconds.append(round(seconds, 2))
         self.cpu_percent.append(round(cpu_percent, 1))
         self.memory_bytes.append(memory_bytes)
@@ -36,7 +36,7 @@ class Samples:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Return whether a process still runs; one that has ended and waits for its parent to notice does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -44,7 +44,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 class Tree:
-    """The descendants of a process: their use, and their end. Remembers whom it has seen, so that orphans end too."""
+    """The descendants of a process: samples their use and ends them. Remembers all of them, so that orphans end too."""
 
     def __init__(self, pid: int):
         self.root = psutil.Process(pid)
@@ -54,7 +54,7 @@ class Tree:
         self.samples = Samples()
 
     def sample(self) -> None:
-        """Take a sample if it is time for one. The root itself (papermill) is not counted."""
+        """Take a sample if one is due. The root itself (papermill) is not counted."""
         now = time.monotonic()
         if now - self.last < self.samples.interval_seconds:
             return
@@ -75,18 +75,18 @@ class Tree:
 
     def _descendants(self) -> list[psutil.Process]:
         try:
-            found = self.root.children(recursive=True)
+            processes = self.root.children(recursive=True)
         except psutil.NoSuchProcess:
-            found = []
-        for process in found:
+            processes = []
+        for process in processes:
             try:
                 self.seen[(process.pid, process.create_time())] = process
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return processes
 
     def end_descendants(self) -> None:
-        """Kill every process that the root started, directly or not, also those that it has left behind."""
+        """Kill all descendants of the root, including orphans."""
         for _ in range(3):
             self._descendants()
             alive = [process for process in self.seen.values() if is_alive(process)]
@@ -100,7 +100,7 @@ class Tree:
             psutil.wait_procs(alive, timeout=0.5)
 
     def end(self) -> None:
-        """Kill the root, so that it starts nothing more, and then everything it started."""
+        """Kill the root first, so that it starts nothing more, then its descendants."""
         self._descendants()
         with contextlib.suppress(psutil.NoSuchProcess):
             self.root.kill()

@@ -61,7 +61,7 @@ class Build:
 def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
     """Run every entry; return how each ended, in the order in which they did.
 
-    Whatever ends this function early (a signal, a full disk), no process of a job outlives it. Raises OSError where
+    No process of a job outlives this function, whatever ends it early (a signal, a full disk). Raises OSError where
     results cannot be written.
     """
     waiting, results = deque(by_size(entries)), []
@@ -70,8 +70,8 @@ def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
         while waiting or any(slot.entry for slot in slots):
             for at, slot in enumerate(slots):
                 if slot.entry is None and waiting:
-                    taken = waiting.pop() if at % 2 and sized(waiting[0]) else waiting.popleft()
-                    slot.entry, slot.tries, slot.result = taken, 0, None
+                    entry = waiting.pop() if at % 2 and sized(waiting[0]) else waiting.popleft()
+                    slot.entry, slot.tries, slot.result = entry, 0, None
                     _begin(build, slot)
                 elif slot.entry is not None and _step(build, slot):
                     results.append(slot.result)
@@ -126,7 +126,7 @@ def _doing(slot: Slot) -> str:
 
 
 def _step(build: Build, slot: Slot) -> bool:
-    """Follow one slot; return whether its job has ended altogether."""
+    """Advance one slot; return whether its job has ended."""
     if slot.result is None:
         outcome = worker.poll(slot.worker)
         if outcome is None:

@@ -1,4 +1,4 @@
-"""From how an execution ended to what stands in the result folder: the record decides, and this module writes it.
+"""Turns the outcome of an execution into the files of the result folder: the record decides, and this module writes it.
 
 When a kernel is killed or a cell runs out of time, papermill stamps every cell `completed`; so nothing is read from the
 stamps. Knows neither processes nor their order.
@@ -36,20 +36,20 @@ class Result:
 
 def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: Outcome) -> Result:
     """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
-    found, status = None, "failed"
+    record, status = None, "failed"
     if outcome.error and outcome.error["kind"] == NotApplicable.__name__ and outcome.error["raised"]:
         status, reason = "not_applicable", " ".join(outcome.error["text"].split())
     elif outcome.error:
         reason = fault(job.template, outcome)
     else:
-        found, reason = _accept(job, outcome.record)
-    if found is None:
-        found = records.build(
+        record, reason = _accept(job, outcome.record)
+    if record is None:
+        record = records.build(
             job.optimization, job.model, job.scale, job.effort, job.parameters, status=status, reason=reason
         )
-        found.dimensions = list(job.dimensions) or None
-    log = _log(job.template, task, outcome, found.status == "failed")
-    found = found.model_copy(
+        record.dimensions = list(job.dimensions) or None
+    log = _log(job.template, task, outcome, record.status == "failed")
+    record = record.model_copy(
         update={
             "key": key,
             "started": _started(outcome.seconds),
@@ -59,29 +59,29 @@ def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outco
             "log": log,
         }
     )
-    _place(folder, job.stem, task, failed=found.status == "failed")
+    _place(folder, job.stem, task, failed=record.status == "failed")
     result_folder.keep_parts(folder, job.stem, parts)
-    records.write(found, folder.of(job.stem, ".json"))
+    records.write(record, folder.of(job.stem, ".json"))
     lies = folder.failed(job.stem)
-    notebook = os.path.relpath(lies) if found.status == "failed" and lies.is_file() else None
-    return Result(job.stem, found.status, found.reason, notebook, outcome.seconds)
+    notebook = os.path.relpath(lies) if record.status == "failed" and lies.is_file() else None
+    return Result(job.stem, record.status, record.reason, notebook, outcome.seconds)
 
 
 def _accept(job: Job, content: Any) -> tuple[records.Record | None, str | None]:
     """Return the record that the notebook glued, or None and why it is not one of this job."""
     if content is None:
         return None, 'the notebook glued no record; the cell tagged "record" has to call lib.report.records.record.glue'
-    found = records.from_json(content, f"{job.stem}.ipynb")
+    record = records.from_json(content, f"{job.stem}.ipynb")
     for name in ("optimization", "model", "scale", "effort"):
-        told, wanted = getattr(found, name), getattr(job, name)
-        if told != wanted:
-            return None, f'the glued record says {name} "{told}", but this run is "{wanted}"'
-    if found.dimensions != (list(job.dimensions) or None):
+        glued, expected = getattr(record, name), getattr(job, name)
+        if glued != expected:
+            return None, f'the glued record says {name} "{glued}", but this run is "{expected}"'
+    if record.dimensions != (list(job.dimensions) or None):
         return (
             None,
-            f"the glued record is of {found.dimensions or 'all dimensions'}; lib.report.records.record.build makes it",
+            f"the glued record is of {record.dimensions or 'all dimensions'}; lib.report.records.record.build makes it",
         )
-    return found, None
+    return record, None
 
 
 def _started(seconds: float) -> str:
@@ -119,7 +119,7 @@ def _place(folder: Folder, stem: str, task: Task, failed: bool) -> None:
 
 
 def fault(template: Template, outcome: Outcome) -> str:
-    """Return in one line which cell failed, and of what."""
+    """Return in one line which cell failed and why."""
     kind, text = outcome.error["kind"], " ".join(outcome.error["text"].split())
     if kind == "CellTimeoutError":
         what = "it ran past its limit of time"
@@ -166,6 +166,6 @@ def _log(template: Template, task: Task, outcome: Outcome, failed: bool) -> str:
     for index, seconds in sorted(outcome.cell_seconds.items()):
         lines.append(f"{seconds:8.2f} s  {_cell(template, index)}")
     if failed and task.log.is_file():
-        said = task.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines += ["", *said[-LOG_LINES:]]
+        kernel_log = task.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines += ["", *kernel_log[-LOG_LINES:]]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Earlier builds: what a build leaves in the history at its end, and what the name of an earlier one stands for."""
+"""Earlier builds: appends a finished build to the history, and resolves the name of an earlier build."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lib.suite.store.result_folder import Folder
 
 
 def keep(folder: Folder, command: str) -> list[str]:
-    """Keep the records of the folder in the history beside it; return what went wrong. Quick where nothing is new."""
+    """Append the folder's records to the history beside it; return the faults. Fast if nothing is new."""
     files = sorted(folder.path.glob("*--*.json"))
     store = store_of(folder.path)
     mark = cache_key.digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
@@ -32,7 +32,7 @@ def keep(folder: Folder, command: str) -> list[str]:
 
 
 def store_of(folder: Path) -> Path:
-    """Return where the history of a result folder lies: beside the folders of all scales."""
+    """Return the path of a result folder's history: beside the folders of all scales."""
     return folder.parent / "history.sqlite"
 
 
@@ -47,16 +47,16 @@ def _commit() -> str:
     """Return the commit of this repository, or nothing where there is none."""
     git = ["git", "-C", str(plan.ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
-        told = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        ended = subprocess.run(git, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.strip() if told.returncode == 0 else ""
+    return ended.stdout.strip() if ended.returncode == 0 else ""
 
 
 def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
-    """Return a title and the records that `name` stands for: a result folder, a result file, or an earlier build.
+    """Return a title and the records that `name` refers to: a result folder, a result file, or an earlier build.
 
-    `folder` is the result folder whose history is meant. Raises UserError where it stands for nothing.
+    `folder` is the result folder whose history is meant. Raises UserError if it refers to nothing.
     """
     from lib.report.records import history
     from lib.report.records.record import from_json, read_folder
@@ -64,16 +64,16 @@ def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         inside = path if list(path.glob("*--*.json")) else path / folder.name
-        found, damaged = read_folder(inside)
-        if not found:
+        records, damaged = read_folder(inside)
+        if not records:
             raise UserError(f"{name}: holds no record" + (f" ({next(iter(damaged.values()))})" if damaged else ""))
-        return name, found
+        return name, records
     if path.is_file():
         content = _read(path)
         listed = content.get("records") if isinstance(content, dict) else None
         if not isinstance(listed, list):
             raise UserError(f"{name}: expected a file with records, such as complete_benchmark_suite_results.json")
-        return name, [from_json(one, path.name) for one in listed]
+        return name, [from_json(record, path.name) for record in listed]
     store = store_of(folder)
     if not store.is_file():
         raise UserError(f"{name}: no such folder or file, and there is no {store.name} with earlier builds yet")

@@ -12,17 +12,17 @@ log = logging.getLogger(__name__)
 
 
 def render(folder: Path, stem: str, neighbours: Iterable[tuple[str, str]]) -> str | None:
-    """Write the pages of one run (or of the overview); return None, or in one line why it could not be done."""
+    """Write the pages of one run (or of the overview); return None, or one line that says why this failed."""
     from lib.report.pages import html
     from lib.report.records import record
 
     where = Folder(Path(folder))
     try:
-        found = None if stem == plan.OVERVIEW else record.read(where.of(stem, ".json"))
+        run_record = None if stem == plan.OVERVIEW else record.read(where.of(stem, ".json"))
         notebook = where.of(stem, ".ipynb")
-        if found and found.status == "failed":
+        if run_record and run_record.status == "failed":
             notebook = where.failed(stem)
-        html.render(notebook, found, [tuple(pair) for pair in neighbours], where.path)
+        html.render(notebook, run_record, [tuple(pair) for pair in neighbours], where.path)
     except UserError as error:
         return str(error)
     except Exception as error:  # a report that cannot be drawn must not take the result with it
@@ -35,7 +35,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
-def render_all(folder: Folder, told: Callable[[str], None]) -> list[str]:
+def render_all(folder: Folder, say: Callable[[str], None]) -> list[str]:
     """Render every record of the folder again, then the overview; return what went wrong, a line each."""
     pairs = present(folder)
     faults = []
@@ -43,6 +43,6 @@ def render_all(folder: Folder, told: Callable[[str], None]) -> list[str]:
     stems += [plan.OVERVIEW] if folder.of(plan.OVERVIEW, ".ipynb").is_file() else []
     for stem in stems:
         fault = render(folder.path, stem, pairs)
-        told(f"{stem}: {fault}" if fault else f"{stem}: rendered")
+        say(f"{stem}: {fault}" if fault else f"{stem}: rendered")
         faults += [fault] if fault else []
     return faults

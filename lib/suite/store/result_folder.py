@@ -1,4 +1,4 @@
-"""The result folder: where each file of a run lies, what state a run is in, and how files get there whole.
+"""The result folder: the paths of a run's files, the state of a run, and how files are placed atomically.
 
 A run is finished when its record (the JSON) carries the job's key, and the notebook is there. Everything is written in
 `.running/` and renamed; the record comes last. Reads records as plain JSON, because a listing must be quick; what a
@@ -48,7 +48,7 @@ class Folder:
 
     @property
     def running(self) -> Path:
-        """Where runs write until they are finished; whatever lies here when a build starts is rubbish."""
+        """Where runs write until they are finished; anything here when a build starts is a leftover."""
         return self.path / ".running"
 
     @property
@@ -59,7 +59,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged."""
+    """The state of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged."""
 
     kind: str
     why: str = ""
@@ -73,7 +73,7 @@ class State:
 
 
 def open_folder(path: Path) -> Folder:
-    """Return the result folder, made where it is not there. Raises UserError where nothing can be written to it."""
+    """Return the result folder, created if necessary. Raises UserError if it is not writable."""
     folder = Folder(path)
     probe = path / f".probe.{os.getpid()}"
     try:
@@ -131,7 +131,7 @@ def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]
 
 
 def keep_parts(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> None:
-    """Keep what a run's key was made of, for explaining later what changed."""
+    """Store the parts of a run's key, to explain later what changed."""
     write_atomically(folder.parts(stem), json.dumps(parts, indent=1) + "\n")
 
 
@@ -144,7 +144,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
-    """Put what a run left in another result folder into this one, each file whole, the record before its pages.
+    """Copy a run's files from another result folder into this one, atomically, the record before its pages.
 
     `files`: content by the path in that folder; what is not the run's own is left out. Raises OSError.
     """
@@ -175,7 +175,7 @@ def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
 
 
 def discard_pages(folder: Folder, stem: str) -> None:
-    """Take away the notebook and pages of a run that failed: they tell of something else than its record."""
+    """Remove the notebook and pages of a failed run: they belong to an earlier record."""
     for ending in (".ipynb", ".html", ".md"):
         folder.of(stem, ending).unlink(missing_ok=True)
     shutil.rmtree(folder.path / f"{stem}_files", ignore_errors=True)

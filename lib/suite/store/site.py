@@ -1,6 +1,6 @@
-"""What is made from all records of a folder together: the suites' files, the index, the archive to send, the history.
+"""Files made from all records of a folder together: the suites' files, the index, the archive to send, the history.
 
-Each is made again only where a record, what is expected, or the code that makes it has changed. Knows nothing of runs.
+Each is rewritten only if a record, the expected runs, or the code that makes it has changed. Knows nothing of runs.
 """
 
 import json
@@ -25,7 +25,7 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
     Returns what went wrong, a line each.
     """
     current = made_from(folder)
-    faults = [_make(folder, one, current, _suite) for one in KINDS if one == kind or _present(folder, one)]
+    faults = [_make(folder, suite, current, _suite) for suite in KINDS if suite == kind or _present(folder, suite)]
     faults += [_make(folder, "index.html", current + _others(folder), _index)]
     if not any(faults):
         faults += [_make(folder, "report.zip", current + _others(folder), _archive)]
@@ -33,13 +33,13 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
 
 
 def made_from(folder: Folder) -> str:
-    """Return a mark of everything the files are made from: records, what is expected, the code of the reports."""
+    """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports."""
     files = [*folder.path.glob("*--*.json"), *REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css")]
     return cache_key.digest([_marks(files), plan.optimizations(), plan.models()])
 
 
 def _others(folder: Folder) -> str:
-    """Return a mark of what lies beside the records and is linked or sent: pages and the suites' files."""
+    """Return a fingerprint of what is linked or archived beside the records: pages and the suites' files."""
     files = [*folder.path.glob("*.html"), *folder.path.glob("*.md"), *REPORT.rglob("*.js")]
     return cache_key.digest(_marks(path for path in files if path.name != "index.html"))
 
@@ -59,7 +59,7 @@ def _names(kind: str) -> tuple[str, ...]:
 
 
 def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], None]) -> str | None:
-    """Have `what` made unless it is there and was made from the same; return None, or in one line what went wrong."""
+    """Make `what` unless it exists and its fingerprint is unchanged; return None, or one line that says what failed."""
     stamp = folder.path / ".cache" / "made" / f"{what}.json"
     try:
         known = json.loads(stamp.read_text(encoding="utf-8"))
@@ -69,8 +69,8 @@ def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], No
         return None
     try:
         make(folder, what)
-        for one in KINDS if what == "complete" else (what,):
-            write_atomically(stamp.with_name(f"{one}.json"), json.dumps(mark) + "\n")
+        for suite in KINDS if what == "complete" else (what,):
+            write_atomically(stamp.with_name(f"{suite}.json"), json.dumps(mark) + "\n")
     except OSError:
         raise  # a full disk ends the build
     except UserError as error:
