@@ -1,5 +1,6 @@
-"""What may import what: models ← measure ← optimizations ← notebooks, and the floors inside each; report and suite never
-reach torch.
+"""What may import what: models ← measure ← optimizations ← notebooks, and the floors inside each of them.
+
+Report and suite never import torch.
 """
 
 import ast

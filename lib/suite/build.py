@@ -23,19 +23,19 @@ from lib.suite.store import build_history, result_folder, site
 from lib.suite.store.result_folder import Folder, State
 
 
-class Stopped(BaseException):
+class BuildStopped(BaseException):
     """The build was asked to end: Ctrl-C, SIGTERM or a closed terminal."""
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the first terminating signal into `Stopped`; ignore further ones during clean-up."""
+    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def stop(*_: Any) -> None:
         for name in names:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-        raise Stopped
+        raise BuildStopped
 
     before = {name: signal.signal(getattr(signal, name), stop) for name in names}
     try:
@@ -80,7 +80,7 @@ def build(
     try:
         with _locked(folder), stoppable():
             return _build(folder, planned, shares, force, suite, cluster)
-    except Stopped:
+    except BuildStopped:
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
         return 1
     except Gone as gone:
@@ -142,11 +142,11 @@ def _run(
     neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
     with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
-        shared = schedule.Build(folder, shares, temporary, neighbours, progress)
+        shared = schedule.BuildContext(folder, shares, temporary, neighbours, progress)
         if address:
-            from lib.suite.cluster import dask as cluster
+            from lib.suite.cluster import dask
 
-            return cluster.run(shared, entries, address)
+            return dask.run(shared, entries, address)
         return schedule.run(shared, entries)
 
 

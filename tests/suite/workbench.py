@@ -1,6 +1,6 @@
 """A temporary copy of the project with tiny templates that need no torch: what the tests of the suite build.
 
-The copy has its own `lib`, parameter files and stand-ins (whole safetensors files without a tensor), so that a test may
+The copy has its own `lib`, parameter files and proxy models (safetensors files without a tensor), so that a test may
 change anything in it.
 """
 
@@ -70,7 +70,7 @@ def checkpoint(folder: Path, architecture: str = "qwen3") -> Path:
 
 
 def model_file(root: Path, name: str, optimizations: str = "{}") -> Path:
-    """Write a parameter file and its stand-in."""
+    """Write a parameter file and its proxy model."""
     path = root / "parameters" / f"{name}.yaml"
     path.write_text(
         f"name: {name}\ncheckpoint: somebody/{name}\narchitecture: qwen3\nfull: {{num_hidden_layers: 4}}\n"

@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 
 from lib.errors import Gone, UserError
 from lib.suite.cluster import remote, worker_stub
-from lib.suite.cluster.workers import DEVICE, Crew, Slot, answer_of
+from lib.suite.cluster.workers import DEVICE, Crew, WorkerSlot, answer_of
 from lib.suite.plan.cache_key import Hashes
 from lib.suite.run import settle
-from lib.suite.run.kernel_process import Outcome, Task, seconds_from
+from lib.suite.run.kernel_process import ExecutionOutcome, Task, seconds_from
 from lib.suite.run.sampling import Samples
-from lib.suite.run.schedule import Build, Entry
+from lib.suite.run.schedule import BuildContext, Entry
 from lib.suite.run.settle import Result
 from lib.suite.store import render, result_folder
 
@@ -72,7 +72,7 @@ def _connected(address: str) -> Iterator[Any]:
             client.close(timeout=2)
 
 
-def run(build: Build, entries: Sequence[Entry], address: str) -> list[Result]:
+def run(build: BuildContext, entries: Sequence[Entry], address: str) -> list[Result]:
     """Run every entry on the cluster; return how each ended, in the order in which they did.
 
     Raises UserError if no scheduler answers or no worker can be used; Gone if the scheduler or the last worker is lost
@@ -95,7 +95,7 @@ def run(build: Build, entries: Sequence[Entry], address: str) -> list[Result]:
 class Loop:
     """The state of the loop: waiting, running and ended jobs, and how many workers each job has lost."""
 
-    def __init__(self, build: Build, address: str, client: Any, crew: Crew, entries: Sequence[Entry]):
+    def __init__(self, build: BuildContext, address: str, client: Any, crew: Crew, entries: Sequence[Entry]):
         self.build, self.address, self.client, self.crew = build, address, client, crew
         self.waiting = deque(entries)
         self.lost: dict[str, list[str]] = {}
@@ -174,7 +174,7 @@ class Loop:
         for line in lines:
             self.build.progress.line(f"not used: {line}")
 
-    def _begin(self, slot: Slot) -> None:
+    def _begin(self, slot: WorkerSlot) -> None:
         entry = slot.entry = self.waiting.popleft()
         slot.doing = "starting"
         request = {
@@ -189,7 +189,7 @@ class Loop:
         where = slot.address.split("//")[-1]
         self.build.progress.start(entry.job.stem, lambda: f"{slot.doing} on {where}")
 
-    def _take(self, slot: Slot, entry: Entry, answer: Mapping[str, Any]) -> None:
+    def _take(self, slot: WorkerSlot, entry: Entry, answer: Mapping[str, Any]) -> None:
         """Store a returned result; handle a lost worker or a refused one."""
         stem = entry.job.stem
         if "lost" in answer:
@@ -207,7 +207,7 @@ class Loop:
             notebook = os.path.relpath(lies) if answer["status"] == "failed" and lies.is_file() else None
             self._end(Result(stem, answer["status"], answer["reason"], notebook, answer["seconds"]))
 
-    def _lose(self, slot: Slot, entry: Entry, why: str) -> None:
+    def _lose(self, slot: WorkerSlot, entry: Entry, why: str) -> None:
         """Queue the job again, or give it up after two lost workers."""
         stem = entry.job.stem
         lost = self.lost.setdefault(stem, [])
@@ -218,7 +218,7 @@ class Loop:
             return
         text = f"given up: it lost {len(lost)} workers ({'; '.join(lost)})"
         error = {"kind": settle.LOST_WORKERS, "text": text}
-        outcome = Outcome(error, None, None, {}, 0.0, Samples(), False)
+        outcome = ExecutionOutcome(error, None, None, {}, 0.0, Samples(), False)
         folder = self.build.folder.running / stem
         task = Task(stem, Path(), {}, folder, folder, (), 0, entry.job.effort)
         result = settle.settle(self.build.folder, entry.job, entry.parts, entry.key, task, outcome)

@@ -158,7 +158,7 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
     base = Path(request["folder"])
     folder = Folder(base / "results")
     folder.path.mkdir()
-    build = schedule.Build(
+    build = schedule.BuildContext(
         folder=folder,
         shares=[request["cores"]],
         temporary=base / "temporary",

@@ -40,7 +40,7 @@ class Carried:
 
 
 @dataclass
-class Slot:
+class WorkerSlot:
     """One `device` token of a worker, the cores that belong to it, and whatever the loop has running there."""
 
     address: str
@@ -61,12 +61,12 @@ class Crew:
     parts_of: Callable[[str], Mapping[str, Mapping[str, str]]]
     variables: Mapping[str, str]
     library: Mapping[str, str]
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[WorkerSlot] = field(default_factory=list)
     pending: dict[tuple[str, str], Any] = field(default_factory=dict)
     tokens: dict[tuple[str, str], int] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def look(self, workers: Mapping[str, Mapping[str, Any]]) -> list[Slot]:
+    def look(self, workers: Mapping[str, Mapping[str, Any]]) -> list[WorkerSlot]:
         """Check new workers and drop those that are gone; return the dropped slots."""
         present = {}
         for address, about in workers.items():
@@ -128,7 +128,7 @@ class Crew:
         claims = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
         for (mark, answer), mine in zip(claims, self._cores([answer for _, answer in claims]), strict=True):
             if mine:
-                self.slots.append(Slot(*mark, answer["host"], tuple(mine)))
+                self.slots.append(WorkerSlot(*mark, answer["host"], tuple(mine)))
             else:
                 self.refused[mark] = f"every core of {answer['machine']} that it may use belongs to another worker"
         lines = [f"{address}: {why}" for (address, _), why in self.refused.items()]
@@ -159,13 +159,13 @@ class Crew:
         mine = self.parts_of(answer["stem"]) if "stem" in answer else {}
         return differing({**mine, "code": {**mine.get("code", {}), **self.library}}, theirs)
 
-    def dismiss(self, address: str) -> list[Slot]:
+    def dismiss(self, address: str) -> list[WorkerSlot]:
         """Drop a worker until it reconnects; return its slots."""
         gone = [slot for slot in self.slots if slot.address == address]
         self.slots = [slot for slot in self.slots if slot.address != address]
         return gone
 
-    def side_by_side(self, slot: Slot) -> int:
+    def side_by_side(self, slot: WorkerSlot) -> int:
         """Return how many jobs may run at once on the machine of `slot`."""
         return sum(neighbour.host == slot.host for neighbour in self.slots)
 

@@ -1,6 +1,6 @@
 """The build's side of one run: starts the child process, follows what it tells, samples it, ends it past its limits.
 
-Knows what happened to a notebook (`Outcome`), not what that means for its record (`lib.suite.run.settle`).
+Knows what happened to a notebook (`ExecutionOutcome`), not what that means for its record (`lib.suite.run.settle`).
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Task:
 
 
 @dataclass
-class Outcome:
+class ExecutionOutcome:
     """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last started."""
 
     error: dict[str, Any] | None
@@ -198,7 +198,7 @@ def send(worker: Worker, message: Mapping[str, Any]) -> bool:
     return True
 
 
-def poll(worker: Worker) -> Outcome | None:
+def poll(worker: Worker) -> ExecutionOutcome | None:
     """Process the child's events; return the outcome once it has ended, else None."""
     if worker.ended is None:
         worker.tree.sample()
@@ -244,12 +244,12 @@ def _enforce(worker: Worker) -> None:
         worker.tree.end()
 
 
-def _outcome(worker: Worker) -> Outcome:
+def _outcome(worker: Worker) -> ExecutionOutcome:
     error = worker.ended.get("error")
     if worker.over:
         error = {"kind": "TimeLimit", "text": worker.over, "raised": False, "limit": True}
     alive = worker.process.poll() is None
-    return Outcome(
+    return ExecutionOutcome(
         error, worker.ended.get("record"), worker.cell, worker.cell_seconds, worker.seconds, worker.tree.samples, alive
     )
 

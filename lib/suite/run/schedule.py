@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lib.models import parameters
 from lib.suite.plan.plan import Job
-from lib.suite.run import kernel_process as worker
+from lib.suite.run import kernel_process
 from lib.suite.run import settle
-from lib.suite.run.kernel_process import Outcome, Task, Worker
+from lib.suite.run.kernel_process import ExecutionOutcome, Task, Worker
 from lib.suite.run.progress import Progress
 from lib.suite.run.settle import Result
 from lib.suite.store import render
@@ -34,20 +34,20 @@ class Entry:
 
 
 @dataclass
-class Slot:
+class CoreSlot:
     """A share of the cores, and what runs on it."""
 
     cores: tuple[int, ...]
     temporary: Path
     entry: Entry | None = None
-    worker: Worker | None = None
+    kernel_process: Worker | None = None
     tries: int = 0
     result: Result | None = None
     rendering_since: float = 0.0
 
 
 @dataclass(frozen=True)
-class Build:
+class BuildContext:
     """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's."""
 
     folder: Folder
@@ -58,14 +58,14 @@ class Build:
     side_by_side: int | None = None
 
 
-def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
+def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
     """Run every entry; return how each ended, in the order in which they did.
 
     No process of a job outlives this function, whatever ends it early (a signal, a full disk). Raises OSError where
     results cannot be written.
     """
     waiting, results = deque(by_size(entries)), []
-    slots = [Slot(tuple(cores), build.temporary / str(at)) for at, cores in enumerate(build.shares)]
+    slots = [CoreSlot(tuple(cores), build.temporary / str(at)) for at, cores in enumerate(build.shares)]
     try:
         while waiting or any(slot.entry for slot in slots):
             for at, slot in enumerate(slots):
@@ -80,7 +80,7 @@ def run(build: Build, entries: Sequence[Entry]) -> list[Result]:
     finally:
         for slot in slots:
             if slot.worker is not None:
-                worker.finish(slot.worker)
+                kernel_process.finish(slot.worker)
     return results
 
 
@@ -99,7 +99,7 @@ def by_size(entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (-sizes[entry.job.model], entry.job.model))
 
 
-def _begin(build: Build, slot: Slot) -> None:
+def _begin(build: BuildContext, slot: CoreSlot) -> None:
     job = slot.entry.job
     task = Task(
         name=f"{job.stem}.ipynb",
@@ -113,11 +113,11 @@ def _begin(build: Build, slot: Slot) -> None:
         dimensions=job.dimensions,
     )
     slot.tries += 1
-    slot.worker = worker.start(task)
+    slot.worker = kernel_process.start(task)
     build.progress.start(job.stem, lambda: _doing(slot))
 
 
-def _doing(slot: Slot) -> str:
+def _doing(slot: CoreSlot) -> str:
     if slot.result:
         return "rendering"
     if slot.worker is None or slot.worker.cell is None:
@@ -125,19 +125,19 @@ def _doing(slot: Slot) -> str:
     return f"cell {slot.worker.cell + 1} of {len(slot.entry.job.template.cells) + 1}"
 
 
-def _step(build: Build, slot: Slot) -> bool:
+def _step(build: BuildContext, slot: CoreSlot) -> bool:
     """Advance one slot; return whether its job has ended."""
     if slot.result is None:
-        outcome = worker.poll(slot.worker)
+        outcome = kernel_process.poll(slot.worker)
         if outcome is None:
             return False
         if outcome.worth_another_try and slot.tries == 1:
             build.progress.line(f"{slot.entry.job.stem}: {outcome.error['kind']}, trying once more")
-            worker.finish(slot.worker)
+            kernel_process.finish(slot.worker)
             _begin(build, slot)
             return False
         return _settle(build, slot, outcome)
-    worker.poll(slot.worker)
+    kernel_process.poll(slot.worker)
     over = time.monotonic() - slot.rendering_since > RENDER_SECONDS
     if slot.worker.rendered is None and not over and not slot.worker.closed:
         return False
@@ -145,20 +145,20 @@ def _step(build: Build, slot: Slot) -> bool:
     return _close(build, slot, fault)
 
 
-def _settle(build: Build, slot: Slot, outcome: Outcome) -> bool:
+def _settle(build: BuildContext, slot: CoreSlot, outcome: ExecutionOutcome) -> bool:
     """Write the record of a run that has ended, and have its pages made; return whether that is done already."""
     entry = slot.entry
     slot.result = settle.settle(build.folder, entry.job, entry.parts, entry.key, slot.worker.task, outcome)
     order = {"render": entry.job.stem, "folder": str(build.folder.path), "neighbours": list(build.neighbours)}
-    if outcome.alive and worker.send(slot.worker, order):
+    if outcome.alive and kernel_process.send(slot.worker, order):
         slot.rendering_since = time.monotonic()
         return False
-    worker.finish(slot.worker)
+    kernel_process.finish(slot.worker)
     return _close(build, slot, render.render(build.folder.path, entry.job.stem, build.neighbours))
 
 
-def _close(build: Build, slot: Slot, fault: str | None) -> bool:
-    worker.finish(slot.worker)
+def _close(build: BuildContext, slot: CoreSlot, fault: str | None) -> bool:
+    kernel_process.finish(slot.worker)
     result = slot.result
     if fault and result.status != "failed":
         result = Result(result.stem, "failed", fault, None, result.seconds)

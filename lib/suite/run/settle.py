@@ -15,7 +15,7 @@ from lib.errors import NotApplicable
 from lib.report.records import record as records
 from lib.suite.plan.plan import Job
 from lib.suite.plan.template import Template
-from lib.suite.run.kernel_process import Outcome, Task
+from lib.suite.run.kernel_process import ExecutionOutcome, Task
 from lib.suite.store import result_folder
 from lib.suite.store.result_folder import Folder
 
@@ -34,7 +34,7 @@ class Result:
     seconds: float
 
 
-def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: Outcome) -> Result:
+def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: ExecutionOutcome) -> Result:
     """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
     record, status = None, "failed"
     if outcome.error and outcome.error["kind"] == NotApplicable.__name__ and outcome.error["raised"]:
@@ -89,7 +89,7 @@ def _started(seconds: float) -> str:
     return began.astimezone().isoformat(timespec="seconds")
 
 
-def _process(task: Task, outcome: Outcome) -> records.Process:
+def _process(task: Task, outcome: ExecutionOutcome) -> records.Process:
     """Return the samples, with how many jobs ran side by side, on which cores, and how long each cell took."""
     samples = outcome.samples
     return records.Process(
@@ -118,7 +118,7 @@ def _place(folder: Folder, stem: str, task: Task, failed: bool) -> None:
     shutil.rmtree(task.folder, ignore_errors=True)
 
 
-def fault(template: Template, outcome: Outcome) -> str:
+def fault(template: Template, outcome: ExecutionOutcome) -> str:
     """Return in one line which cell failed and why."""
     kind, text = outcome.error["kind"], " ".join(outcome.error["text"].split())
     if kind == "CellTimeoutError":
@@ -160,7 +160,7 @@ def _heading(template: Template, index: int) -> str:
     return ""
 
 
-def _log(template: Template, task: Task, outcome: Outcome, failed: bool) -> str:
+def _log(template: Template, task: Task, outcome: ExecutionOutcome, failed: bool) -> str:
     """Return the run in a few lines: how long each cell took, and of a failed run the end of what the kernel said."""
     lines = [f"{outcome.seconds:.1f} s, {task.jobs} side by side, cores {', '.join(map(str, task.cores))}"]
     for index, seconds in sorted(outcome.cell_seconds.items()):

@@ -213,7 +213,7 @@ def test_workers_of_one_machine_get_cores_apart():
     assert met._cores([claim, {"host": "b", "cores": [0, 1]}]) == [[0, 1, 2, 3], [0, 1]]
     assert met._cores([{"host": "a", "cores": [0]}, {"host": "a", "cores": [1]}]) == [[0], [1]]
     assert met._cores([{"host": "a", "cores": [0]}] * 2) == [[0], []]
-    met.slots.append(workers.Slot("tcp://x:1", "x", "a", (0, 1)))
+    met.slots.append(workers.WorkerSlot("tcp://x:1", "x", "a", (0, 1)))
     assert met._cores([claim]) == [[2, 3]]
 
 
