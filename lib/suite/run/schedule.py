@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lib.models import parameters
 from lib.suite.plan.plan import Job
-from lib.suite.run import kernel_process
-from lib.suite.run import settle
+from lib.suite.run import kernel_process, settle
 from lib.suite.run.kernel_process import ExecutionOutcome, Task, Worker
 from lib.suite.run.progress import Progress
 from lib.suite.run.settle import Result
