@@ -15,6 +15,28 @@ PLACES = ((0, -15), (14, -9), (16, 4), (12, 16), (0, 20), (-13, 15), (-16, 4), (
           (26, 20), (-26, 20), (0, -30), (0, 34))  # fmt: skip
 STEPS = (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
 
+COLOURS = """
+svg { --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0; --shade: #eef2f6; --good: #005f99;
+  --bad: #a33d00; --open: #5b5f66; }
+@media (prefers-color-scheme: dark) { svg { --paper: #14171b; --ink: #e4e8ec; --soft: #a2abb5; --line: #353c45;
+  --shade: #232a32; --good: #8cc8f5; --bad: #ffab7d; --open: #b5bcc4; } }
+text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
+.paper { fill: var(--paper); stroke: var(--line); }
+.title { font-size: 18px; font-weight: 600; fill: var(--ink); }
+.name { font-size: 15px; fill: var(--ink); }
+.axis { fill: var(--ink); }
+.mark { font-weight: 700; fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
+.grid { stroke: var(--line); stroke-width: .7; }
+.zero { stroke: var(--soft); stroke-width: 1.2; }
+.band { fill: var(--shade); }
+.front { fill: none; stroke: var(--ink); stroke-width: 1.6; stroke-dasharray: 5 3; }
+.spread { stroke: var(--soft); stroke-width: 1; opacity: .75; }
+.leader { stroke: var(--soft); stroke-width: .7; }
+.kept { fill: var(--good); }
+.open { fill: var(--paper); stroke: var(--open); stroke-width: 2; }
+.lost { fill: none; stroke: var(--bad); stroke-width: 2.6; }
+"""  # of a picture without a page; the same as in style.css
+
 
 @dataclass(frozen=True)
 class Point:
@@ -50,6 +72,13 @@ def words(points: Sequence[Point], title: str) -> str:
 
 def trade_off(points: Sequence[Point], title: str, margin: float, y_label: str = "F1, change in points") -> str:
     """Return the chart as an SVG element; its title is the text for those who do not see it."""
+    alt = escape(words(points, title))
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>'
+    return "".join([head, *_drawing(points, margin, y_label), "</svg>"])
+
+
+def _drawing(points: Sequence[Point], margin: float, y_label: str) -> list[str]:
+    """Return the elements of the chart, without the element around them."""
     across = _Axis([p.x for p in points] + [v for p in points for v in (p.x_low, p.x_high) if v], LEFT, WIDTH - RIGHT)
     ends = [v for p in points for v in (p.y_low, p.y_high) if v is not None]
     low, high = min([*ends, *(p.y for p in points), -margin * 1.2]), max([*ends, *(p.y for p in points), margin * 1.2])
@@ -59,12 +88,10 @@ def trade_off(points: Sequence[Point], title: str, margin: float, y_label: str =
     def down(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    alt = escape(words(points, title))
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>']
     band = down(-margin) - down(margin)
-    parts.append(
+    parts = [
         f'<rect class="band" x="{LEFT}" y="{down(margin):.1f}" width="{WIDTH - LEFT - RIGHT}" height="{band:.1f}"/>'
-    )
+    ]
     parts += _grid(across, down, low, high, y_label)
     best = front(points)
     path = " ".join(f"{across(p.x):.1f},{down(p.y):.1f}" for p in best)
@@ -74,7 +101,60 @@ def trade_off(points: Sequence[Point], title: str, margin: float, y_label: str =
     placed: list[tuple[float, float]] = [(across(p.x), down(p.y)) for p in points]
     for p in sorted(points, key=lambda p: p not in best):
         parts += _point(p, across(p.x), down(p.y), placed)
-    return "".join([*parts, "</svg>"])
+    return parts
+
+
+def picture(points: Sequence[Point], title: str, margin: float, legend: Sequence[tuple[str, str]]) -> str:
+    """Return the chart as an SVG file of its own: with its colours, a background, and a legend of (mark, name).
+
+    It needs no page around it and follows the reader's colour scheme; shapes say what colours say.
+    """
+    width, height, scale = 920, 540, 1.4
+    alt = escape(words(points, title))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
+        f"<title>{alt}</title><style>{COLOURS}</style>",
+        f'<rect class="paper" x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8"/>',
+        f'<text class="title" x="24" y="34">{escape(title)}</text>',
+        f'<svg x="14" y="50" width="{WIDTH * scale:.0f}" height="{HEIGHT * scale:.0f}" viewBox="0 0 {WIDTH} {HEIGHT}">',
+        *_drawing(points, margin, "F1, change in points"),
+        "</svg>",
+        *_legend(legend, margin, 640, 84),
+        "</svg>\n",
+    ]
+    return "".join(parts)
+
+
+def _legend(names: Sequence[tuple[str, str]], margin: float, x: float, y: float) -> list[str]:
+    """Return the legend of a picture, a line each: the marks' names, what the shapes say, and the lines."""
+    step = min(24, 250 / max(len(names), 1))
+    parts = []
+    for number, (mark, name) in enumerate(names):
+        at = y + step * number
+        parts.append(f'<text class="mark" x="{x - 10}" y="{at:.0f}" text-anchor="end">{escape(mark)}</text>')
+        parts.append(f'<text class="name" x="{x}" y="{at:.0f}">{escape(name)}</text>')
+    at = y + step * len(names) + 20
+    states = {
+        "maintained": "quality maintained",
+        "inconclusive": "inconclusive on some model",
+        "not_maintained": "not maintained on some model",
+    }
+    for state, name in states.items():
+        parts += [_shape(state, x - 16, at - 5), f'<text class="name" x="{x}" y="{at:.0f}">{name}</text>']
+        at += 24
+    strokes = {
+        "spread": "least to most of the models",
+        "front": "the best trade-offs",
+        "band": f"less than the margin of {margin:g} points",
+    }
+    for kind, name in strokes.items():
+        if kind == "band":
+            parts.append(f'<rect class="band" x="{x - 30}" y="{at - 13:.0f}" width="22" height="16"/>')
+        else:
+            parts.append(_line(kind, x - 30, at - 5, x - 8, at - 5))
+        parts.append(f'<text class="name" x="{x}" y="{at:.0f}">{name}</text>')
+        at += 24
+    return parts
 
 
 class _Axis:
@@ -129,12 +209,6 @@ def _whiskers(p: Point, across: _Axis, down: Callable[[float], float]) -> list[s
 
 def _point(p: Point, x: float, y: float, placed: list[tuple[float, float]]) -> list[str]:
     """Return shape, label and its leader; the label takes the place that is furthest from everything drawn so far."""
-    shapes = {
-        "maintained": f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
-        "better": f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
-        "not_maintained": f'<path class="lost" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>',
-    }
-    shape = shapes.get(p.state, f'<circle class="open" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
 
     def room(place: tuple[int, int]) -> float:
         at = x + place[0], y + place[1]
@@ -146,4 +220,13 @@ def _point(p: Point, x: float, y: float, placed: list[tuple[float, float]]) -> l
     placed.append((x + dx, y + dy))
     leader = _line("leader", x, y, x + dx, y + dy)
     label = f'<text class="mark" x="{x + dx:.1f}" y="{y + dy + 4:.1f}" text-anchor="middle">{escape(p.mark)}</text>'
-    return [leader if math.hypot(dx, dy) > 18 else "", shape, label]
+    return [leader if math.hypot(dx, dy) > 18 else "", _shape(p.state, x, y), label]
+
+
+def _shape(state: str, x: float, y: float) -> str:
+    """Return the shape that says what became of quality: a disc, a cross, or a ring where nothing can be told."""
+    if state in ("maintained", "better"):
+        return f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    if state == "not_maintained":
+        return f'<path class="lost" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>'
+    return f'<circle class="open" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'

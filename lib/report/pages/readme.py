@@ -1,85 +1,112 @@
-"""Writes the README's tables of results, each between its two markers, from the records of a result folder.
+"""Writes the results into README.md (a matrix and a picture) and executed/README.md (full tables), from records.
 
-Run as `python -m lib.report.pages.readme executed/proxy`. Other scales have markers of their own (`executed/full`:
-"results full"). No number in the README is typed by hand. Knows nothing of the rest of that file.
+`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/slice` writes
+the tables of another scale, which the README does not show. Both files keep everything outside their markers. Nobody
+types a number into them.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.report.records import facts
+from lib.measure.metrics.catalogue import METRICS
+from lib.report.analysis.result_set import Results
+from lib.report.figures import charts
+from lib.report.pages import result_tables, views
 from lib.report.records.record import Record, read_folder
-from lib.report.records.rows import markdown
-from lib.report.text.wording import signed, title, words
 
-APART = ("slice", "full")  # scales whose tables have markers of their own
-
-
-def markers(folder: Path) -> tuple[str, str]:
-    """Return what encloses the table of a result folder, which is named after its scale."""
-    scale = f" {folder.name}" if folder.name in APART else ""
-    return f"<!-- results{scale}: start -->", f"<!-- results{scale}: end -->"
+ROOT = Path(__file__).resolve().parents[3]
+PICTURE = ".github/results.svg"
+SCALES = ("proxy", "slice", "full")
+SHOWN = "proxy"  # the scale that the README shows
+MATRIX, FIGURE = "results", "picture"
 
 
-def table(records: Sequence[Record]) -> str:
-    """Return the results as Markdown: a line per run, then machine, dates and efforts."""
-    if not records:
-        return "No results yet: run `python build.py`."
-    lines = [_line(record) for record in sorted(records, key=lambda r: (r.optimization, r.model))]
-    head = ["optimization", "model", *DIMENSIONS, "in words"]
-    return f"{markdown(head, lines)}\n\n{_conditions(records)}"
+def markers(name: str) -> tuple[str, str]:
+    """Return what encloses a generated part of a page."""
+    return f"<!-- {name}: start -->", f"<!-- {name}: end -->"
 
 
-def _line(record: Record) -> list[str]:
-    said = [signed(getattr(record.verdict, name)) for name in DIMENSIONS]
-    if record.status != "ok":
-        said = [words(record.status), *[""] * (len(DIMENSIONS) - 1)]
-    return [title(record.optimization), record.model, *said, record.verdict.sentence or record.reason or ""]
+def between(text: str, name: str, page: str = "README.md") -> str:
+    """Return what stands between the markers of a part. Raises UserError without exactly one pair of them."""
+    start, end = markers(name)
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f'{page}: expected one "{start}" and, after it, one "{end}"')
+    return text.split(start)[1].split(end)[0].strip()
 
 
-def _conditions(records: Sequence[Record]) -> str:
-    machines = sorted({facts.machine(r.environment) for r in records} - {""}) or ["not recorded"]
-    days = sorted({facts.day(r.started)[:10] for r in records} - {""}) or ["not recorded"]
-    scales, efforts = sorted({r.scale for r in records}), sorted({r.effort for r in records})
-    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Scale {', '.join(scales)}; effort {', '.join(efforts)}; machine: {'; '.join(machines)}; measured: {span}."
+def picture(records: Sequence[Record]) -> tuple[str, str]:
+    """Return the picture of quality against speed as SVG, and what it shows in words; both empty without a point."""
+    optimizations = tuple(sorted({record.optimization for record in records}))
+    models = tuple(sorted({record.model for record in records}))
+    found = Results(SHOWN, list(records), {}, optimizations, models)
+    points = views.means(found)
+    if not points:
+        return "", ""
+    heading = f"Quality against speed, means over {len(models)} proxy models"
+    legend = [(mark, f"{text} ({other})" if other else text) for mark, text, other in views.legend(found)]
+    margin = 100 * (METRICS[views.QUALITY].margin or 0)
+    return charts.picture(points, heading, margin, legend), charts.words(points, heading)
 
 
-def update(readme: Path, folder: Path) -> bool:
-    """Put the table of `folder` between the markers of `readme`; return whether the file changed.
+def update(root: Path, folder: Path) -> list[str]:
+    """Write the results of `folder`, named after its scale, into the pages under `root`; return the changed files.
 
-    Raises UserError where the file is missing or has no pair of markers.
+    Raises UserError for a folder that is named after no scale, a missing page or missing markers; then nothing changes.
     """
-    if not readme.is_file():
-        raise UserError(f"{readme.name}: there is no such file")
-    start, end = markers(folder)
-    old = readme.read_text(encoding="utf-8")
-    if old.count(start) != 1 or old.count(end) != 1 or old.index(start) > old.index(end):
-        raise UserError(f'{readme.name}: expected one "{start}" and, after it, one "{end}"')
-    before, rest = old.split(start)
-    new = f"{before}{start}\n{table(read_folder(folder)[0])}\n{end}{rest.split(end)[1]}"
-    if new != old:
-        write_atomically(readme, new)
-    return new != old
+    scale = folder.resolve().name
+    if scale not in SCALES:
+        raise UserError(f"{folder}: expected a result folder named {', '.join(SCALES)}")
+    records, _ = read_folder(folder)
+    parts: dict[str, dict[str, str]] = {"executed/README.md": {scale: result_tables.section(records)}}
+    drawn = ""
+    if scale == SHOWN:
+        drawn, alt = picture(records)
+        shown = f"![{alt.replace('[', '(').replace(']', ')')}]({PICTURE})" if drawn else ""
+        parts["README.md"] = {FIGURE: shown, MATRIX: result_tables.matrix(records)}
+    texts = {page: _replaced(root, page, names) for page, names in parts.items()}
+    texts |= {PICTURE: drawn} if drawn else {}
+    return [page for page, text in texts.items() if _write(root / page, text)]
+
+
+def _replaced(root: Path, page: str, parts: Mapping[str, str]) -> str:
+    path = root / page
+    if not path.is_file():
+        raise UserError(f"{page}: there is no such file")
+    text = path.read_text(encoding="utf-8")
+    for name, new in parts.items():
+        between(text, name, page)
+        start, end = markers(name)
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{new}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def _write(path: Path, text: str) -> bool:
+    """Write the text unless the file holds it already; return whether it was written."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Update the README from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lib.report.pages.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a result folder, such as executed/proxy")
-    parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parents[3] / "README.md")
+    """Update both pages from the command line; return the exit code."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m lib.report.pages.readme", description=summary)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "executed" / SHOWN, help="a result folder")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and executed/README.md are")
     chosen = parser.parse_args(arguments)
     try:
-        changed = update(chosen.readme, chosen.folder)
+        changed = update(chosen.root, chosen.folder)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"{chosen.readme.name}: results {'updated' if changed else 'unchanged'}\n")
+    sys.stdout.write(f"updated: {', '.join(changed) or 'nothing, the pages show these records already'}\n")
     return 0
 
 

@@ -46,24 +46,37 @@ def pareto(found: Results) -> dict[str, Any] | None:
     Speed is the prefill rate; an optimization that has none (a server's, say) stands there with its first headline, and
     the legend says which. Who has no point at all is named too.
     """
-    marks = {name: str(number) for number, name in enumerate(found.optimizations, 1)}
+    marks = _marks(found)
     single = {
         model: [p for r in found.measured if r.model == model and (p := _point(r, marks))] for model in found.models
     }
     if not any(single.values()):
         return None
     margin = 100 * METRICS[QUALITY].margin
-    across = [p for name in found.optimizations if (p := _mean(name, found, marks))]
-    drawn = [("All models, means", across), *single.items()]
-    made = [
+    points_by_title = {"All models, means": means(found), **single}
+    drawn = [
         {"title": name, "svg": charts.trade_off(points, name, margin), "front": charts.front(points)}
-        for name, points in drawn
+        for name, points in points_by_title.items()
         if points
     ]
-    legend = [(marks[name], title(name), _other_speed(name, found)) for name in found.optimizations]
     absent = [f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)]
     about = {"speed": label(SPEED), "quality": label(QUALITY), "absent": absent}
-    return {"charts": made, "legend": legend} | about
+    return {"charts": drawn, "legend": legend(found)} | about
+
+
+def means(found: Results) -> list[Point]:
+    """Return a point per optimization: its mean over the models."""
+    marks = _marks(found)
+    return [point for name in found.optimizations if (point := _mean(name, found, marks))]
+
+
+def legend(found: Results) -> list[tuple[str, str, str]]:
+    """Return (mark, title, what is drawn as speed where it is not the prefill rate) of each optimization."""
+    return [(mark, title(name), _other_speed(name, found)) for name, mark in _marks(found).items()]
+
+
+def _marks(found: Results) -> dict[str, str]:
+    return {name: str(number) for number, name in enumerate(found.optimizations, 1)}
 
 
 def _other_speed(name: str, found: Results) -> str:

@@ -38,7 +38,7 @@ SAME_TIMES = {
     "time_to_first_token_ms": "prefill_tokens_per_second",
     "time_per_output_token_ms": "decode_tokens_per_second",
 }
-_SUBJECTS = {
+SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
     "batch_decode_tokens_per_second": "batched decode",
@@ -187,7 +187,7 @@ def _clause(text: str | None) -> str:
 
 def subject(found: Measurement) -> str:
     """Return what a sentence is about: `prefill` for a rate, the label otherwise."""
-    return _SUBJECTS.get(found.metric, label(found.metric))
+    return SUBJECTS.get(found.metric, label(found.metric))
 
 
 def gain(found: Measurement) -> tuple[float | None, float | None, float | None]:

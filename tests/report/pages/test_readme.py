@@ -1,72 +1,175 @@
-"""The README's table comes from records, between its markers, and nothing else is touched."""
+"""README and executed/README.md: made from records, between markers, in agreement with each other, and short."""
 
+import re
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
 
 from lib.errors import UserError
-from lib.report.pages import readme
-from lib.report.records import record
+from lib.report.pages import readme, result_tables
 from tests.report import samples
 
-START, END = readme.markers(Path("proxy"))
+ROOT = readme.ROOT
+PAGES = ("README.md", "executed/README.md")
+MOST_BYTES, MOST_PICTURE_BYTES = 10_240, 60_000
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
-def _readme(path, between: str = "old"):
-    path.write_text(f"# Workbench\n\nBefore.\n\n{START}\n{between}\n{END}\n\nAfter.\n")
-    return path
+def _part(name: str, text: str = "old") -> str:
+    start, end = readme.markers(name)
+    return f"{start}\n{text}\n{end}"
 
 
-def test_the_table_replaces_only_what_lies_between_the_markers(tmp_path):
-    found = samples.made()
-    record.write(found, tmp_path / f"{found.stem}.json")
-    page = _readme(tmp_path / "README.md")
-    assert readme.update(page, tmp_path)
-    text = page.read_text()
-    assert text.startswith("# Workbench\n\nBefore.\n") and text.endswith("\nAfter.\n")
-    assert "old" not in text
-    assert "| Structured pruning | qwen3-4b-instruct-2507 | ▲ better | ? inconclusive | ▲ better | ▲ better |" in text
-    assert "machine: Example Processor 9000, 2 cores given; measured: 2026-01-31" in text
-    assert not readme.update(page, tmp_path)  # the same records, the same file
+@pytest.fixture
+def root(tmp_path):
+    """Both pages, with markers, around nothing."""
+    (tmp_path / "executed").mkdir()
+    (tmp_path / "README.md").write_text(f"# Workbench\n\n{_part('picture')}\n\n{_part('results')}\n\nAfter.\n")
+    scales = "\n\n".join(_part(scale) for scale in readme.SCALES)
+    (tmp_path / "executed" / "README.md").write_text(f"# Executed\n\n{scales}\n\nAfter.\n")
+    return tmp_path
 
 
-def test_real_sizes_have_a_table_of_their_own(tmp_path):
-    found = samples.made()
-    record.write(found, tmp_path / "full" / f"{found.stem}.json")
-    page = _readme(tmp_path / "README.md")
-    with pytest.raises(UserError, match="results full: start"):
-        readme.update(page, tmp_path / "full")
-    first, last = readme.markers(tmp_path / "full")
-    page.write_text(f"{page.read_text()}\n{first}\n{last}\n")
-    assert readme.update(page, tmp_path / "full")
-    above, below = page.read_text().split(first)
-    assert "old" in above and "| Structured pruning |" in below
-    assert not readme.update(page, tmp_path / "full")
+def _results(root, scale: str = "proxy"):
+    folder = root / "executed" / scale
+    return samples.mixed(folder) if scale == "proxy" else samples.good(folder, samples.OPTIMIZATIONS[:1])
 
 
-def test_without_records_it_says_so(tmp_path):
-    page = _readme(tmp_path / "README.md")
-    readme.update(page, tmp_path)
-    assert "No results yet" in page.read_text()
+def _texts(root):
+    return [(root / page).read_text(encoding="utf-8") for page in PAGES]
 
 
-def test_failed_runs_are_shown(tmp_path):
-    found = samples.without_result("failed", "cell 3: RuntimeError")
-    assert "| failed |" in readme.table([found])
+def _table(text: str, heading: str = "") -> list[dict[str, str]]:
+    """Return the first table below a heading as rows by column."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("|"))
+    block = [line for line in lines[start:] if line.startswith("|") or line == ""]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block[: block.index("")]]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-@pytest.mark.parametrize("text", ["nothing", f"{END} {START}", f"{START} {START} {END}"])
-def test_missing_markers_are_named(text, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(text)
+def disagreements(page: str, full: str) -> list[str]:
+    """Return where a cell of the README's matrix does not say what the full tables say."""
+    runs = {(line["optimization"], line["model"]): line for line in _table(full, "#### Verdicts")}
+    speed = {(line["optimization"], line["model"]): line for line in _table(full, "#### Speed")}
+    faults, shown = [], set()
+    for line in _table(page):
+        metrics = line["speed of"].split(", ")
+        for model in list(line)[2:]:
+            run, cell = (line["optimization"], model), line[model]
+            if run not in runs:
+                faults += [f"{run}: {cell}, and no such run"] if cell != "–" else []
+                continue
+            shown.add(run)
+            if run not in speed:
+                faults += [f"{run}: {cell}, not {runs[run]['performance']}"] if cell != runs[run]["performance"] else []
+                continue
+            *gains, quality = cell.replace(", ", " ").split(" ")
+            if quality != runs[run]["accuracy"][0] or len(gains) != len(metrics):
+                faults.append(f"{run}: {cell}, quality {runs[run]['accuracy']}")
+            for metric, gain in zip(metrics, gains):
+                wanted = speed[run][metric].split(" ")
+                bold = f"**{wanted[1]}**" if wanted[0] in "▲▼" else wanted[1] if len(wanted) > 1 else "–"
+                faults += [f"{run}: {metric} {gain}, not {bold}"] if gain != bold else []
+    return faults + [f"{run}: not in the matrix" for run in sorted(set(runs) - shown)]
+
+
+def test_both_pages_change_between_their_markers_alone(root):
+    folder = _results(root)
+    assert readme.update(root, folder) == ["executed/README.md", "README.md", readme.PICTURE]
+    page, full = _texts(root)
+    assert page.startswith("# Workbench\n\n") and page.endswith("\nAfter.\n") and "old" not in page
+    assert full.startswith("# Executed\n\n") and full.endswith("\nAfter.\n") and full.count("\nold\n") == 2
+    assert "machine: Example Processor 9000, 2 cores given; measured: 2026-01-31" in page
+    assert f"({readme.PICTURE})" in page and (root / readme.PICTURE).is_file()
+    assert readme.update(root, folder) == []  # the same records, the same files
+
+
+def test_the_matrix_says_what_the_full_tables_say(root):
+    readme.update(root, _results(root))
+    page, full = _texts(root)
+    full = readme.between(full, "proxy")
+    assert disagreements(page, full) == []
+    [line] = [line for line in page.splitlines() if line.startswith("| Structured pruning")]
+    changed = line.replace("×", "1×", 1)
+    assert disagreements(page.replace(line, changed), full)
+    assert disagreements(page.replace(line + "\n", ""), full)
+
+
+def test_every_state_of_a_run_is_in_the_matrix(root):
+    readme.update(root, _results(root))
+    text = readme.between(_texts(root)[0], "results")
+    assert "✗ failed" in text and "– not applicable" in text and "**" in text and "✗ |" in text and "✓ |" in text
+
+
+def test_another_scale_changes_its_own_tables_alone(root):
+    before = _texts(root)[0]
+    assert readme.update(root, _results(root, "slice")) == ["executed/README.md"]
+    page, full = _texts(root)
+    assert page == before and readme.between(full, "proxy") == "old" and "Scale proxy" in readme.between(full, "slice")
+
+
+def test_without_records_it_says_so(root):
+    readme.update(root, root / "executed" / "proxy")
+    assert all("No results yet" in text for text in _texts(root))
+    assert not (root / readme.PICTURE).exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_records_make_tables(seed):
+    records = [samples.by_chance(seed), samples.without_result("failed", "cell 3 | x")]
+    for text in (result_tables.section(records), result_tables.matrix(records)):
+        for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.M):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
+
+
+def test_estimates_are_called_so():
+    assert "−19.0 % (−21 to −15 %, estimated)" in result_tables.section([samples.made()])
+
+
+@pytest.mark.parametrize("text", ["nothing", "END START", "START START END"])
+def test_missing_markers_are_named_and_nothing_changes(text, root):
+    start, end = readme.markers("results")
+    (root / "README.md").write_text(_part("picture") + text.replace("START", start).replace("END", end))
+    before = _texts(root)
     with pytest.raises(UserError, match=r"README\.md: expected one"):
-        readme.update(page, tmp_path)
-    assert page.read_text() == text
+        readme.update(root, _results(root))
+    assert _texts(root) == before
 
 
-def test_the_command(tmp_path, capsys):
-    page = _readme(tmp_path / "README.md")
-    assert readme.main([str(tmp_path), "--readme", str(page)]) == 0
-    assert "results updated" in capsys.readouterr().out
-    assert readme.main([str(tmp_path), "--readme", str(tmp_path / "none.md")]) == 2
-    assert "no such file" in capsys.readouterr().err
+def test_the_command(root, capsys):
+    folder = _results(root)
+    assert readme.main([str(folder), "--root", str(root)]) == 0
+    assert "updated: executed/README.md, README.md" in capsys.readouterr().out
+    assert readme.main([str(folder), "--root", str(root)]) == 0 and "nothing" in capsys.readouterr().out
+    assert readme.main([str(root), "--root", str(root)]) == 2 and "expected a result folder" in capsys.readouterr().err
+    (root / "README.md").unlink()
+    assert readme.main([str(folder), "--root", str(root)]) == 2 and "no such file" in capsys.readouterr().err
+
+
+def test_the_readme_is_short_and_agrees_with_the_full_tables():
+    page, full = _texts(ROOT)
+    assert len(page.encode()) <= MOST_BYTES
+    proxy = readme.between(full, "proxy")
+    assert (disagreements(readme.between(page, "results"), proxy) if "#### Verdicts" in proxy else []) == []
+
+
+def test_the_picture_stands_alone():
+    text = (ROOT / readme.PICTURE).read_text(encoding="utf-8")
+    assert len(text.encode()) < MOST_PICTURE_BYTES
+    root = xml.fromstring(text)
+    assert root.tag.endswith("svg") and root.find("{*}title").text.startswith("Quality against speed")
+    assert text.count("http") == 1  # the name of the language, no address that is fetched
+    assert "<script" not in text and "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.parametrize("page", [*PAGES, ".github/GPU-AND-CLUSTER.md", ".github/CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path, anchor in LINK.findall(text):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", Path(target).read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor

@@ -1,0 +1,165 @@
+"""The results of one scale as Markdown tables, one metric per column: what `executed/README.md` shows.
+
+A line per run. A cell holds the verdict's sign, the change and its interval, as every other page does
+(`lib.report.analysis.headlines`). The README's matrix is made of the same cells, shortened. Knows no files.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import headlines
+from lib.report.records import facts, verdict
+from lib.report.records.record import Record
+from lib.report.records.rows import markdown
+from lib.report.text.quantities import DASH
+from lib.report.text.wording import SIGNS, one_line, signed, title
+
+HEADS = {
+    "performance": ("Speed", "The gain over the baseline: above 1× is faster."),
+    "accuracy": ("Quality", "The change against the baseline, with the bound and the margin that it was held to."),
+    "resources": ("Resources", "The change against the baseline: below 0 is less."),
+    "efficiency": ("Efficiency", "The change against the baseline: below 0 is less."),
+}
+LEGEND = (
+    "▲ better, ▼ worse, = equivalent, ✓ maintained, ✗ not maintained, ? inconclusive, ! invalid, · described and not "
+    "judged, – not there. In parentheses: the 95 % interval, or the bound and the margin. In brackets: the workload, "
+    "where a metric stands for several."
+)
+
+
+def ordered(records: Sequence[Record]) -> list[Record]:
+    """Return the records by optimization and model."""
+    return sorted(records, key=lambda record: (record.optimization, record.model))
+
+
+def columns(records: Sequence[Record], dimension: str) -> list[str]:
+    """Return the headline metrics of a dimension that some record has a change of, in the order of the headlines."""
+    known = {m.metric for record in records for m in record.measurements if _changed(m)}
+    return [metric for metric in verdict.HEADLINES[dimension] if metric in known]
+
+
+def _changed(m: Measurement) -> bool:
+    return m.ratio is not None or (m.dimension == "accuracy" and m.optimized is not None and m.baseline is not None)
+
+
+def cells(record: Record, metric: str) -> list[tuple[str, str]]:
+    """Return the (workload, text) of each measurement of a metric in a record, in the record's order."""
+    members = [m for m in record.measurements if m.metric == metric and _changed(m)]
+    return [(m.workload, _text(m)) for m in members]
+
+
+def _text(m: Measurement) -> str:
+    """Return sign, change and interval; what was neither measured nor counted says so."""
+    shown = headlines.shown(m)
+    about = ", ".join(part for part in (shown.spread, m.provenance if m.provenance == "estimated" else "") if part)
+    return f"{shown.sign} {shown.value}" + (f" ({about})" if about else "")
+
+
+def name(metric: str) -> str:
+    """Return a metric's name at the head of a column."""
+    return verdict.SUBJECTS.get(metric) or verdict.label(metric)
+
+
+def _cell(record: Record, metric: str) -> str:
+    members = cells(record, metric)
+    if len(members) < 2:
+        return members[0][1] if members else DASH
+    return "; ".join(f"{text} [{workload}]" for workload, text in members)
+
+
+def status(record: Record) -> str:
+    """Return how a run without a result ended, or nothing."""
+    return "" if record.status == "ok" else signed(record.status)
+
+
+def section(records: Sequence[Record]) -> str:
+    """Return the tables of a scale: verdicts, one table per dimension, the verdicts in words, and the conditions."""
+    if not records:
+        return "No results yet: run `python build.py`."
+    records = ordered(records)
+    parts = [conditions(records), LEGEND, "#### Verdicts", _verdicts(records)]
+    for dimension in DIMENSIONS:
+        metrics = columns(records, dimension)
+        if metrics:
+            heading, about = HEADS[dimension]
+            parts += [f"#### {heading}", about, _table(records, metrics)]
+    sentences = [[title(r.optimization), r.model, r.verdict.sentence or r.reason or ""] for r in records]
+    in_words = markdown(["optimization", "model", "in words"], sentences)
+    return "\n\n".join([*parts, f"<details><summary>Each run in words</summary>\n\n{in_words}\n\n</details>"])
+
+
+def _verdicts(records: Sequence[Record]) -> str:
+    lines = []
+    for record in records:
+        words = [signed(getattr(record.verdict, dimension)) for dimension in DIMENSIONS]
+        if status(record):
+            words = [status(record), *[""] * (len(DIMENSIONS) - 1)]
+        lines.append([title(record.optimization), record.model, *words])
+    return markdown(["optimization", "model", *DIMENSIONS], lines)
+
+
+def _table(records: Sequence[Record], metrics: Sequence[str]) -> str:
+    lines = [
+        [title(record.optimization), record.model, *(_cell(record, metric) for metric in metrics)]
+        for record in records
+        if record.status == "ok"
+    ]
+    return markdown(["optimization", "model", *map(name, metrics)], lines)
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """Return scale, effort, machine and dates of the records as one line."""
+    machines = sorted({facts.machine(r.environment) for r in records} - {""}) or ["not recorded"]
+    days = sorted({facts.day(r.started)[:10] for r in records} - {""}) or ["not recorded"]
+    scales, efforts = sorted({r.scale for r in records}), sorted({r.effort for r in records})
+    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Scale {', '.join(scales)}; effort {', '.join(efforts)}; machine: {'; '.join(machines)}; measured: {span}."
+
+
+def matrix(records: Sequence[Record]) -> str:
+    """Return the README's matrix: optimizations by models, a short cell each, and the conditions below it.
+
+    A cell holds the gains in speed that the second column names, in bold where they are more than noise, and the sign
+    of the verdict on quality.
+    """
+    if not records:
+        return "No results yet: run `python build.py`."
+    records = ordered(records)
+    models = sorted({record.model for record in records})
+    groups: dict[str, dict[str, Record]] = {}
+    for record in records:
+        groups.setdefault(record.optimization, {})[record.model] = record
+    lines = [_matrix_line(stem, runs, models) for stem, runs in groups.items()]
+    return f"{markdown(['optimization', 'speed of', *models], lines)}\n\n{one_line(conditions(records), 400)}"
+
+
+def _matrix_line(stem: str, runs: Mapping[str, Record], models: Sequence[str]) -> list[str]:
+    metrics = speeds(list(runs.values()))
+    heads = ", ".join(map(name, metrics)) or DASH
+    return [title(stem), heads, *(_short(runs.get(model), metrics) for model in models)]
+
+
+def speeds(records: Sequence[Record]) -> list[str]:
+    """Return the metrics of speed that stand for an optimization: its first two headlines that are judged at all."""
+    judged = {m.metric for record in records for m in record.measurements if m.verdict != "informative"}
+    shown = [m for m in columns(records, "performance") if m in judged and m not in verdict.SAME_TIMES]
+    return shown[: verdict.SHOWN["performance"]]
+
+
+def _short(record: Record | None, metrics: Sequence[str]) -> str:
+    if record is None:
+        return DASH
+    if status(record):
+        return status(record)
+    gains = [_gain(record, metric) for metric in metrics]
+    return f"{', '.join(gains) or DASH} {signed(record.verdict.accuracy)[0]}"
+
+
+def _gain(record: Record, metric: str) -> str:
+    """Return the gain in a metric on its first workload, in bold where it is judged better or worse."""
+    members = cells(record, metric)
+    if not members:
+        return DASH
+    sign, gain = members[0][1].split(" ")[:2]
+    return f"**{gain}**" if sign in (SIGNS["better"], SIGNS["worse"]) else gain
