@@ -38,5 +38,5 @@ def test_least_values():
 
 def test_models_that_do_not_fit():
     options.applies("pruning", nn.Identity(), lambda model: None)
-    with pytest.raises(UserError, match="^pruning: it has no matrix$"):
+    with pytest.raises(UserError, match=r"^pruning: it has no matrix$"):
         options.applies("pruning", nn.Identity(), lambda model: "it has no matrix")
