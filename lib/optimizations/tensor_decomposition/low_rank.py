@@ -21,7 +21,7 @@ AT_ONCE = 2**25  # elements of a matrix that are converted at a time
 
 
 @dataclass(frozen=True)
-class Matrix:
+class FactorableMatrix:
     """A matrix that can be factored: a linear layer, or a stack of experts unfolded along the hidden dimension.
 
     side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down).
@@ -52,7 +52,7 @@ class Matrix:
 class Spectrum:
     """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of."""
 
-    matrix: Matrix
+    matrix: FactorableMatrix
     energy_R: torch.Tensor
     vectors: torch.Tensor = field(repr=False)
     worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
@@ -65,7 +65,7 @@ class Spectrum:
         return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
 
-def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
+def spectrum(matrix: FactorableMatrix, gram: Gram | None = None) -> Spectrum:
     """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
 
     Without `gram`, of what enters the matrix, it is the plain one.
@@ -87,7 +87,7 @@ def spectrum(matrix: Matrix, gram: Gram | None = None) -> Spectrum:
     return Spectrum(matrix, energy_R.double().flip(0).clamp_min(0), vectors.flip(1), 1.0, by_rows, root)
 
 
-def random_spectrum(matrix: Matrix, generator: torch.Generator) -> Spectrum:
+def random_spectrum(matrix: FactorableMatrix, generator: torch.Generator) -> Spectrum:
     """Return a random orthonormal basis on the smaller side of `matrix`; each direction keeps the same on average.
 
     Of half precision where the matrix is: nothing has to be inverted, and at real dimensions the products take long.
@@ -102,12 +102,12 @@ def random_spectrum(matrix: Matrix, generator: torch.Generator) -> Spectrum:
     return Spectrum(matrix, energy_R, basis, 1.0, by_rows, None)
 
 
-def _by_rows(matrix: Matrix) -> bool:
+def _by_rows(matrix: FactorableMatrix) -> bool:
     rows, columns = matrix.weight.shape
     return rows < columns or matrix.side == "output"
 
 
-def _precision(matrix: Matrix) -> torch.dtype:
+def _precision(matrix: FactorableMatrix) -> torch.dtype:
     return torch.float64 if matrix.weight.numel() <= SMALL else torch.float32
 
 

@@ -36,11 +36,17 @@ from lib.models.offload import expert_cache
 from lib.models.structure import factored as factors
 from lib.models.structure import sparse
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.tensor_decomposition.low_rank import Matrix, Spectrum, factorise, random_spectrum, spectrum
+from lib.optimizations.tensor_decomposition.allocation import allocate, options
+from lib.optimizations.tensor_decomposition.low_rank import (
+    FactorableMatrix,
+    Spectrum,
+    factorise,
+    random_spectrum,
+    spectrum,
+)
 
 METHODS = ("plain", "whitened", "refined", "random")
 BUDGETS = ("global", "uniform")
-MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
 
 SEARCH_SPACE = {
@@ -123,23 +129,20 @@ def _check(compression: float, **choices: str) -> None:
 # --- what can be factored --------------------------------------------------------------------------------------------
 
 
-def decoder_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters of the decoder's blocks: what `compression` is a share of."""
-    return sum(parameter.nbytes for block in anatomy(model).blocks for parameter in block.module.parameters())
-
-
-def matrices(model: nn.Module) -> list[Matrix]:
+def matrices(model: nn.Module) -> list[FactorableMatrix]:
     """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
     found = []
     for block in anatomy(model).blocks:
-        found += [Matrix(name, "linear", block.index, one.weight) for name, one in linears(model, block).items()]
+        found += [
+            FactorableMatrix(name, "linear", block.index, one.weight) for name, one in linears(model, block).items()
+        ]
         experts, name = block.feed_forward.experts, experts_name(model, block)
         if experts is None:
             continue
         if getattr(experts.module, "input_factor", None) is None and sparse.is_dense(experts.gate_up):
-            found.append(Matrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
+            found.append(FactorableMatrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
         if getattr(experts.module, "output_factor", None) is None and sparse.is_dense(experts.down):
-            found.append(Matrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
+            found.append(FactorableMatrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
     return found
 
 
@@ -207,7 +210,7 @@ def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch
     return weighed
 
 
-def _gram(matrix: Matrix, grams: Grams) -> Gram:
+def _gram(matrix: FactorableMatrix, grams: Grams) -> Gram:
     sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
     gram = sides[matrix.side][matrix.module]
     if matrix.side != "output":  # the output side needs no inverse, and no full covariance
@@ -215,7 +218,7 @@ def _gram(matrix: Matrix, grams: Grams) -> Gram:
     return gram
 
 
-def _require(matrix: Matrix, tokens: int) -> None:
+def _require(matrix: FactorableMatrix, tokens: int) -> None:
     columns = matrix.weight.shape[1]
     if tokens < columns:
         raise UserError(
@@ -248,82 +251,3 @@ def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int 
             factors.factor_experts(model, matrix.module, gate_up=(outer.unflatten(0, (count, -1)), inner))
         else:
             factors.factor_experts(model, matrix.module, down=(outer, inner.unflatten(1, (count, -1)).transpose(0, 1)))
-
-
-# --- how much each gets ----------------------------------------------------------------------------------------------
-
-
-def options(found: Spectrum) -> list[tuple[int | None, int, float]]:
-    """Return what a matrix can be: (rank, elements, what is kept of its worth) by ascending size, dense (None) last."""
-    matrix, kept_R = found.matrix, found.kept_R * found.worth
-    ranks = [rank for rank in range(MULTIPLE, len(kept_R) + 1, MULTIPLE) if rank < matrix.break_even]
-    factored = [(rank, matrix.elements(rank), float(kept_R[rank - 1])) for rank in ranks]
-    return [*factored, (None, matrix.elements(None), found.worth)]
-
-
-def allocate(
-    model: nn.Module, spectra: Sequence[Spectrum], compression: float, budget: str = "global"
-) -> dict[str, int | None]:
-    """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
-
-    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
-    Raises UserError with the largest compression in reach.
-    """
-    size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
-    menus = {found.matrix.name: options(found) for found in spectra}
-    dense = sum(menu[-1][1] for menu in menus.values())
-    room = dense - compression * total / size
-    least = sum(menu[0][1] for menu in menus.values())
-    if least > room:
-        reach = (dense - least) * size / total
-        raise UserError(
-            f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
-            f"(or dense, where that is smaller) at most {reach:.2f}"
-        )
-    if budget == "uniform":
-        fixed = sum(menu[0][1] for menu in menus.values() if len(menu) == 1)  # too small for factors
-        share = (room - fixed) / max(1, dense - fixed)
-        at = {name: max(sum(one[1] <= share * menu[-1][1] for one in menu) - 1, 0) for name, menu in menus.items()}
-    else:
-        at = _greedy(menus, room)
-    _fill(menus, at, room)
-    return {name: menus[name][index][0] for name, index in at.items()}
-
-
-def _greedy(menus: dict[str, list[tuple]], room: float) -> dict[str, int]:
-    """Return the index chosen from each menu: steps along the upper hull of energy over elements, steepest first."""
-    at = dict.fromkeys(menus, 0)
-    room -= sum(menu[0][1] for menu in menus.values())
-    steps = []
-    for name, menu in menus.items():
-        here = 0
-        while here < len(menu) - 1:
-            slope, there = max((_slope(menu, here, index), index) for index in range(here + 1, len(menu)))
-            steps.append((slope, name, here, there))
-            here = there
-    for _, name, here, there in sorted(steps, key=lambda step: -step[0]):
-        cost = menus[name][there][1] - menus[name][here][1]
-        if at[name] == here and cost <= room:
-            at[name], room = there, room - cost
-    return at
-
-
-def _fill(menus: dict[str, list[tuple]], at: dict[str, int], room: float) -> None:
-    """Spend in place what whole steps left over: again and again the best step of any size that still fits."""
-    room -= sum(menus[name][index][1] for name, index in at.items())
-    while True:
-        fitting = [
-            (_slope(menu, at[name], index), name, index)
-            for name, menu in menus.items()
-            for index in range(at[name] + 1, len(menu))
-            if menu[index][1] - menu[at[name]][1] <= room
-        ]
-        if not fitting:
-            return
-        _, name, index = max(fitting)
-        room -= menus[name][index][1] - menus[name][at[name]][1]
-        at[name] = index
-
-
-def _slope(menu: list[tuple], here: int, there: int) -> float:
-    return (menu[there][2] - menu[here][2]) / max(1, menu[there][1] - menu[here][1])

@@ -13,6 +13,7 @@ from lib.models.calibration.gram import Gram, linears, observe_grams
 from lib.models.checkpoints import io
 from lib.models.structure import factored
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import low_rank as spectra
 from lib.optimizations.tensor_decomposition import method as td
 
@@ -41,8 +42,8 @@ def gram_of(x_TN: torch.Tensor) -> Gram:
     return Gram(x_TN.double().T @ x_TN.double(), len(x_TN))
 
 
-def matrix_of(weight: torch.Tensor, side: str = "linear") -> td.Matrix:
-    return td.Matrix("layer", side, 0, weight)
+def matrix_of(weight: torch.Tensor, side: str = "linear") -> spectra.FactorableMatrix:
+    return spectra.FactorableMatrix("layer", side, 0, weight)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
@@ -126,7 +127,7 @@ def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, metho
     before = io.weights_hash(model)
     low = td.apply(model, text, compression=compression, method=method, refine_steps=2)
     assert io.weights_hash(model) == before, "the caller's model is left alone"
-    removed = 1 - td.decoder_bytes(low) / td.decoder_bytes(model)
+    removed = 1 - allocation.decoder_bytes(low) / allocation.decoder_bytes(model)
     assert compression - 1e-9 <= removed < compression + 0.06, "not less, and at most a step of rank more"
     back = io.load_folder(io.save(low, tmp_path), torch.float32)
     assert io.weights_hash(back) == io.weights_hash(low)
@@ -138,7 +139,7 @@ def test_whitened_diverges_less_than_plain_at_equal_bytes(tiny, name, text):
     """On text of the kind it was calibrated for, with ranks from the same budget."""
     model = tiny(name)
     spectra = {method: td.analyse(model, text, method) for method in ("plain", "whitened")}
-    ranks = td.allocate(model, spectra["whitened"], 0.2)
+    ranks = allocation.allocate(model, spectra["whitened"], 0.2)
     lost = {
         method: sum(
             float(divergence(td.apply(model, text, method=method, spectra=spectra[method], ranks=ranks), model, one))
@@ -191,12 +192,12 @@ def test_the_budget_goes_where_energy_is(tiny, text):
     thin = torch.randn(64, 8) @ torch.randn(8, 32)
     first.weight.copy_(thin)
     torch.nn.init.orthogonal_(second.weight)
-    ranks = td.allocate(model, td.analyse(model, [], "plain"), 0.1)
+    ranks = allocation.allocate(model, td.analyse(model, [], "plain"), 0.1)
     assert ranks["model.layers.1.mlp.up_proj"] == 8
     assert ranks["model.layers.2.mlp.up_proj"] is None
     for one in td.analyse(model, [], "plain"):
         chosen = ranks[one.matrix.name]
-        assert chosen is None or (chosen % td.MULTIPLE == 0 and chosen < one.matrix.break_even)
+        assert chosen is None or (chosen % allocation.MULTIPLE == 0 and chosen < one.matrix.break_even)
 
 
 def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
@@ -205,7 +206,7 @@ def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
     spectra = td.analyse(model, text)
     predicted, found = [], []
     for one in spectra[:: max(1, len(spectra) // 12)]:
-        if (rank := td.options(one)[0][0]) is None:
+        if (rank := allocation.options(one)[0][0]) is None:
             continue
         ranks = {one.matrix.name: rank}
         low = td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks)
@@ -248,7 +249,7 @@ def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny,
     model = tiny(name)
     one, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
     assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
-    assert 0.2 <= 1 - td.decoder_bytes(one) / td.decoder_bytes(model) < 0.26
+    assert 0.2 <= 1 - allocation.decoder_bytes(one) / allocation.decoder_bytes(model) < 0.26
 
 
 def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
@@ -263,11 +264,11 @@ def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
 def test_uniform_ranks_take_the_same_share_of_each_matrix(tiny, text):
     model = tiny("qwen3-vl-2b")
     spectra = td.analyse(model, text)
-    ranks = td.allocate(model, spectra, 0.3, "uniform")
+    ranks = allocation.allocate(model, spectra, 0.3, "uniform")
     assert (
         1
-        - td.decoder_bytes(td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks))
-        / td.decoder_bytes(model)
+        - allocation.decoder_bytes(td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks))
+        / allocation.decoder_bytes(model)
         >= 0.3
     )
     assert td.apply(model, text, compression=0.3, budget="uniform") is not None
@@ -282,7 +283,9 @@ def test_a_factored_model_is_not_factored_again(tiny, text):
         td.apply(whole, text)
     half = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra[::2]})
     assert td.applies_to(half) is None
-    assert td.decoder_bytes(td.apply(half, text, compression=0.05, method="whitened")) < td.decoder_bytes(half)
+    assert allocation.decoder_bytes(
+        td.apply(half, text, compression=0.05, method="whitened")
+    ) < allocation.decoder_bytes(half)
 
 
 def test_bad_requests_are_named(tiny, name, text):

@@ -1,0 +1,62 @@
+"""The notebook's protocol on a tiny model: the spectrum shown, ranks, the sweep of rivals, answers to the claims."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure.quality import evaluate
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.structured_pruning import method as pruning
+from lib.optimizations.tensor_decomposition import experiment
+from lib.optimizations.tensor_decomposition import method as decomposition
+
+
+@pytest.fixture
+def setup(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    ids = torch.randint(8, 96, (2, 6, 48), generator=torch.Generator().manual_seed(5))
+    text = [{"input_ids": part} for part in ids]
+    spectra = {kind: decomposition.analyse(model, text, kind) for kind in ("plain", "whitened")}
+    spectra["refined"] = spectra["whitened"]
+    loaded = SimpleNamespace(model=model, random_weights=False)
+    options = {"method": "whitened", "budget": "global", "refine_steps": 1, "seconds": 1.0, "seed": 0}
+    return experiment.FactoringSetup(loaded, None, calibration=text, finetune_batches=text, spectra=spectra, **options)
+
+
+def test_singular_values_fall_and_are_read_in_two_sentences(setup):
+    curves, seconds = experiment.singular_values(setup)
+    assert set(curves.arm) == {"plain", "whitened"} and seconds > 0
+    for _, curve in curves.groupby("arm"):
+        assert curve.value.iloc[0] == 1 and curve.value.is_monotonic_decreasing
+    first, second = experiment.read_singular_values(curves, setup.widest.break_even)
+    assert "whitened" in first and second.endswith("of the largest.")
+
+
+def test_the_table_of_ranks_covers_the_block_shown(setup):
+    ranks = experiment.allocations(setup, 0.2)
+    table = experiment.rank_table(setup, ranks)
+    assert list(table.matrix) == [matrix.name for matrix in setup.shown]
+    assert {"plain", "whitened"} <= set(table.columns)
+    assert experiment.expected_divergence(setup, ranks) > 0
+
+
+def test_the_factored_model_lacks_the_bytes_asked_for(setup):
+    chosen = experiment.factor(setup, 0.2)
+    assert 0.2 <= chosen.removed < 0.3 and chosen.seconds > setup.seconds
+    assert len(chosen.rank_rows()) == len(chosen.ranks)
+
+
+def test_the_sweep_judges_rivals_of_equal_bytes(setup):
+    chosen = experiment.factor(setup, 0.2)
+    generator = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
+    text = evaluate.read(setup.baseline, ids_NT)
+    sweep = experiment.sweep(setup, chosen, text, ids_NT[:1], 0.2, pruning.apply)
+    names = [arm.name for arm in sweep.arms]
+    assert names == ["plain", "whitened", "refined", "whitened, uniform ranks", "structured pruning"]
+    assert all("out of reach" in reason for reason in sweep.left_out.values())
+    assert {"value", "low", "high"} <= set(sweep.divergence().columns) & set(sweep.speed().columns)
+    answers = experiment.refutations(sweep.arms)
+    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS[:2])
+    assert [refuted for _, refuted, _ in experiment.refutations([])] == [None, None]
