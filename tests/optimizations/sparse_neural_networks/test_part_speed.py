@@ -7,13 +7,13 @@ import torch
 
 from lib.measure.roofline import cost_model
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.sparse_neural_networks import experiment
+from lib.optimizations.sparse_neural_networks import part_speed
 
 
 def test_a_pass_counts_its_tokens_and_has_the_parts_shape(tiny, name):
     module = anatomy(tiny(name)).blocks[1].feed_forward.module
     for tokens in (1, 16):
-        work = experiment.run(module, tokens, 32, torch.float32)
+        work = part_speed.run(module, tokens, 32, torch.float32)
         assert work.tokens == tokens and work().shape == (1, tokens, 32)
 
 
@@ -33,12 +33,12 @@ def test_cost_of_a_part_is_that_of_its_matrices(tiny, name):
 def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
     module = anatomy(tiny("qwen3-4b-instruct-2507")).blocks[0].feed_forward.module
     forms = {torch.float64: copy.deepcopy(module).double(), torch.float32: module}
-    dense = experiment.fastest(forms, 16, 32, 6)
+    dense = part_speed.fastest(forms, 16, 32, 6)
     assert dense.dtype in forms and dense.work.module is forms[dense.dtype]
-    timed, size = experiment.compare(dense, module, torch.float32, 6)
+    timed, size = part_speed.compare(dense, module, torch.float32, 6)
     assert timed.metric == "feed_forward_ms" and timed.n == 6 and timed.predicted is not None
     assert size.optimized == cost_model.weights_bytes(module)
-    (energy,) = experiment.joules(dense, module, torch.float32)
+    (energy,) = part_speed.joules(dense, module, torch.float32)
     assert energy.metric == "energy_joules_per_token" and energy.workload == "feed-forward part, 16 tokens"
 
 
@@ -47,5 +47,5 @@ def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
     [([2, 3, 4], 50), ([0.5, 2, 4], 60), ([0.5, 0.6, 0.7], None), ([2, 0.5, 2], 80), ([0.5, 1, 2], 70)],
 )
 def test_the_crossover(gains, expected):
-    found = experiment.crossover([50, 70, 90], gains)
+    found = part_speed.crossover([50, 70, 90], gains)
     assert found == expected or found == pytest.approx(expected)

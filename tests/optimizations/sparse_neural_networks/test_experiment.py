@@ -1,0 +1,91 @@
+"""The notebook's protocol on a tiny model: one matrix, the sparse model, rivals, and an answer to every claim."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure.metrics import measurement
+from lib.measure.quality import evaluate
+from lib.models.calibration import second_moments
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.sparse_neural_networks import experiment, speed_sweep
+from lib.optimizations.sparse_neural_networks import method as sparse
+from lib.optimizations.sparse_neural_networks.masks import METHODS
+from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
+
+
+@pytest.fixture
+def setup(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    ids = torch.randint(8, 96, (2, 6, 48), generator=torch.Generator().manual_seed(5))
+    text = [{"input_ids": part} for part in ids]
+    loaded = SimpleNamespace(model=model, random_weights=False)
+    options = {"sparsity": 0.75, "pattern": "unstructured", "within": "row", "parts": "feed_forward"}
+    matrices = second_moments.matrices(model, "feed_forward")
+    moments = sparse.observe(model, text)
+    return experiment.SparsitySetup(loaded, "sparsegpt", options, text, text, moments, matrices, seed=0)
+
+
+def test_one_matrix_keeps_the_same_share_by_every_method(setup):
+    matrix = experiment.one_matrix(setup)
+    table = matrix.table()
+    assert list(table.method) == list(METHODS)
+    assert table.kept.tolist() == pytest.approx([0.25] * len(METHODS), abs=0.02)
+    assert table.overlap[0] == 1
+    errors = dict(zip(table.method, table["error of the output"]))
+    assert errors["sparsegpt"] < errors["wanda"] < errors["random"]
+    assert "sparsegpt" in experiment.read_masks(table)[1]
+    assert all(corner.shape <= (experiment.CORNER, experiment.CORNER) for corner in matrix.corners().values())
+
+
+def test_the_sparse_model_is_smaller_than_stored_zeros(setup):
+    model = experiment.sparsify(setup, finetune_steps=2)
+    experiment.assert_sparse(setup, model)
+    sizes = experiment.sizes(setup, model).set_index("model")["bytes, indices included"]
+    assert sizes["stored sparse"] < sizes["zeros stored dense"] == sizes["baseline"]
+    assert model.summary.startswith("0.75")
+    assert len(model.losses) == model.steps == 2
+
+
+def test_missing_zeros_are_noticed(setup):
+    model = experiment.sparsify(setup, finetune_steps=0)
+    setup.options["sparsity"] = 0.5
+    with pytest.raises(AssertionError, match="of its weights are zero"):
+        experiment.assert_sparse(setup, model)
+
+
+def test_every_claim_is_answered(setup):
+    ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
+    rivals = experiment.rivals(setup, evaluate.read(setup.baseline, ids_NT))
+    arms = experiment.controls(rivals, experiment.sparsify(setup, 0))
+    assert [arm.name for arm in arms][-2:] == ["int8", "sparsegpt at int8's bytes"]
+    in_order = experiment.order(rivals)
+    assert set(experiment.order_holds(in_order)) == {"per row", "per matrix"}
+    assert all(text.endswith(".") for text in experiment.read_order(in_order))
+    answers = experiment.refutations(setup, [*arms, *in_order], [])
+    assert tuple(claim for claim, _, _ in answers) == experiment.CLAIMS
+    assert answers[-1][1:] == (None, "no part was timed")
+    curves = experiment.impact(rivals, [50, 90])
+    assert list(curves.strength.unique()) == [50, 90]
+    assert experiment.controls(None, None) == experiment.order(None) == []
+
+
+def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
+    fields = {"verdict": verdict, "provenance": "measured", "source": "test", "n": 6, "noise_floor": 0.01, "mde": 0.1}
+    fields |= {"baseline": 1.0, "optimized": ratio, "ratio": ratio, "ci": (ratio - 0.1, ratio + 0.1)}
+    time = measurement.judged("feed_forward_ms", "feed-forward part, 16 tokens", **fields)
+    size = measurement.counted("weights_bytes", "feed-forward part", 100, 50, "test")
+    return PartPoint(strength, layout, [time, size])
+
+
+def test_a_sweep_is_read_by_its_crossovers(setup):
+    points = [_point(50, "unstructured", 2.0, "worse"), _point(90, "unstructured", 0.5, "better")]
+    points += [_point(50, "16x1", 3.0, "worse"), _point(90, "16x1", 1.5, "worse")]
+    gains = speed_sweep.times(points)
+    assert speed_sweep.crossovers(gains) == {"CSR, 16 tokens": pytest.approx(70), "16x1, 16 tokens": None}
+    assert speed_sweep.csr(gains) == ["CSR, 16 tokens"]
+    assert speed_sweep.read_crossovers(gains)[1] == "The earliest is CSR, 16 tokens, from 70 % zeros on."
+    assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
+    assert experiment.refutations(setup, [], points)[-1][1] is False
+    assert experiment.refutations(setup, [], points[2:])[-1][1] is True
