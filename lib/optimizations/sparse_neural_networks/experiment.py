@@ -1,12 +1,10 @@
-"""The protocol of the notebook on sparse networks: one matrix by every method, the sparse model, rivals at the same
-share, the order of the methods, a sweep of shares, and the answers to what would refute it.
+"""The protocol of the notebook on sparse networks: one matrix by every method, and the sparse model with its sizes.
 
-Returns plain data. The speed of one part over sparsity is timed by `speed_sweep`. Knows nothing of tables, figures or
-records.
+What it is held against stands in `rivals`, the speed of one part over sparsity in `speed_sweep`. Returns plain data.
+Knows nothing of tables, figures or records.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,36 +12,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.compare import speed
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration import second_moments
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import claims
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
-from lib.optimizations.sparse_neural_networks.int8 import int8
-from lib.optimizations.sparse_neural_networks.masks import METHODS, WITHIN, keep, score, sparsegpt
-from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
+from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
 
-CLAIMS = (
-    "Random masks harm no more than chosen ones.",
-    "SparseGPT harms no less than Wanda.",
-    "Wanda harms no less than magnitude.",
-    "Rounding to int8 harms less than pruning to the same bytes.",
-    "No sparsity is fast enough to beat the fastest dense form.",
-)
-COMPARED = ("sparsegpt", "wanda", "magnitude")
 MOST_SEQUENCES = 32  # of calibration text that choose weights
-WINDOWS = 8  # of held-out text, on which rivals are judged
 CORNER = 48  # rows and columns of a mask that are shown
-ORDER = {"sparsity": 0.6, "pattern": "unstructured", "parts": "all"}  # the share of Sun et al. 2024, tables 2 and 3
-YARDSTICKS = ("random", "magnitude", "int8")  # what a chosen mask has to do better than
-INT8, AT_INT8_BYTES = "int8", "at int8's bytes"
 
 
 @dataclass(frozen=True)
@@ -254,167 +233,3 @@ def sizes(setup: SparsitySetup, model: SparseModel) -> pd.DataFrame:
         for name, arm in arms.items()
     ]
     return pd.DataFrame(rows)
-
-
-# --- rivals at the same share ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SparseRivals:
-    """Prunes one model in several ways; each is held against the baseline's reading of a few windows."""
-
-    setup: SparsitySetup
-    reference: Text
-
-    def judge(self, name: str, purpose: str, model: nn.Module) -> ThirdArm:
-        """Return an arm with perplexity, divergence and agreement of `model`."""
-        text = evaluate.read(model, self.reference.ids_NT)
-        return ThirdArm(name, purpose, evaluate.compare_text(self.reference, text))
-
-    def cut(self, name: str, purpose: str, **changed: object) -> ThirdArm:
-        """Return an arm pruned on the unpruned model's inputs; `changed` are options of `method.prune` that differ."""
-        setup = self.setup
-        options = setup.options | {"method": setup.method, "seen": setup.moments, "seed": setup.seed} | changed
-        return self.judge(name, purpose, sparse.prune(setup.baseline, setup.calibration, **options).model)
-
-
-def rivals(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
-    """Return the rivals, judged on the first windows of `text`; None where the baseline read none."""
-    if text is None:
-        return None
-    return SparseRivals(setup, evaluate.read(setup.baseline, text.ids_NT[:WINDOWS]))
-
-
-def controls(arms: SparseRivals | None, model: SparseModel) -> list[ThirdArm]:
-    """Return the same share by other means: every method, two patterns, the stages of the run, and int8.
-
-    The last one is pruned until CSR takes as many bytes as int8 does. Empty without rivals.
-    """
-    if arms is None or model.pruned is None:
-        return []
-    setup = arms.setup
-    rounded = int8(setup.baseline, str(setup.options["parts"]))
-    removed = cost_model.weights_bytes(setup.baseline) - cost_model.weights_bytes(rounded)
-    dense_bytes = sum(matrix.weight.nbytes for matrix in setup.matrices)
-    at_int8_bytes = 1 - (dense_bytes - removed) / (8 * setup.weights)  # CSR: four bytes of value, four of column
-    name = setup.method
-    return [
-        *(arms.cut(other, "the same share, chosen at once", method=other) for other in METHODS),
-        arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
-        arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
-        arms.judge(f"{name}, in order", "block after block", model.pruned.model),
-        arms.judge(f"{name}, taught", "after fine-tuning", model.optimized),
-        arms.judge(INT8, "yardstick", rounded),
-        arms.cut(f"{name} {AT_INT8_BYTES}", "as large as the yardstick", sparsity=at_int8_bytes),
-    ]
-
-
-def order(arms: SparseRivals | None) -> list[ThirdArm]:
-    """Return SparseGPT, Wanda and magnitude on every matrix, per row and, where that differs, per matrix."""
-    if arms is None:
-        return []
-    return [
-        arms.cut(_order_name(name, place), "order", method=name, within=place, **ORDER)
-        for name in COMPARED
-        for place in (WITHIN if name != "sparsegpt" else ("row",))
-    ]
-
-
-def _order_name(method: str, within: str) -> str:
-    return f"{method}{'' if method == 'sparsegpt' else f', per {within}'}, all matrices"
-
-
-def order_holds(arms: Sequence[ThirdArm]) -> dict[str, bool] | None:
-    """Return whether SparseGPT ≤ Wanda ≤ magnitude in divergence, by where scores compete; None without arms."""
-    if not arms:
-        return None
-    values = {arm.name: found.value for arm in arms if (found := claims.interval([arm], [arm.name]))}
-    holds = {}
-    for within in WITHIN:
-        gpt, wanda, magnitude = (values[_order_name(method, within)] for method in COMPARED)
-        holds[f"per {within}"] = gpt <= wanda <= magnitude
-    return holds
-
-
-def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
-    """Return two sentences on the order of the methods."""
-    holds = order_holds(arms)
-    if holds is None:
-        return "The methods were not compared.", "Without text no order is known."
-    answer = {place: "holds" if held else "does not hold" for place, held in holds.items()}
-    return (
-        f"KL(SparseGPT) ≤ KL(Wanda) ≤ KL(magnitude) {answer['per row']} where weights compete within a row.",
-        f"Where they compete within the matrix it {answer['per matrix']}.",
-    )
-
-
-def impact(arms: SparseRivals | None, strengths: Sequence[int]) -> pd.DataFrame:
-    """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method."""
-    rows = []
-    for strength in strengths if arms is not None else ():
-        for name in COMPARED:
-            divergence = claims.interval([arms.cut(name, "impact", method=name, sparsity=strength / 100)], [name])
-            rows.append({"arm": name, **divergence._asdict(), "strength": strength})
-    return pd.DataFrame(rows)
-
-
-def zeros_stored_dense(
-    setup: SparsitySetup, model: SparseModel, prompt_BT: torch.Tensor, effort: Effort, invalid: str | None
-) -> list[ThirdArm]:
-    """Return the fine-tuned model with its zeros stored, its prefill timed against the baseline; none if untrained."""
-    if model.tuned is None:
-        return []
-    options = {"names": ("prefill",), "with_energy": False, "costs": {"skip_zeros": True}, "seed": setup.seed}
-    compared = speed.compare(setup.baseline, model.tuned.model, prompt_BT, effort, invalid=invalid, **options)
-    return [ThirdArm("zeros stored dense", "the mask without the format", compared.measurements)]
-
-
-# --- the answers -----------------------------------------------------------------------------------------------------
-
-
-def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence[PartPoint]) -> list[ClaimAnswer]:
-    """Return an answer to each of CLAIMS: from the divergences, and from the times of the part.
-
-    The order of the methods is judged per row, where all three compete alike.
-    """
-    name, rival = setup.method, f"{setup.method} {AT_INT8_BYTES}"
-    gpt, wanda, magnitude = (_order_name(method, "row") for method in COMPARED)
-    pairs = [(name, "random"), (gpt, wanda), (wanda, magnitude), (rival, INT8)]
-    answers = [
-        claims.harms_less(claim, *(claims.interval(arms, [arm]) for arm in pair), pair)
-        for claim, pair in zip(CLAIMS, pairs)
-    ]
-    return [*answers, _fast_enough(CLAIMS[4], points)]
-
-
-def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:
-    """Return the answer by the largest gain in time: shown, excluded, or neither."""
-    times = [(m, point) for point in points for m in point.times if m.ratio]
-    if not times:
-        return claim, None, "no part was timed"
-    best, point = min(times, key=lambda pair: pair[0].ratio or 0.0)
-    evidence = f"largest gain {1 / (best.ratio or 1):.2f}× ({point.layout}, {point.strength} % zeros, {best.workload})"
-    refuted = {"better": False, "worse": True, "equivalent": True}.get(best.verdict)
-    return claim, refuted, evidence
-
-
-def details(
-    setup: SparsitySetup,
-    model: SparseModel,
-    matrix: MatrixMasks,
-    in_order: Sequence[ThirdArm],
-    curves: pd.DataFrame,
-) -> dict[str, dict[str, object]]:
-    """Return what a record holds of quality beside measurements: name → value, provenance, source and axes."""
-    table = matrix.table().to_dict("records")
-    values = {
-        "zeros": (model.zeros, "measured", "exact zeros of each matrix"),
-        "one_matrix": (table, "measured", f"{matrix.name}, calibration text"),
-        "experts_short_of_tokens": (setup.short_of_tokens, "measured", "fewer tokens than inputs, damped"),
-        "fine_tuning_losses": (model.losses, "measured", "nats per token of each step"),
-        "order_at_60_percent": (order_holds(in_order), "measured", "SparseGPT ≤ Wanda ≤ magnitude, KL"),
-        "impact": (curves.to_dict("records"), "measured", "KL on held-out text"),
-    }
-    entries = {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}
-    entries["impact"] |= {"x": "weights set to zero, %", "y": "KL, nats/token"}
-    return entries

@@ -22,22 +22,20 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.calibration import activations
 from lib.models.calibration.distillation import distil
-from lib.models.calibration.second_moments import PARTS, Matrix, Moments, feed_forward_matrices, matrices, moments
+from lib.models.calibration.second_moments import PARTS, Moments, feed_forward_matrices, matrices, moments
 from lib.models.structure import anatomy
-from lib.models.structure.sparse import compress, is_dense, store, stored
-from lib.optimizations.sparse_neural_networks.masks import (
-    METHODS,
-    PATTERNS,
-    STEP,
-    WITHIN,
-    block_shape,
-    keep,
-    score,
-    sparsegpt,
+from lib.models.structure.sparse import is_dense, store, stored
+from lib.optimizations.sparse_neural_networks.masks import METHODS, PATTERNS, STEP, WITHIN, block_shape
+from lib.optimizations.sparse_neural_networks.matrix_pruning import (
+    PruningRule,
+    choose,
+    experts_short_of_tokens,
+    prune_matrix,
+    require_tokens,
+    stored_sparse,
 )
 
 EXECUTE = ("sparse", "dense")
-LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
 
 SEARCH_SPACE = {
     "sparsity": {
@@ -100,21 +98,21 @@ def apply(
     finetune_steps: int = 0,
     learning_rate: float = 1e-3,
     finetune_batches: Sequence[dict[str, torch.Tensor]] | None = None,
-    seen: dict[str, Moments] | None = None,
+    observed: dict[str, Moments] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a model of which `sparsity` of every matrix's weights are zero, stored sparse unless `execute` is "dense".
 
     parts: "all", or one of PARTS ("feed_forward" has the experts in it). finetune_batches: to distil on (default:
-    calibration). seen: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern does
-    not fit or that saw too few tokens.
+    calibration). observed: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern
+    does not fit or that too few tokens reach.
     """
     if execute not in EXECUTE:
         raise UserError(f'sparse_neural_networks: execute "{execute}"; expected one of {", ".join(EXECUTE)}')
     options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
     if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps:
         return _store_at_once(model, **options, seed=seed)
-    pruned = prune(model, calibration, **options, seen=seen, seed=seed)
+    pruned = prune(model, calibration, **options, observed=observed, seed=seed)
     if finetune_steps:
         options = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
         pruned, _ = fine_tune(pruned, model, finetune_batches or calibration, **options)
@@ -124,13 +122,12 @@ def apply(
 def _store_at_once(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str, parts: str, seed: int
 ) -> nn.Module:
-    """As `executed(prune(…))` for scores that ask nothing of the data: no matrix is ever copied dense."""
+    """As `executed(prune(…))` for scores that need no data: no matrix is ever copied dense."""
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
-    generator = torch.Generator().manual_seed(seed)
+    rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
     weights, replaced = {}, matrices(model, parts)
     for matrix in replaced:
-        kept = _choose(matrix, None, sparsity, method, pattern, within, generator)
-        weights[matrix.name] = _stored(matrix, kept, pattern)
+        weights[matrix.name] = stored_sparse(matrix, choose(matrix, None, rule, generator), pattern)
     view = anatomy.anatomy(model)
     shared = [view.embeddings.weight, view.head.weight, *(matrix.weight for matrix in replaced)]
     return store(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), weights)
@@ -145,41 +142,47 @@ def prune(
     pattern: str = "unstructured",
     within: str = "row",
     parts: str = "all",
-    seen: dict[str, Moments] | None = None,
+    observed: dict[str, Moments] | None = None,
     seed: int = 0,
 ) -> Pruned:
     """Return a copy of the model with zeros, and the masks.
 
-    Without `seen`, block after block is pruned on what the blocks before it, already pruned, give to it. With `seen`
-    (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's inputs: quicker, and
-    the same statistics serve many settings.
+    Without `observed`, block after block is pruned on what the blocks before it, already pruned, give to it. With
+    `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's inputs:
+    quicker, and the same statistics serve many settings.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
-    if method == "sparsegpt" and seen is None and sparsity:
+    if method == "sparsegpt" and observed is None and sparsity:
         tokens = activations.count(calibration)
-        for matrix in (one for one in matrices(model, parts) if one.part != "experts" and tokens):
-            _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
+        for matrix in matrices(model, parts):
+            if matrix.part != "experts" and tokens:  # all tokens reach it, so too few are known before the pass
+                require_tokens(matrix, tokens)
     copied = copy.deepcopy(model)
     if sparsity == 0 and pattern != "2:4":
         kept = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
         return Pruned(copied, kept, pattern, {})
     kept, thin = {}, {}
-    generator = torch.Generator().manual_seed(seed)
-    needs = method in ("wanda", "sparsegpt")
+    rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
     for block in sorted({matrix.block for matrix in matrices(copied, parts)}):
-        chosen = matrices(copied, parts, block)
-        found = seen
-        if needs and seen is None:
-            found = moments(copied, calibration, chosen, gram=method == "sparsegpt")
-        for matrix in chosen:
-            one = found[matrix.name] if needs else None
-            if one is not None:
-                thin |= _enough(matrix, one, method)
-            kept[matrix.name] = _prune_matrix(matrix, one, sparsity, method, pattern, within, generator)
+        of_block = matrices(copied, parts, block)
+        statistics: dict[str, Moments] = {}
+        if method in ("wanda", "sparsegpt"):
+            gram = method == "sparsegpt"
+            statistics = moments(copied, calibration, of_block, gram=gram) if observed is None else observed
+        for matrix in of_block:
+            if statistics and (short := experts_short_of_tokens(matrix, statistics[matrix.name], method)):
+                thin[matrix.name] = short
+            kept[matrix.name] = prune_matrix(matrix, statistics.get(matrix.name), rule, generator)
     return Pruned(copied, kept, pattern, thin)
 
 
-def observe(model: nn.Module, calibration: Sequence[dict], *, parts: str = "all", method: str = "sparsegpt") -> dict:
+def observe(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    parts: str = "all",
+    method: str = "sparsegpt",
+) -> dict[str, Moments]:
     """Return the moments that `method` needs of every matrix, from one pass through the model as it is."""
     return moments(model, calibration, matrices(model, parts), gram=method == "sparsegpt")
 
@@ -187,34 +190,29 @@ def observe(model: nn.Module, calibration: Sequence[dict], *, parts: str = "all"
 def executed(pruned: Pruned) -> nn.Module:
     """Return a copy of the pruned model whose pruned matrices are stored and executed sparse.
 
-    On a processor 2:4 has no kernel of its own and becomes CSR; on CUDA linear layers use the tensor cores' format and
+    On a CPU 2:4 has no kernel of its own and becomes CSR; on CUDA linear layers use the tensor cores' format and
     experts CSR.
     """
     model = copy.deepcopy(pruned.model)
-    chosen = [matrix for matrix in matrices(model) if matrix.name in pruned.kept]
-    return store(model, {one.name: _stored(one, pruned.kept[one.name], pruned.pattern) for one in chosen})
-
-
-def _stored(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Tensor:
-    rows, _ = block_shape(pattern)
-    layout = "columns" if rows >= LEAST_ROWS else "csr"
-    if pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
-        _check_tensor_cores(matrix)
-        layout = "semi_structured"
-    return compress(matrix.weight.data, kept, layout, rows)
+    weights = {
+        matrix.name: stored_sparse(matrix, pruned.kept[matrix.name], pruned.pattern)
+        for matrix in matrices(model)
+        if matrix.name in pruned.kept
+    }
+    return store(model, weights)
 
 
 def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str = "sparse") -> nn.Module:
-    """Return a copy of one feed-forward part, pruned by magnitude: time asks how many weights go, not which."""
+    """Return a copy of one feed-forward part, pruned by magnitude: time depends on how many weights go, not which."""
+    rule = PruningRule(sparsity, "magnitude", pattern)
     if execute == "dense":
         copied = copy.deepcopy(module)
         for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
-            _prune_matrix(matrix, None, sparsity, "magnitude", pattern, "row", None)
+            prune_matrix(matrix, None, rule)
         return copied
-    found = feed_forward_matrices(anatomy.feed_forward(module))
-    options = (None, sparsity, "magnitude", pattern, "row", None)
-    weights = {one.name: _stored(one, _choose(one, *options), pattern) for one in found}
-    return store(copy.deepcopy(module, {id(one.weight): one.weight for one in found}), weights)
+    replaced = feed_forward_matrices(anatomy.feed_forward(module))
+    weights = {matrix.name: stored_sparse(matrix, choose(matrix, None, rule), pattern) for matrix in replaced}
+    return store(copy.deepcopy(module, {id(matrix.weight): matrix.weight for matrix in replaced}), weights)
 
 
 def fine_tune(
@@ -245,7 +243,7 @@ def fine_tune(
     return Pruned(student, pruned.kept, pruned.pattern, pruned.thin), losses
 
 
-# --- what may be asked -----------------------------------------------------------------------------------------------
+# --- what is allowed -----------------------------------------------------------------------------------------------
 
 
 def check(
@@ -259,11 +257,11 @@ def check(
         if value not in valid:
             raise UserError(f'sparse_neural_networks: {name} "{value}"; expected one of {", ".join(valid)}')
     rows, columns = block_shape(pattern)
-    found = matrices(model, parts)
-    if not found:
+    affected = matrices(model, parts)
+    if not affected:
         reason = "the matrices are stored sparse already" if stored(model) else "this model has none"
         raise UserError(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
-    for matrix in found:
+    for matrix in affected:
         outputs, inputs = matrix.weight.shape[-2:]
         if pattern == "2:4" and inputs % 4:
             raise UserError(f"{matrix.name}: pattern 2:4 needs a width divisible by 4, this one is {inputs}")
@@ -273,72 +271,13 @@ def check(
             )
 
 
-def _require(matrix: Matrix, tokens: int) -> None:
-    inputs = matrix.weight.shape[-1]
-    if tokens < inputs:
-        raise UserError(
-            f"{matrix.name}: {tokens} calibration tokens, but sparsegpt needs at least its {inputs} inputs; "
-            "give more calibration text, or choose method wanda"
-        )
-
-
-def _enough(matrix: Matrix, seen: Moments, method: str) -> dict[str, int]:
-    """Return how many experts saw fewer tokens than SparseGPT wants; raise UserError where a single matrix did."""
-    inputs, fewest = matrix.weight.shape[-1], int(seen.tokens.min())
-    if method != "sparsegpt":
-        return {}
-    if matrix.part != "experts":
-        _require(matrix, fewest)
-    few = int((seen.tokens < inputs).sum())
-    return {matrix.name: few} if few else {}
-
-
-def _check_tensor_cores(matrix: Matrix) -> None:
-    outputs, inputs = matrix.weight.shape
-    if outputs % 32 or inputs % 64 or matrix.weight.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
-            f"{matrix.name}: 2:4 on CUDA needs rows divisible by 32, columns by 64, and float16 or bfloat16; this is "
-            f"{outputs} x {inputs}, {matrix.weight.dtype}; use execute dense"
-        )
-
-
-# --- one matrix ------------------------------------------------------------------------------------------------------
-
-
-def _prune_matrix(
-    matrix: Matrix, seen: Moments | None, sparsity: float, method: str, pattern: str, within: str, generator
-) -> torch.Tensor:
-    """Zero the dropped weights in place; return what is kept, bool in the weight's shape."""
-    weight = matrix.weight.data
-    if method == "sparsegpt":
-        gram_EII = seen.gram.view(-1, *seen.gram.shape[-2:])
-        pruned_EOI, kept_EOI = sparsegpt(weight.view(-1, *weight.shape[-2:]), gram_EII, sparsity, pattern)
-        weight.copy_(pruned_EOI.view(weight.shape))
-        return kept_EOI.view(weight.shape)
-    kept = _choose(matrix, seen, sparsity, method, pattern, within, generator)
-    weight.mul_(kept)
-    return kept
-
-
-def _choose(
-    matrix: Matrix, seen: Moments | None, sparsity: float, method: str, pattern: str, within: str, generator
-) -> torch.Tensor:
-    """Return what is kept by score alone, bool in the weight's shape; the weight stays as it is."""
-    stack_EOI = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
-    squares = [None] * len(stack_EOI) if seen is None else seen.squares.view(len(stack_EOI), -1)
-    kept_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
-    for kept, one, square in zip(kept_EOI, stack_EOI, squares):  # one by one: scores of a large stack would not fit
-        kept.copy_(keep(score(one, method, square, generator), sparsity, pattern, within=within))
-    return kept_EOI.view(matrix.weight.shape)
-
-
 def stored_shares(model: nn.Module) -> dict[str, float]:
     """Return the share of each sparsely stored matrix that is not stored, by name."""
-    found = ((name, weight) for name, weight in stored(model).items() if not is_dense(weight))
-    return {name: 1 - weight.values().numel() / weight.numel() for name, weight in found}
+    sparse = {name: weight for name, weight in stored(model).items() if not is_dense(weight)}
+    return {name: 1 - weight.values().numel() / weight.numel() for name, weight in sparse.items()}
 
 
 def shares(pruned: Pruned) -> dict[str, float]:
     """Return the share of zeros that each matrix really has, by name."""
-    found = {matrix.name: matrix.weight for matrix in matrices(pruned.model)}
-    return {name: 1 - int(found[name].count_nonzero()) / found[name].numel() for name in pruned.kept}
+    weights = {matrix.name: matrix.weight for matrix in matrices(pruned.model)}
+    return {name: 1 - int(weights[name].count_nonzero()) / weights[name].numel() for name in pruned.kept}

@@ -9,7 +9,7 @@ from lib.measure.metrics import measurement
 from lib.measure.quality import evaluate
 from lib.models.calibration import second_moments
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.sparse_neural_networks import experiment, speed_sweep
+from lib.optimizations.sparse_neural_networks import experiment, rivals, speed_sweep
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS
 from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
@@ -57,18 +57,18 @@ def test_missing_zeros_are_noticed(setup):
 
 def test_every_claim_is_answered(setup):
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
-    rivals = experiment.rivals(setup, evaluate.read(setup.baseline, ids_NT))
-    arms = experiment.controls(rivals, experiment.sparsify(setup, 0))
+    contest = rivals.contest(setup, evaluate.read(setup.baseline, ids_NT))
+    arms = rivals.controls(contest, experiment.sparsify(setup, 0))
     assert [arm.name for arm in arms][-2:] == ["int8", "sparsegpt at int8's bytes"]
-    in_order = experiment.order(rivals)
-    assert set(experiment.order_holds(in_order)) == {"per row", "per matrix"}
-    assert all(text.endswith(".") for text in experiment.read_order(in_order))
-    answers = experiment.refutations(setup, [*arms, *in_order], [])
-    assert tuple(claim for claim, _, _ in answers) == experiment.CLAIMS
+    in_order = rivals.order(contest)
+    assert set(rivals.order_holds(in_order)) == {"per row", "per matrix"}
+    assert all(text.endswith(".") for text in rivals.read_order(in_order))
+    answers = rivals.refutations(setup, [*arms, *in_order], [])
+    assert tuple(claim for claim, _, _ in answers) == rivals.CLAIMS
     assert answers[-1][1:] == (None, "no part was timed")
-    curves = experiment.impact(rivals, [50, 90])
+    curves = rivals.impact(contest, [50, 90])
     assert list(curves.strength.unique()) == [50, 90]
-    assert experiment.controls(None, None) == experiment.order(None) == []
+    assert rivals.controls(None, None) == rivals.order(None) == []
 
 
 def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
@@ -87,5 +87,5 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     assert speed_sweep.csr(gains) == ["CSR, 16 tokens"]
     assert speed_sweep.read_crossovers(gains)[1] == "The earliest is CSR, 16 tokens, from 70 % zeros on."
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
-    assert experiment.refutations(setup, [], points)[-1][1] is False
-    assert experiment.refutations(setup, [], points[2:])[-1][1] is True
+    assert rivals.refutations(setup, [], points)[-1][1] is False
+    assert rivals.refutations(setup, [], points[2:])[-1][1] is True

@@ -12,6 +12,7 @@ from lib.models.calibration.second_moments import matrices, moments
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sparse import SparseExperts, SparseLinear, compress, product, slices, stored
+from lib.optimizations.sparse_neural_networks import masks, matrix_pruning
 from lib.optimizations.sparse_neural_networks import method as sparse
 
 MOE = ["glm-4.7-flash", "qwen3-coder-30b"]
@@ -37,8 +38,8 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
 def test_the_sparse_product_equals_the_masked_dense_one(pattern, tokens):
     weight_OI, x_TI = torch.randn(64, 48), torch.randn(tokens, 48)
-    kept_OI = sparse.keep(weight_OI.abs(), 0.7, pattern)
-    rows = sparse.block_shape(pattern)[0]
+    kept_OI = masks.keep(weight_OI.abs(), 0.7, pattern)
+    rows = masks.block_shape(pattern)[0]
     made = compress(weight_OI, kept_OI, "columns" if rows > 1 else "csr", rows)
     assert close(made.to_dense(), weight_OI * kept_OI)
     assert close(product(made, x_TI), x_TI @ (weight_OI * kept_OI).T)
@@ -59,7 +60,7 @@ def test_the_layer_takes_any_batch_shape_its_bias_and_bfloat16():
 @pytest.mark.parametrize("layout, rows", [("csr", 1), ("columns", 8)])
 def test_stacked_experts_are_their_matrices(layout, rows):
     weight_EOI = torch.randn(3, 16, 24)
-    kept = sparse.keep(weight_EOI.abs(), 0.5, "8x1" if rows == 8 else "unstructured")
+    kept = masks.keep(weight_EOI.abs(), 0.5, "8x1" if rows == 8 else "unstructured")
     made = compress(weight_EOI, kept, layout, rows)
     for one, weight, mask in zip(slices(made), weight_EOI, kept):
         assert close(one.to_dense(), weight * mask)
@@ -131,7 +132,7 @@ def test_the_feed_forward_part_has_the_experts_in_it(tiny, name):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
 def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
     pruned = sparse.prune(tiny("qwen3-4b-instruct-2507"), text, sparsity=0.7, method=method, pattern=pattern)
-    _, columns = sparse.block_shape(pattern)
+    _, columns = masks.block_shape(pattern)
     for matrix in matrices(pruned.model):
         kept, width = pruned.kept[matrix.name], matrix.weight.shape[-1]
         blocks = width // columns
@@ -145,9 +146,9 @@ def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
 
 def test_scores_that_compete_within_the_matrix_may_empty_a_row():
     scores = torch.arange(32.0).view(4, 8)
-    kept = sparse.keep(scores, 0.5, "unstructured", within="matrix")
+    kept = masks.keep(scores, 0.5, "unstructured", within="matrix")
     assert kept.sum(1).tolist() == [0, 0, 8, 8]
-    assert sparse.keep(scores, 0.5, "unstructured").sum(1).tolist() == [4] * 4
+    assert masks.keep(scores, 0.5, "unstructured").sum(1).tolist() == [4] * 4
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -163,7 +164,8 @@ def test_the_share_of_zeros_is_exact_in_every_expert(tiny, name, text, method):
 
 def test_wanda_against_a_slow_row_by_row_reference(tiny, name, text):
     model = tiny(name)
-    pruned = sparse.prune(model, text, sparsity=0.5, method="wanda", seen=sparse.observe(model, text, method="wanda"))
+    observed = sparse.observe(model, text, method="wanda")
+    pruned = sparse.prune(model, text, sparsity=0.5, method="wanda", observed=observed)
     for matrix in [m for m in matrices(model) if m.block in (0, 3)]:
         inputs = _inputs(model, matrix, text)
         stack = matrix.weight if matrix.weight.dim() == 3 else matrix.weight[None]
@@ -239,9 +241,9 @@ def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(patt
     squares = x_TI.square().sum(0)
     errors = {}
     for method in ("wanda", "magnitude"):
-        kept = sparse.keep(sparse.score(weight_OI, method, squares), 0.6, pattern)
+        kept = masks.keep(masks.score(weight_OI, method, squares), 0.6, pattern)
         errors[method] = float((x_TI @ (weight_OI * ~kept).T).norm())
-    pruned, _ = sparse.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
+    pruned, _ = masks.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
     errors["sparsegpt"] = float((x_TI @ (pruned[0] - weight_OI).T).norm())
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
 
@@ -249,7 +251,7 @@ def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(patt
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
 def test_what_stays_makes_up_for_what_went(pattern):
     weight_OI, x_TI = torch.randn(64, 144, generator=torch.Generator().manual_seed(1)), correlated(600, 144)
-    pruned, kept = sparse.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
+    pruned, kept = masks.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
     corrected, plain = ((x_TI @ (one - weight_OI).T).norm() for one in (pruned[0], weight_OI * kept[0]))
     assert corrected < 0.95 * plain
 
@@ -258,7 +260,7 @@ def test_what_stays_makes_up_for_what_went(pattern):
 def test_sparsegpt_against_a_slow_column_by_column_reference(pattern):
     weight_OI, x_TI = torch.randn(8, 160, generator=torch.Generator().manual_seed(2)), correlated(500, 160)
     gram = x_TI.T @ x_TI
-    ours, kept = sparse.sparsegpt(weight_OI[None], gram[None], 0.6, pattern)
+    ours, kept = masks.sparsegpt(weight_OI[None], gram[None], 0.6, pattern)
     expected, expected_kept = slow_sparsegpt(weight_OI, gram, 0.6, pattern)
     agree = (kept[0] == expected_kept).float().mean()
     assert agree > 0.995, "the same weights go, but for near ties"
@@ -281,7 +283,7 @@ def slow_sparsegpt(weight_OI, gram_II, sparsity, pattern):
             score = weight[:, column : column + 4] ** 2 / curvature[column : column + 4]
             kept[:, column : column + 4].scatter_(1, score.topk(2, 1).indices, True)
         elif pattern != "2:4" and column % 128 == 0:
-            end, size = min(column + 128, inputs), sparse.block_shape(pattern)[1]
+            end, size = min(column + 128, inputs), masks.block_shape(pattern)[1]
             score = weight[:, column:end] ** 2 / curvature[column:end]
             score = score.view(len(weight), -1, size).sum(-1)
             drop = round(sparsity * end / size) - round(sparsity * column / size)
@@ -302,14 +304,14 @@ def slow_sparsegpt(weight_OI, gram_II, sparsity, pattern):
 def test_an_expert_that_saw_no_token_is_pruned_by_magnitude():
     weight_EOI, x_TI = torch.randn(2, 8, 32), correlated(200, 32)
     gram = torch.stack([x_TI.T @ x_TI, torch.zeros(32, 32)])
-    pruned, kept = sparse.sparsegpt(weight_EOI, gram, 0.5, "unstructured")
-    assert torch.equal(kept[1], sparse.keep(weight_EOI[1].abs(), 0.5, "unstructured", within="matrix"))
+    pruned, kept = masks.sparsegpt(weight_EOI, gram, 0.5, "unstructured")
+    assert torch.equal(kept[1], masks.keep(weight_EOI[1].abs(), 0.5, "unstructured", within="matrix"))
     assert torch.equal(pruned[1], weight_EOI[1] * kept[1])
 
 
 def test_pruning_block_after_block_sees_the_pruned_blocks_before(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
-    at_once = sparse.prune(model, text, seen=sparse.observe(model, text))
+    at_once = sparse.prune(model, text, observed=sparse.observe(model, text))
     in_order = sparse.prune(model, text)
     first, last = matrices(model)[0].name, matrices(model)[-1].name
     assert torch.equal(at_once.kept[first], in_order.kept[first])
@@ -436,13 +438,13 @@ def test_two_of_four_needs_a_width_that_four_divides(tiny, text):
 def test_tensor_cores_are_asked_for_only_where_the_shape_fits(tiny):
     matrix = matrices(tiny("qwen3-4b-instruct-2507"))[0]
     with pytest.raises(UserError, match="2:4 on CUDA needs rows divisible by 32"):
-        sparse._check_tensor_cores(matrix)
+        matrix_pruning.check_tensor_cores(matrix)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 has a kernel on CUDA only")
 def test_two_of_four_on_cuda_equals_the_masked_product():
     weight_OI = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
-    kept_OI = sparse.keep(weight_OI.abs(), 0.5, "2:4")
+    kept_OI = masks.keep(weight_OI.abs(), 0.5, "2:4")
     layer = SparseLinear(compress(weight_OI, kept_OI, "semi_structured"))
     x_TI = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
     assert torch.allclose(layer(x_TI), x_TI @ (weight_OI * kept_OI).T, atol=0.5, rtol=0.05)

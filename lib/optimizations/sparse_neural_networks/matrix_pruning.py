@@ -1,0 +1,103 @@
+"""One matrix of a model: which of its weights are kept, the pruned weights, and how they are stored sparse.
+
+Works on single matrices and on stacks of experts. Knows nothing of the rest of the model.
+
+Shapes: E experts (1 for a single matrix), O outputs, I inputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lib.errors import UserError
+from lib.models.calibration.second_moments import Matrix, Moments
+from lib.models.structure.sparse import compress
+from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, score, sparsegpt
+
+LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
+
+
+@dataclass(frozen=True)
+class PruningRule:
+    """Which weights of a matrix go: the share, the score, the pattern, and where scores compete."""
+
+    sparsity: float
+    method: str
+    pattern: str
+    within: str = "row"
+
+
+def prune_matrix(
+    matrix: Matrix, moments: Moments | None, rule: PruningRule, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Set the dropped weights to zero in place; return what is kept, bool in the weight's shape.
+
+    Raises ValueError where SparseGPT lacks the Gram matrix of the inputs.
+    """
+    weight = matrix.weight.data
+    if rule.method == "sparsegpt":
+        if moments is None or moments.gram is None:
+            raise ValueError(f"{matrix.name}: sparsegpt needs the Gram matrix of its inputs")
+        gram_EII = moments.gram.view(-1, *moments.gram.shape[-2:])
+        stack_EOI = weight.view(-1, *weight.shape[-2:])
+        pruned_EOI, kept_EOI = sparsegpt(stack_EOI, gram_EII, rule.sparsity, rule.pattern)
+        weight.copy_(pruned_EOI.view(weight.shape))
+        return kept_EOI.view(weight.shape)
+    kept = choose(matrix, moments, rule, generator)
+    weight.mul_(kept)
+    return kept
+
+
+def choose(
+    matrix: Matrix, moments: Moments | None, rule: PruningRule, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return what is kept by score alone, bool in the weight's shape; the weight stays as it is."""
+    stack_EOI = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
+    squares = [None] * len(stack_EOI) if moments is None else moments.squares.view(len(stack_EOI), -1)
+    kept_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
+    for kept_OI, weight_OI, square in zip(kept_EOI, stack_EOI, squares):  # scores of a large stack would not fit
+        scores = score(weight_OI, rule.method, square, generator)
+        kept_OI.copy_(keep(scores, rule.sparsity, rule.pattern, within=rule.within))
+    return kept_EOI.view(matrix.weight.shape)
+
+
+def stored_sparse(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Tensor:
+    """Return the kept weights in the layout that executes `pattern`.
+
+    On a CPU 2:4 has no kernel of its own and becomes CSR. Raises UserError where the tensor cores' format does not fit.
+    """
+    rows, _ = block_shape(pattern)
+    layout = "columns" if rows >= LEAST_ROWS else "csr"
+    if pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
+        check_tensor_cores(matrix)
+        layout = "semi_structured"
+    return compress(matrix.weight.data, kept, layout, rows)
+
+
+def check_tensor_cores(matrix: Matrix) -> None:
+    """Raise UserError where 2:4 cannot be executed on CUDA."""
+    outputs, inputs = matrix.weight.shape
+    if outputs % 32 or inputs % 64 or matrix.weight.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"{matrix.name}: 2:4 on CUDA needs rows divisible by 32, columns by 64, and float16 or bfloat16; this is "
+            f"{outputs} x {inputs}, {matrix.weight.dtype}; use execute dense"
+        )
+
+
+def require_tokens(matrix: Matrix, tokens: int) -> None:
+    """Raise UserError where SparseGPT has fewer calibration tokens than the matrix has inputs."""
+    inputs = matrix.weight.shape[-1]
+    if tokens < inputs:
+        raise UserError(
+            f"{matrix.name}: {tokens} calibration tokens, but sparsegpt needs at least its {inputs} inputs; "
+            "give more calibration text, or choose method wanda"
+        )
+
+
+def experts_short_of_tokens(matrix: Matrix, moments: Moments, method: str) -> int:
+    """Return how many experts received fewer tokens than SparseGPT needs; raise UserError where a single matrix did."""
+    if method != "sparsegpt":
+        return 0
+    if matrix.part != "experts":
+        require_tokens(matrix, int(moments.tokens.min()))
+    return int((moments.tokens < matrix.weight.shape[-1]).sum())
