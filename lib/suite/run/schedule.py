@@ -39,7 +39,7 @@ class CoreSlot:
     cores: tuple[int, ...]
     temporary: Path
     entry: Entry | None = None
-    kernel_process: Worker | None = None
+    worker: Worker | None = None
     tries: int = 0
     result: Result | None = None
     rendering_since: float = 0.0
