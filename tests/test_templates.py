@@ -241,11 +241,10 @@ def test_what_would_refute_it_is_what_the_experiment_answers(path):
     assert [list(lines) for lines in stated] == [claims(nbformat.read(path, as_version=4))]
 
 
-def test_the_overview_is_stored_clean():
+def test_the_overview_is_stored_clean_and_has_short_cells():
     notebook = nbformat.read(NOTEBOOKS / "overview.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert _stored(notebook) == [] and _typed(notebook) == []
-    assert all(len(cell.source.splitlines()) <= MOST_LINES for cell in notebook.cells if cell.cell_type == "code")
+    assert [fault for rule in (_stored, _short, _typed) for fault in rule(notebook)] == []
     assert "parameters" in _tags(next(cell for cell in notebook.cells if cell.cell_type == "code"))
 
 

@@ -209,6 +209,15 @@ def refutations(answers: Sequence[Refutation], claims: Sequence[str]) -> pd.Data
     return pd.DataFrame(refutation.rows(answers), columns=list(refutation.COLUMNS))
 
 
+def answers(records: Iterable[Record]) -> pd.DataFrame:
+    """Return every answer to what would refute a claim: optimization, model, claim, answer, evidence; refuted first."""
+    order = ("refuted", "cannot tell", "not refuted")
+    pairs = [(r, answer) for r in records for answer in r.refutations]
+    pairs.sort(key=lambda pair: order.index(pair[1].outcome))
+    lines = [(title(r.optimization), r.model, *row) for r, answer in pairs for row in refutation.rows([answer])]
+    return pd.DataFrame(lines, columns=["optimization", "model", *refutation.COLUMNS])
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a Markdown table; numbers with four significant figures."""
     return rows.markdown(

@@ -40,6 +40,11 @@ def read(path: Path, scale: str) -> pd.DataFrame:
     )
 
 
+def of(frame: pd.DataFrame, dimension: str) -> pd.DataFrame:
+    """Return the rows of one dimension of what `read` returned, which may be empty."""
+    return frame[frame["dimension"] == dimension] if len(frame) else frame
+
+
 def draw(frame: pd.DataFrame) -> Figure:
     """Return a panel per metric and model: the gain of each optimization with its interval, build after build."""
     metrics = [name for name in METRICS if name in set(frame["metric"])]

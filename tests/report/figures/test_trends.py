@@ -36,7 +36,8 @@ def dated(tmp_path, monkeypatch):
 
 
 def test_without_a_history_there_is_no_course(tmp_path):
-    assert trends.read(tmp_path / history.NAME, "proxy").empty
+    course = trends.read(tmp_path / history.NAME, "proxy")
+    assert course.empty and trends.of(course, "performance").empty
 
 
 def test_a_course_has_each_judged_metric_of_each_build(dated):

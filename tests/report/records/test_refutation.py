@@ -60,3 +60,12 @@ def test_answers_survive_their_file(tmp_path):
     answers = [refutation.decide(CLAIM, False, "1.31×")]
     found = record.build("x", "m", "proxy", "quick", {}, refutations=answers)
     assert record.read(record.write(found, tmp_path / "x--m.json")).refutations == answers
+
+
+def test_the_answers_of_all_records_stand_refuted_ones_first():
+    found = samples.made()
+    found.refutations.append(refutation.decide("It breaks.", True, "broken 3×"))
+    frame = tables.answers([found, samples.without_result("failed", "cell 3")])
+    assert [answer.partition(" ")[2] for answer in frame.answer] == ["refuted", "cannot tell", "not refuted"]
+    assert list(frame.columns[:3]) == ["optimization", "model", "what would refute it"]
+    assert tables.answers([]).empty
