@@ -1,8 +1,8 @@
-"""Tidy tables for notebooks and figures, made from records.
+"""Tidy tables for notebooks and figures, computed from records.
 
-`tidy` gives numbers, one row per measurement, for figures and for readers who go on calculating; `measurements` gives
-the same as text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads
-well in JupyterLab, HTML and Markdown. Knows nothing of how a number was made.
+`tidy` returns numbers, one row per measurement, for figures and further computation; `measurements` returns the same as
+text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads well in
+JupyterLab, HTML and Markdown. Knows nothing of how numbers are measured.
 """
 
 import html
@@ -34,8 +34,8 @@ MOST_PANELS = 12  # of a figure with a panel for each model
 
 
 def _of(source: Source) -> list[Measurement]:
-    found = source.measurements if isinstance(source, Record) else list(source)
-    return sorted(found, key=lambda m: DIMENSIONS.index(m.dimension))
+    members = source.measurements if isinstance(source, Record) else list(source)
+    return sorted(members, key=lambda m: DIMENSIONS.index(m.dimension))
 
 
 def tidy(source: Source) -> pd.DataFrame:
@@ -51,10 +51,10 @@ def _all_lines(records: Iterable[Record], keep: Callable[[Measurement], bool] = 
 
 
 def _lines(source: Source, keep: Callable[[Measurement], bool] = lambda _: True) -> list[dict]:
-    found = _of(source)
-    times = Counter(m.metric for m in found)
+    members = _of(source)
+    times = Counter(m.metric for m in members)
     lines = []
-    for m in filter(keep, found):
+    for m in filter(keep, members):
         name = label(m.metric) if times[m.metric] == 1 else f"{label(m.metric)} [{m.workload}]"
         low, high = m.ci or (None, None)
         line = {column: getattr(m, column) for column in OWN} | {"label": name, "low": low, "high": high}
@@ -72,9 +72,9 @@ def measurements(source: Source, dimension: str | None = None, columns: Sequence
     """Return the measurements as text, one row each: values with units, interval, noise floor, MDE, verdict,
     provenance.
     """
-    found = [item for item in rows.rows(_of(source)) if dimension in (None, item["dimension"])]
+    lines = [item for item in rows.rows(_of(source)) if dimension in (None, item["dimension"])]
     chosen = list(columns or (("dimension", *rows.COLUMNS) if dimension is None else rows.COLUMNS))
-    return pd.DataFrame(found, columns=chosen)
+    return pd.DataFrame(lines, columns=chosen)
 
 
 def sources(source: Source) -> pd.DataFrame:
@@ -96,23 +96,23 @@ def provenance(records: Iterable[Record]) -> pd.DataFrame:
 def matrix(records: Iterable[Record]) -> pd.DataFrame:
     """Return a line per record: status or the four verdicts in signs and words, duration, day."""
     lines = []
-    for found in records:
-        line = {"optimization": title(found.optimization), "model": found.model, "status": words(found.status)}
-        line |= {name: signed(getattr(found.verdict, name)) if found.status == "ok" else "" for name in DIMENSIONS}
-        lines.append(line | {"took": duration(found.seconds), "day": (found.started or "")[:10]})
+    for record in records:
+        line = {"optimization": title(record.optimization), "model": record.model, "status": words(record.status)}
+        line |= {name: signed(getattr(record.verdict, name)) if record.status == "ok" else "" for name in DIMENSIONS}
+        lines.append(line | {"took": duration(record.seconds), "day": (record.started or "")[:10]})
     return pd.DataFrame(lines, columns=["optimization", "model", "status", *DIMENSIONS, "took", "day"])
 
 
 def sentences(records: Iterable[Record]) -> pd.DataFrame:
     """Return the computed sentence of each record."""
-    lines = [[title(found.optimization), found.model, found.verdict.sentence or found.reason] for found in records]
+    lines = [[title(record.optimization), record.model, record.verdict.sentence or record.reason] for record in records]
     return pd.DataFrame(lines, columns=["optimization", "model", "in words"])
 
 
 def coverage(records: Iterable[Record]) -> pd.DataFrame:
     """Return in how many records of each model a metric has a number: what can be compared across models."""
-    found = [(m.metric, r.model) for r in records for m in r.measurements if m.provenance != "unavailable"]
-    frame = pd.DataFrame(found, columns=["metric", "model"])
+    pairs = [(m.metric, r.model) for r in records for m in r.measurements if m.provenance != "unavailable"]
+    frame = pd.DataFrame(pairs, columns=["metric", "model"])
     counts = pd.crosstab(frame["metric"], frame["model"]).astype(int) if len(frame) else pd.DataFrame()
     counts = counts.reindex([name for name in METRICS if name in counts.index])
     lines = [{"dimension": METRICS[name].dimension, "metric": label(name)} for name in counts.index]
@@ -120,7 +120,7 @@ def coverage(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def missing(records: Iterable[Record]) -> pd.DataFrame:
-    """Return the metrics that could not be had, with the reason and in how many records."""
+    """Return the metrics that are unavailable, with the reason and the number of records."""
     frame = _frame(_all_lines(records, lambda m: m.provenance == "unavailable"), (*RUN, *TIDY))
     counts = frame.groupby(["dimension", "label", "reason"], sort=True).size().reset_index(name="records")
     return counts.rename(columns={"label": "metric"})
@@ -152,14 +152,14 @@ def few(frame: pd.DataFrame, column: str, most: int = MOST_PANELS) -> tuple[pd.D
     return frame[frame[column].isin(names[:most])], f" Drawn are the first {most} of {len(names)}."
 
 
-def controls(found: Iterable[Control], metric: str) -> pd.DataFrame:
+def controls(arms: Iterable[Control], metric: str) -> pd.DataFrame:
     """Return one metric of each control as `arm`, `value`, `low`, `high` in the metric's unit, for `figures.bars`."""
     lines = []
-    for control in found:
-        for one in (m for m in control.measurements if m.metric == metric and m.optimized is not None):
-            scale = one.baseline if one.ratio is not None else 1
-            low, high = (end * scale for end in one.ci) if one.ci else (None, None)
-            lines.append({"arm": control.name, "value": one.optimized, "low": low, "high": high})
+    for control in arms:
+        for member in (m for m in control.measurements if m.metric == metric and m.optimized is not None):
+            scale = member.baseline if member.ratio is not None else 1
+            low, high = (end * scale for end in member.ci) if member.ci else (None, None)
+            lines.append({"arm": control.name, "value": member.optimized, "low": low, "high": high})
     return pd.DataFrame(lines, columns=["arm", "value", "low", "high"])
 
 
@@ -173,23 +173,25 @@ def speed_and_quality(
     is the optimization's title, `label` the model. Where a metric stands for several workloads, the first counts.
     """
     lines = []
-    for found in records:
-        chosen = {m.metric: m for m in reversed(found.measurements) if m.ratio and m.verdict != "invalid"}
+    for record in records:
+        chosen = {m.metric: m for m in reversed(record.measurements) if m.ratio and m.verdict != "invalid"}
         if speed not in chosen or quality not in chosen:
             continue
-        line = {"arm": title(found.optimization), "label": found.model, "verdict": chosen[quality].verdict}
+        line = {"arm": title(record.optimization), "label": record.model, "verdict": chosen[quality].verdict}
         line |= dict(zip(("x", "x_low", "x_high"), gain(chosen[speed])))
         lines.append(line | dict(zip(("y", "y_low", "y_high"), _change(chosen[quality]))))
     columns = ["arm", "label", "verdict", "x", "x_low", "x_high", "y", "y_low", "y_high"]
     return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(columns[3:], float))
 
 
-def _change(found: Measurement) -> tuple[float | None, ...]:
+def _change(measurement: Measurement) -> tuple[float | None, ...]:
     """Return the change with its interval: in points for a share, in percent otherwise; above 0 is better."""
-    scale = 100 * (found.baseline if found.unit == "share" else 1) * (1 if found.higher_is_better else -1)
-    low, high = found.ci or (None, None)
-    ends = sorted((end - 1) * scale for end in (low, high)) if found.ci else [None, None]
-    return ((found.ratio - 1) * scale, *ends)
+    scale = (
+        100 * (measurement.baseline if measurement.unit == "share" else 1) * (1 if measurement.higher_is_better else -1)
+    )
+    low, high = measurement.ci or (None, None)
+    ends = sorted((end - 1) * scale for end in (low, high)) if measurement.ci else [None, None]
+    return ((measurement.ratio - 1) * scale, *ends)
 
 
 def environment(card: Mapping[str, object]) -> pd.DataFrame:
@@ -240,7 +242,7 @@ def to_html(frame: pd.DataFrame, caption: str = "") -> str:
 
 
 def _html_cell(value: object) -> str:
-    """Return one escaped cell; short text is kept on one line by the style sheet."""
+    """Return one escaped cell; the style sheet does not wrap short text."""
     text = _cell(value)
     short = ' class="short"' if len(text) <= 18 else ""
     return f"<td{short}>{html.escape(text)}</td>"
@@ -250,7 +252,7 @@ def show(frame: pd.DataFrame, caption: str = "") -> None:
     """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a
     model.
 
-    Of a frame with more than MOST_LINES rows the first ones are shown, and it is said how many there are.
+    Of a frame with more than MOST_LINES rows only the first are shown, and the caption says how many there are.
     """
     from IPython.display import display
 

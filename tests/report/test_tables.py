@@ -5,7 +5,7 @@ import pytest
 
 from lib.measure.metrics import measurement
 from lib.report import tables
-from lib.report.figures import style
+from lib.report.figures import style, theme
 from lib.report.records import record, rows
 from lib.report.text import quantities
 from lib.report.text.wording import label, title
@@ -161,7 +161,7 @@ def test_a_figure_without_words_is_refused():
 
 
 def test_colours_and_markers_tell_arms_apart():
-    looks = {style._look(index) for index in range(36)}
+    looks = {theme.look(index) for index in range(36)}
     assert len(looks) == 36
 
 

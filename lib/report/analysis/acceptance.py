@@ -1,8 +1,8 @@
-"""Is a result set what it should be? Point by point, with the record that falls short; nothing is rounded into a pass.
+"""Is a result set what it should be? Criterion by criterion, with each record that falls short; nothing is rounded up.
 
-The points are those of the design: all models, all optimizations, several metrics in each dimension, before and after,
-comparable across models, performance and accuracy maintained or improved, every number labelled; and that the files
-are sound and their verdicts follow from their numbers. A run that does not apply is excused, a failed one is not.
+The criteria are those of the design: all models, all optimizations, several metrics in each dimension, before and
+after, comparable across models, performance and accuracy maintained or improved, every number labelled; and that the
+files are sound and their verdicts follow from their numbers. A run that does not apply is excused, a failed one is not.
 Reads records as they lie on disk; runs nothing.
 """
 
@@ -31,7 +31,7 @@ FASTER_OR_EQUAL = ("better", "equivalent")
 
 
 @dataclass(frozen=True)
-class Point:
+class Criterion:
     """One thing that was checked: what it says, and each place where it does not hold, as (record, why)."""
 
     name: str
@@ -43,11 +43,14 @@ class Point:
         return not self.faults
 
 
-def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Point]:
-    """Return every point for the result set in `folder`. `optimizations` and `models` are expected beside the named."""
+def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Criterion]:
+    """Return every criterion for the result set in `folder`.
+
+    `optimizations` and `models` are expected besides those of the design.
+    """
     folder = Path(folder)
     named = ((OPTIMIZATIONS, optimizations), (MODELS, models))
-    wanted = [tuple(dict.fromkeys([*fixed, *more])) for fixed, more in named]
+    wanted = [tuple(dict.fromkeys([*fixed, *extra])) for fixed, extra in named]
     unsound: list[tuple[str, str]] = []
     unlabelled: list[tuple[str, str]] = []
 
@@ -56,25 +59,25 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
         unsound.extend(_file(stem, content))
         unlabelled.extend(_labels(stem, content))
 
-    found = result_set.read(folder, *wanted, look)
+    results = result_set.read(folder, *wanted, look)
     points: list[tuple[str, Callable[[], list[tuple[str, str]]]]] = [
-        ("the files are sound", lambda: _files(folder, found, unsound)),
-        (f"all {len(wanted[1])} models are there", lambda: _models(found, wanted[1])),
-        (f"all {len(wanted[0])} optimizations are measured", lambda: _optimizations(found, *wanted)),
-        ("several metrics in each of the four dimensions", lambda: _each(found, _dimensions)),
-        ("a before and an after in each dimension", lambda: _each(found, _both_arms)),
-        ("comparable across models", lambda: _comparable(found)),
-        ("performance maintained or improved", lambda: _each(found, _performance)),
-        ("accuracy maintained or improved", lambda: _each(found, _accuracy)),
-        ("verdicts follow from the numbers", lambda: _each(found, _verdicts)),
+        ("the files are sound", lambda: _files(folder, results, unsound)),
+        (f"all {len(wanted[1])} models are there", lambda: _models(results, wanted[1])),
+        (f"all {len(wanted[0])} optimizations are measured", lambda: _optimizations(results, *wanted)),
+        ("several metrics in each of the four dimensions", lambda: _each(results, _dimensions)),
+        ("a before and an after in each dimension", lambda: _each(results, _both_arms)),
+        ("comparable across models", lambda: _comparable(results)),
+        ("performance maintained or improved", lambda: _each(results, _performance)),
+        ("accuracy maintained or improved", lambda: _each(results, _accuracy)),
+        ("verdicts follow from the numbers", lambda: _each(results, _verdicts)),
         ("every number has its provenance", lambda: unlabelled),
     ]
-    return [Point(name, look()) for name, look in points]
+    return [Criterion(name, look()) for name, look in points]
 
 
-def _each(found: Results, look: Callable[[Record], list[str]]) -> list[tuple[str, str]]:
+def _each(results: Results, look: Callable[[Record], list[str]]) -> list[tuple[str, str]]:
     """Return what `look` finds in each record with a result; a failed one falls short of everything once, elsewhere."""
-    return [(record.stem, why) for record in found.measured for why in look(record)]
+    return [(record.stem, why) for record in results.measured for why in look(record)]
 
 
 def _file(stem: str, content: Any) -> list[tuple[str, str]]:
@@ -86,41 +89,41 @@ def _file(stem: str, content: Any) -> list[tuple[str, str]]:
     return faults if holds == stem else [*faults, (stem, f"holds the record of {holds}")]
 
 
-def _files(folder: Path, found: Results, unsound: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    faults = list(found.damaged.items()) + [fault for fault in unsound if fault[0] not in found.damaged]
+def _files(folder: Path, results: Results, unsound: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    faults = list(results.damaged.items()) + [fault for fault in unsound if fault[0] not in results.damaged]
     for path in sorted(folder.glob("*_results*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             faults.append((path.name, "is not JSON"))
             continue
-        faults += [(path.name, why) for why in schema.faults(content)] or _outdated(path.name, content, found)
+        faults += [(path.name, why) for why in schema.faults(content)] or _outdated(path.name, content, results)
     return faults
 
 
-def _outdated(name: str, content: Mapping, found: Results) -> list[tuple[str, str]]:
-    """Return whether a result file tells of other runs than the records beside it."""
-    told = content.get("records", content.get("runs"))
-    if told is None:
+def _outdated(name: str, content: Mapping, results: Results) -> list[tuple[str, str]]:
+    """Return a fault where a result file describes other runs than the records of its folder."""
+    listed = content.get("records", content.get("runs"))
+    if listed is None:
         return []
-    keys = {(one["optimization"], one["model"], one["key"], one["started"]) for one in told}
-    there = {(r.optimization, r.model, r.key, r.started) for r in found.records}
+    keys = {(run["optimization"], run["model"], run["key"], run["started"]) for run in listed}
+    there = {(r.optimization, r.model, r.key, r.started) for r in results.records}
     return [] if keys == there else [(name, "was made from other records; call: python build.py report")]
 
 
-def _models(found: Results, models: Sequence[str]) -> list[tuple[str, str]]:
-    there = {record.model for record in found.measured}
+def _models(results: Results, models: Sequence[str]) -> list[tuple[str, str]]:
+    there = {record.model for record in results.measured}
     return [(model, "no record with a result") for model in models if model not in there]
 
 
-def _optimizations(found: Results, optimizations: Sequence[str], models: Sequence[str]) -> list[tuple[str, str]]:
+def _optimizations(results: Results, optimizations: Sequence[str], models: Sequence[str]) -> list[tuple[str, str]]:
     faults = []
     for name in optimizations:
-        runs = {model: found.of(name, model) for model in models}
+        runs = {model: results.of(name, model) for model in models}
         if not any(run and run.status == "ok" for run in runs.values()):
             faults.append((name, "measured on no model"))
         for model, run in runs.items():
-            if run is None and f"{name}--{model}" not in found.damaged:
+            if run is None and f"{name}--{model}" not in results.damaged:
                 faults.append((f"{name}--{model}", "never run"))
             elif run is not None and run.status == "failed":
                 faults.append((run.stem, f"failed: {run.reason}"))
@@ -145,14 +148,14 @@ def _both_arms(record: Record) -> list[str]:
     return [f"{name}: no metric has a value before and after" for name in DIMENSIONS if name not in both]
 
 
-def _comparable(found: Results) -> list[tuple[str, str]]:
+def _comparable(results: Results) -> list[tuple[str, str]]:
     """Across the models of an optimization: the same effort and scale, the same metrics.
 
     Units are the list's (`lib.measure.metrics.catalogue`): a record in others is none, and is named as damaged.
     """
     faults = []
-    for name in dict.fromkeys(record.optimization for record in found.measured):
-        runs = [record for record in found.measured if record.optimization == name]
+    for name in dict.fromkeys(record.optimization for record in results.measured):
+        runs = [record for record in results.measured if record.optimization == name]
         first = runs[0]
         for run in runs[1:]:
             for what in ("effort", "scale"):
@@ -170,30 +173,30 @@ def _comparable(found: Results) -> list[tuple[str, str]]:
 
 
 def _performance(record: Record) -> list[str]:
-    said = record.verdict.performance
-    return [] if said in FASTER_OR_EQUAL else [_told(record, "performance", said)]
+    state = record.verdict.performance
+    return [] if state in FASTER_OR_EQUAL else [_evidence(record, "performance", state)]
 
 
 def _accuracy(record: Record) -> list[str]:
-    said = record.verdict.accuracy
-    return [] if said == "maintained" else [_told(record, "accuracy", said)]
+    state = record.verdict.accuracy
+    return [] if state == "maintained" else [_evidence(record, "accuracy", state)]
 
 
-def _told(record: Record, dimension: str, said: str) -> str:
-    """Return the verdict with the numbers that made it, those that are not a success first."""
+def _evidence(record: Record, dimension: str, state: str) -> str:
+    """Return the verdict with the numbers behind it, those that are no success first."""
     well = ("better", "equivalent", "maintained", "informative")
     members = [m for m in record.measurements if m.dimension == dimension and m.verdict not in well]
     named = [headlines.shown(m) for m in members[:3]] or headlines.of(record, dimension)[:2]
-    return f"{words(said)}: " + ("; ".join(f"{one.what} {one.text}" for one in named) or "nothing was measured")
+    return f"{words(state)}: " + ("; ".join(f"{shown.what} {shown.text}" for shown in named) or "nothing was measured")
 
 
 def _verdicts(record: Record) -> list[str]:
     """Recompute what can be: the four words, and that each judged interval allows its verdict."""
     again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions)
     faults = [
-        f"{name} is said to be {words(getattr(record.verdict, name))}, its numbers say {words(getattr(again, name))}"
+        f"{name} is recorded as {words(recorded)}, its numbers make it {words(computed)}"
         for name in DIMENSIONS
-        if getattr(record.verdict, name) != getattr(again, name)
+        if (recorded := getattr(record.verdict, name)) != (computed := getattr(again, name))
     ]
     return faults + [
         f"{label(m.metric)} [{m.workload}]: {why}" for m in record.measurements for why in _contradiction(m)
@@ -228,7 +231,7 @@ def _labels(stem: str, content: Any) -> list[tuple[str, str]]:
     return [(stem, line.split(": ", 1)[1]) for line in lint.lint(content)] if isinstance(content, dict) else []
 
 
-def table(points: Sequence[Point], most: int = 4) -> list[str]:
+def table(points: Sequence[Criterion], most: int = 4) -> list[str]:
     """Return the points as lines of text; under one that falls short, `most` of its faults and how many more."""
     lines = []
     for point in points:

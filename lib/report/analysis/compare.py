@@ -1,4 +1,4 @@
-"""Two result sets against each other: what got better, worse, stayed, or cannot be told, metric by metric.
+"""Two result sets against each other, metric by metric: what got better or worse, what stayed, what cannot be decided.
 
 Matched by optimization, model, scale, effort and environment. What is compared is the gain of each set (optimized
 against baseline, from its own paired blocks), so that a machine that is slower today cancels out; numbers without
@@ -72,8 +72,8 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
     """Return every change, worst first."""
     before = {(r.optimization, r.model): r for r in old}
     after = {(r.optimization, r.model): r for r in new}
-    found = [one for key in sorted({*before, *after}) for one in _records(key, before.get(key), after.get(key))]
-    judged = [_judge(one) for one in _holm(found)]
+    changes = [change for key in sorted({*before, *after}) for change in _records(key, before.get(key), after.get(key))]
+    judged = [_judge(change) for change in _holm(changes)]
     return sorted(judged, key=lambda c: (ORDER.index(c.verdict), not c.primary, c.optimization, c.model, c.metric))
 
 
@@ -131,8 +131,8 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
     if METRICS.get(old.metric) is None or METRICS[old.metric].margin is None:
         return "describes only: it has no margin"
     if old.optimized is None or new.optimized is None:
-        side, found = ("old", old) if old.optimized is None else ("new", new)
-        return f"{found.verdict} in the {side} set: {found.reason}"
+        side, measurement = ("old", old) if old.optimized is None else ("new", new)
+        return f"{measurement.verdict} in the {side} set: {measurement.reason}"
     if old.unit != new.unit:
         return f"another unit: {old.unit}, {new.unit}"
     if old.provenance != new.provenance:
@@ -140,9 +140,9 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
     return ""
 
 
-def _differences(found: Measurement) -> np.ndarray | None:
+def _differences(measurement: Measurement) -> np.ndarray | None:
     """Return ln(optimized / baseline) of each block, or None where the samples were not kept or are too few."""
-    samples = found.samples or {}
+    samples = measurement.samples or {}
     base, opt = (np.array(samples.get(arm, [])) for arm in ("baseline", "optimized"))
     if len(base) != len(opt) or len(base) < FEWEST_BLOCKS or (base <= 0).any() or (opt <= 0).any():
         return None
@@ -165,15 +165,15 @@ def _middles(*lengths: int) -> list[np.ndarray]:
 
     The same resamples serve every pair of measurements of these lengths, so they are drawn once.
     """
-    chance, found = np.random.default_rng(0), []
+    chance, places = np.random.default_rng(0), []
     for length in lengths:
         drawn = np.sort(chance.integers(0, length, (RESAMPLES, length)), axis=1)
-        found.append(np.stack([drawn[:, (length - 1) // 2], drawn[:, length // 2]]))
-    return found
+        places.append(np.stack([drawn[:, (length - 1) // 2], drawn[:, length // 2]]))
+    return places
 
 
 def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int]:
-    """As `_by_blocks`, from both intervals, taken as independent: wider than the truth where the items are the same."""
+    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same."""
     errors = [(math.log(m.ci[1]) - math.log(m.ci[0])) / (2 * 1.96) for m in (old, new)]
     effect, error = math.log(new.ratio / old.ratio), math.hypot(*errors)
     return effect, effect - 1.96 * error, effect + 1.96 * error, error, max((old.n or 2) + (new.n or 2) - 2, 1)
@@ -189,13 +189,13 @@ def _estimated(
     return replace(change, ratio=math.exp(sign * effect), low=ends[0], high=ends[1], p=p, how=how, verdict="")
 
 
-def _holm(found: Sequence[Change]) -> list[Change]:
+def _holm(changes: Sequence[Change]) -> list[Change]:
     """Return the changes with the p of the primary ones corrected over all of them."""
-    ranked = sorted((i for i, c in enumerate(found) if c.primary and c.p is not None), key=lambda i: found[i].p)
-    corrected, largest = list(found), 0.0
+    ranked = sorted((i for i, c in enumerate(changes) if c.primary and c.p is not None), key=lambda i: changes[i].p)
+    corrected, largest = list(changes), 0.0
     for rank, i in enumerate(ranked):
-        largest = max(largest, min(1.0, found[i].p * (len(ranked) - rank)))
-        corrected[i] = replace(found[i], p=largest)
+        largest = max(largest, min(1.0, changes[i].p * (len(ranked) - rank)))
+        corrected[i] = replace(changes[i], p=largest)
     return corrected
 
 

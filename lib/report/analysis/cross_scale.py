@@ -1,7 +1,6 @@
-"""Quality from one scale beside speed from another: each number with the scale and the label it has, none of them
-merged into one.
+"""Quality from one scale beside speed from another: each number keeps its scale and provenance, none are merged.
 
-A stand-in can say what an optimization does to answers, a slice what it does to time at the real dimensions. Knows
+A proxy model shows what an optimization does to answers, a slice what it does to time at the real dimensions. Knows
 records only.
 """
 
@@ -28,18 +27,18 @@ def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
     other = SPEED if scale == QUALITY else QUALITY
     where = Path(folder).resolve().parent / other
     records, _ = record.read_folder(where) if where.is_dir() else ([], {})
-    return other, [found for found in records if found.status == "ok" and found.scale == other]
+    return other, [run for run in records if run.status == "ok" and run.scale == other]
 
 
 def table(
     records: Iterable[Record], quality: str = "f1_macro", speed: str = "prefill_tokens_per_second"
 ) -> pd.DataFrame:
-    """Return a line per optimization and model that has `quality` on a stand-in and `speed` on a slice.
+    """Return a line per optimization and model that has `quality` on a proxy model and `speed` on a slice.
 
     Columns: the change in quality with its bound and verdict; the gain in speed with its interval and verdict; that
     gain at full depth, where it was derived. Each says its scale and label.
     """
-    of = {(found.scale, found.optimization, found.model): found for found in records}
+    of = {(record.scale, record.optimization, record.model): record for record in records}
     names = sorted({(optimization, model) for _, optimization, model in of})
     deep = f"full_depth_{speed}"
     heads = (f"{label(quality)} ({QUALITY})", f"{label(speed)} ({SPEED})", f"the same at full depth (from the {SPEED})")
@@ -49,19 +48,19 @@ def table(
         scored, timed = _first(answers, quality), _first(times_of, speed)
         if scored is None or timed is None:
             continue
-        line = [title(optimization), model, *map(_told, (scored, timed, _first(times_of, deep)))]
+        line = [title(optimization), model, *map(_text, (scored, timed, _first(times_of, deep)))]
         lines.append(dict(zip((*COLUMNS, *heads), line)))
     return pd.DataFrame(lines, columns=[*COLUMNS, *heads])
 
 
-def _first(found: Record | None, metric: str) -> Measurement | None:
-    known = (m for m in (found.measurements if found else ()) if m.metric == metric and m.provenance != "unavailable")
+def _first(record: Record | None, metric: str) -> Measurement | None:
+    known = (m for m in (record.measurements if record else ()) if m.metric == metric and m.provenance != "unavailable")
     return next(known, None)
 
 
-def _told(found: Measurement | None) -> str:
+def _text(measurement: Measurement | None) -> str:
     """Return value, interval or bound, verdict and label of a number, as everywhere else."""
-    if found is None:
+    if measurement is None:
         return DASH
-    one = headlines.shown(found)
-    return f"{one.text}, {one.verdict}, {one.provenance}"
+    shown = headlines.shown(measurement)
+    return f"{shown.text}, {shown.verdict}, {shown.provenance}"

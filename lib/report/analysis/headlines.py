@@ -52,66 +52,69 @@ class Shown:
         return words(self.state)
 
 
-def shown(found: Measurement) -> Shown:
+def shown(measurement: Measurement) -> Shown:
     """Return a measurement in words; one without a number says why there is none."""
-    about = (verdict.subject(found), found.metric)
-    if found.optimized is None or (found.ratio is None and found.dimension != "accuracy"):
-        value, spread = (words(found.verdict), "") if found.optimized is None else (_absolute(found), "")
+    about = (verdict.subject(measurement), measurement.metric)
+    if measurement.optimized is None or (measurement.ratio is None and measurement.dimension != "accuracy"):
+        value, spread = (
+            (words(measurement.verdict), "") if measurement.optimized is None else (_absolute(measurement), "")
+        )
     else:
-        value, spread = {"performance": _speed, "accuracy": _score}.get(found.dimension, _amount)(found)
-    source = found.source + (f"; {found.reason}" if found.reason else "")
-    return Shown(*about, value, spread, found.verdict, found.provenance, source)
+        value, spread = {"performance": _speed, "accuracy": _score}.get(measurement.dimension, _amount)(measurement)
+    source = measurement.source + (f"; {measurement.reason}" if measurement.reason else "")
+    return Shown(*about, value, spread, measurement.verdict, measurement.provenance, source)
 
 
-def _absolute(found: Measurement) -> str:
-    return quantity(found.optimized, found.unit)
+def _absolute(measurement: Measurement) -> str:
+    return quantity(measurement.optimized, measurement.unit)
 
 
-def _speed(found: Measurement) -> tuple[str, str]:
-    gain, low, high = verdict.gain(found)
+def _speed(measurement: Measurement) -> tuple[str, str]:
+    gain, low, high = verdict.gain(measurement)
     if gain is None:
-        return _absolute(found), ""
+        return _absolute(measurement), ""
     return times(gain), interval(low, high) if low and high else ""
 
 
-def _score(found: Measurement) -> tuple[str, str]:
+def _score(measurement: Measurement) -> tuple[str, str]:
     """Return the change of quality, with the bound and the margin it was held to, or else its interval."""
-    in_points = found.unit == "share" and found.baseline is not None
+    in_points = measurement.unit == "share" and measurement.baseline is not None
     if in_points:
-        value = f"{signed((found.optimized - found.baseline) * 100)} points"
-    elif found.ratio:
-        value = f"{signed((found.ratio - 1) * 100)} %"
+        value = f"{signed((measurement.optimized - measurement.baseline) * 100)} points"
+    elif measurement.ratio:
+        value = f"{signed((measurement.ratio - 1) * 100)} %"
     else:
-        return _absolute(found), ""
-    bound = ", ".join(part for part in verdict.judged_by(found) if part)
-    if not bound and found.ci and found.ratio:
-        scale = 100 * (found.baseline if in_points else 1)
-        bound = interval(*((end - 1) * scale for end in found.ci), form=".1f")
+        return _absolute(measurement), ""
+    bound = ", ".join(part for part in verdict.judged_by(measurement) if part)
+    if not bound and measurement.ci and measurement.ratio:
+        scale = 100 * (measurement.baseline if in_points else 1)
+        bound = interval(*((end - 1) * scale for end in measurement.ci), form=".1f")
     return value, bound
 
 
-def _amount(found: Measurement) -> tuple[str, str]:
-    if not found.ratio:
-        return _absolute(found), ""
-    ends = interval(*((end - 1) * 100 for end in found.ci), form=".0f") + " %" if found.ci else ""
-    return f"{signed((found.ratio - 1) * 100)} %", ends
+def _amount(measurement: Measurement) -> tuple[str, str]:
+    if not measurement.ratio:
+        return _absolute(measurement), ""
+    ends = interval(*((end - 1) * 100 for end in measurement.ci), form=".0f") + " %" if measurement.ci else ""
+    return f"{signed((measurement.ratio - 1) * 100)} %", ends
 
 
 def of(record: Record, dimension: str) -> list[Shown]:
     """Return what stands for a dimension of a record, losses included; empty where nothing does.
 
-    Two of the same kind are told apart by their workloads. Where none of it carries the dimension's verdict, the first
-    measurement that does stands beside it: a cell that says `better` shows what is.
+    Two of the same kind are distinguished by their workloads. Where none of them has the dimension's verdict, the first
+    measurement that does is added: a cell that says `better` shows what is better.
     """
-    found = chosen(record.measurements, dimension)
+    members = chosen(record.measurements, dimension)
     wanted = CARRIED_BY.get(getattr(record.verdict, dimension), ())
     for state in wanted:
-        if all(m.verdict != state for m in found):
-            found += [m for m in record.measurements if m.dimension == dimension and m.verdict == state][:1]
-    listed = [shown(one) for one in found]
-    often = Counter(one.what for one in listed)
+        if all(m.verdict != state for m in members):
+            members += [m for m in record.measurements if m.dimension == dimension and m.verdict == state][:1]
+    listed = [shown(item) for item in members]
+    often = Counter(item.what for item in listed)
     return [
-        replace(one, what=f"{one.what}, {m.workload}") if often[one.what] > 1 else one for one, m in zip(listed, found)
+        replace(item, what=f"{item.what}, {m.workload}") if often[item.what] > 1 else item
+        for item, m in zip(listed, members)
     ]
 
 

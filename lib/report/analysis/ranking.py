@@ -1,7 +1,7 @@
 """Ranks with their uncertainty: how each optimization places in a metric when every gain is drawn from its interval.
 
 A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. Numbers without an
-interval (bytes, counts) are taken as exact. Knows no page.
+interval (bytes, counts) count as exact. Knows no page.
 """
 
 import math
@@ -25,7 +25,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """Where an optimization stands: its rank, the 90 % interval of the rank, the mean gain, over how many models."""
 
     optimization: str
@@ -37,35 +37,35 @@ class Place:
     provenance: str
 
 
-def places(records: Sequence[Record], metric: str) -> list[Place]:
+def places(records: Sequence[Record], metric: str) -> list[Rank]:
     """Return the places in a metric, best first; optimizations without it have none."""
     groups: dict[str, list[Measurement]] = {}
     for record in records:
-        found = next((m for m in record.measurements if m.metric == metric and verdict.gain(m)[0]), None)
-        if record.status == "ok" and found is not None:
-            groups.setdefault(record.optimization, []).append(found)
+        first = next((m for m in record.measurements if m.metric == metric and verdict.gain(m)[0]), None)
+        if record.status == "ok" and first is not None:
+            groups.setdefault(record.optimization, []).append(first)
     if not groups:
         return []
     chance = np.random.default_rng(0)
     drawn_OR = np.stack([_draws(members, chance) for members in groups.values()])
     ranks_OR = 1 + (drawn_OR[None] > drawn_OR[:, None]).sum(1)
-    found = []
+    standings = []
     for (name, members), ranks_R in zip(groups.items(), ranks_OR):
         low, high = np.quantile(ranks_R, [0.05, 0.95], method="nearest")
         gain = geometric_mean([verdict.gain(m)[0] for m in members])
         labels = sorted({m.provenance for m in members})
-        found.append((name, int(low), int(high), gain, len(members), ", ".join(labels)))
-    found.sort(key=lambda one: -one[3])
+        standings.append((name, int(low), int(high), gain, len(members), ", ".join(labels)))
+    standings.sort(key=lambda standing: -standing[3])
     # Equals share a rank: bytes that were counted alike are no order.
-    ranks = [1 + sum(other[3] > one[3] * (1 + 1e-9) for other in found) for one in found]
-    return [Place(name, rank, *rest) for rank, (name, *rest) in zip(ranks, found)]
+    ranks = [1 + sum(other[3] > standing[3] * (1 + 1e-9) for other in standings) for standing in standings]
+    return [Rank(name, rank, *rest) for rank, (name, *rest) in zip(ranks, standings)]
 
 
 def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.ndarray:
     """Return draws of the mean logarithm of the gains."""
     total = np.zeros(DRAWS)
-    for found in members:
-        middle, low, high = verdict.gain(found)
+    for member in members:
+        middle, low, high = verdict.gain(member)
         error = (math.log(high) - math.log(low)) / (2 * 1.96) if low and high and low > 0 else 0.0
         total += math.log(middle) + error * chance.standard_normal(DRAWS)
     return total / len(members)

@@ -1,4 +1,4 @@
-"""One record against what earlier builds kept of the same run: what got worse, and where nothing can be compared, why.
+"""One record against earlier builds of the same run: what got worse, or why nothing can be compared.
 
 Reads the history of builds (`lib.report.records.history`) and compares by `lib.report.analysis.compare`; makes and
 judges no number.
@@ -19,7 +19,7 @@ PLACE = Path(__file__).resolve().parents[3] / "executed" / history.NAME
 class Earlier:
     """The builds that hold this run, newest first, and the changes since the newest comparable one (`against`).
 
-    `said` is one sentence: what was compared, or why nothing could be.
+    `said` is a sentence on what was compared, or why nothing could be.
     """
 
     builds: list[str]
@@ -30,15 +30,15 @@ class Earlier:
     def rows(self) -> list[dict]:
         """Return the judged changes as plain rows: metric, workload, verdict, ratio (above 1 is better), interval."""
         return [
-            {"metric": one.metric, "workload": one.workload, "verdict": one.verdict, "ratio": one.ratio}
-            | {"low": one.low, "high": one.high, "primary": one.primary}
-            for one in self.changes
-            if one.verdict != "not comparable"
+            {"metric": change.metric, "workload": change.workload, "verdict": change.verdict, "ratio": change.ratio}
+            | {"low": change.low, "high": change.high, "primary": change.primary}
+            for change in self.changes
+            if change.verdict != "not comparable"
         ]
 
     @property
     def regressions(self) -> list[Change]:
-        return [one for one in self.changes if one.regression]
+        return [change for change in self.changes if change.regression]
 
 
 def against(record: Record, path: Path | None = None) -> Earlier:
@@ -49,25 +49,30 @@ def against(record: Record, path: Path | None = None) -> Earlier:
     """
     path = path or PLACE
     builds = history.builds(path)
-    runs, seen = [], set()
+    runs, known = [], set()
     for build in reversed(builds):
-        for one in history.records(path, build):
-            mark = (one.started, one.key)
-            if (one.optimization, one.model) == (record.optimization, record.model) and mark not in seen:
-                seen.add(mark)
-                runs.append((build, one))
+        for earlier in history.records(path, build):
+            mark = (earlier.started, earlier.key)
+            if (earlier.optimization, earlier.model) == (record.optimization, record.model) and mark not in known:
+                known.add(mark)
+                runs.append((build, earlier))
     if not runs:
         what = f"{record.optimization} on {record.model}"
-        return Earlier([], None, [], f"No earlier run of {what} in {len(builds)} kept builds: nothing to regress from.")
+        return Earlier(
+            [],
+            None,
+            [],
+            f"No earlier run of {what} in the {len(builds)} builds of the history: there is nothing to compare with.",
+        )
     refused = []
-    for build, one in runs:
-        changes = compare.compare([one], [record])
+    for build, earlier in runs:
+        changes = compare.compare([earlier], [record])
         comparable = [change for change in changes if change.verdict != "not comparable"]
         if comparable:
             counts = compare.counts(comparable)
-            told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+            summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
             skipped = f"; {len(refused)} newer ones are not comparable ({refused[0]})" if refused else ""
-            return Earlier([str(b) for b, _ in runs], str(build), changes, f"Against {build}: {told}{skipped}.")
+            return Earlier([str(b) for b, _ in runs], str(build), changes, f"Against {build}: {summary}{skipped}.")
         refused.append(next((change.reason for change in changes if change.reason), "nothing in common"))
     text = f"{len(runs)} earlier runs, none comparable: {refused[0]}."
     return Earlier([str(build) for build, _ in runs], None, [], text)

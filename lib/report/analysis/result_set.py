@@ -1,4 +1,4 @@
-"""A result set as plain JSON: what the suites' result files hold, made from records and from nothing else.
+"""A result set as plain JSON: what the suites' result files hold, computed from records alone.
 
 Says what is there, what is missing and what failed; sums up over models; never judges. Knows no file names.
 """
@@ -59,7 +59,7 @@ def read(
     folder = Path(folder)
     records, damaged = read_folder(folder, look)
     stems = [record.stem for record in records] + list(damaged)
-    names = [tuple(dict.fromkeys([*given, *sorted(stem.split("--", 1)[at] for stem in stems)])) for at, given in
+    names = [tuple(dict.fromkeys([*expected, *sorted(stem.split("--", 1)[at] for stem in stems)])) for at, expected in
              enumerate((optimizations, models))]  # fmt: skip
     scale = records[0].scale if records else folder.resolve().name
     return Results(scale, records, damaged, *names)
@@ -114,8 +114,8 @@ def master(results: Results) -> dict[str, Any]:
 
 def complete(results: Results) -> dict[str, Any]:
     """Return all of the above in one."""
-    more = {"runs": _runs(results), "aggregate": aggregate(results.measured), "coverage": coverage(results)}
-    return envelope("complete", results) | {"records": _records(results)} | _curves(results) | more
+    rest = {"runs": _runs(results), "aggregate": aggregate(results.measured), "coverage": coverage(results)}
+    return envelope("complete", results) | {"records": _records(results)} | _curves(results) | rest
 
 
 def _records(results: Results) -> list[dict[str, Any]]:
@@ -149,14 +149,16 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, str], list] = {}
     for record in records:
-        for found in record.measurements:
-            if (gain := verdict.gain(found)[0]) is not None:
-                groups.setdefault((record.optimization, found.metric), []).append((record.model, gain, found.verdict))
+        for measurement in record.measurements:
+            if (gain := verdict.gain(measurement)[0]) is not None:
+                groups.setdefault((record.optimization, measurement.metric), []).append(
+                    (record.model, gain, measurement.verdict)
+                )
     order = list(METRICS)
     lines = []
     for (optimization, metric), members in sorted(groups.items(), key=lambda i: (i[0][0], order.index(i[0][1]))):
         gains = [gain for _, gain, _ in members]
-        said = [word for *_, word in members]
+        verdicts = [word for *_, word in members]
         lines.append(
             {
                 "optimization": optimization,
@@ -166,7 +168,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "geometric_mean_gain": ranking.geometric_mean(gains),
                 "least": min(gains),
                 "most": max(gains),
-                "verdicts": {word: said.count(word) for word in sorted(set(said))},
+                "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
                 "provenance": "derived",
                 "source": "geometric mean of the runs' ratios, each turned so that above 1 is better",
             }
@@ -182,10 +184,12 @@ def coverage(results: Results) -> list[dict[str, Any]]:
             record = results.of(optimization, model)
             status = record.status if record else "missing"
             status = "damaged" if f"{optimization}--{model}" in results.damaged else status
-            found = record.measurements if record else []
-            numbers = {d: sum(m.dimension == d and m.provenance != "unavailable" for m in found) for d in DIMENSIONS}
+            measurements = record.measurements if record else []
+            numbers = {
+                d: sum(m.dimension == d and m.provenance != "unavailable" for m in measurements) for d in DIMENSIONS
+            }
             kinds = ("measured", "derived", "estimated", "unavailable")
-            labels = {kind: sum(m.provenance == kind for m in found) for kind in kinds}
+            labels = {kind: sum(m.provenance == kind for m in measurements) for kind in kinds}
             line = {"optimization": optimization, "model": model, "status": status, "numbers": numbers}
             lines.append(line | {"provenance": labels, "controls": len(record.controls) if record else 0})
     return lines
@@ -193,9 +197,9 @@ def coverage(results: Results) -> list[dict[str, Any]]:
 
 def comparable(records: Sequence[Record]) -> Mapping[str, list[str]]:
     """Return metric → the models in which some record has a number of it."""
-    found: dict[str, set[str]] = {}
+    models: dict[str, set[str]] = {}
     for record in records:
         for m in record.measurements:
             if m.provenance != "unavailable":
-                found.setdefault(m.metric, set()).add(record.model)
-    return {name: sorted(found[name]) for name in METRICS if name in found}
+                models.setdefault(m.metric, set()).add(record.model)
+    return {name: sorted(models[name]) for name in METRICS if name in models}

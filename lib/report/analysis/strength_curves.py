@@ -1,7 +1,7 @@
 """Impact curves: what an optimization does at several strengths, as the templates leave it in a record's details.
 
 An entry of `details` is a curve where its value is a list of rows with `strength` and at least one more number; `arm`
-names the line, `value` with `low` and `high` the metric, further numbers are kept beside it. `x` and `y` beside
+names the line, `value` with `low` and `high` the metric, further numbers come along. `x` and `y` beside
 `provenance` and `source` name the axes. Knows no optimization and draws nothing.
 """
 
@@ -31,16 +31,16 @@ def short(records: Sequence[Record]) -> dict[str, str]:
     not: both are left out.
     """
     known = {(curve["optimization"], curve["model"]): curve for curve in curves(records)}
-    found = {}
+    faults = {}
     for record in records:
         if record.status != "ok" or record.dimensions or record.verdict.accuracy == "unavailable":
             continue
         curve = known.get((record.optimization, record.model))
         if curve is None:
-            found[record.stem] = "no impact curve in its details"
+            faults[record.stem] = "no impact curve in its details"
         elif len(strengths(curve)) < FEWEST:
-            found[record.stem] = f"{len(strengths(curve))} strengths, at least {FEWEST} are wanted"
-    return found
+            faults[record.stem] = f"{len(strengths(curve))} strengths, at least {FEWEST} are wanted"
+    return faults
 
 
 def _of(record: Record) -> dict[str, Any] | None:
@@ -51,8 +51,8 @@ def _of(record: Record) -> dict[str, Any] | None:
     arms: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(entry):
         point = {name: _number(row.get(name)) for name in ("strength", "value", "low", "high")}
-        more = {name: number for name, value in row.items() if name not in NAMED and (number := _number(value))}
-        arms.setdefault(str(row.get("arm", record.optimization)), []).append(point | {"more": more})
+        others = {name: number for name, value in row.items() if name not in NAMED and (number := _number(value))}
+        arms.setdefault(str(row.get("arm", record.optimization)), []).append(point | {"more": others})
     return {
         "optimization": record.optimization,
         "model": record.model,

@@ -1,5 +1,5 @@
-"""Values of ordered pairs, drawn as a matrix: rows come first, columns second; what is no number says why. In the style
-of `figures`: colour-blind safe (purple to orange), the number written in every cell, no meaning on colour alone.
+"""Values of ordered pairs, drawn as a matrix: rows come first, columns second; what is no number says why. In the look
+of `theme`: colour-blind safe (purple to orange), the number written in every cell, no meaning on colour alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lib.report.figures.style import GREY, INK, WIDTH_INCHES, _axes, _style
+from lib.report.figures.theme import GREY, INK, WIDTH_INCHES, applied, new_axes
+
+CELLS_BESIDE = 9  # cells beside one another that the page's width can hold with their intervals
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 
 def pairs(
@@ -28,11 +31,12 @@ def pairs(
     `<column>_low` and `<column>_high` where known: a value whose interval holds zero is set in grey.
     """
     beside = len(names) * len(values) <= CELLS_BESIDE
-    with _style():
+    with applied():
         if beside:
-            figure, panels = _axes(max(WIDTH_INCHES / len(values) * 0.9 + 0.4, 2.6), columns=len(values), sharey=True)
+            height = max(WIDTH_INCHES / len(values) * 0.9 + 0.4, 2.6)
+            figure, panels = new_axes(height, columns=len(values), sharey=True)
         else:
-            figure, panels = _axes((0.62 * len(names) + 0.9) * len(values), rows=len(values))
+            figure, panels = new_axes((0.62 * len(names) + 0.9) * len(values), rows=len(values))
         for axes, (column, heading) in zip(panels, values.items()):
             _panel(axes, frame, list(names), column, form, "equal" if beside else "auto")
             axes.set_title(heading)
@@ -68,7 +72,3 @@ def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form:
     axes.set_xlabel("second")
     axes.grid(visible=False)
     axes.tick_params(length=0)
-
-
-CELLS_BESIDE = 9  # cells beside one another that the page's width can hold with their intervals
-_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}

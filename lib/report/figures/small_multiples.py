@@ -1,4 +1,4 @@
-"""Small multiples in the style of `lib.report.figures.style`: the same axes once per model, or once per metric.
+"""Small multiples in the look of `lib.report.figures.theme`: the same axes once per model, or once per metric.
 
 Takes tidy frames and returns matplotlib Figures; knows nothing of records.
 """
@@ -6,7 +6,7 @@ Takes tidy frames and returns matplotlib Figures; knows nothing of records.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.report.figures.style import INK, _axes, _lines, _look, _style, _whiskers
+from lib.report.figures.theme import INK, applied, look, margin_and_baseline, new_axes, whiskers
 
 MOST_LOOKS = 24  # colours and markers that a legend can tell apart
 
@@ -19,21 +19,21 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
     models, arms = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["arm"]))
     columns = min(len(models), 2)
     lines = -(-len(models) // columns)
-    with _style():
-        figure, axes = _axes(2.5 * lines + 0.6, columns, lines, sharex=True, sharey=True, squeeze=False)
-        for one, model in zip(axes, models):
+    with applied():
+        figure, axes = new_axes(2.5 * lines + 0.6, columns, lines, sharex=True, sharey=True, squeeze=False)
+        for panel, model in zip(axes, models):
             for index, arm in enumerate(arms):
                 rows = frame[(frame["model"] == model) & (frame["arm"] == arm)].sort_values("strength")
-                colour, marker = _look(index)
-                one.plot(rows["strength"], rows["value"], color=colour, marker=marker, markersize=5, label=arm)
-                _whiskers(one, rows, "strength", "value", "low", "high", fmt="none", ecolor=colour, capsize=2)
-            one.set_title(model)
+                colour, marker = look(index)
+                panel.plot(rows["strength"], rows["value"], color=colour, marker=marker, markersize=5, label=arm)
+                whiskers(panel, rows, "strength", "value", "low", "high", fmt="none", ecolor=colour, capsize=2)
+            panel.set_title(model)
             if log_y:
-                one.set_yscale("log")
+                panel.set_yscale("log")
         for unused in axes[len(models) :]:
             unused.set_axis_off()
-        for one in axes[max(len(models) - columns, 0) : len(models)]:
-            one.set_xlabel(x_label)
+        for panel in axes[max(len(models) - columns, 0) : len(models)]:
+            panel.set_xlabel(x_label)
         figure.supylabel(y_label, fontsize=9.5)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
@@ -53,28 +53,28 @@ def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple
         frame = frame.assign(arm=arms[0])
     columns = min(len(models), 2)
     lines = -(-len(models) // columns)
-    with _style():
-        figure, axes = _axes(2.7 * lines + 0.9, columns, lines, sharex=True, sharey=True, squeeze=False)
-        for one, model in zip(axes, models):
-            _lines(one.axhspan, one.axhline, margin, None)
-            one.axvline(1, color=INK, linewidth=0.8)
-            one.axhline(0, color=INK, linewidth=0.8)
+    with applied():
+        figure, axes = new_axes(2.7 * lines + 0.9, columns, lines, sharex=True, sharey=True, squeeze=False)
+        for panel, model in zip(axes, models):
+            margin_and_baseline(panel.axhspan, panel.axhline, margin, None)
+            panel.axvline(1, color=INK, linewidth=0.8)
+            panel.axhline(0, color=INK, linewidth=0.8)
             for name, rows in frame[frame["label"] == model].groupby("arm", sort=False):
-                colour, marker = _look(arms.index(name))
+                colour, marker = look(arms.index(name))
                 for low, high, along, across in (
-                    ("x_low", "x_high", "y", one.hlines),
-                    ("y_low", "y_high", "x", one.vlines),
+                    ("x_low", "x_high", "y", panel.hlines),
+                    ("y_low", "y_high", "x", panel.vlines),
                 ):
                     has = rows.dropna(subset=[low, high])
                     across(has[along], has[low], has[high], color=colour, linewidth=1, alpha=0.6)
-                one.scatter(rows["x"], rows["y"], color=colour, marker=marker, s=42, zorder=3)
-            one.set_title(model)
+                panel.scatter(rows["x"], rows["y"], color=colour, marker=marker, s=42, zorder=3)
+            panel.set_title(model)
         for unused in axes[len(models) :]:
             unused.set_axis_off()
-        for one in axes[max(len(models) - columns, 0) : len(models)]:
-            one.set_xlabel(x_label)
+        for panel in axes[max(len(models) - columns, 0) : len(models)]:
+            panel.set_xlabel(x_label)
         figure.supylabel(y_label, fontsize=9.5)
-        looks = [_look(index) for index in range(len(arms))]
+        looks = [look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=mark, linestyle="")[0] for colour, mark in looks]
         figure.legend(handles, arms, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure

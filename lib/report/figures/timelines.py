@@ -1,6 +1,6 @@
 """Several quantities over one time axis, one panel under the other: what a server did, second by second.
 
-`timeline` takes tidy frames and returns a matplotlib Figure in the style of `lib.report.figures.style`; `serving` makes
+`timeline` takes tidy frames and returns a matplotlib Figure in the look of `lib.report.figures.theme`; `serving` makes
 the panels of one run of the server loop. Knows nothing of models and policies.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.report.figures.style import BAND, GREY, INK, STYLE, VERMILLION, _axes, _look, _style
+from lib.report.figures.theme import BAND, GREY, INK, STYLE, VERMILLION, applied, look, new_axes
 
 KINDS = ("line", "steps", "points", "bars")
 
@@ -42,19 +42,19 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
         if panel.kind not in KINDS or not {"seconds", "value"} <= set(panel.frame):
             raise ValueError(f"panel {panel.label}: kind one of {', '.join(KINDS)}; columns seconds and value")
     arms = list(dict.fromkeys(arm for panel in panels if "arm" in panel.frame for arm in panel.frame["arm"]))
-    with _style():
-        figure, axes = _axes(1.2 + 1.35 * len(panels), rows=len(panels), sharex=True)
-        for one, panel in zip(axes, panels):
-            _draw(one, panel, arms)
+    with applied():
+        figure, axes = new_axes(1.2 + 1.35 * len(panels), rows=len(panels), sharex=True)
+        for place, panel in zip(axes, panels):
+            _draw(place, panel, arms)
         for index, (second, text) in enumerate(marks):
-            for one in axes:
-                one.axvline(second, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
+            for place in axes:
+                place.axvline(second, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
             axes[0].annotate(text, (second, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 10 * (index % 2)),
                              textcoords="offset points", fontsize=8, color=GREY)  # fmt: skip
         axes[0].set_title(title, pad=28 if marks else None)
         axes[-1].set_xlabel("time (s)")
         figure.align_ylabels(list(axes))
-        handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels())}
+        handles = {label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels())}
         if handles:
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
     return figure
@@ -68,12 +68,12 @@ def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[s
     steps = pd.DataFrame([step._asdict() for step in served.steps])
     decode = steps[steps.kind == "decode"]
     width = max(served.end / 60, 1e-3)
-    arrived = pd.Series([one.request.arrival for one in served.outcomes]) // width * width
+    arrived = pd.Series([outcome.request.arrival for outcome in served.outcomes]) // width * width
     arrivals = arrived.value_counts().rename_axis("seconds").reset_index(name="value")
-    done = [one for one in served.outcomes if one.finished is not None]
-    at = [one.request.arrival for one in done]
-    first = pd.DataFrame({"seconds": at, "value": [1000 * one.first_token_seconds for one in done]})
-    token = pd.DataFrame({"seconds": at, "value": [1000 * one.token_seconds for one in done]})
+    done = [outcome for outcome in served.outcomes if outcome.finished is not None]
+    at = [outcome.request.arrival for outcome in done]
+    first = pd.DataFrame({"seconds": at, "value": [1000 * outcome.first_token_seconds for outcome in done]})
+    token = pd.DataFrame({"seconds": at, "value": [1000 * outcome.token_seconds for outcome in done]})
     panels = [
         Panel(arrivals.assign(value=arrivals.value / width), "arrivals/s", "bars", width=width),
         Panel(pd.DataFrame({"seconds": steps.start, "value": steps.waiting}), "waiting", "steps"),
@@ -90,16 +90,21 @@ def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives)
     course: (second, limit in rows, seconds per token) of every decision; profiles: (second, profile) of every change;
     `objectives` with `first_token_seconds` and `token_seconds`.
     """
-    made = pd.DataFrame(course, columns=["seconds", "limit", "signal"])
+    signals = pd.DataFrame(course, columns=["seconds", "limit", "signal"])
     switched = pd.DataFrame([(0.0, 0), *profiles, (served.end, profiles[-1][1] if profiles else 0)],
                             columns=["seconds", "value"])  # fmt: skip
-    done = [one for one in served.outcomes if one.finished is not None]
-    at = [one.request.arrival for one in done]
-    first = pd.DataFrame({"seconds": at, "value": [1000 * one.first_token_seconds for one in done]})
-    token = pd.DataFrame({"seconds": at, "value": [1000 * one.token_seconds for one in done]})
+    done = [outcome for outcome in served.outcomes if outcome.finished is not None]
+    at = [outcome.request.arrival for outcome in done]
+    first = pd.DataFrame({"seconds": at, "value": [1000 * outcome.first_token_seconds for outcome in done]})
+    token = pd.DataFrame({"seconds": at, "value": [1000 * outcome.token_seconds for outcome in done]})
     return [
-        Panel(made.assign(value=1000 * made.signal), "signal (ms/token)", "line", 1000 * objectives.token_seconds),
-        Panel(made.assign(value=made.limit), "limit (rows)", "steps"),
+        Panel(
+            signals.assign(value=1000 * signals.signal),
+            "signal (ms/token)",
+            "line",
+            1000 * objectives.token_seconds,
+        ),
+        Panel(signals.assign(value=signals.limit), "limit (rows)", "steps"),
         Panel(switched, "fast in charge", "steps"),
         Panel(first, "first token (ms)", "points", 1000 * objectives.first_token_seconds),
         Panel(token, "per token (ms)", "points", 1000 * objectives.token_seconds),
@@ -109,7 +114,7 @@ def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives)
 def _draw(axes, panel: Panel, arms: list[str]) -> None:
     groups = panel.frame.groupby("arm", sort=False) if "arm" in panel.frame else [(None, panel.frame)]
     for name, rows in groups:
-        colour, marker = _look(arms.index(name)) if name in arms else (INK, "o")
+        colour, marker = look(arms.index(name)) if name in arms else (INK, "o")
         x, y = rows["seconds"], rows["value"]
         if panel.kind == "bars":
             axes.bar(x, y, width=panel.width, align="edge", color=BAND, edgecolor=GREY, linewidth=0.6)

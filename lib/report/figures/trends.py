@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.measure.metrics.catalogue import METRICS
-from lib.report.figures.style import INK, _axes, _look, _style, _whiskers
+from lib.report.figures.theme import INK, applied, look, new_axes, whiskers
 from lib.report.records import history
 from lib.report.text.quantities import counted, times
 from lib.report.text.wording import label, title
@@ -25,7 +25,7 @@ def read(path: Path, scale: str) -> pd.DataFrame:
     `optimization`, `model`, `metric`, `dimension`, `effort`, `machine`, `gain` (above 1 is better), `low`, `high`.
 
     Where a metric stands for several workloads, the first counts. Empty where there is no history. Raises UserError
-    where the file is none.
+    where the file is npanel.
     """
     frame = pd.DataFrame(history.over_time(path, scale))
     if frame.empty:
@@ -51,31 +51,31 @@ def draw(frame: pd.DataFrame) -> Figure:
     models, arms = sorted(set(frame["model"])), sorted(set(frame["optimization"]))
     days = frame.drop_duplicates("at").set_index("at")["build"].str[5:16].str.replace("T", " ").sort_index()
     shown = days.iloc[[0, -1]] if len(days) > 1 else days
-    with _style():
-        figure, axes = _axes(
+    with applied():
+        figure, axes = new_axes(
             1.25 * len(metrics) + 1, len(models), len(metrics), sharex=True, sharey="row", squeeze=False
         )
-        for index, (one, metric, model) in enumerate(
+        for index, (panel, metric, model) in enumerate(
             (axes[row * len(models) + column], metric, model)
             for row, metric in enumerate(metrics)
             for column, model in enumerate(models)
         ):
-            one.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+            panel.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
             here = frame[(frame["metric"] == metric) & (frame["model"] == model)]
             for (name, *_), rows in here.groupby(["optimization", *CONDITIONS], sort=True):
-                colour, marker = _look(arms.index(name))
-                one.plot(rows["at"], rows["gain"], color=colour, marker=marker, markersize=3.5, linewidth=1)
-                _whiskers(one, rows, "at", "gain", "low", "high", fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6)
+                colour, marker = look(arms.index(name))
+                panel.plot(rows["at"], rows["gain"], color=colour, marker=marker, markersize=3.5, linewidth=1)
+                whiskers(panel, rows, "at", "gain", "low", "high", fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6)
             if index < len(models):
-                one.set_title(model, fontsize=8)
+                panel.set_title(model, fontsize=8)
             if index % len(models) == 0:
-                one.set_ylabel(label(metric).replace(", ", ",\n"), fontsize=7, rotation=0, ha="right", va="center")
-            one.set_xticks(list(shown.index), list(shown), fontsize=6.5)
-            for text, side in zip(one.get_xticklabels(), ("left", "right")):
+                panel.set_ylabel(label(metric).replace(", ", ",\n"), fontsize=7, rotation=0, ha="right", va="center")
+            panel.set_xticks(list(shown.index), list(shown), fontsize=6.5)
+            for text, side in zip(panel.get_xticklabels(), ("left", "right")):
                 text.set_ha(side if len(shown) > 1 else "center")
-            one.tick_params(axis="y", labelsize=7)
+            panel.tick_params(axis="y", labelsize=7)
         figure.suptitle("Gain over the baseline, above 1 is better; from the first build to the last", fontsize=8.5)
-        looks = [_look(index) for index in range(len(arms))]
+        looks = [look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=marker)[0] for colour, marker in looks]
         figure.legend(handles, [title(name) for name in arms], loc="outside lower center", ncols=4, fontsize=7.5)
     return figure
@@ -87,8 +87,8 @@ def words(frame: pd.DataFrame) -> str:
     about = f"{counted(frame['metric'].nunique(), 'metric')} of {counted(len(frame.groupby(RUN[:2])), 'run')}"
     span = days[0][:10] if days[0][:10] == days[-1][:10] else f"{days[0][:10]} to {days[-1][:10]}"
     moved = _moved(frame)
-    said = "; ".join(moved[:6]) + (f"; and {len(moved) - 6} more" if len(moved) > 6 else "")
-    last = f"since the build before, intervals that no longer overlap: {said or 'none'}"
+    changes = "; ".join(moved[:6]) + (f"; and {len(moved) - 6} more" if len(moved) > 6 else "")
+    last = f"since the build before, intervals that no longer overlap: {changes or 'none'}"
     builds = frame["at"].nunique()
     return f"{about} over {counted(builds, 'build')}, {span}" + (
         f"; {last}." if builds > 1 else "; nothing to compare."
@@ -97,7 +97,7 @@ def words(frame: pd.DataFrame) -> str:
 
 def _moved(frame: pd.DataFrame) -> list[str]:
     """Return the runs whose last interval lies apart from the one before, under the same conditions."""
-    found = []
+    changes = []
     last = frame["at"].max()
     for (optimization, model, metric, *_), rows in frame.groupby([*RUN, *CONDITIONS], sort=True):
         rows = rows.sort_values("at").tail(2)
@@ -105,6 +105,6 @@ def _moved(frame: pd.DataFrame) -> list[str]:
             continue
         before, after = rows.fillna({"low": rows["gain"], "high": rows["gain"]}).to_dict("records")
         if after["low"] > before["high"] or after["high"] < before["low"]:
-            told = f"{times(before['gain'])} to {times(after['gain'])}"
-            found.append(f"{label(metric)} of {title(optimization)} on {model} {told}")
-    return found
+            values = f"{times(before['gain'])} to {times(after['gain'])}"
+            changes.append(f"{label(metric)} of {title(optimization)} on {model} {values}")
+    return changes

@@ -64,9 +64,9 @@ def _line(record: Record) -> str:
 
 
 def _machines(records: list[Record]) -> list[str]:
-    """Return a line for each machine and software that records were made with."""
+    """Return a line for each combination of machine and software, with its number of runs."""
     names = ("operating_system", "python", "commit")
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for record in records:
         card = record.environment
         packages = card.get("packages") or {}
@@ -74,5 +74,5 @@ def _machines(records: list[Record]) -> list[str]:
         parts += [f"{name.replace('_', ' ')} {card[name]}" for name in names if card.get(name)]
         parts += [f"{name} {packages[name]}" for name in ("torch", "transformers") if packages.get(name)]
         line = "; ".join(parts)
-        found[line] = found.get(line, 0) + 1
-    return [f"{counted(number, 'run')}: {line}" for line, number in found.items()] or ["nowhere"]
+        counts[line] = counts.get(line, 0) + 1
+    return [f"{counted(number, 'run')}: {line}" for line, number in counts.items()] or ["nowhere"]

@@ -1,7 +1,7 @@
 """Renders one run as HTML and Markdown through nbconvert, with the templates beside this module.
 
 The page starts with the record (verdict, measurements, sources, use of the machine) and goes on with the executed
-notebook, its code folded. Nothing on it needs a network: whatever would, is taken out at the end. Failed runs render
+notebook, its code folded. Nothing on it needs a network: whatever would is removed at the end. Failed runs render
 too, with or without a notebook. Knows nothing of how runs are scheduled.
 """
 
@@ -60,10 +60,10 @@ def _read(path: Path | None) -> nbformat.NotebookNode:
 
 
 def _without_scraps(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what scrapbook glued: it is for programs, and no template can show it."""
+    """Remove what scrapbook glued: it is for programs, and no template can show it."""
     for cell in notebook.cells:
         if "outputs" in cell:
-            cell.outputs = [found for found in cell.outputs if "scrapbook" not in found.get("metadata", {})]
+            cell.outputs = [output for output in cell.outputs if "scrapbook" not in output.get("metadata", {})]
     return notebook
 
 
@@ -85,7 +85,7 @@ def _style() -> str:
 
 
 def _process_figure(process: Process | None) -> dict[str, str] | None:
-    """Return the figure of processor and memory use as a data URI with its words; None where nothing was sampled."""
+    """Return the figure of CPU and memory use as a data URI with its description; None where nothing was sampled."""
     if process is None or not process.seconds:
         return None
     import pandas as pd

@@ -1,8 +1,7 @@
 """Writes `index.html` of a result folder: the matrix of optimizations and models and all that compares runs.
 
-Made from the records on disk. A damaged record is shown as damaged with one line; a run that is not there is shown as
-missing. Knows nothing of what should run: the expected names are handed in, and whatever else lies in the folder is
-shown too.
+Computed from the records on disk. A damaged record appears as damaged, with one line; an expected run without a record
+appears as missing. The caller names what is expected; whatever else lies in the folder is shown too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +34,7 @@ KEY = (
     "not_applicable",
     "missing",
 )
-TOLD = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory", "efficiency": "Efficiency"}
+HEADINGS = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory", "efficiency": "Efficiency"}
 
 
 def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
@@ -44,43 +43,44 @@ def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
     folder = Path(folder)
-    found = result_set.read(folder, optimizations, models)
-    return write_atomically(folder / "index.html", text(folder, found))
+    results = result_set.read(folder, optimizations, models)
+    return write_atomically(folder / "index.html", text(folder, results))
 
 
-def text(folder: Path, found: Results) -> str:
+def text(folder: Path, results: Results) -> str:
     """Return the page."""
     from jinja2 import Environment, FileSystemLoader
 
     rows = [
-        (title(name), [_cell(folder, name, model, found) for model in found.models]) for name in found.optimizations
+        (title(name), [_cell(folder, name, model, results) for model in results.models])
+        for name in results.optimizations
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("matrix.html.j2").render(
-        title=f"Results at scale {_distinct(r.scale for r in found.records) or folder.resolve().name}",
-        summary=_summary(found),
-        facts=_facts(found.records),
+        title=f"Results at scale {_distinct(r.scale for r in results.records) or folder.resolve().name}",
+        summary=_summary(results),
+        facts=_facts(results.records),
         links=_links(folder),
         rows=rows,
-        models=found.models,
-        dimensions=[(name, TOLD[name]) for name in DIMENSIONS],
+        models=results.models,
+        dimensions=[(name, HEADINGS[name]) for name in DIMENSIONS],
         verdicts=[(state, signed(state)) for state in KEY],
-        by_dimension=[views.dimension(found, name) for name in DIMENSIONS] if found.measured else [],
-        pareto=views.pareto(found),
-        rankings=views.rankings(found),
-        provenance=views.provenance(found),
+        by_dimension=[views.dimension(results, name) for name in DIMENSIONS] if results.measured else [],
+        pareto=views.pareto(results),
+        rankings=views.rankings(results),
+        provenance=views.provenance(results),
         curves=views.curves(folder),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "filter.js").read_text(encoding="utf-8"),
     )
 
 
-def _cell(folder: Path, optimization: str, model: str, found: Results) -> dict[str, Any]:
+def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict[str, Any]:
     stem = f"{optimization}--{model}"
     cell: dict[str, Any] = {"model": model, "stem": stem, "href": None, "record": None, "parts": [], "note": ""}
-    if stem in found.damaged:
-        return cell | _status("damaged") | {"note": found.damaged[stem]}
-    record = found.of(optimization, model)
+    if stem in results.damaged:
+        return cell | _status("damaged") | {"note": results.damaged[stem]}
+    record = results.of(optimization, model)
     if record is None:
         return cell | _status("missing") | {"command": f"python build.py run {optimization} --model {model}"}
     if (folder / f"{stem}.html").is_file():
@@ -101,19 +101,19 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
     """Return a dimension of a cell: its verdict, and the numbers that stand for it."""
     state = getattr(record.verdict, dimension)
     shown = {"state": state, "text": signed(state), "numbers": headlines.of(record, dimension)}
-    return {"name": dimension, "told": TOLD[dimension]} | shown
+    return {"name": dimension, "heading": HEADINGS[dimension]} | shown
 
 
-def _summary(found: Results) -> str:
-    records, damaged = found.records, found.damaged
+def _summary(results: Results) -> str:
+    records, damaged = results.records, results.damaged
     if not records and not damaged:
         return "No run has left a record here yet."
     count = {status: sum(r.status == status for r in records) for status in ("ok", "failed", "not_applicable")}
-    parts = [f"{count['ok']} of {len(found.optimizations) * len(found.models)} runs measured"]
+    parts = [f"{count['ok']} of {len(results.optimizations) * len(results.models)} runs measured"]
     parts += [f"{count['failed']} failed"] if count["failed"] else []
     parts += [f"{count['not_applicable']} not applicable"] if count["not_applicable"] else []
     parts += [f"{len(damaged)} damaged"] if damaged else []
-    return ", ".join([*parts, *([f"{len(found.missing)} not run"] if found.missing else [])]) + "."
+    return ", ".join([*parts, *([f"{len(results.missing)} not run"] if results.missing else [])]) + "."
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -137,7 +137,7 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _links(folder: Path) -> list[tuple[str, str]]:
-    """Return what lies in the folder beside the runs: the overview and the suites' files."""
-    found = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
-    return found + [(name, name) for name in others if "_report" in name or "_results" in name]
+    """Return the links to the overview and to the suites' files."""
+    overview = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
+    return overview + [(name, name) for name in names if "_report" in name or "_results" in name]

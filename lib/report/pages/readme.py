@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics.catalogue import METRICS
 from lib.report.analysis.result_set import Results
-from lib.report.figures import charts
+from lib.report.figures import trade_off_svg
 from lib.report.pages import result_tables, views
 from lib.report.records.record import Record, read_folder
 
@@ -42,14 +42,14 @@ def picture(records: Sequence[Record]) -> tuple[str, str]:
     """Return the picture of quality against speed as SVG, and what it shows in words; both empty without a point."""
     optimizations = tuple(sorted({record.optimization for record in records}))
     models = tuple(sorted({record.model for record in records}))
-    found = Results(SHOWN, list(records), {}, optimizations, models)
-    points = views.means(found)
+    results = Results(SHOWN, list(records), {}, optimizations, models)
+    points = views.means(results)
     if not points:
         return "", ""
     heading = f"Quality against speed, means over {len(models)} proxy models"
-    legend = [(mark, f"{text} ({other})" if other else text) for mark, text, other in views.legend(found)]
+    legend = [(mark, f"{text} ({note})" if note else text) for mark, text, note in views.legend(results)]
     margin = 100 * (METRICS[views.QUALITY].margin or 0)
-    return charts.picture(points, heading, margin, legend), charts.words(points, heading)
+    return trade_off_svg.picture(points, heading, margin, legend), trade_off_svg.words(points, heading)
 
 
 def update(root: Path, folder: Path) -> list[str]:

@@ -61,7 +61,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
 
 
 def _present(groups: list[tuple[str, list]]) -> list[tuple[str, list]]:
-    return [(name, found) for name, found in groups if found]
+    return [(name, lines) for name, lines in groups if lines]
 
 
 def _table(measurements: list) -> str:
@@ -84,28 +84,28 @@ def _provenance(record: Record) -> str:
 
 def _run_facts(record: Record) -> list[tuple[str, str]]:
     """Return what a reader must know to weigh the numbers: status, scale, effort, machine, date, duration."""
-    found = [("Status", words(record.status)), ("Scale", record.scale), ("Effort", record.effort)]
-    found += [
+    listed = [("Status", words(record.status)), ("Scale", record.scale), ("Effort", record.effort)]
+    listed += [
         ("Machine", facts.machine(record.environment)),
         ("Measured", facts.day(record.started)),
         ("Took", duration(record.seconds)),
     ]
     if record.process and record.process.jobs_side_by_side:
-        found.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
-    return [(name, value) for name, value in found if value]
+        listed.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
+    return [(name, value) for name, value in listed if value]
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     """Return nested values as (dotted name, text) pairs."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{above}{key}"
         if isinstance(value, Mapping):
-            found += flatten(value, f"{name}.")
+            pairs += flatten(value, f"{name}.")
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            found.append((name, "–" if value is None else one_line(shown, 200)))
-    return found
+            pairs.append((name, "–" if value is None else one_line(shown, 200)))
+    return pairs
 
 
 def _more(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -117,7 +117,7 @@ def navigation(neighbours: Iterable[Neighbour], optimization: str, model: str) -
 
     The page itself stands among its neighbours without a link.
     """
-    near = {one for one in neighbours if one[0] == optimization or one[1] == model}
+    near = {pair for pair in neighbours if pair[0] == optimization or pair[1] == model}
     known = sorted(near | {(optimization, model)})
     top = [{"text": "all results", "href": f"index.html#{optimization}--{model}", "markdown": "index.html"}]
     models = [_link(o, m, m, (o, m) == (optimization, model)) for o, m in known if o == optimization]
@@ -133,11 +133,11 @@ def _link(optimization: str, model: str, text: str, current: bool) -> dict[str, 
 def process_alt(process: Process) -> str:
     """Return what the figure of the process samples shows, in words."""
     if not process.seconds:
-        return "No samples of processor and memory were taken."
-    processor = sum(process.cpu_percent) / max(len(process.cpu_percent), 1)
+        return "CPU and memory were not sampled."
+    cpu = sum(process.cpu_percent) / max(len(process.cpu_percent), 1)
     peak = max(process.memory_bytes, default=0) / 1e6
-    given = f" of {100 * process.cores} % given" if process.cores else ""
+    limit = f" of {100 * process.cores} % given" if process.cores else ""
     return (
-        f"Processor and memory while the notebook ran: {processor:.0f} % on average{given}, "
+        f"CPU and memory while the notebook ran: {cpu:.0f} % CPU on average{limit}, "
         f"at most {peak:.0f} MB, over {duration(process.seconds[-1])}."
     )

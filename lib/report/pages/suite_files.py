@@ -1,6 +1,6 @@
 """Writes the eight files of the suites from a result set: JSON by the published schema, Markdown, a summary as text.
 
-Each file is made whole from the records and replaced in one step. Runs nothing.
+Each file is computed from the records and replaced in one step. Runs nothing.
 """
 
 import json
@@ -28,20 +28,20 @@ def write(kind: str, folder: Path, optimizations: Iterable[str] = (), models: It
 
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
-    found = result_set.read(folder, optimizations, models)
+    results = result_set.read(folder, optimizations, models)
     kinds = (*PARTS, "complete") if kind == "complete" else (kind,)
-    return [path for one in kinds for path in _write(one, found, Path(folder))]
+    return [path for part in kinds for path in _write(part, results, Path(folder))]
 
 
-def _write(kind: str, found: Results, folder: Path) -> list[Path]:
+def _write(kind: str, results: Results, folder: Path) -> list[Path]:
     written = []
     for name in FILES[kind]:
         if name.endswith(".json"):
-            text = _json(CONTENT[kind](found))
+            text = _json(CONTENT[kind](results))
         elif name.endswith(".txt"):
-            text = execution_report.text(found)
+            text = execution_report.text(results)
         else:
-            text, pictures = getattr(suite_pages, kind)(found, f"{name.removesuffix('.md')}_files")
+            text, pictures = getattr(suite_pages, kind)(results, f"{name.removesuffix('.md')}_files")
             _pictures(folder / f"{name.removesuffix('.md')}_files", pictures)
         written.append(write_atomically(folder / name, text))
     return written

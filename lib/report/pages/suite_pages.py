@@ -1,7 +1,7 @@
 """The suites' reports as Markdown that reads well on a code host: tables, and figures as relative links.
 
-Each function returns the text and its pictures by name, which lie in the folder beside it. Knows records and curves,
-and not how they were made; `lib.report.pages.suite_files` writes the files.
+Each function returns the text and its pictures by name, which lie in the folder beside it. Knows records and curves
+and nothing of how they arose; `lib.report.pages.suite_files` writes the files.
 """
 
 import math
@@ -24,45 +24,54 @@ from lib.report.text.wording import label, one_line, signed, title, words
 Pictures = dict[str, bytes]
 LEGEND = (
     "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ? inconclusive · ◆ mixed · · informative. "
-    "Better and worse are said only where the interval excludes no change and the effect passes the margin and the "
-    "noise floor that the baseline showed against itself."
+    "A change is called better or worse only where the interval excludes no change and the effect passes the margin "
+    "and the noise floor that the baseline showed against itself."
 )
 
 
-def comprehensive(found: Results, folder: str) -> tuple[str, Pictures]:
+def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
     """Return the report of every optimization on every model."""
     pictures: Pictures = {}
-    parts = ["# Comprehensive optimization benchmark", _counts(found), _conditions(found), "## Verdicts", LEGEND]
-    parts.append(_verdicts(found))
+    parts = ["# Comprehensive optimization benchmark", _counts(results), _conditions(results), "## Verdicts", LEGEND]
+    parts.append(_verdicts(results))
     parts += ["## Headline numbers", "The ratio is optimized against baseline; in brackets the 95 % interval, or the "
               "bound and margin that a score was held to."]  # fmt: skip
-    parts.append(_headlines(found.measured))
-    frame = tables.across(found.measured, "prefill_tokens_per_second")
+    parts.append(_headlines(results.measured))
+    frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
         pictures["prefill.png"] = style.png(style.forest(frame, group="model", title="prefill rate"))
-        said = ", ".join(f"{count} {words(word)}" for word, count in frame["verdict"].value_counts().items())
-        parts += ["## Speed", _picture(f"Prefill rate of {len(frame)} runs with intervals: {said}.", folder, "prefill")]
-    points = tables.speed_and_quality(found.measured)
+        verdicts = ", ".join(f"{count} {words(word)}" for word, count in frame["verdict"].value_counts().items())
+        parts += [
+            "## Speed",
+            _picture(f"Prefill rate of {len(frame)} runs with intervals: {verdicts}.", folder, "prefill"),
+        ]
+    points = tables.speed_and_quality(results.measured)
     if len(points):
-        shown, more = tables.few(points, "label")
+        shown, note = tables.few(points, "label")
         drawn = small_multiples.trade_offs(
             shown, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)",
             margin=(-100 * METRICS["f1_macro"].margin, 100 * METRICS["f1_macro"].margin),
         )  # fmt: skip
         pictures["quality_against_speed.png"] = style.png(drawn)
-        said = ", ".join(f"{count} {words(word)}" for word, count in points["verdict"].value_counts().items())
-        alt = f"Change of F1 against the gain of prefill, {len(points)} runs; F1: {said}.{more}"
+        verdicts = ", ".join(f"{count} {words(word)}" for word, count in points["verdict"].value_counts().items())
+        alt = f"Change of F1 against the gain of prefill, {len(points)} runs; F1: {verdicts}.{note}"
         parts += ["## Quality against speed", _picture(alt, folder, "quality_against_speed")]
-    parts += ["## In words", _sentences(found.records), "## By optimization", _aggregate(found), *_failures(found)]
+    parts += [
+        "## In words",
+        _sentences(results.records),
+        "## By optimization",
+        _aggregate(results),
+        *_failures(results),
+    ]
     parts += ["## Again", "```sh\npython build.py comprehensive\n```", _machine_readable("comprehensive")]
     return _text(parts), pictures
 
 
-def enhanced(found: Results, folder: str) -> tuple[str, Pictures]:
+def enhanced(results: Results, folder: str) -> tuple[str, Pictures]:
     """Return the report of impact over strength: a figure and a table per optimization."""
-    curves, short = strength_curves.curves(found.records), strength_curves.short(found.records)
+    curves, short = strength_curves.curves(results.records), strength_curves.short(results.records)
     pictures: Pictures = {}
-    parts = ["# Impact of each optimization over its strength", _counts(found), _conditions(found)]
+    parts = ["# Impact of each optimization over its strength", _counts(results), _conditions(results)]
     parts.append(
         f"{len(curves)} runs have an impact curve; {len(short)} measured runs have none of at least "
         f"{strength_curves.FEWEST} strengths" + (", listed at the end." if short else ".")
@@ -70,7 +79,7 @@ def enhanced(found: Results, folder: str) -> tuple[str, Pictures]:
     for name in dict.fromkeys(curve["optimization"] for curve in curves):
         members = [curve for curve in curves if curve["optimization"] == name]
         first = members[0]
-        drawn, more = tables.few(_drawn(members), "model")
+        drawn, note = tables.few(_drawn(members), "model")
         parts += [f"## {title(name)}", f"{first['provenance'].capitalize()}: {first['source']}."]
         if len(drawn):
             figure = small_multiples.panels(drawn, x_label=first["x"], y_label=first["y"], log_y=_wide(drawn["value"]))
@@ -78,7 +87,7 @@ def enhanced(found: Results, folder: str) -> tuple[str, Pictures]:
             arms = ", ".join(dict.fromkeys(drawn["arm"]))
             ends = f"strengths {digits(drawn['strength'].min())} to {digits(drawn['strength'].max())}"
             alt = (
-                f"{title(name)}: {first['y']} over {first['x']} for {len(members)} models, {ends}; lines: {arms}.{more}"
+                f"{title(name)}: {first['y']} over {first['x']} for {len(members)} models, {ends}; lines: {arms}.{note}"
             )
             parts.append(_picture(alt, folder, name))
         parts.append(_points(members))
@@ -88,14 +97,14 @@ def enhanced(found: Results, folder: str) -> tuple[str, Pictures]:
     return _text(parts), pictures
 
 
-def coverage(found: Results, folder: str) -> tuple[str, Pictures]:
+def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
     """Return the report of what is covered by which record."""
-    lines = result_set.coverage(found)
+    lines = result_set.coverage(results)
     cells = {(line["optimization"], line["model"]): line for line in lines}
-    head = ["optimization", *found.models]
+    head = ["optimization", *results.models]
     matrix = [
-        [title(name), *(_link(cells[name, model], name, model) for model in found.models)]
-        for name in found.optimizations
+        [title(name), *(_link(cells[name, model], name, model) for model in results.models)]
+        for name in results.optimizations
     ]
     detail = [
         [title(line["optimization"]), line["model"], words(line["status"]), *line["numbers"].values(),
@@ -105,16 +114,16 @@ def coverage(found: Results, folder: str) -> tuple[str, Pictures]:
     columns = ["optimization", "model", "status", *DIMENSIONS, "measured", "derived", "estimated", "unavailable",
                "controls"]  # fmt: skip
     metrics = [
-        [METRICS[name].dimension, label(name), *("✓" if model in models else "–" for model in found.models)]
-        for name, models in result_set.comparable(found.measured).items()
+        [METRICS[name].dimension, label(name), *("✓" if model in models else "–" for model in results.models)]
+        for name, models in result_set.comparable(results.measured).items()
     ]
     parts = [
-        "# Coverage", _counts(found), "## Which run is covered by which record",
+        "# Coverage", _counts(results), "## Which run is covered by which record",
         markdown(head, matrix), "## Numbers in each record",
         "By dimension: metrics that have a number; by provenance: all metrics, missing ones among them.",
         markdown(columns, detail), "## What can be compared across models",
         "A tick where some record of the model has a number of the metric.",
-        markdown(["dimension", "metric", *found.models], metrics), *_failures(found),
+        markdown(["dimension", "metric", *results.models], metrics), *_failures(results),
         "## Again", "```sh\npython build.py coverage\n```",
     ]  # fmt: skip
     return _text(parts), {}
@@ -132,21 +141,25 @@ def _machine_readable(kind: str) -> str:
     return f"For programs: [{FILES[kind][0]}]({FILES[kind][0]}). All runs: [index.html](index.html)."
 
 
-def _counts(found: Results) -> str:
-    told = result_set.summary(found)
-    parts = [f"{told['ok']} of {told['expected']} runs measured"]
-    named = {"failed": told["failed"], "not applicable": told["not_applicable"], "damaged": len(told["damaged"])}
-    named |= {"never run": len(told["missing"]), "measured in part": len(told["partial"])}
+def _counts(results: Results) -> str:
+    summary = result_set.summary(results)
+    parts = [f"{summary['ok']} of {summary['expected']} runs measured"]
+    named = {
+        "failed": summary["failed"],
+        "not applicable": summary["not_applicable"],
+        "damaged": len(summary["damaged"]),
+    }
+    named |= {"never run": len(summary["missing"]), "measured in part": len(summary["partial"])}
     return "; ".join([*parts, *(f"{number} {what}" for what, number in named.items() if number)]) + "."
 
 
-def _conditions(found: Results) -> str:
-    told = result_set.summary(found)
-    first, last = facts.day(told["first_started"])[:10], facts.day(told["last_started"])[:10]
+def _conditions(results: Results) -> str:
+    summary = result_set.summary(results)
+    first, last = facts.day(summary["first_started"])[:10], facts.day(summary["last_started"])[:10]
     span = first if first == last else f"{first} to {last}"
     lines = [
-        ("scale", found.scale), ("effort", ", ".join(told["efforts"])), ("machine", "; ".join(told["machines"])),
-        ("measured", span), ("work in all", duration(told["seconds"])),
+        ("scale", results.scale), ("effort", ", ".join(summary["efforts"])),
+        ("machine", "; ".join(summary["machines"])), ("measured", span), ("work in all", duration(summary["seconds"])),
     ]  # fmt: skip
     return markdown(["", ""], [line for line in lines if line[1]])
 
@@ -159,15 +172,15 @@ def _link(cell: dict, optimization: str, model: str) -> str:
     return f"[{text}]({optimization}--{model}.md)"
 
 
-def _verdicts(found: Results) -> str:
+def _verdicts(results: Results) -> str:
     lines = []
-    for name in found.optimizations:
-        for model in found.models:
-            record = found.of(name, model)
-            status = "damaged" if f"{name}--{model}" in found.damaged else record.status if record else "missing"
-            said = [signed(getattr(record.verdict, d)) if status == "ok" else "" for d in DIMENSIONS]
+    for name in results.optimizations:
+        for model in results.models:
+            record = results.of(name, model)
+            status = "damaged" if f"{name}--{model}" in results.damaged else record.status if record else "missing"
+            verdicts = [signed(getattr(record.verdict, d)) if status == "ok" else "" for d in DIMENSIONS]
             where = f"[{model}]({name}--{model}.md)" if record else model
-            lines.append([title(name), where, signed(status), *said])
+            lines.append([title(name), where, signed(status), *verdicts])
     return markdown(["optimization", "model", "status", *DIMENSIONS], lines)
 
 
@@ -177,7 +190,7 @@ def _headlines(records: list[Record]) -> str:
         cells = []
         for dimension in DIMENSIONS:
             shown = headlines.of(record, dimension)
-            cells.append("; ".join(f"{one.what} {one.text}, {one.provenance}" for one in shown) or "–")
+            cells.append("; ".join(f"{number.what} {number.text}, {number.provenance}" for number in shown) or "–")
         lines.append([title(record.optimization), record.model, *cells])
     return markdown(["optimization", "model", *DIMENSIONS], lines)
 
@@ -187,23 +200,23 @@ def _sentences(records: list[Record]) -> str:
     return markdown(["optimization", "model", "in words"], lines)
 
 
-def _aggregate(found: Results) -> str:
+def _aggregate(results: Results) -> str:
     lines = [
         [title(line["optimization"]), label(line["metric"]), len(line["models"]), times(line["geometric_mean_gain"]),
          f"{times(line['least'])} to {times(line['most'])}",
          ", ".join(f"{number} {words(word)}" for word, number in line["verdicts"].items())]
-        for line in result_set.aggregate(found.measured)
+        for line in result_set.aggregate(results.measured)
         if METRICS[line["metric"]].margin is not None
     ]  # fmt: skip
     table = markdown(["optimization", "metric", "models", "mean gain", "least to most", "verdicts"], lines)
     return f"Geometric means over the models, derived; a gain above 1 is better.\n\n{table}"
 
 
-def _failures(found: Results) -> list[str]:
-    lines = [[r.stem, words(r.status), one_line(r.reason or "", 400)] for r in found.records if r.status != "ok"]
-    lines += [[stem, "damaged", fault] for stem, fault in found.damaged.items()]
-    lines += [[stem, "never run", ""] for stem in found.missing]
-    lines += [[r.stem, "measured in part", ", ".join(r.dimensions)] for r in found.records if r.dimensions]
+def _failures(results: Results) -> list[str]:
+    lines = [[r.stem, words(r.status), one_line(r.reason or "", 400)] for r in results.records if r.status != "ok"]
+    lines += [[stem, "damaged", fault] for stem, fault in results.damaged.items()]
+    lines += [[stem, "never run", ""] for stem in results.missing]
+    lines += [[r.stem, "measured in part", ", ".join(r.dimensions)] for r in results.records if r.dimensions]
     return ["## What is not there", markdown(["run", "state", "why"], lines)] if lines else []
 
 
@@ -230,8 +243,8 @@ def _points(members: list[dict]) -> str:
         for arm, points in curve["arms"].items():
             for point in points:
                 ends = "" if point["low"] is None else f"{digits(point['low'])} to {digits(point['high'])}"
-                more = "; ".join(f"{name} {digits(value)}" for name, value in point["more"].items())
+                beside = "; ".join(f"{name} {digits(value)}" for name, value in point["more"].items())
                 value = "–" if point["value"] is None else digits(point["value"])
-                lines.append([curve["model"], arm, digits(point["strength"]), value, ends, more])
+                lines.append([curve["model"], arm, digits(point["strength"]), value, ends, beside])
     head = ["model", "arm", members[0]["x"], members[0]["y"], "95 % interval", "beside it"]
     return f"<details><summary>The numbers</summary>\n\n{markdown(head, lines)}\n\n</details>"

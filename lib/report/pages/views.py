@@ -1,6 +1,6 @@
 """What the index shows below its matrix: each dimension, quality against speed, ranks, where numbers come from.
 
-Plain values for the template, made from a result set. Knows no HTML but the charts it passes on.
+Plain values for the template, computed from a result set. Knows no HTML but the charts it passes on.
 """
 
 import re
@@ -12,8 +12,8 @@ from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines, ranking
 from lib.report.analysis.result_set import Results
-from lib.report.figures import charts
-from lib.report.figures.charts import Point
+from lib.report.figures import trade_off_svg
+from lib.report.figures.trade_off_svg import TradeOff
 from lib.report.records import verdict
 from lib.report.records.record import Record
 from lib.report.text.quantities import counted, times
@@ -24,15 +24,15 @@ SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
 
-def dimension(found: Results, name: str) -> dict[str, Any]:
+def dimension(results: Results, name: str) -> dict[str, Any]:
     """Return a dimension's own table: per run all headline numbers with their labels, by optimization and model."""
     rows = []
-    for optimization in found.optimizations:
+    for optimization in results.optimizations:
         cells = []
-        for model in found.models:
-            record = found.of(optimization, model)
+        for model in results.models:
+            record = results.of(optimization, model)
             stem = f"{optimization}--{model}"
-            status = "damaged" if stem in found.damaged else record.status if record else "missing"
+            status = "damaged" if stem in results.damaged else record.status if record else "missing"
             numbers = headlines.of(record, name) if record and status == "ok" else []
             why = "" if status == "ok" else signed(status)
             cells.append({"model": model, "stem": stem, "status": status, "numbers": numbers, "why": why})
@@ -40,48 +40,50 @@ def dimension(found: Results, name: str) -> dict[str, Any]:
     return {"name": name, "rows": rows}
 
 
-def pareto(found: Results) -> dict[str, Any] | None:
+def pareto(results: Results) -> dict[str, Any] | None:
     """Return the charts of quality against speed: over all models (means), and each model by itself.
 
     Speed is the prefill rate; an optimization that has none (a server's, say) stands there with its first headline, and
     the legend says which. Who has no point at all is named too.
     """
-    marks = _marks(found)
+    marks = _marks(results)
     single = {
-        model: [p for r in found.measured if r.model == model and (p := _point(r, marks))] for model in found.models
+        model: [p for r in results.measured if r.model == model and (p := _point(r, marks))] for model in results.models
     }
     if not any(single.values()):
         return None
     margin = 100 * METRICS[QUALITY].margin
-    points_by_title = {"All models, means": means(found), **single}
+    points_by_title = {"All models, means": means(results), **single}
     drawn = [
-        {"title": name, "svg": charts.trade_off(points, name, margin), "front": charts.front(points)}
+        {"title": name, "svg": trade_off_svg.trade_off(points, name, margin), "front": trade_off_svg.front(points)}
         for name, points in points_by_title.items()
         if points
     ]
-    absent = [f"{title(r.optimization)} on {r.model}" for r in found.measured if r.model in single and not _numbers(r)]
+    absent = [
+        f"{title(r.optimization)} on {r.model}" for r in results.measured if r.model in single and not _numbers(r)
+    ]
     about = {"speed": label(SPEED), "quality": label(QUALITY), "absent": absent}
-    return {"charts": drawn, "legend": legend(found)} | about
+    return {"charts": drawn, "legend": legend(results)} | about
 
 
-def means(found: Results) -> list[Point]:
+def means(results: Results) -> list[TradeOff]:
     """Return a point per optimization: its mean over the models."""
-    marks = _marks(found)
-    return [point for name in found.optimizations if (point := _mean(name, found, marks))]
+    marks = _marks(results)
+    return [point for name in results.optimizations if (point := _mean(name, results, marks))]
 
 
-def legend(found: Results) -> list[tuple[str, str, str]]:
+def legend(results: Results) -> list[tuple[str, str, str]]:
     """Return (mark, title, what is drawn as speed where it is not the prefill rate) of each optimization."""
-    return [(mark, title(name), _other_speed(name, found)) for name, mark in _marks(found).items()]
+    return [(mark, title(name), _other_speed(name, results)) for name, mark in _marks(results).items()]
 
 
-def _marks(found: Results) -> dict[str, str]:
-    return {name: str(number) for number, name in enumerate(found.optimizations, 1)}
+def _marks(results: Results) -> dict[str, str]:
+    return {name: str(number) for number, name in enumerate(results.optimizations, 1)}
 
 
-def _other_speed(name: str, found: Results) -> str:
+def _other_speed(name: str, results: Results) -> str:
     """Return what is drawn as an optimization's speed where that is not the prefill rate, or nothing."""
-    drawn = [both[0].metric for r in found.measured if r.optimization == name and (both := _numbers(r))]
+    drawn = [both[0].metric for r in results.measured if r.optimization == name and (both := _numbers(r))]
     return ", ".join(label(metric) for metric in dict.fromkeys(drawn) if metric != SPEED)
 
 
@@ -96,7 +98,7 @@ def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
     return None if speed is None or quality is None else (speed, quality)
 
 
-def _point(record: Record, marks: dict[str, str]) -> Point | None:
+def _point(record: Record, marks: dict[str, str]) -> TradeOff | None:
     both = _numbers(record)
     if both is None:
         return None
@@ -105,12 +107,12 @@ def _point(record: Record, marks: dict[str, str]) -> Point | None:
     ends = [(end - 1) * scale for end in quality.ci] if quality.ci else [None, None]
     x, x_low, x_high = verdict.gain(speed)
     mark, state = marks[record.optimization], record.verdict.accuracy
-    return Point(mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, *ends, state)
+    return TradeOff(mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, *ends, state)
 
 
-def _mean(name: str, found: Results, marks: dict[str, str]) -> Point | None:
+def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
     """Return the mean over the models; its spread is from the least to the most of them, its state the worst."""
-    points = [p for r in found.measured if r.optimization == name and (p := _point(r, marks))]
+    points = [p for r in results.measured if r.optimization == name and (p := _point(r, marks))]
     if not points:
         return None
     x = ranking.geometric_mean([p.x for p in points])
@@ -118,14 +120,14 @@ def _mean(name: str, found: Results, marks: dict[str, str]) -> Point | None:
     states = {p.state for p in points}
     state = next((s for s in ("invalid", "not_maintained", "inconclusive", "unavailable") if s in states), "maintained")
     xs, ys = [p.x for p in points], [p.y for p in points]
-    return Point(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
+    return TradeOff(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
 
 
-def rankings(found: Results) -> list[dict[str, Any]]:
+def rankings(results: Results) -> list[dict[str, Any]]:
     """Return the ranks over all models, then on each model: per optimization a place in each metric."""
-    sets = [("All models", found.measured)]
-    sets += [(model, [r for r in found.measured if r.model == model]) for model in found.models]
-    return [one for name, records in sets if (one := _ranked(name, records))]
+    sets = [("All models", results.measured)]
+    sets += [(model, [r for r in results.measured if r.model == model]) for model in results.models]
+    return [ranked for name, records in sets if (ranked := _ranked(name, records))]
 
 
 def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
@@ -152,12 +154,12 @@ def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
     return {"title": name, "heads": heads, "rows": rows}
 
 
-def provenance(found: Results) -> dict[str, Any] | None:
+def provenance(results: Results) -> dict[str, Any] | None:
     """Return how many numbers of each run are measured, derived, estimated, unavailable, with source or reason."""
-    if not found.measured:
+    if not results.measured:
         return None
     counts, kinds = [], {kind: {} for kind in KINDS}
-    for record in found.measured:
+    for record in results.measured:
         every = [m.provenance for m in record.measurements]
         counts.append((record.stem, title(record.optimization), record.model, [every.count(kind) for kind in KINDS]))
         for m in record.measurements:
@@ -165,10 +167,10 @@ def provenance(found: Results) -> dict[str, Any] | None:
             key = (label(m.metric), one_line(re.sub(r"\d[\d,.]*", "…", about or ""), 160))
             kinds[m.provenance].setdefault(key, set()).add(record.stem)
     total = [sum(numbers[at] for *_, numbers in counts) for at in range(len(KINDS))]
-    told = {
+    sources = {
         kind: sorted((metric, about, len(stems)) for (metric, about), stems in kinds[kind].items()) for kind in KINDS
     }
-    return {"kinds": KINDS, "total": list(zip(KINDS, total)), "counts": counts, "told": told}
+    return {"kinds": KINDS, "total": list(zip(KINDS, total)), "counts": counts, "sources": sources}
 
 
 def curves(folder: Path) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ def day(started: str | None) -> str:
 
 
 def machine(environment: Mapping[str, Any]) -> str:
-    """Return the machine in a few words from an environment card: GPU or processor, and the cores given."""
+    """Return the machine in a few words from an environment card: GPU or CPU, and the number of cores."""
     name = environment.get("gpu") or environment.get("cpu")
     cores = environment.get("cores_given")
     return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)

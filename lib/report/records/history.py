@@ -1,8 +1,8 @@
 """Results of earlier builds in one SQLite file: every run's record, and which runs each build ended with.
 
-A run is known by when it started and its key, so it is stored once, however many builds kept it. Everything of a build
-is written in one transaction. A build is named by the beginning of its date (`2026-01-31`, `2026-01-31T14:05`) or of
-its commit. Knows nothing of how builds are run or compared.
+A run is identified by its start time and its key, so it is stored once, however many builds include it. A build is
+written in one transaction, and named by the beginning of its date (`2026-01-31`, `2026-01-31T14:05`) or of its commit.
+Knows nothing of how builds are run or compared.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Build:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the file, made where it is not there. Raises UserError where it is no such file."""
+    """Open the history, creating it where there is none. Raises UserError for a file of another kind."""
     connection = None
     try:
         connection = sqlite3.connect(path, timeout=30)
@@ -67,7 +67,7 @@ def _identity(record: Record) -> tuple[str, str]:
 
 
 def keep(path: Path, records: Sequence[Record], scale: str, command: str, commit: str = "") -> bool:
-    """Keep what a build ended with; return whether that was new: another set of runs than the last build's."""
+    """Store what a build ended with; return whether its set of runs differs from the last build's."""
     identities = sorted(_identity(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open(path) as connection:
@@ -79,8 +79,10 @@ def keep(path: Path, records: Sequence[Record], scale: str, command: str, commit
             _insert(connection, record)
         ended = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         row = [ended, scale, command, commit]
-        made = connection.execute("INSERT INTO builds (ended, scale, command, revision) VALUES (?, ?, ?, ?)", row)
-        connection.executemany("INSERT INTO kept VALUES (?, ?, ?)", [(made.lastrowid, *one) for one in identities])
+        inserted = connection.execute("INSERT INTO builds (ended, scale, command, revision) VALUES (?, ?, ?, ?)", row)
+        connection.executemany(
+            "INSERT INTO kept VALUES (?, ?, ?)", [(inserted.lastrowid, *identity) for identity in identities]
+        )
     return True
 
 
@@ -114,13 +116,13 @@ def find(path: Path, name: str, scale: str | None = None) -> Build:
     """Return the last build whose date or commit begins with `name`. Raises UserError, naming what is known."""
     known = builds(path, scale)
     date = name.replace(" ", "T", 1)
-    found = [build for build in known if len(date) >= 4 and build.ended.startswith(date)]
-    if not found and COMMIT.fullmatch(name):
-        found = [build for build in known if build.commit.startswith(name[: len(build.commit) or None])]
-    if not found:
+    matching = [build for build in known if len(date) >= 4 and build.ended.startswith(date)]
+    if not matching and COMMIT.fullmatch(name):
+        matching = [build for build in known if build.commit.startswith(name[: len(build.commit) or None])]
+    if not matching:
         listed = "; ".join(str(build) for build in known[-5:]) or "none yet"
         raise UserError(f'no build in {path.name} has a date or commit that begins with "{name}". Known: {listed}')
-    return found[-1]
+    return matching[-1]
 
 
 def records(path: Path, build: Build) -> list[Record]:
@@ -128,8 +130,8 @@ def records(path: Path, build: Build) -> list[Record]:
     query = "SELECT record FROM runs JOIN kept USING (started, key) WHERE build = ?"
     with _open(path) as connection:
         rows = connection.execute(query, [build.id]).fetchall()
-    found = [from_json(json.loads(zlib.decompress(packed)), path.name) for (packed,) in rows]
-    return sorted(found, key=lambda record: record.stem)
+    stored = [from_json(json.loads(zlib.decompress(packed)), path.name) for (packed,) in rows]
+    return sorted(stored, key=lambda record: record.stem)
 
 
 def over_time(path: Path, scale: str) -> list[dict]:
@@ -146,5 +148,5 @@ def over_time(path: Path, scale: str) -> list[dict]:
     if not path.is_file():
         return []
     with _open(path) as connection:
-        found = [dict(zip(names, row)) for row in connection.execute(query, [scale])]
-    return [row | {"metric": migration.METRICS.get(row["metric"], row["metric"])} for row in found]
+        numbers = [dict(zip(names, row)) for row in connection.execute(query, [scale])]
+    return [row | {"metric": migration.METRICS.get(row["metric"], row["metric"])} for row in numbers]

@@ -1,7 +1,7 @@
 """Finds numbers that a reader could not trust: unlabelled, without a source, missing without a reason, against the
 list.
 
-Works on a record as plain JSON, so that what a newer or broken writer left is found as well. Knows no verdict.
+Works on a record as plain JSON, so that it also checks what a newer or broken version wrote. Knows no verdict.
 """
 
 import math
@@ -39,26 +39,26 @@ def _measurements(measurements: Iterable[Mapping[str, Any]], where: str) -> list
     return [f"{where}{m.get('metric', '?')} [{m.get('workload', '?')}]: {f}" for m in measurements for f in _faults(m)]
 
 
-def _faults(found: Mapping[str, Any]) -> list[str]:
-    listed = METRICS.get(str(found.get("metric")))
+def _faults(measurement: Mapping[str, Any]) -> list[str]:
+    listed = METRICS.get(str(measurement.get("metric")))
     if listed is None:
         return ["not in the list of metrics (lib/measure/metrics/catalogue.py)"]
     faults = [
-        f"{name} is {found.get(name)!r}, the list says {getattr(listed, name)!r}"
+        f"{name} is {measurement.get(name)!r}, the list says {getattr(listed, name)!r}"
         for name in ("unit", "dimension", "higher_is_better")
-        if found.get(name) != getattr(listed, name)
+        if measurement.get(name) != getattr(listed, name)
     ]
-    faults += _label(found)
+    faults += _label(measurement)
     for name in VALUES:
-        value = found.get(name)
+        value = measurement.get(name)
         if isinstance(value, Mapping) or (isinstance(value, float) and not math.isfinite(value)):
             faults.append(f"{name} is not a finite number; what is unknown is null, with a reason")
-    values = [found.get("baseline"), found.get("optimized")]
-    if found.get("provenance") == "unavailable" and any(value is not None for value in values):
+    values = [measurement.get("baseline"), measurement.get("optimized")]
+    if measurement.get("provenance") == "unavailable" and any(value is not None for value in values):
         faults.append("unavailable, yet it has a number")
-    if values == [None, None] and found.get("provenance") != "unavailable":
+    if values == [None, None] and measurement.get("provenance") != "unavailable":
         faults.append("has no number, yet is not labelled unavailable")
-    if None in values and not found.get("reason"):
+    if None in values and not measurement.get("reason"):
         faults.append("a number is missing without a reason")
     return faults
 

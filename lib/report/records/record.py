@@ -1,8 +1,8 @@
-"""The record: all that one notebook run on one model found, and the only place that knows scrapbook.
+"""The record: every result of one notebook run on one model. The only module that knows scrapbook.
 
 Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook
 reads NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON
-(`lib.report.records.codec`). Knows nothing of how a number is made (`lib.measure`), what it is worth
+(`lib.report.records.codec`). Knows nothing of how a number is made (`lib.measure`), how it is judged
 (`lib.report.records.verdict`) or how it is shown.
 """
 
@@ -42,7 +42,7 @@ class Control(BaseModel):
 
 
 class Process(BaseModel):
-    """Samples of the run's own process tree, taken by the runner while the notebook ran.
+    """Samples of the run's own process tree, recorded by the runner during the run.
 
     `seconds`, `cpu_percent` (100 is one core) and `memory_bytes` are of equal length. `cell_seconds` counts the
     executed notebook's code cells.
@@ -64,7 +64,7 @@ class Process(BaseModel):
 class Record(BaseModel):
     """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`.
 
-    `dimensions` are those that were asked for; None where all four were: only such a record is whole.
+    `dimensions` are those that were requested; None where all four were: only such a record is complete.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -112,33 +112,33 @@ def build(
 ) -> Record:
     """Return the record of a run, its verdict computed from the measurements.
 
-    Of measurements and controls only the dimensions that were asked for are kept (`lib.measure.metrics.settings`). A
+    Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
     model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
     `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
-    asked = settings.requested_dimensions()
-    kept = asked or DIMENSIONS
-    judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in kept]
-    beside = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
-    for control in beside if asked else ():
-        control.measurements = [m for m in control.measurements if m.dimension in kept]
+    requested = settings.requested_dimensions()
+    wanted = requested or DIMENSIONS
+    judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in wanted]
+    all_controls = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
+    for control in all_controls if requested else ():
+        control.measurements = [m for m in control.measurements if m.dimension in wanted]
     return Record(
         optimization=optimization,
         model=model,
         scale=scale,
         effort=effort,
-        dimensions=list(asked) if asked else None,
+        dimensions=list(requested) if requested else None,
         status=status,
         reason=reason,
         parameters=codec.decode(codec.encode(dict(parameters), "parameters")),
         environment=codec.decode(codec.encode(_as_mapping(environment), "environment")),
         measurements=judged,
-        controls=[control for control in beside if control.measurements or not asked],
+        controls=[control for control in all_controls if control.measurements or not requested],
         refutations=list(refutations),
         details=codec.decode(codec.encode(dict(details or {}), "details")),
-        verdict=judge(judged, status, reason, asked),
+        verdict=judge(judged, status, reason, requested),
     )
 
 
@@ -189,13 +189,13 @@ def write(record: Record, path: Path) -> Path:
 def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
     """Read a record. Raises UserError where the file is missing, not JSON, or not a record of this schema.
 
-    `look` is shown the stem and the plain JSON before it is made a record, whatever it holds.
+    `look` is called with the stem and the plain JSON before it is validated.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        if look is None and (found := _quickly(text)):
-            return found
+        if look is None and (record := _quickly(text)):
+            return record
         content = json.loads(text)
     except OSError as error:
         raise UserError(f"{path.name}: cannot be read ({error.strerror}). Build it again.") from None
@@ -208,14 +208,14 @@ def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
 
 
 def _quickly(text: str) -> Record | None:
-    """Return the record in a JSON text that is sound and holds no tagged float; None where more has to be looked at."""
+    """Return the record of a JSON text that is valid as it stands and holds no tagged float; None otherwise."""
     if f'"{codec.TAG}"' in text:
         return None
     try:
-        found = Record.model_validate_json(text)
+        record = Record.model_validate_json(text)
     except (ValidationError, UserError):  # a metric that was renamed since
         return None
-    return found if "schema_version" in found.model_fields_set else None
+    return record if "schema_version" in record.model_fields_set else None
 
 
 def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
@@ -232,7 +232,7 @@ def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) ->
 
 @contextmanager
 def _uncollected():
-    """Collect no garbage meanwhile: where many objects are made and none of them is garbage, each pass costs more."""
+    """Disable garbage collection: where many objects are created and none are garbage, every pass is wasted time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -244,7 +244,7 @@ def _uncollected():
 
 def glue(record: Record) -> None:
     """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
-    with _uncollected():  # beside the objects of a loaded model each pass is long
+    with _uncollected():  # with the objects of a loaded model in memory every pass is long
         scrapbook = _scrapbook()
     scrapbook.glue(SCRAP, to_json(record), encoder="json")
 
@@ -296,10 +296,10 @@ def gather(folder: Path) -> tuple[list[Record], dict[str, str]]:
     known, damaged = read_folder(folder)
     if len(known) > MOST_NOTEBOOKS:
         return known, damaged
-    found = {record.stem: record for record in known}
+    by_stem = {record.stem: record for record in known}
     glued, unreadable = from_notebooks(folder)
     for record in glued:
-        kept = found.get(record.stem)
-        added = {name: getattr(kept, name) for name in ADDED_BY_RUNNER} if kept else {}
-        found[record.stem] = record.model_copy(update=added)
-    return [found[stem] for stem in sorted(found)], damaged | unreadable
+        stored = by_stem.get(record.stem)
+        added = {name: getattr(stored, name) for name in ADDED_BY_RUNNER} if stored else {}
+        by_stem[record.stem] = record.model_copy(update=added)
+    return [by_stem[stem] for stem in sorted(by_stem)], damaged | unreadable

@@ -16,40 +16,42 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(found: Measurement) -> dict[str, str]:
+def row(measurement: Measurement) -> dict[str, str]:
     """Return one measurement as text, by column, plus `dimension`, `name` (its stem), `source` and `reason`."""
-    form = ".3f" if found.ratio is not None and abs(found.ratio - 1) < 0.1 else ".2f"
+    form = ".3f" if measurement.ratio is not None and abs(measurement.ratio - 1) < 0.1 else ".2f"
     return {
-        "dimension": found.dimension,
-        "metric": label(found.metric),
-        "name": found.metric,
-        "workload": found.workload,
-        "baseline": quantity(found.baseline, found.unit),
-        "optimized": quantity(found.optimized, found.unit),
-        "ratio": times(found.ratio),
-        "95 % interval": interval(*found.ci, form=form if found.ratio is not None else ".3g") if found.ci else DASH,
-        "noise floor": share(found.noise_floor),
-        "MDE": share(found.mde),
-        "n": DASH if found.n is None else str(found.n),
-        "verdict": signed(found.verdict),
-        "provenance": found.provenance,
-        "source": one_line(found.source, 400),
-        "reason": one_line(found.reason, 400) if found.reason else "",
-        "state": found.verdict,
-        "predicted": times(found.predicted) if found.predicted else "",
-        "realised": share(found.realised) if found.realised is not None else "",
+        "dimension": measurement.dimension,
+        "metric": label(measurement.metric),
+        "name": measurement.metric,
+        "workload": measurement.workload,
+        "baseline": quantity(measurement.baseline, measurement.unit),
+        "optimized": quantity(measurement.optimized, measurement.unit),
+        "ratio": times(measurement.ratio),
+        "95 % interval": interval(*measurement.ci, form=form if measurement.ratio is not None else ".3g")
+        if measurement.ci
+        else DASH,
+        "noise floor": share(measurement.noise_floor),
+        "MDE": share(measurement.mde),
+        "n": DASH if measurement.n is None else str(measurement.n),
+        "verdict": signed(measurement.verdict),
+        "provenance": measurement.provenance,
+        "source": one_line(measurement.source, 400),
+        "reason": one_line(measurement.reason, 400) if measurement.reason else "",
+        "state": measurement.verdict,
+        "predicted": times(measurement.predicted) if measurement.predicted else "",
+        "realised": share(measurement.realised) if measurement.realised is not None else "",
     }
 
 
 def rows(measurements: Iterable[Measurement]) -> list[dict[str, str]]:
     """Return the measurements as rows, in the order of the four dimensions."""
-    return [row(found) for found in sorted(measurements, key=lambda m: DIMENSIONS.index(m.dimension))]
+    return [row(measurement) for measurement in sorted(measurements, key=lambda m: DIMENSIONS.index(m.dimension))]
 
 
 def groups(measurements: Sequence[Measurement]) -> list[tuple[str, list[dict[str, str]]]]:
     """Return the rows of each of the four dimensions, in order; a dimension with nothing has an empty list."""
-    found = rows(measurements)
-    return [(name, [item for item in found if item["dimension"] == name]) for name in DIMENSIONS]
+    lines = rows(measurements)
+    return [(name, [item for item in lines if item["dimension"] == name]) for name in DIMENSIONS]
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

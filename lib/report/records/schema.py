@@ -45,7 +45,7 @@ def _to(name: str) -> dict[str, str]:
 
 
 def document() -> dict[str, Any]:
-    """Return the schema: a record, or one of the four result files, each told by its `kind`."""
+    """Return the schema: a record, or one of the four result files, distinguished by `kind`."""
     record = Record.model_json_schema(by_alias=True)
     defs = record.pop("$defs") | {"Record": record}
     defs["Summary"] = _object(
@@ -147,13 +147,13 @@ def faults(content: Any, most: int = 5) -> list[str]:
         return [f"kind {name!r} is none of {', '.join(KINDS)}"]
     if _is_sound(name, content):
         return []
-    found = []
+    lines = []
     for error in _validator(name).iter_errors(content):
         place = ".".join(map(str, error.absolute_path)) or "the file"
-        found.append(f"{place}: {error.message[:160]}")
-        if len(found) == most:
+        lines.append(f"{place}: {error.message[:160]}")
+        if len(lines) == most:
             break
-    return found
+    return lines
 
 
 if __name__ == "__main__":

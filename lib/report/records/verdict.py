@@ -1,10 +1,10 @@
-"""What a record's measurements amount to: a verdict per dimension and one honest sentence, both computed.
+"""The verdict of a record: a word per dimension and a sentence, both computed from its measurements.
 
-Judges nothing anew: each measurement already carries its verdict (`lib.measure.metrics.measurement`). Here they are put
-together so that a gain never hides a loss, and said in plain English with ratio and interval. Knows nothing of files
-or pages.
+Each measurement already carries its own verdict (`lib.measure.metrics.measurement`). Here they are combined so that a
+gain never hides a loss, and written in plain English with ratio and interval. Knows nothing of files or pages.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -38,6 +38,16 @@ SAME_TIMES = {
     "time_to_first_token_ms": "prefill_tokens_per_second",
     "time_per_output_token_ms": "decode_tokens_per_second",
 }
+# How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.
+COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
+DURATIONS = (
+    "time_to_first_token_ms", "time_per_output_token_ms", "attention_ms", "feed_forward_ms", "latency_p50_ms",
+    "latency_p95_ms", "latency_p99_ms", "first_call_ms", "load_seconds", "settling_seconds",
+    "objective_missed_seconds", "swap_ms",
+)  # fmt: skip
+PLURAL = ("weights_bytes", "parameters", "active_parameters", "tokens_per_joule", "flips", "flips_to_wrong",
+          "flips_to_right", "same_answers", "batch_rows")  # fmt: skip
+FIRST_INTERVAL = re.compile(r"\((?=\d[\d.]*–\d[^()]*\))")
 SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -68,24 +78,24 @@ def judge(
     measurements: Sequence[Measurement],
     status: str = "ok",
     reason: str | None = None,
-    asked: Sequence[str] | None = None,
+    requested: Sequence[str] | None = None,
 ) -> Verdict:
     """Return the verdict of a run; one that failed or does not apply claims nothing and says why.
 
-    `asked` are the dimensions that were to be measured, where not all were: the others are unavailable, and the
+    `requested` are the dimensions that were to be measured, where not all were: the others are unavailable, and the
     sentence says so.
     """
     if status == "failed":
         return Verdict(sentence=f"Failed, so nothing is claimed: {_clause(reason)}.")
     if status == "not_applicable":
         return Verdict(sentence=f"Not applicable: {_clause(reason)}.")
-    found = {name: [m for m in measurements if m.dimension == name] for name in DIMENSIONS}
+    by_dimension = {name: [m for m in measurements if m.dimension == name] for name in DIMENSIONS}
     return Verdict(
-        performance=_dimension(found["performance"]),
-        accuracy=_accuracy(found["accuracy"]),
-        resources=_dimension(found["resources"]),
-        efficiency=_dimension(found["efficiency"]),
-        sentence=_sentence(found, asked or DIMENSIONS),
+        performance=_dimension(by_dimension["performance"]),
+        accuracy=_accuracy(by_dimension["accuracy"]),
+        resources=_dimension(by_dimension["resources"]),
+        efficiency=_dimension(by_dimension["efficiency"]),
+        sentence=_sentence(by_dimension, requested or DIMENSIONS),
     )
 
 
@@ -104,39 +114,39 @@ def withhold_if_invalid(measurements: list[Measurement]) -> list[Measurement]:
 
 
 def _dimension(measurements: Sequence[Measurement]) -> Dimension:
-    """Return the verdict of speed, size or efficiency: one loss beside one gain is `mixed`, an open question beside
-    nothing but equality is `inconclusive`."""
-    said = {m.verdict for m in measurements} - {"unavailable"}
-    if "invalid" in said:
+    """Return the verdict of speed, size or efficiency: a gain and a loss are `mixed`; where nothing is gained or
+    lost, one open question makes it `inconclusive`."""
+    verdicts = {m.verdict for m in measurements} - {"unavailable"}
+    if "invalid" in verdicts:
         return "invalid"
-    gain, loss = bool(said & {"better"}), bool(said & {"worse", "not_maintained"})
+    gain, loss = bool(verdicts & {"better"}), bool(verdicts & {"worse", "not_maintained"})
     if gain and loss:
         return "mixed"
     if gain or loss:
         return "better" if gain else "worse"
-    if not said:
+    if not verdicts:
         return "unavailable"
-    judged = said - {"informative"}
+    judged = verdicts - {"informative"}
     return "equivalent" if judged and judged <= {"equivalent", "maintained"} else "inconclusive"
 
 
 def _accuracy(measurements: Sequence[Measurement]) -> Accuracy:
     """Return the verdict of quality: maintained only if every judged metric is."""
-    said = {m.verdict for m in measurements} - {"unavailable", "informative"}
-    if "invalid" in said:
+    verdicts = {m.verdict for m in measurements} - {"unavailable", "informative"}
+    if "invalid" in verdicts:
         return "invalid"
-    if said & {"not_maintained", "worse"}:
+    if verdicts & {"not_maintained", "worse"}:
         return "not_maintained"
-    if "inconclusive" in said:
+    if "inconclusive" in verdicts:
         return "inconclusive"
-    if said:
+    if verdicts:
         return "maintained"
     return "inconclusive" if any(m.verdict == "informative" for m in measurements) else "unavailable"
 
 
 def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
-    """Return the measurements that stand for a dimension: the first known ones of `HEADLINES`, where there is none any
-    other, and beside them up to two losses.
+    """Return the measurements that stand for a dimension: the first known ones of `HEADLINES` (or any other,
+    where there is none), and up to two losses.
     """
     order = {name: rank for rank, name in enumerate(HEADLINES[dimension])}
     known = [m for m in measurements if m.verdict not in ("unavailable", "invalid")]
@@ -148,8 +158,8 @@ def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measur
     return first + [m for m in losses if SAME_TIMES.get(m.metric) not in shown][:2]
 
 
-def _sentence(found: dict[str, list[Measurement]], asked: Sequence[str]) -> str:
-    broken = next((m for m in found["accuracy"] if m.verdict == "invalid"), None)
+def _sentence(by_dimension: dict[str, list[Measurement]], requested: Sequence[str]) -> str:
+    broken = next((m for m in by_dimension["accuracy"] if m.verdict == "invalid"), None)
     parts = []
     if broken:
         parts.append(
@@ -159,112 +169,127 @@ def _sentence(found: dict[str, list[Measurement]], asked: Sequence[str]) -> str:
         "performance": _speed, "accuracy": _quality, "resources": _amount, "efficiency": _amount,
     }  # fmt: skip
     for name, phrase in say.items():
-        if name not in asked or (broken and name != "resources"):
+        if name not in requested or (broken and name != "resources"):
             continue
-        chosen = headline(found[name], name)
-        parts += [phrase(m) + _workload(m, found[name]) for m in chosen]
+        chosen = headline(by_dimension[name], name)
+        parts += [phrase(m) + _workload(m, by_dimension[name]) for m in chosen]
         if not chosen:
-            parts.append(_nothing(name, found[name]))
-    left_out = [name for name in DIMENSIONS if name not in asked]
+            parts.append(_nothing(name, by_dimension[name]))
+    left_out = [name for name in DIMENSIONS if name not in requested]
     parts += [f"not asked for: {', '.join(left_out)}"] if left_out else []
-    text = "; ".join(parts)
+    text = FIRST_INTERVAL.sub("(95 % interval ", "; ".join(parts), count=1)
     return text[:1].upper() + text[1:] + "."
 
 
 def _nothing(dimension: str, measurements: Sequence[Measurement]) -> str:
     reason = next((m.reason for m in measurements if m.verdict == "unavailable" and m.reason), "nothing was measured")
-    return f"{dimension} unavailable ({_clause(reason)})"
+    return f"{dimension} is unavailable ({_clause(reason)})"
 
 
-def _workload(found: Measurement, beside: Sequence[Measurement]) -> str:
+def _workload(measurement: Measurement, beside: Sequence[Measurement]) -> str:
     """Name the workload where a metric stands for more than one."""
-    return f" [{found.workload}]" if sum(m.metric == found.metric for m in beside) > 1 else ""
+    return f" [{measurement.workload}]" if sum(m.metric == measurement.metric for m in beside) > 1 else ""
 
 
 def _clause(text: str | None) -> str:
     return one_line(text or "no reason was recorded").rstrip(".")
 
 
-def subject(found: Measurement) -> str:
+def subject(measurement: Measurement) -> str:
     """Return what a sentence is about: `prefill` for a rate, the label otherwise."""
-    return SUBJECTS.get(found.metric, label(found.metric))
+    return SUBJECTS.get(measurement.metric, label(measurement.metric))
 
 
-def gain(found: Measurement) -> tuple[float | None, float | None, float | None]:
+def gain(measurement: Measurement) -> tuple[float | None, float | None, float | None]:
     """Return ratio and interval turned so that above 1 is better; None where there is no ratio."""
-    if not found.ratio or found.ratio < 0:
+    if not measurement.ratio or measurement.ratio < 0:
         return None, None, None
-    low, high = found.ci or (None, None)
-    if found.higher_is_better:
-        return found.ratio, low, high
-    return 1 / found.ratio, (1 / high if high else None), (1 / low if low else None)
+    low, high = measurement.ci or (None, None)
+    if measurement.higher_is_better:
+        return measurement.ratio, low, high
+    return 1 / measurement.ratio, (1 / high if high else None), (1 / low if low else None)
 
 
-def _estimate(found: Measurement) -> str:
-    return ", estimated" if found.provenance == "estimated" else ""
+def _estimate(measurement: Measurement) -> str:
+    return ", estimated" if measurement.provenance == "estimated" else ""
 
 
-def _speed(found: Measurement) -> str:
-    name, (value, low, high) = subject(found), gain(found)
-    ends = f" ({interval(low, high)}{_estimate(found)})" if low and high else f" (no interval{_estimate(found)})"
-    if found.verdict == "better":
-        return f"{name} {times(value)} faster{ends}"
-    if found.verdict == "worse":
-        slower = f" ({interval(1 / high, 1 / low)}{_estimate(found)})" if low and high else ends
-        return f"{name} {times(1 / value)} slower{slower}"
-    if found.verdict == "equivalent":
-        return f"{name} speed equivalent at {times(value)}{ends}"
-    if found.verdict == "inconclusive":
-        least = f", detectable from {share(found.mde)}" if found.mde else ""
-        return f"{name} speed inconclusive at {times(value)}{ends[:-1]}{least})"
-    return f"{name} speed {times(value)}, not judged{ends}"
+def _speed(measurement: Measurement) -> str:
+    """Return a change of speed as a clause: by what factor, with its interval, or that it cannot be decided."""
+    name, (value, low, high) = subject(measurement), gain(measurement)
+    better, worse = _comparatives(measurement)
+    noun = f"{name} speed" if better == "faster" else name
+    estimate = _estimate(measurement)
+    ends = f" ({interval(low, high)}{estimate})" if low and high else f" (no interval{estimate})"
+    if measurement.verdict == "better":
+        return f"{name} is {times(value)} {better}{ends}"
+    if measurement.verdict == "worse":
+        turned = f" ({interval(1 / high, 1 / low)}{estimate})" if low and high else ends
+        return f"{name} is {times(1 / value)} {worse}{turned}"
+    if measurement.verdict == "equivalent":
+        return f"{noun} is equivalent at {times(value)}{ends}"
+    if measurement.verdict == "inconclusive":
+        least = f", detectable from {share(measurement.mde)}" if measurement.mde else ""
+        return f"{noun} is inconclusive at {times(value)}{ends[:-1]}{least})"
+    return f"{noun} is at {times(value)}, not judged{ends}"
 
 
-def _amount(found: Measurement) -> str:
-    """Say by how much an amount (bytes, joules, FLOPs) fell or rose."""
-    name, change = subject(found), found.ratio - 1
-    less, more = ("smaller", "larger") if found.unit in ("bytes", "parameters") else ("lower", "higher")
+def _comparatives(measurement: Measurement) -> tuple[str, str]:
+    """Return what a better and a worse value of a metric of speed are called."""
+    if measurement.metric in COUNTED_PER_SECOND:
+        return "higher", "lower"
+    return ("shorter", "longer") if measurement.metric in DURATIONS else ("faster", "slower")
+
+
+def _amount(measurement: Measurement) -> str:
+    """Return a change of an amount (bytes, joules, FLOPs) as a clause: by how much it fell or rose."""
+    name, change = subject(measurement), measurement.ratio - 1
+    verb = "are" if measurement.metric in PLURAL else "is"
+    less, greater = ("smaller", "larger") if measurement.unit in ("bytes", "parameters") else ("lower", "higher")
     ends = ""
-    if found.ci:
-        low, high = sorted((end - 1) * (1 if change >= 0 else -1) * 100 for end in found.ci)
+    if measurement.ci:
+        low, high = sorted((end - 1) * (1 if change >= 0 else -1) * 100 for end in measurement.ci)
         ends = f"{interval(low, high, '.0f')} %"
-    note = ", ".join(part for part in (ends, _estimate(found)[2:]) if part)
+    note = ", ".join(part for part in (ends, _estimate(measurement)[2:]) if part)
     note = f" ({note})" if note else ""
-    if found.verdict == "equivalent":
-        return f"{name} unchanged{note}"
-    if found.verdict == "inconclusive":
-        return f"{name} inconclusive at {times(found.ratio)}{note}"
-    if change == 0:
-        return f"{name} unchanged{note}"
-    return f"{name} {share(abs(change))} {less if change < 0 else more}{note}"
+    if measurement.verdict == "equivalent" or (change == 0 and measurement.verdict != "inconclusive"):
+        return f"{name} {verb} unchanged{note}"
+    if measurement.verdict == "inconclusive":
+        ends = ", ".join([interval(*measurement.ci)] if measurement.ci else []) + _estimate(measurement)
+        return f"{name} {verb} inconclusive at {times(measurement.ratio)}" + (f" ({ends.lstrip(', ')})" if ends else "")
+    return f"{name} {verb} {share(abs(change))} {less if change < 0 else greater}{note}"
 
 
-def _quality(found: Measurement) -> str:
-    """Say whether quality was maintained, with the difference, its interval or bound, and the margin it was held to."""
-    word = {"informative": "not judged", "equivalent": "maintained"}.get(found.verdict, words(found.verdict))
-    if found.baseline is None or found.optimized is None:
-        return f"{subject(found)} {word}"
-    in_points = found.unit == "share"
-    scale = 100 * (found.baseline if in_points else 1)
+def _quality(measurement: Measurement) -> str:
+    """Return whether quality was maintained as a clause: the difference, its interval or bound, and the margin."""
+    verb = "are" if measurement.metric in PLURAL else "is"
+    word = {"informative": "not judged", "equivalent": "maintained"}.get(
+        measurement.verdict, words(measurement.verdict)
+    )
+    clause = f"{subject(measurement)} {verb} {word}"
+    if measurement.baseline is None or measurement.optimized is None:
+        return clause
+    in_points = measurement.unit == "share"
+    scale = 100 * (measurement.baseline if in_points else 1)
     if in_points:
-        change = f"{signed((found.optimized - found.baseline) * 100)} points"
+        change = f"{signed((measurement.optimized - measurement.baseline) * 100)} points"
     else:
-        change = f"{signed((found.ratio - 1) * 100)} %" if found.ratio else figures(found.optimized)
-    bound, margin = judged_by(found)
-    if bound is None and found.ci and found.ratio:
-        low, high = ((end - 1) * scale for end in found.ci)
+        change = f"{signed((measurement.ratio - 1) * 100)} %" if measurement.ratio else figures(measurement.optimized)
+    bound, margin = judged_by(measurement)
+    if bound is None and measurement.ci and measurement.ratio:
+        low, high = ((end - 1) * scale for end in measurement.ci)
         bound = interval(low, high, ".1f")
-    return f"{subject(found)} {word} ({', '.join(part for part in (change, bound, margin) if part)})"
+    return f"{clause} ({', '.join(part for part in (change, bound, margin) if part)})"
 
 
-def judged_by(found: Measurement) -> tuple[str | None, str | None]:
+def judged_by(measurement: Measurement) -> tuple[str | None, str | None]:
     """Return the one-sided bound and the margin that a score was held to, in words; None for what is not known.
 
-    A margin may be set for one run, so that of the list of metrics is not assumed where the measurement has none.
+    The margin of the list of metrics is not assumed where the measurement has none: a run may set its own.
     """
-    sign = "" if found.unit == "share" else " %"
-    side = "lower" if found.higher_is_better else "upper"
+    sign = "" if measurement.unit == "share" else " %"
+    side = "lower" if measurement.higher_is_better else "upper"
     return (
-        None if found.bound is None else f"{side} bound {signed(100 * found.bound)}{sign}",
-        None if found.margin is None else f"margin {100 * found.margin:g}{sign}",
+        None if measurement.bound is None else f"{side} bound {signed(100 * measurement.bound)}{sign}",
+        None if measurement.margin is None else f"margin {100 * measurement.margin:g}{sign}",
     )

@@ -116,7 +116,7 @@ DAMAGE = {
         "accuracy maintained or improved", "inconclusive: retrieval ?",
     ),
     "a verdict that its numbers do not carry": (
-        _set("prefill_tokens_per_second", verdict="worse"), "verdicts follow from the numbers", "performance is said",
+        _set("prefill_tokens_per_second", verdict="worse"), "verdicts follow from the numbers", "performance is recorded as",
     ),
     "better, with an interval that holds no change": (
         _set("prefill_tokens_per_second", ci=[0.9, 1.4]), "verdicts follow from the numbers", "holds no change",
@@ -128,7 +128,7 @@ DAMAGE = {
         _set("weights_bytes", ratio=0.5), "verdicts follow from the numbers", "the two values give 0.72",
     ),
     "a better dimension than its metrics": (
-        _verdict(resources="equivalent"), "verdicts follow from the numbers", "resources is said to be equivalent",
+        _verdict(resources="equivalent"), "verdicts follow from the numbers", "resources is recorded as equivalent",
     ),
     "maintained beyond the margin": (
         _set("f1_macro", bound=-0.05), "verdicts follow from the numbers", "beyond the margin 0.02",

@@ -96,7 +96,7 @@ def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
     page, text, _ = rendered
     for shown in (page, text):
         for words in (
-            "Prefill 1.31× faster",
+            "Prefill is 1.31× faster",
             "Example Processor 9000",
             "2026-01-31 14:05",
             "quick",
@@ -121,7 +121,7 @@ def test_the_page_answers_what_would_refute_it_before_the_measurements(rendered)
     ]
     assert page.index('class="sentence"') < page.index("What would refute it") < page.index("Both arms, metric by")
     assert "| Prefill is not faster than the baseline. | ✓ not refuted | prefill rate 1.31× |" in text
-    assert text.index("**Prefill 1.31×") < text.index("## What would refute it") < text.index("## Measurements")
+    assert text.index("**Prefill is 1.31×") < text.index("## What would refute it") < text.index("## Measurements")
 
 
 def test_the_page_links_to_its_neighbours(rendered):

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from lib.report.analysis import headlines, ranking, result_set
-from lib.report.figures import charts
-from lib.report.figures.charts import Point
+from lib.report.figures import trade_off_svg
+from lib.report.figures.trade_off_svg import TradeOff
 from lib.report.pages import views
 from lib.report.records import record, reproduce
 from lib.suite.cli import command
@@ -33,27 +33,27 @@ def test_equals_share_a_rank():
 
 
 def test_the_front_is_what_nothing_beats():
-    made = [Point(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
+    made = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
             enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip
-    assert [p.mark for p in charts.front(made)] == ["0", "1", "4"]
-    assert "best trade-offs: 0 n (1.00×, +1.0), 1 n (2.00×, +0.0), 4 n (3.00×, -5.0)" in charts.words(made, "T")
+    assert [p.mark for p in trade_off_svg.front(made)] == ["0", "1", "4"]
+    assert "best trade-offs: 0 n (1.00×, +1.0), 1 n (2.00×, +0.0), 4 n (3.00×, -5.0)" in trade_off_svg.words(made, "T")
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_chart_is_sound_and_says_what_it_shows(count):
     states = ("maintained", "not_maintained", "inconclusive")
     points = [
-        Point(str(i), f"<{i}>", 0.3 * (i + 1), -0.7 * i, 0.2 * (i + 1), None, -0.8 * i, -0.6 * i, states[i % 3])
+        TradeOff(str(i), f"<{i}>", 0.3 * (i + 1), -0.7 * i, 0.2 * (i + 1), None, -0.8 * i, -0.6 * i, states[i % 3])
         for i in range(count)
     ]
-    root = xml.fromstring(charts.trade_off(points, "A & B", 2.0))
+    root = xml.fromstring(trade_off_svg.trade_off(points, "A & B", 2.0))
     assert root.get("role") == "img" and root.get("aria-label").startswith("A & B: ")
     texts = [element.text for element in root.iter() if element.tag == "text"]
     assert all(p.mark in texts for p in points) and "1×" in texts and "0" in texts
     for element in root.iter():
         for name in ("x", "y", "x1", "y1", "cx", "cy"):
             if element.get(name):
-                assert -1 <= float(element.get(name)) <= charts.WIDTH + 1
+                assert -1 <= float(element.get(name)) <= trade_off_svg.WIDTH + 1
 
 
 def test_the_pareto_has_all_models_and_each(tmp_path):

@@ -51,11 +51,11 @@ def test_accuracy_is_maintained_only_if_all_of_it_is(said, expected):
 
 def test_the_sentence_names_gain_and_loss_with_intervals():
     sentence = samples.made(accuracy="not_maintained").verdict.sentence
-    assert "Prefill 1.31× faster (1.28–1.34)" in sentence
-    assert "decode speed inconclusive at 1.02× (0.98–1.06, detectable from 2.1 %)" in sentence
-    assert "F1 not maintained (−4.1 points, lower bound −5.8, margin 2)" in sentence
-    assert "weights 28 % smaller" in sentence
-    assert "energy per token 19 % lower (15–21 %, estimated)" in sentence
+    assert "Prefill is 1.31× faster (95 % interval 1.28–1.34)" in sentence
+    assert "decode speed is inconclusive at 1.02× (0.98–1.06, detectable from 2.1 %)" in sentence
+    assert "F1 is not maintained (−4.1 points, lower bound −5.8, margin 2)" in sentence
+    assert "weights are 28 % smaller" in sentence
+    assert "energy per token is 19 % lower (15–21 %, estimated)" in sentence
 
 
 def test_bound_and_margin_are_those_that_were_judged_by():
@@ -68,18 +68,18 @@ def test_bound_and_margin_are_those_that_were_judged_by():
     losses = chance.normal(3.7, 0.2, 40)
     text = noninferiority.perplexity(losses, losses + chance.normal(0.05, 0.01, 40), source="40 windows", margin=0.04)
     assert re.search(
-        r"perplexity not maintained \(\+5\.\d %, upper bound \+5\.\d %, margin 4 %\)", judge([text]).sentence
+        r"perplexity is not maintained \(\+5\.\d %, upper bound \+5\.\d %, margin 4 %\)", judge([text]).sentence
     )
 
 
 def test_slower_is_said_as_slower():
     sentence = samples.made(speed="worse", ratio=0.8).verdict.sentence
-    assert "Prefill 1.25× slower (1.20–1.30)" in sentence
+    assert "Prefill is 1.25× slower (95 % interval 1.20–1.30)" in sentence
 
 
 def test_a_loss_outside_the_headlines_is_said_too():
     found = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
-    assert "latency p99 1.50× slower" in judge(found).sentence
+    assert "latency p99 is 1.50× longer" in judge(found).sentence
 
 
 def test_a_broken_model_shows_no_gain():
@@ -101,7 +101,7 @@ def test_failed_and_not_applicable_claim_nothing():
 
 def test_what_is_missing_is_said_with_its_reason():
     found = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
-    assert "accuracy unavailable (random weights have no quality to lose)" in judge(found).sentence
+    assert "accuracy is unavailable (random weights have no quality to lose)" in judge(found).sentence
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -39,7 +39,7 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
 
 
 @dataclass(frozen=True)
-class Point:
+class TradeOff:
     """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
     is written beside it, `name` who it is, `state` the verdict on quality.
     """
@@ -55,13 +55,13 @@ class Point:
     state: str
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(points: Sequence[TradeOff]) -> list[TradeOff]:
     """Return the points that no other one beats in both speed and quality, from slow to fast."""
     best = [p for p in points if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in points)]
     return sorted(best, key=lambda p: p.x)
 
 
-def words(points: Sequence[Point], title: str) -> str:
+def words(points: Sequence[TradeOff], title: str) -> str:
     """Return what the chart shows, for those who do not see it."""
     if not points:
         return f"{title}: no run has both numbers."
@@ -70,14 +70,14 @@ def words(points: Sequence[Point], title: str) -> str:
     return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}."
 
 
-def trade_off(points: Sequence[Point], title: str, margin: float, y_label: str = "F1, change in points") -> str:
+def trade_off(points: Sequence[TradeOff], title: str, margin: float, y_label: str = "F1, change in points") -> str:
     """Return the chart as an SVG element; its title is the text for those who do not see it."""
     alt = escape(words(points, title))
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>'
     return "".join([head, *_drawing(points, margin, y_label), "</svg>"])
 
 
-def _drawing(points: Sequence[Point], margin: float, y_label: str) -> list[str]:
+def _drawing(points: Sequence[TradeOff], margin: float, y_label: str) -> list[str]:
     """Return the elements of the chart, without the element around them."""
     across = _Axis([p.x for p in points] + [v for p in points for v in (p.x_low, p.x_high) if v], LEFT, WIDTH - RIGHT)
     ends = [v for p in points for v in (p.y_low, p.y_high) if v is not None]
@@ -104,7 +104,7 @@ def _drawing(points: Sequence[Point], margin: float, y_label: str) -> list[str]:
     return parts
 
 
-def picture(points: Sequence[Point], title: str, margin: float, legend: Sequence[tuple[str, str]]) -> str:
+def picture(points: Sequence[TradeOff], title: str, margin: float, legend: Sequence[tuple[str, str]]) -> str:
     """Return the chart as an SVG file of its own: with its colours, a background, and a legend of (mark, name).
 
     It needs no page around it and follows the reader's colour scheme; shapes say what colours say.
@@ -170,12 +170,12 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         """Return round ratios that lie apart."""
-        kept: list[float] = []
+        steps: list[float] = []
         for step in sorted(STEPS, key=lambda s: (s != 1, abs(math.log(s)))):
             inside = self.low <= math.log(step) <= self.high
-            if inside and all(abs(self(step) - self(other)) > 38 for other in kept):
-                kept.append(step)
-        return sorted(kept)
+            if inside and all(abs(self(step) - self(tick)) > 38 for tick in steps):
+                steps.append(step)
+        return sorted(steps)
 
 
 def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
@@ -198,7 +198,7 @@ def _grid(across: _Axis, down: Callable[[float], float], low: float, high: float
     return parts
 
 
-def _whiskers(p: Point, across: _Axis, down: Callable[[float], float]) -> list[str]:
+def _whiskers(p: TradeOff, across: _Axis, down: Callable[[float], float]) -> list[str]:
     parts = []
     if p.x_low and p.x_high:
         parts.append(_line("spread", across(p.x_low), down(p.y), across(p.x_high), down(p.y)))
@@ -207,7 +207,7 @@ def _whiskers(p: Point, across: _Axis, down: Callable[[float], float]) -> list[s
     return parts
 
 
-def _point(p: Point, x: float, y: float, placed: list[tuple[float, float]]) -> list[str]:
+def _point(p: TradeOff, x: float, y: float, placed: list[tuple[float, float]]) -> list[str]:
     """Return shape, label and its leader; the label takes the place that is furthest from everything drawn so far."""
 
     def room(place: tuple[int, int]) -> float:
@@ -224,7 +224,7 @@ def _point(p: Point, x: float, y: float, placed: list[tuple[float, float]]) -> l
 
 
 def _shape(state: str, x: float, y: float) -> str:
-    """Return the shape that says what became of quality: a disc, a cross, or a ring where nothing can be told."""
+    """Return the shape for a verdict on quality: a disc where it is maintained, a cross where not, else a ring."""
     if state in ("maintained", "better"):
         return f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     if state == "not_maintained":

@@ -1,0 +1,106 @@
+"""Every metric's ratio with its interval over its noise floor, one line each: a forest plot.
+
+Takes what `lib.report.tables.tidy` gives and returns a matplotlib Figure; judges nothing.
+"""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from lib.report.figures.theme import BAND, BLUE, GREY, INK, VERMILLION, applied, new_axes
+
+VERDICTS = {  # verdict: colour, marker, filled
+    "better": (BLUE, ">", True),
+    "worse": (VERMILLION, "<", True),
+    "maintained": (BLUE, "o", True),
+    "not_maintained": (VERMILLION, "X", True),
+    "equivalent": (INK, "o", True),
+    "inconclusive": (GREY, "o", False),
+    "informative": (GREY, "d", False),
+}
+
+
+def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group: str = "dimension") -> Figure:
+    """Return every metric's ratio with its interval, turned so that right of 1 is better, over its noise floor.
+
+    `frame` is what `tables.tidy` gives: columns `label`, `dimension`, `gain` (≥ 1 is better), `gain_low`, `gain_high`,
+    `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out.
+    """
+    rows = frame.dropna(subset=["gain"]).reset_index(drop=True)
+    rows = rows[rows["gain"] > 0].reset_index(drop=True)
+    with applied():
+        figure, (axes,) = new_axes(1.3 + 0.3 * max(len(rows), 1) + 0.22 * rows[group].nunique())
+        position, ticks = 0.0, []
+        for name, members in rows.groupby(group, sort=False, observed=True):
+            axes.text(
+                0.0,
+                position - 0.05,
+                f" {name}",
+                transform=axes.get_yaxis_transform(),
+                color=GREY,
+                fontsize=8.5,
+                va="center",
+            )
+            position += 0.8
+            for _, row in members.iterrows():
+                ticks.append((position, row[label]))
+                _forest_row(axes, row, position)
+                position += 1
+        axes.axvline(1, color=INK, linewidth=1)
+        axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
+        axes.set_ylim(max(position - 0.2, 1), -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        _ratio_axis(axes)
+        axes.set(xlabel="optimized against baseline, turned so that right of 1 is better", title=title)
+        _verdict_legend(figure, rows["verdict"], floor=bool((rows["noise_floor"] > 0).any()))
+    return figure
+
+
+def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
+    colour, marker, filled = VERDICTS.get(row["verdict"], (GREY, "o", False))
+    floor = row.get("noise_floor")
+    if pd.notna(floor) and floor > 0:
+        axes.barh(position, (1 + floor) - 1 / (1 + floor), left=1 / (1 + floor), height=0.8, color=BAND, zorder=0)
+    if row.get("gain_low", 0) > 0 and row.get("gain_high", 0) > 0:
+        axes.plot([row["gain_low"], row["gain_high"]], [position] * 2, color=colour, linewidth=2, solid_capstyle="butt")
+    face = colour if filled else "white"
+    axes.plot(
+        row["gain"],
+        position,
+        marker=marker,
+        color=colour,
+        markerfacecolor=face,
+        markersize=7,
+        linestyle="none",
+        zorder=3,
+    )
+
+
+def _ratio_axis(axes: Axes) -> None:
+    """Put a logarithmic axis of plain ratios under the plot, never narrower than ±10 %."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    low, high = min(low, 0.9), max(high, 1.1)
+    axes.set_xlim(low, high)
+    steps = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100]
+    inside = [step for step in steps if low <= step <= high]
+    if len(inside) > 9:
+        inside = [step for step in inside if step in (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)]
+    axes.set_xticks(inside, [f"{step:g}×" for step in inside])
+    axes.minorticks_off()
+
+
+def _verdict_legend(figure: Figure, verdicts: pd.Series, floor: bool) -> None:
+    present = [name for name in VERDICTS if name in set(verdicts)]
+    marks: list[object] = []
+    for colour, marker, filled in (VERDICTS[name] for name in present):
+        face = colour if filled else "white"
+        marks.append(Line2D([], [], color=colour, marker=marker, linestyle="none", markerfacecolor=face))
+    names = [name.replace("_", " ") for name in present]
+    if floor:
+        marks, names = [*marks, Patch(color=BAND)], [*names, "noise floor"]
+    if marks:
+        figure.legend(marks, names, loc="outside lower center", ncols=min(len(marks), 5), fontsize=8.5)
