@@ -1,108 +1,136 @@
-"""Streaming against its alternatives: memory against speed with its bound, accelerate's offloading, absorbed decoding.
+"""What the notebook on streaming shows: equal answers of every variant, one unit on its way, peaks of memory, and what
+would refute the claims.
 
-Times pairs of decoding arms; knows nothing of what a record is.
+The longer protocols have modules of their own: `memory_tradeoff`, `absorbed_decoding`, `window_quality`,
+`offload_baseline`, `read_bound`. Returns plain data; knows nothing of records and figures.
+
+Shapes: N texts, T tokens, B prompts, V vocabulary.
 """
 
-import copy
-import gc
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.metrics import paired_stats
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.paired_stats import Pairs
-from lib.measure.roofline import ceilings, cost_model, full_depth
-from lib.measure.timing import interleaved, workloads
-from lib.measure.timing.workloads import Workload
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate, sanity
+from lib.measure.trackers import environment, memory
 from lib.models.checkpoints import io
-from lib.models.decoding import cache_names, mla_absorption
+from lib.models.checkpoints.parking import parked
+from lib.models.decoding import chunked
+from lib.models.loading import Loaded
 from lib.models.offload import streamer
-from lib.models.structure import slice_depth
+from lib.models.offload.residency import Plan
+from lib.models.offload.streamer import Streamer
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.streaming_computation import offload_baseline, reading
+from lib.models.tasks import corpus
+from lib.optimizations.common import absorbed_baseline
+from lib.optimizations.streaming_computation import method, read_bound
+from lib.optimizations.streaming_computation.window_quality import LongTexts, does_perplexity_climb
 
-BLOCKS = 6
-ARM_OF = {"keep": "streamed", "copy": "streamed, copied into memory", "drop": "streamed, every byte from the disk"}
-
-
-@dataclass
-class Continued:
-    """`count` greedy steps on a copy of a filled cache; `prepare`, which is not timed, copies it and sets the path."""
-
-    model: nn.Module
-    cache: object
-    token_B1: torch.Tensor
-    count: int
-    path: Callable[[nn.Module], object]
-    output_BN: torch.Tensor | None = None
-    _copy: object = field(default=None, repr=False)
-
-    def prepare(self) -> None:
-        self._copy = copy.deepcopy(self.cache)
-        self.path(self.model)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        if self._copy is None:
-            self.prepare()
-        given, token_B1, said = cache_names.given(self._copy) | {"use_cache": True}, self.token_B1, []
-        for _ in range(self.count):
-            token_B1 = self.model(input_ids=token_B1, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
-            said.append(token_B1)
-        self._copy, self.output_BN = None, torch.cat(said, 1)
+CLAIMS = (
+    "The streamed model generates other tokens than the resident one.",
+    "The peak memory of a fresh process, above its start, does not fall.",
+    "Decoding is no faster than with accelerate's offloading to the disk.",
+    "With sinks and a window, perplexity climbs with the length of the text.",
+)
+AT_ONCE = 10**6  # more tokens than any prompt here: nothing is cut into chunks
+METHOD = "lib.optimizations.streaming_computation.method"
 
 
-@torch.inference_mode()
-def absorbed_against_stock(
-    model: nn.Module, prompt_1T: torch.Tensor, context: int, steps: int, blocks: int = BLOCKS, seed: int = 0
-) -> tuple[Pairs, bool, dict[str, float | None]]:
-    """Return the pairs (stock, absorbed) of `steps` decoded tokens at `context`, whether the tokens are equal, and
-    stock ÷ absorbed of other quantities: operations of a token by count, seconds of the attentions alone, and of a step
-    at full depth (`full_depth`; None where the model is no slice).
+def settings_of(effort: str, scale: str) -> Effort:
+    """Return the sizes of this run: at real dimensions, where streaming takes seconds a token, fewer tokens."""
+    sizes = settings.read(effort, scale)
+    return sizes if scale == "proxy" else replace(sizes, new_tokens=2, prompt_tokens=256)
 
-    The cache holds `prompt_1T`, its latents repeated up to `context` where the prompt is shorter: what is timed does
-    not depend on what they hold. The model is changed while this runs, and left as it was.
+
+def is_exact(loaded: Loaded) -> bool:
+    """Return whether the model runs in single precision, in which another order of operations changes no token."""
+    return loaded.dtype == torch.float32
+
+
+def saved(model: nn.Module) -> tuple[tempfile.TemporaryDirectory, Path]:
+    """Write the weights of `model`; return the temporary directory, which the caller cleans up, and the checkpoint."""
+    place = tempfile.TemporaryDirectory(prefix="streaming-")
+    return place, io.save(model, Path(place.name) / "checkpoint")
+
+
+def facts(loaded: Loaded, folder: Path) -> pd.DataFrame:
+    """Return what is streamed as text: the model, its weights, and the smallest memory in which they can run."""
+    least, total = streamer.smallest(folder)
+    rows = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
+    rows |= {"blocks": str(len(anatomy(loaded.model).blocks)), "weights": f"{total / 1e6:,.1f} MB"}
+    rows |= {"smallest possible in memory": f"{100 * least / total:.1f} %"}
+    return listed(rows)
+
+
+def listed(values: Mapping[str, object]) -> pd.DataFrame:
+    """Return names and values as a table of text."""
+    return pd.DataFrame([(name, str(value)) for name, value in values.items()], columns=["", "value"])
+
+
+def planned_bytes(plan: Plan) -> dict[str, int]:
+    """Return the bytes of each part of the plan: what stays in memory, and what passes."""
+    return {
+        "always in memory": plan.fixed_bytes,
+        "resident units": plan.resident_bytes,
+        "streamed": plan.streamed_bytes,
+        "room for two units": 2 * plan.slot_bytes,
+        "expert cache": plan.expert_slots * plan.expert_bytes,
+    }
+
+
+def plan_table(plan: Plan) -> pd.DataFrame:
+    """Return `planned_bytes` in megabytes and as shares of all weights."""
+    rows = [(name, f"{size / 1e6:.2f}", f"{size / plan.total_bytes:.3f}") for name, size in planned_bytes(plan).items()]
+    return pd.DataFrame(rows, columns=["", "MB", "share of all weights"])
+
+
+def unit_in_transit(stream: Streamer) -> pd.DataFrame:
+    """Return one unit before, during and after its turn: the bytes read, and the mean of a tensor while it is there."""
+    shown = (*stream.plan.streamed, *stream.plan.resident)[0]
+    part, bytes_before = stream.units[shown][0], stream.file.bytes_read
+    weights = stream.weights(shown)
+    rows = {"unit": shown, "tensors": len(weights), "its first tensor": f"{part.leaf} {tuple(weights[0].shape)}"}
+    stream.settle()
+    rows["bytes read, with read-ahead"] = stream.file.bytes_read - bytes_before
+    rows["mean"] = f"{weights[0].float().mean():+.5f}"
+    stream.forget()
+    afterwards = part.owner._parameters[part.leaf] if part.owner is not None else part.empty
+    rows["mean afterwards"] = "none" if afterwards is None else f"{afterwards.float().mean():+.5f}"
+    return listed(rows)
+
+
+def equality_of_variants(
+    baseline: nn.Module, optimized: nn.Module, folder: Path, ids_NT: torch.Tensor, memory_ratio: float
+) -> dict[str, dict[str, float]]:
+    """Return, for each variant alone and for all together, how far its logits are from the baseline's; see `equality`.
+
+    For logits in rows the difference is that of the losses, in nats.
     """
-    was = mla_absorption.is_absorbed(model)
-    output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
-    repeats = -(-context // prompt_1T.shape[1])
-    for layer in cache_names.of(output).layers:
-        layer.keys = layer.keys.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
-        layer.values = layer.values.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
-    token_B1 = output.logits[:, -1:].argmax(-1)
-    arms = [
-        Continued(model, cache_names.of(output), token_B1, steps, path)
-        for path in (mla_absorption.expand, mla_absorption.absorb)
-    ]
-    try:
-        pairs = interleaved.paired(*arms, blocks=blocks, warmup=1, seed=seed)
-        gains = _stock_over_absorbed(model, arms)
-    finally:
-        (mla_absorption.absorb if was else mla_absorption.expand)(model)
-    stock, ours = (cost_model.decode_flops(model, context, absorbed=path) for path in (False, True))
-    return pairs, torch.equal(arms[0].output_BN, arms[1].output_BN), {"operations": stock / ours} | gains
-
-
-def _stock_over_absorbed(model: nn.Module, arms: Sequence[Continued], turns: int = 3) -> dict[str, float | None]:
-    """Return the ratios of median seconds of the attentions alone, and of the step at full depth, in turns."""
-    counts = slice_depth.stands_for(model) if slice_depth.whole(model) is not None else None
-    counts = None if isinstance(counts, str) else counts
-    attentions = [block.attention.module for block in anatomy(model).blocks]
-    alone, whole = ([], []), ([], [])
-    for turn in range(turns):
-        for index in (0, 1) if turn % 2 else (1, 0):
-            with full_depth.clocks(attentions) as spent:
-                whole[index].append(full_depth.whole_seconds(arms[index], model, counts or [1.0] * len(attentions)))
-            alone[index].append(sum(spent))
-    attention, step = (float(np.median(one[0]) / np.median(one[1])) for one in (alone, whole))
-    return {"attention alone": attention, "at full depth": step if counts else None}
+    device = str(next(baseline.parameters()).device)
+    options = {"memory_ratio": memory_ratio, "device": device}
+    alone = method.open_folder(folder, prefill_chunk=AT_ONCE, absorbed=False, **options)
+    arms = {
+        "weights streamed": lambda ids: alone(ids).logits,
+        "all together": lambda ids: optimized(ids).logits,
+        "prompt in chunks": lambda ids: method.attach(baseline, prefill_chunk=64)(ids).logits,
+    }
+    found = equality(baseline, ids_NT, arms)
+    chunked.whole_prefill(baseline)
+    whole, rows = (chunked.losses(baseline, ids_NT, rows=count) for count in (AT_ONCE, 64))
+    found["logits in rows"] = {"difference": float((rows - whole).abs().max()), "same_top": 1.0}
+    read_bound.stream_of(alone).close()
+    return found
 
 
 @torch.inference_mode()
@@ -113,102 +141,158 @@ def equality(
     their standard deviations, and the share of positions with the same most likely token.
     """
     expected = baseline(ids_NT).logits.float()
-    found = {}
+    rows = {}
     for name, arm in arms.items():
-        got = arm(ids_NT).float()
-        same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
-        found[name] = {"difference": float((got - expected).abs().max() / expected.std()), "same_top": float(same)}
-    return found
-
-
-def trade(
-    resident: nn.Module,
-    prompt_1T: torch.Tensor,
-    steps: int,
-    folder: Path | str,
-    ratios: Sequence[float],
-    opener: Callable,
-    blocks: int = BLOCKS,
-    seed: int = 0,
-) -> list[dict[str, object]]:
-    """Return a row per memory ratio and page cache: time per decoded token, bound, bytes read, share of the bound.
-
-    `opener(folder, memory_ratio=…, page_cache=…)` opens a streamed model. Each decodes `steps` tokens in turn with the
-    resident one; the first ratio is timed twice more: copied from the page cache, and with every read from the disk.
-    """
-    rows = []
-    base = workloads.steps(resident, prompt_1T, steps)
-    for ratio, pages in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
-        model = opener(folder, memory_ratio=ratio, page_cache=pages)
-        made = streamer.streamer(model)
-        if pages == "drop":
-            made.file.forget()
-        work = workloads.steps(model, prompt_1T, steps)
-        pairs = interleaved.paired(base, work, blocks=blocks, warmup=1, seed=seed)
-        rows.append(_row(model, work, pairs, ratio, pages))
-        made.close()
-        del model, made, work
-        gc.collect()  # models refer to themselves
+        logits = arm(ids_NT).float()
+        same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+        difference = (logits - expected).abs().max() / expected.std()
+        rows[name] = {"difference": float(difference), "same_top": float(same)}
     return rows
 
 
-def _row(model: nn.Module, work: Workload, pairs: Pairs, ratio: float, pages: str) -> dict[str, object]:
-    weight = next(model.parameters())
-    peak = ceilings.measure(weight.device.type, weight.dtype)
-    computing = ceilings.bound(cost_model.of(model, work), peak).seconds
-    found = reading.reads(model, work)
-    bound = max(found.seconds, computing)
-    share, share_low, share_high = reading.share_of_bound(pairs.optimized_seconds, bound)
-    low, high = paired_stats.median_interval(pairs.optimized_seconds)
-    plan, per_token = streamer.streamer(model).plan, 1000 / work.tokens
-    return {
-        "ratio": ratio,
-        "page_cache": pages,
-        "memory_share": plan.in_memory_bytes / plan.total_bytes,
-        "ms_per_token": float(np.median(pairs.optimized_seconds)) * per_token,
-        "low": low * per_token,
-        "high": high * per_token,
-        "resident_ms_per_token": float(np.median(pairs.baseline_seconds)) * per_token,
-        "bound_ms_per_token": bound * per_token,
-        "share_of_bound": share,
-        "share_of_bound_low": share_low,
-        "share_of_bound_high": share_high,
-        "bytes_per_token": found.bytes / work.tokens,
-        "reading_bytes_per_second": found.bandwidth,
-        "read_from": found.source,
-    }
+def equality_table(rows: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """Return `equality_of_variants` as a table."""
+    return pd.DataFrame(rows).T.rename_axis("variant").reset_index()
 
 
-def trade_frame(rows: Sequence[Mapping[str, object]], offload: Mapping[str, Measurement]) -> pd.DataFrame:
-    """Return `trade`'s rows and accelerate's offloading as points for `figures.impact`: % of weights in memory, ms."""
-    points = []
-    for row in rows:
-        arm = ARM_OF[row["page_cache"]]
-        ends = {"low": row["low"], "high": row["high"]}
-        at = {"strength": 100 * row["memory_share"]}
-        points.append(at | {"arm": arm, "value": row["ms_per_token"]} | ends)
-        if row["page_cache"] == "keep":
-            points.append(at | {"arm": "bound: bytes ÷ bandwidth", "value": row["bound_ms_per_token"]})
-    for kind, one in offload.items():
-        # Turned into the other unit, at the time of the streamed arm it was paired with.
-        share = 0.0 if kind == "disk" else 100.0
-        points.append({"strength": share, "arm": f"accelerate, {kind}", "value": 1000 / one.baseline})
-    return pd.DataFrame(points)
+def quality(
+    loaded: Loaded, optimized: nn.Module, effort: Effort, sample_NT: torch.Tensor, seed: int = 0
+) -> tuple[list[Measurement], str | None]:
+    """Return every accuracy metric of the streamed model against the loaded one, and why its output is degenerate.
 
-
-def against_accelerate(
-    work: Workload, folder: Path | str, kind: str, dtype: torch.dtype, prompt: torch.Tensor, blocks: int = BLOCKS
-) -> tuple[Pairs, bool]:
-    """Return the pairs (accelerate's offloading of the checkpoint in `folder`, `work`), and whether tokens are equal.
-
-    `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
+    Where it is, all metrics are invalid; else the reason is None.
     """
-    model, device = io.load_folder(folder, dtype=dtype), work.conditions["device"]
-    with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
-        model = offload_baseline.disk(model, place, device) if kind == "disk" else offload_baseline.cpu(model, device)
-        other = workloads.steps(model, prompt, work.new_tokens)
-        pairs = interleaved.paired(other, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
-    same = torch.equal(other.output_BN.cpu(), work.output_BN.cpu())
-    del model, other
-    gc.collect()  # models refer to themselves
-    return pairs, same
+    degenerate = sanity.check(optimized, sample_NT[:, :128], random_weights=loaded.random_weights)
+    answers = evaluate.evaluate(loaded, effort, seed=seed)
+    streamed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed)
+    judged = evaluate.compare(answers, streamed, resamples=effort.resamples, seed=seed)
+    if degenerate:
+        judged = [measurement.invalid(m.metric, m.workload, degenerate) for m in judged]
+    return judged, degenerate
+
+
+def formula(baseline: nn.Module, absorbed: bool) -> dict[str, bool]:
+    """Return the options of `cost_model` for the streamed model."""
+    return {"absorbed": absorbed and absorbed_baseline.has_latents(baseline)}
+
+
+def card(baseline: nn.Module) -> dict[str, object]:
+    """Return the environment card with the hashes of the weights and of the evaluation data."""
+    return environment.card(baseline, weights_hash=io.weights_hash(baseline), data_hash=corpus.data_hash())
+
+
+def token_arrivals(loaded: Loaded, model: nn.Module, prompt_1T: torch.Tensor, count: int) -> pd.DataFrame:
+    """Return each generated token with its text and the milliseconds after which it was there."""
+    rows, start = [], time.perf_counter()
+    for token in chunked.tokens(model, prompt_1T.to(loaded.device), count):
+        text = loaded.tokenizer.decode(token) if loaded.tokenizer is not None else str(int(token[0]))
+        rows.append((len(rows) + 1, text, f"{1000 * (time.perf_counter() - start):.1f}"))
+    return pd.DataFrame(rows, columns=["token", "text", "there after, ms"])
+
+
+def peaks(
+    loaded: Loaded, folder: Path, memory_ratio: float, options: Mapping[str, Any]
+) -> tuple[list[Measurement], list[Measurement]]:
+    """Return peaks from fresh child processes on one long prompt, against the resident model: of the prompt in chunks
+    alone (what activations take), and streamed and in chunks (what weights take).
+
+    `options` are those of `method.open_folder`. While the processes run, the weights are on disk alone.
+    """
+    work: dict[str, Any] = {"folder": str(folder), "prompt_tokens": 2048 if loaded.scale == "proxy" else 512}
+    work |= {"new_tokens": 2, "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device}
+    chunk = {"prefill_chunk": options["prefill_chunk"]}
+    arms = [
+        memory.Arm(**work),
+        memory.Arm(transform=f"{METHOD}:attach", arguments=chunk, **work),
+        memory.Arm(opener=f"{METHOD}:open_folder", arguments={**options, "memory_ratio": memory_ratio}, **work),
+    ]
+    with parked((loaded.model, folder)):
+        resident, in_chunks, streamed = memory.peaks(*arms)
+    return memory.measurements(resident, in_chunks), memory.measurements(resident, streamed)
+
+
+def answers(
+    compared: Compared,
+    exact: bool,
+    equal: Mapping[str, Mapping[str, float]],
+    peaks_streamed: list[Measurement],
+    offload: Mapping[str, Measurement],
+    texts: LongTexts,
+) -> list[tuple[str, bool | None, str]]:
+    """Return each of `CLAIMS`, whether this run refutes it (None where it cannot tell), and the evidence."""
+    peak = next(m for m in peaks_streamed if m.metric == "peak_memory_above_start_bytes")
+    found = [
+        _other_tokens(compared, exact, equal["all together"]["same_top"]),
+        _no_smaller_peak(peak),
+        _no_faster(offload["disk"]),
+        does_perplexity_climb(texts),
+    ]
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, found, strict=True)]
+
+
+def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[bool | None, str]:
+    """Return whether the timed decoding generated other tokens than the resident model, and the evidence.
+
+    None where nothing was timed, and where tokens differ in half precision (not `exact`), whose rounding decides ties.
+    """
+    evidence = f"{100 * same_top:.1f} % of positions have the same most likely token"
+    decoded = [timed for name, timed in compared.timed.items() if name != "prefill"]
+    if not decoded:
+        return None, f"nothing was generated; {evidence}"
+    equal = [timed.baseline.output_BN == timed.optimized.output_BN for timed in decoded]
+    same, total = sum(int(tokens.sum()) for tokens in equal), sum(tokens.numel() for tokens in equal)
+    refuted = False if same == total else True if exact else None
+    return refuted, f"{same} of {total} generated tokens are equal; {evidence}"
+
+
+def _no_smaller_peak(peak: Measurement) -> tuple[bool | None, str]:
+    """Return whether the peak of memory does not fall, and the evidence; None where it could not be read."""
+    if peak.ratio is None or peak.baseline is None or peak.optimized is None:
+        return None, peak.reason or "no peak was read"
+    megabytes = f"{peak.baseline / 1e6:.1f} MB resident, {peak.optimized / 1e6:.1f} MB streamed"
+    return peak.verdict != "better", f"{megabytes}, one fresh process each"
+
+
+def _no_faster(offload: Measurement) -> tuple[bool | None, str]:
+    """Return whether decoding is no faster than the offloading, and the evidence; None where the interval has 1."""
+    if offload.ci is None or offload.ratio is None:
+        return None, offload.reason or "no interval"
+    low, high = offload.ci
+    refuted = True if high <= 1 else False if low > 1 else None
+    return refuted, f"streamed ÷ accelerate {offload.ratio:.2f} (95 % interval {low:.2f} to {high:.2f})"
+
+
+def controls(
+    in_chunks: list[Measurement],
+    texts: LongTexts,
+    retrieved: Mapping[str, Measurement],
+    offload: Mapping[str, Measurement],
+    compared: Compared,
+) -> list[dict[str, Any]]:
+    """Return name, purpose and measurements of every control, as `record.build` takes them."""
+    windowed = {**texts.perplexity, **retrieved}
+    rows: list[tuple[str, str, list[Measurement]]] = [("prompt in chunks", "weights resident", in_chunks)]
+    rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
+    rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
+    rows += [("A/A", "baseline against itself", compared.control())]
+    return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
+
+
+def details(
+    equal: Mapping[str, Mapping[str, float]],
+    trade: list[dict[str, Any]],
+    latent: Mapping[str, object] | None,
+    plan: Plan,
+    folder: Path,
+    texts: LongTexts,
+) -> dict[str, tuple[object, str, str]]:
+    """Return value, provenance and source of every detail of the record."""
+    least, total = streamer.smallest(folder)
+    window = {"curves": texts.curves.to_dict("records"), "late_over_early": texts.late_over_early}
+    return {
+        "equality": (equal, "measured", "difference ÷ spread of the logits; share of equal top tokens"),
+        "trade": (trade, "measured", "decode, paired with the resident model; bound by reading alone"),
+        "absorbed": (latent, "measured", "paired blocks on one filled cache; operations by formula"),
+        "plan": (planned_bytes(plan) | {"total": total, "smallest": least}, "derived", "bytes by the plan"),
+        "window": (window, "measured", "held-out text, bootstrap intervals over texts"),
+    }

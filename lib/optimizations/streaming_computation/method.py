@@ -1,32 +1,33 @@
-"""Streaming computation: a model larger than its memory, a context longer than its memory, tokens as they come.
+"""Streaming computation: a model larger than its memory, a text longer than its cache, tokens as they are generated.
 
-Six variants, each in `lib.models` and each switched on alone:
+Six variants, each of which can be switched on alone:
 
-- weights: blocks, head and embeddings read from safetensors just in time, the next one while this one computes, or
-  used in the page cache without a copy; of routed experts only those that are asked for, with a cache (`streamed`,
-  `filepages`, `expertcache`; FlexGen, Sheng et al. 2023; LLM in a flash, Alizadeh et al. 2024);
-- prompts in chunks: bounded memory for activations (`chunked`);
+- weights: blocks, head and embeddings are read from safetensors just in time, the next one while this one computes, or
+  are used in the page cache without a copy; of routed experts only those that are routed to are read, and some are
+  cached (`lib.models.offload`; FlexGen, Sheng et al. 2023; LLM in a flash, Alizadeh et al. 2024);
+- prompts in chunks: bounded memory for activations (`lib.models.decoding.chunked`);
 - logits in chunks (`chunked.losses`);
-- absorbed latent attention: no expansion of the cache at every token (`absorbed`; DeepSeek-V2, 2024);
-- sinks and a window: endless text in constant memory, and no memory of what left (`windowed`; StreamingLLM, 2024);
-- tokens handed out one by one (`chunked.tokens`).
+- absorbed latent attention: no expansion of the cache at every token (DeepSeek-V2, 2024;
+  `lib.models.decoding.mla_absorption`);
+- sinks and a window: endless text in constant memory, without what left the window (`sink_window`; StreamingLLM, 2024);
+- tokens one by one (`chunked.tokens`).
 
-`apply` puts the first four together; none of them changes an answer beyond rounding. The window does, and is therefore
-never part of `apply`: it is a cache that the caller gives. Knows nothing of measuring.
+`apply` combines the first four; none of them changes an answer beyond rounding. The window does, and is therefore no
+part of `apply`: it is a cache that the caller passes. Knows nothing of measuring.
 """
 
 import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lib.errors import UserError
 from lib.models.checkpoints import io
-from lib.models.decoding import chunked
-from lib.models.decoding import mla_absorption as latent
+from lib.models.decoding import chunked, mla_absorption
 from lib.models.offload import streamer
 
 SEARCH_SPACE = {
@@ -34,7 +35,7 @@ SEARCH_SPACE = {
         "type": "float",
         "range": (0.05, 1.0),
         "default": 0.35,
-        "levels": (0.35, 0.6, 1.0),  # all in memory is a choice of its own: absorbed decoding and chunks alone
+        "levels": (0.35, 0.6, 1.0),  # with 1.0, absorbed decoding and chunks alone remain
         "help": "share of the weights allowed in memory; 1.0 streams nothing",
     },
     "prefill_chunk": {
@@ -51,7 +52,7 @@ SEARCH_SPACE = {
 COMPOSES = {
     "touches": ("execution",),
     "needs": ("dense storage",),
-    # Its weights lie in a file from then on: nothing that reads or changes them can follow.
+    # From then on the weights are in a file: nothing that reads or changes them can follow.
     "invalidates": ("whole channels", "stacked experts", "whole matrices", "dense matrices", "statistics"),
     "trial": {"memory_ratio": 1.0},  # in memory: reading weights from a file at every step takes long
 }
@@ -76,30 +77,30 @@ def apply(
 ) -> nn.Module:
     """Return a model with the same answers that holds at most `memory_ratio` of the weights in memory.
 
-    The weights are written to `folder`, by default to a temporary one that goes when the returned model goes; they are
-    read from there. With `memory_ratio` 1.0 nothing is written, and the rest applies to a copy in memory. `calibration`
-    is not used. Raises UserError for a value out of range, or for less memory than the model can run in (naming the
-    smallest).
+    The weights are written to `folder` and read from there; by default it is temporary and removed together with the
+    returned model. With `memory_ratio` 1.0 nothing is written, and the rest applies to a copy in memory. `calibration`
+    is not used. Raises UserError for a value out of range, or for less memory than the model can run in (the message
+    names the smallest).
     """
     _check(memory_ratio, prefill_chunk, page_cache)
     if reason := applies_to(model):
         raise UserError(f"streaming_computation: {reason}")
     if memory_ratio == 1.0:
         return attach(copy.deepcopy(model), prefill_chunk=prefill_chunk, absorbed=absorbed)
-    kept = None
+    temporary = None
     if folder is None:
-        kept = tempfile.TemporaryDirectory(prefix="streamed-")
-        folder = kept.name
+        temporary = tempfile.TemporaryDirectory(prefix="streamed-")
+        folder = temporary.name
     io.save(model, folder)
     device = str(next(model.parameters()).device)
-    options = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
-    found = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
-    found.kept_folder = kept  # removed together with the model
-    return found
+    options: dict[str, Any] = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
+    streamed = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
+    streamed.__dict__["temporary_folder"] = temporary  # removed together with the model
+    return streamed
 
 
-def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **options: object) -> nn.Module:
-    """Open a checkpoint folder as `apply` would leave it, without ever loading it whole.
+def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **options: Any) -> nn.Module:
+    """Return the model that `apply` would make of the checkpoint in `folder`, without ever loading it whole.
 
     `options` are those of `lib.models.offload.streamer.open_streamed`.
     """
@@ -110,16 +111,16 @@ def attach(model: nn.Module, *, prefill_chunk: int | None = None, absorbed: bool
     """Let `model` read prompts in chunks and decode absorbed, in place; return the model."""
     if prefill_chunk is not None:
         chunked.chunk_prefill(model, prefill_chunk)
-    return latent.absorb(model) if absorbed else model
+    return mla_absorption.absorb(model) if absorbed else model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Return the model that `apply` was given, whole in memory, bit for bit; `model` cannot run any more."""
-    made = streamer.streamer(model)
-    if made is None:
-        return latent.expand(chunked.whole_prefill(copy.deepcopy(model)))
-    whole = io.load_folder(made.file.folder, device=str(made.device))
-    made.close()
+    """Return the original model, whole in memory and bit-identical; a streamed `model` cannot run any more."""
+    stream = streamer.streamer(model)
+    if stream is None:
+        return mla_absorption.expand(chunked.whole_prefill(copy.deepcopy(model)))
+    whole = io.load_folder(stream.file.folder, device=str(stream.device))
+    stream.close()
     return whole
 
 

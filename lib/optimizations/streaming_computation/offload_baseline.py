@@ -1,14 +1,27 @@
-"""What one would use otherwise: accelerate's offloading, as the control of streaming.
+"""accelerate's offloading, the control of streaming: what one would use otherwise, timed against a streamed model.
 
-`disk` keeps every weight in a file of its own and loads it before its module runs, one after the other; `processor`
-keeps them in main memory behind the same hooks, which on a processor moves nothing and shows what the hooks cost.
+Offloading to the disk keeps every weight in a file of its own and loads it before its module runs, one after the other;
+to the CPU it keeps them in main memory behind the same hooks, which on a CPU moves nothing and shows what the hooks
+cost. Knows nothing of how streaming works.
 """
 
+import gc
+import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import cpu_offload, disk_offload
 from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.workloads import Workload
+from lib.models.checkpoints import io
+
+BLOCKS = 6
+KINDS = ("disk", "cpu")
 
 
 def disk(model: nn.Module, folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
@@ -21,3 +34,38 @@ def cpu(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Offload `model` to main memory with accelerate, in place; return the model. It computes on `device`."""
     cpu_offload(model, execution_device=torch.device(device))
     return model
+
+
+def compare(
+    model: nn.Module, folder: Path | str, prompt_BT: torch.Tensor, steps: int
+) -> tuple[dict[str, Measurement], bool]:
+    """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
+
+    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`.
+    """
+    work, dtype = workloads.steps(model, prompt_BT, steps), next(model.parameters()).dtype
+    measurements, all_same = {}, True
+    for kind in KINDS:
+        pairs, same = pairs_with(work, folder, kind, dtype, prompt_BT)
+        name = f"decode, against accelerate, {kind}"
+        measurements[kind] = measurement.from_pairs("decode_tokens_per_second", name, pairs, work.new_tokens, None)
+        all_same &= same
+    return measurements, all_same
+
+
+def pairs_with(
+    work: Workload, folder: Path | str, kind: str, dtype: torch.dtype, prompt_BT: torch.Tensor, blocks: int = BLOCKS
+) -> tuple[Pairs, bool]:
+    """Return the pairs (accelerate's offloading of the checkpoint in `folder`, `work`), and whether tokens are equal.
+
+    `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
+    """
+    model, device = io.load_folder(folder, dtype=dtype), str(work.conditions["device"])
+    with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
+        model = disk(model, place, device) if kind == "disk" else cpu(model, device)
+        offloaded = workloads.steps(model, prompt_BT, work.new_tokens)
+        pairs = interleaved.paired(offloaded, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
+    same = torch.equal(offloaded.output_BN.cpu(), work.output_BN.cpu())
+    del model, offloaded
+    gc.collect()  # models refer to themselves
+    return pairs, same

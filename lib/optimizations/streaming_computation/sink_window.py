@@ -1,12 +1,15 @@
-"""A cache of constant size for endless text: the first tokens (sinks) and the most recent ones stay, the middle goes.
+"""A cache of constant size for endless text: the first tokens (sinks) and the most recent ones stay, the middle is cut.
 
 StreamingLLM (Xiao et al. 2024): positions count within the cache, not within the text, so they never exceed what the
-model was trained on. Keys are kept rotated; when the middle goes, the keys behind it are turned back by as many
-positions as went, which is exact because rotations add. The window may overrun by `slack` tokens before it is cut, so
-that turning is rare. What has left is forgotten for good: such a model reads on fluently, and cannot recall it.
+model was trained on. Keys are stored rotated; when the middle is cut, the keys behind it are rotated back by the number
+of positions cut, which is exact because rotations add. The window may overrun by `slack` tokens before it is cut, so
+that rotating back is rare. What was cut is lost: such a model reads on fluently, and cannot retrieve it. Knows nothing
+of attention.
 
 Shapes: B batch, G key-value heads, S cached tokens, D head size, P rotated part.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +21,7 @@ from lib.models.structure.anatomy import anatomy
 
 
 class SinkWindowLayer(DynamicLayer):
-    """One block's cache. `rotated` names what carries the rotation: "keys", or for latent attention "values"."""
+    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"."""
 
     def __init__(self, sinks: int, window: int, slack: int, rotated: str, inverse_frequency_F: torch.Tensor):
         super().__init__()
@@ -27,9 +30,9 @@ class SinkWindowLayer(DynamicLayer):
         self.forgotten = 0
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append, return everything held [B, G, S, D] for this step, then cut what has fallen out of the window."""
+        """Append, return everything cached [B, G, S, D] for this step, then cut what has left the window."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         excess = keys.shape[-2] - self.sinks - self.window
         if excess >= max(1, self.slack):
@@ -39,15 +42,15 @@ class SinkWindowLayer(DynamicLayer):
     def _cut(self, excess: int) -> None:
         behind = self.sinks + excess
         for name in ("keys", "values"):
-            held = getattr(self, name)
-            recent = held[..., behind:, :]
+            cached = getattr(self, name)
+            recent = cached[..., behind:, :]
             recent = turn(recent, -excess, self.inverse_frequency_F) if name == self.rotated else recent
-            setattr(self, name, torch.cat([held[..., : self.sinks, :], recent], dim=-2))
+            setattr(self, name, torch.cat([cached[..., : self.sinks, :], recent], dim=-2))
         self.forgotten += excess
 
 
 def turn(rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor) -> torch.Tensor:
-    """Return rotated keys [..., P] as if they stood `positions` further on; computed in float32."""
+    """Return rotated keys [..., P] rotated on by `positions`; computed in float32."""
     angle = positions * inverse_frequency_F.float()
     cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
     first, second = rotated.float().chunk(2, dim=-1)
@@ -62,8 +65,8 @@ def whole_cache() -> DynamicCache:
 def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack: int = 1) -> DynamicCache:
     """Return an empty cache for `model` that holds at most sinks + window + slack − 1 tokens between steps.
 
-    A prompt longer than that has to come in chunks (`lib.models.decoding.chunked.chunk_prefill`). Raises UserError for
-    numbers out of range, or more than the model's positions.
+    A longer prompt has to be read in chunks (`lib.models.decoding.chunked.chunk_prefill`). Raises UserError for numbers
+    out of range, or for more tokens than the model has positions.
     """
     view = anatomy(model)
     if sinks < 0 or window < 1 or slack < 1:
@@ -78,7 +81,7 @@ def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack
     frequency_F = view.decoder.rotary_emb.inv_freq
     cache = DynamicCache()
     cache.layers = [
-        SinkWindowLayer(sinks, window, slack, "values" if b.attention.kind == "latent" else "keys", frequency_F)
-        for b in view.blocks
+        SinkWindowLayer(sinks, window, slack, "values" if block.attention.kind == "latent" else "keys", frequency_F)
+        for block in view.blocks
     ]
     return cache

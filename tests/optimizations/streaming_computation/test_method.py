@@ -15,7 +15,7 @@ from lib.models.offload import streamer
 from lib.optimizations.common import absorbed_baseline
 from lib.optimizations.sparse_neural_networks import method as sparse_neural_networks
 from lib.optimizations.streaming_computation import method as streaming
-from lib.optimizations.streaming_computation import reading
+from lib.optimizations.streaming_computation import read_bound
 from lib.optimizations.structured_pruning import method as structured_pruning
 from lib.optimizations.tensor_decomposition import method as tensor_decomposition
 
@@ -49,7 +49,7 @@ def test_the_folder_goes_with_the_model(tiny):
     folder = streamer.streamer(other).file.folder
     assert folder.is_dir()
     streamer.streamer(other).close()
-    other.kept_folder.cleanup()
+    other.temporary_folder.cleanup()
     assert not folder.exists()
 
 
@@ -79,7 +79,7 @@ def test_what_streams_cannot_be_changed_and_says_so(tiny, name, module):
         {"memory_ratio": 0.06},
     ],
 )
-def test_wrong_knobs_are_told_in_one_line(tiny, wrong):
+def test_wrong_knobs_are_named_in_one_line(tiny, wrong):
     with pytest.raises(UserError) as error:
         streaming.apply(tiny("qwen3-4b-instruct-2507"), **wrong)
     assert "\n" not in str(error.value) and ("expected" in str(error.value) or "smallest possible" in str(error.value))
@@ -97,14 +97,14 @@ def test_a_child_process_opens_it_without_loading_it(tiny, tmp_path):
 
 def test_reads_are_counted_and_repeated_without_the_model(tiny, name):
     other = streaming.apply(tiny(name), memory_ratio=0.5)
-    made = streamer.streamer(other)
+    stream = streamer.streamer(other)
     work = workloads.decode(other, ids_of(12), 4)
-    found = reading.reads(other, work)
-    assert found.tokens == 8 and found.seconds > 0 and found.bandwidth > 0
-    assert found.bytes >= 3 * sum(
-        made.units[unit][0].place.nbytes for unit in made.plan.streamed if unit[:5] == "block"
+    reads = read_bound.reads(other, work)
+    assert reads.tokens == 8 and reads.seconds > 0 and reads.bandwidth > 0
+    assert reads.bytes >= 3 * sum(
+        stream.units[unit][0].place.nbytes for unit in stream.plan.streamed if unit[:5] == "block"
     )
-    (told,) = reading.measurements({"decode": found})
-    assert told.optimized == found.bytes / 8 and told.verdict == "worse"
+    (counted,) = read_bound.measurements({"decode": reads})
+    assert counted.optimized == reads.bytes / 8 and counted.verdict == "worse"
     work()
     assert work.output_BN.shape == (2, 4)

@@ -1,0 +1,133 @@
+"""Absorbed against stock decoding of latent attention, from the same cache: equal tokens, and what is gained where.
+
+Times a whole step in pairs, the attentions alone, and the step at full depth. Knows nothing of streaming.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import Cache
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.roofline import cost_model, full_depth
+from lib.measure.timing import interleaved
+from lib.models.decoding import cache_names, chunked, mla_absorption
+from lib.models.loading import Loaded
+from lib.models.structure import slice_depth
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import tasks as task_list
+from lib.optimizations.common import absorbed_baseline
+
+BLOCKS = 6
+
+
+@dataclass
+class Continuation:
+    """`count` greedy steps on a copy of a filled cache; `prepare`, which is not timed, copies it and sets the path.
+
+    `path` is `mla_absorption.expand` or `mla_absorption.absorb`. `output_BN` holds the tokens of the last call.
+    """
+
+    model: nn.Module
+    cache: Cache
+    token_B1: torch.Tensor
+    count: int
+    path: Callable[[nn.Module], object]
+    output_BN: torch.Tensor | None = None
+    _copy: Cache | None = field(default=None, repr=False)
+
+    def prepare(self) -> None:
+        """Copy the filled cache, and let the model decode along `path`."""
+        self._copy = copy.deepcopy(self.cache)
+        self.path(self.model)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        """Decode `count` tokens on the copy, which is used up."""
+        if self._copy is None:
+            self.prepare()
+        options = cache_names.given(self._copy) | {"use_cache": True, "logits_to_keep": 1}
+        token_B1, tokens = self.token_B1, []
+        for _ in range(self.count):
+            token_B1 = self.model(input_ids=token_B1, **options).logits[:, -1:].argmax(-1)
+            tokens.append(token_B1)
+        self._copy, self.output_BN = None, torch.cat(tokens, 1)
+
+
+def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int = 0) -> dict[str, object] | None:
+    """Return whether absorbed decoding generates the same tokens, and its gains; None where nothing can be absorbed.
+
+    At scale proxy `latent_context` tokens are cached; elsewhere 8,192, repeated from fewer, and fewer steps are taken.
+    """
+    model, proxy = loaded.model, loaded.scale == "proxy"
+    if not absorbed_baseline.has_latents(model):
+        return None
+    context, longest, steps = (latent_context, latent_context, 4) if proxy else (8192, 1024, 2)
+    ids_1T = task_list.text_windows(loaded, "final", 1, longest, seed).to(loaded.device)
+    chunked.chunk_prefill(model, prefill_chunk)
+    pairs, same, gains = absorbed_against_stock(model, ids_1T, context, steps, seed=seed)
+    chunked.whole_prefill(model)
+    step = measurement.from_pairs("decode_tokens_per_second", f"decode, {context} cached", pairs, steps, None)
+    row: dict[str, object] = {"context": context, "same_tokens": same, "gain": step.ratio, "ci": step.ci}
+    row |= {f"gain, {name}": gain for name, gain in gains.items()}
+    return row | {"stock_tokens_per_second": step.baseline}
+
+
+def table(row: Mapping[str, object] | None) -> pd.DataFrame:
+    """Return `compare` as a table of text."""
+    row = {"latent attention": "none in this model: nothing to absorb"} if row is None else row
+    return pd.DataFrame([(name, str(value)) for name, value in row.items()], columns=["", "value"])
+
+
+@torch.inference_mode()
+def absorbed_against_stock(
+    model: nn.Module, prompt_1T: torch.Tensor, context: int, steps: int, blocks: int = BLOCKS, seed: int = 0
+) -> tuple[Pairs, bool, dict[str, float | None]]:
+    """Return the pairs (stock, absorbed) of `steps` decoded tokens at `context`, whether the tokens are equal, and
+    stock ÷ absorbed of other quantities: operations of a token by count, seconds of the attentions alone, and of a step
+    at full depth (`full_depth`; None where the model is no slice).
+
+    The cache holds `prompt_1T`, its latents repeated up to `context` where the prompt is shorter: what is timed does
+    not depend on what they hold. The model is changed while this runs, and left as it was.
+    """
+    was_absorbed = mla_absorption.is_absorbed(model)
+    output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
+    repeats = -(-context // prompt_1T.shape[1])
+    for layer in cache_names.of(output).layers:
+        layer.keys = layer.keys.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
+        layer.values = layer.values.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
+    token_B1 = output.logits[:, -1:].argmax(-1)
+    arms = [
+        Continuation(model, cache_names.of(output), token_B1, steps, path)
+        for path in (mla_absorption.expand, mla_absorption.absorb)
+    ]
+    try:
+        pairs = interleaved.paired(*arms, blocks=blocks, warmup=1, seed=seed)
+        gains = _stock_over_absorbed(model, arms)
+    finally:
+        (mla_absorption.absorb if was_absorbed else mla_absorption.expand)(model)
+    stock, absorbed = (cost_model.decode_flops(model, context, absorbed=path) for path in (False, True))
+    same = torch.equal(arms[0].output_BN, arms[1].output_BN)
+    return pairs, same, {"operations": stock / absorbed} | gains
+
+
+def _stock_over_absorbed(model: nn.Module, arms: Sequence[Continuation], turns: int = 3) -> dict[str, float | None]:
+    """Return the ratios of median seconds of the attentions alone, and of the step at full depth, in turns."""
+    counts = slice_depth.stands_for(model) if slice_depth.whole(model) is not None else None
+    counts = None if isinstance(counts, str) else counts
+    attentions = [block.attention.module for block in anatomy(model).blocks]
+    alone: tuple[list[float], list[float]] = ([], [])
+    whole: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns):
+        for index in (0, 1) if turn % 2 else (1, 0):
+            with full_depth.clocks(attentions) as spent:
+                whole[index].append(full_depth.whole_seconds(arms[index], model, counts or [1.0] * len(attentions)))
+            alone[index].append(sum(spent))
+    attention, step = (float(np.median(seconds[0]) / np.median(seconds[1])) for seconds in (alone, whole))
+    return {"attention alone": attention, "at full depth": step if counts else None}

@@ -1,0 +1,138 @@
+"""Memory against speed: decoding at several allowances of memory, each against the resident model and its own bound.
+
+Knows nothing of records. Rows are plain dictionaries, for a record's details and for tables.
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.measure.metrics import paired_stats
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.roofline import ceilings, cost_model
+from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.workloads import Workload
+from lib.optimizations.streaming_computation import method, offload_baseline, read_bound
+
+BLOCKS = 6
+AXES = {"x": "weights in memory, % of all", "y": "time per decoded token, ms"}
+BOUND = "bound: bytes ÷ bandwidth"
+ARM_OF = {"keep": "streamed", "copy": "streamed, copied into memory", "drop": "streamed, every byte from the disk"}
+REFERENCES = [BOUND, *(f"accelerate, {kind}" for kind in offload_baseline.KINDS)]  # dashed in the figure
+RATIOS = {"proxy": (0.5, 0.75, 1.0)}  # beside the allowance under test
+FEWER_RATIOS = (0.75,)  # where a step takes seconds
+SHOWN = (
+    "ratio", "page_cache", "memory_share", "ms_per_token", "bound_ms_per_token", "share_of_bound", "read_from",
+)  # fmt: skip
+
+
+def ratios(memory_ratio: float, scale: str) -> list[float]:
+    """Return the allowances to time, ascending: `memory_ratio` and, by scale, some more."""
+    return sorted({memory_ratio, *RATIOS.get(scale, FEWER_RATIOS)})
+
+
+def by_allowance(
+    resident: nn.Module,
+    prompt_1T: torch.Tensor,
+    steps: int,
+    folder: Path | str,
+    ratios: Sequence[float],
+    *,
+    blocks: int = BLOCKS,
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return a row per allowance and page cache: time per decoded token, bound, bytes read, share of the bound.
+
+    Each streamed model decodes `steps` tokens in turn with the resident one. The first of `ratios` is timed twice more:
+    copied from the page cache, and with every read from the disk. `options` go to `method.open_folder`.
+    """
+    rows = []
+    base = workloads.steps(resident, prompt_1T, steps)
+    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
+        model = method.open_folder(folder, memory_ratio=ratio, page_cache=page_cache, **options)
+        stream = read_bound.stream_of(model)
+        if page_cache == "drop":
+            stream.file.forget()
+        work = workloads.steps(model, prompt_1T, steps)
+        pairs = interleaved.paired(base, work, blocks=blocks, warmup=1, seed=seed)
+        rows.append(_row(model, work, pairs, ratio, page_cache))
+        stream.close()
+        del model, stream, work
+        gc.collect()  # models refer to themselves
+    return rows
+
+
+def _row(model: nn.Module, work: Workload, pairs: Pairs, ratio: float, page_cache: str) -> dict[str, Any]:
+    weight = next(model.parameters())
+    peak = ceilings.measure(weight.device.type, weight.dtype)
+    computing = ceilings.bound(cost_model.of(model, work), peak).seconds
+    reads = read_bound.reads(model, work)
+    bound = max(reads.seconds, computing)
+    share, share_low, share_high = read_bound.share_of_bound(pairs.optimized_seconds, bound)
+    low, high = paired_stats.median_interval(pairs.optimized_seconds)
+    plan, per_token = read_bound.stream_of(model).plan, 1000 / work.tokens
+    return {
+        "ratio": ratio,
+        "page_cache": page_cache,
+        "memory_share": plan.in_memory_bytes / plan.total_bytes,
+        "ms_per_token": float(np.median(pairs.optimized_seconds)) * per_token,
+        "low": low * per_token,
+        "high": high * per_token,
+        "resident_ms_per_token": float(np.median(pairs.baseline_seconds)) * per_token,
+        "bound_ms_per_token": bound * per_token,
+        "share_of_bound": share,
+        "share_of_bound_low": share_low,
+        "share_of_bound_high": share_high,
+        "bytes_per_token": reads.bytes / work.tokens,
+        "reading_bytes_per_second": reads.bandwidth,
+        "read_from": reads.source,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the columns of the rows that a reader needs."""
+    return pd.DataFrame(rows)[[*SHOWN]].round(4)
+
+
+def points(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement]) -> pd.DataFrame:
+    """Return rows and accelerate's offloading as points for `style.impact`: % of weights in memory, ms per token."""
+    drawn = []
+    for row in rows:
+        at = {"strength": 100 * row["memory_share"]}
+        ends = {"low": row["low"], "high": row["high"]}
+        drawn.append(at | {"arm": ARM_OF[row["page_cache"]], "value": row["ms_per_token"]} | ends)
+        if row["page_cache"] == "keep":
+            drawn.append(at | {"arm": BOUND, "value": row["bound_ms_per_token"]})
+    for kind, measurement in offload.items():
+        # Turned into the other unit, at the time of the streamed arm it was paired with.
+        share = 0.0 if kind == "disk" else 100.0
+        drawn.append({"strength": share, "arm": f"accelerate, {kind}", "value": 1000 / measurement.baseline})
+    return pd.DataFrame(drawn)
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows as a curve over the weights in memory, for comparisons between records."""
+    return [
+        {"arm": f"page cache: {row['page_cache']}", "strength": 100 * row["memory_share"], "value": row["ms_per_token"]}
+        | {"low": row["low"], "high": row["high"]}
+        for row in rows
+    ]
+
+
+def reading(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement], memory_ratio: float) -> str:
+    """Return two sentences on how to read the figure of `points`, computed from its numbers."""
+    row = next(row for row in rows if row["ratio"] == memory_ratio)
+    first = (
+        f"With {100 * row['memory_share']:.0f} % of its weights in memory a token takes "
+        f"{row['ms_per_token'] / row['resident_ms_per_token']:.2f} times as long as in the resident model, and "
+        f"{100 * row['share_of_bound']:.0f} % of that time is the bound of reading and computing."
+    )
+    return first + f" It decodes {offload['disk'].ratio:.1f} times as fast as accelerate's offloading to the disk."

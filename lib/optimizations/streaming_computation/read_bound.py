@@ -1,0 +1,155 @@
+"""What streaming reads, and the least time that reading takes: bytes are counted, and read once more without the model.
+
+What came from the disk and what from the page cache is the system's own count for this process. Knows nothing of which
+weights are read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.roofline import ceilings
+from lib.models.offload.streamer import Streamer, streamer
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Reads:
+    """One call of a workload: bytes it read, those of them that came from the disk (None where the system does not
+    say), the median seconds that the same reads take alone, and the tokens of the call.
+    """
+
+    bytes: int
+    disk_bytes: int | None
+    seconds: float
+    tokens: int
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second of the reads alone; None where nothing was read."""
+        return self.bytes / self.seconds if self.bytes else None
+
+    @property
+    def source(self) -> str:
+        """Where the bytes came from, in words."""
+        if self.disk_bytes is None:
+            return "disk or page cache, the system does not say"
+        share = self.disk_bytes / self.bytes if self.bytes else 0.0
+        return f"{100 * min(share, 1.0):.0f} % from the disk, the rest from the page cache"
+
+
+def stream_of(model: nn.Module) -> Streamer:
+    """Return what streams the weights of `model`. Raises TypeError where they are in memory."""
+    if (stream := streamer(model)) is None:
+        raise TypeError("the weights of this model do not stream from a file")
+    return stream
+
+
+def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) -> Reads:
+    """Return what one call of `work` on a streamed `model` reads, after one call that is not counted.
+
+    Then the same places are read again into the same memory, without computing: the least time for these bytes, in the
+    same state of the page cache. Forgets what the slots hold. Raises TypeError where `model` does not stream.
+    """
+    stream, prepare = stream_of(model), getattr(work, "prepare", None) or (lambda: None)
+    file = stream.file
+    work()
+    prepare()
+    before, disk_before = file.bytes_read, disk_bytes()
+    file.log = log = []
+    try:
+        work()
+    finally:
+        file.log = None
+    stream.settle()
+    count = file.bytes_read - before
+    disk_after = disk_bytes()
+    from_disk = None if disk_before is None or disk_after is None else disk_after - disk_before
+    seconds = []
+    for _ in range(repeats):
+        start = perf_counter()
+        for again in log:
+            again()
+        seconds.append(perf_counter() - start)
+    stream.forget()
+    return Reads(count, from_disk, float(np.median(seconds)), getattr(work, "tokens", 1))
+
+
+def of_workloads(model: nn.Module, compared: Compared) -> dict[str, Reads]:
+    """Return `reads` of the streamed `model` for every workload that was timed."""
+    return {name: reads(model, timed.optimized) for name, timed in compared.timed.items()}
+
+
+def disk_bytes() -> int | None:
+    """Return the bytes that this process had read from a disk so far; None where the system has no count."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) -> tuple[Compared, pd.DataFrame]:
+    """Return the comparison and its rows for `style.bound` with the streamed arm's own bound: the larger of the
+    physical bound of computing and of the time that reading its bytes takes alone.
+
+    `reads_by_workload`: what one call of the optimized arm reads.
+    """
+    rows, bounds = pd.DataFrame(compared.bounds()), {}
+    for name, read in reads_by_workload.items():
+        base, computing = (ceilings.bound(cost, compared.ceilings).seconds for cost in compared.timed[name].costs)
+        bounds[name] = base, max(computing, read.seconds)
+        own = (rows.workload == name) & (rows.arm == "optimized")
+        rows.loc[own, "bound"] = 1000 * bounds[name][1]
+        if read.seconds > computing:
+            rows.loc[own, "limit"] = "reading"
+    measurements = [_explained(m, bounds.get(m.workload)) for m in compared.measurements]
+    return replace(compared, measurements=measurements), rows
+
+
+def _explained(measured: Measurement, bounds: tuple[float, float] | None) -> Measurement:
+    """Set predicted and realised speed-up of one rate or latency against the streamed arm's own bound."""
+    if bounds is None or measured.dimension != "performance" or measured.ratio is None:
+        return measured
+    predicted = bounds[0] / bounds[1]
+    speed_up = measured.ratio if measured.higher_is_better else 1 / measured.ratio
+    reason = measured.reason
+    if abs(speed_up / predicted - 1) > ceilings.CLOSE:
+        reason = "baseline far from its bound" if speed_up > predicted else "reading and computing share the machine"
+    return measured.model_copy(update={"predicted": predicted, "realised": speed_up / predicted, "reason": reason})
+
+
+def measurements(reads_by_workload: Mapping[str, Reads]) -> list[Measurement]:
+    """Return bytes read per token of every workload; the baseline reads none."""
+    return [
+        measurement.counted(
+            "weight_bytes_read_per_token",
+            name,
+            0.0,
+            read.bytes / read.tokens,
+            f"counted at the file, one call; {read.source}",
+            "measured",
+        )
+        for name, read in reads_by_workload.items()
+    ]
+
+
+def table(reads_by_workload: Mapping[str, Reads]) -> pd.DataFrame:
+    """Return megabytes read per token of every workload, and where they came from, as text."""
+    rows = [(name, f"{read.bytes / read.tokens / 1e6:.3f}", read.source) for name, read in reads_by_workload.items()]
+    return pd.DataFrame(rows, columns=["workload", "MB read per token", "where from"])
+
+
+def share_of_bound(seconds: Sequence[float], bound: float) -> tuple[float, float, float]:
+    """Return bound ÷ time, at the median time and at the ends of its 95 % interval."""
+    low, high = paired_stats.median_interval(seconds)
+    return bound / float(np.median(seconds)), bound / high, bound / low

@@ -1,0 +1,220 @@
+"""Long text through a cache of constant size: is it read as well as with the whole cache, and what is forgotten?
+
+Perplexity by position in the text, and values to be retrieved from inside and from outside the window. A cache is made
+by a function that is passed in; how it forgets is not known here.
+
+Shapes: N texts, T tokens, C tokens of a part, B prompts, V tokens of a value.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from transformers import Cache
+
+from lib.measure.metrics import paired_stats
+from lib.measure.metrics.catalogue import metric
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import noninferiority
+from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Retrieved, compare_recalled
+from lib.models.decoding import chunked
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks as task_list
+from lib.optimizations.streaming_computation import sink_window
+
+MakeCache = Callable[[], Cache]
+LOGIT_ROWS = 512
+PARTS = 8  # of a text, each with a perplexity of its own
+TEXTS = {"quick": (6, 1024), "standard": (12, 2048), "thorough": (12, 4096)}  # texts and their tokens, by effort
+PROMPT = 64  # tokens before generation without end
+SLACK = 32  # tokens by which the window may overrun before it is cut
+WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"
+
+
+def cache_makers(model: nn.Module, sinks: int, window: int) -> dict[str, MakeCache]:
+    """Return what makes an empty cache of each arm: the whole one, sinks and window, and a window without sinks."""
+    windowed = functools.partial(sink_window.windowed_cache, model, window=window, slack=SLACK)
+    return {
+        WHOLE: sink_window.whole_cache,
+        WINDOWED: functools.partial(windowed, sinks=sinks),
+        NO_SINKS: functools.partial(windowed, sinks=0),
+    }
+
+
+@dataclass(frozen=True)
+class LongTexts:
+    """How each cache reads long texts; everything is empty for a model with random weights.
+
+    `curves`: perplexity by position (columns arm, strength, value, low, high). `late_over_early`: per arm, perplexity
+    of the last part ÷ that of the first part behind the window. `climb`: the 95 % interval of that ratio with sinks and
+    window, over texts. `perplexity`: behind twice the window, each arm against the whole cache.
+    """
+
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    late_over_early: dict[str, float] = field(default_factory=dict)
+    climb: tuple[float, float] | None = None
+    perplexity: dict[str, Measurement] = field(default_factory=dict)
+
+
+@contextmanager
+def reading_in_chunks(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, `model` reads prompts in chunks that a window can hold."""
+    chunked.chunk_prefill(model, SLACK)
+    try:
+        yield model
+    finally:
+        chunked.whole_prefill(model)
+
+
+def read_long_texts(
+    loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
+) -> LongTexts:
+    """Return how the loaded model reads held-out texts of at least three windows through every cache of `arms`."""
+    if loaded.random_weights:
+        return LongTexts()
+    count, length = TEXTS.get(effort, TEXTS["thorough"])
+    ids_NT = task_list.text_windows(loaded, "final", count, max(length, 3 * window), seed)
+    with reading_in_chunks(loaded.model) as model:
+        losses_by_arm = {name: losses(model, ids_NT, make, at_once=len(ids_NT)) for name, make in arms.items()}
+    rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, seed=seed)]
+    curves = pd.DataFrame(rows)
+    return LongTexts(
+        curves,
+        late_over_early(curves, window),
+        climb_interval(losses_by_arm[WINDOWED], window, seed=seed) if WINDOWED in losses_by_arm else None,
+        _against_first(losses_by_arm, 2 * window, seed),
+    )
+
+
+def _against_first(losses_by_arm: Mapping[str, np.ndarray], behind: int, seed: int) -> dict[str, Measurement]:
+    """Return the perplexity from position `behind` on of all arms but the first, judged against the first."""
+    late_by_arm = {name: losses_NT[:, behind:].mean(1) for name, losses_NT in losses_by_arm.items()}
+    first, *others = late_by_arm
+    count, length = losses_by_arm[first].shape
+    source = f"{count} held-out texts of {length + 1} tokens, from position {behind} on, against {first}"
+    return {
+        name: noninferiority.perplexity(late_by_arm[first], late_by_arm[name], source=source, seed=seed)
+        for name in others
+    }
+
+
+def losses(model: nn.Module, ids_NT: torch.Tensor, make_cache: MakeCache, at_once: int = 8) -> np.ndarray:
+    """Return the loss of every next token [N, T − 1], in nats. `model` reads in chunks (`chunked.chunk_prefill`)."""
+    parts = [chunked.losses(model, ids_BT, rows=LOGIT_ROWS, cache=make_cache()) for ids_BT in ids_NT.split(at_once)]
+    return torch.cat(parts).float().cpu().numpy()
+
+
+def by_position(losses_NT: np.ndarray, arm: str, parts: int = PARTS, seed: int = 0) -> list[dict[str, object]]:
+    """Return perplexity over the position in the text: a row per part, with its bootstrap interval over texts."""
+    rows: list[dict[str, object]] = []
+    for first, last, mean_N in _parts(losses_NT, parts):
+        low, high = paired_stats.bootstrap_interval(mean_N, seed=seed)
+        value = {"value": float(np.exp(mean_N.mean())), "low": float(np.exp(low)), "high": float(np.exp(high))}
+        rows.append({"arm": arm, "strength": (first + last) // 2, **value})
+    return rows
+
+
+def _parts(losses_NT: np.ndarray, parts: int) -> list[tuple[int, int, np.ndarray]]:
+    """Return first and last position and mean loss per text [N] of every part."""
+    pieces, first = [], 0
+    for part_NC in np.array_split(losses_NT, parts, axis=1):
+        last = first + part_NC.shape[1]
+        pieces.append((first, last, part_NC.mean(1)))
+        first = last
+    return pieces
+
+
+def late_over_early(curves: pd.DataFrame, behind: int) -> dict[str, float]:
+    """Return, per arm, perplexity of the last part of the text ÷ that of the first part behind position `behind`."""
+    rows = curves[curves.strength > behind].sort_values("strength").groupby("arm", sort=False)["value"]
+    return (rows.last() / rows.first()).to_dict()
+
+
+def climb_interval(losses_NT: np.ndarray, behind: int, parts: int = PARTS, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval, over texts, of the ratio that `late_over_early` gives for one arm."""
+    late = [mean_N for first, last, mean_N in _parts(losses_NT, parts) if (first + last) // 2 > behind]
+    low, high = paired_stats.bootstrap_interval(late[-1] - late[0], seed=seed)
+    return float(np.exp(low)), float(np.exp(high))
+
+
+def described(texts: LongTexts) -> str:
+    """Return the alternative text of the figure of `texts.curves`."""
+    ratios = ", ".join(f"{arm} {ratio:.2f}" for arm, ratio in texts.late_over_early.items())
+    return f"Perplexity over position in the text; last part ÷ the first behind the window: {ratios}."
+
+
+def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
+    """Return whether perplexity climbs with the length of the text, with sinks and window, and the evidence.
+
+    It climbs where the interval of late ÷ early lies above 1 + the margin of perplexity, and does not where it lies
+    below; in between, and for random weights, the answer is None.
+    """
+    if texts.climb is None:
+        return None, "no texts were read: random weights"
+    low, high = texts.climb
+    limit = 1 + metric("perplexity").margin
+    climbs = True if low > limit else False if high <= limit else None
+    ratio = texts.late_over_early[WINDOWED]
+    return climbs, f"perplexity late ÷ early {ratio:.3f} (95 % interval {low:.3f} to {high:.3f}, limit {limit:.2f})"
+
+
+def retrieval_by_distance(
+    loaded: Loaded, arms: Mapping[str, MakeCache], window: int, count: int, seed: int = 0
+) -> dict[str, Measurement]:
+    """Return exact match with sinks and window against the whole cache, for `count` values inside and outside the
+    window; empty for random weights.
+    """
+    if loaded.random_weights:
+        return {}
+    measurements = {}
+    for name, distance in {"inside the window": window // 2, "outside the window": 3 * window}.items():
+        with reading_in_chunks(loaded.model) as model:
+            pair = [retrieve(loaded, model, distance, count, arms[arm], seed) for arm in (WHOLE, WINDOWED)]
+        measurements[name] = compare_recalled(*pair, seed=seed)
+    return measurements
+
+
+@torch.inference_mode()
+def retrieve(
+    loaded: Loaded, model: nn.Module, distance: int, count: int, make_cache: MakeCache, seed: int = 0
+) -> Retrieved:
+    """Return which of `count` values, stored `distance` tokens ago, `model` repeats exactly, token by token."""
+    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed)
+    right = []
+    for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
+        output_BV = torch.stack(list(chunked.tokens(model, prompt_BT, value_BV.shape[1], cache=make_cache())), 1)
+        right.append((output_BV.cpu() == value_BV.cpu()).all(1).numpy())
+    return Retrieved(distance, np.concatenate(right))
+
+
+def retrieval_bars(measurements: Mapping[str, Measurement]) -> pd.DataFrame:
+    """Return `retrieval_by_distance` for `style.bars`: the whole cache's shares, then the window's."""
+    rows = [{"arm": f"{WHOLE}, {name}", "value": m.baseline} for name, m in measurements.items()]
+    rows += [{"arm": f"window, {name}", "value": m.optimized} for name, m in measurements.items()]
+    return pd.DataFrame(rows)
+
+
+def described_bars(bars: pd.DataFrame) -> str:
+    """Return the alternative text of the figure of `retrieval_bars`."""
+    shares = ", ".join(f"{bar.arm} {bar.value:.2f}" for bar in bars.itertuples())
+    return f"Values repeated from inside and from outside the window: {shares}."
+
+
+def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], count: int, seed: int = 0) -> pd.DataFrame:
+    """Return the tokens that the whole and the windowed cache hold after each of `count` generated tokens: columns arm,
+    strength (tokens read and generated), value.
+    """
+    prompt_1T = task_list.text_windows(loaded, "final", 1, PROMPT, seed).to(loaded.device)
+    rows = []
+    with reading_in_chunks(loaded.model) as model:
+        for name in (WHOLE, WINDOWED):
+            cache = arms[name]()
+            for step, _ in enumerate(chunked.tokens(model, prompt_1T, count, cache=cache)):
+                tokens_held = cache.layers[-1].keys.shape[-2]
+                rows.append({"arm": name, "strength": prompt_1T.shape[1] + step, "value": tokens_held})
+    return pd.DataFrame(rows)

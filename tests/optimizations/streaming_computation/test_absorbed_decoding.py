@@ -1,0 +1,29 @@
+"""Absorbed against stock decoding: the same tokens, and a gain for each part of a step."""
+
+import torch
+
+from lib.models.decoding import mla_absorption
+from lib.optimizations.streaming_computation import absorbed_decoding
+
+PROMPT = torch.randint(8, 96, (1, 20), generator=torch.Generator().manual_seed(2))
+
+
+def test_absorbed_decoding_generates_the_same_and_is_timed_part_by_part(tiny, monkeypatch):
+    model, counts = tiny("glm-4.7-flash"), []
+    monkeypatch.setattr(absorbed_decoding.slice_depth, "whole", lambda model: ["dense"] + ["routed"] * 9)
+    monkeypatch.setattr(absorbed_decoding.slice_depth, "stands_for", lambda model: [1.0, 3.0, 3.0, 3.0])
+    whole_seconds = absorbed_decoding.full_depth.whole_seconds
+    monkeypatch.setattr(
+        absorbed_decoding.full_depth, "whole_seconds", lambda *args: (counts.append(args[2]), whole_seconds(*args))[1]
+    )
+    pairs, same, gains = absorbed_decoding.absorbed_against_stock(model, PROMPT, 40, 2)
+    assert (
+        same
+        and len(pairs.baseline_seconds) == len(pairs.optimized_seconds) >= 6
+        and not mla_absorption.is_absorbed(model)
+    )
+    assert gains["operations"] > 1 and min(gains.values()) > 0
+    assert counts == [[1.0, 3.0, 3.0, 3.0]] * 6
+    assert not any(block.attention.module._forward_hooks for block in absorbed_decoding.anatomy(model).blocks)
+    monkeypatch.setattr(absorbed_decoding.slice_depth, "whole", lambda model: None)
+    assert absorbed_decoding.absorbed_against_stock(model, PROMPT, 40, 1)[2]["at full depth"] is None
