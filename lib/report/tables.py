@@ -157,7 +157,7 @@ def controls(arms: Iterable[Control], metric: str) -> pd.DataFrame:
     lines = []
     for control in arms:
         for member in (m for m in control.measurements if m.metric == metric and m.optimized is not None):
-            scale = member.baseline if member.ratio is not None else 1
+            scale = 1.0 if member.ratio is None or member.baseline is None else member.baseline
             low, high = (end * scale for end in member.ci) if member.ci else (None, None)
             lines.append({"arm": control.name, "value": member.optimized, "low": low, "high": high})
     return pd.DataFrame(lines, columns=["arm", "value", "low", "high"])
@@ -177,21 +177,25 @@ def speed_and_quality(
         chosen = {m.metric: m for m in reversed(record.measurements) if m.ratio and m.verdict != "invalid"}
         if speed not in chosen or quality not in chosen:
             continue
-        line = {"arm": title(record.optimization), "label": record.model, "verdict": chosen[quality].verdict}
+        line: dict[str, object] = {
+            "arm": title(record.optimization),
+            "label": record.model,
+            "verdict": chosen[quality].verdict,
+        }
         line |= dict(zip(("x", "x_low", "x_high"), gain(chosen[speed])))
         lines.append(line | dict(zip(("y", "y_low", "y_high"), _change(chosen[quality]))))
     columns = ["arm", "label", "verdict", "x", "x_low", "x_high", "y", "y_low", "y_high"]
     return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(columns[3:], float))
 
 
-def _change(measurement: Measurement) -> tuple[float | None, ...]:
+def _change(measurement: Measurement) -> tuple[float | None, float | None, float | None]:
     """Return the change with its interval: in points for a share, in percent otherwise; above 0 is better."""
-    scale = (
-        100 * (measurement.baseline if measurement.unit == "share" else 1) * (1 if measurement.higher_is_better else -1)
-    )
-    low, high = measurement.ci or (None, None)
-    ends = sorted((end - 1) * scale for end in (low, high)) if measurement.ci else [None, None]
-    return ((measurement.ratio - 1) * scale, *ends)
+    base = measurement.baseline if measurement.unit == "share" else 1.0
+    if base is None or measurement.ratio is None:
+        return None, None, None
+    scale = 100 * base * (1 if measurement.higher_is_better else -1)
+    low, high = sorted((end - 1) * scale for end in measurement.ci) if measurement.ci else (None, None)
+    return (measurement.ratio - 1) * scale, low, high
 
 
 def environment(card: Mapping[str, object]) -> pd.DataFrame:

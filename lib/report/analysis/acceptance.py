@@ -49,8 +49,8 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     `optimizations` and `models` are expected besides those of the design.
     """
     folder = Path(folder)
-    named = ((OPTIMIZATIONS, optimizations), (MODELS, models))
-    wanted = [tuple(dict.fromkeys([*fixed, *extra])) for fixed, extra in named]
+    wanted_optimizations = tuple(dict.fromkeys([*OPTIMIZATIONS, *optimizations]))
+    wanted_models = tuple(dict.fromkeys([*MODELS, *models]))
     unsound: list[tuple[str, str]] = []
     unlabelled: list[tuple[str, str]] = []
 
@@ -59,11 +59,14 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
         unsound.extend(_file(stem, content))
         unlabelled.extend(_labels(stem, content))
 
-    results = result_set.read(folder, *wanted, look)
+    results = result_set.read(folder, wanted_optimizations, wanted_models, look)
     points: list[tuple[str, Callable[[], list[tuple[str, str]]]]] = [
         ("the files are sound", lambda: _files(folder, results, unsound)),
-        (f"all {len(wanted[1])} models are there", lambda: _models(results, wanted[1])),
-        (f"all {len(wanted[0])} optimizations are measured", lambda: _optimizations(results, *wanted)),
+        (f"all {len(wanted_models)} models are there", lambda: _models(results, wanted_models)),
+        (
+            f"all {len(wanted_optimizations)} optimizations are measured",
+            lambda: _optimizations(results, wanted_optimizations, wanted_models),
+        ),
         ("several metrics in each of the four dimensions", lambda: _each(results, _dimensions)),
         ("a before and an after in each dimension", lambda: _each(results, _both_arms)),
         ("comparable across models", lambda: _comparable(results)),
@@ -207,7 +210,7 @@ def _contradiction(m: Measurement) -> list[str]:
     """Return what in a measurement contradicts itself."""
     low, high = m.ci or (None, None)
     faults = []
-    if low is not None and low > high:
+    if low is not None and high is not None and low > high:
         faults.append(f"the interval {low:.3g} to {high:.3g} is upside down")
     if m.verdict in ("better", "worse") and m.ratio is not None:
         gain, least, most = verdict.gain(m)

@@ -79,19 +79,19 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
 
 def _records(key: tuple[str, str], old: Record | None, new: Record | None) -> list[Change]:
     reason = _unlike(old, new)
-    if not reason and old.key and (old.key, old.started) == (new.key, new.started):
+    if old and new and not reason and old.key and (old.key, old.started) == (new.key, new.started):
         return [Change(*key, "all", "", "not comparable", False, reason="the same run, kept from the older build")]
-    numbers = [{(m.metric, m.workload): m for m in (r.measurements if r else [])} for r in (old, new)]
-    if reason and not (numbers[0] or numbers[1]):
+    before, after = ({(m.metric, m.workload): m for m in (r.measurements if r else [])} for r in (old, new))
+    if reason and not (before or after):
         return [Change(*key, "all", "", "not comparable", False, reason=reason)]
-    return [_measurements(key, name, *(n.get(name) for n in numbers), reason) for name in {**numbers[0], **numbers[1]}]
+    return [_measurements(key, name, before.get(name), after.get(name), reason) for name in {**before, **after}]
 
 
 def _unlike(old: Record | None, new: Record | None) -> str:
     """Return why two runs cannot be compared at all, or nothing."""
+    if old is None or new is None:
+        return f"no run in the {'old' if old is None else 'new'} set"
     for record, side in ((old, "old"), (new, "new")):
-        if record is None:
-            return f"no run in the {side} set"
         if record.status != "ok":
             return f"{record.status.replace('_', ' ')} in the {side} set"
     for name in ("scale", "effort"):
@@ -104,21 +104,23 @@ def _unlike(old: Record | None, new: Record | None) -> str:
     return ""
 
 
-def _measurements(key: tuple, name: tuple, old: Measurement | None, new: Measurement | None, reason: str) -> Change:
-    change = Change(*key, *name, "not comparable", name[0] in PRIMARY)
+def _measurements(
+    key: tuple[str, str], name: tuple[str, str], old: Measurement | None, new: Measurement | None, reason: str
+) -> Change:
+    change = Change(*key, name[0], name[1], "not comparable", name[0] in PRIMARY)
     reason = reason or _incomparable(old, new)
-    if reason:
+    if reason or old is None or new is None:
         return replace(change, reason=reason)
-    margin = METRICS[name[0]].margin
+    margin = METRICS[name[0]].margin or 0.0
     if METRICS[name[0]].margin_kind == "absolute":
         margin /= abs(old.baseline) if old.baseline else 1.0
     change = replace(change, margin=math.log1p(margin), floor=max(old.noise_floor or 0.0, new.noise_floor or 0.0))
     sign = 1.0 if new.higher_is_better else -1.0
-    blocks = [_differences(m) for m in (old, new)]
-    if all(d is not None for d in blocks):
-        return _estimated(change, sign, *_by_blocks(*blocks), f"gain against gain, {len(blocks[1])} paired blocks")
-    if all(m.ci and min(m.ci) > 0 and m.ratio and m.ratio > 0 for m in (old, new)):
-        return _estimated(change, sign, *_by_intervals(old, new), "gain against gain, from both intervals")
+    before, after = _differences(old), _differences(new)
+    if before is not None and after is not None:
+        return _estimated(change, sign, *_by_blocks(before, after), f"gain against gain, {len(after)} paired blocks")
+    if by_intervals := _by_intervals(old, new):
+        return _estimated(change, sign, *by_intervals, "gain against gain, from both intervals")
     if old.ci or new.ci or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
         return replace(change, reason="there is neither a sample nor an interval on both sides")
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
@@ -172,10 +174,18 @@ def _middles(*lengths: int) -> list[np.ndarray]:
     return places
 
 
-def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int]:
-    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same."""
-    errors = [(math.log(m.ci[1]) - math.log(m.ci[0])) / (2 * 1.96) for m in (old, new)]
-    effect, error = math.log(new.ratio / old.ratio), math.hypot(*errors)
+def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int] | None:
+    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same.
+
+    None where a ratio or its interval is unknown or not positive.
+    """
+    ratios, errors = [], []
+    for m in (old, new):
+        if not m.ci or min(m.ci) <= 0 or not m.ratio or m.ratio <= 0:
+            return None
+        ratios.append(m.ratio)
+        errors.append((math.log(m.ci[1]) - math.log(m.ci[0])) / (2 * 1.96))
+    effect, error = math.log(ratios[1] / ratios[0]), math.hypot(*errors)
     return effect, effect - 1.96 * error, effect + 1.96 * error, error, max((old.n or 2) + (new.n or 2) - 2, 1)
 
 
@@ -191,16 +201,18 @@ def _estimated(
 
 def _holm(changes: Sequence[Change]) -> list[Change]:
     """Return the changes with the p of the primary ones corrected over all of them."""
-    ranked = sorted((i for i, c in enumerate(changes) if c.primary and c.p is not None), key=lambda i: changes[i].p)
+    ranked = sorted(
+        ((c.p, i) for i, c in enumerate(changes) if c.primary and c.p is not None), key=lambda pair: pair[0]
+    )
     corrected, largest = list(changes), 0.0
-    for rank, i in enumerate(ranked):
-        largest = max(largest, min(1.0, changes[i].p * (len(ranked) - rank)))
+    for rank, (p, i) in enumerate(ranked):
+        largest = max(largest, min(1.0, p * (len(ranked) - rank)))
         corrected[i] = replace(changes[i], p=largest)
     return corrected
 
 
 def _judge(change: Change) -> Change:
-    if change.reason:
+    if change.reason or change.ratio is None or change.low is None or change.high is None:
         return change
     effect, beyond = math.log(change.ratio), max(change.margin, change.floor)
     significant = change.p is None or change.p < LEVEL

@@ -78,24 +78,26 @@ def _speed(measurement: Measurement) -> tuple[str, str]:
 
 def _score(measurement: Measurement) -> tuple[str, str]:
     """Return the change of quality, with the bound and the margin it was held to, or else its interval."""
-    in_points = measurement.unit == "share" and measurement.baseline is not None
-    if in_points:
-        value = f"{signed((measurement.optimized - measurement.baseline) * 100)} points"
+    base = measurement.baseline if measurement.unit == "share" else None
+    if base is not None and measurement.optimized is not None:
+        value = f"{signed((measurement.optimized - base) * 100)} points"
     elif measurement.ratio:
         value = f"{signed((measurement.ratio - 1) * 100)} %"
     else:
         return _absolute(measurement), ""
     bound = ", ".join(part for part in verdict.judged_by(measurement) if part)
     if not bound and measurement.ci and measurement.ratio:
-        scale = 100 * (measurement.baseline if in_points else 1)
-        bound = interval(*((end - 1) * scale for end in measurement.ci), form=".1f")
+        scale = 100 * (1 if base is None else base)
+        low, high = ((end - 1) * scale for end in measurement.ci)
+        bound = interval(low, high, ".1f")
     return value, bound
 
 
 def _amount(measurement: Measurement) -> tuple[str, str]:
     if not measurement.ratio:
         return _absolute(measurement), ""
-    ends = interval(*((end - 1) * 100 for end in measurement.ci), form=".0f") + " %" if measurement.ci else ""
+    low, high = ((end - 1) * 100 for end in measurement.ci) if measurement.ci else (None, None)
+    ends = f"{interval(low, high, '.0f')} %" if measurement.ci else ""
     return f"{signed((measurement.ratio - 1) * 100)} %", ends
 
 

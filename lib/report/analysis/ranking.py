@@ -52,13 +52,16 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     standings = []
     for (name, members), ranks_R in zip(groups.items(), ranks_OR):
         low, high = np.quantile(ranks_R, [0.05, 0.95], method="nearest")
-        gain = geometric_mean([verdict.gain(m)[0] for m in members])
+        gain = geometric_mean([gain for m in members if (gain := verdict.gain(m)[0])])
         labels = sorted({m.provenance for m in members})
         standings.append((name, int(low), int(high), gain, len(members), ", ".join(labels)))
     standings.sort(key=lambda standing: -standing[3])
     # Equals share a rank: bytes that were counted alike are no order.
     ranks = [1 + sum(other[3] > standing[3] * (1 + 1e-9) for other in standings) for standing in standings]
-    return [Rank(name, rank, *rest) for rank, (name, *rest) in zip(ranks, standings)]
+    return [
+        Rank(name, rank, low, high, gain, models, labels)
+        for rank, (name, low, high, gain, models, labels) in zip(ranks, standings)
+    ]
 
 
 def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.ndarray:
@@ -66,6 +69,8 @@ def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.nd
     total = np.zeros(DRAWS)
     for member in members:
         middle, low, high = verdict.gain(member)
+        if middle is None:
+            continue  # `places` takes only members with a gain
         error = (math.log(high) - math.log(low)) / (2 * 1.96) if low and high and low > 0 else 0.0
         total += math.log(middle) + error * chance.standard_normal(DRAWS)
     return total / len(members)

@@ -64,7 +64,7 @@ def against(record: Record, path: Path | None = None) -> Earlier:
             [],
             f"No earlier run of {what} in the {len(builds)} builds of the history: there is nothing to compare with.",
         )
-    refused = []
+    refused: list[str] = []
     for build, earlier in runs:
         changes = compare.compare([earlier], [record])
         comparable = [change for change in changes if change.verdict != "not comparable"]

@@ -182,7 +182,7 @@ def coverage(results: Results) -> list[dict[str, Any]]:
     for optimization in results.optimizations:
         for model in results.models:
             record = results.of(optimization, model)
-            status = record.status if record else "missing"
+            status: str = record.status if record else "missing"
             status = "damaged" if f"{optimization}--{model}" in results.damaged else status
             measurements = record.measurements if record else []
             numbers = {

@@ -33,7 +33,7 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
     with applied():
         figure, (axes,) = new_axes(1.1 + 0.42 * len(rows))
         arms = list(dict.fromkeys(rows["arm"]))
-        for at, row in rows.iterrows():
+        for at, (_, row) in enumerate(rows.iterrows()):
             colour = GREY if row["arm"] == "baseline" else ARMS[max(arms.index(row["arm"]) - ("baseline" in arms), 0)]
             axes.barh(at, row["time"], color=colour, height=0.62, alpha=0.9)
             bar_interval(axes, row, "time", at)
@@ -79,7 +79,7 @@ def bars(
     with applied():
         figure, (axes,) = new_axes(1.1 + 0.4 * len(rows))
         margin_and_baseline(axes.axvspan, axes.axvline, margin, reference)
-        for at, row in rows.iterrows():
+        for at, (_, row) in enumerate(rows.iterrows()):
             control, base = row["arm"] in controls, row["arm"] == "baseline"
             colour = GREY if base else ORANGE if control else BLUE
             style = dict(facecolor="white", edgecolor=colour, hatch="////") if control else dict(color=colour)

@@ -3,6 +3,7 @@ of `theme`: colour-blind safe (purple to orange), the number written in every ce
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -46,22 +47,25 @@ def pairs(
     return figure
 
 
-def _panel(axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form: str, aspect: str) -> None:
+def _panel(
+    axes: Axes, frame: pd.DataFrame, names: list[str], column: str, form: str, aspect: Literal["equal", "auto"]
+) -> None:
     matrix = np.full((len(names), len(names)), np.nan)
-    for row in frame.itertuples():
-        matrix[names.index(row.first), names.index(row.second)] = getattr(row, column, np.nan)
+    cells = frame.to_dict("records")
+    for cell in cells:
+        matrix[names.index(cell["first"]), names.index(cell["second"])] = cell.get(column, np.nan)
     most = np.nanmax(np.abs(matrix)) if np.isfinite(matrix).any() else 1.0
     colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="white")
     limit = 2 * (most or 1)  # the pale half of the colours only, so that dark text can be read on every cell
     axes.imshow(np.ma.masked_invalid(matrix), cmap=colours, vmin=-limit, vmax=limit, aspect=aspect)
-    for row in frame.itertuples():
-        at = names.index(row.second), names.index(row.first)
-        value, low, high = (getattr(row, column + end, None) for end in ("", "_low", "_high"))
+    for cell in cells:
+        at = names.index(cell["second"]), names.index(cell["first"])
+        value, low, high = (cell.get(column + end) for end in ("", "_low", "_high"))
         if value is None or pd.isna(value):
             axes.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#c9c9c9"))
-            axes.text(*at, row.state, ha="center", va="center", fontsize=7.5, color=INK, bbox=_PLATE)
+            axes.text(*at, cell["state"], ha="center", va="center", fontsize=7.5, color=INK, bbox=_PLATE)
             continue
-        open_ = low is not None and pd.notna(low) and low <= 0 <= high
+        open_ = low is not None and high is not None and pd.notna(low) and low <= 0 <= high
         text = form.format(value) + (f"\n{form.format(low)} to\n{form.format(high)}" if pd.notna(low) else "")
         axes.text(*at, text.replace("-", "−"), ha="center", va="center", fontsize=7, color=GREY if open_ else INK)
     for index in range(len(names)):

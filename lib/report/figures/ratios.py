@@ -4,6 +4,7 @@ Takes what `lib.report.tables.tidy` gives and returns a matplotlib Figure; judge
 """
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -95,7 +96,7 @@ def _ratio_axis(axes: Axes) -> None:
 
 def _verdict_legend(figure: Figure, verdicts: pd.Series, floor: bool) -> None:
     present = [name for name in VERDICTS if name in set(verdicts)]
-    marks: list[object] = []
+    marks: list[Artist] = []
     for colour, marker, filled in (VERDICTS[name] for name in present):
         face = colour if filled else "white"
         marks.append(Line2D([], [], color=colour, marker=marker, linestyle="none", markerfacecolor=face))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.report.figures.theme import BAND, GREY, INK, STYLE, VERMILLION, applied, look, new_axes
@@ -111,9 +112,10 @@ def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives)
     ]
 
 
-def _draw(axes, panel: Panel, arms: list[str]) -> None:
+def _draw(axes: Axes, panel: Panel, arms: list[str]) -> None:
     groups = panel.frame.groupby("arm", sort=False) if "arm" in panel.frame else [(None, panel.frame)]
-    for name, rows in groups:
+    for arm, rows in groups:
+        name = None if arm is None else str(arm)
         colour, marker = look(arms.index(name)) if name in arms else (INK, "o")
         x, y = rows["seconds"], rows["value"]
         if panel.kind == "bars":

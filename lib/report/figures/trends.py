@@ -106,5 +106,5 @@ def _moved(frame: pd.DataFrame) -> list[str]:
         before, after = rows.fillna({"low": rows["gain"], "high": rows["gain"]}).to_dict("records")
         if after["low"] > before["high"] or after["high"] < before["low"]:
             values = f"{times(before['gain'])} to {times(after['gain'])}"
-            changes.append(f"{label(metric)} of {title(optimization)} on {model} {values}")
+            changes.append(f"{label(str(metric))} of {title(str(optimization))} on {model} {values}")
     return changes

@@ -38,7 +38,7 @@ def render(
     written.
     """
     notebook = _read(notebook_path)
-    stem = record.stem if record else Path(notebook_path).name.removesuffix(".ipynb")
+    stem = record.stem if record else Path(notebook_path or "").name.removesuffix(".ipynb")
     view = run_page.view(record, neighbours) if record else _bare_view(notebook, stem)
     view |= {"style": _style(), "figure": _process_figure(record.process) if record else None}
     out = Path(out)
@@ -169,7 +169,7 @@ def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str
         config=config, template_name="workbench_markdown", extra_template_basedirs=[str(TEMPLATES)]
     )
     exporter.register_filter("deeper", lambda source: _deeper(source) if view["record"] else source)
-    resources = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
+    resources: dict[str, Any] = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
     text, resources = exporter.from_notebook_node(_without_reprs(notebook), resources=resources)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", resources.get("outputs") or {}
 

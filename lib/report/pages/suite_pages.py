@@ -8,7 +8,7 @@ import math
 
 import pandas as pd
 
-from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, SCORE_MARGIN
 from lib.report import tables
 from lib.report.analysis import headlines, result_set, strength_curves
 from lib.report.analysis.result_set import Results
@@ -40,7 +40,7 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
     frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
         pictures["prefill.png"] = style.png(style.forest(frame, group="model", title="prefill rate"))
-        verdicts = ", ".join(f"{count} {words(word)}" for word, count in frame["verdict"].value_counts().items())
+        verdicts = ", ".join(f"{count} {words(str(word))}" for word, count in frame["verdict"].value_counts().items())
         parts += [
             "## Speed",
             _picture(f"Prefill rate of {len(frame)} runs with intervals: {verdicts}.", folder, "prefill"),
@@ -50,10 +50,10 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         shown, note = tables.few(points, "label")
         drawn = small_multiples.trade_offs(
             shown, x_label="prefill rate: gain (×)", y_label="F1 (macro): change (points)",
-            margin=(-100 * METRICS["f1_macro"].margin, 100 * METRICS["f1_macro"].margin),
+            margin=(-100 * SCORE_MARGIN, 100 * SCORE_MARGIN),
         )  # fmt: skip
         pictures["quality_against_speed.png"] = style.png(drawn)
-        verdicts = ", ".join(f"{count} {words(word)}" for word, count in points["verdict"].value_counts().items())
+        verdicts = ", ".join(f"{count} {words(str(word))}" for word, count in points["verdict"].value_counts().items())
         alt = f"Change of F1 against the gain of prefill, {len(points)} runs; F1: {verdicts}.{note}"
         parts += ["## Quality against speed", _picture(alt, folder, "quality_against_speed")]
     parts += [
@@ -178,7 +178,7 @@ def _verdicts(results: Results) -> str:
         for model in results.models:
             record = results.of(name, model)
             status = "damaged" if f"{name}--{model}" in results.damaged else record.status if record else "missing"
-            verdicts = [signed(getattr(record.verdict, d)) if status == "ok" else "" for d in DIMENSIONS]
+            verdicts = [signed(getattr(record.verdict, d)) if record and status == "ok" else "" for d in DIMENSIONS]
             where = f"[{model}]({name}--{model}.md)" if record else model
             lines.append([title(name), where, signed(status), *verdicts])
     return markdown(["optimization", "model", "status", *DIMENSIONS], lines)
@@ -202,7 +202,8 @@ def _sentences(records: list[Record]) -> str:
 
 def _aggregate(results: Results) -> str:
     lines = [
-        [title(line["optimization"]), label(line["metric"]), len(line["models"]), times(line["geometric_mean_gain"]),
+        [title(line["optimization"]), label(line["metric"]), str(len(line["models"])),
+         times(line["geometric_mean_gain"]),
          f"{times(line['least'])} to {times(line['most'])}",
          ", ".join(f"{number} {words(word)}" for word, number in line["verdicts"].items())]
         for line in result_set.aggregate(results.measured)

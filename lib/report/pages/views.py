@@ -52,7 +52,7 @@ def pareto(results: Results) -> dict[str, Any] | None:
     }
     if not any(single.values()):
         return None
-    margin = 100 * METRICS[QUALITY].margin
+    margin = 100 * (METRICS[QUALITY].margin or 0)
     points_by_title = {"All models, means": means(results), **single}
     drawn = [
         {"title": name, "svg": trade_off_svg.trade_off(points, name, margin), "front": trade_off_svg.front(points)}
@@ -104,10 +104,14 @@ def _point(record: Record, marks: dict[str, str]) -> TradeOff | None:
         return None
     speed, quality = both
     scale = 100 * (quality.baseline or 1)
-    ends = [(end - 1) * scale for end in quality.ci] if quality.ci else [None, None]
+    y_low, y_high = ((end - 1) * scale for end in quality.ci) if quality.ci else (None, None)
     x, x_low, x_high = verdict.gain(speed)
+    if x is None or quality.ratio is None:
+        return None
     mark, state = marks[record.optimization], record.verdict.accuracy
-    return TradeOff(mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, *ends, state)
+    return TradeOff(
+        mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, y_low, y_high, state
+    )
 
 
 def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
@@ -158,9 +162,10 @@ def provenance(results: Results) -> dict[str, Any] | None:
     """Return how many numbers of each run are measured, derived, estimated, unavailable, with source or reason."""
     if not results.measured:
         return None
-    counts, kinds = [], {kind: {} for kind in KINDS}
+    counts: list[tuple[str, str, str, list[int]]] = []
+    kinds: dict[str, dict[tuple[str, str], set[str]]] = {kind: {} for kind in KINDS}
     for record in results.measured:
-        every = [m.provenance for m in record.measurements]
+        every: list[str] = [m.provenance for m in record.measurements]
         counts.append((record.stem, title(record.optimization), record.model, [every.count(kind) for kind in KINDS]))
         for m in record.measurements:
             about = m.reason if m.provenance == "unavailable" else m.source

@@ -3,8 +3,10 @@ address that neither notebooks nor results hold. Without them it leaves such add
 """
 
 import sys
+from types import ModuleType
 
 
 def refuse() -> None:
     """Refuse the import of the package that holds them; to be called before jsonschema is imported."""
-    sys.modules.setdefault("rfc3987_syntax", None)
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None refuses an import
+    modules.setdefault("rfc3987_syntax", None)

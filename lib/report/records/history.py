@@ -91,8 +91,8 @@ def _insert(connection: sqlite3.Connection, record: Record) -> None:
     started, key = _identity(record)
     bare = to_json(record.model_copy(update={"process": None, "log": None}))
     packed = zlib.compress(json.dumps(bare, ensure_ascii=False).encode())
-    row = [started, key, record.optimization, record.model, record.scale, record.effort, record.status, record.seconds]
-    row += [facts.machine(record.environment), packed]
+    identity = [started, key, record.optimization, record.model, record.scale, record.effort]
+    row = [*identity, record.status, record.seconds, facts.machine(record.environment), packed]
     if not connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({', '.join('?' * 10)})", row).rowcount:
         return
     numbers = [(started, key, m.metric, m.workload, *verdict.gain(m), m.verdict) for m in record.measurements]
@@ -138,8 +138,8 @@ def over_time(path: Path, scale: str) -> list[dict]:
     """Return a row per build, run and metric that has a ratio: `build` (its date), `optimization`, `model`, `effort`,
     `metric`, `workload`, `gain` (above 1 is better), `low`, `high`, `verdict`, `machine`.
     """
-    names = ("build", "optimization", "model", "effort", "machine", "metric", "workload")
-    names += ("gain", "low", "high", "verdict")
+    names = ["build", "optimization", "model", "effort", "machine", "metric", "workload"]
+    names += ["gain", "low", "high", "verdict"]
     query = (
         "SELECT ended, optimization, model, effort, machine, metric, workload, gain, low, high, verdict FROM builds "
         "JOIN kept ON build = id JOIN runs USING (started, key) JOIN numbers USING (started, key) "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,10 +25,11 @@ from lib.report.records import codec, grammars, migration
 from lib.report.records.refutation import Refutation
 from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
 
-SCHEMA = 2
+SCHEMA: Literal[2] = 2
 SCRAP = "record"
 MOST_NOTEBOOKS = 400
 ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
+Dimension = Literal["performance", "accuracy", "resources", "efficiency"]
 Status = Literal["ok", "failed", "not_applicable"]
 
 
@@ -73,7 +74,7 @@ class Record(BaseModel):
     model: str
     scale: str
     effort: str
-    dimensions: list[Literal["performance", "accuracy", "resources", "efficiency"]] | None = None
+    dimensions: list[Dimension] | None = None
     status: Status = "ok"
     reason: str | None = None
     key: str | None = None
@@ -125,11 +126,12 @@ def build(
     for control in all_controls if requested else ():
         control.measurements = [m for m in control.measurements if m.dimension in wanted]
     return Record(
+        schema=SCHEMA,
         optimization=optimization,
         model=model,
         scale=scale,
         effort=effort,
-        dimensions=list(requested) if requested else None,
+        dimensions=cast(list[Dimension], list(requested)) if requested else None,
         status=status,
         reason=reason,
         parameters=codec.decode(codec.encode(dict(parameters), "parameters")),

@@ -15,8 +15,8 @@ def command(record: Record) -> str:
     parts += ["--device", str(parameters["device"])] if parameters.get("device", "cpu") != "cpu" else []
     parts += ["--checkpoints", "DIR"] if parameters.get("checkpoints") else []
     parts += ["--random-weights"] if parameters.get("random_weights") else []
-    for name in record.dimensions or ():
-        parts += ["--dimension", name]
+    for dimension in record.dimensions or ():
+        parts += ["--dimension", dimension]
     for name, value in parameters.items():
         if name not in OPTIONS:
             parts += ["-p", f"{name}={'none' if value is None else value}"]

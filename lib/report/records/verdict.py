@@ -225,7 +225,7 @@ def _speed(measurement: Measurement) -> str:
         return f"{name} is {times(value)} {better}{ends}"
     if measurement.verdict == "worse":
         turned = f" ({interval(1 / high, 1 / low)}{estimate})" if low and high else ends
-        return f"{name} is {times(1 / value)} {worse}{turned}"
+        return f"{name} is {times(1 / value if value else None)} {worse}{turned}"
     if measurement.verdict == "equivalent":
         return f"{noun} is equivalent at {times(value)}{ends}"
     if measurement.verdict == "inconclusive":
@@ -243,7 +243,10 @@ def _comparatives(measurement: Measurement) -> tuple[str, str]:
 
 def _amount(measurement: Measurement) -> str:
     """Return a change of an amount (bytes, joules, FLOPs) as a clause: by how much it fell or rose."""
-    name, change = subject(measurement), measurement.ratio - 1
+    name = subject(measurement)
+    if measurement.ratio is None:
+        return f"{name} has no ratio"
+    change = measurement.ratio - 1
     verb = "are" if measurement.metric in PLURAL else "is"
     less, greater = ("smaller", "larger") if measurement.unit in ("bytes", "parameters") else ("lower", "higher")
     ends = ""

@@ -43,7 +43,7 @@ def forest(frame: "pd.DataFrame") -> str:
     first = f"{len(judged)} of {counted(len(shown), 'ratio')} {differ} from 1 by more than the noise and the margin."
     if not len(judged):
         return two(first, "An interval that crosses the line shows neither an effect nor that there is none.")
-    largest = judged.loc[(judged["gain"].astype(float) - 1).abs().idxmax()]
+    largest = judged.iloc[int((judged["gain"].astype(float) - 1).abs().argmax())]
     known = largest.gain_low == largest.gain_low  # not NaN
     spread = f" ({interval(largest.gain_low, largest.gain_high)})" if known else ""
     return two(first, f"The largest change is {largest.label} at {times(largest.gain)}{spread}; above 1 is better.")
@@ -51,10 +51,11 @@ def forest(frame: "pd.DataFrame") -> str:
 
 def bound(frame: "pd.DataFrame") -> str:
     """Return how to read `style.bound` (columns `workload`, `arm`, `time`, `bound`): how far from physics each is."""
-    factors = (frame["time"].astype(float) / frame["bound"].astype(float)).dropna()
+    known = frame[frame["time"].notna() & frame["bound"].notna()]
+    factors = known["time"].astype(float) / known["bound"].astype(float)
     if not len(factors):
         return two("No bound could be computed.", "So nothing is known of what the machine would allow.")
-    far, near = frame.loc[factors.idxmax()], frame.loc[factors.idxmin()]
+    far, near = known.iloc[int(factors.argmax())], known.iloc[int(factors.argmin())]
     first = f"The {near.arm} arm of {near.workload} takes {times(factors.min())} as long as its physical bound"
     if len(factors) > 1:
         first += f", the {far.arm} arm of {far.workload} {times(factors.max())}"
@@ -69,10 +70,10 @@ def controls(frame: "pd.DataFrame", chosen: str) -> str:
     `chosen` is the arm that the claim is about: it is compared with the best of the others.
     """
     numbers = frame.astype({"value": float, "low": float, "high": float})
-    own, others = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
-    if not len(own) or not len(others):
+    chosen_rows, others = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
+    if not len(chosen_rows) or not len(others):
         return two(f"There is nothing to compare {chosen} with.", "Without a control no choice is shown to matter.")
-    own, best = own.iloc[0], others.loc[others["value"].idxmin()]
+    own, best = chosen_rows.iloc[0], others.iloc[int(others["value"].argmin())]
     first = f"{chosen} reaches {own.value:.3g}, the best of the others ({best.arm}) {best.value:.3g}; lower is better."
     if own.high < best.low:
         return two(first, "Their intervals do not overlap, so the choice matters here.")

@@ -116,7 +116,8 @@ DAMAGE = {
         "accuracy maintained or improved", "inconclusive: retrieval ?",
     ),
     "a verdict that its numbers do not carry": (
-        _set("prefill_tokens_per_second", verdict="worse"), "verdicts follow from the numbers", "performance is recorded as",
+        _set("prefill_tokens_per_second", verdict="worse"),
+        "verdicts follow from the numbers", "performance is recorded as",
     ),
     "better, with an interval that holds no change": (
         _set("prefill_tokens_per_second", ci=[0.9, 1.4]), "verdicts follow from the numbers", "holds no change",
