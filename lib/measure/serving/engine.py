@@ -1,7 +1,7 @@
 """A real model as the engine of the server loop (`lib.measure.serving.server`), timed call by call.
 
-Rows live in one cache (`lib.models.decoding.batch_cache`); greedy, forced lengths, the tokens of every request kept.
-Knows nothing of queues, policies or objectives.
+All rows share one cache (`lib.models.decoding.batch_cache`); decoding is greedy, lengths are forced, and the tokens of
+every request are stored. Knows nothing of queues, policies or objectives.
 """
 
 import time
@@ -14,6 +14,7 @@ from lib.errors import UserError
 from lib.measure.serving.traffic import ServingRequest
 from lib.measure.timing import workloads
 from lib.models.decoding import batch_cache
+from lib.models.loading import Loaded
 from lib.models.tasks import retrieval
 
 
@@ -49,9 +50,9 @@ class ModelEngine:
         """Read the prompts together and let their rows join; return the seconds it took."""
         prompts = [self.prompt_of(request) for request in requests]
         start = time.perf_counter()
-        more = batch_cache.prefill(self.model, prompts)
-        first = more.token_B.tolist()
-        self.rows = more if self.rows is None else batch_cache.join(self.rows, more)
+        joining = batch_cache.prefill(self.model, prompts)
+        first = joining.token_B.tolist()
+        self.rows = joining if self.rows is None else batch_cache.join(self.rows, joining)
         for request, token in zip(requests, first):
             self.ids.append(request.id)
             self.output[request.id] = [token]
@@ -59,7 +60,9 @@ class ModelEngine:
         return self._since(start)
 
     def decode(self) -> float:
-        """Produce one token of every row; return the seconds it took."""
+        """Produce one token of every row; return the seconds it took. Raises RuntimeError where there are no rows."""
+        if self.rows is None:
+            raise RuntimeError("there are no rows to decode")
         start = time.perf_counter()
         tokens = batch_cache.step(self.model, self.rows).tolist()
         for request, token in zip(self.ids, tokens):
@@ -70,9 +73,9 @@ class ModelEngine:
     def leave(self, ids: Sequence[int]) -> float:
         """Take rows out of the batch; return the seconds it took."""
         start, gone = time.perf_counter(), set(ids)
-        kept = [index for index, request in enumerate(self.ids) if request not in gone]
-        self.ids = [self.ids[index] for index in kept]
-        self.rows = batch_cache.keep(self.rows, kept) if kept else None
+        stay = [index for index, request in enumerate(self.ids) if request not in gone]
+        self.ids = [self.ids[index] for index in stay]
+        self.rows = batch_cache.keep(self.rows, stay) if stay and self.rows is not None else None
         return self._since(start)
 
     def _since(self, start: float) -> float:
@@ -83,10 +86,10 @@ class ModelEngine:
         return time.perf_counter() - start
 
 
-def prompts(loaded: object, longest: int, seed: int = 0) -> Callable[[ServingRequest], torch.Tensor]:
-    """Return the function that gives a request its prompt: held-out text of the model's corpus, another place each.
+def prompts(loaded: Loaded, longest: int, seed: int = 0) -> Callable[[ServingRequest], torch.Tensor]:
+    """Return the function that gives a request its prompt: held-out text of the model's corpus.
 
-    The place depends on the request's id and `seed` alone. With random weights the tokens are random.
+    Its place in the text depends on the request's id and `seed` alone. With random weights the tokens are random.
     """
     windows = max(2, min(64, 65536 // max(1, longest)))
     stream_T = retrieval.text_windows(loaded, "final", windows, max(2, longest), seed).flatten().cpu()

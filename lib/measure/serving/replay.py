@@ -1,10 +1,11 @@
-"""The real model behind the server loop: a trace replayed in real time, a burst to weigh in joules, and whether answers
-served together are those given alone. Knows no policy; a policy comes in ready made.
+"""The real model behind the server loop: a trace replayed in real time, a burst whose energy is measured, and whether
+answers served together equal those served alone. Knows no policy: the caller brings it.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def replay(
 
 
 def _warm_up(engine: ModelEngine, trace: Trace) -> None:
-    """Two requests that are not timed: first calls of a shape cost more."""
+    """Serve two requests that are not timed: the first calls of a shape cost more."""
     if trace.requests:
         engine.prefill([trace.requests[0]])
         engine.prefill([trace.requests[-1]])
@@ -66,7 +67,7 @@ def _warm_up(engine: ModelEngine, trace: Trace) -> None:
 
 
 class Burst:
-    """The first requests of each phase, all there at once, served once per call: the workload that energy is read of.
+    """The first requests of each phase, all arriving at once, served once per call: the workload of the energy reading.
 
     Prompts and answers are cut short. `tokens` counts the new tokens of one call.
     """
@@ -75,7 +76,7 @@ class Burst:
         self,
         model: nn.Module,
         trace: Trace,
-        fresh: Callable[[], Policy],
+        make_policy: Callable[[], Policy],
         limits: Limits,
         prompt_of: PromptOf,
         each: int = 3,
@@ -84,39 +85,44 @@ class Burst:
         chosen = [
             request
             for start, phase in zip(trace.starts, trace.phases)
-            for request in [one for one in trace.requests if start <= one.arrival < start + phase.seconds][:each]
+            for request in _arriving(trace, start, start + phase.seconds)[:each]
         ]
         requests = [
-            ServingRequest(i, 0.0, min(one.prompt_tokens, BURST_PROMPT), min(one.new_tokens, new_tokens))
-            for i, one in enumerate(chosen)
+            ServingRequest(i, 0.0, min(request.prompt_tokens, BURST_PROMPT), min(request.new_tokens, new_tokens))
+            for i, request in enumerate(chosen)
         ]
         self.trace = replace(trace, name="burst", requests=tuple(requests))
-        self.fresh, self.limits = fresh, replace(limits, patience_seconds=None)
+        self.make_policy, self.limits = make_policy, replace(limits, patience_seconds=None)
         self.engine = ModelEngine(model, prompt_of, limits.cache_bytes)
         self.tokens = max(1, sum(request.new_tokens for request in requests))
 
     def __call__(self) -> None:
-        serve(self.trace, self.fresh(), self.engine, VirtualClock(), self.limits, drain_seconds=float("inf"))
+        serve(self.trace, self.make_policy(), self.engine, VirtualClock(), self.limits, drain_seconds=float("inf"))
 
 
-def recalled(
+def _arriving(trace: Trace, since: float, until: float) -> list[ServingRequest]:
+    return [request for request in trace.requests if since <= request.arrival < until]
+
+
+def retrieved_among_chats(
     loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
 ) -> tuple[Retrieved, Served]:
-    """Return which recall values come back right when their prompts are served among others, and the run.
+    """Return which values of key-value retrieval come back right when their prompts are served among others, and the
+    run.
 
-    Every second request is a chat of another length, so rows join, are padded and leave all the time. Engine times are
-    real, idle time is skipped.
+    Every second request is a chat of another length, so rows join, are padded and leave all the time. Times of the
+    engine are real, idle time is skipped.
     """
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
     random = np.random.default_rng(seed)
     arrivals = np.cumsum(random.exponential(1 / rate, 2 * len(ids_BT)))
-    requests, wanted = [], target_BV.shape[1]
+    requests, answer_tokens = [], target_BV.shape[1]
     for index, arrival in enumerate(arrivals.tolist()):
-        length, new = int(random.integers(8, 96)), int(random.integers(4, 3 * wanted))
-        chat = index % 2
-        requests.append(ServingRequest(index, arrival, length if chat else ids_BT.shape[1], new if chat else wanted))
-    trace = Trace("recall among chats", seed, (), tuple(requests))
+        length, new = int(random.integers(8, 96)), int(random.integers(4, 3 * answer_tokens))
+        length, new = (length, new) if index % 2 else (ids_BT.shape[1], answer_tokens)
+        requests.append(ServingRequest(index, arrival, length, new))
+    trace = Trace("retrieval among chats", seed, (), tuple(requests))
 
     def prompt_of(request: ServingRequest) -> torch.Tensor:
         if request.id % 2:
@@ -132,57 +138,57 @@ def recalled(
 
 def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
     """Return the answers to the model's classification tasks, `batch` prompts read together."""
-    found = []
-    for task in (one for one in loaded.tasks if one in tasks.CLASSIFY):
+    answers = []
+    for task in (name for name in loaded.tasks if name in tasks.CLASSIFY):
         items, labels = tasks.items(task, "final", effort.items, seed), tasks.class_labels(task)
         scores_NL = tasks.label_scores(loaded, task, items, batch).numpy()
         truth_N = np.array([labels.index(item.label) for item in items])
-        found.append(Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL))
-    return found
+        answers.append(Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL))
+    return answers
 
 
 def alone_and_together(
     loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
 ) -> list[Measurement]:
-    """Return the accuracy of answers given one at a time (baseline) against those given together (optimized).
+    """Return the accuracy of answers computed one at a time (baseline) against those computed together (optimized).
 
-    Classification: one prompt per pass against 32, of at most ALONE items. Recall: alone against served among others
-    with `policy`.
+    Classification: one prompt per pass against 32, of at most ALONE items. Key-value retrieval: alone against
+    served among others with `policy`.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
         return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
     options = {"resamples": effort.resamples, "seed": seed}
     effort = replace(effort, items=min(effort.items, ALONE))
-    found = []
-    for one, many in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
-        found += evaluate.compare_classified(one, many, **options)
+    compared = []
+    for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
+        compared += evaluate.compare_classified(single, batched, **options)
     alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
-    together, _ = recalled(loaded, effort, policy, limits, rate, seed)
-    return [*found, evaluate.compare_recalled(alone, together, **options)]
+    together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed)
+    return [*compared, evaluate.compare_recalled(alone, together, **options)]
 
 
-def measurements(baseline: Replayed, optimized: Replayed, wanted: Objectives) -> list[Measurement]:
-    """Return what two replays of one trace showed: goodput, largest cache, processor. One run each, no interval."""
+def measurements(baseline: Replayed, optimized: Replayed, objective: Objectives) -> list[Measurement]:
+    """Return goodput, latencies, largest cache and CPU share of two replays of one trace. One run each, no interval."""
     runs = (baseline, optimized)
     source = f"one replay in real time each, {len(baseline.served.outcomes)} requests, real model"
     disturbed = sorted({run.disturbed for run in runs if run.disturbed})
     source += f"; disturbed: {'; '.join(disturbed)}" if disturbed else ""
-    summaries = [slo.summary(run.served, wanted) for run in runs]
+    summaries = [slo.summary(run.served, objective) for run in runs]
 
-    def told(metric: str, values: Sequence[float | None]) -> Measurement:
+    def informative(metric: str, values: Sequence[float | None]) -> Measurement:
         if None in values:
             return measurement.unavailable(metric, "serve, real time", "too few requests finished", source)
         return measurement.informative(metric, "serve, real time", *values, source, n=1)
 
     return [
-        told("goodput_requests_per_second", [one["goodput"] for one in summaries]),
-        told("goodput_share", [one["goodput share"] for one in summaries]),
-        told("latency_p50_ms", [_ms(one["latency p50"]) for one in summaries]),
-        told("time_per_output_token_ms", [_ms(one["time per output token"]) for one in summaries]),
-        told("kv_cache_peak_bytes", [float(run.served.peak_bytes) for run in runs]),
-        told("cpu_utilisation", [run.utilisation for run in runs]),
-        told("batch_rows", [one["batch"] for one in summaries]),
+        informative("goodput_requests_per_second", [row["goodput"] for row in summaries]),
+        informative("goodput_share", [row["goodput share"] for row in summaries]),
+        informative("latency_p50_ms", [_ms(row["latency p50"]) for row in summaries]),
+        informative("time_per_output_token_ms", [_ms(row["time per output token"]) for row in summaries]),
+        informative("kv_cache_peak_bytes", [float(run.served.peak_bytes) for run in runs]),
+        informative("cpu_utilisation", [run.utilisation for run in runs]),
+        informative("batch_rows", [row["batch"] for row in summaries]),
     ]
 
 
@@ -196,8 +202,8 @@ def peaks(loaded: Loaded, baseline: Replayed, optimized: Replayed) -> list[Measu
     for run in (baseline, optimized):
         steps = [step for step in run.served.steps if step.kind == "decode"]
         # The step whose padded cache was the largest of the run.
-        most = max(steps, key=lambda step: step.batch * step.tokens, default=None)
-        batch, tokens = (most.batch, most.tokens) if most else (1, 16)
+        largest = max(steps, key=lambda step: step.batch * step.tokens, default=None)
+        batch, tokens = (largest.batch, largest.tokens) if largest else (1, 16)
         arms.append(
             memory.Arm(
                 folder=str(loaded.folder) if loaded.folder else None,
@@ -229,24 +235,29 @@ def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, 
     return equal / max(1, len(shared)), same / max(1, tokens), len(shared)
 
 
-def beside(simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], wanted: Objectives) -> list[dict]:
+def beside(
+    simulated: Sequence[Sequence[Served]], real: Sequence[Replayed], objective: Objectives
+) -> list[dict[str, Any]]:
     """Return a row per policy and compared quantity: real, simulated (mean, least and most of the runs), relative error
     of the mean.
 
-    Where least and most lie far apart the quantity hangs on single requests, and one replay tells as little of it.
+    Where least and most lie far apart the quantity depends on single requests, and one replay tells as little of it.
     """
     rows = []
-    for runs, one in zip(simulated, real):
-        seen, made = slo.summary(one.served, wanted), [slo.summary(run, wanted) for run in runs]
-        for name, error in slo.errors(runs, one.served, wanted).items():
-            values = [each[name] for each in made]
-            told = [None] * 3 if None in values else [float(of(values)) for of in (np.mean, min, max)]
-            row = {"policy": one.served.policy, "quantity": name, "real": seen[name], "error": error}
-            rows.append(row | dict(zip(("simulated", "least", "most"), told)))
+    for runs, replayed in zip(simulated, real):
+        measured = slo.summary(replayed.served, objective)
+        summaries = [slo.summary(run, objective) for run in runs]
+        for name, error in slo.errors(runs, replayed.served, objective).items():
+            values = [value for summary in summaries if (value := summary[name]) is not None]
+            row: dict[str, Any] = {"policy": replayed.served.policy, "quantity": name}
+            row |= {"real": measured[name], "error": error}
+            complete = len(values) == len(summaries)
+            spread = (float(np.mean(values)), float(min(values)), float(max(values))) if complete else (None,) * 3
+            rows.append(row | dict(zip(("simulated", "least", "most"), spread)))
     return rows
 
 
-def simulation_error(rows: Sequence[dict]) -> Measurement:
+def simulation_error(rows: Sequence[dict[str, Any]]) -> Measurement:
     """Return the mean relative error of the simulation for the first policy and the last, from rows of `beside`."""
     source = f"simulation against one replay in real time, mean error of {', '.join(slo.COMPARED)}"
     names = list(dict.fromkeys(row["policy"] for row in rows))
@@ -262,7 +273,7 @@ def answers_alike(real: Sequence[Replayed], unavailable: str | None = None) -> l
     """Return how many requests of two replays got the same tokens, and how many tokens are the same; or that this is
     `unavailable`, with the reason: random weights are near ties, which another batch decides otherwise.
     """
-    *values, count = same_tokens([one.output for one in real])
+    *values, count = same_tokens([run.output for run in real])
     source = f"{count} requests answered by the real model under both policies, greedy, same prompts"
     names = ("same_answers", "top1_agreement")
     if reason := unavailable or (None if count else "nothing was served"):

@@ -2,12 +2,8 @@
 so the same loop serves a real model in real time, a simulation, and the tests.
 
 The loop alone keeps the memory bound: a request is admitted only if the cache fits even when every row under way
-reaches its full length, so no policy can run out. It never runs on without end: what is still waiting when the drain
-time is over stays unserved, and the run counts as saturated. Knows nothing of how a policy decides, nor of tokens.
-
-A policy has `decide(view) -> Decision`, called while requests wait and rows may join, and `observe(step, finished)`,
-called after every step. An engine has `prefill(requests)`, `decode()`, `leave(ids)` and `clear()`, each returning the
-seconds it took, and `bytes`. A clock has `now()`, `advance(seconds)` (of work) and `wait_until(second)`.
+reaches its full length, so no policy can run out of memory. Every run ends: requests that still wait when the drain
+time is over stay unserved, and the run counts as saturated. Knows nothing of how a policy decides, nor of tokens.
 """
 
 import math
@@ -28,8 +24,8 @@ MOST_ROWS = 32
 class Limits:
     """What the server can hold, and for how long a request keeps its place in the queue; the same for every policy.
 
-    rows: at once; cache_bytes: of cache at `bytes_per_token` (None: no bound). Who has waited for more than
-    `patience_seconds` is served after all others (None: never), as a server does whose clients have given up (Triton's
+    rows: at once; cache_bytes: of cache at `bytes_per_token` (None: no bound). A request that has waited for more than
+    `patience_seconds` is served after all others (None: never), as by a server whose clients have given up (Triton's
     queue policy, time-out action DELAY).
     """
 
@@ -41,7 +37,7 @@ class Limits:
 
 @dataclass
 class RequestOutcome:
-    """What became of a request; times in seconds of the trace, None where it did not come to that."""
+    """What became of a request; times in seconds of the trace, None for a stage that was not reached."""
 
     request: ServingRequest
     admitted: float | None = None
@@ -84,8 +80,9 @@ class ServerStep(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees. `waiting` are those still in time; the late, where there is nobody else. `room`
-    is how many from its head the limits would admit now."""
+    """What a policy sees. `waiting`: the requests still in time, or the late ones where there are no others; `room`:
+    how many from its head the limits would admit now; `context`: the longest of the rows under way, in tokens.
+    """
 
     now: float
     waiting: Sequence[ServingRequest]
@@ -97,18 +94,46 @@ class View:
 
 @dataclass(frozen=True)
 class Decision:
-    """Admit so many from the head of the queue; or none, and (with nothing running) look again at `wait_until`."""
+    """How many to admit from the head of the queue; with 0 and nothing running, decide again at `wait_until`."""
 
     admit: int
     wait_until: float | None = None
 
 
 class Policy(Protocol):
-    name: str
+    """Decides while requests wait and rows may join (`decide`), and is shown every step (`observe`)."""
+
+    @property
+    def name(self) -> str: ...
 
     def decide(self, view: View) -> Decision: ...
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None: ...
+
+
+class Engine(Protocol):
+    """Serves rows; `prefill`, `decode` and `leave` return the seconds they took, `bytes` is what the cache holds."""
+
+    @property
+    def bytes(self) -> float: ...
+
+    def clear(self) -> None: ...
+
+    def prefill(self, requests: Sequence[ServingRequest]) -> float: ...
+
+    def decode(self) -> float: ...
+
+    def leave(self, ids: Sequence[int]) -> float: ...
+
+
+class Clock(Protocol):
+    """Tells the second of the trace; `advance` is for the seconds of work, `wait_until` for idle time."""
+
+    def now(self) -> float: ...
+
+    def advance(self, seconds: float) -> None: ...
+
+    def wait_until(self, second: float) -> None: ...
 
 
 @dataclass
@@ -132,6 +157,7 @@ class VirtualClock:
         self.time = 0.0
 
     def now(self) -> float:
+        """Return the second."""
         return self.time
 
     def advance(self, seconds: float) -> None:
@@ -160,8 +186,8 @@ class RealClock:
 def serve(
     trace: Trace,
     policy: Policy,
-    engine: object,
-    clock: object,
+    engine: Engine,
+    clock: Clock,
     limits: Limits,
     *,
     batching: str = "iteration",
@@ -176,11 +202,10 @@ def serve(
     if batching not in BATCHINGS:
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
     outcomes = [RequestOutcome(request) for request in trace.requests]
-    served = Served(trace, policy.name, outcomes)
-    arriving, prompt, late = deque(trace.requests), deque(), deque()
+    loop = _Loop(Served(trace, policy.name, outcomes), policy, engine, clock, batching)
+    served, running = loop.served, loop.running
+    arriving, prompt, late = deque(trace.requests), deque[ServingRequest](), deque[ServingRequest]()
     patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
-    running: list[RequestOutcome] = []
-    done = 0  # rows of a request-level batch that are over but still hold their place
     last = trace.seconds + (max(1.0, trace.seconds / 2) if drain_seconds is None else drain_seconds)
     engine.clear()
     while True:
@@ -206,23 +231,23 @@ def serve(
         if waiting and not (batching == "request" and running):
             room = fits(limits, running, waiting, batching)
             if room:
-                context = max((one.request.prompt_tokens + one.produced for one in running), default=0)
+                context = max((row.request.prompt_tokens + row.produced for row in running), default=0)
                 decision = policy.decide(View(now, waiting, running, room, context, batching))
             count = min(decision.admit, room)
             if count > 0:
                 chosen = [outcomes[waiting.popleft().id] for _ in range(count)]
-                done = _admit(served, chosen, running, policy, engine, clock, len(prompt) + len(late), batching)
+                loop.admit(chosen, len(prompt) + len(late))
                 continue
         if running:
-            done = _decode(served, running, done, policy, engine, clock, len(prompt) + len(late), batching)
+            loop.decode(len(prompt) + len(late))
             continue
         _idle(decision, arriving, clock, now, policy)
     served.end = clock.now()
     return served
 
 
-def _idle(decision: Decision, arriving: deque, clock: object, now: float, policy: Policy) -> None:
-    """Let time pass until the policy wants to look again or another request arrives."""
+def _idle(decision: Decision, arriving: Sequence[ServingRequest], clock: Clock, now: float, policy: Policy) -> None:
+    """Let time pass until the policy wants to decide again or another request arrives."""
     times = [arriving[0].arrival] if arriving else []
     times += [decision.wait_until] if decision.wait_until is not None else []
     if not times or min(times) <= now:
@@ -241,10 +266,10 @@ def fits(
     most = limits.rows - len(running)
     if limits.cache_bytes is None:
         return max(0, min(most, len(waiting)))
-    held = [one.request for one in running]
-    prompt = max((one.prompt_tokens for one in held), default=0)
-    new = max((one.new_tokens for one in held), default=0)
-    columns = max((one.prompt_tokens + one.new_tokens for one in held), default=0)
+    held = [row.request for row in running]
+    prompt = max((request.prompt_tokens for request in held), default=0)
+    new = max((request.new_tokens for request in held), default=0)
+    columns = max((request.prompt_tokens + request.new_tokens for request in held), default=0)
     count = 0
     for request in waiting:
         prompt, new = max(prompt, request.prompt_tokens), max(new, request.new_tokens)
@@ -256,50 +281,62 @@ def fits(
     return count
 
 
-def _admit(served, chosen, running, policy, engine, clock, waiting, batching) -> int:
-    """Read the prompts of `chosen`; each gets its first token. Returns how many are over with that."""
-    start = clock.now()
-    seconds = engine.prefill([one.request for one in chosen])
-    clock.advance(seconds)
-    now = clock.now()
-    for one in chosen:
-        one.admitted, one.first, one.produced = start, now, 1
-    running.extend(chosen)
-    longest = max(one.request.prompt_tokens for one in chosen)
-    step = ServerStep(start, "prefill", len(chosen), longest, seconds, waiting, len(running))
-    return _after(served, step, chosen, running, 0, policy, engine, clock, batching)
+@dataclass
+class _Loop:
+    """A run under way. `done` counts rows of a request-level batch that are over but still hold their place."""
 
+    served: Served
+    policy: Policy
+    engine: Engine
+    clock: Clock
+    batching: str
+    running: list[RequestOutcome] = field(default_factory=list)
+    done: int = 0
 
-def _decode(served, running, done, policy, engine, clock, waiting, batching) -> int:
-    """Produce one token of every row. Returns how many rows of a request-level batch are over."""
-    start = clock.now()
-    seconds = engine.decode()
-    clock.advance(seconds)
-    for one in running:
-        one.produced += 1
-    context = max(one.request.prompt_tokens + one.produced for one in running)
-    step = ServerStep(start, "decode", len(running), context, seconds, waiting, len(running))
-    return _after(served, step, running, running, done, policy, engine, clock, batching)
+    def admit(self, chosen: list[RequestOutcome], waiting: int) -> None:
+        """Read the prompts of `chosen`; each gets its first token."""
+        start = self.clock.now()
+        seconds = self.engine.prefill([outcome.request for outcome in chosen])
+        self.clock.advance(seconds)
+        now = self.clock.now()
+        for outcome in chosen:
+            outcome.admitted, outcome.first, outcome.produced = start, now, 1
+        self.running.extend(chosen)
+        longest = max(outcome.request.prompt_tokens for outcome in chosen)
+        step = ServerStep(start, "prefill", len(chosen), longest, seconds, waiting, len(self.running))
+        self._after(step, chosen)
 
+    def decode(self, waiting: int) -> None:
+        """Produce one token of every row."""
+        start = self.clock.now()
+        seconds = self.engine.decode()
+        self.clock.advance(seconds)
+        for row in self.running:
+            row.produced += 1
+        context = max(row.request.prompt_tokens + row.produced for row in self.running)
+        rows = len(self.running)
+        self._after(ServerStep(start, "decode", rows, context, seconds, waiting, rows), self.running)
 
-def _after(served, step, touched, running, done, policy, engine, clock, batching) -> int:
-    """Note the step and let finished rows go: at once, or, in request-level batching, when all are over."""
-    served.steps.append(step)
-    served.peak_bytes = max(served.peak_bytes, engine.bytes)
-    now = clock.now()
-    finished = [one for one in touched if one.finished is None and one.produced >= one.request.new_tokens]
-    for one in finished:
-        one.finished = now
-    policy.observe(step, finished)
-    done += len(finished)
-    gone = [one for one in running if one.finished is not None] if finished else []
-    if gone and (batching == "iteration" or done == len(running)):
-        start = clock.now()
-        seconds = engine.leave([one.request.id for one in gone])
-        clock.advance(seconds)
-        running[:] = [one for one in running if one.finished is None]
-        done = 0
-        left = ServerStep(start, "leave", len(gone), step.tokens, seconds, step.waiting, len(running))
-        served.steps.append(left)
-        policy.observe(left, ())
-    return done
+    def _after(self, step: ServerStep, touched: Sequence[RequestOutcome]) -> None:
+        """Note the step and let finished rows go: at once, or, in request-level batching, when all are over."""
+        self.served.steps.append(step)
+        self.served.peak_bytes = max(self.served.peak_bytes, self.engine.bytes)
+        now = self.clock.now()
+        finished = [row for row in touched if row.finished is None and row.produced >= row.request.new_tokens]
+        for row in finished:
+            row.finished = now
+        self.policy.observe(step, finished)
+        self.done += len(finished)
+        gone = [row for row in self.running if row.finished is not None] if finished else []
+        if gone and (self.batching == "iteration" or self.done == len(self.running)):
+            self._leave(gone, step)
+
+    def _leave(self, gone: Sequence[RequestOutcome], step: ServerStep) -> None:
+        start = self.clock.now()
+        seconds = self.engine.leave([row.request.id for row in gone])
+        self.clock.advance(seconds)
+        self.running[:] = [row for row in self.running if row.finished is None]
+        self.done = 0
+        leave = ServerStep(start, "leave", len(gone), step.tokens, seconds, step.waiting, len(self.running))
+        self.served.steps.append(leave)
+        self.policy.observe(leave, ())

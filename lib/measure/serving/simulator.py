@@ -2,11 +2,12 @@
 jitter.
 
 The engine here keeps the same padded cache as the real one, in numbers only, so hours of traffic take seconds.
-Everything is drawn by seed. Knows no policy.
+All draws are seeded. Knows no policy.
 """
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
 from lib.measure.serving.step_times import StepTimes
@@ -14,7 +15,7 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class SimulatedEngine:
-    """Answers with the measured time of each call. `jitter` off: medians, the same every time."""
+    """Returns the measured time of each call. Without `jitter` the medians, the same every time."""
 
     def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True):
         self.times, self.jitter = times, jitter
@@ -34,6 +35,7 @@ class SimulatedEngine:
         return len(self.base) * self.columns * self.times.bytes_per_token
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
+        """Let the requests join; return the seconds of reading their prompts and of moving the cache."""
         tokens = max(request.prompt_tokens for request in requests)
         joining = bool(self.base)
         for request in requests:
@@ -43,13 +45,15 @@ class SimulatedEngine:
         return seconds + (self.times.move(self.bytes) if joining else 0.0)
 
     def decode(self) -> float:
+        """Make every row one token longer; return the seconds of a step."""
         self.steps += 1
         self.columns = self.longest + self.steps
         return self.times.decode(len(self.base), self.columns) * self._deviation(self.times.decode_ratios)
 
     def leave(self, ids: Sequence[int]) -> float:
-        for name in ids:
-            del self.base[name]
+        """Take rows out; return the seconds of moving the cache."""
+        for request in ids:
+            del self.base[request]
         self._widen()
         return self.times.move(self.bytes) if self.base else 0.0
 
@@ -62,7 +66,14 @@ class SimulatedEngine:
 
 
 def simulate(
-    trace: Trace, policy: Policy, times: StepTimes, limits: Limits, *, seed: int = 0, jitter: bool = True, **options
+    trace: Trace,
+    policy: Policy,
+    times: StepTimes,
+    limits: Limits,
+    *,
+    seed: int = 0,
+    jitter: bool = True,
+    **options: Any,
 ) -> Served:
-    """Serve `trace` in virtual time and return what happened; `options` are those of `serving.serve`."""
+    """Serve `trace` in virtual time and return what happened; `options` are those of `server.serve`."""
     return serve(trace, policy, SimulatedEngine(times, seed, jitter), VirtualClock(), limits, **options)

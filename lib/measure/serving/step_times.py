@@ -2,10 +2,10 @@
 rows by bytes. The simulation draws from this, and capacity is derived from it. Knows no policy.
 
 Decode times are a table (medians over a grid, linear between its points), since kernels change with the number of rows.
-Prefill and moving are non-negative least squares in relative error; what the measured prefills are beside that fit is
-a table too, since a core's caches hold short prompts and not long ones. What a single call deviates from its median is
-kept as ratios, so that the simulation has the machine's own jitter. As in a server, every timed step follows another of
-its own rows (the first after other work is slower), and rows and prompts differ (or all would go to the same experts).
+Prefill and moving are non-negative least squares in relative error; measured ÷ fitted prefill is a table too, since a
+core's caches hold short prompts and not long ones. Ratios of single calls to their median are stored, so that the
+simulation has the machine's own jitter. As in a server, every timed step follows another of its own rows (the first
+after other work is slower), and rows and prompts differ (or all would go to the same experts).
 
 Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 """
@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ COLUMN_STEP = 16  # columns between entries of the dense table
 PROMPTS_MEASURED = (1, 2, 4, 8)
 DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
+
+Result = TypeVar("Result")
+Grid = dict[tuple[int, int], list[float]]  # seconds of the calls at each (rows or prompts, tokens)
+Moves = dict[float, list[float]]  # seconds of the moves of so many bytes
 
 
 @dataclass(frozen=True)
@@ -106,39 +111,46 @@ def measure(
     not fall on one point alone.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    *found, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    return _assembled(*found, per_token, counts, contexts)
+    decoded, read, moved, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
+    return _assembled(decoded, read, moved, per_token, counts, contexts)
 
 
-def around(
+def with_bracketing_step_times(
     model: nn.Module,
     prompt_T: torch.Tensor,
     contexts: Sequence[int],
-    run: Callable[[], object],
+    run: Callable[[], Result],
     *,
     repeats: int = 2,
     most: int = MOST_ROWS,
     rows_measured: Sequence[int] = ROWS_MEASURED,
     prompt_tokens: int = MOST_PROMPT_TOKENS,
-) -> tuple[StepTimes, object]:
+) -> tuple[StepTimes, Result]:
     """Return the step times of the model directly before and after `run()`, all calls taken together, and what it
-    returned: a machine's speed drifts, and a run is told by the times that held while it ran.
+    returned: a machine's speed drifts, and a run is compared with the times that held while it ran.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
     before = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
     result = run()
-    *after, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    found = [{point: first[point] + last[point] for point in first} for first, last in zip(before, after)]
-    return _assembled(*found, per_token, counts, contexts), result
+    after = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
+    decoded, read = ({point: first[point] + last[point] for point in first} for first, last in zip(before[:2], after))
+    moved = {size: before[2][size] + after[2][size] for size in before[2]}
+    return _assembled(decoded, read, moved, after[3], counts, contexts), result
 
 
 def _calls(
-    model, prompt_T, contexts, counts, repeats, prompt_tokens=MOST_PROMPT_TOKENS
-) -> tuple[dict, dict, dict, float]:
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    counts: Sequence[int],
+    repeats: int,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
+) -> tuple[Grid, Grid, Moves, float]:
     """Return the seconds of single calls (decoding, prefills, moves), and the cache's bytes per token."""
     decoded = _decode(model, prompt_T, contexts, counts, repeats)
     read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens)
-    return decoded, read, *_move(model, prompt_T, contexts, counts, repeats)
+    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
+    return decoded, read, moved, per_token
 
 
 def measure_together(
@@ -153,21 +165,20 @@ def measure_together(
     spell of the machine falls on all of them.
     """
     contexts, counts = _grid(prompt_T, contexts, most)
-    found = [({}, {}, {}) for _ in models]
+    calls: list[tuple[Grid, Grid, Moves]] = [({}, {}, {}) for _ in models]
     per_token = [0.0] * len(models)
     for turn in range(rounds):
-        order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
+        order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
         for index in order:
-            model = models[index]
-            *some, per_token[index] = _calls(model, prompt_T, contexts, counts, 1)
-            for all_of, new in zip(found[index], some):
+            *parts, per_token[index] = _calls(models[index], prompt_T, contexts, counts, 1)
+            for every, new in zip(calls[index], parts):
                 for point, seconds in new.items():
-                    all_of.setdefault(point, []).extend(seconds)
-    return tuple(_assembled(*lists, size, counts, contexts) for lists, size in zip(found, per_token))
+                    every.setdefault(point, []).extend(seconds)
+    return tuple(_assembled(*parts, size, counts, contexts) for parts, size in zip(calls, per_token))
 
 
 def by_mean(times: StepTimes) -> StepTimes:
-    """Return the same times told by means: tables of medians times the mean ratio, and ratios that are 1 on average.
+    """Return the same times by means: tables of medians times the mean ratio, and ratios that are 1 on average.
 
     What a server can sustain follows from the mean of a call, which on a disturbed machine lies far above the median.
     """
@@ -175,7 +186,7 @@ def by_mean(times: StepTimes) -> StepTimes:
     return replace(
         times,
         decode_BL=tuple(tuple(decode * value for value in row) for row in times.decode_BL),
-        prefill_fit=tuple(prefill * value for value in times.prefill_fit),
+        prefill_fit=(prefill * times.prefill_fit[0], prefill * times.prefill_fit[1], prefill * times.prefill_fit[2]),
         decode_ratios=tuple(value / decode for value in times.decode_ratios),
         prefill_ratios=tuple(value / prefill for value in times.prefill_ratios),
     )
@@ -192,17 +203,21 @@ def _grid(
     return contexts, counts + ([most] if most not in counts else [])
 
 
-def _assembled(decoded: dict, read: dict, moved: dict, per_token: float, counts, contexts) -> StepTimes:
+def _assembled(
+    decoded: Grid, read: Grid, moved: Moves, per_token: float, counts: Sequence[int], contexts: Sequence[int]
+) -> StepTimes:
     grid = np.array([[np.median(decoded[count, context]) for context in contexts] for count in counts])
-    fit = _fit([(1, n * t, n * t**2) for n, t in read], [np.median(times) for times in read.values()])
+    fixed, linear, square = _fit([(1, n * t, n * t**2) for n, t in read], _medians(read))
+    fit = fixed, linear, square
+    fixed_move, per_byte = _fit([(1, size) for size in moved], _medians(moved))
     return StepTimes(
         _dense(grid, counts, contexts),
         fit,
-        _fit([(1, size) for size in moved], [np.median(times) for times in moved.values()]),
+        (fixed_move, per_byte),
         _ratios(decoded),
         _ratios(read),
         per_token,
-        sum(len(times) for found in (decoded, read, moved) for times in found.values()),
+        sum(len(times) for part in (decoded, read, moved) for times in part.values()),
         tuple(
             (count, context, float(grid[i, j])) for i, count in enumerate(counts) for j, context in enumerate(contexts)
         ),
@@ -210,7 +225,7 @@ def _assembled(decoded: dict, read: dict, moved: dict, per_token: float, counts,
     )
 
 
-def _beside_fit(read: dict, fit: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
+def _beside_fit(read: Grid, fit: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
     """Return measured ÷ fitted prefill, a dense table by prompts and tokens. Points too large to be measured have the
     ratio of the next fewer prompts of that length.
     """
@@ -235,17 +250,19 @@ def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int], list[float]]:
+def _decode(
+    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
+) -> Grid:
     """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
     another token.
     """
-    found: dict[tuple[int, int], list[float]] = {}
+    seconds_at: Grid = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
     longest = batch_cache.prefill(model, [_part(prompt_T, at, contexts[-1] - 1) for at in range(DISTINCT)])
     for context in contexts:
-        some = batch_cache.first(longest, context - 1)
+        rows = batch_cache.first(longest, context - 1)
         many = {
-            count: batch_cache.keep(batch_cache.repeat(some, -(-count // DISTINCT)), range(count)) for count in counts
+            count: batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count)) for count in counts
         }
         for turn in range(repeats):
             for count in counts:
@@ -253,8 +270,8 @@ def _decode(model, prompt_T, contexts, counts, repeats) -> dict[tuple[int, int],
                     many[count].token_B = token_T[turn : turn + count].clone()
                     seconds = _timed(model, batch_cache.step, model, many[count])
                     if timed:
-                        found.setdefault((count, context), []).append(seconds)
-    return found
+                        seconds_at.setdefault((count, context), []).append(seconds)
+    return seconds_at
 
 
 def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
@@ -262,31 +279,33 @@ def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
     return prompt_T.roll(-length * index)[:length]
 
 
-def _prefill(model, prompt_T, contexts, repeats, most) -> dict[tuple[int, int], list[float]]:
+def _prefill(model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], repeats: int, most: int) -> Grid:
     """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
     points = [
         (count, length) for count in PROMPTS_MEASURED for length in contexts if count * length <= most or count == 1
     ]
-    found: dict[tuple[int, int], list[float]] = {}
+    seconds_at: Grid = {}
     for turn in range(repeats + 1):
         for count, length in points:
             prompts = [_part(prompt_T, index, length) for index in range(count)]
             seconds = _timed(model, batch_cache.prefill, model, prompts)
             if turn:
-                found.setdefault((count, length), []).append(seconds)
-    return found
+                seconds_at.setdefault((count, length), []).append(seconds)
+    return seconds_at
 
 
-def _move(model, prompt_T, contexts, counts, repeats) -> tuple[dict[float, list[float]], float]:
+def _move(
+    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
+) -> tuple[Moves, float]:
     """Seconds of taking one row out, by the bytes left; and the cache's bytes per token of one row."""
-    found: dict[float, list[float]] = {}
-    one = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
+    seconds_at: Moves = {}
+    single = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
     for count in (counts[len(counts) // 2], counts[-1]):
         for _ in range(repeats):
-            many = batch_cache.repeat(one, count)
+            many = batch_cache.repeat(single, count)
             seconds = _timed(model, batch_cache.keep, many, range(max(1, count - 1)))
-            found.setdefault(float(many.bytes), []).append(seconds)
-    return found, one.bytes / one.length
+            seconds_at.setdefault(float(many.bytes), []).append(seconds)
+    return seconds_at, single.bytes / single.length
 
 
 def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
@@ -316,5 +335,9 @@ def _dense(
     return tuple(tuple(float(max(least, value)) for value in row) for row in table(points))
 
 
-def _ratios(found: dict) -> tuple[float, ...]:
-    return tuple(float(value / np.median(times)) for times in found.values() for value in times)
+def _ratios(calls: Grid) -> tuple[float, ...]:
+    return tuple(float(value / np.median(times)) for times in calls.values() for value in times)
+
+
+def _medians(calls: Grid | Moves) -> list[float]:
+    return [float(np.median(times)) for times in calls.values()]

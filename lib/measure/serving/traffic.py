@@ -51,7 +51,7 @@ class ServingRequest:
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order of arrival, made from `phases` with `seed`; `describe` is what a record keeps of it."""
+    """Requests in order of arrival, made from `phases` with `seed`; `describe` returns what a record stores of it."""
 
     name: str
     seed: int
@@ -68,7 +68,7 @@ class Trace:
         return [sum(phase.seconds for phase in self.phases[:index]) for index in range(len(self.phases))]
 
     def describe(self) -> dict[str, object]:
-        """Return what it takes to make the same trace again, and how many requests and tokens it has."""
+        """Return everything needed to make the same trace again, and how many requests and tokens it has."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -88,7 +88,7 @@ class Trace:
 
 
 def make(name: str, phases: Sequence[Phase], seed: int = 0) -> Trace:
-    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence; without any phase there is no trace.
+    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence.
 
     Raises UserError for no phase, a negative or infinite number, lengths below one token, or no burstiness.
     """
@@ -124,11 +124,11 @@ def _arrivals(phase: Phase, random: np.random.Generator) -> list[float]:
     if phase.rate == 0:
         return []
     shape = 1 / phase.burstiness**2
-    found, now = [], random.gamma(shape, 1 / (phase.rate * shape))
+    arrivals, now = [], random.gamma(shape, 1 / (phase.rate * shape))
     while now < phase.seconds:
-        found.append(float(now))
+        arrivals.append(float(now))
         now += random.gamma(shape, 1 / (phase.rate * shape))
-    return found
+    return arrivals
 
 
 def _length(mean: int, random: np.random.Generator) -> int:
@@ -147,13 +147,3 @@ def constant(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Tr
 def bursty(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
     """Return the same mean rate in bursts (Gamma gaps)."""
     return make("bursty", [Phase(seconds, rate, lengths, BURSTINESS)], seed)
-
-
-def load_step(low: float, high: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
-    """Return a third at the low rate, a third at the high one, a third at the low one again."""
-    return make("load step", [Phase(seconds / 3, rate, lengths) for rate in (low, high, low)], seed)
-
-
-def length_change(rates: tuple[float, float], seconds: float, lengths: tuple[Lengths, Lengths], seed: int = 0) -> Trace:
-    """Return two halves, each with its own lengths and rate."""
-    return make("change of lengths", [Phase(seconds / 2, *pair) for pair in zip(rates, lengths)], seed)

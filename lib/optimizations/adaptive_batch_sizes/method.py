@@ -25,10 +25,10 @@ import numpy as np
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.serving.server import MOST_ROWS, Decision, RequestOutcome, Served, ServerStep, View
+from lib.measure.serving.server import MOST_ROWS, Decision, Policy, RequestOutcome, Served, ServerStep, View
 from lib.measure.serving.slo import FACTORS, Objectives, Single, goodput
 from lib.measure.serving.traffic import Trace
-from lib.models.decoding import batch_cache as rows
+from lib.models.decoding import batch_cache
 
 SEARCH_SPACE = {
     "batching": {"type": "categorical", "choices": ("iteration", "request"), "default": "iteration"},
@@ -61,14 +61,14 @@ BACKOFF, WINDOW = 0.9, 8  # AIMD: factor after a miss; finished requests between
 
 def applies_to(model: nn.Module) -> str | None:
     """Return None where rows can join this model's running batch, else the reason why not."""
-    return rows.joinable(model)
+    return batch_cache.joinable(model)
 
 
 # --- policies to compare with ----------------------------------------------------------------------------------------
 
 
-class Fixed:
-    """Admit at once whoever fits below `size`."""
+class FixedSize:
+    """Admit at once every request that fits below `size`."""
 
     def __init__(self, size: int, name: str | None = None):
         _check_size(size)
@@ -81,7 +81,7 @@ class Fixed:
         pass
 
 
-class Timeout(Fixed):
+class Timeout(FixedSize):
     """Admit when `group` requests wait, or the oldest has waited for `delay` seconds; at most `size` rows."""
 
     def __init__(self, size: int, group: int, delay: float):
@@ -97,24 +97,24 @@ class Timeout(Fixed):
         return super().decide(view)
 
 
-class Aimd(Fixed):
+class AimdSize(FixedSize):
     """One row more after a window of requests that kept the objectives, a tenth fewer after one that did not."""
 
     def __init__(self, objectives: Objectives, most: int = MOST_ROWS):
         super().__init__(1, "AIMD")
         self.objectives, self.most, self.exact = objectives, most, 1.0
-        self.seen = self.missed = 0
+        self.count = self.missed = 0
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        for one in finished:
-            self.seen += 1
-            self.missed += one.token_seconds > self.objectives.token_seconds
-        if self.seen >= WINDOW or self.missed:
+        for outcome in finished:
+            self.count += 1
+            self.missed += (outcome.token_seconds or 0.0) > self.objectives.token_seconds
+        if self.count >= WINDOW or self.missed:
             self.exact = max(1.0, self.exact * BACKOFF) if self.missed else min(float(self.most), self.exact + 1)
-            self.size, self.seen, self.missed = math.floor(self.exact), 0, 0
+            self.size, self.count, self.missed = math.floor(self.exact), 0, 0
 
 
-class Scheduled(Fixed):
+class Scheduled(FixedSize):
     """Size `sizes[i]` from second `starts[i]` on."""
 
     def __init__(self, starts: Sequence[float], sizes: Sequence[int], name: str = "oracle schedule"):
@@ -140,8 +140,8 @@ class StepModel:
     """Seconds of a call as a weighted sum of its terms, learned online: least squares in relative error, forgetting
     (Åström and Wittenmark 2008, *Adaptive control*, section 2.2, in information form), no weight below zero.
 
-    guess: weights to begin with; `likely`: terms of a few likely calls, at which the guess goes on counting as `TRUST`
-    measured calls each, so that what is not seen for long stays near it instead of drifting off.
+    guess: weights to begin with; `likely`: terms of a few likely calls, at which the guess keeps counting as `TRUST`
+    measured calls each, so that terms without new measurements stay near it instead of drifting off.
     """
 
     def __init__(self, guess: Sequence[float], likely: Sequence[Sequence[float]]):
@@ -150,7 +150,7 @@ class StepModel:
         self.weights = [weight * scale for weight, scale in zip(guess, self.scale)]
         count = range(len(guess))
         self.prior = [[0.0] * len(guess) for _ in count], [0.0] * len(guess)
-        self.seen = [[0.0] * len(guess) for _ in count], [0.0] * len(guess)
+        self.sums = [[0.0] * len(guess) for _ in count], [0.0] * len(guess)
         for terms in likely:
             self._add(self.prior, terms, self.predict(terms), TRUST)
 
@@ -165,26 +165,26 @@ class StepModel:
         """Take in one measured call."""
         if seconds <= 0:
             return
-        matrix, vector = self.seen
+        matrix, vector = self.sums
         for index, row in enumerate(matrix):
             matrix[index] = [FORGETTING * value for value in row]
             vector[index] *= FORGETTING
-        self._add(self.seen, terms, seconds, 1.0)
+        self._add(self.sums, terms, seconds, 1.0)
         self._sweep()
 
     def _add(self, sums: tuple[list, list], terms: Sequence[float], seconds: float, weight: float) -> None:
         # Divided by what was measured: a prefill must not outweigh a hundred steps, nor a call in which the machine
         # stood still a hundred others.
         x = [term / scale / seconds for term, scale in zip(terms, self.scale)]
-        for row, one in enumerate(x):
-            for column, other in enumerate(x):
-                sums[0][row][column] += weight * one * other
-            sums[1][row] += weight * one
+        for row, left in enumerate(x):
+            for column, right in enumerate(x):
+                sums[0][row][column] += weight * left * right
+            sums[1][row] += weight * left
 
     def _sweep(self) -> None:
         """Move each weight in turn to its best value of at least zero, from where they stand."""
-        rows = [[p + s for p, s in zip(*pair)] for pair in zip(self.prior[0], self.seen[0])]
-        goals = [p + s for p, s in zip(self.prior[1], self.seen[1])]
+        rows = [[p + s for p, s in zip(*pair)] for pair in zip(self.prior[0], self.sums[0])]
+        goals = [p + s for p, s in zip(self.prior[1], self.sums[1])]
         for _ in range(SWEEPS):
             for index, (row, goal) in enumerate(zip(rows, goals)):
                 rest = -row[index] * self.weights[index]
@@ -211,13 +211,13 @@ class Adaptive:
         self.steps = StepModel([0.85 * step, 0.15 * step, 0.0], [(1, batch, batch * prompt) for batch in (1, 4, 16)])
         self.reads = StepModel([0.0, single.prefill_seconds / prompt, 0.0], [_read_terms(1, prompt), _read_terms(4, 1)])
         self.leaving = 0.0  # seconds that taking a row out takes
-        self.size, self.asked = 1, 0
+        self.size, self.requested = 1, 0
 
     def decide(self, view: View) -> Decision:
         near = list_head(view.waiting, LOOK_AHEAD)
-        asked = [one.request for one in view.running] + near
+        requests = [outcome.request for outcome in view.running] + near
         prompt = sum(request.prompt_tokens for request in near) / len(near)
-        answer = sum(request.new_tokens for request in asked) / len(asked)
+        answer = sum(request.new_tokens for request in requests) / len(requests)
         context = max(view.context, max(request.prompt_tokens for request in near)) + answer / 2
         self._resize(context, prompt, answer, view.batching)
         count = min(self.size - len(view.running), view.room)
@@ -254,12 +254,12 @@ class Adaptive:
         """Shrink when the present size is predicted to miss the objective, grow when a larger one keeps some room."""
         objective = self.objectives.token_seconds
         if self.size > (most := self.largest(objective, context, prompt, answer, batching)):
-            self.size, self.asked = most, 0
+            self.size, self.requested = most, 0
             return
         target = self.largest(objective * (1 - self.headroom), context, prompt, answer, batching)
-        self.asked = self.asked + 1 if target > self.size else 0
-        if self.asked >= PATIENCE:
-            self.size, self.asked = min(target, 2 * self.size), 0
+        self.requested = self.requested + 1 if target > self.size else 0
+        if self.requested >= PATIENCE:
+            self.size, self.requested = min(target, 2 * self.size), 0
 
     def _worthwhile(self, view: View, count: int, context: float) -> int:
         """Return how many of at most `count` to admit so that most requests keep their objectives.
@@ -268,27 +268,27 @@ class Adaptive:
         has left. Against it stand the waiting whose time to first token would be missed by waiting a little longer.
         """
         seconds = self.step_seconds(len(view.running) + count, context)
-        slack = sorted(self._slack(one, view.now, seconds) for one in view.running)
-        slack = [left for left in slack if left >= 0]  # what is lost already cannot be lost again
+        slack = sorted(self._slack(outcome, view.now, seconds) for outcome in view.running)
+        slack = [rest for rest in slack if rest >= 0]  # what is lost already cannot be lost again
         best, gained = 0, 0
         longest = 0
         for admitted, request in enumerate(list_head(view.waiting, count), start=1):
             longest = max(longest, request.prompt_tokens)
             read = self.reads.predict(_read_terms(admitted, longest))
-            pushed = sum(left < read for left in slack)
+            pushed = sum(rest < read for rest in slack)
             due = [
-                one.arrival + self.objectives.first_token_seconds - view.now
-                for one in list_head(view.waiting, admitted)
+                request.arrival + self.objectives.first_token_seconds - view.now
+                for request in list_head(view.waiting, admitted)
             ]
-            saved = sum(read <= left < read + 8 * seconds for left in due)
+            saved = sum(read <= rest < read + 8 * seconds for rest in due)
             if saved - pushed >= gained:
                 best, gained = admitted, saved - pushed
         return best
 
-    def _slack(self, one: RequestOutcome, now: float, seconds: float) -> float:
-        """Seconds that a row can still be stopped for and keep its objective."""
-        length = one.request.new_tokens
-        return (length - 1) * self.objectives.token_seconds - (now - one.first) - (length - one.produced) * seconds
+    def _slack(self, outcome: RequestOutcome, now: float, seconds: float) -> float:
+        """Return the seconds for which a row can still be stopped and keep its objective."""
+        length, first = outcome.request.new_tokens, now if outcome.first is None else outcome.first
+        return (length - 1) * self.objectives.token_seconds - (now - first) - (length - outcome.produced) * seconds
 
 
 def list_head(items: Sequence, count: int) -> list:
@@ -300,15 +300,15 @@ def _read_terms(count: int, tokens: float) -> tuple[float, float, float]:
     return 1.0, count * tokens, count * tokens**2
 
 
-def rivals(size: int, ours: Callable[[], object], wanted: Objectives) -> dict[str, Callable[[], object]]:
-    """Return the policies to compare, as functions that make a fresh one: the fixed `size` first, `ours` last.
+def rivals(size: int, ours: Callable[[], Policy], objective: Objectives) -> dict[str, Callable[[], Policy]]:
+    """Return the policies to compare, as functions that make a new one: the fixed `size` first, `ours` last.
 
     The time-out policy gathers up to four requests for at most a quarter of the first-token objective.
     """
     return {
-        f"fixed {size}": lambda: Fixed(size),
-        "time-out": lambda: Timeout(size, min(4, size), wanted.first_token_seconds / 4),
-        "AIMD": lambda: Aimd(wanted),
+        f"fixed {size}": lambda: FixedSize(size),
+        "time-out": lambda: Timeout(size, min(4, size), objective.first_token_seconds / 4),
+        "AIMD": lambda: AimdSize(objective),
         "adaptive": ours,
     }
 
@@ -317,7 +317,7 @@ def rivals(size: int, ours: Callable[[], object], wanted: Objectives) -> dict[st
 
 
 def best_fixed(
-    traces: Sequence[Trace], wanted: Objectives, run: Callable[[Trace, object], Served], sizes: Sequence[int]
+    traces: Sequence[Trace], objective: Objectives, run: Callable[[Trace, Policy], Served], sizes: Sequence[int]
 ) -> tuple[int, dict[int, float]]:
     """Return the fixed size with the highest mean goodput over `traces` in hindsight, and the goodput of every size.
 
@@ -325,18 +325,18 @@ def best_fixed(
     since it holds less memory. The goodput of the other sizes is that of two traces.
     """
     first, rest = traces[:2], traces[2:]
-    found = {size: [goodput(run(trace, Fixed(size)), wanted) for trace in first] for size in sizes}
-    for size in sorted(found, key=lambda size: (-np.mean(found[size]), size))[:FINALISTS]:
-        found[size] += [goodput(run(trace, Fixed(size)), wanted) for trace in rest]
-    finalists = [size for size in found if len(found[size]) == len(traces)]
-    means = {size: float(np.mean(values)) for size, values in found.items()}
+    goodputs = {size: [goodput(run(trace, FixedSize(size)), objective) for trace in first] for size in sizes}
+    for size in sorted(goodputs, key=lambda size: (-float(np.mean(goodputs[size])), size))[:FINALISTS]:
+        goodputs[size] += [goodput(run(trace, FixedSize(size)), objective) for trace in rest]
+    finalists = [size for size in goodputs if len(goodputs[size]) == len(traces)]
+    means = {size: float(np.mean(values)) for size, values in goodputs.items()}
     return max(finalists, key=lambda size: (means[size], -size)), means
 
 
 def best_schedule(
     trace: Trace,
-    wanted: Objectives,
-    run: Callable[[Trace, object], Served],
+    objective: Objectives,
+    run: Callable[[Trace, Policy], Served],
     sizes: Sequence[int],
     start: int,
     rounds: int = 2,
@@ -346,13 +346,13 @@ def best_schedule(
     It knows the phases and the future; being a search, it is a lower bound of what an oracle could do.
     """
     chosen = [start] * len(trace.phases)
-    best = goodput(run(trace, Scheduled(trace.starts, chosen)), wanted)
+    best = goodput(run(trace, Scheduled(trace.starts, chosen)), objective)
     for _ in range(rounds):
         before = best
         for phase in range(len(chosen)):
             for size in sizes:
                 tried = [*chosen[:phase], size, *chosen[phase + 1 :]]
-                value = goodput(run(trace, Scheduled(trace.starts, tried)), wanted)
+                value = goodput(run(trace, Scheduled(trace.starts, tried)), objective)
                 if value > best:
                     best, chosen = value, tried
         if best == before:

@@ -3,14 +3,14 @@
 Testing by betting (Waudby-Smith and Ramdas 2024, *Estimating means of bounded random variables by betting*, JRSSB 86,
 section 4): a gambler bets that losses in [0, 1] exceed `bound`. While their mean does not, the expected capital never
 grows, so by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however often one looks. Knows
-nothing of models, nor of what is done about a breach.
+no model.
 """
 
 from dataclasses import dataclass, field
 
 from lib.errors import UserError
 
-FADING = 0.95  # of what was seen, per loss, in the mean that sets the stake
+FADING = 0.95  # of earlier losses, per loss, in the mean that sets the stake
 
 
 @dataclass
@@ -51,7 +51,8 @@ class BreachTest:
         if not self.breached:
             self.capital *= 1 + self._stake() * (loss - self.bound)
         self.losses.append(loss)
-        self.recent = tuple(FADING * old + new for old, new in zip(self.recent, (1.0, loss, loss * loss)))
+        count, total, squares = self.recent
+        self.recent = FADING * count + 1.0, FADING * total + loss, FADING * squares + loss * loss
         return self.breached
 
     def _stake(self) -> float:

@@ -1,13 +1,15 @@
 """A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
 
 Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions that make a fresh policy; this module knows but the static ones. Profile 0 is the full one, 1 the fast one.
+functions from a scenario to a new policy; this module knows the static ones only. Profile 0 is the full one, 1 the fast
+one. What it shares with every comparison of policies is in `lib.measure.serving.policy_comparison`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from lib.errors import UserError
@@ -16,7 +18,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
 from lib.measure.serving import policy_comparison, slo, step_times
 from lib.measure.serving.server import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
-from lib.measure.serving.slo import Objectives, Single, objectives
+from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
 from lib.measure.timing import disturbance
@@ -27,9 +29,9 @@ from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 LENGTHS = Lengths(48, 16)
 CONTEXTS = (32, 96, 256)  # columns at which steps are timed
-NEW_JITTER = 7919  # added to a seed for the same trace with other jitter: the A/A control
 
-Make = Callable[[Scenario], Policy]
+PolicyFactory = Callable[[Scenario], Policy]
+Row = dict[str, object]
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Static:
         return f"{kind} {self.size}"
 
     def decide(self, view: View) -> Decision:
-        """Admit whoever fits below the size."""
+        """Admit every request that fits below the size."""
         inside = self.span is not None and self.span[0] <= view.now < self.span[1]
         self.profile = 1 if inside else self.always
         return Decision(max(0, min(self.size - len(view.running), view.room)))
@@ -58,13 +60,13 @@ class Static:
 
 
 @dataclass(frozen=True)
-class ServingSetup:
+class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script;
     and what disturbed the machine while the steps were timed (None: nothing noticed).
     """
 
     times: tuple[StepTimes, StepTimes]
-    wanted: Objectives
+    objective: Objectives
     limits: Limits
     seconds: float
     disturbed: str | None = None
@@ -72,17 +74,28 @@ class ServingSetup:
     @property
     def rate(self) -> float:
         """Requests per second that the full profile can serve within the objective per token."""
-        return self.times[0].capacity(LENGTHS, self.wanted.token_seconds)[0]
+        return self.times[0].capacity(LENGTHS, self.objective.token_seconds)[0]
 
     @property
     def saving(self) -> float:
         """How many times as long a request takes with the full profile as with the fast one, at a batch of eight."""
-        full, fast = (one.sustained(8, LENGTHS)[0] for one in self.times)
+        full, fast = (times.sustained(8, LENGTHS)[0] for times in self.times)
         return full / fast
 
     def play(self, scenario: Scenario, policy: Policy, jitter: int = 0) -> Played:
         """Serve a scenario in virtual time; the jitter follows from the trace's seed, so settings meet the same one."""
         return scenarios.play(scenario, policy, self.times, self.limits, scenario.trace.seed + jitter)
+
+    def goodputs(self, scripts: Sequence[Scenario], make_policy: PolicyFactory, jitter: int = 0) -> list[float]:
+        """Return the simulated goodput of a new policy on each script, requests/s."""
+        return [
+            slo.goodput(self.play(script, make_policy(script), jitter).served, self.objective) for script in scripts
+        ]
+
+    @property
+    def samples(self) -> int:
+        """How many calls were timed."""
+        return sum(times.samples for times in self.times)
 
 
 def prepare(
@@ -94,8 +107,8 @@ def prepare(
     requests: int,
     rounds: int = 3,
     seed: int = 0,
-) -> ServingSetup:
-    """Time the steps of both profiles in turn and return the ground for all settings.
+) -> TwoProfileSetup:
+    """Time the steps of both profiles in turn and return the setup that all settings share.
 
     A third of a script lasts as long as `requests` requests at capacity. Raises UserError where no request can be
     served within the objectives.
@@ -103,87 +116,89 @@ def prepare(
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
     close = disturbance.watch()
     times = step_times.measure_together((loaded.model, fast), text_T, CONTEXTS, rounds=rounds)
-    disturbed, times = close(), tuple(step_times.by_mean(one) for one in times)
-    single = Single.of(times[0], LENGTHS)
-    wanted = objectives(single, first_token_factor, token_factor)
-    rate, _ = times[0].capacity(LENGTHS, wanted.token_seconds)
+    disturbed = close()
+    full_times, fast_times = (step_times.by_mean(profile) for profile in times)
+    single = Single.of(full_times, LENGTHS)
+    objective = slo.objectives(single, first_token_factor, token_factor)
+    rate, _ = full_times.capacity(LENGTHS, objective.token_seconds)
     if not rate:
-        raise UserError("trials: no batch keeps the objective per token; give a larger token_factor")
-    patience = max(0.0, wanted.first_token_seconds - single.prefill_seconds)
-    return ServingSetup(times, wanted, Limits(MOST_ROWS, patience_seconds=patience), 3 * requests / rate, disturbed)
+        raise UserError("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
+    limits = Limits(MOST_ROWS, patience_seconds=slo.patience_seconds(objective, single))
+    return TwoProfileSetup((full_times, fast_times), objective, limits, 3 * requests / rate, disturbed)
 
 
-def scripts(ground: ServingSetup, seeds: Sequence[int]) -> list[Scenario]:
+def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
     """Return every scenario for every seed."""
-    made = [scenarios.script(ground.times[0], ground.wanted, LENGTHS, ground.seconds, seed) for seed in seeds]
-    return [one for several in made for one in several]
+    return [
+        scenario
+        for seed in seeds
+        for scenario in scenarios.script(setup.times[0], setup.objective, LENGTHS, setup.seconds, seed)
+    ]
 
 
-def compare(ground: ServingSetup, every: Sequence[Scenario], settings: dict[str, Make]) -> list[dict[str, object]]:
+def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping[str, PolicyFactory]) -> list[Row]:
     """Return a row per scenario and setting: means over the seeds of that scenario.
 
-    `missed s`: seconds in which too few of those arriving were served in time; `fast share`: of the answers, given by
-    the fast profile; `settled s`: from the disturbance until served well for good, of the seeds that settle.
+    `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
+    given by the fast profile; `settled s`: from the disturbance until served well for good, of the seeds that settle.
     """
     rows = []
-    for name in dict.fromkeys(one.name for one in every):
-        chosen = [one for one in every if one.name == name]
-        for setting, fresh in settings.items():
-            rows.append({"scenario": name, "setting": setting} | _row(ground, chosen, fresh))
+    for name in dict.fromkeys(scenario.name for scenario in every):
+        chosen = [scenario for scenario in every if scenario.name == name]
+        for setting, make_policy in settings.items():
+            rows.append({"scenario": name, "setting": setting} | _row(setup, chosen, make_policy))
     return rows
 
 
-def _row(ground: ServingSetup, chosen: Sequence[Scenario], fresh: Make) -> dict[str, object]:
-    found = []
-    for one in chosen:
-        policy = fresh(one)
-        run = ground.play(one, policy)
+def _row(setup: TwoProfileSetup, chosen: Sequence[Scenario], make_policy: PolicyFactory) -> Row:
+    runs = []
+    for scenario in chosen:
+        policy = make_policy(scenario)
+        played = setup.play(scenario, policy)
         limits = [limit for _, limit, _ in getattr(policy, "course", [])]
-        third = one.trace.seconds / 3
-        found.append(
+        third = scenario.trace.seconds / 3
+        switch = getattr(policy, "switch", None)
+        runs.append(
             {
-                "missed s": scenarios.seconds_beyond(run.served, ground.wanted),
-                "goodput share": slo.goodput_share(run.served, ground.wanted),
-                "fast share": run.share(1),
-                "settled s": slo.settling_seconds(run.served, ground.wanted, third, 2 * third),
-                "overshoot": scenarios.overshoot(run.served, ground.wanted),
+                "missed s": scenarios.seconds_beyond(played.served, setup.objective),
+                "goodput share": slo.goodput_share(played.served, setup.objective),
+                "fast share": played.share(1),
+                "settled s": slo.settling_seconds(played.served, setup.objective, third, 2 * third),
+                "overshoot": scenarios.overshoot(played.served, setup.objective),
                 "reversals": float(scenarios.reversals(limits)) if limits else None,
-                "changes": float(len(policy.switch.course)) if getattr(policy, "switch", None) else None,
+                "changes": float(len(switch.course)) if switch else None,
             }
         )
-    known = {key: [one[key] for one in found if one[key] is not None] for key in found[0]}
-    row: dict[str, object] = {key: float(np.mean(values)) if values else None for key, values in known.items()}
-    return row | {"never settled": sum(one["settled s"] is None for one in found), "seeds": len(found)}
+    row: Row = dict(policy_comparison.averaged(runs, list(runs[0])))
+    return row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)}
 
 
-def totals(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, float]]:
-    """Return setting → means over the scenarios, each weighing the same: missed s, goodput share, fast share."""
-    found = {}
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        mine = [row for row in rows if row["setting"] == name]
-        found[name] = {key: float(np.mean([row[key] for row in mine])) for key in ("missed s", "goodput share")}
-        found[name]["fast share"] = float(np.mean([row["fast share"] for row in mine]))
-        found[name]["overshoot"] = float(np.mean([row["overshoot"] for row in mine]))
-    return found
+def totals(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return setting → means over the scenarios, all of equal weight."""
+    frame = pd.DataFrame(rows)
+    keys, means = ("missed s", "goodput share", "fast share", "overshoot"), {}
+    for name in dict.fromkeys(frame["setting"]):
+        chosen = frame[frame["setting"] == name]
+        means[str(name)] = {key: float(np.mean(chosen[key].tolist())) for key in keys}
+    return means
 
 
 def goodput(
-    ground: ServingSetup, every: Sequence[Scenario], baseline: Make, optimized: Make, workload: str = "serve, disturbed"
+    setup: TwoProfileSetup,
+    every: Sequence[Scenario],
+    baseline: PolicyFactory,
+    optimized: PolicyFactory,
+    workload: str = "serve, disturbed",
 ) -> Measurement:
     """Return the goodput of two settings, script by script, simulated; floor: the baseline with other jitter."""
-    arms = [
-        [slo.goodput(ground.play(one, fresh(one)).served, ground.wanted) for one in every]
-        for fresh in (baseline, optimized)
-    ]
-    again = [slo.goodput(ground.play(one, baseline(one), NEW_JITTER).served, ground.wanted) for one in every]
-    source = f"simulated: {len(every)} scripts, step times from {_samples(ground)} timed calls of this run"
-    return policy_comparison.judged_goodput(workload, arms, again, source)
+    source = f"simulated: {len(every)} scripts, step times from {setup.samples} timed calls of this run"
+    return policy_comparison.goodput_of(
+        lambda make_policy, jitter: setup.goodputs(every, make_policy, jitter), baseline, optimized, workload, source
+    )
 
 
-def measurements(
-    ground: ServingSetup, rows: Sequence[dict[str, object]], baseline: str, optimized: str
-) -> list[Measurement]:
-    """Return what `compare` showed of two settings as measurements, over all scenarios, not judged."""
+def measurements(setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, optimized: str) -> list[Measurement]:
+    """Return the rows of `compare` for two settings as measurements, over all scenarios, not judged."""
     names = {
         "objective_missed_seconds": "missed s",
         "goodput_share": "goodput share",
@@ -191,27 +206,25 @@ def measurements(
         "overshoot_share": "overshoot",
         "limit_reversals": "reversals",
     }
-    found = []
+    reasons = "no run has such a number", "one arm has no such number"
+    results = []
     for metric, key in names.items():
-        arms = [[row[key] for row in rows if row["setting"] == name] for name in (baseline, optimized)]
-        known = [[value for value in arm if value is not None] for arm in arms]
-        means = [float(np.mean(arm)) if arm else None for arm in known]
-        missing = sum(len(arm) - len(some) for arm, some in zip(arms, known))
-        source = f"simulated: mean of {len(arms[0])} scenarios, step times from {_samples(ground)} timed calls"
+        arms = [[_number(row[key]) for row in rows if row["setting"] == name] for name in (baseline, optimized)]
+        missing = sum(value is None for arm in arms for value in arm)
+        source = f"simulated: mean of {len(arms[0])} scenarios, step times from {setup.samples} timed calls"
         source += f"; {missing} of {2 * len(arms[0])} have no such number" if missing else ""
-        if means == [None, None]:
-            found.append(measurement.unavailable(metric, "serve", "no run has such a number", source))
-            continue
-        fields = {} if means[0] and means[1] is not None else {"ratio": None}
-        fields |= {"reason": "one arm has no such number"} if None in means else {}
-        found.append(measurement.informative(metric, "serve", *means, source, "estimated", **fields))
-    return found
+        results.append(policy_comparison.mean_measurement(metric, "serve", arms, source, reasons))
+    return results
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
     """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
-    weights = [float(cost_model.weights_bytes(one)) for one in (full, fast)]
-    cache = [float(cost_model.kv_cache_bytes_per_token(one)) for one in (full, fast)]
+    weights = [float(cost_model.weights_bytes(model)) for model in (full, fast)]
+    cache = [float(cost_model.kv_cache_bytes_per_token(model)) for model in (full, fast)]
     mixed = (1 - share) * cache[0] + share * cache[1]
     by = "by formula from the caches' shapes, blend of both profiles"
     return [
@@ -219,7 +232,3 @@ def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: flo
         measurement.counted("kv_cache_bytes_per_token", "decode", cache[0], mixed, by),
         measurement.informative("apply_seconds", "calibrate", 0.0, apply_seconds, "perf_counter, once", ratio=None),
     ]
-
-
-def _samples(ground: ServingSetup) -> int:
-    return sum(one.samples for one in ground.times)

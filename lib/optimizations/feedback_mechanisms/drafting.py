@@ -1,7 +1,7 @@
 """Speculative decoding of one stream under several laws for the draft's length: tokens, times, equality with greedy.
 
 The laws take turns, answer by answer, so that a slow spell of the machine falls on all of them. A law is called with
-the rounds of the present answer and says how many tokens to draft; this module knows none.
+the rounds of the present answer and returns how many tokens to draft.
 
 Shapes: T prompt tokens, N new tokens.
 """
@@ -16,11 +16,17 @@ from torch import nn
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
+from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
 from lib.optimizations.feedback_mechanisms import speculative
+from lib.optimizations.feedback_mechanisms.method import Bandit, DraftLength, fixed
 from lib.optimizations.feedback_mechanisms.speculative import Round
 
 Law = Callable[[Sequence[Round]], int]
+ANSWERS = {"quick": 8, "standard": 24, "thorough": 64}  # half of them of the model's own domain
+PROMPT_TOKENS = 48
+STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
+PLAIN, AGAIN, ADAPTIVE = "plain", "plain again", "measured acceptance"
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Drafted:
 
 
 class Answer:
-    """One prompt answered once per call: the workload that energy is read of. `tokens` are those of one call."""
+    """One prompt answered once per call: the workload of the energy reading. `tokens` are those of one call."""
 
     def __init__(self, model: nn.Module, draft: nn.Module, prompt_T: torch.Tensor, new_tokens: int, law: Law):
         self.model, self.draft, self.prompt_T, self.tokens, self.law = model, draft, prompt_T, new_tokens, law
@@ -45,42 +51,43 @@ class Answer:
         speculative.generate(self.model, self.draft, self.prompt_T, self.tokens, self.law)
 
 
-def two_domains(loaded: object, count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
-    """Return `count` prompts [T]: the first half held-out text of the model's own domain, the rest random signs."""
+def two_domains(loaded: Loaded, count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
+    """Return `count` prompts [T]: the first half held-out text of the model's own domain, the rest random
+    characters."""
     own = list(tasks.text_windows(loaded, "final", count - count // 2, length, seed))
-    other = retrieval.random_ids(loaded, (count - len(own), length), torch.Generator().manual_seed(seed))
-    return own + list(other.to(own[0].device))
+    characters = retrieval.random_ids(loaded, (count - len(own), length), torch.Generator().manual_seed(seed))
+    return own + list(characters.to(own[0].device))
 
 
 def compare(
     model: nn.Module, draft: nn.Module, prompts: Sequence[torch.Tensor], laws: dict[str, Law], new_tokens: int
 ) -> dict[str, Drafted]:
     """Answer every prompt under every law, in an order that moves on by one with every prompt."""
-    found = {name: Drafted() for name in laws}
+    drafted = {name: Drafted() for name in laws}
     names = list(laws)
     speculative.generate(model, draft, prompts[0], 4, lambda rounds: 1)
     for index, prompt_T in enumerate(prompts):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
             ids_N, rounds = speculative.generate(model, draft, prompt_T, new_tokens, laws[name])
-            found[name].output.append(ids_N.cpu())
-            found[name].rounds.append(rounds)
-    return found
+            drafted[name].output.append(ids_N.cpu())
+            drafted[name].rounds.append(rounds)
+    return drafted
 
 
 def table(drafted: dict[str, Drafted], plain: str, change: int) -> list[dict[str, object]]:
     """Return a row per law: tokens per second before and after answer `change`, acceptance, equality with `plain`."""
     lines = []
-    for name, one in drafted.items():
-        rates = one.rates()
-        rounds = [r for answer in one.rounds for r in answer]
+    for name, answers in drafted.items():
+        rates = answers.rates()
+        rounds = [r for answer in answers.rounds for r in answer]
         tried = sum(r.drafted for r in rounds)
-        equal = [float((a == b).float().mean()) for a, b in zip(one.output, drafted[plain].output)]
+        equal = [float((a == b).float().mean()) for a, b in zip(answers.output, drafted[plain].output)]
         lines.append(
             {
                 "law": name,
                 "tokens/s, own domain": float(np.median(rates[:change])),
-                "tokens/s, random signs": float(np.median(rates[change:])),
+                "tokens/s, random characters": float(np.median(rates[change:])),
                 "drafted per round": tried / len(rounds),
                 "acceptance": sum(r.accepted for r in rounds) / tried if tried else None,
                 "same tokens": float(np.mean(equal)),
@@ -91,10 +98,10 @@ def table(drafted: dict[str, Drafted], plain: str, change: int) -> list[dict[str
     return lines
 
 
-def course(one: Drafted) -> pd.DataFrame:
+def course(answers: Drafted) -> pd.DataFrame:
     """Return a row per round: `seconds` of drafting and checking so far, `drafted`, running `acceptance`, `answer`."""
     lines, now = [], 0.0
-    for index, rounds in enumerate(one.rounds):
+    for index, rounds in enumerate(answers.rounds):
         for r in rounds:
             lines.append((now, r.drafted, r.accepted, index))
             now += r.seconds
@@ -111,7 +118,7 @@ def measurements(drafted: dict[str, Drafted], plain: str, law: str, again: str) 
     rates = [drafted[name].rates() for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
     source = f"{len(rates[0])} answers under each law in turn, perf_counter"
-    found = [
+    results = [
         measurement.from_samples(
             "generate_tokens_per_second", "generate, speculative", *rates[:2], source=source, floor=floor
         )
@@ -120,9 +127,86 @@ def measurements(drafted: dict[str, Drafted], plain: str, law: str, again: str) 
     tried = sum(r.drafted for r in rounds)
     equal = [bool((a == b).all()) for a, b in zip(drafted[law].output, drafted[plain].output)]
     workload = "generate, speculative"
-    found.append(measurement.informative("same_answers", workload, 1.0, float(np.mean(equal)), source, n=len(equal)))
+    results.append(measurement.informative("same_answers", workload, 1.0, float(np.mean(equal)), source, n=len(equal)))
     if tried:
         share = sum(r.accepted for r in rounds) / tried
         reason = "plain decoding drafts nothing"
-        found.append(measurement.informative("draft_acceptance", workload, None, share, source, reason=reason))
-    return found
+        results.append(measurement.informative("draft_acceptance", workload, None, share, source, reason=reason))
+    return results
+
+
+@dataclass(frozen=True)
+class DraftingStudy:
+    """Every law on prompts of two domains: `prompts` [T], what each law did, and a row per law (`laws`)."""
+
+    prompts: list[torch.Tensor]
+    drafted: dict[str, Drafted]
+    laws: pd.DataFrame
+
+    @property
+    def change(self) -> int:
+        """The index of the first answer of the other domain."""
+        return len(self.prompts) // 2
+
+    @property
+    def course(self) -> pd.DataFrame:
+        """The rounds of the law that follows measured acceptance."""
+        return course(self.drafted[ADAPTIVE])
+
+    @property
+    def another_domain(self) -> list[torch.Tensor]:
+        """The prompts of the other domain."""
+        return self.prompts[self.change :]
+
+    @property
+    def panels(self) -> list[tuple[pd.DataFrame, str, str]]:
+        """The (frame, label, kind) of each panel of the figure: tokens drafted per round, and their acceptance."""
+        rounds = self.course
+        drafted, acceptance = rounds.assign(value=rounds.drafted), rounds.assign(value=rounds.acceptance)
+        return [(drafted, "tokens drafted", "steps"), (acceptance, "acceptance", "line")]
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """The second at which each domain begins in `course`."""
+        rounds = self.course
+        return [(0.0, "own domain"), (float(rounds.seconds[rounds.answer >= self.change].min()), "random characters")]
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """Speed of plain against adaptive drafting, equality, acceptance."""
+        return measurements(self.drafted, PLAIN, ADAPTIVE, AGAIN)
+
+    def curve(self) -> list[dict[str, object]]:
+        """Return the points of the record's impact curve: speed against plain decoding over tokens drafted."""
+        by_law = self.laws.set_index("law")
+        return [
+            {"arm": column.split(", ")[1], "strength": tokens, "value": by_law[column][law] / by_law[column][PLAIN]}
+            for column in ("tokens/s, own domain", "tokens/s, random characters")
+            for law, tokens in STATIC.items()
+        ]
+
+
+def study(loaded: Loaded, draft: nn.Module, effort: str, seed: int) -> DraftingStudy:
+    """Answer prompts of two domains under every law, the laws taking turns."""
+    count = ANSWERS[effort]
+    prompts = two_domains(loaded, count, PROMPT_TOKENS, seed)
+    laws: dict[str, Law] = {PLAIN: fixed(0), AGAIN: fixed(0)}
+    laws |= {name: fixed(tokens) for name, tokens in STATIC.items() if tokens}
+    laws |= {ADAPTIVE: DraftLength(), "bandit": Bandit()}
+    drafted = compare(loaded.model, draft, prompts, laws, new_tokens=16 if effort == "quick" else 24)
+    return DraftingStudy(prompts, drafted, pd.DataFrame(table(drafted, PLAIN, count // 2)))
+
+
+def read_course(drafting: DraftingStudy) -> tuple[str, str]:
+    """Return two sentences on how to read the figure of `course`."""
+    rounds, by_law = drafting.course, drafting.laws.set_index("law")
+    early = rounds.answer < drafting.change
+    own, characters = rounds.drafted[early].mean(), rounds.drafted[~early].mean()
+    speeds = [
+        by_law[column][ADAPTIVE] / by_law[column][PLAIN]
+        for column in ("tokens/s, own domain", "tokens/s, random characters")
+    ]
+    first = (
+        f"The law drafts {own:.2f} tokens per round on the model's own domain, {characters:.2f} on random characters."
+    )
+    return first, f"Its speed against plain decoding is {speeds[0]:.2f}× there and {speeds[1]:.2f}× here."

@@ -1,17 +1,18 @@
-"""Feedback: a running model is measured and set anew while it serves: signal → filter → law → actuator.
+"""Feedback: a running model is measured and adjusted while it serves: signal → filter → law → actuator.
 
 Three loops, each of which stands alone:
 
 - `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
   by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989); where the limit is
-  not enough, a `Switch` lets a faster profile answer newcomers, and tries the full one again ever later.
+  not enough, a `Switch` lets a faster profile answer newcomers; a return to the full one that does not last delays the
+  next one.
 - `DraftLength` and `Bandit`: how many tokens a pruned draft proposes follows the measured acceptance and the measured
   times (Leviathan et al. 2023, section 3.5), or is found by trying (discounted UCB: Garivier and Moulines 2011).
-- `Guard`: a share of the answers is read again by the baseline; a sequential test says when a profile answers worse
-  than it may, then the last good profile comes back, and the next trial of the faulty one waits ever longer.
+- `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile answers worse
+  than it may, then the last good profile comes back, and each further trial of the faulty one waits longer.
 
 No weight is changed; there is no `apply`. Knows neither clock nor engine, and no other optimization: profiles and
-drafts are models that somebody else has made.
+drafts are models that the caller has made.
 """
 
 import math
@@ -33,7 +34,7 @@ SEARCH_SPACE = {
         "type": "float",
         "range": (0.3, 1.0),
         "default": 0.8,
-        "help": "share of the latency objective that is aimed at",
+        "help": "share of the latency objective that the limit aims at",
     },
     "shadow_share": {
         "type": "float",
@@ -52,15 +53,12 @@ PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rat
 FILTER = 1 / 16  # weight of a new decode step in the filtered signal
 MOST_CHANGE = math.log(2)  # of the limit, per decision
 PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
-HOLD, MOST_HOLD = (
-    32.0,
-    128.0,
-)  # first-token objectives for which the fast profile stays at least, and at most before a try
+HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile stays at least, at most before a try
 FULL, FAST = 0, 1  # profiles
 START_ROWS, LEAST_ROWS = 16.0, 4.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
 LONGEST_DRAFT = 8
-REMEMBERED = 0.97  # of what was seen, per round
+REMEMBERED = 0.97  # of earlier rounds, per round
 PROBE_EVERY = 16  # plain steps after which a single token is drafted, to see whether drafting pays again
 
 
@@ -172,7 +170,8 @@ class LatencyLoop:
         self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
         self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
         self.limit, self.bound, self.wait = START_ROWS, False, 0.0
-        self.pending, self.signal, self.count = 0.0, None, 0
+        self.pending, self.count = 0.0, 0
+        self.signal: float | None = None
         self.course: list[tuple[float, float, float]] = []
 
     @property
@@ -224,14 +223,14 @@ class LatencyLoop:
 class DraftLength:
     """Draft as many tokens as promise the most tokens per second, by the acceptance and the times measured so far.
 
-    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. What was seen
-    fades, so that another kind of text is noticed; while nothing is drafted, a single token is, now and then.
+    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier
+    rounds fade, so that another kind of text is noticed; while nothing is drafted, a single token is, now and then.
     """
 
     name = "measured acceptance"
 
     def __init__(self, most: int = LONGEST_DRAFT):
-        self.most, self.seen, self.plain = most, 0, 0
+        self.most, self.learned, self.plain = most, 0, 0
         self.accepted, self.tried = 1.0, 2.0
         self.draft_seconds, self.drafted = 0.0, 0.0
         self.check_seconds: dict[int, float] = {}
@@ -239,16 +238,16 @@ class DraftLength:
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that were accepted, of those that were looked at."""
+        """Share of drafted tokens that were accepted, of those that were compared."""
         return self.accepted / self.tried
 
     def __call__(self, rounds: Sequence[Round]) -> int:
         """Return how many tokens to draft next. `rounds` are those of the present answer."""
-        if len(rounds) < self.seen:
-            self.seen = 0  # another answer has begun
-        for one in rounds[self.seen :]:
-            self._learn(one)
-        self.seen = len(rounds)
+        if len(rounds) < self.learned:
+            self.learned = 0  # another answer has begun
+        for done in rounds[self.learned :]:
+            self._learn(done)
+        self.learned = len(rounds)
         count = max(range(self.most + 1), key=self.promise)
         self.plain = self.plain + 1 if count == 0 else 0
         if not self.drafted or self.plain >= PROBE_EVERY:
@@ -265,15 +264,15 @@ class DraftLength:
         a = min(self.acceptance, 0.999)
         return (1 - a ** (count + 1)) / (1 - a) / (self.check_seconds[near] + count * each)
 
-    def _learn(self, one: Round) -> None:
-        old = self.check_seconds.get(one.drafted, one.check_seconds)
-        self.check_seconds[one.drafted] = old + 0.2 * (min(one.check_seconds, 3 * old) - old)
-        if one.drafted:
-            looked_at = one.accepted + (one.accepted < one.drafted)
-            self.accepted = REMEMBERED * self.accepted + one.accepted
-            self.tried = REMEMBERED * self.tried + looked_at
-            self.draft_seconds = REMEMBERED * self.draft_seconds + one.draft_seconds
-            self.drafted = REMEMBERED * self.drafted + one.drafted
+    def _learn(self, done: Round) -> None:
+        old = self.check_seconds.get(done.drafted, done.check_seconds)
+        self.check_seconds[done.drafted] = old + 0.2 * (min(done.check_seconds, 3 * old) - old)
+        if done.drafted:
+            checked = done.accepted + (done.accepted < done.drafted)
+            self.accepted = REMEMBERED * self.accepted + done.accepted
+            self.tried = REMEMBERED * self.tried + checked
+            self.draft_seconds = REMEMBERED * self.draft_seconds + done.draft_seconds
+            self.drafted = REMEMBERED * self.drafted + done.drafted
 
 
 class Bandit:
@@ -284,21 +283,22 @@ class Bandit:
     def __init__(self, arms: Sequence[int] = (0, 1, 2, 4, 8), curiosity: float = 0.15):
         if not arms:
             raise UserError("feedback_mechanisms: a bandit needs at least one draft length to choose from")
-        self.arms, self.curiosity, self.seen = list(arms), curiosity, 0
+        self.arms, self.curiosity, self.learned = list(arms), curiosity, 0
         self.reward, self.weight = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
         self.chosen: list[int] = []
 
     def __call__(self, rounds: Sequence[Round]) -> int:
         """Return how many tokens to draft next. `rounds` are those of the present answer."""
-        if len(rounds) < self.seen:
-            self.seen = 0
-        for asked, one in zip(self.chosen[len(self.chosen) - (len(rounds) - self.seen) :], rounds[self.seen :]):
+        if len(rounds) < self.learned:
+            self.learned = 0
+        new = rounds[self.learned :]
+        for drafted, done in zip(self.chosen[len(self.chosen) - len(new) :], new):
             for arm in self.arms:
                 self.reward[arm] *= REMEMBERED
                 self.weight[arm] *= REMEMBERED
-            self.reward[asked] += (one.accepted + 1) / max(one.seconds, 1e-9)
-            self.weight[asked] += 1
-        self.seen = len(rounds)
+            self.reward[drafted] += (done.accepted + 1) / max(done.seconds, 1e-9)
+            self.weight[drafted] += 1
+        self.learned = len(rounds)
         arm = next((arm for arm in self.arms if self.weight[arm] == 0), None)
         if arm is None:
             mean = {arm: self.reward[arm] / self.weight[arm] for arm in self.arms}
@@ -319,7 +319,7 @@ def fixed(count: int) -> Callable[[Sequence[Round]], int]:
 
 @dataclass
 class Guard:
-    """Watches a profile by the losses of its shadowed answers; says when to fall back and when to try it again.
+    """Watches a profile by the losses of its shadowed answers; decides when to fall back and when to try it again.
 
     usual: the profile's loss when it was chosen; margin: by how much more it may lose. cool_down: seconds until it is
     tried again, doubled by every further breach. `events` keeps (second, what).
@@ -350,7 +350,7 @@ class Guard:
         return self.test.mean
 
     def wants(self) -> bool:
-        """Return whether this answer is to be shadowed: a fair draw, decided before anything is known of it."""
+        """Return whether this answer is to be shadowed: a draw that does not depend on the answer."""
         return self.trusted and self.random.random() < self.share
 
     def add(self, second: float, loss: float) -> bool:

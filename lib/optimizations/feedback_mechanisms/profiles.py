@@ -1,12 +1,13 @@
 """One server with several profiles of a model: newcomers go to the profile in charge, rows end where they began.
 
 Each profile is an engine of its own (`lib.measure.serving.engine` or `lib.measure.serving.simulator`) with its own
-cache; a step of the server is one step of every profile that has rows, one after another. Knows no policy: who is in
-charge is asked.
+cache; a step of the server is one step of every profile that has rows, one after another. Knows no policy: a
+function returns the profile in charge.
 """
 
 from collections.abc import Callable, Sequence
 
+from lib.measure.serving.server import Engine
 from lib.measure.serving.traffic import ServingRequest
 
 
@@ -16,7 +17,7 @@ class Profiles:
     `owner` maps the id of every request admitted so far to the index of its engine.
     """
 
-    def __init__(self, engines: Sequence[object], current: Callable[[], int]):
+    def __init__(self, engines: Sequence[Engine], current: Callable[[], int]):
         self.engines, self.current = list(engines), current
         self.clear()
 

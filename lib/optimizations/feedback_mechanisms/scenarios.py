@@ -1,8 +1,8 @@
 """Scripted disturbances of a server, and how far it strayed from its objectives while they lasted.
 
-A scenario is a trace of requests and how much slower the machine is at each moment; nothing else about it is hidden.
-Rates are shares of the measured capacity, so a scenario asks the same of a small model and of a large one. `Spinner`
-disturbs a real run really: a process that takes the cores this one runs on. Knows no policy.
+A scenario is a trace of requests and how much slower the machine is at each moment. Rates are shares of the measured
+capacity, so a scenario asks the same of a small model and of a large one. `Spinner` disturbs a real run: processes that
+take the cores this one runs on. Knows no policy.
 """
 
 import subprocess
@@ -72,11 +72,11 @@ class Played(NamedTuple):
 
     def share(self, profile: int) -> float:
         """Return the share of the answered requests that `profile` answered."""
-        return sum(one == profile for one in self.profile_of.values()) / max(1, len(self.profile_of))
+        return sum(index == profile for index in self.profile_of.values()) / max(1, len(self.profile_of))
 
 
 class SlowedEngine(SimulatedEngine):
-    """The simulated engine on a machine that is slower at times; `now` tells the second."""
+    """The simulated engine on a machine that is slower at times; `now` returns the second."""
 
     def __init__(self, times: StepTimes, scenario: Scenario, now: Callable[[], float], seed: int = 0):
         super().__init__(times, seed)
@@ -98,7 +98,7 @@ def play(
     """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile."""
     clock = VirtualClock()
     each = [times] if isinstance(times, StepTimes) else times
-    engines = [SlowedEngine(one, scenario, clock.now, seed) for one in each]
+    engines = [SlowedEngine(profile, scenario, clock.now, seed) for profile in each]
     profiles = Profiles(engines, lambda: getattr(policy, "profile", 0))
     served = serve(scenario.trace, policy, profiles, clock, limits)
     return Played(served, dict(profiles.owner))
@@ -113,16 +113,17 @@ def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, 
     """Return (start, seconds, share of well-served requests) of each window; None where nobody arrived."""
     width = served.trace.seconds / WINDOWS
     counts, good = np.zeros(WINDOWS), np.zeros(WINDOWS)
-    for one in served.outcomes:
-        at = min(WINDOWS - 1, int(one.request.arrival / width))
-        counts[at] += 1
-        good[at] += met(one, objectives)
+    for outcome in served.outcomes:
+        window = min(WINDOWS - 1, int(outcome.request.arrival / width))
+        counts[window] += 1
+        good[window] += met(outcome, objectives)
     return [(i * width, width, float(good[i] / counts[i]) if counts[i] else None) for i in range(WINDOWS)]
 
 
 def overshoot(served: Served, objectives: Objectives) -> float:
     """Return by what share of the objective the slowest time per token lay beyond it; 0 where none did."""
-    slowest = max((one.token_seconds for one in served.outcomes if one.finished is not None), default=0.0)
+    times = [outcome.token_seconds for outcome in served.outcomes]
+    slowest = max((seconds for seconds in times if seconds is not None), default=0.0)
     return max(0.0, slowest / objectives.token_seconds - 1)
 
 
@@ -134,8 +135,8 @@ def reversals(values: Sequence[float]) -> int:
 
 
 class Spinner:
-    """Processes that are always busy, one on each core that is given to this one, while the `with` block lasts or until
-    `stop`: every core of ours is shared with somebody else.
+    """Processes that are always busy, one on each core of this process, while the `with` block lasts or until `stop`:
+    every core is then shared with another process.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,5 @@
-"""Shadow runs: what a profile answers, how a guard fares with real losses of its answers, drawn again, and how good a
-server is whose answers come from two profiles.
-
-A guard has `ready(second)`, `wants()`, `add(second, loss)`, `trusted`, `estimate` and `events`; it comes in ready made.
+"""Shadow runs: what a profile answers, how a guard does on real losses of its answers, drawn again, and the quality of
+a server whose answers come from two profiles.
 
 Shapes: T prompt tokens, N new tokens.
 """
@@ -9,6 +7,7 @@ Shapes: T prompt tokens, N new tokens.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from lib.models.decoding import batch_cache
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.tasks.registry import classifies
+from lib.optimizations.feedback_mechanisms.method import Guard
 
 AT_ONCE = 16  # prompts answered together
 
@@ -29,14 +29,14 @@ AT_ONCE = 16  # prompts answered together
 @torch.inference_mode()
 def answers(model: nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[torch.Tensor]:
     """Return the greedy answer [N] of `model` to each prompt [T]."""
-    found = []
+    answered: list[torch.Tensor] = []
     for start in range(0, len(prompts), AT_ONCE):
         state = batch_cache.prefill(model, prompts[start : start + AT_ONCE])
         steps = [state.token_B.cpu()]
         while len(steps) < new_tokens:
             steps.append(batch_cache.step(model, state).cpu())
-        found += list(torch.stack(steps, 1))
-    return found
+        answered += list(torch.stack(steps, 1))
+    return answered
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ class Watched:
 
 
 def stream(
-    guard: object, pools: Callable[[float], Sequence[float]], rate: float, seconds: float, seed: int = 0
+    guard: Guard, pools: Callable[[float], Sequence[float]], rate: float, seconds: float, seed: int = 0
 ) -> Watched:
     """Let `rate` answers per second pass the guard; each loss is drawn from the pool of real losses of that second."""
     random = np.random.default_rng([seed, 0x5AD0])
@@ -98,8 +98,10 @@ def stream(
     return Watched(course, list(guard.events))
 
 
-def trials(fresh: Callable[[int], object], pool: Sequence[float], count: int, length: int, seed: int = 0) -> dict:
-    """Watch `length` shadowed answers drawn from `pool`, `count` times with a fresh guard.
+def trials(
+    make_guard: Callable[[int], Guard], pool: Sequence[float], count: int, length: int, seed: int = 0
+) -> dict[str, Any]:
+    """Watch `length` shadowed answers drawn from `pool`, `count` times with a new guard.
 
     Returns `caught` (share of windows with a rollback), `delays` (shadowed answers until it, of those), `error` (mean
     absolute error of the guard's estimate, of windows without one) and `alarms` (windows with a rollback).
@@ -108,13 +110,13 @@ def trials(fresh: Callable[[int], object], pool: Sequence[float], count: int, le
     delays, errors = [], []
     truth = float(np.mean(pool))
     for index in range(count):
-        guard = fresh(index)
+        guard = make_guard(index)
         for at, loss in enumerate(random.choice(pool, length).tolist(), start=1):
             if guard.add(float(at), loss):
                 delays.append(at)
                 break
         else:
-            errors.append(abs(guard.estimate - truth))
+            errors.append(abs((guard.estimate or 0.0) - truth))
     return {
         "caught": len(delays) / count,
         "alarms": len(delays),
@@ -137,9 +139,9 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
 
 
 def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
-    """Return classification and recall of the full profile (baseline) against a blend with `share` of `fast` answers.
+    """Return the quality of the full profile (baseline) against that of a blend with `share` of `fast` answers.
 
-    Which profile answers an item is drawn beforehand.
+    Classification and key-value retrieval; which profile answers an item is drawn beforehand.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
@@ -147,15 +149,16 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
     random = np.random.default_rng([seed, 0xB1E])
     options = {"resamples": effort.resamples, "seed": seed}
     arms = loaded, replace(loaded, model=fast)
-    found = []
-    for task in (one for one in loaded.tasks if classifies(one)):
-        one, other = (evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms)
-        draw_N = random.random(len(one.ids)) < share
-        chosen_N = np.where(draw_N, other.chosen_N, one.chosen_N)
-        scores_NL = np.where(draw_N[:, None], other.scores_NL, one.scores_NL)
-        mixed = replace(one, chosen_N=chosen_N, scores_NL=scores_NL)
-        found += evaluate.compare_classified(one, mixed, **options)
-    one, other = (evaluate.retrieval(arm, effort.retrieval_distance, effort.retrieval_prompts, seed) for arm in arms)
-    draw_N = random.random(len(one.right_N)) < share
-    mixed = replace(one, right_N=np.where(draw_N, other.right_N, one.right_N))
-    return [*found, evaluate.compare_recalled(one, mixed, **options)]
+    compared: list[Measurement] = []
+    for task in filter(classifies, loaded.tasks):
+        full, quick = (evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms)
+        draw_N = random.random(len(full.ids)) < share
+        chosen_N = np.where(draw_N, quick.chosen_N, full.chosen_N)
+        scores_NL = np.where(draw_N[:, None], quick.scores_NL, full.scores_NL)
+        mixed = replace(full, chosen_N=chosen_N, scores_NL=scores_NL)
+        compared += evaluate.compare_classified(full, mixed, **options)
+    distance, prompts = effort.retrieval_distance, effort.retrieval_prompts
+    all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
+    draw_N = random.random(len(all_full.right_N)) < share
+    blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
+    return [*compared, evaluate.compare_recalled(all_full, blend, **options)]

@@ -2,7 +2,7 @@
 
 What comes out is the model's own greedy answer, whatever the draft says (Leviathan, Kalman and Matias 2023, ICML; the
 greedy case of their acceptance rule), up to the rounding of a pass over several tokens. How many tokens are drafted is
-decided before each round by whoever calls. One sequence at a time. Knows no law of control, no clock but its own.
+decided before each round by the caller. One sequence at a time. Knows no law of control.
 
 Shapes: T prompt tokens, N new tokens, K drafted tokens.
 """
@@ -35,10 +35,10 @@ class Round:
 
 def check_draft(model: nn.Module, draft: nn.Module) -> None:
     """Raise UserError where `draft` cannot draft for `model`: its tokens are not the same ones."""
-    own, other = (anatomy(one).config.vocab_size for one in (model, draft))
-    if own != other:
+    own, drafted = (anatomy(either).config.vocab_size for either in (model, draft))
+    if own != drafted:
         raise UserError(
-            f"speculation: the draft has a vocabulary of {other} tokens, the model one of {own}; "
+            f"speculation: the draft has a vocabulary of {drafted} tokens, the model one of {own}; "
             "give a draft made from the same model, or one with the same tokenizer"
         )
 
@@ -67,8 +67,8 @@ def generate(
     ids_T = torch.cat([prompt_T, first])
     rounds: list[Round] = []
     while len(ids_T) - len(prompt_T) < new_tokens:
-        left = new_tokens - (len(ids_T) - len(prompt_T))
-        count = max(0, min(int(length(rounds)), left - 1))
+        remaining = new_tokens - (len(ids_T) - len(prompt_T))
+        count = max(0, min(int(length(rounds)), remaining - 1))
         ids_T, done = _round(model, draft, ids_T, count, caches)
         rounds.append(done)
     return ids_T[len(prompt_T) :][:new_tokens], rounds

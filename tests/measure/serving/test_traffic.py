@@ -10,21 +10,25 @@ from lib.measure.serving.traffic import Lengths, Phase
 CHAT = Lengths(32, 16)
 
 
+def load_step(seed):
+    return traffic.make("load step", [Phase(20, rate, CHAT) for rate in (5, 20, 5)], seed)
+
+
 def test_a_seed_makes_one_trace_and_its_description_makes_it_again():
-    first, again, other = (traffic.load_step(5, 20, 60, CHAT, seed) for seed in (3, 3, 4))
-    assert first == again and first.requests != other.requests
-    said = first.describe()
+    first, again, another = (load_step(seed) for seed in (3, 3, 4))
+    assert first == again and first.requests != another.requests
+    description = first.describe()
     phases = [
         Phase(
-            one["seconds"],
-            one["requests_per_second"],
-            Lengths(one["prompt_tokens"], one["new_tokens"]),
-            one["burstiness"],
+            phase["seconds"],
+            phase["requests_per_second"],
+            Lengths(phase["prompt_tokens"], phase["new_tokens"]),
+            phase["burstiness"],
         )
-        for one in said["phases"]
+        for phase in description["phases"]
     ]
-    assert traffic.make(said["name"], phases, said["seed"]) == first
-    assert said["requests"] == len(first.requests)
+    assert traffic.make(description["name"], phases, description["seed"]) == first
+    assert description["requests"] == len(first.requests)
 
 
 def test_rate_and_burstiness_are_those_asked_for():
@@ -37,11 +41,12 @@ def test_rate_and_burstiness_are_those_asked_for():
 
 
 def test_phases_change_rate_and_lengths_where_they_say():
-    trace = traffic.length_change((5, 20), 100, (CHAT, Lengths(200, 8)), 2)
-    halves = [[one for one in trace.requests if low <= one.arrival < low + 50] for low in trace.starts]
+    trace = traffic.make("change of lengths", [Phase(50, 5, CHAT), Phase(50, 20, Lengths(200, 8))], 2)
+    halves = [[request for request in trace.requests if low <= request.arrival < low + 50] for low in trace.starts]
     assert trace.starts == [0, 50] and len(halves[1]) > 2 * len(halves[0])
-    assert max(one.prompt_tokens for one in halves[0]) <= 48 < 100 <= min(one.prompt_tokens for one in halves[1])
-    assert max(one.prompt_tokens + one.new_tokens for one in trace.requests) <= Lengths(200, 8).longest
+    prompts = [[request.prompt_tokens for request in half] for half in halves]
+    assert max(prompts[0]) <= 48 < 100 <= min(prompts[1])
+    assert max(request.prompt_tokens + request.new_tokens for request in trace.requests) <= Lengths(200, 8).longest
 
 
 def test_a_rate_of_zero_is_silence():

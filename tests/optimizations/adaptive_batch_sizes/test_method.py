@@ -24,16 +24,16 @@ def planted(fixed=4e-3, row=0.25e-3, token=1.2e-6, read=(5e-3, 0.12e-3, 2e-8)):
     return StepTimes(dense, read, (1e-4, 2e-10), jitter, jitter, 6144.0, 0)
 
 
-def ground_of(times, first=8.0, token=3.0, batching="iteration"):
+def setup_of(times, first=8.0, token=3.0, batching="iteration"):
     single = Single.of(times, DOCUMENTS)
-    wanted = slo.objectives(single, first, token)
-    patience = wanted.first_token_seconds - single.prefill_seconds
-    return ServingSetup(times, wanted, single, Limits(32, None, times.bytes_per_token, patience), batching)
+    objective = slo.objectives(single, first, token)
+    patience = objective.first_token_seconds - single.prefill_seconds
+    return ServingSetup(times, objective, single, Limits(32, None, times.bytes_per_token, patience), batching)
 
 
 @pytest.fixture(scope="module")
-def ground():
-    return ground_of(planted())
+def setup():
+    return setup_of(planted())
 
 
 def test_the_online_model_finds_planted_step_times():
@@ -59,54 +59,54 @@ def test_the_online_model_follows_a_machine_that_becomes_slower_and_never_goes_b
     assert model.predict((0, 0, 0)) > 0
 
 
-def test_sizes_follow_the_lengths(ground):
-    policy = batches.Adaptive(ground.wanted, ground.single)
-    ground.run(policy_comparison.traffic(ground, "changing", 40, 100), policy)
-    per_token = ground.wanted.token_seconds
+def test_sizes_follow_the_lengths(setup):
+    policy = batches.Adaptive(setup.objective, setup.single)
+    setup.run(policy_comparison.trace(setup, "changing", 40, 100), policy)
+    per_token = setup.objective.token_seconds
     chat, documents = (policy.largest(per_token, kind.longest, *kind.__dict__.values()) for kind in (CHAT, DOCUMENTS))
     assert documents <= 4 < 8 <= chat
-    truth = ground.capacity(CHAT)[1], ground.capacity(DOCUMENTS)[1]
+    truth = setup.capacity(CHAT)[1], setup.capacity(DOCUMENTS)[1]
     assert chat == pytest.approx(truth[0], abs=5) and documents == pytest.approx(truth[1], abs=1)
 
 
-def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machine(ground):
-    traces = policy_comparison.several(ground, "changing", 50, (100, 101, 102))
+def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machine(setup):
+    traces = policy_comparison.traces(setup, "changing", 50, (100, 101, 102))
     sizes = (1, 2, 3, 4, 6, 8, 10, 12, 16)
-    best, found = batches.best_fixed(traces, ground.wanted, ground.run, sizes)
+    best, found = batches.best_fixed(traces, setup.objective, setup.run, sizes)
     ours = policy_comparison.compare(
-        ground, traces, {"adaptive": lambda: batches.Adaptive(ground.wanted, ground.single)}
+        setup, traces, {"adaptive": lambda: batches.Adaptive(setup.objective, setup.single)}
     )[0]
     assert set(found) == set(sizes) and found[best] >= found[1]
     assert ours["goodput"] > 1.1 * found[best]
 
 
-def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(ground):
+def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(setup):
     for name in ("constant 0.4", "constant 0.9"):
-        traces = policy_comparison.several(ground, name, 80, (100, 101))
-        _, found = batches.best_fixed(traces, ground.wanted, ground.run, (4, 8, 10, 12, 14))
+        traces = policy_comparison.traces(setup, name, 80, (100, 101))
+        _, found = batches.best_fixed(traces, setup.objective, setup.run, (4, 8, 10, 12, 14))
         ours = policy_comparison.compare(
-            ground, traces, {"adaptive": lambda: batches.Adaptive(ground.wanted, ground.single)}
+            setup, traces, {"adaptive": lambda: batches.Adaptive(setup.objective, setup.single)}
         )[0]
         assert ours["goodput"] >= 0.95 * max(found.values()), name
 
 
-def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(ground):
-    trace = policy_comparison.traffic(ground, "changing", 20, 7)
-    start = slo.goodput(ground.run(trace, batches.Fixed(4)), ground.wanted)
-    schedule, value = batches.best_schedule(trace, ground.wanted, ground.run, (2, 4, 12), 4, 1)
+def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(setup):
+    trace = policy_comparison.trace(setup, "changing", 20, 7)
+    start = slo.goodput(setup.run(trace, batches.FixedSize(4)), setup.objective)
+    schedule, value = batches.best_schedule(trace, setup.objective, setup.run, (2, 4, 12), 4, 1)
     assert value >= start and len(schedule.sizes) == 4
-    assert slo.goodput(ground.run(trace, batches.Scheduled(trace.starts, schedule.sizes)), ground.wanted) == value
+    assert slo.goodput(setup.run(trace, batches.Scheduled(trace.starts, schedule.sizes)), setup.objective) == value
 
 
-def test_time_out_gathers_a_group_but_not_for_ever(ground):
+def test_time_out_gathers_a_group_but_not_for_ever(setup):
     requests = tuple(ServingRequest(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
     trace = Trace("by hand", 0, (traffic.Phase(5.0, 1.0, CHAT),), requests)
-    served = ground.run(trace, batches.Timeout(8, 3, 0.1))
+    served = setup.run(trace, batches.Timeout(8, 3, 0.1))
     assert [round(one.admitted, 3) for one in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
 
 
 def test_aimd_climbs_while_objectives_are_kept_and_backs_off_after_a_miss():
-    policy = batches.Aimd(Objectives(1.0, 0.1))
+    policy = batches.AimdSize(Objectives(1.0, 0.1))
     good, bad = (server.RequestOutcome(ServingRequest(0, 0.0, 4, 3), 0.0, 0.1, end, 3) for end in (0.2, 9.0))
     step = server.ServerStep(0.0, "decode", 1, 4, 0.1, 0, 1)
     for _ in range(10 * batches.WINDOW):
@@ -116,31 +116,31 @@ def test_aimd_climbs_while_objectives_are_kept_and_backs_off_after_a_miss():
     assert policy.size == 9
 
 
-def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(ground):
-    assert slo.unattainable(ground.times, ground.wanted, CHAT) is None
-    hopeless = Objectives(1.0, 1e-4)
-    assert "no size can meet the objective: a token alone" in slo.unattainable(ground.times, hopeless, CHAT)
-    assert "a prompt alone" in slo.unattainable(ground.times, Objectives(1e-4, 1.0), CHAT)
-    assert ground.times.capacity(CHAT, 1e-4) == (0.0, 0)
-    served = ground.run(traffic.constant(5, 4, CHAT), batches.Adaptive(hopeless, ground.single))
-    assert all(one.finished for one in served.outcomes) and slo.goodput(served, hopeless) == 0
+def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(setup):
+    assert slo.unattainable(setup.times, setup.objective, CHAT) is None
+    impossible = Objectives(1.0, 1e-4)
+    assert "no size can meet the objective: a token alone" in slo.unattainable(setup.times, impossible, CHAT)
+    assert "a prompt alone" in slo.unattainable(setup.times, Objectives(1e-4, 1.0), CHAT)
+    assert setup.times.capacity(CHAT, 1e-4) == (0.0, 0)
+    served = setup.run(traffic.constant(5, 4, CHAT), batches.Adaptive(impossible, setup.single))
+    assert all(one.finished for one in served.outcomes) and slo.goodput(served, impossible) == 0
 
 
 def test_no_capacity_makes_silent_traces_and_measurements_say_so():
     slow = ServingSetup(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
-    traces = policy_comparison.several(slow, "changing", 10, (0, 1))
+    traces = policy_comparison.traces(slow, "changing", 10, (0, 1))
     assert all(trace.requests == () for trace in traces)
-    made = policy_comparison.goodput(slow, traces, lambda: batches.Fixed(1), lambda: batches.Fixed(2), "serve")
+    made = policy_comparison.goodput(slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2), "serve")
     assert made.verdict == "informative" and made.baseline == made.optimized == 0
-    found = policy_comparison.latencies(slow, traces, lambda: batches.Fixed(1), lambda: batches.Fixed(2))
+    found = policy_comparison.latencies(slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2))
     assert all(one.verdict == "unavailable" for one in found if one.metric.startswith("latency"))
 
 
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda: batches.Fixed(0), "batch size 0"),
-        (lambda: batches.Fixed(2.5), "batch size 2.5"),
+        (lambda: batches.FixedSize(0), "batch size 0"),
+        (lambda: batches.FixedSize(2.5), "batch size 2.5"),
         (lambda: batches.Timeout(4, 5, 1.0), "1 <= group <= size"),
         (lambda: batches.Timeout(4, 2, -1.0), "delay >= 0"),
         (lambda: batches.Adaptive(Objectives(1, 1), Single(0.1, 0.01, 32), headroom=0.7), "headroom 0.7"),
@@ -167,8 +167,8 @@ def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, na
     model, draw = tiny(name), random.Random(1)
     text_T = torch.randint(8, 96, (80,), generator=torch.Generator().manual_seed(5))
     requests = [ServingRequest(i, 0.002 * i, draw.randint(3, 24), draw.randint(1, 9)) for i in range(10)]
-    wanted, single = Objectives(1.0, 0.02), Single(0.01, 0.004, 12)
-    policies = (batches.Fixed(1), batches.Fixed(5), batches.Adaptive(wanted, single))
+    objective, single = Objectives(1.0, 0.02), Single(0.01, 0.004, 12)
+    policies = (batches.FixedSize(1), batches.FixedSize(5), batches.Adaptive(objective, single))
     outputs = []
     for policy in policies:
         served, engine = _served(model, policy, requests, text_T)
@@ -248,7 +248,7 @@ def test_step_times_around_a_run_are_those_before_and_after_it(tiny, monkeypatch
 
     monkeypatch.setattr(step_times, "_timed", timed)
     text_T = torch.arange(8, 72)
-    times, result = step_times.around(
+    times, result = step_times.with_bracketing_step_times(
         tiny("qwen3-4b-instruct-2507"), text_T, (16, 48), lambda: speed.__setitem__(0, 3.0) or "ran", repeats=2, most=4
     )
     assert result == "ran" and told.count(1.0) == told.count(3.0) > 20
@@ -263,11 +263,11 @@ def test_answers_of_random_weights_are_not_compared():
     assert [(one.verdict, one.reason) for one in told] == [("unavailable", "random weights")] * 2
 
 
-def test_a_simulation_is_told_with_its_own_spread(ground):
-    trial = policy_comparison.traffic(ground, "changing", 10, 3)
-    fresh = lambda: batches.Fixed(8)  # noqa: E731
-    real = replay.Replayed(ground.run(trial, fresh(), 99), {}, 1.0, None)
-    made = replay.beside([[ground.run(trial, fresh(), jitter) for jitter in range(4)]], [real], ground.wanted)
+def test_a_simulation_is_told_with_its_own_spread(setup):
+    trial = policy_comparison.trace(setup, "changing", 10, 3)
+    make_policy = lambda: batches.FixedSize(8)  # noqa: E731
+    real = replay.Replayed(setup.run(trial, make_policy(), 99), {}, 1.0, None)
+    made = replay.beside([[setup.run(trial, make_policy(), jitter) for jitter in range(4)]], [real], setup.objective)
     assert [row["quantity"] for row in made] == list(slo.COMPARED)
     assert all(row["least"] <= row["simulated"] <= row["most"] for row in made)
     error = replay.simulation_error(made)

@@ -13,7 +13,7 @@ from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes, by_mean
 from lib.measure.serving.traffic import Lengths, ServingRequest
 from lib.measure.timing import disturbance
-from lib.optimizations.adaptive_batch_sizes.method import Fixed
+from lib.optimizations.adaptive_batch_sizes.method import FixedSize
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, scenarios, shadow
 from lib.optimizations.feedback_mechanisms import method as feedback
 from lib.optimizations.feedback_mechanisms.profiles import Profiles
@@ -39,10 +39,10 @@ def script(seconds=60.0, seed=0):
 def test_seconds_beyond_counts_the_disturbed_seconds_alone():
     stolen = script()["stolen core"]
     _, batch = times().capacity(LENGTHS, OBJECTIVES.token_seconds)
-    played = scenarios.play(stolen, Fixed(batch), times(), LIMITS).served
+    played = scenarios.play(stolen, FixedSize(batch), times(), LIMITS).served
     bad = [start for start, _, good in scenarios.windows(played, OBJECTIVES) if good is not None and good < 0.9]
     assert scenarios.seconds_beyond(played, OBJECTIVES) == pytest.approx(len(bad) * 1.0)
-    quiet = scenarios.play(script()["quiet"], Fixed(batch), times(), LIMITS).served
+    quiet = scenarios.play(script()["quiet"], FixedSize(batch), times(), LIMITS).served
     assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= 1.0
 
 

@@ -1,0 +1,244 @@
+"""The guard on real losses of real answers: how soon it takes a broken profile back, how often a sound one.
+
+The losses are measured once per profile; streams and windows are drawn from them. A broken profile is the fast one with
+noise on its attention outputs. Knows no server.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks
+from lib.optimizations.feedback_mechanisms import scenarios, shadow
+from lib.optimizations.feedback_mechanisms.method import Guard
+from lib.optimizations.feedback_mechanisms.shadow import Watched
+
+PROMPTS = {"quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
+WINDOWS = {"quick": 300, "standard": 1000, "thorough": 5000}
+PROMPT_TOKENS, NEW_TOKENS = 48, 16
+WINDOW_ANSWERS = 100  # shadowed answers in a window
+STREAM_ANSWERS = 600  # in the scripted stream
+STRENGTHS = (1.0, 2.0, 4.0)  # of the noise, × the standard deviation of the weights
+SOUND, ANOTHER_DOMAIN, AT_THE_MARGIN = "sound", "sound, text of another domain", "sound, exactly at the margin"
+BROKEN = f"noise {STRENGTHS[-1]}"
+
+
+def usual_disagreement(loaded: Loaded, fast: nn.Module, effort: str, seed: int) -> float:
+    """Return the fast profile's mean disagreement on calibration text, which the guard takes as usual."""
+    prompts = list(tasks.text_windows(loaded, "calibration", PROMPTS[effort], PROMPT_TOKENS, seed))
+    return float(np.mean(_losses(loaded.model, fast, prompts)))
+
+
+def _losses(full: nn.Module, profile: nn.Module, prompts: list[torch.Tensor]) -> list[float]:
+    return shadow.disagreements(full, prompts, shadow.answers(profile, prompts, NEW_TOKENS))
+
+
+@dataclass(frozen=True)
+class GuardStudy:
+    """Real losses of each profile (`pools`), the guard's settings, and a row per profile of many windows (`rows`).
+
+    rate: answers per second of the server; shadow_seconds: of reading one answer again.
+    """
+
+    usual: float
+    margin: float
+    share: float
+    rate: float
+    pools: dict[str, list[float]]
+    shadow_seconds: float
+    prompts: int
+    windows: int
+    seed: int
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the scripted stream."""
+        return STREAM_ANSWERS / self.rate
+
+    @property
+    def source(self) -> str:
+        """Source of what the windows showed."""
+        return (
+            f"{self.windows} windows of {WINDOW_ANSWERS} answers drawn from {self.prompts} real losses of each profile"
+        )
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """The second at which each part of the stream begins."""
+        third = self.seconds / 3
+        return [(0.0, "sound"), (third, "broken"), (2 * third, "sound again")]
+
+    @property
+    def shadow_cost(self) -> str:
+        """What reading one answer again takes, as one line."""
+        return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer, beside the server's work"
+
+    def guard(self, index: int = 0, usual: float | None = None) -> Guard:
+        """Return a new guard; `index` moves its seed."""
+        usual = self.usual if usual is None else usual
+        return Guard(usual, self.margin, self.share, cool_down=self.seconds / 10, seed=self.seed + index)
+
+    def disagreement(self, profile: str) -> float:
+        """Return the mean loss of a profile."""
+        return float(np.mean(self.pools[profile]))
+
+    def excess(self, profile: str) -> float:
+        """Return by how much a profile's mean loss exceeds what is allowed; negative within the margin."""
+        return self.disagreement(profile) - self.usual - self.margin
+
+    def taken_back(self, profile: str) -> float:
+        """Return the share of windows in which a profile was taken back."""
+        return float(str(self._row(profile)["taken back"]))
+
+    def alarms(self, profile: str) -> int:
+        """Return the number of windows in which a profile was taken back."""
+        return round(self.taken_back(profile) * self.windows)
+
+    def _row(self, profile: str) -> dict[str, object]:
+        return next(row for row in self.rows if row["profile"] == profile)
+
+
+def prepare(
+    loaded: Loaded,
+    fast: nn.Module,
+    another_domain: list[torch.Tensor],
+    effort: str,
+    *,
+    usual: float,
+    quality_margin: float,
+    shadow_share: float,
+    capacity: float,
+    seed: int,
+) -> GuardStudy:
+    """Measure the losses of the sound profile, of the broken ones and of `another_domain`, and watch many windows.
+
+    `capacity`: requests per second of the full profile; the stream has the calm share of it.
+    """
+    full = loaded.model
+    prompts = list(tasks.text_windows(loaded, "final", PROMPTS[effort], PROMPT_TOKENS, seed + 1))
+    pools: dict[str, list[float]] = {}
+    shadow_seconds = 0.0
+    for strength in (0.0, *STRENGTHS):
+        profile = shadow.broken(fast, strength, seed) if strength else fast
+        answers = shadow.answers(profile, prompts, NEW_TOKENS)
+        start = time.perf_counter()
+        pools[f"noise {strength}" if strength else SOUND] = shadow.disagreements(full, prompts, answers)
+        shadow_seconds = (time.perf_counter() - start) / len(prompts)
+    pools[ANOTHER_DOMAIN] = _losses(full, fast, another_domain)
+    rate = scenarios.CALM * capacity
+    counts = PROMPTS[effort], WINDOWS[effort]
+    study = GuardStudy(usual, quality_margin, shadow_share, rate, pools, shadow_seconds, *counts, seed)
+    study.rows.extend(_watch_windows(study))
+    return study
+
+
+def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
+    """Return a row per profile: how often it is taken back, how soon, and what a plain test, looked at often, does.
+
+    The last row is a loss exactly at the margin.
+    """
+    rows: list[dict[str, object]] = []
+    windows, seed = study.windows, study.seed
+    for profile, pool in study.pools.items():
+        trial = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed)
+        delays = trial["delays"]
+        row: dict[str, object] = {"profile": profile, "disagreement": study.disagreement(profile)}
+        row |= {"beyond the margin": study.excess(profile), "taken back": trial["caught"]}
+        row |= {"shadowed answers until then": float(np.median(delays)) if delays else None}
+        row["plain test"] = shadow.peeking(study.usual + study.margin, pool, windows, WINDOW_ANSWERS, seed=seed)
+        rows.append(row | {"estimate's error": trial["error"]})
+    mean, pool = study.disagreement(SOUND), study.pools[SOUND]
+    at_the_margin = max(0.0, mean - study.margin)
+    trial = shadow.trials(lambda index: study.guard(index, at_the_margin), pool, windows, WINDOW_ANSWERS, seed)
+    row = {"profile": AT_THE_MARGIN, "disagreement": mean, "beyond the margin": 0.0, "taken back": trial["caught"]}
+    row["plain test"] = shadow.peeking(mean, pool, windows, WINDOW_ANSWERS, seed=seed)
+    return [*rows, row | {"shadowed answers until then": None, "estimate's error": trial["error"]}]
+
+
+def scripted_stream(study: GuardStudy) -> Watched:
+    """Return a guarded stream whose profile is sound, broken in the middle third, and sound again."""
+    third = study.seconds / 3
+
+    def pool(second: float) -> list[float]:
+        return study.pools[BROKEN if third <= second < 2 * third else SOUND]
+
+    return shadow.stream(study.guard(), pool, study.rate, study.seconds, study.seed)
+
+
+def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFrame, str, str, float | None]]:
+    """Return (frame, label, kind, bound) of each panel of the stream's figure: estimate and truth, profile in use."""
+    frame = pd.DataFrame(watched.course, columns=["seconds", "trusted", "estimate", "truth"])
+    curves = pd.concat([frame.assign(value=frame[name], arm=name) for name in ("estimate", "truth")])
+    in_use = frame.assign(value=frame.trusted.astype(float))
+    bound = study.usual + study.margin
+    return [(curves, "disagreement", "line", bound), (in_use, "fast in use", "steps", None)]
+
+
+def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:
+    """Return two sentences on how to read the stream's figure."""
+    third = study.seconds / 3
+    back = watched.first("rolled back", third)
+    early = sum(second < third for second, name in watched.events if name == "rolled back")
+    first = (
+        f"The profile broke at {third:.2f} s and was never taken back."
+        if back is None
+        else f"The profile broke at {third:.2f} s and was taken back {back - third:.2f} s later."
+    )
+    tries = sum(name == "tried again" for _, name in watched.events)
+    return first, f"Rollbacks before it broke: {early}; further trials after a rollback: {tries}."
+
+
+def measurements(study: GuardStudy) -> list[Measurement]:
+    """Return disagreement, false rollbacks, the estimate's error, and the seconds until a fault is noticed."""
+    sound, worst = study._row(SOUND), study._row(BROKEN)
+    reason = "the baseline has no guard"
+    results = [
+        measurement.informative(
+            "profile_disagreement",
+            "serve",
+            0.0,
+            study.disagreement(SOUND),
+            f"{study.prompts} answers, read again",
+            ratio=None,
+        ),
+        measurement.informative(
+            "false_rollback_share", "serve, quiet", 0.0, study.taken_back(SOUND), study.source, "estimated", ratio=None
+        ),
+    ]
+    if isinstance(error := sound["estimate's error"], float):
+        results.append(
+            measurement.informative(
+                "quality_estimate_error",
+                "serve, quiet",
+                None,
+                error,
+                study.source,
+                "estimated",
+                ratio=None,
+                reason=reason,
+            )
+        )
+    if isinstance(answers := worst["shadowed answers until then"], float) and answers:
+        source = f"{study.source}; {study.rate:.1f} answers/s, {study.share:g} of them shadowed"
+        delay = answers / (study.share * study.rate)
+        results.append(
+            measurement.informative(
+                "fault_detection_seconds",
+                "serve, broken",
+                None,
+                delay,
+                source,
+                "estimated",
+                ratio=None,
+                reason=reason,
+            )
+        )
+    return results

@@ -1,0 +1,84 @@
+"""The protocol on a planted machine: what would refute it is decided by the numbers, and figures are read in two
+sentences.
+"""
+
+import pandas as pd
+import pytest
+
+from lib.measure.serving.server import Limits
+from lib.measure.serving.slo import Objectives
+from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
+from lib.optimizations.feedback_mechanisms import experiment, guard_study
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
+from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BROKEN, SOUND, GuardStudy
+from lib.report.text import reading
+
+OBJECTIVES = Objectives(0.4, 0.012)
+
+
+def times(factor=1.0):
+    table = tuple(((0.004 + 0.0005 * rows) / factor,) * (4096 // COLUMN_STEP) for rows in range(1, 33))
+    return StepTimes(table, (0.0005 / factor, 5e-5 / factor, 0.0), (0.0, 0.0), (0.97, 1.0, 1.03), (1.0,), 1.0, 1)
+
+
+@pytest.fixture(scope="module")
+def disturbances():
+    setup = TwoProfileSetup((times(), times(1.8)), OBJECTIVES, Limits(32, patience_seconds=0.3), 15.0)
+    return experiment.study(setup, 0.8, "quick", 0)
+
+
+def test_the_loop_against_static_limits(disturbances, monkeypatch):
+    monkeypatch.setattr(experiment, "SIZES", (8, 32))
+    compared = experiment.compare(disturbances)
+    assert compared.best in (8, 32) and set(compared.sums) >= {"oracle", experiment.LOOP, experiment.FAST_ALONE}
+    reading.two(*experiment.read_trade_off(compared))
+    refuted, evidence = experiment._missed(disturbances, compared)
+    assert refuted is not True and "6 scripts" in evidence
+    assert experiment._swinging(disturbances)[0] is False
+    results = experiment.comparison(disturbances, compared)
+    assert [item.workload for item in results[:2]] == ["serve, disturbed", "serve, quiet"]
+
+
+def guards(caught, loss, windows=300):
+    rows = [{"profile": name, "taken back": caught} for name in (SOUND, BROKEN)]
+    pools = {SOUND: [loss], BROKEN: [loss], ANOTHER_DOMAIN: [loss]}
+    return GuardStudy(0.1, 0.1, 0.25, 10.0, pools, 0.001, 24, windows, 0, rows)
+
+
+@pytest.mark.parametrize(
+    "profile, caught, loss, refuted",
+    [
+        (SOUND, 0.0, 0.1, False),
+        (SOUND, 0.1, 0.1, True),
+        (SOUND, 0.01, 0.1, None),
+        (SOUND, 0.0, 0.5, None),  # not sound at all
+        (BROKEN, 1.0, 0.5, False),
+        (BROKEN, 0.5, 0.5, True),
+        (BROKEN, 0.5, 0.1, None),  # not broken at all
+    ],
+)
+def test_the_guard_is_refuted_by_the_interval_of_its_windows(profile, caught, loss, refuted):
+    decided, evidence = experiment._share(guards(caught, loss), profile)
+    assert decided is refuted and "of 300 windows" in evidence
+
+
+def test_a_stream_is_read_in_two_sentences_and_drawn_in_two_panels():
+    study = GuardStudy(0.05, 0.1, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0)
+    watched = guard_study.scripted_stream(study)
+    assert watched.first("rolled back", study.seconds / 3) is not None
+    reading.two(*guard_study.read_stream(study, watched))
+    assert [label for _, label, *_ in guard_study.stream_panels(study, watched)] == ["disagreement", "fast in use"]
+
+
+def test_windows_become_measurements():
+    study = GuardStudy(0.05, 0.1, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0)
+    study.rows.extend(guard_study._watch_windows(study))
+    frame = pd.DataFrame(study.rows).set_index("profile")
+    assert frame["taken back"][SOUND] == 0 and frame["taken back"][BROKEN] == 1
+    names = [item.metric for item in guard_study.measurements(study)]
+    assert names == [
+        "profile_disagreement",
+        "false_rollback_share",
+        "quality_estimate_error",
+        "fault_detection_seconds",
+    ]
