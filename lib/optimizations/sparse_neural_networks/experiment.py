@@ -95,7 +95,7 @@ class MatrixMasks:
 
     name: str
     weight_1OI: torch.Tensor
-    kept: dict[str, torch.Tensor]
+    masks: dict[str, torch.Tensor]
     pruned: dict[str, torch.Tensor]
     gram_1II: torch.Tensor | None
 
@@ -106,14 +106,14 @@ class MatrixMasks:
 
     def corners(self) -> dict[str, np.ndarray]:
         """Return the first rows and columns of each mask."""
-        return {name: mask[:CORNER, :CORNER].cpu().numpy() for name, mask in self.kept.items()}
+        return {name: mask[:CORNER, :CORNER].cpu().numpy() for name, mask in self.masks.items()}
 
     def table(self) -> pd.DataFrame:
         """Return for each method: share kept, overlap with the first method, and the relative error of the output.
 
         The error is ‖x·(W−Ŵ)ᵀ‖ ÷ ‖x·Wᵀ‖ on calibration inputs, None without.
         """
-        first = next(iter(self.kept.values()))
+        first = next(iter(self.masks.values()))
         rows = [
             {
                 "method": name,
@@ -121,7 +121,7 @@ class MatrixMasks:
                 "overlap": float((mask & first).sum() / mask.sum()),
                 "error of the output": self._error(self.pruned[name]),
             }
-            for name, mask in self.kept.items()
+            for name, mask in self.masks.items()
         ]
         return pd.DataFrame(rows)
 
@@ -143,7 +143,7 @@ def one_matrix(setup: SparsitySetup) -> MatrixMasks:
     gram = None if moments is None or moments.gram is None else moments.gram.view(-1, *moments.gram.shape[-2:])[:1]
     squares = None if moments is None else moments.squares.view(len(stack), 1, -1)[:1]
     sparsity, pattern, within = (setup.options[name] for name in ("sparsity", "pattern", "within"))
-    kept, pruned = {}, {}
+    masks, pruned = {}, {}
     for name in METHODS if setup.trained else ("magnitude", "random"):
         if name == "sparsegpt" and gram is not None:
             after, mask = sparsegpt(single, gram, sparsity, pattern)
@@ -151,8 +151,8 @@ def one_matrix(setup: SparsitySetup) -> MatrixMasks:
             generator = torch.Generator().manual_seed(setup.seed)
             mask = keep(score(single, name, squares, generator), sparsity, pattern, within=within)
             after = single * mask
-        kept[name], pruned[name] = mask[0], after
-    return MatrixMasks(matrix.name, single, kept, pruned, gram)
+        masks[name], pruned[name] = mask[0], after
+    return MatrixMasks(matrix.name, single, masks, pruned, gram)
 
 
 def read_masks(table: pd.DataFrame) -> tuple[str, str]:
@@ -210,10 +210,10 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
 
 def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
     """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back."""
-    asked = float(str(setup.options["sparsity"]))
+    sparsity = float(str(setup.options["sparsity"]))
     taught = {} if model.tuned is None else sparse.shares(model.tuned)
     for name, share in model.zeros.items():
-        right = setup.options["pattern"] == "2:4" or abs(share - asked) < 0.5 / 16 + 1e-3
+        right = setup.options["pattern"] == "2:4" or abs(share - sparsity) < 0.5 / 16 + 1e-3
         assert right, f"{name}: {share:.4f} of its weights are zero"
         assert not taught or taught[name] >= share - 1e-6, f"{name}: fine-tuning brought weights back"
 

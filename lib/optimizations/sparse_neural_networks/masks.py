@@ -51,22 +51,22 @@ def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "
     blocks = scores.view(*batch, outputs // rows, rows, inputs // columns, columns).sum((-3, -1))
     count = blocks.shape[-1] - round(sparsity * blocks.shape[-1])
     if within == "matrix" and pattern == "unstructured":
-        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
+        mask = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
     else:
-        kept = _highest(blocks, count)
-    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+        mask = _highest(blocks, count)
+    return mask.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return a mask of the `count` highest scores along the last dimension, exactly that many."""
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    return kept.scatter_(-1, scores.topk(count, dim=-1, sorted=False).indices, True)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, scores.topk(count, dim=-1, sorted=False).indices, True)
 
 
 def sparsegpt(
     weight_EOI: torch.Tensor, gram_EII: torch.Tensor, sparsity: float, pattern: str, damping: float = DAMPING
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weights with zeros and the rest corrected, what is kept) by SparseGPT, each [E, O, I].
+    """Return (weights with zeros and the rest corrected, the mask of what is kept) by SparseGPT, each [E, O, I].
 
     `gram_EII` is Σ x·xᵀ. Columns go in order; what dropping one does to the output is made up by the columns behind it,
     through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
@@ -74,7 +74,7 @@ def sparsegpt(
     """
     weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
     factor = _inverse_factor(gram_EII, damping)
-    kept = torch.zeros_like(weight, dtype=torch.bool)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, inputs, STEP):
         end = min(start + STEP, inputs)
         part_EOB, upper_EBB = weight[..., start:end], factor[..., start:end, start:end]
@@ -84,16 +84,16 @@ def sparsegpt(
         for j in range(end - start):
             if pattern == "2:4" and j % 4 == 0:
                 four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
-                kept[..., start + j : start + j + 4] = _highest(four, 2)
-            column = kept[..., start + j] if chosen is None else chosen[..., j]
+                mask[..., start + j : start + j + 4] = _highest(four, 2)
+            column = mask[..., start + j] if chosen is None else chosen[..., j]
             dropped_EO = part_EOB[..., j] * ~column
             errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
             part_EOB[..., j:] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:].unsqueeze(-2)
             part_EOB[..., j] *= column  # exactly zero, and exactly what it was
         if chosen is not None:
-            kept[..., start:end] = chosen
+            mask[..., start:end] = chosen
         weight[..., end:] -= errors @ factor[..., start:end, end:]
-    return weight.to(weight_EOI.dtype), kept
+    return weight.to(weight_EOI.dtype), mask
 
 
 def _inverse_factor(gram_EII: torch.Tensor, damping: float) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _keep_in_step(
     done, now = start // columns, (start + width) // columns
     count = blocks.shape[-1] - (round(sparsity * now) - round(sparsity * done))
     if pattern == "unstructured":
-        kept = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
+        mask = _highest(blocks.flatten(-2), outputs * count).view(blocks.shape)
     else:
-        kept = _highest(blocks, count)
-    return kept.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+        mask = _highest(blocks, count)
+    return mask.repeat_interleave(rows, -2).repeat_interleave(columns, -1)

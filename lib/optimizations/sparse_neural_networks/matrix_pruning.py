@@ -40,12 +40,12 @@ def prune_matrix(
             raise ValueError(f"{matrix.name}: sparsegpt needs the Gram matrix of its inputs")
         gram_EII = moments.gram.view(-1, *moments.gram.shape[-2:])
         stack_EOI = weight.view(-1, *weight.shape[-2:])
-        pruned_EOI, kept_EOI = sparsegpt(stack_EOI, gram_EII, rule.sparsity, rule.pattern)
+        pruned_EOI, mask_EOI = sparsegpt(stack_EOI, gram_EII, rule.sparsity, rule.pattern)
         weight.copy_(pruned_EOI.view(weight.shape))
-        return kept_EOI.view(weight.shape)
-    kept = choose(matrix, moments, rule, generator)
-    weight.mul_(kept)
-    return kept
+        return mask_EOI.view(weight.shape)
+    mask = choose(matrix, moments, rule, generator)
+    weight.mul_(mask)
+    return mask
 
 
 def choose(
@@ -54,14 +54,14 @@ def choose(
     """Return what is kept by score alone, bool in the weight's shape; the weight stays as it is."""
     stack_EOI = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
     squares = [None] * len(stack_EOI) if moments is None else moments.squares.view(len(stack_EOI), -1)
-    kept_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
-    for kept_OI, weight_OI, square in zip(kept_EOI, stack_EOI, squares):  # scores of a large stack would not fit
+    mask_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
+    for mask_OI, weight_OI, square in zip(mask_EOI, stack_EOI, squares):  # scores of a large stack would not fit
         scores = score(weight_OI, rule.method, square, generator)
-        kept_OI.copy_(keep(scores, rule.sparsity, rule.pattern, within=rule.within))
-    return kept_EOI.view(matrix.weight.shape)
+        mask_OI.copy_(keep(scores, rule.sparsity, rule.pattern, within=rule.within))
+    return mask_EOI.view(matrix.weight.shape)
 
 
-def stored_sparse(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Tensor:
+def stored_sparse(matrix: Matrix, mask: torch.Tensor, pattern: str) -> torch.Tensor:
     """Return the kept weights in the layout that executes `pattern`.
 
     On a CPU 2:4 has no kernel of its own and becomes CSR. Raises UserError where the tensor cores' format does not fit.
@@ -71,7 +71,7 @@ def stored_sparse(matrix: Matrix, kept: torch.Tensor, pattern: str) -> torch.Ten
     if pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
         check_tensor_cores(matrix)
         layout = "semi_structured"
-    return compress(matrix.weight.data, kept, layout, rows)
+    return compress(matrix.weight.data, mask, layout, rows)
 
 
 def check_tensor_cores(matrix: Matrix) -> None:

@@ -6,8 +6,8 @@ control. For experts x are their own tokens. Scores compete within each output r
 the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, and blocks
 `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
 
-Executed sparse is the point: with `execute="dense"` the zeros are stored, read and multiplied as before. `apply` never
-changes the caller's model. Knows nothing of measuring.
+The zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
+`apply` never changes the caller's model. Knows nothing of measuring.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
@@ -15,6 +15,7 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from lib.models.calibration.distillation import distil
 from lib.models.calibration.second_moments import PARTS, Moments, feed_forward_matrices, matrices, moments
 from lib.models.structure import anatomy
 from lib.models.structure.sparse import is_dense, store, stored
+from lib.optimizations.common import options as checks
 from lib.optimizations.sparse_neural_networks.masks import METHODS, PATTERNS, STEP, WITHIN, block_shape
 from lib.optimizations.sparse_neural_networks.matrix_pruning import (
     PruningRule,
@@ -35,9 +37,10 @@ from lib.optimizations.sparse_neural_networks.matrix_pruning import (
     stored_sparse,
 )
 
+NAME = "sparse_neural_networks"
 EXECUTE = ("sparse", "dense")
 
-SEARCH_SPACE = {
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "sparsity": {
         "type": "float",
         "range": (0.0, 1.0),
@@ -75,7 +78,7 @@ class Pruned:
     """
 
     model: nn.Module
-    kept: dict[str, torch.Tensor]
+    masks: dict[str, torch.Tensor]
     pattern: str
     thin: dict[str, int]
 
@@ -107,8 +110,7 @@ def apply(
     calibration). observed: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern
     does not fit or that too few tokens reach.
     """
-    if execute not in EXECUTE:
-        raise UserError(f'sparse_neural_networks: execute "{execute}"; expected one of {", ".join(EXECUTE)}')
+    checks.one_of(NAME, "execute", execute, EXECUTE)
     options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
     if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps:
         return _store_at_once(model, **options, seed=seed)
@@ -159,9 +161,9 @@ def prune(
                 require_tokens(matrix, tokens)
     copied = copy.deepcopy(model)
     if sparsity == 0 and pattern != "2:4":
-        kept = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
-        return Pruned(copied, kept, pattern, {})
-    kept, thin = {}, {}
+        masks = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
+        return Pruned(copied, masks, pattern, {})
+    masks, thin = {}, {}
     rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
     for block in sorted({matrix.block for matrix in matrices(copied, parts)}):
         of_block = matrices(copied, parts, block)
@@ -172,8 +174,8 @@ def prune(
         for matrix in of_block:
             if statistics and (short := experts_short_of_tokens(matrix, statistics[matrix.name], method)):
                 thin[matrix.name] = short
-            kept[matrix.name] = prune_matrix(matrix, statistics.get(matrix.name), rule, generator)
-    return Pruned(copied, kept, pattern, thin)
+            masks[matrix.name] = prune_matrix(matrix, statistics.get(matrix.name), rule, generator)
+    return Pruned(copied, masks, pattern, thin)
 
 
 def observe(
@@ -195,9 +197,9 @@ def executed(pruned: Pruned) -> nn.Module:
     """
     model = copy.deepcopy(pruned.model)
     weights = {
-        matrix.name: stored_sparse(matrix, pruned.kept[matrix.name], pruned.pattern)
+        matrix.name: stored_sparse(matrix, pruned.masks[matrix.name], pruned.pattern)
         for matrix in matrices(model)
-        if matrix.name in pruned.kept
+        if matrix.name in pruned.masks
     }
     return store(model, weights)
 
@@ -233,14 +235,14 @@ def fine_tune(
     student = copy.deepcopy(pruned.model)
     hooks = []
     for matrix in matrices(student):
-        if matrix.name in pruned.kept:
+        if matrix.name in pruned.masks:
             matrix.weight.requires_grad_(True)
-            kept = pruned.kept[matrix.name]
-            hooks.append(matrix.weight.register_hook(lambda gradient, kept=kept: gradient * kept))
+            mask = pruned.masks[matrix.name]
+            hooks.append(matrix.weight.register_hook(lambda gradient, mask=mask: gradient * mask))
     losses = distil(student, teacher, batches, steps=steps, learning_rate=learning_rate, seed=seed)
     for hook in hooks:
         hook.remove()
-    return Pruned(student, pruned.kept, pruned.pattern, pruned.thin), losses
+    return Pruned(student, pruned.masks, pruned.pattern, pruned.thin), losses
 
 
 # --- what is allowed -----------------------------------------------------------------------------------------------
@@ -250,12 +252,10 @@ def check(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str = "row", parts: str = "all"
 ) -> None:
     """Raise UserError, naming layer and bound, where this cannot be done to this model."""
-    if not 0 <= sparsity < 1:
-        raise UserError(f"sparse_neural_networks: sparsity {sparsity} is out of range; expected 0 <= sparsity < 1")
-    choices = (("method", method, METHODS), ("within", within, WITHIN), ("parts", parts, ("all", *PARTS)))
-    for name, value, valid in choices:
-        if value not in valid:
-            raise UserError(f'sparse_neural_networks: {name} "{value}"; expected one of {", ".join(valid)}')
+    checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
+    checks.one_of(NAME, "method", method, METHODS)
+    checks.one_of(NAME, "within", within, WITHIN)
+    checks.one_of(NAME, "parts", parts, ("all", *PARTS))
     rows, columns = block_shape(pattern)
     affected = matrices(model, parts)
     if not affected:
@@ -280,4 +280,4 @@ def stored_shares(model: nn.Module) -> dict[str, float]:
 def shares(pruned: Pruned) -> dict[str, float]:
     """Return the share of zeros that each matrix really has, by name."""
     weights = {matrix.name: matrix.weight for matrix in matrices(pruned.model)}
-    return {name: 1 - int(weights[name].count_nonzero()) / weights[name].numel() for name in pruned.kept}
+    return {name: 1 - int(weights[name].count_nonzero()) / weights[name].numel() for name in pruned.masks}

@@ -22,13 +22,13 @@ from lib.measure.trackers import energy
 
 TOKENS = (1, 16, 256)
 SECONDS = 0.005  # of one arm's turn in a block, at least
-ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from processor time
+ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from CPU time
 ENERGY_BLOCKS = 6
 METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes long
 
 
 @dataclass
-class Pass:
+class PartPass:
     """A forward pass of a part on x [1, T, H], as timing and energy want it: a callable with its `tokens`."""
 
     module: nn.Module
@@ -45,42 +45,42 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseForm:
     """The fastest dense form of a part at some number of tokens: its dtype, its pass, and its A/A control."""
 
     dtype: torch.dtype
-    work: Pass
+    work: PartPass
     control: Pairs
 
 
-def run(module: nn.Module, tokens: int, hidden: int, dtype: torch.dtype) -> Pass:
+def run(module: nn.Module, tokens: int, hidden: int, dtype: torch.dtype) -> PartPass:
     """Return a pass of `module` on `tokens` random tokens of width `hidden` in `dtype`."""
     device = next(module.parameters()).device
     x_1TH = torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
-    return Pass(module, x_1TH, torch.cuda.synchronize if device.type == "cuda" else None)
+    return PartPass(module, x_1TH, torch.cuda.synchronize if device.type == "cuda" else None)
 
 
-def fastest(dense: Mapping[torch.dtype, nn.Module], tokens: int, hidden: int, blocks: int, seed: int = 0) -> Dense:
+def fastest(dense: Mapping[torch.dtype, nn.Module], tokens: int, hidden: int, blocks: int, seed: int = 0) -> DenseForm:
     """Return the fastest dense form of a part (dtype → module) for `tokens` tokens, timed against each other."""
-    best, *others = [(dtype, run(module, tokens, hidden, dtype)) for dtype, module in dense.items()]
-    for other in others:
-        pairs = interleaved.paired(best[1], other[1], **_options(best[1], 6, seed))
-        best = other if np.median(pairs.differences) < 0 else best
-    return Dense(*best, interleaved.a_a(best[1], **_options(best[1], blocks, seed + 1)))
+    best, *challengers = [(dtype, run(module, tokens, hidden, dtype)) for dtype, module in dense.items()]
+    for challenger in challengers:
+        pairs = interleaved.paired(best[1], challenger[1], **_options(best[1], 6, seed))
+        best = challenger if np.median(pairs.differences) < 0 else best
+    return DenseForm(*best, interleaved.a_a(best[1], **_options(best[1], blocks, seed + 1)))
 
 
-def compare(dense: Dense, module: nn.Module, dtype: torch.dtype, blocks: int, **hints: object) -> list[Measurement]:
+def compare(dense: DenseForm, module: nn.Module, dtype: torch.dtype, blocks: int, **hints: object) -> list[Measurement]:
     """Return time per pass of `module` (run in `dtype`) against the fastest dense form, and bytes of the weights.
 
     `hints` go to `ceilings.explain`: zero_share, fallback. The bound takes the ceilings of the dense form's dtype.
     """
     hidden, name = dense.work.x_1TH.shape[2], workload(dense.work.tokens)
-    other = run(module, dense.work.tokens, hidden, dtype)
-    pairs = interleaved.paired(dense.work, other, **_options(dense.work, blocks, dense.work.tokens))
-    costs = tuple(cost_model.of_feed_forward(one.module, one.tokens) for one in (dense.work, other))
+    sparse = run(module, dense.work.tokens, hidden, dtype)
+    pairs = interleaved.paired(dense.work, sparse, **_options(dense.work, blocks, dense.work.tokens))
+    costs = tuple(cost_model.of_feed_forward(work.module, work.tokens) for work in (dense.work, sparse))
     if hints.get("zero_share"):
-        costs = costs[0], cost_model.of_feed_forward(module, other.tokens, skip_zeros=True)
-    sizes = [cost_model.weights_bytes(one.module) for one in (dense.work, other)]
+        costs = costs[0], cost_model.of_feed_forward(module, sparse.tokens, skip_zeros=True)
+    sizes = [cost_model.weights_bytes(work.module) for work in (dense.work, sparse)]
     seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
     peaks = ceilings.measure(dense.work.x_1TH.device.type, dense.dtype)
     timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, samples=False)
@@ -93,7 +93,7 @@ def compare(dense: Dense, module: nn.Module, dtype: torch.dtype, blocks: int, **
 def metered(tokens: int, strength: float, effort: str, device: str, scale: str = "proxy") -> bool:
     """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls; with a
     counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at effort quick at
-    the strengths METERED_QUICKLY only; nowhere where efficiency was not asked for.
+    the strengths METERED_QUICKLY only; nowhere where efficiency is not requested.
     """
     if not settings.wants("efficiency"):
         return False
@@ -102,15 +102,15 @@ def metered(tokens: int, strength: float, effort: str, device: str, scale: str =
     return tokens == METERED_TOKENS and (effort != "quick" or strength in METERED_QUICKLY)
 
 
-def joules(dense: Dense, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:
+def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:
     """Return energy per token of `module` against the fastest dense form."""
     hidden, device = dense.work.x_1TH.shape[2], dense.work.x_1TH.device.type
     source = energy.counter(device)
     seconds = ENERGY_SECONDS if source.provenance == "estimated" else None
     arms = dense.work, run(module, dense.work.tokens, hidden, dtype)
     options = {"blocks": ENERGY_BLOCKS, "device": device, "seconds": seconds, "seed": seed, "source": source}
-    found = energy.per_token(*arms, workload=workload(dense.work.tokens), **options)
-    return [one for one in found if one.metric == "energy_joules_per_token"]
+    measurements = energy.per_token(*arms, workload=workload(dense.work.tokens), **options)
+    return [m for m in measurements if m.metric == "energy_joules_per_token"]
 
 
 def workload(tokens: int) -> str:
@@ -132,6 +132,6 @@ def crossover(strengths: list[float], gains: list[float]) -> float | None:
     return float(x0 + (x1 - x0) * -y0 / (y1 - y0))
 
 
-def _options(arm: Pass, blocks: int, seed: int) -> dict[str, object]:
+def _options(arm: PartPass, blocks: int, seed: int) -> dict[str, object]:
     iterations = interleaved.iterations_for(arm, SECONDS)
     return {"blocks": blocks, "iterations": iterations, "warmup": 1, "seed": seed, "disturbance": disturbance.watch}

@@ -81,7 +81,7 @@ def controls(arms: SparseRivals | None, model: SparseModel) -> list[ThirdArm]:
     at_int8_bytes = 1 - (dense_bytes - removed) / (8 * setup.weights)  # CSR: four bytes of value, four of column
     name = setup.method
     return [
-        *(arms.cut(other, "the same share, chosen at once", method=other) for other in METHODS),
+        *(arms.cut(method, "the same share, chosen at once", method=method) for method in METHODS),
         arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
         arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
         arms.judge(f"{name}, in order", "block after block", model.pruned.model),
@@ -110,7 +110,7 @@ def order_holds(arms: Sequence[ThirdArm]) -> dict[str, bool] | None:
     """Return whether SparseGPT ≤ Wanda ≤ magnitude in divergence, by where scores compete; None without arms."""
     if not arms:
         return None
-    values = {arm.name: found.value for arm in arms if (found := claims.interval([arm], [arm.name]))}
+    values = {arm.name: kl.value for arm in arms if (kl := claims.interval([arm], [arm.name]))}
     holds = {}
     for within in WITHIN:
         gpt, wanda, magnitude = (values[_order_name(method, within)] for method in COMPARED)

@@ -18,7 +18,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.claims import ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks import part_speed
-from lib.optimizations.sparse_neural_networks.part_speed import Dense
+from lib.optimizations.sparse_neural_networks.part_speed import DenseForm
 
 LAYOUTS = {"unstructured": "CSR", "16x1": "16x1"}  # pattern → what its storage is called in figures
 
@@ -48,7 +48,7 @@ def strengths(scale: str) -> list[int]:
     return [50, 60, 70, 80, 90, 95] if scale == "proxy" else [50, 80, 90]
 
 
-def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[Dense]:
+def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[DenseForm]:
     """Return the fastest dense form of the middle block's feed-forward part for each number of tokens."""
     view = anatomy(loaded.model)
     part = view.blocks[len(view.blocks) // 2].feed_forward.module
@@ -57,7 +57,7 @@ def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[Dense]:
     return [part_speed.fastest(forms, tokens, view.hidden, effort.blocks, seed) for tokens in part_speed.TOKENS]
 
 
-def dense_table(denses: Sequence[Dense]) -> pd.DataFrame:
+def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
     """Return the fastest dense form for each number of tokens with its noise floor."""
     rows = [
         {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype), "noise": round(dense.control.floor, 4)}
@@ -66,12 +66,12 @@ def dense_table(denses: Sequence[Dense]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def fastest_dense(denses: Sequence[Dense]) -> dict[str, str]:
+def fastest_dense(denses: Sequence[DenseForm]) -> dict[str, str]:
     """Return the dtype of the fastest dense form by number of tokens."""
     return {f"{dense.work.tokens} tokens": str(dense.dtype) for dense in denses}
 
 
-def sweep(loaded: Loaded, denses: Sequence[Dense], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
+def sweep(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
     """Return the part stored in each layout at each share of zeros, against its fastest dense forms."""
     view, points = anatomy(loaded.model), []
     part = view.blocks[len(view.blocks) // 2].feed_forward.module

@@ -195,17 +195,17 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
     if arms is None:
         return [], {}
     seed, left_out = arms.setup.seed, {}
-    found = [arms.judge("activation", "chosen by what passes through", chosen.pruned)]
-    found.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
+    judged = [arms.judge("activation", "chosen by what passes through", chosen.pruned)]
+    judged.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
     for i in range(RANDOM_SEEDS):
-        found.append(arms.cut(f"random {i + 1}", BY_CHANCE, saliency="random", seed=seed + i))
+        judged.append(arms.cut(f"random {i + 1}", BY_CHANCE, saliency="random", seed=seed + i))
     for granularity in method.GRANULARITIES:
         try:
-            found.append(arms.cut(f"{granularity} alone", "one granularity", granularity=granularity))
+            judged.append(arms.cut(f"{granularity} alone", "one granularity", granularity=granularity))
         except UserError as reason:
             left_out[f"{granularity} alone"] = str(reason)
-    found.append(arms.judge("activation, recovered", "after distillation", chosen.optimized))
-    return found, left_out
+    judged.append(arms.judge("activation, recovered", "after distillation", chosen.optimized))
+    return judged, left_out
 
 
 def impact(arms: RivalCuts | None) -> pd.DataFrame:

@@ -17,6 +17,7 @@ Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-v
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,16 +34,19 @@ from lib.models.structure.surgery import (
     keep_experts,
     keep_groups,
 )
+from lib.optimizations.common import options
 from lib.optimizations.structured_pruning.saliency import SALIENCIES, Scores, saliency_scores
 
+NAME = "structured_pruning"
 GRANULARITIES = ("experts", "channels", "heads", "depth")
-HELD_OUT = 4
+HELD_OUT = 4  # batches
+MOST_REMOVED = 0.9
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
 
-SEARCH_SPACE = {
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "ratio": {
         "type": "float",
-        "range": (0.0, 0.9),
+        "range": (0.0, MOST_REMOVED),
         "default": 0.3,
         "help": "share of the decoder's parameters removed",
     },
@@ -61,7 +65,7 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that its matrices are stored in a way that no row or column can be taken out of."""
+    """Return None, or why no row or column can be removed: the matrices are stored sparse."""
     return "matrices stored sparse cannot lose rows or columns; remove parts first" if stored(model) else None
 
 
@@ -86,9 +90,11 @@ def apply(
     batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
     Without recovery, embeddings and head are those of `model`, not copies: train neither in place.
     """
-    _check(ratio=ratio, granularity=granularity, saliency=saliency, depth_criterion=depth_criterion)
-    if reason := applies_to(model):
-        raise UserError(f"structured_pruning: {reason}")
+    options.in_range(NAME, "ratio", ratio, 0, MOST_REMOVED, closed="low")
+    choices = {"granularity": granularity, "saliency": saliency, "depth_criterion": depth_criterion}
+    for name, value in choices.items():
+        options.one_of(NAME, name, value, SEARCH_SPACE[name]["choices"])
+    options.applies(NAME, model, applies_to)
     shares = plan(model, ratio, granularity)
     pruned = copy.deepcopy(model, _replaced(model, shares))
     if not any(shares.values()):
@@ -107,8 +113,8 @@ def apply(
         remove_blocks(pruned, least)
     synchronise(pruned)
     if finetune_steps:
-        options = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
-        pruned, _ = recover(pruned, model, recovery or calibration, **options)
+        training = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
+        pruned, _ = recover(pruned, model, recovery or calibration, **training)
     return pruned
 
 
@@ -123,26 +129,15 @@ def recover(
 ) -> tuple[nn.Module, list[float]]:
     """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
 
-    Up to HELD_OUT batches (a quarter at most) are not trained on and decide which weights are kept, those of the start
-    among them.
-    With no steps it is `pruned` itself.
+    Up to HELD_OUT batches (a quarter at most) are not trained on; the weights that do best on them are returned, be it
+    those before training. Without steps it is `pruned` itself.
     """
     if not steps:
         return pruned, []
     student = copy.deepcopy(pruned)
     count = min(HELD_OUT, len(batches) // 4)
-    options = {"steps": steps, "held_out": batches[:count], "learning_rate": learning_rate, "seed": seed}
-    return student, distil(student, model, batches[count:], **options)
-
-
-def _check(ratio: float, **choices: str) -> None:
-    if not 0 <= ratio < SEARCH_SPACE["ratio"]["range"][1]:
-        raise UserError(f"structured_pruning: ratio {ratio} is out of range; expected 0 <= ratio < 0.9")
-    for name, value in choices.items():
-        if value not in SEARCH_SPACE[name]["choices"]:
-            raise UserError(
-                f'structured_pruning: {name} "{value}"; expected one of {", ".join(SEARCH_SPACE[name]["choices"])}'
-            )
+    training = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    return student, distil(student, model, batches[count:], held_out=batches[:count], **training)
 
 
 # --- how much goes ---------------------------------------------------------------------------------------------------

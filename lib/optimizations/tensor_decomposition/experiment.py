@@ -29,8 +29,7 @@ from lib.optimizations.common import claims
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
-from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, Spectrum
-from lib.optimizations.tensor_decomposition.low_rank import spectrum as spectrum_of
+from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, Spectrum, spectrum_of
 
 CLAIMS = (
     "Factors fitted to calibration text harm no less than factors of the bare matrices.",
@@ -264,13 +263,13 @@ def sweep(
     quiet = setup.random_weights
     ids_NT = None if text is None else text.ids_NT[:WINDOWS]
     reference = None if ids_NT is None else evaluate.read(setup.baseline, ids_NT)
-    seen = None if quiet else observe(setup.baseline, setup.calibration[:1])
+    observation = None if quiet else observe(setup.baseline, setup.calibration[:1])
 
     def model_of(arm: str, strength: float) -> nn.Module:
         if (arm, strength) == (setup.method, compression):
             return chosen.optimized
         if arm == PRUNED:
-            options = {"saliency": "random" if quiet else "activation", "observation": seen, "seed": setup.seed}
+            options = {"saliency": "random" if quiet else "activation", "observation": observation, "seed": setup.seed}
             return prune(setup.baseline, setup.calibration, ratio=strength, **options)
         return _factors(setup, strength, arm.split(",")[0], "uniform" if quiet or arm == EVEN else "global")
 
@@ -339,8 +338,10 @@ def domains(setup: FactoringSetup, compression: float) -> pd.DataFrame:
     for judged, source in ((own, loaded), (foreign, abroad)):
         ids_NT = prompts.text_windows(source, "final", WINDOWS, effort.window_tokens, seed)
         reference = evaluate.read(setup.baseline, ids_NT)
-        for calibrated, found in spectra.items():
-            model = decomposition.apply(setup.baseline, [], compression=compression, method=FITTED, spectra=found)
+        for calibrated, source_spectra in spectra.items():
+            model = decomposition.apply(
+                setup.baseline, [], compression=compression, method=FITTED, spectra=source_spectra
+            )
             kl = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0].mean()
             rows.append({"judged on": judged, "calibrated on": calibrated, "KL, nats/token": float(kl)})
     return pd.DataFrame(rows)

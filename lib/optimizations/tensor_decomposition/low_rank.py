@@ -65,7 +65,7 @@ class Spectrum:
         return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
 
-def spectrum(matrix: FactorableMatrix, gram: Gram | None = None) -> Spectrum:
+def spectrum_of(matrix: FactorableMatrix, gram: Gram | None = None) -> Spectrum:
     """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
 
     Without `gram`, of what enters the matrix, it is the plain one.
@@ -124,23 +124,23 @@ def _root(gram_NN: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky(damped)
 
 
-def factorise(found: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def factorise(spectrum: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (outer [m, R], inner [R, n]), the best matrix of this rank, both of equal norm column by row.
 
     Raises UserError for a rank of 0 or above full.
     """
-    matrix, full = found.matrix, min(found.matrix.weight.shape)
+    matrix, full = spectrum.matrix, min(spectrum.matrix.weight.shape)
     if not 0 < rank <= full:
         raise UserError(f"{matrix.name}: rank {rank}; expected 1 <= rank <= {full}")
-    weight, vectors = matrix.weight.detach(), found.vectors[:, :rank]
-    if found.by_rows:
+    weight, vectors = matrix.weight.detach(), spectrum.vectors[:, :rank]
+    if spectrum.by_rows:
         outer = vectors
         inner = torch.cat([vectors.T @ part for part in _parts(weight, vectors.dtype, True)], dim=1)
     else:
-        right = vectors if found.root is None else found.root.to(vectors.dtype) @ vectors
+        right = vectors if spectrum.root is None else spectrum.root.to(vectors.dtype) @ vectors
         outer = torch.cat([part @ right for part in _parts(weight, vectors.dtype, False)])
         inner = vectors.T
-        if found.root is not None:
-            inner = torch.linalg.solve_triangular(found.root.to(vectors.dtype), inner, upper=False, left=False)
+        if spectrum.root is not None:
+            inner = torch.linalg.solve_triangular(spectrum.root.to(vectors.dtype), inner, upper=False, left=False)
     scale_R = (inner.norm(dim=1) / outer.norm(dim=0).clamp_min(1e-30)).clamp(1e-12, 1e12).sqrt()
     return outer * scale_R, inner / scale_R[:, None]

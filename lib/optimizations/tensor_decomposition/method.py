@@ -9,13 +9,13 @@
 - experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
 - random: a random subspace of the same rank, as a control, and where weights are random themselves: the shapes of any
-  other method, found in no time.
+  other method at no cost.
 
 Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
-8. Energies of different matrices are made comparable by what losing them costs: the divergence in nats that is measured
+8. Energies of different matrices are compared by what losing them costs: the divergence in nats that is measured
 when this matrix alone is cut to half its break-even rank. (The Fisher information of the output would need one backward
 pass only, but it is the curvature at an error of zero, and cuts are not small; the divergence itself is measured at an
-error of the size that is made.) Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix
+error of that size.) Plain factors use no data: there it is the share of each matrix's own ‖W‖². A matrix
 stays dense where factors would not be smaller than m·n, and where the budget is better spent on it whole. Knows nothing
 of measuring; `apply` never changes the caller's model.
 
@@ -25,6 +25,7 @@ Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I w
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,20 +37,22 @@ from lib.models.offload import expert_cache
 from lib.models.structure import factored as factors
 from lib.models.structure import sparse
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate, options
 from lib.optimizations.tensor_decomposition.low_rank import (
     FactorableMatrix,
     Spectrum,
     factorise,
     random_spectrum,
-    spectrum,
+    spectrum_of,
 )
 
+NAME = "tensor_decomposition"
 METHODS = ("plain", "whitened", "refined", "random")
 BUDGETS = ("global", "uniform")
 WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
 
-SEARCH_SPACE = {
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "compression": {
         "type": "float",
         "range": (0.0, 1.0),
@@ -94,7 +97,9 @@ def apply(
     for too few calibration tokens, and where there is no matrix to factor. Embeddings and head are those of `model`,
     not copies: train neither in place.
     """
-    _check(compression=compression, method=method, budget=budget)
+    checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
+    checks.one_of(NAME, "method", method, METHODS)
+    checks.one_of(NAME, "budget", budget, BUDGETS)
     expert_cache.require_changeable(model)
     spectra = analyse(model, calibration, method, budget, seed) if spectra is None else spectra
     chosen = allocate(model, spectra, compression, budget) if ranks is None else ranks
@@ -110,20 +115,9 @@ def _shared(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int 
     view = anatomy(model)
     tensors = [view.embeddings.weight, view.head.weight]
     attribute = {"linear": "weight", "input": "gate_up_proj", "output": "down_proj"}
-    for matrix in (found.matrix for found in spectra if ranks.get(found.matrix.name) is not None):
+    for matrix in (spectrum.matrix for spectrum in spectra if ranks.get(spectrum.matrix.name) is not None):
         tensors.append(getattr(model.get_submodule(matrix.module), attribute[matrix.side]))
     return {id(tensor): tensor for tensor in tensors}
-
-
-def _check(compression: float, **choices: str) -> None:
-    if not 0 < compression < 1:
-        raise UserError(
-            f"tensor_decomposition: compression {compression} is out of range; expected 0 < compression < 1"
-        )
-    for name, value in choices.items():
-        valid = SEARCH_SPACE[name]["choices"]
-        if value not in valid:
-            raise UserError(f'tensor_decomposition: {name} "{value}"; expected one of {", ".join(valid)}')
 
 
 # --- what can be factored --------------------------------------------------------------------------------------------
@@ -131,19 +125,20 @@ def _check(compression: float, **choices: str) -> None:
 
 def matrices(model: nn.Module) -> list[FactorableMatrix]:
     """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
-    found = []
+    factorable = []
     for block in anatomy(model).blocks:
-        found += [
-            FactorableMatrix(name, "linear", block.index, one.weight) for name, one in linears(model, block).items()
+        factorable += [
+            FactorableMatrix(name, "linear", block.index, linear.weight)
+            for name, linear in linears(model, block).items()
         ]
         experts, name = block.feed_forward.experts, experts_name(model, block)
         if experts is None:
             continue
         if getattr(experts.module, "input_factor", None) is None and sparse.is_dense(experts.gate_up):
-            found.append(FactorableMatrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
+            factorable.append(FactorableMatrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
         if getattr(experts.module, "output_factor", None) is None and sparse.is_dense(experts.down):
-            found.append(FactorableMatrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
-    return found
+            factorable.append(FactorableMatrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
+    return factorable
 
 
 # --- what each rank keeps --------------------------------------------------------------------------------------------
@@ -161,20 +156,21 @@ def analyse(
     For "random" it is the flat one that a random subspace has on average. A "uniform" budget sets no matrix against
     another, so none is weighed for it: every worth is 1.
     """
-    found = matrices(model)
-    if not found:
+    factorable = matrices(model)
+    if not factorable:
         raise NotApplicable(f"no matrix to compress: {applies_to(model)}")
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        return [random_spectrum(matrix, generator) for matrix in found]
+        return [random_spectrum(matrix, generator) for matrix in factorable]
     if method == "plain":
-        return [spectrum(matrix) for matrix in found]
+        return [spectrum_of(matrix) for matrix in factorable]
     tokens = activations.count(calibration)
-    for matrix in (one for one in found if one.side == "linear" and tokens):
-        _require(matrix, tokens)  # all tokens reach it: what will not do is said before it is observed
+    for matrix in factorable:
+        if matrix.side == "linear" and tokens:  # all tokens reach it, so too few are known before the pass
+            _require(matrix, tokens)
     grams = observe_grams(model, calibration)
-    entering = [_gram(matrix, grams) for matrix in found]
-    spectra = [spectrum(matrix, gram) for matrix, gram in zip(found, entering)]
+    entering = [_gram(matrix, grams) for matrix in factorable]
+    spectra = [spectrum_of(matrix, gram) for matrix, gram in zip(factorable, entering)]
     return spectra if budget == "uniform" else weigh(model, spectra, calibration[0])
 
 
@@ -193,20 +189,20 @@ def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch
         return blockwise.rest(changed, stream, block)[stream.mask_BT].float().log_softmax(-1)
 
     expected, weighed = answers(model, len(anatomy(model).blocks)), []
-    for found in spectra:
-        factored = [rank for rank, _, _ in options(found) if rank is not None]
+    for spectrum in spectra:
+        factored = [rank for rank, _, _ in options(spectrum) if rank is not None]
         if not factored:
-            weighed.append(found)
+            weighed.append(spectrum)
             continue
-        rank = min(factored, key=lambda one: abs(one - found.matrix.break_even / 2))
-        owner, _, leaf = found.matrix.module.rpartition(".")
-        whole = trial.get_submodule(found.matrix.module)
-        install(trial, [found], {found.matrix.name: rank})
-        given = answers(trial, found.matrix.block)
+        rank = min(factored, key=lambda rank: abs(rank - spectrum.matrix.break_even / 2))
+        owner, _, leaf = spectrum.matrix.module.rpartition(".")
+        whole = trial.get_submodule(spectrum.matrix.module)
+        install(trial, [spectrum], {spectrum.matrix.name: rank})
+        logits = answers(trial, spectrum.matrix.block)
         setattr(trial.get_submodule(owner), leaf, whole)
-        lost = nn.functional.kl_div(given, expected, reduction="sum", log_target=True) / len(expected)
-        share = max(1 - float(found.kept_R[rank - 1]), 1e-9)
-        weighed.append(replace(found, worth=max(float(lost), 0.0) / share))
+        lost = nn.functional.kl_div(logits, expected, reduction="sum", log_target=True) / len(expected)
+        share = max(1 - float(spectrum.kept_R[rank - 1]), 1e-9)
+        weighed.append(replace(spectrum, worth=max(float(lost), 0.0) / share))
     return weighed
 
 
@@ -229,20 +225,20 @@ def _require(matrix: FactorableMatrix, tokens: int) -> None:
 
 def predicted_divergence(spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> float:
     """Return the nats per token that cutting to these ranks should cost, were errors additive."""
-    chosen = ((found, ranks.get(found.matrix.name)) for found in spectra)
-    return sum(found.worth * (1 - float(found.kept_R[rank - 1])) for found, rank in chosen if rank is not None)
+    chosen = ((spectrum, ranks.get(spectrum.matrix.name)) for spectrum in spectra)
+    return sum(spectrum.worth * (1 - float(spectrum.kept_R[rank - 1])) for spectrum, rank in chosen if rank is not None)
 
 
 def install(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int | None]) -> None:
     """Put factors of the given ranks into `model`, in place; what is None or not named stays dense."""
-    names = {found.matrix.name for found in spectra}
+    names = {spectrum.matrix.name for spectrum in spectra}
     if unknown := sorted(set(ranks) - names):
         raise UserError(f"tensor_decomposition: no matrix {unknown[0]} in this model; there is {sorted(names)[0]}, …")
-    for found in spectra:
-        rank, matrix = ranks.get(found.matrix.name), found.matrix
+    for spectrum in spectra:
+        rank, matrix = ranks.get(spectrum.matrix.name), spectrum.matrix
         if rank is None:
             continue
-        outer, inner = factorise(found, rank)
+        outer, inner = factorise(spectrum, rank)
         if matrix.side == "linear":
             factors.factor_linear(model, matrix.module, outer, inner)
             continue

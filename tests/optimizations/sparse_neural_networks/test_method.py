@@ -134,7 +134,7 @@ def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
     pruned = sparse.prune(tiny("qwen3-4b-instruct-2507"), text, sparsity=0.7, method=method, pattern=pattern)
     _, columns = masks.block_shape(pattern)
     for matrix in matrices(pruned.model):
-        kept, width = pruned.kept[matrix.name], matrix.weight.shape[-1]
+        kept, width = pruned.masks[matrix.name], matrix.weight.shape[-1]
         blocks = width // columns
         expected = 0.5 if pattern == "2:4" else round(0.7 * blocks) / blocks
         assert kept.float().mean().item() == pytest.approx(1 - expected, abs=1e-9)
@@ -155,8 +155,8 @@ def test_scores_that_compete_within_the_matrix_may_empty_a_row():
 @pytest.mark.parametrize("method", sparse.METHODS)
 def test_the_share_of_zeros_is_exact_in_every_expert(tiny, name, text, method):
     pruned = sparse.prune(tiny(name), text, sparsity=0.6, method=method, parts="experts")
-    assert pruned.kept
-    for kept_EOI in pruned.kept.values():
+    assert pruned.masks
+    for kept_EOI in pruned.masks.values():
         counts_E = kept_EOI.sum((1, 2))
         outputs, inputs = kept_EOI.shape[1:]
         assert (counts_E == outputs * (inputs - round(0.6 * inputs))).all()
@@ -169,7 +169,7 @@ def test_wanda_against_a_slow_row_by_row_reference(tiny, name, text):
     for matrix in [m for m in matrices(model) if m.block in (0, 3)]:
         inputs = _inputs(model, matrix, text)
         stack = matrix.weight if matrix.weight.dim() == 3 else matrix.weight[None]
-        kept = pruned.kept[matrix.name].view(stack.shape)
+        kept = pruned.masks[matrix.name].view(stack.shape)
         for weight, x_TI, mask in zip(stack, inputs, kept):
             norms = [x_TI[:, i].norm().item() for i in range(weight.shape[1])]
             for row, kept_I in zip(weight[:3], mask):
@@ -314,8 +314,8 @@ def test_pruning_block_after_block_sees_the_pruned_blocks_before(tiny, text):
     at_once = sparse.prune(model, text, observed=sparse.observe(model, text))
     in_order = sparse.prune(model, text)
     first, last = matrices(model)[0].name, matrices(model)[-1].name
-    assert torch.equal(at_once.kept[first], in_order.kept[first])
-    assert not torch.equal(at_once.kept[last], in_order.kept[last])
+    assert torch.equal(at_once.masks[first], in_order.masks[first])
+    assert not torch.equal(at_once.masks[last], in_order.masks[last])
 
 
 # --- fine-tuning, disk, counting -------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_fine_tuning_keeps_zeros_and_lowers_the_divergence(tiny, name, text):
     tuned, losses = sparse.fine_tune(pruned, model, text, steps=15)
     assert len(losses) == 15
     for matrix, before in zip(matrices(tuned.model), matrices(pruned.model)):
-        assert not matrix.weight[~pruned.kept[matrix.name]].any()
+        assert not matrix.weight[~pruned.masks[matrix.name]].any()
         assert not torch.equal(matrix.weight, before.weight)
     assert divergence(tuned.model, model, text[0]) < divergence(pruned.model, model, text[0])
     assert sparse.shares(tuned) == sparse.shares(pruned)

@@ -50,7 +50,7 @@ def matrix_of(weight: torch.Tensor, side: str = "linear") -> spectra.FactorableM
 @pytest.mark.parametrize("rank", [1, 8, 24])
 def test_plain_factors_are_the_best_low_rank_matrix(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = td.spectrum(matrix_of(weight))
+    found = td.spectrum_of(matrix_of(weight))
     outer, inner = td.factorise(found, rank)
     u, s, vt = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     assert np.allclose((outer @ inner).numpy(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-8)
@@ -66,12 +66,12 @@ def test_whitened_factors_are_the_best_on_calibration_inputs(correlated, shape):
     root = np.linalg.cholesky(x_TN.double().numpy().T @ x_TN.double().numpy())
     u, s, vt = np.linalg.svd(weight.double().numpy() @ root, full_matrices=False)
     for rank in (1, 4, 8, 16):
-        outer, inner = td.factorise(td.spectrum(matrix_of(weight), gram_of(x_TN)), rank)
+        outer, inner = td.factorise(td.spectrum_of(matrix_of(weight), gram_of(x_TN)), rank)
         reference = (u[:, :rank] * s[:rank]) @ vt[:rank] @ np.linalg.inv(root)
         errors = {
             "whitened": outer @ inner,
             "reference": torch.from_numpy(reference),
-            "plain": torch.matmul(*td.factorise(td.spectrum(matrix_of(weight)), rank)),
+            "plain": torch.matmul(*td.factorise(td.spectrum_of(matrix_of(weight)), rank)),
         }
         errors = {name: float((x_TN.double() @ (weight.double() - low).T).norm()) for name, low in errors.items()}
         assert errors["whitened"] == pytest.approx(errors["reference"], rel=1e-3)
@@ -81,7 +81,7 @@ def test_whitened_factors_are_the_best_on_calibration_inputs(correlated, shape):
 def test_an_input_that_is_never_active_needs_no_care(correlated):
     weight, x_TN = correlated(40, 24)
     x_TN[:, 3] = 0
-    outer, inner = td.factorise(td.spectrum(matrix_of(weight), gram_of(x_TN)), 23)
+    outer, inner = td.factorise(td.spectrum_of(matrix_of(weight), gram_of(x_TN)), 23)
     assert torch.isfinite(outer).all() and torch.isfinite(inner).all()
     assert float((x_TN.double() @ (weight.double() - outer @ inner).T).norm() / (x_TN @ weight.T).norm()) < 1e-2
 
@@ -231,11 +231,11 @@ def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
     """Small parts, and float32 in place of float64, give the same factors of a plain and of a random subspace."""
     weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(1))
     matrix = matrix_of(weight, side)
-    whole = td.spectrum(matrix)
+    whole = td.spectrum_of(matrix)
     expected = torch.matmul(*td.factorise(whole, 8))
     monkeypatch.setattr(spectra, "AT_ONCE", 100)
     monkeypatch.setattr(spectra, "SMALL", 1)
-    parted = td.spectrum(matrix)
+    parted = td.spectrum_of(matrix)
     assert parted.vectors.dtype == torch.float32 and torch.allclose(
         parted.energy_R, whole.energy_R, rtol=1e-3, atol=1e-6 * float(whole.energy_R[0])
     )
