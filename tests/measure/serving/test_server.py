@@ -25,10 +25,10 @@ class Greedy:
     name = "greedy"
 
     def __init__(self, most=32):
-        self.most, self.seen = most, []
+        self.most, self.views = most, []
 
     def decide(self, view):
-        self.seen.append(view)
+        self.views.append(view)
         return Decision(min(view.room, self.most - len(view.running)))
 
     def observe(self, step, finished):
@@ -36,8 +36,8 @@ class Greedy:
 
 
 def trace_of(*requests, seconds=100.0):
-    made = tuple(ServingRequest(index, *one) for index, one in enumerate(requests))
-    return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), made)
+    listed = tuple(ServingRequest(index, *request) for index, request in enumerate(requests))
+    return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), listed)
 
 
 def test_times_of_a_trace_counted_by_hand():
@@ -55,7 +55,7 @@ def test_times_of_a_trace_counted_by_hand():
 def test_request_level_batches_wait_for_the_one_before_and_keep_their_width():
     trace = trace_of((0.0, 4, 2), (0.0, 4, 4), (0.6, 4, 1))
     served = simulate(trace, Greedy(), stub_times(), Limits(), batching="request")
-    assert [one.finished for one in served.outcomes[:2]] == [1.5, 3.5]
+    assert [outcome.finished for outcome in served.outcomes[:2]] == [1.5, 3.5]
     assert served.outcomes[2].admitted == 3.5
     assert [step.batch for step in served.steps if step.kind == "decode"] == [2, 2, 2]
     with pytest.raises(UserError, match="expected one of iteration, request"):
@@ -71,7 +71,8 @@ def test_the_cache_never_outgrows_its_bound_and_nobody_is_lost(batching, seed):
     served = simulate(trace, Greedy(), stub_times(0.1, 0.01, 0.02), limits, batching=batching, drain_seconds=1000)
     assert 0 < served.peak_bytes <= limits.cache_bytes
     assert max(step.batch for step in served.steps) <= 8
-    assert all(one.finished is not None and one.produced >= one.request.new_tokens for one in served.outcomes)
+    for outcome in served.outcomes:
+        assert outcome.finished is not None and outcome.produced >= outcome.request.new_tokens
 
 
 def test_a_request_that_never_fits_is_refused_not_waited_for():
@@ -84,16 +85,16 @@ def test_a_request_that_never_fits_is_refused_not_waited_for():
 def test_no_traffic_ends_at_once():
     served = simulate(traffic.constant(0, 10, Lengths(4, 4)), Greedy(), stub_times(), Limits())
     assert served.steps == [] and not served.saturated
-    told = slo.summary(served, Objectives(1, 1))
-    assert told["goodput"] == 0 and told["goodput share"] is None and told["latency p50"] is None
+    numbers = slo.summary(served, Objectives(1, 1))
+    assert numbers["goodput"] == 0 and numbers["goodput share"] is None and numbers["latency p50"] is None
 
 
 def test_beyond_saturation_the_run_ends_and_says_so():
     trace = traffic.constant(50, 20, Lengths(4, 8), 1)
     served = simulate(trace, Greedy(4), stub_times(0.2), Limits(), drain_seconds=5)
     assert served.saturated and served.end < trace.seconds + 5 + 10
-    told = slo.summary(served, Objectives(1, 1))
-    assert told["saturated"] and told["unfinished"] > 100 and told["goodput share"] < 0.2
+    numbers = slo.summary(served, Objectives(1, 1))
+    assert numbers["saturated"] and numbers["unfinished"] > 100 and numbers["goodput share"] < 0.2
 
 
 def test_the_late_are_served_last():
@@ -138,27 +139,27 @@ def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch()
     # A server that is slow between seconds 10 and 20, in which one request a second is late.
     requests = [(float(second), 4, 2) for second in range(40)]
     served = simulate(trace_of(*requests, seconds=40.0), Greedy(), stub_times(0.1, 0.0, 0.1), Limits())
-    for one in served.outcomes:
-        if 10 <= one.request.arrival < 20:
-            one.first = one.finished = one.finished + 5
-    wanted = Objectives(1.0, 1.0)
-    assert slo.goodput(served, wanted) == 30 / 40
+    for outcome in served.outcomes:
+        if 10 <= outcome.request.arrival < 20:
+            outcome.first = outcome.finished = outcome.finished + 5
+    objective = Objectives(1.0, 1.0)
+    assert slo.goodput(served, objective) == 30 / 40
     assert slo.goodput(served, Objectives(1.0, 1e-6)) == 0
-    settled = slo.settling_seconds(served, wanted, 10.0, 40.0)
+    settled = slo.settling_seconds(served, objective, 10.0, 40.0)
     # The last window of ten with two bad ones ends at request 27: one bad request of ten is still settled.
     assert settled == pytest.approx(17.0)
-    assert slo.settling_seconds(served, wanted, 21.0, 40.0) == 0.0
-    assert slo.settling_seconds(served, wanted, 0.0, 20.0) is None
-    assert slo.settling_seconds(served, wanted, 35.0, 40.0) is None
+    assert slo.settling_seconds(served, objective, 21.0, 40.0) == 0.0
+    assert slo.settling_seconds(served, objective, 0.0, 20.0) is None
+    assert slo.settling_seconds(served, objective, 35.0, 40.0) is None
 
 
 def test_errors_of_a_simulation_are_zero_against_itself_and_seen_when_planted():
     trace = traffic.constant(1.0, 60, Lengths(4, 8), 3)
     served = simulate(trace, Greedy(), stub_times(0.1, read=0.001), Limits())
     slower = simulate(trace, Greedy(), stub_times(0.2, read=0.001), Limits())
-    wanted = Objectives(5, 5)
-    assert set(slo.errors([served, served], served, wanted).values()) == {0.0}
-    assert slo.errors(slower, served, wanted)["time per output token"] == pytest.approx(1.0, rel=0.2)
+    objective = Objectives(5, 5)
+    assert set(slo.errors([served, served], served, objective).values()) == {0.0}
+    assert slo.errors(slower, served, objective)["time per output token"] == pytest.approx(1.0, rel=0.2)
 
 
 def test_the_virtual_clock_never_goes_back():

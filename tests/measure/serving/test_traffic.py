@@ -1,4 +1,4 @@
-"""Traffic: the same seed gives the same requests, rates and spreads are as asked, bad requests are refused."""
+"""Traffic: the same seed gives the same requests, rates and spreads are as requested, bad requests are refused."""
 
 import numpy as np
 import pytest

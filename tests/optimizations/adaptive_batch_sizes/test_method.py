@@ -72,22 +72,22 @@ def test_sizes_follow_the_lengths(setup):
 def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machine(setup):
     traces = policy_comparison.traces(setup, "changing", 50, (100, 101, 102))
     sizes = (1, 2, 3, 4, 6, 8, 10, 12, 16)
-    best, found = batches.best_fixed(traces, setup.objective, setup.run, sizes)
+    best, goodputs = batches.best_fixed(traces, setup.objective, setup.run, sizes)
     ours = policy_comparison.compare(
         setup, traces, {"adaptive": lambda: batches.Adaptive(setup.objective, setup.single)}
     )[0]
-    assert set(found) == set(sizes) and found[best] >= found[1]
-    assert ours["goodput"] > 1.1 * found[best]
+    assert set(goodputs) == set(sizes) and goodputs[best] >= goodputs[1]
+    assert ours["goodput"] > 1.1 * goodputs[best]
 
 
 def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(setup):
     for name in ("constant 0.4", "constant 0.9"):
         traces = policy_comparison.traces(setup, name, 80, (100, 101))
-        _, found = batches.best_fixed(traces, setup.objective, setup.run, (4, 8, 10, 12, 14))
+        _, goodputs = batches.best_fixed(traces, setup.objective, setup.run, (4, 8, 10, 12, 14))
         ours = policy_comparison.compare(
             setup, traces, {"adaptive": lambda: batches.Adaptive(setup.objective, setup.single)}
         )[0]
-        assert ours["goodput"] >= 0.95 * max(found.values()), name
+        assert ours["goodput"] >= 0.95 * max(goodputs.values()), name
 
 
 def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(setup):
@@ -102,7 +102,7 @@ def test_time_out_gathers_a_group_but_not_for_ever(setup):
     requests = tuple(ServingRequest(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
     trace = Trace("by hand", 0, (traffic.Phase(5.0, 1.0, CHAT),), requests)
     served = setup.run(trace, batches.Timeout(8, 3, 0.1))
-    assert [round(one.admitted, 3) for one in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
+    assert [round(outcome.admitted, 3) for outcome in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
 
 
 def test_aimd_climbs_while_objectives_are_kept_and_backs_off_after_a_miss():
@@ -123,17 +123,19 @@ def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(setup
     assert "a prompt alone" in slo.unattainable(setup.times, Objectives(1e-4, 1.0), CHAT)
     assert setup.times.capacity(CHAT, 1e-4) == (0.0, 0)
     served = setup.run(traffic.constant(5, 4, CHAT), batches.Adaptive(impossible, setup.single))
-    assert all(one.finished for one in served.outcomes) and slo.goodput(served, impossible) == 0
+    assert all(outcome.finished for outcome in served.outcomes) and slo.goodput(served, impossible) == 0
 
 
 def test_no_capacity_makes_silent_traces_and_measurements_say_so():
     slow = ServingSetup(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
     traces = policy_comparison.traces(slow, "changing", 10, (0, 1))
     assert all(trace.requests == () for trace in traces)
-    made = policy_comparison.goodput(slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2), "serve")
-    assert made.verdict == "informative" and made.baseline == made.optimized == 0
-    found = policy_comparison.latencies(slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2))
-    assert all(one.verdict == "unavailable" for one in found if one.metric.startswith("latency"))
+    judged = policy_comparison.goodput(
+        slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2), "serve"
+    )
+    assert judged.verdict == "informative" and judged.baseline == judged.optimized == 0
+    latencies = policy_comparison.latencies(slow, traces, lambda: batches.FixedSize(1), lambda: batches.FixedSize(2))
+    assert all(item.verdict == "unavailable" for item in latencies if item.metric.startswith("latency"))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_values_out_of_range_are_refused(call, says):
 
 def _served(model, policy, requests, text_T):
     trace = Trace("by hand", 0, (traffic.Phase(1.0, 1.0, Lengths(8, 4)),), tuple(requests))
-    engine = ModelEngine(model, lambda one: text_T[one.id : one.id + one.prompt_tokens])
+    engine = ModelEngine(model, lambda request: text_T[request.id : request.id + request.prompt_tokens])
     served = serve(trace, policy, engine, VirtualClock(), Limits(8), drain_seconds=float("inf"))
     return served, engine
 
@@ -172,7 +174,7 @@ def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, na
     outputs = []
     for policy in policies:
         served, engine = _served(model, policy, requests, text_T)
-        assert all(len(engine.output[one.id]) == one.new_tokens for one in requests)
+        assert all(len(engine.output[request.id]) == request.new_tokens for request in requests)
         assert engine.rows is None and served.peak_bytes > 0
         outputs.append(engine.output)
     assert outputs[0] == outputs[1] == outputs[2]
@@ -181,7 +183,7 @@ def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, na
 
 def test_a_broken_memory_bound_is_an_error_and_changed_answers_are_counted(tiny):
     model = tiny("qwen3-4b-instruct-2507")
-    engine = ModelEngine(model, lambda one: torch.arange(8, 8 + one.prompt_tokens), limit_bytes=100)
+    engine = ModelEngine(model, lambda request: torch.arange(8, 8 + request.prompt_tokens), limit_bytes=100)
     with pytest.raises(RuntimeError, match="over its bound of 100"):
         engine.prefill([ServingRequest(0, 0.0, 20, 4)])
     equal, agreement, count = replay.same_tokens([{0: [1, 2], 1: [3, 4]}, {0: [1, 2], 1: [3, 5, 6], 2: [7]}])
@@ -194,7 +196,7 @@ def test_models_whose_cache_keeps_no_whole_rows_are_refused(tiny):
     model.config.layer_types = ["sliding_attention"] * 4
     assert "sliding_attention" in batches.applies_to(model) == batch_cache.joinable(model)
     with pytest.raises(UserError, match="cannot join"):
-        ModelEngine(model, lambda one: None)
+        ModelEngine(model, lambda request: None)
 
 
 def test_step_times_are_measured_on_the_real_engine(tiny):
@@ -227,22 +229,22 @@ def test_prefill_times_are_those_measured_and_its_edges_beyond():
 def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monkeypatch):
     from lib.measure.serving import step_times
 
-    seen, step = [], batch_cache.step
+    tokens, step = [], batch_cache.step
     monkeypatch.setattr(
-        batch_cache, "step", lambda model, some: (seen.append(some.token_B.clone()), step(model, some))[1]
+        batch_cache, "step", lambda model, rows: (tokens.append(rows.token_B.clone()), step(model, rows))[1]
     )
     step_times.measure(tiny("qwen3-coder-30b"), torch.arange(8, 72), (16, 48), repeats=2, most=4)
-    assert [len(one) for one in seen] == [1, 1, 2, 2, 4, 4] * 4
-    assert all(len(one.unique()) == len(one) for one in seen)
+    assert [len(token_B) for token_B in tokens] == [1, 1, 2, 2, 4, 4] * 4
+    assert all(len(token_B.unique()) == len(token_B) for token_B in tokens)
 
 
 def test_step_times_around_a_run_are_those_before_and_after_it(tiny, monkeypatch):
     from lib.measure.serving import step_times
 
-    told, speed = [], [1.0]
+    calls, speed = [], [1.0]
 
     def timed(model, call, *arguments):
-        told.append(speed[0])
+        calls.append(speed[0])
         call(*arguments)
         return speed[0]
 
@@ -251,27 +253,27 @@ def test_step_times_around_a_run_are_those_before_and_after_it(tiny, monkeypatch
     times, result = step_times.with_bracketing_step_times(
         tiny("qwen3-4b-instruct-2507"), text_T, (16, 48), lambda: speed.__setitem__(0, 3.0) or "ran", repeats=2, most=4
     )
-    assert result == "ran" and told.count(1.0) == told.count(3.0) > 20
+    assert result == "ran" and calls.count(1.0) == calls.count(3.0) > 20
     assert times.decode(2, 48) == pytest.approx(2.0) and times.prefill(1, 16) == pytest.approx(2.0, rel=0.01)
     assert set(times.decode_ratios) == {0.5, 1.5}
 
 
 def test_answers_of_random_weights_are_not_compared():
     real = [replay.Replayed(None, {0: [1, 2]}, 1.0, None), replay.Replayed(None, {0: [1, 3]}, 1.0, None)]
-    assert [one.optimized for one in replay.answers_alike(real)] == [0.0, 0.5]
-    told = replay.answers_alike(real, "random weights")
-    assert [(one.verdict, one.reason) for one in told] == [("unavailable", "random weights")] * 2
+    assert [item.optimized for item in replay.answers_alike(real)] == [0.0, 0.5]
+    missing = replay.answers_alike(real, "random weights")
+    assert [(item.verdict, item.reason) for item in missing] == [("unavailable", "random weights")] * 2
 
 
-def test_a_simulation_is_told_with_its_own_spread(setup):
+def test_a_simulation_is_compared_with_its_own_spread(setup):
     trial = policy_comparison.trace(setup, "changing", 10, 3)
     make_policy = lambda: batches.FixedSize(8)  # noqa: E731
     real = replay.Replayed(setup.run(trial, make_policy(), 99), {}, 1.0, None)
-    made = replay.beside([[setup.run(trial, make_policy(), jitter) for jitter in range(4)]], [real], setup.objective)
-    assert [row["quantity"] for row in made] == list(slo.COMPARED)
-    assert all(row["least"] <= row["simulated"] <= row["most"] for row in made)
-    error = replay.simulation_error(made)
-    assert error.optimized == pytest.approx(sum(row["error"] for row in made) / len(made)) and error.optimized < 0.5
+    rows = replay.beside([[setup.run(trial, make_policy(), jitter) for jitter in range(4)]], [real], setup.objective)
+    assert [row["quantity"] for row in rows] == list(slo.COMPARED)
+    assert all(row["least"] <= row["simulated"] <= row["most"] for row in rows)
+    error = replay.simulation_error(rows)
+    assert error.optimized == pytest.approx(sum(row["error"] for row in rows) / len(rows)) and error.optimized < 0.5
 
 
 def test_prompts_depend_on_id_and_seed_alone(tiny):

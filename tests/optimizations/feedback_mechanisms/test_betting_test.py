@@ -1,4 +1,4 @@
-"""The sequential test on planted means: quiet streams are left alone, breaches are found."""
+"""The sequential test on planted means: no alarm in quiet streams, breaches are detected."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def test_a_breach_is_found_and_a_large_one_soon():
     small = [first_breach(random.random(400) < 0.25, 0.1, 0.01) for _ in range(50)]
     large = [first_breach(random.random(400) < 0.9, 0.1, 0.01) for _ in range(50)]
     assert None not in large and max(large) <= 12
-    assert sum(found is None for found in small) <= 1
-    assert np.median([found for found in small if found]) > np.median(large)
+    assert sum(count is None for count in small) <= 1
+    assert np.median([count for count in small if count]) > np.median(large)
 
 
 @pytest.mark.parametrize("values", [{"bound": 0.0}, {"bound": 1.0}, {"bound": 0.1, "alpha": 0.0}])

@@ -33,7 +33,7 @@ OBJECTIVES = Objectives(0.4, 0.012)
 
 
 def script(seconds=60.0, seed=0):
-    return {one.name: one for one in scenarios.script(times(), OBJECTIVES, LENGTHS, seconds, seed)}
+    return {scenario.name: scenario for scenario in scenarios.script(times(), OBJECTIVES, LENGTHS, seconds, seed)}
 
 
 def test_seconds_beyond_counts_the_disturbed_seconds_alone():
@@ -82,15 +82,15 @@ def play_rounds(law, acceptance, rounds, draft=0.2, check=1.0, seed=0):
 
 
 def tokens_per_second(rounds):
-    return sum(one.accepted + 1 for one in rounds) / sum(one.seconds for one in rounds)
+    return sum(done.accepted + 1 for done in rounds) / sum(done.seconds for done in rounds)
 
 
 @pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("make", [feedback.DraftLength, feedback.Bandit])
 def test_draft_lengths_come_near_the_best_static_one(make, acceptance):
-    found = tokens_per_second(play_rounds(make(), acceptance, 600)[100:])
+    adaptive = tokens_per_second(play_rounds(make(), acceptance, 600)[100:])
     static = [tokens_per_second(play_rounds(feedback.fixed(count), acceptance, 600)) for count in range(9)]
-    assert found > 0.9 * max(static)
+    assert adaptive > 0.9 * max(static)
 
 
 def test_the_draft_length_follows_a_change_of_text():
@@ -215,7 +215,7 @@ def test_the_switch_does_not_return_to_a_profile_that_would_miss_the_objective()
 
 def test_rows_end_in_the_profile_where_they_began():
     current = 0
-    engines = [SimulatedEngine(one, jitter=False) for one in (times(), faster())]
+    engines = [SimulatedEngine(profile, jitter=False) for profile in (times(), faster())]
     both = Profiles(engines, lambda: current)
     first, second = (ServingRequest(i, 0.0, 16, 4) for i in range(2))
     both.prefill([first])
@@ -230,10 +230,10 @@ def test_rows_end_in_the_profile_where_they_began():
 
 def test_times_by_mean_keep_the_mean_of_every_call():
     skewed = replace(times(), decode_ratios=(1.0, 1.0, 4.0), prefill_ratios=(0.5, 1.0))
-    told = by_mean(skewed)
-    assert told.decode(4, 32) * np.mean(told.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
-    assert np.mean(told.decode_ratios) == pytest.approx(1) and told.prefill(1, 32) < skewed.prefill(1, 32)
-    assert told.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
+    averaged = by_mean(skewed)
+    assert averaged.decode(4, 32) * np.mean(averaged.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
+    assert np.mean(averaged.decode_ratios) == pytest.approx(1) and averaged.prefill(1, 32) < skewed.prefill(1, 32)
+    assert averaged.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
@@ -284,4 +284,4 @@ def test_the_spinner_takes_every_core_and_gives_it_back():
         spinner.start()
         assert len(spinner.processes) == len(disturbance.cores())
         children = list(spinner.processes)
-    assert all(one.poll() is not None for one in children) and not spinner.processes
+    assert all(process.poll() is not None for process in children) and not spinner.processes

@@ -12,11 +12,11 @@ from lib.optimizations.feedback_mechanisms import speculative
 
 @torch.inference_mode()
 def plain(model, prompt_T, new_tokens):
-    ids_1T, cache, found = prompt_T[None], DynamicCache(), []
+    ids_1T, cache, tokens = prompt_T[None], DynamicCache(), []
     for _ in range(new_tokens):
         ids_1T = model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[:, None]
-        found.append(ids_1T[0, 0])
-    return torch.stack(found)
+        tokens.append(ids_1T[0, 0])
+    return torch.stack(tokens)
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def test_the_answer_is_the_models_own_whatever_the_draft(tiny, name, prompt_T, d
     lengths = iter([3, 0, 0, 5, 1, 0, 4, 2] * 10)
     tokens_N, rounds = speculative.generate(model, draft, prompt_T, 24, lambda rounds: next(lengths))
     assert torch.equal(tokens_N, plain(model, prompt_T, 24))
-    assert sum(one.accepted + 1 for one in rounds) == 23
+    assert sum(done.accepted + 1 for done in rounds) == 23
     if drafter == "same":
-        assert all(one.accepted == one.drafted for one in rounds)
+        assert all(done.accepted == done.drafted for done in rounds)
     else:
-        assert any(one.accepted < one.drafted for one in rounds)
+        assert any(done.accepted < done.drafted for done in rounds)
 
 
 def test_a_draft_that_is_the_model_needs_few_rounds(tiny, prompt_T):
@@ -46,7 +46,7 @@ def test_a_draft_that_is_the_model_needs_few_rounds(tiny, prompt_T):
 
 def test_another_vocabulary_is_refused(tiny, prompt_T):
     model = tiny("qwen3-4b-instruct-2507")
-    other = copy.deepcopy(model)
-    other.config.vocab_size = 80
+    draft = copy.deepcopy(model)
+    draft.config.vocab_size = 80
     with pytest.raises(UserError, match="vocabulary of 80 tokens, the model one of 96"):
-        speculative.generate(model, other, prompt_T, 4, lambda rounds: 2)
+        speculative.generate(model, draft, prompt_T, 4, lambda rounds: 2)
