@@ -82,12 +82,12 @@ def fill(root: Path, name: str) -> None:
         reached.setdefault(job.optimization, dependencies.reached(job.template))
         parts = cache_key.parts(job, hashes, reached)
         gain, lost = 0.8 + 0.01 * (number % 70), 0.001 * (number % 30)
-        found = samples.whole(job.optimization, job.model, gain, lost, seed=number % 50 + 50 * (name == "older"))
+        filled = samples.whole(job.optimization, job.model, gain, lost, seed=number % 50 + 50 * (name == "older"))
         started = f"2026-01-{30 if name == 'older' else 31}T14:05:00+00:00"
         about = {"key": cache_key.of(parts), "parameters": dict(job.parameters), "started": started}
-        found = found.model_copy(update=about)
-        record.write(found, folder / f"{job.stem}.json")
-        (folder / f"{job.stem}.ipynb").write_text(executed(record.to_json(found)), encoding="utf-8")
+        filled = filled.model_copy(update=about)
+        record.write(filled, folder / f"{job.stem}.json")
+        (folder / f"{job.stem}.ipynb").write_text(executed(record.to_json(filled)), encoding="utf-8")
         for ending in (".html", ".md"):
             (folder / f"{job.stem}{ending}").write_text("a page", encoding="utf-8")
         (folder / ".cache" / f"{job.stem}.json").write_text(json.dumps(parts), encoding="utf-8")
@@ -119,9 +119,9 @@ def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
             except subprocess.TimeoutExpired:
                 continue
         out.seek(0)
-        said = out.read()
-    failed = process.returncode not in (0, 1) or "Traceback" in said
-    return time.monotonic() - began, processor() - before, peak, said if failed else ""
+        output = out.read()
+    failed = process.returncode not in (0, 1) or "Traceback" in output
+    return time.monotonic() - began, processor() - before, peak, output if failed else ""
 
 
 def processor() -> float:
@@ -145,8 +145,8 @@ def resident(processes: list) -> int:
 
 def surroundings() -> dict[str, str]:
     """Return the environment of a command."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WORKBENCH_", "PYTHONPATH"))}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("WORKBENCH_", "PYTHONPATH"))}
+    return variables | {"OMP_NUM_THREADS": "1"}
 
 
 def commands() -> dict[str, list[str]]:
@@ -169,30 +169,30 @@ def main() -> int:
     options.add_argument("--optimizations", type=int, default=100)
     options.add_argument("--only", nargs="+", default=list(commands()), choices=list(commands()))
     options.add_argument("--keep", help="make the workbenches in this folder and leave them there")
-    given = options.parse_args()
+    chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        return _run(Path(given.keep or temporary), given)
+        return _run(Path(chosen.keep or temporary), chosen)
 
 
-def _run(base: Path, given: argparse.Namespace) -> int:
-    found: dict[str, dict[int, tuple[float, int]]] = {name: {} for name in given.only}
+def _run(base: Path, chosen: argparse.Namespace) -> int:
+    times: dict[str, dict[int, tuple[float, int]]] = {name: {} for name in chosen.only}
     faults = []
-    for models in given.models:
-        root, number = base / f"{models}", models * given.optimizations
+    for models in chosen.models:
+        root, number = base / f"{models}", models * chosen.optimizations
         if not root.exists():
-            project(root, models, given.optimizations)
+            project(root, models, chosen.optimizations)
             for name in ("executed", "older"):
                 program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import many_results; "
                 program += f"sys.path.insert(0, {str(root)!r}); "
                 program += f"many_results.fill(many_results.Path({str(root)!r}), {name!r})"
                 subprocess.run([sys.executable, "-c", program], cwd=root, env=surroundings(), check=True)
-        for name in given.only:
+        for name in chosen.only:
             seconds, worked, peak, fault = measured(root, commands()[name])
-            found[name][number] = seconds, peak
+            times[name][number] = seconds, peak
             faults += [f"{name} at {number}: {fault.strip().splitlines()[-1]}"] if fault else []
             used = f"{seconds:7.2f} s  (processor {worked:7.2f} s)"
             print(f"{number:6} records  {name:9} {used}  {peak / 2**20:6.0f} MB", flush=True)
-    for name, by_number in found.items():
+    for name, by_number in times.items():
         (least, (first, _)), (most, (last, peak)) = min(by_number.items()), max(by_number.items())
         growth = math.log(last / first) / math.log(most / least) if most > least else 0.0
         print(f"{name:9} grows as records^{growth:.2f} from {least} to {most}")

@@ -78,7 +78,7 @@ def process(seconds: int = 60) -> Process:
 
 
 def made(optimization: str = "structured_pruning", model: str = MODELS[1], **options) -> Record:
-    found = record.build(
+    built = record.build(
         optimization, model, "proxy", "quick", {"model": model, "ratio": 0.3, "seed": 0},
         options.pop("measurements", None) or measurements(**options),
         controls=[record.Control(name="random saliency", purpose="the same ratio, units chosen by chance",
@@ -90,7 +90,7 @@ def made(optimization: str = "structured_pruning", model: str = MODELS[1], **opt
             refutation.decide("Answers are lost <beyond> the margin.", None, "F1 −0.4 points, margin 2"),
         ],
     )  # fmt: skip
-    return found.model_copy(
+    return built.model_copy(
         update={"key": "0" * 64, "started": "2026-01-31T14:05:00+00:00", "seconds": 61.5, "process": process()}
     )
 
@@ -98,22 +98,22 @@ def made(optimization: str = "structured_pruning", model: str = MODELS[1], **opt
 def without_result(
     status: str, reason: str, optimization: str = "structured_pruning", model: str = MODELS[0]
 ) -> Record:
-    found = record.build(optimization, model, "proxy", "quick", {"seed": 0}, status=status, reason=reason)
-    return found.model_copy(update={"started": "2026-01-31T14:05:00+00:00", "seconds": 3.0})
+    built = record.build(optimization, model, "proxy", "quick", {"seed": 0}, status=status, reason=reason)
+    return built.model_copy(update={"started": "2026-01-31T14:05:00+00:00", "seconds": 3.0})
 
 
 def by_chance(seed: int) -> Record:
     """Return a record of random metrics, values and verdicts, all of them lawful."""
     chance = random.Random(seed)
-    found = []
+    drawn = []
     for name in chance.sample(sorted(METRICS), chance.randint(0, len(METRICS))):
         kind = chance.randrange(5)
         if kind == 0:
-            found.append(measurement.unavailable(name, "any", "chance said no"))
+            drawn.append(measurement.unavailable(name, "any", "chance said no"))
         elif kind == 1 and METRICS[name].dimension == "accuracy" and chance.random() < 0.2:
-            found.append(measurement.invalid(name, "any", "one repeated token"))
+            drawn.append(measurement.invalid(name, "any", "one repeated token"))
         elif kind == 2:
-            found.append(
+            drawn.append(
                 measurement.counted(name, "any", chance.choice([0.0, 1e-9, 3.0, 7e11]), chance.random(), "counted")
             )
         else:
@@ -121,8 +121,8 @@ def by_chance(seed: int) -> Record:
             verdicts = (
                 verdicts if METRICS[name].dimension == "accuracy" else ["better", "worse", "equivalent", "inconclusive"]
             )
-            found.append(timed(name, chance.uniform(0.2, 5), 0.1, chance.choice([*verdicts, "informative"]), "any"))
-    return record.build("streaming_computation", chance.choice(MODELS), "proxy", "quick", {"seed": seed}, found)
+            drawn.append(timed(name, chance.uniform(0.2, 5), 0.1, chance.choice([*verdicts, "informative"]), "any"))
+    return record.build("streaming_computation", chance.choice(MODELS), "proxy", "quick", {"seed": seed}, drawn)
 
 
 OPTIMIZATIONS = (
@@ -145,7 +145,7 @@ def paired(metric: str, gain: float, spread: float = 0.01, workload: str = "pref
 
 def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002, seed: int = 0) -> Record:
     """Return a record that falls short of nothing: timed in blocks, several metrics in each dimension, a curve."""
-    found = [
+    counted_and_timed = [
         paired("prefill_tokens_per_second", gain, seed=seed),
         paired("decode_tokens_per_second", gain * 0.95, workload="decode", seed=seed),
         scored("f1_macro", 0.91, 0.91 - lost, "maintained" if lost < 0.02 else "not_maintained", 0.01),
@@ -168,7 +168,7 @@ def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002,
         rows, "measured", "KL on held-out text, bootstrap intervals", x="removed, %", y="KL, nats/token"
     )
     built = record.build(
-        optimization, model, "proxy", "quick", {"model": model, "seed": seed}, found,
+        optimization, model, "proxy", "quick", {"model": model, "seed": seed}, counted_and_timed,
         controls=[record.Control(name="A/A", purpose="baseline against itself", measurements=[paired(
             "prefill_tokens_per_second", 1.0)])],
         details={"impact": curve}, environment=ENVIRONMENT,
@@ -181,8 +181,8 @@ def good(folder, optimizations=OPTIMIZATIONS, seed: int = 0, **options):
     """Write a result set of all eleven optimizations on all four models that falls short of nothing; return it."""
     for optimization in optimizations:
         for model in MODELS:
-            found = whole(optimization, model, seed=seed, **options)
-            record.write(found, folder / f"{found.stem}.json")
+            run = whole(optimization, model, seed=seed, **options)
+            record.write(run, folder / f"{run.stem}.json")
     return folder
 
 
@@ -192,16 +192,16 @@ def mixed(folder):
     for optimization in OPTIMIZATIONS:
         for model in MODELS:
             gain, lost = chance.lognormvariate(0.15, 0.3), chance.choice([-0.003, 0.0, 0.004, 0.009, 0.05, 0.031])
-            found = whole(optimization, model, gain, lost)
-            record.write(found, folder / f"{found.stem}.json")
-    made_so = {
+            run = whole(optimization, model, gain, lost)
+            record.write(run, folder / f"{run.stem}.json")
+    special = {
         ("continuous_nas", MODELS[3]): without_result("not_applicable", "no experts", "continuous_nas", MODELS[3]),
         ("automl_components", MODELS[0]): without_result(
             "failed", "cell 9 under “Search” (`study.optimize(…)`): MemoryError", "automl_components", MODELS[0]
         ),
     }
-    for found in made_so.values():
-        record.write(found, folder / f"{found.stem}.json")
+    for run in special.values():
+        record.write(run, folder / f"{run.stem}.json")
     (folder / f"feedback_mechanisms--{MODELS[1]}.json").unlink()
     (folder / f"feedback_mechanisms--{MODELS[2]}.json").write_text('{"schema": 1, "optim')
     return folder

@@ -41,18 +41,18 @@ def test_names_need_no_entry():
 
 
 def test_tidy_has_a_row_of_numbers_per_measurement():
-    found = samples.made()
-    frame = tables.tidy(found)
+    run = samples.made()
+    frame = tables.tidy(run)
     assert list(frame.columns) == list(tables.TIDY)
-    assert len(frame) == len(found.measurements)
+    assert len(frame) == len(run.measurements)
     time = frame.set_index("metric").loc["time_to_first_token_ms"]
     assert time["gain"] == pytest.approx(1 / time["ratio"])
     assert time["gain_low"] < time["gain"] < time["gain_high"]
 
 
 def test_a_metric_of_two_workloads_is_told_apart():
-    found = [samples.timed("decode_tokens_per_second", 1.1, workload=name) for name in ("short", "long")]
-    assert list(tables.tidy(found)["label"]) == ["decode rate [short]", "decode rate [long]"]
+    timed = [samples.timed("decode_tokens_per_second", 1.1, workload=name) for name in ("short", "long")]
+    assert list(tables.tidy(timed)["label"]) == ["decode rate [short]", "decode rate [long]"]
 
 
 def test_the_table_shows_interval_floor_mde_verdict_and_provenance():
@@ -85,15 +85,15 @@ def test_tables_across_records_stand_any_number(count):
 
 def test_controls_are_drawn_with_their_own_interval():
     kl = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.4, "windows", ratio=None, ci=(0.3, 0.5))
-    found = [
+    arms = [
         record.Control(name="by chance", measurements=[kl, samples.scored("f1_macro", 0.9, 0.45, "not_maintained")])
     ]
-    assert tables.controls(found, "kl_divergence_nats").to_dict("records") == [
+    assert tables.controls(arms, "kl_divergence_nats").to_dict("records") == [
         {"arm": "by chance", "value": 0.4, "low": 0.3, "high": 0.5}
     ]
-    line = tables.controls(found, "f1_macro").iloc[0]
+    line = tables.controls(arms, "f1_macro").iloc[0]
     assert (line["value"], line["low"], line["high"]) == pytest.approx((0.45, 0.432, 0.468))
-    assert tables.controls(found, "accuracy").empty
+    assert tables.controls(arms, "accuracy").empty
 
 
 def test_quality_is_in_points_and_up_is_better():
@@ -166,13 +166,13 @@ def test_colours_and_markers_tell_arms_apart():
 
 
 def test_rows_keep_the_reason_of_what_is_missing():
-    found = rows.rows(samples.measurements())[-1]
-    assert found["optimized"] == "–"
-    assert found["reason"] == "the peak of this machine was not measured"
+    row = rows.rows(samples.measurements())[-1]
+    assert row["optimized"] == "–"
+    assert row["reason"] == "the peak of this machine was not measured"
 
 
 def test_a_figure_of_many_models_draws_the_first_and_says_so():
     frame = pd.DataFrame({"model": [f"m{n:02}" for n in range(40) for _ in range(2)], "value": 1.0})
-    shown, said = tables.few(frame, "model")
-    assert shown["model"].nunique() == tables.MOST_PANELS and "12 of 40" in said
+    shown, note = tables.few(frame, "model")
+    assert shown["model"].nunique() == tables.MOST_PANELS and "12 of 40" in note
     assert tables.few(frame[:8], "model")[1] == "" and len(tables.few(frame[:8], "model")[0]) == 8

@@ -168,11 +168,11 @@ def test_damage_is_noticed(name, folder):
 
 def test_half_a_file_and_a_missing_one(folder):
     (folder / f"{STEM}.json").write_text('{"schema": 1')
-    other = f"{FEW[1]}--{samples.MODELS[0]}"
-    (folder / f"{other}.json").unlink()
+    second = f"{FEW[1]}--{samples.MODELS[0]}"
+    (folder / f"{second}.json").unlink()
     short = _short(folder)
     assert short["the files are sound"][0][0] == STEM
-    assert (other, "never run") in short[f"all {len(FEW)} optimizations are measured"]
+    assert (second, "never run") in short[f"all {len(FEW)} optimizations are measured"]
 
 
 def test_a_model_and_an_optimization_that_are_gone(folder):
@@ -186,8 +186,8 @@ def test_a_model_and_an_optimization_that_are_gone(folder):
 def test_what_does_not_apply_is_excused(folder):
     from lib.report.records import record
 
-    found = samples.without_result("not_applicable", "no experts", *STEM.split("--"))
-    record.write(found, folder / f"{STEM}.json")
+    excused = samples.without_result("not_applicable", "no experts", *STEM.split("--"))
+    record.write(excused, folder / f"{STEM}.json")
     assert _short(folder) == {}
 
 
@@ -196,9 +196,9 @@ def test_result_files_of_other_records_and_of_no_schema(folder):
     suite_files.write("comprehensive", folder)
     assert _short(folder) == {}
     samples.good(folder, FEW, seed=5)
-    told = dict(_short(folder)["the files are sound"])
-    assert set(told) == {file_names.FILES["comprehensive"][0], file_names.FILES["all"][0]}
-    assert all("other records" in why for why in told.values())
+    faults = dict(_short(folder)["the files are sound"])
+    assert set(faults) == {file_names.FILES["comprehensive"][0], file_names.FILES["all"][0]}
+    assert all("other records" in why for why in faults.values())
     path = folder / file_names.FILES["comprehensive"][0]
     path.write_text(path.read_text().replace('"summary"', '"summery"', 1))
     assert any("summ" in why for _, why in _short(folder)["the files are sound"])

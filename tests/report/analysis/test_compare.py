@@ -17,14 +17,14 @@ def _changed(record, **fields):
     return record.model_copy(update=fields)
 
 
-def _with(record, one):
-    kept = [m for m in record.measurements if m.metric != one.metric]
-    return record.model_copy(update={"measurements": [*kept, one]})
+def _with(record, measurement):
+    others = [m for m in record.measurements if m.metric != measurement.metric]
+    return record.model_copy(update={"measurements": [*others, measurement]})
 
 
 def _whole(seed=0, gain=1.2, spread=0.01):
-    found = samples.whole(*STEM, gain=gain, seed=seed)
-    return _with(found, samples.paired("prefill_tokens_per_second", gain, spread, seed=seed))
+    whole = samples.whole(*STEM, gain=gain, seed=seed)
+    return _with(whole, samples.paired("prefill_tokens_per_second", gain, spread, seed=seed))
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(1.2, "equivalent"), (1.1, "worse"), (1.35, "better")])
@@ -47,7 +47,7 @@ def test_a_machine_that_is_slower_today_is_no_regression():
 def test_noise_alone_is_no_regression():
     """Forty runs against themselves: nothing in the family of them all; each a family of its own, at most a few."""
     pairs = [(_whole(seed, spread=0.03), _whole(seed + 1, spread=0.03)) for seed in range(0, 80, 2)]
-    named = [[_changed(one, model=f"{i}") for one in pair] for i, pair in enumerate(pairs)]
+    named = [[_changed(record, model=f"{i}") for record in pair] for i, pair in enumerate(pairs)]
     together = compare.compare([old for old, _ in named], [new for _, new in named])
     assert sum(c.primary and not c.reason for c in together) >= 200 and not [c for c in together if c.regression]
     alone = [any(change.regression for change in _sets(*pair).values()) for pair in pairs]
@@ -96,24 +96,24 @@ def test_metrics_that_cannot_be_compared_say_why():
     old, new = _whole(), _whole(1)
     lost = measurement.unavailable("weights_bytes", "load", "nobody counted")
     estimated = measurement.counted("parameters", "load", 10, 5, "guess", "estimated")
-    kept = [m for m in new.measurements if m.metric not in ("prefill_flops_per_token", "weights_bytes", "parameters")]
-    changes = _sets(old, _changed(new, measurements=[*kept, lost, estimated]))
+    shared = [m for m in new.measurements if m.metric not in ("prefill_flops_per_token", "weights_bytes", "parameters")]
+    changes = _sets(old, _changed(new, measurements=[*shared, lost, estimated]))
     assert "unavailable in the new set: nobody counted" in changes["weights_bytes", "load"].reason
     assert "derived in the old set, estimated" in changes["parameters", "load"].reason
     assert "not measured in the new set" in changes["prefill_flops_per_token", "prefill"].reason
 
 
 def test_runs_on_one_side_only_and_the_same_run():
-    one, other = samples.whole("structured_pruning", samples.MODELS[0]), samples.whole("x", samples.MODELS[0])
-    reasons = {(c.optimization, c.reason) for c in compare.compare([one], [other])}
+    first, second = samples.whole("structured_pruning", samples.MODELS[0]), samples.whole("x", samples.MODELS[0])
+    reasons = {(c.optimization, c.reason) for c in compare.compare([first], [second])}
     assert reasons == {("structured_pruning", "no run in the new set"), ("x", "no run in the old set")}
-    [same] = compare.compare([one], [one])
+    [same] = compare.compare([first], [first])
     assert "the same run" in same.reason
 
 
 def test_holm_is_steeper_than_no_correction_and_not_than_bonferroni():
-    made = [
+    changes = [
         compare.Change("o", "m", "f1_macro", str(i), "", True, ratio=1.0, low=1.0, high=1.0, p=p)
         for i, p in enumerate((0.01, 0.04, 0.03, 0.2))
     ]
-    assert [c.p for c in compare._holm(made)] == pytest.approx([0.04, 0.09, 0.09, 0.2])
+    assert [c.p for c in compare._holm(changes)] == pytest.approx([0.04, 0.09, 0.09, 0.2])

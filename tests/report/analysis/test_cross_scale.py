@@ -32,17 +32,17 @@ def test_each_number_keeps_its_scale_and_label():
 def test_one_scale_alone_makes_no_line():
     proxy, cut = both()
     assert cross_scale.table([proxy]).empty and cross_scale.table([cut]).empty and cross_scale.table([]).empty
-    other = cut.model_copy(update={"model": samples.MODELS[0]})
-    assert cross_scale.table([proxy, other]).empty
+    elsewhere = cut.model_copy(update={"model": samples.MODELS[0]})
+    assert cross_scale.table([proxy, elsewhere]).empty
 
 
 def test_the_other_scale_lies_beside(tmp_path):
     proxy, cut = both()
-    for name, found in (("proxy", proxy), ("slice", cut)):
+    for name, records in (("proxy", proxy), ("slice", cut)):
         (tmp_path / name).mkdir()
-        record.write(found, tmp_path / name / f"{found.stem}.json")
-    other, found = cross_scale.beside(tmp_path / "proxy", "proxy")
-    assert other == "slice" and [one.scale for one in found] == ["slice"]
-    other, found = cross_scale.beside(tmp_path / "slice", "slice")
-    assert other == "proxy" and [one.scale for one in found] == ["proxy"]
+        record.write(records, tmp_path / name / f"{records.stem}.json")
+    scale, records = cross_scale.beside(tmp_path / "proxy", "proxy")
+    assert scale == "slice" and [run.scale for run in records] == ["slice"]
+    scale, records = cross_scale.beside(tmp_path / "slice", "slice")
+    assert scale == "proxy" and [run.scale for run in records] == ["proxy"]
     assert cross_scale.beside(tmp_path / "nowhere" / "proxy", "proxy") == ("slice", [])

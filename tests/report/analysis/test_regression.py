@@ -9,8 +9,8 @@ from tests.report import samples
 
 
 def _record(**changes):
-    made = samples.whole("structured_pruning", samples.MODELS[0], seed=changes.pop("seed", 0))
-    return made.model_copy(update=changes)
+    whole = samples.whole("structured_pruning", samples.MODELS[0], seed=changes.pop("seed", 0))
+    return whole.model_copy(update=changes)
 
 
 @pytest.fixture
@@ -19,18 +19,18 @@ def path(tmp_path):
 
 
 def test_without_a_history_nothing_is_claimed(path):
-    found = regression.against(_record(), path)
-    assert found.changes == [] == found.regressions and "No earlier run" in found.said
+    earlier = regression.against(_record(), path)
+    assert earlier.changes == [] == earlier.regressions and "No earlier run" in earlier.said
 
 
 def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run", "aaaa1111")
-    other = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"cpu": "Other 1"})
-    assert history.keep(path, [other], "proxy", "run", "bbbb2222")
-    found = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
-    assert "aaaa1111" in found.against and len(found.builds) == 2
-    assert "1 newer ones are not comparable (another environment: cpu" in found.said
-    assert found.rows() and all(row["verdict"] != "not comparable" for row in found.rows())
+    elsewhere = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"cpu": "Other 1"})
+    assert history.keep(path, [elsewhere], "proxy", "run", "bbbb2222")
+    earlier = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
+    assert "aaaa1111" in earlier.against and len(earlier.builds) == 2
+    assert "1 newer ones are not comparable (another environment: cpu" in earlier.said
+    assert earlier.rows() and all(row["verdict"] != "not comparable" for row in earlier.rows())
 
 
 def test_another_scale_effort_or_machine_is_not_compared(path):
@@ -40,21 +40,19 @@ def test_another_scale_effort_or_machine_is_not_compared(path):
         ({"effort": "thorough"}, "another effort"),
         ({"environment": samples.ENVIRONMENT | {"cores_given": 64}}, "another environment: cores given"),
     ):
-        found = regression.against(_record(started="2026-01-02T00:00:00", key="b", **change), path)
-        assert found.against is None and says in found.said and found.rows() == []
+        earlier = regression.against(_record(started="2026-01-02T00:00:00", key="b", **change), path)
+        assert earlier.against is None and says in earlier.said and earlier.rows() == []
 
 
 def test_a_planted_regression_is_found(path):
     old = _record(started="2026-01-01T00:00:00", key="a")
     history.keep(path, [old], "proxy", "run")
     heavier = [
-        one.model_copy(update={"optimized": one.optimized * 2, "ratio": one.ratio * 2})
-        if one.metric == "weights_bytes"
-        else one
-        for one in old.measurements
+        m.model_copy(update={"optimized": m.optimized * 2, "ratio": m.ratio * 2}) if m.metric == "weights_bytes" else m
+        for m in old.measurements
     ]
-    found = regression.against(_record(started="2026-01-02T00:00:00", key="b", measurements=heavier), path)
-    assert [one.metric for one in found.regressions] == ["weights_bytes"]
+    earlier = regression.against(_record(started="2026-01-02T00:00:00", key="b", measurements=heavier), path)
+    assert [m.metric for m in earlier.regressions] == ["weights_bytes"]
     assert not regression.against(_record(started="2026-01-03T00:00:00", key="c"), path).regressions
 
 

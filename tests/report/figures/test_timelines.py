@@ -7,8 +7,8 @@ from lib.report.figures import style, timelines
 from lib.report.figures.timelines import Panel
 
 
-def _frame(**more):
-    return pd.DataFrame({"seconds": [0.0, 1.0, 2.0], "value": [1.0, 4.0, 2.0], **more})
+def _frame(**columns):
+    return pd.DataFrame({"seconds": [0.0, 1.0, 2.0], "value": [1.0, 4.0, 2.0], **columns})
 
 
 def test_every_kind_is_drawn_over_one_axis():
@@ -20,11 +20,11 @@ def test_every_kind_is_drawn_over_one_axis():
     ]
     figure = timelines.timeline(panels, marks=[(1.0, "more load")], title="A run")
     drawn = figure.axes
-    assert [one.get_ylabel() for one in drawn] == ["arrivals/s", "batch (rows)", "latency (ms)", "queue"]
-    assert len({one.get_xlim() for one in drawn}) == 1 and drawn[-1].get_xlabel() == "time (s)"
+    assert [axes.get_ylabel() for axes in drawn] == ["arrivals/s", "batch (rows)", "latency (ms)", "queue"]
+    assert len({axes.get_xlim() for axes in drawn}) == 1 and drawn[-1].get_xlabel() == "time (s)"
     assert drawn[2].get_yscale() == "log" and "more load" in [text.get_text() for text in drawn[0].texts]
-    said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"ours", "fixed", "objective"} <= set(said)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"ours", "fixed", "objective"} <= set(names)
     assert style.png(figure)[:4] == b"\x89PNG"
 
 

@@ -51,8 +51,8 @@ def test_a_course_has_each_judged_metric_of_each_build(dated):
 
 def test_what_moved_is_named_and_what_did_not_is_not(dated):
     frame = trends.read(_store(dated, [1.2, 1.5]), "proxy")
-    said = trends.words(frame[frame["metric"] == "prefill_tokens_per_second"])
-    assert f"prefill rate of Structured pruning on {samples.MODELS[0]} 1.2" in said and "over 2 builds" in said
+    text = trends.words(frame[frame["metric"] == "prefill_tokens_per_second"])
+    assert f"prefill rate of Structured pruning on {samples.MODELS[0]} 1.2" in text and "over 2 builds" in text
     assert trends.words(frame[frame["dimension"] == "resources"]).endswith("no longer overlap: none.")
 
 

@@ -87,9 +87,9 @@ def test_the_alternative_text_reaches_both_pages(rendered):
     described = [image["alt"] for image in BeautifulSoup(page, "html.parser").find_all("img")]
     assert 'F1 "falls" & stays > 0.8' in described
     assert all(described)
-    found = re.search(r'!\[F1 "falls" & stays > 0\.8\]\((.+?)\)', text)
-    assert found and (out / found[1]).is_file()
-    assert found[1].startswith("structured_pruning--qwen3-4b-instruct-2507_files/")
+    picture = re.search(r'!\[F1 "falls" & stays > 0\.8\]\((.+?)\)', text)
+    assert picture and (out / picture[1]).is_file()
+    assert picture[1].startswith("structured_pruning--qwen3-4b-instruct-2507_files/")
 
 
 def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
@@ -141,11 +141,11 @@ def test_headings_stand_under_the_page_title(rendered):
 
 
 def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
-    found = samples.made()
-    html.render(_notebook(tmp_path / "in.ipynb"), found, (), tmp_path)
-    assert (tmp_path / f"{found.stem}_files").is_dir()
-    html.render(None, found, (), tmp_path)
-    assert not (tmp_path / f"{found.stem}_files").exists()
+    run = samples.made()
+    html.render(_notebook(tmp_path / "in.ipynb"), run, (), tmp_path)
+    assert (tmp_path / f"{run.stem}_files").is_dir()
+    html.render(None, run, (), tmp_path)
+    assert not (tmp_path / f"{run.stem}_files").exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -180,8 +180,8 @@ def _folder(path):
         samples.without_result("failed", "cell 3 <apply>: RuntimeError"),
         samples.without_result("not_applicable", "no experts", "continuous_nas", samples.MODELS[3]),
     ]
-    for found in records:
-        record.write(found, path / f"{found.stem}.json")
+    for run in records:
+        record.write(run, path / f"{run.stem}.json")
     (path / f"{records[0].stem}.html").write_text("page")
     (path / "continuous_nas--qwen3-coder-30b.json").write_text('{"schema": 1, "optim')
     (path / "complete_benchmark_suite_results.json").write_text("{}")  # not a run

@@ -28,14 +28,14 @@ def test_figure_table_and_record_reach_the_pages(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
     nbformat.write(notebook, tmp_path / "run.ipynb")
 
-    found = record.from_notebook(tmp_path / "run.ipynb")
-    assert record.to_json(found) == record.to_json(samples.made())
-    page, text = (path.read_text() for path in html.render(tmp_path / "run.ipynb", found, (), tmp_path))
+    glued = record.from_notebook(tmp_path / "run.ipynb")
+    assert record.to_json(glued) == record.to_json(samples.made())
+    page, text = (path.read_text() for path in html.render(tmp_path / "run.ipynb", glued, (), tmp_path))
     assert page.count('alt="Prefill is faster, F1 stays."') == 1
     assert "![Prefill is faster, F1 stays.](" in text
     assert "<caption>Speed</caption>" in page and "*Speed*" in text
     assert "| prefill rate | prefill | 812 tokens/s |" in text
-    assert text.count(found.verdict.sentence) == 2 and f"**{found.verdict.sentence}**" in text
+    assert text.count(glued.verdict.sentence) == 2 and f"**{glued.verdict.sentence}**" in text
     assert "scrapbook" not in page
 
 
@@ -61,22 +61,22 @@ def in_notebooks(monkeypatch):
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks, capsys):
     for index in range(count):
-        found = samples.made(f"optimization_{index // 4}", samples.MODELS[index % 4])
-        record.write(found, tmp_path / f"{found.stem}.json")
+        run = samples.made(f"optimization_{index // 4}", samples.MODELS[index % 4])
+        record.write(run, tmp_path / f"{run.stem}.json")
     failed = samples.without_result("failed", "cell 3: RuntimeError")
     record.write(failed, tmp_path / f"{failed.stem}.json")
     (tmp_path / "a--b.json").write_text("{")
     names = _overview(tmp_path)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert len(names["measured"]) == count
-    assert f"{count + 1} records in {tmp_path.name}: {count} measured, 1 without a result, 1 damaged" in said
-    assert "Damaged: a--b: a--b.json: not a record" in said
+    assert f"{count + 1} records in {tmp_path.name}: {count} measured, 1 without a result, 1 damaged" in output
+    assert "Damaged: a--b: a--b.json: not a record" in output
     assert len(names["points"]) == count
-    assert ("No record has" in said) == (count == 0)
+    assert ("No record has" in output) == (count == 0)
 
 
 def test_the_overview_of_records_without_a_result(tmp_path, in_notebooks, capsys):
-    found = samples.without_result("not_applicable", "no experts")
-    record.write(found, tmp_path / f"{found.stem}.json")
+    run = samples.without_result("not_applicable", "no experts")
+    record.write(run, tmp_path / f"{run.stem}.json")
     _overview(tmp_path)
     assert "No record has F1 (macro)" not in capsys.readouterr().err

@@ -64,9 +64,9 @@ def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
 def test_results_are_by_the_schema(written, name):
     content = json.loads((written[0] / name).read_text())
     assert schema.faults(content) == [] and content["schema"] == schema.VERSION
-    told = content["summary"]
-    assert (told["ok"], told["failed"], told["expected"]) == (6, 1, 8)
-    assert told["missing"] == [f"{FEW[1]}--{samples.MODELS[1]}"] and "MemoryError" in json.dumps(told["reasons"])
+    summary = content["summary"]
+    assert (summary["ok"], summary["failed"], summary["expected"]) == (6, 1, 8)
+    assert summary["missing"] == [f"{FEW[1]}--{samples.MODELS[1]}"] and "MemoryError" in json.dumps(summary["reasons"])
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
@@ -105,8 +105,8 @@ def test_the_execution_summary_tells_what_ran_where_how_long_and_what_failed(wri
     text = (written[0] / "benchmark_execution_report_all_optimizations.txt").read_text()
     counted = ("measured             6", "failed               1", "never run            1")
     failed = "continuous_nas--glm-4.7-flash: cell 3: MemoryError"
-    for told in (*counted, failed, "61.5 s", "2 cores", "Example Processor 9000", "torch 2.13.0"):
-        assert told in text, told
+    for fact in (*counted, failed, "61.5 s", "2 cores", "Example Processor 9000", "torch 2.13.0"):
+        assert fact in text, fact
 
 
 def test_coverage_shows_every_expected_run(written):
@@ -131,8 +131,8 @@ def test_a_curve_has_three_strengths_or_is_named():
 
 
 def test_the_aggregate_is_the_geometric_mean():
-    found = [samples.made(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
-    [line] = [one for one in result_set.aggregate(found) if one["metric"] == "prefill_tokens_per_second"]
+    runs = [samples.made(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
+    [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "prefill_tokens_per_second"]
     assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
 
 

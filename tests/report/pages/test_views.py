@@ -33,10 +33,12 @@ def test_equals_share_a_rank():
 
 
 def test_the_front_is_what_nothing_beats():
-    made = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
+    points = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
             enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip
-    assert [p.mark for p in trade_off_svg.front(made)] == ["0", "1", "4"]
-    assert "best trade-offs: 0 n (1.00×, +1.0), 1 n (2.00×, +0.0), 4 n (3.00×, -5.0)" in trade_off_svg.words(made, "T")
+    assert [p.mark for p in trade_off_svg.front(points)] == ["0", "1", "4"]
+    assert "best trade-offs: 0 n (1.00×, +1.0), 1 n (2.00×, +0.0), 4 n (3.00×, -5.0)" in trade_off_svg.words(
+        points, "T"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
@@ -58,8 +60,8 @@ def test_a_chart_is_sound_and_says_what_it_shows(count):
 
 def test_the_pareto_has_all_models_and_each(tmp_path):
     samples.mixed(tmp_path)
-    found = result_set.read(tmp_path, samples.OPTIMIZATIONS, samples.MODELS)
-    drawn = views.pareto(found)
+    results = result_set.read(tmp_path, samples.OPTIMIZATIONS, samples.MODELS)
+    drawn = views.pareto(results)
     assert [chart["title"] for chart in drawn["charts"]] == ["All models, means", *samples.MODELS]
     assert len(drawn["legend"]) == 11 and all(chart["front"] for chart in drawn["charts"])
     assert (
@@ -85,22 +87,22 @@ def test_the_command_of_a_record_asks_for_the_same_run():
 
 
 def test_a_cell_shows_what_carries_its_verdict():
-    found = [
+    measurements = [
         samples.timed("prefill_tokens_per_second", 1.0, 0.01, "equivalent"),
         samples.timed("decode_tokens_per_second", 1.0, 0.01, "equivalent", "decode"),
         samples.timed("first_call_ms", 0.8, 0.01, "better", "load"),
     ]
-    made = record.build("structured_pruning", samples.MODELS[1], "proxy", "quick", {}, found)
-    assert made.verdict.performance == "better"
-    listed = headlines.of(made, "performance")
-    assert [one.metric for one in listed][-1] == "first_call_ms" and len(listed) == 3
+    run = record.build("structured_pruning", samples.MODELS[1], "proxy", "quick", {}, measurements)
+    assert run.verdict.performance == "better"
+    listed = headlines.of(run, "performance")
+    assert [shown.metric for shown in listed][-1] == "first_call_ms" and len(listed) == 3
 
 
 def test_two_numbers_of_a_kind_are_told_apart_by_their_workload():
-    found = [
+    measurements = [
         samples.timed("goodput_requests_per_second", 1.3, workload="serve"),
         samples.timed("goodput_requests_per_second", 1.1, workload="serve, within capacity"),
     ]
-    made = record.build("adaptive_batch_sizes", samples.MODELS[1], "proxy", "quick", {}, found)
-    said = [one.what for one in headlines.of(made, "performance")]
-    assert said == ["goodput, serve", "goodput, serve, within capacity"]
+    run = record.build("adaptive_batch_sizes", samples.MODELS[1], "proxy", "quick", {}, measurements)
+    names = [shown.what for shown in headlines.of(run, "performance")]
+    assert names == ["goodput, serve", "goodput, serve, within capacity"]

@@ -24,9 +24,9 @@ def test_a_build_is_kept_once_and_found_again(tmp_path):
         assert history.find(path, name, "proxy") == first
     assert history.find(path, second.ended[:10], "proxy") == second == history.find(path, second.ended[:16])
     again = history.records(path, first)
-    assert [one.stem for one in again] == sorted(one.stem for one in _runs())
-    bare = [one.model_copy(update={"process": None, "log": None}) for one in _runs()]
-    assert [record.to_json(one) for one in again] == [record.to_json(one) for one in bare]
+    assert [run.stem for run in again] == sorted(run.stem for run in _runs())
+    bare = [run.model_copy(update={"process": None, "log": None}) for run in _runs()]
+    assert [record.to_json(run) for run in again] == [record.to_json(run) for run in bare]
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (3,)  # the kept run is stored once
 
@@ -53,7 +53,7 @@ def test_over_time_has_a_row_for_each_build_and_ratio(tmp_path):
     history.keep(path, _runs(), "proxy", "complete")
     history.keep(path, _runs(3), "proxy", "complete")
     rows = history.over_time(path, "proxy")
-    with_ratio = sum(bool(m.ratio) for one in _runs() for m in one.measurements)
+    with_ratio = sum(bool(m.ratio) for run in _runs() for m in run.measurements)
     assert len(rows) == 2 * with_ratio
     assert {row["model"] for row in rows} == set(samples.MODELS[:2])
     assert all(row["gain"] > 0 for row in rows)

@@ -39,30 +39,30 @@ def _leaves(value, place=()):
 
 
 def test_an_old_record_has_the_present_names(folder):
-    [found], damaged = record.read_folder(folder)
-    assert not damaged and found.schema_version == record.SCHEMA
-    metrics = {m.metric for m in found.measurements}
+    [upgraded], damaged = record.read_folder(folder)
+    assert not damaged and upgraded.schema_version == record.SCHEMA
+    metrics = {m.metric for m in upgraded.measurements}
     assert {"retrieval_exact_match", "cpu_utilisation", "recall_macro"} <= metrics
     assert not metrics & set(migration.METRICS)
-    assert {m.metric for control in found.controls for m in control.measurements} & {"cpu_utilisation"}
-    assert found.parameters["finetune_steps"] == 40 and "fine_tuning_steps" not in found.parameters
-    assert found.parameters["tasks"] == ["retrieval"]
-    assert found.environment["cpu"] == "AMD EPYC" and found.process.cpu_percent
-    assert found.refutations == []
+    assert {m.metric for control in upgraded.controls for m in control.measurements} & {"cpu_utilisation"}
+    assert upgraded.parameters["finetune_steps"] == 40 and "fine_tuning_steps" not in upgraded.parameters
+    assert upgraded.parameters["tasks"] == ["retrieval"]
+    assert upgraded.environment["cpu"] == "AMD EPYC" and upgraded.process.cpu_percent
+    assert upgraded.refutations == []
 
 
 def test_nothing_is_lost(old, folder):
-    [found], _ = record.read_folder(folder)
-    before, after = _leaves(old), _leaves(record.to_json(found))
+    [upgraded], _ = record.read_folder(folder)
+    before, after = _leaves(old), _leaves(record.to_json(upgraded))
     assert (before.pop(("schema",)), after["schema",]) == (1, record.SCHEMA)
     assert {place: after.get(place, "lost") for place in before} == before
 
 
 def test_what_was_migrated_is_read_as_any_other(folder):
-    [found], _ = record.read_folder(folder)
-    path = record.write(found, folder / f"{found.stem}.json")
-    assert record.read(path) == found
-    assert migration.upgrade(record.to_json(found)) == record.to_json(found)
+    [upgraded], _ = record.read_folder(folder)
+    path = record.write(upgraded, folder / f"{upgraded.stem}.json")
+    assert record.read(path) == upgraded
+    assert migration.upgrade(record.to_json(upgraded)) == record.to_json(upgraded)
 
 
 def test_old_and_new_work_are_compared_metric_by_metric(folder):

@@ -19,9 +19,9 @@ class Point:
     y: float
 
 
-def _scrap(found: record.Record) -> nbformat.NotebookNode:
+def _scrap(run: record.Record) -> nbformat.NotebookNode:
     """Return a notebook as scrapbook leaves it after gluing `found`."""
-    payload = {"name": record.SCRAP, "data": record.to_json(found), "encoder": "json", "version": 1}
+    payload = {"name": record.SCRAP, "data": record.to_json(run), "encoder": "json", "version": 1}
     output = nbformat.v4.new_output(
         "display_data",
         data={"application/scrapbook.scrap.json+json": payload},
@@ -66,25 +66,25 @@ def test_what_has_no_place_in_json_is_named():
 
 
 def test_a_record_survives_its_file(tmp_path):
-    found = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
-    path = record.write(found, tmp_path / f"{found.stem}.json")
-    assert _same(record.to_json(found), record.to_json(record.read(path)))
+    run = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
+    path = record.write(run, tmp_path / f"{run.stem}.json")
+    assert _same(record.to_json(run), record.to_json(record.read(path)))
     assert path.name == "structured_pruning--qwen3-4b-instruct-2507.json"
     assert "NaN" not in path.read_text()
     assert not list(tmp_path.glob(".*"))  # nothing half written stays behind
 
 
 def test_a_record_survives_scrapbook(tmp_path):
-    found = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
-    nbformat.write(_scrap(found), tmp_path / "run.ipynb")
+    run = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
+    nbformat.write(_scrap(run), tmp_path / "run.ipynb")
     back = record.from_notebook(tmp_path / "run.ipynb")
-    assert _same(record.to_json(found), record.to_json(back))
+    assert _same(record.to_json(run), record.to_json(back))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_records_made_by_chance_survive(seed, tmp_path):
-    found = samples.by_chance(seed)
-    assert record.read(record.write(found, tmp_path / "r.json")) == found
+    run = samples.by_chance(seed)
+    assert record.read(record.write(run, tmp_path / "r.json")) == run
 
 
 def test_a_notebook_without_a_record_has_none(tmp_path):
@@ -129,17 +129,15 @@ def test_a_missing_record_gets_one_line(tmp_path):
 
 
 def test_gather_joins_what_was_glued_with_what_the_runner_added(tmp_path):
-    found = samples.made()
-    nbformat.write(
-        _scrap(found.model_copy(update={"seconds": None, "started": None})), tmp_path / f"{found.stem}.ipynb"
-    )
-    record.write(found, tmp_path / f"{found.stem}.json")
+    run = samples.made()
+    nbformat.write(_scrap(run.model_copy(update={"seconds": None, "started": None})), tmp_path / f"{run.stem}.ipynb")
+    record.write(run, tmp_path / f"{run.stem}.json")
     failed = samples.without_result("failed", "cell 3: MemoryError")
     record.write(failed, tmp_path / f"{failed.stem}.json")
     (tmp_path / "a--b.json").write_text("{")
     records, damaged = record.gather(tmp_path)
     assert [r.status for r in records] == ["failed", "ok"]
-    assert records[1].seconds == found.seconds
+    assert records[1].seconds == run.seconds
     assert list(damaged) == ["a--b"]
 
 

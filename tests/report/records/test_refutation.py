@@ -58,8 +58,8 @@ def test_every_claim_needs_its_answer_in_order():
 
 def test_answers_survive_their_file(tmp_path):
     answers = [refutation.decide(CLAIM, False, "1.31×")]
-    found = record.build("x", "m", "proxy", "quick", {}, refutations=answers)
-    assert record.read(record.write(found, tmp_path / "x--m.json")).refutations == answers
+    run = record.build("x", "m", "proxy", "quick", {}, refutations=answers)
+    assert record.read(record.write(run, tmp_path / "x--m.json")).refutations == answers
 
 
 def test_the_answers_of_all_records_stand_refuted_ones_first():

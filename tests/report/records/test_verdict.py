@@ -13,12 +13,12 @@ from tests.report import samples
 
 
 def _speed(*verdicts: str) -> str:
-    found = [samples.timed("prefill_tokens_per_second", 1.2, verdict=name) for name in verdicts]
-    return judge(found).performance
+    measurements = [samples.timed("prefill_tokens_per_second", 1.2, verdict=name) for name in verdicts]
+    return judge(measurements).performance
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("verdicts", "expected"),
     [
         ((), "unavailable"),
         (("better",), "better"),
@@ -31,12 +31,12 @@ def _speed(*verdicts: str) -> str:
         (("informative",), "inconclusive"),
     ],
 )
-def test_a_dimension_is_put_together(said, expected):
-    assert _speed(*said) == expected
+def test_a_dimension_is_put_together(verdicts, expected):
+    assert _speed(*verdicts) == expected
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("verdicts", "expected"),
     [
         ((), "unavailable"),
         (("maintained", "informative"), "maintained"),
@@ -45,8 +45,8 @@ def test_a_dimension_is_put_together(said, expected):
         (("informative",), "inconclusive"),
     ],
 )
-def test_accuracy_is_maintained_only_if_all_of_it_is(said, expected):
-    assert judge([samples.scored("f1_macro", 0.9, 0.9, name) for name in said]).accuracy == expected
+def test_accuracy_is_maintained_only_if_all_of_it_is(verdicts, expected):
+    assert judge([samples.scored("f1_macro", 0.9, 0.9, name) for name in verdicts]).accuracy == expected
 
 
 def test_the_sentence_names_gain_and_loss_with_intervals():
@@ -61,10 +61,10 @@ def test_the_sentence_names_gain_and_loss_with_intervals():
 def test_bound_and_margin_are_those_that_were_judged_by():
     chance = np.random.default_rng(0)
     replicates = chance.normal(-0.041, 0.01, 2000)
-    kept = {"n": 400, "to_wrong": 20, "source": "400 items", "margin": 0.03}
-    found = noninferiority.score("f1_macro", "classify", 0.91, 0.869, replicates, **kept)
+    options = {"n": 400, "to_wrong": 20, "source": "400 items", "margin": 0.03}
+    score = noninferiority.score("f1_macro", "classify", 0.91, 0.869, replicates, **options)
     low = np.quantile(replicates, 0.05) * 100
-    assert f"(−4.1 points, lower bound −{abs(low):.1f}, margin 3)" in judge([found]).sentence
+    assert f"(−4.1 points, lower bound −{abs(low):.1f}, margin 3)" in judge([score]).sentence
     losses = chance.normal(3.7, 0.2, 40)
     text = noninferiority.perplexity(losses, losses + chance.normal(0.05, 0.01, 40), source="40 windows", margin=0.04)
     assert re.search(
@@ -78,18 +78,18 @@ def test_slower_is_said_as_slower():
 
 
 def test_a_loss_outside_the_headlines_is_said_too():
-    found = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
-    assert "latency p99 is 1.50× longer" in judge(found).sentence
+    measurements = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
+    assert "latency p99 is 1.50× longer" in judge(measurements).sentence
 
 
 def test_a_broken_model_shows_no_gain():
     broken = [m for m in samples.measurements() if m.metric != "f1_macro"]
     broken.append(measurement.invalid("f1_macro", "classify", "it answers every prompt with one repeated token (3)"))
-    found = record.build("x", "m", "proxy", "quick", {}, broken)
-    assert found.verdict.accuracy == found.verdict.performance == found.verdict.efficiency == "invalid"
-    assert "faster" not in found.verdict.sentence
-    assert "one repeated token" in found.verdict.sentence
-    withheld = [m for m in found.measurements if m.dimension in ("performance", "efficiency")]
+    run = record.build("x", "m", "proxy", "quick", {}, broken)
+    assert run.verdict.accuracy == run.verdict.performance == run.verdict.efficiency == "invalid"
+    assert "faster" not in run.verdict.sentence
+    assert "one repeated token" in run.verdict.sentence
+    withheld = [m for m in run.measurements if m.dimension in ("performance", "efficiency")]
     assert withheld and all(m.optimized is None and m.ratio is None for m in withheld)
 
 
@@ -100,19 +100,19 @@ def test_failed_and_not_applicable_claim_nothing():
 
 
 def test_what_is_missing_is_said_with_its_reason():
-    found = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
-    assert "accuracy is unavailable (random weights have no quality to lose)" in judge(found).sentence
+    measurements = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
+    assert "accuracy is unavailable (random weights have no quality to lose)" in judge(measurements).sentence
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_record_gets_a_sentence(seed):
-    found = samples.by_chance(seed)
-    sentence = found.verdict.sentence
+    run = samples.by_chance(seed)
+    sentence = run.verdict.sentence
     assert sentence.endswith(".") and sentence[0] == sentence[0].upper()
     assert not re.search(r"\bnan\b|\binf\b|None|\(\)", sentence)
 
 
 def test_gain_turns_a_time_so_that_more_is_better():
     low, middle, high = 0.73, 0.76, 0.79
-    found = samples.timed("time_to_first_token_ms", middle, 0.03)
-    assert verdict.gain(found) == pytest.approx((1 / middle, 1 / high, 1 / low))
+    timed = samples.timed("time_to_first_token_ms", middle, 0.03)
+    assert verdict.gain(timed) == pytest.approx((1 / middle, 1 / high, 1 / low))
