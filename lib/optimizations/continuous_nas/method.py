@@ -1,38 +1,31 @@
 """Continuous architecture search: each block's attention and feed-forward part is replaced by a cheaper one, or kept.
 
 Puzzle's steps (Bercovich et al. 2024): a library of replacements per block; each scored once by the divergence that it
-alone causes; costs measured on this device; a mixed-integer programme picks one per place under budgets of time and
-memory. Then the best choices are judged whole, and refined with Optuna around them.
-
-Continuous: every evaluation lies in a study that survives a kill. When the workload drifts, the costs are measured
-again; what was learnt of quality stays; the programme is solved anew, and the winner is swapped into the live model.
-Nothing is loaded again: the library's modules stay in memory, so a swap back is exact.
+alone causes; costs measured on this device; a mixed-integer programme picks one per slot under budgets of time and
+memory. The best choices are then evaluated whole, and refined with Optuna around them. Every evaluation lies in a study
+that survives a kill. Nothing is loaded again: the library's modules stay in memory, so a swap back is exact.
 
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import optuna
-import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.roofline import cost_model
 from lib.models.calibration.activations import Observation
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.anatomy import attention as view_attention
 from lib.optimizations.common import pareto
 from lib.optimizations.common.study import Study
-from lib.optimizations.continuous_nas import mip, subblock_costs
+from lib.optimizations.continuous_nas import mip
 from lib.optimizations.continuous_nas import replacement_library as libraries
-from lib.optimizations.continuous_nas.mip import Budget, Table
+from lib.optimizations.continuous_nas.mip import Budget
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate, swap
+from lib.optimizations.continuous_nas.request_costs import RequestCosts
 from lib.optimizations.continuous_nas.scoring import Probe, divergence
-from lib.optimizations.continuous_nas.subblock_costs import BlockTimes
 from lib.optimizations.structured_pruning import method as pruning
 
 LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
@@ -56,117 +49,23 @@ SEARCH_SPACE = {
 }
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What one request asks of the model: so many sequences, each read and then answered. `limit`: what is scarce."""
-
-    name: str
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-    limit: str
-
-
-WORKLOADS = {
-    one.name: one
-    for one in (
-        Workload("prefill_heavy", 512, 8, 1, "time"),
-        Workload("decode_heavy", 64, 128, 1, "time"),
-        Workload("memory_limited", 256, 32, 8, "memory"),
-    )
-}
-
-
 def applies_to(model: nn.Module) -> str | None:
     """Return None: every decoder has blocks to choose for."""
     return None
 
 
-def build(model: nn.Module, seen: Observation, options: Mapping[str, Sequence[str]] | None = None) -> Library:
-    """Return the library of `model`, cut by what `seen` saw pass through it; see
-    `lib.optimizations.continuous_nas.replacement_library.build`.
-    """
+def build(model: nn.Module, observation: Observation, options: Mapping[str, Sequence[str]] | None = None) -> Library:
+    """Return the library of `model`, cut by the saliency that `observation` gives; see `replacement_library.build`."""
     blocks = anatomy(model).blocks
-    return libraries.build(model, [pruning.saliency_scores(*pair) for pair in zip(blocks, seen.blocks)], options)
+    return libraries.build(model, [pruning.saliency_scores(*pair) for pair in zip(blocks, observation.blocks)], options)
 
 
-# --- what a choice costs ---------------------------------------------------------------------------------------------
-
-
-def time_table(times: BlockTimes, workload: Workload) -> Table:
-    """Return the seconds of one request: the prompt once, then every new token."""
-    values = {
-        slot: {name: seconds + workload.new_tokens * times.decode[slot][name] for name, seconds in options.items()}
-        for slot, options in times.prefill.items()
-    }
-    return Table("time", values, times.prefill_rest + workload.new_tokens * times.decode_rest, "s")
-
-
-def memory_table(model: nn.Module, library: Library, workload: Workload) -> Table:
-    """Return the bytes of weights and cache while a request is answered."""
-    element = next(model.parameters()).element_size()
-    tokens = workload.batch * (workload.prompt_tokens + workload.new_tokens)
-    values: dict[str, dict[str, float]] = {}
-    for slot, options in library.modules.items():
-        values[slot] = {}
-        for name, module in options.items():
-            cached = view_attention(module).cache_elements_per_token if slot.endswith(".attention") else 0
-            held = sum(cost_model.tensor_bytes(tensor) for tensor in [*module.parameters(), *module.buffers()])
-            values[slot][name] = float(held + cached * tokens * element)
-    whole = sum(options[WHOLE] for options in values.values())
-    cache = tokens * cost_model.kv_cache_bytes_per_token(model)
-    return Table("memory", values, cost_model.weights_bytes(model) + cache - whole, "bytes")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of one workload: its tables of time and memory, and the whole model's sums."""
-
-    workload: Workload
-    time: Table
-    memory: Table
-    whole: Choice
-
-    @property
-    def scarce(self) -> Table:
-        """The table that the front is about."""
-        return self.time if self.workload.limit == "time" else self.memory
-
-    def share(self, choice: Choice, table: Table | None = None) -> float:
-        """Return the cost of a choice as a share of the whole model's, by default of what is scarce."""
-        table = table or self.scarce
-        return table.of(choice) / table.of(self.whole)
-
-    def budgets(self, time_share: float = 1.0, memory_share: float = 1.0) -> list[Budget]:
-        """Return budgets as shares of the whole model's costs."""
-        shares = ((self.time, time_share), (self.memory, memory_share))
-        return [Budget(table, share * table.of(self.whole)) for table, share in shares]
-
-
-def measure_costs(
-    model: nn.Module, library: Library, workload: Workload, prompt_BP: torch.Tensor, *, rounds: int = 7, seed: int = 0
-) -> dict:
-    """Return the seconds of every replacement for this workload, as plain JSON for a study."""
-    prompt_BP = prompt_BP[:, : workload.prompt_tokens].repeat(workload.batch, 1)
-    modules = {slot: dict(options) for slot, options in library.modules.items()}
-    return subblock_costs.measure(model, modules, locate, prompt_BP, rounds=rounds, seed=seed).__dict__
-
-
-def costs(model: nn.Module, library: Library, workload: Workload, times: Mapping[str, object]) -> Costs:
-    """Return both tables of a workload from stored seconds."""
-    tables = time_table(BlockTimes(**times), workload), memory_table(model, library, workload)
-    return Costs(workload, *tables, library.whole)
-
-
-# --- the search ------------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
+class SearchStopped(Exception):
     """The search was told to stop after so many evaluations; what it had found is stored."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ChoiceEvaluation:
     """A choice as it was judged: nats per token from the whole model, and in which phase of the search."""
 
     choice: Choice
@@ -187,12 +86,12 @@ class Search:
     seed: int = 0
     stop_after: int | None = None
     known: dict[tuple, float] = field(default_factory=dict)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[ChoiceEvaluation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for trial in self.study.trials if self.study else ():
             choice = {slot: trial.params[slot] for slot in self.library.modules}
-            self.evaluations.append(Evaluation(choice, trial.values[0], trial.user_attrs["phase"]))
+            self.evaluations.append(ChoiceEvaluation(choice, trial.values[0], trial.user_attrs["phase"]))
             self.known[_key(choice)] = trial.values[0]
 
     def afresh(self, seed: int | None = None) -> "Search":
@@ -204,9 +103,9 @@ class Search:
         return any(one.choice == choice for one in self.evaluations)
 
     def evaluate(self, choice: Choice, phase: str) -> float:
-        """Return the divergence of a choice, really swapped in, and store it. Raises Stopped."""
+        """Return the divergence of a choice, really swapped in, and store it. Raises SearchStopped."""
         if self.stop_after is not None and len(self.evaluations) >= self.stop_after:
-            raise Stopped
+            raise SearchStopped
         if _key(choice) not in self.known:
             changed = [locate(slot)[0] for slot, option in choice.items() if option != WHOLE]
             model = swap(self.library, choice)
@@ -215,14 +114,14 @@ class Search:
         found = self.known[_key(choice)]
         if self.study:
             self.study.add(choice, _distributions(self.library.space), [found], {"phase": phase})
-        self.evaluations.append(Evaluation(choice, found, phase))
+        self.evaluations.append(ChoiceEvaluation(choice, found, phase))
         return found
 
-    def points(self, costs: Costs) -> list[tuple[float, float]]:
+    def points(self, costs: RequestCosts) -> list[tuple[float, float]]:
         """Return (share of the whole model's cost, divergence) of every evaluation, in order."""
         return [(costs.share(one.choice), one.divergence) for one in self.evaluations]
 
-    def curve(self, costs: Costs) -> list[float]:
+    def curve(self, costs: RequestCosts) -> list[float]:
         """Return the hypervolume after each evaluation, of share of cost times nats per token within REFERENCE."""
         return pareto.progress(self.points(costs), REFERENCE).tolist()
 
@@ -250,7 +149,11 @@ def score(search: Search) -> dict[str, dict[str, float]]:
 
 
 def candidates(
-    scores: Mapping[str, Mapping[str, float]], costs: Costs, time_share: float, memory_share: float, count: int = 10
+    scores: Mapping[str, Mapping[str, float]],
+    costs: RequestCosts,
+    time_share: float,
+    memory_share: float,
+    count: int = 10,
 ) -> list[Choice]:
     """Return the programme's `count` best: within the budgets, and one at each level of the front that is in reach.
 
@@ -277,7 +180,7 @@ def check(search: Search, choices: Sequence[Choice], phase: str) -> None:
             search.evaluate(choice, phase)
 
 
-def refine(search: Search, costs: Costs, phase: str, count: int) -> None:
+def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
     """Evaluate `count` choices around the best ones, proposed by Optuna's tree of Parzen estimators.
 
     Each proposal follows from the seed and the evaluations before it alone: stopped and begun again, it is the same.
@@ -288,7 +191,7 @@ def refine(search: Search, costs: Costs, phase: str, count: int) -> None:
         search.evaluate(_proposal(search, costs, space), phase)
 
 
-def _proposal(search: Search, costs: Costs, space: Mapping[str, Sequence[str]]) -> Choice:
+def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[str]]) -> Choice:
     """Return a choice that was not evaluated yet: Optuna's, or, where it repeats itself, a neighbour of the front."""
     memory = optuna.create_study(directions=["minimize", "minimize"])
     distributions = _distributions(space)
@@ -311,7 +214,7 @@ def _proposal(search: Search, costs: Costs, space: Mapping[str, Sequence[str]]) 
     return choice
 
 
-def best(search: Search, costs: Costs, time_share: float = 1.0, memory_share: float = 1.0) -> Evaluation:
+def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_share: float = 1.0) -> ChoiceEvaluation:
     """Return the evaluated choice of least divergence within the budgets. Raises UserError where there is none."""
     budgets = costs.budgets(time_share, memory_share)
     within = [
@@ -325,75 +228,14 @@ def best(search: Search, costs: Costs, time_share: float = 1.0, memory_share: fl
 
 
 def run(
-    search: Search, costs: Costs, *, time_share: float, memory_share: float, refinements: int, count: int = 10
-) -> Evaluation:
+    search: Search, costs: RequestCosts, *, time_share: float, memory_share: float, refinements: int, count: int = 10
+) -> ChoiceEvaluation:
     """Score the library, solve the programme, check its best, refine around them; return the best within the budgets.
 
-    Goes on where the search's study ended. Raises Stopped, and UserError for budgets that no choice meets.
+    Goes on where the search's study ended. Raises SearchStopped, and UserError for budgets that no choice meets.
     """
-    name = costs.workload.name
+    name = costs.profile.name
     scores = score(search)
     check(search, candidates(scores, costs, time_share, memory_share, count), f"{name}: check")
     refine(search, costs, f"{name}: refine", refinements)
     return best(search, costs, time_share, memory_share)
-
-
-# --- drift -----------------------------------------------------------------------------------------------------------
-
-
-def around(points: Sequence[tuple[float, float]], share: float, count: int = 5) -> list[int]:
-    """Return at most `count` indices of points (time, divergence) that none beats in both, nearest in time first."""
-    return sorted(pareto.front(points), key=lambda index: abs(points[index][0] - share))[:count]
-
-
-def bracketing(gains: Mapping[int, float]) -> list[int]:
-    """Return the rivals nearest in speed: of those that are not faster, and of those that are; one where a side is
-    empty. `gains`: index → measured speed of what is judged ÷ that of the rival.
-    """
-    slower, faster = ([at for at in gains if (gains[at] >= 1) == side] for side in (True, False))
-    return [min(side, key=lambda at: abs(math.log(gains[at]))) for side in (slower, faster) if side]
-
-
-def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> float:
-    """Return the divergence of rivals at the speed of what is judged: on the line between the two in logarithms of
-    speed and divergence; beyond both, or of one rival alone, the nearer one's.
-    """
-    order = np.argsort(gains)
-    logs = np.log(gains)[order], np.log(divergences)[order]
-    return float(np.exp(np.interp(0.0, *logs)))
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """How a search followed a drift: hypervolume after each new evaluation, warm and begun again from nothing.
-
-    `warm[0]` is what was known before any new evaluation. Hypervolumes are of the new workload's costs.
-    """
-
-    costs: Costs
-    found: Evaluation
-    warm: list[float]
-    cold: list[float]
-
-    def evaluations_until(self, share: float) -> int | None:
-        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume."""
-        reached = pareto.evaluations_until(self.warm, share * self.cold[-1])
-        return None if reached is None else reached - 1
-
-
-def adapt(
-    search: Search, costs: Costs, *, time_share: float, memory_share: float, refinements: int, count: int = 10
-) -> Adaptation:
-    """Go on under the costs of a new workload, and compare with a search that begins again from nothing.
-
-    What is known of divergences stays true, so only costs are new. Raises what `run` raises.
-    """
-    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements, "count": count}
-    found = run(search, costs, **options)
-    phases = [one.phase.startswith(f"{costs.workload.name}:") for one in search.evaluations]
-    before = phases.index(True) if any(phases) else len(phases)
-    after = len(phases) - phases[::-1].index(True) if any(phases) else len(phases)
-    warm = pareto.progress(search.points(costs)[:after], REFERENCE)
-    cold = search.afresh()
-    run(cold, costs, **options)
-    return Adaptation(costs, found, warm[max(before - 1, 0) :].tolist(), cold.curve(costs))

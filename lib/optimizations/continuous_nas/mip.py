@@ -17,7 +17,7 @@ SLACK = 1e-9  # of a budget, for rounding
 
 
 @dataclass(frozen=True)
-class Table:
+class CostTable:
     """A cost that adds up: `rest`, and `values[slot][option]`, in one unit."""
 
     name: str
@@ -34,7 +34,7 @@ class Table:
 class Budget:
     """A table and the most that its sum may be."""
 
-    table: Table
+    table: CostTable
     most: float
 
 

@@ -9,13 +9,13 @@ from lib.errors import UserError
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import study
+from lib.optimizations.continuous_nas import drift, replacement_library, request_costs, rivals
 from lib.optimizations.continuous_nas import method as nas
-from lib.optimizations.continuous_nas import replacement_library
-from lib.optimizations.continuous_nas.mip import Table
+from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, child
 from lib.optimizations.continuous_nas.scoring import divergence, probe
 
-PREFILL, MEMORY = nas.WORKLOADS["prefill_heavy"], nas.WORKLOADS["memory_limited"]
+PREFILL, MEMORY = request_costs.PROFILES["prefill_heavy"], request_costs.PROFILES["memory_limited"]
 
 
 def _times(shelf) -> dict:
@@ -29,7 +29,7 @@ def _times(shelf) -> dict:
 
 def _begin(model, batch, **other):
     shelf = nas.build(model, observe(model, [batch]))
-    return nas.Search(shelf, probe(model, [batch]), **other), nas.costs(model, shelf, PREFILL, _times(shelf))
+    return nas.Search(shelf, probe(model, [batch]), **other), request_costs.tables(model, shelf, PREFILL, _times(shelf))
 
 
 def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
@@ -62,7 +62,7 @@ def test_scores_add_up_best_where_little_changes(tiny, batch):
     """The programme's sum is exact for one replacement: the check of its prediction must find it so."""
     search, _ = _begin(tiny("qwen3-coder-30b"), batch)
     scores = nas.score(search)
-    table = Table("", scores)
+    table = CostTable("", scores)
     singles = [one for one in search.evaluations if sum(option != WHOLE for option in one.choice.values()) == 1]
     assert len(singles) == len(search.evaluations) > 10
     assert all(table.of(one.choice) == pytest.approx(one.divergence) for one in singles)
@@ -87,7 +87,7 @@ def test_stopped_anywhere_and_gone_on_with_ends_the_same(tiny, name, batch, tmp_
             if stop is None:
                 found = nas.run(search, costs, **options)
                 continue
-            with pytest.raises(nas.Stopped):
+            with pytest.raises(nas.SearchStopped):
                 nas.run(search, costs, **options)
             assert len(search.evaluations) == stop
     assert found.choice == expected.choice and found.divergence == pytest.approx(expected.divergence, rel=1e-5)
@@ -99,8 +99,8 @@ def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
     search, costs = _begin(model, batch)
     nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
     before = len(search.evaluations)
-    drifted = nas.costs(model, search.library, MEMORY, _times(search.library))
-    followed = nas.adapt(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
+    drifted = request_costs.tables(model, search.library, MEMORY, _times(search.library))
+    followed = drift.adapt(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
     assert len(followed.warm) == len(search.evaluations) - before + 1 and followed.warm[0] > 0
     assert followed.evaluations_until(0.95) < len(followed.cold) / 3
     phases = [one.phase for one in search.evaluations[before:]]
@@ -125,9 +125,9 @@ def test_times_are_measured_for_every_option(tiny, name, batch):
     model = tiny(name)
     shelf = nas.build(model, observe(model, [batch]))
     indices = [block.attention.module.layer_idx for block in anatomy(shelf.student).blocks]
-    small = nas.Workload("small", 16, 2, 2, "time")
-    times = nas.measure_costs(model, shelf, small, batch["input_ids"][:1], rounds=2)
-    costs = nas.costs(model, shelf, small, times)
+    small = request_costs.RequestProfile("small", 16, 2, 2, "time")
+    times = request_costs.measure(model, shelf, small, batch["input_ids"][:1], rounds=2)
+    costs = request_costs.tables(model, shelf, small, times)
     assert {slot: tuple(options) for slot, options in times["prefill"].items()} == shelf.space
     assert all(value > 0 for options in costs.time.values.values() for value in options.values())
     assert costs.time.values["01.attention"]["none"] < costs.time.values["01.attention"]["whole"]
@@ -159,14 +159,14 @@ def test_controls(tiny, name, batch):
 
 def test_rivals_are_the_nearest_undominated_ones_on_both_sides():
     points = [(0.9, 0.1), (0.8, 0.2), (0.85, 0.3), (0.7, 0.4), (0.5, 0.9), (0.95, 0.05), (0.4, 2.0)]
-    assert nas.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
-    assert nas.bracketing({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3, 2: 0.8}) == [3, 4]
-    assert nas.bracketing({4: 0.97, 1: 0.99}) == [1], "all are faster: the nearest alone"
+    assert rivals.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
+    assert rivals.bracketing({4: 0.97, 1: 1.06, 3: 1.02, 0: 1.3, 2: 0.8}) == [3, 4]
+    assert rivals.bracketing({4: 0.97, 1: 0.99}) == [1], "all are faster: the nearest alone"
 
 
 def test_a_rival_is_brought_to_equal_speed_between_two_and_never_beyond():
-    assert nas.at_equal_speed([1.1, 1 / 1.1], [0.1, 0.4]) == pytest.approx(0.2)
-    assert nas.at_equal_speed([1 / 1.1, 1.1], [0.4, 0.1]) == pytest.approx(0.2)
-    assert nas.at_equal_speed([1.0, 0.9], [0.1, 0.4]) == pytest.approx(0.1)
-    assert nas.at_equal_speed([1.05, 1.02], [0.1, 0.15]) == pytest.approx(0.15), "beyond both: the nearer one"
-    assert nas.at_equal_speed([0.97], [0.3]) == pytest.approx(0.3)
+    assert rivals.at_equal_speed([1.1, 1 / 1.1], [0.1, 0.4]) == pytest.approx(0.2)
+    assert rivals.at_equal_speed([1 / 1.1, 1.1], [0.4, 0.1]) == pytest.approx(0.2)
+    assert rivals.at_equal_speed([1.0, 0.9], [0.1, 0.4]) == pytest.approx(0.1)
+    assert rivals.at_equal_speed([1.05, 1.02], [0.1, 0.15]) == pytest.approx(0.15), "beyond both: the nearer one"
+    assert rivals.at_equal_speed([0.97], [0.3]) == pytest.approx(0.3)

@@ -8,7 +8,7 @@ import pytest
 from lib.errors import UserError
 from lib.optimizations.common import pareto
 from lib.optimizations.continuous_nas import mip
-from lib.optimizations.continuous_nas.mip import Budget, Table
+from lib.optimizations.continuous_nas.mip import Budget, CostTable
 
 
 @pytest.fixture
@@ -19,14 +19,14 @@ def problem():
     scores = {slot: {name: float(draw.random()) * at for at, name in enumerate(names)} for slot in slots}
     seconds = {slot: dict(zip(names, sorted(draw.random(3), reverse=True))) for slot in slots}
     bytes_ = {slot: dict(zip(names, sorted(1e7 * draw.random(3), reverse=True))) for slot in slots}
-    return scores, Table("time", seconds, 0.5, "s"), Table("memory", bytes_, 1e6, "bytes")
+    return scores, CostTable("time", seconds, 0.5, "s"), CostTable("memory", bytes_, 1e6, "bytes")
 
 
 def _everything(scores, budgets):
     slots = list(scores)
     every = [dict(zip(slots, options)) for options in itertools.product(*(scores[slot] for slot in slots))]
     allowed = [one for one in every if all(budget.table.of(one) <= budget.most for budget in budgets)]
-    return sorted(allowed, key=lambda one: Table("", scores).of(one))
+    return sorted(allowed, key=lambda one: CostTable("", scores).of(one))
 
 
 def test_the_best_ten_are_those_of_trying_everything(problem):
@@ -34,7 +34,7 @@ def test_the_best_ten_are_those_of_trying_everything(problem):
     budgets = [Budget(time, 2.2), Budget(memory, 2.2e7)]
     expected = _everything(scores, budgets)[:10]
     found = mip.solve(scores, budgets, count=10)
-    total = Table("", scores).of
+    total = CostTable("", scores).of
     assert len(expected) > 3 and found[0] == expected[0]
     assert [total(one) for one in found] == pytest.approx([total(one) for one in expected])
     assert mip.solve(scores, budgets, without=found[:1])[0] == found[1]
@@ -52,8 +52,8 @@ def test_unreachable_budgets_name_the_nearest(problem):
     with pytest.raises(UserError, match=f"the nearest within reach is {least:.4g} s"):
         mip.solve(scores, [Budget(time, least * 0.9)])
     table = {"a": {"fast": 0.0, "small": 0.0}}
-    fast = Table("time", {"a": {"fast": 1.0, "small": 3.0}}, unit="s")
-    small = Table("memory", {"a": {"fast": 5.0, "small": 2.0}}, unit="bytes")
+    fast = CostTable("time", {"a": {"fast": 1.0, "small": 3.0}}, unit="s")
+    small = CostTable("memory", {"a": {"fast": 5.0, "small": 2.0}}, unit="bytes")
     with pytest.raises(UserError, match=r"together; .* nearest memory within reach is 5 bytes"):
         mip.solve(table, [Budget(fast, 2.0), Budget(small, 3.0)])
 

@@ -1,0 +1,46 @@
+"""Is it still right? The gate, then the same held-out questions to both arms: what every notebook that changes a model
+asks. Knows no optimization.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate, sanity
+from lib.measure.quality.evaluate import Answers
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The baseline's answers, the measurements of both arms, and why the optimized output is degenerate (None: it is
+    sound).
+    """
+
+    answers: Answers
+    measurements: list[Measurement]
+    degenerate: str | None
+
+
+def judge(loaded: Loaded, optimized: nn.Module, effort: Effort, seed: int) -> Judgement:
+    """Return the judgement of `optimized` against `loaded.model` on items and text of the split "final".
+
+    Where the output has degenerated, every measurement is invalid, with that reason.
+    """
+    sample_BT = tasks.text_windows(loaded, "final", 4, 128, seed)
+    degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
+    answers = evaluate.evaluate(loaded, effort, seed=seed)
+    changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed)
+    measurements = evaluate.compare(answers, changed, resamples=effort.resamples, seed=seed)
+    if degenerate:
+        measurements = invalid(measurements, degenerate)
+    return Judgement(answers, measurements, degenerate)
+
+
+def invalid(measurements: list[Measurement], reason: str) -> list[Measurement]:
+    """Return the measurements without their numbers, invalid for `reason`."""
+    return [measurement.invalid(taken.metric, taken.workload, reason) for taken in measurements]

@@ -1,0 +1,146 @@
+"""How a search follows a drift: a new profile of requests, for which costs are measured again and choices solved anew.
+
+Divergences do not depend on the profile and are kept. Each drift is compared with a search that begins from nothing.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.optimizations.common import pareto
+from lib.optimizations.continuous_nas import method, replacement_library
+from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
+from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts
+
+LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reached
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a search followed a drift: hypervolume after each new evaluation, warm and begun again from nothing.
+
+    `warm[0]` is what was known before any new evaluation. Hypervolumes are of the new profile's costs.
+    """
+
+    costs: RequestCosts
+    best: ChoiceEvaluation
+    warm: list[float]
+    cold: list[float]
+
+    def evaluations_until(self, share: float) -> int | None:
+        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume."""
+        reached = pareto.evaluations_until(self.warm, share * self.cold[-1])
+        return None if reached is None else reached - 1
+
+    def cold_until(self, share: float) -> int | None:
+        """Return how many evaluations the cold search took to `share` of its own final hypervolume."""
+        return pareto.evaluations_until(self.cold, share * self.cold[-1])
+
+
+def adapt(
+    search: Search, costs: RequestCosts, *, time_share: float, memory_share: float, refinements: int, count: int = 10
+) -> Adaptation:
+    """Resume `search` under the costs of a new profile, and run a second search from nothing for comparison.
+
+    Raises what `method.run` raises.
+    """
+    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements, "count": count}
+    best = method.run(search, costs, **options)
+    phases = [evaluation.phase.startswith(f"{costs.profile.name}:") for evaluation in search.evaluations]
+    before = phases.index(True) if any(phases) else len(phases)
+    after = len(phases) - phases[::-1].index(True) if any(phases) else len(phases)
+    warm = pareto.progress(search.points(costs)[:after], method.REFERENCE)
+    cold = search.afresh()
+    method.run(cold, costs, **options)
+    return Adaptation(costs, best, warm[max(before - 1, 0) :].tolist(), cold.curve(costs))
+
+
+@dataclass(frozen=True)
+class Drifts:
+    """All drifts of a run: the adaptations, and a row per drift with seconds, milliseconds and evaluations."""
+
+    adaptations: list[Adaptation]
+    rows: list[dict[str, float | int | str | None]]
+
+    def curves(self) -> pd.DataFrame:
+        """Return hypervolumes for `style.impact`: a row per evaluation, arm "<profile>, warm" or "<profile>, cold"."""
+        frames = []
+        for followed in self.adaptations:
+            for arm, curve in (("warm", followed.warm), ("cold", followed.cold)):
+                first = int(arm == "cold")
+                points = {"strength": range(first, len(curve) + first), "value": curve}
+                frames.append(pd.DataFrame(points).assign(arm=f"{followed.costs.profile.name}, {arm}"))
+        return pd.concat(frames)
+
+    def reading(self) -> str:
+        """Return two sentences on the curves: where the warm searches begin, and what resuming saves."""
+        begun = " and ".join(f"{a.warm[0] / a.cold[-1]:.3f}" for a in self.adaptations)
+        names = " and ".join(followed.costs.profile.name for followed in self.adaptations)
+        until = [(a.evaluations_until(LEVEL), a.cold_until(LEVEL)) for a in self.adaptations]
+        counts = " and ".join(f"{_count(warm)} against {_count(cold)}" for warm, cold in until)
+        return (
+            f"Before any new evaluation the warm searches stand at {begun} of the cold ones' final hypervolume "
+            f"({names}). To {LEVEL:.0%} of it they take {counts} evaluations, resumed against begun from nothing."
+        )
+
+    def refuted(self) -> tuple[bool | None, str]:
+        """Return whether beginning again is no slower than resuming, in evaluations up to LEVEL, and the counts; None
+        where the drifts disagree.
+        """
+        slower, counts = [], []
+        for followed in self.adaptations:
+            warm, cold = followed.evaluations_until(LEVEL), followed.cold_until(LEVEL)
+            slower.append(warm is None or (cold is not None and cold <= warm))
+            counts.append(f"{followed.costs.profile.name} {_count(warm)} resumed, {_count(cold)} from nothing")
+        evidence = f"evaluations to {LEVEL:.0%} of the final hypervolume: {'; '.join(counts)}"
+        return (slower[0] if len(set(slower)) == 1 else None), evidence
+
+
+def _count(evaluations: int | None) -> str:
+    return "never" if evaluations is None else str(evaluations)
+
+
+def follow(
+    search: Search,
+    scores: Mapping[str, Mapping[str, float]],
+    costs_of: Callable[[str], RequestCosts],
+    workload: str,
+    time_budget: float,
+    memory_budget: float,
+    refinements: int,
+) -> Drifts:
+    """Drift from `workload` to the two other profiles, one after the other.
+
+    `costs_of` returns the costs of a profile by name. The live model is left at the last winner.
+    """
+    limits = {"time": (time_budget, 1.0), "memory": (1.0, min(memory_budget, 0.8))}
+    adaptations, rows = [], []
+    for name in [name for name in PROFILES if name != workload]:
+        start = time.perf_counter()
+        costs = costs_of(name)
+        measured = time.perf_counter() - start
+        time_share, memory_share = limits[costs.profile.limit]
+        start = time.perf_counter()
+        method.candidates(scores, costs, time_share, memory_share, count=1)
+        solved = time.perf_counter() - start
+        followed = adapt(search, costs, time_share=time_share, memory_share=memory_share, refinements=refinements // 2)
+        start = time.perf_counter()
+        replacement_library.swap(search.library, followed.best.choice)
+        swapped = 1000 * (time.perf_counter() - start)
+        adaptations.append(followed)
+        row = {"workload": name, "costs measured, s": measured, "solved again, s": solved, "swapped in, ms": swapped}
+        row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": len(followed.cold)}
+        rows.append(row | {"share of the scarce": costs.share(followed.best.choice), "KL": followed.best.divergence})
+    return Drifts(adaptations, rows)
+
+
+def assert_exact_swaps(search: Search, model: nn.Module, text: Mapping[str, torch.Tensor]) -> None:
+    """Assert that the live model differs from `model` on `text` now, and no more once all slots are whole again."""
+    logits, live = model(**text).logits, search.library.student
+    assert not (live(**text).logits == logits).all(), "the swap changed nothing"
+    whole = replacement_library.swap(search.library, search.library.whole)
+    assert (whole(**text).logits == logits).all(), "swapping back is not exact"

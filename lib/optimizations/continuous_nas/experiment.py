@@ -1,0 +1,313 @@
+"""The protocol of continuous architecture search: library and study, the interrupted search, and whether divergences and times add up. Controls with as many evaluations are in `equal_effort`, rivals
+at equal latency in `rivals`, drifts in `drift`.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.timing import interleaved, workloads
+from lib.models.calibration.activations import Observation, observe
+from lib.models.checkpoints import io
+from lib.models.loading import Loaded
+from lib.models.tasks import corpus, tasks
+from lib.optimizations.common import pareto, study
+from lib.optimizations.common.study import Study
+from lib.optimizations.continuous_nas import (
+    drift,
+    equal_effort,
+    method,
+    replacement_library,
+    request_costs,
+    rivals,
+    scoring,
+)
+from lib.optimizations.continuous_nas.drift import Drifts
+from lib.optimizations.continuous_nas.equal_effort import EqualEffort
+from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
+from lib.optimizations.continuous_nas.mip import CostTable
+from lib.optimizations.continuous_nas.replacement_library import Library
+from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts
+from lib.optimizations.structured_pruning import method as pruning
+
+CLAIMS = (
+    "Random choices do as well for the same number of evaluations.",
+    "Treating all blocks alike does as well at the same latency.",
+    "Divergences do not add up, so the programme ranks wrongly: a rank correlation below one half.",
+    "After a drift, beginning again is no slower than resuming.",
+)
+RANK_LIMIT = 0.5
+
+
+@dataclass
+class SearchSetup:
+    """A model with its library, what choices are judged on, and the prompt that is timed.
+
+    `rows` × `length` are the tokens of the search text. `seconds` is what preparing, measuring the first profile,
+    searching and recovering have taken so far.
+    """
+
+    loaded: Loaded
+    effort: Effort
+    seed: int
+    observation: Observation
+    library: Library
+    probe: scoring.Probe
+    text: list[dict[str, torch.Tensor]]
+    prompt_BP: torch.Tensor
+    rows: int
+    length: int
+    seconds: float
+
+    def described(self) -> pd.DataFrame:
+        """Return the size of the space, and on how much text a choice is judged."""
+        architectures = float(np.prod([float(len(options)) for options in self.library.space.values()]))
+        facts = {"model": f"{self.loaded.parameters.name}, {self.loaded.scale}"}
+        facts |= {"blocks": len(self.observation.blocks), "architectures": f"{architectures:,.0f}"}
+        facts |= {"judged on": f"{self.probe.tokens:,} tokens"}
+        return pd.DataFrame(facts.items(), columns=["", "value"])
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what is done inside to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def costs_of(self, profile: str, study: Study) -> RequestCosts:
+        """Return the costs under a profile; seconds are measured once and then read from the study."""
+        model, rounds = self.loaded.model, max(3, self.effort.blocks // 2)
+        arguments = (model, self.library, PROFILES[profile])
+        times = study.fact(
+            f"times: {profile}", lambda: request_costs.measure(*arguments, self.prompt_BP, rounds=rounds)
+        )
+        return request_costs.tables(*arguments, times)
+
+
+def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
+    """Return the setup: saliency from calibration text, judging on text of the split "search". `short`: two windows of
+    128 tokens are judged on.
+    """
+    calibration = tasks.calibration(loaded, effort.calibration_sequences, effort.calibration_tokens, seed)
+    rows, length = (2, 128) if short else (effort.calibration_sequences // 8, effort.calibration_tokens)
+    text = tasks.calibration(loaded, rows, length, seed, split="search")
+    start = time.perf_counter()
+    observation = observe(loaded.model, calibration)
+    library = method.build(loaded.model, observation)
+    probe = scoring.probe(loaded.model, text)
+    prompt_BP = tasks.text_windows(loaded, "search", 1, 512, seed)
+    seconds = time.perf_counter() - start
+    return SearchSetup(loaded, effort, seed, observation, library, probe, text, prompt_BP, rows, length, seconds)
+
+
+@contextlib.contextmanager
+def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence[object]) -> Iterator[Study]:
+    """Yield the study `name` of these weights, this code, this library and these settings.
+
+    Raises UserError where another process holds it.
+    """
+    space = {
+        "options": setup.library.space,
+        "weights": io.weights_hash(setup.loaded.model),
+        "data": corpus.data_hash(),
+        "code": study.code(method, request_costs, replacement_library, pruning, tasks),
+        "settings": [*settings, setup.rows, setup.length, study.machine()],
+    }
+    with study.opened(Path(folder) / f"{name}.db", name, space, objectives=1) as stored:
+        yield stored
+
+
+def options_of_middle_block(
+    setup: SearchSetup, costs: RequestCosts, scores: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """Return a row per option of the middle block's slots: parameters, divergence alone, shares of time and memory."""
+    rows, block = [], len(setup.observation.blocks) // 2
+    for slot, options in setup.library.modules.items():
+        if replacement_library.locate(slot)[0] != block:
+            continue
+        for option, module in options.items():
+            parameters = sum(parameter.numel() for parameter in module.parameters())
+            row = {"slot": slot, "option": option, "parameters": parameters}
+            row["KL alone, nats/token"] = scores[slot][option]
+            for table in (costs.time, costs.memory):
+                share = table.values[slot][option] / table.of(setup.library.whole)
+                row[f"{table.name}, % of the model"] = 100 * share
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def interrupted(
+    setup: SearchSetup, search: Search, costs: RequestCosts, time_share: float, memory_share: float, refinements: int
+) -> tuple[Search, ChoiceEvaluation]:
+    """Run the search to half its refinements, then resume it from its study; return the second search and its winner.
+
+    Asserts that the winner is within the budgets, and that a search that was never stopped ends at the same choice.
+    """
+    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements}
+    with setup.timed():
+        search.stop_after = len(search.evaluations) + max(1, refinements // 2)
+        with contextlib.suppress(method.SearchStopped):
+            method.run(search, costs, **options)
+        search = Search(search.library, search.probe, search.study, search.seed, known=search.known)
+        winner = method.run(search, costs, **options)
+    unstopped = method.run(search.afresh(), costs, **options)
+    assert unstopped.choice == winner.choice, "stopping changed the answer"
+    limits = costs.budgets(time_share, memory_share)
+    assert all(limit.table.of(winner.choice) <= limit.most for limit in limits), "over a budget"
+    return search, winner
+
+
+def replaced(winner: ChoiceEvaluation) -> pd.DataFrame:
+    """Return the slots that do not stay whole, with their options; columns slot, option."""
+    chosen = {slot: name for slot, name in winner.choice.items() if name != replacement_library.WHOLE}
+    return pd.DataFrame(chosen.items(), columns=["slot", "option"])
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation."""
+
+    evaluations: list[ChoiceEvaluation]
+    pairs: pd.DataFrame
+    rank: float
+
+    def refuted(self) -> tuple[bool | None, str]:
+        """Return whether the rank correlation lies below RANK_LIMIT with its 95 % interval (Bonett & Wright 2000)."""
+        count = len(self.evaluations)
+        if count < 5 or not np.isfinite(self.rank):
+            return None, f"{count} choices were judged whole: too few for an interval"
+        spread = 1.96 * np.sqrt((1 + self.rank**2 / 2) / (count - 3))
+        centre = np.arctanh(np.clip(self.rank, -0.999999, 0.999999))
+        low, high = np.tanh(centre - spread), np.tanh(centre + spread)
+        evidence = f"rank correlation {self.rank:.2f} ({low:.2f} to {high:.2f}), {count} choices"
+        return (True if high < RANK_LIMIT else False if low >= RANK_LIMIT else None), evidence
+
+
+def additivity(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
+    """Hold the sums of divergences against those measured of every choice that was judged whole."""
+    table = CostTable("KL", scores)
+    judged = [evaluation for evaluation in search.evaluations if evaluation.phase != "library"]
+    pairs = pd.DataFrame({"x": [table.of(e.choice) for e in judged], "y": [e.divergence for e in judged]})
+    rank = float(spearmanr(pairs.x, pairs.y).statistic)
+    pairs["arm"] = [evaluation.phase.rpartition(": ")[2] for evaluation in judged]
+    return Additivity(judged, pairs, rank)
+
+
+def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[ChoiceEvaluation]) -> list[dict]:
+    """Return predicted and measured time of a request, as shares of the baseline's, for three choices of the front."""
+    baseline, new_tokens = setup.loaded.model, costs.profile.new_tokens
+    prompt_BP = request_prompt(setup, costs)
+    front = [judged[at] for at in pareto.front([(costs.share(e.choice, costs.time), e.divergence) for e in judged])]
+    chosen = [front[index] for index in sorted({0, len(front) // 2, len(front) - 1})] if front else []
+    rows = []
+    for evaluation in chosen:
+        arm = workloads.generate(replacement_library.swap(setup.library, evaluation.choice), prompt_BP, new_tokens)
+        whole = workloads.generate(baseline, prompt_BP, new_tokens)
+        pairs = interleaved.paired(whole, arm, blocks=6, warmup=1, seed=setup.seed)
+        speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
+        low, high = speed.ci or (None, None)
+        row = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}
+        rows.append(row | {"low": 1 / high, "high": 1 / low})
+    replacement_library.swap(setup.library, setup.library.whole)
+    return rows
+
+
+def request_prompt(setup: SearchSetup, costs: RequestCosts) -> torch.Tensor:
+    """Return the prompts of one request of the costs' profile, ids [B, P]."""
+    return setup.prompt_BP[:, : costs.profile.prompt_tokens].repeat(costs.profile.batch, 1)
+
+
+def against_uniform(
+    setup: SearchSetup, equal: EqualEffort, costs: RequestCosts, winner: ChoiceEvaluation, plain: nn.Module
+) -> tuple[pd.DataFrame, list[nn.Module], rivals.Race]:
+    """Time the five uniform choices of the front that are nearest to the winner's share of the time against `plain`,
+    the winner without recovery.
+
+    Returns a row for each, the one or two of them that bracket its speed (`rivals.bracketing`), and the race.
+    """
+    uniform, uniform_costs = equal.uniform, equal.uniform_costs
+    race = rivals.race(plain, request_prompt(setup, costs), costs.profile, setup.seed)
+    predicted = [
+        (uniform_costs.share(evaluation.choice, uniform_costs.time), divergence)
+        for evaluation, (_, divergence) in zip(uniform.evaluations, uniform.points(uniform_costs))
+    ]
+    near = {
+        at: replacement_library.child(uniform.library, uniform.evaluations[at].choice)
+        for at in rivals.around(predicted, costs.share(winner.choice, costs.time))
+    }
+    gains = {at: race(model, 6).ratio for at, model in near.items()}
+    rows = [(100 * predicted[at][0], predicted[at][1], gain) for at, gain in gains.items()]
+    columns = ["predicted time, % of the baseline", "KL, nats/token", "speed of the search's choice ÷ this one's"]
+    return pd.DataFrame(rows, columns=columns), [near[at] for at in rivals.bracketing(gains)], race
+
+
+def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
+    """Return the controls with as many evaluations as the search had; see `equal_effort`."""
+    model, prompt_BP = setup.loaded.model, setup.prompt_BP
+    return equal_effort.equal_effort(model, setup.observation, search, costs, prompt_BP)
+
+
+def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:
+    """Return the chosen architecture as a model of its own, the same after distillation from the baseline, and the
+    steps taken: none with random weights.
+    """
+    steps = 0 if setup.loaded.random_weights else finetune_steps
+    effort, seed = setup.effort, setup.seed
+    sequences, length = 4 * effort.calibration_sequences, effort.calibration_tokens
+    batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=1024)
+    with setup.timed():
+        plain = replacement_library.child(setup.library, winner.choice)
+        optimized, _ = pruning.recover(plain, setup.loaded.model, batches, steps=steps, seed=seed)
+    return plain, optimized, steps
+
+
+def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:
+    """Return what was to be reached, the value reached, and whether it suffices; fixed before the first run."""
+    closer, volumes, adaptations = comparison.closer, equal.volumes, drifted.adaptations
+    against_uniform = volumes["search"] / volumes["uniform"]
+    slowest = max(row["solved again, s"] for row in drifted.rows)
+    counts = [followed.evaluations_until(drift.LEVEL) for followed in adaptations]
+    third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
+    nearer = closer is not None and closer > 1 and comparison.beside
+    rows = [
+        ("hypervolume at least 1.1 of random's", equal.gain, equal.gain >= 1.1),
+        ("hypervolume above that of all blocks alike", against_uniform, against_uniform > 1),
+        ("closer than all blocks alike at equal speed", closer, nearer),
+        ("solved again within a second", slowest, slowest <= 1),
+        ("95 % of the cold hypervolume in a third of its evaluations", max(n or 0 for n in counts), third),
+    ]
+    return pd.DataFrame(rows, columns=["target", "value", "reached"])
+
+
+def refutations(
+    equal: EqualEffort, comparison: rivals.RivalComparison, added: Additivity, drifted: Drifts, seed: int = 0
+) -> list[tuple[str, bool | None, str]]:
+    """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
+    answers = (equal.refuted(), comparison.refuted(seed), added.refuted(), drifted.refuted())
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def details(
+    equal: EqualEffort, added: Additivity, times: list[dict], drifted: Drifts, reached: pd.DataFrame
+) -> dict[str, tuple[object, str, str]]:
+    """Return what a record keeps beside measurements: name → (value, provenance, source)."""
+    each, judged = f"{equal.evaluations} evaluations each, reference {method.REFERENCE}", len(added.evaluations)
+    return {
+        "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers"),
+        "hypervolumes": (equal.volumes, "measured", each),
+        "fronts": (equal.fronts().to_dict("records"), "measured", "KL on search text, times of parts"),
+        "rank_correlation": (added.rank, "measured", f"{judged} choices, predicted against measured KL"),
+        "times_add_up": (times, "measured", "6 balanced blocks each"),
+        "drift": (drifted.rows, "measured", "perf_counter, once; evaluations counted"),
+        "adaptation": (drifted.curves().to_dict("records"), "measured", "hypervolume after each evaluation"),
+    }

@@ -1,0 +1,113 @@
+"""What a choice of replacements costs one request: seconds and bytes, as tables whose entries add up.
+
+Seconds come from `subblock_costs`, bytes are counted. Knows nothing of what a choice does to the answers.
+
+Shapes: B batch, P prompt tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from lib.measure.roofline import cost_model
+from lib.models.structure.anatomy import attention as view_attention
+from lib.optimizations.continuous_nas import subblock_costs
+from lib.optimizations.continuous_nas.mip import Budget, CostTable
+from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate
+from lib.optimizations.continuous_nas.subblock_costs import BlockTimes
+
+
+@dataclass(frozen=True)
+class RequestProfile:
+    """What one request asks of the model: `batch` sequences, each read and then answered. `limit` names what is
+    scarce: "time" or "memory".
+    """
+
+    name: str
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    limit: str
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        RequestProfile("prefill_heavy", 512, 8, 1, "time"),
+        RequestProfile("decode_heavy", 64, 128, 1, "time"),
+        RequestProfile("memory_limited", 256, 32, 8, "memory"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class RequestCosts:
+    """Tables of time and memory under one profile, and the whole model as a choice."""
+
+    profile: RequestProfile
+    time: CostTable
+    memory: CostTable
+    whole: Choice
+
+    @property
+    def scarce(self) -> CostTable:
+        """The table of the profile's limit; fronts are drawn over it."""
+        return self.time if self.profile.limit == "time" else self.memory
+
+    def share(self, choice: Choice, table: CostTable | None = None) -> float:
+        """Return the cost of a choice as a share of the whole model's, by default of what is scarce."""
+        table = table or self.scarce
+        return table.of(choice) / table.of(self.whole)
+
+    def budgets(self, time_share: float = 1.0, memory_share: float = 1.0) -> list[Budget]:
+        """Return budgets from shares of the whole model's costs."""
+        shares = ((self.time, time_share), (self.memory, memory_share))
+        return [Budget(table, share * table.of(self.whole)) for table, share in shares]
+
+
+def time_table(times: BlockTimes, profile: RequestProfile) -> CostTable:
+    """Return the seconds of one request: the prompt once, then every new token."""
+    values = {
+        slot: {name: seconds + profile.new_tokens * times.decode[slot][name] for name, seconds in options.items()}
+        for slot, options in times.prefill.items()
+    }
+    return CostTable("time", values, times.prefill_rest + profile.new_tokens * times.decode_rest, "s")
+
+
+def memory_table(model: nn.Module, library: Library, profile: RequestProfile) -> CostTable:
+    """Return the bytes of weights and cache while a request is answered."""
+    element = next(model.parameters()).element_size()
+    tokens = profile.batch * (profile.prompt_tokens + profile.new_tokens)
+    values: dict[str, dict[str, float]] = {}
+    for slot, options in library.modules.items():
+        values[slot] = {}
+        for name, module in options.items():
+            cached = view_attention(module).cache_elements_per_token if slot.endswith(".attention") else 0
+            weights = sum(cost_model.tensor_bytes(tensor) for tensor in [*module.parameters(), *module.buffers()])
+            values[slot][name] = float(weights + cached * tokens * element)
+    whole = sum(options[WHOLE] for options in values.values())
+    cache = tokens * cost_model.kv_cache_bytes_per_token(model)
+    return CostTable("memory", values, cost_model.weights_bytes(model) + cache - whole, "bytes")
+
+
+def measure(
+    model: nn.Module,
+    library: Library,
+    profile: RequestProfile,
+    prompt_BP: torch.Tensor,
+    *,
+    rounds: int = 7,
+    seed: int = 0,
+) -> dict:
+    """Return the seconds of every replacement under this profile: the fields of `BlockTimes` as plain JSON."""
+    prompt_BP = prompt_BP[:, : profile.prompt_tokens].repeat(profile.batch, 1)
+    modules = {slot: dict(options) for slot, options in library.modules.items()}
+    return asdict(subblock_costs.measure(model, modules, locate, prompt_BP, rounds=rounds, seed=seed))
+
+
+def tables(model: nn.Module, library: Library, profile: RequestProfile, times: Mapping) -> RequestCosts:
+    """Return both tables of a profile from the seconds that `measure` returned."""
+    both = time_table(BlockTimes(**times), profile), memory_table(model, library, profile)
+    return RequestCosts(profile, *both, library.whole)

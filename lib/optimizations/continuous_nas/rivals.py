@@ -1,0 +1,131 @@
+"""The strongest rival of a searched architecture: all blocks treated alike, brought to the same measured latency.
+
+Times do not quite add up, so rivals are chosen by the clock: the nearest choice that is not faster and the nearest that
+is. At equal speed stands the line between the two.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Text
+from lib.measure.timing import interleaved, workloads
+from lib.optimizations.common import pareto
+from lib.optimizations.continuous_nas.request_costs import RequestProfile
+
+Point = tuple[float, float]  # predicted share of the baseline's time, nats per token
+Race = Callable[[nn.Module, int], Measurement]
+RESAMPLES = 2000
+
+
+def around(points: Sequence[Point], share: float, count: int = 5) -> list[int]:
+    """Return at most `count` indices of points (time, divergence) that none beats in both, nearest in time first."""
+    return sorted(pareto.front(points), key=lambda index: abs(points[index][0] - share))[:count]
+
+
+def bracketing(gains: Mapping[int, float]) -> list[int]:
+    """Return the rivals nearest in speed: of those that are not faster, and of those that are; one where a side is
+    empty. `gains`: index → measured speed of what is judged ÷ that of the rival.
+    """
+    slower, faster = ([at for at in gains if (gains[at] >= 1) == side] for side in (True, False))
+    return [min(side, key=lambda at: abs(math.log(gains[at]))) for side in (slower, faster) if side]
+
+
+def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> float:
+    """Return the divergence of rivals at the speed of what is judged: on the line between the two in logarithms of
+    speed and divergence; beyond both, or of one rival alone, the nearer one's.
+    """
+    order = np.argsort(gains)
+    logs = np.log(gains)[order], np.log(divergences)[order]
+    return float(np.exp(np.interp(0.0, *logs)))
+
+
+def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, seed: int) -> Race:
+    """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request."""
+
+    def against(rival: nn.Module, blocks: int) -> Measurement:
+        arms = (workloads.generate(arm, prompt_BP, profile.new_tokens) for arm in (rival, judged))
+        pairs = interleaved.paired(*arms, blocks=blocks, seed=seed)
+        tokens = profile.batch * profile.new_tokens
+        return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, 0.0)
+
+    return against
+
+
+@dataclass(frozen=True)
+class RivalComparison:
+    """Rivals against the judged architecture. `speeds`: judged ÷ rival; `kl_RN`: nats per token from the baseline, per
+    arm (the judged one first) and held-out window, empty where no text was read; `controls`: name,
+    purpose and measurements per rival.
+    """
+
+    speeds: list[Measurement]
+    kl_RN: list[np.ndarray]
+    controls: list[tuple[str, str, list[Measurement]]]
+
+    @property
+    def beside(self) -> bool:
+        """Whether at least one rival is not faster, within 2 %."""
+        return max(speed.ratio for speed in self.speeds) >= 0.98
+
+    @property
+    def closer(self) -> float | None:
+        """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text."""
+        return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self.kl_RN else None
+
+    def _closer(self, kl_R: Sequence[float]) -> float:
+        return at_equal_speed([speed.ratio for speed in self.speeds], kl_R[1:]) / kl_R[0]
+
+    def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
+        """Return the 95 % bootstrap interval of `closer` over the held-out windows; speeds are held fixed."""
+        if not self.kl_RN:
+            return None, None
+        kl_RN, draw = np.stack(self.kl_RN), np.random.default_rng(seed)
+        drawn = draw.integers(kl_RN.shape[1], size=(RESAMPLES, kl_RN.shape[1]))
+        ratios = [self._closer(kl_RN[:, chosen_N].mean(1)) for chosen_N in drawn]
+        low, high = np.quantile(ratios, [0.025, 0.975])
+        return float(low), float(high)
+
+    def refuted(self, seed: int = 0) -> tuple[bool | None, str]:
+        """Return whether all blocks alike do as well at the same latency, and the ratio of divergences; None where its
+        interval holds 1, or where every rival is faster.
+        """
+        low, high = self.interval(seed)
+        if low is None or high is None:
+            return None, "no held-out text was read"
+        evidence = f"divergence at equal speed ÷ the search's: {self.closer:.3g} ({low:.3g} to {high:.3g})"
+        if not self.beside:
+            return None, f"{evidence}; every rival is faster"
+        return (True if high < 1 else False if low > 1 else None), evidence
+
+
+def compare(
+    judged: nn.Module, rivals: Sequence[nn.Module], run: Race, baseline: Text | None, blocks: int
+) -> RivalComparison:
+    """Time the rivals anew over `blocks`, and read held-out text with all arms where the baseline read it."""
+    texts = [evaluate.read(arm, baseline.ids_NT) for arm in (judged, *rivals)] if baseline else []
+    kl_RN = [evaluate.divergence(baseline, text)[0] for text in texts] if baseline else []
+    means = [float(kl_N.mean()) for kl_N in kl_RN]
+    speeds = [run(rival, blocks) for rival in rivals]
+    controls: list[tuple[str, str, list[Measurement]]] = []
+    for at, speed in enumerate(speeds, start=1):
+        measurements = [speed]
+        if texts:
+            measurements += evaluate.compare_text(texts[at], texts[0])[:1]
+            found = measurement.informative("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
+            measurements.append(found)
+        controls.append((f"uniform {at}", "baseline here: all blocks alike", measurements))
+    comparison = RivalComparison(speeds, kl_RN, controls)
+    if texts:
+        source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
+        equal = at_equal_speed([speed.ratio for speed in speeds], means[1:])
+        options = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
+        controls[0][2].append(measurement.informative(*options))
+    return comparison
