@@ -22,18 +22,18 @@ from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.timing import interleaved, workloads
 from lib.optimizations.common import pareto
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 
 REFERENCE = (1.0, 1.0)  # of hypervolumes: the baseline's time, and one nat per token
 MAX_DIVERGENCE = 2.0  # nats per token on little text; beyond it nothing is timed
-INFEASIBLE_POINT = (2.0, 10.0)  # objectives of what is infeasible
+INFEASIBLE_POINT = (2.0, 10.0)  # objectives of a stack that was cut
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a configuration came to. Shares are of the baseline; `reason` says why it went no further."""
+class JudgedStack:
+    """A stack and how it was judged. Shares are of the baseline; `reason` says why it was cut, or is None."""
 
-    stack: list[Step]
+    stack: list[RecipeStep]
     time_share: float | None
     divergence: float | None
     memory_share: float | None
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def point(self) -> tuple[float, float]:
-        """The two objectives; of what is infeasible, the worst."""
+        """The two objectives, time and divergence; INFEASIBLE_POINT where the stack was cut."""
         return INFEASIBLE_POINT if self.reason else (self.time_share, self.divergence)
 
 
@@ -51,7 +51,8 @@ class Bench:
     """What stacks are judged with: a baseline, text to calibrate on, text to judge on, a prompt to be timed, and the
     modules that the steps of a stack name: each with `applies_to` and `apply`.
 
-    `texts` are the rungs of text: few windows, then more. Prefixes of stacks are kept, for many share them.
+    `texts` are the rungs of text: few windows, then more. `applied` keeps the models of recent prefixes of stacks,
+    for many stacks share them.
     """
 
     model: nn.Module
@@ -62,49 +63,48 @@ class Bench:
     memory_budget: float = 1.0
     new_tokens: int = 8
     pairs: int = 6
-    kept: dict[str, nn.Module] = field(default_factory=dict)
+    applied: dict[str, nn.Module] = field(default_factory=dict)
     largest_store: int = 6
 
-    def apply(self, stack: Sequence[Step]) -> nn.Module:
+    def apply(self, stack: Sequence[RecipeStep]) -> nn.Module:
         """Return the model with a stack applied. Raises UserError where a step does not apply or is refused."""
         model = self.model
         for at, step in enumerate(stack):
-            key = json.dumps([one.model_dump() for one in stack[: at + 1]])
-            if key not in self.kept:
+            key = json.dumps([step.model_dump() for step in stack[: at + 1]])
+            if key not in self.applied:
                 if reason := self.modules[step.optimization].applies_to(model):
                     raise UserError(f"{step.optimization} does not apply: {reason}")
-                made = self.modules[step.optimization].apply(model, self.calibration, **step.knobs)
-                while len(self.kept) >= self.largest_store:
-                    self.kept.pop(next(iter(self.kept)))
-                self.kept[key] = made
-            model = self.kept[key]
+                changed = self.modules[step.optimization].apply(model, self.calibration, **step.knobs)
+                while len(self.applied) >= self.largest_store:
+                    self.applied.pop(next(iter(self.applied)))
+                self.applied[key] = changed
+            model = self.applied[key]
         return model
 
-    def judge(self, stack: Sequence[Step]) -> Outcome:
+    def judge(self, stack: Sequence[RecipeStep]) -> JudgedStack:
         """Return what a stack comes to on the lowest rungs: bytes, divergence on little text, time of a request."""
         start = time.perf_counter()
-        found: dict[str, float | None] = {"time_share": None, "divergence": None, "memory_share": None}
+        shares: dict[str, float | None] = {"time_share": None, "divergence": None, "memory_share": None}
         try:
-            reason = self._rungs(list(stack), found)
+            reason = self._rungs(list(stack), shares)
         except UserError as error:
             reason = str(error)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
             reason = f"crashed: {type(error).__name__}: {error}".splitlines()[0]
-        return Outcome(list(stack), **found, reason=reason, seconds=time.perf_counter() - start)
+        return JudgedStack(list(stack), **shares, reason=reason, seconds=time.perf_counter() - start)
 
-    def _rungs(self, stack: list[Step], found: dict[str, float | None]) -> str | None:
+    def _rungs(self, stack: list[RecipeStep], shares: dict[str, float | None]) -> str | None:
         model = self.apply(stack)
-        held = [cost_model.weights_bytes(one) + self._cache(one) for one in (self.model, model)]
-        found["memory_share"] = held[1] / held[0]
-        if found["memory_share"] > self.memory_budget:
-            return f"memory of {found['memory_share']:.3f} is over the budget of {self.memory_budget:.3f}"
-        found["divergence"] = self.divergence(model, 0)
-        if not found["divergence"] < MAX_DIVERGENCE:
-            return f"divergence of {found['divergence']:.3f} nats per token"
-        arms = [workloads.generate(one, self.prompt_BT, self.new_tokens) for one in (self.model, model)]
-        found["time_share"] = math.exp(
-            float(np.median(interleaved.paired(*arms, blocks=self.pairs, warmup=1).differences))
-        )
+        baseline, optimized = (cost_model.weights_bytes(arm) + self._cache(arm) for arm in (self.model, model))
+        shares["memory_share"] = optimized / baseline
+        if shares["memory_share"] > self.memory_budget:
+            return f"memory of {shares['memory_share']:.3f} is over the budget of {self.memory_budget:.3f}"
+        shares["divergence"] = self.divergence(model, 0)
+        if not shares["divergence"] < MAX_DIVERGENCE:
+            return f"divergence of {shares['divergence']:.3f} nats per token"
+        arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in (self.model, model)]
+        pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1)
+        shares["time_share"] = math.exp(float(np.median(pairs.differences)))
         return None
 
     def _cache(self, model: nn.Module) -> int:
@@ -116,6 +116,6 @@ class Bench:
         return float(evaluate.divergence(text, evaluate.read(model, text.ids_NT))[0].mean())
 
 
-def utility(found: Outcome) -> float:
-    """Return the area that one outcome dominates by itself, within REFERENCE: one number for one point."""
-    return 0.0 if found.reason else pareto.hypervolume([found.point], REFERENCE)
+def utility(judged: JudgedStack) -> float:
+    """Return the area that one stack dominates by itself, within REFERENCE: one number for one point."""
+    return 0.0 if judged.reason else pareto.hypervolume([judged.point], REFERENCE)

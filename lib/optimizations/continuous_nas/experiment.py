@@ -1,5 +1,7 @@
-"""The protocol of continuous architecture search: library and study, the interrupted search, and whether divergences and times add up. Controls with as many evaluations are in `equal_effort`, rivals
-at equal latency in `rivals`, drifts in `drift`.
+"""The protocol of continuous architecture search: library and study, the interrupted search, and whether divergences
+and times add up.
+
+Controls with as many evaluations are in `equal_effort`, rivals at equal latency in `rivals`, drifts in `drift`.
 """
 
 import contextlib

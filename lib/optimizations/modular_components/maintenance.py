@@ -73,13 +73,13 @@ PROGRAM = f"""
 import json, sys
 from lib.models import loading
 from lib.models.tasks import tasks
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
 loaded = loading.load(sys.argv[1])
 sample = tasks.text_windows(loaded, "search", 2, 64)
 fitting, _ = composing.applicable(loaded.model)
-steps, _ = composing.orderable([Step(optimization=stem) for stem in fitting], loaded.model)
-made = composing.attempt(loaded.model, [], [Step(optimization="{STEM}")], sample)
+steps, _ = composing.orderable([RecipeStep(optimization=stem) for stem in fitting], loaded.model)
+made = composing.attempt(loaded.model, [], [RecipeStep(optimization="{STEM}")], sample)
 print(json.dumps(dict(parts=fitting, order=[one.optimization for one in steps], state=made.state, reason=made.reason)))
 """
 

@@ -22,7 +22,7 @@ from lib.measure.quality import sanity
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import traits
 
 NAME = "modular_components"
@@ -35,7 +35,7 @@ class Composed:
     """A model behind all steps, the steps in their order, and the seconds of each; `observations`: statistics taken."""
 
     model: nn.Module = field(repr=False)
-    steps: list[Step]
+    steps: list[RecipeStep]
     seconds: list[float]
     observations: int
 
@@ -44,7 +44,7 @@ class Composed:
 class Outcome:
     """What became of an attempt to apply `steps`: one of STATES, why, and the model where it works."""
 
-    steps: list[Step]
+    steps: list[RecipeStep]
     state: str
     reason: str | None
     model: nn.Module | None = field(default=None, repr=False)
@@ -90,14 +90,14 @@ def check(stem: str, module: ModuleType) -> None:
 def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Return the stems of the parts that apply to `model`, in pipeline order, and the others with their reason."""
     said = {stem: module.applies_to(model) for stem, module in parts().items()}
-    fitting = [Step(optimization=stem) for stem, reason in said.items() if reason is None]
+    fitting = [RecipeStep(optimization=stem) for stem, reason in said.items() if reason is None]
     ranked = sorted(fitting, key=lambda step: _rank(parts()[step.optimization], step))
     return [step.optimization for step in ranked], {stem: reason for stem, reason in said.items() if reason}
 
 
-def trial(stem: str) -> Step:
+def trial(stem: str) -> RecipeStep:
     """Return the step that stands for a part where time is short: its defaults but for its own `trial` knobs."""
-    return Step(optimization=stem, knobs=dict(_module(stem).COMPOSES["trial"]))
+    return RecipeStep(optimization=stem, knobs=dict(_module(stem).COMPOSES["trial"]))
 
 
 def _module(stem: str) -> ModuleType:
@@ -108,7 +108,7 @@ def _module(stem: str) -> ModuleType:
     return known[stem]
 
 
-def _rank(module: ModuleType, step: Step) -> tuple[int, str]:
+def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:
     touched = [traits.ASPECTS.index(name) for name in module.COMPOSES["touches"]]
     return min(touched, default=len(traits.ASPECTS)), step.optimization
 
@@ -122,7 +122,7 @@ def conflict(first: str, second: str, concerning: set[str]) -> str | None:
     return next((name for name in needed if name in invalidated and name in concerning), None)
 
 
-def order(steps: Sequence[Step], model: nn.Module) -> list[Step]:
+def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
     """Return the steps in an order in which none invalidates what a later one needs.
 
     Among those that could come next, what touches shapes comes before weights, storage and attention. Raises UserError
@@ -146,12 +146,12 @@ def order(steps: Sequence[Step], model: nn.Module) -> list[Step]:
     return arranged
 
 
-def orderable(steps: Sequence[Step], model: nn.Module) -> tuple[list[Step], dict[str, str]]:
+def orderable(steps: Sequence[RecipeStep], model: nn.Module) -> tuple[list[RecipeStep], dict[str, str]]:
     """Return as many of the steps as fit together, in order, and by stem why each of the others had to be left out.
 
     Steps are taken in the order of what they touch; each that no order would fit in with those before is left out.
     """
-    kept: list[Step] = []
+    kept: list[RecipeStep] = []
     left: dict[str, str] = {}
     for step in sorted(steps, key=lambda step: _rank(_module(step.optimization), step)):
         try:
@@ -161,7 +161,7 @@ def orderable(steps: Sequence[Step], model: nn.Module) -> tuple[list[Step], dict
     return kept, left
 
 
-def _knot(waiting: Sequence[Step], concerning: set[str]) -> str:
+def _knot(waiting: Sequence[RecipeStep], concerning: set[str]) -> str:
     said = []
     for step in waiting:
         other = next(o for o in waiting if o is not step and conflict(step.optimization, o.optimization, concerning))
@@ -170,7 +170,7 @@ def _knot(waiting: Sequence[Step], concerning: set[str]) -> str:
     return f"{NAME}: these steps cannot be ordered: {'; '.join(dict.fromkeys(said))}. Leave one of them out"
 
 
-def refusal(steps: Sequence[Step], model: nn.Module) -> str | None:
+def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
     """Return why the steps cannot be applied to `model` in the order given, from their descriptors alone, or None."""
     concerning = traits.concerning(model)
     for index, step in enumerate(steps):
@@ -189,7 +189,7 @@ def refusal(steps: Sequence[Step], model: nn.Module) -> str | None:
 def compose(
     model: nn.Module,
     calibration: Sequence[dict[str, torch.Tensor]],
-    steps: Iterable[Step],
+    steps: Iterable[RecipeStep],
     *,
     arrange: bool = True,
     recalibrate: bool = True,
@@ -239,7 +239,7 @@ def _unfit(module: ModuleType, model: nn.Module) -> str | None:
     return traits.lacking(model, module.COMPOSES["needs"]) or module.applies_to(model)
 
 
-def _check_knobs(step: Step) -> None:
+def _check_knobs(step: RecipeStep) -> None:
     known = _module(step.optimization).SEARCH_SPACE
     for name in step.knobs:
         if name not in known:
@@ -250,7 +250,7 @@ def _check_knobs(step: Step) -> None:
 def attempt(
     model: nn.Module,
     calibration: Sequence[dict[str, torch.Tensor]],
-    steps: Sequence[Step],
+    steps: Sequence[RecipeStep],
     sample_BT: torch.Tensor,
     *,
     begun: Outcome | None = None,

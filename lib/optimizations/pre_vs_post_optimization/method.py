@@ -31,7 +31,7 @@ from lib.models.loading import Loaded
 from lib.models.tasks.tasks import text_windows
 from lib.optimizations.common import interactions, shapley
 from lib.optimizations.common import recipe as stacks
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
@@ -44,7 +44,7 @@ ROUNDS = 6
 class Chosen:
     """A stack in pipeline order, who chose it, and a row per step that was considered (empty for a stored stack)."""
 
-    steps: list[Step]
+    steps: list[RecipeStep]
     origin: str
     considered: list[dict] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class Applied:
     """The model behind a stack, and what applying it took; `provenance` and `source` are those of the joules."""
 
     model: nn.Module = field(repr=False)
-    steps: list[Step]
+    steps: list[RecipeStep]
     seconds: float
     joules: float
     provenance: str
@@ -145,7 +145,7 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: 
 
 
 def apply_stack(
-    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], steps: Sequence[Step], *, seed: int = 0
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], steps: Sequence[RecipeStep], *, seed: int = 0
 ) -> Applied:
     """Apply the steps to a copy and return it with the seconds and the joules that this took."""
     counter = energy.counter(next(model.parameters()).device.type)
@@ -155,13 +155,13 @@ def apply_stack(
     return Applied(made.model, made.steps, time.perf_counter() - start, joules, counter.provenance, counter.scope)
 
 
-def groups(steps: Sequence[Step], most: int = shapley.MOST_PARTS) -> dict[str, list[Step]]:
+def groups(steps: Sequence[RecipeStep], most: int = shapley.MOST_PARTS) -> dict[str, list[RecipeStep]]:
     """Return at most `most` parts of the stack by name, in order; what is more than that forms the last part together.
 
     A part is named after its optimizations; a name that comes again gets a number.
     """
     cut = [[step] for step in steps[: most - 1]] + ([list(steps[most - 1 :])] if len(steps) >= most else [])
-    found: dict[str, list[Step]] = {}
+    found: dict[str, list[RecipeStep]] = {}
     for part in cut:
         name = base = " + ".join(step.optimization for step in part)
         number = 1
@@ -175,7 +175,7 @@ def groups(steps: Sequence[Step], most: int = shapley.MOST_PARTS) -> dict[str, l
 def every_subset(
     model: nn.Module,
     calibration: Sequence[dict[str, torch.Tensor]],
-    parts: Mapping[str, list[Step]],
+    parts: Mapping[str, list[RecipeStep]],
     *,
     whole: nn.Module | None = None,
     seed: int = 0,

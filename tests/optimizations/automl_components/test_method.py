@@ -9,12 +9,13 @@ import torch
 
 from lib.errors import UserError
 from lib.measure.quality import evaluate
+from lib.optimizations.automl_components import controls
 from lib.optimizations.automl_components import method as automl
 from lib.optimizations.automl_components import successive_filtering as bench_module
 from lib.optimizations.automl_components.method import Component, Finalist
-from lib.optimizations.automl_components.successive_filtering import Bench, Outcome
+from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
 from lib.optimizations.common import study
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 
 
 def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:
@@ -47,7 +48,7 @@ def _untimed(bench, monkeypatch):
     def pairs(one, other, **_):
         return SimpleNamespace(differences=np.zeros(1))
 
-    monkeypatch.setattr(bench_module.timing, "paired", pairs)
+    monkeypatch.setattr(bench_module.interleaved, "paired", pairs)
     return bench
 
 
@@ -71,7 +72,7 @@ def test_every_real_configuration_becomes_a_stack_and_back():
     every = automl.space(parts)
     draw = np.random.default_rng(0)
     for _ in range(20):
-        params = {name: automl._draw(one, draw) for name, one in every.items()}
+        params = {name: controls.drawn(one, draw) for name, one in every.items()}
         stack = automl.stack_of(params, parts)
         assert automl.stack_of(automl.params_of(stack, parts), parts) == stack
         json.dumps([step.model_dump() for step in stack])
@@ -84,13 +85,15 @@ def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
     every = automl.space([part])
     assert every["one.size"].choices == (32, 128) and every["one.steps"].high == part.most_steps
     assert part.defaults == {"size": 128, "steps": part.most_steps}
-    stack = [Step(optimization="one", knobs={"size": 300, "steps": 2})]
+    stack = [RecipeStep(optimization="one", knobs={"size": 300, "steps": 2})]
     assert automl.params_of(stack, [part])["one.size"] == 128
 
 
 def test_the_defaults_of_every_real_component_can_be_asked_for():
     for part in automl.components():
-        assert automl.stack_of(automl.params_of([Step(optimization=part.stem, knobs=part.defaults)], [part]), [part])
+        assert automl.stack_of(
+            automl.params_of([RecipeStep(optimization=part.stem, knobs=part.defaults)], [part]), [part]
+        )
         block_size, stride = part.defaults.get("block_size"), part.defaults.get("stride", 1)
         assert block_size is None or block_size % stride == 0
 
@@ -129,13 +132,13 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
     parts += [_fake("foreign", _scale, lambda model: "another kind", share=SHARE), _fake("good", _scale, share=SHARE)]
     bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
-    monkeypatch.setattr(bench_module.timing, "paired", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench_module.interleaved, "paired", lambda *_, **__: pytest.fail("timed"))
     says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
     for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
-        found = bench.judge([Step(optimization=stem)])
+        found = bench.judge([RecipeStep(optimization=stem)])
         assert text in found.reason and "\n" not in found.reason and found.point == bench_module.INFEASIBLE_POINT
     bench.memory_budget = 0.5
-    assert "memory of 1.000 is over the budget of 0.500" in bench.judge([Step(optimization="good")]).reason
+    assert "memory of 1.000 is over the budget of 0.500" in bench.judge([RecipeStep(optimization="good")]).reason
 
 
 def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
@@ -167,7 +170,7 @@ def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
 
 
 def _finalist(time: float, lost: float, kl: float = 0.1, perplexity: float = 0.0) -> Finalist:
-    return Finalist(Outcome([], time, kl, 1.0, None, 0.0), kl, lost, perplexity)
+    return Finalist(JudgedStack([], time, kl, 1.0, None, 0.0), kl, lost, perplexity)
 
 
 def test_the_rule_takes_the_fastest_that_keeps_its_scores():
@@ -179,9 +182,9 @@ def test_the_rule_takes_the_fastest_that_keeps_its_scores():
 
 
 def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
-    stack = [Step(optimization="one", knobs={})]
+    stack = [RecipeStep(optimization="one", knobs={})]
     nothing = _finalist(1.0, 0.0, 0.0)
-    noise, better = (Finalist(Outcome(stack, time, 0.1, 1.0, None, 0.0), 0.1, 0.0, 0.0) for time in (0.985, 0.95))
+    noise, better = (Finalist(JudgedStack(stack, time, 0.1, 1.0, None, 0.0), 0.1, 0.0, 0.0) for time in (0.985, 0.95))
     assert automl.choose([nothing, noise], 0.02) is nothing
     assert automl.choose([nothing, noise, better], 0.02) is better
 
@@ -189,9 +192,9 @@ def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
 def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
-    found = [bench.judge([Step(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
-    near, quick = (Outcome([Step(optimization="one", knobs={"share": 0.1})], time, kl, 1.0, None, 0.0) for time, kl in
-                   ((0.9, 0.01), (0.3, 0.4)))  # fmt: skip
+    found = [bench.judge([RecipeStep(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
+    stack = [RecipeStep(optimization="one", knobs={"share": 0.1})]
+    near, quick = (JudgedStack(stack, time, kl, 1.0, None, 0.0) for time, kl in ((0.9, 0.01), (0.3, 0.4)))
     assert [one for one, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], "within the margin comes first"
     best = automl.promote(bench, found, 1)
     assert best[0][0] is found[0] and best[0][1] == pytest.approx(bench.divergence(bench.apply(found[0].stack), 1))
@@ -200,27 +203,27 @@ def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
 def test_regret_finds_a_planted_optimum():
     one, other = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
     utilities = np.exp(-((one - 4) ** 2 + (other - 2) ** 2) / 8)
-    curves = [automl.regret(utilities, 18, seed) for seed in range(3)]
+    curves = [controls.regret(utilities, 18, seed) for seed in range(3)]
     assert all(np.diff(curve).min() >= 0 and curve[-1] > 0.7 for curve in curves)
-    assert automl.regret(utilities, 5, 1) == automl.regret(utilities, 5, 1)
+    assert controls.regret(utilities, 5, 1) == controls.regret(utilities, 5, 1)
 
 
 def test_grids_pair_the_components_that_are_worth_most():
     parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("idle", "quick", "middling", "refused")]
     alone = {"idle": (1.0, 0.5, None), "quick": (0.6, 9.0, None), "middling": (0.8, 2.0, None)}
     alone["refused"] = (0.1, 0.1, "refused")
-    found = [Outcome([Step(optimization=stem)], time, 0.0, 1.0, *rest) for stem, (time, *_) in alone.items()
+    found = [JudgedStack([RecipeStep(optimization=stem)], time, 0.0, 1.0, *rest) for stem, (time, *_) in alone.items()
              for rest in [(alone[stem][2], alone[stem][1])]]  # fmt: skip
-    made = automl.grid(found, parts, 3)
+    made = controls.grid(found, parts, 3)
     assert made[0][0] == [] and [step.optimization for step in made[2][1]] == ["quick", "middling"]
     assert made[1][0][0].knobs == {"share": 0.05, "kind": "a"} and made[2][0][0].knobs["share"] == 0.75
     with pytest.raises(UserError, match="needs two components"):
-        automl.grid(found, parts[:1], 3)
+        controls.grid(found, parts[:1], 3)
 
 
 def test_a_real_stack_is_judged(tiny):
     bench = _bench(tiny("qwen3-coder-30b"), automl.components())
-    step = Step(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
+    step = RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
     found = bench.judge([step])
     assert found.reason is None and 0 < found.memory_share < 1 and found.time_share > 0 and found.divergence > 0
     assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1

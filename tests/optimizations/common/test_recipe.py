@@ -1,19 +1,19 @@
-"""The chosen stack of a model: what is written is read back; damaged files are named and never lost."""
+"""The recipe of a model: what is written is read back; damaged files are named and never lost."""
 
 import pytest
 
 from lib.errors import UserError
 from lib.optimizations.common import recipe
-from lib.optimizations.common.recipe import Stack, Step
+from lib.optimizations.common.recipe import Recipe, RecipeStep
 
 
-def _stack(**other) -> Stack:
+def _stack(**other) -> Recipe:
     steps = [
-        Step(optimization="structured_pruning", knobs={"ratio": 0.25, "granularity": "channels"}),
-        Step(optimization="sparse_neural_networks", knobs={"sparsity": 0.5}),
+        RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.25, "granularity": "channels"}),
+        RecipeStep(optimization="sparse_neural_networks", knobs={"sparsity": 0.5}),
     ]
     fields = {"model": "glm-4.7-flash", "scale": "proxy", "stack": steps, "chosen_by": "automl_components"}
-    return Stack(**fields | other)
+    return Recipe(**fields | other)
 
 
 def test_round_trip_in_order(tmp_path):
@@ -43,7 +43,7 @@ def test_more_effort_is_not_overwritten_by_less(tmp_path):
     ("text", "says"),
     [
         ("stack: [", "not YAML at line"),
-        ("- 1", "not a stack"),
+        ("- 1", "not a recipe"),
         ("model: a\nscale: proxy\nstack: []\nchosenby: x", 'unknown key "chosenby". Did you mean "chosen_by"?'),
         ("model: a\nscale: proxy\nchosen_by: x", '"stack": field required'),
         ("model: a\nscale: small\nstack: []\nchosen_by: x", 'scale "small"; expected one of proxy, slice, full'),
@@ -64,7 +64,7 @@ def test_damaged_files_are_named(tmp_path, text, says):
 
 def test_another_models_stack_is_refused(tmp_path):
     recipe.write(_stack(), tmp_path).rename(tmp_path / "qwen3-vl-2b.yaml")
-    with pytest.raises(UserError, match=r"a stack of glm-4\.7-flash"):
+    with pytest.raises(UserError, match=r"a recipe of glm-4\.7-flash"):
         recipe.find("qwen3-vl-2b", "proxy", tmp_path)
-    with pytest.raises(UserError, match="no stack can be read"):
+    with pytest.raises(UserError, match="no recipe can be read"):
         recipe.read(tmp_path / "none.yaml")

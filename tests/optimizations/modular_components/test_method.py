@@ -9,7 +9,7 @@ from lib.errors import UserError
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import hot_swap, traits
 from lib.optimizations.modular_components import method as composing
 
@@ -17,9 +17,9 @@ STEMS = discovery.stems()
 PRUNING, FACTORS, SPARSE = "structured_pruning", "tensor_decomposition", "sparse_neural_networks"
 
 
-def step(stem: str, **knobs) -> Step:
+def step(stem: str, **knobs) -> RecipeStep:
     light = {PRUNING: {"ratio": 0.2}, FACTORS: {"method": "plain"}, SPARSE: {"method": "magnitude"}}
-    return Step(optimization=stem, knobs=light.get(stem, {}) | knobs)
+    return RecipeStep(optimization=stem, knobs=light.get(stem, {}) | knobs)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -82,10 +82,10 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
     with pytest.raises(
         UserError, match="cannot be ordered: one takes away stock attention, which two needs; two takes"
     ):
-        composing.order([Step(optimization="one"), Step(optimization="two")], model)
+        composing.order([RecipeStep(optimization="one"), RecipeStep(optimization="two")], model)
     with pytest.raises(UserError, match="cannot be ordered"):
-        composing.compose(model, [], [Step(optimization="one"), Step(optimization="two")])
-    kept, left = composing.orderable([Step(optimization="two"), Step(optimization="one")], model)
+        composing.compose(model, [], [RecipeStep(optimization="one"), RecipeStep(optimization="two")])
+    kept, left = composing.orderable([RecipeStep(optimization="two"), RecipeStep(optimization="one")], model)
     assert [one.optimization for one in kept] == ["one"]
     assert left["two"].startswith("these steps cannot be ordered: one takes away stock attention")
 
@@ -159,7 +159,9 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
     }
     monkeypatch.setattr(composing, "parts", lambda: made)
     model = tiny("qwen3-4b-instruct-2507")
-    outcomes = [composing.attempt(model, [], [Step(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")]
+    outcomes = [
+        composing.attempt(model, [], [RecipeStep(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")
+    ]
     assert [one.state for one in outcomes] == ["crashed", "invalid"]
     assert outcomes[0].reason == "RuntimeError: no such kernel" and "not finite" in outcomes[1].reason
 
@@ -167,9 +169,9 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
 def test_bad_requests_are_named(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     with pytest.raises(UserError, match=r'no optimization "structured_prunning".*structured_pruning'):
-        composing.compose(model, [batch], [Step(optimization="structured_prunning")])
+        composing.compose(model, [batch], [RecipeStep(optimization="structured_prunning")])
     with pytest.raises(UserError, match=r'structured_pruning has no knob "ration".*ratio'):
-        composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"ration": 0.2})])
+        composing.compose(model, [batch], [RecipeStep(optimization=PRUNING, knobs={"ration": 0.2})])
     with pytest.raises(UserError, match="structured_pruning needs whole channels, which sparse_neural_networks takes"):
         composing.compose(model, [batch], [step(SPARSE), step(PRUNING)], arrange=False)
     sparse = composing.compose(model, [batch], [step(SPARSE)]).model

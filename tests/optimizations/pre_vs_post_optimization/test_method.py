@@ -17,15 +17,15 @@ from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.parameters import read
 from lib.optimizations.common import interactions, recipe, shapley
-from lib.optimizations.common.recipe import Step
+from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
 from lib.optimizations.pre_vs_post_optimization import method as comparing
 
 PRUNING, FACTORS, SPARSE = "structured_pruning", "tensor_decomposition", "sparse_neural_networks"
 STEPS = [
-    Step(optimization=PRUNING, knobs={"ratio": 0.2}),
-    Step(optimization=FACTORS, knobs={"method": "plain"}),
-    Step(optimization=SPARSE, knobs={"method": "magnitude"}),
+    RecipeStep(optimization=PRUNING, knobs={"ratio": 0.2}),
+    RecipeStep(optimization=FACTORS, knobs={"method": "plain"}),
+    RecipeStep(optimization=SPARSE, knobs={"method": "magnitude"}),
 ]
 
 
@@ -38,7 +38,7 @@ def _loaded(model, name: str) -> loading.Loaded:
 
 def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
-    stored = recipe.Stack(model=model.name_or_path or "m", scale="proxy", stack=STEPS[::-1], chosen_by="a search")
+    stored = recipe.Recipe(model=model.name_or_path or "m", scale="proxy", stack=STEPS[::-1], chosen_by="a search")
     monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
     found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
     assert found.steps == STEPS and found.origin.startswith("a search") and found.considered == []
@@ -46,7 +46,7 @@ def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
 
 def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
-    stored = recipe.Stack(model="m", scale="proxy", stack=[], chosen_by="a search")
+    stored = recipe.Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
     monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
     default = comparing.Chosen(STEPS, "the default rule")
     monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
@@ -56,12 +56,12 @@ def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monk
 
 def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
     name = "qwen3-4b-instruct-2507"
-    other = recipe.Stack(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
+    other = recipe.Recipe(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
     path = recipe.path_of(name, "proxy", tmp_path)
     recipe.write(other, tmp_path).rename(path)
     finding = recipe.find
     monkeypatch.setattr(recipe, "find", lambda name, scale: finding(name, scale, tmp_path))
-    with pytest.raises(UserError, match="a stack of qwen3-vl-2b"):
+    with pytest.raises(UserError, match="a recipe of qwen3-vl-2b"):
         comparing.chosen(_loaded(tiny(name), name), [])
 
 
@@ -216,7 +216,7 @@ def test_break_even_is_what_was_spent_over_what_a_token_saves():
 
 def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
-    pruned = composing.compose(model, [batch], [Step(optimization=PRUNING, knobs={"saliency": "random"})]).model
+    pruned = composing.compose(model, [batch], [RecipeStep(optimization=PRUNING, knobs={"saliency": "random"})]).model
     prompt = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(0))
     found = comparing.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
     assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]

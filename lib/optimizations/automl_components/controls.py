@@ -1,0 +1,252 @@
+"""Controls of the search over configurations: random ones for the same seconds, and a small grid of which every cell is
+judged.
+
+Knows nothing of how the search chose.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.optimizations.automl_components.method import (
+    INNER,
+    PROPOSALS,
+    Component,
+    counts_steps,
+    rounded,
+    space,
+    stack_of,
+)
+from lib.optimizations.automl_components.successive_filtering import REFERENCE, Bench, JudgedStack, utility
+from lib.optimizations.common import pareto
+from lib.optimizations.common.recipe import RecipeStep
+
+OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
+
+
+def at_random(bench: Bench, parts: Sequence[Component], seconds: float, seed: int) -> list[JudgedStack]:
+    """Return outcomes of random configurations, as many as take `seconds`, at least one."""
+    draw = np.random.default_rng(seed)
+    every = space(parts)
+    judged: list[JudgedStack] = []
+    while not judged or sum(outcome.seconds for outcome in judged) < seconds:
+        params = {name: drawn(distribution, draw) for name, distribution in every.items()}
+        judged.append(bench.judge(stack_of(params, parts)))
+    return judged
+
+
+def drawn(distribution: BaseDistribution, draw: np.random.Generator) -> object:
+    """Return a value of the distribution, drawn uniformly."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[draw.integers(len(distribution.choices))]
+    if isinstance(distribution, IntDistribution):
+        return int(draw.integers(distribution.low, distribution.high + 1))
+    return float(draw.uniform(distribution.low, distribution.high))
+
+
+def grid(outcomes: Sequence[JudgedStack], parts: Sequence[Component], levels: int) -> list[list[list[RecipeStep]]]:
+    """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
+
+    The two are those whose first trial, defaults alone, dominates most, the quicker one among equals; a component's
+    strength is its first knob of real numbers. Steps of training are as few as can be: every cell is made.
+    """
+    alone = {judged.stack[0].optimization: judged for judged in reversed(outcomes) if len(judged.stack) == 1}
+    worth = {stem: (0.0 if judged.reason else -utility(judged), judged.seconds) for stem, judged in alone.items()}
+    strong = [part for part in parts if any(knob["type"] == "float" for knob in part.knobs.values())]
+    pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, math.inf)))[:2]
+
+    def step(part: Component, level: int) -> list[RecipeStep]:
+        if not level:
+            return []
+        name, knob = next((name, knob) for name, knob in part.knobs.items() if knob["type"] == "float")
+        share = (level - 1) / max(1, levels - 2)
+        if "levels" in knob:
+            value = knob["levels"][round(share * (len(knob["levels"]) - 1))]
+        else:
+            low, high = knob["range"]
+            value = low + (INNER[0] + share * (INNER[1] - INNER[0])) * (high - low)
+        least = {knob: about["range"][0] for knob, about in part.knobs.items() if counts_steps(about)}
+        return [RecipeStep(optimization=part.stem, knobs=part.defaults | least | {name: rounded(value)})]
+
+    if len(pair) < 2:
+        raise UserError("automl_components: a grid needs two components with a knob of real numbers")
+    return [[step(pair[0], row) + step(pair[1], column) for column in range(levels)] for row in range(levels)]
+
+
+def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
+    """Return the best utility over the optimum after each of `evaluations` that Optuna makes on a judged grid [L, L].
+
+    It begins in the middle, then with one at random, and passes over what it evaluated before, as the search does.
+    """
+    study = optuna.create_study(direction="maximize")
+    middle = utilities.shape[0] // 2
+    study.enqueue_trial({"one": middle, "other": middle})
+    limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
+    values: list[float] = []
+    evaluated: set[tuple[int, int]] = set()
+    for number in range(evaluations):
+        for attempt in range(PROPOSALS):
+            draw = seed * 1009 + number + 7919 * attempt
+            study.sampler = optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=2)
+            trial = study.ask(limits)
+            cell = trial.params["one"], trial.params["other"]
+            if cell not in evaluated or attempt == PROPOSALS - 1:
+                break
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        evaluated.add(cell)
+        values.append(float(utilities[cell]))
+        study.tell(trial, values[-1])
+    return (np.maximum.accumulate(values) / utilities.max()).tolist()
+
+
+def seconds(outcomes: Sequence[JudgedStack]) -> float:
+    """Return how long judging took in all."""
+    return sum(judged.seconds for judged in outcomes)
+
+
+@dataclass(frozen=True)
+class EqualSeconds:
+    """Outcomes of the search, of random arms with the search's seconds, and of the defaults among its first trials."""
+
+    arms: dict[str, list[JudgedStack]]
+
+    @property
+    def volumes(self) -> dict[str, float]:
+        """Hypervolume of each arm within REFERENCE."""
+        points = {arm: [judged.point for judged in outcomes] for arm, outcomes in self.arms.items()}
+        return {arm: pareto.hypervolume(found, REFERENCE) for arm, found in points.items()}
+
+    @property
+    def random_volumes(self) -> list[float]:
+        """Hypervolumes of the random arms."""
+        return [volume for arm, volume in self.volumes.items() if arm.startswith("random")]
+
+    @property
+    def gain(self) -> float | None:
+        """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
+        mean = float(np.mean(self.random_volumes))
+        return self.volumes["search"] / mean if mean else None
+
+    @property
+    def crashed(self) -> int:
+        """How many configurations raised something else than a refusal."""
+        return sum("crashed" in (judged.reason or "") for outcomes in self.arms.values() for judged in outcomes)
+
+    def table(self) -> pd.DataFrame:
+        """Return a row per arm: configurations judged and cut, seconds, hypervolume."""
+        lines = []
+        for arm, outcomes in self.arms.items():
+            line = {"arm": arm, "configurations": len(outcomes), "cut": sum(bool(j.reason) for j in outcomes)}
+            lines.append(line | {"seconds": seconds(outcomes), "hypervolume": self.volumes[arm]})
+        return pd.DataFrame(lines)
+
+    def points(self) -> pd.DataFrame:
+        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, the defaults once."""
+        timed = {arm: [j for j in found if j.reason is None] for arm, found in self.arms.items() if arm != "defaults"}
+        points = [
+            {"x": 100 * judged.time_share, "y": judged.divergence, "arm": arm}
+            for arm, outcomes in timed.items()
+            for judged in outcomes
+        ]
+        return pd.DataFrame(points)
+
+    def impact(self) -> list[dict]:
+        """Return hypervolume (value) over configurations judged (strength), per arm."""
+        return [
+            {"arm": arm, "strength": n, "value": pareto.hypervolume([j.point for j in outcomes[:n]], REFERENCE)}
+            for arm, outcomes in self.arms.items()
+            if arm != "defaults"
+            for n in range(1, len(outcomes) + 1)
+        ]
+
+    def controls(self) -> list[tuple[str, str, list[Measurement]]]:
+        """Return (name, purpose, measurements) of each arm but the search."""
+        volumes, rows = self.volumes, []
+        for arm in [arm for arm in self.arms if arm != "search"]:
+            source = f"time and KL on search text, reference {REFERENCE}, baseline: {arm}"
+            values = (volumes[arm], volumes["search"], source)
+            volume = measurement.informative("front_hypervolume", "search", *values)
+            rows.append((arm, "equal seconds" if "random" in arm else "no search", [volume]))
+        return rows
+
+    def reading(self) -> str:
+        """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
+        own, timed = self.volumes["search"], len(self.points())
+        others = ", ".join(f"{volume:.3f}" for volume in self.random_volumes)
+        return (
+            f"{timed} configurations were timed, and those of the search dominate {own:.3f} of time × divergence. "
+            f"Random ones in the same seconds dominate {others}, the defaults {self.volumes['defaults']:.3f}."
+        )
+
+    def random_refuted(self) -> tuple[bool | None, str]:
+        """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing, or
+        where the search lies among several.
+        """
+        own, others = self.volumes["search"], self.random_volumes
+        evidence = f"hypervolume {own:.3f}, random {', '.join(f'{volume:.3f}' for volume in others)}"
+        if len(others) < 2:
+            return None, f"{evidence}; one draw has no spread"
+        return (False if own > max(others) else True if own < min(others) else None), evidence
+
+    def defaults_refuted(self) -> tuple[bool, str]:
+        """Return whether the defaults dominate as much as the search, which judged them first, and both areas."""
+        own, defaults = self.volumes["search"], self.volumes["defaults"]
+        return own <= defaults, f"hypervolume {own:.3f}, defaults {defaults:.3f}"
+
+
+@dataclass(frozen=True)
+class SmallGrid:
+    """Two components at several levels, every pair judged: dominated areas [L, L], and how the search would do there.
+
+    `curves`: share of the optimum after each of `evaluations`, per seed; empty where no pair dominates anything.
+    `chance`: what as many cells drawn at random reach on average.
+    """
+
+    pair: str
+    areas_LL: np.ndarray
+    evaluations: int
+    curves: list[list[float]]
+    chance: float
+
+    @property
+    def reached(self) -> float:
+        """The least share of the optimum that a seed reached."""
+        return min((curve[-1] for curve in self.curves), default=0.0)
+
+    def frame(self) -> pd.DataFrame:
+        """Return the curves for `style.impact`."""
+        evaluations = range(1, self.evaluations + 1)
+        frames = [
+            pd.DataFrame({"strength": evaluations, "value": curve}).assign(arm=f"seed {seed}")
+            for seed, curve in enumerate(self.curves)
+        ]
+        return pd.concat(frames) if frames else pd.DataFrame(columns=["strength", "value", "arm"])
+
+    def reading(self) -> str:
+        """Return two sentences on the curves: where they end, and what chance reaches."""
+        if not self.curves:
+            return "No pair of the grid dominates anything. So there is no optimum to find."
+        ends = ", ".join(f"{curve[-1]:.2f}" for curve in self.curves)
+        return (
+            f"After {self.evaluations} of {self.areas_LL.size} evaluations the seeds stand at {ends} of the optimum. "
+            f"As many cells drawn at random reach {self.chance:.2f} on average."
+        )
+
+    def refuted(self) -> tuple[bool | None, str]:
+        """Return whether a quarter of the evaluations finds less than OPTIMUM_SHARE, and the shares; None where seeds
+        disagree.
+        """
+        if not self.curves:
+            return None, "no pair of the grid dominates anything"
+        ends = [curve[-1] for curve in self.curves]
+        missed = {end < OPTIMUM_SHARE for end in ends}
+        evidence = f"share of the optimum {', '.join(f'{end:.2f}' for end in ends)}; by chance {self.chance:.2f}"
+        return (missed.pop() if len(missed) == 1 else None), evidence

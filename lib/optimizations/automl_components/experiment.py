@@ -1,0 +1,278 @@
+"""The protocol of the search over configurations: components and study, the interrupted search, finalists, controls.
+
+Every choice is made on text and items of the split "search". Knows nothing of templates: the parameters that they
+declare come as names.
+"""
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.models.checkpoints import io
+from lib.models.loading import Loaded
+from lib.models.tasks import corpus, tasks
+from lib.optimizations.automl_components import controls, method, successive_filtering
+from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSeconds, SmallGrid, seconds
+from lib.optimizations.automl_components.method import Component, Finalist
+from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
+from lib.optimizations.common import study
+from lib.optimizations.common.recipe import Recipe, RecipeStep
+from lib.optimizations.common.study import Study
+
+CLAIMS = (
+    "Random configurations are as good in the same time.",
+    "The defaults, each component alone, are as good.",
+    "On a small grid, judged whole, a quarter of the evaluations finds less than 95 % of the optimum.",
+)
+FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
+GRID_SEEDS = 3
+LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
+
+
+@dataclass
+class SearchBench:
+    """What a search works with: the model, its components, the space of their knobs, and the bench that judges."""
+
+    loaded: Loaded
+    effort: Effort
+    factor: int
+    seed: int
+    parts: list[Component]
+    bench: Bench
+
+    @property
+    def knobs(self) -> list[tuple[str, str]]:
+        """What is decided, and between what."""
+        return [(name, str(distribution)) for name, distribution in method.space(self.parts).items()]
+
+
+def prepare(
+    loaded: Loaded,
+    effort: Effort,
+    level: str,
+    declared: Mapping[str, Collection[str]],
+    memory_budget: float,
+    seed: int,
+) -> SearchBench:
+    """Return the bench of a search at effort `level`. `declared`: stem → parameters that its template declares."""
+    factor = FACTORS[level]
+    parts = method.components(declared, most_steps=16 if level == "thorough" else 4)
+    method.space(parts)
+    few = tasks.calibration(loaded, 2 * factor, 256, seed)
+    texts = [tasks.text_windows(loaded, "search", windows, 64, seed) for windows in (16, min(128, 64 * factor))]
+    rungs = [evaluate.read(loaded.model, ids_NT) for ids_NT in texts]
+    prompt_BT = tasks.text_windows(loaded, "search", 1, 256, seed)
+    bench = Bench(loaded.model, few, rungs, prompt_BT, method.modules(parts), memory_budget=memory_budget)
+    return SearchBench(loaded, effort, factor, seed, parts, bench)
+
+
+@dataclass
+class SearchStudy:
+    """The study of one search, in a file that is opened for each use. `notes` and `trials` are of the first opening,
+    `served` are stacks that served other models, as plain JSON.
+    """
+
+    path: Path
+    space: dict[str, object]
+    notes: list[str]
+    trials: int
+    served: list[list[dict]]
+
+    @property
+    def name(self) -> str:
+        """The study's name: "<search>--<model>--<effort>"."""
+        return self.path.stem
+
+    @property
+    def first(self) -> list[list[RecipeStep]]:
+        """Stacks that served other models: they begin this search."""
+        return [[RecipeStep(**step) for step in stack] for stack in self.served]
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Study]:
+        """Yield the study. Raises UserError where another process holds it."""
+        with study.opened(self.path, self.name, self.space, objectives=2) as stored:
+            yield stored
+
+
+def begin(setup: SearchBench, folder: Path | str, name: str, settings: Sequence[object]) -> SearchStudy:
+    """Open the study `name` in `folder` for the first time and return it.
+
+    It belongs to these weights, this code, this space and these settings.
+    """
+    space = {
+        "space": setup.knobs,
+        "weights": io.weights_hash(setup.loaded.model),
+        "data": corpus.data_hash(),
+        "code": study.code(method, successive_filtering, *setup.bench.modules.values()),
+        "settings": [*settings, study.machine()],
+    }
+    file = SearchStudy(Path(folder) / f"{name}.db", space, [], 0, [])
+    with file.opened() as stored:
+        stacks = method.elsewhere(Path(folder), name, setup.parts)
+        served = [[step.model_dump() for step in stack] for stack in stacks]
+        file.served = stored.fact("served others", lambda: served)
+        file.notes, file.trials = stored.notes, len(stored.trials)
+    return file
+
+
+def one_configuration(setup: SearchBench) -> dict[str, object]:
+    """Judge the first component at its defaults, then again when it is applied already; return what took how long."""
+    first = setup.parts[0]
+    stack = [RecipeStep(optimization=first.stem, knobs=first.defaults)]
+    start = time.perf_counter()
+    outcome = setup.bench.judge(stack)
+    whole = time.perf_counter() - start
+    start = time.perf_counter()
+    setup.bench.judge(stack)
+    judging = time.perf_counter() - start
+    row = {"stack": first.stem, "applied in, s": whole - judging, "judged in, s": judging}
+    row |= {"memory": outcome.memory_share, "KL, nats/token": outcome.divergence, "time": outcome.time_share}
+    return row | {"cut because": outcome.reason or "not cut"}
+
+
+def interrupted(setup: SearchBench, file: SearchStudy, trials: int) -> list[JudgedStack]:
+    """Search to half of `trials`, leave the study, open it again and search on; return everything that was judged.
+
+    Asserts that no trial of the first half was lost.
+    """
+    outcomes: list[JudgedStack] = []
+    for until in (trials // 2, trials):
+        with file.opened() as stored:
+            before = method.outcomes(stored)
+            assert [j.stack for j in before[: len(outcomes)]] == [j.stack for j in outcomes], "trials were lost"
+            options = {"seed": setup.seed, "first": file.first, "stop_after": until}
+            outcomes = method.run(setup.bench, setup.parts, stored, trials, **options)
+    return outcomes
+
+
+def rows(outcomes: Sequence[JudgedStack]) -> pd.DataFrame:
+    """Return a row per configuration: its stack, both objectives, memory, seconds, and why it was cut."""
+    lines = []
+    for judged in outcomes:
+        stack = " → ".join(step.optimization for step in judged.stack) or "nothing"
+        line = {"stack": stack, "time": judged.time_share, "KL": judged.divergence, "memory": judged.memory_share}
+        lines.append(line | {"seconds": judged.seconds, "cut because": judged.reason or ""})
+    return pd.DataFrame(lines)
+
+
+def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: int) -> list[Finalist]:
+    """Return the `count` best on more text and on tasks of the split "search"; the empty stack first if allowed."""
+    loaded, factor, seed = setup.loaded, setup.factor, setup.seed
+    size = replace(
+        setup.effort, items=min(200, 48 * factor), windows=4, window_tokens=128, retrieval_prompts=8 * factor
+    )
+    baseline = evaluate.evaluate(loaded, size, split="search", seed=seed)
+    finalists = []
+    if setup.bench.memory_budget >= 1:
+        finalists.append(Finalist(method.nothing(setup.bench), 0.0, 0.0, 0.0))
+    for judged, divergence in method.promote(setup.bench, outcomes, count):
+        arm = evaluate.evaluate(loaded, size, model=setup.bench.apply(judged.stack), split="search", seed=seed)
+        scores = [m for m in evaluate.compare(baseline, arm, resamples=200, seed=seed) if m.baseline is not None]
+        lost = [m.baseline - m.optimized for m in scores if m.metric in ("f1_macro", "retrieval_exact_match")]
+        worse = [m.ratio - 1 for m in scores if m.metric == "perplexity"]
+        finalists.append(Finalist(judged, divergence, max(lost, default=0.0), max(worse, default=0.0)))
+    return finalists
+
+
+def applied(setup: SearchBench, recipe: Recipe) -> tuple[nn.Module, float]:
+    """Return the model with the recipe applied, with all of the effort's calibration text, and the seconds it took."""
+    sequences, length = setup.effort.calibration_sequences, setup.effort.calibration_tokens
+    calibration = tasks.calibration(setup.loaded, sequences, length, setup.seed)
+    start = time.perf_counter()
+    optimized = replace(setup.bench, calibration=calibration, applied={}).apply(recipe.stack)
+    return optimized, time.perf_counter() - start
+
+
+def commands(recipe: Recipe) -> list[str]:
+    """Return the recipe as commands, a line per step."""
+    lines = [" ".join(["python build.py run", *step.request(), "--model", recipe.model]) for step in recipe.stack]
+    return lines or ["nothing: no configuration keeps the scores and is faster"]
+
+
+def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack]) -> EqualSeconds:
+    """Give random configurations the search's seconds: once at effort quick, with three seeds elsewhere."""
+    arms, allowed = {"search": outcomes}, seconds(outcomes)
+    for seed in range(setup.seed, setup.seed + (1 if setup.factor == 1 else 3)):
+        arms[f"random {seed + 1}"] = controls.at_random(setup.bench, setup.parts, allowed, seed)
+    alone = {part.stem: part.defaults for part in setup.parts}
+    arms["defaults"] = [
+        judged
+        for judged in outcomes
+        if len(judged.stack) == 1 and judged.stack[0].knobs == alone[judged.stack[0].optimization]
+    ]
+    return EqualSeconds(arms)
+
+
+def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid:
+    """Judge every cell of a grid of 3 × 3 (quick) or 5 × 5 stacks, and search it with three seeds."""
+    bench, levels = setup.bench, 3 if setup.factor == 1 else 5
+    stacks = controls.grid(outcomes, setup.parts, levels)
+    judged = [[bench.judge(stack) if stack else method.nothing(bench) for stack in row] for row in stacks]
+    areas_LL = np.array([[successive_filtering.utility(cell) for cell in row] for row in judged])
+    count = max(2, levels * levels // 4)
+    curves = [controls.regret(areas_LL, count, n) for n in range(GRID_SEEDS)] if areas_LL.max() > 0 else []
+    drawn = [np.random.default_rng(n).permutation(areas_LL.flatten())[:count] for n in range(200)]
+    chance = float(np.mean([cells.max() for cells in drawn]) / max(areas_LL.max(), 1e-9))
+    stems = dict.fromkeys(step.optimization for row in stacks for stack in row for step in stack)
+    return SmallGrid(" × ".join(stems), areas_LL, count, curves, chance)
+
+
+def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
+    """Return what the search took: seconds and evaluations."""
+    why = {"reason": "the baseline needs no search"}
+    took = ("search_seconds", "search", None, seconds(outcomes), "perf_counter, all trials")
+    counted = ("search_evaluations", "search", None, len(outcomes), "counted")
+    return [measurement.informative(*took, **why), measurement.informative(*counted, **why)]
+
+
+def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
+    """Return what was to be reached, the value reached, and whether it suffices; fixed before the first run."""
+    gain, beyond = equal.gain, equal.volumes["search"] - equal.volumes["defaults"]
+    share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
+    lines = [
+        ("hypervolume above random's in equal time", gain, bool(gain and gain > 1)),
+        ("hypervolume above the defaults'", beyond, beyond > 0),
+        (share, grid.reached, grid.reached >= OPTIMUM_SHARE),
+        ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),
+    ]
+    return pd.DataFrame(lines, columns=["target", "value", "reached"])
+
+
+def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[tuple[str, bool | None, str]]:
+    """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
+    answers = (equal.random_refuted(), equal.defaults_refuted(), grid.refuted())
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def details(
+    file: SearchStudy, recipe: Recipe, equal: EqualSeconds, grid: SmallGrid, reached: pd.DataFrame, automation: float
+) -> dict[str, tuple[object, str, str, dict[str, str]]]:
+    """Return what a record keeps beside measurements: name → (value, provenance, source, names of axes)."""
+    took = f"{seconds(equal.arms['search']):.1f} s each"
+    steps = [step.model_dump() for step in recipe.stack]
+    begun = [file.name, file.trials, file.notes, file.served]
+    axes = {"x": "configurations judged", "y": "area that the best of them dominate"}
+    timed, curves = equal.points().to_dict("records"), {"search": grid.curves, "chance": grid.chance}
+    return {
+        "stack": (steps, "derived", "chosen by the rule", {}),
+        "study": (begun, "derived", "its file; trials it began with", {}),
+        "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers", {}),
+        "hypervolumes": (equal.volumes, "measured", took, {}),
+        "configurations": (timed, "measured", "6 balanced pairs each; KL on search text", {}),
+        "impact": (equal.impact(), "measured", "time and KL on search text, equal seconds", axes),
+        "grid": (grid.areas_LL.tolist(), "measured", f"dominated area, {grid.pair}", {}),
+        "regret": (curves, "measured", "3 seeds; 200 draws", {}),
+        "automation": (automation, "derived", "decisions made by the search over all decisions", {}),
+        "crashed": (equal.crashed, "measured", "configurations that raised no request error", {}),
+    }
