@@ -20,7 +20,7 @@ from lib.optimizations.common.shapley import Estimate
 BASELINE, AGAIN = "baseline", "baseline again"
 DECODE_PROMPT, DECODE_TOKENS = 64, 4
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
-LIKE = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
+AXIS_LABELS = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
 
 
 def named(*stems: str) -> str:
@@ -40,12 +40,12 @@ def time_arms(
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},
         "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in arms.items()},
     }
-    found = {}
+    timed = {}
     for name, calls in works.items():
         iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
         options = {"iterations": iterations, "seed": seed, "disturbance": disturbance.watch}
-        found[name] = rounds(calls, count, **options)
-    return found
+        timed[name] = rounds(calls, count, **options)
+    return timed
 
 
 def losses(models: Mapping[str, nn.Module], ids_NT: torch.Tensor) -> dict[str, np.ndarray]:
@@ -57,10 +57,12 @@ def effects(
     timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int = 0
 ) -> dict[str, Estimate]:
     """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats)."""
-    found = {name: shapley.over_rounds(-one.contrast(weights)) for name, one in timed.items()}
+    estimates = {name: shapley.over_rounds(-times.contrast(weights)) for name, times in timed.items()}
     if lost:
-        found["loss"] = shapley.over_items(sum(w * lost[arm] for arm, w in weights.items()), seed=seed)
-    return found
+        weighted = (weight * lost[arm] for arm, weight in weights.items())
+        loss_N = sum(weighted, np.zeros_like(next(iter(lost.values()))))
+        estimates["loss"] = shapley.over_items(loss_N, seed=seed)
+    return estimates
 
 
 def floor(timed: Rounds) -> float:
@@ -115,10 +117,11 @@ def staleness(
     return rows
 
 
-def _flat(found: Mapping[str, Estimate]) -> dict[str, float | None]:
+def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
     """Return estimates as columns `<name>`, `<name>_low`, `<name>_high`; an interval that is not finite is None."""
     flat: dict[str, float | None] = {}
-    for name, one in found.items():
-        ends = (one.low, one.high) if np.isfinite([one.low, one.high]).all() else (None, None)
-        flat |= {name: one.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    for name, estimate in estimates.items():
+        ends = estimate.low, estimate.high
+        ends = ends if np.isfinite(ends).all() else (None, None)
+        flat |= {name: estimate.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
     return flat

@@ -4,6 +4,7 @@ asks. Knows no optimization.
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lib.measure.metrics import measurement
@@ -26,12 +27,16 @@ class Judgement:
     degenerate: str | None
 
 
-def judge(loaded: Loaded, optimized: nn.Module, effort: Effort, seed: int) -> Judgement:
+def judge(
+    loaded: Loaded, optimized: nn.Module, effort: Effort, seed: int, *, sample_BT: torch.Tensor | None = None
+) -> Judgement:
     """Return the judgement of `optimized` against `loaded.model` on items and text of the split "final".
 
-    Where the output has degenerated, every measurement is invalid, with that reason.
+    `sample_BT` is the text of the gate, by default windows of the split "final". Where the output has degenerated,
+    every measurement is invalid, with that reason.
     """
-    sample_BT = tasks.text_windows(loaded, "final", 4, 128, seed)
+    if sample_BT is None:
+        sample_BT = tasks.text_windows(loaded, "final", 4, 128, seed)
     degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
     changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed)

@@ -36,8 +36,8 @@ class Estimate:
 
 def over_rounds(values_S: Sequence[float]) -> Estimate:
     """Return the median of timed contrasts with its order-statistic interval."""
-    found = paired_stats.effect(np.asarray(values_S, dtype=float))
-    return Estimate(found.median, found.low, found.high, found.n)
+    effect = paired_stats.effect(np.asarray(values_S, dtype=float))
+    return Estimate(effect.median, effect.low, effect.high, effect.n)
 
 
 def over_items(values_S: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
@@ -69,12 +69,12 @@ def shapley(parts: Sequence[str], values: Mapping[tuple[str, ...], Sequence[floa
     `values` has a row [S] for every one of `subsets(parts)`. The values of all parts add up to the effect of the whole,
     in every sample (Shapley 1953).
     """
-    count, found = len(parts), {}
+    count, values_by_part = len(parts), {}
     for part in parts:
         total: np.ndarray | float = 0.0
-        for chosen in subsets([other for other in parts if other != part]):
+        for chosen in subsets([member for member in parts if member != part]):
             weight = math.factorial(len(chosen)) * math.factorial(count - len(chosen) - 1) / math.factorial(count)
-            joined = tuple(other for other in parts if other in chosen or other == part)
+            joined = tuple(member for member in parts if member in chosen or member == part)
             total = total + weight * (np.asarray(values[joined], dtype=float) - np.asarray(values[chosen], dtype=float))
-        found[part] = total
-    return found
+        values_by_part[part] = total
+    return values_by_part

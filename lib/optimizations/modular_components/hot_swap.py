@@ -1,4 +1,4 @@
-"""A model that goes on answering while its inside is exchanged for another's, and gets its own back bit by bit.
+"""A live model whose inside is exchanged for another's while it answers, and given back bit by bit.
 
 Whoever holds the model keeps holding the same object: `exchange` swaps everything inside two models of one class
 (modules, configuration, hooks) in one assignment, copies nothing, and a second call undoes it exactly. A request that
@@ -27,27 +27,27 @@ def cache_shape(model: nn.Module) -> list[tuple[str, int, int]]:
     return [(view.kind, view.key_value_heads, view.cache_elements_per_token) for view in views]
 
 
-def exchange(one: nn.Module, other: nn.Module) -> None:
+def exchange(first: nn.Module, second: nn.Module) -> None:
     """Swap the insides of two models of one class, in place; calling it again undoes it exactly.
 
     Raises UserError where they are of different classes, or where one holds a forward of its own or a method bound to
     itself, which would go on reaching the wrong object.
     """
-    if type(one) is not type(other):
-        raise UserError(f"live model: cannot put a {type(other).__name__} in the place of a {type(one).__name__}")
-    for model in (one, other):
+    if type(first) is not type(second):
+        raise UserError(f"live model: cannot put a {type(second).__name__} in the place of a {type(first).__name__}")
+    for model in (first, second):
         for name, value in vars(model).items():
             if name == "forward" or (inspect.ismethod(value) and value.__self__ is model):
                 raise UserError(f"live model: {type(model).__name__}.{name} belongs to its object; it cannot be moved")
-    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
 
 
 @dataclass
 class Live:
-    """A model in use. `model` is the object that requests call; `kept` holds the original inside while another runs."""
+    """A model in use. `model` is the object that requests call; `original` holds its own inside while another runs."""
 
     model: nn.Module
-    kept: nn.Module | None = None
+    original: nn.Module | None = None
     requests: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -58,30 +58,30 @@ class Live:
         Raises UserError where something is swapped in already, or where a request is under way whose cache would not
         fit.
         """
-        if self.kept is not None:
+        if self.original is not None:
             raise UserError("live model: another model is swapped in already; revert first")
         ours, theirs = cache_shape(self.model), cache_shape(optimized)
         with self.lock:
             if self.requests and ours != theirs:
                 raise UserError(
-                    f"live model: {self.requests} request under way, whose cache has {_said(ours)}; the other model's "
-                    f"has {_said(theirs)}. Swap between requests"
+                    f"live model: {self.requests} request under way, whose cache has {_in_words(ours)}; the other "
+                    f"model's has {_in_words(theirs)}. Swap between requests"
                 )
             start = time.perf_counter()
             exchange(self.model, optimized)
-            self.kept = optimized
+            self.original = optimized
             return time.perf_counter() - start
 
     def revert(self) -> float:
         """Give the original its own inside back; return the seconds that requests had to wait."""
-        if self.kept is None:
+        if self.original is None:
             raise UserError("live model: nothing is swapped in; there is nothing to revert")
         with self.lock:
-            if self.requests and cache_shape(self.model) != cache_shape(self.kept):
+            if self.requests and cache_shape(self.model) != cache_shape(self.original):
                 raise UserError("live model: a request is under way whose cache would not fit; revert when it is over")
             start = time.perf_counter()
-            exchange(self.model, self.kept)
-            self.kept = None
+            exchange(self.model, self.original)
+            self.original = None
             return time.perf_counter() - start
 
     @torch.inference_mode()
@@ -92,25 +92,25 @@ class Live:
         self.requests += 1
         try:
             reset_rope_deltas(self.model)
-            token_BT, cache, made = prompt_BT, None, []
+            token_BT, cache, answer = prompt_BT, None, []
             for count in range(1, new_tokens + 1):
                 with self.lock:
                     output = self.model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 token_BT, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-                made.append(token_BT)
+                answer.append(token_BT)
                 if between is not None:
                     between(count)
-            return torch.cat(made, dim=1)
+            return torch.cat(answer, dim=1)
         finally:
             self.requests -= 1
 
 
-def _said(shape: list[tuple[str, int, int]]) -> str:
+def _in_words(shape: list[tuple[str, int, int]]) -> str:
     return f"{len(shape)} blocks of {max(elements for _, _, elements in shape)} elements per token"
 
 
 @dataclass(frozen=True)
-class Trial:
+class ExchangeReport:
     """What exchanging did: the seconds waited, how many tokens of an answer it changed, why not in mid-request."""
 
     waits: list[float]
@@ -118,7 +118,7 @@ class Trial:
     reason: str | None
 
 
-def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> Trial:
+def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> ExchangeReport:
     """Exchange `other` in when a third of an answer is there and back at two thirds; where its cache would not fit, do
     it between requests. The original runs again afterwards.
     """
@@ -130,17 +130,17 @@ def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int
                 waits.append(live.swap(other))
             except UserError as error:
                 reasons.append(str(error))
-        if count == 2 * new_tokens // 3 and live.kept is not None:
+        if count == 2 * new_tokens // 3 and live.original is not None:
             waits.append(live.revert())
 
-    given = live.generate(prompt_BT, new_tokens, between)
+    answer = live.generate(prompt_BT, new_tokens, between)
     if reasons:
         try:
             waits.append(live.swap(other))
         except UserError as error:
-            return Trial([], 0, str(error))
+            return ExchangeReport([], 0, str(error))
         try:
-            given = live.generate(prompt_BT, new_tokens)
+            answer = live.generate(prompt_BT, new_tokens)
         finally:
             waits.append(live.revert())
-    return Trial(waits, int((given != expected).sum()), reasons[0] if reasons else None)
+    return ExchangeReport(waits, int((answer != expected).sum()), reasons[0] if reasons else None)

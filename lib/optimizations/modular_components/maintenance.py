@@ -74,18 +74,20 @@ import json, sys
 from lib.models import loading
 from lib.models.tasks import tasks
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 loaded = loading.load(sys.argv[1])
 sample = tasks.text_windows(loaded, "search", 2, 64)
 fitting, _ = composing.applicable(loaded.model)
 steps, _ = composing.orderable([RecipeStep(optimization=stem) for stem in fitting], loaded.model)
-made = composing.attempt(loaded.model, [], [RecipeStep(optimization="{STEM}")], sample)
-print(json.dumps(dict(parts=fitting, order=[one.optimization for one in steps], state=made.state, reason=made.reason)))
+attempt = attempts.attempt(loaded.model, [], [RecipeStep(optimization="{STEM}")], sample)
+order = [step.optimization for step in steps]
+print(json.dumps(dict(parts=fitting, order=order, state=attempt.state, reason=attempt.reason)))
 """
 
 
 @dataclass(frozen=True)
-class Effort:
+class Addition:
     """Files and lines that the addition took, and what the grown copy said of it."""
 
     files_added: list[str]
@@ -133,7 +135,7 @@ def add(place: Path) -> tuple[list[str], list[str], int]:
     return added, changed, lines
 
 
-def measure(model: str) -> Effort:
+def measure(model: str) -> Addition:
     """Add the optimization to a temporary copy, ask the copy about it on the stand-in of `model`, and count.
 
     Raises RuntimeError, with the last line of its output, where the copy fails.
@@ -143,7 +145,7 @@ def measure(model: str) -> Effort:
         added, changed, lines = add(place)
         said = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
         listed = STEM in _run(place, "-c", "from lib.suite.plan import plan; print(*plan.optimizations())").split()
-    return Effort(added, changed, lines, **said, listed=listed)
+    return Addition(added, changed, lines, **said, listed=listed)
 
 
 def _run(place: Path, *arguments: str) -> str:
@@ -163,3 +165,8 @@ def _fingerprints(place: Path) -> dict[str, str]:
         for path in files
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+def accepted(grown: Addition) -> bool:
+    """Return whether the copy lists the new part and no existing file had to be changed."""
+    return not grown.files_changed and grown.listed and STEM in grown.parts

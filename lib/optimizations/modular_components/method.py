@@ -4,7 +4,7 @@ A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a
 aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
 is tried where time is short. A pipeline puts what invalidates behind what needs, refuses what cannot be ordered, asks
 the real model before every step, and takes calibration statistics anew once they are out of date. The caller's model is
-never changed; a live one is changed and reverted by `hot_swap.py`. Names no optimization, knows none.
+never changed; `hot_swap` changes and reverts a live one. Names no optimization, knows none.
 """
 
 import copy
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from lib.errors import UserError, suggest
-from lib.measure.quality import sanity
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
@@ -27,7 +26,6 @@ from lib.optimizations.modular_components import traits
 
 NAME = "modular_components"
 KEYS = ("touches", "needs", "invalidates", "trial")
-STATES = ("works", "refused", "invalid", "crashed")
 
 
 @dataclass(frozen=True)
@@ -40,33 +38,19 @@ class Composed:
     observations: int
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an attempt to apply `steps`: one of STATES, why, and the model where it works."""
-
-    steps: list[RecipeStep]
-    state: str
-    reason: str | None
-    model: nn.Module | None = field(default=None, repr=False)
-    seconds: float = 0.0
-
-
 def applies_to(model: nn.Module) -> str | None:
     """Return None, or that fewer than two parts apply, so that there is nothing to compose."""
     count = len(applicable(model)[0])
     return None if count > 1 else f"{count} optimization applies to this model; composing needs two"
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
-
-
 def parts() -> dict[str, ModuleType]:
     """Return every optimization that can be composed, by its stem, sorted. Raises UserError for a faulty descriptor."""
     modules = {stem: discovery.method(stem) for stem in discovery.stems()}
-    found = {stem: module for stem, module in modules.items() if hasattr(module, "COMPOSES")}
-    for stem, module in found.items():
+    composable = {stem: module for stem, module in modules.items() if hasattr(module, "COMPOSES")}
+    for stem, module in composable.items():
         check(stem, module)
-    return found
+    return composable
 
 
 def check(stem: str, module: ModuleType) -> None:
@@ -89,18 +73,19 @@ def check(stem: str, module: ModuleType) -> None:
 
 def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Return the stems of the parts that apply to `model`, in pipeline order, and the others with their reason."""
-    said = {stem: module.applies_to(model) for stem, module in parts().items()}
-    fitting = [RecipeStep(optimization=stem) for stem, reason in said.items() if reason is None]
+    reasons = {stem: module.applies_to(model) for stem, module in parts().items()}
+    fitting = [RecipeStep(optimization=stem) for stem, reason in reasons.items() if reason is None]
     ranked = sorted(fitting, key=lambda step: _rank(parts()[step.optimization], step))
-    return [step.optimization for step in ranked], {stem: reason for stem, reason in said.items() if reason}
+    return [step.optimization for step in ranked], {stem: reason for stem, reason in reasons.items() if reason}
 
 
 def trial(stem: str) -> RecipeStep:
     """Return the step that stands for a part where time is short: its defaults but for its own `trial` knobs."""
-    return RecipeStep(optimization=stem, knobs=dict(_module(stem).COMPOSES["trial"]))
+    return RecipeStep(optimization=stem, knobs=dict(module_of(stem).COMPOSES["trial"]))
 
 
-def _module(stem: str) -> ModuleType:
+def module_of(stem: str) -> ModuleType:
+    """Return the module of a part; raises UserError, with the nearest stem, where there is none."""
     known = parts()
     if stem not in known:
         hint = suggest(stem, known) or f" Known: {', '.join(known)}."
@@ -113,12 +98,9 @@ def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:
     return min(touched, default=len(traits.ASPECTS)), step.optimization
 
 
-# --- which order -----------------------------------------------------------------------------------------------------
-
-
 def conflict(first: str, second: str, concerning: set[str]) -> str | None:
     """Return the trait among `concerning` that `first` invalidates though `second` needs it, or None."""
-    invalidated, needed = _module(first).COMPOSES["invalidates"], _module(second).COMPOSES["needs"]
+    invalidated, needed = module_of(first).COMPOSES["invalidates"], module_of(second).COMPOSES["needs"]
     return next((name for name in needed if name in invalidated and name in concerning), None)
 
 
@@ -129,7 +111,7 @@ def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
     where there is no such order, naming the steps that stand in each other's way, and why.
     """
     concerning, waiting, arranged = traits.concerning(model), list(steps), []
-    modules = {step.optimization: _module(step.optimization) for step in steps}
+    modules = {step.optimization: module_of(step.optimization) for step in steps}
     while waiting:
         free = [
             step
@@ -151,23 +133,23 @@ def orderable(steps: Sequence[RecipeStep], model: nn.Module) -> tuple[list[Recip
 
     Steps are taken in the order of what they touch; each that no order would fit in with those before is left out.
     """
-    kept: list[RecipeStep] = []
-    left: dict[str, str] = {}
-    for step in sorted(steps, key=lambda step: _rank(_module(step.optimization), step)):
+    arranged: list[RecipeStep] = []
+    reasons: dict[str, str] = {}
+    for step in sorted(steps, key=lambda step: _rank(module_of(step.optimization), step)):
         try:
-            kept = order([*kept, step], model)
+            arranged = order([*arranged, step], model)
         except UserError as error:
-            left[step.optimization] = str(error).removeprefix(f"{NAME}: ")
-    return kept, left
+            reasons[step.optimization] = str(error).removeprefix(f"{NAME}: ")
+    return arranged, reasons
 
 
 def _knot(waiting: Sequence[RecipeStep], concerning: set[str]) -> str:
-    said = []
+    clashes = []
     for step in waiting:
-        other = next(o for o in waiting if o is not step and conflict(step.optimization, o.optimization, concerning))
-        lost = conflict(step.optimization, other.optimization, concerning)
-        said.append(f"{step.optimization} takes away {lost}, which {other.optimization} needs")
-    return f"{NAME}: these steps cannot be ordered: {'; '.join(dict.fromkeys(said))}. Leave one of them out"
+        rival = next(o for o in waiting if o is not step and conflict(step.optimization, o.optimization, concerning))
+        lost = conflict(step.optimization, rival.optimization, concerning)
+        clashes.append(f"{step.optimization} takes away {lost}, which {rival.optimization} needs")
+    return f"{NAME}: these steps cannot be ordered: {'; '.join(dict.fromkeys(clashes))}. Leave one of them out"
 
 
 def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
@@ -181,9 +163,6 @@ def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
                     f"put {step.optimization} first"
                 )
     return None
-
-
-# --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
 def compose(
@@ -211,7 +190,7 @@ def compose(
         raise UserError(f"{NAME}: {reason}")
     current, seconds, observation, observations = model, [], None, 0
     for step in steps:
-        module, start = _module(step.optimization), time.perf_counter()
+        module, start = module_of(step.optimization), time.perf_counter()
         if checked and (reason := _unfit(module, current)):
             raise UserError(f"{NAME}: {step.optimization} cannot be applied here: {reason}")
         options: dict[str, object] = dict(step.knobs)
@@ -240,89 +219,8 @@ def _unfit(module: ModuleType, model: nn.Module) -> str | None:
 
 
 def _check_knobs(step: RecipeStep) -> None:
-    known = _module(step.optimization).SEARCH_SPACE
+    known = module_of(step.optimization).SEARCH_SPACE
     for name in step.knobs:
         if name not in known:
             hint = suggest(name, known) or f" Known: {', '.join(known)}."
             raise UserError(f'{NAME}: {step.optimization} has no knob "{name}".{hint}')
-
-
-def attempt(
-    model: nn.Module,
-    calibration: Sequence[dict[str, torch.Tensor]],
-    steps: Sequence[RecipeStep],
-    sample_BT: torch.Tensor,
-    *,
-    begun: Outcome | None = None,
-    random_weights: bool = False,
-    checked: bool = True,
-    seed: int = 0,
-) -> Outcome:
-    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, no error.
-
-    `begun` holds the model behind all steps but the last, so that it need not be made again. A refusal has its reason
-    from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
-    """
-    start, given = time.perf_counter(), list(steps)
-    if checked and (reason := refusal(given, model)):
-        return Outcome(given, "refused", reason)
-    source, left = (model, given) if begun is None else (begun.model, given[len(begun.steps) :])
-    try:
-        made = compose(source, calibration, left, arrange=False, checked=checked, seed=seed).model
-        broken = sanity.check(made, sample_BT, new_tokens=4, random_weights=random_weights)
-    except UserError as reason:
-        return Outcome(given, "refused", str(reason))
-    except Exception as error:  # whatever a part raises but a refusal is what this looks for
-        text = " ".join(str(error).split())[:160]
-        return Outcome(given, "crashed", f"{type(error).__name__}: {text}")
-    state = "invalid" if broken else "works"
-    return Outcome(given, state, broken, made, time.perf_counter() - start)
-
-
-def ordered_pairs(
-    model: nn.Module,
-    calibration: Sequence[dict[str, torch.Tensor]],
-    singles: dict[str, Outcome],
-    sample_BT: torch.Tensor,
-    **options: object,
-) -> dict[tuple[str, str], Outcome]:
-    """Return the outcome of every ordered pair of different parts; `singles` are those of the parts alone."""
-    found = {}
-    for first, begun in singles.items():
-        for second in singles:
-            if first != second:
-                steps = [*begun.steps, *singles[second].steps]
-                start = begun if begun.model is not None else None
-                found[first, second] = attempt(model, calibration, steps, sample_BT, begun=start, **options)
-    return found
-
-
-def stale(
-    model: nn.Module,
-    calibration: Sequence[dict[str, torch.Tensor]],
-    pairs: dict[tuple[str, str], Outcome],
-    *,
-    seed: int = 0,
-) -> dict[tuple[str, str], nn.Module]:
-    """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
-
-    Left out are pairs that can do nothing with old statistics: their shapes no longer fit.
-    """
-    found = {}
-    for (first, second), outcome in pairs.items():
-        takes = "observation" in inspect.signature(_module(second).apply).parameters
-        outdated = traits.STATISTICS in _module(first).COMPOSES["invalidates"]
-        if outcome.state != "works" or not (takes and outdated):
-            continue
-        begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
-        before, last = observe(model, calibration), outcome.steps[1]
-        try:
-            found[first, second] = _module(second).apply(begun, calibration, **last.knobs, observation=before)
-        except (RuntimeError, IndexError):
-            continue
-    return found
-
-
-def modularity(pairs: dict[tuple[str, str], Outcome]) -> float | None:
-    """Return working ordered pairs ÷ all ordered pairs, or None where there is no pair."""
-    return sum(outcome.state == "works" for outcome in pairs.values()) / len(pairs) if pairs else None

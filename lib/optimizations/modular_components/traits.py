@@ -113,7 +113,7 @@ def shapes(model: nn.Module, index: int) -> dict[str, str]:
     block = blocks[min(index, len(blocks) - 1)].module
     stored_as = {torch.sparse_csr: ", sparse", torch.sparse_bsr: ", sparse"}
     return {
-        name: " × ".join(map(str, one.shape)) + stored_as.get(one.layout, "")
-        for name, one in block.named_parameters()
-        if one.dim() > 1
+        name: " × ".join(map(str, parameter.shape)) + stored_as.get(parameter.layout, "")
+        for name, parameter in block.named_parameters()
+        if parameter.dim() > 1
     }

@@ -32,6 +32,7 @@ from lib.models.tasks.tasks import text_windows
 from lib.optimizations.common import interactions, shapley
 from lib.optimizations.common import recipe as stacks
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
@@ -108,7 +109,7 @@ def default_stack(
     rows += [{"step": stem, "state": "refused", "kept": False, "why": why} for stem, why in left.items()]
     for step in arranged:
         options = {"random_weights": loaded.random_weights, "seed": seed}
-        made = composing.attempt(current, calibration, [step], sample_BT, **options)
+        made = attempts.attempt(current, calibration, [step], sample_BT, **options)
         row = {"step": step.optimization, "state": made.state, "kept": False, "why": made.reason or ""}
         rows.append(row)
         if made.state != "works":
@@ -213,7 +214,7 @@ def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
             ],
         )
         for what, one in timed.items()
-        if what in interactions.LIKE
+        if what in interactions.AXIS_LABELS
     }
 
 

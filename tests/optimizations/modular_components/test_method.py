@@ -10,7 +10,7 @@ from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.modular_components import hot_swap, traits
+from lib.optimizations.modular_components import attempts, hot_swap, traits
 from lib.optimizations.modular_components import method as composing
 
 STEMS = discovery.stems()
@@ -113,7 +113,7 @@ def test_a_pipeline_is_its_steps_one_by_one(tiny, name, batch):
 
 
 def _worked(steps):
-    return composing.Outcome(steps, "works", None)
+    return attempts.Attempt(steps, "works", None)
 
 
 def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
@@ -121,7 +121,7 @@ def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
     twice = [step(FACTORS, compression=0.4), step(PRUNING, ratio=0.2)]  # experts in factors can still be removed
     fresh = composing.compose(model, [batch], twice, arrange=False)
     again = composing.compose(model, [batch], [*twice, step(PRUNING, ratio=0.1)], arrange=False)
-    stale = next(iter(composing.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
+    stale = next(iter(attempts.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
     assert (fresh.observations, again.observations) == (1, 2)
     assert io.weights_hash(stale) != io.weights_hash(fresh.model), "old statistics chose the same experts"
     by_hand = composing.compose(composing.compose(model, [batch], twice[:1]).model, [batch], twice[1:]).model
@@ -131,16 +131,16 @@ def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
 def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
     model, sample = tiny(name), batch["input_ids"]
     options = {"random_weights": True}
-    singles = {s: composing.attempt(model, [batch], [step(s)], sample, **options) for s in (PRUNING, FACTORS, SPARSE)}
+    singles = {s: attempts.attempt(model, [batch], [step(s)], sample, **options) for s in (PRUNING, FACTORS, SPARSE)}
     assert {one.state for one in singles.values()} == {"works"}
-    pairs = composing.ordered_pairs(model, [batch], singles, sample, **options)
+    pairs = attempts.ordered_pairs(model, [batch], singles, sample, **options)
     assert len(pairs) == 6 and {one.state for one in pairs.values()} <= {"works", "refused"}
     assert all(one.reason for one in pairs.values() if one.state == "refused")
     works = [key for key, one in pairs.items() if one.state == "works"]
-    assert composing.modularity(pairs) == len(works) / 6 and (PRUNING, SPARSE) in works
-    forced = composing.attempt(model, [batch], pairs[SPARSE, PRUNING].steps, sample, checked=False, **options)
+    assert attempts.modularity(pairs) == len(works) / 6 and (PRUNING, SPARSE) in works
+    forced = attempts.attempt(model, [batch], pairs[SPARSE, PRUNING].steps, sample, checked=False, **options)
     assert forced.state in ("refused", "crashed"), "the refusal was right"
-    assert composing.stale(model, [batch], pairs).keys() <= set(works)
+    assert attempts.stale(model, [batch], pairs).keys() <= set(works)
 
 
 def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
     monkeypatch.setattr(composing, "parts", lambda: made)
     model = tiny("qwen3-4b-instruct-2507")
     outcomes = [
-        composing.attempt(model, [], [RecipeStep(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")
+        attempts.attempt(model, [], [RecipeStep(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")
     ]
     assert [one.state for one in outcomes] == ["crashed", "invalid"]
     assert outcomes[0].reason == "RuntimeError: no such kernel" and "not finite" in outcomes[1].reason
@@ -244,7 +244,7 @@ def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     serving.generate(prompt, 6, between)
     assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and io.weights_hash(model) == before
     report = hot_swap.trial(serving, other, prompt, 6)
-    assert report.reason is None and len(report.waits) == 2 and serving.kept is None
+    assert report.reason is None and len(report.waits) == 2 and serving.original is None
 
 
 def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch):
@@ -254,7 +254,7 @@ def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch
     serving, prompt = hot_swap.Live(model), batch["input_ids"][:1]
     with pytest.raises(UserError, match=r"1 request under way.*Swap between requests"):
         serving.generate(prompt, 4, lambda count: serving.swap(other))
-    assert serving.requests == 0 and serving.kept is None
+    assert serving.requests == 0 and serving.original is None
     report = hot_swap.trial(serving, other, prompt, 6)
     assert "Swap between requests" in report.reason and len(report.waits) == 2
 

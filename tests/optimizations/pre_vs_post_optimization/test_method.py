@@ -18,6 +18,7 @@ from lib.models.checkpoints import io
 from lib.models.parameters import read
 from lib.optimizations.common import interactions, recipe, shapley
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 from lib.optimizations.pre_vs_post_optimization import method as comparing
 
@@ -111,7 +112,7 @@ def test_where_nothing_pays_the_least_harmful_part_is_taken(tiny, batch, monkeyp
 
 
 def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
-    tried, attempt = [], composing.attempt
+    tried, attempt = [], attempts.attempt
 
     def watched(*arguments, **options):
         outcome = attempt(*arguments, **options)
@@ -125,7 +126,7 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
         return parts()
 
     monkeypatch.setattr(composing, "parts", imported)
-    monkeypatch.setattr(composing, "attempt", watched)
+    monkeypatch.setattr(attempts, "attempt", watched)
     monkeypatch.setattr(comparing.stacks, "find", lambda *_: None)
     comparing.chosen(_loaded(tiny(name), name), [batch])
     assert tried and all(one() is None for one in tried)

@@ -1,0 +1,113 @@
+"""Attempts to apply parts, alone and in pairs: whatever happens is an outcome, no error. Names no optimization.
+
+Shapes: B batch, T tokens.
+"""
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.quality import sanity
+from lib.models.calibration.activations import observe
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import traits
+from lib.optimizations.modular_components.method import compose, module_of, refusal
+
+STATES = ("works", "refused", "invalid", "crashed")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What became of an attempt to apply `steps`: one of STATES, why, and the model where it works."""
+
+    steps: list[RecipeStep]
+    state: str
+    reason: str | None
+    model: nn.Module | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+
+def attempt(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    steps: Sequence[RecipeStep],
+    sample_BT: torch.Tensor,
+    *,
+    begun: Attempt | None = None,
+    random_weights: bool = False,
+    checked: bool = True,
+    seed: int = 0,
+) -> Attempt:
+    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, no error.
+
+    `begun` holds the model behind all steps but the last, so that it need not be made again. A refusal has its reason
+    from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
+    """
+    start, steps = time.perf_counter(), list(steps)
+    if checked and (reason := refusal(steps, model)):
+        return Attempt(steps, "refused", reason)
+    source, remaining = (model, steps) if begun is None else (begun.model, steps[len(begun.steps) :])
+    try:
+        composed = compose(source, calibration, remaining, arrange=False, checked=checked, seed=seed).model
+        broken = sanity.check(composed, sample_BT, new_tokens=4, random_weights=random_weights)
+    except UserError as reason:
+        return Attempt(steps, "refused", str(reason))
+    except Exception as error:  # whatever a part raises but a refusal is what this looks for
+        text = " ".join(str(error).split())[:160]
+        return Attempt(steps, "crashed", f"{type(error).__name__}: {text}")
+    state = "invalid" if broken else "works"
+    return Attempt(steps, state, broken, composed, time.perf_counter() - start)
+
+
+def ordered_pairs(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    singles: dict[str, Attempt],
+    sample_BT: torch.Tensor,
+    **options: object,
+) -> dict[tuple[str, str], Attempt]:
+    """Return the outcome of every ordered pair of different parts; `singles` are those of the parts alone."""
+    outcomes = {}
+    for first, begun in singles.items():
+        for second in singles:
+            if first != second:
+                steps = [*begun.steps, *singles[second].steps]
+                start = begun if begun.model is not None else None
+                outcomes[first, second] = attempt(model, calibration, steps, sample_BT, begun=start, **options)
+    return outcomes
+
+
+def stale(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    pairs: dict[tuple[str, str], Attempt],
+    *,
+    seed: int = 0,
+) -> dict[tuple[str, str], nn.Module]:
+    """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
+
+    Left out are pairs that can do nothing with old statistics: their shapes no longer fit.
+    """
+    models = {}
+    for (first, second), outcome in pairs.items():
+        takes = "observation" in inspect.signature(module_of(second).apply).parameters
+        outdated = traits.STATISTICS in module_of(first).COMPOSES["invalidates"]
+        if outcome.state != "works" or not (takes and outdated):
+            continue
+        begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
+        before, last = observe(model, calibration), outcome.steps[1]
+        try:
+            models[first, second] = module_of(second).apply(begun, calibration, **last.knobs, observation=before)
+        except (RuntimeError, IndexError):
+            continue
+    return models
+
+
+def modularity(pairs: dict[tuple[str, str], Attempt]) -> float | None:
+    """Return working ordered pairs ÷ all ordered pairs, or None where there is no pair."""
+    return sum(outcome.state == "works" for outcome in pairs.values()) / len(pairs) if pairs else None

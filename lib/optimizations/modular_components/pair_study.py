@@ -1,0 +1,124 @@
+"""What was found of the parts: attempts of every ordered pair, and contrasts of arms timed in common rounds.
+
+Answers questions on them as frames and sentences. Names no part.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+from torch import nn
+
+from lib.measure.timing.interleaved import Rounds
+from lib.optimizations.common import interactions
+from lib.optimizations.modular_components import attempts
+from lib.optimizations.modular_components.attempts import Attempt
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class PairStudy:
+    """Attempts of each part alone and of every ordered pair; `forced` are the refused pairs, applied unchecked."""
+
+    singles: dict[str, Attempt]
+    pairs: dict[Pair, Attempt]
+    forced: dict[Pair, Attempt] = field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[Pair, tuple[str, str | None]]:
+        """State and reason of each ordered pair."""
+        return {key: (attempt.state, attempt.reason) for key, attempt in self.pairs.items()}
+
+    @property
+    def score(self) -> float | None:
+        """The modularity score: working ordered pairs ÷ all."""
+        return attempts.modularity(self.pairs)
+
+    def named(self, state: str) -> list[str]:
+        """Return the names of the pairs in a state."""
+        return [interactions.named(*key) for key, attempt in self.pairs.items() if attempt.state == state]
+
+    @property
+    def too_strict(self) -> list[str]:
+        """Names of the pairs that were refused and worked when forced."""
+        return [interactions.named(*key) for key, attempt in self.forced.items() if attempt.state == "works"]
+
+    def table(self) -> pd.DataFrame:
+        """Return a row per ordered pair."""
+        rows = [
+            {"first": first, "second": second, "state": attempt.state, "why": attempt.reason or ""}
+            for (first, second), attempt in self.pairs.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def audit(self) -> list[dict[str, str]]:
+        """Return a row per refused pair: what became of it when it was forced through."""
+        return [
+            {"refused pair": interactions.named(*key), "forced through": attempt.state, "said": attempt.reason or ""}
+            for key, attempt in self.forced.items()
+        ]
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the models of all parts and pairs that work, by name."""
+        alone = {stem: attempt.model for stem, attempt in self.singles.items() if attempt.model is not None}
+        working = {key: attempt.model for key, attempt in self.pairs.items() if attempt.state == "works"}
+        return alone | {interactions.named(*key): model for key, model in working.items()}
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Arms timed in common rounds, and losses per window [N]: parts alone, pairs, either order, outdated statistics."""
+
+    timed: dict[str, Rounds]
+    losses: dict[str, np.ndarray]
+    alone: pd.DataFrame
+    pairs: pd.DataFrame
+    orders: pd.DataFrame
+    stale: pd.DataFrame
+    source: str
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Noise floor of each timed workload: the baseline against itself."""
+        return {name: interactions.floor(rounds) for name, rounds in self.timed.items()}
+
+    @property
+    def headings(self) -> dict[str, str]:
+        """The quantities that were measured, with their axis labels."""
+        return {name: label for name, label in interactions.AXIS_LABELS.items() if name in self.pairs}
+
+    def clear(self) -> dict[str, tuple[int, int]]:
+        """Return for each quantity how many intervals exclude zero, and how many there are."""
+        counts = {}
+        for name in self.headings:
+            low, high = self.pairs[f"{name}_low"].dropna(), self.pairs[f"{name}_high"].dropna()
+            counts[name] = (int(((low > 0) | (high < 0)).sum()), len(low))
+        return counts
+
+    def reading(self) -> str:
+        """Return two sentences on the heat maps: how many cells exclude zero, and which is the largest."""
+        counts = ", ".join(f"{name} {clear} of {total}" for name, (clear, total) in self.clear().items())
+        if not counts:
+            return "No pair of this model works. So there is no interaction to show."
+        name = next(iter(self.headings))
+        largest = self.pairs.loc[self.pairs[name].abs().idxmax()]
+        pair = interactions.named(largest["first"], largest["second"])
+        return (
+            f"Intervals exclude zero in these numbers of cells: {counts}. The largest {name} interaction is that of "
+            f"{pair}, {largest[name]:+.3f} in log-speed."
+        )
+
+    def refuted(self) -> tuple[bool | None, str]:
+        """Return whether more intervals exclude zero than one in twenty would by chance (binomial, 97.5 %).
+
+        None where some do, but no more than chance explains, or where no pair works.
+        """
+        counts = self.clear().values()
+        clear, total = sum(some for some, _ in counts), sum(every for _, every in counts)
+        if not total:
+            return None, "no pair works"
+        limit = int(binom.ppf(0.975, total, 0.05))
+        evidence = f"{clear} of {total} intervals exclude zero; chance explains up to {limit}"
+        return (True if clear > limit else None if clear else False), evidence
