@@ -15,7 +15,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
-from lib.measure.metrics.measurement import Measurement
 from lib.optimizations.automl_components.method import (
     INNER,
     PROPOSALS,
@@ -27,6 +26,7 @@ from lib.optimizations.automl_components.method import (
 )
 from lib.optimizations.automl_components.successive_filtering import REFERENCE, Bench, JudgedStack, utility
 from lib.optimizations.common import pareto
+from lib.optimizations.common.claims import ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
@@ -167,14 +167,14 @@ class EqualSeconds:
             for n in range(1, len(outcomes) + 1)
         ]
 
-    def controls(self) -> list[tuple[str, str, list[Measurement]]]:
-        """Return (name, purpose, measurements) of each arm but the search."""
+    def controls(self) -> list[ThirdArm]:
+        """Return the hypervolume of each arm but the search, against the search's."""
         volumes, rows = self.volumes, []
         for arm in [arm for arm in self.arms if arm != "search"]:
             source = f"time and KL on search text, reference {REFERENCE}, baseline: {arm}"
             values = (volumes[arm], volumes["search"], source)
             volume = measurement.informative("front_hypervolume", "search", *values)
-            rows.append((arm, "equal seconds" if "random" in arm else "no search", [volume]))
+            rows.append(ThirdArm(arm, "equal seconds" if "random" in arm else "no search", [volume]))
         return rows
 
     def reading(self) -> str:

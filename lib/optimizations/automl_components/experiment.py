@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -26,6 +27,7 @@ from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSec
 from lib.optimizations.automl_components.method import Component, Finalist
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
 from lib.optimizations.common import study
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.study import Study
 
@@ -249,10 +251,19 @@ def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFram
     return pd.DataFrame(lines, columns=["target", "value", "reached"])
 
 
-def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[tuple[str, bool | None, str]]:
+def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
     answers = (equal.random_refuted(), equal.defaults_refuted(), grid.refuted())
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def arms(compared: Compared, equal: EqualSeconds, beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
+    """Return the controls of a record: A/A, absorbed decoding where it was measured, chance and the defaults."""
+    arms = [ThirdArm("A/A", "baseline against itself", compared.control())]
+    if beyond_absorbed:
+        exact = "exact, and asks for no search: what the stack gains beyond it"
+        arms.append(ThirdArm("absorbed decoding", exact, beyond_absorbed))
+    return arms + equal.controls()
 
 
 def details(

@@ -15,6 +15,7 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.models.calibration.activations import Observation
 from lib.optimizations.common import pareto
+from lib.optimizations.common.claims import ThirdArm
 from lib.optimizations.continuous_nas import method, replacement_library, request_costs
 from lib.optimizations.continuous_nas.method import Search
 from lib.optimizations.continuous_nas.request_costs import RequestCosts
@@ -61,10 +62,10 @@ class EqualEffort:
         fronts = fronts[(fronts.strength <= 1) & fronts.value.between(1e-4, 1)]
         return fronts.assign(strength=100 * fronts.strength)
 
-    def controls(self) -> list[tuple[str, str, list[Measurement]]]:
-        """Return (name, purpose, measurements) of each arm but the search."""
+    def controls(self) -> list[ThirdArm]:
+        """Return the hypervolume of each arm but the search, against the search's."""
         volumes, arms = self.volumes, [arm for arm in self.points if arm != "search"]
-        return [(arm, "as many evaluations", [self._against(arm, volumes)]) for arm in arms]
+        return [ThirdArm(arm, "as many evaluations", [self._against(arm, volumes)]) for arm in arms]
 
     def spending(self) -> Measurement:
         """Return how many evaluations the search took."""

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
@@ -24,6 +25,7 @@ from lib.models.checkpoints import io
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
 from lib.optimizations.common import pareto, study
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.study import Study
 from lib.optimizations.continuous_nas import (
     drift,
@@ -293,10 +295,15 @@ def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Dri
 
 def refutations(
     equal: EqualEffort, comparison: rivals.RivalComparison, added: Additivity, drifted: Drifts, seed: int = 0
-) -> list[tuple[str, bool | None, str]]:
+) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
     answers = (equal.refuted(), comparison.refuted(seed), added.refuted(), drifted.refuted())
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def arms(compared: Compared, comparison: rivals.RivalComparison, equal: EqualEffort) -> list[ThirdArm]:
+    """Return the controls of a record: A/A, the rivals at equal latency, random and uniform choices."""
+    return [ThirdArm("A/A", "baseline against itself", compared.control()), *comparison.controls, *equal.controls()]
 
 
 def details(

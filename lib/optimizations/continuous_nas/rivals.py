@@ -18,6 +18,7 @@ from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
 from lib.optimizations.common import pareto
+from lib.optimizations.common.claims import ThirdArm
 from lib.optimizations.continuous_nas.request_costs import RequestProfile
 
 Point = tuple[float, float]  # predicted share of the baseline's time, nats per token
@@ -68,7 +69,7 @@ class RivalComparison:
 
     speeds: list[Measurement]
     kl_RN: list[np.ndarray]
-    controls: list[tuple[str, str, list[Measurement]]]
+    controls: list[ThirdArm]
 
     @property
     def beside(self) -> bool:
@@ -114,18 +115,18 @@ def compare(
     kl_RN = [evaluate.divergence(baseline, text)[0] for text in texts] if baseline else []
     means = [float(kl_N.mean()) for kl_N in kl_RN]
     speeds = [run(rival, blocks) for rival in rivals]
-    controls: list[tuple[str, str, list[Measurement]]] = []
+    controls: list[ThirdArm] = []
     for at, speed in enumerate(speeds, start=1):
         measurements = [speed]
         if texts:
             measurements += evaluate.compare_text(texts[at], texts[0])[:1]
             found = measurement.informative("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
             measurements.append(found)
-        controls.append((f"uniform {at}", "baseline here: all blocks alike", measurements))
+        controls.append(ThirdArm(f"uniform {at}", "baseline here: all blocks alike", measurements))
     comparison = RivalComparison(speeds, kl_RN, controls)
     if texts:
         source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
         equal = at_equal_speed([speed.ratio for speed in speeds], means[1:])
         options = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
-        controls[0][2].append(measurement.informative(*options))
+        controls[0].measurements.append(measurement.informative(*options))
     return comparison

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lib.measure.compare import speed
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -21,6 +22,7 @@ from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 from lib.optimizations.common import interactions
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import attempts, hot_swap, maintenance, method, traits
 from lib.optimizations.modular_components.method import Composed
@@ -260,7 +262,7 @@ def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[
 
 def refutations(
     study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
-) -> list[tuple[str, bool | None, str]]:
+) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
     crashed, strict, count = study.named("crashed"), study.too_strict, len(study.pairs)
     verdicts = {m.verdict for m in measured_overhead}
@@ -278,6 +280,12 @@ def refutations(
         (not exchanged.identical if exchanged.rows else None, f"{changed} exchanges"),
     )
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def arms(compared: Compared, measured_overhead: list[Measurement]) -> list[ThirdArm]:
+    """Return the controls of a record: A/A and the identity pipeline."""
+    same = ThirdArm("A/A", "baseline against itself", compared.control())
+    return [same, ThirdArm("identity pipeline", "composed of no step", measured_overhead)]
 
 
 def details(

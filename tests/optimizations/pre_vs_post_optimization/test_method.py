@@ -20,6 +20,7 @@ from lib.optimizations.common import interactions, recipe, shapley
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
+from lib.optimizations.pre_vs_post_optimization import attribution, returns, sweeps
 from lib.optimizations.pre_vs_post_optimization import method as comparing
 
 PRUNING, FACTORS, SPARSE = "structured_pruning", "tensor_decomposition", "sparse_neural_networks"
@@ -49,7 +50,7 @@ def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monk
     model = tiny("qwen3-4b-instruct-2507")
     stored = recipe.Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
     monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
-    default = comparing.Chosen(STEPS, "the default rule")
+    default = comparing.ChosenStack(STEPS, "the default rule")
     monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
     found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
     assert found.steps == STEPS and found.origin == "a search chose to change nothing; instead the default rule"
@@ -127,31 +128,31 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
 
     monkeypatch.setattr(composing, "parts", imported)
     monkeypatch.setattr(attempts, "attempt", watched)
-    monkeypatch.setattr(comparing.stacks, "find", lambda *_: None)
+    monkeypatch.setattr(comparing.recipe, "find", lambda *_: None)
     comparing.chosen(_loaded(tiny(name), name), [batch])
     assert tried and all(one() is None for one in tried)
 
 
 def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
     model = tiny(name)
-    parts = comparing.groups(STEPS)
+    parts = attribution.groups(STEPS)
     assert list(parts) == [PRUNING, FACTORS, SPARSE]
-    made = comparing.every_subset(model, [batch], parts)
+    made = attribution.every_subset(model, [batch], parts)
     assert set(made) == set(shapley.subsets(list(parts))) and made[()] is model
     for subset in ((FACTORS,), (PRUNING, SPARSE), (PRUNING, FACTORS, SPARSE)):
         steps = [step for part in subset for step in parts[part]]
         whole = composing.compose(model, [batch], steps).model
         assert io.weights_hash(made[subset]) == io.weights_hash(whole)
-    assert comparing.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
+    assert attribution.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
 
 
 def test_long_stacks_are_grouped_and_names_stay_apart():
     five = [*STEPS, *STEPS[:2]]
-    found = comparing.groups(five)
+    found = attribution.groups(five)
     assert list(found) == [PRUNING, FACTORS, SPARSE, f"{PRUNING} + {FACTORS}"]
     assert [step for part in found.values() for step in part] == five
-    assert list(comparing.groups([STEPS[0], STEPS[0]])) == [PRUNING, f"{PRUNING} 2"]
-    assert list(comparing.groups(STEPS, 1)) == [f"{PRUNING} + {FACTORS} + {SPARSE}"]
+    assert list(attribution.groups([STEPS[0], STEPS[0]])) == [PRUNING, f"{PRUNING} 2"]
+    assert list(attribution.groups(STEPS, 1)) == [f"{PRUNING} + {FACTORS} + {SPARSE}"]
 
 
 def test_attribution_adds_up_to_the_whole():
@@ -159,7 +160,7 @@ def test_attribution_adds_up_to_the_whole():
     names = [interactions.named(*subset) for subset in shapley.subsets(("x", "y"))]
     seconds = {name: list(np.exp(random.normal(size=12))) for name in names}
     timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [names] * 12)}
-    rows = comparing.attribute(["x", "y"], timed, {name: random.normal(size=8) for name in names})
+    rows = attribution.attribute(["x", "y"], timed, {name: random.normal(size=8) for name in names})
     for what in ("prefill", "loss"):
         of = {row["part"]: row["mean"] for row in rows if row["what"] == what}
         assert of["x"] + of["y"] == pytest.approx(of["the whole stack"])
@@ -172,11 +173,11 @@ def test_the_only_part_has_the_whole_gain(tiny, batch):
     pruned = composing.compose(model, [batch], STEPS[:1]).model
     prompt_BT = torch.arange(8, 40)[None]
     compared = speed.compare(model, pruned, prompt_BT, "quick", names=("prefill", "decode"), with_energy=False)
-    timed = comparing.one_part(PRUNING, compared.timed)
+    timed = attribution.one_part(PRUNING, compared.timed)
     assert set(timed) == {"prefill", "decode"}
     pairs = timed["decode"].pairs(interactions.BASELINE, PRUNING)
     assert pairs.order == compared.timed["decode"].pairs.order
-    for row in comparing.attribute([PRUNING], timed, {}):
+    for row in attribution.attribute([PRUNING], timed, {}):
         gain = -float(np.mean(compared.timed[row["what"]].pairs.differences))
         assert row["mean"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
 
@@ -197,9 +198,9 @@ def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefil
 
 
 def test_break_even_is_what_was_spent_over_what_a_token_saves():
-    applied = comparing.Applied(torch.nn.Identity(), [], 10.0, 30.0, "estimated", "planted")
+    applied = comparing.AppliedStack(torch.nn.Identity(), [], 10.0, 30.0, "estimated", "planted")
     energy = _rate("better", 0.02, 0.01, "energy_joules_per_token")
-    found = comparing.returns(
+    found = returns.returns(
         applied, [_rate("better", 100.0, 200.0), _rate("worse", 50.0, 40.0, "decode_tokens_per_second"), energy]
     )
     told = {one.workload: one for one in found if one.metric == "break_even_tokens"}
@@ -207,11 +208,11 @@ def test_break_even_is_what_was_spent_over_what_a_token_saves():
     assert told["energy, by energy"].optimized == pytest.approx(30.0 / 0.01)
     assert told["energy, by energy"].provenance == "estimated"
     assert told["decode, by time"].verdict == "unavailable" and "worse" in told["decode, by time"].reason
-    rows = comparing.account(applied, _rate("better", 100.0, 200.0))
+    rows = returns.account(applied, _rate("better", 100.0, 200.0))
     at = {(row["arm"], round(row["strength"], 6)): row["value"] for row in rows}
     assert at["before", 4.0] == pytest.approx(40.0) and at["after, with applying", 4.0] == pytest.approx(30.0)
     assert at["after, with applying", 0.0] == 10.0
-    never = comparing.account(applied, _rate("worse", 100.0, 50.0))
+    never = returns.account(applied, _rate("worse", 100.0, 50.0))
     assert max(row["strength"] for row in never) == pytest.approx(10 * 10.0 * 100 / 1000)
 
 
@@ -219,17 +220,17 @@ def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     pruned = composing.compose(model, [batch], [RecipeStep(optimization=PRUNING, knobs={"saliency": "random"})]).model
     prompt = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    found = comparing.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
+    found = sweeps.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
     assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
     assert all(one.noise_floor is not None and one.ci and one.n == 6 for one in found)
-    assert [(row["arm"], row["strength"]) for row in comparing.gains(found)] == [
+    assert [(row["arm"], row["strength"]) for row in sweeps.gains(found)] == [
         ("decode", 2),
         ("prefill", 16),
         ("prefill", 64),
     ]
     both = [_rate("better", 1.0, 2.0), _rate("better", 1.0, 3.0, "decode_tokens_per_second")]
-    known = comparing.points_known([*both, *found], 32, 4)
-    assert [(row["arm"], row["strength"], row["value"]) for row in comparing.gains(known)] == [
+    known = sweeps.points_known([*both, *found], 32, 4)
+    assert [(row["arm"], row["strength"], row["value"]) for row in sweeps.gains(known)] == [
         ("decode", 1, 3.0),
         ("prefill", 32, 2.0),
     ]
@@ -248,6 +249,6 @@ def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     loaded, other = _loaded(tiny(name), name), tiny(name, seed=1)
     size = replace(efforts.EFFORTS["quick"], retrieval_prompts=4)
-    found = comparing.retrieval(loaded, other, size, (64, 512), resamples=50)
+    found = sweeps.retrieval(loaded, other, size, (64, 512), resamples=50)
     assert [one.workload for one in found] == ["generate, 64 tokens back", "generate, 512 tokens back"]
     assert [distance for _, distance in seen] == [64, 64, 512, 512] and seen[1][0] is other

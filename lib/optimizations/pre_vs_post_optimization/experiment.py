@@ -1,0 +1,292 @@
+"""The protocol of comparing before with after: the stack applied, its subsets, the identity transform, the sweeps.
+
+The identity transform goes through every step that the optimized model goes through: it tests the comparison itself.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.measure.compare import speed
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics import settings
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.roofline import cost_model
+from lib.models.checkpoints import io
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import tasks
+from lib.optimizations.common import interactions, judgement
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.judgement import Judgement
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import method as composing
+from lib.optimizations.modular_components import traits
+from lib.optimizations.pre_vs_post_optimization import attribution, method, sweeps
+from lib.optimizations.pre_vs_post_optimization.method import AppliedStack, ChosenStack
+
+CLAIMS = (
+    "The identity transform shows a gain or a loss as well: the comparison is biased, not the model better.",
+    "Quality falls below its margin.",
+    "An earlier build did better.",
+)
+MOST_PARTS = 4
+CURVES = ["arm", "strength", "value", "low", "high"]
+DIFFERS = ("better", "worse", "not_maintained")
+
+
+@dataclass(frozen=True)
+class StackSetup:
+    """A model, the stack that is known for it, and the calibration text; `weights` is the hash of its weights."""
+
+    loaded: Loaded
+    effort: Effort
+    quick: Effort
+    seed: int
+    calibration: list[dict[str, torch.Tensor]]
+    stack: ChosenStack
+    weights: str
+
+    def table(self) -> pd.DataFrame:
+        """Return a row per step of the stack; where the default rule chose, a row per part that it considered."""
+        if self.stack.considered:
+            return pd.DataFrame(self.stack.considered)
+        rows = [{"step": step.optimization, "knobs": str(step.knobs or "defaults")} for step in self.stack.steps]
+        return pd.DataFrame(rows)
+
+
+def prepare(loaded: Loaded, effort: Effort, seed: int, most_loss: float) -> StackSetup:
+    """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`."""
+    quick = settings.read("quick", loaded.scale)
+    weights = io.weights_hash(loaded.model)
+    calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
+    stack = method.chosen(loaded, calibration, most_loss=most_loss, seed=seed)
+    return StackSetup(loaded, effort, quick, seed, calibration, stack, weights)
+
+
+def applied(setup: StackSetup) -> tuple[AppliedStack, pd.DataFrame]:
+    """Apply the stack, with seconds and joules, and return it with the shapes of the middle block before and after.
+
+    Asserts that a stack which touches weights changed them.
+    """
+    baseline = setup.loaded.model
+    middle = len(anatomy(baseline).blocks) // 2
+    stack = method.apply_stack(baseline, setup.calibration, setup.stack.steps, seed=setup.seed)
+    modules = [composing.parts()[step.optimization] for step in setup.stack.steps]
+    touched = {aspect for module in modules for aspect in module.COMPOSES["touches"]}
+    in_weights = touched & {"shapes", "weights", "storage"}  # attention and execution leave them as they are
+    assert not in_weights or io.weights_hash(stack.model) != setup.weights, "the stack changed nothing"
+    shapes = {name: traits.shapes(model, middle) for name, model in (("before", baseline), ("after", stack.model))}
+    return stack, pd.DataFrame(shapes).fillna("–").rename_axis("tensor").reset_index()
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Every subset of the stack's parts as a model, by name, and the seconds that making them took."""
+
+    parts: dict[str, list[RecipeStep]]
+    models: dict[str, nn.Module]
+    seconds: float
+
+    def table(self) -> pd.DataFrame:
+        """Return the megabytes of weights of each subset."""
+        rows = [
+            {"subset": name, "MB of weights": cost_model.weights_bytes(model) / 1e6}
+            for name, model in self.models.items()
+        ]
+        return pd.DataFrame(rows)
+
+
+def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) -> Subsets:
+    """Make every subset of the stack, cut into so few parts that making them takes no longer than
+    `attribution_seconds`, as far as applying the whole tells. Asserts that the baseline was not changed.
+    """
+    baseline, steps = setup.loaded.model, setup.stack.steps
+    fitting = (
+        count
+        for count in range(MOST_PARTS, 1, -1)
+        if stack.seconds * 2 ** (min(count, len(steps)) - 1) <= attribution_seconds
+    )
+    parts = attribution.groups(steps, next(fitting, 1))
+    start = time.perf_counter()
+    models = attribution.every_subset(baseline, setup.calibration, parts, whole=stack.model, seed=setup.seed)
+    seconds = time.perf_counter() - start
+    assert io.weights_hash(baseline) == setup.weights, "the baseline was changed"
+    return Subsets(parts, {interactions.named(*subset): model for subset, model in models.items()}, seconds)
+
+
+def judge(setup: StackSetup, optimized: nn.Module, distances: Sequence[int]) -> Judgement:
+    """Return the judgement of `optimized`, with retrieval over further `distances` in tokens."""
+    loaded, effort, seed = setup.loaded, setup.effort, setup.seed
+    judged = judgement.judge(loaded, optimized, effort, seed)
+    if loaded.random_weights:
+        return judged
+    options = {"resamples": effort.resamples, "seed": seed}
+    further = sweeps.retrieval(loaded, optimized, effort, distances, **options)
+    if judged.degenerate:
+        further = judgement.invalid(further, judged.degenerate)
+    return replace(judged, measurements=[*judged.measurements, *further])
+
+
+def identity_control(setup: StackSetup, prompt_BT: torch.Tensor) -> list[Measurement]:
+    """Return what the identity transform shows, a copy of the model in which nothing was changed: answers at effort
+    quick, then prefill and decode.
+    """
+    baseline, seed = setup.loaded.model, setup.seed
+    identity = composing.compose(baseline, setup.calibration, []).model
+    assert io.weights_hash(identity) == setup.weights, "the identity transform changed a weight"
+    answers = [evaluate.evaluate(setup.loaded, setup.quick, model=model, seed=seed) for model in (baseline, identity)]
+    same = evaluate.compare(*answers, resamples=setup.effort.resamples, seed=seed)
+    options = {"names": ("prefill", "decode"), "with_energy": False, "seed": seed}
+    unchanged = speed.compare(baseline, identity, prompt_BT, setup.effort, **options)
+    return [*same, *(m for m in unchanged.measurements if m.dimension == "performance")]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Gains at several prompt lengths and batch sizes: those measured here, and all points as a frame of curves."""
+
+    measurements: list[Measurement]
+    curves: pd.DataFrame
+
+    def of(self, arm: str) -> pd.DataFrame:
+        """Return the points of "prefill" or "decode", for `style.impact`."""
+        return self.curves[self.curves["arm"] == arm]
+
+    def alt(self, arm: str) -> str:
+        """Return the points of one arm in words."""
+        points = ", ".join(f"{row.strength:.0f}: {row.value:.2f}" for row in self.of(arm).itertuples())
+        return f"Gain of the whole stack in {arm}, 95 % intervals. {points}."
+
+
+def sweep(setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, compared: Compared, *, skip: bool) -> Sweep:
+    """Time prefill over prompt length and decode over batch size; what was timed before is not timed again.
+
+    `skip`: measure nothing, for the output has degenerated.
+    """
+    effort = setup.effort
+    lengths = sorted({64, 256, effort.prompt_tokens * 2} - {effort.prompt_tokens})
+    batches = sorted({4, effort.batch * 2} - {effort.batch})
+    points = {"lengths": lengths, "batches": batches, "new_tokens": min(effort.new_tokens, 8)}
+    baseline = setup.loaded.model
+    measured = [] if skip else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
+    known = sweeps.points_known(compared.measurements, effort.prompt_tokens, effort.batch)
+    return Sweep(measured, pd.DataFrame(sweeps.gains([*known, *measured]), columns=CURVES))
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Shapley values per part and for the whole: a row per quantity (`what`) and part, with intervals."""
+
+    shares: pd.DataFrame
+    source: str
+
+    def speeds(self) -> pd.DataFrame:
+        """Return the shares of log-speed for `style.bars`, an arm per part and workload."""
+        rows = self.shares[self.shares["what"] != "loss"]
+        return rows.assign(arm=rows["part"] + ", " + rows["what"])
+
+    def losses(self) -> pd.DataFrame:
+        """Return the shares of loss for `style.bars`; empty where no text was read."""
+        rows = self.shares[self.shares["what"] == "loss"]
+        return rows.assign(arm=rows["part"])
+
+    def alt(self, rows: pd.DataFrame) -> str:
+        """Return shares in words."""
+        return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
+
+    def reading(self) -> str:
+        """Return two sentences: the whole gain in prefill, and the part to thank for most of it."""
+        rows = self.shares[self.shares["what"] == "prefill"]
+        whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
+        parts = rows[rows["part"] != attribution.WHOLE]
+        best = parts.loc[parts["value"].idxmax()]
+        span = f"{whole.low:+.3f} to {whole.high:+.3f}"
+        return (
+            f"In prefill the whole stack gains {whole.value:+.3f} of log-speed ({span}). "
+            f"Most of it is owed to {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
+        )
+
+
+def attributed(setup: StackSetup, made: Subsets, prompt_BT: torch.Tensor, compared: Compared) -> Attribution:
+    """Time all subsets in common rounds, read the same windows with each, and share the gains out.
+
+    A stack of one part needs no rounds of its own: what was timed before is attributed. Asserts that shares add up.
+    """
+    effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, made.parts
+    if len(parts) == 1 and compared.timed:
+        timed = attribution.one_part(*parts, compared.timed)
+    else:
+        timed = interactions.time_arms(made.models, prompt_BT[:, :256], effort.blocks, seed)
+    windows_NT = tasks.text_windows(setup.loaded, "final", 2 * quick.windows, quick.window_tokens, seed + 1)
+    losses = {} if setup.loaded.random_weights else interactions.losses(made.models, windows_NT)
+    shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed))
+    whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["mean"]
+    summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["mean"].sum()
+    assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
+    source = f"{effort.blocks} common rounds, {len(windows_NT)} windows, every subset of {len(parts)} parts"
+    return Attribution(shares, source)
+
+
+def biased(control: Sequence[Measurement]) -> list[str]:
+    """Return in which metrics the identity transform differs from the model that it copies."""
+    return [m.metric for m in control if m.verdict in DIFFERS]
+
+
+def refutations(
+    control: Sequence[Measurement], quality: Sequence[Measurement], changes: int, regressions: Sequence[str]
+) -> list[ClaimAnswer]:
+    """Return (claim, whether it is refuted, evidence) for each of CLAIMS.
+
+    `changes` counts what could be judged against an earlier build, `regressions` names what got worse since.
+    """
+    judged = [m for m in control if m.verdict not in ("informative", "unavailable", "invalid")]
+    differing, names = biased(judged), ", ".join(regressions)
+    held = [m for m in quality if m.margin is not None]
+    below = [m for m in held if m.verdict in ("not_maintained", "worse")]
+    unclear = [m for m in held if m.verdict in ("inconclusive", "invalid", "unavailable")]
+    fallen = True if below else None if unclear or not held else False
+    counts = f"{len(below)} of {len(held)} metrics below their margin, {len(unclear)} undecided"
+    answers = (
+        (bool(differing) if judged else None, f"{len(differing)} of {len(judged)} metrics differ"),
+        (fallen, counts),
+        (
+            bool(regressions) if changes else None,
+            f"{len(regressions)} of {changes} judged metrics got worse{': ' + names if names else ''}",
+        ),
+    )
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def controls(compared: Compared, identity: list[Measurement], beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
+    """Return the controls of a record: A/A, the identity transform, and absorbed decoding where it was measured."""
+    arms = [ThirdArm("A/A", "baseline against itself", compared.control())]
+    arms.append(ThirdArm("identity transform", "everything but a change", identity))
+    if beyond_absorbed:
+        exact = "exact, and asks for no stack: what the stack gains beyond it"
+        arms.append(ThirdArm("absorbed decoding", exact, beyond_absorbed))
+    return arms
+
+
+def details(setup: StackSetup, shared: Attribution, swept: Sweep) -> dict[str, tuple[object, str, str]]:
+    """Return what a record keeps beside measurements: name → (value, provenance, source)."""
+    stack, points = setup.stack, swept.curves.to_dict("records")
+    return {
+        "stack": ([step.model_dump() for step in stack.steps], "derived", stack.origin),
+        "considered": (stack.considered, "measured", "search text, six rounds"),
+        "attribution": (shared.shares.to_dict("records"), "measured", shared.source),
+        "sweep": (points, "measured", "paired blocks at every length and batch size"),
+    }
+
+
+def history_path(history: str) -> Path | None:
+    """Return the file of the history of builds that was asked for; None for the default."""
+    return Path(history) if history else None

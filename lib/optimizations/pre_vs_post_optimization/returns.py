@@ -1,0 +1,66 @@
+"""What applying a stack returns: seconds and joules spent, against those saved per token."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.optimizations.pre_vs_post_optimization.method import AppliedStack
+
+RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "batch_decode_tokens_per_second")
+
+
+def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return what applying cost, in seconds and joules, and after how many tokens each saving has paid for it.
+
+    A saving counts where the rate (or the energy per token) got better; elsewhere there is no such number, and why.
+    """
+    informative = measurement.informative
+    rows = [
+        informative("apply_seconds", "apply", 0.0, applied.seconds, "perf_counter, once", ratio=None),
+        informative("apply_joules", "apply", 0.0, applied.joules, applied.source, applied.provenance, ratio=None),
+    ]
+    for rate in measurements:
+        joules = rate.metric == "energy_joules_per_token"
+        timed = rate.metric in RATES
+        if not joules and not timed:
+            continue
+        name = f"{rate.workload}, by {'energy' if joules else 'time'}"
+        if rate.verdict != "better":
+            reason = f"no gain was shown ({rate.verdict})"
+            rows.append(measurement.unavailable("break_even_tokens", name, reason))
+            continue
+        spent = applied.joules if joules else applied.seconds
+        saved = rate.baseline - rate.optimized if joules else 1 / rate.baseline - 1 / rate.optimized
+        source = f"{'joules' if joules else 'seconds'} of applying over those saved per token, {rate.workload}"
+        provenance = "estimated" if joules and applied.provenance == "estimated" else "derived"
+        reason = "the baseline needs none"
+        rows.append(informative("break_even_tokens", name, None, spent / saved, source, provenance, reason=reason))
+    return rows
+
+
+def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[dict]:
+    """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: what so many tokens take in all.
+
+    The optimized arm starts with the seconds of applying. The range ends at twice the break-even, or where applying
+    would be a tenth of the baseline's time.
+    """
+    before, after = 1 / rate.baseline, 1 / rate.optimized
+    end = 2 * applied.seconds / (before - after) if after < before else 10 * applied.seconds / before
+    rows = []
+    for tokens in np.linspace(0, end, points):
+        rows.append({"strength": tokens / 1000, "value": before * tokens, "arm": "before"})
+        rows.append(
+            {"strength": tokens / 1000, "value": applied.seconds + after * tokens, "arm": "after, with applying"}
+        )
+    return rows
+
+
+def in_words(rows: Sequence[Measurement]) -> str:
+    """Return from how many prompt tokens on the stack pays, by time, or why it never does."""
+    prefill = (m for m in rows if m.metric == "break_even_tokens" and m.workload.startswith("prefill"))
+    point = next(prefill, None)
+    if point is None:
+        return "the break-even is unknown: no rate was measured"
+    return f"pays from {point.optimized:,.0f} tokens on" if point.optimized else f"never pays: {point.reason}"

@@ -1,0 +1,90 @@
+"""A pair of models at several prompt lengths, batch sizes and distances of retrieval, beside the standard workloads.
+
+Knows nothing of how the optimized one was made.
+
+Shapes: B batch, T prompt tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.timing import disturbance, workloads
+from lib.measure.timing.interleaved import warm_up, with_control
+from lib.models.loading import Loaded
+
+
+def sweep(
+    baseline: nn.Module,
+    optimized: nn.Module,
+    prompt_BT: torch.Tensor,
+    *,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    new_tokens: int = 8,
+    blocks: int = paired_stats.MINIMUM_BLOCKS,
+    seed: int = 0,
+) -> list[Measurement]:
+    """Return the prefill rate at every length and the decode rate at every batch size, each with its A/A control.
+
+    A prompt longer than `prompt_BT` is made by repeating it; sequences of a batch are rolled by one token each.
+    """
+    rates = []
+    for length in lengths:
+        times = -(-length // prompt_BT.shape[1])
+        long_BT = prompt_BT[:1].repeat(1, times)[:, :length]
+        arms = [workloads.prefill(model, long_BT) for model in (baseline, optimized)]
+        rates.append(_rate("prefill_tokens_per_second", f"prefill, {length} tokens", arms, blocks, seed))
+    for batch in batches:
+        short_BT = prompt_BT[:1, :128]
+        rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(batch)])
+        arms = [workloads.steps(model, rolled_BT, new_tokens) for model in (baseline, optimized)]
+        rates.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, blocks, seed))
+    return rates
+
+
+def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
+    options = {"lasted": warm_up(*arms), "blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
+    pairs, control = with_control(*arms, seed=seed, **options)
+    return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
+
+
+def points_known(measurements: Sequence[Measurement], prompt_tokens: int, batch: int) -> list[Measurement]:
+    """Return those standard workloads that are points of a sweep, under the names that they have there."""
+    names = {
+        ("prefill_tokens_per_second", "prefill"): f"prefill, {prompt_tokens} tokens",
+        ("decode_tokens_per_second", "decode"): "decode, batch of 1",
+        ("batch_decode_tokens_per_second", "batch_decode"): f"decode, batch of {batch}",
+    }
+    named = [(m, names.get((m.metric, m.workload))) for m in measurements if m.ratio is not None]
+    return [m.model_copy(update={"workload": name}) for m, name in named if name]
+
+
+def gains(swept: Sequence[Measurement]) -> list[dict]:
+    """Return a row per point of a sweep, in order, for a figure: `arm`, `strength`, `value`, `low`, `high`."""
+    rows = []
+    for rate in swept:
+        arm, _, point = rate.workload.partition(", ")
+        low, high = rate.ci or (None, None)
+        number = int("".join(letter for letter in point if letter.isdigit()))
+        rows.append({"arm": arm, "strength": number, "value": rate.ratio, "low": low, "high": high})
+    return sorted(rows, key=lambda row: (row["arm"], row["strength"]))
+
+
+def retrieval(
+    loaded: Loaded, optimized: nn.Module, size: Effort, distances: Sequence[int], *, resamples: int, seed: int = 0
+) -> list[Measurement]:
+    """Return exact match of generated values at further distances in tokens, each a workload of its own."""
+    matches = []
+    for distance in distances:
+        arms = [replace(loaded, model=model) for model in (loaded.model, optimized)]
+        answers = [evaluate.retrieval(arm, distance, size.retrieval_prompts, seed) for arm in arms]
+        match = evaluate.compare_recalled(*answers, resamples=resamples, seed=seed)
+        matches.append(match.model_copy(update={"workload": f"generate, {distance} tokens back"}))
+    return matches
