@@ -1,6 +1,8 @@
-"""Fronts of two objectives that are both to be small: who is not beaten, how much is gained, how a search came there.
+"""Fronts of two objectives that are both to be small: which points are not dominated, and the area that they dominate.
 
-Knows nothing of what the objectives are. Points are (x, y); the reference is the worst point that still counts.
+Points are (x, y); the reference is the worst point that still counts. Knows nothing of what the objectives are. Written
+here because no library that is installed anyway offers the area: Optuna computes it in a private module and publishes a
+plot of it alone, and pymoo or moocore would each be a further dependency, for a sum over a sorted front.
 """
 
 from collections.abc import Sequence
@@ -13,11 +15,11 @@ Point = tuple[float, float]
 def front(points: Sequence[Point]) -> list[int]:
     """Return the indices of the points that no other point beats in both objectives, by ascending x; no duplicates."""
     order = sorted(range(len(points)), key=lambda index: (points[index], index))
-    kept: list[int] = []
+    indices: list[int] = []
     for index in order:
-        if not kept or points[index][1] < points[kept[-1]][1]:
-            kept.append(index)
-    return kept
+        if not indices or points[index][1] < points[indices[-1]][1]:
+            indices.append(index)
+    return indices
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
@@ -32,11 +34,11 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 
 
 def progress(points: Sequence[Point], reference: Point) -> np.ndarray:
-    """Return the hypervolume after each point, in the order in which they were found."""
+    """Return the hypervolume after each point, in their order."""
     return np.array([hypervolume(points[: n + 1], reference) for n in range(len(points))])
 
 
 def evaluations_until(curve: Sequence[float], level: float) -> int | None:
     """Return after how many evaluations a curve first reaches `level`; None where it never does."""
-    reached = np.flatnonzero(np.asarray(curve) >= level)
-    return int(reached[0]) + 1 if len(reached) else None
+    reaching = np.flatnonzero(np.asarray(curve) >= level)
+    return int(reaching[0]) + 1 if len(reaching) else None

@@ -1,4 +1,4 @@
-"""The mixed-integer programme against trying everything; fronts against counting squares."""
+"""The mixed-integer programme against trying everything."""
 
 import itertools
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.optimizations.common import pareto
 from lib.optimizations.continuous_nas import mip
 from lib.optimizations.continuous_nas.mip import Budget, CostTable
 
@@ -63,25 +62,3 @@ def test_empty_slots_are_named():
         mip.solve({"a": {"x": 0.0}, "b": {}})
     with pytest.raises(UserError, match="no slot"):
         mip.solve({})
-
-
-def test_front_and_hypervolume():
-    points = [(0.5, 0.5), (0.2, 0.8), (0.6, 0.6), (0.5, 0.5), (0.2, 0.9), (2.0, 0.1)]
-    assert pareto.front(points) == [1, 0, 5]
-    assert pareto.hypervolume(points, (1.0, 1.0)) == pytest.approx(0.8 * 0.2 + 0.5 * 0.3)
-    assert pareto.hypervolume([], (1.0, 1.0)) == 0
-    draw = np.random.default_rng(1).random((20, 2))
-    grid = (np.arange(400) + 0.5) / 400
-    x, y = np.meshgrid(grid, grid)
-    covered = np.zeros_like(x, dtype=bool)
-    for px, py in draw:
-        covered |= (x >= px) & (y >= py)
-    assert pareto.hypervolume([tuple(p) for p in draw], (1.0, 1.0)) == pytest.approx(covered.mean(), abs=0.01)
-
-
-def test_progress_never_falls_and_finds_its_level():
-    points = [(0.9, 0.9), (0.5, 0.5), (0.95, 0.95), (0.1, 0.1)]
-    curve = pareto.progress(points, (1.0, 1.0))
-    assert (np.diff(curve) >= 0).all() and curve[-1] == pytest.approx(0.81)
-    assert pareto.evaluations_until(curve, 0.2) == 2
-    assert pareto.evaluations_until(curve, 0.9) is None
