@@ -122,7 +122,7 @@ class EqualSeconds:
     def volumes(self) -> dict[str, float]:
         """Hypervolume of each arm within REFERENCE."""
         points = {arm: [judged.point for judged in outcomes] for arm, outcomes in self.arms.items()}
-        return {arm: pareto.hypervolume(found, REFERENCE) for arm, found in points.items()}
+        return {arm: pareto.hypervolume(judged, REFERENCE) for arm, judged in points.items()}
 
     @property
     def random_volumes(self) -> list[float]:
@@ -150,11 +150,11 @@ class EqualSeconds:
 
     def points(self) -> pd.DataFrame:
         """Return time (x, percent of the baseline) and divergence (y) of all that were timed, the defaults once."""
-        timed = {arm: [j for j in found if j.reason is None] for arm, found in self.arms.items() if arm != "defaults"}
         points = [
             {"x": 100 * judged.time_share, "y": judged.divergence, "arm": arm}
-            for arm, outcomes in timed.items()
+            for arm, outcomes in self.arms.items()
             for judged in outcomes
+            if judged.reason is None and arm != "defaults"
         ]
         return pd.DataFrame(points)
 

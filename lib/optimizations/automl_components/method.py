@@ -287,7 +287,7 @@ def nothing(bench: Bench) -> JudgedStack:
     return JudgedStack([], 1.0, 0.0, 1.0, None, 0.0)
 
 
-def automation(parts: Sequence[Component], left: Sequence[str]) -> float:
-    """Return decisions made by the search over all decisions: `left` are those that stay with a person."""
-    made = len(space(parts))
-    return made / (made + len(left))
+def automation(parts: Sequence[Component], personal: Sequence[str]) -> float:
+    """Return decisions made by the search over all decisions: `personal` are those that stay with a person."""
+    automatic = len(space(parts))
+    return automatic / (automatic + len(personal))

@@ -48,4 +48,4 @@ def judge(
 
 def invalid(measurements: list[Measurement], reason: str) -> list[Measurement]:
     """Return the measurements without their numbers, invalid for `reason`."""
-    return [measurement.invalid(taken.metric, taken.workload, reason) for taken in measurements]
+    return [measurement.invalid(m.metric, m.workload, reason) for m in measurements]

@@ -1,9 +1,9 @@
-"""Studies that survive: what a search found lies in an Optuna study in a SQLite file, and a second start goes on there.
+"""Studies that survive: evaluations lie in an Optuna study in a SQLite file, and a second start resumes there.
 
 A study belongs to one search space, described by plain JSON. A file that is damaged, or that belongs to another space,
-is kept aside under another name and said; it is never overwritten. Every proposal is a function of the seed and of the
-completed trials alone, so a search that was killed and started again ends with the same answer. Knows nothing of what
-is searched.
+is kept aside under another name and reported; it is never overwritten. Every proposal is a function of the seed and of
+the completed trials alone, so a search that was killed and started again ends with the same answer. Knows nothing of
+what is searched.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ DIRECTION = "minimize"
 
 @dataclass
 class Study:
-    """A study in a file (or in memory, where `path` is None), of one space. `notes` says what was found at opening.
+    """A study in a file (or in memory, where `path` is None), of one space. `notes` says what happened at opening.
 
     `memory` mirrors the file's completed trials: proposals are made there, and only whole trials are written.
     """
@@ -43,11 +43,11 @@ class Study:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Completed trials in the order in which they were told."""
+        """Completed trials in the order in which they were stored."""
         return self.memory.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def fact(self, name: str, make: Callable[[], object]) -> object:
-        """Return a stored fact (plain JSON); the first time it is made and stored, so that it stays the same."""
+        """Return a stored fact (plain JSON); the first time it is made and stored, and never again."""
         if name not in self.memory.user_attrs:
             text = json.dumps(make())
             for study in filter(None, (self.file, self.memory)):
@@ -62,8 +62,8 @@ class Study:
         facts: Mapping[str, object] | None = None,
     ) -> None:
         """Store a trial that was proposed elsewhere."""
-        found = {"params": dict(params), "distributions": dict(distributions), "values": list(values)}
-        self._store(optuna.trial.create_trial(**found, user_attrs=dict(facts or {})))
+        trial = {"params": dict(params), "distributions": dict(distributions), "values": list(values)}
+        self._store(optuna.trial.create_trial(**trial, user_attrs=dict(facts or {})))
 
     def propose(
         self, distributions: Mapping[str, BaseDistribution], sampler: Callable[[int], optuna.samplers.BaseSampler]
@@ -151,10 +151,10 @@ def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
     reason = _unusable(path, name, space)
     if reason is None:
         return []
-    kept = path.rename(files.aside(path))
+    renamed = path.rename(files.aside(path))
     for journal in path.parent.glob(f"{path.name}-*"):  # of SQLite; they belong to the file that left
-        journal.rename(kept.with_name(kept.name + journal.name.removeprefix(path.name)))
-    return [f"{path.name}: {reason}; kept as {kept.name}, a new study was begun"]
+        journal.rename(renamed.with_name(renamed.name + journal.name.removeprefix(path.name)))
+    return [f"{path.name}: {reason}; kept as {renamed.name}, a new study was begun"]
 
 
 def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:
@@ -165,9 +165,9 @@ def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
             if file.execute("pragma quick_check").fetchone()[0] != "ok":
                 return "the study file is damaged"
-            found = file.execute(query, (name,)).fetchone()
+            stored = file.execute(query, (name,)).fetchone()
     except (sqlite3.DatabaseError, OSError):
         return "the study file is damaged"
-    if found is None:
+    if stored is None:
         return f'it holds no study "{name}"'
-    return None if json.loads(found[0]) == fingerprint(space) else "it belongs to another search space"
+    return None if json.loads(stored[0]) == fingerprint(space) else "it belongs to another search space"

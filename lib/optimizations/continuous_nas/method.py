@@ -61,7 +61,7 @@ def build(model: nn.Module, observation: Observation, options: Mapping[str, Sequ
 
 
 class SearchStopped(Exception):
-    """The search was told to stop after so many evaluations; what it had found is stored."""
+    """The search reached `stop_after` evaluations; all of them are stored."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Search:
             self.known[_key(choice)] = trial.values[0]
 
     def afresh(self, seed: int | None = None) -> "Search":
-        """Return a search of the same library that has found nothing yet and stores nothing."""
+        """Return a search of the same library without evaluations, which stores nothing."""
         return Search(self.library, self.probe, None, self.seed if seed is None else seed, None, self.known)
 
-    def seen(self, choice: Choice) -> bool:
+    def evaluated(self, choice: Choice) -> bool:
         """Whether this search has evaluated the choice."""
-        return any(one.choice == choice for one in self.evaluations)
+        return any(evaluation.choice == choice for evaluation in self.evaluations)
 
     def evaluate(self, choice: Choice, phase: str) -> float:
         """Return the divergence of a choice, really swapped in, and store it. Raises SearchStopped."""
@@ -111,15 +111,15 @@ class Search:
             model = swap(self.library, choice)
             self.known[_key(choice)] = divergence(model, self.probe, min(changed, default=0))
             swap(self.library, self.library.whole)
-        found = self.known[_key(choice)]
+        nats = self.known[_key(choice)]
         if self.study:
-            self.study.add(choice, _distributions(self.library.space), [found], {"phase": phase})
-        self.evaluations.append(ChoiceEvaluation(choice, found, phase))
-        return found
+            self.study.add(choice, _distributions(self.library.space), [nats], {"phase": phase})
+        self.evaluations.append(ChoiceEvaluation(choice, nats, phase))
+        return nats
 
     def points(self, costs: RequestCosts) -> list[tuple[float, float]]:
         """Return (share of the whole model's cost, divergence) of every evaluation, in order."""
-        return [(costs.share(one.choice), one.divergence) for one in self.evaluations]
+        return [(costs.share(e.choice), e.divergence) for e in self.evaluations]
 
     def curve(self, costs: RequestCosts) -> list[float]:
         """Return the hypervolume after each evaluation, of share of cost times nats per token within REFERENCE."""
@@ -135,9 +135,9 @@ def _distributions(space: Mapping[str, Sequence[str]]) -> dict:
 
 
 def score(search: Search) -> dict[str, dict[str, float]]:
-    """Return what each replacement costs alone, in nats per token: one evaluation each, those missing are made."""
+    """Return what each replacement costs alone, in nats per token: one evaluation each, unless it is stored already."""
     scores = {slot: {WHOLE: 0.0} for slot in search.library.modules}
-    stored = {_key(one.choice): one.divergence for one in search.evaluations if one.phase == "library"}
+    stored = {_key(e.choice): e.divergence for e in search.evaluations if e.phase == "library"}
     for slot, options in search.library.space.items():
         for option in options:
             choice = search.library.whole | {slot: option}
@@ -168,24 +168,24 @@ def candidates(
         except UserError:
             break  # lower ones are out of reach as well
     levels = levels[: count - 1]
-    found = mip.solve(scores, budgets, count=count)
-    rest = [one for one in found if one not in levels]
-    return [one for one in levels if one not in rest][: count - 1] + rest[: max(1, count - len(levels))]
+    within = mip.solve(scores, budgets, count=count)
+    rest = [choice for choice in within if choice not in levels]
+    return [choice for choice in levels if choice not in rest][: count - 1] + rest[: max(1, count - len(levels))]
 
 
 def check(search: Search, choices: Sequence[Choice], phase: str) -> None:
     """Evaluate the choices that this search has not evaluated yet."""
     for choice in choices:
-        if not search.seen(choice):
+        if not search.evaluated(choice):
             search.evaluate(choice, phase)
 
 
 def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
     """Evaluate `count` choices around the best ones, proposed by Optuna's tree of Parzen estimators.
 
-    Each proposal follows from the seed and the evaluations before it alone: stopped and begun again, it is the same.
+    Each proposal follows from the seed and the evaluations before it alone: a resumed search proposes the same.
     """
-    done = sum(one.phase == phase for one in search.evaluations)
+    done = sum(evaluation.phase == phase for evaluation in search.evaluations)
     space = search.library.space
     for _ in range(done, count):
         search.evaluate(_proposal(search, costs, space), phase)
@@ -196,8 +196,8 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
     memory = optuna.create_study(directions=["minimize", "minimize"])
     distributions = _distributions(space)
     memory.add_trials(
-        optuna.trial.create_trial(params=one.choice, distributions=distributions, values=point)
-        for one, point in zip(search.evaluations, search.points(costs))
+        optuna.trial.create_trial(params=evaluation.choice, distributions=distributions, values=point)
+        for evaluation, point in zip(search.evaluations, search.points(costs))
     )
     number = len(search.evaluations)
     for attempt in range(3):
@@ -205,10 +205,10 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
             seed=search.seed * 1_000_003 + number * 17 + attempt, multivariate=True, n_startup_trials=1
         )
         choice = dict(memory.ask(distributions).params)
-        if not search.seen(choice):
+        if not search.evaluated(choice):
             return choice
     draw = np.random.default_rng((search.seed, number))
-    while search.seen(choice):
+    while search.evaluated(choice):
         slot = sorted(space)[draw.integers(len(space))]
         choice = choice | {slot: space[slot][draw.integers(len(space[slot]))]}
     return choice
@@ -218,13 +218,13 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
     """Return the evaluated choice of least divergence within the budgets. Raises UserError where there is none."""
     budgets = costs.budgets(time_share, memory_share)
     within = [
-        one
-        for one in search.evaluations
-        if all(budget.table.of(one.choice) <= budget.most * (1 + mip.SLACK) for budget in budgets)
+        evaluation
+        for evaluation in search.evaluations
+        if all(budget.table.of(evaluation.choice) <= budget.most * (1 + mip.SLACK) for budget in budgets)
     ]
     if not within:
         raise UserError("continuous_nas: nothing that was evaluated is within the budgets")
-    return min(within, key=lambda one: (one.divergence, _key(one.choice)))
+    return min(within, key=lambda evaluation: (evaluation.divergence, _key(evaluation.choice)))
 
 
 def run(
@@ -232,7 +232,7 @@ def run(
 ) -> ChoiceEvaluation:
     """Score the library, solve the programme, check its best, refine around them; return the best within the budgets.
 
-    Goes on where the search's study ended. Raises SearchStopped, and UserError for budgets that no choice meets.
+    Resumes where the search's study ended. Raises SearchStopped, and UserError for budgets that no choice meets.
     """
     name = costs.profile.name
     scores = score(search)

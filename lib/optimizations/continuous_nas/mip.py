@@ -53,15 +53,15 @@ def solve(
     empty = next((slot for slot, options in scores.items() if not options), None)
     if empty is not None or not scores:
         raise UserError(f'"{empty}" has no option to choose from' if scores else "there is no slot to choose for")
-    found: list[Choice] = []
-    while len(found) < count:
-        choice = _least(scores, budgets, [*without, *found])
+    choices: list[Choice] = []
+    while len(choices) < count:
+        choice = _least(scores, budgets, [*without, *choices])
         if choice is None:
             break
-        found.append(choice)
-    if not found and budgets and _least(scores, budgets, ()) is None:
+        choices.append(choice)
+    if not choices and budgets and _least(scores, budgets, ()) is None:
         raise UserError(unreachable(scores, budgets))
-    return found
+    return choices
 
 
 def unreachable(scores: Mapping[str, Mapping[str, float]], budgets: Sequence[Budget]) -> str:
@@ -69,19 +69,20 @@ def unreachable(scores: Mapping[str, Mapping[str, float]], budgets: Sequence[Bud
     for budget in budgets:
         least = budget.table.of(_least(budget.table.values, (), ()))
         if least > budget.most:
-            return f"no choice has {_said(budget)}; the nearest within reach is {least:.4g} {budget.table.unit}".strip()
+            nearest = f"the nearest within reach is {least:.4g} {budget.table.unit}"
+            return f"no choice has {_in_words(budget)}; {nearest}".strip()
     *others, last = budgets
-    nearest = _least(last.table.values, others, ())
-    within = " and ".join(_said(one) for one in others)
-    if nearest is None:
-        return f"no choice has {within} and {_said(last)}; loosen one of them"
+    choice = _least(last.table.values, others, ())
+    within = " and ".join(_in_words(budget) for budget in others)
+    if choice is None:
+        return f"no choice has {within} and {_in_words(last)}; loosen one of them"
     return (
-        f"no choice has {within} and {_said(last)} together; with {within} the nearest {last.table.name} within reach "
-        f"is {last.table.of(nearest):.4g} {last.table.unit}".strip()
+        f"no choice has {within} and {_in_words(last)} together; with {within} the nearest {last.table.name} within "
+        f"reach is {last.table.of(choice):.4g} {last.table.unit}".strip()
     )
 
 
-def _said(budget: Budget) -> str:
+def _in_words(budget: Budget) -> str:
     return f"{budget.table.name} of at most {budget.most:.4g} {budget.table.unit}".strip()
 
 
@@ -118,4 +119,4 @@ def _least(scores: Mapping[str, Mapping[str, float]], budgets, without) -> Choic
     )
     if solved.x is None:
         return None
-    return {slot: option for (slot, option), taken in zip(pairs, solved.x) if taken > 0.5}
+    return {slot: option for (slot, option), chosen in zip(pairs, solved.x) if chosen > 0.5}

@@ -1,7 +1,7 @@
 """Replacements for the parts of blocks: cheaper attention and feed-forward modules, built once, kept, swapped at once.
 
 A slot ("03.attention", "03.feed_forward") is where a part stands, an option ("groups_50", "channels_75", "none") what
-may stand there, and a choice one option per slot. The live student shares every tensor with the model it was made of;
+may stand there, and a choice one option per slot. The live student shares every tensor with the original model;
 swapping changes which modules it runs, copies nothing, and is exactly undone by the choice `whole`. Knows nothing of
 what an option is worth or costs.
 """
@@ -77,15 +77,15 @@ def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, S
     for block, scores in zip(anatomy(model).blocks, saliency):
         for part in PARTS:
             kind = "attention" if part == "attention" else block.feed_forward.kind
-            made: dict[str, nn.Module] = {}
+            replacements: dict[str, nn.Module] = {}
             for option in names[kind]:
                 module = _replacement(block, part, option, scores)
                 if module is not None and not (part == "attention" and option == "none" and block.index == 0):
-                    made.setdefault(option, module)
+                    replacements.setdefault(option, module)
             slot = f"{block.index:02d}.{part}"
-            if not made:
+            if not replacements:
                 raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
-            modules[slot] = made
+            modules[slot] = replacements
     whole = anatomy(student).blocks
     for slot in modules:  # the student's own modules stand for "whole"
         index, part = locate(slot)
@@ -105,10 +105,10 @@ def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Modul
     shares = _shares(option, "attention" if part == "attention" else block.feed_forward.kind)
     if part == "attention":
         attention = view_attention(copied)
-        kept = _most(scores["heads"], shares["groups"])
-        if len(kept) == attention.key_value_heads:
+        groups = _most(scores["heads"], shares["groups"])
+        if len(groups) == attention.key_value_heads:
             return None
-        keep_groups(attention, kept)
+        keep_groups(attention, groups)
         if hasattr(copied, "num_heads"):
             copied.num_heads = view_attention(copied).heads
         return copied
@@ -118,10 +118,10 @@ def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Modul
         if name == "channels":
             keep_channels(view, _most(scores["channels"], share, CHANNEL_MULTIPLE))
         elif name == "experts":
-            kept = _most(scores["experts"], share)
-            if len(kept) < experts.top_k:
+            indices = _most(scores["experts"], share)
+            if len(indices) < experts.top_k:
                 return None
-            keep_experts(experts, kept)
+            keep_experts(experts, indices)
         elif max(1, round(share * experts.top_k)) == experts.top_k:
             return None
         else:
@@ -137,10 +137,10 @@ def _shares(option: str, kind: str) -> dict[str, float]:
         "experts": (EXPERTS, {"experts", "top_k"}),
     }[kind]
     words = option.replace("top_k", "top-k").split("_")
-    found = dict(zip((word.replace("-", "_") for word in words[::2]), words[1::2]))
-    if len(found) * 2 != len(words) or not set(found) <= may or not all(_percent(text) for text in found.values()):
+    shares = dict(zip((word.replace("-", "_") for word in words[::2]), words[1::2]))
+    if len(shares) * 2 != len(words) or not set(shares) <= may or not all(map(_percent, shares.values())):
         raise UserError(f'library: option "{option}" of {kind}; expected one like {", ".join(offered)}')
-    return {name: int(text) / 100 for name, text in found.items()}
+    return {name: int(text) / 100 for name, text in shares.items()}
 
 
 def _percent(text: str) -> bool:
@@ -164,24 +164,24 @@ def swap(library: Library, choice: Choice) -> nn.Module:
 
 def child(library: Library, choice: Choice) -> nn.Module:
     """Return the chosen architecture as a model of its own; the student is whole again afterwards."""
-    made = copy.deepcopy(swap(library, choice))
+    chosen = copy.deepcopy(swap(library, choice))
     swap(library, library.whole)
-    return synchronise(made)
+    return synchronise(chosen)
 
 
 def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
     """Return random choices. Each first draws which share of the slots to replace, so that mild ones are among them."""
     draw = np.random.default_rng(seed)
-    found: list[Choice] = []
-    while len(found) < count:
+    choices: list[Choice] = []
+    while len(choices) < count:
         share = draw.random()
         choice = {}
         for slot, options in space.items():
             others = [option for option in options if option != WHOLE]
             replaced = bool(others) and draw.random() < share
             choice[slot] = others[draw.integers(len(others))] if replaced else WHOLE
-        found.append(choice)
-    return found
+        choices.append(choice)
+    return choices
 
 
 def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
@@ -192,14 +192,14 @@ def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choi
     """
     attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
     feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)
-    found = []
+    choices = []
     for pair in ((at, feed) for at in attending for feed in feeding):
         choice = {}
         for slot, options in space.items():
             wanted, names = (pair[0], attending) if slot.endswith(".attention") else (pair[1], feeding)
             nearest = min(round(names.index(wanted) / max(1, len(names) - 1) * (len(options) - 1)), len(options) - 1)
             choice[slot] = wanted if wanted in options else options[nearest]
-        found.append(choice)
-    found = [choice for choice in found if any(option != WHOLE for option in choice.values())]
-    order = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    return [found[index] for index in order]
+        choices.append(choice)
+    choices = [choice for choice in choices if any(option != WHOLE for option in choice.values())]
+    order = np.linspace(0, len(choices) - 1, min(count, len(choices))).round().astype(int)
+    return [choices[index] for index in order]

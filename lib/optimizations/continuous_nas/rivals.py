@@ -120,13 +120,13 @@ def compare(
         measurements = [speed]
         if texts:
             measurements += evaluate.compare_text(texts[at], texts[0])[:1]
-            found = measurement.informative("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
-            measurements.append(found)
+            nats = ("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
+            measurements.append(measurement.informative(*nats))
         controls.append(ThirdArm(f"uniform {at}", "baseline here: all blocks alike", measurements))
     comparison = RivalComparison(speeds, kl_RN, controls)
     if texts:
         source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
         equal = at_equal_speed([speed.ratio for speed in speeds], means[1:])
-        options = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
-        controls[0].measurements.append(measurement.informative(*options))
+        nats = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
+        controls[0].measurements.append(measurement.informative(*nats))
     return comparison

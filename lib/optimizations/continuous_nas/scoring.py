@@ -18,7 +18,7 @@ from lib.models.structure.anatomy import anatomy
 
 @dataclass
 class Probe:
-    """Of the original on each batch: what passed through its blocks, and its log-probabilities [R, V]."""
+    """What passed through the original's blocks on each batch, and its log-probabilities [R, V]."""
 
     streams: list[Stream]
     expected_RV: list[torch.Tensor]
@@ -32,19 +32,19 @@ class Probe:
 @torch.no_grad()
 def probe(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Probe:
     """Run `model` on `batches` (keyword arguments, batch by batch) and keep what passes through its blocks."""
-    seen = streams(model, batches)
+    passed = streams(model, batches)
     last = len(anatomy(model).blocks) - 1
-    expected = [_log_probabilities(model, stream.outputs[last], stream) for stream in seen]
-    return Probe(seen, expected)
+    expected = [_log_probabilities(model, stream.outputs[last], stream) for stream in passed]
+    return Probe(passed, expected)
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, seen: Probe, first: int = 0) -> float:
+def divergence(model: nn.Module, original: Probe, first: int = 0) -> float:
     """Return KL(original ‖ model) in nats per token. All blocks of `model` before `first` must be the original's."""
     view, total = anatomy(model), 0.0
     dtype = view.embeddings.weight.dtype
     last = len(view.blocks) - 1
-    for stream, expected_RV in zip(seen.streams, seen.expected_RV):
+    for stream, expected_RV in zip(original.streams, original.expected_RV):
         arguments = {name: _cast(value, dtype) for name, value in stream.arguments.items()}
         hidden_BTH = stream.inputs[first].to(dtype)
         for block in view.blocks[first:]:
@@ -53,9 +53,9 @@ def divergence(model: nn.Module, seen: Probe, first: int = 0) -> float:
             if block.index < last and view.vision is not None:  # between blocks a vision tower adds its features
                 added = stream.inputs[block.index + 1] - stream.outputs[block.index]
                 hidden_BTH = hidden_BTH + added.to(dtype)
-        given_RV = _log_probabilities(model, hidden_BTH, stream)
-        total += float(nn.functional.kl_div(given_RV, expected_RV, reduction="sum", log_target=True))
-    return max(total, 0.0) / seen.tokens
+        changed_RV = _log_probabilities(model, hidden_BTH, stream)
+        total += float(nn.functional.kl_div(changed_RV, expected_RV, reduction="sum", log_target=True))
+    return max(total, 0.0) / original.tokens
 
 
 def _log_probabilities(model: nn.Module, hidden_BTH: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -66,5 +66,5 @@ def _log_probabilities(model: nn.Module, hidden_BTH: torch.Tensor, stream: Strea
 
 def _cast(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(one, dtype) for one in value)
+        return type(value)(_cast(item, dtype) for item in value)
     return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

@@ -35,7 +35,7 @@ class BlockTimes:
 
 
 @dataclass
-class Entering:
+class PartInput:
     """What one part of a block is called with."""
 
     args: tuple
@@ -90,11 +90,11 @@ def measure(
 
 def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
     """Return what enters each part of each block while the model reads a prompt, and at the token after it."""
-    found: dict[tuple[int, str], Entering] = {}
+    entering: dict[tuple[int, str], PartInput] = {}
 
     def keep(place: tuple[int, str]):
         def hook(_module, args, kwargs) -> None:
-            found[place] = Entering(args, dict(kwargs))
+            entering[place] = PartInput(args, dict(kwargs))
 
         return hook
 
@@ -104,7 +104,7 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
         reset_rope_deltas(model)
         prompt_BP = prompt_BP.to(next(model.parameters()).device)
         output = model(input_ids=prompt_BP, use_cache=True, logits_to_keep=1)
-        reading = dict(found)
+        reading = dict(entering)
         model(
             input_ids=output.logits[:, -1:].argmax(-1),
             past_key_values=output.past_key_values,
@@ -114,10 +114,10 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
     finally:
         for hook in hooks:
             hook.remove()
-    return reading, found
+    return reading, entering
 
 
-def _works(module: nn.Module, reading: Entering, stepping: Entering) -> tuple[Callable, Callable]:
+def _works(module: nn.Module, reading: PartInput, stepping: PartInput) -> tuple[Callable, Callable]:
     """Return what reads the prompt with `module` (a new cache each time), and what decodes one token after it."""
     if reading.cache_name is None:
         return lambda: reading.call(module, None), lambda: stepping.call(module, None)
@@ -156,10 +156,10 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
         for option, module in options.items()
     }
     pools: dict[tuple, list[float]] = {}
-    for (slot, option, kind), found in samples.items():
+    for (slot, option, kind), seconds in samples.items():
         if slot != "model":
-            pools.setdefault((kind, *signatures[slot, option]), []).extend(found)
-    typical = {key: _undisturbed(found) for key, found in pools.items()}
+            pools.setdefault((kind, *signatures[slot, option]), []).extend(seconds)
+    typical = {key: _undisturbed(seconds) for key, seconds in pools.items()}
     times = {
         kind: {
             slot: {option: typical[(kind, *signatures[slot, option])] for option in options}

@@ -1,6 +1,6 @@
 """A live model whose inside is exchanged for another's while it answers, and given back bit by bit.
 
-Whoever holds the model keeps holding the same object: `exchange` swaps everything inside two models of one class
+The object that callers hold stays the same: `exchange` swaps everything inside two models of one class
 (modules, configuration, hooks) in one assignment, copies nothing, and a second call undoes it exactly. A request that
 is under way has a cache; an inside whose cache has another shape is refused until the request is over. Knows nothing of
 what the other model is or why it is wanted.
@@ -118,16 +118,16 @@ class ExchangeReport:
     reason: str | None
 
 
-def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> ExchangeReport:
-    """Exchange `other` in when a third of an answer is there and back at two thirds; where its cache would not fit, do
-    it between requests. The original runs again afterwards.
+def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> ExchangeReport:
+    """Exchange `replacement` in when a third of an answer is there and back at two thirds; where its cache would not
+    fit, do it between requests. The original runs again afterwards.
     """
     expected, waits, reasons = live.generate(prompt_BT, new_tokens), [], []
 
     def between(count: int) -> None:
         if count == new_tokens // 3:
             try:
-                waits.append(live.swap(other))
+                waits.append(live.swap(replacement))
             except UserError as error:
                 reasons.append(str(error))
         if count == 2 * new_tokens // 3 and live.original is not None:
@@ -136,7 +136,7 @@ def trial(live: Live, other: nn.Module, prompt_BT: torch.Tensor, new_tokens: int
     answer = live.generate(prompt_BT, new_tokens, between)
     if reasons:
         try:
-            waits.append(live.swap(other))
+            waits.append(live.swap(replacement))
         except UserError as error:
             return ExchangeReport([], 0, str(error))
         try:

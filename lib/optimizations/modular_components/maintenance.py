@@ -57,9 +57,9 @@ from lib.report.records import record
 loaded = loading.load(model, scale, device=device, random_weights=random_weights, seed=seed)
 optimized = {STEM}.apply(loaded.model, None, bits=bits)
 prompt = tasks.text_windows(loaded, "final", 1, 64, seed)
-found = speed.compare(loaded.model, optimized, prompt, effort, names=("prefill",), seed=seed)
-taken = speed.resources(loaded.model, optimized, tokens=64)
-record.glue(record.build("{STEM}", model, scale, effort, {{"bits": bits}}, [*found.measurements, *taken]))"""
+compared = speed.compare(loaded.model, optimized, prompt, effort, names=("prefill",), seed=seed)
+resources = speed.resources(loaded.model, optimized, tokens=64)
+record.glue(record.build("{STEM}", model, scale, effort, {{"bits": bits}}, [*compared.measurements, *resources]))"""
 PARAMETERS = """model: str = "qwen3-4b-instruct-2507"  # a file in parameters/
 scale: str = "proxy"  # one of proxy|slice|full
 effort: str = "quick"  # one of quick|standard|thorough
@@ -143,9 +143,9 @@ def measure(model: str) -> Addition:
     with tempfile.TemporaryDirectory() as folder:
         place = copy_of_project(Path(folder) / "project")
         added, changed, lines = add(place)
-        said = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
+        answers = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
         listed = STEM in _run(place, "-c", "from lib.suite.plan import plan; print(*plan.optimizations())").split()
-    return Addition(added, changed, lines, **said, listed=listed)
+    return Addition(added, changed, lines, **answers, listed=listed)
 
 
 def _run(place: Path, *arguments: str) -> str:

@@ -117,7 +117,7 @@ def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
             step
             for step in waiting
             if not any(
-                conflict(step.optimization, other.optimization, concerning) for other in waiting if other is not step
+                conflict(step.optimization, rival.optimization, concerning) for rival in waiting if rival is not step
             )
         ]
         if not free:

@@ -216,18 +216,18 @@ class Attribution:
         )
 
 
-def attributed(setup: StackSetup, made: Subsets, prompt_BT: torch.Tensor, compared: Compared) -> Attribution:
+def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compared: Compared) -> Attribution:
     """Time all subsets in common rounds, read the same windows with each, and share the gains out.
 
     A stack of one part needs no rounds of its own: what was timed before is attributed. Asserts that shares add up.
     """
-    effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, made.parts
+    effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, every.parts
     if len(parts) == 1 and compared.timed:
         timed = attribution.one_part(*parts, compared.timed)
     else:
-        timed = interactions.time_arms(made.models, prompt_BT[:, :256], effort.blocks, seed)
+        timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
     windows_NT = tasks.text_windows(setup.loaded, "final", 2 * quick.windows, quick.window_tokens, seed + 1)
-    losses = {} if setup.loaded.random_weights else interactions.losses(made.models, windows_NT)
+    losses = {} if setup.loaded.random_weights else interactions.losses(every.models, windows_NT)
     shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed))
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["mean"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["mean"].sum()
