@@ -136,7 +136,7 @@ def add(place: Path) -> tuple[list[str], list[str], int]:
 
 
 def measure(model: str) -> Addition:
-    """Add the optimization to a temporary copy, ask the copy about it on the stand-in of `model`, and count.
+    """Add the optimization to a temporary copy, ask the copy about it on the proxy model of `model`, and count.
 
     Raises RuntimeError, with the last line of its output, where the copy fails.
     """
@@ -149,13 +149,13 @@ def measure(model: str) -> Addition:
 
 
 def _run(place: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *arguments], cwd=place, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"the copy with {STEM} failed: {last}")
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def _fingerprints(place: Path) -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""What the experiment concludes from outcomes that are planted: chance, defaults, and a small grid."""
+
+import numpy as np
+import pytest
+
+from lib.optimizations.automl_components import experiment
+from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid
+from lib.optimizations.automl_components.successive_filtering import JudgedStack
+from lib.optimizations.common.recipe import Recipe, RecipeStep
+from lib.report.text import reading
+
+
+def _judged(level: float, reason: str | None = None) -> JudgedStack:
+    return JudgedStack([RecipeStep(optimization="one")], level, level, 1.0, reason, 2.0)
+
+
+def _equal(search: float, *others: float, defaults: float = 0.8) -> EqualSeconds:
+    arms = {"search": [_judged(defaults), _judged(search), _judged(0.1, "crashed: ValueError")]}
+    arms |= {f"random {n}": [_judged(level)] for n, level in enumerate(others, start=1)}
+    return EqualSeconds(arms | {"defaults": [_judged(defaults)]})
+
+
+@pytest.mark.parametrize(
+    ("search", "others", "outcome"),
+    [(0.2, (0.4, 0.5), False), (0.7, (0.4, 0.5), True), (0.45, (0.4, 0.5), None), (0.2, (0.4,), None)],
+)
+def test_chance_is_judged_by_several_draws(search, others, outcome):
+    refuted, evidence = _equal(search, *others).random_refuted()
+    assert refuted is outcome and f"{(1 - search) ** 2:.3f}" in evidence
+
+
+def test_what_was_cut_dominates_nothing_and_is_counted():
+    equal = _equal(0.5, 0.4)
+    assert equal.volumes["search"] == pytest.approx(0.25) and equal.crashed == 1
+    assert len(equal.points()) == 3, "the one that crashed is no point, the defaults are one already"
+    assert list(equal.table()["cut"]) == [1, 0, 0] and equal.table()["seconds"][0] == 6.0
+    assert equal.defaults_refuted()[0] is False and _equal(0.9, 0.4, defaults=0.8).defaults_refuted()[0] is True
+    assert [arm.purpose for arm in equal.controls()] == ["equal seconds", "no search"]
+    assert [row["strength"] for row in equal.impact()] == [1, 2, 3, 1]
+    first, second = equal.reading().split(". ", 1)
+    assert reading.two(f"{first}.", second)
+
+
+def test_a_grid_is_judged_by_all_its_seeds():
+    grid = lambda *ends: SmallGrid("a × b", np.ones((3, 3)), 2, [[0.5, end] for end in ends], 0.7)  # noqa: E731
+    assert [grid(*ends).refuted()[0] for ends in ((0.96, 1.0), (0.9, 0.5), (0.9, 1.0))] == [False, True, None]
+    assert grid().refuted()[0] is None and grid().reached == 0.0 and len(grid().frame()) == 0
+    assert grid(0.96, 1.0).reached == 0.96 and list(grid(1.0).frame()["strength"]) == [1, 2]
+    for text in (grid(1.0).reading(), grid().reading()):
+        first, second = text.split(". ", 1)
+        assert reading.two(f"{first}.", second)
+
+
+def test_every_claim_has_its_answer():
+    equal, grid = _equal(0.2, 0.4), SmallGrid("a × b", np.ones((3, 3)), 2, [[0.5, 1.0]], 0.7)
+    answers = experiment.refutations(equal, grid)
+    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    chosen = Recipe(model="m", scale="proxy", stack=[RecipeStep(optimization="one")], chosen_by="a search")
+    assert experiment.targets(equal, grid, chosen).reached.all()
+    assert experiment.commands(chosen) == ["python build.py run one --model m"]

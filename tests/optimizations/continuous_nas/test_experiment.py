@@ -1,0 +1,97 @@
+"""What the experiment concludes from numbers that are planted: answers, readings, rivals at equal speed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.optimizations.continuous_nas import drift, experiment
+from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
+from lib.optimizations.continuous_nas.equal_effort import EqualEffort
+from lib.optimizations.continuous_nas.experiment import Additivity
+from lib.optimizations.continuous_nas.request_costs import PROFILES
+from lib.optimizations.continuous_nas.rivals import RivalComparison
+from lib.report.text import reading
+
+
+def _effort(search: float, *others: float) -> EqualEffort:
+    points = {"search": [(search, search)], "uniform": [(0.6, 0.6)]}
+    points |= {f"random {n}": [(value, value)] for n, value in enumerate(others, start=1)}
+    return EqualEffort(points, 9, None, None)
+
+
+def _sentences(text: str) -> None:
+    first, second = text.split(". ", 1)
+    assert reading.two(f"{first}.", second) == text
+
+
+@pytest.mark.parametrize(("search", "outcome"), [(0.2, False), (0.9, True), (0.5, None)])
+def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_them(search, outcome):
+    equal = _effort(search, 0.4, 0.5, 0.7)
+    refuted, evidence = equal.refuted()
+    assert refuted is outcome and f"{(1 - search) ** 2:.3f}" in evidence and "3 draws" in evidence
+    assert equal.gain == pytest.approx((1 - search) ** 2 / np.mean([0.36, 0.25, 0.09]))
+    _sentences(equal.reading())
+    assert [arm.name for arm in equal.controls()] == ["uniform", "random 1", "random 2", "random 3"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "outcome"), [(0.95, 40, False), (-0.2, 40, True), (0.6, 8, None), (0.9, 4, None)]
+)
+def test_a_rank_correlation_is_judged_by_its_interval(rank, count, outcome):
+    refuted, evidence = Additivity([None] * count, pd.DataFrame(), rank).refuted()
+    assert refuted is outcome and str(count) in evidence
+
+
+def _speed(gain: float) -> measurement.Measurement:
+    seconds = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
+    pairs = Pairs([gain * one for one in seconds], seconds, ["AB", "BA"] * 3, [None] * 6, 1)
+    return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, 8, 0.0)
+
+
+def _comparison(own: float, *rivals: tuple[float, float]) -> RivalComparison:
+    windows = 1 + 0.01 * np.random.default_rng(0).standard_normal((1 + len(rivals), 16))
+    kl_RN = [level * window for level, window in zip((own, *(kl for _, kl in rivals)), windows)]
+    return RivalComparison([_speed(gain) for gain, _ in rivals], kl_RN, [])
+
+
+def test_all_blocks_alike_are_judged_at_equal_speed():
+    worse, better = _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), _comparison(0.1, (1.1, 0.02), (0.9, 0.05))
+    assert worse.refuted()[0] is False and better.refuted()[0] is True
+    assert worse.closer == pytest.approx(np.sqrt(0.3 * 0.5) / 0.1, rel=0.05)
+    low, high = worse.interval()
+    assert low < worse.closer < high
+    assert _comparison(0.1, (1.0, 0.1)).refuted()[0] is None, "its interval holds 1"
+    faster = _comparison(0.1, (0.8, 0.3))
+    assert not faster.beside and faster.refuted() == (None, f"{faster.refuted()[1]}"), "every rival is faster"
+    assert RivalComparison([_speed(1.0)], [], []).refuted()[0] is None
+
+
+def _adaptation(warm: list[float], cold: list[float], name: str = "decode_heavy") -> Adaptation:
+    return Adaptation(SimpleNamespace(profile=PROFILES[name]), None, warm, cold)
+
+
+def test_drifts_are_judged_by_evaluations():
+    quick, slow = _adaptation([0.6, 0.9, 0.97], [0.1, 0.5, 0.6, 1.0]), _adaptation([0.1, 0.2, 0.3], [0.9, 1.0])
+    assert (quick.evaluations_until(0.95), quick.cold_until(0.95), slow.evaluations_until(0.95)) == (2, 4, None)
+    assert Drifts([quick], []).refuted() == (
+        False, "evaluations to 95% of the final hypervolume: decode_heavy 2 resumed, 4 from nothing",
+    )  # fmt: skip
+    assert Drifts([slow], []).refuted()[0] is True and Drifts([quick, slow], []).refuted()[0] is None
+    _sentences(Drifts([quick, slow], []).reading())
+    curves = Drifts([quick], []).curves()
+    assert list(curves[curves.arm == "decode_heavy, warm"].strength) == [0, 1, 2]
+    assert list(curves[curves.arm == "decode_heavy, cold"].strength) == [1, 2, 3, 4]
+
+
+def test_every_claim_has_its_answer():
+    drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
+    comparison, added = _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), Additivity([None] * 9, pd.DataFrame(), 0.9)
+    answers = experiment.refutations(_effort(0.2, 0.4), comparison, added, drifted)
+    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    assert all(evidence for _, _, evidence in answers)
+    reached = experiment.targets(_effort(0.2, 0.4), comparison, drifted)
+    assert len(reached) == 5 and reached.reached.all() and drift.LEVEL == 0.95

@@ -1,0 +1,55 @@
+"""What the experiment concludes from verdicts and shares that are planted."""
+
+import pandas as pd
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.optimizations.pre_vs_post_optimization import attribution, experiment, returns
+from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, Sweep
+from lib.report.text import reading
+
+
+def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measurement:
+    made = measurement.informative("f1_macro", "classify", 0.9, 0.9, "planted")
+    return made.model_copy(update={"verdict": verdict, "margin": margin})
+
+
+@pytest.mark.parametrize(
+    ("control", "quality", "changes", "worse", "outcomes"),
+    [
+        (["equivalent"], ["maintained"], 3, [], [False, False, False]),
+        (["equivalent", "better"], ["maintained", "not_maintained"], 3, ["f1_macro"], [True, True, True]),
+        (["informative"], ["maintained", "inconclusive"], 0, [], [None, None, None]),
+        ([], [], 0, [], [None, None, None]),
+    ],
+)
+def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
+    answers = experiment.refutations(
+        [_verdict(one) for one in control], [_verdict(one) for one in quality], changes, worse
+    )
+    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    assert [refuted for _, refuted, _ in answers] == outcomes and all(evidence for _, _, evidence in answers)
+
+
+def test_shares_are_read_from_the_largest():
+    names = (("a", 0.1), ("b", 0.3), (attribution.WHOLE, 0.4))
+    rows = [
+        {"what": what, "part": part, "value": value, "low": value - 0.1, "high": value + 0.1, "mean": value}
+        for what in ("prefill", "decode", "loss")
+        for part, value in names
+    ]
+    shared = Attribution(pd.DataFrame(rows), "planted")
+    first, second = shared.reading().split(". ", 1)
+    assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
+    assert list(shared.speeds().arm)[:2] == ["a, prefill", "b, prefill"] and len(shared.losses()) == 3
+
+
+def test_a_sweep_without_points_is_empty():
+    nothing = Sweep([], pd.DataFrame([], columns=experiment.CURVES))
+    assert len(nothing.of("prefill")) == 0 and reading.curves(nothing.of("prefill"), "tokens")
+
+
+def test_the_return_in_words():
+    told = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
+    assert told == "never pays: no gain was shown"
+    assert returns.in_words([]).startswith("the break-even is unknown")
