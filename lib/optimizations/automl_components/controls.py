@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
@@ -49,6 +49,9 @@ def drawn(distribution: BaseDistribution, draw: np.random.Generator) -> object:
         return distribution.choices[draw.integers(len(distribution.choices))]
     if isinstance(distribution, IntDistribution):
         return int(draw.integers(distribution.low, distribution.high + 1))
+    assert isinstance(distribution, FloatDistribution)
+    assert isinstance(distribution, FloatDistribution)
+    assert isinstance(distribution, FloatDistribution)
     return float(draw.uniform(distribution.low, distribution.high))
 
 
@@ -89,7 +92,9 @@ def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
     study = optuna.create_study(direction="maximize")
     middle = utilities.shape[0] // 2
     study.enqueue_trial({"one": middle, "other": middle})
-    limits = {name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)}
+    limits: dict[str, BaseDistribution] = {
+        name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)
+    }
     values: list[float] = []
     evaluated: set[tuple[int, int]] = set()
     for number in range(evaluations):
@@ -151,7 +156,7 @@ class EqualSeconds:
     def points(self) -> pd.DataFrame:
         """Return time (x, percent of the baseline) and divergence (y) of all that were timed, the defaults once."""
         points = [
-            {"x": 100 * judged.time_share, "y": judged.divergence, "arm": arm}
+            {"x": 100 * judged.point[0], "y": judged.point[1], "arm": arm}
             for arm, outcomes in self.arms.items()
             for judged in outcomes
             if judged.reason is None and arm != "defaults"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,9 @@ CLAIMS = (
 )
 FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
 GRID_SEEDS = 3
+KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
+KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
+KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
 
 
@@ -88,7 +92,7 @@ class SearchStudy:
     space: dict[str, object]
     notes: list[str]
     trials: int
-    served: list[list[dict]]
+    served: Any
 
     @property
     def name(self) -> str:
@@ -112,7 +116,7 @@ def begin(setup: SearchBench, folder: Path | str, name: str, settings: Sequence[
 
     It belongs to these weights, this code, this space and these settings.
     """
-    space = {
+    space: dict[str, object] = {
         "space": setup.knobs,
         "weights": io.weights_hash(setup.loaded.model),
         "data": corpus.data_hash(),
@@ -153,7 +157,7 @@ def interrupted(setup: SearchBench, file: SearchStudy, trials: int) -> list[Judg
         with file.opened() as stored:
             before = method.outcomes(stored)
             assert [j.stack for j in before[: len(outcomes)]] == [j.stack for j in outcomes], "trials were lost"
-            options = {"seed": setup.seed, "first": file.first, "stop_after": until}
+            options: dict[str, Any] = {"seed": setup.seed, "first": file.first, "stop_after": until}
             outcomes = method.run(setup.bench, setup.parts, stored, trials, **options)
     return outcomes
 
@@ -180,9 +184,13 @@ def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: 
         finalists.append(Finalist(method.nothing(setup.bench), 0.0, 0.0, 0.0))
     for judged, divergence in method.promote(setup.bench, outcomes, count):
         arm = evaluate.evaluate(loaded, size, model=setup.bench.apply(judged.stack), split="search", seed=seed)
-        scores = [m for m in evaluate.compare(baseline, arm, resamples=200, seed=seed) if m.baseline is not None]
-        lost = [m.baseline - m.optimized for m in scores if m.metric in ("f1_macro", "retrieval_exact_match")]
-        worse = [m.ratio - 1 for m in scores if m.metric == "perplexity"]
+        scores = evaluate.compare(baseline, arm, resamples=200, seed=seed)
+        lost = [
+            m.baseline - m.optimized
+            for m in scores
+            if m.metric in KEPT_SCORES and m.baseline is not None and m.optimized is not None
+        ]
+        worse = [m.ratio - 1 for m in scores if m.metric == "perplexity" and m.ratio is not None]
         finalists.append(Finalist(judged, divergence, max(lost, default=0.0), max(worse, default=0.0)))
     return finalists
 
@@ -232,10 +240,10 @@ def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid
 
 def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
     """Return what the search took: seconds and evaluations."""
-    why = {"reason": "the baseline needs no search"}
+    why = "the baseline needs no search"
     took = ("search_seconds", "search", None, seconds(outcomes), "perf_counter, all trials")
     counted = ("search_evaluations", "search", None, len(outcomes), "counted")
-    return [measurement.informative(*took, **why), measurement.informative(*counted, **why)]
+    return [measurement.informative(*took, reason=why), measurement.informative(*counted, reason=why)]
 
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:

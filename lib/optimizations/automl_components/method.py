@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -31,6 +32,9 @@ from lib.optimizations.common.study import Study
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STEM = "automl_components"
 STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
+PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
+PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
+PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
 PROPOSALS = 8  # looked at before something is judged a second time
 LEAST_GAIN = 0.02  # of the time of a request: what a few pairs of times can tell from nothing
 STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
@@ -46,7 +50,7 @@ class Component:
     most_steps: int = STEPS
 
     @property
-    def defaults(self) -> dict[str, object]:
+    def defaults(self) -> dict[str, Any]:
         """Its defaults, replaced by those that `COMPOSES` states for trials; steps of training are at most `most_steps`
         above their least.
         """
@@ -122,7 +126,7 @@ def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution
     return FloatDistribution(*inside)
 
 
-def stack_of(params: Mapping[str, object], parts: Sequence[Component]) -> list[RecipeStep]:
+def stack_of(params: Mapping[str, Any], parts: Sequence[Component]) -> list[RecipeStep]:
     """Return the steps of a configuration in their order."""
     chosen = sorted((part for part in parts if params[part.stem]), key=lambda part: params[f"{part.stem}.order"])
     return [
@@ -131,10 +135,10 @@ def stack_of(params: Mapping[str, object], parts: Sequence[Component]) -> list[R
     ]
 
 
-def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[str, object]:
+def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[str, Any]:
     """Return the configuration of a stack: the inverse of `stack_of`, with defaults for what the stack leaves out."""
     where = {step.optimization: (at, step.knobs) for at, step in enumerate(stack)}
-    params: dict[str, object] = {}
+    params: dict[str, Any] = {}
     every = space(parts)
     for part in parts:
         at, knobs = where.get(part.stem, (0, {}))
@@ -143,14 +147,14 @@ def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[s
             distribution = every.get(f"{part.stem}.{name}")
             if isinstance(distribution, (FloatDistribution, IntDistribution)):
                 value = min(max(value, distribution.low), distribution.high)
-            elif "levels" in part.knobs.get(name, {}):
+            elif isinstance(distribution, CategoricalDistribution) and "levels" in part.knobs.get(name, {}):
                 value = min(distribution.choices, key=lambda level: abs(level - value))
             if distribution is not None:
                 params[f"{part.stem}.{name}"] = value
     return params
 
 
-def rounded(value: object) -> object:
+def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
@@ -250,16 +254,14 @@ def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tu
     little text already shows within the margin of perplexity, then those that dominate most.
     """
     fit = [judged for judged in outcomes if judged.reason is None]
-    within = [judged for judged in fit if judged.divergence <= math.log(1 + METRICS["perplexity"].margin)]
+    within = [judged for judged in fit if judged.point[1] <= math.log(1 + PERPLEXITY_MARGIN)]
     rest = sorted((judged for judged in fit if judged not in within), key=utility, reverse=True)
-    ranked = sorted(within, key=lambda judged: judged.time_share) + rest
+    ranked = sorted(within, key=lambda judged: judged.point[0]) + rest
     last = len(bench.texts) - 1
     return [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in ranked[:keep]]
 
 
-def choose(
-    finalists: Sequence[Finalist], margin: float, perplexity_margin: float = METRICS["perplexity"].margin
-) -> Finalist:
+def choose(finalists: Sequence[Finalist], margin: float, perplexity_margin: float = PERPLEXITY_MARGIN) -> Finalist:
     """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
     by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
 
@@ -276,8 +278,8 @@ def choose(
             f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
             f"perplexity; {closest}"
         )
-    worth = [f for f in fit if not f.outcome.stack or f.outcome.time_share <= 1 - LEAST_GAIN]
-    return min(worth or fit, key=lambda finalist: (finalist.outcome.time_share, finalist.divergence))
+    worth = [f for f in fit if not f.outcome.stack or f.outcome.point[0] <= 1 - LEAST_GAIN]
+    return min(worth or fit, key=lambda finalist: (finalist.outcome.point[0], finalist.divergence))
 
 
 def nothing(bench: Bench) -> JudgedStack:

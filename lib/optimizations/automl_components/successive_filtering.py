@@ -43,7 +43,9 @@ class JudgedStack:
     @property
     def point(self) -> tuple[float, float]:
         """The two objectives, time and divergence; INFEASIBLE_POINT where the stack was cut."""
-        return INFEASIBLE_POINT if self.reason else (self.time_share, self.divergence)
+        if self.reason or self.time_share is None or self.divergence is None:
+            return INFEASIBLE_POINT
+        return self.time_share, self.divergence
 
 
 @dataclass
@@ -96,12 +98,12 @@ class Bench:
     def _rungs(self, stack: list[RecipeStep], shares: dict[str, float | None]) -> str | None:
         model = self.apply(stack)
         baseline, optimized = (cost_model.weights_bytes(arm) + self._cache(arm) for arm in (self.model, model))
-        shares["memory_share"] = optimized / baseline
-        if shares["memory_share"] > self.memory_budget:
-            return f"memory of {shares['memory_share']:.3f} is over the budget of {self.memory_budget:.3f}"
-        shares["divergence"] = self.divergence(model, 0)
-        if not shares["divergence"] < MAX_DIVERGENCE:
-            return f"divergence of {shares['divergence']:.3f} nats per token"
+        shares["memory_share"] = memory = optimized / baseline
+        if memory > self.memory_budget:
+            return f"memory of {memory:.3f} is over the budget of {self.memory_budget:.3f}"
+        shares["divergence"] = divergence = self.divergence(model, 0)
+        if not divergence < MAX_DIVERGENCE:
+            return f"divergence of {divergence:.3f} nats per token"
         arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in (self.model, model)]
         pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1)
         shares["time_share"] = math.exp(float(np.median(pairs.differences)))

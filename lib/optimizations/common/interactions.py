@@ -5,6 +5,7 @@ faster) and in nats of loss per token (above 0 is worse). Knows nothing of what 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from lib.optimizations.common.shapley import Estimate
 
 BASELINE, AGAIN = "baseline", "baseline again"
 DECODE_PROMPT, DECODE_TOKENS = 64, 4
+Arm = TypeVar("Arm", str, tuple[str, str])
+Arm = TypeVar("Arm", str, tuple[str, str])
+Arm = TypeVar("Arm", str, tuple[str, str])
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
 AXIS_LABELS = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
 
@@ -43,12 +47,11 @@ def time_arms(
     timed = {}
     for name, calls in works.items():
         iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
-        options = {"iterations": iterations, "seed": seed, "disturbance": disturbance.watch}
-        timed[name] = rounds(calls, count, **options)
+        timed[name] = rounds(calls, count, iterations=iterations, seed=seed, disturbance=disturbance.watch)
     return timed
 
 
-def losses(models: Mapping[str, nn.Module], ids_NT: torch.Tensor) -> dict[str, np.ndarray]:
+def losses(models: Mapping[Arm, nn.Module], ids_NT: torch.Tensor) -> dict[Arm, np.ndarray]:
     """Return how every arm reads held-out windows: nats per token of each window, [N]."""
     return {name: evaluate.read(model, ids_NT).loss_N for name, model in models.items()}
 
@@ -67,7 +70,7 @@ def effects(
 
 def floor(timed: Rounds) -> float:
     """Return the noise floor of the rounds: what the baseline differs from itself."""
-    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}))
+    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}).tolist())
 
 
 def singles(timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
@@ -101,8 +104,8 @@ def order_effects(
     for (first, second), (state, _) in states.items():
         if first < second and state == states.get((second, first), ("", None))[0] == "works":
             weights = {named(first, second): 1, named(second, first): -1}
-            rows.append({"order": named(first, second), "against": named(second, first)})
-            rows[-1] |= _flat(effects(timed, lost, weights))
+            row: dict[str, object] = {"order": named(first, second), "against": named(second, first)}
+            rows.append(row | _flat(effects(timed, lost, weights)))
     return rows
 
 
@@ -121,7 +124,8 @@ def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
     """Return estimates as columns `<name>`, `<name>_low`, `<name>_high`; an interval that is not finite is None."""
     flat: dict[str, float | None] = {}
     for name, estimate in estimates.items():
-        ends = estimate.low, estimate.high
-        ends = ends if np.isfinite(ends).all() else (None, None)
+        ends: tuple[float | None, float | None] = (None, None)
+        if np.isfinite([estimate.low, estimate.high]).all():
+            ends = estimate.low, estimate.high
         flat |= {name: estimate.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
     return flat

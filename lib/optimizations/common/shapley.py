@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lib.measure.metrics import paired_stats
 
@@ -34,23 +35,23 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def over_rounds(values_S: Sequence[float]) -> Estimate:
+def over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
     """Return the median of timed contrasts with its order-statistic interval."""
-    effect = paired_stats.effect(np.asarray(values_S, dtype=float))
+    effect = paired_stats.effect(np.asarray(values_S, dtype=float).tolist())
     return Estimate(effect.median, effect.low, effect.high, effect.n)
 
 
-def over_items(values_S: Sequence[float], resamples: int = 2000, seed: int = 0) -> Estimate:
+def over_items(values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Return the mean over windows or items with its bootstrap interval."""
-    values_S = np.asarray(values_S, dtype=float)
-    low, high = paired_stats.bootstrap_interval(values_S, resamples=resamples, seed=seed)
-    return Estimate(float(values_S.mean()), low, high, len(values_S))
+    samples_S = np.asarray(values_S, dtype=float)
+    low, high = paired_stats.bootstrap_interval(samples_S, resamples=resamples, seed=seed)
+    return Estimate(float(samples_S.mean()), low, high, len(samples_S))
 
 
-def interaction(nothing_S, first_S, second_S, both_S) -> np.ndarray:
+def interaction(nothing_S: ArrayLike, first_S: ArrayLike, second_S: ArrayLike, both_S: ArrayLike) -> np.ndarray:
     """Return effect of both − sum of each effect, per sample: both − first − second + nothing, [S]."""
-    nothing_S, first_S, second_S, both_S = (np.asarray(v, dtype=float) for v in (nothing_S, first_S, second_S, both_S))
-    return both_S - first_S - second_S + nothing_S
+    nothing, first, second, both = (np.asarray(v, dtype=float) for v in (nothing_S, first_S, second_S, both_S))
+    return both - first - second + nothing
 
 
 def subsets(parts: Sequence[str]) -> list[tuple[str, ...]]:
@@ -63,15 +64,15 @@ def subsets(parts: Sequence[str]) -> list[tuple[str, ...]]:
     return [chosen for size in range(len(parts) + 1) for chosen in itertools.combinations(parts, size)]
 
 
-def shapley(parts: Sequence[str], values: Mapping[tuple[str, ...], Sequence[float]]) -> dict[str, np.ndarray]:
+def shapley(parts: Sequence[str], values: Mapping[tuple[str, ...], ArrayLike]) -> dict[str, np.ndarray]:
     """Return each part's Shapley value per sample, [S]: its mean marginal effect over all orders of joining.
 
     `values` has a row [S] for every one of `subsets(parts)`. The values of all parts add up to the effect of the whole,
     in every sample (Shapley 1953).
     """
-    count, values_by_part = len(parts), {}
+    count, values_by_part = len(parts), dict[str, np.ndarray]()
     for part in parts:
-        total: np.ndarray | float = 0.0
+        total = np.zeros(())
         for chosen in subsets([member for member in parts if member != part]):
             weight = math.factorial(len(chosen)) * math.factorial(count - len(chosen) - 1) / math.factorial(count)
             joined = tuple(member for member in parts if member in chosen or member == part)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -25,8 +27,6 @@ from lib.errors import UserError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-
-DIRECTION = "minimize"
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Study:
     file: optuna.Study | None
     path: Path | None
     notes: list[str] = field(default_factory=list)
+    storage: optuna.storages.RDBStorage | None = None
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -62,8 +63,14 @@ class Study:
         facts: Mapping[str, object] | None = None,
     ) -> None:
         """Store a trial that was proposed elsewhere."""
-        trial = {"params": dict(params), "distributions": dict(distributions), "values": list(values)}
-        self._store(optuna.trial.create_trial(**trial, user_attrs=dict(facts or {})))
+        self._store(
+            optuna.trial.create_trial(
+                params=dict(params),
+                distributions=dict(distributions),
+                values=list(values),
+                user_attrs=dict(facts or {}),
+            )
+        )
 
     def propose(
         self, distributions: Mapping[str, BaseDistribution], sampler: Callable[[int], optuna.samplers.BaseSampler]
@@ -84,11 +91,11 @@ def fingerprint(space: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(space, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def code(*modules: object) -> str:
+def code(*modules: ModuleType) -> str:
     """Return a hash of the modules' source files: what was measured by other code is another space."""
     digest = hashlib.sha256()
     for module in modules:
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
 
@@ -127,21 +134,23 @@ def opened(path: Path | str | None, name: str, space: Mapping[str, object], obje
         try:
             yield study
         finally:
-            study.file._storage.remove_session()
+            if study.storage is not None:
+                study.storage.remove_session()
 
 
 def _make(path: Path | None, name: str, space: Mapping[str, object], objectives: int) -> Study:
-    options = {"study_name": name, "directions": [DIRECTION] * objectives, "load_if_exists": True}
-    memory = optuna.create_study(**options)
+    directions: list[Literal["minimize"]] = ["minimize"] * objectives
+    memory = optuna.create_study(study_name=name, directions=directions)
     if path is None:
         return Study(memory, None, None)
-    file = optuna.create_study(storage=f"sqlite:///{path}", **options)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    file = optuna.create_study(study_name=name, directions=directions, storage=storage, load_if_exists=True)
     if "space" not in file.user_attrs:
         file.set_user_attr("space", fingerprint(space))
     for fact, text in file.user_attrs.items():
         memory.set_user_attr(fact, text)
     memory.add_trials(file.get_trials(states=(TrialState.COMPLETE,)))
-    return Study(memory, file, path)
+    return Study(memory, file, path, storage=storage)
 
 
 def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:

@@ -6,6 +6,7 @@ Divergences do not depend on the profile and are kept. Each drift is compared wi
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -48,7 +49,12 @@ def adapt(
 
     Raises what `method.run` raises.
     """
-    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements, "count": count}
+    options: dict[str, Any] = {
+        "time_share": time_share,
+        "memory_share": memory_share,
+        "refinements": refinements,
+        "count": count,
+    }
     best = method.run(search, costs, **options)
     phases = [evaluation.phase.startswith(f"{costs.profile.name}:") for evaluation in search.evaluations]
     before = phases.index(True) if any(phases) else len(phases)
@@ -64,7 +70,7 @@ class Drifts:
     """All drifts of a run: the adaptations, and a row per drift with seconds, milliseconds and evaluations."""
 
     adaptations: list[Adaptation]
-    rows: list[dict[str, float | int | str | None]]
+    rows: list[dict[str, Any]]
 
     def curves(self) -> pd.DataFrame:
         """Return hypervolumes for `style.impact`: a row per evaluation, arm "<profile>, warm" or "<profile>, cold"."""
@@ -118,7 +124,8 @@ def follow(
     `costs_of` returns the costs of a profile by name. The live model is left at the last winner.
     """
     limits = {"time": (time_budget, 1.0), "memory": (1.0, min(memory_budget, 0.8))}
-    adaptations, rows = [], []
+    adaptations: list[Adaptation] = []
+    rows: list[dict[str, Any]] = []
     for name in [name for name in PROFILES if name != workload]:
         start = time.perf_counter()
         costs = costs_of(name)
@@ -132,7 +139,12 @@ def follow(
         replacement_library.swap(search.library, followed.best.choice)
         swapped = 1000 * (time.perf_counter() - start)
         adaptations.append(followed)
-        row = {"workload": name, "costs measured, s": measured, "solved again, s": solved, "swapped in, ms": swapped}
+        row: dict[str, Any] = {
+            "workload": name,
+            "costs measured, s": measured,
+            "solved again, s": solved,
+            "swapped in, ms": swapped,
+        }
         row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": len(followed.cold)}
         rows.append(row | {"share of the scarce": costs.share(followed.best.choice), "KL": followed.best.divergence})
     return Drifts(adaptations, rows)

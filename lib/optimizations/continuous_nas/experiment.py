@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,7 @@ class SearchSetup:
     def described(self) -> pd.DataFrame:
         """Return the size of the space, and on how much text a choice is judged."""
         architectures = float(np.prod([float(len(options)) for options in self.library.space.values()]))
-        facts = {"model": f"{self.loaded.parameters.name}, {self.loaded.scale}"}
+        facts: dict[str, object] = {"model": f"{self.loaded.parameters.name}, {self.loaded.scale}"}
         facts |= {"blocks": len(self.observation.blocks), "architectures": f"{architectures:,.0f}"}
         facts |= {"judged on": f"{self.probe.tokens:,} tokens"}
         return pd.DataFrame(facts.items(), columns=["", "value"])
@@ -92,7 +93,7 @@ class SearchSetup:
         """Return the costs under a profile; seconds are measured once and then read from the study."""
         model, rounds = self.loaded.model, max(3, self.effort.blocks // 2)
         arguments = (model, self.library, PROFILES[profile])
-        times = study.fact(
+        times: Any = study.fact(
             f"times: {profile}", lambda: request_costs.measure(*arguments, self.prompt_BP, rounds=rounds)
         )
         return request_costs.tables(*arguments, times)
@@ -157,7 +158,7 @@ def interrupted(
 
     Asserts that the winner is within the budgets, and that a search that was never stopped ends at the same choice.
     """
-    options = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements}
+    options: dict[str, Any] = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements}
     with setup.timed():
         search.stop_after = len(search.evaluations) + max(1, refinements // 2)
         with contextlib.suppress(method.SearchStopped):
@@ -219,9 +220,9 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
         whole = workloads.generate(baseline, prompt_BP, new_tokens)
         pairs = interleaved.paired(whole, arm, blocks=6, warmup=1, seed=setup.seed)
         speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
-        low, high = speed.ci or (None, None)
+        assert speed.ratio is not None and speed.ci is not None  # six blocks have an interval
         row = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}
-        rows.append(row | {"low": 1 / high, "high": 1 / low})
+        rows.append(row | {"low": 1 / speed.ci[1], "high": 1 / speed.ci[0]})
     replacement_library.swap(setup.library, setup.library.whole)
     return rows
 
@@ -249,7 +250,8 @@ def against_uniform(
         at: replacement_library.child(uniform.library, uniform.evaluations[at].choice)
         for at in rivals.around(predicted, costs.share(winner.choice, costs.time))
     }
-    gains = {at: race(model, 6).ratio for at, model in near.items()}
+    raced = {at: race(model, 6) for at, model in near.items()}
+    gains = {at: speed.ratio for at, speed in raced.items() if speed.ratio}
     rows = [(100 * predicted[at][0], predicted[at][1], gain) for at, gain in gains.items()]
     columns = ["predicted time, % of the baseline", "KL, nats/token", "speed of the search's choice ÷ this one's"]
     return pd.DataFrame(rows, columns=columns), [near[at] for at in rivals.bracketing(gains)], race

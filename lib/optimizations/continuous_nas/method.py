@@ -209,8 +209,8 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
             return choice
     draw = np.random.default_rng((search.seed, number))
     while search.evaluated(choice):
-        slot = sorted(space)[draw.integers(len(space))]
-        choice = choice | {slot: space[slot][draw.integers(len(space[slot]))]}
+        slot = sorted(space)[int(draw.integers(len(space)))]
+        choice = choice | {slot: space[slot][int(draw.integers(len(space[slot])))]}
     return choice
 
 

@@ -67,9 +67,9 @@ def solve(
 def unreachable(scores: Mapping[str, Mapping[str, float]], budgets: Sequence[Budget]) -> str:
     """Return which budgets cannot be met, and the nearest that can: each alone, then the last under the others."""
     for budget in budgets:
-        least = budget.table.of(_least(budget.table.values, (), ()))
-        if least > budget.most:
-            nearest = f"the nearest within reach is {least:.4g} {budget.table.unit}"
+        cheapest = _least(budget.table.values, (), ())
+        if cheapest is not None and budget.table.of(cheapest) > budget.most:
+            nearest = f"the nearest within reach is {budget.table.of(cheapest):.4g} {budget.table.unit}"
             return f"no choice has {_in_words(budget)}; {nearest}".strip()
     *others, last = budgets
     choice = _least(last.table.values, others, ())

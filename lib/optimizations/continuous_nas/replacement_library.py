@@ -9,6 +9,7 @@ what an option is worth or costs.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, S
     return Library(modules, student)
 
 
-def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Module | None:
+def _replacement(block: Block, part: str, option: str, scores: Mapping) -> nn.Module | None:
     """Return the module of one option, or None where it would be no other than one that is there already."""
     source = getattr(block, part).module
     if option == "none":
@@ -115,7 +116,7 @@ def _replacement(block: Block, part: str, option: str, scores: dict) -> nn.Modul
     view = replace(block, feed_forward=view_feed_forward(copied))
     for name, share in shares.items():
         experts = view.feed_forward.experts
-        if name == "channels":
+        if name == "channels" or experts is None:
             keep_channels(view, _most(scores["channels"], share, CHANNEL_MULTIPLE))
         elif name == "experts":
             indices = _most(scores["experts"], share)
@@ -155,7 +156,7 @@ def _most(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor
 
 def swap(library: Library, choice: Choice) -> nn.Module:
     """Make the live `library.student` the chosen architecture, in place; return it. Nothing is copied or loaded."""
-    layers = anatomy(library.student).decoder.layers
+    layers = cast(nn.ModuleList, anatomy(library.student).decoder.layers)
     for slot, option in choice.items():
         index, part = locate(slot)
         place(layers[index], part, library.modules[slot][option])

@@ -60,6 +60,18 @@ def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, se
     return against
 
 
+def _ratios(speeds: Sequence[Measurement]) -> list[float]:
+    return [speed.ratio for speed in speeds if speed.ratio is not None]
+
+
+def _ratios(speeds: Sequence[Measurement]) -> list[float]:
+    return [speed.ratio for speed in speeds if speed.ratio is not None]
+
+
+def _ratios(speeds: Sequence[Measurement]) -> list[float]:
+    return [speed.ratio for speed in speeds if speed.ratio is not None]
+
+
 @dataclass(frozen=True)
 class RivalComparison:
     """Rivals against the judged architecture. `speeds`: judged ÷ rival; `kl_RN`: nats per token from the baseline, per
@@ -74,7 +86,7 @@ class RivalComparison:
     @property
     def beside(self) -> bool:
         """Whether at least one rival is not faster, within 2 %."""
-        return max(speed.ratio for speed in self.speeds) >= 0.98
+        return max(_ratios(self.speeds)) >= 0.98
 
     @property
     def closer(self) -> float | None:
@@ -82,7 +94,7 @@ class RivalComparison:
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self.kl_RN else None
 
     def _closer(self, kl_R: Sequence[float]) -> float:
-        return at_equal_speed([speed.ratio for speed in self.speeds], kl_R[1:]) / kl_R[0]
+        return at_equal_speed(_ratios(self.speeds), kl_R[1:]) / kl_R[0]
 
     def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
         """Return the 95 % bootstrap interval of `closer` over the held-out windows; speeds are held fixed."""
@@ -111,8 +123,11 @@ def compare(
     judged: nn.Module, rivals: Sequence[nn.Module], run: Race, baseline: Text | None, blocks: int
 ) -> RivalComparison:
     """Time the rivals anew over `blocks`, and read held-out text with all arms where the baseline read it."""
-    texts = [evaluate.read(arm, baseline.ids_NT) for arm in (judged, *rivals)] if baseline else []
-    kl_RN = [evaluate.divergence(baseline, text)[0] for text in texts] if baseline else []
+    texts: list[Text] = []
+    kl_RN: list[np.ndarray] = []
+    if baseline:
+        texts = [evaluate.read(arm, baseline.ids_NT) for arm in (judged, *rivals)]
+        kl_RN = [evaluate.divergence(baseline, text)[0] for text in texts]
     means = [float(kl_N.mean()) for kl_N in kl_RN]
     speeds = [run(rival, blocks) for rival in rivals]
     controls: list[ThirdArm] = []
@@ -126,7 +141,7 @@ def compare(
     comparison = RivalComparison(speeds, kl_RN, controls)
     if texts:
         source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
-        equal = at_equal_speed([speed.ratio for speed in speeds], means[1:])
+        equal = at_equal_speed(_ratios(speeds), means[1:])
         nats = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
         controls[0].measurements.append(measurement.informative(*nats))
     return comparison

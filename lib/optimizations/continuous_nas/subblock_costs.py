@@ -68,13 +68,13 @@ def measure(
     """
     reading, stepping = _capture(model, prompt_BP)
     works: dict[tuple[str, str, str], Callable[[], object]] = {}
-    indices = {}
+    indices: dict[nn.Module, object] = {}
     for slot, options in modules.items():
         place = locate(slot)
         for option, module in options.items():
             if hasattr(module, "layer_idx"):
                 indices[module] = module.layer_idx
-                module.layer_idx = 0
+                setattr(module, "layer_idx", 0)  # noqa: B010
             prefill, decode = _works(module, reading[place], stepping[place])
             works[slot, option, "prefill"], works[slot, option, "decode"] = prefill, decode
     for kind, steps in (("prefill", 0), ("decode", 4)):
@@ -84,7 +84,7 @@ def measure(
         samples = _rounds(works, rounds, seed)
     finally:
         for module, index in indices.items():
-            module.layer_idx = index
+            setattr(module, "layer_idx", index)  # noqa: B010
     return _pooled(samples, modules)
 
 
@@ -158,11 +158,11 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
     pools: dict[tuple, list[float]] = {}
     for (slot, option, kind), seconds in samples.items():
         if slot != "model":
-            pools.setdefault((kind, *signatures[slot, option]), []).extend(seconds)
+            pools.setdefault((kind, signatures[slot, option]), []).extend(seconds)
     typical = {key: _undisturbed(seconds) for key, seconds in pools.items()}
     times = {
         kind: {
-            slot: {option: typical[(kind, *signatures[slot, option])] for option in options}
+            slot: {option: typical[kind, signatures[slot, option]] for option in options}
             for slot, options in modules.items()
         }
         for kind in ("prefill", "decode")

@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,9 @@ def attempt(
     start, steps = time.perf_counter(), list(steps)
     if checked and (reason := refusal(steps, model)):
         return Attempt(steps, "refused", reason)
-    source, remaining = (model, steps) if begun is None else (begun.model, steps[len(begun.steps) :])
+    source, remaining = model, steps
+    if begun is not None and begun.model is not None:
+        source, remaining = begun.model, steps[len(begun.steps) :]
     try:
         composed = compose(source, calibration, remaining, arrange=False, checked=checked, seed=seed).model
         broken = sanity.check(composed, sample_BT, new_tokens=4, random_weights=random_weights)
@@ -69,7 +72,7 @@ def ordered_pairs(
     calibration: Sequence[dict[str, torch.Tensor]],
     singles: dict[str, Attempt],
     sample_BT: torch.Tensor,
-    **options: object,
+    **options: Any,
 ) -> dict[tuple[str, str], Attempt]:
     """Return the outcome of every ordered pair of different parts; `singles` are those of the parts alone."""
     outcomes = {}

@@ -6,6 +6,7 @@ Parts are found in the folder of optimizations; none is named here.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import attempts, hot_swap, maintenance, method, traits
 from lib.optimizations.modular_components.method import Composed
-from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
+from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy
 
 CLAIMS = (
     "A pair crashes instead of being refused with a reason.",
@@ -56,7 +57,7 @@ class PartsSetup:
     weights: str
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Options of every attempt."""
         return {"random_weights": self.loaded.random_weights, "seed": self.seed}
 
@@ -155,7 +156,8 @@ def contrast(setup: PartsSetup, study: PairStudy, identity: nn.Module, prompt_BT
     timed = interactions.time_arms(arms, prompt_BT, effort.blocks, seed)
     count, length = 2 * setup.quick.windows, setup.quick.window_tokens
     windows_NT = tasks.text_windows(loaded, "final", count, length, seed + 1)
-    losses, stale_losses = {}, {}
+    losses: dict[str, np.ndarray] = {}
+    stale_losses: dict[Pair, np.ndarray] = {}
     if not loaded.random_weights:
         losses = interactions.losses(arms, windows_NT)
         stale_losses = interactions.losses(outdated, windows_NT)
@@ -175,8 +177,8 @@ def contrast(setup: PartsSetup, study: PairStudy, identity: nn.Module, prompt_BT
 
 def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) -> list[Measurement]:
     """Return prefill and decode of the identity pipeline against the model that was never composed, held to 1 %."""
-    options = {"names": ("prefill", "decode"), "with_energy": False, "seed": setup.seed}
-    unchanged = speed.compare(setup.loaded.model, identity, prompt_BT, setup.effort, **options)
+    arms = (setup.loaded.model, identity, prompt_BT, setup.effort)
+    unchanged = speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=setup.seed)
     return [
         measurement.from_pairs(
             speed.METRICS_OF[name][0], name, timed.pairs, timed.baseline.tokens, timed.control, margin=OVERHEAD_MARGIN
@@ -209,12 +211,13 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
     model = setup.loaded.model
     live, question_BT = hot_swap.Live(model), prompt_BT[:, :64].to(next(model.parameters()).device)
     expected, logits = live.generate(question_BT, EXCHANGED_TOKENS), model(input_ids=question_BT).logits
-    waits, rows = [], []
+    waits: list[float] = []
+    rows: list[dict[str, object]] = []
     for stem, attempt in study.singles.items():
         if attempt.model is not None:
             report = hot_swap.trial(live, attempt.model, question_BT, EXCHANGED_TOKENS)
             waits += report.waits
-            row = {"swapped in": stem, "in mid-request": report.reason or "yes"}
+            row: dict[str, object] = {"swapped in": stem, "in mid-request": report.reason or "yes"}
             rows.append(row | {"tokens changed": report.changed})
     same_weights = io.weights_hash(model) == setup.weights
     identical = same_weights and torch.equal(model(input_ids=question_BT).logits, logits)
@@ -225,18 +228,18 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
 
 def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addition | None) -> list[Measurement]:
     """Return the modularity score, the longest wait of an exchange, and what a further part costs its author."""
-    count = {"n": len(study.pairs), "reason": "the baseline is one part"}
-    score = ("modularity_score", "compose", None, study.score, "working ordered pairs ÷ all", "derived")
-    rows = [measurement.informative(*score, **count)]
+    informative = measurement.informative
+    count: dict[str, Any] = {"n": len(study.pairs), "reason": "the baseline is one part"}
+    source = "working ordered pairs ÷ all"
+    rows = [informative("modularity_score", "compose", None, study.score, source, "derived", **count)]
     if exchanged.waits:
         source = "perf_counter around each exchange, while a request was under way or just over"
-        why = {"n": len(exchanged.waits), "reason": "the baseline is never swapped"}
-        rows.append(measurement.informative("swap_ms", "hot swap", None, exchanged.longest_ms, source, **why))
+        why: dict[str, Any] = {"n": len(exchanged.waits), "reason": "the baseline is never swapped"}
+        rows.append(informative("swap_ms", "hot swap", None, exchanged.longest_ms, source, **why))
     if grown:
         source = "a twelfth optimization, added to a temporary copy; lines that are not blank"
         for metric, value in (("files_touched", grown.touched), ("lines_written", grown.lines)):
-            values = (metric, "maintenance", None, value, source, "measured")
-            rows.append(measurement.informative(*values, reason="nothing to add"))
+            rows.append(informative(metric, "maintenance", None, value, source, reason="nothing to add"))
     return rows
 
 

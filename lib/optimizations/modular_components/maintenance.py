@@ -107,7 +107,12 @@ class Addition:
 def notebook() -> dict:
     """Return the template of the added optimization, as a notebook's JSON."""
     prose = {"cell_type": "markdown", "metadata": {}, "source": "# Weight rounding"}
-    code = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "outputs": [], "execution_count": None}
+    code: dict[str, object] = {
+        "cell_type": "code",
+        "metadata": {"tags": ["parameters"]},
+        "outputs": [],
+        "execution_count": None,
+    }
     cells = [prose, code | {"source": PARAMETERS}, code | {"metadata": {"tags": ["record"]}, "source": CELL}]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}

@@ -62,9 +62,9 @@ class PairStudy:
 
     def models(self) -> dict[str, nn.Module]:
         """Return the models of all parts and pairs that work, by name."""
-        alone = {stem: attempt.model for stem, attempt in self.singles.items() if attempt.model is not None}
-        working = {key: attempt.model for key, attempt in self.pairs.items() if attempt.state == "works"}
-        return alone | {interactions.named(*key): model for key, model in working.items()}
+        tried = {stem: attempt for stem, attempt in self.singles.items()}
+        tried |= {interactions.named(*key): pair for key, pair in self.pairs.items() if pair.state == "works"}
+        return {name: attempt.model for name, attempt in tried.items() if attempt.model is not None}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Contrasts:
         if not counts:
             return "No pair of this model works. So there is no interaction to show."
         name = next(iter(self.headings))
-        largest = self.pairs.loc[self.pairs[name].abs().idxmax()]
+        largest = self.pairs.iloc[int(np.nanargmax(self.pairs[name].abs()))]
         pair = interactions.named(largest["first"], largest["second"])
         return (
             f"Intervals exclude zero in these numbers of cells: {counts}. The largest {name} interaction is that of "

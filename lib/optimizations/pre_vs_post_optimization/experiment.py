@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -145,8 +146,8 @@ def identity_control(setup: StackSetup, prompt_BT: torch.Tensor) -> list[Measure
     assert io.weights_hash(identity) == setup.weights, "the identity transform changed a weight"
     answers = [evaluate.evaluate(setup.loaded, setup.quick, model=model, seed=seed) for model in (baseline, identity)]
     same = evaluate.compare(*answers, resamples=setup.effort.resamples, seed=seed)
-    options = {"names": ("prefill", "decode"), "with_energy": False, "seed": seed}
-    unchanged = speed.compare(baseline, identity, prompt_BT, setup.effort, **options)
+    arms = (baseline, identity, prompt_BT, setup.effort)
+    unchanged = speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=seed)
     return [*same, *(m for m in unchanged.measurements if m.dimension == "performance")]
 
 
@@ -175,7 +176,7 @@ def sweep(setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, comp
     effort = setup.effort
     lengths = sorted({64, 256, effort.prompt_tokens * 2} - {effort.prompt_tokens})
     batches = sorted({4, effort.batch * 2} - {effort.batch})
-    points = {"lengths": lengths, "batches": batches, "new_tokens": min(effort.new_tokens, 8)}
+    points: dict[str, Any] = {"lengths": lengths, "batches": batches, "new_tokens": min(effort.new_tokens, 8)}
     baseline = setup.loaded.model
     measured = [] if skip else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
     known = sweeps.points_known(compared.measurements, effort.prompt_tokens, effort.batch)
@@ -223,7 +224,7 @@ def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compa
     """
     effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, every.parts
     if len(parts) == 1 and compared.timed:
-        timed = attribution.one_part(*parts, compared.timed)
+        timed = attribution.one_part(next(iter(parts)), compared.timed)
     else:
         timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
     windows_NT = tasks.text_windows(setup.loaded, "final", 2 * quick.windows, quick.window_tokens, seed + 1)

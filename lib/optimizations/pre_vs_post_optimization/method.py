@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import SPEED_MARGIN
+from lib.measure.metrics.measurement import Provenance
 from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.trackers import energy
@@ -49,7 +51,7 @@ class AppliedStack:
     steps: list[RecipeStep]
     seconds: float
     joules: float
-    provenance: str
+    provenance: Provenance
     source: str
 
 
@@ -92,15 +94,24 @@ def default_stack(
     sample_BT, prompt_BT = ids_NT[:4, :128], ids_NT[:1]
     known = None if loaded.random_weights else float(evaluate.read(loaded.model, ids_NT).loss_N.mean())
     wanted = [composing.trial(stem) for stem in composing.applicable(loaded.model)[0]]
-    stack, current, fallback = [], loaded.model, None
+    stack: list[RecipeStep] = []
+    fallback: tuple[float, list[RecipeStep]] | None = None
+    current = loaded.model
     arranged, left_out = composing.orderable(wanted, loaded.model)
-    rows = [{"step": stem, "state": "refused", "kept": False, "why": why} for stem, why in left_out.items()]
+    rows: list[dict[str, Any]] = [
+        {"step": stem, "state": "refused", "kept": False, "why": why} for stem, why in left_out.items()
+    ]
     for step in arranged:
-        options = {"random_weights": loaded.random_weights, "seed": seed}
+        options: dict[str, Any] = {"random_weights": loaded.random_weights, "seed": seed}
         tried = attempts.attempt(current, calibration, [step], sample_BT, **options)
-        row = {"step": step.optimization, "state": tried.state, "kept": False, "why": tried.reason or ""}
+        row: dict[str, Any] = {
+            "step": step.optimization,
+            "state": tried.state,
+            "kept": False,
+            "why": tried.reason or "",
+        }
         rows.append(row)
-        if tried.state != "works":
+        if tried.state != "works" or tried.model is None:
             continue
         loss = None if known is None else float(evaluate.read(tried.model, ids_NT).loss_N.mean()) - known
         faster = _faster(current, tried.model, prompt_BT, seed)
@@ -114,7 +125,7 @@ def default_stack(
             stack.append(step)
         else:
             row["why"] = "loses too much" if not within else "neither faster, nor smaller at the same speed"
-    if not stack and fallback is None:
+    if fallback is None:
         raise UserError(f"{NAME}: no part works alone on this model; there is no stack to compare")
     rule = f"the default rule: within {most_loss} nats, and faster or smaller"
     if stack:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lib.measure.metrics import measurement
-from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.measurement import Measurement, Provenance
 from lib.optimizations.pre_vs_post_optimization.method import AppliedStack
 
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "batch_decode_tokens_per_second")
@@ -27,14 +27,14 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
         if not joules and not timed:
             continue
         name = f"{rate.workload}, by {'energy' if joules else 'time'}"
-        if rate.verdict != "better":
+        if rate.verdict != "better" or not rate.baseline or not rate.optimized:
             reason = f"no gain was shown ({rate.verdict})"
             rows.append(measurement.unavailable("break_even_tokens", name, reason))
             continue
         spent = applied.joules if joules else applied.seconds
         saved = rate.baseline - rate.optimized if joules else 1 / rate.baseline - 1 / rate.optimized
         source = f"{'joules' if joules else 'seconds'} of applying over those saved per token, {rate.workload}"
-        provenance = "estimated" if joules and applied.provenance == "estimated" else "derived"
+        provenance: Provenance = "estimated" if joules and applied.provenance == "estimated" else "derived"
         reason = "the baseline needs none"
         rows.append(informative("break_even_tokens", name, None, spent / saved, source, provenance, reason=reason))
     return rows
@@ -46,6 +46,9 @@ def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[
     The optimized arm starts with the seconds of applying. The range ends at twice the break-even, or where applying
     would be a tenth of the baseline's time.
     """
+    assert rate.baseline and rate.optimized, "a rate without numbers"
+    assert rate.baseline and rate.optimized, "a rate without numbers"
+    assert rate.baseline and rate.optimized, "a rate without numbers"
     before, after = 1 / rate.baseline, 1 / rate.optimized
     end = 2 * applied.seconds / (before - after) if after < before else 10 * applied.seconds / before
     rows = []

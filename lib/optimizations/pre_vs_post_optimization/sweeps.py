@@ -7,6 +7,7 @@ Shapes: B batch, T prompt tokens.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def sweep(
 
 
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
-    options = {"lasted": warm_up(*arms), "blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
+    options: dict[str, Any] = {"lasted": warm_up(*arms), "blocks": blocks, "seconds": 0.02}
+    options["disturbance"] = disturbance.watch
     pairs, control = with_control(*arms, seed=seed, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 
