@@ -50,8 +50,6 @@ def drawn(distribution: BaseDistribution, draw: np.random.Generator) -> object:
     if isinstance(distribution, IntDistribution):
         return int(draw.integers(distribution.low, distribution.high + 1))
     assert isinstance(distribution, FloatDistribution)
-    assert isinstance(distribution, FloatDistribution)
-    assert isinstance(distribution, FloatDistribution)
     return float(draw.uniform(distribution.low, distribution.high))
 
 

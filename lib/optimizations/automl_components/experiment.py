@@ -40,8 +40,6 @@ CLAIMS = (
 FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
 GRID_SEEDS = 3
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
-KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
-KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
 
 

@@ -21,8 +21,6 @@ from lib.optimizations.common.shapley import Estimate
 BASELINE, AGAIN = "baseline", "baseline again"
 DECODE_PROMPT, DECODE_TOKENS = 64, 4
 Arm = TypeVar("Arm", str, tuple[str, str])
-Arm = TypeVar("Arm", str, tuple[str, str])
-Arm = TypeVar("Arm", str, tuple[str, str])
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
 AXIS_LABELS = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
 

@@ -44,7 +44,7 @@ def over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
 def over_items(values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Return the mean over windows or items with its bootstrap interval."""
     samples_S = np.asarray(values_S, dtype=float)
-    low, high = paired_stats.bootstrap_interval(samples_S, resamples=resamples, seed=seed)
+    low, high = paired_stats.bootstrap_interval(samples_S.tolist(), resamples=resamples, seed=seed)
     return Estimate(float(samples_S.mean()), low, high, len(samples_S))
 
 

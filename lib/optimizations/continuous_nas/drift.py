@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lib.optimizations.common import pareto
+from lib.optimizations.common.study import Study
 from lib.optimizations.continuous_nas import method, replacement_library
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
 from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts
@@ -113,7 +114,7 @@ def _count(evaluations: int | None) -> str:
 def follow(
     search: Search,
     scores: Mapping[str, Mapping[str, float]],
-    costs_of: Callable[[str], RequestCosts],
+    costs_of: Callable[[str, Study], RequestCosts],
     workload: str,
     time_budget: float,
     memory_budget: float,
@@ -121,14 +122,16 @@ def follow(
 ) -> Drifts:
     """Drift from `workload` to the two other profiles, one after the other.
 
-    `costs_of` returns the costs of a profile by name. The live model is left at the last winner.
+    `costs_of` returns the costs of a profile by name, stored in the search's study. The live model is left at the last
+    winner.
     """
+    assert search.study is not None, "a search without a study keeps no costs"
     limits = {"time": (time_budget, 1.0), "memory": (1.0, min(memory_budget, 0.8))}
     adaptations: list[Adaptation] = []
     rows: list[dict[str, Any]] = []
     for name in [name for name in PROFILES if name != workload]:
         start = time.perf_counter()
-        costs = costs_of(name)
+        costs = costs_of(name, search.study)
         measured = time.perf_counter() - start
         time_share, memory_share = limits[costs.profile.limit]
         start = time.perf_counter()

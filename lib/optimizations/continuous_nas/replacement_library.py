@@ -126,7 +126,7 @@ def _replacement(block: Block, part: str, option: str, scores: Mapping) -> nn.Mo
         elif max(1, round(share * experts.top_k)) == experts.top_k:
             return None
         else:
-            experts.router.top_k = max(1, round(share * experts.top_k))
+            setattr(experts.router, "top_k", max(1, round(share * experts.top_k)))  # noqa: B010
     return copied
 
 

@@ -64,14 +64,6 @@ def _ratios(speeds: Sequence[Measurement]) -> list[float]:
     return [speed.ratio for speed in speeds if speed.ratio is not None]
 
 
-def _ratios(speeds: Sequence[Measurement]) -> list[float]:
-    return [speed.ratio for speed in speeds if speed.ratio is not None]
-
-
-def _ratios(speeds: Sequence[Measurement]) -> list[float]:
-    return [speed.ratio for speed in speeds if speed.ratio is not None]
-
-
 @dataclass(frozen=True)
 class RivalComparison:
     """Rivals against the judged architecture. `speeds`: judged ÷ rival; `kl_RN`: nats per token from the baseline, per

@@ -152,7 +152,7 @@ def identity_control(setup: StackSetup, prompt_BT: torch.Tensor) -> list[Measure
 
 
 @dataclass(frozen=True)
-class Sweep:
+class GainSweep:
     """Gains at several prompt lengths and batch sizes: those measured here, and all points as a frame of curves."""
 
     measurements: list[Measurement]
@@ -168,7 +168,9 @@ class Sweep:
         return f"Gain of the whole stack in {arm}, 95 % intervals. {points}."
 
 
-def sweep(setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, compared: Compared, *, skip: bool) -> Sweep:
+def sweep(
+    setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, compared: Compared, *, skip: bool
+) -> GainSweep:
     """Time prefill over prompt length and decode over batch size; what was timed before is not timed again.
 
     `skip`: measure nothing, for the output has degenerated.
@@ -180,7 +182,7 @@ def sweep(setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, comp
     baseline = setup.loaded.model
     measured = [] if skip else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
     known = sweeps.points_known(compared.measurements, effort.prompt_tokens, effort.batch)
-    return Sweep(measured, pd.DataFrame(sweeps.gains([*known, *measured]), columns=CURVES))
+    return GainSweep(measured, pd.DataFrame(sweeps.gains([*known, *measured]), columns=CURVES))
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def controls(compared: Compared, identity: list[Measurement], beyond_absorbed: l
     return arms
 
 
-def details(setup: StackSetup, shared: Attribution, swept: Sweep) -> dict[str, tuple[object, str, str]]:
+def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[str, tuple[object, str, str]]:
     """Return what a record keeps beside measurements: name → (value, provenance, source)."""
     stack, points = setup.stack, swept.curves.to_dict("records")
     return {

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,4 +150,6 @@ def apply_stack(
     composed = composing.compose(model, calibration, steps, seed=seed)
     joules = counter.joules() - before
     seconds = time.perf_counter() - start
-    return AppliedStack(composed.model, composed.steps, seconds, joules, counter.provenance, counter.scope)
+    return AppliedStack(
+        composed.model, composed.steps, seconds, joules, cast(Provenance, counter.provenance), counter.scope
+    )

@@ -47,8 +47,6 @@ def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[
     would be a tenth of the baseline's time.
     """
     assert rate.baseline and rate.optimized, "a rate without numbers"
-    assert rate.baseline and rate.optimized, "a rate without numbers"
-    assert rate.baseline and rate.optimized, "a rate without numbers"
     before, after = 1 / rate.baseline, 1 / rate.optimized
     end = 2 * applied.seconds / (before - after) if after < before else 10 * applied.seconds / before
     rows = []

@@ -5,7 +5,7 @@ import pytest
 
 from lib.measure.metrics import measurement
 from lib.optimizations.pre_vs_post_optimization import attribution, experiment, returns
-from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, Sweep
+from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, GainSweep
 from lib.report.text import reading
 
 
@@ -45,7 +45,7 @@ def test_shares_are_read_from_the_largest():
 
 
 def test_a_sweep_without_points_is_empty():
-    nothing = Sweep([], pd.DataFrame([], columns=experiment.CURVES))
+    nothing = GainSweep([], pd.DataFrame([], columns=experiment.CURVES))
     assert len(nothing.of("prefill")) == 0 and reading.curves(nothing.of("prefill"), "tokens")
 
 
