@@ -27,25 +27,25 @@ def _scale(model, calibration, *, share=0.5, kind="a"):
     """Shrink the first block's output projection: the more, the further from the original."""
     import copy
 
-    made = copy.deepcopy(model)
-    made.model.layers[0].self_attn.o_proj.weight.mul_(1 - share)
-    return made
+    changed = copy.deepcopy(model)
+    changed.model.layers[0].self_attn.o_proj.weight.mul_(1 - share)
+    return changed
 
 
 SHARE = {"type": "float", "range": (0.0, 1.0), "default": 0.5}
 KIND = {"type": "categorical", "choices": ("a", "b"), "default": "a"}
 
 
-def _bench(model, parts, **other) -> Bench:
+def _bench(model, parts, **options) -> Bench:
     ids_NT = torch.randint(8, 96, (4, 16), generator=torch.Generator().manual_seed(1))
     texts = [evaluate.read(model, ids_NT[:2]), evaluate.read(model, ids_NT)]
-    return Bench(model, [{"input_ids": ids_NT}], texts, ids_NT[:1], automl.modules(parts), new_tokens=2, **other)
+    return Bench(model, [{"input_ids": ids_NT}], texts, ids_NT[:1], automl.modules(parts), new_tokens=2, **options)
 
 
 def _untimed(bench, monkeypatch):
     """Judge times by the stack alone, so that no clock is in the answer."""
 
-    def pairs(one, other, **_):
+    def pairs(baseline, optimized, **_):
         return SimpleNamespace(differences=np.zeros(1))
 
     monkeypatch.setattr(bench_module.interleaved, "paired", pairs)
@@ -53,9 +53,9 @@ def _untimed(bench, monkeypatch):
 
 
 def test_components_are_found_by_looking():
-    found = {part.stem for part in automl.components()}
-    assert {"structured_pruning", "tensor_decomposition", "sparse_neural_networks"} <= found
-    assert "automl_components" not in found and "continuous_nas" not in found, "they offer no apply"
+    stems = {part.stem for part in automl.components()}
+    assert {"structured_pruning", "tensor_decomposition", "sparse_neural_networks"} <= stems
+    assert "automl_components" not in stems and "continuous_nas" not in stems, "they offer no apply"
     some = automl.components({"structured_pruning": {"ratio"}})
     assert [part.stem for part in some] == ["structured_pruning"] and list(some[0].knobs) == ["ratio"]
 
@@ -72,7 +72,7 @@ def test_every_real_configuration_becomes_a_stack_and_back():
     every = automl.space(parts)
     draw = np.random.default_rng(0)
     for _ in range(20):
-        params = {name: controls.drawn(one, draw) for name, one in every.items()}
+        params = {name: controls.drawn(distribution, draw) for name, distribution in every.items()}
         stack = automl.stack_of(params, parts)
         assert automl.stack_of(automl.params_of(stack, parts), parts) == stack
         json.dumps([step.model_dump() for step in stack])
@@ -124,9 +124,9 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
         raise RuntimeError("broken\nlong story")
 
     def noise(model, calibration):
-        made = _scale(model, calibration)
-        made.lm_head.weight.copy_(torch.randn_like(made.lm_head.weight) * 9)
-        return made
+        broken = _scale(model, calibration)
+        broken.lm_head.weight.copy_(torch.randn_like(broken.lm_head.weight) * 9)
+        return broken
 
     makers = {"refusing": refuse, "crashing": crash, "noisy": noise}
     parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
@@ -135,8 +135,8 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     monkeypatch.setattr(bench_module.interleaved, "paired", lambda *_, **__: pytest.fail("timed"))
     says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
     for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
-        found = bench.judge([RecipeStep(optimization=stem)])
-        assert text in found.reason and "\n" not in found.reason and found.point == bench_module.INFEASIBLE_POINT
+        judged = bench.judge([RecipeStep(optimization=stem)])
+        assert text in judged.reason and "\n" not in judged.reason and judged.point == bench_module.INFEASIBLE_POINT
     bench.memory_budget = 0.5
     assert "memory of 1.000 is over the budget of 0.500" in bench.judge([RecipeStep(optimization="good")]).reason
 
@@ -147,22 +147,24 @@ def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
     with study.opened(None, "s", {}, 2) as memory:
         whole = automl.run(bench, parts, memory, 12, seed=3)
     for stop in (4, 9, None):
-        with study.opened(tmp_path / "s.db", "s", {}, 2) as kept:
-            parted = automl.run(bench, parts, kept, 12, seed=3, stop_after=stop)
-    assert [one.stack for one in parted] == [one.stack for one in whole]
+        with study.opened(tmp_path / "s.db", "s", {}, 2) as stored:
+            parted = automl.run(bench, parts, stored, 12, seed=3, stop_after=stop)
+    assert [judged.stack for judged in parted] == [judged.stack for judged in whole]
     assert [step.optimization for step in whole[0].stack] == ["one"], "the defaults come first"
-    assert any(len(one.stack) == 2 for one in whole)
+    assert any(len(judged.stack) == 2 for judged in whole)
 
 
 def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
     name = "automl_components--glm--quick"
-    with study.opened(tmp_path / f"{name}.db", name, {}, 2) as kept:
-        found = automl.run(bench, parts, kept, 6)
+    with study.opened(tmp_path / f"{name}.db", name, {}, 2) as stored:
+        outcomes = automl.run(bench, parts, stored, 6)
     (tmp_path / "automl_components--coder--quick.db").write_text("damaged")
     first = automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts)
-    assert first == [max((one for one in found if one.stack and not one.reason), key=automl.utility).stack]
+    assert first == [
+        max((judged for judged in outcomes if judged.stack and not judged.reason), key=automl.utility).stack
+    ]
     assert automl.elsewhere(tmp_path, name, parts) == [], "its own study is no other model's"
     assert automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts[:0]) == []
     with study.opened(None, "s", {}, 2) as memory:
@@ -192,17 +194,21 @@ def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
 def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
-    found = [bench.judge([RecipeStep(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
+    outcomes = [bench.judge([RecipeStep(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
     stack = [RecipeStep(optimization="one", knobs={"share": 0.1})]
     near, quick = (JudgedStack(stack, time, kl, 1.0, None, 0.0) for time, kl in ((0.9, 0.01), (0.3, 0.4)))
-    assert [one for one, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], "within the margin comes first"
-    best = automl.promote(bench, found, 1)
-    assert best[0][0] is found[0] and best[0][1] == pytest.approx(bench.divergence(bench.apply(found[0].stack), 1))
+    assert [judged for judged, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], (
+        "within the margin comes first"
+    )
+    best = automl.promote(bench, outcomes, 1)
+    assert best[0][0] is outcomes[0] and best[0][1] == pytest.approx(
+        bench.divergence(bench.apply(outcomes[0].stack), 1)
+    )
 
 
 def test_regret_finds_a_planted_optimum():
-    one, other = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
-    utilities = np.exp(-((one - 4) ** 2 + (other - 2) ** 2) / 8)
+    rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
+    utilities = np.exp(-((rows - 4) ** 2 + (columns - 2) ** 2) / 8)
     curves = [controls.regret(utilities, 18, seed) for seed in range(3)]
     assert all(np.diff(curve).min() >= 0 and curve[-1] > 0.7 for curve in curves)
     assert controls.regret(utilities, 5, 1) == controls.regret(utilities, 5, 1)
@@ -212,25 +218,27 @@ def test_grids_pair_the_components_that_are_worth_most():
     parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("idle", "quick", "middling", "refused")]
     alone = {"idle": (1.0, 0.5, None), "quick": (0.6, 9.0, None), "middling": (0.8, 2.0, None)}
     alone["refused"] = (0.1, 0.1, "refused")
-    found = [JudgedStack([RecipeStep(optimization=stem)], time, 0.0, 1.0, *rest) for stem, (time, *_) in alone.items()
-             for rest in [(alone[stem][2], alone[stem][1])]]  # fmt: skip
-    made = controls.grid(found, parts, 3)
-    assert made[0][0] == [] and [step.optimization for step in made[2][1]] == ["quick", "middling"]
-    assert made[1][0][0].knobs == {"share": 0.05, "kind": "a"} and made[2][0][0].knobs["share"] == 0.75
+    outcomes = [
+        JudgedStack([RecipeStep(optimization=stem)], time, 0.0, 1.0, reason, seconds)
+        for stem, (time, seconds, reason) in alone.items()
+    ]
+    stacks = controls.grid(outcomes, parts, 3)
+    assert stacks[0][0] == [] and [step.optimization for step in stacks[2][1]] == ["quick", "middling"]
+    assert stacks[1][0][0].knobs == {"share": 0.05, "kind": "a"} and stacks[2][0][0].knobs["share"] == 0.75
     with pytest.raises(UserError, match="needs two components"):
-        controls.grid(found, parts[:1], 3)
+        controls.grid(outcomes, parts[:1], 3)
 
 
 def test_a_real_stack_is_judged(tiny):
     bench = _bench(tiny("qwen3-coder-30b"), automl.components())
     step = RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
-    found = bench.judge([step])
-    assert found.reason is None and 0 < found.memory_share < 1 and found.time_share > 0 and found.divergence > 0
+    judged = bench.judge([step])
+    assert judged.reason is None and 0 < judged.memory_share < 1 and judged.time_share > 0 and judged.divergence > 0
     assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
 
 
 def test_a_component_begins_with_what_it_says_of_trials():
-    part = next(one for one in automl.components() if one.stem == "streaming_computation")
+    part = next(part for part in automl.components() if part.stem == "streaming_computation")
     assert part.module.SEARCH_SPACE["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
     assert part.defaults["prefill_chunk"] == part.module.SEARCH_SPACE["prefill_chunk"]["default"]
     space = automl.space([part])

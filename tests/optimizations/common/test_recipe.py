@@ -7,13 +7,13 @@ from lib.optimizations.common import recipe
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 
 
-def _stack(**other) -> Recipe:
+def _stack(**changes) -> Recipe:
     steps = [
         RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.25, "granularity": "channels"}),
         RecipeStep(optimization="sparse_neural_networks", knobs={"sparsity": 0.5}),
     ]
     fields = {"model": "glm-4.7-flash", "scale": "proxy", "stack": steps, "chosen_by": "automl_components"}
-    return Recipe(**fields | other)
+    return Recipe(**fields | changes)
 
 
 def test_round_trip_in_order(tmp_path):

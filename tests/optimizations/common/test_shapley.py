@@ -25,18 +25,18 @@ def test_subsets_come_in_order_and_have_a_limit():
 
 def test_additive_parts_get_their_own_effect():
     own = {"a": 0.3, "b": -0.1, "c": 0.0}
-    found = shapley.shapley(PARTS, _values(lambda chosen: sum(own[part] for part in chosen)))
-    for part, value_S in found.items():
-        one = shapley.over_items(value_S)
-        assert one.low <= own[part] <= one.high and abs(one.value - own[part]) < 0.01
+    shares = shapley.shapley(PARTS, _values(lambda chosen: sum(own[part] for part in chosen)))
+    for part, value_S in shares.items():
+        estimate = shapley.over_items(value_S)
+        assert estimate.low <= own[part] <= estimate.high and abs(estimate.value - own[part]) < 0.01
 
 
 def test_a_planted_interaction_is_shared_and_the_parts_add_up_to_the_whole():
     own = {"a": 0.3, "b": 0.1, "c": 0.2}
     values = _values(lambda chosen: sum(own[p] for p in chosen) + (0.4 if {"a", "b"} <= set(chosen) else 0))
-    found = shapley.shapley(PARTS, values)
-    assert [round(float(found[part].mean()), 2) for part in PARTS] == [0.5, 0.3, 0.2]
-    np.testing.assert_allclose(sum(found.values()), values[PARTS] - values[()], atol=1e-12)
+    shares = shapley.shapley(PARTS, values)
+    assert [round(float(shares[part].mean()), 2) for part in PARTS] == [0.5, 0.3, 0.2]
+    np.testing.assert_allclose(sum(shares.values()), values[PARTS] - values[()], atol=1e-12)
     both = shapley.over_items(shapley.interaction(values[()], values["a",], values["b",], values["a", "b"]))
     none = shapley.over_items(shapley.interaction(values[()], values["a",], values["c",], values["a", "c"]))
     assert both.clear and abs(both.value - 0.4) < 0.01 and not none.clear
@@ -45,14 +45,14 @@ def test_a_planted_interaction_is_shared_and_the_parts_add_up_to_the_whole():
 def test_shapley_is_the_mean_over_all_orders_of_joining():
     random = np.random.default_rng(1)
     values = {chosen: random.normal(size=1) for chosen in shapley.subsets(PARTS)}
-    found = shapley.shapley(PARTS, values)
+    shares = shapley.shapley(PARTS, values)
     for part in PARTS:
         gains = []
         for order in itertools.permutations(PARTS):
             before = tuple(p for p in PARTS if p in order[: order.index(part)])
             joined = tuple(p for p in PARTS if p in before or p == part)
             gains.append(values[joined] - values[before])
-        np.testing.assert_allclose(found[part], np.mean(gains, axis=0))
+        np.testing.assert_allclose(shares[part], np.mean(gains, axis=0))
 
 
 class _Clock:
@@ -74,11 +74,11 @@ class _Clock:
 def test_rounds_time_every_arm_once_and_in_balanced_order():
     clock = _Clock()
     arms = {name: clock.arm(itertools.repeat(seconds)) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    found = interleaved.rounds(arms, 8, clock=clock)
-    np.testing.assert_allclose(found.contrast({"c": 1, "b": -1}), np.log(2))
-    for one, other in itertools.permutations(arms, 2):
-        assert sum(found.before(one, other)) == 4, "each of two arms comes first equally often"
-    pairs = found.pairs("a", "b")
+    timed = interleaved.rounds(arms, 8, clock=clock)
+    np.testing.assert_allclose(timed.contrast({"c": 1, "b": -1}), np.log(2))
+    for first, second in itertools.permutations(arms, 2):
+        assert sum(timed.before(first, second)) == 4, "each of two arms comes first equally often"
+    pairs = timed.pairs("a", "b")
     assert sorted(pairs.order) == ["AB"] * 4 + ["BA"] * 4 and pairs.optimized_seconds == [2.0] * 8
     with pytest.raises(UserError, match="too few"):
         interleaved.rounds(arms, 5, clock=clock)
@@ -91,8 +91,8 @@ def test_disturbed_rounds_are_repeated_then_kept_and_marked():
         seen.append(None)
         return lambda: "a neighbour"
 
-    found = interleaved.rounds({"a": clock.arm(itertools.repeat(1.0))}, 6, clock=clock, disturbance=watch)
-    assert len(seen) == 6 + 3 and found.disturbed == ["a neighbour"] * 6
+    timed = interleaved.rounds({"a": clock.arm(itertools.repeat(1.0))}, 6, clock=clock, disturbance=watch)
+    assert len(seen) == 6 + 3 and timed.disturbed == ["a neighbour"] * 6
 
 
 def test_interactions_of_timed_arms_and_losses():

@@ -19,16 +19,16 @@ CHOICES = {name: optuna.distributions.CategoricalDistribution(("x", "y", "z")) f
 
 
 def _value(params: dict) -> tuple[float, float]:
-    found = sum(("xyz".index(value) + 1) * (at + 1) for at, value in enumerate(params.values()))
-    return float(found), float(15 / found)
+    total = sum(("xyz".index(value) + 1) * (at + 1) for at, value in enumerate(params.values()))
+    return float(total), float(15 / total)
 
 
 def _search(path, until: int, name: str = "s") -> list[dict]:
-    with study.opened(path, name, SPACE, 2) as found:
-        while len(found.trials) < until:
-            params = found.propose(CHOICES, lambda n: optuna.samplers.TPESampler(seed=n, n_startup_trials=4))
-            found.add(params, CHOICES, _value(params))
-        return [trial.params for trial in found.trials]
+    with study.opened(path, name, SPACE, 2) as stored:
+        while len(stored.trials) < until:
+            params = stored.propose(CHOICES, lambda n: optuna.samplers.TPESampler(seed=n, n_startup_trials=4))
+            stored.add(params, CHOICES, _value(params))
+        return [trial.params for trial in stored.trials]
 
 
 def test_stopped_and_gone_on_with_equals_uninterrupted(tmp_path):
@@ -63,20 +63,20 @@ t._search({str(path)!r}, 12)
 def test_facts_are_made_once(tmp_path):
     values = iter([{"b0": [0.1]}, {"b0": [0.2]}])
     for _ in range(2):
-        with study.opened(tmp_path / "s.db", "s", SPACE, 1) as found:
-            assert found.fact("costs", lambda: next(values)) == {"b0": [0.1]}
+        with study.opened(tmp_path / "s.db", "s", SPACE, 1) as stored:
+            assert stored.fact("costs", lambda: next(values)) == {"b0": [0.1]}
 
 
 def test_another_space_is_kept_aside(tmp_path):
     path = tmp_path / "s.db"
     _search(path, 3)
-    with study.opened(path, "s", SPACE | {"weights": "2"}, 2) as found:
-        assert found.trials == [] and "belongs to another search space; kept as s.db.aside-1" in found.notes[0]
-    with study.opened(path, "s", SPACE, 2) as found:
-        assert found.trials == []
+    with study.opened(path, "s", SPACE | {"weights": "2"}, 2) as stored:
+        assert stored.trials == [] and "belongs to another search space; kept as s.db.aside-1" in stored.notes[0]
+    with study.opened(path, "s", SPACE, 2) as stored:
+        assert stored.trials == []
     assert {file.name for file in tmp_path.glob("s.db*")} == {"s.db", "s.db.aside-1", "s.db.aside-2"}
-    with study.opened(tmp_path / "s.db.aside-1", "s", SPACE, 2) as found:
-        assert len(found.trials) == 3, "nothing of it was lost"
+    with study.opened(tmp_path / "s.db.aside-1", "s", SPACE, 2) as stored:
+        assert len(stored.trials) == 3, "nothing of it was lost"
 
 
 def _table(path: Path) -> bytes:
@@ -98,8 +98,8 @@ def test_damaged_files_are_kept_aside(tmp_path, kind):
         "other tables": lambda: _table(tmp_path / "other.db"),
     }[kind]()
     path.write_bytes(damaged)
-    with study.opened(path, "s", SPACE, 2) as found:
-        assert found.trials == [] and "kept as s.db.aside-1" in found.notes[0]
+    with study.opened(path, "s", SPACE, 2) as stored:
+        assert stored.trials == [] and "kept as s.db.aside-1" in stored.notes[0]
     assert (tmp_path / "s.db.aside-1").read_bytes() == damaged
 
 

@@ -27,9 +27,11 @@ def _times(shelf) -> dict:
     return {"prefill": seconds, "decode": seconds, "prefill_rest": 0.001, "decode_rest": 0.001}
 
 
-def _begin(model, batch, **other):
+def _begin(model, batch, **options):
     shelf = nas.build(model, observe(model, [batch]))
-    return nas.Search(shelf, probe(model, [batch]), **other), request_costs.tables(model, shelf, PREFILL, _times(shelf))
+    return nas.Search(shelf, probe(model, [batch]), **options), request_costs.tables(
+        model, shelf, PREFILL, _times(shelf)
+    )
 
 
 def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
@@ -39,23 +41,23 @@ def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
     blocks[1].feed_forward.down.weight.zero_()
     search, costs = _begin(model, batch)
     idle = search.library.whole | {"02.attention": "none", "01.feed_forward": "none"}
-    found = nas.run(search, costs, time_share=costs.share(idle) + 1e-9, memory_share=1.0, refinements=3)
-    assert found.choice == idle and found.divergence < 1e-6
+    best = nas.run(search, costs, time_share=costs.share(idle) + 1e-9, memory_share=1.0, refinements=3)
+    assert best.choice == idle and best.divergence < 1e-6
 
 
 def test_answers_are_within_the_budgets(tiny, name, batch):
     model = tiny(name)
     search, costs = _begin(model, batch)
-    found = nas.run(search, costs, time_share=0.7, memory_share=0.8, refinements=4)
-    assert costs.share(found.choice, costs.time) <= 0.7 and costs.share(found.choice, costs.memory) <= 0.8
-    measured = nas.swap(search.library, found.choice)
-    assert divergence(measured, search.probe) == pytest.approx(found.divergence, rel=1e-4)
+    best = nas.run(search, costs, time_share=0.7, memory_share=0.8, refinements=4)
+    assert costs.share(best.choice, costs.time) <= 0.7 and costs.share(best.choice, costs.memory) <= 0.8
+    measured = nas.swap(search.library, best.choice)
+    assert divergence(measured, search.probe) == pytest.approx(best.divergence, rel=1e-4)
     within = [
-        one.divergence
-        for one in search.evaluations
-        if costs.share(one.choice, costs.time) <= 0.7 and costs.share(one.choice, costs.memory) <= 0.8
+        evaluation.divergence
+        for evaluation in search.evaluations
+        if costs.share(evaluation.choice, costs.time) <= 0.7 and costs.share(evaluation.choice, costs.memory) <= 0.8
     ]
-    assert found.divergence == min(within)
+    assert best.divergence == min(within)
 
 
 def test_scores_add_up_best_where_little_changes(tiny, batch):
@@ -63,9 +65,13 @@ def test_scores_add_up_best_where_little_changes(tiny, batch):
     search, _ = _begin(tiny("qwen3-coder-30b"), batch)
     scores = nas.score(search)
     table = CostTable("", scores)
-    singles = [one for one in search.evaluations if sum(option != WHOLE for option in one.choice.values()) == 1]
+    singles = [
+        evaluation
+        for evaluation in search.evaluations
+        if sum(option != WHOLE for option in evaluation.choice.values()) == 1
+    ]
     assert len(singles) == len(search.evaluations) > 10
-    assert all(table.of(one.choice) == pytest.approx(one.divergence) for one in singles)
+    assert all(table.of(evaluation.choice) == pytest.approx(evaluation.divergence) for evaluation in singles)
 
 
 def test_budgets_out_of_reach_name_the_nearest(tiny, batch):
@@ -82,16 +88,18 @@ def test_stopped_anywhere_and_gone_on_with_ends_the_same(tiny, name, batch, tmp_
     whole, costs = _begin(model, batch)
     expected = nas.run(whole, costs, **options)
     for stop in (3, len(whole.evaluations) - 3, None):
-        with study.opened(tmp_path / "s.db", "s", {"name": name}, 1) as kept:
-            search = nas.Search(whole.library, whole.probe, kept, stop_after=stop)
+        with study.opened(tmp_path / "s.db", "s", {"name": name}, 1) as stored:
+            search = nas.Search(whole.library, whole.probe, stored, stop_after=stop)
             if stop is None:
-                found = nas.run(search, costs, **options)
+                best = nas.run(search, costs, **options)
                 continue
             with pytest.raises(nas.SearchStopped):
                 nas.run(search, costs, **options)
             assert len(search.evaluations) == stop
-    assert found.choice == expected.choice and found.divergence == pytest.approx(expected.divergence, rel=1e-5)
-    assert [one.choice for one in search.evaluations] == [one.choice for one in whole.evaluations]
+    assert best.choice == expected.choice and best.divergence == pytest.approx(expected.divergence, rel=1e-5)
+    assert [evaluation.choice for evaluation in search.evaluations] == [
+        evaluation.choice for evaluation in whole.evaluations
+    ]
 
 
 def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
@@ -103,7 +111,7 @@ def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
     followed = drift.adapt(search, drifted, time_share=1.0, memory_share=0.8, refinements=2)
     assert len(followed.warm) == len(search.evaluations) - before + 1 and followed.warm[0] > 0
     assert followed.evaluations_until(0.95) < len(followed.cold) / 3
-    phases = [one.phase for one in search.evaluations[before:]]
+    phases = [evaluation.phase for evaluation in search.evaluations[before:]]
     assert "library" not in phases and len(phases) <= 12
     assert drifted.share(nas.best(search, drifted, 1.0, 0.8).choice) <= 0.8
     assert costs.scarce.unit == "s" and drifted.scarce.unit == "bytes"
@@ -116,9 +124,9 @@ def test_memory_is_counted_as_the_model_holds_it(tiny, name, batch):
     search, costs = _begin(model, batch)
     tokens = PREFILL.batch * (PREFILL.prompt_tokens + PREFILL.new_tokens)
     for choice in (search.library.whole, {slot: options[-1] for slot, options in search.library.space.items()}):
-        made = child(search.library, choice)
-        held = cost_model.weights_bytes(made) + tokens * cost_model.kv_cache_bytes_per_token(made)
-        assert costs.memory.of(choice) == pytest.approx(held)
+        built = child(search.library, choice)
+        bytes_held = cost_model.weights_bytes(built) + tokens * cost_model.kv_cache_bytes_per_token(built)
+        assert costs.memory.of(choice) == pytest.approx(bytes_held)
 
 
 def test_times_are_measured_for_every_option(tiny, name, batch):
@@ -140,7 +148,7 @@ def test_controls(tiny, name, batch):
     model = tiny(name)
     shelf = nas.build(model, observe(model, [batch]), replacement_library.UNIFORM)
     alike = replacement_library.uniform_choices(shelf.space, 12)
-    assert 4 <= len(alike) <= 12 and len({tuple(one.items()) for one in alike}) == len(alike)
+    assert 4 <= len(alike) <= 12 and len({tuple(choice.items()) for choice in alike}) == len(alike)
     for choice in alike:
         kinds = {}
         for slot, option in choice.items():
@@ -152,9 +160,9 @@ def test_controls(tiny, name, batch):
         == replacement_library.random_choices(shelf.space, 40, 1)
         != replacement_library.random_choices(shelf.space, 40, 2)
     )
-    replaced = [sum(option != WHOLE for option in one.values()) for one in drawn]
+    replaced = [sum(option != WHOLE for option in choice.values()) for choice in drawn]
     assert min(replaced) <= 2 and max(replaced) >= len(shelf.space) - 2
-    assert set(itertools.chain(*(one.values() for one in drawn))) > {WHOLE}
+    assert set(itertools.chain(*(choice.values() for choice in drawn))) > {WHOLE}
 
 
 def test_rivals_are_the_nearest_undominated_ones_on_both_sides():

@@ -24,19 +24,19 @@ def problem():
 def _everything(scores, budgets):
     slots = list(scores)
     every = [dict(zip(slots, options)) for options in itertools.product(*(scores[slot] for slot in slots))]
-    allowed = [one for one in every if all(budget.table.of(one) <= budget.most for budget in budgets)]
-    return sorted(allowed, key=lambda one: CostTable("", scores).of(one))
+    allowed = [choice for choice in every if all(budget.table.of(choice) <= budget.most for budget in budgets)]
+    return sorted(allowed, key=lambda choice: CostTable("", scores).of(choice))
 
 
 def test_the_best_ten_are_those_of_trying_everything(problem):
     scores, time, memory = problem
     budgets = [Budget(time, 2.2), Budget(memory, 2.2e7)]
     expected = _everything(scores, budgets)[:10]
-    found = mip.solve(scores, budgets, count=10)
+    choices = mip.solve(scores, budgets, count=10)
     total = CostTable("", scores).of
-    assert len(expected) > 3 and found[0] == expected[0]
-    assert [total(one) for one in found] == pytest.approx([total(one) for one in expected])
-    assert mip.solve(scores, budgets, without=found[:1])[0] == found[1]
+    assert len(expected) > 3 and choices[0] == expected[0]
+    assert [total(choice) for choice in choices] == pytest.approx([total(choice) for choice in expected])
+    assert mip.solve(scores, budgets, without=choices[:1])[0] == choices[1]
 
 
 def test_fewer_come_back_where_there_are_fewer():
@@ -47,7 +47,7 @@ def test_fewer_come_back_where_there_are_fewer():
 
 def test_unreachable_budgets_name_the_nearest(problem):
     scores, time, _ = problem
-    least = min(time.of(one) for one in _everything(scores, []))
+    least = min(time.of(choice) for choice in _everything(scores, []))
     with pytest.raises(UserError, match=f"the nearest within reach is {least:.4g} s"):
         mip.solve(scores, [Budget(time, least * 0.9)])
     table = {"a": {"fast": 0.0, "small": 0.0}}

@@ -14,12 +14,12 @@ from lib.optimizations.continuous_nas.scoring import divergence, probe
 from lib.optimizations.structured_pruning.method import saliency_scores
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+def close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.allclose(first, second, atol=2e-5, rtol=1e-4)
 
 
 @pytest.fixture
-def made(tiny, name, batch):
+def built(tiny, name, batch):
     """A tiny model and its library."""
     model = tiny(name)
     seen = observe(model, [batch])
@@ -56,8 +56,8 @@ def test_the_first_block_may_lack_attention_too(tiny, name, batch):
         no_op.remove(lacking, 3, "attention")
 
 
-def test_every_option_runs_survives_the_disk_and_goes_back_exactly(made, batch, tmp_path):
-    model, shelf = made
+def test_every_option_runs_survives_the_disk_and_goes_back_exactly(built, batch, tmp_path):
+    model, shelf = built
     expected, before = model(**batch).logits, io.weights_hash(model)
     assert torch.equal(shelf.student(**batch).logits, expected)
     for turn in range(1, max(len(options) for options in shelf.space.values())):
@@ -73,13 +73,13 @@ def test_every_option_runs_survives_the_disk_and_goes_back_exactly(made, batch, 
     assert io.weights_hash(model) == io.weights_hash(shelf.student) == before
 
 
-def test_the_student_shares_every_tensor(made):
-    model, shelf = made
+def test_the_student_shares_every_tensor(built):
+    model, shelf = built
     assert {id(tensor) for tensor in shelf.student.parameters()} == {id(tensor) for tensor in model.parameters()}
 
 
-def test_options_are_what_they_say(made):
-    model, shelf = made
+def test_options_are_what_they_say(built):
+    model, shelf = built
     for slot, options in shelf.modules.items():
         index, part = replacement_library.locate(slot)
         block = anatomy(model).blocks[index]
@@ -95,8 +95,8 @@ def test_options_are_what_they_say(made):
     replacement_library.swap(shelf, shelf.whole)
 
 
-def test_divergence_from_a_later_block_is_that_of_the_whole(made, batch):
-    model, shelf = made
+def test_divergence_from_a_later_block_is_that_of_the_whole(built, batch):
+    model, shelf = built
     pictures = [{"input_ids": batch["input_ids"]}, batch]
     seen = probe(model, pictures)
     assert divergence(shelf.student, seen) < 1e-6
@@ -106,7 +106,9 @@ def test_divergence_from_a_later_block_is_that_of_the_whole(made, batch):
         later = divergence(changed, seen, replacement_library.locate(slot)[0])
         assert later == pytest.approx(divergence(changed, seen), rel=1e-4, abs=1e-7)
         tokens = [24 * 2, 24 + 15]
-        both = sum(float(whole_divergence(changed, model, one)) * n for one, n in zip(pictures, tokens)) / sum(tokens)
+        both = sum(
+            float(whole_divergence(changed, model, pictured)) * n for pictured, n in zip(pictures, tokens)
+        ) / sum(tokens)
         assert later == pytest.approx(both, rel=1e-3, abs=1e-6)
     replacement_library.swap(shelf, shelf.whole)
 

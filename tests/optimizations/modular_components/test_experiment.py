@@ -36,8 +36,8 @@ def test_interactions_are_held_against_chance(clear, total, outcome):
 
 
 def _overhead(verdict: str) -> list[measurement.Measurement]:
-    made = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
-    return [made.model_copy(update={"verdict": verdict})]
+    rate = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
+    return [rate.model_copy(update={"verdict": verdict})]
 
 
 @pytest.mark.parametrize(

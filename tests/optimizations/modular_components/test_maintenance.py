@@ -39,6 +39,6 @@ def test_what_is_added_does_what_it_says(tiny, name, tmp_path):
 
 
 def test_the_copy_finds_orders_and_runs_it():
-    found = maintenance.measure("qwen3-4b-instruct-2507")
-    assert found.touched == 2 and found.listed and found.state == "works"
-    assert maintenance.STEM in found.order and set(found.order) <= set(found.parts)
+    grown = maintenance.measure("qwen3-4b-instruct-2507")
+    assert grown.touched == 2 and grown.listed and grown.state == "works"
+    assert maintenance.STEM in grown.order and set(grown.order) <= set(grown.parts)

@@ -57,9 +57,9 @@ def test_a_faulty_descriptor_is_named(change, says):
 def test_order_follows_needs_whatever_is_given(tiny, name):
     model = tiny(name)
     wanted = [PRUNING, FACTORS, SPARSE]
-    for given in (wanted, wanted[::-1], [SPARSE, PRUNING, FACTORS]):
-        arranged = composing.order([step(stem) for stem in given], model)
-        assert [one.optimization for one in arranged] == wanted
+    for stems in (wanted, wanted[::-1], [SPARSE, PRUNING, FACTORS]):
+        arranged = composing.order([step(stem) for stem in stems], model)
+        assert [step.optimization for step in arranged] == wanted
     assert composing.refusal([step(SPARSE), step(PRUNING)], model)
     routed = any(block.feed_forward.experts for block in anatomy(model).blocks)
     assert (composing.refusal([step(FACTORS), step(PRUNING)], model) is None) == routed, (
@@ -68,16 +68,16 @@ def test_order_follows_needs_whatever_is_given(tiny, name):
 
 
 def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
-    made = {}
+    modules = {}
     for stem, needed, lost in (
         ("one", "whole matrices", "stock attention"),
         ("two", "stock attention", "whole matrices"),
     ):
         described = {"touches": (), "needs": (needed,), "invalidates": (lost,), "trial": {}}
-        made[stem] = types.SimpleNamespace(
+        modules[stem] = types.SimpleNamespace(
             COMPOSES=described, SEARCH_SPACE={}, apply=None, applies_to=lambda model: None
         )
-    monkeypatch.setattr(composing, "parts", lambda: made)
+    monkeypatch.setattr(composing, "parts", lambda: modules)
     model = tiny("qwen3-coder-30b")
     with pytest.raises(
         UserError, match="cannot be ordered: one takes away stock attention, which two needs; two takes"
@@ -85,9 +85,9 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
         composing.order([RecipeStep(optimization="one"), RecipeStep(optimization="two")], model)
     with pytest.raises(UserError, match="cannot be ordered"):
         composing.compose(model, [], [RecipeStep(optimization="one"), RecipeStep(optimization="two")])
-    kept, left = composing.orderable([RecipeStep(optimization="two"), RecipeStep(optimization="one")], model)
-    assert [one.optimization for one in kept] == ["one"]
-    assert left["two"].startswith("these steps cannot be ordered: one takes away stock attention")
+    arranged, reasons = composing.orderable([RecipeStep(optimization="two"), RecipeStep(optimization="one")], model)
+    assert [step.optimization for step in arranged] == ["one"]
+    assert reasons["two"].startswith("these steps cannot be ordered: one takes away stock attention")
 
 
 def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, batch):
@@ -96,7 +96,7 @@ def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, bat
     identity = composing.compose(model, [batch], [])
     assert io.weights_hash(identity.model) == before and identity.model is not model and identity.steps == []
     composed = composing.compose(model, [batch], [step(SPARSE), step(FACTORS), step(PRUNING)])
-    assert [one.optimization for one in composed.steps] == [PRUNING, FACTORS, SPARSE]
+    assert [step.optimization for step in composed.steps] == [PRUNING, FACTORS, SPARSE]
     assert io.weights_hash(model) == before != io.weights_hash(composed.model)
     assert torch.isfinite(composed.model(**batch).logits).all()
 
@@ -132,11 +132,11 @@ def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
     model, sample = tiny(name), batch["input_ids"]
     options = {"random_weights": True}
     singles = {s: attempts.attempt(model, [batch], [step(s)], sample, **options) for s in (PRUNING, FACTORS, SPARSE)}
-    assert {one.state for one in singles.values()} == {"works"}
+    assert {attempt.state for attempt in singles.values()} == {"works"}
     pairs = attempts.ordered_pairs(model, [batch], singles, sample, **options)
-    assert len(pairs) == 6 and {one.state for one in pairs.values()} <= {"works", "refused"}
-    assert all(one.reason for one in pairs.values() if one.state == "refused")
-    works = [key for key, one in pairs.items() if one.state == "works"]
+    assert len(pairs) == 6 and {attempt.state for attempt in pairs.values()} <= {"works", "refused"}
+    assert all(attempt.reason for attempt in pairs.values() if attempt.state == "refused")
+    works = [key for key, attempt in pairs.items() if attempt.state == "works"]
     assert attempts.modularity(pairs) == len(works) / 6 and (PRUNING, SPARSE) in works
     forced = attempts.attempt(model, [batch], pairs[SPARSE, PRUNING].steps, sample, checked=False, **options)
     assert forced.state in ("refused", "crashed"), "the refusal was right"
@@ -153,16 +153,16 @@ def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):
         return muted
 
     described = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
-    made = {
+    modules = {
         stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=apply, applies_to=lambda model: None)
         for stem, apply in (("crash", crash), ("silence", silence))
     }
-    monkeypatch.setattr(composing, "parts", lambda: made)
+    monkeypatch.setattr(composing, "parts", lambda: modules)
     model = tiny("qwen3-4b-instruct-2507")
     outcomes = [
         attempts.attempt(model, [], [RecipeStep(optimization=s)], batch["input_ids"]) for s in ("crash", "silence")
     ]
-    assert [one.state for one in outcomes] == ["crashed", "invalid"]
+    assert [attempt.state for attempt in outcomes] == ["crashed", "invalid"]
     assert outcomes[0].reason == "RuntimeError: no such kernel" and "not finite" in outcomes[1].reason
 
 
@@ -195,15 +195,15 @@ def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tm
     """Sparse cores between shared factors, against the same zeros multiplied densely; then the way to disk."""
     model = tiny("glm-4.7-flash")
     wanted = [step(FACTORS), step(SPARSE, sparsity=0.5)]
-    made = composing.compose(model, [batch], wanted).model
+    sparse = composing.compose(model, [batch], wanted).model
     dense = composing.compose(model, [batch], [step(FACTORS), step(SPARSE, sparsity=0.5, execute="dense")]).model
-    experts = next(b.feed_forward.experts.module for b in anatomy(made).blocks if b.feed_forward.experts)
+    experts = next(b.feed_forward.experts.module for b in anatomy(sparse).blocks if b.feed_forward.experts)
     assert type(experts).__name__ == "SparseExperts"
     assert experts.input_factor is not None or experts.output_factor is not None, "no stack of experts was factored"
-    torch.testing.assert_close(made(**batch).logits, dense(**batch).logits, atol=1e-4, rtol=1e-4)
-    back = io.load_folder(io.save(made, tmp_path), torch.float32)
-    assert io.weights_hash(back) == io.weights_hash(made)
-    torch.testing.assert_close(back(**batch).logits, made(**batch).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sparse(**batch).logits, dense(**batch).logits, atol=1e-4, rtol=1e-4)
+    back = io.load_folder(io.save(sparse, tmp_path), torch.float32)
+    assert io.weights_hash(back) == io.weights_hash(sparse)
+    torch.testing.assert_close(back(**batch).logits, sparse(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
 # --- a live model ----------------------------------------------------------------------------------------------------
@@ -212,14 +212,14 @@ def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tm
 def test_a_live_model_gets_everything_back(tiny, name, batch):
     model = tiny(name)
     prompt, before, logits = batch["input_ids"][:1], io.weights_hash(model), model(**batch).logits
-    other = composing.compose(model, [batch], [step(PRUNING)]).model
-    changed, theirs = io.weights_hash(other), other(**batch).logits
+    optimized = composing.compose(model, [batch], [step(PRUNING)]).model
+    changed, theirs = io.weights_hash(optimized), optimized(**batch).logits
     serving = hot_swap.Live(model)
     answer = serving.generate(prompt, 6)
-    serving.swap(other)
+    serving.swap(optimized)
     assert io.weights_hash(model) == changed and torch.equal(model(**batch).logits, theirs)
     with pytest.raises(UserError, match="swapped in already"):
-        serving.swap(other)
+        serving.swap(optimized)
     serving.revert()
     assert io.weights_hash(model) == before and torch.equal(model(**batch).logits, logits)
     assert torch.equal(serving.generate(prompt, 6), answer)
@@ -230,44 +230,44 @@ def test_a_live_model_gets_everything_back(tiny, name, batch):
 def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     model = tiny("qwen3-coder-30b")
     prompt, before = batch["input_ids"][:1], io.weights_hash(model)
-    other = composing.compose(model, [batch], [step(PRUNING, ratio=0.4)]).model
+    optimized = composing.compose(model, [batch], [step(PRUNING, ratio=0.4)]).model
     serving, ran = hot_swap.Live(model), []
     experts = lambda: anatomy(model).blocks[-1].feed_forward.experts.count  # noqa: E731
 
     def between(count: int) -> None:
         ran.append(experts())
         if count == 2:
-            serving.swap(other)
+            serving.swap(optimized)
         if count == 4:
             serving.revert()
 
     serving.generate(prompt, 6, between)
     assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and io.weights_hash(model) == before
-    report = hot_swap.trial(serving, other, prompt, 6)
+    report = hot_swap.trial(serving, optimized, prompt, 6)
     assert report.reason is None and len(report.waits) == 2 and serving.original is None
 
 
 def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
-    other = composing.compose(model, [batch], [step(PRUNING, granularity="heads", ratio=0.1)]).model
-    assert hot_swap.cache_shape(model) != hot_swap.cache_shape(other)
+    optimized = composing.compose(model, [batch], [step(PRUNING, granularity="heads", ratio=0.1)]).model
+    assert hot_swap.cache_shape(model) != hot_swap.cache_shape(optimized)
     serving, prompt = hot_swap.Live(model), batch["input_ids"][:1]
     with pytest.raises(UserError, match=r"1 request under way.*Swap between requests"):
-        serving.generate(prompt, 4, lambda count: serving.swap(other))
+        serving.generate(prompt, 4, lambda count: serving.swap(optimized))
     assert serving.requests == 0 and serving.original is None
-    report = hot_swap.trial(serving, other, prompt, 6)
+    report = hot_swap.trial(serving, optimized, prompt, 6)
     assert "Swap between requests" in report.reason and len(report.waits) == 2
 
 
 def test_what_cannot_be_exchanged_is_refused(tiny):
-    one, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b")
+    first, second = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b")
     with pytest.raises(UserError, match="in the place of"):
-        hot_swap.exchange(one, other)
+        hot_swap.exchange(first, second)
     bound = tiny("qwen3-4b-instruct-2507", seed=1)
     bound.answer = types.MethodType(lambda self: None, bound)
     with pytest.raises(UserError, match="answer belongs to its object"):
-        hot_swap.exchange(one, bound)
+        hot_swap.exchange(first, bound)
     wrapped = tiny("qwen3-4b-instruct-2507", seed=1)
     wrapped.forward = lambda *arguments, **options: None
-    report = hot_swap.trial(hot_swap.Live(one), wrapped, torch.tensor([[9, 10, 11]]), 4)
+    report = hot_swap.trial(hot_swap.Live(first), wrapped, torch.tensor([[9, 10, 11]]), 4)
     assert "forward belongs to its object" in report.reason and report.waits == []

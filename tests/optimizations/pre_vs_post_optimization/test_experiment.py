@@ -10,8 +10,8 @@ from lib.report.text import reading
 
 
 def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measurement:
-    made = measurement.informative("f1_macro", "classify", 0.9, 0.9, "planted")
-    return made.model_copy(update={"verdict": verdict, "margin": margin})
+    score = measurement.informative("f1_macro", "classify", 0.9, 0.9, "planted")
+    return score.model_copy(update={"verdict": verdict, "margin": margin})
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measureme
 )
 def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
     answers = experiment.refutations(
-        [_verdict(one) for one in control], [_verdict(one) for one in quality], changes, worse
+        [_verdict(verdict) for verdict in control], [_verdict(verdict) for verdict in quality], changes, worse
     )
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes and all(evidence for _, _, evidence in answers)
@@ -50,6 +50,6 @@ def test_a_sweep_without_points_is_empty():
 
 
 def test_the_return_in_words():
-    told = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
-    assert told == "never pays: no gain was shown"
+    text = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
+    assert text == "never pays: no gain was shown"
     assert returns.in_words([]).startswith("the break-even is unknown")

@@ -42,8 +42,8 @@ def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     stored = recipe.Recipe(model=model.name_or_path or "m", scale="proxy", stack=STEPS[::-1], chosen_by="a search")
     monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
-    found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
-    assert found.steps == STEPS and found.origin.startswith("a search") and found.considered == []
+    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    assert stack.steps == STEPS and stack.origin.startswith("a search") and stack.considered == []
 
 
 def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monkeypatch):
@@ -52,15 +52,15 @@ def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monk
     monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
     default = comparing.ChosenStack(STEPS, "the default rule")
     monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
-    found = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
-    assert found.steps == STEPS and found.origin == "a search chose to change nothing; instead the default rule"
+    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    assert stack.steps == STEPS and stack.origin == "a search chose to change nothing; instead the default rule"
 
 
 def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
     name = "qwen3-4b-instruct-2507"
-    other = recipe.Recipe(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
+    foreign = recipe.Recipe(model="qwen3-vl-2b", scale="proxy", stack=STEPS, chosen_by="a search")
     path = recipe.path_of(name, "proxy", tmp_path)
-    recipe.write(other, tmp_path).rename(path)
+    recipe.write(foreign, tmp_path).rename(path)
     finding = recipe.find
     monkeypatch.setattr(recipe, "find", lambda name, scale: finding(name, scale, tmp_path))
     with pytest.raises(UserError, match="a recipe of qwen3-vl-2b"):
@@ -89,20 +89,20 @@ def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeyp
     planted = iter([0.3, 0.0, -0.5])
     monkeypatch.setattr(comparing, "_faster", lambda *arguments: next(planted))
     name = "qwen3-4b-instruct-2507"
-    found = comparing.default_stack(_loaded(tiny(name), name), [batch])
-    assert [one.optimization for one in found.steps] == ["brisk"]
-    assert [(row["step"], row["kept"]) for row in found.considered] == [
+    stack = comparing.default_stack(_loaded(tiny(name), name), [batch])
+    assert [step.optimization for step in stack.steps] == ["brisk"]
+    assert [(row["step"], row["kept"]) for row in stack.considered] == [
         ("brisk", True), ("idle", False), ("tardy", False), ("unwilling", False),
     ]  # fmt: skip
-    assert "neither faster" in found.considered[1]["why"] and "not today" in found.considered[3]["why"]
+    assert "neither faster" in stack.considered[1]["why"] and "not today" in stack.considered[3]["why"]
 
 
 def test_where_nothing_pays_the_least_harmful_part_is_taken(tiny, batch, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     monkeypatch.setattr(composing, "parts", lambda: _parts(one=_copy, two=_copy))
     monkeypatch.setattr(comparing, "_faster", lambda *arguments: -0.5)
-    found = comparing.default_stack(_loaded(tiny(name), name), [batch])
-    assert len(found.steps) == 1 and "none pays" in found.origin
+    stack = comparing.default_stack(_loaded(tiny(name), name), [batch])
+    assert len(stack.steps) == 1 and "none pays" in stack.origin
 
     def refuse(model, calibration):
         raise UserError("never")
@@ -130,27 +130,27 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
     monkeypatch.setattr(attempts, "attempt", watched)
     monkeypatch.setattr(comparing.recipe, "find", lambda *_: None)
     comparing.chosen(_loaded(tiny(name), name), [batch])
-    assert tried and all(one() is None for one in tried)
+    assert tried and all(model() is None for model in tried)
 
 
 def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
     model = tiny(name)
     parts = attribution.groups(STEPS)
     assert list(parts) == [PRUNING, FACTORS, SPARSE]
-    made = attribution.every_subset(model, [batch], parts)
-    assert set(made) == set(shapley.subsets(list(parts))) and made[()] is model
+    models = attribution.every_subset(model, [batch], parts)
+    assert set(models) == set(shapley.subsets(list(parts))) and models[()] is model
     for subset in ((FACTORS,), (PRUNING, SPARSE), (PRUNING, FACTORS, SPARSE)):
         steps = [step for part in subset for step in parts[part]]
         whole = composing.compose(model, [batch], steps).model
-        assert io.weights_hash(made[subset]) == io.weights_hash(whole)
+        assert io.weights_hash(models[subset]) == io.weights_hash(whole)
     assert attribution.every_subset(model, [batch], parts, whole=whole)[(PRUNING, FACTORS, SPARSE)] is whole
 
 
 def test_long_stacks_are_grouped_and_names_stay_apart():
     five = [*STEPS, *STEPS[:2]]
-    found = attribution.groups(five)
-    assert list(found) == [PRUNING, FACTORS, SPARSE, f"{PRUNING} + {FACTORS}"]
-    assert [step for part in found.values() for step in part] == five
+    named = attribution.groups(five)
+    assert list(named) == [PRUNING, FACTORS, SPARSE, f"{PRUNING} + {FACTORS}"]
+    assert [step for part in named.values() for step in part] == five
     assert list(attribution.groups([STEPS[0], STEPS[0]])) == [PRUNING, f"{PRUNING} 2"]
     assert list(attribution.groups(STEPS, 1)) == [f"{PRUNING} + {FACTORS} + {SPARSE}"]
 
@@ -200,14 +200,14 @@ def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefil
 def test_break_even_is_what_was_spent_over_what_a_token_saves():
     applied = comparing.AppliedStack(torch.nn.Identity(), [], 10.0, 30.0, "estimated", "planted")
     energy = _rate("better", 0.02, 0.01, "energy_joules_per_token")
-    found = returns.returns(
+    returned = returns.returns(
         applied, [_rate("better", 100.0, 200.0), _rate("worse", 50.0, 40.0, "decode_tokens_per_second"), energy]
     )
-    told = {one.workload: one for one in found if one.metric == "break_even_tokens"}
-    assert told["prefill, by time"].optimized == pytest.approx(10.0 / (0.01 - 0.005))
-    assert told["energy, by energy"].optimized == pytest.approx(30.0 / 0.01)
-    assert told["energy, by energy"].provenance == "estimated"
-    assert told["decode, by time"].verdict == "unavailable" and "worse" in told["decode, by time"].reason
+    paid = {row.workload: row for row in returned if row.metric == "break_even_tokens"}
+    assert paid["prefill, by time"].optimized == pytest.approx(10.0 / (0.01 - 0.005))
+    assert paid["energy, by energy"].optimized == pytest.approx(30.0 / 0.01)
+    assert paid["energy, by energy"].provenance == "estimated"
+    assert paid["decode, by time"].verdict == "unavailable" and "worse" in paid["decode, by time"].reason
     rows = returns.account(applied, _rate("better", 100.0, 200.0))
     at = {(row["arm"], round(row["strength"], 6)): row["value"] for row in rows}
     assert at["before", 4.0] == pytest.approx(40.0) and at["after, with applying", 4.0] == pytest.approx(30.0)
@@ -220,16 +220,16 @@ def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     pruned = composing.compose(model, [batch], [RecipeStep(optimization=PRUNING, knobs={"saliency": "random"})]).model
     prompt = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    found = sweeps.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
-    assert [one.workload for one in found] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
-    assert all(one.noise_floor is not None and one.ci and one.n == 6 for one in found)
-    assert [(row["arm"], row["strength"]) for row in sweeps.gains(found)] == [
+    rates = sweeps.sweep(model, pruned, prompt, lengths=(16, 64), batches=(2,), new_tokens=2)
+    assert [rate.workload for rate in rates] == ["prefill, 16 tokens", "prefill, 64 tokens", "decode, batch of 2"]
+    assert all(rate.noise_floor is not None and rate.ci and rate.n == 6 for rate in rates)
+    assert [(row["arm"], row["strength"]) for row in sweeps.gains(rates)] == [
         ("decode", 2),
         ("prefill", 16),
         ("prefill", 64),
     ]
     both = [_rate("better", 1.0, 2.0), _rate("better", 1.0, 3.0, "decode_tokens_per_second")]
-    known = sweeps.points_known([*both, *found], 32, 4)
+    known = sweeps.points_known([*both, *rates], 32, 4)
     assert [(row["arm"], row["strength"], row["value"]) for row in sweeps.gains(known)] == [
         ("decode", 1, 3.0),
         ("prefill", 32, 2.0),
@@ -247,8 +247,8 @@ def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
 
     monkeypatch.setattr(evaluate, "retrieval", recall)
     name = "qwen3-4b-instruct-2507"
-    loaded, other = _loaded(tiny(name), name), tiny(name, seed=1)
+    loaded, optimized = _loaded(tiny(name), name), tiny(name, seed=1)
     size = replace(efforts.EFFORTS["quick"], retrieval_prompts=4)
-    found = sweeps.retrieval(loaded, other, size, (64, 512), resamples=50)
-    assert [one.workload for one in found] == ["generate, 64 tokens back", "generate, 512 tokens back"]
-    assert [distance for _, distance in seen] == [64, 64, 512, 512] and seen[1][0] is other
+    matches = sweeps.retrieval(loaded, optimized, size, (64, 512), resamples=50)
+    assert [match.workload for match in matches] == ["generate, 64 tokens back", "generate, 512 tokens back"]
+    assert [distance for _, distance in seen] == [64, 64, 512, 512] and seen[1][0] is optimized
