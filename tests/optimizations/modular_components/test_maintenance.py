@@ -17,7 +17,7 @@ def test_two_files_and_no_edit(tmp_path):
     assert changed == [] and 20 < lines < 60
     read = template.read(place / added[1])
     assert read.parameters["bits"].interval[:2] == (1, 23)
-    file = place / "lib" / "measure" / "metrics.py"
+    file = place / "lib" / "measure" / "metrics" / "catalogue.py"
     before = maintenance._fingerprints(place)
     file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert maintenance._fingerprints(place) != before, "an edit would be seen"
