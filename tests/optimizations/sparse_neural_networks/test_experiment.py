@@ -89,3 +89,20 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
     assert rivals.refutations(setup, [], points)[-1][1] is False
     assert rivals.refutations(setup, [], points[2:])[-1][1] is True
+
+
+def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
+    loaded = SimpleNamespace(model=setup.baseline, random_weights=True)
+    options = setup.options
+    untrained = experiment.SparsitySetup(loaded, "magnitude", options, [], [], {}, setup.matrices, seed=0)
+    table = experiment.one_matrix(untrained).table()
+    assert list(table.method) == ["magnitude", "random"] and table["error of the output"].isna().all()
+    assert "no error" in experiment.read_masks(table)[1]
+    model = experiment.sparsify(untrained, finetune_steps=9)
+    experiment.assert_sparse(untrained, model)
+    assert (model.tuned, model.losses, model.steps) == (None, [], 0)
+    assert list(experiment.sizes(untrained, model).model) == ["baseline", "stored sparse"]
+    contest = rivals.contest(untrained, None)
+    assert rivals.controls(contest, model) == rivals.order(contest) == [] and rivals.impact(contest, [50]).empty
+    assert rivals.order_holds([]) is None and rivals.read_order([])[0].startswith("The methods were not")
+    assert [refuted for _, refuted, _ in rivals.refutations(untrained, [], [])] == [None] * 5

@@ -60,3 +60,21 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     answers = experiment.refutations(sweep.arms)
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS[:2])
     assert [refuted for _, refuted, _ in experiment.refutations([])] == [None, None]
+
+
+def test_random_weights_are_factored_at_random_and_only_timed(setup):
+    model = setup.baseline
+    spectra = {"random": decomposition.analyse(model, [], "random")}
+    loaded = SimpleNamespace(model=model, random_weights=True)
+    options = {"method": "random", "budget": "uniform", "refine_steps": 0, "seconds": 0.0, "seed": 0}
+    untrained = experiment.FactoringSetup(loaded, None, calibration=[], finetune_batches=[], spectra=spectra, **options)
+    chosen = experiment.factor(untrained, 0.2)
+    ranks = experiment.allocations(untrained, 0.2)
+    assert set(experiment.rank_table(untrained, ranks).columns) == {"matrix", "shape", "break-even", "random"}
+    assert experiment.expected_divergence(untrained, ranks) is None
+    assert experiment.domains(untrained, 0.2).empty
+    sweep = experiment.sweep(untrained, chosen, None, torch.zeros(1, 16, dtype=torch.long), 0.2, pruning.apply)
+    assert sweep.arms == [] and sweep.divergence().empty
+    assert set(sweep.speed().arm) == {"random", "structured pruning"}
+    curves, _ = experiment.singular_values(untrained)
+    assert set(curves.arm) == {"plain"}
