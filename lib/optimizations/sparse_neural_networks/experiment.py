@@ -6,6 +6,7 @@ Knows nothing of tables, figures or records.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ class SparsitySetup:
 
     loaded: Loaded
     method: str
-    options: dict[str, object]
+    options: dict[str, Any]
     calibration: list[dict[str, torch.Tensor]]
     finetune_batches: list[dict[str, torch.Tensor]]
     moments: dict[str, Moments]
@@ -74,7 +75,7 @@ class SparsitySetup:
         }
 
 
-def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, object], seed: int) -> SparsitySetup:
+def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
     """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range."""
     chosen = "magnitude" if loaded.random_weights else method
     sparse.check(loaded.model, method=chosen, **options)
@@ -82,7 +83,7 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, objec
     calibration = prompts.calibration(loaded, min(MOST_SEQUENCES, count), length, seed)
     finetune_batches = prompts.calibration(loaded, 4 * count, length, seed, tokens_at_once=512)
     moments = {} if loaded.random_weights else sparse.observe(loaded.model, calibration)
-    matrices = second_moments.matrices(loaded.model, str(options["parts"]))
+    matrices = second_moments.matrices(loaded.model, options["parts"])
     return SparsitySetup(loaded, chosen, options, calibration, finetune_batches, moments, matrices, seed)
 
 
@@ -210,7 +211,7 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
 
 def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
     """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back."""
-    sparsity = float(str(setup.options["sparsity"]))
+    sparsity = setup.options["sparsity"]
     taught = {} if model.tuned is None else sparse.shares(model.tuned)
     for name, share in model.zeros.items():
         right = setup.options["pattern"] == "2:4" or abs(share - sparsity) < 0.5 / 16 + 1e-3

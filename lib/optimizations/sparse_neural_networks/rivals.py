@@ -6,6 +6,7 @@ Returns plain data. Knows nothing of tables, figures or records.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,7 +34,7 @@ CLAIMS = (
 )
 COMPARED = ("sparsegpt", "wanda", "magnitude")
 WINDOWS = 8  # of held-out text, on which rivals are judged
-ORDER = {"sparsity": 0.6, "pattern": "unstructured", "parts": "all"}  # every matrix, attention included
+ORDER: dict[str, Any] = {"sparsity": 0.6, "pattern": "unstructured", "parts": "all"}  # every matrix, attention included
 YARDSTICKS = ("random", "magnitude", "int8")  # what a chosen mask has to do better than
 INT8, AT_INT8_BYTES = "int8", "at int8's bytes"
 
@@ -53,7 +54,7 @@ class SparseRivals:
         text = evaluate.read(model, self.reference.ids_NT)
         return ThirdArm(name, purpose, evaluate.compare_text(self.reference, text))
 
-    def cut(self, name: str, purpose: str, **changed: object) -> ThirdArm:
+    def cut(self, name: str, purpose: str, **changed: Any) -> ThirdArm:
         """Return an arm pruned on the unpruned model's inputs; `changed` are options of `method.prune` that differ."""
         setup = self.setup
         options = setup.options | {"method": setup.method, "observed": setup.moments, "seed": setup.seed} | changed
@@ -75,7 +76,7 @@ def controls(arms: SparseRivals | None, model: SparseModel) -> list[ThirdArm]:
     if arms is None or model.pruned is None:
         return []
     setup = arms.setup
-    rounded = int8(setup.baseline, str(setup.options["parts"]))
+    rounded = int8(setup.baseline, setup.options["parts"])
     removed = cost_model.weights_bytes(setup.baseline) - cost_model.weights_bytes(rounded)
     dense_bytes = sum(matrix.weight.nbytes for matrix in setup.matrices)
     at_int8_bytes = 1 - (dense_bytes - removed) / (8 * setup.weights)  # CSR: four bytes of value, four of column
@@ -132,11 +133,14 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
 
 def impact(arms: SparseRivals | None, strengths: Sequence[int]) -> pd.DataFrame:
     """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method."""
-    rows = []
-    for strength in strengths if arms is not None else ():
+    rows: list[dict[str, object]] = []
+    if arms is None:
+        return pd.DataFrame()
+    for strength in strengths:
         for name in COMPARED:
-            divergence = claims.interval([arms.cut(name, "impact", method=name, sparsity=strength / 100)], [name])
-            rows.append({"arm": name, **divergence._asdict(), "strength": strength})
+            arm = arms.cut(name, "impact", method=name, sparsity=strength / 100)
+            if divergence := claims.interval([arm], [name]):
+                rows.append({"arm": name, **divergence._asdict(), "strength": strength})
     return pd.DataFrame(rows)
 
 
@@ -146,7 +150,12 @@ def zeros_stored_dense(
     """Return the fine-tuned model with its zeros stored, its prefill timed against the baseline; none if untrained."""
     if model.tuned is None:
         return []
-    options = {"names": ("prefill",), "with_energy": False, "costs": {"skip_zeros": True}, "seed": setup.seed}
+    options: dict[str, Any] = {
+        "names": ("prefill",),
+        "with_energy": False,
+        "costs": {"skip_zeros": True},
+        "seed": setup.seed,
+    }
     compared = speed.compare(setup.baseline, model.tuned.model, prompt_BT, effort, invalid=invalid, **options)
     return [ThirdArm("zeros stored dense", "the mask without the format", compared.measurements)]
 

@@ -6,6 +6,7 @@ Returns plain data. Knows nothing of tables, figures or records.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -134,7 +135,7 @@ def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int
 
     `removed` is the share that is really gone.
     """
-    options = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
+    options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
     start = time.perf_counter()
     pruned = method.apply(setup.baseline, setup.calibration, observation=setup.observation, **options)
     optimized, losses = method.recover(
@@ -174,9 +175,13 @@ class RivalCuts:
         """Return an arm with perplexity, divergence and agreement of `model`."""
         return ThirdArm(name, purpose, evaluate.compare_text(self.text, evaluate.read(model, self.text.ids_NT)))
 
-    def cut(self, name: str, purpose: str, **changed: object) -> ThirdArm:
+    def cut(self, name: str, purpose: str, **changed: Any) -> ThirdArm:
         """Return an arm pruned without recovery; `changed` are options of `method.apply` that differ."""
-        options = {"ratio": self.ratio, "granularity": self.granularity, "seed": self.setup.seed} | changed
+        options: dict[str, Any] = {
+            "ratio": self.ratio,
+            "granularity": self.granularity,
+            "seed": self.setup.seed,
+        } | changed
         model = method.apply(self.setup.baseline, self.setup.calibration, observation=self.setup.observation, **options)
         return self.judge(name, purpose, model)
 
@@ -194,7 +199,8 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
     """
     if arms is None:
         return [], {}
-    seed, left_out = arms.setup.seed, {}
+    seed = arms.setup.seed
+    left_out: dict[str, str] = {}
     judged = [arms.judge("activation", "chosen by what passes through", chosen.pruned)]
     judged.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
     for i in range(RANDOM_SEEDS):
@@ -213,15 +219,17 @@ def impact(arms: RivalCuts | None) -> pd.DataFrame:
 
     A curve ends where a share is out of the model's reach. Empty without rivals.
     """
-    rows = []
-    for ratio in STRENGTHS if arms is not None else ():
+    rows: list[dict[str, object]] = []
+    if arms is None:
+        return pd.DataFrame()
+    for ratio in STRENGTHS:
         for saliency in method.SALIENCIES:
             try:
                 arm = arms.cut(saliency, "impact", ratio=ratio, saliency=saliency)
             except UserError:
                 continue
-            divergence = claims.interval([arm], [saliency])
-            rows.append({"arm": saliency, **divergence._asdict(), "strength": 100 * ratio})
+            if divergence := claims.interval([arm], [saliency]):
+                rows.append({"arm": saliency, **divergence._asdict(), "strength": 100 * ratio})
     return pd.DataFrame(rows)
 
 

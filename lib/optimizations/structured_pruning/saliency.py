@@ -31,7 +31,7 @@ def saliency_scores(
     if statistics is None:
         raise ValueError("saliency by activation needs statistics of calibration text")
     part, scores = block.feed_forward, Scores()
-    if part.dense is not None:
+    if part.down is not None:
         scores["channels"] = part.down.weight.float().norm(dim=0) * _observed(statistics.channel_activation_C)
     if part.experts is not None:
         _, down_EI = _expert_norms(part.experts)
@@ -52,7 +52,7 @@ def _observed(statistic: torch.Tensor | None) -> torch.Tensor:
 
 def _weight_norms(block: Block) -> Scores:
     part, scores = block.feed_forward, Scores()
-    if part.dense is not None:
+    if part.down is not None and part.gate is not None and part.up is not None:
         column_C = part.down.weight.float().norm(dim=0)
         rows_C = torch.hypot(part.gate.weight.float().norm(dim=1), part.up.weight.float().norm(dim=1))
         scores["channels"] = column_C * rows_C

@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -113,7 +114,13 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     if FITTED in spectra:
         spectra["refined"] = spectra[FITTED]
     seconds = time.perf_counter() - start
-    options = {"method": method, "budget": budget, "refine_steps": refine_steps, "seconds": seconds, "seed": seed}
+    options: dict[str, Any] = {
+        "method": method,
+        "budget": budget,
+        "refine_steps": refine_steps,
+        "seconds": seconds,
+        "seed": seed,
+    }
     return FactoringSetup(
         loaded, effort, calibration=calibration, finetune_batches=finetune_batches, spectra=spectra, **options
     )
@@ -213,7 +220,7 @@ def factor(setup: FactoringSetup, compression: float) -> FactoredModel:
 
 
 def _factors(setup: FactoringSetup, compression: float, method: str, budget: str) -> nn.Module:
-    options = {"method": method, "budget": budget, "refine_steps": setup.refine_steps}
+    options: dict[str, Any] = {"method": method, "budget": budget, "refine_steps": setup.refine_steps}
     spectra = setup.spectra[method]
     return decomposition.apply(
         setup.baseline, setup.finetune_batches, compression=compression, spectra=spectra, **options
@@ -261,19 +268,23 @@ def sweep(
     reason. Factors of equal ranks are timed once.
     """
     quiet = setup.random_weights
-    ids_NT = None if text is None else text.ids_NT[:WINDOWS]
-    reference = None if ids_NT is None else evaluate.read(setup.baseline, ids_NT)
+    reference = None if text is None else evaluate.read(setup.baseline, text.ids_NT[:WINDOWS])
     observation = None if quiet else observe(setup.baseline, setup.calibration[:1])
 
     def model_of(arm: str, strength: float) -> nn.Module:
         if (arm, strength) == (setup.method, compression):
             return chosen.optimized
         if arm == PRUNED:
-            options = {"saliency": "random" if quiet else "activation", "observation": observation, "seed": setup.seed}
+            options: dict[str, Any] = {
+                "saliency": "random" if quiet else "activation",
+                "observation": observation,
+                "seed": setup.seed,
+            }
             return prune(setup.baseline, setup.calibration, ratio=strength, **options)
         return _factors(setup, strength, arm.split(",")[0], "uniform" if quiet or arm == EVEN else "global")
 
-    result, rates = Sweep(), {}
+    result = Sweep()
+    rates: dict[str, Measurement] = {}
     strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS
     for strength in sorted({*strengths, compression}):
         for arm in _names(setup):
@@ -282,7 +293,9 @@ def sweep(
             except UserError as reason:
                 result.left_out[f"{arm} at {strength:g}"] = str(reason)
                 continue
-            quality = [] if reference is None else evaluate.compare_text(reference, evaluate.read(model, ids_NT))
+            quality = []
+            if reference is not None:
+                quality = evaluate.compare_text(reference, evaluate.read(model, reference.ids_NT))
             rival = ThirdArm(arm, "equal bytes by other means", quality)
             if strength == compression and quality:
                 result.arms.append(rival)
