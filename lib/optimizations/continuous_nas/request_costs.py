@@ -31,6 +31,12 @@ class RequestProfile:
     batch: int
     limit: str
 
+    @property
+    def in_words(self) -> str:
+        """The request in words."""
+        shape = f"{self.prompt_tokens} tokens read, {self.new_tokens} written, batch of {self.batch}"
+        return f"{shape}; scarce is {self.limit}"
+
 
 PROFILES = {
     profile.name: profile
