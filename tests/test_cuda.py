@@ -115,7 +115,7 @@ def test_the_allocator_in_this_process_tells_what_a_child_does():
     name = "qwen3-4b-instruct-2507"
     loaded = loading.load(name, device="cuda")
     arm = memory.Arm(load={"name": name}, dtype="bfloat16", device="cuda", new_tokens=4)
-    child = memory.peak(arm)
+    (child,) = memory.peaks(arm)
     assert child.reason is None and child.scope.endswith("CUDA allocator")
     weight = sum(one.nbytes for one in loaded.model.parameters())
     beside = torch.ones(2**24, device="cuda")

@@ -1,7 +1,7 @@
-"""What an optimization costs and saves besides time: counted resources, peaks of memory, and when applying has paid.
+"""What an optimization costs and saves besides time: counted resources, peaks of memory, and when applying pays off.
 
-Puts `speed.resources`, `footprint` and `speed.break_even` together, as every notebook that changes a model needs them.
-Knows no optimization.
+Combines `speed.resources`, `footprint` and `speed.break_even`, as every notebook that changes a model needs them. Knows
+no optimization.
 """
 
 from torch import nn
@@ -23,14 +23,13 @@ def costs(
 ) -> list[Measurement]:
     """Return counted resources, peaks of memory from child processes, and, given `apply_seconds`, the break-even.
 
-    The break-even is told by the first measurement of `rate` among those of `compared`. What `compared` measured is not
-    repeated.
+    The break-even follows from the first measurement of `rate` in `compared`, whose own measurements are not repeated.
     """
-    found = [
+    measurements = [
         *speed.resources(baseline, optimized, tokens=effort.prompt_tokens),
         *footprint(baseline, optimized, effort),
     ]
     if apply_seconds is None:
-        return found
-    gain = next(one for one in compared.measurements if one.metric == rate)
-    return [*found, *speed.break_even(apply_seconds, gain)]
+        return measurements
+    gain = next(measurement for measurement in compared.measurements if measurement.metric == rate)
+    return [*measurements, *speed.break_even(apply_seconds, gain)]

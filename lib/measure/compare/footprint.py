@@ -1,4 +1,4 @@
-"""What two models take on disk and at their peak in memory: both saved, loaded again in processes of their own, run.
+"""What two models take on disk and at their peak in memory: both are saved, then loaded and run in fresh processes.
 
 Complements `lib.measure.compare.speed.resources`, which counts. Knows nothing of how the models differ.
 """
@@ -19,16 +19,16 @@ from lib.measure.trackers import memory
 from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.parking import parked
 
-NEW_TOKENS = 4  # enough to hold prompt, cache and a step at once; more only takes longer
-ACTIVATIONS = 0.1  # of the weights, kept free on a device for what running a model takes beside them
+NEW_TOKENS = 4  # enough for prompt, cache and a step to be in memory at once
+ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
 
 
 def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -> list[Measurement]:
     """Return bytes on disk, true peaks after load and at work, time to load and of the first call, of both models.
 
     The work is one prompt of `effort.prompt_tokens` tokens and a few generated ones. Needs room on the temporary disk
-    for both checkpoints; while the processes run, the weights are there alone. Where a GPU's models are too large for
-    that, the peaks are read where they are.
+    for both checkpoints; while the processes run, the models' weights are nowhere else. For models on a GPU without
+    that room, the peaks are read from this process's allocator.
     """
     if not settings.wants("performance", "resources"):
         return []
@@ -57,24 +57,24 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
 
 
 def _lack_of_room(*models: nn.Module) -> str | None:
-    """Return why CUDA models cannot be saved and loaded once more beside themselves, or None where they can."""
+    """Return why models on a GPU cannot be saved and loaded once more, or None where they can."""
     weight = next(models[0].parameters())
     if not weight.is_cuda:
         return None
-    torch.cuda.empty_cache()  # what the allocator keeps for itself is no other process's
+    torch.cuda.empty_cache()  # memory that the allocator holds back is not free for another process
     sizes = [cost_model.weights_bytes(model) for model in models]
     rooms = {
         "the temporary disk": (sum(sizes), shutil.disk_usage(tempfile.gettempdir()).free),
         "the device": (max(sizes) * (1 + ACTIVATIONS), placement.free_bytes(str(weight.device))),
     }
-    for where, (needed, free) in rooms.items():
+    for place, (needed, free) in rooms.items():
         if needed > free:
-            return f"no room on {where} for another copy: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+            return f"no room on {place} for another copy: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
     return None
 
 
 def _in_place(baseline: nn.Module, optimized: nn.Module, effort: Effort, reason: str) -> list[Measurement]:
-    """Return what can be read without another copy: the allocator's peaks. The rest is unavailable, with the reason."""
+    """Return what can be read without another copy, the allocator's peaks; the rest is unavailable for `reason`."""
     peaks = []
     for model in (baseline, optimized):
         prompt_BT = workloads.random_prompt(model, 1, effort.prompt_tokens)

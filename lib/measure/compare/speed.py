@@ -1,9 +1,10 @@
-"""Speed and efficiency of two models, whole: times the standard workloads in paired blocks with their A/A control, sets
-them against the machine's bound, and adds processor and energy. Puts the other modules together; knows no optimization.
+"""Speed and efficiency of two models: times the standard workloads in paired blocks with their A/A control, compares
+the times with the machine's bound, and adds CPU use and energy. Knows no optimization.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import Pairs
 from lib.measure.metrics.settings import Effort
-from lib.measure.roofline import ceilings, cost_model, full_depth
+from lib.measure.roofline import ceilings, cost_model, expert_usage, full_depth
 from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance, workloads
@@ -30,15 +31,11 @@ METRICS_OF = {
 }
 BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
-# What the formulas for prefill, for a decoded token and for the bytes of a step are told of the optimized model.
-OPTIONS = (("density", "stride"), ("absorbed", "attended"), ("overhead", "attended"))
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One workload of both arms as it was timed: the arms, the pairs, the A/A control, and the cost of one call of
-    each.
-    """
+    """One timed workload of both arms: the arms, the pairs, the A/A control, and the cost of one call of each arm."""
 
     baseline: Workload
     optimized: Workload
@@ -54,7 +51,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Compared:
-    """All that was measured: measurements and plain `details` for the record, the timings for figures."""
+    """The results of `compare`: measurements and plain `details` for the record, the timings for figures."""
 
     measurements: list[Measurement]
     timed: dict[str, Timed] = field(default_factory=dict)
@@ -62,18 +59,25 @@ class Compared:
     ceilings: Ceilings | None = None
 
     def bounds(self) -> list[dict[str, object]]:
-        """Return a row per workload and arm for `figures.bound`: time of one call with its interval, and its bound, in
-        ms.
-        """
-        rows = []
+        """Return a row per workload and arm, for a figure: time of one call with its interval, and its bound, in ms."""
+        if self.ceilings is None:
+            return []
+        rows: list[dict[str, object]] = []
         for name, timed in self.timed.items():
             times = (timed.pairs.baseline_seconds, timed.pairs.optimized_seconds)
             for arm, seconds, price in zip(("baseline", "optimized"), times, timed.costs):
                 limit = ceilings.bound(price, self.ceilings)
                 low, high = paired_stats.median_interval(seconds)
-                row = {"workload": name, "arm": arm, "time": 1000 * float(np.median(seconds))}
-                row |= {"bound": 1000 * limit.seconds, "low": 1000 * low, "high": 1000 * high}
-                rows.append(row | {"limit": "compute" if limit.limited_by == "arithmetic" else "bandwidth"})
+                row = {
+                    "workload": name,
+                    "arm": arm,
+                    "time": 1000 * float(np.median(seconds)),
+                    "bound": 1000 * limit.seconds,
+                    "low": 1000 * low,
+                    "high": 1000 * high,
+                    "limit": "compute" if limit.limited_by == "arithmetic" else "bandwidth",
+                }
+                rows.append(row)
         return rows
 
     def control(self) -> list[Measurement]:
@@ -94,19 +98,19 @@ def compare(
     names: Sequence[str] = STANDARD,
     invalid: str | None = None,
     except_for: tuple[str, ...] = (),
-    costs: dict[str, object] | None = None,
-    baseline_costs: dict[str, object] | None = None,
+    costs: Mapping[str, Any] | None = None,
+    baseline_costs: Mapping[str, Any] | None = None,
     fallback: bool = False,
     with_energy: bool = True,
     seed: int = 0,
 ) -> Compared:
-    """Time the workloads `names` of both models on one prompt and return everything about their speed and efficiency.
+    """Time the workloads `names` of both models on one prompt and return their speed and efficiency.
 
-    `prompt_BT` is ids [1, T]; for `batch_decode` its beginning is repeated, rolled. `invalid` is what the sanity gate
-    said: then nothing is timed and every metric is invalid, with that reason. `except_for`: conditions in which the
-    arms may differ. `costs`: options of `cost_model.of` for the optimized model (absorbed, overhead, skip_zeros), and
-    `baseline_costs` for the baseline. Decoding starts again and again behind a prompt that is read once
-    (`workloads.steps`). `fallback`: see `ceilings.explain`.
+    `prompt_BT` is ids [1, T]; for `batch_decode` its beginning is repeated, rolled. `invalid` is the finding of the
+    sanity gate: nothing is timed then, and every metric is invalid, with that reason. `except_for`: conditions in which
+    the arms may differ. `costs`: options of `cost_model.of` for the optimized model (absorbed, overhead, skip_zeros),
+    `baseline_costs` for the baseline. Decoding is timed at a fixed context (`workloads.steps`). `fallback`: see
+    `ceilings.explain`.
     """
     effort = settings.read(effort) if isinstance(effort, str) else effort
     listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
@@ -116,31 +120,33 @@ def compare(
         return Compared([measurement.unavailable(metric, name, settings.why_left_out()) for metric, name in listed])
     weight = next(baseline.parameters())
     peaks = ceilings.measure(weight.device.type, weight.dtype)
-    hints = {"zero_share": cost_model.zero_share(optimized), "fallback": fallback}
-    hints["working_set_bytes"] = cost_model.weights_bytes(optimized)
-    found: list[Measurement] = []
+    hints: dict[str, Any] = {
+        "zero_share": cost_model.zero_share(optimized),
+        "fallback": fallback,
+        "working_set_bytes": cost_model.weights_bytes(optimized),
+    }
+    measurements: list[Measurement] = []
     timed: dict[str, Timed] = {}
     for name in names:
-        arms = [_workload(name, model, prompt_BT, effort) for model in (baseline, optimized)]
+        arms = _workload(name, baseline, prompt_BT, effort), _workload(name, optimized, prompt_BT, effort)
         workloads.assert_same_conditions(*arms, except_for=except_for)
-        prices, first = zip(
-            _cost(baseline, arms[0], baseline_costs or {}), _cost(optimized, arms[1], costs or {}), strict=True
+        base_cost, base_use = _cost(baseline, arms[0], baseline_costs or {})
+        opt_cost, opt_use = _cost(optimized, arms[1], costs or {})
+        lasted = min(base_use.wall_seconds, opt_use.wall_seconds)
+        pairs, control = with_control(
+            *arms, lasted=lasted, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch
         )
-        options = {"lasted": min(one.wall_seconds for one in first), "blocks": effort.blocks}
-        pairs, control = with_control(*arms, seed=seed, disturbance=disturbance.watch, **options)
-        timed[name] = Timed(*arms, pairs, control, prices)
-        found += _explained(name, timed[name], hints, peaks)
+        timed[name] = Timed(*arms, pairs, control, (base_cost, opt_cost))
+        measurements += _explained(name, timed[name], hints, peaks)
         judged = pairs.baseline_seconds, pairs.optimized_seconds
-        found += full_depth.speed(name, tuple(arms), (baseline, optimized), judged)
-        found += _processor(name, timed[name], first)
-    if (
-        with_energy
-        and settings.wants("efficiency")
-        and (name := "decode" if "decode" in timed else next(iter(timed), None))
-    ):
+        measurements += full_depth.speed(name, arms, (baseline, optimized), judged)
+        measurements += _cpu_use(name, timed[name], (base_use, opt_use))
+    if with_energy and settings.wants("efficiency") and timed:
+        name = "decode" if "decode" in timed else next(iter(timed))
         arms = timed[name].baseline, timed[name].optimized
-        found += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=weight.device.type, seed=seed)
-    return Compared(found, timed, _details(timed, peaks), peaks)
+        device = weight.device.type
+        measurements += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=device, seed=seed)
+    return Compared(measurements, timed, _details(timed, peaks), peaks)
 
 
 def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
@@ -150,65 +156,67 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
         return workloads.steps(model, prompt_BT, effort.new_tokens)
     if name == "generate":
         return workloads.generate(model, prompt_BT, effort.new_tokens)
-    # Rolled by one token each: as many different prompts, the same length; short, for what is timed is the decoding.
+    # Different prompts of one length, each rolled by one token more; short, since only decoding is timed.
     short_BT = prompt_BT[:1, :BATCH_PROMPT_TOKENS]
     rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(effort.batch)])
     return workloads.steps(model, rolled_BT, effort.new_tokens)
 
 
-def _cost(model: nn.Module, work: Workload, options: dict[str, object]) -> tuple[Cost, Use]:
-    """FLOPs and bytes of one call, with the experts that its steps really use counted in one call that is not judged;
-    and the processor's use in that call.
+def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any]) -> tuple[Cost, Use]:
+    """Return FLOPs and bytes of one call, with the experts that its steps really use, and the CPU's use; both from one
+    call that is not judged.
     """
-    with cost_model.experts_hit(model) as hit:
+    with expert_usage.counted(model) as usage:
         use = cpu.use(work, 0.0)
     work.step_seconds.clear()
-    return cost_model.of(model, work, hit=hit.mean(work.batch), **options), use
+    return cost_model.of(model, work, hit=usage.mean(work.batch), **options), use
 
 
 def _quantity(metric: str, work: Workload) -> float:
-    """What one call does: tokens for a rate; for a latency what its time is divided by, steps or the call itself."""
+    """Return what one call does: tokens for a rate; steps or the call itself for a latency."""
     if metric == "time_per_output_token_ms":
         return work.new_tokens
     return 1 if metric.endswith("_ms") else work.tokens
 
 
-def _explained(name: str, timed: Timed, hints: dict, peaks: Ceilings) -> list[Measurement]:
-    """The workload's rates and latencies against their bound, and the utilisations."""
-    found = []
+def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceilings) -> list[Measurement]:
+    """Return the workload's rates and latencies against their bound, and the utilisations."""
+    rates = []
     for metric in METRICS_OF[name]:
         rate = measurement.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
-        found.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
-    return found + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
+        rates.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
+    return rates + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
 
 
-def _processor(name: str, arms: Timed, first: Sequence[Use]) -> list[Measurement]:
-    """Processor use (and the GPU's, where there is one) of a workload; of its `first` calls where these were long."""
-    if min(one.wall_seconds for one in first) < LONG_SECONDS:
-        first = cpu.use(arms.baseline, 0.2), cpu.use(arms.optimized, 0.2)
+def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:
+    """Return the use of the CPU (and of the GPU, where there is one): of the `first` calls where these were long, else
+    of further ones.
+    """
     base, opt = first
-    tell, told = measurement.informative, (base.utilisation, opt.utilisation, opt.source)
-    found = [tell("cpu_utilisation", name, *told, samples=None)]
+    if min(base.wall_seconds, opt.wall_seconds) < LONG_SECONDS:
+        base, opt = cpu.use(arms.baseline, 0.2), cpu.use(arms.optimized, 0.2)
+    uses = [measurement.informative("cpu_utilisation", name, base.utilisation, opt.utilisation, opt.source)]
     if base.gpu is not None and opt.gpu is not None:
-        found.append(tell("gpu_utilisation", name, base.gpu, opt.gpu, "NVML, sampled 20 times a second"))
-    return found
+        source = "NVML, sampled 20 times a second"
+        uses.append(measurement.informative("gpu_utilisation", name, base.gpu, opt.gpu, source))
+    return uses
 
 
 def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
-    """The machine's ceilings, and p50, p95, p99 of single decoding steps (None where there are too few), labelled."""
-    found = {"ceilings": {**asdict(peaks), "provenance": "measured", "source": peaks.source}}
+    """Return the machine's ceilings, and p50, p95, p99 of single decoding steps (None where there are too few)."""
+    details: dict[str, object] = {"ceilings": {**asdict(peaks), "provenance": "measured", "source": peaks.source}}
     steps = {
         name: {
             arm: paired_stats.percentiles([1000 * second for second in work.step_seconds])
-            for arm, work in (("baseline", one.baseline), ("optimized", one.optimized))
+            for arm, work in (("baseline", arms.baseline), ("optimized", arms.optimized))
         }
-        for name, one in timed.items()
-        if one.baseline.step_seconds and one.optimized.step_seconds
+        for name, arms in timed.items()
+        if arms.baseline.step_seconds and arms.optimized.step_seconds
     }
     if steps:
         source = "perf_counter around every decoding step, warm-up and controls included"
-        found["step_milliseconds"] = {"value": steps, "provenance": "measured", "source": source}
-    return found
+        details["step_milliseconds"] = {"value": steps, "provenance": "measured", "source": source}
+    return details
 
 
 def resources(
@@ -216,68 +224,70 @@ def resources(
     optimized: nn.Module,
     *,
     tokens: int,
-    costs: dict[str, object] | None = None,
-    baseline_costs: dict[str, object] | None = None,
+    costs: Mapping[str, Any] | None = None,
+    baseline_costs: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """Return what is counted or derived: parameters, weights, cache, FLOPs and bytes per token at `tokens` of context.
+    """Return the counted and derived resources: parameters, weights, cache, FLOPs and bytes per token at `tokens` of
+    context.
 
-    `costs`: the options of the optimized model, as for `compare`: absorbed, overhead, skip_zeros, density, stride,
-    attended; `baseline_costs` those of the baseline.
+    `costs` are the options of the optimized model (absorbed, overhead, skip_zeros, density, stride, attended),
+    `baseline_costs` those of the baseline.
     """
 
-    def priced(options: dict[str, object]) -> list[dict[str, object]]:
-        skip = {"skip_zeros": True} if options.get("skip_zeros") else {}
-        return [skip, *({n: options[n] for n in names if n in options} for names in OPTIONS)]
+    arms = ((baseline, baseline_costs or {}), (optimized, costs or {}))
 
-    models = ((baseline, *priced(baseline_costs or {})), (optimized, *priced(costs or {})))
+    def of(formula: Callable[..., float], *arguments: int, options: Sequence[str] = ()) -> list[float]:
+        names = ("skip_zeros", *options)
+        return [formula(model, *arguments, **{n: chosen[n] for n in names if n in chosen}) for model, chosen in arms]
+
+    def plain(count: Callable[[nn.Module], float]) -> list[float]:
+        return [count(model) for model, _ in arms]
+
+    prefill = of(cost_model.prefill_flops, tokens, options=("density", "stride"))
     rows = {
-        "parameters": ("load", [cost_model.parameters(m) for m, *_ in models], "counted, tied ones once"),
+        "parameters": ("load", plain(cost_model.parameters), "counted, tied ones once"),
         "active_parameters": (
             "decode",
-            [cost_model.active_parameters(m, **skip) for m, skip, *_ in models],
+            of(cost_model.active_parameters),
             "matrix elements that one token of text uses, uniform routing",
         ),
-        "weights_bytes": (
-            "load",
-            [cost_model.weights_bytes(m) for m, *_ in models],
-            "parameters and buffers as stored",
-        ),
+        "weights_bytes": ("load", plain(cost_model.weights_bytes), "parameters and buffers as stored"),
         "kv_cache_bytes_per_token": (
             "decode",
-            [cost_model.kv_cache_bytes_per_token(m) for m, *_ in models],
+            plain(cost_model.kv_cache_bytes_per_token),
             "by formula from the cache's shapes",
         ),
         "prefill_flops_per_token": (
             "prefill",
-            [cost_model.prefill_flops(m, tokens, **skip, **more) / tokens for m, skip, more, *_ in models],
+            [flops / tokens for flops in prefill],
             f"formula, prompt of {tokens} tokens",
         ),
         "decode_flops_per_token": (
             "decode",
-            [cost_model.decode_flops(m, tokens, **skip, **more) for m, skip, _, more, _ in models],
+            of(cost_model.decode_flops, tokens, options=("absorbed", "attended")),
             f"formula, context of {tokens} tokens",
         ),
         "decode_bytes_per_token": (
             "decode",
-            [cost_model.step_bytes(m, 1, tokens, **skip, **more) for m, skip, *_, more in models],
+            of(cost_model.step_bytes, 1, tokens, options=("overhead", "attended")),
             f"formula, one sequence, context of {tokens} tokens, uniform routing",
         ),
     }
-    found = [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
-    return found + full_depth.sizes((baseline, optimized))
+    counted = [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
+    return counted + full_depth.sizes((baseline, optimized))
 
 
-def break_even(apply_seconds: float, found: Measurement, workload: str = "apply") -> list[Measurement]:
-    """Return the time it took to apply an optimization, and the tokens after which the time saved has paid for it.
+def break_even(apply_seconds: float, rate: Measurement, workload: str = "apply") -> list[Measurement]:
+    """Return the time it took to apply an optimization, and the tokens after which the time saved equals it.
 
-    `found` is a rate in tokens per second of both arms; where it shows no gain there is no such number.
+    `rate` is in tokens per second, of both arms; unless it is better, the number of tokens is unavailable.
     """
     applied = measurement.informative("apply_seconds", workload, 0.0, apply_seconds, "perf_counter, once", ratio=None)
-    if found.verdict != "better":
-        reason = f"no gain in {found.metric} was shown ({found.verdict})"
+    if rate.verdict != "better" or not rate.baseline or not rate.optimized:
+        reason = f"no gain in {rate.metric} was shown ({rate.verdict})"
         return [applied, measurement.unavailable("break_even_tokens", workload, reason)]
-    saved = 1 / found.baseline - 1 / found.optimized
-    source = f"time to apply over seconds saved per token of {found.metric}"
+    saved = 1 / rate.baseline - 1 / rate.optimized
+    source = f"time to apply over seconds saved per token of {rate.metric}"
     tokens = measurement.informative(
         "break_even_tokens", workload, None, apply_seconds / saved, source, "derived", reason="the baseline needs none"
     )

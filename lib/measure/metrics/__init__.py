@@ -1,1 +1,1 @@
-"""Metrics, measurements, paired statistics, efforts and dimensions."""
+"""The catalogue of metrics, measurements, paired statistics, and the settings of a run."""

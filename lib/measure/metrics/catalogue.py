@@ -1,7 +1,6 @@
 """The one list of metrics: every name that may stand in a record, with its unit, dimension, direction and practical
-margin. It knows nothing of how a number is made. A margin is the smallest change worth the word "better" or "worse"; it
-is fixed here, before anything is measured. Metrics without a margin are informative: they describe, they are never
-judged.
+margin. Knows nothing of how a number is made. A margin is the smallest change worth the word "better" or "worse", fixed
+here before anything is measured. Metrics without a margin are informative: they describe and are never judged.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ ENERGY_MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `margin` is a share of the baseline, or, where `margin_kind` is "absolute", in the metric's unit."""
+    """One metric. `margin` is a share of the baseline, or in the metric's unit where `margin_kind` is "absolute"."""
 
     unit: str
     dimension: Literal["performance", "accuracy", "resources", "efficiency"]
@@ -45,14 +44,14 @@ def _efficiency(unit: str, higher_is_better: bool, margin: float | None = SPEED_
 
 
 METRICS: dict[str, Metric] = {
-    # Performance. Rates and latencies of one workload are the same times seen from two sides.
+    # Performance. Rates and latencies of one workload are made of the same times.
     "prefill_tokens_per_second": _performance("tokens/s", True),
     "time_to_first_token_ms": _performance("ms", False),
     "decode_tokens_per_second": _performance("tokens/s", True),
     "time_per_output_token_ms": _performance("ms", False),
     "batch_decode_tokens_per_second": _performance("tokens/s", True),
     "generate_tokens_per_second": _performance("tokens/s", True),
-    # Of a slice, taken to the whole model's number of blocks: derived, never judged.
+    # A slice's rates, scaled to the number of blocks of the whole model: derived, never judged.
     "full_depth_prefill_tokens_per_second": _performance("tokens/s", True, None),
     "full_depth_decode_tokens_per_second": _performance("tokens/s", True, None),
     "full_depth_batch_decode_tokens_per_second": _performance("tokens/s", True, None),
@@ -125,7 +124,7 @@ METRICS: dict[str, Metric] = {
     "modularity_score": _efficiency("share", True, None),
     "files_touched": _efficiency("files", False, None),
     "lines_written": _efficiency("lines", False, None),
-    # Of a search: how much its front dominates (share of cost times nats per token), and what it took.
+    # A search: the hypervolume of its front (share of cost times nats per token), and what the search took.
     "front_hypervolume": _efficiency("cost share x nats/token", True, None),
     "search_evaluations": _efficiency("evaluations", False, None),
     "search_seconds": _efficiency("s", False, None),
@@ -133,7 +132,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """Return the metric called `name`; raises UserError, with the nearest valid name, where there is none."""
+    """Return the metric called `name`. Raises UserError, with the nearest valid name, for an unknown one."""
     if name not in METRICS:
         raise UserError(
             f'unknown metric "{name}": lib/measure/metrics/catalogue.py lists the valid ones.{suggest(name, METRICS)}'

@@ -1,10 +1,10 @@
-"""One metric of both arms, as it stands in a record. It knows how to judge numbers, not how they came about.
+"""One metric of both arms, as a record holds it. Knows how to judge numbers, not how they came about.
 
 `ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for
 milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of
 `optimized`. `ratio` of paired times is the median of the blocks' ratios, which need not equal the ratio of the two
 medians shown. `noise_floor` and `mde` are shares (natural logarithms, which are the same thing while they are small). A
-number that could not be had is null, with a reason.
+number that is not available is null, with a reason.
 """
 
 import math
@@ -33,14 +33,14 @@ Provenance = Literal["measured", "derived", "estimated", "unavailable"]
 
 
 class Measurement(BaseModel):
-    """One metric of both arms. The fields are the record's; see the module's text for `ratio`, `ci`, `noise_floor` and
+    """One metric of both arms. The fields are the record's; the module describes `ratio`, `ci`, `noise_floor` and
     `mde`.
 
-    `margin` is what the verdict was held to, as in `metrics.py` (a share of the baseline, or in the metric's unit), and
-    `bound` the one-sided 95 % bound of the change that was held against it, in the same terms; both None where nothing
-    was judged so. `reason` says why a number is missing, why nothing can be concluded, or why the realised gain parts
-    from the predicted one. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that
-    was measured.
+    `margin` is the practical margin behind the verdict, as in the catalogue (a share of the baseline, or in the
+    metric's unit), and `bound` the one-sided 95 % bound of the change that was compared with it, in the same terms;
+    both None where no margin was applied. `reason` says why a number is missing, why the result is inconclusive, or why
+    the realised gain differs from the predicted one. `predicted` is the speed-up that the physical bounds allow,
+    `realised` the share of it that was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -100,7 +100,7 @@ class Measurement(BaseModel):
             listed.dimension,
             listed.higher_is_better,
         ):
-            raise ValueError(f"{self.metric}: unit, dimension and direction must be those listed in metrics.py")
+            raise ValueError(f"{self.metric}: unit, dimension and direction must be those of the catalogue")
         missing = self.baseline is None and self.optimized is None
         if missing != (self.provenance == "unavailable"):
             raise ValueError(
@@ -183,25 +183,25 @@ def from_samples(
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
-    found = paired_stats.effect(paired_stats.differences(baseline, optimized))
+    effect = paired_stats.effect(paired_stats.differences(baseline, optimized))
     floor = floor.floor if isinstance(floor, Pairs) else floor
     reason = None
-    if floor is None or found.n < paired_stats.MINIMUM_BLOCKS or margin is None:
+    if floor is None or effect.n < paired_stats.MINIMUM_BLOCKS or margin is None:
         verdict = "informative"
         if margin is not None:
-            reason = "no A/A control ran" if floor is None else f"{found.n} pairs are too few for an interval"
+            reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
     else:
-        verdict = paired_stats.verdict(found, listed.higher_is_better, margin, floor)
+        verdict = paired_stats.verdict(effect, listed.higher_is_better, margin, floor)
     return _make(
         metric,
         workload,
         baseline=float(np.median(baseline)),
         optimized=float(np.median(optimized)),
-        ratio=math.exp(found.median),
-        ci=(math.exp(found.low), math.exp(found.high)) if math.isfinite(found.low) else None,
-        n=found.n,
+        ratio=math.exp(effect.median),
+        ci=(math.exp(effect.low), math.exp(effect.high)) if math.isfinite(effect.low) else None,
+        n=effect.n,
         noise_floor=floor,
-        mde=found.mde if math.isfinite(found.mde) else None,
+        mde=effect.mde if math.isfinite(effect.mde) else None,
         margin=None if verdict == "informative" else margin,
         verdict=verdict,
         provenance=provenance,
@@ -223,10 +223,9 @@ def counted(
     margin: float | None = None,
     reason: str | None = None,
 ) -> Measurement:
-    """Return a number that has no spread: parameters, bytes, FLOPs, or a single reading. Beyond the margin it is better
-    or worse.
+    """Return a number without spread (parameters, bytes, FLOPs, a single reading): better or worse beyond the margin.
 
-    One arm may be None, with `reason`; then nothing is judged.
+    One arm may be None, with `reason`; the result is then informative.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
@@ -267,9 +266,7 @@ def informative(
     provenance: Provenance = "measured",
     **fields,
 ) -> Measurement:
-    """Return a number that describes and is not judged; `fields` are further fields of Measurement (n, ci, reason,
-    samples …).
-    """
+    """Return a number that is not judged; `fields` are further fields of Measurement (n, ci, reason, samples …)."""
     fields = {"ratio": _ratio(baseline, optimized), **fields}
     return _make(
         metric,
@@ -289,12 +286,12 @@ def judged(metric: str, workload: str, **fields) -> Measurement:
 
 
 def unavailable(metric: str, workload: str, reason: str, source: str = "none") -> Measurement:
-    """Return a metric that could not be had: null with its reason, never 0, never blank."""
+    """Return a metric that is not available: null with its reason, never 0, never blank."""
     return _missing(metric, workload, "unavailable", reason, source)
 
 
 def invalid(metric: str, workload: str, reason: str, source: str = "sanity gate") -> Measurement:
-    """Return a metric that must not be shown because an arm's output has degenerated (`lib.measure.quality.sanity`)."""
+    """Return a metric that must not be shown: an arm's output has degenerated (`lib.measure.quality.sanity`)."""
     return _missing(metric, workload, "invalid", reason, source)
 
 
@@ -304,12 +301,10 @@ def _missing(metric: str, workload: str, verdict: Verdict, reason: str, source: 
 
 
 def lint(measurements: Iterable[Measurement | dict]) -> list[str]:
-    """Return one line for each measurement of a result set that is unlabelled, unlisted or malformed; empty where all
-    is well.
-    """
+    """Return one line for each measurement that is unlabelled, unlisted or malformed; empty where there is none."""
     faults = []
-    for found in measurements:
-        fields = found.model_dump() if isinstance(found, Measurement) else found
+    for entry in measurements:
+        fields = entry.model_dump() if isinstance(entry, Measurement) else entry
         try:
             Measurement.model_validate(fields)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""From paired samples to an effect, its interval and a verdict. It knows nothing of clocks, models or metrics.
+"""From paired samples to an effect, its interval and a verdict. Knows nothing of clocks, models or metrics.
 
 A speed effect is the median over blocks of d = ln(optimized / baseline). Its 95 % interval is Hettmansperger and
 Sheather's interpolated order-statistic interval (Statistics & Probability Letters 4, 1986), not a bootstrap: at the
@@ -25,8 +25,8 @@ MINIMUM_BLOCKS = 6
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired effect in natural logarithms: median, interval, spread of the pairs, smallest detectable effect, and
-    their number.
+    """A paired effect in natural logarithms: median, interval, standard deviation of the pairs, smallest detectable
+    effect, number of pairs, and of outliers among them.
     """
 
     median: float
@@ -39,8 +39,8 @@ class Effect:
 
 
 def differences(baseline: Sequence[float], optimized: Sequence[float]) -> np.ndarray:
-    """Return d[n] = ln(optimized / baseline) of paired positive samples; raises ValueError on unequal or empty or
-    non-positive ones.
+    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive, of equal
+    number and not empty.
     """
     base, opt = np.asarray(baseline, dtype=float), np.asarray(optimized, dtype=float)
     if base.shape != opt.shape or base.ndim != 1 or base.size == 0:
@@ -60,7 +60,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     rank = int(binom.ppf((1 - confidence) / 2, n, 0.5))
     while rank >= 0 and 2 * binom.cdf(rank, n, 0.5) > 1 - confidence:
         rank -= 1
-    # `rank` values may be cut at each end and still leave at least the confidence asked for.
+    # `rank` values can be cut at each end without falling below the requested confidence.
     k = rank + 1
     if k < 1:
         return -math.inf, math.inf
@@ -79,8 +79,8 @@ def minimum_detectable_effect(d: Sequence[float]) -> float:
 
 
 def outliers(d: Sequence[float]) -> int:
-    """Count values further than five scaled median absolute deviations from the median. They are counted, never
-    dropped.
+    """Return how many values lie further than five scaled median absolute deviations from the median; none is dropped
+    for it.
     """
     d = np.asarray(d, dtype=float)
     deviation = np.abs(d - np.median(d))
@@ -97,14 +97,14 @@ def effect(d: Sequence[float]) -> Effect:
 
 
 def noise_floor(d: Sequence[float]) -> float:
-    """Return what two identical arms can differ by, from an A/A control's d[n]: the half-width of the interval of its
-    median, or the median itself where that is larger (natural logarithm, about a share).
+    """Return by how much two identical arms can differ, from an A/A control's d[n]: the half-width of the interval of
+    its median, or the median itself where that is larger (natural logarithm, about a share).
     """
     low, high = median_interval(d)
     return max(abs(float(np.median(d))), (high - low) / 2)
 
 
-def verdict(found: Effect, higher_is_better: bool, margin: float, floor: float) -> str:
+def verdict(effect: Effect, higher_is_better: bool, margin: float, floor: float) -> str:
     """Return better, worse, equivalent or inconclusive for an effect on a metric.
 
     Better and worse need three things: the interval excludes 1, and the median passes both the practical margin (a
@@ -112,9 +112,9 @@ def verdict(found: Effect, higher_is_better: bool, margin: float, floor: float) 
     significant is not equal.
     """
     threshold = math.log1p(margin)
-    if (found.low > 0 or found.high < 0) and abs(found.median) > max(threshold, floor):
-        return "better" if (found.median > 0) == higher_is_better else "worse"
-    if found.low > -threshold and found.high < threshold:
+    if (effect.low > 0 or effect.high < 0) and abs(effect.median) > max(threshold, floor):
+        return "better" if (effect.median > 0) == higher_is_better else "worse"
+    if effect.low > -threshold and effect.high < threshold:
         return "equivalent"
     return "inconclusive"
 
@@ -162,8 +162,8 @@ def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` keeps the
-    repeated ones as (baseline seconds, optimized seconds, reason).
+    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` holds the
+    repeated blocks as (baseline seconds, optimized seconds, reason).
     """
 
     baseline_seconds: list[float]
@@ -185,15 +185,15 @@ class Pairs:
         return noise_floor(self.differences)
 
     def describe(self) -> str:
-        """Return how these were made, in a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
+        """Return how the pairs were timed, as a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
         parts = [f"{len(self.order)} balanced AB/BA blocks"]
         if self.iterations > 1:
             parts.append(f"{self.iterations} calls each")
         parts.append(self.clock)
         if self.set_aside:
             parts.append(f"{len(self.set_aside)} disturbed and repeated")
-        if kept := sum(reason is not None for reason in self.disturbed):
-            parts.append(f"{kept} disturbed and kept")
-        if found := outliers(self.differences):
-            parts.append(f"{found} outlying and kept")
+        if disturbed := sum(reason is not None for reason in self.disturbed):
+            parts.append(f"{disturbed} disturbed and kept")
+        if outlying := outliers(self.differences):
+            parts.append(f"{outlying} outlying and kept")
         return ", ".join(parts)

@@ -1,11 +1,11 @@
-"""What an unchanged model answered before, kept on this machine: the same questions are not asked it again.
+"""A cache of answers of unchanged models on this machine, so that no baseline answers the same questions twice.
 
-Every template asks the same baseline the same questions. Its answers are kept under a key of everything they follow
-from: its effective weights, how it computes (class, attention, dtype, device, threads), the code of this workbench that
-asks, the evaluation data, the versions of Python, torch and transformers, and the questions. A model that an
-optimization made is never looked up nor kept: only the very object that `lib.models.loading.load` returned, with no
-method replaced since. What is found says when it was answered, and so do the measurements made of it. A file that
-cannot be read is as good as none.
+Every template puts the same questions to the same baseline. Its answers are stored under a key of everything that
+determines them: the effective weights, how the model computes (class, attention, dtype, device, threads), the code of
+this workbench that asks, the evaluation data, the versions of Python, torch and transformers, and the questions. Only
+the very object that `lib.models.loading.load` returned, with no method replaced since, is looked up or stored, never a
+model that an optimization has produced. Cached answers carry their day, and so do measurements made of them. An
+unreadable file counts as none.
 
 Shapes: N items, L labels.
 """
@@ -32,25 +32,25 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
 
 LIB = Path(__file__).resolve().parents[2]
-ASKING = ("models", "measure")  # folders of `lib` whose code an answer may follow from
+CODE_FOLDERS = ("models", "measure")  # of `lib`, whose code may determine an answer
 
 Arrays = dict[str, np.ndarray]
 
 
 def known_or(loaded: Loaded, question: dict[str, object], ask: Callable[[], Arrays]) -> tuple[Arrays, str | None]:
-    """Return the answers to `question` and the day on which they were given before; None where `ask` was called now."""
+    """Return the answers to `question`, and the day of cached ones or None where `ask` was called now."""
     if not is_as_loaded(loaded):
         return ask(), None
     path = cache_folder() / "answers" / f"{_key(loaded, question)}.npz"
-    if found := _read(path):
-        return found
-    answered = ask()
-    _write(path, answered)
-    return answered, None
+    if cached := _read(path):
+        return cached
+    answers = ask()
+    _write(path, answers)
+    return answers, None
 
 
 def is_as_loaded(loaded: Loaded) -> bool:
-    """Return whether `loaded.model` is the object that was loaded, with no method replaced and no hook of others."""
+    """Return whether `loaded.model` is the loaded object, with no method replaced and no foreign hook."""
     if loaded.original is None or loaded.original() is not loaded.model:
         return False
     return all(
@@ -59,7 +59,8 @@ def is_as_loaded(loaded: Loaded) -> bool:
     )
 
 
-def _foreign(module: torch.nn.Module) -> list:
+def _foreign(module: torch.nn.Module) -> list[object]:
+    """Return the hooks before a forward pass that are not the workbench's own."""
     return [hook for hook in module._forward_pre_hooks.values() if hook is not architecture.own]
 
 
@@ -81,9 +82,9 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
 
 @cache
 def _code() -> str:
-    """Return a hash of all code that an answer may follow from."""
+    """Return a hash of all code that may determine an answer."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ASKING for path in (LIB / folder).rglob("*.py")):
+    for path in sorted(path for folder in CODE_FOLDERS for path in (LIB / folder).rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -91,8 +92,8 @@ def _code() -> str:
 def _read(path: Path) -> tuple[Arrays, str] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        return found, str(found.pop("day"))
+            answers = {name: file[name] for name in file.files}
+        return answers, str(answers.pop("day"))
     except (OSError, ValueError, KeyError, EOFError):
         return None
     except Exception as error:  # a damaged archive raises what its format raises
@@ -101,12 +102,12 @@ def _read(path: Path) -> tuple[Arrays, str] | None:
         raise
 
 
-def _write(path: Path, answered: Arrays) -> None:
-    """Keep answers; a folder that cannot be written to is no error here."""
+def _write(path: Path, answers: Arrays) -> None:
+    """Store answers; a folder that cannot be written to is no error here."""
     part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, day=np.array(datetime.now(timezone.utc).date().isoformat()), **answered)
+        np.savez(part, day=np.array(datetime.now(timezone.utc).date().isoformat()), **answers)
         os.replace(part, path)
     except OSError:
         with suppress(OSError):

@@ -1,16 +1,16 @@
 """What an optimization does to a model's answers: the same items for both arms, greedy, paired per item.
 
-`evaluate` asks one arm everything and keeps every answer; `compare` makes measurements of two such sets, so a baseline
-is asked once and compared with many arms. Verdicts are of non-inferiority (`lib.measure.quality.noninferiority`). Text
-is compared with little memory: kept are the last hidden states, and logits are made again in chunks. Knows no
-optimization.
+`evaluate` puts all questions to one arm and returns every answer; `compare` makes measurements of two such sets, so
+that a baseline is evaluated once and compared with many arms. Verdicts are of non-inferiority
+(`lib.measure.quality.noninferiority`). Text is compared with little memory: the last hidden states are held, and logits
+are computed again in chunks. Knows no optimization.
 
 Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,20 +28,20 @@ from lib.models.tasks.registry import HARNESS, classifies
 from lib.models.tasks.retrieval import LEAD
 
 SCORES = ("f1_macro", "precision_macro", "recall_macro")
-# What `compare` tells of a model whose answers mean something, and of which workload.
-ASKED = {name: "classify" for name in (*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right")}
-ASKED |= {"retrieval_exact_match": "generate", "perplexity": "prefill"}
-ASKED |= {"kl_divergence_nats": "prefill", "top1_agreement": "prefill"}
-# Logits held at a time, in elements.
-CHUNK_ELEMENTS = 2**24
+WORKLOAD_OF = {  # the metrics of `compare`
+    **dict.fromkeys((*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right"), "classify"),
+    "retrieval_exact_match": "generate",
+    **dict.fromkeys(("perplexity", "kl_divergence_nats", "top1_agreement"), "prefill"),
+}
+CHUNK_ELEMENTS = 2**24  # logits held at a time
 WINDOWS_AT_ONCE = 4
 PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Classified:
-    """Answers to a classification task: ids of the items, the true and the chosen label's index, all label scores in
-    nats. `answered` is the day on which they were given, where that was before this run.
+    """Answers to a classification task: ids of the items, the indices of the true and of the chosen label, all label
+    scores in nats. `answered` is the day of the answers where they are older than this run.
     """
 
     task: str
@@ -54,12 +54,13 @@ class Classified:
 
     @property
     def right_N(self) -> np.ndarray:
+        """Whether the chosen label is the true one."""
         return self.truth_N == self.chosen_N
 
 
 @dataclass(frozen=True)
 class Text:
-    """How a model read held-out windows: nats per token of each window, and what its logits can be made of again."""
+    """How a model read held-out windows: nats per token of each window, and what its logits are computed from."""
 
     ids_NT: torch.Tensor
     loss_N: np.ndarray
@@ -69,7 +70,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Which values were repeated exactly, over a stated distance in tokens; `answered` as above."""
+    """Which values were repeated exactly over a distance in tokens; `answered` as in `Classified`."""
 
     distance: int
     right_N: np.ndarray
@@ -78,11 +79,11 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers of one arm. `reason` says why there are none (random weights)."""
+    """All answers of one arm. `reason` says why there are none (for random weights)."""
 
     classified: list[Classified]
     text: Text | None
-    recalled: Retrieved | None
+    retrieved: Retrieved | None
     reason: str | None = None
 
 
@@ -96,18 +97,18 @@ def evaluate(
     seed: int = 0,
     lead: int = LEAD,
 ) -> Answers:
-    """Ask one arm all its questions and return the answers.
+    """Put all questions to one arm and return its answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
-    tasks, by default those that `loaded` is asked. Random weights are asked nothing; where accuracy is not
-    among the dimensions asked for, the final text alone is read. `lead` tokens of text stand before a value to recall.
-    A model that is as it was loaded is not asked again what it answered before (`lib.measure.quality.answer_cache`).
+    tasks, by default those of `loaded`. Random weights get no questions; unless accuracy is a requested dimension, only
+    the final text is read. `lead` tokens of text stand before a value to retrieve. Answers of a model that is unchanged
+    since it was loaded come from the cache where they are there (`lib.measure.quality.answer_cache`).
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
     effort = settings.read(effort) if isinstance(effort, str) else effort
     arm = loaded if model is None else replace(loaded, model=model)
-    if split == "final" and not settings.wants("accuracy"):  # the text alone, which controls read too
+    if split == "final" and not settings.wants("accuracy"):  # controls need the text
         ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
         return Answers([], read(arm.model, ids_NT), None, settings.why_left_out())
     names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
@@ -120,8 +121,8 @@ def evaluate(
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
-    """Return the label of highest log-likelihood for each of at most `limit` items of a split (how a task of the
-    harness is split, `lib.measure.quality.lm_eval` says).
+    """Return the label of highest log-likelihood for each of at most `limit` items of a split. How a task of the
+    harness is split is described in `lib.measure.quality.lm_eval`.
     """
     if task.startswith(HARNESS):
         labels, ids, truth_N, scores_NL = lm_eval.scores(loaded, task, split, limit, seed)
@@ -140,7 +141,7 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
 
 @torch.inference_mode()
 def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
-    """Return how `model` reads windows ids_NT: the loss of each, and its last hidden states (kept on the processor)."""
+    """Return how `model` reads the windows ids_NT: the loss of each, and its last hidden states (on the CPU)."""
     head = anatomy(model).head
     ids_NT = ids_NT.to(next(model.parameters()).device)
     losses, hidden = [], []
@@ -172,13 +173,15 @@ def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: in
         return {"right_N": np.concatenate(right)}
 
     question = {"task": "retrieval", "distance": distance, "count": count, "seed": seed, "lead": lead}
-    found, answered = answer_cache.known_or(loaded, question, ask)
-    return Retrieved(distance, found["right_N"], answered)
+    answers, answered = answer_cache.known_or(loaded, question, ask)
+    return Retrieved(distance, answers["right_N"], answered)
 
 
 @torch.inference_mode()
 def divergence(baseline: Text, optimized: Text) -> tuple[np.ndarray, np.ndarray]:
-    """Return per window the mean KL(baseline ‖ optimized), in nats, and the share of equal most likely tokens."""
+    """Return per window the mean KL(baseline ‖ optimized), in nats, and the share of equal most likely tokens. Raises
+    ValueError unless both arms read the same windows.
+    """
     if not torch.equal(baseline.ids_NT, optimized.ids_NT):
         raise ValueError("the arms read different windows")
     kl_N, agree_N = [], []
@@ -197,7 +200,7 @@ def _rows(head: nn.Module) -> int:
     return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
 
 
-def _logits(head: nn.Module, hidden_TH: torch.Tensor):
+def _logits(head: nn.Module, hidden_TH: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the logits of hidden_TH in chunks of rows, in float32."""
     for hidden_CH in hidden_TH.split(_rows(head)):
         yield head(hidden_CH.to(head.weight.device)).float()
@@ -217,36 +220,40 @@ def compare(
     `margin` replaces that of the scores (a difference), `perplexity_margin` that of the perplexity (a share).
     """
     if reason := baseline.reason or optimized.reason:
-        return [measurement.unavailable(name, workload, reason) for name, workload in ASKED.items()]
-    found = []
+        return [measurement.unavailable(name, workload, reason) for name, workload in WORKLOAD_OF.items()]
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    measurements = []
     for base, opt in zip(baseline.classified, optimized.classified, strict=True):
-        found += compare_classified(base, opt, margin=margin, resamples=resamples, seed=seed)
-    if baseline.recalled and optimized.recalled:
-        found.append(
-            compare_recalled(baseline.recalled, optimized.recalled, margin=margin, resamples=resamples, seed=seed)
-        )
+        measurements += compare_classified(base, opt, margin=margin, **options)
+    if baseline.retrieved and optimized.retrieved:
+        measurements.append(compare_retrieved(baseline.retrieved, optimized.retrieved, margin=margin, **options))
     if baseline.text and optimized.text:
-        found += compare_text(baseline.text, optimized.text, margin=perplexity_margin, resamples=resamples, seed=seed)
-    return found
+        measurements += compare_text(baseline.text, optimized.text, margin=perplexity_margin, **options)
+    return measurements
 
 
 def compare_classified(
     baseline: Classified, optimized: Classified, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
-    """Return macro F1, precision, recall, accuracy and the flips of one task."""
+    """Return macro F1, precision, recall, accuracy and the flips of one task. Raises ValueError unless both arms
+    answered the same items.
+    """
     if baseline.ids != optimized.ids or baseline.task != optimized.task:
         raise ValueError("the arms answered different items")
-    given = (baseline.truth_N, baseline.chosen_N, optimized.chosen_N)
-    replicates = noninferiority.resampled_scores(*given, len(baseline.labels), resamples, seed)
+    truth_N, labels = baseline.truth_N, len(baseline.labels)
+    replicates = noninferiority.resampled_scores(
+        truth_N, baseline.chosen_N, optimized.chosen_N, labels, resamples, seed
+    )
     identical = bool(np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     to_wrong = int((baseline.right_N & ~optimized.right_N).sum())
     to_right = int((~baseline.right_N & optimized.right_N).sum())
     n = len(baseline.ids)
-    found = [
+    scores = [
         noninferiority.score(
             name,
             "classify",
-            *(_score(name, arm) for arm in (baseline, optimized)),
+            _score(name, baseline),
+            _score(name, optimized),
             replicates[name],
             n=n,
             to_wrong=0 if identical else to_wrong,
@@ -259,20 +266,20 @@ def compare_classified(
     ]
     source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
     counts = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
-    return found + [
+    return scores + [
         measurement.informative(name, "classify", 0, count, source, ratio=None, n=n) for name, count in counts.items()
     ]
 
 
 def _before(baseline: Classified | Retrieved) -> str:
-    """Say where the baseline's answers were not given in this run."""
+    """Return a phrase for answers of the baseline that are older than this run, else an empty one."""
     if baseline.answered is None:
         return ""
     return f"; the baseline's answers of {baseline.answered} (same weights, code, data and machine)"
 
 
 def _score(name: str, arm: Classified) -> float:
-    from sklearn import metrics  # half a second, where there are answers
+    from sklearn import metrics  # takes half a second, and is needed only where there are answers
 
     if name == "accuracy":
         return float(metrics.accuracy_score(arm.truth_N, arm.chosen_N))
@@ -281,19 +288,19 @@ def _score(name: str, arm: Classified) -> float:
     return float(score(arm.truth_N, arm.chosen_N, labels=labels, average="macro", zero_division=0))
 
 
-def compare_recalled(
+def compare_retrieved(
     baseline: Retrieved, optimized: Retrieved, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> Measurement:
     """Return the exact match of generated values."""
     n = len(baseline.right_N)
-    truth_N = np.ones(n, dtype=int)
-    given = (truth_N, baseline.right_N.astype(int), optimized.right_N.astype(int))
+    base_N, opt_N = baseline.right_N.astype(int), optimized.right_N.astype(int)
+    replicates = noninferiority.resampled_scores(np.ones(n, dtype=int), base_N, opt_N, 2, resamples, seed)
     return noninferiority.score(
         "retrieval_exact_match",
         "generate",
         float(baseline.right_N.mean()),
         float(optimized.right_N.mean()),
-        noninferiority.resampled_scores(*given, 2, resamples, seed)["accuracy"],
+        replicates["accuracy"],
         n=n,
         to_wrong=int((baseline.right_N & ~optimized.right_N).sum()),
         margin=margin,
@@ -308,34 +315,17 @@ def compare_text(
     kl_N, agree_N = divergence(baseline, optimized)
     windows, tokens = baseline.ids_NT.shape
     source = f"{windows} held-out windows of {tokens} tokens"
-    options = {"resamples": resamples, "seed": seed}
-    perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
+    perplexity = noninferiority.perplexity(
+        baseline.loss_N, optimized.loss_N, margin=margin, source=source, resamples=resamples, seed=seed
+    )
 
-    def told(metric: str, alike: float, values_N: np.ndarray, what: str, **more) -> Measurement:
-        spread = {"ci": paired_stats.bootstrap_interval(values_N, **options), "n": windows}
-        mean = float(values_N.mean())
-        return measurement.informative(metric, "prefill", alike, mean, f"{source}, {what}", **spread, **more)
+    def mean(metric: str, of_equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
+        ci = paired_stats.bootstrap_interval(values_N, resamples=resamples, seed=seed)
+        value = float(values_N.mean())
+        return measurement.informative(
+            metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, **fields
+        )
 
-    kl = told("kl_divergence_nats", 0.0, kl_N, "KL(baseline ‖ optimized) over the whole vocabulary", ratio=None)
-    agreement = told("top1_agreement", 1.0, agree_N, "share of positions with the same most likely token")
+    kl = mean("kl_divergence_nats", 0.0, kl_N, "KL(baseline ‖ optimized) over the whole vocabulary", ratio=None)
+    agreement = mean("top1_agreement", 1.0, agree_N, "share of positions with the same most likely token")
     return [perplexity, kl, agreement]
-
-
-def flips(baseline: Classified, optimized: Classified) -> list[dict[str, str]]:
-    """Return the items whose answer changed: id, truth, baseline's and optimized arm's label."""
-    changed = np.flatnonzero(baseline.chosen_N != optimized.chosen_N)
-    name = baseline.labels
-    return [
-        {
-            "id": baseline.ids[i],
-            "truth": name[baseline.truth_N[i]],
-            "baseline": name[baseline.chosen_N[i]],
-            "optimized": name[optimized.chosen_N[i]],
-        }
-        for i in changed
-    ]
-
-
-def perplexity(text: Text) -> float:
-    """Return exp of the mean loss over all windows."""
-    return math.exp(float(text.loss_N.mean()))

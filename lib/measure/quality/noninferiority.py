@@ -1,11 +1,10 @@
-"""Is an answer still as good? Non-inferiority of paired scores: `maintained` only if the one-sided 95 % lower bound of
-(optimized − baseline) lies above −margin, `not_maintained` if the upper bound lies below it, else `inconclusive`, with
-the number of items it would take. `better` if the two-sided interval lies above 0 and the gain passes the margin. Knows
-no models.
+"""Non-inferiority of paired scores: `maintained` only if the one-sided 95 % lower bound of (optimized − baseline) lies
+above −margin, `not_maintained` if the upper bound lies below it, else `inconclusive`, with the number of items that
+would suffice. `better` if the two-sided interval lies above 0 and the gain passes the margin. Knows no models.
 
-Intervals are paired bootstraps over items. With fewer than five right answers turned wrong a bootstrap cannot see how
-rare such flips are (with none at all its interval is a point), so the lower bound is then at least as low as the exact
-binomial bound.
+Intervals are paired bootstraps over items. With fewer than five right answers turned wrong, a bootstrap underestimates
+how frequent such flips may be (without any its interval is a point); the lower bound is then at least as low as the
+exact binomial bound.
 """
 
 import math
@@ -24,11 +23,11 @@ MINIMUM_WINDOWS = 6
 def resampled_scores(
     truth_N: np.ndarray, baseline_N: np.ndarray, optimized_N: np.ndarray, labels: int, resamples: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Return (optimized − baseline) of macro F1, precision, recall and accuracy in each of R paired resamples of the
+    """Return (optimized − baseline) of macro F1, precision, recall and accuracy, [R] each, in R paired resamples of the
     items.
 
-    Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of those kinds
-    from a multinomial distribution: all resamples at once. An undefined precision, recall or F1 of a label counts as 0.
+    Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of these kinds of
+    items from a multinomial distribution. An undefined precision, recall or F1 of a label counts as 0.
     """
     kinds_K3, counts_K = np.unique(np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_counts=True)
     n = len(truth_N)
@@ -67,8 +66,8 @@ def score(
 ) -> Measurement:
     """Return the verdict on a score in [0, 1] from resampled differences.
 
-    `to_wrong`: items whose right answer became wrong. `identical`: the arms' scores do not differ on any item, so that
-    they are one model and no number of items is too few.
+    `to_wrong`: items whose right answer became wrong. `identical`: the arms' scores differ on no item, so that they are
+    one model and no number of items is too small.
     """
     margin = metric_named(metric).margin if margin is None else margin
     difference = optimized - baseline
@@ -107,9 +106,11 @@ def perplexity(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Measurement:
-    """Return the verdict on perplexity from the losses of the same windows, nats per token; the margin is a share."""
+    """Return the verdict on perplexity from both arms' losses of the same windows, nats per token, [N]; the margin is
+    a share.
+    """
     margin = metric_named("perplexity").margin if margin is None else margin
-    # Turned round: above 0 is a gain, as in `judge`.
+    # Baseline − optimized: above 0 is a gain, as in `judge`.
     gain_N = np.asarray(baseline_N) - np.asarray(optimized_N)
     gain, n, limit = float(gain_N.mean()), len(gain_N), math.log1p(margin)
     low, high = paired_stats.bootstrap_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed)
@@ -148,10 +149,10 @@ def judge(gain: float, low: float, high: float, wide_low: float, wide_high: floa
 
 
 def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str:
-    """Say how many items it would take to tell, at the spread and the difference seen."""
+    """Return the sentence on how many items would suffice, at the observed spread and difference."""
     distance = margin + min(gain, 0.0)
     if sigma == 0:
-        # Not one flip: n with 1 − 0.05^(1/n) < margin.
+        # No flip at all: n with 1 − 0.05^(1/n) < margin.
         needed = math.ceil(math.log(ONE_SIDED) / math.log1p(-margin))
     else:
         needed = paired_stats.items_needed(sigma, abs(distance))

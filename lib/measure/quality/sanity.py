@@ -1,5 +1,5 @@
-"""The gate before speed: has a model's output degenerated? A fast model that says nothing is not fast. Knows no metric;
-an arm that fails here is `invalid`, and no speed-up of it is shown.
+"""The gate before speed: whether a model's output has degenerated. An arm that fails here is `invalid`, and no speed-up
+of it is shown. Knows no metric.
 """
 
 import math
@@ -9,11 +9,11 @@ from torch import nn
 
 from lib.measure.timing import workloads
 
-LOOKED_AT = 32
+LOOKED_AT = 32  # positions, of a model with random weights
 
 
 def spread(length: int, most: int = LOOKED_AT) -> torch.Tensor:
-    """Return at most `most` positions of a text of `length` tokens, evenly spread, the last among them."""
+    """Return at most `most` positions of a text of `length` tokens, evenly spread, with the last one."""
     return torch.linspace(0, length - 1, min(length, most)).round().long().unique()
 
 
@@ -21,13 +21,13 @@ def spread(length: int, most: int = LOOKED_AT) -> torch.Tensor:
 def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, random_weights: bool = False) -> str | None:
     """Return why the output of `model` on held-out text `ids_BT` is degenerate, or None where it is sound.
 
-    Degenerate is: a number that is not finite; one repeated token in answer to every prompt; a perplexity beyond that
-    of guessing uniformly. A model with random weights owes us nothing but finite numbers; they are looked at in
-    LOOKED_AT positions, for at real dimensions the head would be most of the work.
+    Degenerate are logits that are not finite, one repeated token in answer to every prompt, and a perplexity beyond
+    that of guessing uniformly. Of a model with random weights only finite logits are required, in LOOKED_AT positions,
+    since at real dimensions the head would be most of the work.
     """
     model_ids_BT = ids_BT.to(next(model.parameters()).device)
-    some = spread(model_ids_BT.shape[1]).to(model_ids_BT.device) if random_weights else 0
-    logits_BTV = model(input_ids=model_ids_BT, logits_to_keep=some).logits.float()
+    positions = spread(model_ids_BT.shape[1]).to(model_ids_BT.device) if random_weights else 0
+    logits_BTV = model(input_ids=model_ids_BT, logits_to_keep=positions).logits.float()
     if not torch.isfinite(logits_BTV).all():
         return "its logits are not finite (NaN or infinite)"
     if random_weights:

@@ -1,36 +1,39 @@
-"""The machine's own ceilings, and time against them: a large matrix product and a large copy, measured once per host,
-device, dtype and number of threads. From them the physical bound of a workload, the speed-up it predicts, and how much
-of it was realised.
+"""The machine's ceilings, and time against them: a large matrix product and a large copy, measured once per host,
+device, dtype and number of threads. From them follow the physical bound of a workload, the predicted speed-up, and the
+share of it that was realised. Knows nothing of how a cost is counted.
 """
 
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lib import files
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance
 
 REPEATS = 5
-# Sides of the square product, bytes of the copy: large against every cache, a second or so in all.
+# Sides of the square product, bytes of the copy: large against every cache, about a second in all.
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
-# Below this share of the bound the arithmetic is not what takes the time.
-DISPATCH_SHARE = 0.2
+DISPATCH_SHARE = 0.2  # of the bound: below it, neither arithmetic nor traffic takes the time
 CLOSE = 0.1
-_DISTURBED: dict[str, dict] = {}  # what this process measured while the machine was disturbed
+_DISTURBED: dict[str, dict[str, Any]] = {}  # measured by this process while the machine was disturbed
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches at best: FLOP/s and bytes/s (a copy counts what it reads and what it writes)."""
+    """The best that this machine reaches: FLOP/s and bytes/s (of a copy, bytes read and written)."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -42,12 +45,13 @@ class Ceilings:
 
     @property
     def source(self) -> str:
+        """How the ceilings were measured, as a record states it."""
         return f"matrix product and copy on this machine, {self.dtype}, {self.threads} threads, {self.measured_at}"
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time a cost can take: the larger of arithmetic and traffic, and which of the two it is."""
+    """The least time of a cost: the larger of arithmetic and traffic, and which of the two it is."""
 
     seconds: float
     limited_by: str
@@ -57,8 +61,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     """Return this machine's ceilings for `dtype` at the present number of threads; measured once, then read from the
     cache.
 
-    The cache is WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. What was measured on a disturbed
-    machine serves this process, so that all its bounds are of one kind, and is not kept beyond it.
+    The cache is WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. Ceilings measured on a disturbed
+    machine serve this process, so that all its bounds are comparable, and are not stored.
     """
     name = str(dtype).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
@@ -68,7 +72,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     if key in known and not fresh:
         return Ceilings(**known[key])
     disturbed = disturbance.watch()
-    found = Ceilings(
+    ceilings = Ceilings(
         _product(device, dtype),
         _copy(device),
         device,
@@ -78,19 +82,20 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
         last_level_cache_bytes(device),
     )
     if disturbed() is None:
-        _write(path, _read(path) | {key: asdict(found)})
+        with suppress(OSError):  # a cache that cannot be written is no error
+            files.write_atomically(path, json.dumps(_read(path) | {key: asdict(ceilings)}, indent=1))
     else:
-        _DISTURBED[key] = asdict(found)
-    return found
+        _DISTURBED[key] = asdict(ceilings)
+    return ceilings
 
 
 def cache_folder() -> Path:
-    """Return where measurements of the machine are kept."""
+    """Return the folder for what is measured once per machine."""
     return Path(os.environ.get("WORKBENCH_CACHE") or Path.home() / ".cache" / "workbench")
 
 
 def last_level_cache_bytes(device: str = "cpu") -> int | None:
-    """Return the size of the last-level cache that our cores see, None where the system does not say."""
+    """Return the size of the last-level cache of this process's cores, None where the system does not say."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []
@@ -128,7 +133,7 @@ def utilisation(
 
 
 def explain(
-    found: Measurement,
+    measured: Measurement,
     costs: tuple[Cost, Cost],
     seconds: tuple[float, float],
     ceilings: Ceilings,
@@ -137,42 +142,39 @@ def explain(
     fallback: bool = False,
     working_set_bytes: float | None = None,
 ) -> Measurement:
-    """Return the measurement `found` (a rate or latency) with the predicted speed-up, the share realised, and why they
-    part.
+    """Return the measurement (a rate or latency) with the predicted speed-up, the realised share of it, and the reason
+    where they differ.
 
     `costs` and `seconds` (median time of one call) are of (baseline, optimized). `zero_share` is that of the optimized
-    model's dense weights (`cost.zero_share`), `fallback` says that a slower kernel ran than the one the optimization is
-    meant for, `working_set_bytes` is what the optimized arm reads over and over (its weights).
+    model's dense weights (`cost_model.zero_share`), `fallback` says that a slower kernel ran than the one the
+    optimization is meant for, `working_set_bytes` is what the optimized arm reads in every call (its weights).
     """
-    if found.ratio is None:
-        return found
+    if measured.ratio is None:
+        return measured
     bounds = [bound(cost, ceilings) for cost in costs]
     predicted = bounds[0].seconds / bounds[1].seconds
-    invert = not found.higher_is_better
-    measured = 1 / found.ratio if invert else found.ratio
-    low, high = found.ci or (found.ratio, found.ratio)
+    invert = not measured.higher_is_better
+    speedup = 1 / measured.ratio if invert else measured.ratio
+    low, high = measured.ci or (measured.ratio, measured.ratio)
     low, high = (1 / high, 1 / low) if invert else (low, high)
-    reason = found.reason
-    if not (low <= predicted <= high or abs(measured / predicted - 1) <= CLOSE):
-        reason = _reason(found, predicted, bounds, costs, seconds, ceilings, zero_share, fallback, working_set_bytes)
-    return found.model_copy(update={"predicted": predicted, "realised": measured / predicted, "reason": reason})
+    reason = measured.reason
+    if not (low <= predicted <= high or abs(speedup / predicted - 1) <= CLOSE):
+        if zero_share > CLOSE and costs[1].flops < costs[0].flops:
+            reason = "zeros stored dense"
+        elif fallback:
+            reason = "kernel fallback"
+        elif measured.mde is not None and abs(predicted - 1) < max(measured.mde, measured.noise_floor or 0):
+            reason = "below MDE"
+        else:
+            fits = bool(working_set_bytes and ceilings.cache_bytes and working_set_bytes < ceilings.cache_bytes)
+            reason = _unrealised(bounds, seconds, fits)
+    return measured.model_copy(update={"predicted": predicted, "realised": speedup / predicted, "reason": reason})
 
 
-def _reason(found, predicted, bounds, costs, seconds, ceilings, zero_share, fallback, working_set_bytes) -> str:
-    """Why measured and predicted speed-up part, the most telling reason first."""
-    if zero_share > CLOSE and costs[1].flops < costs[0].flops:
-        return "zeros stored dense"
-    if fallback:
-        return "kernel fallback"
-    if found.mde is not None and abs(predicted - 1) < max(found.mde, found.noise_floor or 0):
-        return "below MDE"
+def _unrealised(bounds: list[Bound], seconds: tuple[float, float], fits_in_cache: bool) -> str:
+    """Return why times differ from their bounds, as far as these tell."""
     reached = [limit.seconds / time_ for limit, time_ in zip(bounds, seconds)]
-    if max(reached) > 1 or (
-        bounds[0].limited_by == "traffic"
-        and working_set_bytes
-        and ceilings.cache_bytes
-        and working_set_bytes < ceilings.cache_bytes
-    ):
+    if max(reached) > 1 or (bounds[0].limited_by == "traffic" and fits_in_cache):
         return "cache resident"
     if min(reached) < DISPATCH_SHARE:
         return "dispatch bound"
@@ -180,7 +182,7 @@ def _reason(found, predicted, bounds, costs, seconds, ceilings, zero_share, fall
 
 
 def _product(device: str, dtype: torch.dtype) -> float:
-    """Best FLOP/s of a square matrix product."""
+    """Return the best FLOP/s of a square matrix product."""
     side = PRODUCT["cuda" if device.startswith("cuda") else "cpu"]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty(side, side, device=device, dtype=dtype)
@@ -188,14 +190,15 @@ def _product(device: str, dtype: torch.dtype) -> float:
 
 
 def _copy(device: str) -> float:
-    """Best bytes/s of a copy, read and written bytes counted."""
+    """Return the best bytes/s of a copy, read and written bytes counted."""
     size = COPY_BYTES["cuda" if device.startswith("cuda") else "cpu"] // 4
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
 
 
-def _best(call, device: str) -> float:
+def _best(call: Callable[[], object], device: str) -> float:
+    """Return the seconds of the fastest of REPEATS calls."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -206,19 +209,8 @@ def _best(call, device: str) -> float:
     return min(times[1:])
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _write(path: Path, content: dict) -> None:
-    """Write beside, then rename; a cache that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        return

@@ -1,23 +1,22 @@
-"""What a workload has to cost: parameters, FLOPs and bytes by formula, from the anatomy's view of a model. Derived,
-never timed.
+"""What a workload costs at least: parameters, FLOPs and bytes by formula, from the anatomy of a model. Derived, never
+timed.
 
 FLOPs count a multiplication and an addition as two. Only matrices are counted (norms, activations and the embedding
 look-up are not); the vision tower is left out, since the timed prompts are text. `torch.utils.flop_counter` is right
-for linear layers only (it returns 0 for attention on the processor and counts causal attention as dense); a test
-cross-checks that part.
+for linear layers only (it returns 0 for attention on a CPU and counts causal attention as dense); a test cross-checks
+that part.
 
 Symbols: L layers, H query heads, T prompt tokens, c context, B batch, b bytes per element, E experts, k experts per
 token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lib.measure.roofline import expert_usage
 from lib.measure.timing.workloads import Workload
 from lib.models.structure.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
 from lib.models.structure.sparse import is_dense
@@ -31,53 +30,8 @@ class Cost:
     bytes: float
 
 
-@dataclass
-class ExpertsHit:
-    """Distinct experts that each forward pass really used, per block: lists of (tokens, distinct experts)."""
-
-    passes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-
-    def mean(self, tokens: int | None = None) -> dict[int, float]:
-        """Return the mean number of distinct experts per block, of passes with `tokens` tokens (all where None)."""
-        found = {}
-        for block, passes in self.passes.items():
-            counts = [distinct for size, distinct in passes if tokens is None or size == tokens]
-            if counts:
-                found[block] = sum(counts) / len(counts)
-        return found
-
-
-@contextmanager
-def experts_hit(model: nn.Module) -> Iterator[ExpertsHit]:
-    """While open, count the distinct experts of every pass by hooks on the routers (third output, [tokens, k])."""
-    found = ExpertsHit()
-
-    def hook(block: int):
-        def count(_module, _inputs, output) -> None:
-            chosen = output[2]
-            found.passes.setdefault(block, []).append((chosen.shape[0], int(chosen.unique().numel())))
-
-        return count
-
-    handles = [
-        block.feed_forward.experts.router.register_forward_hook(hook(block.index))
-        for block in anatomy(model).blocks
-        if block.feed_forward.experts
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def experts_hit_uniform(count: int, top_k: int, tokens: float) -> float:
-    """Return E·(1 − (1 − k/E)^B): distinct experts that B tokens use under uniform routing."""
-    return count * (1 - (1 - top_k / count) ** tokens)
-
-
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes a tensor takes: for sparse layouts and subclasses with their indices, masks and scales."""
+    """Return the bytes of a tensor: sparse layouts and subclasses with their indices, masks and scales."""
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
         return sum(part.nbytes for part in parts)
@@ -90,27 +44,27 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def _unique(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, tied ones once."""
-    found: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return list(found.values())
+    """Return parameters and buffers, tied ones once."""
+    return list({id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values())
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers in memory, tied ones once; a model whose weights stream from a
-    file states how many it holds at most.
+    """Return the bytes of all parameters and buffers in memory, tied ones once; of a model whose weights stream from a
+    file, how many it holds at most.
     """
-    if (held := getattr(model, "weights_in_memory_bytes", None)) is not None:
-        return held
+    allowance = getattr(model, "weights_in_memory_bytes", None)
+    if allowance is not None:
+        return allowance
     return sum(tensor_bytes(tensor) for tensor in _unique(model))
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once; of a sparsely stored matrix, those that are stored."""
+    """Return the number of parameters, tied ones once; of a sparsely stored matrix, its stored elements."""
     return sum(_stored_elements(parameter) for parameter in model.parameters())
 
 
 def checkpoint_bytes(folder: Path | str) -> int:
-    """Return the bytes of a checkpoint's weight files; raises FileNotFoundError where there are none."""
+    """Return the bytes of a checkpoint's weight files. Raises FileNotFoundError where there are none."""
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), *Path(folder).glob("*.pt")]
     if not files:
         raise FileNotFoundError(f"{folder}: no weight files")
@@ -130,7 +84,7 @@ def zero_share(model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class _Size:
-    """Elements and bytes of the matrices of one part: what every token needs, and what one routed expert needs."""
+    """Elements and bytes of the matrices of one part: of what every token uses, and of one routed expert."""
 
     dense: float = 0
     dense_bytes: float = 0
@@ -151,7 +105,9 @@ def _stored_elements(tensor: torch.Tensor) -> int:
 
 
 def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
-    """Elements a product has to use, and bytes it has to read; with `skip_zeros` those of a perfect sparse kernel."""
+    """Return the elements that a product uses and the bytes that it reads; with `skip_zeros` those of a perfect sparse
+    kernel.
+    """
     if not is_dense(tensor):
         return _stored_elements(tensor), tensor_bytes(tensor)
     if skip_zeros:
@@ -171,8 +127,8 @@ def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) 
         if parameter.dim() < 2:
             continue
         elements, size = _elements(parameter, skip_zeros)
-        # What the experts share (a common factor of a decomposition) is not stacked along the experts.
-        if id(parameter) in routed and parameter.dim() == 3 and parameter.shape[0] == experts.count:
+        # A factor that all experts share (of a decomposition) is not stacked along the experts.
+        if experts and id(parameter) in routed and parameter.dim() == 3 and parameter.shape[0] == experts.count:
             expert += elements / experts.count
             expert_bytes += size / experts.count
         else:
@@ -191,13 +147,13 @@ def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
 def of_feed_forward(module: nn.Module, tokens: int, *, skip_zeros: bool = False) -> Cost:
     """Return FLOPs and bytes of one feed-forward part for `tokens` tokens in one pass, uniform routing."""
     size = _size(module, feed_forward(module).experts, skip_zeros)
-    hit = experts_hit_uniform(size.count, size.top_k, tokens) if size.count else 0
+    hit = expert_usage.expected(size.count, size.top_k, tokens) if size.count else 0
     return Cost(2 * size.active * tokens, size.dense_bytes + hit * size.expert_bytes)
 
 
 def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
-    """Return N_act: matrix elements that one token of text uses: top-k and shared experts, router, head; not the
-    look-up.
+    """Return N_act, the matrix elements that one token of text uses: top-k and shared experts, router, head; not the
+    embedding.
     """
     view = anatomy(model)
     sizes = [_block_size(block, skip_zeros) for block in view.blocks]
@@ -205,15 +161,9 @@ def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
 
 
 def kv_cache_bytes_per_token(model: nn.Module) -> int:
-    """Return the bytes the cache keeps per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents."""
+    """Return the bytes of cache per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents."""
     element = next(model.parameters()).element_size()
     return element * sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
-
-
-def cache_bytes(cache: object) -> int:
-    """Return the bytes of the tensors that a cache (transformers' DynamicCache) really holds."""
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
-    return sum(tensor.numel() * tensor.element_size() for pair in kept for tensor in pair if torch.is_tensor(tensor))
 
 
 def prefill_flops(
@@ -230,7 +180,7 @@ def prefill_flops(
     = d_v).
 
     `logits` is the number of positions per prompt that pass through the head: all by default, 1 in a timed prefill.
-    Sparse attention computes the share `density` of the causal scores, and Σ_L H·d_qk·T²/`stride` more to find them.
+    Sparse attention computes the share `density` of the causal scores, and Σ_L H·d_qk·T²/`stride` more to select them.
     """
     view = anatomy(model)
     head = _head_size(view, skip_zeros).dense * (tokens if logits is None else logits)
@@ -251,8 +201,8 @@ def decode_flops(
     """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (4·L·H·d·c where d_qk = d_v).
 
     Stock latent attention expands the whole cache again at every token: 2·|kv_b_proj|·(c − 1) more. With `absorbed`
-    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c. Sparse attention reads `attended` tokens of
-    the context.
+    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c. Sparse attention reads only `attended`
+    tokens of the context.
     """
     read = context if attended is None else min(context, attended)
     view = anatomy(model)
@@ -281,9 +231,9 @@ def step_bytes(
 ) -> float:
     """Return the bytes of one step: dense weights + Σ (experts hit × their bytes + shared) + B·c·cache + overhead.
 
-    `tokens` pass through the model in this step (B by default). `hit` gives distinct experts per block, as counted;
-    where it does not, uniform routing is assumed. `overhead` is what a weight format needs beyond what its tensors
-    hold. `attended` tokens of the cache are read, where that is not all of them.
+    `tokens` pass through the model in this step (B by default). `hit` gives the counted distinct experts of a block;
+    for other blocks uniform routing is assumed. `overhead` is what a weight format needs beyond its tensors. `attended`
+    is the number of tokens of the cache that are read (all by default).
     """
     view = anatomy(model)
     read = context if attended is None else min(context, attended)
@@ -292,7 +242,7 @@ def step_bytes(
         size = _block_size(block, skip_zeros)
         total += size.dense_bytes
         if size.count:
-            uniform = experts_hit_uniform(size.count, size.top_k, tokens or batch)
+            uniform = expert_usage.expected(size.count, size.top_k, tokens or batch)
             total += size.expert_bytes * (hit or {}).get(block.index, uniform)
     return total
 
@@ -311,9 +261,9 @@ def of(
 ) -> Cost:
     """Return FLOPs and bytes of one call of a workload on `model`.
 
-    `hit`: see `step_bytes` (of decoding steps). `absorbed`: see `decode_flops`. `skip_zeros` counts what a kernel would
-    do that costs exact zeros nothing: against it, zeros stored dense show as a gain that was not realised. `density`
-    and `stride`: see `prefill_flops`; `attended`: see `decode_flops`.
+    `hit`: see `step_bytes` (of decoding steps). `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see
+    `prefill_flops`. `skip_zeros` counts the work of a kernel for which exact zeros are free: compared with it, zeros
+    that are stored dense show as a gain that was not realised. Raises ValueError for a workload without a formula.
     """
     sparse = {"density": density, "stride": stride}
     prefill, steps = _parts(work)

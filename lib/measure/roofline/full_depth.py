@@ -1,13 +1,13 @@
 """From a slice to the whole model: blocks as often as the whole model has them, embeddings, norms and head once.
 
-How much longer a call would take at full depth is read from a few calls of its own, with a clock around every block:
-every block counts for as many as it stands for (`lib.models.structure.slice_depth`), all else once. The judged times,
-taken without such clocks, are multiplied by that. The numbers are derived and never judged: caches, memory traffic and
-routing of a deep model may differ from a slice's. Knows no optimization.
+How much longer a call would take at full depth follows from a few separate calls with a clock around every block: every
+block counts for the number of blocks it stands for (`lib.models.structure.slice_depth`), everything else once. The
+judged times, taken without such clocks, are multiplied by that. The numbers are derived and never judged: caches,
+memory traffic and routing of a deep model may differ from a slice's. Knows no optimization.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import nn
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
+from lib.measure.timing.workloads import Workload
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
 
 LOOKS = 2  # calls of each arm with clocks around its blocks; their median counts
-LONG_SECONDS = 1.0  # of a call that is looked at once: clocks around its blocks are nothing beside it
+LONG_SECONDS = 1.0  # one look at such a call is enough: the clocks' own cost is nothing beside it
 METRIC_OF = {
     "prefill": "full_depth_prefill_tokens_per_second",
     "decode": "full_depth_decode_tokens_per_second",
@@ -36,15 +37,15 @@ CACHE = "full_depth_kv_cache_bytes_per_token"
 
 def speed(
     name: str,
-    works: tuple,
+    works: tuple[Workload, Workload],
     models: tuple[nn.Module, nn.Module],
     seconds: tuple[Sequence[float], Sequence[float]],
     looks: int = LOOKS,
 ) -> list[Measurement]:
     """Return the rate of workload `name` at full depth, of both arms; empty where the baseline is no slice.
 
-    `works` are the workloads (baseline, optimized) of `models`, warm already; `seconds` the judged times of their
-    calls, pair by pair.
+    `works` are the warm workloads (baseline, optimized) of `models`; `seconds` the judged times of their calls, pair by
+    pair.
     """
     if slice_depth.whole(models[0]) is None or name not in METRIC_OF:
         return []
@@ -52,34 +53,37 @@ def speed(
     if isinstance(counts, str):
         return [measurement.unavailable(METRIC_OF[name], name, counts)]
     looks = looks if np.median(seconds[0]) < LONG_SECONDS else 1
-    longer: tuple[list[float], list[float]] = ([], [])
-    kept = [len(work.step_seconds) for work in works]
+    factors: tuple[list[float], list[float]] = ([], [])
+    steps = [len(work.step_seconds) for work in works]
     for turn in range(looks):
         for arm in (0, 1) if turn % 2 else (1, 0):
-            longer[arm].append(times_longer(works[arm], models[arm], counts))
-    for work, steps in zip(works, kept):
-        del work.step_seconds[steps:]  # the clocks around blocks belong to no step
-    rates = [[work.tokens / (one * np.median(by)) for one in arm] for work, arm, by in zip(works, seconds, longer)]
-    source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_said(models[0])}"
-    found = measurement.from_samples(
-        METRIC_OF[name], name, *rates, source=source, floor=None, provenance="derived", samples=False
+            factors[arm].append(times_longer(works[arm], models[arm], counts))
+    for work, count in zip(works, steps):
+        del work.step_seconds[count:]  # of calls with clocks around their blocks
+    base, opt = (
+        [work.tokens / (time_ * float(np.median(factor))) for time_ in times]
+        for work, times, factor in zip(works, seconds, factors)
     )
-    return [found]
+    source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_source(models[0])}"
+    rate = measurement.from_samples(
+        METRIC_OF[name], name, base, opt, source=source, floor=None, provenance="derived", samples=False
+    )
+    return [rate]
 
 
 def times_longer(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:
-    """Run `work` once and return how many times as long it would take with block i as often as `counts[i]`."""
+    """Run `work` once; return how many times as long it would take with block i repeated `counts[i]` times."""
     whole, deep = both_seconds(work, model, counts)
     return deep / whole
 
 
 def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:
-    """Run `work` once and return the seconds that it would take with block i as often as `counts[i]`."""
+    """Run `work` once; return the seconds that it would take with block i repeated `counts[i]` times."""
     return both_seconds(work, model, counts)[1]
 
 
 def both_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> tuple[float, float]:
-    """Run `work` once and return the seconds that it took, and those with block i as often as `counts[i]`."""
+    """Run `work` once; return the seconds that it took, and those with block i repeated `counts[i]` times."""
     if prepare := getattr(work, "prepare", None):
         prepare()
     with clocks([block.module for block in anatomy(model).blocks]) as spent:
@@ -91,8 +95,8 @@ def both_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[
 
 
 @contextmanager
-def clocks(modules: Sequence[nn.Module]):
-    """Yield a list with the seconds that each module has taken."""
+def clocks(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
+    """Yield the seconds that each module has taken, counted while the block is open."""
     spent, began = [0.0] * len(modules), [0.0] * len(modules)
 
     def starts(index: int):
@@ -132,15 +136,15 @@ def sizes(models: tuple[nn.Module, nn.Module]) -> list[Measurement]:
     counts = _counts(models)
     if isinstance(counts, str):
         return [measurement.unavailable(name, "load", counts) for name in (*SIZES, CACHE)]
-    found = [
-        _derived(name, "load", [size(m) + _more(m, size, counts) for m in models], models[0])
+    weights = [
+        _derived(name, "load", [size(m) + _missing(m, size, counts) for m in models], models[0])
         for name, size in SIZES.items()
     ]
-    return [*found, _derived(CACHE, "decode", [_cache_bytes(m, counts) for m in models], models[0])]
+    return [*weights, _derived(CACHE, "decode", [_cache_bytes(m, counts) for m in models], models[0])]
 
 
-def _more(model: nn.Module, size: Callable[[nn.Module], float], counts: Sequence[float]) -> float:
-    """What the blocks that the slice lacks would add."""
+def _missing(model: nn.Module, size: Callable[[nn.Module], float], counts: Sequence[float]) -> float:
+    """Return what the blocks that the slice lacks would add."""
     return sum(size(block.module) * (count - 1) for block, count in zip(anatomy(model).blocks, counts))
 
 
@@ -150,16 +154,17 @@ def _cache_bytes(model: nn.Module, counts: Sequence[float]) -> float:
 
 
 def _derived(name: str, workload: str, values: Sequence[float], baseline: nn.Module) -> Measurement:
-    return measurement.informative(name, workload, *values, _said(baseline), "derived")
+    base, opt = values
+    return measurement.informative(name, workload, base, opt, _source(baseline), "derived")
 
 
-def _said(baseline: nn.Module) -> str:
-    held, whole = len(anatomy(baseline).blocks), len(slice_depth.whole(baseline))
+def _source(baseline: nn.Module) -> str:
+    held, whole = len(anatomy(baseline).blocks), len(slice_depth.whole(baseline) or ())
     return f"each block of the slice's {held} as often as its kind among the whole model's {whole}, all else once"
 
 
 def _counts(models: Sequence[nn.Module]) -> list[float] | str:
-    """Return how many blocks each block stands for, in both arms, or why that cannot be told."""
+    """Return how many blocks each block stands for, in both arms, or why that is unknown."""
     counts = slice_depth.stands_for(models[0])
     if isinstance(counts, str):
         return counts

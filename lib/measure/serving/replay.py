@@ -165,7 +165,7 @@ def alone_and_together(
         compared += evaluate.compare_classified(single, batched, **options)
     alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed)
-    return [*compared, evaluate.compare_recalled(alone, together, **options)]
+    return [*compared, evaluate.compare_retrieved(alone, together, **options)]
 
 
 def measurements(baseline: Replayed, optimized: Replayed, objective: Objectives) -> list[Measurement]:

@@ -1,9 +1,9 @@
-"""Watches whether the machine was disturbed while something was timed. Knows nothing of what was timed, and never looks
-at its times: a block is repeated for what the machine did, not for the result it gave.
+"""Watches whether the machine was disturbed while something was timed. Knows neither what was timed nor its times: a
+block is repeated for what the machine did, not for the result it gave.
 
-Read around each block: time stolen by the hypervisor, time in which our own threads were ready but had to wait for a
-core, other processes' time on our cores, thermal throttling of processor and GPU. On systems without `/proc` only the
-load can be read, in `environment.card`; then no block is ever marked.
+Read around each block: time stolen by the hypervisor, time in which this process's threads were ready but waited for a
+core, other processes' time on its cores, thermal throttling of CPU and GPU. On systems without `/proc` only the load
+can be read, by `environment.card`; no block is ever marked there.
 """
 
 import os
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Shares of the block's time on our cores. The kernel counts busy and stolen time in ticks: fewer cannot be told.
+# Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks: a single tick
+# says nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
 TICKS = 2
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
@@ -20,7 +21,7 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """Counters at one moment, in seconds (of all given cores together), and the number of throttling events."""
+    """Counters at one moment, in seconds (summed over the cores), and the number of throttling events."""
 
     wall: float
     own: float
@@ -31,14 +32,14 @@ class Reading:
 
 
 def cores() -> list[int]:
-    """Return the processor cores that this process may run on."""
+    """Return the CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:
-    """Open a watch; return the function that closes it with what disturbed the time between, or None."""
+    """Open a watch; return the function that closes it and says what disturbed the time between, or None."""
     read = read or reading
     before = read()
 
@@ -68,16 +69,16 @@ def judge(before: Reading, after: Reading, core_count: int) -> str | None:
 
 
 def reading() -> Reading | None:
-    """Read the counters of this process and its cores; None where the system does not offer them."""
+    """Return the counters of this process and its cores; None on a system without them."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None
-    ours = {f"cpu{core}" for core in cores()}
+    own = {f"cpu{core}" for core in cores()}
     busy = stolen = 0.0
     for line in lines:
         name, *ticks = line.split()
-        if name in ours:
+        if name in own:
             user, nice, system, _, _, irq, soft, steal = (int(tick) * TICK_SECONDS for tick in ticks[:8])
             busy += user + nice + system + irq + soft
             stolen += steal
@@ -85,7 +86,7 @@ def reading() -> Reading | None:
 
 
 def _waited() -> float:
-    """Seconds in which threads of this process were ready but did not run (second field of schedstat, nanoseconds)."""
+    """Return the seconds in which threads of this process were ready but did not run (schedstat's second field)."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -96,7 +97,7 @@ def _waited() -> float:
 
 
 def _throttled() -> int:
-    """Throttling events of our cores, and 1 while the GPU slows down for heat or for its power supply."""
+    """Return the throttling events of the cores, plus 1 while the GPU slows down for heat or for its power supply."""
     total = 0
     for core in cores():
         try:

@@ -1,19 +1,20 @@
-"""What an arm is asked to do while it is timed: prefill, decode, generate. Knows how to drive a decoder by hand, token
-by token; knows nothing of clocks.
+"""The timed work: prefill, decode, generate. Knows how to drive a decoder by hand, token by token; knows nothing of how
+it is timed.
 
 Every workload is a callable without arguments. Its length is forced (no end-of-text stop) and its tokens are counted
-from the engine's own ids. No prompt is served from a warm prefix: what reads one starts from a fresh cache. What must
-not be timed (the prefill before a decode) is done once, before (`steps`), or lies in `prepare`, which `timing.paired`
-calls before it starts the clock.
+from the model's own output. No prompt is served from a warm prefix: every prefill starts from a fresh cache. What must
+not be timed (the prefill before a decode) is done once, beforehand (`steps`), or by `prepare`, which
+`lib.measure.timing.interleaved` calls before it starts the clock.
 
 Shapes: B batch, T prompt tokens, N new tokens.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Workload:
     sequences together.
 
     `output_BN` holds the token ids of the last call, `step_seconds` the time of every decoded step (on CUDA between
-    events in the device's stream). `conditions` is what both arms must share.
+    events in the device's stream). `conditions` must be equal in both arms.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Workload:
 
 
 def prefill(model: nn.Module, prompt: Prompt) -> Workload:
-    """Return the work of reading a prompt up to its first new token: ids [B, T], or a dictionary of inputs.
+    """Return the work of reading a prompt (ids [B, T], or a dictionary of inputs) up to the first new token.
 
     `tokens` is B·T; divide by it for tokens per second; one call is one time to first token.
     """
@@ -66,7 +67,7 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
     """Return the work of `new_tokens` greedy steps; the prompt's prefill is not timed. `tokens` is B·new_tokens."""
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
-    state: dict[str, object] = {}
+    state: dict[str, Any] = {}
 
     def prepare() -> None:
         state["first_B1"], state["cache"] = _first(model, inputs)
@@ -90,8 +91,8 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 
 def steps(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
-    """Return the work of `decode` at a context that stays: the prompt is read once, now, and every call forgets the
-    tokens it made. For long prompts, whose reading would take most of the time.
+    """Return the work of `decode` at a fixed context: the prompt is read once, now, and every call removes its own
+    tokens from the cache again. For long prompts, whose prefill would take most of the time.
     """
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
@@ -129,9 +130,9 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Return random token ids [B, T] of the model's vocabulary: for models without a tokenizer (random weights)."""
+    """Return random token ids [B, T] of the model's vocabulary, for models without a tokenizer (random weights)."""
     config = model.config.get_text_config()
-    # The lowest ids are special tokens, and for vision-language models stand for pictures that are not there.
+    # The lowest ids are special tokens, among them the placeholders of pictures.
     floor = min(256, config.vocab_size // 4)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(floor, config.vocab_size // 2, (batch, length), generator=generator)
@@ -140,7 +141,7 @@ def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> t
 def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_for: tuple[str, ...] = ()) -> None:
     """Raise ValueError unless both arms have the same prompts, lengths, dtype, device, attention and experts backend.
 
-    `except_for` names the conditions that are the optimization itself.
+    `except_for` names the conditions in which the optimization consists.
     """
     differing = [
         f"{name} ({baseline.conditions[name]} against {optimized.conditions[name]})"
@@ -155,15 +156,15 @@ def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_fo
 
 
 @torch.inference_mode()
-def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, object]:
-    """Run the prompt; return the first greedy token [B, 1] and the cache, which is new."""
+def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    """Run the prompt; return the first greedy token [B, 1] and the new cache."""
     reset_rope_deltas(model)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1), output.past_key_values
 
 
 @torch.inference_mode()
-def _steps(model: nn.Module, token_B1: torch.Tensor, cache: object, steps: int, work: Workload) -> torch.Tensor:
+def _steps(model: nn.Module, token_B1: torch.Tensor, cache: Any, steps: int, work: Workload) -> torch.Tensor:
     """Decode `steps` tokens greedily after `token_B1`; return them [B, steps]."""
     produced, marks = [], [_mark(token_B1)]
     for _ in range(steps):
@@ -176,7 +177,7 @@ def _steps(model: nn.Module, token_B1: torch.Tensor, cache: object, steps: int, 
 
 
 def _mark(tensor: torch.Tensor) -> float | torch.cuda.Event:
-    """Return this moment: the clock's on a processor, an event in the device's stream on CUDA, which delays nothing."""
+    """Return the present moment: of a clock, or on CUDA an event in the device's stream, which delays nothing."""
     if not tensor.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -184,7 +185,7 @@ def _mark(tensor: torch.Tensor) -> float | torch.cuda.Event:
     return event
 
 
-def _between(marks: list) -> list[float]:
+def _between(marks: Sequence[Any]) -> list[float]:
     """Return the seconds between neighbouring marks."""
     if isinstance(marks[0], float):
         return [later - earlier for earlier, later in pairwise(marks)]
@@ -193,7 +194,7 @@ def _between(marks: list) -> list[float]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Return where the model computes; parameters that wait elsewhere (on disk: meta) do not say."""
+    """Return where the model computes; parameters on disk (device meta) do not count."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
@@ -219,5 +220,5 @@ def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def barrier(model: nn.Module) -> Callable[[], object] | None:
-    """Return what waits for the device to finish, or None where calls are over when they return."""
+    """Return the function that waits for the device, or None on a CPU, where a call has ended when it returns."""
     return torch.cuda.synchronize if _device(model).type == "cuda" else None

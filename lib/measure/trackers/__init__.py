@@ -1,1 +1,1 @@
-"""What a run costs: memory, energy, processor; and the environment that it ran in."""
+"""What a run costs: memory, energy, CPU; and the environment in which it ran."""

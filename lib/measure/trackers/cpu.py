@@ -1,39 +1,41 @@
-"""How busy the processor (and the GPU, where there is one) is while something runs. Knows nothing of what runs."""
+"""How busy the CPU (and the GPU, where there is one) is while something runs. Knows nothing of what runs."""
 
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from lib.measure.timing import disturbance
 
 
 @dataclass(frozen=True)
 class Use:
-    """Processor use of one stretch. `utilisation` is (user + system) / (wall × given cores); `gpu` a share, None
-    without one.
+    """CPU use of one stretch, over the cores given to this process; `gpu` is the GPU's utilisation as a share, None
+    without a GPU.
     """
 
     wall_seconds: float
-    processor_seconds: float
+    cpu_seconds: float
     cores: int
     gpu: float | None = None
 
     @property
     def utilisation(self) -> float:
-        return self.processor_seconds / (self.wall_seconds * self.cores)
+        """(user + system) / (wall × cores)."""
+        return self.cpu_seconds / (self.wall_seconds * self.cores)
 
     @property
     def source(self) -> str:
+        """How the utilisation was measured, as a record states it."""
         return f"user + system time over wall time on {self.cores} given core{'s' * (self.cores > 1)}"
 
 
 def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
-    """Call `arm` once, and again for at least `seconds`; return the use of processor (this process, all threads) and
-    GPU.
+    """Call `arm` until `seconds` have passed, once at least; return the use of the CPU (by this process) and the GPU.
 
-    What an arm's `prepare` does is left out.
+    An arm's `prepare` is not counted.
     """
     prepare = getattr(arm, "prepare", None)
     synchronize = getattr(arm, "synchronize", None)
@@ -53,7 +55,7 @@ def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
     return Use(wall, busy, len(disturbance.cores()), gpu.mean)
 
 
-def nvml_handle():
+def nvml_handle() -> Any | None:
     """Return NVML's handle of the CUDA device in use, or None where there is no GPU or no NVML."""
     import torch
 
@@ -69,32 +71,33 @@ def nvml_handle():
 
 
 class _GpuSampler:
-    """Reads the GPU's utilisation twenty times a second while open; `mean` is its share, None where there is no GPU."""
+    """Reads the GPU's utilisation twenty times a second while open."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.samples: list[int] = []
         self.closing = threading.Event()
         self.thread: threading.Thread | None = None
 
     @property
     def mean(self) -> float | None:
+        """The mean utilisation as a share; None where there is no GPU."""
         return sum(self.samples) / len(self.samples) / 100 if self.samples else None
 
-    def __enter__(self):
+    def __enter__(self) -> "_GpuSampler":
         handle = nvml_handle()
         if handle is not None:
             self.thread = threading.Thread(target=self._sample, args=(handle,), daemon=True)
             self.thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.closing.set()
         if self.thread:
             self.thread.join()
 
-    def _sample(self, handle) -> None:
+    def _sample(self, handle: Any) -> None:
         import pynvml
 
-        with suppress(pynvml.NVMLError):  # a card that does not tell leaves `mean` None
+        with suppress(pynvml.NVMLError):  # `mean` stays None on a card without this counter
             while not self.closing.wait(0.05):
                 self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)

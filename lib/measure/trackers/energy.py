@@ -1,6 +1,6 @@
-"""Energy of both arms, per token. Measured through Zeus where the machine has a counter that can be read (NVML: whole
-GPU; RAPL: whole socket and its memory), else estimated as processor time × a stated power per core, and labelled so.
-Never 0 for unknown, and measured and estimated joules are never added up.
+"""Energy of both arms, per token. Measured through Zeus where the machine has a readable counter (NVML: the whole GPU;
+RAPL: the whole socket and its memory), else estimated as processor time × a stated power per core, and labelled so.
+Unknown energy is never 0, and measured and estimated joules are never added up.
 
 Knows nothing of models. Loading and start-up lie outside every window.
 """
@@ -12,26 +12,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 from lib.measure.metrics import measurement, paired_stats
-from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.measurement import Measurement, Provenance
 from lib.measure.timing import disturbance
+
+Readings = dict[str, list[tuple[float, float]]]  # arm → joules and wall seconds per token, one pair a window
 
 # NVML refreshes its counter slowly: shorter windows would be mostly rounding.
 COUNTER_WINDOW_SECONDS = 2.0
 ESTIMATE_WINDOW_SECONDS = 0.1
 
-# Watts per logical core, idle and busy: what SPECpower_ssj2008 submissions give per processor generation, as tabulated
-# by the Cloud Carbon Footprint project (AWS constants). "EPYC" is its second generation; "server" its average.
+# Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
+# the Cloud Carbon Footprint project (AWS constants). "EPYC" is the second generation; "server" the table's average.
 WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.74, 3.5)}
+
+
+class CountedArm(Protocol):
+    """An arm that says how many tokens one call processes; `prepare` and `synchronize` are used where it has them."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def __call__(self) -> object: ...
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Where joules come from: `kind` nvml, rapl or estimate; `provenance` and `scope` as the report states them."""
+    """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them."""
 
     kind: str
-    provenance: str
+    provenance: Provenance
     scope: str
     window_seconds: float
     idle_watts: float | None
@@ -39,14 +51,14 @@ class Counter:
 
 
 def counter(device: str = "cpu") -> Counter:
-    """Return the best source of joules for `device`: NVML for CUDA, RAPL for a processor, else the estimate."""
+    """Return the best source of joules for `device`: NVML for CUDA, RAPL for a CPU, else the estimate."""
     measured = _zeus_counter(device)
     return measured or _estimate()
 
 
 def per_token(
-    baseline: Callable[[], object],
-    optimized: Callable[[], object],
+    baseline: CountedArm,
+    optimized: CountedArm,
     *,
     workload: str,
     blocks: int,
@@ -57,14 +69,14 @@ def per_token(
 ) -> list[Measurement]:
     """Return gross joules per token, joules above idle per token, and tokens per joule of two workloads.
 
-    In each of `blocks` blocks each arm runs for one window (`seconds`, by default as long as the counter needs), the
-    baseline a second time as A/A control, in random order. The arms need the attribute `tokens`.
+    In each of `blocks` blocks, in random order, each arm runs for one window (`seconds`; by default as long as the
+    counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call processes.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
     baseline(), optimized()
     shuffle = random.Random(seed)
-    readings: dict[str, list[tuple[float, float]]] = {"baseline": [], "control": [], "optimized": []}
+    readings: Readings = {"baseline": [], "control": [], "optimized": []}
     for _ in range(blocks):
         arms = [("baseline", baseline), ("control", baseline), ("optimized", optimized)]
         shuffle.shuffle(arms)
@@ -73,10 +85,8 @@ def per_token(
     return _measurements(readings, source, workload, window)
 
 
-def _window(arm: Callable[[], object], source: Counter, seconds: float) -> tuple[float, float]:
-    """Run `arm` for at least `seconds`; return joules and wall seconds, both per token. `prepare` runs outside the
-    windows.
-    """
+def _window(arm: CountedArm, source: Counter, seconds: float) -> tuple[float, float]:
+    """Run `arm` for at least `seconds`; return joules and wall seconds per token, without those of its `prepare`."""
     prepare, synchronize = getattr(arm, "prepare", None), getattr(arm, "synchronize", None)
     joules = wall = 0.0
     tokens = 0
@@ -86,7 +96,7 @@ def _window(arm: Callable[[], object], source: Counter, seconds: float) -> tuple
         if synchronize:
             synchronize()
         start, before = time.perf_counter(), source.joules()
-        # With nothing to prepare the whole window is one stretch: a slow counter is read as seldom as can be.
+        # With nothing to prepare the whole window is one stretch, so that a slow counter is read as rarely as possible.
         while True:
             arm()
             tokens += arm.tokens
@@ -99,51 +109,53 @@ def _window(arm: Callable[[], object], source: Counter, seconds: float) -> tuple
     return joules / tokens, wall / tokens
 
 
-def _measurements(readings: dict, source: Counter, workload: str, window: float) -> list[Measurement]:
+def _measurements(readings: Readings, source: Counter, workload: str, window: float) -> list[Measurement]:
     gross = {name: [joules for joules, _ in values] for name, values in readings.items()}
     how = f"{source.scope}, {len(gross['baseline'])} windows of {window:g} s per arm in random order"
-    options = {"source": how, "provenance": source.provenance}
+    options: dict[str, Any] = {"provenance": source.provenance, "source": how}
     if min(min(values) for values in gross.values()) <= 0:
         reason = "the counter did not move within a window"
         names = ("energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule")
         return [measurement.unavailable(name, workload, reason, how) for name in names]
     floor = paired_stats.noise_floor(paired_stats.differences(gross["baseline"], gross["control"]))
     inverse = {name: [1 / joules for joules in values] for name, values in gross.items()}
+
+    def compared(metric: str, values: dict[str, list[float]], samples: bool) -> Measurement:
+        return measurement.from_samples(
+            metric, workload, values["baseline"], values["optimized"], floor=floor, samples=samples, **options
+        )
+
     return [
-        measurement.from_samples(
-            "energy_joules_per_token", workload, gross["baseline"], gross["optimized"], floor=floor, **options
-        ),
-        _above_idle(readings, source, workload, floor, options),
-        measurement.from_samples(
-            "tokens_per_joule",
-            workload,
-            inverse["baseline"],
-            inverse["optimized"],
-            floor=floor,
-            samples=False,
-            **options,
-        ),
+        compared("energy_joules_per_token", gross, True),
+        _above_idle(readings, source, workload, floor, how),
+        compared("tokens_per_joule", inverse, False),
     ]
 
 
-def _above_idle(readings: dict, source: Counter, workload: str, floor: float, options: dict) -> Measurement:
+def _above_idle(readings: Readings, source: Counter, workload: str, floor: float, how: str) -> Measurement:
     name = "energy_above_idle_joules_per_token"
     if source.idle_watts is None:
-        return measurement.unavailable(name, workload, "idle power could not be read", options["source"])
+        return measurement.unavailable(name, workload, "idle power could not be read", how)
     above = {
         arm: [joules - source.idle_watts * seconds for joules, seconds in values] for arm, values in readings.items()
     }
     if min(min(values) for values in above.values()) <= 0:
-        return measurement.unavailable(name, workload, "a window took no more energy than idling", options["source"])
-    options = {**options, "source": f"{options['source']}, less {source.idle_watts:.3g} W idle"}
+        return measurement.unavailable(name, workload, "a window took no more energy than idling", how)
     return measurement.from_samples(
-        name, workload, above["baseline"], above["optimized"], floor=floor, samples=False, **options
+        name,
+        workload,
+        above["baseline"],
+        above["optimized"],
+        source=f"{how}, less {source.idle_watts:.3g} W idle",
+        floor=floor,
+        provenance=source.provenance,
+        samples=False,
     )
 
 
 def _estimate() -> Counter:
-    """Joules of this process by its processor time. Cores that idle are charged as idle, so gross depends on wall time
-    too.
+    """Return the estimate by this process's processor time. Idle cores are charged as idle, so that gross joules depend
+    on wall time too.
     """
     family, (idle, busy) = watts_per_core()
     count = len(disturbance.cores())
@@ -159,7 +171,7 @@ def _estimate() -> Counter:
 
 
 def watts_per_core() -> tuple[str, tuple[float, float]]:
-    """Return the row of WATTS_PER_CORE that fits this processor, and its (idle, busy) watts."""
+    """Return the row of WATTS_PER_CORE for this processor, and its (idle, busy) watts."""
     name = cpu_name()
     family = next((row for row in WATTS_PER_CORE if row in name), "server")
     return family, WATTS_PER_CORE[family]
@@ -179,15 +191,13 @@ def cpu_name() -> str:
 
 @lru_cache
 def _zeus_counter(device: str) -> Counter | None:
-    """Return Zeus's counter for `device`, with the idle power read over a second; None where there is none to read."""
+    """Return Zeus's counter for `device`, with the idle power of one second; None where no counter can be read."""
     import logging
 
     logging.getLogger("zeus").setLevel(logging.CRITICAL)
     try:
         joules, kind, scope = _nvml_joules(device) if device.startswith("cuda") else _rapl_joules()
-    except (
-        Exception
-    ):  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken; all mean the same here.
+    except Exception:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
         return None
     start, before = time.perf_counter(), joules()
     time.sleep(1.0)
@@ -214,8 +224,8 @@ def _rapl_joules() -> tuple[Callable[[], float], str, str]:
     def joules() -> float:
         total = 0.0
         for index in indices:
-            found = cpus.get_total_energy_consumption(index)
-            total += found.cpu_mj + (found.dram_mj or 0)
+            energy = cpus.get_total_energy_consumption(index)
+            total += energy.cpu_mj + (energy.dram_mj or 0)
         return total / 1000
 
     joules()

@@ -1,10 +1,11 @@
-"""The environment card: on what, with what, and beside what a record was made. Knows nothing of results."""
+"""The environment card: the machine, software and load with which a record was made. Knows nothing of results."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -12,18 +13,25 @@ from lib import memory_limits
 from lib.measure.timing import disturbance
 from lib.measure.trackers import cpu, energy
 
+if TYPE_CHECKING:
+    from torch import nn
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn", "psutil", "zeus")
 
 
 def card(
-    model: object = None, *, weights_hash: str | None = None, data_hash: str | None = None, at: str | None = None
+    model: "nn.Module | None" = None,
+    *,
+    weights_hash: str | None = None,
+    data_hash: str | None = None,
+    at: str | None = None,
 ) -> dict[str, object]:
     """Return the card as plain JSON values; what cannot be read is None.
 
-    `model` (a torch module) adds dtype, device and backends; the hashes are the caller's: of the effective weights and
-    of the evaluation data. `at` is a directory inside the repository whose commit is stated.
+    `model` (a torch module) adds dtype, device and backends. `weights_hash` is of the effective weights, `data_hash` of
+    the evaluation data. `at` is a directory inside the repository whose commit is stated.
     """
-    found = {
+    machine = {
         "cpu": energy.cpu_name(),
         "architecture": platform.machine(),
         "cores_given": len(disturbance.cores()),
@@ -39,7 +47,7 @@ def card(
         "weights_hash": weights_hash,
         "data_hash": data_hash,
     }
-    return {**found, **_torch(model), **_gpu()}
+    return {**machine, **_torch(model), **_gpu()}
 
 
 def _version(package: str) -> str | None:
@@ -71,29 +79,27 @@ def _load() -> float | None:
 
 
 def _jobs_beside() -> int | None:
-    """Return how many other jobs of the build ran beside this one (the runner counts this one too), None outside a
-    build.
-    """
-    jobs = os.environ.get("WORKBENCH_JOBS", "")
+    """Return how many other jobs of the build run beside this one; None outside a build."""
+    jobs = os.environ.get("WORKBENCH_JOBS", "")  # this one counted
     return max(0, int(jobs) - 1) if jobs.isdigit() else None
 
 
-def _torch(model: object) -> dict[str, object]:
+def _torch(model: "nn.Module | None") -> dict[str, object]:
     import torch
 
-    found: dict[str, object] = {
+    facts: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     if model is not None:
         weight, config = next(model.parameters()), model.config.get_text_config()
-        found |= {
+        facts |= {
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),
             "attention_backend": getattr(config, "_attn_implementation", None),
             "experts_backend": getattr(config, "_experts_implementation", None),
         }
-    return found
+    return facts
 
 
 def _gpu() -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""True peaks of memory: each arm in a process of its own, where nothing else ever lived, read after load and after the
-workload. Knows how to start such a process and what to make of its answer; `lib.measure.trackers.memory_child` is what
-runs in it.
+"""True peaks of memory: each arm loads and runs in a fresh process, and its peak is read after load and after the
+workload. Starts the processes and turns their answers into measurements; `lib.measure.trackers.memory_child` runs in
+them. Knows nothing of how the arms differ.
 """
 
 import gc
@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lib.measure.metrics.measurement import Measurement
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,16 +27,16 @@ class Arm:
     """What a child process loads and runs.
 
     `folder`: a checkpoint folder; or `load`: keyword arguments of `lib.models.loading.load`. `transform`:
-    "module:function" that is given the loaded model and `arguments` and returns the model to measure. `opener`:
-    "module:function" that is given the folder and `arguments` and returns the model, which is then not loaded whole.
+    "module:function", called with the loaded model and `arguments`, returns the model to measure. `opener`:
+    "module:function", called with the folder and `arguments`, returns the model, which is then not loaded whole.
     `workload`: prefill, decode or generate.
     """
 
     folder: str | None = None
-    load: dict | None = None
+    load: dict[str, Any] | None = None
     transform: str | None = None
     opener: str | None = None
-    arguments: dict = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     workload: str = "generate"
     batch: int = 1
     prompt_tokens: int = 256
@@ -45,11 +47,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Peak:
-    """What was found. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
+    """Peaks of one arm. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
 
     `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
-    for a small model most of the rest. Times are of one fresh process: seconds to load, milliseconds of the first and
-    of the second call (None where the first was long).
+    most of the peak of a small model. Times are of one fresh process: seconds to load, milliseconds of the first and of
+    the second call (None where the first was long).
     """
 
     before_load_bytes: int | None
@@ -64,35 +66,30 @@ class Peak:
 
     @property
     def above_start_bytes(self) -> int | None:
-        """The peak less what the process held before it loaded anything."""
+        """The peak minus what the process held before it loaded anything."""
         return None if self.peak_bytes is None else self.peak_bytes - (self.before_load_bytes or 0)
 
 
 def peaks(*arms: Arm) -> list[Peak]:
-    """Run each arm in a fresh child process, one after the other, on the cores and threads of this one; return what
-    they found.
+    """Run each arm in a fresh child process, one after the other, on the cores and threads of this one; return their
+    peaks.
 
-    The children are forked from one process that has imported the libraries, and nothing else, so that they are not
-    imported once per arm; on CUDA, and where nothing can be forked, each is started anew. An arm whose child fails
-    comes back with nulls and the reason.
+    The children are forked from one process that has imported the libraries and done nothing else, so that these are
+    imported once; on CUDA, and where processes cannot fork, each child is started anew. The peak of an arm whose child
+    fails has nulls and the reason.
     """
     together = hasattr(os, "fork") and not any(arm.device.startswith("cuda") for arm in arms)
-    groups = [arms] if together else [[arm] for arm in arms]
+    groups: list[Sequence[Arm]] = [arms] if together else [[arm] for arm in arms]
     if not together and (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what this process's allocator keeps for itself, a child could not have
-    return [found for group in groups for found in _run(group)]
+        torch.cuda.empty_cache()  # memory that this process's allocator holds back is not free for a child
+    return [peak for group in groups for peak in _run(group)]
 
 
-def peak(arm: Arm) -> Peak:
-    """Run one arm in a fresh child process and return what it found; see `peaks`."""
-    return peaks(arm)[0]
+def allocated(arm: Callable[[], object], model: "nn.Module", reason: str) -> Peak:
+    """Return the peak of the CUDA allocator while `arm` runs `model` in this process, minus what it holds besides.
 
-
-def allocated(arm: Callable[[], object], model: object, reason: str) -> Peak:
-    """Return the peak of the CUDA allocator while `arm` runs `model` in this process, less what is held beside it.
-
-    For a model of which no second copy has room (`reason`): the allocator counts tensors, so what else it holds can be
-    taken off exactly. How long loading and a first call take is not known then.
+    For a model without room for a second copy (`reason`): the allocator counts tensors, so the memory of others can be
+    subtracted exactly. The times to load and of a first call stay unknown.
     """
     import torch
 
@@ -101,12 +98,12 @@ def allocated(arm: Callable[[], object], model: object, reason: str) -> Peak:
     gc.collect()
     own = cost_model.weights_bytes(model)
     torch.cuda.synchronize()
-    beside = torch.cuda.memory_allocated() - own
+    others = torch.cuda.memory_allocated() - own
     torch.cuda.reset_peak_memory_stats()
     arm()
     torch.cuda.synchronize()
     scope = "peak of the CUDA allocator in the notebook's process, less what it held beside this arm"
-    return Peak(0, own, torch.cuda.max_memory_allocated() - beside, scope, None, None, None, reason, child=False)
+    return Peak(0, own, torch.cuda.max_memory_allocated() - others, scope, None, None, None, reason, child=False)
 
 
 def _run(arms: Sequence[Arm]) -> list[Peak]:
@@ -126,10 +123,10 @@ def _run(arms: Sequence[Arm]) -> list[Peak]:
     except subprocess.TimeoutExpired:
         return [_failed(f"the child process ran past {TIME_LIMIT_SECONDS} s")] * len(arms)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    found = [_failed(one["failed"]) if "failed" in one else Peak(**one) for one in lines]
+    peaks_read = [_failed(fields["failed"]) if "failed" in fields else Peak(**fields) for fields in lines]
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     lost = _failed(f"the child process ended with {done.returncode}: {last}")
-    return found + [lost] * (len(arms) - len(found))
+    return peaks_read + [lost] * (len(arms) - len(peaks_read))
 
 
 def _failed(reason: str) -> Peak:
@@ -141,7 +138,7 @@ def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") ->
 
     Load and first call are single readings of fresh processes: informative, without an interval.
     """
-    from lib.measure.metrics import measurement  # the child needs no statistics, whose import takes half a second
+    from lib.measure.metrics import measurement  # not above: statistics import slowly, and the child needs none
 
     reason = baseline.reason or optimized.reason
     fixed = f", {optimized.before_load_bytes / 2**20:.0f} MiB of it before load" if optimized.before_load_bytes else ""
@@ -153,16 +150,15 @@ def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") ->
         "load_seconds": ("load_seconds", "load"),
         "first_call_ms": ("first_call_ms", workload),
     }
-    found = []
+    results = []
     for metric, (name, work) in names.items():
-        values = getattr(baseline, name), getattr(optimized, name)
-        if None in values:
+        base, opt = getattr(baseline, name), getattr(optimized, name)
+        if base is None or opt is None:
             missing = reason or "the system offers no peak of a process's memory"
-            found.append(measurement.unavailable(metric, work, missing, source))
+            results.append(measurement.unavailable(metric, work, missing, source))
         elif metric.endswith("bytes"):
-            found.append(measurement.counted(metric, work, *values, source + fixed, "measured"))
+            results.append(measurement.counted(metric, work, base, opt, source + fixed, "measured"))
         else:
-            found.append(
-                measurement.informative(metric, work, *values, "one fresh child process per arm, perf_counter", n=1)
-            )
-    return found
+            clock = "one fresh child process per arm, perf_counter"
+            results.append(measurement.informative(metric, work, base, opt, clock, n=1))
+    return results

@@ -1,7 +1,6 @@
-"""What runs in a child process of `lib.measure.trackers.memory`: reads arms from standard input, and for each, in a
-process of
-its own forked from this one, loads it, runs its workload as first call and, unless that is long, once more, and prints
-what memory and time that took as one line of JSON. No arm ever sees what another left behind.
+"""The program in a child process of `lib.measure.trackers.memory`: reads arms from standard input; loads and runs each
+in a process forked from this one (one call of the workload, a second unless that was long); prints memory and time as
+one line of JSON. No arm inherits memory from another.
 """
 
 import importlib
@@ -24,12 +23,12 @@ from lib.models import loading, parameters
 from lib.models.checkpoints import io
 from lib.models.structure import sparse
 
-LONG_SECONDS = 1.0  # a first call that lasts longer has shown its peak
-LARGE_BYTES = 2**28  # of weights that cannot hide in what was held, and given back, before they were loaded
+LONG_SECONDS = 1.0  # after a first call that lasts longer there is no second
+LARGE_BYTES = 2**28  # smaller weights could fit into memory that was held and freed before they were loaded
 
 
 def peak_bytes() -> tuple[int | None, str]:
-    """Return the peak of this process's resident memory so far, and where that was read; None where nothing tells."""
+    """Return the peak of this process's resident memory so far and its source; None on a system without one."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -108,9 +107,10 @@ def _load(arm: Arm) -> torch.nn.Module:
 
 
 def _make_present(model: torch.nn.Module) -> int:
-    """Read a number of every page of the weights: what lies in a mapped file is in memory only once it has been used,
-    and would be missing from the peak after loading. Shells of streamed weights hold a single number, and stay so.
-    Returns the bytes of what was read, tied ones once.
+    """Read one number of every page of the weights, and return the bytes of these weights, tied ones once.
+
+    Pages of a mapped file are in memory only once they have been used, and would be missing from the peak after
+    loading. Shells of streamed weights hold a single number and stay empty.
     """
     read: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -121,7 +121,7 @@ def _make_present(model: torch.nn.Module) -> int:
 
 
 def _require_all(present: int, after_load: int | None, before: int | None) -> None:
-    """Raise UserError where less than the weights was ever in memory: the system took mapped pages away again."""
+    """Raise UserError where the weights were never whole in memory: the system took mapped pages away again."""
     if present > LARGE_BYTES and after_load is not None and after_load - (before or 0) < 0.95 * present:
         raise UserError(
             f"memory is short: of {present / 1e9:.2f} GB of weights the system kept "
@@ -130,7 +130,7 @@ def _require_all(present: int, after_load: int | None, before: int | None) -> No
 
 
 def _named(name: str) -> Callable[..., torch.nn.Module]:
-    """Return the function that "module:function" names."""
+    """Return the function named "module:function"."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
@@ -160,24 +160,24 @@ def forked(arm: Arm) -> dict[str, object]:
         finally:
             os._exit(code)
     os.close(writer)
-    with os.fdopen(reader) as told:
-        said = told.read()
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 0:
-        return json.loads(said)
-    return {"failed": f"the child process ended with {code}: {said or 'no message'}"}
+        return json.loads(answer)
+    return {"failed": f"the child process ended with {code}: {answer or 'no message'}"}
 
 
 def main() -> None:
-    """Run the arms that standard input names."""
-    arms = [Arm(**one) for one in json.load(sys.stdin)]
+    """Run the arms described on standard input."""
+    arms = [Arm(**fields) for fields in json.load(sys.stdin)]
     for name in filter(None, [name for arm in arms for name in (arm.transform, arm.opener)]):
-        with suppress(Exception):  # imported for all arms alike, so that no arm's peak holds another one's libraries
+        with suppress(Exception):  # imported here, so that every arm's peak holds the same libraries
             _named(name)
     if len(arms) == 1:
         print(json.dumps(asdict(run(arms[0]))))
         return
-    with suppress(Exception):  # whatever is wrong with the first arm, its own process will say
+    with suppress(Exception):  # what is wrong with the first arm is reported by its own process
         _import_architecture(arms[0])
     for arm in arms:
         print(json.dumps(forked(arm)), flush=True)

@@ -11,7 +11,7 @@ import json
 import platform
 import sqlite3
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +105,8 @@ def machine() -> str:
 
 
 @contextmanager
-def opened(path: Path | str | None, name: str, space: Mapping[str, object], objectives: int):
-    """Yield the study `name` in the file `path` (None: in memory), new or gone on with; nobody else may hold it.
+def opened(path: Path | str | None, name: str, space: Mapping[str, object], objectives: int) -> Iterator[Study]:
+    """Yield the study `name` in the file `path` (None: in memory), new or resumed, locked against other processes.
 
     Raises UserError where another process is searching in the same file, or where the file cannot be written.
     """
@@ -167,7 +167,7 @@ def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
 
 
 def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:
-    """Return why the file cannot be gone on with, or None. Reads with SQLite alone: Optuna would write to it."""
+    """Return why the file cannot be resumed, or None. Reads with SQLite alone: Optuna would write to it."""
     query = """select value_json from study_user_attributes join studies using (study_id)
                where study_name = ? and key = 'space'"""
     try:

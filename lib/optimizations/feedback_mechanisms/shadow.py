@@ -161,4 +161,4 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
     all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
     draw_N = random.random(len(all_full.right_N)) < share
     blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
-    return [*compared, evaluate.compare_recalled(all_full, blend, **options)]
+    return [*compared, evaluate.compare_retrieved(all_full, blend, **options)]

@@ -87,6 +87,6 @@ def retrieval(
     for distance in distances:
         arms = [replace(loaded, model=model) for model in (loaded.model, optimized)]
         answers = [evaluate.retrieval(arm, distance, size.retrieval_prompts, seed) for arm in arms]
-        match = evaluate.compare_recalled(*answers, resamples=resamples, seed=seed)
+        match = evaluate.compare_retrieved(*answers, resamples=resamples, seed=seed)
         matches.append(match.model_copy(update={"workload": f"generate, {distance} tokens back"}))
     return matches

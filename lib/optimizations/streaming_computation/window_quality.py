@@ -21,7 +21,7 @@ from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import metric
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import noninferiority
-from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Retrieved, compare_recalled
+from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Retrieved, compare_retrieved
 from lib.models.decoding import chunked
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list
@@ -175,7 +175,7 @@ def retrieval_by_distance(
     for name, distance in {"inside the window": window // 2, "outside the window": 3 * window}.items():
         with reading_in_chunks(loaded.model) as model:
             pair = [retrieve(loaded, model, distance, count, arms[arm], seed) for arm in (WHOLE, WINDOWED)]
-        measurements[name] = compare_recalled(*pair, seed=seed)
+        measurements[name] = compare_retrieved(*pair, seed=seed)
     return measurements
 
 

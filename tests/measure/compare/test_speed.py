@@ -28,29 +28,33 @@ def small_machine(tmp_path, monkeypatch):
 
 def test_one_call_fills_performance_and_efficiency(tiny, name):
     base, other = tiny(name), tiny(name, seed=1)
-    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK)
-    metrics = {measured.metric for measured in found.measurements}
-    assert set(found.timed) == {"prefill", "decode", "batch_decode"} and found.timed["batch_decode"].baseline.batch == 2
+    compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK)
+    metrics = {measured.metric for measured in compared.measurements}
+    assert (
+        set(compared.timed) == {"prefill", "decode", "batch_decode"}
+        and compared.timed["batch_decode"].baseline.batch == 2
+    )
     assert {"prefill_tokens_per_second", "time_to_first_token_ms", "batch_decode_tokens_per_second"} <= metrics
     assert {"model_flops_utilisation", "memory_bandwidth_utilisation", "cpu_utilisation"} <= metrics
     assert {"energy_joules_per_token", "tokens_per_joule"} <= metrics
-    assert measurement.lint(found.measurements) == []
-    rates = [measured for measured in found.measurements if measured.metric in speed.METRICS_OF["prefill"]]
+    assert measurement.lint(compared.measurements) == []
+    rates = [measured for measured in compared.measurements if measured.metric in speed.METRICS_OF["prefill"]]
     assert all(rate.n == 6 and rate.noise_floor and rate.predicted == pytest.approx(1, rel=0.2) for rate in rates)
-    assert found.details["step_milliseconds"]["value"]["decode"]["baseline"]["p50"] > 0
-    assert all(entry["provenance"] and entry["source"] for entry in found.details.values())
-    assert len(found.bounds()) == 6 and all(row["low"] <= row["time"] <= row["high"] for row in found.bounds())
-    assert measurement.lint(found.control()) == [] and len(found.control()) == 5
+    steps = compared.details["step_milliseconds"]["value"]["decode"]["baseline"]
+    assert steps["p50"] == pytest.approx(1000 * compared.timed["decode"].seconds[0] / QUICK.new_tokens, rel=0.5)
+    assert all(entry["provenance"] and entry["source"] for entry in compared.details.values())
+    assert len(compared.bounds()) == 6 and all(row["low"] <= row["time"] <= row["high"] for row in compared.bounds())
+    assert measurement.lint(compared.control()) == [] and len(compared.control()) == 5
 
 
 def test_a_degenerate_model_is_not_timed(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 16)
-    found = speed.compare(model, model, prompt_BT, QUICK, invalid="its logits are not finite")
+    compared = speed.compare(model, model, prompt_BT, QUICK, invalid="its logits are not finite")
     assert (
-        not found.timed
-        and found.bounds() == []
-        and {measured.verdict for measured in found.measurements} == {"invalid"}
+        not compared.timed
+        and compared.bounds() == []
+        and {measured.verdict for measured in compared.measurements} == {"invalid"}
     )
     with pytest.raises(UserError, match="unknown effort"):
         speed.compare(model, model, prompt_BT, "brisk")
@@ -64,15 +68,16 @@ def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "LONG_SECONDS", 0.0)
     monkeypatch.setattr(interleaved, "iterations_for", lambda *_, **__: 1)
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
-    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
+    compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
     # One call of each, for the experts and the processor that it uses; then six rounds of three.
     assert calls[:2] == ["base", "other"] and len(calls) == 20 and calls.count("other") == 7
-    pairs, control = found.timed["prefill"].pairs, found.timed["prefill"].control
+    pairs, control = compared.timed["prefill"].pairs, compared.timed["prefill"].control
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
-    for one in (pairs, control):
-        assert sorted(one.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in one.describe()
-    assert any(one.metric == "cpu_utilisation" and one.baseline > 0 for one in found.measurements)
-    assert found.measurements[0].n == 6 and found.measurements[0].noise_floor == pytest.approx(control.floor)
+    for blocks in (pairs, control):
+        assert sorted(blocks.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in blocks.describe()
+    (use,) = (measured for measured in compared.measurements if measured.metric == "cpu_utilisation")
+    assert 0 < use.baseline < 1.2 and 0 < use.optimized < 1.2
+    assert compared.measurements[0].n == 6 and compared.measurements[0].noise_floor == pytest.approx(control.floor)
 
 
 def test_cost_options_reach_the_prediction(tiny):
@@ -80,24 +85,24 @@ def test_cost_options_reach_the_prediction(tiny):
     for parameter in other.parameters():
         parameter[::2] = 0
     options = {"names": ("prefill",), "costs": {"skip_zeros": True}, "with_energy": False}
-    found = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **options).measurements[0]
-    assert found.predicted > 1.3
+    rate = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **options).measurements[0]
+    assert rate.predicted > 1.3
 
 
 def test_resources_are_counted_and_derived(tiny, name):
     base, other = tiny(name), tiny(name)
     other.lm_head.weight.data[:48] = 0
-    found = {m.metric: m for m in speed.resources(base, other, tokens=16)}
-    assert {m.provenance for m in found.values()} == {"derived"} and measurement.lint(found.values()) == []
-    assert {m.verdict for m in found.values()} == {"equivalent"}
+    counted = {m.metric: m for m in speed.resources(base, other, tokens=16)}
+    assert {m.provenance for m in counted.values()} == {"derived"} and measurement.lint(counted.values()) == []
+    assert {m.verdict for m in counted.values()} == {"equivalent"}
     skipped = {m.metric: m for m in speed.resources(base, other, tokens=16, costs={"skip_zeros": True})}
     assert skipped["prefill_flops_per_token"].verdict == "better"
-    assert found["parameters"].baseline == cost_model.parameters(base)
+    assert counted["parameters"].baseline == cost_model.parameters(base)
     if name == "glm-4.7-flash":
-        absorbed = {"absorbed": True}
-        one, both = ({m.metric: m.ratio for m in speed.resources(base, other, tokens=16, costs=absorbed, **more)}
-                     for more in ({}, {"baseline_costs": absorbed}))  # fmt: skip
-        assert one["decode_flops_per_token"] < 1 == both["decode_flops_per_token"]
+        options = {"tokens": 16, "costs": {"absorbed": True}}
+        alone = {m.metric: m.ratio for m in speed.resources(base, other, **options)}
+        both = {m.metric: m.ratio for m in speed.resources(base, other, **options, baseline_costs={"absorbed": True})}
+        assert alone["decode_flops_per_token"] < 1 == both["decode_flops_per_token"]
 
 
 def test_break_even_needs_a_gain():
@@ -118,26 +123,26 @@ def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
 
     monkeypatch.setattr(memory, "peaks", peaks)
     base = tiny("qwen3-4b-instruct-2507")
-    found = {m.metric: m for m in footprint(base, base, QUICK)}
-    assert measurement.lint(found.values()) == [] and len(set(folders)) == 2
-    assert found["peak_memory_bytes"].verdict == found["peak_memory_above_start_bytes"].verdict == "better"
-    assert found["checkpoint_bytes"].baseline > 0
+    sizes = {m.metric: m for m in footprint(base, base, QUICK)}
+    assert measurement.lint(sizes.values()) == [] and len(set(folders)) == 2
+    assert sizes["peak_memory_bytes"].verdict == sizes["peak_memory_above_start_bytes"].verdict == "better"
+    assert sizes["checkpoint_bytes"].baseline > 0
 
 
 def test_without_room_for_another_copy_peaks_are_read_in_place(tiny, monkeypatch):
-    base, asked = tiny("qwen3-4b-instruct-2507"), []
+    base, works = tiny("qwen3-4b-instruct-2507"), []
 
     def allocated(work, model, reason):
-        asked.append((work.prompt_tokens, model))
+        works.append((work.prompt_tokens, model))
         return memory.Peak(0, 80, 100, "peak of the CUDA allocator", None, None, None, reason, child=False)
 
     monkeypatch.setattr(module, "_lack_of_room", lambda *models: "no room on the device for another copy")
     monkeypatch.setattr(memory, "allocated", allocated)
-    found = {m.metric: m for m in footprint(base, base, QUICK)}
-    assert asked == [(QUICK.prompt_tokens, base)] * 2 and measurement.lint(found.values()) == []
-    assert found["peak_memory_bytes"].source == "peak of the CUDA allocator"
+    sizes = {m.metric: m for m in footprint(base, base, QUICK)}
+    assert works == [(QUICK.prompt_tokens, base)] * 2 and measurement.lint(sizes.values()) == []
+    assert sizes["peak_memory_bytes"].source == "peak of the CUDA allocator"
     for name in ("checkpoint_bytes", "load_seconds", "first_call_ms"):
-        assert found[name].verdict == "unavailable" and found[name].reason.startswith("no room on the device")
+        assert sizes[name].verdict == "unavailable" and sizes[name].reason.startswith("no room on the device")
 
 
 def test_a_processor_always_has_room(tiny):

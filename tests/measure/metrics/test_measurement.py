@@ -67,8 +67,8 @@ def test_names_come_from_one_list():
         metric("perplexty")
     with pytest.raises(UserError, match="expected one of"):
         settings.read("fast")
-    assert {found.dimension for found in METRICS.values()} == set(DIMENSIONS)
-    assert all(found.unit for found in METRICS.values())
+    assert {listed.dimension for listed in METRICS.values()} == set(DIMENSIONS)
+    assert all(listed.unit for listed in METRICS.values())
 
 
 def test_lint_names_what_is_not_labelled():

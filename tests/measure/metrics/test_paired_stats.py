@@ -1,4 +1,4 @@
-"""The statistics find planted effects and find nothing where nothing is, on a clock that we drive ourselves."""
+"""The statistics find planted effects and find nothing where nothing is, on a clock that the test drives."""
 
 import math
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.timing import interleaved
 
@@ -40,8 +39,8 @@ class Machine:
         base, other = self.arm(1.0), self.arm(1.0 + slower)
         pairs = interleaved.paired(base, other, blocks=blocks, clock=self.clock, seed=seed)
         control = interleaved.a_a(base, blocks=blocks, clock=self.clock, seed=seed + 1)
-        found = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
-        return found.verdict, paired_stats.effect(pairs.differences)
+        latency = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
+        return latency.verdict, paired_stats.effect(pairs.differences)
 
 
 def outlying(random) -> float:
@@ -58,9 +57,9 @@ def heavy(random) -> float:
 def test_equal_arms_are_hardly_ever_told_apart(blocks, noise):
     verdicts, excluded = [], 0
     for trial in range(TRIALS):
-        verdict, found = Machine(trial, noise=noise).compare(0.0, blocks, trial)
+        verdict, effect = Machine(trial, noise=noise).compare(0.0, blocks, trial)
         verdicts.append(verdict)
-        excluded += found.low > 0 or found.high < 0
+        excluded += effect.low > 0 or effect.high < 0
     assert sum(verdict in ("better", "worse") for verdict in verdicts) <= ALLOWED
     assert excluded <= ALLOWED
 
@@ -90,7 +89,7 @@ def test_five_percent_is_found_at_standard_effort():
 @pytest.mark.parametrize("drift", [0.0, 0.01])
 def test_planted_effects_are_estimated_without_bias_and_never_reversed(planted, drift):
     results = [Machine(trial, drift).compare(planted, seed=trial) for trial in range(100)]
-    assert np.mean([found.median for _, found in results]) == pytest.approx(math.log1p(planted), abs=0.004)
+    assert np.mean([effect.median for _, effect in results]) == pytest.approx(math.log1p(planted), abs=0.004)
     assert [verdict for verdict, _ in results].count("better") <= 1
     if planted == 0.10:
         assert [verdict for verdict, _ in results].count("worse") >= 99
@@ -99,8 +98,8 @@ def test_planted_effects_are_estimated_without_bias_and_never_reversed(planted, 
 def test_ten_percent_is_found_among_outliers_which_are_counted_and_kept():
     results = [Machine(trial, noise=outlying, spread=0.02).compare(0.10, seed=trial) for trial in range(100)]
     assert [verdict for verdict, _ in results].count("worse") >= 85
-    assert all(found.n == STANDARD for _, found in results)
-    assert np.mean([found.outliers for _, found in results]) > 1
+    assert all(effect.n == STANDARD for _, effect in results)
+    assert np.mean([effect.outliers for _, effect in results]) > 1
 
 
 def test_equivalent_needs_the_whole_interval_inside_the_margin():
@@ -119,8 +118,8 @@ def test_the_interval_keeps_its_level_where_bootstraps_of_a_median_do_not():
         low, high = paired_stats.median_interval(d)
         outside["ours"] += low > 0 or high < 0
         for method in ("percentile", "basic"):
-            found = bootstrap((d,), np.median, n_resamples=499, method=method, rng=random).confidence_interval
-            outside[method] += found.low > 0 or found.high < 0
+            interval = bootstrap((d,), np.median, n_resamples=499, method=method, rng=random).confidence_interval
+            outside[method] += interval.low > 0 or interval.high < 0
     assert outside["ours"] <= ALLOWED < outside["basic"]
     assert outside["ours"] <= outside["percentile"]
 
@@ -140,47 +139,3 @@ def test_sizes_of_effects_and_samples():
     assert paired_stats.items_needed(math.sqrt(0.10), 0.03) == pytest.approx(690, rel=0.01)
     assert paired_stats.exact_upper_share(0, 149) == pytest.approx(0.02, rel=0.01)
     assert paired_stats.percentiles(range(30)) == {"p50": 14.5, "p95": pytest.approx(27.55), "p99": None}
-
-
-def test_order_is_balanced_and_shuffled():
-    orders = [interleaved.balanced_orders("AB", 12, seed) for seed in range(20)]
-    assert all(order.count(["A", "B"]) == 6 for order in orders)
-    assert len({str(order) for order in orders}) > 10
-    assert abs(interleaved.balanced_orders("AB", 7).count(["A", "B"]) * 2 - 7) == 1
-
-
-def test_too_few_blocks_are_refused():
-    with pytest.raises(UserError, match="at least 6"):
-        interleaved.paired(lambda: None, lambda: None, blocks=5)
-
-
-def test_disturbed_blocks_are_repeated_a_bounded_number_of_times_and_counted():
-    machine, windows = Machine(0), iter(range(1000))
-
-    def watch():
-        number = next(windows)
-        return lambda: "disturbed" if number in (1, 2, 5) else None
-
-    pairs = interleaved.paired(machine.arm(1), machine.arm(1), blocks=6, clock=machine.clock, disturbance=watch)
-    assert len(pairs.baseline_seconds) == 6 and len(pairs.set_aside) == 3 and pairs.disturbed == [None] * 6
-    assert "3 disturbed and repeated" in pairs.describe()
-
-    always = interleaved.paired(
-        machine.arm(1), machine.arm(1), blocks=6, clock=machine.clock, disturbance=lambda: lambda: "disturbed"
-    )
-    assert len(always.set_aside) == 6 and always.disturbed == ["disturbed"] * 6
-
-
-def test_preparation_is_not_timed():
-    machine = Machine(0, spread=0)
-
-    class Arm:
-        def __call__(self):
-            machine.now += 1
-
-        def prepare(self):
-            machine.now += 100
-
-    pairs = interleaved.paired(Arm(), Arm(), blocks=6, iterations=3, clock=machine.clock)
-    assert pairs.baseline_seconds == pytest.approx([1.0] * 6)
-    assert interleaved.iterations_for(Arm(), 5, clock=machine.clock) == 5

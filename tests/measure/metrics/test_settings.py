@@ -35,13 +35,13 @@ def test_the_command_line_knows_the_same_dimensions():
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
     _ask(monkeypatch, name)
-    found = samples.made()
-    assert found.dimensions == [name] and {m.dimension for m in found.measurements} == {name}
-    assert all(m.dimension == name for control in found.controls for m in control.measurements)
+    recorded = samples.made()
+    assert recorded.dimensions == [name] and {m.dimension for m in recorded.measurements} == {name}
+    assert all(m.dimension == name for control in recorded.controls for m in control.measurements)
     others = [other for other in DIMENSIONS if other != name]
-    assert f"not asked for: {', '.join(others)}." in found.verdict.sentence
-    assert {getattr(found.verdict, other) for other in others} == {"unavailable"}
-    assert record.from_json(record.to_json(found), "x") == found
+    assert f"not asked for: {', '.join(others)}." in recorded.verdict.sentence
+    assert {getattr(recorded.verdict, other) for other in others} == {"unavailable"}
+    assert record.from_json(record.to_json(recorded), "x") == recorded
 
 
 def test_a_whole_record_names_no_dimensions():
@@ -55,9 +55,13 @@ def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
     _ask(monkeypatch, "accuracy", "resources")
     monkeypatch.setattr(speed, "with_control", timed)
     model = tiny("qwen3-4b-instruct-2507")
-    found = speed.compare(model, model, None, "quick").measurements
-    assert found and {m.verdict for m in found} == {"unavailable"} and "accuracy and resources" in found[0].reason
-    assert speed.break_even(1.0, found[0])[1].verdict == "unavailable"
+    measurements = speed.compare(model, model, None, "quick").measurements
+    assert (
+        measurements
+        and {m.verdict for m in measurements} == {"unavailable"}
+        and "accuracy and resources" in measurements[0].reason
+    )
+    assert speed.break_even(1.0, measurements[0])[1].verdict == "unavailable"
 
 
 def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):

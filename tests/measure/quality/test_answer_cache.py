@@ -30,8 +30,8 @@ def asked(loaded, question=QUESTION) -> bool:
         calls.append(1)
         return {"scores_NL": np.ones((2, 3))}
 
-    found, day = answer_cache.known_or(loaded, question, ask)
-    assert (found["scores_NL"] == 1).all() and bool(calls) == (day is None)
+    answers, day = answer_cache.known_or(loaded, question, ask)
+    assert (answers["scores_NL"] == 1).all() and bool(calls) == (day is None)
     return bool(calls)
 
 
@@ -43,8 +43,8 @@ def test_the_same_model_is_asked_once(loaded):
 
 def test_what_an_optimization_made_is_asked_and_not_kept(loaded):
     asked(loaded)
-    for other in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
-        arm = replace(loaded, model=other)
+    for model in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
+        arm = replace(loaded, model=model)
         assert asked(arm) and asked(arm)
 
 
@@ -72,8 +72,8 @@ def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive", None])
 def test_a_damaged_file_is_as_good_as_none(loaded, tmp_path, damage):
     asked(loaded)
-    (kept,) = (tmp_path / "answers").glob("*.npz")
-    kept.write_bytes(kept.read_bytes()[:-30] if damage is None else damage)
+    (stored,) = (tmp_path / "answers").glob("*.npz")
+    stored.write_bytes(stored.read_bytes()[:-30] if damage is None else damage)
     assert asked(loaded) and not asked(loaded)
 
 
@@ -89,6 +89,6 @@ def test_answers_found_are_those_given_and_say_so(loaded):
     assert (first.scores_NL == again.scores_NL).all() and (first.right_N == again.right_N).all()
     values = [evaluate.retrieval(loaded, 64, 4) for _ in range(2)]
     assert (values[0].right_N == values[1].right_N).all() and values[1].answered
-    told = [evaluate.compare_recalled(values[1], values[0]), *evaluate.compare_classified(again, first)]
-    assert all(again.answered in one.source for one in told if not one.metric.startswith("flips"))
-    assert measurement.lint(told) == []
+    compared = [evaluate.compare_retrieved(values[1], values[0]), *evaluate.compare_classified(again, first)]
+    assert all(again.answered in measured.source for measured in compared if not measured.metric.startswith("flips"))
+    assert measurement.lint(compared) == []

@@ -33,8 +33,8 @@ def classified(n: int, accuracy: float, seed: int = 0, wrong: int = 0) -> Classi
     return Classified("topic", LABELS, [str(i) for i in range(n)], truth_N, chosen_N, scores_NL)
 
 
-def by_name(found) -> dict:
-    return {measured.metric: measured for measured in found}
+def by_name(measurements) -> dict:
+    return {measured.metric: measured for measured in measurements}
 
 
 def test_resampled_scores_are_scikit_learns_on_resampled_items():
@@ -58,8 +58,8 @@ def test_resampled_scores_are_scikit_learns_on_resampled_items():
 def test_same_answers_are_maintained_with_enough_items_and_inconclusive_with_few():
     few, many = classified(48, 0.9), classified(400, 0.9)
     other_few, other_many = (replace(arm, scores_NL=arm.scores_NL + 0.01) for arm in (few, many))
-    found = by_name(evaluate.compare_classified(few, other_few))["f1_macro"]
-    assert found.verdict == "inconclusive" and "about 149" in found.reason
+    score = by_name(evaluate.compare_classified(few, other_few))["f1_macro"]
+    assert score.verdict == "inconclusive" and "about 149" in score.reason
     assert by_name(evaluate.compare_classified(many, other_many))["f1_macro"].verdict == "maintained"
     assert by_name(evaluate.compare_classified(few, few))["accuracy"].verdict == "maintained"
 
@@ -77,8 +77,8 @@ def test_too_few_items_say_how_many_it_would_take():
     other = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
     good.chosen_N[:4] = (good.truth_N[:4] + 1) % 8
     other.chosen_N[4:10] = (good.truth_N[4:10] + 1) % 8
-    found = by_name(evaluate.compare_classified(good, other))["accuracy"]
-    assert found.verdict == "inconclusive" and "200 items are too few: about" in found.reason
+    accuracy = by_name(evaluate.compare_classified(good, other))["accuracy"]
+    assert accuracy.verdict == "inconclusive" and "200 items are too few: about" in accuracy.reason
 
 
 def test_non_inferiority_errs_as_rarely_as_it_says():
@@ -91,7 +91,7 @@ def test_non_inferiority_errs_as_rarely_as_it_says():
         opt_N = np.where((random.random(1200) < 0.17), np.where(base_N != truth_N, truth_N, opt_N), opt_N)
         true_loss = 0.95 * 0.03 * 0.83 + 0.95 * 0.03 * 0.17 - 0.05 * 0.17
         drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 8, 500, trial)["accuracy"]
-        found = noninferiority.score(
+        score = noninferiority.score(
             "accuracy",
             "classify",
             float((base_N == truth_N).mean()),
@@ -102,7 +102,7 @@ def test_non_inferiority_errs_as_rarely_as_it_says():
             margin=true_loss,
             source="simulation",
         )
-        wrong += found.verdict in ("maintained", "better")
+        wrong += score.verdict in ("maintained", "better")
     assert wrong <= 27
 
 
@@ -111,16 +111,19 @@ def test_flips_are_counted_both_ways_though_accuracy_ties():
     other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
     base.chosen_N[:3] = (base.truth_N[:3] + 1) % 8
     other.chosen_N[3:6] = (base.truth_N[3:6] + 1) % 8
-    found = by_name(evaluate.compare_classified(base, other))
-    assert found["accuracy"].baseline == found["accuracy"].optimized
-    assert (found["flips"].optimized, found["flips_to_wrong"].optimized, found["flips_to_right"].optimized) == (6, 3, 3)
-    assert len(evaluate.flips(base, other)) == 6
+    metrics = by_name(evaluate.compare_classified(base, other))
+    assert metrics["accuracy"].baseline == metrics["accuracy"].optimized
+    assert (metrics["flips"].optimized, metrics["flips_to_wrong"].optimized, metrics["flips_to_right"].optimized) == (
+        6,
+        3,
+        3,
+    )
 
 
-def test_generated_recall_that_is_destroyed_is_seen():
+def test_a_lost_retrieval_is_seen():
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
-    found = evaluate.compare_recalled(all_right, none_right)
-    assert found.verdict == "not_maintained" and found.workload == "generate" and found.optimized == 0
+    exact_match = evaluate.compare_retrieved(all_right, none_right)
+    assert exact_match.verdict == "not_maintained" and exact_match.workload == "generate" and exact_match.optimized == 0
 
 
 @pytest.mark.parametrize(
@@ -129,8 +132,8 @@ def test_generated_recall_that_is_destroyed_is_seen():
 def test_perplexity_by_its_own_margin(loss, verdict):
     base_N = np.random.default_rng(0).normal(4, 0.3, 32)
     opt_N = base_N + loss + np.random.default_rng(1).normal(0, 0.01, 32)
-    found = noninferiority.perplexity(base_N, opt_N, source="32 windows")
-    assert found.verdict == verdict and found.ratio == pytest.approx(math.exp(np.mean(opt_N - base_N)))
+    perplexity = noninferiority.perplexity(base_N, opt_N, source="32 windows")
+    assert perplexity.verdict == verdict and perplexity.ratio == pytest.approx(math.exp(np.mean(opt_N - base_N)))
     assert noninferiority.perplexity(base_N[:4], opt_N[:4], source="4 windows").verdict == "inconclusive"
 
 
@@ -153,7 +156,7 @@ def test_text_is_read_in_chunks_as_it_would_be_at_once(tiny, name, monkeypatch):
 
 
 def loaded(tiny, *, random_weights: bool) -> Loaded:
-    """A tiny model as `load` would return it, with a stand-in's tokenizer where it has answers."""
+    """A tiny model as `load` would return it, with a proxy model's tokenizer where it has answers."""
     name = "qwen3-4b-instruct-2507"
     model, tokenizer = tiny(name), None
     if not random_weights:
@@ -173,15 +176,17 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
     effort = replace(
         read_effort("quick"), items=8, windows=6, window_tokens=32, retrieval_prompts=4, retrieval_distance=32
     )
-    asked = loaded(tiny, random_weights=False)
-    base = evaluate.evaluate(asked, effort)
+    proxy = loaded(tiny, random_weights=False)
+    base = evaluate.evaluate(proxy, effort)
     changed = tiny("qwen3-4b-instruct-2507", seed=2)
     changed.resize_token_embeddings(2048)
-    found = by_name(evaluate.compare(base, evaluate.evaluate(asked, effort, model=changed.requires_grad_(False))))
+    metrics = by_name(evaluate.compare(base, evaluate.evaluate(proxy, effort, model=changed.requires_grad_(False))))
     scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "retrieval_exact_match", "top1_agreement"}
     scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
-    assert set(found) == scores == set(evaluate.ASKED) and all(METRICS[name].dimension == "accuracy" for name in found)
-    assert found["kl_divergence_nats"].optimized > 0 and found["perplexity"].n == 6
+    assert set(metrics) == scores == set(evaluate.WORKLOAD_OF) and all(
+        METRICS[name].dimension == "accuracy" for name in metrics
+    )
+    assert metrics["kl_divergence_nats"].optimized > 0 and metrics["perplexity"].n == 6
     again = by_name(evaluate.compare(base, base))
     assert again["kl_divergence_nats"].optimized == pytest.approx(0, abs=1e-5)
     assert again["top1_agreement"].optimized == 1 and again["perplexity"].verdict == "maintained"
@@ -189,9 +194,9 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
 
 def test_random_weights_have_no_quality_and_the_reason_is_given(tiny):
     answers = evaluate.evaluate(loaded(tiny, random_weights=True), "quick")
-    found = evaluate.compare(answers, answers)
-    assert all(m.verdict == "unavailable" and "random weights" in m.reason for m in found)
-    assert [(m.metric, m.workload) for m in found] == list(evaluate.ASKED.items())
+    metrics = evaluate.compare(answers, answers)
+    assert all(m.verdict == "unavailable" and "random weights" in m.reason for m in metrics)
+    assert [(m.metric, m.workload) for m in metrics] == list(evaluate.WORKLOAD_OF.items())
 
 
 def test_different_items_are_refused():
@@ -215,22 +220,22 @@ def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
         "doc_to_target": "answer", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "sums.yaml").write_text(json.dumps(task))
-    asked = loaded(tiny, random_weights=False)
-    found = evaluate.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
-    assert found.truth_N.tolist() == [0, 2, 1] and found.scores_NL.shape == (3, 4)
-    other = evaluate.classify(asked, f"lm_eval:{tmp_path / 'sums.yaml'}", "search", 5)
-    assert other.truth_N.tolist() == [1, 0, 2] and not set(other.ids) & set(found.ids)
-    prompt = asked.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
-    for choice, score in zip(lines[0]["choices"], found.scores_NL[0]):
-        ids = asked.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
-        logits_TV = asked.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    proxy = loaded(tiny, random_weights=False)
+    answers = evaluate.classify(proxy, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
+    assert answers.truth_N.tolist() == [0, 2, 1] and answers.scores_NL.shape == (3, 4)
+    other = evaluate.classify(proxy, f"lm_eval:{tmp_path / 'sums.yaml'}", "search", 5)
+    assert other.truth_N.tolist() == [1, 0, 2] and not set(other.ids) & set(answers.ids)
+    prompt = proxy.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
+    for choice, score in zip(lines[0]["choices"], answers.scores_NL[0]):
+        ids = proxy.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
+        logits_TV = proxy.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         by_hand = sum(logits_TV[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
         assert score == pytest.approx(by_hand, abs=1e-3)
-    assert found.scores_NL[0, 3] < -1e8  # a choice that the item does not have
-    same = by_name(evaluate.compare_classified(found, found))
+    assert answers.scores_NL[0, 3] < -1e8  # a choice that the item does not have
+    same = by_name(evaluate.compare_classified(answers, answers))
     assert same["flips"].optimized == 0
     with pytest.raises(UserError, match="there is no such file"):
-        evaluate.classify(asked, "lm_eval:nowhere.yaml", "final", 5)
+        evaluate.classify(proxy, "lm_eval:nowhere.yaml", "final", 5)
 
 
 def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):

@@ -1,11 +1,14 @@
 """Formulas agree with tensors, cache and FLOP counter, and the bound tells why a gain was not realised."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.measure.metrics import measurement
-from lib.measure.roofline import ceilings, cost_model
+from lib.measure.roofline import ceilings, cost_model, expert_usage
 from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import workloads
@@ -73,16 +76,17 @@ def test_active_parameters_of_the_real_models():
 def test_cache_bytes_are_what_the_cache_holds(tiny, name):
     model = tiny(name)
     cache = model(input_ids=workloads.random_prompt(model, 2, 16), use_cache=True).past_key_values
-    assert cost_model.cache_bytes(cache) == 2 * 16 * cost_model.kv_cache_bytes_per_token(model)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 2 * 16 * cost_model.kv_cache_bytes_per_token(model)
 
 
 def test_experts_hit_by_formula_and_by_hook(tiny):
-    assert [round(cost_model.experts_hit_uniform(128, 8, b)) for b in (1, 4, 16)] == [8, 29, 82]
+    assert [round(expert_usage.expected(128, 8, b)) for b in (1, 4, 16)] == [8, 29, 82]
     model = tiny("qwen3-coder-30b")
     work = workloads.decode(model, workloads.random_prompt(model, 3, 8), 4)
-    with cost_model.experts_hit(model) as hit:
+    with expert_usage.counted(model) as usage:
         work()
-    counted = hit.mean(tokens=3)
+    counted = usage.mean(tokens=3)
     assert len(counted) == 4 and all(2 <= n <= 6 for n in counted.values())
     assert all(not block.feed_forward.experts.router._forward_hooks for block in anatomy(model).blocks)
     used = cost_model.step_bytes(model, 3, 10, hit=counted)
@@ -130,8 +134,8 @@ def test_costs_of_workloads_add_up(tiny):
 
 
 def timed(ratio: float, mde: float = 0.01) -> measurement.Measurement:
-    found = measurement.counted("prefill_tokens_per_second", "prefill", 100, 100 * ratio, "12 blocks", "measured")
-    return found.model_copy(update={"ci": (ratio * 0.99, ratio * 1.01), "mde": mde, "noise_floor": 0.01})
+    rate = measurement.counted("prefill_tokens_per_second", "prefill", 100, 100 * ratio, "12 blocks", "measured")
+    return rate.model_copy(update={"ci": (ratio * 0.99, ratio * 1.01), "mde": mde, "noise_floor": 0.01})
 
 
 def test_the_bound_predicts_and_says_what_was_not_realised():
@@ -141,8 +145,8 @@ def test_the_bound_predicts_and_says_what_was_not_realised():
     realised = ceilings.explain(timed(2.0), twice, (4e-3, 2e-3), MACHINE)
     assert (realised.predicted, realised.realised, realised.reason) == (2.0, 1.0, None)
 
-    def reason(found, costs, seconds, **hints):
-        return ceilings.explain(found, costs, seconds, MACHINE, **hints).reason
+    def reason(rate, costs, seconds, **hints):
+        return ceilings.explain(rate, costs, seconds, MACHINE, **hints).reason
 
     assert reason(timed(1.0), twice, (4e-3, 4e-3), zero_share=0.5) == "zeros stored dense"
     assert reason(timed(1.0), twice, (4e-3, 4e-3), fallback=True) == "kernel fallback"
@@ -166,8 +170,11 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: None)
+    ticks = itertools.count(0.0, 0.5)  # of a clock on which everything between two readings takes half a second
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     first = ceilings.measure()
-    assert first.flops_per_second > 0 and first.bytes_per_second > 0
+    assert first.flops_per_second == 2 * 64**3 / 0.5, "a multiplication and an addition per element of the product"
+    assert first.bytes_per_second == 2 * 2**12 / 0.5, "read once and written once"
     assert ceilings.measure() == first
     assert ceilings.measure(dtype=torch.bfloat16).dtype == "bfloat16"
     (tmp_path / "ceilings.json").write_text("{half a file")

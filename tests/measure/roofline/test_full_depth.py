@@ -38,11 +38,11 @@ def as_slice(model, whole: list[str]):
 
 def test_a_slice_counts_to_the_whole_models_parameters(name):
     model = slice_of(name)
-    found = {m.metric: m for m in full_depth.sizes((model, model))}
-    assert found["full_depth_parameters"].baseline == COUNTS[name]
+    sizes = {m.metric: m for m in full_depth.sizes((model, model))}
+    assert sizes["full_depth_parameters"].baseline == COUNTS[name]
     assert len(slice_depth.whole(model)) == parameters.read(name).config("full").get("num_hidden_layers", 28)
-    assert all(m.provenance == "derived" and m.verdict == "informative" for m in found.values())
-    assert measurement.lint(found.values()) == []
+    assert all(m.provenance == "derived" and m.verdict == "informative" for m in sizes.values())
+    assert measurement.lint(sizes.values()) == []
 
 
 def test_the_size_of_a_slice_is_known_about_from_its_configuration(name):
@@ -71,14 +71,12 @@ def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatc
     assert full_depth.whole_seconds(work, model, counts) == pytest.approx(7 + 2 + 46 * 3)
     assert full_depth.whole_seconds(work, model, [1.0] * 4) == pytest.approx(7 + 2 + 3 * 3)
     assert full_depth.times_longer(work, model, counts) == pytest.approx(147 / 18)
-    (found,) = full_depth.speed("prefill", (work, work), (model, model), ([18.0] * 6, [9.0] * 6))
-    assert (
-        found.baseline == pytest.approx(16 / 147) and found.ratio == pytest.approx(2) and found.provenance == "derived"
-    )
+    (rate,) = full_depth.speed("prefill", (work, work), (model, model), ([18.0] * 6, [9.0] * 6))
+    assert rate.baseline == pytest.approx(16 / 147) and rate.ratio == pytest.approx(2) and rate.provenance == "derived"
     steps = workloads.steps(model, torch.randint(8, 90, (1, 16)), 4)
-    (found,) = full_depth.speed("decode", (steps, steps), (model, model), ([18.0 * 4] * 6, [18.0 * 4] * 6))
-    assert found.baseline == pytest.approx(1 / 147) and not steps.step_seconds
-    assert measurement.lint([found]) == []
+    (rate,) = full_depth.speed("decode", (steps, steps), (model, model), ([18.0 * 4] * 6, [18.0 * 4] * 6))
+    assert rate.baseline == pytest.approx(1 / 147) and not steps.step_seconds
+    assert measurement.lint([rate]) == []
 
 
 def test_hooks_are_taken_away_again(tiny, name):
@@ -98,18 +96,18 @@ def test_a_whole_model_has_no_other_depth(tiny, name):
 def test_what_cannot_be_told_says_why(tiny, case):
     if case == "kind":
         base = other = slice_of("glm-4.7-flash", layers=1)
-        said = "no block of kind experts, of which the whole model has 46"
+        reason = "no block of kind experts, of which the whole model has 46"
     else:
         base = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
         other = copy.deepcopy(base)
         if case == "count":
             del anatomy(other).decoder.layers[-1]
-            said = "3 blocks, the baseline 4"
+            reason = "3 blocks, the baseline 4"
         else:
             other.weights_in_memory_bytes = 1000
-            said = "streamed"
-    found = full_depth.sizes((base, other)) + full_depth.speed("prefill", (), (base, other), ([], []))
-    assert {m.provenance for m in found} == {"unavailable"} and all(said in m.reason for m in found)
+            reason = "streamed"
+    metrics = full_depth.sizes((base, other)) + full_depth.speed("prefill", (), (base, other), ([], []))
+    assert {m.provenance for m in metrics} == {"unavailable"} and all(reason in m.reason for m in metrics)
 
 
 def test_a_copy_and_a_saved_slice_still_know_the_whole(tiny, tmp_path):

@@ -68,12 +68,12 @@ def test_the_gate_sees_each_degeneration(tiny):
     assert "perplexity" in sanity.check(model, ids_BT) or sanity.check(model, own_BT) is None
     assert sanity.check(model, ids_BT, random_weights=True) is None
 
-    seen = []
-    hook = model.lm_head.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
+    positions = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: positions.append(inputs[0].shape[1]))
     long_BT = workloads.random_prompt(model, 1, 5 * sanity.LOOKED_AT)
     sanity.check(model, long_BT, random_weights=True), sanity.check(model, long_BT[:, :20], random_weights=True)
     hook.remove()
-    assert seen == [sanity.LOOKED_AT, 20] and int(sanity.spread(99)[-1]) == 98
+    assert positions == [sanity.LOOKED_AT, 20] and int(sanity.spread(99)[-1]) == 98
 
     broken = tiny(name)
     broken.model.norm.weight[0] = float("nan")

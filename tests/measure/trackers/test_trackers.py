@@ -29,8 +29,8 @@ AFTER = Reading(wall=1.0, own=2.0, busy=2.0, stolen=0.0, waited=0.01, throttled=
     ],
 )
 def test_each_disturbance_is_named(change, reason):
-    found = disturbance.judge(QUIET, replace(AFTER, **change), 2)
-    assert found is None if reason is None else reason in found
+    disturbed = disturbance.judge(QUIET, replace(AFTER, **change), 2)
+    assert disturbed is None if reason is None else reason in disturbed
 
 
 def test_one_tick_of_the_kernel_in_a_short_block_is_no_disturbance():
@@ -73,7 +73,7 @@ def test_energy_per_token_of_both_arms_with_interval_and_label():
 def test_unknown_energy_is_unavailable_never_zero():
     meter = [0.0]
     dead = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, source=counter(meter))
-    assert [found.verdict for found in dead] == ["unavailable"] * 3
+    assert [measured.verdict for measured in dead] == ["unavailable"] * 3
     blind = energy.per_token(Arm(meter, 2), Arm(meter, 1), workload="decode", blocks=6, source=counter(meter, None))
     assert blind[1].verdict == "unavailable" and "idle" in blind[1].reason
 
@@ -82,10 +82,10 @@ def test_the_estimate_says_that_it_is_one_and_from_which_table(monkeypatch):
     monkeypatch.setattr(energy, "_zeus_counter", lambda device: None)
     source = energy.counter()
     meter = [0.0]
-    found = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, seconds=0.005, source=source)
-    assert {measured.provenance for measured in found} == {"estimated"}
-    assert "W per busy core" in found[0].source and found[0].baseline > 0
-    assert found[1].baseline < found[0].baseline
+    metrics = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, seconds=0.005, source=source)
+    assert {measured.provenance for measured in metrics} == {"estimated"}
+    assert "W per busy core" in metrics[0].source and metrics[0].baseline > 0
+    assert metrics[1].baseline < metrics[0].baseline
 
 
 def test_processor_use_is_a_share_of_the_cores_given():
@@ -108,15 +108,38 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
 def test_peaks_come_from_fresh_processes(tiny, tmp_path):
     io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
     arm = memory.Arm(folder=str(tmp_path / "model"), prompt_tokens=16, new_tokens=2)
-    found, failed = memory.peaks(arm, replace(arm, folder=str(tmp_path / "nothing")))
-    assert found.reason is None and found.load_seconds > 0 and found.first_call_ms > 0
-    assert 0 < found.before_load_bytes <= found.after_load_bytes <= found.peak_bytes
+    peak, failed = memory.peaks(arm, replace(arm, folder=str(tmp_path / "nothing")))
+    assert peak.reason is None and 0 < peak.before_load_bytes <= peak.after_load_bytes <= peak.peak_bytes
     assert failed.peak_bytes is None and "expected a checkpoint folder" in failed.reason
-    measured = {m.metric: m for m in memory.measurements(found, found)}
+    measured = {m.metric: m for m in memory.measurements(peak, peak)}
     assert measured["peak_memory_bytes"].verdict == "equivalent" and "VmHWM" in measured["peak_memory_bytes"].source
     assert measured["load_seconds"].verdict == "informative"
-    missing = memory.measurements(found, failed)
+    missing = memory.measurements(peak, failed)
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
+
+
+SLOW = """
+import time
+
+def apply(model):
+    time.sleep(1.0)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    return model
+"""
+
+
+def test_a_child_times_loading_and_each_call(tiny, tmp_path, monkeypatch):
+    """Loading is planted to take 1 s longer, and each of the two forward passes of a call 0.3 s."""
+    (tmp_path / "slow_transform.py").write_text(SLOW, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arm = memory.Arm(
+        folder=str(io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")), prompt_tokens=16, new_tokens=2
+    )
+    plain, slow = memory.peaks(arm, replace(arm, transform="slow_transform:apply"))
+    assert plain.reason is None and slow.reason is None
+    assert slow.load_seconds - plain.load_seconds == pytest.approx(1.0, abs=0.5)
+    assert slow.second_call_ms - plain.second_call_ms == pytest.approx(600, rel=0.5)
+    assert slow.first_call_ms >= 600
 
 
 def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):

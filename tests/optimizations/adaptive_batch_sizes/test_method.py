@@ -1,6 +1,7 @@
 """Policies: the online model finds a planted truth, sizes follow the load, bad values are refused; the real engine."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,15 +200,29 @@ def test_models_whose_cache_keeps_no_whole_rows_are_refused(tiny):
         ModelEngine(model, lambda request: None)
 
 
-def test_step_times_are_measured_on_the_real_engine(tiny):
+def test_step_times_are_measured_on_the_real_engine(tiny, monkeypatch):
     from lib.measure.serving import step_times
 
     model, text_T = tiny("glm-4.7-flash"), torch.randint(8, 96, (64,))
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    def pass_time(_model, _args, inputs) -> None:
+        now[0] += 0.04 * len(inputs["input_ids"])  # on this clock every row of a pass takes 40 ms
+
+    model.register_forward_pre_hook(pass_time, with_kwargs=True)
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=clock))
     times = step_times.measure(model, text_T, (16, 48), repeats=2, most=4)
-    assert times.decode(1, 20) > 0 and times.decode(4, 48) > 0 and times.prefill(2, 32) > 0
+    assert times.decode(1, 20) == pytest.approx(0.04, rel=1e-3)
+    assert times.decode(4, 48) == pytest.approx(0.16, rel=1e-3)
+    assert times.prefill(4, 48) / times.prefill(1, 48) == pytest.approx(4, rel=1e-3)
     assert len(times.measured) == 6 and times.samples > 20
     per, rate = times.sustained(2, Lengths(16, 8))
-    assert per > times.decode(1, 16) * 0.2 and rate > 0
+    # Eight steps of two rows, and one prefill of each row meanwhile: (8·0.08 + 2·0.04) s for eight tokens a row.
+    assert per == pytest.approx(0.09, rel=0.01) and rate == pytest.approx(2 / (8 * per))
     with pytest.raises(UserError, match="need a text of that length"):
         step_times.measure(model, text_T, (16, 100))
 

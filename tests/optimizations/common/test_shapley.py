@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from lib.errors import UserError
 from lib.measure.timing import interleaved
 from lib.optimizations.common import interactions, shapley
 
@@ -53,46 +52,6 @@ def test_shapley_is_the_mean_over_all_orders_of_joining():
             joined = tuple(p for p in PARTS if p in before or p == part)
             gains.append(values[joined] - values[before])
         np.testing.assert_allclose(shares[part], np.mean(gains, axis=0))
-
-
-class _Clock:
-    """A clock that arms move on by hand."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def arm(self, seconds):
-        def work():
-            self.now += next(seconds)
-
-        return work
-
-
-def test_rounds_time_every_arm_once_and_in_balanced_order():
-    clock = _Clock()
-    arms = {name: clock.arm(itertools.repeat(seconds)) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    timed = interleaved.rounds(arms, 8, clock=clock)
-    np.testing.assert_allclose(timed.contrast({"c": 1, "b": -1}), np.log(2))
-    for first, second in itertools.permutations(arms, 2):
-        assert sum(timed.before(first, second)) == 4, "each of two arms comes first equally often"
-    pairs = timed.pairs("a", "b")
-    assert sorted(pairs.order) == ["AB"] * 4 + ["BA"] * 4 and pairs.optimized_seconds == [2.0] * 8
-    with pytest.raises(UserError, match="too few"):
-        interleaved.rounds(arms, 5, clock=clock)
-
-
-def test_disturbed_rounds_are_repeated_then_kept_and_marked():
-    clock, seen = _Clock(), []
-
-    def watch():
-        seen.append(None)
-        return lambda: "a neighbour"
-
-    timed = interleaved.rounds({"a": clock.arm(itertools.repeat(1.0))}, 6, clock=clock, disturbance=watch)
-    assert len(seen) == 6 + 3 and timed.disturbed == ["a neighbour"] * 6
 
 
 def test_interactions_of_timed_arms_and_losses():

@@ -1,4 +1,4 @@
-"""Studies go on where they were; damaged files and those of another space are kept aside; a kill changes no answer."""
+"""Studies are resumed; damaged files and those of another space are renamed; a kill changes no answer."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def _search(path, until: int, name: str = "s") -> list[dict]:
         return [trial.params for trial in stored.trials]
 
 
-def test_stopped_and_gone_on_with_equals_uninterrupted(tmp_path):
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     whole = _search(tmp_path / "whole.db", 14)
     _search(tmp_path / "parts.db", 5)
     assert _search(tmp_path / "parts.db", 14) == whole == _search(None, 14)
@@ -53,7 +53,8 @@ t._search({str(path)!r}, 12)
 """
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout.readline() == "ready\n"
-    with pytest.raises(UserError, match="another run is searching"), study.opened(path, "s", SPACE, 2):
+    says = rf"another run is searching in it \(process {child.pid}, since"
+    with pytest.raises(UserError, match=says), study.opened(path, "s", SPACE, 2):
         pass
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

@@ -1,9 +1,11 @@
 """Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
 
+import itertools
 import sys
 import types
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from lib.errors import UserError
 from lib.measure.metrics import measurement
 from lib.measure.metrics import settings as efforts
 from lib.measure.timing import interleaved
+from lib.measure.trackers import energy
 from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.parameters import read
@@ -182,11 +185,15 @@ def test_the_only_part_has_the_whole_gain(tiny, batch):
         assert row["mean"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
 
 
-def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch):
+def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch, monkeypatch):
     model = tiny("qwen3-coder-30b")
     before = io.weights_hash(model)
+    seconds, joules = itertools.count(100.0, 3.0), itertools.count(20.0, 7.0)  # one reading before, one after
+    meter = energy.Counter("rapl", "measured", "a counter", 0.1, None, lambda: next(joules))
+    monkeypatch.setattr(comparing, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(comparing.energy, "counter", lambda device: meter)
     applied = comparing.apply_stack(model, [batch], STEPS[:1])
-    assert applied.seconds > 0 and applied.joules > 0 and applied.provenance in ("measured", "estimated")
+    assert (applied.seconds, applied.joules, applied.provenance) == (3.0, 7.0, "measured")
     assert io.weights_hash(model) == before != io.weights_hash(applied.model)
 
 

@@ -1,0 +1,113 @@
+"""Rounds are balanced, disturbed ones repeated, and only calls are timed, on a clock that the arms push forward."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lib.errors import UserError
+from lib.measure.timing import interleaved
+
+
+class Clock:
+    """A clock that stands still but while an arm is called."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def arm(self, seconds: float):
+        def call():
+            self.now += seconds
+
+        return call
+
+
+def test_orders_are_balanced_and_shuffled():
+    orders = [interleaved.balanced_orders("AB", 12, seed) for seed in range(20)]
+    assert all(order.count(["A", "B"]) == 6 for order in orders)
+    assert len({str(order) for order in orders}) > 10
+    assert abs(interleaved.balanced_orders("AB", 7).count(["A", "B"]) * 2 - 7) == 1
+
+
+def test_rounds_time_every_arm_once_and_of_any_two_each_comes_first_equally_often():
+    clock = Clock()
+    arms = {name: clock.arm(seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    timed = interleaved.rounds(arms, 8, clock=clock)
+    np.testing.assert_allclose(timed.contrast({"c": 1, "b": -1}), np.log(2))
+    for first, second in itertools.permutations(arms, 2):
+        assert sum(timed.before(first, second)) == 4
+    pairs = timed.pairs("a", "b")
+    assert sorted(pairs.order) == ["AB"] * 4 + ["BA"] * 4 and pairs.optimized_seconds == [2.0] * 8
+    assert "3 arms a round" in pairs.describe()
+
+
+def test_two_arms_are_rounds_of_two():
+    clock = Clock()
+    arms = clock.arm(1.0), clock.arm(2.0)
+    timed = interleaved.rounds(dict(zip(("baseline", "optimized"), arms)), 8, seed=3, clock=clock)
+    pairs = interleaved.paired(*arms, blocks=8, seed=3, clock=clock)
+    assert pairs == timed.pairs("baseline", "optimized") and "a round" not in pairs.describe()
+
+
+def test_too_few_blocks_are_refused():
+    with pytest.raises(UserError, match="at least 6"):
+        interleaved.paired(lambda: None, lambda: None, blocks=5)
+    with pytest.raises(UserError, match="too few"):
+        interleaved.rounds({"a": lambda: None}, 5)
+
+
+def test_disturbed_blocks_are_repeated_a_bounded_number_of_times_and_counted():
+    clock, windows = Clock(), iter(range(1000))
+
+    def watch():
+        number = next(windows)
+        return lambda: "disturbed" if number in (1, 2, 5) else None
+
+    pairs = interleaved.paired(clock.arm(1), clock.arm(1), blocks=6, clock=clock, disturbance=watch)
+    assert len(pairs.baseline_seconds) == 6 and len(pairs.set_aside) == 3 and pairs.disturbed == [None] * 6
+    assert "3 disturbed and repeated" in pairs.describe()
+
+    options = {"clock": clock, "disturbance": lambda: lambda: "disturbed"}
+    always = interleaved.paired(clock.arm(1), clock.arm(1), blocks=6, **options)
+    assert len(always.set_aside) == 6 and always.disturbed == ["disturbed"] * 6
+    timed = interleaved.rounds({"a": clock.arm(1), "b": clock.arm(2), "c": clock.arm(3)}, 6, **options)
+    assert len(timed.set_aside) == 3 and timed.disturbed == ["disturbed"] * 6
+    assert timed.pairs("a", "c").set_aside == [(1, 3, "disturbed")] * 3
+
+
+def test_preparation_is_not_timed():
+    clock = Clock()
+
+    class Arm:
+        def __call__(self):
+            clock.now += 1
+
+        def prepare(self):
+            clock.now += 100
+
+    pairs = interleaved.paired(Arm(), Arm(), blocks=6, iterations=3, clock=clock)
+    assert pairs.baseline_seconds == pytest.approx([1.0] * 6)
+    assert interleaved.iterations_for(Arm(), 5, clock=clock) == 5
+
+
+def test_every_reading_of_the_clock_waits_for_the_device():
+    """Calls return at once; what they started ends only when someone waits for it."""
+    clock, queued = Clock(), []
+
+    class Arm:
+        def __init__(self, seconds: float):
+            self.seconds = seconds
+
+        def __call__(self):
+            queued.append(self.seconds)
+
+        def synchronize(self):
+            clock.now += sum(queued)
+            queued.clear()
+
+    pairs = interleaved.paired(Arm(1.0), Arm(2.0), blocks=6, iterations=3, clock=clock)
+    assert pairs.baseline_seconds == [1.0] * 6 and pairs.optimized_seconds == [2.0] * 6
+    assert interleaved.iterations_for(Arm(1.0), 5, clock=clock) == 5
