@@ -54,7 +54,7 @@ def requirements(text: str) -> list[Requirement]:
 
 def _release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version: `2.13.0+cpu` is (2, 13); trailing zeros do not count."""
-    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -71,7 +71,7 @@ def satisfies(version: str, bounds: str) -> bool:
         "<": lambda a, b: a < b,
     }
     for bound in filter(None, bounds.split(",")):
-        operator, limit = re.match(r"(==|!=|>=|<=|>|<)(.+)", bound).groups()
+        operator, limit = re.findall(r"(==|!=|>=|<=|>|<)(.+)", bound)[0]
         if not compare[operator](_release(version), _release(limit)):
             return False
     return True
@@ -212,9 +212,7 @@ def _alone() -> Iterator[int]:
 
 def _take(handle: int) -> bool:
     """Try to lock the open file; False where another process has it."""
-    try:
-        import fcntl
-    except ImportError:
+    if sys.platform == "win32":
         import msvcrt
 
         try:
@@ -222,6 +220,8 @@ def _take(handle: int) -> bool:
         except OSError:
             return False
         return True
+    import fcntl
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,14 +234,13 @@ def _step(arguments: list, what: str, handle: int) -> None:
 
     The step is given the lock: where this process is killed outright, the next call waits until the step has ended too.
     """
-    passed_on = {} if os.name == "nt" else {"pass_fds": (handle,)}
     with LOG.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [str(part) for part in arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            **passed_on,
+            pass_fds=() if os.name == "nt" else (handle,),
         )
         try:
             code = process.wait()

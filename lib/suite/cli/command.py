@@ -168,10 +168,10 @@ def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
             hint = suggest(name, valid) or f" Known: {', '.join(valid)}, -p."
             raise UserError(f'unknown option "{name}".{hint}')
         raise UserError(f'"{word}" is not expected here; optimizations are given as: build.py run {word}')
-    for name, valid in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
+    for name, choices in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
         value = getattr(options, name, None)
-        if value is not None and value not in valid:
-            raise UserError(f"--{name} {value}: expected one of {', '.join(valid)}.{suggest(value, valid)}")
+        if value is not None and value not in choices:
+            raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}.{suggest(value, choices)}")
     return options
 
 

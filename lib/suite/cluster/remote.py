@@ -126,6 +126,7 @@ class _Telling:
 
     def __init__(self, tell: Callable[..., None]):
         self.tell = tell
+        self.side_by_side = 1
         self.doing: Callable[[], str] = lambda: "starting"
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -162,7 +163,7 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
         folder=folder,
         shares=[request["cores"]],
         temporary=base / "temporary",
-        neighbours=[tuple(pair) for pair in request["neighbours"]],
+        neighbours=[(optimization, model) for optimization, model in request["neighbours"]],
         progress=_Telling(tell),
         side_by_side=request["side_by_side"],
     )

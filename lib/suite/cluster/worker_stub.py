@@ -49,7 +49,8 @@ def call(request: dict) -> dict:
         try:
             answer = _follow(process, request | {"folder": str(folder)}, worker, key)
         finally:
-            process.stdin.close()  # which ends the process, if it has not ended by itself
+            if process.stdin is not None:
+                process.stdin.close()  # which ends the process, if it has not ended by itself
             process.wait()
         if answer is None:
             log_lines = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -177,8 +177,8 @@ def answer_of(future: Any) -> dict[str, Any]:
             return future.result(timeout=60)
         except Exception as error:  # the worker that held the answer has gone, or the answer could not be carried
             return {"lost": f"its answer was lost ({type(error).__name__})"}
-    error = future.exception(timeout=10) if future.status == "error" else None
-    return {"lost": f"{type(error).__name__}: {error}" if error else f"its task was {future.status}"}
+    cause = future.exception(timeout=10) if future.status == "error" else None
+    return {"lost": f"{type(cause).__name__}: {cause}" if cause else f"its task was {future.status}"}
 
 
 def differing(mine: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]], most: int = 3) -> str:

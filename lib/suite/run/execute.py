@@ -115,7 +115,7 @@ def _execute(request: dict, tell: Any) -> dict:
 def _watch(nb_man: Any, tell: Any) -> None:
     """Make the notebook manager report when a code cell starts and ends."""
     start, complete = nb_man.cell_start, nb_man.cell_complete
-    began: dict[int, float] = {}
+    began: dict[int | None, float] = {}
 
     def cell_start(cell: Any, cell_index: int | None = None, **kwargs: Any) -> None:
         if cell.cell_type == "code":

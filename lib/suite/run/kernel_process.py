@@ -190,9 +190,12 @@ def _listen(stream: Any, events: queue.Queue) -> None:
 
 def send(worker: Worker, message: Mapping[str, Any]) -> bool:
     """Send a line to the child; return whether that succeeded."""
+    stdin = worker.process.stdin
+    if stdin is None:
+        return False
     try:
-        worker.process.stdin.write(json.dumps(message).encode() + b"\n")
-        worker.process.stdin.flush()
+        stdin.write(json.dumps(message).encode() + b"\n")
+        stdin.flush()
     except OSError:
         return False
     return True
@@ -211,7 +214,7 @@ def poll(worker: Worker) -> ExecutionOutcome | None:
             worker.cell_seconds[event["index"]] = event["seconds"]
         elif kind == "end":
             worker.ended = event
-            return _outcome(worker)
+            return _outcome(worker, event)
         elif kind == "rendered":
             worker.rendered = event
         elif kind == "closed":
@@ -220,7 +223,7 @@ def poll(worker: Worker) -> ExecutionOutcome | None:
         if worker.closed:
             code = worker.process.wait()
             worker.ended = {"error": {"kind": "WorkerLost", "text": f"the process ended with {code}", "raised": False}}
-            return _outcome(worker)
+            return _outcome(worker, worker.ended)
         _enforce(worker)
     return None
 
@@ -244,19 +247,20 @@ def _enforce(worker: Worker) -> None:
         worker.tree.end()
 
 
-def _outcome(worker: Worker) -> ExecutionOutcome:
-    error = worker.ended.get("error")
+def _outcome(worker: Worker, ended: Mapping[str, Any]) -> ExecutionOutcome:
+    error = ended.get("error")
     if worker.over:
         error = {"kind": "TimeLimit", "text": worker.over, "raised": False, "limit": True}
     alive = worker.process.poll() is None
     return ExecutionOutcome(
-        error, worker.ended.get("record"), worker.cell, worker.cell_seconds, worker.seconds, worker.tree.samples, alive
+        error, ended.get("record"), worker.cell, worker.cell_seconds, worker.seconds, worker.tree.samples, alive
     )
 
 
 def finish(worker: Worker) -> None:
     """Close the child's standard input, which ends a waiting child, and kill whatever it left behind."""
-    with contextlib.suppress(OSError):
-        worker.process.stdin.close()
+    if worker.process.stdin is not None:
+        with contextlib.suppress(OSError):
+            worker.process.stdin.close()
     worker.tree.end()
     worker.process.wait()

@@ -70,7 +70,7 @@ def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -
     if outcome.error:
         if task.output.is_file():
             result_folder.place(task.output, folder.failed(OVERVIEW))
-        return f"{OVERVIEW}: {settle.fault(template, outcome)} (notebook: {folder.failed(OVERVIEW)})"
+        return f"{OVERVIEW}: {settle.fault(template, outcome, outcome.error)} (notebook: {folder.failed(OVERVIEW)})"
     result_folder.place(task.output, folder.of(OVERVIEW, ".ipynb"))
     fault = render.render(folder.path, OVERVIEW, result_folder.present(folder))
     if not fault:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +13,21 @@ from rich.text import Text
 
 STYLES = {"ok": "green", "not_applicable": "yellow", "failed": "red", "running": "cyan"}
 SHOWN_ENDED = 8
+
+
+class Reporter(Protocol):
+    """Receives the progress of jobs: the progress table, or on a cluster's worker what forwards it to the build."""
+
+    side_by_side: int
+
+    def start(self, stem: str, doing: Callable[[], str]) -> None:
+        """Register a started job; `doing` returns its current step."""
+
+    def end(self, stem: str, status: str, seconds: float, reason: str | None) -> None:
+        """Register an ended job."""
+
+    def line(self, text: str) -> None:
+        """Print a line."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lib.models import parameters
 from lib.suite.plan.plan import Job
 from lib.suite.run import kernel_process, settle
 from lib.suite.run.kernel_process import ExecutionOutcome, Task, Worker
-from lib.suite.run.progress import Progress
+from lib.suite.run.progress import Reporter
 from lib.suite.run.settle import Result
 from lib.suite.store import render
 from lib.suite.store.result_folder import Folder
@@ -33,16 +33,23 @@ class Entry:
 
 
 @dataclass
+class EntryRun:
+    """An entry that is running: its child process, how often it was started, and its result while pages are made."""
+
+    entry: Entry
+    worker: Worker
+    tries: int = 1
+    result: Result | None = None
+    rendering_since: float = 0.0
+
+
+@dataclass
 class CoreSlot:
     """A share of the cores, and what runs on it."""
 
     cores: tuple[int, ...]
     temporary: Path
-    entry: Entry | None = None
-    worker: Worker | None = None
-    tries: int = 0
-    result: Result | None = None
-    rendering_since: float = 0.0
+    run: EntryRun | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class BuildContext:
     shares: Sequence[Sequence[int]]
     temporary: Path
     neighbours: Sequence[tuple[str, str]]
-    progress: Progress
+    progress: Reporter
     side_by_side: int | None = None
 
 
@@ -63,23 +70,22 @@ def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
     No process of a job outlives this function, whatever ends it early (a signal, a full disk). Raises OSError where
     results cannot be written.
     """
-    waiting, results = deque(by_size(entries)), []
+    waiting = deque(by_size(entries))
+    results: list[Result] = []
     slots = [CoreSlot(tuple(cores), build.temporary / str(at)) for at, cores in enumerate(build.shares)]
     try:
-        while waiting or any(slot.entry for slot in slots):
+        while waiting or any(slot.run for slot in slots):
             for at, slot in enumerate(slots):
-                if slot.entry is None and waiting:
-                    entry = waiting.pop() if at % 2 and sized(waiting[0]) else waiting.popleft()
-                    slot.entry, slot.tries, slot.result = entry, 0, None
-                    _begin(build, slot)
-                elif slot.entry is not None and _step(build, slot):
-                    results.append(slot.result)
-                    slot.entry = slot.worker = None
+                if slot.run is None and waiting:
+                    _begin(build, slot, waiting.pop() if at % 2 and sized(waiting[0]) else waiting.popleft())
+                elif slot.run is not None and (result := _step(build, slot, slot.run)):
+                    results.append(result)
+                    slot.run = None
             time.sleep(POLL_SECONDS)
     finally:
         for slot in slots:
-            if slot.worker is not None:
-                kernel_process.finish(slot.worker)
+            if slot.run is not None:
+                kernel_process.finish(slot.run.worker)
     return results
 
 
@@ -98,8 +104,8 @@ def by_size(entries: Sequence[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (-sizes[entry.job.model], entry.job.model))
 
 
-def _begin(build: BuildContext, slot: CoreSlot) -> None:
-    job = slot.entry.job
+def _begin(build: BuildContext, slot: CoreSlot, entry: Entry, tries: int = 1) -> None:
+    job = entry.job
     task = Task(
         name=f"{job.stem}.ipynb",
         notebook=job.template.path,
@@ -111,56 +117,53 @@ def _begin(build: BuildContext, slot: CoreSlot) -> None:
         effort=job.effort,
         dimensions=job.dimensions,
     )
-    slot.tries += 1
-    slot.worker = kernel_process.start(task)
-    build.progress.start(job.stem, lambda: _doing(slot))
+    run = EntryRun(entry, kernel_process.start(task), tries)
+    slot.run = run
+    build.progress.start(job.stem, lambda: _doing(run))
 
 
-def _doing(slot: CoreSlot) -> str:
-    if slot.result:
+def _doing(run: EntryRun) -> str:
+    if run.result:
         return "rendering"
-    if slot.worker is None or slot.worker.cell is None:
+    if run.worker.cell is None:
         return "starting"
-    return f"cell {slot.worker.cell + 1} of {len(slot.entry.job.template.cells) + 1}"
+    return f"cell {run.worker.cell + 1} of {len(run.entry.job.template.cells) + 1}"
 
 
-def _step(build: BuildContext, slot: CoreSlot) -> bool:
-    """Advance one slot; return whether its job has ended."""
-    if slot.result is None:
-        outcome = kernel_process.poll(slot.worker)
+def _step(build: BuildContext, slot: CoreSlot, run: EntryRun) -> Result | None:
+    """Advance one slot's run; return its result once the run has ended and its pages are made."""
+    outcome = kernel_process.poll(run.worker)
+    if run.result is None:
         if outcome is None:
-            return False
-        if outcome.worth_another_try and slot.tries == 1:
-            build.progress.line(f"{slot.entry.job.stem}: {outcome.error['kind']}, trying once more")
-            kernel_process.finish(slot.worker)
-            _begin(build, slot)
-            return False
-        return _settle(build, slot, outcome)
-    kernel_process.poll(slot.worker)
-    over = time.monotonic() - slot.rendering_since > RENDER_SECONDS
-    if slot.worker.rendered is None and not over and not slot.worker.closed:
-        return False
-    fault = (slot.worker.rendered or {"error": "the pages could not be made: the process was lost"})["error"]
-    return _close(build, slot, fault)
+            return None
+        if outcome.error and outcome.worth_another_try and run.tries == 1:
+            build.progress.line(f"{run.entry.job.stem}: {outcome.error['kind']}, trying once more")
+            kernel_process.finish(run.worker)
+            _begin(build, slot, run.entry, run.tries + 1)
+            return None
+        return _settle(build, run, outcome)
+    over = time.monotonic() - run.rendering_since > RENDER_SECONDS
+    if run.worker.rendered is None and not over and not run.worker.closed:
+        return None
+    rendered = run.worker.rendered or {"error": "the pages could not be made: the process was lost"}
+    return _close(build, run, run.result, rendered["error"])
 
 
-def _settle(build: BuildContext, slot: CoreSlot, outcome: ExecutionOutcome) -> bool:
-    """Write the record of a run that has ended, and have its pages made; return whether that is done already."""
-    entry = slot.entry
-    slot.result = settle.settle(build.folder, entry.job, entry.parts, entry.key, slot.worker.task, outcome)
-    order = {"render": entry.job.stem, "folder": str(build.folder.path), "neighbours": list(build.neighbours)}
-    if outcome.alive and kernel_process.send(slot.worker, order):
-        slot.rendering_since = time.monotonic()
-        return False
-    kernel_process.finish(slot.worker)
-    return _close(build, slot, render.render(build.folder.path, entry.job.stem, build.neighbours))
+def _settle(build: BuildContext, run: EntryRun, outcome: ExecutionOutcome) -> Result | None:
+    """Write the record of a run that has ended and have its pages made; return the result if they are made already."""
+    job = run.entry.job
+    run.result = settle.settle(build.folder, job, run.entry.parts, run.entry.key, run.worker.task, outcome)
+    order = {"render": job.stem, "folder": str(build.folder.path), "neighbours": list(build.neighbours)}
+    if outcome.alive and kernel_process.send(run.worker, order):
+        run.rendering_since = time.monotonic()
+        return None
+    kernel_process.finish(run.worker)
+    return _close(build, run, run.result, render.render(build.folder.path, job.stem, build.neighbours))
 
 
-def _close(build: BuildContext, slot: CoreSlot, fault: str | None) -> bool:
-    kernel_process.finish(slot.worker)
-    result = slot.result
+def _close(build: BuildContext, run: EntryRun, result: Result, fault: str | None) -> Result:
+    kernel_process.finish(run.worker)
     if fault and result.status != "failed":
         result = Result(result.stem, "failed", fault, None, result.seconds)
-        slot.result = result
     build.progress.end(result.stem, result.status, result.seconds, result.reason if result.status != "ok" else None)
-    return True
+    return result

@@ -36,18 +36,20 @@ class Result:
 
 def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: ExecutionOutcome) -> Result:
     """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
-    record, status = None, "failed"
+    record: records.Record | None = None
+    status: records.Status = "failed"
+    reason: str | None
     if outcome.error and outcome.error["kind"] == NotApplicable.__name__ and outcome.error["raised"]:
         status, reason = "not_applicable", " ".join(outcome.error["text"].split())
     elif outcome.error:
-        reason = fault(job.template, outcome)
+        reason = fault(job.template, outcome, outcome.error)
     else:
         record, reason = _accept(job, outcome.record)
     if record is None:
         record = records.build(
             job.optimization, job.model, job.scale, job.effort, job.parameters, status=status, reason=reason
         )
-        record.dimensions = list(job.dimensions) or None
+        record = record.model_copy(update={"dimensions": list(job.dimensions) or None})
     log = _log(job.template, task, outcome, record.status == "failed")
     record = record.model_copy(
         update={
@@ -95,7 +97,7 @@ def _process(task: Task, outcome: ExecutionOutcome) -> records.Process:
     return records.Process(
         seconds=samples.seconds,
         cpu_percent=samples.cpu_percent,
-        memory_bytes=samples.memory_bytes,
+        memory_bytes=[float(size) for size in samples.memory_bytes],
         interval_seconds=samples.interval_seconds,
         cores=len(task.cores),
         pinned_to=list(task.cores),
@@ -118,9 +120,9 @@ def _place(folder: Folder, stem: str, task: Task, failed: bool) -> None:
     shutil.rmtree(task.folder, ignore_errors=True)
 
 
-def fault(template: Template, outcome: ExecutionOutcome) -> str:
+def fault(template: Template, outcome: ExecutionOutcome, error: Mapping[str, Any]) -> str:
     """Return in one line which cell failed and why."""
-    kind, text = outcome.error["kind"], " ".join(outcome.error["text"].split())
+    kind, text = error["kind"], " ".join(error["text"].split())
     if kind == "CellTimeoutError":
         what = "it ran past its limit of time"
     elif kind == "TimeLimit":

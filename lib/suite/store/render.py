@@ -22,7 +22,7 @@ def render(folder: Path, stem: str, neighbours: Iterable[tuple[str, str]]) -> st
         notebook = where.of(stem, ".ipynb")
         if run_record and run_record.status == "failed":
             notebook = where.failed(stem)
-        html.render(notebook, run_record, [tuple(pair) for pair in neighbours], where.path)
+        html.render(notebook, run_record, [(optimization, model) for optimization, model in neighbours], where.path)
     except UserError as error:
         return str(error)
     except Exception as error:  # a report that cannot be drawn must not take the result with it

@@ -184,4 +184,4 @@ def discard_pages(folder: Folder, stem: str) -> None:
 def present(folder: Folder) -> list[tuple[str, str]]:
     """Return the (optimization, model) pairs that have a record in the folder."""
     stems = (path.name.removesuffix(".json") for path in sorted(folder.path.glob("*--*.json")))
-    return [tuple(stem.split("--", 1)) for stem in stems]
+    return [(optimization, model) for optimization, _, model in (stem.partition("--") for stem in stems)]
