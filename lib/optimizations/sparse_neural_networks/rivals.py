@@ -23,7 +23,7 @@ from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import MatrixMasks, SparseModel, SparsitySetup
 from lib.optimizations.sparse_neural_networks.int8 import int8
 from lib.optimizations.sparse_neural_networks.masks import METHODS, WITHIN
-from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
+from lib.optimizations.sparse_neural_networks.speed_sweep import LAYOUTS, PartPoint
 
 CLAIMS = (
     "Random masks harm no more than chosen ones.",
@@ -179,14 +179,16 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
 
 
 def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:
-    """Return the answer by the largest gain in time: shown, excluded, or neither."""
-    times = [(m, point) for point in points for m in point.times if m.ratio]
+    """Return the answer by the gain in time whose interval lies highest: better, no gain at all, or neither."""
+    times = [(m, point) for point in points for m in point.times if m.ratio and m.ci]
     if not times:
         return claim, None, "no part was timed"
-    best, point = min(times, key=lambda pair: pair[0].ratio or 0.0)
-    evidence = f"largest gain {1 / (best.ratio or 1):.2f}× ({point.layout}, {point.strength} % zeros, {best.workload})"
-    refuted = {"better": False, "worse": True, "equivalent": True}.get(best.verdict)
-    return claim, refuted, evidence
+    surest, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # the ratio is one of times
+    low, high = surest.ci or (1.0, 1.0)
+    gain = f"{1 / (surest.ratio or 1):.2f}× ({1 / high:.2f}–{1 / low:.2f})"
+    where = f"{LAYOUTS[point.layout]}, {point.strength} % zeros, {surest.workload.removeprefix('feed-forward part, ')}"
+    refuted = {"better": False, "worse": True, "equivalent": True}.get(surest.verdict)
+    return claim, refuted, f"surest gain {gain}: {where}"
 
 
 def details(
