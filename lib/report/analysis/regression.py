@@ -19,13 +19,13 @@ PLACE = Path(__file__).resolve().parents[3] / "executed" / history.NAME
 class Earlier:
     """The builds that hold this run, newest first, and the changes since the newest comparable one (`against`).
 
-    `said` is a sentence on what was compared, or why nothing could be.
+    `summary` is a sentence on what was compared, or why nothing could be.
     """
 
     builds: list[str]
     against: str | None
     changes: list[Change]
-    said: str
+    summary: str
 
     def rows(self) -> list[dict]:
         """Return the judged changes as plain rows: metric, workload, verdict, ratio (above 1 is better), interval."""

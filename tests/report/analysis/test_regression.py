@@ -20,7 +20,7 @@ def path(tmp_path):
 
 def test_without_a_history_nothing_is_claimed(path):
     earlier = regression.against(_record(), path)
-    assert earlier.changes == [] == earlier.regressions and "No earlier run" in earlier.said
+    assert earlier.changes == [] == earlier.regressions and "No earlier run" in earlier.summary
 
 
 def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
@@ -29,7 +29,7 @@ def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert history.keep(path, [elsewhere], "proxy", "run", "bbbb2222")
     earlier = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
     assert "aaaa1111" in earlier.against and len(earlier.builds) == 2
-    assert "1 newer ones are not comparable (another environment: cpu" in earlier.said
+    assert "1 newer ones are not comparable (another environment: cpu" in earlier.summary
     assert earlier.rows() and all(row["verdict"] != "not comparable" for row in earlier.rows())
 
 
@@ -41,7 +41,7 @@ def test_another_scale_effort_or_machine_is_not_compared(path):
         ({"environment": samples.ENVIRONMENT | {"cores_given": 64}}, "another environment: cores given"),
     ):
         earlier = regression.against(_record(started="2026-01-02T00:00:00", key="b", **change), path)
-        assert earlier.against is None and says in earlier.said and earlier.rows() == []
+        assert earlier.against is None and says in earlier.summary and earlier.rows() == []
 
 
 def test_a_planted_regression_is_found(path):
