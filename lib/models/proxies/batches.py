@@ -1,41 +1,42 @@
-"""What the stand-ins are shown in training: text with keys and values in it, questions with answers, pictures.
+"""The batches that proxy models are trained on: text with repeated spans, classification prompts, pictures of digits.
 
-Every batch is a function of seed and step alone, so a training that was stopped goes on as if it had not been. Only
-training text is read here. Knows the tokenizer; knows nothing of models, losses or optimizers.
+Every batch is a function of seed and step alone, so a training that was interrupted resumes without a difference. Reads
+training text only. Knows the tokenizer; knows nothing of losses or optimizers.
 
-Recall needs dense supervision: a pair answered once per sequence teaches nothing in a thousand steps. So spans of
-random letters and digits repeat all over each row, and every token of a repeat counts. At first there is nothing but
-short rows, one span over and over, because beside text copying is found much later; then text and questions come, and
-rows lengthen until they hold the longest distance asked for.
+Key-value retrieval needs dense supervision: a pair answered once per sequence teaches nothing in a thousand steps. So
+spans of random letters and digits repeat throughout each row, and every token of a repeat counts. At first there are
+only short rows of one span over and over, because beside text copying is learned much later; then text and prompts
+follow, and rows lengthen until they hold the longest distance that is evaluated.
 
-Shapes: B rows, T tokens.
+Shapes: B rows, T tokens, L labels.
 """
 
 import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from lib.models.proxies import prompts
-from lib.models.proxies.config import Recipe
+from lib.models.proxies.config import TrainingConfig
 from lib.models.tasks import corpus, tasks
-from lib.models.tasks.retrieval import signs
+from lib.models.tasks.retrieval import single_token_chars
 
-TEXT, ANSWER, REPEAT, SILENT = 1, 2, 3, 0  # what predicting a token teaches; SILENT tokens carry no loss
-COPY_LENGTH = 128  # of rows while nothing but copying is learned
-COPY_SHARE = 0.25  # of the tokens, afterwards, while rows have their first length
+IGNORED, TEXT, ANSWER, REPEAT = 0, 1, 2, 3  # the kind of a token as a target; IGNORED tokens carry no loss
+COPY_LENGTH = 128  # of rows in the steps that learn only copying
+COPY_SHARE = 0.25  # of the text tokens, afterwards, while rows have their first length
 
 
 @dataclass
-class Lesson:
-    """One batch: inputs of the model, kind_BT of each token as a target, and which tokens are no padding.
+class TrainingBatch:
+    """One batch: inputs of the model, kind_BT of each token as a target, real_BT the tokens that are not padding.
 
     spans_B: the length of the span that each row repeats, only where rows repeat one span and nothing else.
-    answers_BL: the probability of each class as the answer of each row, labels_L their tokens, only where answers are
-    more than one label; else the tokens of kind ANSWER are right.
+    answers_BL: the probability of each label as the answer of each row, labels_L their tokens, only where the answers
+    are not single labels; else the tokens of kind ANSWER are the targets. weight: of the batch's losses.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -44,128 +45,138 @@ class Lesson:
     spans_B: torch.Tensor | None = None
     answers_BL: torch.Tensor | None = None
     labels_L: torch.Tensor | None = None
-    weight: float = 1.0  # of its losses
+    weight: float = 1.0
 
 
 @dataclass
-class Lessons:
-    """All training material of one model, tokenized once. `loaded` needs tokenizer, processor, parameters, device."""
+class TrainingBatches:
+    """All training batches of one model, its text tokenized once.
 
-    loaded: object
-    recipe: Recipe
+    `loaded` needs tokenizer, image_processor, parameters and device.
+    """
+
+    loaded: Any
+    config: TrainingConfig
     stream_T: np.ndarray = field(init=False)
     pieces: dict[str, list[str]] = field(init=False)
-    others: list[str] = field(init=False)
-    signs: tuple[int, ...] = field(init=False)
+    unlabelled: list[str] = field(init=False)
+    characters: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.signs = signs(self.loaded.tokenizer)
-        self.stream_T, self.pieces, self.others = _material(self.loaded.tokenizer, tasks.corpus_of(self.loaded))
+        self.characters = single_token_chars(self.loaded.tokenizer)
+        self.stream_T, self.pieces, self.unlabelled = _tokenized(self.loaded.tokenizer, tasks.corpus_of(self.loaded))
 
-    def at(self, step: int) -> list[Lesson]:
-        """Return the batches of one step; their gradients add up."""
-        recipe, progress = self.recipe, step / self.recipe.steps
-        random = np.random.default_rng([recipe.seed, step])
-        length = next((length for until, length in recipe.row_lengths if progress < until), recipe.row_lengths[-1][1])
-        if progress >= recipe.row_lengths[-2][0] and step % 3 == 0:
+    def at(self, step: int) -> list[TrainingBatch]:
+        """Return the batches of one step; their gradients are summed."""
+        config, progress = self.config, step / self.config.steps
+        random = np.random.default_rng([config.seed, step])
+        length = next((length for until, length in config.row_lengths if progress < until), config.row_lengths[-1][1])
+        if progress >= config.row_lengths[-2][0] and step % 3 == 0:
             length = min(length, 512)  # so that short distances are not forgotten
-        if progress < recipe.copy_until:
-            return [self._copies(random, recipe.tokens, COPY_LENGTH)]
-        copied = int(recipe.tokens * COPY_SHARE) if progress < recipe.row_lengths[0][0] else 0
-        lessons = [] if step % recipe.text_every else [self._rows(random, length, recipe.tokens - copied)]
+        if progress < config.copy_until:
+            return [self._copy_rows(random, config.text_tokens, COPY_LENGTH)]
+        copied = int(config.text_tokens * COPY_SHARE) if progress < config.row_lengths[0][0] else 0
+        batches = []
+        if step % config.text_every == 0:
+            batches.append(self._text_rows(random, length, config.text_tokens - copied))
         if copied:
-            lessons.append(self._copies(random, copied, length))
+            batches.append(self._copy_rows(random, copied, length))
         if "digits" in self.loaded.parameters.tasks:
-            lessons.append(self._pictures(random))
+            batches.append(self._digits(random))
         else:
-            lessons += self._questions(random)
-        return lessons
+            batches += self._prompts(random)
+        return batches
 
-    def _rows(self, random: np.random.Generator, length: int, tokens: int) -> Lesson:
-        """Return rows of training text with spans of random signs that come again."""
+    def _text_rows(self, random: np.random.Generator, length: int, tokens: int) -> TrainingBatch:
+        """Return rows of training text in which spans of random letters and digits repeat."""
         rows = max(1, tokens // length)
         starts = random.integers(len(self.stream_T) - length, size=rows)
         ids_BT = np.stack([self.stream_T[start : start + length] for start in starts])
         kind_BT = np.full(ids_BT.shape, TEXT)
         for row in range(rows):
-            for first, second, span in _places(random, length):
+            for first, second, span in _span_places(random, length):
                 self._repeat(random, ids_BT[row], kind_BT[row], first, second, span)
         real_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
-        return Lesson({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT)
+        return TrainingBatch({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT)
 
-    def _repeat(self, random: np.random.Generator, ids_T, kind_T, first: int, second: int, span: int) -> None:
-        ids_T[first : first + span] = ids_T[second : second + span] = random.choice(self.signs, span)
-        kind_T[first : first + span] = SILENT
-        kind_T[second : second + 2] = SILENT  # nothing says yet which span comes again
+    def _repeat(
+        self, random: np.random.Generator, ids_T: np.ndarray, kind_T: np.ndarray, first: int, second: int, span: int
+    ) -> None:
+        """Write one random span at two places of a row, in place."""
+        ids_T[first : first + span] = ids_T[second : second + span] = random.choice(self.characters, span)
+        kind_T[first : first + span] = IGNORED
+        kind_T[second : second + 2] = IGNORED  # nothing shows yet which span repeats
         kind_T[second + 2 : second + span] = REPEAT
         for end in (first + span, second + span):
-            kind_T[end : end + 1] = np.where(kind_T[end : end + 1] == TEXT, SILENT, kind_T[end : end + 1])
+            kind_T[end : end + 1] = np.where(kind_T[end : end + 1] == TEXT, IGNORED, kind_T[end : end + 1])
 
-    def _copies(self, random: np.random.Generator, tokens: int, length: int) -> Lesson:
-        """Return rows that are one short span over and over: few different tokens make copying easy to find."""
+    def _copy_rows(self, random: np.random.Generator, tokens: int, length: int) -> TrainingBatch:
+        """Return rows of one short span over and over: with few different tokens copying is easy to learn."""
         rows = max(1, tokens // length)
         ids_BT, kind_BT = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), REPEAT)
-        longest = min(length / 2, len(self.signs))
+        longest = min(length / 2, len(self.characters))
         spans_B = np.exp(random.uniform(np.log(4), np.log(longest), rows)).astype(np.int64)
         for row, span in enumerate(spans_B):
-            ids_BT[row] = np.resize(random.choice(self.signs, span, replace=False), length)
-            kind_BT[row, : span + 1] = SILENT
-        real_BT = torch.ones(ids_BT.shape, dtype=torch.bool)
-        return Lesson(
-            {"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(kind_BT), real_BT, torch.from_numpy(spans_B)
+            ids_BT[row] = np.resize(random.choice(self.characters, span, replace=False), length)
+            kind_BT[row, : span + 1] = IGNORED
+        return TrainingBatch(
+            {"input_ids": torch.from_numpy(ids_BT)},
+            torch.from_numpy(kind_BT),
+            torch.ones(ids_BT.shape, dtype=torch.bool),
+            torch.from_numpy(spans_B),
         )
 
-    def _questions(self, random: np.random.Generator) -> list[Lesson]:
-        """Return questions with answers; varied ones come as two batches, the shorter and the longer half."""
-        recipe = self.recipe
-        if not (recipe.advised or recipe.joined):
-            return [self._asked(prompts.plain(random, self.loaded, self.pieces, recipe))]
-        asked = prompts.varied(random, self.loaded, self.pieces, self.others, self.stream_T, recipe)
-        halves = [self._asked(half) for half in asked.halves()]
+    def _prompts(self, random: np.random.Generator) -> list[TrainingBatch]:
+        """Return prompts with answers; varied ones as two batches, the shorter and the longer half."""
+        config = self.config
+        if not (config.teacher_share or config.joined_share):
+            return [self._prompt_batch(prompts.plain(random, self.loaded, self.pieces, config))]
+        varied = prompts.varied(random, self.loaded, self.pieces, self.unlabelled, self.stream_T, config)
+        halves = [self._prompt_batch(half) for half in varied.halves()]
         for half in halves:
-            half.weight = len(half.kind_BT) / recipe.questions
+            half.weight = len(half.kind_BT) / config.prompts
         return halves
 
-    def _asked(self, asked: prompts.Questions) -> Lesson:
-        ids_BT, last_B = tasks.pad(asked.rows, self.loaded.tokenizer.pad_token_id)
-        kind_BT, _ = tasks.pad([_kinds(asked, row) for row in range(len(asked.rows))], SILENT)
-        lesson = Lesson({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
-        if asked.answers_BL is not None:
+    def _prompt_batch(self, batch: prompts.TrainingPrompts) -> TrainingBatch:
+        ids_BT, last_B = tasks.pad(batch.rows, self.loaded.tokenizer.pad_token_id)
+        kind_BT, _ = tasks.pad([_kinds(batch, row) for row in range(len(batch.rows))], IGNORED)
+        padded = TrainingBatch({"input_ids": ids_BT}, kind_BT, torch.arange(ids_BT.shape[1]) <= last_B[:, None])
+        if batch.answers_BL is not None:
             task = prompts.task_of(self.loaded)
-            lesson.answers_BL = torch.from_numpy(asked.answers_BL).float()
-            lesson.labels_L = torch.tensor([ids[0] for ids in tasks.label_ids(self.loaded, task)])
-        return lesson
+            padded.answers_BL = torch.from_numpy(batch.answers_BL).float()
+            padded.labels_L = torch.tensor([ids[0] for ids in tasks.label_ids(self.loaded, task)])
+        return padded
 
-    def _pictures(self, random: np.random.Generator) -> Lesson:
-        """Return digits, turned, moved and scaled a little, with their names."""
-        chosen = random.choice(tasks.digit_indices("train"), self.recipe.questions)
+    def _digits(self, random: np.random.Generator) -> TrainingBatch:
+        """Return pictures of digits, slightly rotated, shifted and scaled, with their labels."""
+        indices = random.choice(tasks.digit_indices("train"), self.config.prompts)
         items = []
-        for index in chosen:
+        for index in indices:
             pixels, label = tasks.digit(int(index))
-            answered = f"{tasks.prompt_of('digits')} {label}"
-            items.append(tasks.Item("", "digits", answered, label, _distorted(random, pixels)))
+            prompt = f"{tasks.prompt_of('digits')} {label}"
+            items.append(tasks.Item("", "digits", prompt, label, _distorted(random, pixels)))
         inputs, last_B = next(tasks.batches(self.loaded, items, len(items)))
-        kind_BT = torch.full(inputs["input_ids"].shape, SILENT)
+        kind_BT = torch.full(inputs["input_ids"].shape, IGNORED)
         kind_BT[torch.arange(len(items)), last_B] = ANSWER
-        return Lesson(inputs, kind_BT, torch.ones(kind_BT.shape, dtype=torch.bool))
+        return TrainingBatch(inputs, kind_BT, torch.ones(kind_BT.shape, dtype=torch.bool))
 
 
 @functools.lru_cache(maxsize=2)
-def _material(tokenizer, part: str) -> tuple[np.ndarray, dict[str, list[str]], list[str]]:
-    """Return all training text of a corpus as one stream of tokens, the pieces of each class, and those of none."""
+def _tokenized(tokenizer: Any, part: str) -> tuple[np.ndarray, dict[str, list[str]], list[str]]:
+    """Return the training text of a corpus as one stream of tokens, the pieces of each class, and those without one."""
     documents = corpus.documents(part)
     texts = ["\n\n".join(document.pieces) for document in documents]
     ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
-    pieces = defaultdict(list)
+    pieces: dict[str | None, list[str]] = defaultdict(list)
     for document in documents:
         pieces[document.label] += [piece for piece in document.pieces if len(piece) > 130]
     stream_T = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
     return stream_T, {label: pieces[label] for label in corpus.classes(part)}, pieces[None]
 
 
-def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:
-    """Return (first, second, span) of spans that do not touch, at distances of all orders up to the row's length."""
-    taken = np.zeros(length, dtype=bool)
+def _span_places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:
+    """Return (first, second, span): where disjoint spans repeat, at distances of all magnitudes up to the row's."""
+    occupied = np.zeros(length, dtype=bool)
     places = []
     for _ in range(max(3, length // 100)):
         span = int(random.integers(10, 33))
@@ -173,23 +184,25 @@ def _places(random: np.random.Generator, length: int) -> list[tuple[int, int, in
         distance = int(room ** random.uniform(0.3, 1)) if random.random() < 0.5 else int(random.integers(room))
         first = int(random.integers(length - 2 * span - distance + 1))
         second = first + span + distance
-        if not (taken[first : first + span].any() or taken[second : second + span].any()):
-            taken[first : first + span] = taken[second : second + span] = True
+        if not (occupied[first : first + span].any() or occupied[second : second + span].any()):
+            occupied[first : first + span] = occupied[second : second + span] = True
             places.append((first, second, span))
     return places
 
 
-def _kinds(asked: prompts.Questions, row: int) -> list[int]:
-    """Return what predicting each token of a question teaches; what was replaced teaches nothing."""
-    count = len(asked.rows[row]) - asked.answer
-    kind_T = np.array([SILENT] * asked.opening + [TEXT] * (count - asked.opening) + [ANSWER] * asked.answer)
-    if asked.spoilt is not None:
-        kind_T[asked.spoilt[row]] = SILENT
+def _kinds(batch: prompts.TrainingPrompts, row: int) -> list[int]:
+    """Return the kind of each token of a prompt; replaced tokens are no targets."""
+    count = len(batch.rows[row]) - batch.answer_length
+    kind_T = np.array(
+        [IGNORED] * batch.prefix_length + [TEXT] * (count - batch.prefix_length) + [ANSWER] * batch.answer_length
+    )
+    if batch.corrupted is not None:
+        kind_T[batch.corrupted[row]] = IGNORED
     return kind_T.tolist()
 
 
 def _distorted(random: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Return a picture turned by up to 12 degrees, moved by up to an eighth of its width, scaled by up to a tenth."""
+    """Return a picture rotated by up to 12 degrees, shifted by up to an eighth of its width, scaled by up to 10 %."""
     turn, scale = np.deg2rad(random.uniform(-12, 12)), random.uniform(0.9, 1.1)
     a, b = np.cos(turn) * scale, np.sin(turn) * scale
     centre = len(pixels) / 2

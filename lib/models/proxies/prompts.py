@@ -1,99 +1,118 @@
-"""The questions of training: which class a text is of, with answers by label or by advice.
+"""The classification prompts of training: which class a text is of, answered by its label or by the teacher.
 
-Labelled pieces are few, and a model that sees each of them dozens of times learns them by heart. Varied questions are
-about excerpts that start anywhere, two excerpts joined, text of no class, with some tokens replaced; what no label
-answers, a linear classifier does. Knows the tokenizer and the training text; knows nothing of rows of running text.
+Labelled pieces are few, and a model that sees each of them dozens of times memorises them. Varied prompts are about
+excerpts that start anywhere, two excerpts joined, or text without a class, with some tokens replaced; the teacher
+answers those without a label. Knows the tokenizer and the training text; knows nothing of rows of running text.
 
-Shapes: B questions, L classes.
+Shapes: B prompts, L classes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lib.models.proxies.config import Recipe
-from lib.models.proxies.teacher import advice
+from lib.models.proxies import teacher
+from lib.models.proxies.config import TrainingConfig
 from lib.models.tasks import tasks
 
 CHARACTERS = 560
-CANDIDATES = 3  # texts of no class of which the one with the clearest answer is asked about
+CANDIDATES = 3  # texts without a class, of which the one that the teacher is surest about is used
 
 
 @dataclass
-class Questions:
-    """Rows of token ids, each one question with its answer as last tokens; opening: tokens that all rows begin with.
+class TrainingPrompts:
+    """Rows of token ids, each a prompt that ends with its answer.
 
-    spoilt: per row, which tokens were replaced. answers_BL: the probability of each class, where not only one counts.
+    prefix_length: tokens that all rows begin with. answer_length: tokens of each answer. corrupted: per row, which
+    tokens were replaced. answers_BL: the probability of each class, where the answer is not a single label.
     """
 
     rows: list[list[int]]
-    opening: int
-    answer: int
-    spoilt: list[np.ndarray] | None = None
+    prefix_length: int
+    answer_length: int
+    corrupted: list[np.ndarray] | None = None
     answers_BL: np.ndarray | None = None
 
-    def halves(self) -> list["Questions"]:
+    def halves(self) -> list["TrainingPrompts"]:
         """Return the shorter and the longer half of the rows, so that less of a batch is padding."""
         order = np.argsort([len(row) for row in self.rows], kind="stable")
         parts = [part for part in np.array_split(order, 2) if len(part)]
         return [
-            Questions(
+            TrainingPrompts(
                 [self.rows[row] for row in part],
-                self.opening,
-                self.answer,
-                None if self.spoilt is None else [self.spoilt[row] for row in part],
+                self.prefix_length,
+                self.answer_length,
+                None if self.corrupted is None else [self.corrupted[row] for row in part],
                 None if self.answers_BL is None else self.answers_BL[part],
             )
             for part in parts
         ]
 
 
-def plain(random: np.random.Generator, loaded, pieces: dict[str, list[str]], recipe: Recipe) -> Questions:
-    """Return questions about single excerpts, every class equally often."""
+def plain(
+    random: np.random.Generator, loaded: Any, pieces: dict[str, list[str]], config: TrainingConfig
+) -> TrainingPrompts:
+    """Return prompts about single excerpts, every class equally often."""
     task = task_of(loaded)
-    chosen = random.choice(list(pieces), recipe.questions)
-    texts = [excerpt(random, _any(random, pieces[label])) for label in chosen]
-    rows = [_ids(loaded, tasks.prompt_of(task, text)) + _ids(loaded, f" {label}") for text, label in zip(texts, chosen)]
-    return Questions(rows, _opening(loaded, task), 1)
+    labels = random.choice(list(pieces), config.prompts)
+    texts = [excerpt(random, _pick(random, pieces[label])) for label in labels]
+    rows = [_ids(loaded, tasks.prompt_of(task, text)) + _ids(loaded, f" {label}") for text, label in zip(texts, labels)]
+    return TrainingPrompts(rows, _prefix_length(loaded, task), 1)
 
 
 def varied(
-    random: np.random.Generator, loaded, pieces: dict[str, list[str]], others: list[str], stream_T, recipe: Recipe
-) -> Questions:
-    """Return questions about varied texts, a share of them of no class; the answers are the labels' or advice."""
+    random: np.random.Generator,
+    loaded: Any,
+    pieces: dict[str, list[str]],
+    unlabelled: list[str],
+    stream_T: np.ndarray,
+    config: TrainingConfig,
+) -> TrainingPrompts:
+    """Return prompts about varied texts, a share of them without a class; answers are labels or the teacher's."""
     task, labels = task_of(loaded), list(pieces)
     part = tasks.CORPUS[task]
-    texts, known = [], []
-    for label in random.choice(labels, recipe.questions):
-        kind = random.random()
-        if kind < recipe.advised:
-            found = [excerpt(random, _any(random, others), 200) for _ in range(CANDIDATES)]
-            clear = advice(part, found).max(1).argmax()
-            texts.append(found[clear])
-            known.append(None)
-        elif kind < recipe.advised + recipe.joined:
-            other = label if random.random() < 0.7 else random.choice(labels)
-            halves = [excerpt(random, _any(random, pieces[name]), 110, 270) for name in (label, other)]
-            texts.append("\n\n".join(halves))
-            known.append(label if other == label else None)
-        else:
-            texts.append(excerpt(random, _any(random, pieces[label]), 200))
-            known.append(label)
-    answers_BL = advice(part, texts)
-    for row, label in enumerate(known):
-        if label is not None:
-            answers_BL[row] = 0.5 * answers_BL[row] + 0.5 * (np.array(labels) == label)
-    opening, ending = _opening(loaded, task), len(_ids(loaded, "\n\nModule:"))
-    rows, spoilt = [], []
+    texts, text_labels = [], []
+    for label in random.choice(labels, config.prompts):
+        text, text_label = _varied_text(random, part, label, pieces, unlabelled, config)
+        texts.append(text)
+        text_labels.append(text_label)
+    answers_BL = teacher.probabilities(part, texts)
+    for row, text_label in enumerate(text_labels):
+        if text_label is not None:
+            answers_BL[row] = 0.5 * answers_BL[row] + 0.5 * (np.array(labels) == text_label)
+    prefix, suffix = _prefix_length(loaded, task), len(_ids(loaded, "\n\nModule:"))
+    rows, corrupted = [], []
     for text, answer_L in zip(texts, answers_BL):
         ids = np.array(_ids(loaded, tasks.prompt_of(task, text)) + _ids(loaded, f" {labels[answer_L.argmax()]}"))
-        rate = random.uniform(0, recipe.replaced) if random.random() < 0.5 else 0.0
-        wrong = random.random(len(ids)) < rate
-        wrong[:opening] = wrong[len(ids) - ending - 1 :] = False
-        ids[wrong] = random.choice(stream_T, int(wrong.sum()))
+        rate = random.uniform(0, config.replaced_share) if random.random() < 0.5 else 0.0
+        replaced = random.random(len(ids)) < rate
+        replaced[:prefix] = replaced[len(ids) - suffix - 1 :] = False
+        ids[replaced] = random.choice(stream_T, int(replaced.sum()))
         rows.append(ids.tolist())
-        spoilt.append(wrong)
-    return Questions(rows, opening, 1, spoilt, answers_BL)
+        corrupted.append(replaced)
+    return TrainingPrompts(rows, prefix, 1, corrupted, answers_BL)
+
+
+def _varied_text(
+    random: np.random.Generator,
+    part: str,
+    label: str,
+    pieces: dict[str, list[str]],
+    unlabelled: list[str],
+    config: TrainingConfig,
+) -> tuple[str, str | None]:
+    """Return a text and its label, None where the teacher alone answers: for text without a class or of two classes."""
+    kind = random.random()
+    if kind < config.teacher_share:
+        candidates = [excerpt(random, _pick(random, unlabelled), 200) for _ in range(CANDIDATES)]
+        surest = teacher.probabilities(part, candidates).max(1).argmax()
+        return candidates[surest], None
+    if kind < config.teacher_share + config.joined_share:
+        second_label = label if random.random() < 0.7 else random.choice(list(pieces))
+        halves = [excerpt(random, _pick(random, pieces[name]), 110, 270) for name in (label, second_label)]
+        return "\n\n".join(halves), label if second_label == label else None
+    return excerpt(random, _pick(random, pieces[label]), 200), label
 
 
 def excerpt(random: np.random.Generator, piece: str, least: int = 300, most: int = CHARACTERS) -> str:
@@ -103,19 +122,19 @@ def excerpt(random: np.random.Generator, piece: str, least: int = 300, most: int
     return piece[start : start + int(random.integers(least, most + 1))].strip("\n")
 
 
-def task_of(loaded) -> str:
-    """Return the classification task of a model that asks about its own text."""
+def task_of(loaded: Any) -> str:
+    """Return the classification task of a model that is about its own corpus."""
     part = tasks.corpus_of(loaded)
     return next(task for task in loaded.parameters.tasks if tasks.CORPUS.get(task) == part)
 
 
-def _any(random: np.random.Generator, pieces: list[str]) -> str:
+def _pick(random: np.random.Generator, pieces: list[str]) -> str:
     return pieces[random.integers(len(pieces))]
 
 
-def _ids(loaded, text: str) -> list[int]:
+def _ids(loaded: Any, text: str) -> list[int]:
     return loaded.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _opening(loaded, task: str) -> int:
+def _prefix_length(loaded: Any, task: str) -> int:
     return len(_ids(loaded, tasks.prompt_of(task).split("\n")[0]))

@@ -1,9 +1,9 @@
-"""A linear classifier of words and letters that says, of any text, how likely each class of a corpus is.
+"""The teacher: a linear classifier on words and letters that gives the probability of each class for a text.
 
 On a few thousand labelled pieces such a classifier generalises better than a small language model does. Fitted to the
-same training text, it answers questions that no label answers: about text of no class, cut anywhere, joined from
-anything. A stand-in that learns from its answers sees far more than the labelled pieces (distillation, Hinton et al.,
-2015). Reads training text only. Knows nothing of prompts, tokens or models.
+same training text, it labels prompts that have no label of their own: text without a class, cut anywhere, or joined
+from several pieces. A proxy model that learns from its probabilities sees far more than the labelled pieces
+(distillation, Hinton et al., 2015). Reads training text only.
 
 Shapes: N texts, L classes in the order of `corpus.classes`.
 """
@@ -22,8 +22,8 @@ SHORTEST, LONGEST = 130, 560  # characters of a text that it is fitted to
 
 
 @functools.cache
-def adviser(part: str) -> Pipeline:
-    """Return the classifier of corpus `part`, fitted to the training pieces of its classes; about ten seconds."""
+def fitted(part: str) -> Pipeline:
+    """Return the classifier of corpus `part`, fitted to the training pieces of its classes; takes about ten seconds."""
     texts, labels = [], []
     for document in corpus.documents(part):
         for piece in document.pieces if document.label is not None else ():
@@ -37,6 +37,6 @@ def adviser(part: str) -> Pipeline:
     return make_pipeline(make_union(words, letters), classifier).fit(texts, labels)
 
 
-def advice(part: str, texts: Sequence[str]) -> np.ndarray:
+def probabilities(part: str, texts: Sequence[str]) -> np.ndarray:
     """Return the probability of each class for each text of corpus `part`, [N, L]. Texts are masked here."""
-    return adviser(part).predict_proba([corpus.masked(text, part) for text in texts])
+    return fitted(part).predict_proba([corpus.masked(text, part) for text in texts])

@@ -1,7 +1,6 @@
-"""The proxies' tokenizer: byte-level pairs learned from the frozen training text, one token for every label.
+"""The proxies' tokenizer: byte-level pairs learned from the frozen training text, one token for every label."""
 
-Knows the frozen text and the tokenizers library. Knows nothing of models or prompts.
-"""
+from collections.abc import Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -45,12 +44,12 @@ def train(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _sample():
+def _sample() -> Iterator[str]:
     for part in corpus.CORPORA:
-        left = CHARACTERS
+        remaining = CHARACTERS
         for document in corpus.documents(part):
             text = "\n\n".join(document.pieces)
             yield text
-            left -= len(text)
-            if left <= 0:
+            remaining -= len(text)
+            if remaining <= 0:
                 break

@@ -1,8 +1,8 @@
-"""Start a stand-in from another one's weights, as real model families do.
+"""Start a proxy model from another one's weights, as real model families do.
 
-Everything of the decoder that has the same name and shape is taken over; where the new model has experts and the old
-one a dense feed-forward part, the experts are slices of it (sparse upcycling, Komatsuzaki et al., 2023). Vision towers
-and routers keep their random weights. Knows the anatomy; knows nothing of training.
+Every tensor of the decoder with the same name and shape is copied; where the target has experts and the source a dense
+feed-forward part, the experts become slices of it (sparse upcycling, Komatsuzaki et al., 2023). Vision towers and
+routers keep their random weights.
 
 Shapes: E experts, I width of one expert, C channels of the dense part, H hidden.
 """
@@ -17,32 +17,37 @@ from lib.models.structure.anatomy import Experts, FeedForward, anatomy
 
 
 @torch.no_grad()
-def inherit(model: torch.nn.Module, folder: Path) -> list[str]:
-    """Copy into `model` what the checkpoint in `folder` has for it; return the names of what was copied.
+def copy_weights(model: torch.nn.Module, folder: Path) -> list[str]:
+    """Copy into `model` all matching tensors of the checkpoint in `folder`; return their names.
 
-    Raises UserError where the checkpoint is missing or nothing of it fits.
+    Raises UserError if the checkpoint is missing, or its vocabulary or hidden size differ.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint to start from; train {folder.name} first")
     source, target = anatomy(io.load_folder(folder, torch.float32)), anatomy(model)
-    stored, own = source.decoder.state_dict(), target.decoder.state_dict()
-    shared = {name: stored[name] for name in own if name in stored and stored[name].shape == own[name].shape}
+    source_state, target_state = source.decoder.state_dict(), target.decoder.state_dict()
+    shared = {
+        name: source_state[name]
+        for name, tensor in target_state.items()
+        if name in source_state and source_state[name].shape == tensor.shape
+    }
     if "embed_tokens.weight" not in shared:
         raise UserError(f"{folder}: vocabulary or hidden size differ from the model that should start from it")
     target.decoder.load_state_dict(shared, strict=False)
     target.head.weight.copy_(source.head.weight)
-    for old, new in zip(source.blocks, target.blocks):
-        if new.feed_forward.experts is not None and old.feed_forward.kind == "dense":
-            slice_experts(old.feed_forward, new.feed_forward.experts)
+    for source_block, target_block in zip(source.blocks, target.blocks):
+        if target_block.feed_forward.experts is not None and source_block.feed_forward.kind == "dense":
+            slice_experts(source_block.feed_forward, target_block.feed_forward.experts)
     return sorted(shared)
 
 
 def slice_experts(dense: FeedForward, experts: Experts) -> None:
     """Make every expert a slice of a dense feed-forward part, evenly spaced, wrapping around at the end.
 
-    The router's weights sum to one over the experts it chooses, so slices count as in the dense part only if they are
-    raised by the number of chosen experts.
+    The router's weights sum to one over the chosen experts, so the slices are scaled by the number of chosen experts to
+    count as much as they do in the dense part.
     """
+    assert dense.gate is not None and dense.up is not None and dense.down is not None, "a dense part has all three"
     count, channels = experts.count, dense.channels
     for expert in range(count):
         slice_I = (torch.arange(experts.channels) + expert * channels // count) % channels

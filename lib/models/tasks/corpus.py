@@ -1,8 +1,8 @@
-"""The frozen text: what proxies are trained on, and the held-out text and items that every model is judged by.
+"""The frozen text: training documents of the proxy models, and held-out text and items to evaluate every model.
 
 Two corpora, `docs` (documentation and docstrings) and `code` (source), each in three files of
 `parameters/evaluation`: training documents, labelled items, running text. Items and text carry their split. Knows
-nothing of torch, tokenizers or prompts; how the text was extracted and split stands in the README beside it.
+nothing of torch, tokenizers or prompts; the README beside the files says how the text was extracted and split.
 """
 
 import functools
@@ -10,7 +10,6 @@ import hashlib
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lib.errors import UserError
@@ -18,12 +17,11 @@ from lib.models.parameters import PARAMETERS
 
 CORPORA = ("docs", "code")
 SPLITS = ("calibration", "search", "final")
-RUN = 13  # words; training text shares no run of this many words with anything held out
 
 
 @dataclass(frozen=True)
 class Document:
-    """A training document: its pieces in order, and the class that they belong to, if it is one of the classes."""
+    """A training document: its pieces in order, and their class, or None."""
 
     source: str
     label: str | None
@@ -84,16 +82,3 @@ def classes(corpus: str) -> tuple[str, ...]:
 def masked(text: str, corpus: str) -> str:
     """Return `text` with the name of every class of `corpus` replaced by `_`, so that no text names its own label."""
     return re.sub("|".join(map(re.escape, classes(corpus))), "_", text, flags=re.IGNORECASE)
-
-
-def word_runs(text: str) -> Iterator[str]:
-    """Yield every run of RUN consecutive words of `text`, lower case."""
-    words = re.findall(r"\w+", text.lower())
-    for start in range(len(words) - RUN + 1):
-        yield " ".join(words[start : start + RUN])
-
-
-def held_out_runs(corpus: str, splits: Iterable[str] = SPLITS) -> set[str]:
-    """Return all runs of RUN words that occur in held-out items and running text of `splits`."""
-    passages = [p for split in splits for p in labelled(corpus, split) + running_text(corpus, split)]
-    return {run for passage in passages for run in word_runs(passage.text)}

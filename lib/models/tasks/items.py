@@ -1,7 +1,7 @@
-"""The questions of the classification tasks: what a text or a picture is, with one right answer among the labels.
+"""The items of the classification tasks: a text or a picture, and the right one of several labels.
 
 Turns frozen text and scikit-learn's handwritten digits into items of three disjoint splits. Knows nothing of
-tokenizers, of models or of examples beside a question.
+tokenizers, models or few-shot examples.
 """
 
 import functools
@@ -21,7 +21,7 @@ PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a sq
 
 @dataclass(frozen=True)
 class Item:
-    """A question of a task with one right answer among its labels; `pixels` [H, W] uint8 where a picture is shown."""
+    """A prompt of a task and its right label; `pixels` [H, W] uint8 where the prompt is about a picture."""
 
     id: str
     task: str
@@ -38,7 +38,7 @@ def class_labels(task: str) -> list[str]:
 
 
 def prompt_of(task: str, text: str = "") -> str:
-    """Return the question of `task` about `text`; the answer is a space and a label."""
+    """Return the prompt of `task` about `text`; the answer is a space and a label."""
     if task == "digits":
         return "Which digit is this?\nDigit:"
     names = ", ".join(class_labels(task))
@@ -51,20 +51,20 @@ def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> lis
         raise UserError(f'unknown split "{split}"; expected one of {", ".join(SPLITS)}.{suggest(split, SPLITS)}')
     labels = class_labels(task)
     if task == "digits":
-        found = [_digit_item(index) for index in digit_indices(split)]
+        selected = [_digit_item(index) for index in digit_indices(split)]
     else:
-        found = [
+        selected = [
             Item(passage.id, task, prompt_of(task, passage.text), passage.label)
             for passage in corpus.labelled(CORPUS[task], split)
             if passage.label in labels
         ]
-    order = np.random.default_rng(seed).permutation(len(found))
-    return [found[index] for index in order[:limit]]
+    order = np.random.default_rng(seed).permutation(len(selected))
+    return [selected[index] for index in order[:limit]]
 
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # half a second, where there are pictures
+    from sklearn.datasets import load_digits  # the import takes half a second, so only when digits are used
 
     data = load_digits()
     return np.clip(data.images * 16, 0, 255).astype(np.uint8), data.target

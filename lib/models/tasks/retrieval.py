@@ -1,7 +1,7 @@
-"""Token windows: held-out text, and keys with values stored in it.
+"""Token windows of held-out text, and the prompts of key-value retrieval.
 
-`recall` puts a key and a value of random tokens before `distance` tokens of held-out text and asks for the value
-after the key. Everything is drawn by seed, in ids of the model's own tokenizer. Knows nothing of scoring.
+`retrieval_prompts` puts a random key and value before `distance` tokens of held-out text and repeats the key, after
+which the model should generate the value. All draws are seeded. Knows nothing of scoring.
 
 Shapes: N windows, B prompts, T tokens, V tokens of a value.
 """
@@ -15,7 +15,7 @@ from lib.models.tasks import corpus
 
 CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
 KEY, VALUE = 4, 8  # tokens
-LEAD = 8  # tokens of text before the first key
+LEAD = 8  # tokens of text before the key
 
 
 def corpus_of(loaded) -> str:
@@ -45,17 +45,19 @@ def _stream(tokenizer, part: str, split: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def signs(tokenizer) -> tuple[int, ...]:
-    """Return the tokens that keys and values are made of: letters and digits, one token each."""
-    ids = (tokenizer(sign, add_special_tokens=False).input_ids for sign in string.ascii_letters + string.digits)
+def single_token_chars(tokenizer) -> tuple[int, ...]:
+    """Return the ids of the letters and digits that are one token each, of which keys and values consist."""
+    ids = (
+        tokenizer(character, add_special_tokens=False).input_ids for character in string.ascii_letters + string.digits
+    )
     return tuple(token[0] for token in ids if len(token) == 1)
 
 
 def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
-    """Return random letters and digits; without a tokenizer, random tokens, but not the first, often special ones."""
+    """Return random letters and digits; without a tokenizer, random ids above the first sixth (no special tokens)."""
     if loaded.tokenizer is not None:
-        signs_S = torch.tensor(signs(loaded.tokenizer))
-        return signs_S[torch.randint(len(signs_S), shape, generator=random)]
+        characters_S = torch.tensor(single_token_chars(loaded.tokenizer))
+        return characters_S[torch.randint(len(characters_S), shape, generator=random)]
     text = getattr(loaded.model.config, "text_config", loaded.model.config)
     return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
 
@@ -65,8 +67,8 @@ def retrieval_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
 
-    `lead` tokens of text stand in front, so that the key is not the first thing read. No padding. Greedy
-    generation of VALUE tokens must reproduce target_BV exactly.
+    `lead` tokens of text come first, so that the key is not at position 0. No padding. Greedy generation of VALUE
+    tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
     filler_BT = _fillers(loaded, count, lead + distance, random)

@@ -1,8 +1,8 @@
-"""What a model is asked to do: name the module of a text or a function, read a digit, repeat a value seen long ago.
+"""The tasks as tensors: classify a text, a function or a picture of a digit, retrieve a value by its key.
 
-Turns items (`lib.models.tasks.items`), asked as the model is asked (`lib.models.tasks.prompting`), into tensors for any
-model with a tokenizer. Knows nothing of scores over items, of measuring, or of how a model answers best: labels are
-compared by their log-likelihood as a continuation.
+Turns items (`lib.models.tasks.items`), with the prompts of `lib.models.tasks.prompting`, into batches for any model
+with a tokenizer, and scores labels by their log-likelihood as a continuation. Also builds calibration batches. Knows
+nothing of metrics over items.
 
 Shapes: N items, B items of one batch, T tokens, V tokens of a value, H hidden, L labels.
 """
@@ -46,12 +46,12 @@ TOKENS_AT_ONCE = 4096  # of one calibration batch
 def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Yield (inputs, last_B): keyword arguments of the model, right padded, and the index of each last real token.
 
-    Items come in the order given. No mask is needed: attention is causal, so padding on the right changes nothing
-    before it. With pictures, the inputs carry them as the model's own image processor makes them.
+    Items keep their order. No mask is needed: attention is causal, so padding on the right changes nothing
+    before it. With pictures, the inputs carry them as the model's own image processor returns them.
     """
     for start in range(0, len(items), batch_size):
         rows = [prompting.shown(loaded, item) for item in items[start : start + batch_size]]
-        pictures = _pictures(loaded, [one.pixels for row in rows for one in row])
+        pictures = _pictures(loaded, [item.pixels for row in rows for item in row])
         ids = [loaded.tokenizer(prompting.text(loaded, row), add_special_tokens=False).input_ids for row in rows]
         if pictures:
             counts = iter(_picture_tokens(loaded, pictures))
@@ -78,11 +78,14 @@ def _image_token(loaded) -> int:
 
 def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
     """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
-    if any(picture is None for picture in pixels):
+    pictures = [picture for picture in pixels if picture is not None]
+    if len(pictures) < len(pixels):
         return {}
     image_processor = getattr(loaded.image_processor, "image_processor", loaded.image_processor)
-    made = image_processor(images=[np.repeat(p[..., None], 3, -1) for p in pixels], return_tensors="pt")
-    return {"pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+    processed = image_processor(
+        images=[np.repeat(picture[..., None], 3, -1) for picture in pictures], return_tensors="pt"
+    )
+    return {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
 
 
 def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
@@ -92,8 +95,8 @@ def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
 
 
 def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
-    """Return the tokens with the one mark of each picture as many times as the picture takes tokens."""
-    return [token for one in tokens for token in ([image] * next(counts) if one == image else [one])]
+    """Return the tokens with the placeholder of each picture repeated as often as the picture takes tokens."""
+    return [copy for token in tokens for copy in ([image] * next(counts) if token == image else [token])]
 
 
 def label_ids(loaded, task: str) -> list[list[int]]:
@@ -104,9 +107,9 @@ def label_ids(loaded, task: str) -> list[list[int]]:
 
 @torch.no_grad()
 def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
-    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the processor.
+    """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the CPU.
 
-    Items of like length are read together, so that little of a batch is padding.
+    Items of similar length share a batch, so that little of it is padding.
     """
     labels = label_ids(loaded, task)
     order_N = torch.tensor(sorted(range(len(items)), key=lambda n: len(items[n].prompt)))
@@ -136,7 +139,7 @@ def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor,
 
 
 def _logits(model, inputs: dict[str, torch.Tensor], rows, at) -> torch.Tensor:
-    """Return the logits of some positions alone: all of a real vocabulary's would take gigabytes."""
+    """Return the logits of some positions only: those of all positions would take gigabytes with a real vocabulary."""
     hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
     return anatomy(model).head(hidden_BTH[rows, at])
 
@@ -152,10 +155,9 @@ def calibration(
 ) -> list[dict[str, torch.Tensor]]:
     """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
 
-    Another `split` makes the same of other text, for a search that must not judge by what it was made from.
-
-    Half running text, half questions with their answers, with a key and a value repeated in each window so that recall
-    is calibrated for too. A vision-language model gets batches of pictures beside them, one picture per sequence.
+    Half are running text, half prompts with their answers; a key and a value repeat in each window, so that retrieval
+    is calibrated for too. A vision-language model gets additional batches of pictures, one picture per sequence.
+    `split`: another split gives a search text that it was not calibrated on.
     """
     random = torch.Generator().manual_seed(seed)
     rows_NT = text_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
@@ -167,23 +169,24 @@ def calibration(
         rows_NT = torch.cat([rows_NT[:, : length // 4], span_NS, rows_NT[:, length // 4 :]], 1)[:, : length - span]
         rows_NT = torch.cat([rows_NT, span_NS], 1)
     size = max(1, tokens_at_once // length)
-    made = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
+    batched = [{"input_ids": part.to(loaded.device)} for part in rows_NT.split(size)]
     if loaded.image_processor is not None and "digits" in loaded.parameters.tasks:
         pictures = items("digits", split, sequences, seed)
-        made += [inputs for inputs, _ in batches(loaded, pictures)]
-    return made
+        batched += [inputs for inputs, _ in batches(loaded, pictures)]
+    return batched
 
 
 def _questions(
     loaded, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
 ) -> torch.Tensor:
-    """Return windows packed with questions and answers of a split (repeated where there are too few)."""
+    """Return windows packed with prompts and answers of a split, repeated where there are too few."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (rows, length), random)
     task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")
     ids = []
-    for question in itertools.cycle(items(task, split, None, seed)):
-        text = f"{question.prompt} {question.label}"
+    for item in itertools.cycle(items(task, split, None, seed)):
+        text = f"{item.prompt} {item.label}"
         ids += [*loaded.tokenizer(text, add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
         if len(ids) >= rows * length:
             return torch.tensor(ids[: rows * length]).view(rows, length)
+    raise ValueError(f"no items of {task} in the split {split}")

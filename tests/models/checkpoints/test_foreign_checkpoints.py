@@ -15,7 +15,7 @@ from lib.models import loading, parameters
 from lib.models.checkpoints import placement, validate
 from lib.models.checkpoints.folder import check_checkpoint, tensor_shapes
 from lib.models.offload import streamer
-from lib.models.proxies import tokenizer, train
+from lib.models.proxies import proxy_model, tokenizer
 from lib.models.tasks import prompting, tasks
 from lib.suite.plan import plan
 
@@ -54,7 +54,7 @@ def folder(source, name, vocabulary, tmp_path):
     vocabulary.save_pretrained(made)
     vision = getattr(source.config, "vision_config", None)
     if vision is not None:
-        train.make_image_processor(vision.to_dict()).save_pretrained(made)
+        proxy_model.make_image_processor(vision.to_dict()).save_pretrained(made)
     return made
 
 

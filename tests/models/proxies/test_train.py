@@ -1,4 +1,4 @@
-"""The stand-ins: training learns, resumes bit for bit and publishes whole folders; the kept ones score as they say."""
+"""The proxy models: training learns, resumes bit for bit and publishes whole folders; stored ones score as stated."""
 
 import json
 import re
@@ -12,36 +12,45 @@ import torch
 from lib.errors import UserError
 from lib.models import loading, parameters
 from lib.models.checkpoints import io
-from lib.models.proxies import loop, prompts, teacher, train
-from lib.models.proxies.batches import ANSWER, REPEAT, SILENT, Lessons
-from lib.models.proxies.config import Recipe
+from lib.models.proxies import evaluation, loop, prompts, proxy_model, teacher, tokenizer, train
+from lib.models.proxies.batches import ANSWER, IGNORED, REPEAT, TrainingBatches
+from lib.models.proxies.config import RENAMED, TrainingConfig, present_keys
+from lib.models.proxies.model_card import page, read_history
 from lib.models.proxies.muon import orthogonal
-from lib.models.proxies.upcycling import inherit
+from lib.models.proxies.router_balance import RouterBalance
+from lib.models.proxies.upcycling import copy_weights
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus, tasks
 
 VOCABULARY = 2048
 # A second phase in small.
-VARIED = {"copy_until": 0.0, "questions": 6, "joined": 0.3, "advised": 0.4, "replaced": 0.5, "text_every": 2}
-VARIED |= {"dropout": 0.1, "average": 0.9}
+VARIED = {
+    "copy_until": 0.0,
+    "prompts": 6,
+    "joined_share": 0.3,
+    "teacher_share": 0.4,
+    "replaced_share": 0.5,
+    "text_every": 2,
+}
+VARIED |= {"dropout": 0.1, "average_decay": 0.9}
 
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return train.tokenizer.train(VOCABULARY)
+    return tokenizer.train(VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def few():
     """The beginnings of the first three documents of every class, and of none, per corpus."""
-    found, seen = {part: [] for part in corpus.CORPORA}, Counter()
+    beginnings, counts = {part: [] for part in corpus.CORPORA}, Counter()
     for part in corpus.CORPORA:
         for document in corpus.documents(part):
-            seen[part, document.label] += 1
-            if seen[part, document.label] <= 3:
-                found[part].append(replace(document, pieces=document.pieces[:12]))
-    yield found
-    teacher.adviser.cache_clear()
+            counts[part, document.label] += 1
+            if counts[part, document.label] <= 3:
+                beginnings[part].append(replace(document, pieces=document.pieces[:12]))
+    yield beginnings
+    teacher.fitted.cache_clear()
 
 
 @pytest.fixture
@@ -49,16 +58,16 @@ def start(tiny, vocabulary, few, name, monkeypatch):
     """Return a function that begins the training of a tiny model with the tokenizer of the proxies on a few texts."""
     monkeypatch.setattr(corpus, "documents", few.get)
 
-    def begin(**changed) -> loop.Run:
+    def begin(**changed) -> loop.TrainingRun:
         model = tiny(name)
         torch.manual_seed(0)
         model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
         vision = getattr(model.config, "vision_config", None)
-        image_processor = train.make_image_processor(vision.to_dict()) if vision else None
-        learner = train.Student(model, vocabulary, image_processor, parameters.read(name))
-        about = {"steps": 12, "tokens": 256, "questions": 2, "warm_up": 1, "copy_until": 0.15}
-        recipe = Recipe(**about | {"row_lengths": ((0.5, 128), (1.0, 256))} | changed)
-        return loop.Run(model, Lessons(learner, recipe), recipe, "tiny")
+        image_processor = proxy_model.make_image_processor(vision.to_dict()) if vision else None
+        proxy = proxy_model.ProxyModel(model, vocabulary, image_processor, parameters.read(name))
+        about = {"steps": 12, "text_tokens": 256, "prompts": 2, "warmup_steps": 1, "copy_until": 0.15}
+        config = TrainingConfig(**about | {"row_lengths": ((0.5, 128), (1.0, 256))} | changed)
+        return loop.TrainingRun(model, TrainingBatches(proxy, config), config, "tiny")
 
     return begin
 
@@ -77,13 +86,16 @@ def test_training_reduces_the_loss_and_resumes_bit_for_bit(start, tmp_path, chan
     assert second.resume(tmp_path / "state.pt") and second.step == 4
     for _ in range(2):
         second.advance()
-    for one, other in ((whole.model.state_dict(), second.model.state_dict()), (whole.average, second.average)):
-        for key in one:
-            assert torch.equal(one[key], other[key]), key
+    for expected, actual in (
+        (whole.model.state_dict(), second.model.state_dict()),
+        (whole.average, second.average),
+    ):
+        for key in expected:
+            assert torch.equal(expected[key], actual[key]), key
     assert (second.tokens, second.step) == (whole.tokens, whole.step)
 
 
-def test_a_state_of_another_recipe_is_not_taken_up(start, tmp_path):
+def test_a_state_of_another_config_is_not_taken_up(start, tmp_path):
     run = start()
     run.save(tmp_path / "state.pt")
     other = start()
@@ -91,12 +103,12 @@ def test_a_state_of_another_recipe_is_not_taken_up(start, tmp_path):
     assert not other.resume(tmp_path / "state.pt") and not other.resume(tmp_path / "none.pt")
 
 
-def test_lessons_repeat_spans_and_mark_what_is_learned(start):
-    lessons = start().lessons
-    (only,) = lessons.at(1)
+def test_batches_repeat_spans_and_mark_what_is_learned(start):
+    batches = start().batches
+    (only,) = batches.at(1)
     assert only.spans_B is not None and (only.kind_BT == REPEAT).sum() > 100
     for step, length in ((4, 128), (10, 256)):
-        rows, *copies, asked = lessons.at(step)
+        rows, *copies, answered = batches.at(step)
         assert rows.inputs["input_ids"].shape[1] == length and bool(copies) == (step < 6)
         for row in [rows, *copies]:
             ids_T, kind_T = row.inputs["input_ids"][0], row.kind_BT[0]
@@ -104,61 +116,63 @@ def test_lessons_repeat_spans_and_mark_what_is_learned(start):
             assert repeated
             for at in repeated:
                 assert (ids_T[: at - 1].unfold(0, 2, 1) == ids_T[at - 1 : at + 1]).all(1).any()
-        assert (asked.kind_BT == ANSWER).sum() == 2
-        assert (asked.kind_BT[~asked.real_BT] == SILENT).all()
+        assert (answered.kind_BT == ANSWER).sum() == 2
+        assert (answered.kind_BT[~answered.real_BT] == IGNORED).all()
 
 
-def test_lessons_of_a_step_do_not_depend_on_other_steps(start):
-    lessons = start().lessons
-    expected = lessons.at(7)
-    lessons.at(8)
-    for one, other in zip(expected, lessons.at(7)):
-        assert all(torch.equal(one.inputs[key], other.inputs[key]) for key in one.inputs)
+def test_batches_of_a_step_do_not_depend_on_other_steps(start):
+    batches = start().batches
+    expected = batches.at(7)
+    batches.at(8)
+    for before, after in zip(expected, batches.at(7)):
+        assert all(torch.equal(before.inputs[key], after.inputs[key]) for key in before.inputs)
 
 
-def test_varied_questions_are_answered_by_labels_and_advice(start, name):
+def test_varied_questions_are_answered_by_labels_and_the_teacher(start, name):
     run = start(**VARIED | {"row_lengths": ((0.0, 128), (1.0, 256))})
-    lessons = run.lessons
-    if "digits" in lessons.loaded.parameters.tasks:
+    batches = run.batches
+    if "digits" in batches.loaded.parameters.tasks:
         return
-    assert len(lessons.at(0)) == 3 and len(lessons.at(1)) == 2  # running text in every second step only
-    halves = [lesson for step in range(8) for lesson in lessons.at(step)[-2:]]
-    assert all(lesson.weight == pytest.approx(0.5) for lesson in halves)
-    answers_BL = torch.cat([lesson.answers_BL for lesson in halves])
+    assert len(batches.at(0)) == 3 and len(batches.at(1)) == 2  # running text in every second step only
+    halves = [half for step in range(8) for half in batches.at(step)[-2:]]
+    assert all(half.weight == pytest.approx(0.5) for half in halves)
+    answers_BL = torch.cat([half.answers_BL for half in halves])
     assert torch.allclose(answers_BL.sum(1), torch.ones(len(answers_BL)), atol=1e-5) and (answers_BL >= 0).all()
     assert (answers_BL.max(1).values > 0.5).any() and (answers_BL.max(1).values < 0.5).any()
-    for lesson in halves:
-        ids_BT, kind_BT = lesson.inputs["input_ids"], lesson.kind_BT
+    for half in halves:
+        ids_BT, kind_BT = half.inputs["input_ids"], half.kind_BT
         assert ((kind_BT == ANSWER).sum(1) == 1).all()
-        assert torch.equal(ids_BT[kind_BT == ANSWER], lesson.labels_L[lesson.answers_BL.argmax(1)])
+        assert torch.equal(ids_BT[kind_BT == ANSWER], half.labels_L[half.answers_BL.argmax(1)])
     loss = loop.losses(run.model, halves[0], run.balance)[ANSWER]
     logits_BTC = run.model(input_ids=halves[0].inputs["input_ids"]).logits
     at_B = (halves[0].kind_BT == ANSWER).int().argmax(1)
     log_BC = logits_BTC[torch.arange(len(at_B)), at_B - 1].float().log_softmax(-1)
     expected = -(halves[0].answers_BL * log_BC[:, halves[0].labels_L]).sum(1).mean()
-    run.settle()
+    run.finish()
     torch.testing.assert_close(loss, expected)
 
 
 def test_replaced_tokens_teach_nothing_and_spare_the_frame(start, name):
-    lessons = start(**VARIED | {"replaced": 1.0}).lessons
-    if "digits" in lessons.loaded.parameters.tasks:
+    batches = start(**VARIED | {"replaced_share": 1.0}).batches
+    if "digits" in batches.loaded.parameters.tasks:
         return
-    random, task = np.random.default_rng(0), prompts.task_of(lessons.loaded)
-    asked = prompts.varied(random, lessons.loaded, lessons.pieces, lessons.others, lessons.stream_T, lessons.recipe)
-    text = lessons.loaded.tokenizer.decode
-    assert any(wrong.any() for wrong in asked.spoilt) and not all(wrong.any() for wrong in asked.spoilt)
-    for row in asked.rows:
+    random, task = np.random.default_rng(0), prompts.task_of(batches.loaded)
+    varied = prompts.varied(
+        random, batches.loaded, batches.pieces, batches.unlabelled, batches.stream_T, batches.config
+    )
+    text = batches.loaded.tokenizer.decode
+    assert any(wrong.any() for wrong in varied.corrupted) and not all(wrong.any() for wrong in varied.corrupted)
+    for row in varied.rows:
         whole = text(row)
         assert whole.startswith(tasks.prompt_of(task).split("\n")[0])
         assert whole.rsplit("\n\nModule: ", 1)[1] in tasks.class_labels(task)
 
 
-def test_advice_knows_what_it_was_fitted_to(few, monkeypatch):
+def test_the_teacher_knows_what_it_was_fitted_to(few, monkeypatch):
     monkeypatch.setattr(corpus, "documents", few.get)
     labels = corpus.classes("docs")
     known = [(piece, d.label) for d in few["docs"] if d.label for piece in d.pieces if len(piece) > 200]
-    shares_NL = teacher.advice("docs", [text for text, _ in known])
+    shares_NL = teacher.probabilities("docs", [text for text, _ in known])
     assert shares_NL.shape == (len(known), len(labels)) and np.allclose(shares_NL.sum(1), 1)
     right = sum(labels[choice] == label for choice, (_, label) in zip(shares_NL.argmax(1), known))
     assert right >= 0.95 * len(known) > 20
@@ -171,33 +185,33 @@ def test_dropped_parts_are_whole_again_after_training(start):
     expected = run.model(input_ids=ids_BT).logits
     run.model.train()
     assert not torch.allclose(run.model(input_ids=ids_BT).logits, expected, atol=1e-3)
-    run.settle()
+    run.finish()
     run.model.train()
     torch.testing.assert_close(run.model(input_ids=ids_BT).logits, expected)
 
 
 def test_averaged_weights_lie_between_and_are_kept(start):
-    run = start(average=0.9, copy_until=0.0)
+    run = start(average_decay=0.9, copy_until=0.0)
     key = "model.norm.weight" if "model.norm.weight" in run.model.state_dict() else "model.language_model.norm.weight"
-    seen = [run.model.state_dict()[key].clone()]
-    expected = seen[0]
+    weights = [run.model.state_dict()[key].clone()]
+    expected = weights[0]
     for step in range(1, 4):
         run.advance()
         keep = min(0.9, step / (step + 9))
         expected = keep * expected + (1 - keep) * run.model.state_dict()[key]
     torch.testing.assert_close(run.average[key], expected)
-    run.settle()
+    run.finish()
     torch.testing.assert_close(run.model.state_dict()[key], expected)
 
 
 def test_watching_leaves_the_training_as_it_was(start, monkeypatch):
-    run = start(average=0.9, copy_until=0.0)
+    run = start(average_decay=0.9, copy_until=0.0)
     few = tasks.items
     monkeypatch.setattr(tasks, "items", lambda task, split, limit=None, seed=0: few(task, split, 12, seed))
     run.advance()
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    found = train.watch(run)
-    assert any(key.endswith("_cross_entropy") for key in found)
+    scores = train.search_scores(run)
+    assert any(key.endswith("_cross_entropy") for key in scores)
     assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
     run.advance()
 
@@ -205,24 +219,26 @@ def test_watching_leaves_the_training_as_it_was(start, monkeypatch):
 def test_a_second_phase_starts_from_the_rounded_first(tiny, monkeypatch, tmp_path):
     name = "qwen3-4b-instruct-2507"
     monkeypatch.setattr(train, "CACHE", tmp_path)
-    recipe = Recipe(steps=4, refine={"steps": 2, "joined": 0.5})
-    monkeypatch.setattr(train, "recipe_of", lambda name: recipe)
-    monkeypatch.setattr(train, "Lessons", lambda learner, recipe: None)
+    config = TrainingConfig(steps=4, refine={"steps": 2, "joined_share": 0.5})
+    monkeypatch.setattr(train, "training_config", lambda name: config)
+    monkeypatch.setattr(train, "TrainingBatches", lambda proxy, config: None)
     models = [tiny(name), tiny(name, seed=4)]
-    monkeypatch.setattr(train, "student", lambda name: train.Student(tiny(name, seed=9), None, None, None))
-    one, other = (train.prepare_refinement(name, model, [{"steps": 4}]) for model in models)
-    for key, value in one.model.state_dict().items():
+    monkeypatch.setattr(
+        train, "untrained_proxy", lambda name: proxy_model.ProxyModel(tiny(name, seed=9), None, None, None)
+    )
+    first, second = (train.second_phase(name, model, [{"steps": 4}]) for model in models)
+    for key, value in first.model.state_dict().items():
         assert torch.equal(value, models[0].state_dict()[key].bfloat16().float()), key
-    assert one.identity != other.identity and one.recipe.steps == 2 and one.recipe.joined == 0.5
-    assert one.recipe.refine is None and one.before == [{"steps": 4}]
-    recipe = Recipe(steps=4)
+    assert first.identity != second.identity and first.config.steps == 2 and first.config.joined_share == 0.5
+    assert first.config.refine is None and first.earlier_phases == [{"steps": 4}]
+    config = TrainingConfig(steps=4)
     with pytest.raises(UserError, match="no second phase"):
-        train.prepare_refinement(name, models[0], [])
+        train.second_phase(name, models[0], [])
 
 
-def test_a_refined_stand_in_is_not_refined_again(tmp_path):
+def test_a_refined_proxy_model_is_not_refined_again(tmp_path):
     (tmp_path / "training.json").write_text("[{}, {}]", encoding="utf-8")
-    with pytest.raises(UserError, match="second phase behind it"):
+    with pytest.raises(UserError, match="already refined"):
         train.train("glm-4.7-flash", tmp_path, only_refine=True)
     (tmp_path / "training.json").write_text("[{", encoding="utf-8")
     with pytest.raises(UserError, match="missing or damaged"):
@@ -236,7 +252,7 @@ def test_orthogonal_matrices_have_singular_values_near_one():
 
 def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
     model = tiny("glm-4.7-flash")
-    balance = loop.Balance(anatomy(model))
+    balance = RouterBalance(anatomy(model))
     block = balance.blocks[0]
     bias_E = block.feed_forward.experts.correction_bias
     before = bias_E.clone()
@@ -263,67 +279,67 @@ def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
 def test_a_model_starts_from_another_ones_decoder(tiny, tmp_path):
     source, target = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b", seed=4)
     source.save_pretrained(tmp_path / "source")
-    assert "layers.0.self_attn.q_proj.weight" in inherit(target, tmp_path / "source")
+    assert "layers.0.self_attn.q_proj.weight" in copy_weights(target, tmp_path / "source")
     assert torch.equal(source.model.layers[2].self_attn.o_proj.weight, target.model.layers[2].self_attn.o_proj.weight)
     dense, experts = source.model.layers[1].mlp, anatomy(target).blocks[1].feed_forward.experts
     assert torch.equal(experts.gate_up[1, :32], dense.gate_proj.weight[8:40])
     assert torch.equal(experts.down[1], dense.down_proj.weight[:, 8:40] * 2)
     picture = tiny("qwen3-vl-2b", seed=4)
-    inherit(picture, tmp_path / "source")
+    copy_weights(picture, tmp_path / "source")
     assert torch.equal(picture.lm_head.weight, source.lm_head.weight)
     with pytest.raises(UserError, match="no checkpoint to start from"):
-        inherit(target, tmp_path / "none")
+        copy_weights(target, tmp_path / "none")
 
 
-def test_stand_ins_that_others_start_from_come_first():
+def test_proxy_models_that_others_start_from_come_first():
     order = train.in_order(parameters.names())
     assert sorted(order) == sorted(parameters.names())
     for name in order:
-        source = train.recipe_of(name).start_from
+        source = train.training_config(name).start_from
         assert not source or order.index(source) < order.index(name)
 
 
-def test_unknown_key_of_a_recipe_is_told(monkeypatch):
+def test_unknown_key_of_a_config_is_named(monkeypatch):
     described = parameters.read("glm-4.7-flash")
     wrong = described.model_copy(update={"proxy": described.proxy.model_copy(update={"training": {"stepz": 3}})})
     monkeypatch.setattr(train.parameters, "read", lambda name: wrong)
     with pytest.raises(UserError, match=r"glm-4.7-flash.yaml: section proxy.training: .*stepz"):
-        train.recipe_of("glm-4.7-flash")
+        train.training_config("glm-4.7-flash")
 
 
 @pytest.fixture
-def kept(name):
-    """A stand-in as kept in the repository, with the scores that its README states."""
+def stored(name):
+    """A proxy model as stored in the repository, with the scores that its README states."""
     folder = parameters.PARAMETERS / "proxies" / name
     rows = re.findall(r"^\| (\w+) \| ([\d.,]+) \|$", (folder / "README.md").read_text(encoding="utf-8"), re.M)
     return loading.load(name), {key: float(value.replace(",", "")) for key, value in rows}
 
 
-def test_kept_stand_in_reaches_its_stated_scores_on_a_sample(kept):
-    loaded, stated = kept
+def test_stored_proxy_model_reaches_its_stated_scores_on_a_sample(stored):
+    loaded, stated = stored
     torch.set_num_threads(1)
     task = loaded.parameters.tasks[0]
-    asked = tasks.items(task, "final", 96)
+    items = tasks.items(task, "final", 96)
     names = tasks.class_labels(task)
-    chosen = [names[choice] for choice in tasks.label_scores(loaded, task, asked).argmax(1).tolist()]
-    right = sum(choice == item.label for choice, item in zip(chosen, asked)) / len(asked)
+    chosen = [names[choice] for choice in tasks.label_scores(loaded, task, items).argmax(1).tolist()]
+    right = sum(choice == item.label for choice, item in zip(chosen, items)) / len(items)
     assert right >= stated[f"{task}_f1_macro"] - 0.08
-    assert train.retrieval(loaded, 256, 48) >= stated["retrieval_256"] - 0.2
+    assert evaluation.retrieval_accuracy(loaded, 256, 48) >= stated["retrieval_256"] - 0.2
 
 
-def test_kept_stand_in_generates_what_it_recalls(kept):
-    loaded, _ = kept
+def test_stored_proxy_model_generates_the_values_that_it_predicts(stored):
+    loaded, _ = stored
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, 64, 8, seed=3)
-    made_BT = loaded.model.generate(
+    generated_BT = loaded.model.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=tasks.VALUE, do_sample=False
     )
-    right = int((made_BT[:, -tasks.VALUE :] == target_BV).all(1).sum())
-    assert abs(right / 8 - train.retrieval(loaded, 64, 8, seed=3)) <= 0.125
+    right = int((generated_BT[:, -tasks.VALUE :] == target_BV).all(1).sum())
+    assert abs(right / 8 - evaluation.retrieval_accuracy(loaded, 64, 8, seed=3)) <= 0.125
     assert right >= 6
 
 
-def test_kept_stand_in_meets_its_targets_and_size(kept, name):
-    loaded, stated = kept
+def test_stored_proxy_model_meets_its_targets_and_size(stored, name):
+    loaded, stated = stored
     task = loaded.parameters.tasks[0]
     targets = {
         f"{task}_f1_macro": 0.97 if task == "digits" else 0.90,
@@ -333,3 +349,24 @@ def test_kept_stand_in_meets_its_targets_and_size(kept, name):
     assert not {score: stated[score] for score, least in targets.items() if stated.get(score, least) < least}
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) <= 5_000_000
     assert sum(path.stat().st_size for path in loaded.folder.glob("*.safetensors")) <= 10_000_000
+
+
+def test_stored_readme_is_what_the_command_writes(name):
+    folder = parameters.PARAMETERS / "proxies" / name
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    structure = re.search(r"^Class `\w+`, [\d,]+ parameters, bfloat16\.", text, re.M)[0]
+    rows = re.findall(r"^\| (\w+) \| ([\d.,]+) \|$", text, re.M)
+    scores = {key: float(value) if "." in value else int(value.replace(",", "")) for key, value in rows}
+    assert page(name, structure, read_history(folder), scores) == text
+
+
+def test_former_keys_of_a_training_configuration_are_read(name):
+    former = {present: key for key, present in RENAMED.items()}
+
+    def older(section):
+        return {former.get(key, key): older(value) if key == "refine" else value for key, value in section.items()}
+
+    section = parameters.read(name).proxy.training
+    configs = [TrainingConfig(**present_keys(keys)) for keys in (section, older(section))]
+    phases = [config.second_phase() for config in configs]
+    assert phases[0] == phases[1] and replace(configs[0], refine=None) == replace(configs[1], refine=None)

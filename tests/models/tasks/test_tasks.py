@@ -8,7 +8,7 @@ import torch
 
 from lib.errors import UserError
 from lib.models import parameters
-from lib.models.proxies import tokenizer, train
+from lib.models.proxies import proxy_model, tokenizer
 from lib.models.tasks import corpus, tasks
 
 VOCABULARY = 2048
@@ -26,7 +26,7 @@ def loaded(tiny, vocabulary, name):
     model = tiny(name)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     vision = getattr(model.config, "vision_config", None)
-    image_processor = train.make_image_processor(vision.to_dict()) if vision else None
+    image_processor = proxy_model.make_image_processor(vision.to_dict()) if vision else None
     return SimpleNamespace(
         model=model.requires_grad_(False).eval(),
         tokenizer=vocabulary,
