@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lib.models.proxies.attention_supervision import supervised_forward
 from lib.models.proxies.batches import ANSWER, IGNORED, REPEAT, TEXT, TrainingBatch, TrainingBatches
 from lib.models.proxies.config import TrainingConfig
-from lib.models.proxies.muon import Muon
+from lib.models.proxies.muon import MatrixMuon
 from lib.models.proxies.router_balance import RouterBalance
 from lib.models.structure.anatomy import anatomy
 
@@ -66,7 +66,7 @@ def optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Opt
     matrix_ids = {id(p) for p in matrices}
     rest = [p for p in parameters if id(p) not in matrix_ids]
     return [
-        Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
+        MatrixMuon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 

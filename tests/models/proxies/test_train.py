@@ -16,7 +16,7 @@ from lib.models.proxies import evaluation, loop, prompts, proxy_model, teacher, 
 from lib.models.proxies.batches import ANSWER, IGNORED, REPEAT, TrainingBatches
 from lib.models.proxies.config import RENAMED, TrainingConfig, present_keys
 from lib.models.proxies.model_card import page, read_history
-from lib.models.proxies.muon import orthogonal
+from lib.models.proxies.muon import MatrixMuon
 from lib.models.proxies.router_balance import RouterBalance
 from lib.models.proxies.upcycling import copy_weights
 from lib.models.structure.anatomy import anatomy
@@ -245,18 +245,28 @@ def test_a_refined_proxy_model_is_not_refined_again(tmp_path):
         train.train("glm-4.7-flash", tmp_path, only_refine=True)
 
 
-def test_orthogonal_matrices_have_singular_values_near_one():
-    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))))
-    assert values.min() > 0.5 and values.max() < 1.3
+def test_a_stack_of_experts_is_updated_like_its_matrices():
+    random = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 24, 40, generator=random), torch.randn(2, 3, 24, 40, generator=random)
+    stack = torch.nn.Parameter(start.clone())
+    matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    both = [MatrixMuon(weights, lr=0.1, weight_decay=0.3) for weights in ([stack], matrices)]
+    for gradient in gradients:
+        stack.grad = gradient.clone()
+        for matrix, part in zip(matrices, gradient):
+            matrix.grad = part.clone()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert stack.grad is None
+    assert torch.equal(stack, torch.stack([matrix.detach() for matrix in matrices]))
 
 
 def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
-    model = tiny("glm-4.7-flash")
-    balance = RouterBalance(anatomy(model))
-    block = balance.blocks[0]
-    bias_E = block.feed_forward.experts.correction_bias
+    balance = RouterBalance(anatomy(tiny("glm-4.7-flash")))
+    bias_E = next(iter(balance.experts.values())).correction_bias
     before = bias_E.clone()
-    balance.counts = {b.index: torch.tensor([0.0, *[8.0] * 7]) for b in balance.blocks}
+    balance.counts = {index: torch.tensor([0.0, *[8.0] * 7]) for index in balance.experts}
     balance.adjust(0.1)
     assert bias_E[0] > before[0] and (bias_E[1:] < before[1:]).all()
 
