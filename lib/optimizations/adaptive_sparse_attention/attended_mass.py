@@ -1,114 +1,216 @@
-"""What a sparse model attends to over length and place: density and recall of mass over context, values repeated from
-the start, the middle and the end of a prompt. Knows patterns of blocks and tasks, and no optimization.
+"""What a block pattern attends to: density and recall of mass of the heads of single blocks, over context.
 
-Shapes: H query heads, N and M blocks of queries and keys, R sampled blocks of queries.
+Recall of mass is always computed from exact probabilities (of a sample of the blocks of queries), never from the scores
+that chose the pattern. `planted` makes heads whose mass is concentrated by construction, to show what search and kernel
+do where attention is sparse. Knows nothing of time and of answers.
+
+Shapes: H query heads, G key-value heads, T tokens, D head size, N and M blocks of queries and keys, R sampled rows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
-from torch import nn
 
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Retrieved
 from lib.models.decoding.attention_inputs import Heads
-from lib.models.loading import Loaded
-from lib.models.tasks.retrieval import KEY, LEAD, VALUE
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
-from lib.optimizations.adaptive_sparse_attention import experiment
-from lib.optimizations.adaptive_sparse_attention.experiment import Finder
 
-NEAR = 64  # tokens between a value at the end of a prompt and the question
+SAMPLED_ROWS = 12  # blocks of queries whose exact mass is computed, spread evenly over the prompt
+SHARE = 0.95  # of the mass, that an oracle has to reach
+CURVES = {
+    "density": "density, kept",
+    "recall": "recall of mass, kept",
+    "needed": f"density that an oracle needs for {SHARE}",
+}
+SHOWN_HEADS = 4
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a pattern keeps, per head: the share of causal blocks and the exact share of attention mass."""
+
+    density_H: np.ndarray
+    recall_H: np.ndarray
+
+    @property
+    def density(self) -> float:
+        return float(self.density_H.mean())
+
+    @property
+    def recall(self) -> float:
+        return float(self.recall_H.mean())
+
+
+def sampled_rows(count: int, most: int = SAMPLED_ROWS) -> torch.Tensor:
+    """Return at most `most` rows, spread evenly, the last one among them."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().unique()
+
+
+@torch.inference_mode()
+def attended(heads: Heads, kept_HNM: torch.Tensor, block: int, mass_HRM: torch.Tensor | None = None) -> Attended:
+    """Return density and exact recall of mass of a pattern; `mass_HRM`: `sampled_mass`, where it is known already."""
+    rows = sampled_rows(kept_HNM.shape[1])
+    mass_HRM = sampled_mass(heads, block) if mass_HRM is None else mass_HRM
+    causal = int(blocks.causal_blocks(*kept_HNM.shape[1:]).sum())
+    density_H = kept_HNM.sum((1, 2)).float() / causal
+    recall_H = (mass_HRM * kept_HNM[:, rows]).sum(-1).mean(1)
+    return Attended(density_H.cpu().numpy(), recall_H.cpu().numpy())
+
+
+@torch.inference_mode()
+def sampled_mass(heads: Heads, block: int) -> torch.Tensor:
+    """Return the exact share of mass [H, R, M] of every block for the sampled blocks of queries."""
+    rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
+    return blocks.exact_mass(heads.query_HTD, heads.key_GTD, heads.scaling, block, rows)
+
+
+@dataclass
+class Finder:
+    """The search for a pattern: heads → kept blocks [H, N, M]. Arguments as in `block_pattern.choose`."""
+
+    tau: float
+    block: int
+    stride: int
+    most: float = 1.0
+    last: int = 0
+
+    @torch.inference_mode()
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        share_HNM = blocks.scores(heads.query_HTD, heads.key_GTD, heads.scaling, self.block, self.stride)
+        return blocks.choose(share_HNM, self.tau, self.most, self.last)
+
+
+def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
+    """Return the least density at which an oracle reaches `share` of the mass: no pattern of blocks needs less.
+
+    The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
+    `mass_HRM`: see `attended`.
+    """
+    mass_HRM = sampled_mass(heads, block) if mass_HRM is None else mass_HRM
+    rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
+    ordered_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
+    count_HR = (ordered_HRM < share).sum(-1) + 1
+    return float(count_HR.sum() / ((rows + 1).sum() * len(count_HR)))
+
+
+def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:
+    """Return heads of the same shapes whose mass lies, nearly all of it, in a few blocks: by construction, known.
+
+    Every block of keys points in a direction of its own; the queries of a block point along those of the first block,
+    their own, and a random `share` of the blocks that they may see (more in some heads, fewer in others), so strongly
+    that the rest is left with little mass.
+    """
+    random = torch.Generator().manual_seed(seed)
+    count, tokens = heads.query_HTD.shape[0], heads.tokens
+    groups, _, width = heads.key_GTD.shape
+    total = blocks.blocks_of(tokens, block)
+    direction_GMD = torch.randn(groups, total, width, generator=random)
+    direction_GMD = direction_GMD / direction_GMD.norm(dim=-1, keepdim=True)
+    portion_H = share * (0.5 + torch.rand(count, generator=random))
+    target_HNM = torch.rand(count, total, total, generator=random) < portion_H[:, None, None]
+    target_HNM[:, :, 0] = True
+    target_HNM |= torch.eye(total, dtype=torch.bool)
+    target_HNM &= blocks.causal_blocks(total, total)
+    strength = 12 + 2 * float(np.log(total))  # in nats, above directions that only resemble
+    member_HMD = direction_GMD.repeat_interleave(count // groups, 0)
+    # Queries that give every target direction the same score and every other none: least squares, exactly or nearly.
+    gram_HMM = member_HMD @ member_HMD.transpose(1, 2) + 1e-2 * torch.eye(total)
+    query_HND = torch.linalg.solve(gram_HMM, target_HNM.float().transpose(1, 2)).transpose(1, 2) @ member_HMD
+    query_HTD = (strength / heads.scaling) * query_HND.repeat_interleave(block, 1)[:, :tokens]
+    key_GTD = direction_GMD.repeat_interleave(block, 1)[:, :tokens]
+    noise_GTD = 0.02 * torch.randn(key_GTD.shape, generator=random)
+    like = {"device": heads.query_HTD.device, "dtype": heads.query_HTD.dtype}
+    return Heads(heads.index, query_HTD.to(**like), (key_GTD + noise_GTD).to(**like), heads.value_GTV, heads.scaling)
 
 
 @torch.inference_mode()
 def survey(
-    seen: Sequence[Heads], find: Finder, lengths: Sequence[int], share: float = 0.95, seed: int = 0
-) -> list[dict]:
+    heads: Sequence[Heads], find: Finder, lengths: Sequence[int], share: float = SHARE, seed: int = 0
+) -> list[dict[str, Any]]:
     """Return a row per length and block: what the pattern keeps, and what others of its budget would hold.
 
-    Density and recall are of the pattern found; `window` and `random` are the recall of as many blocks in every row,
+    `density` and `recall` are of the pattern; `window` and `random` are the recall of as many blocks in every row,
     chosen otherwise, `oracle` that of the blocks of most exact mass; `needed` is the least density at which an oracle
     reaches `share` of the mass. All exact, over sampled blocks of queries.
     """
     rows = []
     for length in lengths:
-        for whole in seen:
-            heads = whole if length == whole.tokens else whole.first(length)
-            kept_HNM = find(heads)
-            mass_HRM = experiment.mass(heads, find.block)
-            found = experiment.judge(heads, kept_HNM, find.block, mass_HRM)
-            row = {"length": length, "block": heads.index, "density": found.density, "recall": found.recall}
-            row["needed"] = experiment.needed(heads, find.block, share, mass_HRM)
+        for whole in heads:
+            first = whole if length == whole.tokens else whole.first(length)
+            kept_HNM = find(first)
+            mass_HRM = sampled_mass(first, find.block)
+            pattern = attended(first, kept_HNM, find.block, mass_HRM)
+            row: dict[str, Any] = {"length": length, "block": first.index}
+            row |= {"density": pattern.density, "recall": pattern.recall}
+            row["needed"] = needed(first, find.block, share, mass_HRM)
             for name in ("window", "random"):
-                other_HNM = blocks.same_budget(kept_HNM, name, seed=seed + heads.index)
-                row[name] = experiment.judge(heads, other_HNM, find.block, mass_HRM).recall
-            rows.append(row | {"oracle": _oracle(kept_HNM, mass_HRM), "density_of_heads": found.density_H.tolist()})
+                control_HNM = blocks.same_budget(kept_HNM, name, seed=seed + first.index)
+                row[name] = attended(first, control_HNM, find.block, mass_HRM).recall
+            row |= {"oracle": _oracle(kept_HNM, mass_HRM), "density_of_heads": pattern.density_H.tolist()}
+            rows.append(row)
     return rows
 
 
 def _oracle(kept_HNM: torch.Tensor, mass_HRM: torch.Tensor) -> float:
-    """Return the mean mass of the heaviest blocks, as many in every row as are kept."""
-    count_HR1 = kept_HNM[:, experiment.sampled_rows(kept_HNM.shape[1])].sum(-1, keepdim=True)
+    """Return the mean mass of the heaviest blocks, as many in every row as `kept_HNM` has."""
+    count_HR1 = kept_HNM[:, sampled_rows(kept_HNM.shape[1])].sum(-1, keepdim=True)
     reached_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
     return float(reached_HRM.gather(-1, count_HR1 - 1).mean())
 
 
-def curves(rows: Sequence[dict], names: Mapping[str, str]) -> pd.DataFrame:
-    """Return `rows` of `survey` for `figures.impact`: over length, for each column in `names` (column → arm) the mean
+def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = CURVES) -> pd.DataFrame:
+    """Return `rows` of `survey` for `style.impact`: over length, for each column in `names` (column → arm) the mean
     over blocks and, as `low` and `high`, the least and the largest block.
     """
-    frame, found = pd.DataFrame(rows), []
+    frame, frames = pd.DataFrame(rows), []
     for column, arm in names.items():
         over = frame.groupby("length")[column]
-        found.append(pd.DataFrame({"value": over.mean(), "low": over.min(), "high": over.max(), "arm": arm}))
-    return pd.concat(found).rename_axis("strength").reset_index()
+        frames.append(pd.DataFrame({"value": over.mean(), "low": over.min(), "high": over.max(), "arm": arm}))
+    return pd.concat(frames).rename_axis("strength").reset_index()
 
 
-def at_places(
-    loaded: Loaded,
-    arms: Mapping[str, nn.Module],
-    length: int,
-    count: int,
-    seed: int = 0,
-    known: Mapping[str, Mapping[str, Retrieved]] | None = None,
-    everywhere: Sequence[str] | None = None,
-) -> dict[str, dict[str, Retrieved]]:
-    """Return for each arm which of `count` values it repeats from the "start", "middle" and "end" of a prompt of
-    `length` tokens: the same prompts for every arm, greedy, exact match.
-
-    `known` are answers (arm → place) that were given before, to the same prompts; others are asked for. Arms that are
-    not named in `everywhere` (by default all are) are asked in the middle alone. Raises ValueError where known answers
-    are of another distance.
-    """
-    room = length - 2 * KEY - VALUE  # text around the stored value
-    leads = {"start": LEAD, "middle": room // 2, "end": max(LEAD, room - NEAR)}
-    found: dict[str, dict[str, Retrieved]] = {}
-    for arm, model in arms.items():
-        found[arm] = {}
-        places = leads if everywhere is None or arm in everywhere else ("middle",)
-        for place, lead in ((place, leads[place]) for place in places):
-            one = (known or {}).get(arm, {}).get(place)
-            if one is not None and (one.distance, len(one.right_N)) != (room - lead, count):
-                raise ValueError(f"{arm}, {place}: known answers are not to prompts of {length} tokens")
-            found[arm][place] = one or evaluate.retrieval(_with(loaded, model), room - lead, count, seed, lead)
-    return found
+def by_length(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return, per length, the means over blocks of what the pattern keeps and of what others of its budget hold."""
+    columns = ["density", "recall", "oracle", "window", "random", "needed"]
+    return pd.DataFrame(rows).groupby("length")[columns].mean().reset_index()
 
 
-def _with(loaded: Loaded, model: nn.Module) -> Loaded:
-    return Loaded(**{**vars(loaded), "model": model})
+def reading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return two sentences on how to read the figure of `curves`, computed from its numbers."""
+    at_end = by_length(rows).iloc[-1]
+    first = (
+        f"At {at_end.length:.0f} tokens the pattern keeps {at_end.density:.2f} of the blocks and {at_end.recall:.3f} "
+        f"of the mass; an oracle needs a density of {at_end.needed:.2f} for {SHARE} of it."
+    )
+    if at_end.needed > at_end.density:
+        return first + " At the density kept no choice of blocks reaches that share."
+    return first + " A better choice of blocks would reach that share with fewer."
 
 
-def place_bars(found: Mapping[str, Mapping[str, Retrieved]]) -> pd.DataFrame:
-    """Return `at_places` for `figures.bars`: a bar for each place and arm, with Wilson's 95 % interval."""
-    rows = []
-    for place in next(iter(found.values()), {}):
-        for arm, places in ((arm, places) for arm, places in found.items() if place in places):
-            right_N: np.ndarray = places[place].right_N
-            spread = binomtest(int(right_N.sum()), len(right_N)).proportion_ci(method="wilson")
-            row = {"arm": f"{place}, {arm}", "value": float(right_N.mean()), "low": spread.low, "high": spread.high}
-            rows.append(row)
-    return pd.DataFrame(rows)
+def pattern(heads: Heads, find: Finder) -> tuple[Attended, dict[str, np.ndarray]]:
+    """Return what the pattern found for `heads` keeps, and its panels for a figure of masks."""
+    kept_HNM = find(heads)
+    measured = attended(heads, kept_HNM, find.block)
+    return measured, panels(measured, kept_HNM)
+
+
+def panels(pattern: Attended, kept_HNM: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return the kept blocks [N, M] of a few heads, from the sparsest to the densest, by title."""
+    order = torch.tensor(pattern.density_H).argsort()
+    chosen = order[torch.linspace(0, len(order) - 1, min(SHOWN_HEADS, len(order))).long()].tolist()
+    return {f"head {head}: {pattern.density_H[head]:.2f} kept": kept_HNM[head].cpu().numpy() for head in chosen}
+
+
+def described(pattern: Attended, what: str) -> str:
+    """Return the alternative text of a figure of `panels`."""
+    span = f"from {pattern.density_H.min():.2f} to {pattern.density_H.max():.2f}"
+    return f"Blocks kept in {what}: density {span} by head, recall of mass {pattern.recall:.3f}."
+
+
+def table(patterns: Mapping[str, Attended]) -> pd.DataFrame:
+    """Return density, recall of mass, and the recall of the worst head of each pattern."""
+    rows = [(name, pattern.density, pattern.recall, pattern.recall_H.min()) for name, pattern in patterns.items()]
+    return pd.DataFrame(rows, columns=["heads", "density", "recall of mass", "recall of the worst head"])

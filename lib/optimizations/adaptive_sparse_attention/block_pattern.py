@@ -1,10 +1,10 @@
 """Block-sparse causal attention: which blocks of keys a block of queries needs, and attention to those blocks alone.
 
-The pattern is found per input and per head by anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
+The pattern is computed per input and per head from anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
 stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a
-causal softmax over these sums and their total per block estimate the block's share of attention mass. Kept are, for
-every block of queries, the first, the diagonal block and the one before it, and the fewest others whose estimated mass
-reaches τ: the budget adapts.
+causal softmax over these sums, added up per block, estimates the block's share of attention mass. Each block of queries
+keeps the first block, the diagonal block and the one before it, and the fewest others whose estimated mass reaches τ:
+the budget adapts.
 
 Heads are not merged: query heads that share keys keep patterns of their own. (The union over such heads saves a copy of
 keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.) Knows nothing
@@ -22,7 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 ALWAYS = 3  # blocks that every row keeps: the first, the one before the diagonal, the diagonal
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
-GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a processor's cache holds
+GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a CPU's cache holds
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
 KERNEL_BLOCK = 128  # FlexAttention's kernels work on blocks of this size, or on smaller powers of two,
 KERNEL_WIDTH = 16  # and on heads of at least this size
@@ -57,19 +57,19 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
     query_HTS = query_HTD.reshape(heads, tokens // stride, stride * width)
     key_GKS = key_GKD.reshape(groups, length // stride, stride, width).flip(2).reshape(groups, -1, stride * width)
     query_GRTS = query_HTS.view(groups, heads // groups, -1, stride * width)
-    found = query_HTD.new_zeros(heads, tokens // block, length // block, dtype=torch.float32)
+    estimate_HNM = query_HTD.new_zeros(heads, tokens // block, length // block, dtype=torch.float32)
     step = max(small, SCORED_ROWS // small * small)
     for first in range(0, tokens // stride, step):
         last = min(first + step, tokens // stride)
-        seen = offset + last  # columns that these rows may see
+        visible = offset + last  # columns that these rows may see
         rows_GXS = query_GRTS[:, :, first:last].reshape(groups, -1, stride * width)
-        logits_HTK = (rows_GXS @ key_GKS[:, :seen].transpose(1, 2)).view(heads, last - first, seen).float()
+        logits_HTK = (rows_GXS @ key_GKS[:, :visible].transpose(1, 2)).view(heads, last - first, visible).float()
         own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
         logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
         share_HTK = torch.softmax(logits_HTK * (scaling / stride), dim=-1)
-        share_HNM = share_HTK.view(heads, (last - first) // small, small, seen // small, small).sum((2, 4)) / small
-        found[:, first // small : last // small, : seen // small] = share_HNM
-    return found
+        share_HNM = share_HTK.view(heads, (last - first) // small, small, visible // small, small).sum((2, 4)) / small
+        estimate_HNM[:, first // small : last // small, : visible // small] = share_HNM
+    return estimate_HNM
 
 
 def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0) -> torch.Tensor:
@@ -77,9 +77,9 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0
 
     The first, the diagonal block and the one before it are always kept and count towards τ: the first token of a block
     often reads the token just before it, which weighs next to nothing in the mass of a whole row. `most` limits the
-    kept share of the blocks that a row may see (at least these three). The `last` blocks of queries keep all, whatever
-    `most` says: a question at the end of a prompt is a few queries of a block, and what they alone look for weighs
-    little in its mean. τ = 1 keeps every block that the causal mask leaves.
+    kept share of the blocks that a row may see (at least these three). The `last` blocks of queries keep all
+    regardless of `most`: a question at the end of a prompt is a few queries of a block, and what they alone look for
+    weighs little in its mean. τ = 1 keeps every block that the causal mask leaves.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -101,11 +101,13 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0
     return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, kept_HNM) & causal_NM
 
 
-def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | None = None, seed: int = 0):
-    """Return a control: as many blocks in every row as `kept_HNM`, but others.
+def same_budget(
+    kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | None = None, seed: int = 0
+) -> torch.Tensor:
+    """Return a control, bool [H, N, M]: as many blocks in every row as `kept_HNM`, chosen otherwise.
 
     `window`: the first block and the last ones; `random`: others by chance; `oracle`: those of most exact mass
-    (`mass_HNM`). What `choose` always keeps, all of them keep.
+    (`mass_HNM`). All of them keep what `choose` always keeps.
     """
     rows, columns = kept_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, kept_HNM.device)
@@ -123,8 +125,8 @@ def same_budget(kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | N
     rank_HNM[:, :, 0] = 4.0 * columns
     order_HNM = rank_HNM.argsort(dim=-1, descending=True)
     place_M = torch.arange(columns, device=kept_HNM.device)
-    taken_HNM = (place_M < kept_HNM.sum(-1, keepdim=True)).expand_as(kept_HNM)
-    return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, taken_HNM) & causal_NM
+    chosen_HNM = (place_M < kept_HNM.sum(-1, keepdim=True)).expand_as(kept_HNM)
+    return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, chosen_HNM) & causal_NM
 
 
 def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
@@ -164,7 +166,7 @@ def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) 
 
 
 def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return all three as wide as the widest: the fast kernels know one head size, and zeros change no result."""
+    """Return all three as wide as the widest: the fast kernels take one head size, and zeros change no result."""
     width = max(key.shape[-1], value.shape[-1])
     return tuple(wide(x, width) for x in (query, key, value))
 
@@ -210,8 +212,8 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
     options = {"BLOCK_M": block, "BLOCK_N": block} if block < KERNEL_BLOCK else None
     run = _compiled() if compiled else flex_attention
     grouped = key.shape[1] != query.shape[1]
-    found = run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
-    return found[0, :, :tokens, : value_GKV.shape[2]]
+    output_BHTV = run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
+    return output_BHTV[0, :, :tokens, : value_GKV.shape[2]]
 
 
 def _listed(kept_HNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,15 +241,17 @@ def exact_mass(query_HTD, key_GKD, scaling: float, block: int, rows: torch.Tenso
     groups, length, _ = key_GKD.shape
     offset, columns = length - tokens, blocks_of(length, block)
     rows = torch.arange(blocks_of(tokens, block)) if rows is None else rows
-    found = query_HTD.new_zeros(heads, len(rows), columns, dtype=torch.float32)
+    mass_HRM = query_HTD.new_zeros(heads, len(rows), columns, dtype=torch.float32)
     for place, row in enumerate(rows.tolist()):
         first, last = row * block, min((row + 1) * block, tokens)
-        seen = offset + last
+        visible = offset + last
         query_GRD = query_HTD[:, first:last].reshape(groups, -1, query_HTD.shape[2])
-        logits_HTK = (query_GRD @ key_GKD[:, :seen].transpose(1, 2)).view(heads, last - first, seen).float() * scaling
+        logits_HTK = (query_GRD @ key_GKD[:, :visible].transpose(1, 2)).view(
+            heads, last - first, visible
+        ).float() * scaling
         own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
         logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
         share_HK = logits_HTK.softmax(-1).mean(1)
-        share_HK = pad(share_HK, (0, columns * block - seen))
-        found[:, place] = share_HK.view(heads, columns, block).sum(-1)
-    return found
+        share_HK = pad(share_HK, (0, columns * block - visible))
+        mass_HRM[:, place] = share_HK.view(heads, columns, block).sum(-1)
+    return mass_HRM

@@ -1,29 +1,68 @@
-"""What a block pattern keeps of attention, what of its mass, and what it saves: the heads of one block, by themselves.
+"""What the notebook on sparse attention shows: the lengths of its prompts, exactness, costs, and what would refute the
+claims.
 
-Recall of mass is always computed from exact probabilities (of a sample of the blocks of queries), never from the scores
-that chose the pattern. Time includes finding the pattern. `planted` makes heads whose mass is concentrated by
-construction, to show what finder and kernel do where attention is sparse. Knows no optimization beyond the pattern.
+Its longer protocols have modules of their own: `attended_mass` (the heads of single blocks), `quality_controls`,
+`attention_timing`. Returns plain data; knows nothing of records and figures.
 
-Shapes: H query heads, G key-value heads, T tokens, D head size, N and M blocks of queries and keys, R sampled rows.
+Shapes: B prompts, T tokens.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
-from lib.measure.metrics.paired_stats import Pairs
-from lib.measure.timing import disturbance, interleaved
-from lib.measure.timing.interleaved import warm_up, with_control
-from lib.models.decoding.attention_inputs import Heads
-from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.measure.compare import speed
+from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import sanity
+from lib.measure.trackers import environment, memory
+from lib.models.checkpoints import io
+from lib.models.decoding.attention_inputs import Heads, watch
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import corpus
+from lib.models.tasks import tasks as task_list
+from lib.optimizations.adaptive_sparse_attention import kernels, method
+from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
+from lib.optimizations.common import absorbed_baseline
 
-SAMPLED_ROWS = 12  # blocks of queries whose exact mass is computed, spread evenly over the prompt
+CLAIMS = (
+    "Windows or random blocks of the same number hold as much of the attention's mass.",
+    "Finding the pattern costs what it saves.",
+    "Values in the middle of a prompt are lost.",
+)
 CONTEXTS = {"quick": (1024, 2048), "standard": (1024, 2048, 4096, 8192), "thorough": (1024, 2048, 4096, 8192, 16384)}
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
+TIMED_PROMPT = {"quick": 1024, "standard": 2048, "thorough": 8192}
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of this run's prompts: of the curves over context, of the timed prompt, of the judged prompts."""
+
+    curves: list[int]
+    timed: int
+    judged: int
+
+    @property
+    def longest(self) -> int:
+        """The longest of the curves, behind which tokens are decoded."""
+        return self.curves[-1]
+
+
+def lengths_of(effort: str, scale: str, longest: int = 0) -> PromptLengths:
+    """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt."""
+    curves = contexts(effort, scale, longest)
+    timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
+    return PromptLengths(curves, timed, min(curves[-1], 1024 if effort == "quick" else 1536))
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
@@ -33,131 +72,180 @@ def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
     return list((CONTEXTS if scale == "proxy" else AT_REAL_SIZE)[effort])
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a pattern keeps, per head: the share of causal blocks and the exact share of attention mass."""
-
-    density_H: np.ndarray
-    recall_H: np.ndarray
-
-    @property
-    def density(self) -> float:
-        return float(self.density_H.mean())
-
-    @property
-    def recall(self) -> float:
-        return float(self.recall_H.mean())
+def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
+    """Return the model and the lengths of this run as text."""
+    blocks = anatomy(loaded.model).blocks
+    rows = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}", "blocks": len(blocks)}
+    rows |= {"attention": blocks[0].attention.kind, "heads": blocks[0].attention.heads}
+    rows |= {"lengths of the curves": lengths.curves, "timed prompt": lengths.timed, "judged prompts": lengths.judged}
+    return pd.DataFrame([(name, str(value)) for name, value in rows.items()], columns=["", "value"])
 
 
-def sampled_rows(count: int, most: int = SAMPLED_ROWS) -> torch.Tensor:
-    """Return at most `most` rows, spread evenly, the last one among them."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().unique()
+def sizes(effort: str, scale: str, knobs: Mapping[str, Any]) -> Effort:
+    """Return the sizes of this run. Raises UserError for a knob out of range, before anything is loaded."""
+    method.check(**knobs, pattern="antidiagonal")
+    return settings.read(effort, scale)
+
+
+def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, list[Heads]]:
+    """Return a held-out text [1, T] of `tokens` tokens, and the heads of every block that read it.
+
+    Raises UserError where the model allows no such context.
+    """
+    kernels.check_context(loaded.model, tokens)
+    ids_1T = task_list.text_windows(loaded, "final", 1, tokens, seed)
+    return ids_1T, watch(loaded.model, ids_1T)
+
+
+def applied(baseline: nn.Module, knobs: Mapping[str, Any]) -> tuple[nn.Module, float]:
+    """Return the sparse model and the seconds that applying took. Raises AssertionError where weights were copied."""
+    start = time.perf_counter()
+    optimized = method.apply(baseline, **knobs)
+    seconds = time.perf_counter() - start
+    assert next(optimized.parameters()).data_ptr() == next(baseline.parameters()).data_ptr(), "weights were copied"
+    return optimized, seconds
 
 
 @torch.inference_mode()
-def judge(heads: Heads, kept_HNM: torch.Tensor, block: int, mass_HRM: torch.Tensor | None = None) -> Kept:
-    """Return density and exact recall of mass of a pattern; `mass_HRM` is that of `mass`, where it is known already."""
-    rows = sampled_rows(kept_HNM.shape[1])
-    mass_HRM = mass(heads, block) if mass_HRM is None else mass_HRM
-    causal = int(blocks.causal_blocks(*kept_HNM.shape[1:]).sum())
-    density_H = kept_HNM.sum((1, 2)).float() / causal
-    recall_H = (mass_HRM * kept_HNM[:, rows]).sum(-1).mean(1)
-    return Kept(density_H.cpu().numpy(), recall_H.cpu().numpy())
+def exactness(loaded: Loaded, optimized: nn.Module, knobs: Mapping[str, Any], seed: int = 0) -> dict[str, float]:
+    """Return the largest differences of logits, in their standard deviations: `all_kept`, everything kept against full
+    attention, in a batch padded on the left; `leak`, earlier positions when later tokens change.
 
-
-@torch.inference_mode()
-def mass(heads: Heads, block: int) -> torch.Tensor:
-    """Return the exact share of mass [H, R, M] of every block for the sampled blocks of queries."""
-    rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
-    return blocks.exact_mass(heads.query_HTD, heads.key_GTD, heads.scaling, block, rows)
-
-
-@dataclass
-class Finder:
-    """How a pattern is found: heads → kept [H, N, M]."""
-
-    tau: float
-    block: int
-    stride: int
-    most: float = 1.0
-    last: int = 0
-
-    @torch.inference_mode()
-    def __call__(self, heads: Heads) -> torch.Tensor:
-        share_HNM = blocks.scores(heads.query_HTD, heads.key_GTD, heads.scaling, self.block, self.stride)
-        return blocks.choose(share_HNM, self.tau, self.most, self.last)
-
-
-def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
-    """Return the least density at which an oracle reaches `share` of the mass: no pattern of blocks can do with less.
-
-    The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
-    `mass_HRM`: see `judge`.
+    A later token may change nothing before it but the pattern of its own block of queries. At real dimensions some
+    positions stand for all: the head would be most of the work.
     """
-    mass_HRM = mass(heads, block) if mass_HRM is None else mass_HRM
-    rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
-    ordered_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
-    count_HR = (ordered_HRM < share).sum(-1) + 1
-    return float(count_HR.sum() / ((rows + 1).sum() * len(count_HR)))
+    block = knobs["block_size"]
+    tokens = 4 * block + 20
+    everything = method.apply(loaded.model, **{**knobs, "tau": 1.0, "max_density": 1.0, "pages": 0})
+    positions = torch.arange(tokens) if loaded.scale == "proxy" else sanity.spread(tokens)
+    earlier = positions < 3 * block
+    ids_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
+    real_BT = torch.ones_like(ids_BT)
+    real_BT[1, : block + 5] = 0
+    padded = {"input_ids": ids_BT, "attention_mask": real_BT, "logits_to_keep": positions}
+    full, same = (model(**padded).logits.float() for model in (loaded.model, everything))
+    later_BT = ids_BT.clone()
+    later_BT[:, 3 * block :] = ids_BT[:, : tokens - 3 * block]
+    before, after = (
+        optimized(input_ids=ids, logits_to_keep=positions).logits[0, earlier].float() for ids in (ids_BT, later_BT)
+    )
+    spread = float(full.std())
+    difference = float((same - full)[real_BT.bool()[:, positions]].abs().max()) / spread
+    return {"all_kept": difference, "leak": float((before - after).abs().max()) / spread}
 
 
-@torch.inference_mode()
-def time_attention(
-    heads: Heads, find: Finder, count: int, seed: int = 0, control: bool = True
-) -> tuple[Pairs, Pairs | None]:
-    """Return pairs of (full attention, pattern found and attention to it), and the A/A control of full attention
-    (None where not wanted).
+def exactness_table(differences: Mapping[str, float]) -> pd.DataFrame:
+    """Return `exactness` as a table."""
+    names = {"all_kept": "everything kept, batch padded on the left"}
+    names |= {"leak": "earlier positions, later tokens changed"}
+    rows = [(names[name], difference) for name, difference in differences.items()]
+    return pd.DataFrame(rows, columns=["check", "largest difference ÷ spread of the logits"])
+
+
+def formulas(loaded: Loaded, prefill_costs: Mapping[str, Any], knobs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding attends to, and whether latent
+    attention is absorbed, as it is in both.
     """
-    parts = heads.query_HTD, heads.key_GTD, heads.value_GTV
-    grouped = parts[0].shape[0] != parts[1].shape[0]
-
-    def full() -> torch.Tensor:
-        with torch.inference_mode():
-            query, key, value = (part[None] for part in parts)
-            options = {"is_causal": True, "scale": heads.scaling, "enable_gqa": grouped}
-            return scaled_dot_product_attention(query, key, value, **options)
-
-    def sparse() -> torch.Tensor:
-        with torch.inference_mode():
-            return blocks.attend(*parts, find(heads), heads.scaling, find.block)
-
-    full.synchronize = torch.cuda.synchronize if parts[0].is_cuda else None
-    options = {"blocks": count, "disturbance": disturbance.watch}
-    if control:
-        return with_control(full, sparse, lasted=warm_up(full, sparse), seconds=0.0, seed=seed, **options)
-    return interleaved.paired(full, sparse, warmup=1, seed=seed, **options), None
+    latent = absorbed_baseline.has_latents(loaded.model)
+    attended = {"attended": knobs["pages"] * knobs["page_size"]} if knobs["pages"] else {}
+    return {"costs": {**prefill_costs, **attended, "absorbed": latent}, "baseline_costs": {"absorbed": latent}}
 
 
-def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:
-    """Return heads of the same shapes whose mass lies, nearly all of it, in a few blocks: by construction, known.
+def origin(loaded: Loaded, checkpoints: str, seed: int) -> dict[str, Any]:
+    """Return the arguments with which a child process loads the same model."""
+    load = {"name": loaded.name, "scale": loaded.scale, "device": loaded.device, "seed": seed}
+    return load | {"checkpoints": checkpoints or None, "random_weights": loaded.random_weights}
 
-    Every block of keys points in a direction of its own; the queries of a block point along those of the first block,
-    their own, and a random `share` of the blocks that they may see (more in some heads, fewer in others), so strongly
-    that the rest is left with little mass.
+
+def costs(
+    baseline: nn.Module,
+    optimized: nn.Module,
+    knobs: Mapping[str, Any],
+    tokens: int,
+    formula: Mapping[str, Mapping[str, Any]],
+    load: Mapping[str, Any],
+    timings: Sequence[Measurement],
+    apply_seconds: float,
+) -> list[Measurement]:
+    """Return `timings`, peaks of memory from fresh child processes on a prompt of `tokens` tokens, what is counted, and
+    when applying has paid.
+
+    `load`: see `origin`; `formula`: see `formulas`.
     """
-    random = torch.Generator().manual_seed(seed)
-    count, tokens = heads.query_HTD.shape[0], heads.tokens
-    groups, _, width = heads.key_GTD.shape
-    total = blocks.blocks_of(tokens, block)
-    direction_GMD = torch.randn(groups, total, width, generator=random)
-    direction_GMD = direction_GMD / direction_GMD.norm(dim=-1, keepdim=True)
-    portion_H = share * (0.5 + torch.rand(count, generator=random))
-    wanted_HNM = torch.rand(count, total, total, generator=random) < portion_H[:, None, None]
-    wanted_HNM[:, :, 0] = True
-    wanted_HNM |= torch.eye(total, dtype=torch.bool)
-    wanted_HNM &= blocks.causal_blocks(total, total)
-    strength = 12 + 2 * float(np.log(total))  # in nats, above directions that only resemble
-    member_HMD = direction_GMD.repeat_interleave(count // groups, 0)
-    # Queries that give every wanted direction the same score and every other none: least squares, exactly or nearly.
-    gram_HMM = member_HMD @ member_HMD.transpose(1, 2) + 1e-2 * torch.eye(total)
-    query_HND = torch.linalg.solve(gram_HMM, wanted_HNM.float().transpose(1, 2)).transpose(1, 2) @ member_HMD
-    query_HTD = (strength / heads.scaling) * query_HND.repeat_interleave(block, 1)[:, :tokens]
-    key_GTD = direction_GMD.repeat_interleave(block, 1)[:, :tokens]
-    noise_GTD = 0.02 * torch.randn(key_GTD.shape, generator=random)
-    like = {"device": heads.query_HTD.device, "dtype": heads.query_HTD.dtype}
-    return Heads(heads.index, query_HTD.to(**like), (key_GTD + noise_GTD).to(**like), heads.value_GTV, heads.scaling)
+    weight = next(baseline.parameters())
+    work: dict[str, Any] = {"load": dict(load), "prompt_tokens": tokens, "new_tokens": 4, "device": load["device"]}
+    work["dtype"] = str(weight.dtype).removeprefix("torch.")
+    sparse = memory.Arm(**work, transform=f"{method.__name__}:apply", arguments=dict(knobs))
+    peaks = memory.measurements(*memory.peaks(memory.Arm(**work), sparse))
+    options = {name: dict(values) for name, values in formula.items()}
+    counted = speed.resources(baseline, optimized, tokens=tokens, **options)
+    rate = next(m for m in timings if m.metric == "prefill_tokens_per_second")
+    return [*timings, *peaks, *counted, *speed.break_even(apply_seconds, rate)]
 
 
-def time_calls(baseline: Callable, optimized: Callable, count: int, seed: int = 0) -> Pairs:
-    """Return pairs of two calls that last long enough by themselves."""
-    return interleaved.paired(baseline, optimized, blocks=count, warmup=1, seed=seed, disturbance=disturbance.watch)
+def shares(
+    loaded: Loaded,
+    survey: Sequence[Mapping[str, Any]],
+    density: float,
+    pages: PagesRead,
+    lengths: PromptLengths,
+) -> list[Measurement]:
+    """Return density, recall of mass and the share of the cache that is read, for prefill and decoding."""
+    tokens = next(row["length"] for row in reversed(survey) if row["length"] <= lengths.timed)
+    recall = float(np.mean([row["recall"] for row in survey if row["length"] == tokens]))
+    kept = f"blocks kept, prompt of {lengths.timed} tokens"
+    read = f"tokens read of {lengths.longest} cached"
+    sampled = f"exact, sampled queries of {tokens} tokens, mean of blocks"
+    return [
+        measurement.informative("attention_density", "prefill", 1.0, density, kept),
+        _mass(loaded, "prefill", recall, sampled),
+        measurement.informative("cache_read_share", "decode", 1.0, pages.share, read),
+        _mass(loaded, "decode", pages.mass, "exact, pages read by a new token"),
+    ]
+
+
+def _mass(loaded: Loaded, workload: str, share: float, source: str) -> Measurement:
+    """Return the recall of mass, which says nothing of a model with random weights."""
+    if (reason := loaded.quality_unavailable) is not None:
+        return measurement.unavailable("attention_mass_recall", workload, reason)
+    return measurement.informative("attention_mass_recall", workload, 1.0, share, source)
+
+
+def details(
+    survey: Sequence[Mapping[str, Any]],
+    timed_rows: Sequence[Mapping[str, Any]],
+    impact: pd.DataFrame,
+    differences: Mapping[str, float],
+) -> dict[str, tuple[object, str, str]]:
+    """Return value, provenance and source of every detail of the record."""
+    return {
+        "survey": (survey, "measured", "exact probabilities of sampled blocks of queries"),
+        "attention_alone": (timed_rows, "measured", "paired blocks, search included; planted heads apart"),
+        "impact": (impact.to_dict("records"), "measured", "KL on held-out text, bootstrap intervals"),
+        "exactness": (differences, "measured", "largest difference ÷ spread"),
+    }
+
+
+def card(baseline: nn.Module) -> dict[str, object]:
+    """Return the environment card with the hashes of the weights and of the evaluation data."""
+    return environment.card(baseline, weights_hash=io.weights_hash(baseline), data_hash=corpus.data_hash())
+
+
+def others_hold_as_much(
+    loaded: Loaded, survey: Sequence[Mapping[str, Any]], seed: int = 0
+) -> tuple[str, bool | None, str]:
+    """Return the first of `CLAIMS`, whether it is so at the longest prompt, and the evidence.
+
+    Judged by the interval, over blocks of the model, of recall less that of the better control. None where it holds 0,
+    where all blocks were kept, and for random weights.
+    """
+    rows = [row for row in survey if row["length"] == survey[-1]["length"]]
+    lead_B = np.array([row["recall"] - max(row["window"], row["random"]) for row in rows])
+    low, high = paired_stats.bootstrap_interval(lead_B, seed=seed)
+    evidence = f"recall of mass less that of the better control {lead_B.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+    evidence += f", {len(rows)} blocks of the model at {survey[-1]['length']} tokens"
+    if loaded.random_weights:
+        return CLAIMS[0], None, f"random weights; {evidence}"
+    if min(row["density"] for row in rows) >= 1:
+        return CLAIMS[0], None, f"all blocks were kept; {evidence}"
+    return CLAIMS[0], True if high <= 0 else False if low > 0 else None, evidence

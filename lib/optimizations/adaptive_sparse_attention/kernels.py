@@ -1,9 +1,9 @@
 """Attention that a pattern of blocks or of pages makes sparse: registered by name with transformers, with its mask.
 
 A name without a mask function gets no mask at all, so both are registered. Left-padded sequences are computed one by
-one without their padding. What the pattern cannot serve goes through full attention: short prompts, pieces of a prompt
-that do not begin at a block's edge, masks that are not causal (the vision tower calls the same function), padding in
-the middle. A module without a `Sparsity` is served in full. Knows nothing of who chose the knobs.
+one without their padding. Full attention serves what a pattern cannot: short prompts, pieces of a prompt that do not
+begin at a block's edge, masks that are not causal (the vision tower calls the same function), padding in the middle,
+and modules without a `Sparsity`. Knows nothing of how the knobs were chosen.
 
 Shapes: B batch, H query heads, G key-value heads, T query tokens, K key tokens, D and V head sizes, N and M blocks,
 E expanded size of a head, L latent size.
@@ -30,9 +30,9 @@ NAME = "adaptive_sparse"
 
 @dataclass
 class Sparsity:
-    """The knobs of one attention module, and what it kept: blocks of prompts, pages and tokens of decoded tokens.
+    """The knobs of one attention module, and counts: blocks of prompts kept of the causal ones, cached tokens read.
 
-    `watch`, where given, is called while decoding with (index, exact share of mass [B, H] that the pages read hold).
+    `watch`, where set, is called while decoding with (index, exact share of mass [B, H] that the pages read hold).
     """
 
     index: int
@@ -49,7 +49,7 @@ class Sparsity:
     causal: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
-    watch: Callable | None = None
+    watch: Callable[[int, torch.Tensor], object] | None = None
 
 
 def check_context(model: nn.Module | object, tokens: int) -> None:
@@ -74,8 +74,8 @@ def mask(
     config: object = None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """Return what the attention function needs to know: None for plain causal, bool [B, K] of real tokens where the
-    padding is on the left or on the right, else the stock mask [B, 1, T, K].
+    """Return the mask for `attention`: None for plain causal, bool [B, K] of real tokens where the padding is on the
+    left or on the right, else the stock mask [B, 1, T, K].
 
     Raises UserError for a context longer than the model allows.
     """
@@ -91,7 +91,7 @@ def mask(
 
 
 def _one_sided(real_BK: torch.Tensor, right_too: bool) -> bool:
-    """Whether every sequence is padded on the left alone, or (where `right_too`) on the right alone."""
+    """Return whether each sequence is padded on the left alone, or (where `right_too`) on the right alone."""
     step_BK = real_BK[:, 1:].int() - real_BK[:, :-1].int()
     left_B, right_B = (step_BK >= 0).all(1) & real_BK[:, -1], (step_BK <= 0).all(1) & real_BK[:, 0]
     return bool((left_B | right_B if right_too else left_B).all())
@@ -138,7 +138,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 
 def _fits(state: Sparsity, tokens: int, length: int, starts: list[int]) -> bool:
-    """Whether a pattern can serve these queries, from a block's edge on, and leave out any: more than two blocks."""
+    """Return whether a pattern applies to these queries: they start at a block's edge, and see more than two blocks."""
     aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start in starts)
     return aligned and length - min(starts) > 2 * state.block_size
 
@@ -184,22 +184,19 @@ def _start(real_BK: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> torch.Tensor | None:
-    """Return the full mask [B, 1, T, K] that `mask` stands for; None where stock attention knows it by itself."""
+    """Return the full mask [B, 1, T, K] that `mask` stands for; None where stock attention needs none."""
     if real_BK is None and (tokens == length or tokens == 1):
         return None
     causal_TK = torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
     return causal_TK[None, None] if real_BK is None else causal_TK & real_BK[:, None, None, :]
 
 
-# --- the cache, and sharing weights ----------------------------------------------------------------------------------
-
-
 def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
-    """Before the decoder runs: give it a cache in pages where it would make one, or was given an empty stock one."""
-    cache, wanted = cache_names.taken(kwargs), kwargs.get("use_cache")
+    """Before the decoder runs: pass it a paged cache where it would make a cache, or got an empty stock one."""
+    cache, use_cache = cache_names.taken(kwargs), kwargs.get("use_cache")
     kwargs |= cache_names.given(cache)
     view_blocks = decoder.layers
-    if wanted is False or (wanted is None and not getattr(decoder.config, "use_cache", True)):
+    if use_cache is False or (use_cache is None and not getattr(decoder.config, "use_cache", True)):
         return None
     if cache is None:
         cache = DynamicCache(config=decoder.config)
@@ -215,8 +212,8 @@ def _paged_layer(module: nn.Module) -> paged.PagedLayer:
 
 
 def expand_or_not(module: nn.Module, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
-    """In place of `expand_kv`: one new token over a cache in pages keeps the latents as they are; else all expand, and
-    so they do where the matrix that expands them has since been stored otherwise than dense.
+    """Replaces `expand_kv`: for one new token over a paged cache the latents stay as they are; else all are expanded,
+    also where the matrix that expands them is no longer stored dense.
     """
     layer = getattr(latent_B1KL, "pages", lambda: None)()
     dense = isinstance(module.kv_b_proj, nn.Linear)

@@ -1,13 +1,12 @@
 """Adaptive sparse attention: a prompt attends to the blocks that hold the mass, a new token to the pages that matter.
 
-- Prefill: block-sparse, found per input and per head from anti-diagonal scores, the fewest blocks that reach τ
-  (Xu et al. 2025, XAttention); `lib.optimizations.adaptive_sparse_attention.block_pattern`.
-- Decode: the best pages of the cache by the bounds of their keys (Tang et al. 2024, Quest);
-`lib.optimizations.adaptive_sparse_attention.paged_cache`. Latent attention is decoded in the latent space, so that only
-chosen pages are read and the cache is not expanded again.
+- Prefill: block-sparse, a pattern per input and head from anti-diagonal scores, the fewest blocks that reach τ
+  (Xu et al. 2025, XAttention); `block_pattern`.
+- Decode: the best pages of the cache by the bounds of their keys (Tang et al. 2024, Quest); `paged_cache`. Latent
+  attention is decoded in the latent space, so that only chosen pages are read and the cache is not expanded again.
 
-Both are one attention function, `lib.optimizations.adaptive_sparse_attention.kernels`. `apply` shares every weight with
-the caller's model and leaves it as it is; `revert` gives the stock attention back. Knows nothing of measuring.
+Both are one attention function, in `kernels`. `apply` shares every weight with the caller's model and does not change
+it; `revert` restores the stock attention. Knows nothing of measuring.
 """
 
 import types
@@ -42,7 +41,7 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why not: a decoder whose blocks attend to a sliding window is sparse already."""
+    """Return None, or why not: blocks that attend to a sliding window are sparse already."""
     kinds = getattr(anatomy(model).config, "layer_types", None) or []
     return "its blocks attend to a sliding window already" if "sliding_attention" in kinds else None
 
@@ -63,8 +62,8 @@ def apply(
 ) -> nn.Module:
     """Return a model with the same weights (shared, not copied) that attends sparsely.
 
-    The pattern is found from each input, so `calibration` is not looked at. `pattern` other than "antidiagonal" are
-    controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
+    The pattern is computed from each input, so `calibration` is not used. Values of `pattern` other than "antidiagonal"
+    are controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
     """
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
     if reason := applies_to(model):
@@ -84,7 +83,7 @@ def apply(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Return a model with the same weights (shared) and the attention that it had before."""
+    """Return a model with the same weights (shared) and the attention it had before `apply`."""
     stock = sharing(model)
     view = anatomy(stock)
     for block in view.blocks:
@@ -104,25 +103,25 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern) -> None:
-    """Raise UserError, one line, for the first knob that cannot be."""
-    told = "adaptive_sparse_attention: "
+    """Raise UserError, one line, for the first knob that is out of range."""
+    prefix = "adaptive_sparse_attention: "
     for name, value in (("tau", tau), ("max_density", max_density)):
         if not 0 < value <= 1:
-            raise UserError(f"{told}{name} {value} is out of range; expected 0 < {name} <= 1")
+            raise UserError(f"{prefix}{name} {value} is out of range; expected 0 < {name} <= 1")
     for name, value in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
         low, high = SEARCH_SPACE[name]["range"]
         if not low <= value <= high:
-            raise UserError(f"{told}{name} {value} is out of range; expected {low} to {high}")
+            raise UserError(f"{prefix}{name} {value} is out of range; expected {low} to {high}")
     if block_size % stride:
         raise UserError(
-            f"{told}stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
+            f"{prefix}stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
             f"for example {max(1, round(block_size / stride)) * stride}"
         )
     for name, value, meaning in (("pages", pages, "all pages"), ("full_last", full_last, "none")):
         if value < 0:
-            raise UserError(f"{told}{name} {value} is out of range; expected 0 ({meaning}) or more")
+            raise UserError(f"{prefix}{name} {value} is out of range; expected 0 ({meaning}) or more")
     if pattern not in blocks.PATTERNS:
-        raise UserError(f'{told}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
+        raise UserError(f'{prefix}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
 
 
 def sparsities(model: nn.Module) -> list[Sparsity]:
@@ -131,16 +130,16 @@ def sparsities(model: nn.Module) -> list[Sparsity]:
 
 
 def density(model: nn.Module) -> dict[str, float | None]:
-    """Return the shares since `forget`: blocks of prompts kept, cached tokens read by decoding; None where none ran."""
-    seen = sparsities(model)
-    causal, cached = sum(one.causal for one in seen), sum(one.cached_tokens for one in seen)
+    """Return the shares since `reset_counts`: blocks of prompts kept, cached tokens read by decoding; None for none."""
+    states = sparsities(model)
+    causal, cached = sum(state.causal for state in states), sum(state.cached_tokens for state in states)
     return {
-        "blocks": sum(one.kept for one in seen) / causal if causal else None,
-        "tokens": sum(one.read_tokens for one in seen) / cached if cached else None,
+        "blocks": sum(state.kept for state in states) / causal if causal else None,
+        "tokens": sum(state.read_tokens for state in states) / cached if cached else None,
     }
 
 
-def forget(model: nn.Module) -> None:
+def reset_counts(model: nn.Module) -> None:
     """Set the counts of a sparse model to zero."""
-    for one in sparsities(model):
-        one.kept = one.causal = one.read_tokens = one.cached_tokens = 0
+    for state in sparsities(model):
+        state.kept = state.causal = state.read_tokens = state.cached_tokens = 0

@@ -1,12 +1,12 @@
 """A key-value cache in pages with the bounds of every page, and attention of one new token to the best pages (Quest).
 
 Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies
-all it holds. Beside them stand, for every full page, the channel-wise largest and smallest key: Σ max(q·max, q·min)
-bounds every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is
-bounded once.
+all it holds. Every full page also stores its largest and smallest key, channel by channel: Σ max(q·max, q·min) bounds
+every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is bounded
+once.
 
-Query heads that share keys also share their pages: one page is ranked by the head that wants it most, each head's
-scores counted from its best page. For latent attention the page holds latents and rotary keys, shared by all heads.
+Query heads that share keys also share their pages: a page is ranked by its highest score among these heads, relative to
+each head's best page. For latent attention the page holds latents and rotary keys, shared by all heads.
 Knows nothing of models or masks.
 
 Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages, N chosen pages.
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lib.models.decoding import latents
 
-ROOM_TOKENS = 256  # free places beyond the tokens, at least
+ROOM_TOKENS = 256  # least room left behind the tokens when a buffer grows
 
 
 class PagedLayer(DynamicLayer):
@@ -38,7 +38,7 @@ class PagedLayer(DynamicLayer):
         self._bounds_BGPE: torch.Tensor | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Append keys and values [B, G, new tokens, ·]; return all of them, as views that know their layer."""
+        """Append keys and values [B, G, new tokens, ·]; return all of them, as views with a reference to this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
@@ -55,7 +55,7 @@ class PagedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _holds(self, length: int) -> bool:
-        """Whether the buffers still back the cached tensors: others may have replaced them (beam search)."""
+        """Return whether the buffers still back the cached tensors: beam search replaces them."""
         if self.buffers is None or length == 0:
             return False
         backed = self.keys.data_ptr() == self.buffers[0].data_ptr() and self.keys.stride() == self.buffers[0].stride()
@@ -80,27 +80,27 @@ class PagedLayer(DynamicLayer):
 
     def bounds(self) -> torch.Tensor:
         """Return [B, G, P, 2·D]: the largest, then the smallest key of every full page, channel by channel."""
-        have, pages = 0 if self._bounds_BGPE is None else self._bounds_BGPE.shape[2], self.full_pages
-        if have < pages:
-            place = slice(have * self.page_size, pages * self.page_size)
+        known, pages = 0 if self._bounds_BGPE is None else self._bounds_BGPE.shape[2], self.full_pages
+        if known < pages:
+            place = slice(known * self.page_size, pages * self.page_size)
             parts = [self.keys[..., place, :]] + ([self.values[..., place, :]] if self.latent else [])
-            paged = torch.cat(parts, dim=-1).unflatten(2, (pages - have, self.page_size))
-            fresh = torch.cat([paged.amax(3), paged.amin(3)], dim=-1)
-            self._bounds_BGPE = fresh if have == 0 else torch.cat([self._bounds_BGPE, fresh], dim=2)
+            paged = torch.cat(parts, dim=-1).unflatten(2, (pages - known, self.page_size))
+            new_BGPE = torch.cat([paged.amax(3), paged.amin(3)], dim=-1)
+            self._bounds_BGPE = new_BGPE if known == 0 else torch.cat([self._bounds_BGPE, new_BGPE], dim=2)
         return self._bounds_BGPE
 
     def gather(self, page_BGN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the chosen pages and of the part-filled last one: [B, G, N·page + rest, ·]."""
         batch, groups, chosen = page_BGN.shape
-        place, found = self.full_pages * self.page_size, []
+        edge, gathered = self.full_pages * self.page_size, []
         for buffer, states in zip(self.buffers, (self.keys, self.values)):
             pages = buffer.shape[2] // self.page_size
             first_BG1 = torch.arange(batch * groups, device=buffer.device).view(batch, groups, 1) * pages
             row_X = (page_BGN + first_BG1).flatten()
             picked = buffer.view(batch * groups * pages, -1).index_select(0, row_X)
             picked = picked.view(batch, groups, chosen * self.page_size, -1)
-            found.append(torch.cat([picked, states[:, :, place:]], dim=2))
-        return found[0], found[1]
+            gathered.append(torch.cat([picked, states[:, :, edge:]], dim=2))
+        return gathered[0], gathered[1]
 
 
 def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lib.models.decoding.attention_inputs import Heads
+from lib.optimizations.adaptive_sparse_attention import attended_mass
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
-from lib.optimizations.adaptive_sparse_attention import experiment
 from lib.optimizations.adaptive_sparse_attention.paged_cache import (
     PagedLayer,
     decode,
@@ -87,9 +87,9 @@ def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
     share = torch.zeros(1, 9, 9)
     share[:, :, 0] = 1.0
     kept = blocks.choose(share, 0.5)
-    for found in (kept, *(blocks.same_budget(kept, name, share, 1) for name in blocks.PATTERNS[1:])):
-        assert found[0].diagonal(-1).all() and found[0].diagonal().all() and found[0, :, 0].all()
-        assert int(found.sum()) == 1 + 2 + 7 * blocks.ALWAYS
+    for pattern in (kept, *(blocks.same_budget(kept, name, share, 1) for name in blocks.PATTERNS[1:])):
+        assert pattern[0].diagonal(-1).all() and pattern[0].diagonal().all() and pattern[0, :, 0].all()
+        assert int(pattern.sum()) == 1 + 2 + 7 * blocks.ALWAYS
 
 
 def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
@@ -133,13 +133,13 @@ def test_exact_mass_is_that_of_full_probabilities():
 
 def test_planted_mass_is_found_and_random_mass_is_not_sparse():
     noise = Heads(0, *_heads(tokens=1024, width=32, value_width=32), 32**-0.5)
-    sparse = experiment.planted(noise, BLOCK)
-    find = experiment.Finder(0.95, BLOCK, STRIDE)
-    found = experiment.judge(sparse, find(sparse), BLOCK)
+    sparse = attended_mass.planted(noise, BLOCK)
+    find = attended_mass.Finder(0.95, BLOCK, STRIDE)
+    found = attended_mass.attended(sparse, find(sparse), BLOCK)
     assert found.recall >= 0.95 and found.density < 0.4
     assert found.density_H.std() > 0  # the budget adapts to the head
-    spread = experiment.judge(noise, find(noise), BLOCK)
-    assert spread.density > 0.8 and experiment.needed(noise, BLOCK, 0.95) > 0.8
+    spread = attended_mass.attended(noise, find(noise), BLOCK)
+    assert spread.density > 0.8 and attended_mass.needed(noise, BLOCK, 0.95) > 0.8
 
 
 def _cached(page=4, tokens=30, groups=2, width=8, latent=False):

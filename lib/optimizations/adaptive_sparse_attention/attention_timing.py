@@ -1,0 +1,267 @@
+"""Time of sparse attention: of one block's attention alone over context, and of decoding, taken apart.
+
+The time of a pattern always includes the search for it. Knows nothing of answers.
+
+Shapes: T tokens, B prompts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lib.measure.compare import speed
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.settings import Effort
+from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.workloads import Workload
+from lib.models.decoding.attention_inputs import Heads
+from lib.optimizations.adaptive_sparse_attention import attended_mass, method
+from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.optimizations.adaptive_sparse_attention.attended_mass import Finder
+from lib.optimizations.common import absorbed_baseline
+
+LONG_PROMPT = 4096  # tokens from which on FEW_BLOCKS timed blocks have to do
+FEW_BLOCKS = 6
+FEW_STEPS = 4  # decoded tokens of one call
+
+
+@dataclass(frozen=True)
+class AttentionTimes:
+    """The attention of one block over context: measurements, and rows for the record with density, recall and gain.
+
+    `rows` end with the planted heads, whose measurement is `planted`.
+    """
+
+    measurements: list[Measurement]
+    planted: Measurement
+    rows: list[dict[str, Any]]
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest prompt."""
+        return int(self.rows[-1]["length"])
+
+
+class FullAttention:
+    """Stock causal attention of one block's heads, as an arm to be timed."""
+
+    def __init__(self, heads: Heads):
+        self.heads = heads
+        self.grouped = heads.query_HTD.shape[0] != heads.key_GTD.shape[0]
+        self.synchronize = torch.cuda.synchronize if heads.query_HTD.is_cuda else None
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor:
+        parts = (part[None] for part in (self.heads.query_HTD, self.heads.key_GTD, self.heads.value_GTV))
+        options = {"is_causal": True, "scale": self.heads.scaling, "enable_gqa": self.grouped}
+        return scaled_dot_product_attention(*parts, **options)
+
+
+def time_attention(
+    heads: Heads, find: Finder, count: int, seed: int = 0, control: bool = True
+) -> tuple[Pairs, Pairs | None]:
+    """Return pairs of (full attention, search for the pattern and attention to it), and the A/A control of full
+    attention (None where not wanted), of `count` blocks.
+    """
+    full = FullAttention(heads)
+
+    @torch.inference_mode()
+    def sparse() -> torch.Tensor:
+        parts = heads.query_HTD, heads.key_GTD, heads.value_GTV
+        return blocks.attend(*parts, find(heads), heads.scaling, find.block)
+
+    options: dict[str, Any] = {"blocks": count, "disturbance": disturbance.watch}
+    if control:
+        return interleaved.with_control(
+            full, sparse, lasted=interleaved.warm_up(full, sparse), seconds=0.0, seed=seed, **options
+        )
+    return interleaved.paired(full, sparse, warmup=1, seed=seed, **options), None
+
+
+def attention_alone(
+    heads: Heads, find: Finder, survey: Sequence[Mapping[str, Any]], count: int, seed: int = 0
+) -> AttentionTimes:
+    """Return the times of one block's attention at every length of `survey`, and of planted heads at the longest.
+
+    `survey` are the rows of `attended_mass.survey`; `count` timed blocks, fewer from LONG_PROMPT tokens on.
+    """
+    measurements, rows = [], []
+    shares = {row["length"]: row for row in survey if row["block"] == heads.index}
+    own, workload = heads, ""
+    for length, share in shares.items():
+        own, workload = heads.first(length), f"attention of one block, {length} tokens"
+        pairs, floor = time_attention(own, find, count if length < LONG_PROMPT else FEW_BLOCKS, seed)
+        timed = measurement.from_pairs("attention_ms", workload, pairs, 1, floor, samples=False)
+        measurements.append(timed)
+        rows.append(_row("of the model", length, share["density"], share["recall"], timed))
+    planted = attended_mass.planted(own, find.block, seed=seed)
+    pairs, floor = time_attention(planted, find, FEW_BLOCKS, seed, control=False)
+    pattern = attended_mass.attended(planted, find(planted), find.block)
+    extra = measurement.from_pairs("attention_ms", f"{workload}, planted heads", pairs, 1, floor, samples=False)
+    rows.append(_row("planted", own.tokens, pattern.density, pattern.recall, extra))
+    return AttentionTimes(measurements, extra, rows)
+
+
+def _row(heads: str, length: int, density: float, recall: float, timed: Measurement) -> dict[str, Any]:
+    row = {"heads": heads, "length": length, "density": density, "recall": recall}
+    return row | {"gain": 1 / timed.ratio, "full_ms": timed.baseline, "gain_ci": timed.ci}
+
+
+def table(times: AttentionTimes) -> pd.DataFrame:
+    """Return the rows without their intervals, rounded."""
+    return pd.DataFrame(times.rows).drop(columns=["gain_ci"]).round(3)
+
+
+def planted_control(times: AttentionTimes) -> dict[str, Any]:
+    """Return name, purpose and measurements of the planted heads as a control."""
+    name = f"planted, {times.longest} tokens"
+    return {"name": name, "purpose": "sparse heads", "measurements": [times.planted]}
+
+
+def gains(times: AttentionTimes) -> pd.DataFrame:
+    """Return the gain (full ÷ sparse) over context for `style.impact`, one arm for each kind of heads."""
+    lines = []
+    for row in times.rows:
+        low, high = (1 / end for end in reversed(row["gain_ci"]))
+        lines.append({"strength": row["length"], "value": row["gain"], "low": low, "high": high, "arm": row["heads"]})
+    return pd.DataFrame(lines)
+
+
+def reading(times: AttentionTimes) -> str:
+    """Return two sentences on how to read the figure of `gains`, computed from its numbers."""
+    own, planted = times.rows[-2:]
+    first = (
+        f"At {times.longest} tokens attention with the search takes {1 / own['gain']:.2f} times as long as full "
+        f"attention on the model's heads (recall of mass {own['recall']:.3f})."
+    )
+    return first + (
+        f" On planted heads, of which {planted['density']:.2f} are kept, it takes {1 / planted['gain']:.2f} times as "
+        "long: what the code gives where attention is sparse."
+    )
+
+
+def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[str, Any]:
+    """Return the options of `cost_model` for sparse prefill: the density that one pass over the prompt really kept."""
+    method.reset_counts(optimized)
+    workloads.prefill(optimized, prompt_1T)()
+    density = method.density(optimized)["blocks"]
+    return {"density": 1.0 if density is None else density, "stride": stride}
+
+
+def whole_model(
+    baseline: nn.Module,
+    optimized: nn.Module,
+    longest_1T: torch.Tensor,
+    prompt_tokens: int,
+    effort: Effort,
+    prefill_costs: Mapping[str, Any],
+    formula: Mapping[str, Mapping[str, Any]],
+    *,
+    invalid: str | None = None,
+    seed: int = 0,
+) -> tuple[Compared, Compared]:
+    """Return a prompt of `prompt_tokens` tokens read up to its first token, and decoding behind the longest context.
+
+    Latent attention is decoded absorbed in both arms. `prefill_costs` and `formula` (of decoding: "costs" and
+    "baseline_costs") are options of `cost_model`.
+    """
+    effort = replace(effort, blocks=min(effort.blocks, 12) if prompt_tokens < LONG_PROMPT else FEW_BLOCKS)
+    options: dict[str, Any] = {"invalid": invalid, "except_for": ("attention",), "seed": seed}
+    prefill = {"names": ("prefill",), "costs": dict(prefill_costs), "with_energy": False}
+    prompt_1T = longest_1T[:, :prompt_tokens]
+    reading_prompt = speed.compare(baseline, optimized, prompt_1T, effort, **prefill, **options)
+    costs = {name: value for name, value in formula["costs"].items() if name not in prefill_costs}
+    decode = {"names": ("decode",), "costs": costs, "baseline_costs": dict(formula["baseline_costs"])}
+    fair = absorbed_baseline.absorbed_baseline(baseline)
+    return reading_prompt, speed.compare(fair, optimized, longest_1T, effort, **decode, **options)
+
+
+def bounds(prefill: Compared, decode: Compared) -> pd.DataFrame:
+    """Return the rows of both for `style.bound`."""
+    return pd.DataFrame([*prefill.bounds(), *decode.bounds()])
+
+
+@dataclass(frozen=True)
+class PagesRead:
+    """What decoding reads of the cache: its share of the tokens, and the mass that the pages hold, block by block."""
+
+    share: float | None
+    by_block: pd.DataFrame
+
+    @property
+    def mass(self) -> float:
+        """The mean over blocks of the exact mass held."""
+        return float(self.by_block["mass held"].mean())
+
+
+def pages_read(optimized: nn.Module, timed: Compared, context_1T: torch.Tensor) -> PagesRead:
+    """Return what the pages read by new tokens behind `context_1T` hold of the exact mass.
+
+    The workload is that of `timed`, where decoding was timed.
+    """
+    masses: list[tuple[int, float]] = []
+    for state in method.sparsities(optimized):
+        state.watch = lambda index, share_BH: masses.append((index, float(share_BH.mean())))
+    method.reset_counts(optimized)
+    (timed.timed["decode"].optimized if timed.timed else workloads.steps(optimized, context_1T, FEW_STEPS))()
+    for state in method.sparsities(optimized):
+        state.watch = None
+    by_block = pd.DataFrame(masses, columns=["block", "mass held"]).groupby("block").mean().reset_index()
+    return PagesRead(method.density(optimized)["tokens"], by_block)
+
+
+def decode_apart(
+    baseline: nn.Module,
+    optimized: nn.Module,
+    knobs: Mapping[str, Any],
+    context_1T: torch.Tensor,
+    timed: Compared,
+    new_tokens: int,
+    invalid: str | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return name, purpose and measurements of decoding taken apart: the paged cache alone, sparsity alone, and for
+    latent attention the stock path, which expands its cache at every token.
+
+    The first arm of each pair is called baseline, the second optimized. Empty where the output is `invalid`.
+    Works of `timed` are used again where they are as long; the long prompt is read once for each arm.
+    """
+    if invalid:
+        return []
+    fair = timed.timed["decode"].baseline if timed.timed else None
+    count = min(new_tokens, FEW_STEPS)
+    works: dict[str, Workload] = {}
+    if fair is not None and new_tokens == count:
+        works = {"fair": fair, "sparse": timed.timed["decode"].optimized}
+    arms: dict[str, Callable[[], nn.Module]] = {
+        "fair": lambda: absorbed_baseline.absorbed_baseline(baseline),
+        "every": lambda: method.apply(baseline, **{**knobs, "pages": 0}),
+        "sparse": lambda: optimized,
+        "stock": lambda: baseline,
+    }
+    versus = [("all pages", "fair", "every", "the cache alone, nothing left out")]
+    versus += [("chosen against all pages", "every", "sparse", "sparsity alone")]
+    if absorbed_baseline.has_latents(baseline):
+        versus += [("stock path", "stock", "sparse", "expands its cache at every token")]
+    parts = []
+    for name, first, second, purpose in versus:
+        for arm in (first, second):
+            if arm not in works:
+                works[arm] = workloads.steps(arms[arm](), context_1T, count)
+        pairs = time_calls(works[first], works[second], FEW_BLOCKS, seed=seed)
+        rate = measurement.from_pairs("decode_tokens_per_second", f"decode, {name}", pairs, count, None)
+        parts.append({"name": name, "purpose": purpose, "measurements": [rate]})
+    return parts
+
+
+def time_calls(baseline: Callable[[], object], optimized: Callable[[], object], count: int, seed: int = 0) -> Pairs:
+    """Return pairs of two calls that last long enough by themselves."""
+    return interleaved.paired(baseline, optimized, blocks=count, warmup=1, seed=seed, disturbance=disturbance.watch)

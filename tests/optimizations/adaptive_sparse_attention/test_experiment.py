@@ -1,0 +1,40 @@
+"""What would refute the claim about mass, on rows of a survey; the lengths of a run; exactness on tiny models."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lib.errors import UserError
+from lib.optimizations.adaptive_sparse_attention import experiment
+
+TRAINED = SimpleNamespace(random_weights=False)
+
+
+def _survey(*leads, density=0.5):
+    rows = [{"recall": 0.9, "window": 0.9 - lead, "random": 0.2, "density": density, "length": 256} for lead in leads]
+    return [{"recall": 0.1, "window": 0.9, "random": 0.9, "density": 0.5, "length": 128}, *rows]
+
+
+@pytest.mark.parametrize(
+    "leads, refuted", [((0.1, 0.2, 0.1), False), ((-0.1, -0.2, -0.1), True), ((-0.1, 0.2, 0.1), None)]
+)
+def test_others_hold_as_much_is_told_by_the_interval_at_the_longest_prompt(leads, refuted):
+    claim, answer, evidence = experiment.others_hold_as_much(TRAINED, _survey(*leads))
+    assert (claim, answer) == (experiment.CLAIMS[0], refuted) and "256 tokens" in evidence
+
+
+def test_nothing_is_told_of_random_weights_or_where_all_is_kept():
+    assert experiment.others_hold_as_much(SimpleNamespace(random_weights=True), _survey(0.1, 0.1))[1] is None
+    assert experiment.others_hold_as_much(TRAINED, _survey(0.0, 0.0, density=1.0))[1] is None
+
+
+def test_lengths_follow_effort_and_scale():
+    assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 1024, 1024)
+    assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096, 1536)
+    assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000, 1024)
+
+
+def test_a_knob_out_of_range_is_named_before_anything_is_loaded():
+    knobs = {"tau": 0.9, "block_size": 100, "stride": 16, "max_density": 1.0, "full_last": 1, "pages": 4}
+    with pytest.raises(UserError, match="does not divide"):
+        experiment.sizes("quick", "proxy", knobs | {"page_size": 16})
