@@ -84,7 +84,7 @@ class Finder:
 
 
 def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
-    """Return the least density at which an oracle reaches `share` of the mass: no pattern of blocks needs less.
+    """Return the least density at which an oracle reaches `share` of the mass in every row; no pattern needs less.
 
     The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
     `mass_HRM`: see `attended`.
@@ -134,7 +134,7 @@ def survey(
 
     `density` and `recall` are of the pattern; `window` and `random` are the recall of as many blocks in every row,
     chosen otherwise, `oracle` that of the blocks of most exact mass; `needed` is the least density at which an oracle
-    reaches `share` of the mass. All exact, over sampled blocks of queries.
+    reaches `share` of the mass in every row. All exact, over sampled blocks of queries.
     """
     rows = []
     for length in lengths:
@@ -183,11 +183,12 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> str:
     at_end = by_length(rows).iloc[-1]
     first = (
         f"At {at_end.length:.0f} tokens the pattern keeps {at_end.density:.2f} of the blocks and {at_end.recall:.3f} "
-        f"of the mass; an oracle needs a density of {at_end.needed:.2f} for {SHARE} of it."
+        f"of the mass; an oracle needs a density of {at_end.needed:.2f} to reach {SHARE} of it in every row."
     )
-    if at_end.needed > at_end.density:
-        return first + " At the density kept no choice of blocks reaches that share."
-    return first + " A better choice of blocks would reach that share with fewer."
+    return first + (
+        f" With as many blocks in every row an oracle would hold {at_end.oracle:.3f}, a window {at_end.window:.3f} and "
+        f"random blocks {at_end.random:.3f}."
+    )
 
 
 def pattern(heads: Heads, find: Finder) -> tuple[Attended, dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ it; `revert` restores the stock attention. Knows nothing of measuring.
 
 import types
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,10 @@ from lib.models.decoding.attention_inputs import sharing
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
+from lib.optimizations.common import options
 
-SEARCH_SPACE = {
+WHERE = "adaptive_sparse_attention"
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "tau": {"type": "float", "range": (0.05, 1.0), "default": 0.9, "help": "share of estimated mass to keep"},
     "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
     "stride": {"type": "int", "range": (2, 64), "default": 16, "levels": (8, 16)},  # side of the squares scored
@@ -66,8 +69,7 @@ def apply(
     are controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
     """
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
-    if reason := applies_to(model):
-        raise UserError(f"adaptive_sparse_attention: {reason}")
+    options.applies(WHERE, model, applies_to)
     sparse = sharing(revert(model) if is_sparse(model) else model)
     view = anatomy(sparse)
     knobs = (tau, block_size, stride, max_density, full_last, pages, page_size, pattern, seed)
@@ -102,26 +104,29 @@ def is_sparse(model: nn.Module) -> bool:
     return any(hasattr(block.attention.module, "sparsity") for block in anatomy(model).blocks)
 
 
-def check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern) -> None:
+def check(
+    tau: float,
+    block_size: int,
+    stride: int,
+    max_density: float,
+    full_last: int,
+    pages: int,
+    page_size: int,
+    pattern: str,
+) -> None:
     """Raise UserError, one line, for the first knob that is out of range."""
-    prefix = "adaptive_sparse_attention: "
-    for name, value in (("tau", tau), ("max_density", max_density)):
-        if not 0 < value <= 1:
-            raise UserError(f"{prefix}{name} {value} is out of range; expected 0 < {name} <= 1")
-    for name, value in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
-        low, high = SEARCH_SPACE[name]["range"]
-        if not low <= value <= high:
-            raise UserError(f"{prefix}{name} {value} is out of range; expected {low} to {high}")
+    for name, share in (("tau", tau), ("max_density", max_density)):
+        options.in_range(WHERE, name, share, 0, 1, closed="high")
+    for name, size in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
+        options.in_range(WHERE, name, size, *SEARCH_SPACE[name]["range"])
     if block_size % stride:
         raise UserError(
-            f"{prefix}stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
+            f"{WHERE}: stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
             f"for example {max(1, round(block_size / stride)) * stride}"
         )
-    for name, value, meaning in (("pages", pages, "all pages"), ("full_last", full_last, "none")):
-        if value < 0:
-            raise UserError(f"{prefix}{name} {value} is out of range; expected 0 ({meaning}) or more")
-    if pattern not in blocks.PATTERNS:
-        raise UserError(f'{prefix}pattern "{pattern}"; expected one of {", ".join(blocks.PATTERNS)}')
+    options.at_least(WHERE, "pages", pages, 0, "all pages")
+    options.at_least(WHERE, "full_last", full_last, 0, "none")
+    options.one_of(WHERE, "pattern", pattern, blocks.PATTERNS)
 
 
 def sparsities(model: nn.Module) -> list[Sparsity]:

@@ -125,12 +125,12 @@ def equality_of_variants(
         "all together": lambda ids: optimized(ids).logits,
         "prompt in chunks": lambda ids: method.attach(baseline, prefill_chunk=64)(ids).logits,
     }
-    found = equality(baseline, ids_NT, arms)
+    rows_by_variant = equality(baseline, ids_NT, arms)
     chunked.whole_prefill(baseline)
-    whole, rows = (chunked.losses(baseline, ids_NT, rows=count) for count in (AT_ONCE, 64))
-    found["logits in rows"] = {"difference": float((rows - whole).abs().max()), "same_top": 1.0}
+    whole_NT, rows_NT = (chunked.losses(baseline, ids_NT, rows=count) for count in (AT_ONCE, 64))
+    rows_by_variant["logits in rows"] = {"difference": float((rows_NT - whole_NT).abs().max()), "same_top": 1.0}
     read_bound.stream_of(alone).close()
-    return found
+    return rows_by_variant
 
 
 @torch.inference_mode()
@@ -221,13 +221,13 @@ def answers(
 ) -> list[tuple[str, bool | None, str]]:
     """Return each of `CLAIMS`, whether this run refutes it (None where it cannot tell), and the evidence."""
     peak = next(m for m in peaks_streamed if m.metric == "peak_memory_above_start_bytes")
-    found = [
+    answered = [
         _other_tokens(compared, exact, equal["all together"]["same_top"]),
         _no_smaller_peak(peak),
         _no_faster(offload["disk"]),
         does_perplexity_climb(texts),
     ]
-    return [(claim, *answer) for claim, answer in zip(CLAIMS, found, strict=True)]
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, answered, strict=True)]
 
 
 def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[bool | None, str]:

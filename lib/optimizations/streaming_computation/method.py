@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import UserError
 from lib.models.checkpoints import io
 from lib.models.decoding import chunked, mla_absorption
 from lib.models.offload import streamer
+from lib.optimizations.common import options
 
-SEARCH_SPACE = {
+WHERE = "streaming_computation"
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "memory_ratio": {
         "type": "float",
         "range": (0.05, 1.0),
@@ -83,8 +84,7 @@ def apply(
     names the smallest).
     """
     _check(memory_ratio, prefill_chunk, page_cache)
-    if reason := applies_to(model):
-        raise UserError(f"streaming_computation: {reason}")
+    options.applies(WHERE, model, applies_to)
     if memory_ratio == 1.0:
         return attach(copy.deepcopy(model), prefill_chunk=prefill_chunk, absorbed=absorbed)
     temporary = None
@@ -93,18 +93,18 @@ def apply(
         folder = temporary.name
     io.save(model, folder)
     device = str(next(model.parameters()).device)
-    options: dict[str, Any] = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
-    streamed = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **options)
+    opening: dict[str, Any] = {"memory_ratio": memory_ratio, "page_cache": page_cache, "device": device}
+    streamed = open_folder(folder, prefill_chunk=prefill_chunk, absorbed=absorbed, **opening)
     streamed.__dict__["temporary_folder"] = temporary  # removed together with the model
     return streamed
 
 
-def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **options: Any) -> nn.Module:
+def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **opening: Any) -> nn.Module:
     """Return the model that `apply` would make of the checkpoint in `folder`, without ever loading it whole.
 
-    `options` are those of `lib.models.offload.streamer.open_streamed`.
+    `opening` are the arguments of `lib.models.offload.streamer.open_streamed`.
     """
-    return attach(streamer.open_streamed(folder, **options), prefill_chunk=prefill_chunk, absorbed=absorbed)
+    return attach(streamer.open_streamed(folder, **opening), prefill_chunk=prefill_chunk, absorbed=absorbed)
 
 
 def attach(model: nn.Module, *, prefill_chunk: int | None = None, absorbed: bool = False) -> nn.Module:
@@ -125,11 +125,6 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _check(memory_ratio: float, prefill_chunk: int, page_cache: str) -> None:
-    low, high = SEARCH_SPACE["memory_ratio"]["range"]
-    if not low <= memory_ratio <= high:
-        raise UserError(f"streaming_computation: memory_ratio {memory_ratio} is out of range; expected {low} to {high}")
-    if prefill_chunk < 1:
-        raise UserError(f"streaming_computation: prefill_chunk {prefill_chunk}; expected at least 1 token")
-    if page_cache not in streamer.PAGE_CACHE:
-        known = ", ".join(streamer.PAGE_CACHE)
-        raise UserError(f'streaming_computation: page_cache "{page_cache}"; expected one of {known}')
+    options.in_range(WHERE, "memory_ratio", memory_ratio, *SEARCH_SPACE["memory_ratio"]["range"])
+    options.at_least(WHERE, "prefill_chunk", prefill_chunk, 1)
+    options.one_of(WHERE, "page_cache", page_cache, streamer.PAGE_CACHE)

@@ -25,11 +25,11 @@ def _heads(heads=4, groups=2, tokens=128, queries=None, width=8, value_width=8, 
     return query, key, torch.randn(groups, tokens, value_width, generator=random)
 
 
-def _dense(query, key, value, kept, scaling, block):
+def _dense(query, key, value, pattern_HNM, scaling, block):
     """The slow, obvious reference: full scores with a dense mask."""
     tokens, length, rep = query.shape[1], key.shape[1], query.shape[0] // key.shape[0]
     offset = length - tokens
-    mask = kept.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :tokens, :length]
+    mask = pattern_HNM.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :tokens, :length]
     mask = mask & torch.ones(tokens, length, dtype=torch.bool).tril(offset)
     logits = query @ key.repeat_interleave(rep, 0).transpose(1, 2) * scaling
     return logits.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(rep, 0)
@@ -39,19 +39,19 @@ def _dense(query, key, value, kept, scaling, block):
 @pytest.mark.parametrize("value_width", [8, 5, 12])
 def test_attention_to_kept_blocks_equals_a_dense_mask(tokens, queries, value_width):
     query, key, value = _heads(tokens=tokens, queries=queries, value_width=value_width)
-    kept = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.6)
-    rows, columns = kept.shape[1:]
-    assert 0 < kept.sum() < len(kept) * blocks.causal_blocks(rows, columns).sum()
-    expected = _dense(query, key, value, kept, 0.3, BLOCK)
-    torch.testing.assert_close(blocks.attend(query, key, value, kept, 0.3, BLOCK), expected, atol=2e-6, rtol=1e-5)
+    pattern = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.6)
+    rows, columns = pattern.shape[1:]
+    assert 0 < pattern.sum() < len(pattern) * blocks.causal_blocks(rows, columns).sum()
+    expected = _dense(query, key, value, pattern, 0.3, BLOCK)
+    torch.testing.assert_close(blocks.attend(query, key, value, pattern, 0.3, BLOCK), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_flex_attention_agrees_with_the_gathering_one():
     query, key, value = _heads(tokens=120, queries=120)
-    kept = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.6)
+    pattern = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.6)
     torch.testing.assert_close(
-        blocks.attend_flex(query, key, value, kept, 0.3, BLOCK),
-        blocks.attend(query, key, value, kept, 0.3, BLOCK),
+        blocks.attend_flex(query, key, value, pattern, 0.3, BLOCK),
+        blocks.attend(query, key, value, pattern, 0.3, BLOCK),
         atol=2e-6,
         rtol=1e-5,
     )
@@ -68,17 +68,17 @@ def test_scores_are_the_causal_softmax_of_anti_diagonal_means(monkeypatch):
     expected = logits.softmax(-1).view(2, 3, 4, 4, 4).sum((2, 4)) / 4
     for rows in (1024, 4):  # whole at once, and in steps
         monkeypatch.setattr(blocks, "SCORED_ROWS", rows)
-        found = blocks.scores(query, key, 0.3, BLOCK, STRIDE)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(found.sum(-1), torch.ones(2, 3))
+        shares = blocks.scores(query, key, 0.3, BLOCK, STRIDE)
+        torch.testing.assert_close(shares, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(shares.sum(-1), torch.ones(2, 3))
 
 
 def test_the_fewest_blocks_that_reach_tau_are_kept():
     share = torch.tensor([[[0.1, 0.05, 0.5, 0.05, 0.3]]])
-    kept = [blocks.choose(share, tau)[0, 0].tolist() for tau in (0.3, 0.5, 0.91, 1.0)]
-    assert kept[0] == [True, False, False, True, True]
-    assert kept[1] == [True, False, True, True, True]
-    assert sum(kept[2]) == 4 and all(kept[3])
+    rows = [blocks.choose(share, tau)[0, 0].tolist() for tau in (0.3, 0.5, 0.91, 1.0)]
+    assert rows[0] == [True, False, False, True, True]
+    assert rows[1] == [True, False, True, True, True]
+    assert sum(rows[2]) == 4 and all(rows[3])
     assert blocks.choose(share, 1.0, 0.4)[0, 0].tolist() == [True, False, False, True, True]
     assert blocks.choose(share, 1.0, 0.8)[0, 0].tolist() == [True, False, True, True, True]
 
@@ -86,8 +86,8 @@ def test_the_fewest_blocks_that_reach_tau_are_kept():
 def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
     share = torch.zeros(1, 9, 9)
     share[:, :, 0] = 1.0
-    kept = blocks.choose(share, 0.5)
-    for pattern in (kept, *(blocks.same_budget(kept, name, share, 1) for name in blocks.PATTERNS[1:])):
+    chosen = blocks.choose(share, 0.5)
+    for pattern in (chosen, *(blocks.same_budget(chosen, name, share, 1) for name in blocks.PATTERNS[1:])):
         assert pattern[0].diagonal(-1).all() and pattern[0].diagonal().all() and pattern[0, :, 0].all()
         assert int(pattern.sum()) == 1 + 2 + 7 * blocks.ALWAYS
 
@@ -95,9 +95,9 @@ def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
 def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
     share = torch.zeros(2, 6, 8)
     share[:, :, 0] = 1.0
-    kept = blocks.choose(share, 0.5, 0.3, last=2)
+    chosen = blocks.choose(share, 0.5, 0.3, last=2)
     causal = blocks.causal_blocks(6, 8)
-    assert torch.equal(kept[0, 4:], causal[4:]) and (kept[0, 1:4].sum(-1) < causal[1:4].sum(-1)).all()
+    assert torch.equal(chosen[0, 4:], causal[4:]) and (chosen[0, 1:4].sum(-1) < causal[1:4].sum(-1)).all()
     assert torch.equal(blocks.choose(share, 0.5, 0.3, last=9)[0], causal)
 
 
@@ -109,35 +109,35 @@ def test_tau_of_one_keeps_blocks_without_any_mass():
 
 def test_controls_keep_as_many_blocks_in_every_row_and_stay_causal():
     query, key, _ = _heads(tokens=256)
-    kept = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.7)
+    chosen = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.7)
     exact = blocks.exact_mass(query, key, 0.3, BLOCK)
-    others = {name: blocks.same_budget(kept, name, exact, 1) for name in blocks.PATTERNS[1:]}
-    for other in others.values():
-        assert torch.equal(other.sum(-1), kept.sum(-1))
-        assert not (other & ~blocks.causal_blocks(16, 16)).any()
-        assert other[:, :, 0].all() and other.diagonal(dim1=1, dim2=2).all()
-    recall = {name: float((exact * other).sum(-1).mean()) for name, other in others.items()}
-    assert recall["oracle"] >= float((exact * kept).sum(-1).mean()) > recall["random"]
-    row = others["window"][0, 10]
-    assert row[10 - int(kept[0, 10].sum()) + 2 : 11].all()
+    controls = {name: blocks.same_budget(chosen, name, exact, 1) for name in blocks.PATTERNS[1:]}
+    for control in controls.values():
+        assert torch.equal(control.sum(-1), chosen.sum(-1))
+        assert not (control & ~blocks.causal_blocks(16, 16)).any()
+        assert control[:, :, 0].all() and control.diagonal(dim1=1, dim2=2).all()
+    recall = {name: float((exact * control).sum(-1).mean()) for name, control in controls.items()}
+    assert recall["oracle"] >= float((exact * chosen).sum(-1).mean()) > recall["random"]
+    row = controls["window"][0, 10]
+    assert row[10 - int(chosen[0, 10].sum()) + 2 : 11].all()
 
 
 def test_exact_mass_is_that_of_full_probabilities():
     query, key, _ = _heads(tokens=40, queries=40)
     probabilities = _dense(query, key, torch.eye(40).expand(2, -1, -1), torch.ones(4, 3, 3).bool(), 0.3, BLOCK)
-    found = blocks.exact_mass(query, key, 0.3, BLOCK)
-    assert torch.allclose(found[:, 1, 0], probabilities[:, 16:32, :16].sum(-1).mean(1), atol=1e-6)
-    assert torch.allclose(found[:, 2, 2], probabilities[:, 32:, 32:].sum(-1).mean(1), atol=1e-6)
-    torch.testing.assert_close(found.sum(-1), torch.ones(4, 3))
+    mass = blocks.exact_mass(query, key, 0.3, BLOCK)
+    assert torch.allclose(mass[:, 1, 0], probabilities[:, 16:32, :16].sum(-1).mean(1), atol=1e-6)
+    assert torch.allclose(mass[:, 2, 2], probabilities[:, 32:, 32:].sum(-1).mean(1), atol=1e-6)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(4, 3))
 
 
 def test_planted_mass_is_found_and_random_mass_is_not_sparse():
     noise = Heads(0, *_heads(tokens=1024, width=32, value_width=32), 32**-0.5)
     sparse = attended_mass.planted(noise, BLOCK)
     find = attended_mass.Finder(0.95, BLOCK, STRIDE)
-    found = attended_mass.attended(sparse, find(sparse), BLOCK)
-    assert found.recall >= 0.95 and found.density < 0.4
-    assert found.density_H.std() > 0  # the budget adapts to the head
+    attended = attended_mass.attended(sparse, find(sparse), BLOCK)
+    assert attended.recall >= 0.95 and attended.density < 0.4
+    assert attended.density_H.std() > 0  # the budget adapts to the head
     spread = attended_mass.attended(noise, find(noise), BLOCK)
     assert spread.density > 0.8 and attended_mass.needed(noise, BLOCK, 0.95) > 0.8
 
@@ -171,23 +171,23 @@ def test_the_paged_cache_survives_reordering_and_growth():
     layer.batch_repeat_interleave(2)
     layer.update(key[:, :, :1].repeat(2, 1, 1, 1), value[:, :, :1].repeat(2, 1, 1, 1))
     assert torch.equal(layer.keys[1], torch.cat([key[0], key[0, :, :1]], dim=1))
-    more = torch.randn(2, 2, 500, 8)
-    layer.update(more, more)
-    assert torch.equal(layer.keys[:, :, 31:], more) and torch.equal(layer.keys[1, :, :30], key[0])
+    states = torch.randn(2, 2, 500, 8)
+    layer.update(states, states)
+    assert torch.equal(layer.keys[:, :, 31:], states) and torch.equal(layer.keys[1, :, :30], key[0])
 
 
 @pytest.mark.parametrize("pages", [7, 3])
 def test_decoding_reads_the_chosen_pages_and_the_rest(pages):
     layer, key, value = _cached()
     query = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
-    found = decode(query, layer, 0.3, pages)
+    output = decode(query, layer, 0.3, pages)
     share = mass_read(query, layer, 0.3, pages)
     full = scaled_dot_product_attention(query[:, :, None], key, value, scale=0.3, enable_gqa=True)[:, :, 0]
     if pages == 7:
-        torch.testing.assert_close(found, full, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(output, full, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(share, torch.ones(1, 6))
     else:
-        assert not torch.allclose(found, full, atol=1e-3) and (share < 1).all() and (share > 0).all()
+        assert not torch.allclose(output, full, atol=1e-3) and (share < 1).all() and (share > 0).all()
 
 
 def test_padding_on_the_left_is_never_read():

@@ -30,31 +30,31 @@ def _real(logits, mask):
 def _steps(model, prompts, count=3):
     """Logits of the prompt's real tokens, then of `count` forced tokens."""
     out, mask = model(**prompts, use_cache=True), prompts["attention_mask"]
-    found = [_real(out.logits, mask)]
+    logits = [_real(out.logits, mask)]
     for token in range(10, 10 + count):
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         ids = torch.full((2, 1), token)
         out = model(input_ids=ids, attention_mask=mask, use_cache=True, **cache_names.given(cache_names.of(out)))
-        found.append(out.logits[:, -1])
-    return torch.cat(found)
+        logits.append(out.logits[:, -1])
+    return torch.cat(logits)
 
 
 @torch.inference_mode()
 def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(tiny, name, prompts):
     model = tiny(name)
-    kept = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
-    torch.testing.assert_close(_steps(kept, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
-    assert sparse.density(kept) == {"blocks": 1.0, "tokens": 1.0}
+    whole = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
+    torch.testing.assert_close(_steps(whole, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
+    assert sparse.density(whole) == {"blocks": 1.0, "tokens": 1.0}
 
 
 @torch.inference_mode()
 def test_the_question_reads_all_and_is_counted(tiny, prompts):
     model = tiny("qwen3-4b-instruct-2507")
-    bare, asked = (sparse.apply(model, tau=0.3, full_last=last, **SMALL) for last in (0, 1))
-    answers = [one(input_ids=prompts["input_ids"]).logits for one in (bare, asked)]
+    bare, reading = (sparse.apply(model, tau=0.3, full_last=last, **SMALL) for last in (0, 1))
+    answers = [arm(input_ids=prompts["input_ids"]).logits for arm in (bare, reading)]
     torch.testing.assert_close(answers[0][:, :80], answers[1][:, :80], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(answers[0][:, 80:], answers[1][:, 80:], atol=1e-3)
-    assert sparse.density(bare)["blocks"] < sparse.density(asked)["blocks"]
+    assert sparse.density(bare)["blocks"] < sparse.density(reading)["blocks"]
 
 
 @torch.inference_mode()
@@ -79,11 +79,11 @@ def test_fewer_pages_are_read_and_named(tiny, name, prompts):
     model = tiny(name)
     few = sparse.apply(model, tau=1.0, pages=5, **SMALL)
     shares = []
-    for one in sparse.sparsities(few):
-        one.watch = lambda index, share_BH: shares.append(share_BH)
+    for state in sparse.sparsities(few):
+        state.watch = lambda index, share_BH: shares.append(share_BH)
     plain = {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])}
-    found, full = _steps(few, plain), _steps(model, plain)
-    assert not torch.allclose(found[-6:], full[-6:], atol=1e-3)
+    logits, full = _steps(few, plain), _steps(model, plain)
+    assert not torch.allclose(logits[-6:], full[-6:], atol=1e-3)
     assert 0.2 < sparse.density(few)["tokens"] < 0.35
     share = torch.stack(shares)
     assert (share > 0).all() and (share <= 1 + 1e-5).all() and share.mean() < 0.99
@@ -109,16 +109,16 @@ def test_both_functions_are_registered():
 @torch.inference_mode()
 def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, prompts):
     model = tiny(name)
-    kept, ids = sparse.apply(model, tau=1.0, pages=3, **SMALL), prompts["input_ids"]
+    sparse_model, ids = sparse.apply(model, tau=1.0, pages=3, **SMALL), prompts["input_ids"]
     for edge in (48, 50):  # at a block's edge, and not
         whole, cache = model(input_ids=ids).logits, None
         for part in (ids[:, :edge], ids[:, edge:]):
-            out = kept(input_ids=part, use_cache=True, **cache_names.given(cache))
+            out = sparse_model(input_ids=part, use_cache=True, **cache_names.given(cache))
             cache = cache_names.of(out)
         torch.testing.assert_close(out.logits, whole[:, edge:], atol=2e-5, rtol=1e-4)
     holes = torch.ones_like(ids)
     holes[0, 30:40] = 0
-    both = [_steps(one, {"input_ids": ids, "attention_mask": holes}, 2) for one in (kept, model)]
+    both = [_steps(arm, {"input_ids": ids, "attention_mask": holes}, 2) for arm in (sparse_model, model)]
     torch.testing.assert_close(*both, atol=2e-5, rtol=1e-4)
 
 
@@ -126,22 +126,22 @@ def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, pro
 def test_patterns_of_equal_budget(tiny, prompts):
     model, counts, answers = tiny("qwen3-4b-instruct-2507"), [], []
     for pattern in sparse.SEARCH_SPACE["pattern"]["choices"]:
-        other = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
-        answers.append(other(input_ids=prompts["input_ids"].repeat(1, 2)).logits)  # twelve blocks to choose from
-        counts.append(sparse.sparsities(other)[0].kept)
+        arm = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
+        answers.append(arm(input_ids=prompts["input_ids"].repeat(1, 2)).logits)  # twelve blocks to choose from
+        counts.append(sparse.sparsities(arm)[0].kept)
     assert len(set(counts)) == 1
-    assert all(not torch.equal(answers[0], other) for other in answers[1:])
+    assert all(not torch.equal(answers[0], answer) for answer in answers[1:])
 
 
 @torch.inference_mode()
 def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
     model = tiny(name)
-    seen = watch(model, prompts["input_ids"][:1], {1, 2})
-    assert [heads.index for heads in seen] == [1, 2]
+    watched = watch(model, prompts["input_ids"][:1], {1, 2})
+    assert [heads.index for heads in watched] == [1, 2]
     view = sparse.anatomy(model).blocks[1].attention
-    assert seen[0].query_HTD.shape == (view.heads, 90, view.head_dim)
-    assert seen[0].value_GTV.shape == (view.key_value_heads, 90, view.value_dim)
-    assert torch.equal(seen[0].first(40).key_GTD, seen[0].key_GTD[:, :40])
+    assert watched[0].query_HTD.shape == (view.heads, 90, view.head_dim)
+    assert watched[0].value_GTV.shape == (view.key_value_heads, 90, view.value_dim)
+    assert torch.equal(watched[0].first(40).key_GTD, watched[0].key_GTD[:, :40])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_matrices_may_be_stored_sparse_afterwards(tiny, name, prompts):
 
     model = tiny(name)
     thinned = [
-        method.apply(one, [{"input_ids": prompts["input_ids"]}], method="magnitude", sparsity=0.5)
-        for one in (model, sparse.apply(model, tau=1.0, pages=1000, **SMALL))
+        method.apply(arm, [{"input_ids": prompts["input_ids"]}], method="magnitude", sparsity=0.5)
+        for arm in (model, sparse.apply(model, tau=1.0, pages=1000, **SMALL))
     ]
     torch.testing.assert_close(_steps(thinned[1], prompts), _steps(thinned[0], prompts), atol=1e-4, rtol=1e-3)

@@ -31,43 +31,45 @@ def ids_of(length: int = 40) -> torch.Tensor:
 def test_it_answers_like_the_model_it_was_given(tiny, name, ratio):
     model = tiny(name)
     before = io.weights_hash(model)
-    other = streaming.apply(model, memory_ratio=ratio, prefill_chunk=7)
-    torch.testing.assert_close(other(ids_of()).logits, model(ids_of()).logits, **CLOSE)
-    work = [workloads.generate(one, ids_of(), 8) for one in (model, other)]
-    for one in work:
-        one()
+    streamed = streaming.apply(model, memory_ratio=ratio, prefill_chunk=7)
+    torch.testing.assert_close(streamed(ids_of()).logits, model(ids_of()).logits, **CLOSE)
+    work = [workloads.generate(arm, ids_of(), 8) for arm in (model, streamed)]
+    for call in work:
+        call()
     assert torch.equal(work[0].output_BN, work[1].output_BN)
     assert io.weights_hash(model) == before and "forward" not in model.__dict__
-    assert mla_absorption.is_absorbed(other) == absorbed_baseline.has_latents(model)
-    assert cost_model.weights_bytes(other) <= max(ratio, 1.0 * (ratio == 1.0)) * cost_model.weights_bytes(model) * 1.001
-    back = streaming.revert(other)
+    assert mla_absorption.is_absorbed(streamed) == absorbed_baseline.has_latents(model)
+    assert (
+        cost_model.weights_bytes(streamed) <= max(ratio, 1.0 * (ratio == 1.0)) * cost_model.weights_bytes(model) * 1.001
+    )
+    back = streaming.revert(streamed)
     assert io.weights_hash(back) == before
     torch.testing.assert_close(back(ids_of()).logits, model(ids_of()).logits, **CLOSE)
 
 
 def test_the_folder_goes_with_the_model(tiny):
-    other = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
-    folder = streamer.streamer(other).file.folder
+    streamed = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
+    folder = streamer.streamer(streamed).file.folder
     assert folder.is_dir()
-    streamer.streamer(other).close()
-    other.temporary_folder.cleanup()
+    streamer.streamer(streamed).close()
+    streamed.temporary_folder.cleanup()
     assert not folder.exists()
 
 
 def test_what_streams_already_is_refused(tiny):
-    other = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
-    assert streaming.applies_to(other)
+    streamed = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
+    assert streaming.applies_to(streamed)
     with pytest.raises(UserError, match="stream from a file already"):
-        streaming.apply(other)
+        streaming.apply(streamed)
     with pytest.raises(UserError, match="cannot be copied"):
-        copy.deepcopy(other)
+        copy.deepcopy(streamed)
 
 
 @pytest.mark.parametrize("module", [structured_pruning, tensor_decomposition, sparse_neural_networks])
 def test_what_streams_cannot_be_changed_and_says_so(tiny, name, module):
-    other = streaming.apply(tiny(name), memory_ratio=0.6)
+    streamed = streaming.apply(tiny(name), memory_ratio=0.6)
     with pytest.raises(UserError, match="cannot be copied or changed"):
-        module.apply(other, [{"input_ids": ids_of()}])
+        module.apply(streamed, [{"input_ids": ids_of()}])
 
 
 @pytest.mark.parametrize(
@@ -90,19 +92,19 @@ def test_a_child_process_opens_it_without_loading_it(tiny, tmp_path):
     folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "checkpoint")
     opener = "lib.optimizations.streaming_computation.method:open_folder"
     arm = {"folder": str(folder), "prompt_tokens": 32, "new_tokens": 2}
-    (found,) = memory.peaks(memory.Arm(opener=opener, arguments={"memory_ratio": 0.6, "prefill_chunk": 8}, **arm))
-    assert found.reason is None and found.above_start_bytes > 0
+    (peak,) = memory.peaks(memory.Arm(opener=opener, arguments={"memory_ratio": 0.6, "prefill_chunk": 8}, **arm))
+    assert peak.reason is None and peak.above_start_bytes > 0
     with pytest.raises(UserError, match="smallest possible"):
         memory_child.run(memory.Arm(opener=opener, arguments={"memory_ratio": 0.01}, **arm))
 
 
 def test_reads_are_counted_and_repeated_without_the_model(tiny, name, monkeypatch):
-    other = streaming.apply(tiny(name), memory_ratio=0.5)
-    stream = streamer.streamer(other)
-    work = workloads.decode(other, ids_of(12), 4)
+    streamed = streaming.apply(tiny(name), memory_ratio=0.5)
+    stream = streamer.streamer(streamed)
+    work = workloads.decode(streamed, ids_of(12), 4)
     ticks = itertools.count(0.0, 2.0)  # of a clock on which everything between two readings takes 2 s
     monkeypatch.setattr(read_bound, "perf_counter", lambda: next(ticks))
-    reads = read_bound.reads(other, work)
+    reads = read_bound.reads(streamed, work)
     assert (reads.tokens, reads.seconds, reads.bandwidth) == (8, 2.0, reads.bytes / 2)
     assert reads.bytes >= 3 * sum(
         stream.units[unit][0].place.nbytes for unit in stream.plan.streamed if unit[:5] == "block"
