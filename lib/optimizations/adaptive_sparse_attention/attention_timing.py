@@ -93,7 +93,8 @@ def attention_alone(
 
     `survey` are the rows of `attended_mass.survey`; `count` timed blocks, fewer from LONG_PROMPT tokens on.
     """
-    measurements, rows = [], []
+    measurements: list[Measurement] = []
+    rows: list[dict[str, Any]] = []
     shares = {row["length"]: row for row in survey if row["block"] == heads.index}
     own, workload = heads, ""
     for length, share in shares.items():
@@ -111,7 +112,8 @@ def attention_alone(
 
 
 def _row(heads: str, length: int, density: float, recall: float, timed: Measurement) -> dict[str, Any]:
-    row = {"heads": heads, "length": length, "density": density, "recall": recall}
+    row: dict[str, Any] = {"heads": heads, "length": length, "density": density, "recall": recall}
+    assert timed.ratio is not None, "pairs always have a ratio"
     return row | {"gain": 1 / timed.ratio, "full_ms": timed.baseline, "gain_ci": timed.ci}
 
 
@@ -175,11 +177,12 @@ def whole_model(
     """
     effort = replace(effort, blocks=min(effort.blocks, 12) if prompt_tokens < LONG_PROMPT else FEW_BLOCKS)
     options: dict[str, Any] = {"invalid": invalid, "except_for": ("attention",), "seed": seed}
-    prefill = {"names": ("prefill",), "costs": dict(prefill_costs), "with_energy": False}
+    prefill: dict[str, Any] = {"names": ("prefill",), "costs": dict(prefill_costs), "with_energy": False}
     prompt_1T = longest_1T[:, :prompt_tokens]
     reading_prompt = speed.compare(baseline, optimized, prompt_1T, effort, **prefill, **options)
     costs = {name: value for name, value in formula["costs"].items() if name not in prefill_costs}
-    decode = {"names": ("decode",), "costs": costs, "baseline_costs": dict(formula["baseline_costs"])}
+    decode: dict[str, Any] = {"names": ("decode",), "costs": costs}
+    decode |= {"baseline_costs": dict(formula["baseline_costs"])}
     fair = absorbed_baseline.absorbed_baseline(baseline)
     return reading_prompt, speed.compare(fair, optimized, longest_1T, effort, **decode, **options)
 

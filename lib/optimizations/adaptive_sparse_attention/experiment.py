@@ -75,7 +75,8 @@ def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
 def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
     """Return the model and the lengths of this run as text."""
     blocks = anatomy(loaded.model).blocks
-    rows = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}", "blocks": len(blocks)}
+    rows: dict[str, object] = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
+    rows |= {"blocks": len(blocks)}
     rows |= {"attention": blocks[0].attention.kind, "heads": blocks[0].attention.heads}
     rows |= {"lengths of the curves": lengths.curves, "timed prompt": lengths.timed, "judged prompts": lengths.judged}
     return pd.DataFrame([(name, str(value)) for name, value in rows.items()], columns=["", "value"])

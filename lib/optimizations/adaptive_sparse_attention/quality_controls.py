@@ -79,6 +79,8 @@ def patterns(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> list[
 def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
     """Return how `arm` reads the text that both arms have read, against full attention."""
     text = judged.full.text
+    if text is None:
+        raise ValueError("the baseline has read no text")
     return evaluate.compare_text(text, evaluate.read(arm, text.ids_NT), **judged.options)
 
 

@@ -113,7 +113,8 @@ def absorbed_against_stock(
     finally:
         (mla_absorption.absorb if was_absorbed else mla_absorption.expand)(model)
     stock, absorbed = (cost_model.decode_flops(model, context, absorbed=path) for path in (False, True))
-    same = torch.equal(arms[0].output_BN, arms[1].output_BN)
+    outputs = [arm.output_BN for arm in arms if arm.output_BN is not None]
+    same = len(outputs) == 2 and torch.equal(*outputs)
     return pairs, same, {"operations": stock / absorbed} | gains
 
 

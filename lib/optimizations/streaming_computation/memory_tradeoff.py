@@ -112,6 +112,8 @@ def points(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement]
         if row["page_cache"] == "keep":
             drawn.append(at | {"arm": BOUND, "value": row["bound_ms_per_token"]})
     for kind, measurement in offload.items():
+        if not measurement.baseline:
+            continue
         # Turned into the other unit, at the time of the streamed arm it was paired with.
         share = 0.0 if kind == "disk" else 100.0
         drawn.append({"strength": share, "arm": f"accelerate, {kind}", "value": 1000 / measurement.baseline})
