@@ -166,7 +166,7 @@ def run(
     first: Sequence[Sequence[RecipeStep]] = (),
     stop_after: int | None = None,
 ) -> list[JudgedStack]:
-    """Return the outcomes of `trials` configurations, going on where the study ended.
+    """Return the outcomes of `trials` configurations, resumed where the study ended.
 
     The first are `first` (what served others) and each component's defaults alone; then each proposal follows from the
     seed and the trials before it. Stops early after `stop_after` trials in all.

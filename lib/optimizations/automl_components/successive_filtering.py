@@ -84,7 +84,7 @@ class Bench:
         return model
 
     def judge(self, stack: Sequence[RecipeStep]) -> JudgedStack:
-        """Return what a stack comes to on the lowest rungs: bytes, divergence on little text, time of a request."""
+        """Return the stack judged on the lowest rungs: bytes, divergence on little text, time of a request."""
         start = time.perf_counter()
         shares: dict[str, float | None] = {"time_share": None, "divergence": None, "memory_share": None}
         try:

@@ -23,7 +23,7 @@ LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reach
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a search followed a drift: hypervolume after each new evaluation, warm and begun again from nothing.
+    """How a search followed a drift: hypervolume after each new evaluation, resumed (warm) and from nothing (cold).
 
     `warm[0]` is what was known before any new evaluation. Hypervolumes are of the new profile's costs.
     """

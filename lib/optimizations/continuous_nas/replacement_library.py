@@ -1,7 +1,7 @@
 """Replacements for the parts of blocks: cheaper attention and feed-forward modules, built once, kept, swapped at once.
 
-A slot ("03.attention", "03.feed_forward") is where a part stands, an option ("groups_50", "channels_75", "none") what
-may stand there, and a choice one option per slot. The live student shares every tensor with the original model;
+A slot ("03.attention", "03.feed_forward") is the place of a part, an option ("groups_50", "channels_75", "none") what
+may be put there, and a choice one option per slot. The live student shares every tensor with the original model;
 swapping changes which modules it runs, copies nothing, and is exactly undone by the choice `whole`. Knows nothing of
 what an option is worth or costs.
 """
@@ -88,7 +88,7 @@ def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, S
                 raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
             modules[slot] = replacements
     whole = anatomy(student).blocks
-    for slot in modules:  # the student's own modules stand for "whole"
+    for slot in modules:  # the option "whole" is the student's own module
         index, part = locate(slot)
         if WHOLE in modules[slot]:
             modules[slot][WHOLE] = getattr(whole[index], part).module
@@ -188,8 +188,8 @@ def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) ->
 def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
     """Return at most `count` choices that treat all blocks alike, spread evenly: the mildest first.
 
-    Where a slot lacks an option (another kind of part, a first block that must attend), the one at the same place of
-    its own list stands there.
+    Where a slot lacks an option (another kind of part, a first block that must attend), the option at the same
+    place of its own list is taken.
     """
     attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
     feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)

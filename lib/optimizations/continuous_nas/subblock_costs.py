@@ -1,7 +1,7 @@
 """What each part of each block costs on this device, and what its replacements would: timed by themselves, interleaved.
 
-The real model reads a prompt and decodes one token; what enters each part then is kept, and every module that could
-stand there is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is not in
+The real model reads a prompt and decodes one token; what enters each part then is kept, and every module that may
+replace it is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is not in
 a block (embeddings, norms, head, Python) is the whole model's time less its parts'. Knows nothing of why a module is
 a replacement.
 
@@ -43,7 +43,7 @@ class PartInput:
 
     @property
     def cache_name(self) -> str | None:
-        """The keyword under which the cache comes, whatever it is called."""
+        """The name of the keyword argument that is a cache; None where there is none."""
         return next((name for name, value in self.kwargs.items() if hasattr(value, "get_seq_length")), None)
 
     def call(self, module: nn.Module, cache: object) -> object:

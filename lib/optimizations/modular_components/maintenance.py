@@ -88,7 +88,7 @@ print(json.dumps(dict(parts=fitting, order=order, state=attempt.state, reason=at
 
 @dataclass(frozen=True)
 class Addition:
-    """Files and lines that the addition took, and what the grown copy said of it."""
+    """Files and lines that the addition took, and what the grown copy answered."""
 
     files_added: list[str]
     files_changed: list[str]

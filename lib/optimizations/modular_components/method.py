@@ -80,7 +80,7 @@ def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 
 def trial(stem: str) -> RecipeStep:
-    """Return the step that stands for a part where time is short: its defaults but for its own `trial` knobs."""
+    """Return the step that is tried where time is short: the part's defaults but for its own `trial` knobs."""
     return RecipeStep(optimization=stem, knobs=dict(module_of(stem).COMPOSES["trial"]))
 
 
@@ -108,7 +108,7 @@ def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
     """Return the steps in an order in which none invalidates what a later one needs.
 
     Among those that could come next, what touches shapes comes before weights, storage and attention. Raises UserError
-    where there is no such order, naming the steps that stand in each other's way, and why.
+    where there is no such order, naming the conflicting steps and traits.
     """
     concerning, waiting, arranged = traits.concerning(model), list(steps), []
     modules = {step.optimization: module_of(step.optimization) for step in steps}
