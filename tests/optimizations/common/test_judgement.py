@@ -1,0 +1,28 @@
+"""The gate and the questions: what has degenerated shows no number, whatever it answered."""
+
+from types import SimpleNamespace
+
+from lib.measure.metrics import measurement
+from lib.optimizations.common import judgement
+
+SCORE = measurement.informative("f1_macro", "classify", 0.9, 0.8, "planted")
+
+
+def test_what_has_degenerated_shows_no_number(monkeypatch):
+    arms = []
+
+    def evaluate(loaded, effort, *, model=None, seed):
+        arms.append(model)
+        return model
+
+    monkeypatch.setattr(judgement.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(judgement.evaluate, "compare", lambda *answers, **options: [SCORE])
+    loaded, effort = SimpleNamespace(random_weights=False), SimpleNamespace(resamples=10)
+    for reason in (None, "it answers with one token"):
+        monkeypatch.setattr(judgement.sanity, "check", lambda *_, **__: reason)  # noqa: B023
+        judged = judgement.judge(loaded, "optimized", effort, 3, sample_BT="text")
+        (score,) = judged.measurements
+        assert judged.degenerate == reason and judged.answers is None
+        assert (score.verdict, score.baseline) == (("invalid", None) if reason else ("informative", 0.9))
+        assert score.reason == reason
+    assert arms == [None, "optimized"] * 2, "the baseline is asked first"
