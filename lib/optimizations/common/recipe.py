@@ -18,12 +18,13 @@ Knows nothing of what an optimization does with its knobs, and nothing of torch.
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import UserError, suggest
 from lib.files import aside, write_atomically
 from lib.models.parameters import ROOT, SCALES
 
+EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # what they are called now
 Knob = bool | int | float | str
 EFFORTS = ("", "quick", "standard", "thorough")  # from the least trusted on; empty: not stated
 
@@ -34,6 +35,14 @@ class RecipeStep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     optimization: str = Field(min_length=1, pattern=r"^[a-z][a-z0-9_]*$")
     knobs: dict[str, Knob] = {}
+
+    @field_validator("knobs", mode="before")
+    @classmethod
+    def _present_names(cls, knobs: object) -> object:
+        """Read the knobs of earlier recipes and studies under their present names."""
+        if not isinstance(knobs, dict):
+            return knobs
+        return {EARLIER_KNOBS.get(name, name): value for name, value in knobs.items()}
 
     def request(self) -> list[str]:
         """Return the step as arguments of `build.py run`: its stem, then `-p NAME=VALUE` for each knob."""

@@ -5,6 +5,7 @@ import pytest
 from lib.errors import UserError
 from lib.optimizations.common import recipe
 from lib.optimizations.common.recipe import Recipe, RecipeStep
+from lib.report.records import migration
 
 
 def _stack(**changes) -> Recipe:
@@ -68,3 +69,13 @@ def test_another_models_stack_is_refused(tmp_path):
         recipe.find("qwen3-vl-2b", "proxy", tmp_path)
     with pytest.raises(UserError, match="no recipe can be read"):
         recipe.read(tmp_path / "none.yaml")
+
+
+def test_knobs_of_earlier_recipes_have_their_present_names(tmp_path):
+    path = tmp_path / "glm-4.7-flash.yaml"
+    knobs = "{recovery_steps: 4, ratio: 0.3}"
+    stack = f"[{{optimization: structured_pruning, knobs: {knobs}}}]"
+    path.write_text(f"model: glm-4.7-flash\nscale: proxy\nchosen_by: a search\nstack: {stack}")
+    assert recipe.read(path).stack[0].knobs == {"finetune_steps": 4, "ratio": 0.3}
+    assert RecipeStep(optimization="x", knobs={"fine_tuning_steps": 2}).knobs == {"finetune_steps": 2}
+    assert set(recipe.EARLIER_KNOBS.items()) == set(migration.PARAMETERS.items())
