@@ -1,30 +1,37 @@
-"""Second moments of what goes into each matrix of the decoder while calibration text runs through it: Σ x², or Σ x·xᵀ.
+"""Second moments of the inputs of the decoder's matrices on calibration text: Σ x², and on request Σ x·xᵀ.
 
-A matrix is a linear layer of a block, or the stack of one kind of matrix of its experts; an expert's moments are those
-of the tokens that were routed to it, behind the input factor where experts share one. Padding is left out. Knows
-nothing of what the moments are used for. Inputs that several matrices share (queries, keys and values; gate and up) are
-kept once.
+A matrix is a linear layer of a block, or the stack of one kind of matrix of its routed experts. One pass with hooks;
+padding is left out, and only sums are stored. Matrices that share an input (queries, keys and values; gate and up)
+share its moments. Knows nothing of what the moments are used for.
 
-Shapes: T tokens of a batch without padding, E experts, O outputs and I inputs of a matrix, H hidden.
+Shapes: T tokens of a batch without padding, K experts per token, E experts, O outputs and I inputs of a matrix,
+H hidden.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lib.errors import UserError
 from lib.models.calibration.activations import real_T
 from lib.models.structure.anatomy import FeedForward, anatomy
+from lib.models.structure.factored import FactoredLinear, shared_factors
 from lib.models.structure.sparse import is_dense
 
 PARTS = ("attention", "feed_forward", "experts")
+WEIGHTINGS = ("tokens", "router")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [O, I], or [E, O, I] for experts: `owner.attribute`, found in the model under `name`, of one `part`."""
+    """A weight [O, I], or [E, O, I] for experts: the parameter `owner.attribute`, called `name` in the model.
+
+    `part` is one of PARTS.
+    """
 
     name: str
     block: int
@@ -36,12 +43,17 @@ class Matrix:
     def weight(self) -> nn.Parameter:
         return getattr(self.owner, self.attribute)
 
+    @property
+    def module_name(self) -> str:
+        """The name of `owner` in the model."""
+        return self.name.rpartition(".")[0]
+
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens, float32: `squares` [I] or [E, I], `gram` [I, I] or [E, I, I] where asked for.
+    """Sums over calibration tokens: `squares` [I] or [E, I]; on request `gram` = Σ x·xᵀ, [I, I] or [E, I, I].
 
-    `tokens` is a count [1] or [E].
+    `tokens` is the number of summed tokens, [1] or [E].
     """
 
     tokens: torch.Tensor
@@ -49,28 +61,29 @@ class Moments:
     gram: torch.Tensor | None = None
 
 
-class _Seen(Exception):
-    """Ends a pass behind the block that was asked for."""
+def matrices(
+    model: nn.Module, part: str = "all", block: int | None = None, *, inside_factors: bool = True
+) -> list[Matrix]:
+    """Return the dense matrices of the decoder's blocks (or of one block) in `part`: one of PARTS, or "all".
 
-
-def matrices(model: nn.Module, part: str = "all", block: int | None = None) -> list[Matrix]:
-    """Return the matrices of the decoder's blocks (of one block) of a part: one of PARTS, or "all".
-
-    "feed_forward" is the whole feed-forward part, its experts among them; "experts" are the routed ones alone. Norms,
-    routers, embeddings, the head and the vision tower are none of them. Empty where the model lacks the part.
+    "feed_forward" is the whole feed-forward part including its experts; "experts" are the routed ones alone. Norms,
+    routers, embeddings, the head and the vision tower are left out. `inside_factors`: whether the factors of a factored
+    matrix, and the cores of experts that share a factor on that side, count as matrices. Empty where the model lacks
+    the part.
     """
     names = {module: name for name, module in model.named_modules()}
-    found = []
-    for one in anatomy(model).blocks:
-        if block is None or one.index == block:
-            found += _linears(one.attention.module, one.index, "attention", names)
-            found += feed_forward_matrices(one.feed_forward, one.index, names)
+    every: list[Matrix] = []
+    for view in anatomy(model).blocks:
+        if block is None or view.index == block:
+            every += _linears(view.attention.module, view.index, "attention", names)
+            every += feed_forward_matrices(view.feed_forward, view.index, names)
     wanted = {"all": PARTS, "feed_forward": ("feed_forward", "experts")}.get(part, (part,))
-    return [matrix for matrix in found if matrix.part in wanted]
+    factors = set() if inside_factors else _factors(model)
+    return [matrix for matrix in every if matrix.part in wanted and (matrix.owner, matrix.attribute) not in factors]
 
 
 def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Module, str] | None = None) -> list[Matrix]:
-    """Return the matrices of one feed-forward part; without `names` they are named from that part on."""
+    """Return the matrices of one feed-forward part; without `names` their names are relative to that part."""
     names = names or {module: name for name, module in part.module.named_modules()}
     found = [] if part.dense is None else _linears(part.dense, block, "feed_forward", names)
     if part.experts is not None:
@@ -87,6 +100,18 @@ def _linears(owner: nn.Module, block: int, part: str, names: dict[nn.Module, str
     return [Matrix(f"{names[module]}.weight", block, part, module, "weight") for module in linears]
 
 
+def _factors(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Return (owner, attribute) of what factors consist of: thin matrices, and cores beside a shared factor."""
+    factors: set[tuple[nn.Module, str]] = set()
+    for module in model.modules():
+        if isinstance(module, FactoredLinear):
+            factors |= {(module.inner, "weight"), (module.outer, "weight")}
+        elif shared := shared_factors(module):
+            stacks = ("gate_up_proj", "down_proj")
+            factors |= {(module, stack) for stack, factor in zip(stacks, shared) if factor is not None}
+    return factors
+
+
 @torch.no_grad()
 def moments(
     model: nn.Module,
@@ -94,87 +119,131 @@ def moments(
     chosen: Sequence[Matrix],
     *,
     gram: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weighting: str = "tokens",
 ) -> dict[str, Moments]:
     """Run `calibration` through `model` and return the moments of the matrices `chosen`, by name.
 
-    With `gram` also Σ x·xᵀ, which takes I² numbers per input. The pass ends behind the last block of `chosen`. Raises
-    UserError where there is no calibration token at all.
+    gram: also sum x·xᵀ, which takes I² numbers per input. dtype: of the sums over batches (the products of one batch
+    are float32). weighting, for experts: "tokens" sums for each expert the tokens that are routed to it, behind the
+    input factor where experts share one; "router" weighs every token by its router weight, and gives `gate_up_proj` one
+    sum over all experts, [I] and [I, I]. The pass ends behind the last block of `chosen`. Raises UserError without any
+    calibration token.
     """
-    found: dict[str, Moments] = {}
-    keep: dict[str, torch.Tensor] = {}
-    hooks = _hooks(chosen, found, keep, gram)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f'weighting "{weighting}"; expected one of {", ".join(WEIGHTINGS)}')
+    collector = _Collector(gram, dtype, weighting == "router")
+    hooks = _hooks(chosen, collector)
     last = max((matrix.block for matrix in chosen), default=-1)
     hooks += [block.module.register_forward_hook(_stop) for block in anatomy(model).blocks if block.index == last]
+    tokens = 0
     try:
         for inputs in calibration:
-            keep["mask"] = real_T(inputs)
-            try:
+            tokens += collector.start(inputs)
+            with suppress(_PassedLastBlock):
                 model(**inputs, use_cache=False, logits_to_keep=1)
-            except _Seen:
-                keep.pop("input", None)
     finally:
         for hook in hooks:
             hook.remove()
-    if len(found) < len(chosen):
+    if chosen and not tokens:
         raise UserError("calibration: no token to observe; give at least one sequence")
-    return found
+    return collector.moments
 
 
-def _stop(*_arguments) -> None:
-    raise _Seen
+class _PassedLastBlock(Exception):
+    """Ends a pass behind the last block that is observed."""
 
 
-def _hooks(chosen: Sequence[Matrix], found: dict, keep: dict, gram: bool) -> list:
+def _stop(*_arguments: object) -> None:
+    raise _PassedLastBlock
+
+
+def _hooks(chosen: Sequence[Matrix], collector: "_Collector") -> list[RemovableHandle]:
     hooks = []
-    experts = {matrix.owner: {} for matrix in chosen if matrix.part == "experts"}
+    experts: dict[nn.Module, dict[str, str]] = {matrix.owner: {} for matrix in chosen if matrix.part == "experts"}
     for matrix in chosen:
         if matrix.part == "experts":
             experts[matrix.owner][matrix.attribute] = matrix.name
         else:
-            hooks.append(matrix.owner.register_forward_pre_hook(_watch(matrix.name, found, keep, gram)))
+            hooks.append(matrix.owner.register_forward_pre_hook(_linear_hook(collector, matrix.name)))
     for owner, names in experts.items():
-        hooks.append(owner.register_forward_pre_hook(_watch_experts(names, found, keep, gram)))
+        hooks.append(owner.register_forward_pre_hook(_experts_hook(collector, names)))
     return hooks
 
 
-def _watch(name: str, found: dict[str, Moments], keep: dict, gram: bool) -> Callable:
-    def hook(_module: nn.Module, args: tuple) -> None:
-        if args[0] is keep.get("input"):  # the neighbour's input, summed already
-            found[name] = found[keep["name"]]
+def _linear_hook(collector: "_Collector", name: str) -> Callable[[nn.Module, tuple], None]:
+    return lambda _module, args: collector.linear(name, args[0])
+
+
+def _experts_hook(collector: "_Collector", names: dict[str, str]) -> Callable[[nn.Module, tuple], None]:
+    return lambda module, args: collector.experts(names, module, *args)
+
+
+class _Collector:
+    """What the hooks share: the mask of the current batch, the last linear layer's input, and all sums by name."""
+
+    def __init__(self, gram: bool, dtype: torch.dtype, router: bool):
+        self.gram, self.dtype, self.router = gram, dtype, router
+        self.moments: dict[str, Moments] = {}
+        self.last_input: torch.Tensor | None = None
+        self.last_name = ""
+
+    def start(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Begin a batch; return its number of tokens."""
+        self.mask_T = real_T(inputs)
+        self.last_input = None
+        return int(self.mask_T.sum())
+
+    def linear(self, name: str, x: torch.Tensor) -> None:
+        if x is self.last_input:  # shared with the layer before, and summed there
+            self.moments[name] = self.moments[self.last_name]
             return
-        keep["input"], keep["name"] = args[0], name
-        x_TI = args[0].reshape(-1, args[0].shape[-1])[keep["mask"]].float()
-        tokens = torch.tensor([len(x_TI)])
-        new = Moments(tokens, x_TI.square().sum(0), x_TI.T @ x_TI if gram else None)
-        found[name] = _sum(found.get(name), new)
+        self.last_input, self.last_name = x, name
+        self._add(name, self._moments(x.reshape(-1, x.shape[-1])[self.mask_T].float()))
 
-    return hook
+    def experts(
+        self, names: dict[str, str], module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        """Add the inputs of both stacks; each expert runs on its own tokens once more for those of its second matrix.
 
-
-def _watch_experts(names: dict[str, str], found: dict[str, Moments], keep: dict, gram: bool) -> Callable:
-    """Run each expert on its own tokens once more, to see what goes into its second matrix."""
-
-    def hook(module: nn.Module, args: tuple) -> None:
-        hidden_TH, chosen_TK = (tensor[keep["mask"]] for tensor in args[:2])
+        `names` maps the observed stacks (attributes of `module`) to the names of their moments.
+        """
+        hidden_TH, index_TK, weight_TK = (tensor[self.mask_T] for tensor in (hidden, index, weight.float()))
         hidden_TH = module.enter(hidden_TH) if hasattr(module, "enter") else hidden_TH
-        inputs: dict[str, list[torch.Tensor]] = {"gate_up_proj": [], "down_proj": []}
+        per_expert: dict[str, list[Moments]] = {name: [] for name in names.values()}
+        if self.router and (gate_up := names.get("gate_up_proj")):
+            scale_T1 = weight_TK.square().sum(1, keepdim=True).sqrt()
+            self._add(gate_up, self._moments(hidden_TH.float() * scale_T1))
+            del per_expert[gate_up]
         for expert in range(module.down_proj.shape[0]):
-            x_TH = hidden_TH[(chosen_TK == expert).any(-1)]
-            inner_TI = module._apply_gate(nn.functional.linear(x_TH, module.gate_up_proj[expert]))
-            inputs["gate_up_proj"].append(x_TH.float())
-            inputs["down_proj"].append(inner_TI.float())
-        for attribute, name in names.items():
-            xs = inputs[attribute]
-            tokens = torch.tensor([len(x) for x in xs])
-            squares = torch.stack([x.square().sum(0) for x in xs])
-            new = Moments(tokens, squares, torch.stack([x.T @ x for x in xs]) if gram else None)
-            found[name] = _sum(found.get(name), new)
+            token, position = torch.where(index_TK == expert)
+            x_TH = hidden_TH[token]
+            if names.get("gate_up_proj") in per_expert:
+                per_expert[names["gate_up_proj"]].append(self._moments(x_TH.float()))
+            if "down_proj" in names:
+                inner_TI = module._apply_gate(nn.functional.linear(x_TH, module.gate_up_proj[expert])).float()
+                inner_TI = inner_TI * weight_TK[token, position, None] if self.router else inner_TI
+                per_expert[names["down_proj"]].append(self._moments(inner_TI))
+        for name, experts in per_expert.items():
+            self._add(name, _stacked(experts))
 
-    return hook
+    def _moments(self, x_TI: torch.Tensor) -> Moments:
+        return Moments(torch.tensor([len(x_TI)]), x_TI.square().sum(0), x_TI.T @ x_TI if self.gram else None)
+
+    def _add(self, name: str, new: Moments) -> None:
+        total = self.moments.get(name)
+        if total is None:
+            gram = None if new.gram is None else new.gram.to(self.dtype)
+            self.moments[name] = Moments(new.tokens, new.squares.to(self.dtype), gram)
+            return
+        both = None if new.gram is None or total.gram is None else total.gram.add_(new.gram)
+        self.moments[name] = Moments(total.tokens + new.tokens, total.squares + new.squares, both)
 
 
-def _sum(total: Moments | None, new: Moments) -> Moments:
-    if total is None:
-        return new
-    both = None if new.gram is None else total.gram.add_(new.gram)
-    return Moments(total.tokens + new.tokens, total.squares + new.squares, both)
+def _stacked(experts: Sequence[Moments]) -> Moments:
+    grams = [moments.gram for moments in experts if moments.gram is not None]
+    return Moments(
+        torch.cat([moments.tokens for moments in experts]),
+        torch.stack([moments.squares for moments in experts]),
+        torch.stack(grams) if grams else None,
+    )

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lib.errors import UserError, suggest
-from lib.models.calibration.gram import linears
 from lib.models.calibration.second_moments import matrices
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.factored import FactoredLinear
@@ -50,8 +49,7 @@ def _stacked_experts(model: nn.Module) -> str | None:
 
 
 def _whole_matrices(model: nn.Module) -> str | None:
-    blocks = anatomy(model).blocks
-    if any(linears(model, block) for block in blocks):
+    if any(matrix.part != "experts" for matrix in matrices(model, inside_factors=False)):
         return None
     return "no matrix of its decoder is left in one dense piece"
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 
 from lib.errors import UserError
-from lib.models.calibration.gram import Gram
 
 DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
 SMALL = 2**22  # elements of a matrix up to which factors are found in float64, above in float32
@@ -65,22 +64,23 @@ class Spectrum:
         return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
 
-def spectrum_of(matrix: FactorableMatrix, gram: Gram | None = None) -> Spectrum:
+def spectrum_of(matrix: FactorableMatrix, gram: torch.Tensor | None = None) -> Spectrum:
     """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
 
-    Without `gram`, of what enters the matrix, it is the plain one.
+    gram: Σ x·xᵀ over the inputs x of the matrix, [N, N], or one per expert [E, N, N] for side "output". Without it the
+    spectrum is the plain one.
     """
     weight, by_rows, root = matrix.weight.detach(), _by_rows(matrix), None
     dtype = _precision(matrix)
     if gram is None:
         product = sum(part @ part.T if by_rows else part.T @ part for part in _parts(weight, dtype, by_rows))
     elif matrix.side == "output":
-        weight_HEI = weight.to(dtype).unflatten(1, (gram.sum.shape[0], -1))
-        product = torch.einsum("hei,eij,gej->hg", weight_HEI, gram.sum.to(dtype), weight_HEI)
+        weight_HEI = weight.to(dtype).unflatten(1, (gram.shape[0], -1))
+        product = torch.einsum("hei,eij,gej->hg", weight_HEI, gram.to(dtype), weight_HEI)
     elif by_rows:
-        product = weight.to(dtype) @ gram.sum.to(dtype) @ weight.T.to(dtype)
+        product = weight.to(dtype) @ gram.to(dtype) @ weight.T.to(dtype)
     else:
-        root = _root(gram.sum)
+        root = _root(gram)
         inside = weight.to(dtype) @ root.to(dtype)
         product = inside.T @ inside
     energy_R, vectors = torch.linalg.eigh(product)

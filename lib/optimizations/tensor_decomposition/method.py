@@ -31,11 +31,9 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.models.calibration import activations, blockwise
-from lib.models.calibration.gram import Gram, Grams, experts_name, linears, observe_grams
+from lib.models.calibration import activations, blockwise, second_moments
 from lib.models.offload import expert_cache
 from lib.models.structure import factored as factors
-from lib.models.structure import sparse
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate, options
@@ -50,6 +48,7 @@ from lib.optimizations.tensor_decomposition.low_rank import (
 NAME = "tensor_decomposition"
 METHODS = ("plain", "whitened", "refined", "random")
 BUDGETS = ("global", "uniform")
+SIDES = {"weight": "linear", "gate_up_proj": "input", "down_proj": "output"}  # by the attribute of the module
 WEIGHED_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
@@ -114,7 +113,7 @@ def _shared(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int 
     """Return the tensors that a copy need not hold anew: embeddings, head, and what factors will take the place of."""
     view = anatomy(model)
     tensors = [view.embeddings.weight, view.head.weight]
-    attribute = {"linear": "weight", "input": "gate_up_proj", "output": "down_proj"}
+    attribute = {side: name for name, side in SIDES.items()}
     for matrix in (spectrum.matrix for spectrum in spectra if ranks.get(spectrum.matrix.name) is not None):
         tensors.append(getattr(model.get_submodule(matrix.module), attribute[matrix.side]))
     return {id(tensor): tensor for tensor in tensors}
@@ -125,20 +124,17 @@ def _shared(model: nn.Module, spectra: Sequence[Spectrum], ranks: dict[str, int 
 
 def matrices(model: nn.Module) -> list[FactorableMatrix]:
     """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
-    factorable = []
-    for block in anatomy(model).blocks:
-        factorable += [
-            FactorableMatrix(name, "linear", block.index, linear.weight)
-            for name, linear in linears(model, block).items()
-        ]
-        experts, name = block.feed_forward.experts, experts_name(model, block)
-        if experts is None:
-            continue
-        if getattr(experts.module, "input_factor", None) is None and sparse.is_dense(experts.gate_up):
-            factorable.append(FactorableMatrix(name, "input", block.index, experts.gate_up.flatten(0, 1)))
-        if getattr(experts.module, "output_factor", None) is None and sparse.is_dense(experts.down):
-            factorable.append(FactorableMatrix(name, "output", block.index, experts.down.transpose(0, 1).flatten(1)))
-    return factorable
+    return [_unfolded(matrix) for matrix in second_moments.matrices(model, inside_factors=False)]
+
+
+def _unfolded(matrix: second_moments.Matrix) -> FactorableMatrix:
+    """Return a matrix as it is factored: a stack of experts is unfolded along the hidden dimension."""
+    weight, side = matrix.weight, SIDES[matrix.attribute]
+    if side == "input":
+        weight = weight.flatten(0, 1)
+    elif side == "output":
+        weight = weight.transpose(0, 1).flatten(1)
+    return FactorableMatrix(matrix.module_name, side, matrix.block, weight)
 
 
 # --- what each rank keeps --------------------------------------------------------------------------------------------
@@ -168,9 +164,11 @@ def analyse(
     for matrix in factorable:
         if matrix.side == "linear" and tokens:  # all tokens reach it, so too few are known before the pass
             _require(matrix, tokens)
-    grams = observe_grams(model, calibration)
-    entering = [_gram(matrix, grams) for matrix in factorable]
-    spectra = [spectrum_of(matrix, gram) for matrix, gram in zip(factorable, entering)]
+    grams = _grams(model, calibration)
+    for matrix in factorable:
+        if matrix.side != "output":  # whose factors need no inverse of the covariance
+            _require(matrix, int(grams[matrix.name].tokens))
+    spectra = [spectrum_of(matrix, grams[matrix.name].gram) for matrix in factorable]
     return spectra if budget == "uniform" else weigh(model, spectra, calibration[0])
 
 
@@ -206,12 +204,11 @@ def weigh(model: nn.Module, spectra: Sequence[Spectrum], inputs: dict[str, torch
     return weighed
 
 
-def _gram(matrix: FactorableMatrix, grams: Grams) -> Gram:
-    sides = {"linear": grams.linear, "input": grams.experts_input, "output": grams.experts_down}
-    gram = sides[matrix.side][matrix.module]
-    if matrix.side != "output":  # the output side needs no inverse, and no full covariance
-        _require(matrix, gram.tokens)
-    return gram
+def _grams(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]]) -> dict[str, second_moments.Moments]:
+    """Return the moments of what enters each matrix, by its name; experts' tokens count by their router weights."""
+    observed = second_moments.matrices(model, inside_factors=False)
+    moments = second_moments.moments(model, calibration, observed, gram=True, dtype=torch.float64, weighting="router")
+    return {_unfolded(matrix).name: moments[matrix.name] for matrix in observed}
 
 
 def _require(matrix: FactorableMatrix, tokens: int) -> None:

@@ -10,7 +10,7 @@ from lib.errors import UserError
 from lib.measure.roofline import cost_model
 from lib.measure.timing import workloads
 from lib.models.calibration.activations import observe
-from lib.models.calibration.gram import experts_name, linears, observe_grams
+from lib.models.calibration.second_moments import matrices
 from lib.models.checkpoints import io
 from lib.models.structure import factored as factors
 from lib.models.structure.anatomy import anatomy, resize_linear
@@ -20,10 +20,12 @@ def factored(model, rank: int = 8):
     """Factor every matrix of every block with random factors; return the dense model of the same matrices beside it."""
     view = anatomy(model)
     for block in view.blocks:
-        for name, linear in linears(model, block).items():
-            rows, columns = linear.weight.shape
+        linears = [matrix for matrix in matrices(model, block=block.index) if matrix.part != "experts"]
+        for matrix in linears:
+            (rows, columns), name = matrix.weight.shape, matrix.module_name
             factors.factor_linear(model, name, torch.randn(rows, rank) / 4, torch.randn(rank, columns) / 4)
-        if name := experts_name(model, block):
+        if block.feed_forward.experts:
+            name = _name(model, block.feed_forward.experts.module)
             experts, wide, hidden = block.feed_forward.experts.gate_up.shape
             gate_up = (torch.randn(experts, wide, rank) / 4, torch.randn(rank, hidden) / 4)
             down = (torch.randn(hidden, 2 * rank) / 4, torch.randn(experts, 2 * rank, wide // 2) / 4)
@@ -94,7 +96,7 @@ def test_a_stack_alone_may_be_factored(tiny, batch, tmp_path):
     model = tiny("qwen3-coder-30b")
     for block in anatomy(model).blocks:
         down = (torch.randn(32, 8), torch.randn(8, 8, 32))
-        factors.factor_experts(model, experts_name(model, block), down=down)
+        factors.factor_experts(model, _name(model, block.feed_forward.experts.module), down=down)
     back = io.load_folder(io.save(model, tmp_path), torch.float32)
     assert io.weights_hash(back) == io.weights_hash(model)
     same_answers(back, model, batch)
@@ -138,29 +140,6 @@ def test_observation_sees_through_factors(tiny, name, batch):
         for field in ("channel_activation_C", "head_contribution_Q", "expert_contribution_E", "expert_tokens_E"):
             if (value := getattr(one, field)) is not None:
                 assert torch.allclose(value, getattr(other, field), rtol=1e-2, atol=1e-2), field
-
-
-def test_gram_matrices_are_those_of_the_real_tokens(tiny, name, batch):
-    model = tiny(name)
-    block = anatomy(model).blocks[-1]
-    inputs, routed = {}, []
-    down = block.feed_forward.down if block.feed_forward.dense is not None else block.attention.output
-    down.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0]))
-    if block.feed_forward.experts:
-        block.feed_forward.experts.module.register_forward_pre_hook(lambda module, args: routed.extend(args))
-    grams = observe_grams(model, [batch])
-    mask_T = batch["attention_mask"].bool().flatten()
-    x_TN = inputs["x"].flatten(0, -2)[mask_T].double()
-    gram = grams.linear[_name(model, down)]
-    assert gram.tokens == mask_T.sum() and torch.allclose(gram.sum, x_TN.T @ x_TN, rtol=1e-4, atol=1e-4)
-    if routed:
-        experts, (hidden, chosen, weight) = block.feed_forward.experts, (tensor[mask_T] for tensor in routed)
-        expected = torch.zeros(32, 32)
-        for token, position in zip(*torch.where(chosen == 3)):
-            inner = experts.module._apply_gate(experts.gate_up[3] @ hidden[token]) * weight[token, position]
-            expected += torch.outer(inner, inner)
-        found = grams.experts_down[experts_name(model, block)]
-        assert torch.allclose(found.sum[3].float(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_refuse_to_lose_rows(tiny):

@@ -9,7 +9,6 @@ import torch
 from lib.errors import UserError
 from lib.models.calibration import blockwise
 from lib.models.calibration.distillation import divergence
-from lib.models.calibration.gram import Gram, linears, observe_grams
 from lib.models.checkpoints import io
 from lib.models.structure import factored
 from lib.models.structure.anatomy import anatomy
@@ -38,8 +37,8 @@ def correlated():
     return make
 
 
-def gram_of(x_TN: torch.Tensor) -> Gram:
-    return Gram(x_TN.double().T @ x_TN.double(), len(x_TN))
+def gram_of(x_TN: torch.Tensor) -> torch.Tensor:
+    return x_TN.double().T @ x_TN.double()
 
 
 def matrix_of(weight: torch.Tensor, side: str = "linear") -> spectra.FactorableMatrix:
@@ -179,7 +178,9 @@ def test_bfloat16_is_refined_in_float32(tiny, name, text):
 def test_matrices_leave_out_routers_and_vision(tiny, name):
     model = tiny(name)
     found = td.matrices(model)
-    expected = sum(len(linears(model, block)) + 2 * bool(block.feed_forward.experts) for block in anatomy(model).blocks)
+    blocks = anatomy(model).blocks
+    linears = [module for block in blocks for module in block.module.modules() if isinstance(module, torch.nn.Linear)]
+    expected = len(linears) + 2 * sum(block.feed_forward.kind == "experts" for block in blocks)
     assert len(found) == expected and not any("gate.weight" in one.name or "visual" in one.name for one in found)
     sides = {one.side for one in found}
     assert sides == ({"linear", "input", "output"} if "glm" in name or "coder" in name else {"linear"})
@@ -303,7 +304,7 @@ def test_bad_requests_are_named(tiny, name, text):
     with pytest.raises(UserError, match=r"layers\.0\..*: 20 calibration tokens .* singular\. Give at least 32"):
         td.apply(model, few)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="20 calibration tokens"):
-        patch.setattr(td, "observe_grams", None)  # said before anything is observed
+        patch.setattr(td.second_moments, "moments", None)  # said before anything is observed
         td.apply(model, few)
     assert td.apply(model, [], method="plain") is not None
     spectra = td.analyse(model, [], "plain")
@@ -317,6 +318,6 @@ def test_bad_requests_are_named(tiny, name, text):
 
 def test_grams_are_taken_once_for_shared_inputs(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
-    grams = observe_grams(model, text).linear
-    query, key = (grams[f"model.layers.0.self_attn.{one}_proj"].sum for one in ("q", "k"))
-    assert torch.equal(query, key) and torch.linalg.matrix_rank(query) == 32
+    moments = td._grams(model, text)
+    query, key = (moments[f"model.layers.0.self_attn.{name}_proj"].gram for name in ("q", "k"))
+    assert query is key and torch.linalg.matrix_rank(query) == 32
