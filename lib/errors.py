@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one line. Knows nothing of who raises it or how it is printed."""
+"""Errors that a user can act on, each in one line. Knows nothing of who raises them or how they are printed."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,20 +9,20 @@ class UserError(Exception):
 
 
 class NotApplicable(UserError):
-    """An optimization has nothing to act on in this model, or cannot act on it as it was loaded: a result, not a fault.
+    """An optimization has nothing to act on in this model, or cannot act on it as loaded: a result, not a fault.
 
-    Raised in a cell of a template, it ends the run with the status `not_applicable` and this text as the reason.
+    Raised in a cell of a template, it ends the run with the status `not_applicable` and its message as the reason.
     """
 
     def _render_traceback_(self) -> list[str]:
         return [f"Not applicable: {self}"]
 
 
-class Gone(Exception):
-    """What a build rests on went away while it ran, in one line: a cluster's scheduler, its last worker."""
+class ClusterLost(Exception):
+    """The scheduler or the last worker of a cluster disappeared while a build used it; the message is one line."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """Return ` Did you mean "x"?` for the nearest valid name, or an empty string where nothing is near."""
+    """Return ` Did you mean "x"?` for the nearest valid name, or an empty string if none is close."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""

@@ -1,8 +1,7 @@
-"""The memory that this process may use: the machine's, or less where a control group allows less, as containers and
-batch systems have them.
+"""The memory that this process may use: that of the machine, or of a smaller control group (containers, batch systems).
 
-psutil knows the machine alone. Control groups are Linux's, first and second version; elsewhere there is no limit to
-read. Soft limits are not looked at.
+psutil knows only the machine. Control groups of Linux are read in both versions; other systems have no limit to read.
+Soft limits are ignored.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import psutil
 
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
-VERSIONS = {  # by controllers, as OWN_GROUPS names them: folder, limit, use, and which of the use are files' pages
+VERSIONS = {  # controllers in OWN_GROUPS → folder, limit, usage, and the entries of memory.stat that are page cache
     "": (".", "memory.max", "memory.current", ("active_file", "inactive_file")),
     "memory": (
         "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"),
@@ -21,24 +20,24 @@ VERSIONS = {  # by controllers, as OWN_GROUPS names them: folder, limit, use, an
 
 
 def memory_bytes() -> int:
-    """Return the memory that this process and its neighbours may use at most."""
+    """Return the most memory, in bytes, that this process and its control group may use."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that this process could use now."""
-    return max(0, min([psutil.virtual_memory().available, *(limit - held for limit, held in _limits())]))
+    """Return the memory, in bytes, that is free for this process now."""
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())]))
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, in bytes, of every control group that this process is in; files' pages are no use."""
+    """Yield limit and usage, in bytes, of every control group of this process; page cache does not count as usage."""
     for line in _lines(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         for name in set(VERSIONS) & set(controllers.split(",")):
             folder, limit, use, files = VERSIONS[name]
-            own = GROUPS / folder / path.lstrip("/")
-            # Within a container the path may be that outside of it: then the limit stands at the top.
-            for group in (own, *own.parents):
+            own_group = GROUPS / folder / path.lstrip("/")
+            # Within a container the path may be the one outside of it; then the limit is at the top.
+            for group in (own_group, *own_group.parents):
                 if group.is_relative_to(GROUPS):
                     yield from _limit(group / limit, group / use, group / "memory.stat", files)
 
@@ -48,7 +47,7 @@ def _limit(limit: Path, use: Path, stat: Path, files: tuple[str, ...]) -> Iterat
         counts = dict(line.split(" ", 1) for line in _lines(stat))
         yield int(limit.read_text()), int(use.read_text()) - sum(int(counts[name]) for name in files)
     except (OSError, ValueError, KeyError):
-        return  # "max", or a group that says nothing
+        return  # "max", or a group without these files
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a GPU adds, each against the processor or a slow reference: run where there is one, left out elsewhere."""
+"""What a GPU adds, each against the CPU or a slow reference; skipped without one."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ PROMPT = torch.randint(8, 96, (2, 40), generator=torch.Generator().manual_seed(5
 
 @pytest.fixture(autouse=True)
 def exact():
-    """Products in float32 proper, so that answers can be compared with the processor's."""
+    """Products in float32 proper, so that answers can be compared with those of the CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -36,10 +36,10 @@ def exact():
 
 def test_answers_and_hash_are_those_of_the_processor(tiny, name):
     model = tiny(name)
-    other = copy.deepcopy(model).to("cuda")
+    changed = copy.deepcopy(model).to("cuda")
     with torch.inference_mode():
-        torch.testing.assert_close(other(PROMPT.cuda()).logits.cpu(), model(PROMPT).logits, **CLOSE)
-    assert io.weights_hash(other) == io.weights_hash(model)
+        torch.testing.assert_close(changed(PROMPT.cuda()).logits.cpu(), model(PROMPT).logits, **CLOSE)
+    assert io.weights_hash(changed) == io.weights_hash(model)
 
 
 def test_a_workload_waits_for_the_device_and_times_its_steps_by_events(tiny, name):
@@ -63,13 +63,13 @@ def test_flex_attention_equals_a_dense_mask(block, queries):
         torch.randn(heads, length, 32, generator=random).cuda()
         for heads, length in ((4, count), (2, tokens), (2, tokens))
     )
-    kept = blocks.choose(blocks.scores(query, key, 0.3, block, 8), 0.5)
-    assert kept.sum() < len(kept) * blocks.causal_blocks(*kept.shape[1:]).sum()
-    mask = kept.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :count, :tokens]
+    chosen = blocks.choose(blocks.scores(query, key, 0.3, block, 8), 0.5)
+    assert chosen.sum() < len(chosen) * blocks.causal_blocks(*chosen.shape[1:]).sum()
+    mask = chosen.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :count, :tokens]
     mask = mask & torch.ones(count, tokens, dtype=torch.bool, device="cuda").tril(tokens - count)
     logits = query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.3
     expected = logits.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 0)
-    torch.testing.assert_close(blocks.attend(query, key, value, kept, 0.3, block), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(blocks.attend(query, key, value, chosen, 0.3, block), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
@@ -77,8 +77,8 @@ def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
     prompt = torch.randint(8, 96, (1, 150), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
         full = model(prompt).logits
-        other = adaptive_sparse_attention.apply(model, tau=1.0, block_size=16, stride=4)
-        torch.testing.assert_close(other(prompt).logits, full, atol=2e-2, rtol=2e-2)
+        changed = adaptive_sparse_attention.apply(model, tau=1.0, block_size=16, stride=4)
+        torch.testing.assert_close(changed(prompt).logits, full, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("ratio", ["smallest", 0.7])
@@ -86,29 +86,29 @@ def test_streamed_weights_give_the_answers_of_resident_ones(tiny, name, ratio, t
     model = tiny(name).to("cuda")
     folder = io.save(model, tmp_path / "checkpoint")
     size = {"allowance_bytes": streamer.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
-    other = streamer.open_streamed(folder, device="cuda", **size)
+    changed = streamer.open_streamed(folder, device="cuda", **size)
     with torch.inference_mode():
         for _ in range(3):
-            torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
-    streamer.streamer(other).close()
-    assert io.weights_hash(streaming_computation.revert(other)) == io.weights_hash(model)
+            torch.testing.assert_close(changed(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
+    streamer.streamer(changed).close()
+    assert io.weights_hash(streaming_computation.revert(changed)) == io.weights_hash(model)
 
 
 def test_absorbed_attention_gives_the_same_answers(tiny):
     model = tiny("glm-4.7-flash").to("cuda")
-    other = mla_absorption.absorb(copy.deepcopy(model))
+    changed = mla_absorption.absorb(copy.deepcopy(model))
     with torch.inference_mode():
-        torch.testing.assert_close(other(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
+        torch.testing.assert_close(changed(PROMPT.cuda()).logits, model(PROMPT.cuda()).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "16x1"])
 def test_weights_executed_sparse_equal_masked_ones(pattern):
     model = loading.load("qwen3-4b-instruct-2507", device="cuda").model
     pruned = sparse_neural_networks.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern)
-    other = sparse_neural_networks.executed(pruned)
+    changed = sparse_neural_networks.executed(pruned)
     with torch.inference_mode():
-        expected, got = pruned.model(PROMPT.cuda()).logits.float(), other(PROMPT.cuda()).logits.float()
-    assert (got - expected).norm() < 0.03 * expected.norm()
+        expected, actual = pruned.model(PROMPT.cuda()).logits.float(), changed(PROMPT.cuda()).logits.float()
+    assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
 def test_the_allocator_in_this_process_tells_what_a_child_does():
@@ -117,23 +117,25 @@ def test_the_allocator_in_this_process_tells_what_a_child_does():
     arm = memory.Arm(load={"name": name}, dtype="bfloat16", device="cuda", new_tokens=4)
     (child,) = memory.peaks(arm)
     assert child.reason is None and child.scope.endswith("CUDA allocator")
-    weight = sum(one.nbytes for one in loaded.model.parameters())
-    beside = torch.ones(2**24, device="cuda")
+    weight = sum(entry.nbytes for entry in loaded.model.parameters())
+    occupied = torch.ones(2**24, device="cuda")
     work = workloads.generate(loaded.model, workloads.random_prompt(loaded.model, 1, arm.prompt_tokens), 4)
     work()
-    here = memory.allocated(work, loaded.model, "no room")
-    assert here.above_start_bytes >= weight and beside.numel()
+    in_process = memory.allocated(work, loaded.model, "no room")
+    assert in_process.above_start_bytes >= weight and occupied.numel()
     # A child's first product also allocates the workspace of the libraries, which here was there before.
-    assert abs(here.above_start_bytes - child.above_start_bytes) < 2**26
+    assert abs(in_process.above_start_bytes - child.above_start_bytes) < 2**26
 
 
 def test_peaks_are_read_in_place_where_another_copy_has_no_room(tiny, monkeypatch):
     models = [tiny("qwen3-4b-instruct-2507").to("cuda") for _ in range(2)]
     assert footprint._lack_of_room(*models) is None
     monkeypatch.setattr(placement, "free_bytes", lambda device: 100)
-    found = {one.metric: one for one in footprint.footprint(*models, "quick")}
-    assert found["peak_memory_bytes"].provenance == "measured" and "CUDA allocator" in found["peak_memory_bytes"].source
-    assert found["checkpoint_bytes"].reason.startswith("no room on the device for another copy")
+    result = {entry.metric: entry for entry in footprint.footprint(*models, "quick")}
+    assert (
+        result["peak_memory_bytes"].provenance == "measured" and "CUDA allocator" in result["peak_memory_bytes"].source
+    )
+    assert result["checkpoint_bytes"].reason.startswith("no room on the device for another copy")
 
 
 def test_energy_and_utilisation_come_from_the_card(tiny):
@@ -146,9 +148,9 @@ def test_energy_and_utilisation_come_from_the_card(tiny):
 
 def test_ceilings_are_those_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
-    found = ceilings.measure("cuda", torch.bfloat16)
-    assert found.device == "cuda" and found.cache_bytes > 2**20
-    assert found.flops_per_second > 1e12 and found.bytes_per_second > 1e11
+    result = ceilings.measure("cuda", torch.bfloat16)
+    assert result.device == "cuda" and result.cache_bytes > 2**20
+    assert result.flops_per_second > 1e12 and result.bytes_per_second > 1e11
 
 
 def test_marks_in_the_stream_are_in_order():

@@ -1,7 +1,7 @@
 """One function that loads any model at any scale: `load`.
 
-A proxy is an ordinary checkpoint folder, so the path that real checkpoints take runs everywhere. Knows nothing of
-measuring or optimizations. Offline unless a hub id is asked for at scale `full`.
+A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Offline, except for a hub
+id at scale `full`. Knows nothing of measuring or optimizations.
 """
 
 import time
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.errors import UserError
 from lib.models import parameters as parameter_files
@@ -27,14 +28,14 @@ from lib.models.tasks.registry import check_tasks
 
 @dataclass
 class Loaded:
-    """A model ready to run, and where it came from. `folder` and `tokenizer` are None for random weights.
+    """A model ready to run, and its origin. `folder` and `tokenizer` are None for random weights.
 
-    `original` leads to the model as it was loaded, which `model` need no longer be.
+    `original` returns the model as it was loaded, which `model` may have replaced, or None once it is deleted.
     """
 
     model: nn.Module
-    tokenizer: object | None
-    image_processor: object | None
+    tokenizer: PreTrainedTokenizerBase | None
+    image_processor: BaseImageProcessor | None
     parameters: parameter_files.ModelParameters
     name: str
     scale: str
@@ -48,12 +49,12 @@ class Loaded:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that it is asked: those chosen for this run, else those of its parameter file."""
+        """The tasks of this model: those chosen for this run, else those of its parameter file."""
         return [*self.chosen_tasks] or self.parameters.tasks
 
     @property
     def quality_unavailable(self) -> str | None:
-        """The reason why this model's answers mean nothing, or None where they do."""
+        """The reason why this model's answers carry no information, or None if they do."""
         return parameter_files.NO_INFORMATION if self.random_weights else None
 
 
@@ -70,12 +71,12 @@ def load(
 ) -> Loaded:
     """Load model `name` at `scale` for inference.
 
-    proxy: the stand-in in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
+    proxy: the proxy model in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
     full: `<checkpoints>/<name>`, else the folder or hub id of the parameter file, or random weights. dtype: "float32",
-    "bfloat16" or "float16"; by default float32 for a proxy on a processor (bfloat16 does not pay at its widths), else
+    "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its widths), else
     bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype.
-    `tasks` replace those of the parameter file. Raises UserError for a scale, dtype, device, checkpoint or task that
-    cannot be used.
+    `tasks` replace those of the parameter file. Raises UserError for an invalid scale, dtype, device, checkpoint or
+    task.
     """
     start = time.perf_counter()
     description = parameter_files.read(name)
@@ -123,10 +124,10 @@ def load(
 
 
 def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path:
-    """Return the checked folder that the weights come from; for `full` without `checkpoints`, fetched from the hub."""
+    """Return the folder of the weights, checked. At scale `full` without `checkpoints` it is fetched from the hub."""
     if scale == "proxy":
         return check_checkpoint(name, parameter_files.PARAMETERS / "proxies" / name)
-    given = parameter_files.read(name).checkpoint
+    checkpoint = parameter_files.read(name).checkpoint
     if checkpoints:
         return check_checkpoint(name, folder_of(name, checkpoints))
-    return check_checkpoint(name, given if Path(given).is_dir() else placement.fetch(given))
+    return check_checkpoint(name, checkpoint if Path(checkpoint).is_dir() else placement.fetch(checkpoint))

@@ -1,8 +1,8 @@
-"""Parameter files: what a model is, at its three scales, and what overrides a template's defaults on it.
+"""Parameter files: the configuration of a model at its three scales, and its overrides of the templates' defaults.
 
-Reads and checks `parameters/<model>.yaml`. Knows nothing of torch or transformers, so it answers at once; whether the
-dimensions make a working model is found out by `lib.models.loading`, and whether an override is a parameter that the
-template declares, by `lib.suite.plan.plan`.
+Reads and validates `parameters/<model>.yaml`. Knows nothing of torch or transformers, so that it is fast to import;
+`lib.models.loading` finds out whether the dimensions make a working model, and `lib.suite.plan.plan` whether the
+template declares an overridden parameter.
 """
 
 import os
@@ -21,7 +21,7 @@ NO_INFORMATION = "random weights: answers carry no information"
 
 
 class Section(BaseModel):
-    """A part of a parameter file; an unknown key is an error."""
+    """A part of a parameter file. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,14 +33,14 @@ class Slice(Section):
 
 
 class Proxy(Section):
-    """The scale `proxy`: what differs from the real configuration, and the recipe that trains the stand-in."""
+    """The scale `proxy`: what differs from the real configuration, and how the proxy model is trained."""
 
     config: dict[str, Any] = Field(min_length=1)
     training: dict[str, Any] = Field(min_length=1)
 
 
 class ModelParameters(Section):
-    """One parameter file, checked."""
+    """One validated parameter file."""
 
     name: str = Field(min_length=1)
     checkpoint: str = Field(min_length=1)
@@ -54,7 +54,7 @@ class ModelParameters(Section):
     @field_validator("optimizations", mode="before")
     @classmethod
     def empty_section_is_none(cls, value: Any) -> Any:
-        """`optimizations:` and `structured_pruning:` with nothing behind them mean: no override."""
+        """Read an empty `optimizations:` or an empty section in it as: no override."""
         if isinstance(value, dict):
             return {key: {} if section is None else section for key, section in value.items()}
         return {} if value is None else value
@@ -69,26 +69,26 @@ class ModelParameters(Section):
 
 
 def require_answers(what: str, scale: str, random_weights: bool) -> None:
-    """Raise NotApplicable where answers will mean nothing, to an optimization that is steered by them: `what` is."""
+    """Raise NotApplicable if the model's answers carry no information. `what` names what is steered by them."""
     if random_weights or scale == "slice":
         raise NotApplicable(f"{what} is steered by answers; {NO_INFORMATION}")
 
 
-def about_slice_parameters(described: ModelParameters) -> float:
-    """Return about how many parameters the slice has: embeddings, head, and the matrices that are most of a block.
+def about_slice_parameters(description: ModelParameters) -> float:
+    """Return an estimate of the slice's number of parameters: embeddings, head, and the large matrices of its blocks.
 
-    From the configuration alone, so a tenth or so beside the truth; for deciding what fits beside what.
+    From the configuration alone, to within about a tenth; for deciding which jobs fit into memory together.
     """
-    config, vision = described.full.get("text_config", described.full), described.full.get("vision_config", {})
+    config, vision = description.full.get("text_config", description.full), description.full.get("vision_config", {})
 
     def count(*names: str) -> int:
         return next((config[name] for name in names if config.get(name)), 0)
 
     experts = count("n_routed_experts", "num_experts")
-    layers, wide = described.slice.layers, experts * count("moe_intermediate_size")
-    # Where experts have shared ones beside them, the first block is dense (DeepSeek-AI 2024).
+    layers, experts_width = description.slice.layers, experts * count("moe_intermediate_size")
+    # Architectures with shared experts have a dense first block (DeepSeek-AI 2024).
     dense = min(layers, 1 if count("n_shared_experts") else 0) if experts else layers
-    widths = dense * count("intermediate_size") + (layers - dense) * wide
+    widths = dense * count("intermediate_size") + (layers - dense) * experts_width
     heads = count("num_attention_heads") + count("num_key_value_heads")
     blocks = 3 * widths + 2 * layers * heads * count("head_dim", "v_head_dim")
     ends = count("vocab_size") * (1 if count("tie_word_embeddings") else 2)
@@ -113,12 +113,12 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 def names(folder: Path | None = None) -> list[str]:
-    """Return the models that have a parameter file: the stems of `*.yaml` in the folder, sorted."""
+    """Return the names of the models that have a parameter file, sorted: the stems of `*.yaml` in the folder."""
     return sorted(path.stem for path in (folder or PARAMETERS).glob("*.yaml"))
 
 
 def read(name: str, folder: Path | None = None) -> ModelParameters:
-    """Read and check `<folder>/<name>.yaml`. Raises UserError with file, key and what was expected."""
+    """Read and validate `<folder>/<name>.yaml`. Raises UserError naming file, key and what was expected."""
     path = (folder or PARAMETERS) / f"{name}.yaml"
     if not path.is_file():
         known = names(folder)
@@ -147,9 +147,8 @@ def _explain(error: ValidationError) -> str:
     *above, key = [str(part) for part in fault["loc"]]
     section = f' in section "{".".join(above)}"' if above else ""
     if fault["type"] == "extra_forbidden":
-        fields = {"": ModelParameters, "slice": Slice, "proxy": Proxy}.get(
-            ".".join(above), ModelParameters
-        ).model_fields
+        sections: dict[str, type[Section]] = {"": ModelParameters, "slice": Slice, "proxy": Proxy}
+        fields = sections.get(".".join(above), ModelParameters).model_fields
         return f'unknown key "{key}"{section}; expected one of {", ".join(fields)}.{suggest(key, fields)}'
     if fault["type"] == "missing":
         return f'missing key "{key}"{section}'

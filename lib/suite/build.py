@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.errors import Gone, UserError
+from lib.errors import ClusterLost, UserError
 from lib.files import Held, locked
 from lib.report.pages import file_names
 from lib.suite.plan import cache_key, dependencies, plan
@@ -83,8 +83,8 @@ def build(
     except BuildStopped:
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
         return 1
-    except Gone as gone:
-        print(f"build.py: {gone}; what was finished is kept, and the same command goes on from there")
+    except ClusterLost as lost:
+        print(f"build.py: {lost}; what was finished is kept, and the same command goes on from there")
         return 1
     except OSError as error:
         where = error.filename or folder.path

@@ -1,4 +1,4 @@
-"""Checkpoints: the round trip through disk, and every damaged folder told apart before anything runs."""
+"""Checkpoints: the round trip through disk, and the message of every damaged folder before anything runs."""
 
 import copy
 import json
@@ -38,13 +38,13 @@ def test_a_loaded_model_owns_its_weights(tiny, batch, tmp_path):
 
 
 def test_the_head_never_sees_a_view(tiny, name, batch):
-    """Of a view, torch copies the whole head before it multiplies: a prompt would take seconds more."""
-    model, seen = copy.deepcopy(tiny(name)), []
-    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
-    one, both = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"]}
-    for inputs in (one, both):
+    """Torch copies the whole head before it multiplies a view: seconds more per prompt at real vocabularies."""
+    model, strides = copy.deepcopy(tiny(name)), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
+    single, pair = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"]}
+    for inputs in (single, pair):
         model(**inputs, logits_to_keep=1)
-    assert seen == [(32, 32, 1)] * 2
+    assert strides == [(32, 32, 1)] * 2
 
 
 def test_hash_sees_one_changed_weight(tiny):

@@ -1,4 +1,4 @@
-"""Parameter files: what is right is read, what is wrong is named in one line."""
+"""Parameter files: valid ones are read, faults are named in one line."""
 
 import pytest
 import yaml

@@ -61,7 +61,7 @@ def is_as_loaded(loaded: Loaded) -> bool:
 
 def _foreign(module: torch.nn.Module) -> list[object]:
     """Return the hooks before a forward pass that are not the workbench's own."""
-    return [hook for hook in module._forward_pre_hooks.values() if hook is not architecture.own]
+    return [hook for hook in module._forward_pre_hooks.values() if hook is not architecture.copy_hidden]
 
 
 def _key(loaded: Loaded, question: dict[str, object]) -> str:

@@ -1,17 +1,19 @@
-"""What happens inside a model on calibration text: activations, routing, contributions of heads, influence of blocks.
+"""Statistics of a model on calibration text: activations, routing, contributions of heads, influence of blocks.
 
-One pass with hooks on the anatomy, for every optimization that ranks parts by what they do. Padding is left out.
-Knows nothing of how a part is ranked or removed, and keeps sums only, never activations.
+One pass with hooks on the anatomy, for every optimization that ranks parts. Padding is left out, and only sums are
+stored, never activations. Knows nothing of how a part is ranked or removed.
 
 Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lib.errors import UserError
 from lib.models.structure.anatomy import Anatomy, Block, anatomy
@@ -33,54 +35,54 @@ class BlockStatistics:
 
 @dataclass
 class Observation:
-    """Statistics of every block, and the number of tokens seen."""
+    """Statistics of every block, and the number of tokens they are summed over."""
 
     blocks: list[BlockStatistics] = field(default_factory=list)
     tokens: int = 0
 
 
 def real_T(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return which tokens of a batch are no padding, all sequences one behind the other."""
+    """Return a mask [B · T] of the tokens of a batch that are not padding, its sequences concatenated."""
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
     return torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
 
 
 def count(calibration: Iterable[dict[str, torch.Tensor]]) -> int:
-    """Return how many tokens, padding left out, calibration has."""
+    """Return the number of calibration tokens, padding left out."""
     return sum(int(real_T(inputs).sum()) for inputs in calibration)
 
 
 def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
-    """Run `calibration` (keyword arguments of the model, batch by batch) and return what each block did.
+    """Run `calibration` (keyword arguments of the model, batch by batch) and return the statistics of each block.
 
-    Raises UserError where there is no calibration token at all.
+    Raises UserError without any calibration token.
     """
     view = anatomy(model)
-    seen = Observation([BlockStatistics() for _ in view.blocks])
-    with watching(view, seen) as start, torch.inference_mode():
+    observation = Observation([BlockStatistics() for _ in view.blocks])
+    with watching(view, observation) as start, torch.inference_mode():
         for inputs in calibration:
             start(inputs)
             model(**inputs, use_cache=False, logits_to_keep=1)
-    if seen.tokens == 0:
+    if observation.tokens == 0:
         raise UserError("calibration: no token to observe; give at least one sequence")
-    return seen
+    return observation
 
 
 @contextmanager
-def watching(view: Anatomy, seen: Observation):
-    """Hook the statistics of `seen` into the model; yields a function to be called with the inputs of each batch."""
-    keep: dict[str, torch.Tensor] = {}
+def watching(view: Anatomy, observation: Observation) -> Iterator[Callable[[dict[str, torch.Tensor]], None]]:
+    """Hook the statistics of `observation` into the model; yields a function to call with the inputs of each batch."""
+    batch: dict[str, torch.Tensor] = {}
 
     def start(inputs: dict[str, torch.Tensor]) -> None:
-        keep["mask"] = real_T(inputs)
-        seen.tokens += int(keep["mask"].sum())
+        batch["mask"] = real_T(inputs)
+        observation.tokens += int(batch["mask"].sum())
 
     def real(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.reshape(-1, hidden.shape[-1])[keep["mask"]]
+        return hidden.reshape(-1, hidden.shape[-1])[batch["mask"]]
 
-    hooks = []
-    for block, statistics in zip(view.blocks, seen.blocks):
-        hooks += _watch_block(block, statistics, real, keep)
+    hooks: list[RemovableHandle] = []
+    for block, statistics in zip(view.blocks, observation.blocks):
+        hooks += _watch_block(block, statistics, real, batch)
     try:
         yield start
     finally:
@@ -88,7 +90,12 @@ def watching(view: Anatomy, seen: Observation):
             hook.remove()
 
 
-def _watch_block(block: Block, statistics: BlockStatistics, real: Callable, keep: dict) -> list:
+def _watch_block(
+    block: Block,
+    statistics: BlockStatistics,
+    real: Callable[[torch.Tensor], torch.Tensor],
+    batch: dict[str, torch.Tensor],
+) -> list[RemovableHandle]:
     hooks = [
         block.module.register_forward_hook(
             lambda module, args, kwargs, output: _add_influence(statistics, real, args, kwargs, output),
@@ -102,12 +109,12 @@ def _watch_block(block: Block, statistics: BlockStatistics, real: Callable, keep
             )
         )
     part = block.feed_forward
-    if part.dense is not None:
+    if part.down is not None:
         hooks.append(part.down.register_forward_pre_hook(lambda module, args: _add_channels(statistics, real(args[0]))))
     if part.experts is not None:
         hooks.append(
             part.experts.module.register_forward_pre_hook(
-                lambda module, args: _add_experts(statistics, module, *(tensor[keep["mask"]] for tensor in args))
+                lambda module, args: _add_experts(statistics, module, *(tensor[batch["mask"]] for tensor in args))
             )
         )
     return hooks
@@ -117,7 +124,13 @@ def _add(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     return value if total is None else total + value
 
 
-def _add_influence(statistics: BlockStatistics, real: Callable, args: tuple, kwargs: dict, output) -> None:
+def _add_influence(
+    statistics: BlockStatistics,
+    real: Callable[[torch.Tensor], torch.Tensor],
+    args: tuple,
+    kwargs: dict,
+    output: torch.Tensor | tuple,
+) -> None:
     before = args[0] if args else kwargs["hidden_states"]
     after = output[0] if isinstance(output, tuple) else output
     cosine = torch.nn.functional.cosine_similarity(real(before).float(), real(after).float(), dim=-1)
@@ -130,7 +143,7 @@ def _add_channels(statistics: BlockStatistics, activation_TC: torch.Tensor) -> N
 
 
 def _add_heads(statistics: BlockStatistics, block: Block, heads_TF: torch.Tensor) -> None:
-    """Norm of what each head adds: ‖W_o[:, head] · a‖, through the head's Gram matrix, without forming it per token."""
+    """Add the norm of each head's contribution, ‖W_o[:, head] · a‖, through the head's Gram matrix."""
     attention = block.attention
     heads_TQD = heads_TF.float().view(heads_TF.shape[0], attention.heads, attention.value_dim)
     weight_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
@@ -141,12 +154,12 @@ def _add_heads(statistics: BlockStatistics, block: Block, heads_TF: torch.Tensor
 
 def _add_experts(
     statistics: BlockStatistics,
-    module: nn.Module,
+    module: Any,
     hidden_TH: torch.Tensor,
     chosen_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> None:
-    """Run each expert on its own tokens once more, to see its activations and its weighted output."""
+    """Run each expert on its own tokens once more, for its activations and its weighted output."""
     count, _, width = module.down_proj.shape
     tokens_E, contribution_E = hidden_TH.new_zeros(count, dtype=torch.float32), hidden_TH.new_zeros(count).float()
     activation_EI = hidden_TH.new_zeros(count, width, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A short distillation: teach a changed model to give the logits of the one it came from.
+"""A short distillation: train a changed model on the logits of the original.
 
 Used for recovery after an optimization has removed something. Loss: Kullback-Leibler divergence from the teacher's
 distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). Knows nothing of what
@@ -7,7 +7,7 @@ was removed. Trains in the student's own dtype: meant for float32; bfloat16 weig
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -28,12 +28,12 @@ def distil(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Train the decoder blocks of `student` in place for `steps` batches; return each step's loss, nats per token.
+    """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step, nats per token.
 
-    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches come in shuffled order, again and again.
-    With `held_out` batches the divergence there is read before, CHECKS times on the way and at the end. The student
-    ends with the weights of the best reading, be it the first: where nothing was lost there is nothing to recover, and
-    training does harm. It gives up once PATIENCE readings in a row are worse than the first.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches repeat, shuffled anew each round. With
+    `held_out` batches the divergence on them is evaluated before the first step, CHECKS times on the way and at the
+    end, and the student ends with the weights of the best evaluation, possibly the first: where nothing was lost,
+    training does harm. Stops once PATIENCE evaluations in a row are worse than the first.
     """
     view = anatomy(student)
     trained = [parameter for block in view.blocks for parameter in block.module.parameters()]
@@ -45,7 +45,8 @@ def distil(
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     first = best = _mean_divergence(student, teacher, held_out)
-    kept, worse, every = [parameter.detach().clone() for parameter in trained if held_out], 0, -(-steps // (CHECKS + 1))
+    best_values = [parameter.detach().clone() for parameter in trained if held_out]
+    worse, every = 0, -(-steps // (CHECKS + 1))
     for batch in itertools.islice(_shuffled(batches, order), steps):
         loss = divergence(student, teacher, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -57,11 +58,11 @@ def distil(
         if held_out and (len(losses) % every == 0 or len(losses) == steps):
             now = _mean_divergence(student, teacher, held_out)
             if now < best:
-                best, kept = now, [parameter.detach().clone() for parameter in trained]
+                best, best_values = now, [parameter.detach().clone() for parameter in trained]
             worse = worse + 1 if now >= first else 0
             if worse == PATIENCE:
                 break
-    for parameter, value in zip(trained, kept, strict=False):
+    for parameter, value in zip(trained, best_values, strict=False):
         parameter.data.copy_(value)
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -91,8 +92,8 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _shuffled(batches: Sequence[dict], generator: torch.Generator):
-    """Yield the batches for ever, each round in another order."""
+def _shuffled(batches: Sequence[dict], generator: torch.Generator) -> Iterator[dict]:
+    """Yield the batches without end, each round in another order."""
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]

@@ -11,6 +11,7 @@ H hidden.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,22 +78,22 @@ def matrices(
         if block is None or view.index == block:
             every += _linears(view.attention.module, view.index, "attention", names)
             every += feed_forward_matrices(view.feed_forward, view.index, names)
-    wanted = {"all": PARTS, "feed_forward": ("feed_forward", "experts")}.get(part, (part,))
+    parts = {"all": PARTS, "feed_forward": ("feed_forward", "experts")}.get(part, (part,))
     factors = set() if inside_factors else _factors(model)
-    return [matrix for matrix in every if matrix.part in wanted and (matrix.owner, matrix.attribute) not in factors]
+    return [matrix for matrix in every if matrix.part in parts and (matrix.owner, matrix.attribute) not in factors]
 
 
 def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Module, str] | None = None) -> list[Matrix]:
     """Return the matrices of one feed-forward part; without `names` their names are relative to that part."""
     names = names or {module: name for name, module in part.module.named_modules()}
-    found = [] if part.dense is None else _linears(part.dense, block, "feed_forward", names)
+    members = [] if part.dense is None else _linears(part.dense, block, "feed_forward", names)
     if part.experts is not None:
         owner = part.experts.module
         for attribute in ("gate_up_proj", "down_proj"):
             weight = getattr(owner, attribute, None)
             if weight is not None and is_dense(weight) and weight.is_floating_point():
-                found.append(Matrix(f"{names[owner]}.{attribute}", block, "experts", owner, attribute))
-    return found
+                members.append(Matrix(f"{names[owner]}.{attribute}", block, "experts", owner, attribute))
+    return members
 
 
 def _linears(owner: nn.Module, block: int, part: str, names: dict[nn.Module, str]) -> list[Matrix]:
@@ -202,7 +203,7 @@ class _Collector:
         self._add(name, self._moments(x.reshape(-1, x.shape[-1])[self.mask_T].float()))
 
     def experts(
-        self, names: dict[str, str], module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+        self, names: dict[str, str], module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
     ) -> None:
         """Add the inputs of both stacks; each expert runs on its own tokens once more for those of its second matrix.
 
@@ -236,8 +237,8 @@ class _Collector:
             gram = None if new.gram is None else new.gram.to(self.dtype)
             self.moments[name] = Moments(new.tokens, new.squares.to(self.dtype), gram)
             return
-        both = None if new.gram is None or total.gram is None else total.gram.add_(new.gram)
-        self.moments[name] = Moments(total.tokens + new.tokens, total.squares + new.squares, both)
+        gram = None if new.gram is None or total.gram is None else total.gram.add_(new.gram)
+        self.moments[name] = Moments(total.tokens + new.tokens, total.squares + new.squares, gram)
 
 
 def _stacked(experts: Sequence[Moments]) -> Moments:

@@ -1,7 +1,7 @@
-"""Is this folder a checkpoint of that model? Answered without torch, before anything runs.
+"""Checks that a folder is a complete checkpoint of a model, without torch, before anything runs.
 
-Reads the configuration, the index and the headers of the safetensors files. Does not read the weights themselves: a
-file whose header promises more bytes than it holds is found, a flipped bit is not.
+Reads the configuration, the index and the headers of the safetensors files, not the weights themselves: a file that is
+shorter than its header says is found, a flipped bit is not.
 """
 
 import json
@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.models import parameters
 
 MANIFEST = "workbench.json"
-ALIGNMENT = 64  # bytes: a cache line, and what torch gives a fresh tensor on a processor
+ALIGNMENT = 64  # bytes: a cache line, and the alignment of torch's own tensors on a CPU
 
 
 def folder_of(name: str, checkpoints: str | Path) -> Path:
@@ -21,15 +21,15 @@ def folder_of(name: str, checkpoints: str | Path) -> Path:
 
 
 def check_checkpoint(name: str, folder: str | Path) -> Path:
-    """Return `folder` if it is a whole checkpoint of model `name`. Raises UserError naming the file at fault."""
+    """Return `folder` if it is a complete checkpoint of model `name`. Raises UserError naming the faulty file."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there")
     expected = parameters.read(name).architecture
-    found = _json(folder / "config.json").get("model_type")
-    if found != expected:
+    actual = _json(folder / "config.json").get("model_type")
+    if actual != expected:
         raise UserError(
-            f'{folder}/config.json: architecture "{found}", but {name} is "{expected}"; give a checkpoint of {name}'
+            f'{folder}/config.json: architecture "{actual}", but {name} is "{expected}"; give a checkpoint of {name}'
         )
     for file, tensors in _shards(folder).items():
         missing = set(tensors) - set(_header(folder / file))
@@ -53,7 +53,7 @@ def _json(path: Path) -> dict:
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
-    """Return the weight files of `folder`, each with the tensors the index expects in it (none without an index)."""
+    """Return the weight files of `folder`, each with the tensors that the index expects there (none without index)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards: dict[str, list[str]] = {}
@@ -69,7 +69,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 
 
 def _header(path: Path) -> dict:
-    """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if cut short."""
+    """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if truncated."""
     if not path.is_file():
         raise UserError(f"{path}: missing, though the index names it")
     size = path.stat().st_size
@@ -85,23 +85,23 @@ def _header(path: Path) -> dict:
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
-        raise UserError(f"{path}: truncated: {size} bytes, but its header speaks of {end}; copy it again")
+        raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
     return header
 
 
 def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Return every tensor's shape, by name, over all weight files of `folder`."""
+    """Return the shape of every tensor in the weight files of `folder`, by name."""
     folder = Path(folder)
     return {name: tuple(entry["shape"]) for file in _shards(folder) for name, entry in _header(folder / file).items()}
 
 
 def tensor_places(folder: str | Path) -> dict[str, tuple[Path, int, int, str, tuple[int, ...]]]:
-    """Return where every tensor lies: name → (file, offset in bytes, length in bytes, dtype as stored, shape).
+    """Return the place of every tensor: name → (file, offset in bytes, length in bytes, dtype as stored, shape).
 
-    Raises UserError where a file is missing or cut short, or the index names what no file holds.
+    Raises UserError for a missing or truncated file, and for a tensor that the index names but no file holds.
     """
     folder = Path(folder)
-    found = {}
+    places = {}
     for file, expected in _shards(folder).items():
         path = folder / file
         header = _header(path)
@@ -111,11 +111,5 @@ def tensor_places(folder: str | Path) -> dict[str, tuple[Path, int, int, str, tu
             start = 8 + struct.unpack("<Q", opened.read(8))[0]
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            found[name] = (path, start + first, last - first, entry["dtype"], tuple(entry["shape"]))
-    return found
-
-
-def weights_bytes_on_disk(folder: str | Path) -> int:
-    """Return the bytes of the weight files of `folder`."""
-    folder = Path(folder)
-    return sum((folder / file).stat().st_size for file in _shards(folder))
+            places[name] = (path, start + first, last - first, entry["dtype"], tuple(entry["shape"]))
+    return places

@@ -1,20 +1,23 @@
-"""Models to and from checkpoint folders: building, saving, loading (pruned and factored ones too), hashing.
+"""Models and checkpoint folders: building, saving, loading (pruned and factored models too), hashing.
 
-A proxy is an ordinary checkpoint folder, so the path that real checkpoints take runs everywhere. Knows nothing of
-scales, parameter files, tasks, measuring or optimizations. Offline unless a hub id is given.
+A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Knows nothing of scales,
+parameter files, tasks, measuring or optimizations. Offline unless a hub id is given.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
@@ -41,9 +44,9 @@ def build(
     seed: int = 0,
     tiled: bool = False,
 ) -> nn.Module:
-    """Build a model from a configuration with random weights (none at all on device `meta`), ready for inference.
+    """Build a model from a configuration with random weights (none on device `meta`), ready for inference.
 
-    `tiled`: large tensors repeat a tile, for models that are only timed; what is to be trained is drawn in full.
+    `tiled`: large tensors repeat a tile, for models that are only timed; without it every weight is drawn.
     """
     configuration = AutoConfig.for_model(architecture, **config)
     with torch.random.fork_rng(devices=[]), torch.device(device), Tiled() if tiled else nullcontext():
@@ -52,22 +55,22 @@ def build(
     return ready(model)
 
 
-def load_image_processor(folder: Path | str) -> object:
-    """Load the image processor of a vision-language checkpoint on the PIL path, which needs no torchvision."""
+def load_image_processor(folder: Path | str) -> BaseImageProcessor:
+    """Load the image processor of a vision-language checkpoint, based on PIL: it needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
-def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, image_processor: object = None) -> Path:
-    """Save a model as a checkpoint folder that `load_folder` reads, with a manifest of its widths and of its factored
-    matrices; return the folder. Tied weights are stored once, and tensors begin at aligned bytes.
+def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_processor: Any = None) -> Path:
+    """Save a model as a checkpoint folder for `load_folder`; return the folder.
 
-    Where every block has the shapes that the configuration implies, and nothing is factored, transformers reads the
-    folder as well.
+    A manifest lists the widths of each block and the factored and sparse matrices. Tied weights are stored once, and
+    tensors begin at aligned bytes. If every block has the shapes that the configuration implies, and nothing is
+    factored or sparse, transformers reads the folder too.
     """
     folder = Path(folder)
-    model.save_pretrained(folder, state_dict={})  # its configurations; the weights are written as we want them
+    model.save_pretrained(folder, state_dict={})  # configurations only; the weights are written aligned below
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     weight_file.write(folder / WEIGHTS, stored)
@@ -78,13 +81,12 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, imag
             "channels": block.feed_forward.channels,
             "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
         }
-        | told
-        for block, told in zip(anatomy(model).blocks, no_op.describe(model))
+        | no_op_entry
+        for block, no_op_entry in zip(anatomy(model).blocks, no_op.describe(model))
     ]
     manifest: dict[str, object] = {"blocks": blocks}
-    manifest |= {
-        name: found for name, found in (("factors", factored.ranks(model)), ("sparse", sparse.describe(model))) if found
-    }
+    sections = {"factors": factored.ranks(model), "sparse": sparse.describe(model)}
+    manifest |= {name: section for name, section in sections.items() if section}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for part in (tokenizer, image_processor):
         if part is not None:
@@ -93,8 +95,10 @@ def save(model: nn.Module, folder: Path | str, *, tokenizer: object = None, imag
 
 
 def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """Load a checkpoint folder (or hub id) for inference; with our manifest each block may have a shape of its own, and
-    matrices may be stored in factors.
+    """Load a checkpoint folder (or hub id) for inference.
+
+    With a manifest of `save`, blocks may differ in shape and matrices may be stored as factors or sparse. Raises
+    UserError for missing weights.
     """
     if (Path(folder) / MANIFEST).is_file():
         model = _load_with_manifest(Path(folder), dtype, device)
@@ -110,9 +114,9 @@ def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: st
 
 
 def _aligned(model: nn.Module) -> nn.Module:
-    """Move weights that lie askew in a mapped file into memory of their own, aligned as fresh tensors are.
+    """Copy weights that are misaligned in a mapped file into aligned memory.
 
-    Products round differently, and run slower, over misaligned memory: an arm read from disk would differ from the same
+    Products over misaligned memory round differently and run slower: an arm loaded from disk would differ from the same
     arm in memory.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -122,10 +126,10 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) -> nn.Module:
-    """Build the configuration's model without weights, give every parameter the stored tensor, whatever its shape.
+    """Build the configuration's model without weights, then assign the stored tensors, whatever their shapes.
 
-    Tensors are read one by one into memory of their own, as a model has them that was built in memory: of a mapped file
-    the system may take pages away, and then a peak lacks them.
+    Tensors are read one by one into memory of their own, as in a model built in memory: the system may evict the pages
+    of a mapped file, and a measured peak would miss them.
     """
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
@@ -134,20 +138,24 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     no_op.restore(model, manifest.get("blocks", []))
     factored.restore(model, manifest.get("factors", {}))
     with closing(weight_file.WeightFile(folder)) as file:
-        stored = {name: partial(file.tensor, place) for name, place in file.places.items()}
+        stored: dict[str, Callable[[], torch.Tensor]] = {
+            name: partial(file.tensor, place) for name, place in file.places.items()
+        }
         sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
         for name, old in [*model.named_parameters(), *model.named_buffers()]:
             if name in stored:
                 _place(model, name, old, stored.pop(name)(), dtype, device)
     model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left or stored:
-        raise UserError(f"{folder}: weights and configuration do not fit at {(left or sorted(stored))[0]}")
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or stored:
+        raise UserError(f"{folder}: weights and configuration do not fit at {(missing or sorted(stored))[0]}")
     return synchronise(model.to(device))
 
 
-def _place(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, dtype, device: str) -> None:
-    """Put a stored tensor where `old` is; parameters take `dtype`, buffers keep their own."""
+def _place(
+    model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype | None, device: str
+) -> None:
+    """Replace the tensor `old`, called `name`, by a stored one; parameters take `dtype`, buffers keep their own."""
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
     if isinstance(old, nn.Parameter):
@@ -160,17 +168,17 @@ def _place(model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor,
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer.
 
-    Pieces of at most HASHED_BYTES are hashed side by side, wherever they lie; the hash is of theirs, in order.
+    Pieces of at most HASHED_BYTES are hashed in parallel; the result is the hash of their hashes, in order.
     """
 
     def digest(piece: torch.Tensor) -> bytes:
-        return hashlib.sha256(piece.cpu().numpy()).digest()
+        return hashlib.sha256(piece.cpu().numpy().data).digest()
 
     whole = hashlib.sha256()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, tensor in sorted(model.state_dict().items()):
             whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             pieces = tensor.detach().contiguous().flatten().view(torch.uint8).split(HASHED_BYTES)
-            for found in pool.map(digest, pieces):
-                whole.update(found)
+            for piece_digest in pool.map(digest, pieces):
+                whole.update(piece_digest)
     return whole.hexdigest()

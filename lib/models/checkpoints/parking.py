@@ -1,7 +1,7 @@
-"""Weights that for a while are on disk alone: their memory serves others meanwhile, and they are read again afterwards.
+"""Weights that are on disk only for a while: their memory is free meanwhile, and they are read again afterwards.
 
-Parked are dense tensors on a processor that the files hold as they are; all else stays where it is, and so does what
-someone else holds a view of.
+Only dense CPU tensors that the files hold unchanged are parked; everything else stays in memory, as do tensors that
+share their storage with a larger one.
 """
 
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.models.checkpoints.weight_file import Place, WeightFile
+from lib.models.checkpoints.weight_file import TensorPlace, WeightFile
 from lib.models.structure import sparse
 
 
 @contextmanager
 def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
-    """Within, the models have no weights and cannot run; `saved` says for each in which folder `io.save` put them.
+    """Within, the models have no weights and cannot run. `saved`: (model, folder that `io.save` wrote) for each.
 
-    Tensors that share their memory, within a model or between two, share it again. Raises UserError at the end where
-    the files can no longer be read.
+    Tensors that shared memory, within a model or between two, share it again afterwards. Raises UserError at the end if
+    the files cannot be read any more.
     """
     with ExitStack() as opened:
-        held: dict[tuple, tuple[WeightFile, Place]] = {}
+        parkable: dict[tuple, tuple[WeightFile, TensorPlace]] = {}
         sharing: dict[tuple, list[torch.Tensor]] = {}
         for model, folder in saved:
             file = opened.enter_context(closing(WeightFile(folder)))
@@ -31,17 +31,17 @@ def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
                 memory = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
                 sharing.setdefault(memory, []).append(tensor)
                 if _holds(file, name, tensor):
-                    held[memory] = file, file.places[name]
-        groups = [(*place, sharing[memory]) for memory, place in held.items()]
-        for _, place, alike in groups:
-            for tensor in alike:
+                    parkable[memory] = file, file.places[name]
+        groups = [(*place, sharing[memory]) for memory, place in parkable.items()]
+        for _, place, sharers in groups:
+            for tensor in sharers:
                 tensor.data = torch.empty(0, dtype=place.dtype)
         try:
             yield
         finally:
-            for file, place, alike in groups:
+            for file, place, sharers in groups:
                 whole = file.tensor(place)
-                for tensor in alike:
+                for tensor in sharers:
                     tensor.data = whole
 
 
@@ -53,7 +53,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _holds(file: WeightFile, name: str, tensor: torch.Tensor) -> bool:
-    """Return whether the file has this tensor, and memory is gained by giving it up: it is no part of a larger one."""
+    """Return whether the file holds this tensor and freeing it gains memory: it is not part of a larger storage."""
     place = file.places.get(name)
     return (
         place is not None

@@ -1,6 +1,6 @@
-"""Where a checkpoint's weights go: whole onto the device that holds them, else streamed from their files.
+"""Decides where the weights of a checkpoint go: whole onto the device if they fit, else streamed from their files.
 
-Counts bytes from the headers before anything is read. Knows nothing of what will be done with the model.
+Counts bytes from the headers before anything is read. Knows nothing of what the model is used for.
 """
 
 import math
@@ -14,11 +14,11 @@ from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import folder as checkpoint
 
 WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for the cache, activations and a prompt's logits
-STREAMED_SHARE = 0.6  # of the free memory, where the weights do not fit anyhow
+STREAMED_SHARE = 0.6  # of the free memory, if the weights do not fit
 
 
 def free_bytes(device: str) -> int:
-    """Return the memory that is free on a device, in bytes."""
+    """Return the free memory of a device, in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     return memory_limits.free_memory_bytes()
@@ -30,15 +30,16 @@ def weights_bytes(folder: Path | str, dtype: torch.dtype) -> int:
 
 
 def allowance_bytes(folder: Path | str, dtype: torch.dtype, device: str, free: int | None = None) -> int | None:
-    """Return None where the weights fit whole into `free` bytes (by default what is free on the device), else how many
-    of them may be in memory at a time.
+    """Return None if the weights fit into `free` bytes, else how many bytes of them may be in memory at a time.
+
+    `free` defaults to the free memory of the device.
     """
     free = free_bytes(device) if free is None else free
     return None if weights_bytes(folder, dtype) <= WEIGHTS_SHARE * free else int(STREAMED_SHARE * free)
 
 
 def require_room(model: nn.Module, copies: int, what: str) -> None:
-    """Raise NotApplicable where so many copies of a model do not fit beside it into the memory that is free."""
+    """Raise NotApplicable if this many copies of a model do not fit into the free memory beside it."""
     weight = next(model.parameters())
     each = sum(parameter.nbytes for parameter in model.parameters())
     free = free_bytes(str(weight.device))
@@ -50,13 +51,13 @@ def require_room(model: nn.Module, copies: int, what: str) -> None:
 
 
 def fetch(hub_id: str) -> Path:
-    """Return the folder of a hub's checkpoint in the local cache, downloaded if need be. Raises UserError."""
+    """Return the folder of a hub checkpoint in the local cache, downloaded if necessary. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{hub_id}: cannot be fetched from the hub ({type(error).__name__}); "

@@ -1,31 +1,36 @@
 """Random weights of real sizes in seconds: large tensors repeat a tile of random values.
 
-Torch draws random values on a processor by one thread, a hundred million a second or fewer: half a minute for two
-billion weights, and each child process that measures memory draws them again. Speed and memory do not depend on values;
-a tile whose length is prime leaves no two rows of a matrix alike. Knows nothing of models.
+Torch draws random values on a CPU with one thread, at most a hundred million per second: half a minute for two billion
+weights, and every child process that measures memory draws them again. Speed and memory do not depend on the values; a
+tile of prime length leaves no two rows of a matrix alike. Knows nothing of models.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 TILE = 1_048_573  # the largest prime below 2**20
-LARGE = 4 * TILE  # elements; smaller tensors are drawn as always
+LARGE = 4 * TILE  # elements; smaller tensors are drawn in full
 DRAWING = ("normal_", "uniform_", "kaiming_uniform_")  # by name: transformers wraps those of torch
 
 
 class Tiled(TorchFunctionMode):
-    """While open, what draws random values fills large contiguous tensors on a processor with repetitions of a tile."""
+    """Inside this mode, functions that draw random values fill large contiguous CPU tensors with copies of a tile."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") not in DRAWING:
             return function(*args, **kwargs)
-        tensor, *others = args or (kwargs.pop("tensor"),)
+        tensor, *arguments = args or (kwargs.pop("tensor"),)
         if not _large(tensor):
-            return function(tensor, *others, **kwargs)
+            return function(tensor, *arguments, **kwargs)
         with torch.no_grad():
             first = -(-TILE * len(tensor) // tensor.numel())  # rows that hold a tile
-            function(tensor[:first], *others, **kwargs)
+            function(tensor[:first], *arguments, **kwargs)
             repeat(tensor.view(-1))
         return tensor
 
@@ -35,7 +40,7 @@ def _large(tensor: torch.Tensor) -> bool:
 
 
 def repeat(flat: torch.Tensor) -> None:
-    """Fill a flat tensor with repetitions of its first TILE elements, in place."""
+    """Fill a flat tensor with copies of its first TILE elements, in place."""
     tile, whole = flat[:TILE].clone(), len(flat) // TILE
     flat[: whole * TILE].view(whole, TILE).copy_(tile)
     flat[whole * TILE :].copy_(tile[: len(flat) % TILE])

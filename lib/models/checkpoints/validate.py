@@ -1,9 +1,9 @@
-"""Do the tensors of a checkpoint folder fit its architecture? Answered from names and shapes; no weight is read.
+"""Checks that the tensors of a checkpoint folder fit its architecture, by names and shapes; no weight is read.
 
-Every stored tensor is handed to transformers without its bytes (on the device `meta`), so that its own renaming and
-stacking decides what fits. Whether files are whole is `folder.py`'s to say. Planning does not import torch and asks a
-process of its own: `python -m lib.models.checkpoints.validate FOLDER …` prints the fault of each folder, one line each,
-and exits with 1 where there is one.
+Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that its own renaming and
+stacking decides what fits. `folder.py` checks that files are complete. Planning does not import torch and runs the
+check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line for each faulty folder and
+exits with 1 if there is any.
 """
 
 import re
@@ -12,21 +12,22 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.models.checkpoints.folder import MANIFEST, tensor_places
 from lib.models.parameters import ROOT
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
-PICTURES = "preprocessor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
 def check(folders: Iterable[Path | str]) -> None:
-    """Raise UserError with the first fault of these folders, found in a process of its own."""
-    told = [str(folder) for folder in folders]
+    """Raise UserError with the first fault of these folders; the check runs in a process of its own."""
+    paths = [str(folder) for folder in folders]
     ended = subprocess.run(
-        [sys.executable, "-m", "lib.models.checkpoints.validate", *told],
+        [sys.executable, "-m", "lib.models.checkpoints.validate", *paths],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -38,9 +39,9 @@ def check(folders: Iterable[Path | str]) -> None:
 
 
 def fault(folder: Path | str) -> str | None:
-    """Return None, or in one line which tensor is missing or of another shape than the architecture's.
+    """Return None, or in one line which tensor is missing or differs in shape from the architecture.
 
-    What a checkpoint holds besides (layers that predict further tokens) is not asked for, and no fault.
+    Further tensors in the checkpoint (layers that predict further tokens) are no fault.
     """
     import torch
     from transformers import AutoConfig
@@ -60,32 +61,33 @@ def fault(folder: Path | str) -> str | None:
         for name, place in places.items()
     }
     configuration = AutoConfig.from_pretrained(folder)
-    made = auto_class(configuration)._model_mapping[type(configuration)]
+    auto: Any = auto_class(configuration)
+    model_class = auto._model_mapping[type(configuration)]
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
     try:
-        _, report = made.from_pretrained(None, config=configuration, state_dict=stored, **options)
+        _, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
     except (RuntimeError, ValueError) as error:
         return f"{folder}: its tensors do not fit {configuration.model_type} ({' '.join(str(error).split())[:160]})"
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        return f"{folder}: {name} has the shape {tuple(found)}, expected {tuple(expected)} by config.json"
+    for name, shape, expected in sorted(report["mismatched_keys"]):
+        return f"{folder}: {name} has the shape {tuple(shape)}, expected {tuple(expected)} by config.json"
     for name in sorted(report["missing_keys"]):
         return f"{folder}: the checkpoint lacks {name}, which config.json asks for"
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"{folder}: holds no tokenizer; expected one of {', '.join(TOKENIZERS)}"
-    if hasattr(configuration, "vision_config") and not (folder / PICTURES).is_file():
-        return f"{folder}: holds no {PICTURES}, which says how pictures are prepared"
+    if hasattr(configuration, "vision_config") and not (folder / IMAGE_PROCESSOR).is_file():
+        return f"{folder}: holds no {IMAGE_PROCESSOR}, the configuration of the image processor"
     return None
 
 
 def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return None, or which tensor of an expert stored by itself differs from its siblings or is missing."""
+    """Return None, or which tensor of an individually stored expert is missing or differs from its siblings."""
     groups: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if match := EXPERT.fullmatch(name):
             groups.setdefault((match[1], match[3]), {})[int(match[2])] = shape
     for (before, after), by_expert in groups.items():
         usual = Counter(by_expert.values()).most_common(1)[0][0]
-        count = max(max(found) for (where, _), found in groups.items() if where == before) + 1
+        count = max(max(indices) for (prefix, _), indices in groups.items() if prefix == before) + 1
         for expert in range(count):
             if expert not in by_expert:
                 return f"the checkpoint lacks {before}.{expert}.{after}; the other experts have theirs"
@@ -101,7 +103,7 @@ def main(folders: list[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.CRITICAL)
-    faults = [found for folder in folders if (found := fault(folder))]
+    faults = [line for folder in folders if (line := fault(folder))]
     print("\n".join(faults))
     return 1 if faults else 0
 

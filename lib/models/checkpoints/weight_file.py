@@ -1,10 +1,10 @@
-"""Weights read from safetensors files piece by piece, straight into memory that already exists; every byte is counted.
-And written so that they may be used where the file is mapped.
+"""Weights of safetensors files: read in pieces straight into existing memory, with every byte counted; written so that
+they can be used from a mapped file.
 
-A read takes any number of places at once: neighbours in the file are fetched by one system call, scattered to aligned
-destinations, without a copy in between (the page cache's own copy aside). Whether a byte came from the disk or from
-the page cache is the system's affair; with `drop` each read is forgotten by the page cache, so that the next one comes
-from the disk. Knows nothing of models.
+One read takes any number of places: neighbours in the file are fetched by one system call and scattered to aligned
+destinations, without a copy in between (apart from that of the page cache). The system decides whether a byte comes
+from the disk or the page cache; with `drop` the page cache forgets what was read, so that the next read comes from the
+disk. Knows nothing of models.
 """
 
 import json
@@ -12,11 +12,10 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lib.errors import UserError
@@ -32,8 +31,8 @@ MOST_AT_ONCE = 512  # destinations of one system call; the system's own limit is
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor, or some rows of one, lies in a file."""
+class TensorPlace:
+    """The position in a file of a tensor, or of some of its rows."""
 
     file: Path
     offset: int
@@ -41,30 +40,30 @@ class Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def rows(self, first: int, last: int) -> "Place":
+    def rows(self, first: int, last: int) -> "TensorPlace":
         """Return the place of rows `first` to `last` (not included) along the first dimension."""
         row = self.nbytes // self.shape[0]
-        return Place(
+        return TensorPlace(
             self.file, self.offset + first * row, (last - first) * row, self.dtype, (last - first, *self.shape[1:])
         )
 
-    def element(self, index: int) -> "Place":
+    def element(self, index: int) -> "TensorPlace":
         """Return the place of one entry along the first dimension, without that dimension."""
-        one = self.rows(index, index + 1)
-        return Place(one.file, one.offset, one.nbytes, one.dtype, one.shape[1:])
+        row = self.rows(index, index + 1)
+        return replace(row, shape=row.shape[1:])
 
 
-Piece = tuple[Place, torch.Tensor]  # what to read, and the uint8 memory [nbytes] on the processor to read it into
+Piece = tuple[TensorPlace, torch.Tensor]  # what to read, and the CPU memory [nbytes], uint8, to read it into
 
 
-def places(folder: str | Path) -> dict[str, Place]:
+def places(folder: str | Path) -> dict[str, TensorPlace]:
     """Return the place of every tensor of a checkpoint folder. Raises UserError for a damaged file or unknown dtype."""
-    found = {}
+    by_name = {}
     for name, (file, offset, nbytes, dtype, shape) in checkpoint.tensor_places(folder).items():
         if dtype not in DTYPES:
             raise UserError(f"{file}: {name} is stored as {dtype}; expected one of {', '.join(DTYPES)}")
-        found[name] = Place(file, offset, nbytes, DTYPES[dtype], shape)
-    return found
+        by_name[name] = TensorPlace(file, offset, nbytes, DTYPES[dtype], shape)
+    return by_name
 
 
 def aligned(nbytes: int) -> int:
@@ -73,18 +72,18 @@ def aligned(nbytes: int) -> int:
 
 
 def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
-    """Return uninitialised memory [nbytes] on the processor whose first byte is aligned."""
+    """Return uninitialised CPU memory [nbytes], uint8, whose first byte is aligned."""
     room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
     start = -room.data_ptr() % ALIGNMENT
     return room[start : start + nbytes]
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as one safetensors file, each at an aligned byte. (Behind one whose size is no multiple, others lie
-    askew, since the format allows no gaps: such come last.)
+    """Write tensors as one safetensors file, each at an aligned byte.
 
-    Products over memory that lies askew are slower and round differently, and a mapped file is such memory: what reads
-    it would have to hold all weights twice for a moment. Raises UserError for a dtype that is not among DTYPES.
+    The format allows no gaps: tensors whose size is no multiple of the alignment come last, where they may misalign
+    only each other. Products over misaligned memory are slower and round differently, so that a reader of a misaligned
+    mapped file would have to hold all weights twice for a moment. Raises UserError for a dtype that is not in DTYPES.
     """
     names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -95,62 +94,66 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise UserError(f"{path}: {name} cannot be stored as {tensor.dtype}; expected one of {', '.join(DTYPES)}")
         place = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-(8 + len(told)) % ALIGNMENT)
-    beside = path.with_suffix(".writing")  # what is mapped from an older file of this name stays whole
-    with beside.open("wb") as file:
-        for piece in _whole_pieces(struct.pack("<Q", len(told)) + told, (tensors[name] for name in ordered)):
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
+    temporary = path.with_suffix(".writing")  # mappings of an older file of this name stay valid
+    with temporary.open("wb") as file:
+        for piece in _whole_pieces(struct.pack("<Q", len(encoded)) + encoded, (tensors[name] for name in ordered)):
             file.write(piece)
-    beside.replace(path)
+    temporary.replace(path)
 
 
-def _whole_pieces(begun: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
-    """Yield all bytes of a file in pieces of WRITTEN, only the last one shorter: the page cache keeps a file that is
-    written so in large pages, which are mapped ten times as fast (1,600 against 160 GB/s, ext4, Linux 6.18).
+def _whole_pieces(start: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
+    """Yield all bytes of a file in pieces of WRITTEN bytes, only the last one shorter.
+
+    The page cache holds a file that is written so in large pages, which are mapped ten times as fast (1,600 against
+    160 GB/s, ext4, Linux 6.18).
     """
     staged, filled = memoryview(bytearray(WRITTEN)), 0
-    for data in chain([begun], (piece for tensor in tensors for piece in _bytes(tensor))):
-        rest = memoryview(data)
+    for data in chain([memoryview(start)], (piece for tensor in tensors for piece in _bytes(tensor))):
+        rest = data
         while len(rest):
-            taken = rest[: WRITTEN - filled]
-            staged[filled : filled + len(taken)] = taken
-            filled, rest = filled + len(taken), rest[len(taken) :]
+            fitting = rest[: WRITTEN - filled]
+            staged[filled : filled + len(fitting)] = fitting
+            filled, rest = filled + len(fitting), rest[len(fitting) :]
             if filled == WRITTEN:
                 yield staged
                 filled = 0
     yield staged[:filled]
 
 
-def _bytes(tensor: torch.Tensor) -> Iterator[np.ndarray]:
+def _bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().flatten()
     for piece in flat.view(torch.uint8).split(WRITTEN) if flat.numel() else ():
-        yield piece.cpu().numpy()
+        yield piece.cpu().numpy().data
 
 
 class WeightFile:
-    """The open weight files of one checkpoint folder. `bytes_read` counts what was read since it was opened; while
-    `log` is a list, every call of `read` leaves there what reads the same once more.
+    """The open weight files of one checkpoint folder. `bytes_read` counts the bytes read since it was opened.
+
+    While `log` is a list, every read appends a function that repeats it.
     """
 
     def __init__(self, folder: str | Path, *, drop: bool = False):
         self.folder, self.drop = Path(folder), drop
         if drop and not hasattr(os, "posix_fadvise"):
-            raise UserError("page_cache drop: this system cannot forget what it has read; use keep")
+            raise UserError("page_cache drop: this system cannot drop pages from its page cache; use keep")
         self.places = places(folder)
         self.bytes_read = 0
         self.log: list[Callable[[], None]] | None = None
         self._counting = threading.Lock()
         self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
 
-    def tensor(self, place: Place) -> torch.Tensor:
-        """Return one tensor, read into memory of its own."""
+    def tensor(self, place: TensorPlace) -> torch.Tensor:
+        """Read one tensor into memory of its own and return it."""
         memory = torch.empty(place.nbytes, dtype=torch.uint8)
         self.read([(place, memory)])
         return memory.view(place.dtype).view(place.shape)
 
     def read(self, pieces: Iterable[Piece]) -> None:
-        """Read every piece into its memory. Raises UserError where a file ends early or cannot be read: then no piece
-        of this call may be used.
+        """Read every piece into its memory.
+
+        Raises UserError if a file ends early or cannot be read; then no piece of this call may be used.
         """
         total, pieces = 0, list(pieces)
         for run in _runs(pieces):
@@ -163,45 +166,45 @@ class WeightFile:
         self.count(total, lambda: self.read(pieces))
 
     def count(self, nbytes: int, again: Callable[[], None]) -> None:
-        """Count bytes that were read, and note what reads them once more."""
+        """Count bytes that were read, and log the function that reads them again."""
         with self._counting:
             self.bytes_read += nbytes
             if self.log is not None:
                 self.log.append(again)
 
     def size(self, file: Path) -> int:
-        """Return the bytes that a file has now."""
+        """Return the present size of a file in bytes."""
         return os.fstat(self._open[file]).st_size
 
     def _fill(self, file: Path, offset: int, memories: list[torch.Tensor]) -> None:
-        waiting = [memoryview(memory.numpy()) for memory in memories if memory.numel()]
+        waiting = [memory.numpy().data for memory in memories if memory.numel()]
         while waiting:
             try:
-                got = _read_into(self._open[file], waiting, offset)
+                read_bytes = _read_into(self._open[file], waiting, offset)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}) at byte {offset}") from None
-            if got == 0:
+            if read_bytes == 0:
                 missing = sum(map(len, waiting))
                 raise UserError(
                     f"{file}: truncated while it was being streamed: it ends at byte {offset}, {missing} bytes early; "
                     "copy it again"
                 )
-            offset += got
-            while waiting and got >= len(waiting[0]):
-                got -= len(waiting.pop(0))
-            if got:
-                waiting[0] = waiting[0][got:]
+            offset += read_bytes
+            while waiting and read_bytes >= len(waiting[0]):
+                read_bytes -= len(waiting.pop(0))
+            if read_bytes:
+                waiting[0] = waiting[0][read_bytes:]
 
     def forget(self) -> None:
-        """Let the page cache forget the files, so that the next reads come from the disk (written pages only)."""
+        """Drop the files from the page cache, so that the next reads come from the disk."""
         if not hasattr(os, "posix_fadvise"):
-            raise UserError("this system cannot forget what it has read")
+            raise UserError("this system cannot drop pages from its page cache")
         for handle in self._open.values():
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the files; reading is an error from here on."""
+        """Close the files; reading fails from then on."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -222,7 +225,7 @@ def _seek_and_read(handle: int, memories: list[memoryview], offset: int) -> byte
 
 
 def _runs(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Return the pieces grouped into stretches without a gap, in the order of the files."""
+    """Return the pieces grouped into runs without a gap, sorted by file and offset."""
     runs: list[list[Piece]] = []
     end = None
     for place, memory in sorted(pieces, key=lambda piece: (str(piece[0].file), piece[0].offset)):

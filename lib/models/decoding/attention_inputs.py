@@ -1,7 +1,7 @@
-"""What the heads of a model work on: the queries, keys and values of one prompt, as the attention function gets them.
+"""The inputs of a model's attention heads: queries, keys and values of one prompt, as the attention function gets them.
 
-Knows nothing of how attention is computed instead. `sharing` gives the copy of a model whose attention can be exchanged
-without touching the caller's.
+`sharing` makes a copy of a model whose attention can be replaced without touching the original. Knows nothing of what
+replaces attention.
 
 Shapes: H query heads, G key-value heads, T tokens, D and V head sizes.
 """
@@ -9,6 +9,7 @@ Shapes: H query heads, G key-value heads, T tokens, D and V head sizes.
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +37,11 @@ class Heads:
         return self.query_HTD.shape[1]
 
     def first(self, tokens: int) -> "Heads":
-        """Return the same heads at work on the first `tokens` tokens: causal, so nothing else changes."""
-        parts = (part[:, :tokens].contiguous() for part in (self.query_HTD, self.key_GTD, self.value_GTV))
-        return Heads(self.index, *parts, self.scaling)
+        """Return the inputs of the same heads for the first `tokens` tokens: causal, so nothing else changes."""
+        query_HTD, key_GTD, value_GTV = self.query_HTD, self.key_GTD, self.value_GTV
+        cut = (query_HTD[:, :tokens], key_GTD[:, :tokens], value_GTV[:, :tokens])
+        query_HTD, key_GTD, value_GTV = (part.contiguous() for part in cut)
+        return Heads(self.index, query_HTD, key_GTD, value_GTV, self.scaling)
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -49,20 +52,22 @@ def sharing(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def watch(model: nn.Module, ids_1T: torch.Tensor, indices: Collection[int] | None = None) -> list[Heads]:
-    """Run one prompt through `model` (stock attention) and return the heads of its blocks, or of those in `indices`."""
-    watched, seen = sharing(model), []
+    """Run one prompt through `model` (stock attention); return the heads of its blocks, or of those in `indices`."""
+    watched: Any = sharing(model)
+    heads: list[Heads] = []
     watched.set_attn_implementation(NAME)
     for block in anatomy(watched).blocks:
-        wanted = indices is None or block.index in indices
-        block.attention.module.seen_heads = (block.index, seen) if wanted else None
+        observed_block = indices is None or block.index in indices
+        block.attention.module.observed_heads = (block.index, heads) if observed_block else None
     reset_rope_deltas(watched)
     watched(input_ids=ids_1T.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-    return seen
+    return heads
 
 
 def _watching(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
-    if found := getattr(module, "seen_heads", None):
-        found[1].append(Heads(found[0], query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), scaling))
+    if observed := getattr(module, "observed_heads", None):
+        index, heads = observed
+        heads.append(Heads(index, query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

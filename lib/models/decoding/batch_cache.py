@@ -1,19 +1,21 @@
-"""Sequences that decode together and come and go one by one: what iteration-level batching needs of a cache.
+"""A cache of sequences that decode together and join and leave one by one, as iteration-level scheduling needs it.
 
-Rows are padded on the left, so that every row's newest token stands in the last column; a mask hides the padding, and
-each row keeps its own positions, so a row computes what it would compute alone (up to rounding). Works on transformers'
-DynamicCache as it is: grouped-query keys and values, or GLM's latents, are both [B, heads, L, size]. Knows nothing of
-queues, clocks or policies. Yu et al. 2022 (Orca, OSDI), section 3.1, calls this iteration-level scheduling.
+Rows are padded on the left, so that the newest token of every row is in the last column; a mask hides the padding, and
+each row has its own positions, so that a row gives the result it would give alone (up to rounding). Works on
+transformers' DynamicCache: grouped-query keys and values, and GLM's latents, are both [B, heads, L, size]. Knows
+nothing of queues, clocks or policies. Iteration-level scheduling: Yu et al. 2022 (Orca, OSDI), section 3.1.
 
 Shapes: B rows, L columns of the cache, T prompt tokens, N new tokens.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from lib.errors import UserError
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
@@ -23,9 +25,9 @@ Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 
 @dataclass
 class Rows:
-    """B sequences under way. `token_B` is each row's newest token, not yet in the cache; `position_B` its position."""
+    """B sequences in decoding. `token_B`: newest token of each row, not in the cache yet; `position_B`: its place."""
 
-    cache: object
+    cache: DynamicCache
     mask_BL: torch.Tensor
     position_B: torch.Tensor
     token_B: torch.Tensor
@@ -35,37 +37,39 @@ class Rows:
 
     @property
     def length(self) -> int:
-        """Columns of the cache, padding included: the context of the longest row."""
+        """Columns of the cache including padding: the context of the longest row."""
         return self.mask_BL.shape[1]
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache really holds, padding included."""
+        """Bytes of the cache including padding."""
         return sum(part.numel() * part.element_size() for layer in self.cache.layers for part in _parts(layer))
 
 
 def joinable(model: nn.Module) -> str | None:
-    """Return None where rows can join and leave this model's cache, else the reason why not."""
+    """Return None if rows can join and leave this model's cache, else the reason why not."""
     config = anatomy(model).config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention"}:
-        return f"its cache has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}, which keep no whole rows"
+        return (
+            f"its cache has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}, which store no whole rows"
+        )
     return None
 
 
 @torch.inference_mode()
 def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
-    """Read prompts of any lengths in one pass and return their rows with the first greedy token of each.
+    """Process prompts of any lengths in one pass; return their rows with the first greedy token of each.
 
-    A prompt is ids [T]; or, alone, a dictionary of model inputs [1, T] (with pictures). Raises UserError for no prompt,
-    an empty one, or pictures beside other prompts.
+    A prompt is ids [T], or, if it is the only one, a mapping of model inputs [1, T] (with images). Raises UserError
+    without a prompt, for an empty one, and for images beside other prompts.
     """
     if not prompts:
-        raise UserError("rows: no prompt to read; give at least one")
+        raise UserError("rows: no prompt; give at least one")
     reset_rope_deltas(model)
     device = next(model.parameters()).device
     if isinstance(prompts[0], Mapping):
-        return _prefill_pictures(model, prompts, device)
+        return _prefill_images(model, prompts, device)
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
         raise UserError("rows: a prompt is empty; every prompt needs at least one token")
@@ -90,10 +94,10 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
     )
 
 
-def _prefill_pictures(model: nn.Module, prompts: Sequence[Prompt], device: torch.device) -> Rows:
-    """Read one prompt with pictures: the model places their patches itself, the next position follows from that."""
+def _prefill_images(model: nn.Module, prompts: Sequence[Prompt], device: torch.device) -> Rows:
+    """Process one prompt with images: the model places their patches, and the next position follows from that."""
     if len(prompts) > 1:
-        raise UserError("rows: a prompt with pictures is read alone; pass one prompt at a time and join the rows")
+        raise UserError("rows: a prompt with images is processed alone; pass one prompt at a time and join the rows")
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in prompts[0].items()}
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     ids_BT = inputs["input_ids"]
@@ -122,25 +126,25 @@ def step(model: nn.Module, rows: Rows) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def join(rows: Rows, more: Rows) -> Rows:
-    """Return the rows of both, in that order, in the cache of the first; neither may be used afterwards."""
-    length = max(rows.length, more.length)
-    for layer, other in zip(rows.cache.layers, more.cache.layers):
+def join(rows: Rows, joining: Rows) -> Rows:
+    """Return `rows` followed by `joining`, in the cache of `rows`; neither argument may be used afterwards."""
+    length = max(rows.length, joining.length)
+    for layer, joining_layer in zip(rows.cache.layers, joining.cache.layers):
         layer.keys, layer.values = (
-            torch.cat([_widened(mine, length), _widened(theirs, length)])
-            for mine, theirs in zip(_parts(layer), _parts(other))
+            torch.cat([_widened(part, length), _widened(joining_part, length)])
+            for part, joining_part in zip(_parts(layer), _parts(joining_layer))
         )
-    masks = [nn.functional.pad(one.mask_BL, (length - one.length, 0)) for one in (rows, more)]
+    masks = [nn.functional.pad(batch.mask_BL, (length - batch.length, 0)) for batch in (rows, joining)]
     rows.mask_BL = torch.cat(masks)
-    rows.position_B = torch.cat([rows.position_B, more.position_B])
-    rows.token_B = torch.cat([rows.token_B, more.token_B])
+    rows.position_B = torch.cat([rows.position_B, joining.position_B])
+    rows.token_B = torch.cat([rows.token_B, joining.token_B])
     return rows
 
 
 @torch.inference_mode()
-def keep(rows: Rows, kept: Sequence[int]) -> Rows:
-    """Drop every row but `kept` (indices), in place, and the columns that are then padding in all rows."""
-    index = torch.as_tensor(list(kept), device=rows.mask_BL.device)
+def keep(rows: Rows, indices: Sequence[int]) -> Rows:
+    """Drop all rows but those of `indices`, in place, and the columns that are then padding in all rows."""
+    index = torch.as_tensor(list(indices), device=rows.mask_BL.device)
     mask_BL = rows.mask_BL[index]
     first = int(mask_BL.any(0).int().argmax()) if len(index) else rows.length
     for layer in rows.cache.layers:
@@ -152,32 +156,31 @@ def keep(rows: Rows, kept: Sequence[int]) -> Rows:
 
 @torch.inference_mode()
 def repeat(rows: Rows, count: int) -> Rows:
-    """Return a new set of rows: each of `rows` `count` times. For timing large batches without reading long prompts."""
-    cache = copy.copy(rows.cache)
-    cache.layers = []
-    for layer in rows.cache.layers:
-        twin = copy.copy(layer)
-        twin.keys, twin.values = (part.repeat(count, 1, 1, 1) for part in _parts(layer))
-        cache.layers.append(twin)
+    """Return new rows: each of `rows` `count` times. For timing large batches without prefilling long prompts."""
+    cache = _mapped(rows.cache, lambda part: part.repeat(count, 1, 1, 1))
     return Rows(cache, rows.mask_BL.repeat(count, 1), rows.position_B.repeat(count), rows.token_B.repeat(count))
 
 
 @torch.inference_mode()
 def first(rows: Rows, length: int) -> Rows:
-    """Return a new set of rows as they stood after their first `length` columns; none may be padded. The newest token
-    is theirs to be set.
-    """
-    cache = copy.copy(rows.cache)
-    cache.layers = []
-    for layer in rows.cache.layers:
-        twin = copy.copy(layer)
-        twin.keys, twin.values = (part[:, :, :length].contiguous() for part in _parts(layer))
-        cache.layers.append(twin)
+    """Return new rows that hold the first `length` columns; none may be padded. The caller sets the newest token."""
+    cache = _mapped(rows.cache, lambda part: part[:, :, :length].contiguous())
     position_B = rows.position_B - (rows.length - length)
     return Rows(cache, rows.mask_BL[:, :length], position_B, rows.token_B.clone())
 
 
-def _parts(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _mapped(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+    """Return a copy of the cache with every tensor of keys and values replaced by what `change` makes of it."""
+    changed = copy.copy(cache)
+    changed.layers = []
+    for layer in cache.layers:
+        changed_layer = copy.copy(layer)
+        changed_layer.keys, changed_layer.values = (change(part) for part in _parts(layer))
+        changed.layers.append(changed_layer)
+    return changed
+
+
+def _parts(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.keys, layer.values
 
 

@@ -1,7 +1,9 @@
 """What transformers calls the cache of keys and values: `cache`, in releases before that `past_key_values`.
 
-Both names are taken; the one of the release that is installed is given on. Knows nothing of what a cache holds.
+Both names are accepted; the one of the installed release is passed on. Knows nothing of what a cache holds.
 """
+
+from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -9,17 +11,17 @@ NAMES = ("cache", "past_key_values")
 NAME = next(name for name in NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 
 
-def given(cache: object) -> dict[str, object]:
-    """Return a cache as the keyword argument that a model, a decoder and an attention of this release take."""
+def as_kwargs(cache: Any) -> dict[str, Any]:
+    """Return a cache as the keyword argument of a model, a decoder and an attention module of the installed release."""
     return {NAME: cache}
 
 
-def taken(arguments: dict[str, object]) -> object:
-    """Take the cache, by either name, out of keyword arguments; None where there is none."""
-    found = [arguments.pop(name, None) for name in NAMES]
-    return next((cache for cache in found if cache is not None), None)
+def pop_from(arguments: dict[str, Any]) -> Any:
+    """Remove the cache, by either name, from keyword arguments and return it; None without one."""
+    caches = [arguments.pop(name, None) for name in NAMES]
+    return next((cache for cache in caches if cache is not None), None)
 
 
-def of(output: object) -> object:
-    """Return the cache that a model gave back."""
+def of(output: object) -> Any:
+    """Return the cache of a model's output."""
     return getattr(output, NAME)

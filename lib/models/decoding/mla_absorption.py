@@ -1,25 +1,26 @@
 """Latent attention that decodes in the latent space: the expansion is absorbed into queries and outputs.
 
 Stock latent attention expands every cached latent to keys and values of all heads, again for each new token. Since
-q·(W_UK c) = (W_UKᵀ q)·c, the query can be brought to the latents instead, once per token, and the weighted sum of
-latents is expanded at the end (DeepSeek-V2, 2024, section 2.1.2): exact up to rounding. Worth it for few new tokens on
-a long cache; which path takes fewer operations is decided by count, so a prompt takes the stock path.
+q·(W_UK c) = (W_UKᵀ q)·c, the query can be projected to latent space instead, once per token, and the weighted sum of
+latents is expanded at the end (DeepSeek-V2, 2024, section 2.1.2): exact up to rounding. It pays for few new tokens on a
+long cache; the path with fewer operations is chosen per call, so that a prompt takes the stock path.
 
 Shapes: B batch, T new tokens, S cached and new ones, Q heads, H hidden, R latent, P rotary, N no-rotary, D value.
 """
 
 import sys
 import types
+from typing import Any
 
 import torch
 from torch import nn
 
-from lib.models.decoding import cache_names, latents
+from lib.models.decoding import cache_names, latent_products
 from lib.models.structure.anatomy import anatomy
 
 
 def absorb(model: nn.Module) -> nn.Module:
-    """Let every latent attention of `model` decode absorbed, in place; return the model. Others are left alone."""
+    """Make every latent attention of `model` decode absorbed, in place; return the model. Others are unchanged."""
     for block in anatomy(model).blocks:
         if block.attention.kind == "latent":
             block.attention.module.forward = types.MethodType(_forward, block.attention.module)
@@ -27,7 +28,7 @@ def absorb(model: nn.Module) -> nn.Module:
 
 
 def expand(model: nn.Module) -> nn.Module:
-    """Take `absorb` back, in place; return the model."""
+    """Undo `absorb` in place; return the model."""
     for block in anatomy(model).blocks:
         block.attention.module.__dict__.pop("forward", None)
     return model
@@ -38,7 +39,7 @@ def is_absorbed(model: nn.Module) -> bool:
     return any("forward" in b.attention.module.__dict__ for b in anatomy(model).blocks if b.attention.kind == "latent")
 
 
-def most_tokens(module: nn.Module) -> int:
+def most_tokens(module: Any) -> int:
     """Return the largest number of new tokens at which the absorbed path takes fewer operations on a long cache.
 
     Per cached token and head, stock takes 2·R·(N + D) to expand and 2·(N + P + D) per new token; absorbed 2·(2R + P).
@@ -50,29 +51,29 @@ def most_tokens(module: nn.Module) -> int:
 
 
 def _forward(
-    module: nn.Module,
+    module: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stand in for the attention's own forward: hidden [B, T, H] to (output [B, T, H], None)."""
-    new, cache = hidden_states.shape[1], cache_names.taken(kwargs)
+    """Replace the forward of latent attention: hidden [B, T, H] to (output [B, T, H], None)."""
+    new, cache = hidden_states.shape[1], cache_names.pop_from(kwargs)
     if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
-        kwargs |= cache_names.given(cache)
+        kwargs |= cache_names.as_kwargs(cache)
         return type(module).forward(module, hidden_states, position_embeddings, attention_mask, **kwargs)
     q_nope_BQTN, q_rope_BQTP, c_B1TR, k_rope_B1TP = _projections(module, hidden_states, position_embeddings)
     c_B1SR, k_rope_B1SP = cache.update(c_B1TR, k_rope_B1TP, module.layer_idx)
     heads, nope = q_nope_BQTN.shape[1], module.qk_nope_head_dim
     weight_QER = module.kv_b_proj.weight.view(heads, nope + module.v_head_dim, module.kv_lora_rank)
-    q_latent_BQTR = latents.into(q_nope_BQTN, weight_QER[:, :nope])
+    q_latent_BQTR = latent_products.into(q_nope_BQTN, weight_QER[:, :nope])
     latent_BQTR = _attend(module, q_latent_BQTR, q_rope_BQTP, c_B1SR[:, 0], k_rope_B1SP[:, 0], attention_mask)
-    value_BQTD = latents.out_of(latent_BQTR, weight_QER[:, nope:])
+    value_BQTD = latent_products.out_of(latent_BQTR, weight_QER[:, nope:])
     output_BTX = value_BQTD.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
     return module.o_proj(output_BTX), None
 
 
-def _projections(module: nn.Module, hidden_BTH: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+def _projections(module: Any, hidden_BTH: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
     """Return queries without and with rotation, and the new latents and rotated shared keys."""
     batch, new = hidden_BTH.shape[:2]
     if module.q_proj is not None:
@@ -94,7 +95,7 @@ def _projections(module: nn.Module, hidden_BTH: torch.Tensor, position_embedding
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     q_latent_BQTR: torch.Tensor,
     q_rope_BQTP: torch.Tensor,
     c_BSR: torch.Tensor,
@@ -104,14 +105,14 @@ def _attend(
     """Return the weighted sums of latents [B, Q, T, R]; heads are rows of one product, since they share the keys."""
     batch, heads, new, latent = q_latent_BQTR.shape
     rows = heads * new
-    scores = latents.scores(q_latent_BQTR.reshape(batch, rows, latent), c_BSR)
-    scores += latents.scores(q_rope_BQTP.reshape(batch, rows, -1), k_rope_BSP)
+    scores = latent_products.scores(q_latent_BQTR.reshape(batch, rows, latent), c_BSR)
+    scores += latent_products.scores(q_rope_BQTP.reshape(batch, rows, -1), k_rope_BSP)
     scores_BQTS = scores.view(batch, heads, new, -1) * module.scaling
     if mask is None and new > 1:
         total = c_BSR.shape[1]
         mask = torch.ones(new, total, dtype=torch.bool, device=scores.device).tril(total - new)[None, None]
     if mask is not None:
-        seen = mask[..., : scores_BQTS.shape[-1]]
-        scores_BQTS = scores_BQTS.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores_BQTS + seen
+        mask = mask[..., : scores_BQTS.shape[-1]]
+        scores_BQTS = scores_BQTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BQTS + mask
     weights = scores_BQTS.softmax(dim=-1, dtype=torch.float32).to(c_BSR.dtype)
     return torch.bmm(weights.view(batch, rows, -1), c_BSR).view(batch, heads, new, latent)

@@ -1,8 +1,8 @@
-"""Routed experts read on demand: only what a token is routed to, with a cache that gives up the least recently used.
+"""Routed experts read on demand, with a cache that evicts the least recently used ones.
 
-Registered in transformers' experts interface under the name `streamed`: the experts that are in memory compute first,
-while a background thread reads the first of those that are not; then each is read while the one before it computes.
-The sum is that of transformers' own loop over experts, up to rounding.
+Registered in transformers' experts interface under the name `streamed`: the experts in memory compute first, while a
+background thread reads the first of the missing ones; then each is read while the one before it computes. The sum is
+that of transformers' loop over experts, up to rounding. Knows nothing of what else of the model is streamed.
 
 Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per token.
 """
@@ -12,29 +12,31 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lib.errors import NotApplicable
-from lib.models.checkpoints.weight_file import Piece, Place, WeightFile, aligned, buffer
+from lib.models.checkpoints.weight_file import Piece, TensorPlace, WeightFile, aligned, buffer
 from lib.models.offload.mapped_pages import FilePages, spans
 
 NAME = "streamed"
-COPYING = "the weights of this model stream from a file: it can run, but it cannot be copied or changed"
+NOT_CHANGEABLE = "the weights of this model stream from a file: it can run, but it cannot be copied or changed"
 Key = tuple[int, int]  # block, expert
+Places = Mapping[int, Callable[[int], list[TensorPlace]]]  # block → function from an expert to its places
 
 
 def require_changeable(model: nn.Module) -> None:
-    """Raise NotApplicable where a model's weights stream from a file."""
+    """Raise NotApplicable if the weights of a model stream from a file."""
     if getattr(model, "weights_in_memory_bytes", None) is not None:
-        raise NotApplicable(COPYING)
+        raise NotApplicable(NOT_CHANGEABLE)
 
 
 @dataclass(eq=False)
-class Slot:
-    """Memory of one expert (uint8), its matrices gate_up [2I, H] and down [H, I] as views, and the read filling it."""
+class ExpertSlot:
+    """Memory of one expert (uint8), its matrices gate_up [2I, H] and down [H, I] as views, and the pending read."""
 
     memory: torch.Tensor
     gate_up: torch.Tensor
@@ -43,19 +45,19 @@ class Slot:
 
 
 class ExpertCache:
-    """At most `slots` experts of all blocks in `memory`; `hits` and `misses` count the experts asked for.
+    """At most `slots` experts of all blocks in `memory`; `hits` and `misses` count the requested experts.
 
-    `parts` maps a block to a function from an expert's index to its places in the file: gate and up (as one or as
-    two), then down.
+    `parts` maps a block to a function from the index of an expert to its places in the file: gate and up (in one or in
+    two places), then down.
     """
 
-    def __init__(self, file: WeightFile, parts: Mapping[int, Callable[[int], list[Place]]], slots: int, device="cpu"):
+    def __init__(self, file: WeightFile, parts: Places, slots: int, device="cpu"):
         self.file, self.parts = file, parts
         self.hits = self.misses = 0
         *gate_up, self._down = next(iter(parts.values()))(0)
         self._width = sum(place.shape[0] for place in gate_up)
         self._down_at = aligned(sum(place.nbytes for place in gate_up))
-        self._held: OrderedDict[Key, Slot] = OrderedDict()
+        self._cached: OrderedDict[Key, Any] = OrderedDict()  # slots here, pairs of views in `MappedExperts`
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
         size = expert_bytes(parts)
         on_cpu = torch.device(device).type == "cpu"
@@ -64,61 +66,68 @@ class ExpertCache:
         self._free = [self._slot(self.memory[at * size : (at + 1) * size]) for at in range(slots)]
 
     def __deepcopy__(self, memo: dict) -> "ExpertCache":
-        raise NotApplicable(COPYING)
+        raise NotApplicable(NOT_CHANGEABLE)
 
-    def _slot(self, memory: torch.Tensor) -> Slot:
+    def _slot(self, memory: torch.Tensor) -> ExpertSlot:
         hidden, inner = self._down.shape
         element = self._down.dtype.itemsize
         gate_up = memory[: self._width * hidden * element].view(self._down.dtype).view(self._width, hidden)
         down = memory[self._down_at : self._down_at + self._down.nbytes].view(self._down.dtype).view(hidden, inner)
-        return Slot(memory, gate_up, down)
+        return ExpertSlot(memory, gate_up, down)
 
-    def experts(self, block: int, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (expert, gate_up [2I, H], down [H, I]) for every wanted expert of a block, those in memory first.
+    def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those in memory first.
 
-        The views hold until the next one is asked for. Raises UserError where an expert cannot be read.
+        The views are valid until the next one is requested. Raises UserError if an expert cannot be read.
         """
-        here = [expert for expert in wanted if (block, expert) in self._held]
-        missing = [expert for expert in wanted if (block, expert) not in self._held]
-        self.hits, self.misses = self.hits + len(here), self.misses + len(missing)
-        for expert in here:
-            self._held.move_to_end((block, expert))
-        order = here + missing
+        present, missing = self._count(block, indices)
+        for expert in present:
+            self._cached.move_to_end((block, expert))
+        order = present + missing
         for at, expert in enumerate(order):
             key = block, expert
-            slot = self._held.get(key) or self._request(key, busy=key)
-            self._held.move_to_end(key)
-            ahead = [other for other in order[at + 1 :] if (block, other) not in self._held]
-            if ahead and len(self._held) + len(self._free) > 1:
+            slot = self._cached.get(key) or self._request(key, busy=key)
+            self._cached.move_to_end(key)
+            ahead = [later for later in order[at + 1 :] if (block, later) not in self._cached]
+            if ahead and len(self._cached) + len(self._free) > 1:
                 self._request((block, ahead[0]), busy=key)
             try:
                 slot.filled.result()
             except BaseException:
-                self._free.append(self._held.pop(key))
+                self._free.append(self._cached.pop(key))
                 raise
             yield expert, slot.gate_up, slot.down
 
-    def _request(self, key: Key, busy: Key) -> Slot:
-        """Start reading an expert into a free slot, or into one that is given up."""
-        slot = self._free.pop() if self._free else self._held.pop(self._victim(key[0], busy))
+    def _count(self, block: int, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Count a request; return its experts in memory and its missing ones."""
+        present = [expert for expert in indices if (block, expert) in self._cached]
+        missing = [expert for expert in indices if (block, expert) not in self._cached]
+        self.hits, self.misses = self.hits + len(present), self.misses + len(missing)
+        return present, missing
+
+    def _request(self, key: Key, busy: Key) -> ExpertSlot:
+        """Start reading an expert into a free slot, or into that of an evicted expert."""
+        slot = self._free.pop() if self._free else self._cached.pop(self._victim(key[0], busy))
         if slot.filled is not None:
             wait([slot.filled])
         slot.filled = self._reader.submit(self._read, key, slot)
-        self._held[key] = slot
+        self._cached[key] = slot
         return slot
 
     def _victim(self, block: int, busy: Key) -> Key:
-        """Return the least recently used expert, but not `busy`, of a block that holds more than its even share.
+        """Return the expert to evict: the least recently used one, other than `busy`, of a block above its even share.
 
-        Blocks come round in turn, so that plain least-recently-used would always give up what is needed next.
+        Blocks run in turn, so that plain least-recently-used would always evict what is needed next.
         """
-        share = len(self._held) / len(self.parts)
-        counts = Counter(held for held, _ in self._held)
-        own = counts[block] >= share
-        unfair = (key for key in self._held if key != busy and (key[0] == block if own else counts[key[0]] > share))
-        return next(unfair, None) or next(key for key in self._held if key != busy)
+        share = len(self._cached) / len(self.parts)
+        counts = Counter(cached_block for cached_block, _ in self._cached)
+        evict_own = counts[block] >= share
+        unfair = (
+            key for key in self._cached if key != busy and (key[0] == block if evict_own else counts[key[0]] > share)
+        )
+        return next(unfair, None) or next(key for key in self._cached if key != busy)
 
-    def _read(self, key: Key, slot: Slot) -> None:
+    def _read(self, key: Key, slot: ExpertSlot) -> None:
         block, expert = key
         *gate_up, down = self.parts[block](expert)
         memory = slot.memory if self._staging is None else self._staging
@@ -133,86 +142,85 @@ class ExpertCache:
 
     def forget(self) -> None:
         """Empty the cache and set the counts to zero."""
-        while self._held:
-            self._free.append(self._held.popitem()[1])
+        while self._cached:
+            self._free.append(self._cached.popitem()[1])
         self.hits = self.misses = 0
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the reading thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
 
 class MappedExperts(ExpertCache):
-    """The same where experts are used in the pages of the file: at most `slots` of them are held at a time.
+    """As `ExpertCache`, but experts are used in the pages of the mapped file: at most `slots` of them are present.
 
-    For experts whose gate and up lie in one piece.
+    For experts whose gate and up are one tensor in the file.
     """
 
-    def __init__(self, pages: FilePages, parts: Mapping[int, Callable[[int], list[Place]]], slots: int):
+    def __init__(self, pages: FilePages, parts: Places, slots: int):
         self.pages, self.parts, self.slots = pages, parts, slots
         self.hits = self.misses = 0
-        self._held: OrderedDict[Key, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._cached = OrderedDict()
         self._spans = functools.cache(lambda key: spans(parts[key[0]](key[1])))
 
-    def experts(self, block: int, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (expert, gate_up [2I, H], down [H, I]) for every wanted expert of a block, those held already first."""
-        here = [expert for expert in wanted if (block, expert) in self._held]
-        missing = [expert for expert in wanted if (block, expert) not in self._held]
-        self.hits, self.misses = self.hits + len(here), self.misses + len(missing)
+    def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those present first."""
+        present, missing = self._count(block, indices)
         for expert in missing:
             self.pages.expect(self._spans((block, expert)))
-        for expert in here:
-            self._held.move_to_end((block, expert))
-        for expert in here + missing:
+        for expert in present:
+            self._cached.move_to_end((block, expert))
+        for expert in present + missing:
             yield expert, *self._weights((block, expert))
 
     def _weights(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        if key not in self._held:
-            if len(self._held) >= self.slots:
-                self._give_back(self._victim(key[0], key))
+        if key not in self._cached:
+            if len(self._cached) >= self.slots:
+                self._release(self._victim(key[0], key))
             self.pages.hold(self._spans(key))
-            self._held[key] = tuple(self.pages.view(place) for place in self.parts[key[0]](key[1]))
-        self._held.move_to_end(key)
-        return self._held[key]
+            gate_up, down = (self.pages.view(place) for place in self.parts[key[0]](key[1]))
+            self._cached[key] = gate_up, down
+        self._cached.move_to_end(key)
+        return self._cached[key]
 
-    def _give_back(self, key: Key) -> None:
-        del self._held[key]
+    def _release(self, key: Key) -> None:
+        del self._cached[key]
         self.pages.release(self._spans(key))
 
     def forget(self) -> None:
-        """Give back every expert and set the counts to zero."""
-        for key in list(self._held):
-            self._give_back(key)
+        """Release all experts and set the counts to zero."""
+        for key in list(self._cached):
+            self._release(key)
         self.hits = self.misses = 0
 
     def close(self) -> None:
-        """Give back every expert."""
+        """Release all experts."""
         self.forget()
 
 
-def in_one_piece(parts: Mapping[int, Callable[[int], list[Place]]]) -> bool:
+def in_one_piece(parts: Places) -> bool:
     """Return whether gate and up of an expert are one tensor in the file."""
     return len(next(iter(parts.values()))(0)) == 2
 
 
-def expert_bytes(parts: Mapping[int, Callable[[int], list[Place]]]) -> int:
-    """Return the bytes that one expert takes in the cache."""
+def expert_bytes(parts: Places) -> int:
+    """Return the bytes of one expert in the cache."""
     *gate_up, down = next(iter(parts.values()))(0)
     return aligned(sum(place.nbytes for place in gate_up)) + aligned(down.nbytes)
 
 
-def attach(module: nn.Module, cache: ExpertCache, block: int) -> None:
-    """Make the experts `module` of a block take its weights from `cache` while the backend is `streamed`."""
+def attach(module: Any, cache: ExpertCache, block: int) -> None:
+    """Make the experts module of a block take its weights from `cache` while the experts backend is `streamed`."""
     module.expert_cache, module.expert_block = cache, block
 
 
 def streamed_experts(
-    module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+    module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
     """Return Σ_k weight · expert(hidden) [T, H]; the experts interface calls this."""
     output_TH = torch.zeros_like(hidden_TH)
-    wanted = index_TK.unique().tolist()
-    for expert, gate_up_JH, down_HI in module.expert_cache.experts(module.expert_block, wanted):
+    indices = index_TK.unique().tolist()
+    for expert, gate_up_JH, down_HI in module.expert_cache.experts(module.expert_block, indices):
         token, position = torch.where(index_TK == expert)
         inner = module._apply_gate(nn.functional.linear(hidden_TH[token], gate_up_JH))
         gated = nn.functional.linear(inner, down_HI) * weight_TK[token, position, None]

@@ -1,13 +1,13 @@
-"""A model without weights, and where they lie: its units, what always stays in memory, its experts.
+"""A model without weights and their places in the files: its units, what always stays in memory, its experts.
 
-The architecture is built of shells: a parameter whose weights are elsewhere holds its shape, dtype and a single
-NaN. A unit is what is needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which
-tensor of a checkpoint belongs to which unit; reads none of them.
+The architecture is built of empty parameters, which have shape and dtype but a single NaN as storage. A unit is what is
+needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which tensor of a checkpoint
+belongs to which unit; reads none of them.
 """
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +18,21 @@ from transformers import AutoConfig
 
 from lib.errors import UserError
 from lib.models.checkpoints.folder import MANIFEST
-from lib.models.checkpoints.weight_file import Place, WeightFile, aligned
+from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned
 from lib.models.offload import expert_cache
 from lib.models.structure import architecture, factored
-from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
+from lib.models.structure.anatomy import Anatomy, Experts, anatomy, synchronise
 
 HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a unit: where it lies, which module's parameter it becomes (None for rows of the head), and the
-    shell that stands there while it is not in memory.
+    """One tensor of a unit: its place, the module whose parameter it becomes (None for rows of the head), the name of
+    the parameter there, and the empty parameter that replaces it while it is not in memory.
     """
 
-    place: Place
+    place: TensorPlace
     owner: nn.Module | None
     leaf: str
     empty: nn.Parameter | None
@@ -40,8 +40,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model without weights and where they lie: its units, what stays in memory (name → bytes), its experts (block →
-    what gives the places of one; `expert_size` is how many there are, and bytes of one), its embeddings.
+    """A model without weights and their places: `units`, `fixed` (what always stays in memory, name → bytes), `experts`
+    (see `expert_cache.Places`), `expert_size` (number of experts, bytes of one), `embeddings`, and `total` bytes.
     """
 
     model: nn.Module
@@ -49,14 +49,14 @@ class Layout:
     file: WeightFile
     units: dict[str, list[Part]]
     fixed: dict[str, int]
-    experts: dict[int, object]
+    experts: expert_cache.Places
     expert_size: tuple[int, int]
-    embeddings: Place
+    embeddings: TensorPlace
     total: int
 
 
 def layout(folder: Path, drop: bool, device: str) -> Layout:
-    """Return the layout of a checkpoint folder. Raises UserError where it is damaged or lacks a tensor."""
+    """Return the layout of a checkpoint folder. Raises UserError for a damaged one or a missing tensor."""
     file = WeightFile(folder, drop=drop)
     model = _skeleton(folder, file, device)
     view = anatomy(model)
@@ -66,7 +66,7 @@ def layout(folder: Path, drop: bool, device: str) -> Layout:
     experts = _experts(view, names, file)
     units = _units(view, names, file, experts, head)
     fixed = _fixed(model, view, units, experts, file)
-    count = sum(view.blocks[index].feed_forward.experts.count for index in experts)
+    count = sum(_experts_of(view, index).count for index in experts)
     size = count, expert_cache.expert_bytes(experts) if experts else 0
     total = sum(unit_bytes(units).values()) + sum(fixed.values()) + size[0] * size[1]
     total += 0 if view.tied else embeddings.nbytes
@@ -74,12 +74,12 @@ def layout(folder: Path, drop: bool, device: str) -> Layout:
 
 
 def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
-    """Return the memory that each unit takes, its tensors aligned."""
+    """Return the bytes of each unit in memory, with aligned tensors."""
     return {name: sum(aligned(part.place.nbytes) for part in parts) for name, parts in units.items()}
 
 
 def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
-    """Build the architecture with a shell for every parameter, in the stored shape and dtype."""
+    """Build the architecture with an empty parameter for every tensor, in the stored shape and dtype."""
     configuration = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = architecture.auto_class(configuration).from_config(configuration)
@@ -89,7 +89,7 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
         raise UserError(f"{folder}: holds sparsely stored matrices, which cannot be streamed; stream the dense model")
     factored.restore(model, manifest.get("factors", {}))
     model.tie_weights()
-    shared = {}
+    shared: dict[int, nn.Parameter] = {}
     usual = max(file.places.values(), key=lambda place: place.nbytes).dtype
     for module_name, module in model.named_modules():
         for leaf, old in module._parameters.items():
@@ -97,8 +97,8 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
             if old is not None and id(old) not in shared:
                 place = file.places.get(name)
                 shape, dtype = (old.shape, usual) if place is None else (place.shape, place.dtype)
-                one = torch.full((1,), float("nan"), dtype=dtype, device=device)
-                shared[id(old)] = nn.Parameter(one.expand(shape), requires_grad=False)
+                nan = torch.full((1,), float("nan"), dtype=dtype, device=device)
+                shared[id(old)] = nn.Parameter(nan.expand(shape), requires_grad=False)
             if old is not None:
                 module._parameters[leaf] = shared[id(old)]
         for leaf, old in module._buffers.items():
@@ -106,45 +106,48 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     return (synchronise(model) if manifest else model).eval()
 
 
-def _experts(view: Anatomy, names: Mapping[int, str], file: WeightFile) -> dict[int, object]:
-    """Return, per block with routed experts, what gives the places of one: stacked in one tensor, or each by itself."""
-    found = {}
+def _experts(
+    view: Anatomy, names: Mapping[int, str], file: WeightFile
+) -> dict[int, Callable[[int], list[TensorPlace]]]:
+    """Return for each block with routed experts a function from an expert to its places: in a stack, or by itself."""
+    by_block: dict[int, Callable[[int], list[TensorPlace]]] = {}
     for block in view.blocks:
         experts = block.feed_forward.experts
         if experts is None or isinstance(experts.module, factored.FactoredExperts):
             continue
         stacked = names[id(experts.gate_up)], names[id(experts.down)]
         if all(name in file.places for name in stacked):
-            found[block.index] = functools.partial(_stacked_expert, *(file.places[name] for name in stacked))
+            gate_up, down = (file.places[name] for name in stacked)
+            by_block[block.index] = functools.partial(_stacked_expert, gate_up, down)
         else:
-            found[block.index] = functools.partial(_single_expert, file, stacked[0].rpartition(".")[0])
-    return found
+            by_block[block.index] = functools.partial(_single_expert, file, stacked[0].rpartition(".")[0])
+    return by_block
 
 
-def _stacked_expert(gate_up: Place, down: Place, expert: int) -> list[Place]:
+def _stacked_expert(gate_up: TensorPlace, down: TensorPlace, expert: int) -> list[TensorPlace]:
     return [gate_up.element(expert), down.element(expert)]
 
 
-def _single_expert(file: WeightFile, prefix: str, expert: int) -> list[Place]:
+def _single_expert(file: WeightFile, prefix: str, expert: int) -> list[TensorPlace]:
     names = [f"{prefix}.{expert}.{leaf}_proj.weight" for leaf in ("gate", "up", "down")]
     return [_place(file, name) for name in names]
 
 
-def _place(file: WeightFile, name: str) -> Place:
+def _place(file: WeightFile, name: str) -> TensorPlace:
     if name not in file.places:
         raise UserError(f"{file.folder}: the checkpoint lacks {name}")
     return file.places[name]
 
 
 def _units(
-    view: Anatomy, names: Mapping[int, str], file: WeightFile, experts: Mapping[int, object], head: Place
+    view: Anatomy, names: Mapping[int, str], file: WeightFile, experts: expert_cache.Places, head: TensorPlace
 ) -> dict[str, list[Part]]:
     """Return the parts of every unit in order of use: blocks of the vision tower, decoder blocks, rows of the head."""
-    units = {}
+    units: dict[str, list[Part]] = {}
     for name, module in unit_modules(view).items():
         routed: set[int] = set()
         if name.startswith("block.") and int(name.partition(".")[2]) in experts:
-            routed = {id(parameter) for parameter in _routed(view, int(name.partition(".")[2])).parameters()}
+            routed = {id(parameter) for parameter in _experts_of(view, int(name.partition(".")[2])).module.parameters()}
         units[name] = [
             Part(_place(file, names[id(parameter)]), owner, leaf, parameter)
             for owner in module.modules()
@@ -158,33 +161,37 @@ def _units(
     return units
 
 
-def _routed(view: Anatomy, block: int) -> nn.Module:
-    return view.blocks[block].feed_forward.experts.module
+def _experts_of(view: Anatomy, block: int) -> Experts:
+    experts = view.blocks[block].feed_forward.experts
+    assert experts is not None, f"block {block} has no routed experts"
+    return experts
 
 
 def unit_modules(view: Anatomy) -> dict[str, nn.Module]:
-    """Return the modules that are units, by name, in order of use: whatever has matrices in the vision tower (the parts
-    of its lists one by one), then the decoder blocks.
+    """Return the modules that are units, by name, in order of use.
+
+    First the parts of the vision tower that have matrices (the members of its lists one by one), then the decoder
+    blocks.
     """
-    found = {}
+    modules: dict[str, nn.Module] = {}
     for name, child in view.vision.named_children() if view.vision is not None else ():
         members = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         for at, member in members:
-            if any(isinstance(module, nn.Linear) for module in member.modules()):
-                found[f"vision.{name}.{at}".rstrip(".")] = member
-    return found | {f"block.{block.index}": block.module for block in view.blocks}
+            if any(isinstance(part, nn.Linear) for part in member.modules()):
+                modules[f"vision.{name}.{at}".rstrip(".")] = member
+    return modules | {f"block.{block.index}": block.module for block in view.blocks}
 
 
 def _fixed(
     model: nn.Module,
     view: Anatomy,
     units: Mapping[str, list[Part]],
-    experts: Mapping[int, object],
+    experts: expert_cache.Places,
     file: WeightFile,
 ) -> dict[str, int]:
     """Return the bytes of everything that always stays in memory: norms, small parts of a vision tower, buffers."""
     elsewhere = {id(part.empty) for parts in units.values() for part in parts}
-    elsewhere |= {id(parameter) for index in experts for parameter in _routed(view, index).parameters()}
+    elsewhere |= {id(parameter) for index in experts for parameter in _experts_of(view, index).module.parameters()}
     elsewhere |= {id(view.embeddings.weight), id(view.head.weight)}
     names = [name for name, parameter in model.named_parameters() if id(parameter) not in elsewhere]
     stored = {name: _place(file, name) for name in names}

@@ -1,12 +1,12 @@
-"""Weights used where the page cache holds them: a mapped file whose pages are made present, used, and given back.
+"""Weights used directly in the page cache: pages of a mapped file are made present, used, and released.
 
-Reading copies every byte from the page cache into memory of one's own, at half the bandwidth that computing needs. A
-mapping shows the same pages without a copy; `hold` makes those of some places present at once (MADV_POPULATE_READ,
-Linux 5.14), from the disk where the page cache lacks them, and `release` takes them out of the process again, so that
-its resident memory is what is held and no more. What the page cache keeps is the system's affair, as with reading.
+Reading copies every byte from the page cache into private memory, at half the bandwidth that computing needs. A mapping
+shows the same pages without a copy; `hold` makes the pages of some places present at once (MADV_POPULATE_READ, Linux
+5.14), from the disk if the page cache lacks them, and `release` unmaps them again, so that the resident memory of the
+process is what is held and no more. The system decides what stays in the page cache, as with reading.
 
-Holding, not the first use, meets a file that has become too short. One that is cut off between the two ends the
-process (SIGBUS): the time of one unit's computation. Knows nothing of models.
+`hold` raises UserError for a file that has become too short. A file truncated between `hold` and use, the time of one
+unit's computation, ends the process (SIGBUS). Knows nothing of models.
 """
 
 import ctypes
@@ -21,18 +21,18 @@ from typing import NamedTuple
 import torch
 
 from lib.errors import UserError
-from lib.models.checkpoints.weight_file import Place, WeightFile
+from lib.models.checkpoints.weight_file import TensorPlace, WeightFile
 
 PAGE = mmap.PAGESIZE
 WILLNEED, DONTNEED, POPULATE_READ = 3, 4, 22  # <linux/mman.h>
 
 
 def available() -> bool:
-    """Return whether this system can make mapped pages present and say where it cannot."""
+    """Return whether this system can populate mapped pages and report failures."""
     if not sys.platform.startswith("linux"):
         return False
-    some = torch.zeros(2 * PAGE, dtype=torch.uint8)
-    page = ctypes.c_void_p(-(-some.data_ptr() // PAGE) * PAGE)
+    probe = torch.zeros(2 * PAGE, dtype=torch.uint8)
+    page = ctypes.c_void_p(-(-probe.data_ptr() // PAGE) * PAGE)
     return _library().madvise(page, ctypes.c_size_t(PAGE), POPULATE_READ) == 0
 
 
@@ -44,20 +44,20 @@ class Span(NamedTuple):
     end: int
 
 
-def spans(places: Sequence[Place]) -> tuple[Span, ...]:
-    """Return what these places cover, neighbours together: a call to the system costs as much as a small tensor."""
-    found: list[Span] = []
+def spans(places: Sequence[TensorPlace]) -> tuple[Span, ...]:
+    """Return the spans of these places, neighbours merged: a system call costs as much as a small tensor."""
+    merged: list[Span] = []
     for place in sorted(places, key=lambda place: (str(place.file), place.offset)):
         end = place.offset + place.nbytes
-        if found and (found[-1].file, found[-1].end) == (place.file, place.offset):
-            found[-1] = found[-1]._replace(end=end)
+        if merged and (merged[-1].file, merged[-1].end) == (place.file, place.offset):
+            merged[-1] = merged[-1]._replace(end=end)
         else:
-            found.append(Span(place.file, place.offset, end))
-    return tuple(found)
+            merged.append(Span(place.file, place.offset, end))
+    return tuple(merged)
 
 
 class FilePages:
-    """The mapped files of an open `WeightFile`, whose count of bytes and whose log go on here."""
+    """The mapped files of an open `WeightFile`, which counts and logs what is held."""
 
     def __init__(self, file: WeightFile):
         self.file = file
@@ -69,18 +69,20 @@ class FilePages:
                 self._maps[path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             self._bytes[path] = torch.frombuffer(self._maps[path], dtype=torch.uint8)
 
-    def view(self, place: Place) -> torch.Tensor:
-        """Return the tensor at a place. It may be read only while the place is held."""
+    def view(self, place: TensorPlace) -> torch.Tensor:
+        """Return the tensor at a place; valid only while the place is held."""
         raw = self._bytes[place.file][place.offset : place.offset + place.nbytes]
         if place.offset % place.dtype.itemsize:
-            raise UserError(f"{place.file}: a tensor at byte {place.offset}, which is no multiple of its numbers' size")
+            raise UserError(
+                f"{place.file}: a tensor begins at byte {place.offset}, which is not a multiple of its element size"
+            )
         return raw.view(place.dtype).view(place.shape)
 
     def hold(self, spans: Sequence[Span]) -> None:
-        """Make the pages of these spans present. Raises UserError where a file ends early or cannot be read."""
+        """Make the pages of these spans present. Raises UserError if a file ends early or cannot be read."""
         for span in spans:
             size = self.file.size(span.file)
-            if span.end > size:  # the page in which a file ends is present, and zero behind the end
+            if span.end > size:  # the last page of a file is present, with zeros after its end
                 raise UserError(
                     f"{span.file}: truncated while it was being streamed: it ends at byte {size}, {span.end - size} "
                     "bytes early; copy it again"
@@ -90,17 +92,17 @@ class FilePages:
         self.file.count(sum(span.end - span.first for span in spans), lambda: self._again(spans))
 
     def expect(self, spans: Sequence[Span]) -> None:
-        """Tell the system that these spans will be needed soon: what it lacks of them it reads meanwhile."""
+        """Tell the system that these spans are needed soon, so that it reads missing pages ahead."""
         for span in spans:
             self._advise(span.file, span.first // PAGE * PAGE, span.end, WILLNEED)
 
     def release(self, spans: Sequence[Span]) -> None:
-        """Take these spans out of the process's memory; pages that they share with neighbours stay."""
+        """Remove these spans from the memory of the process; pages shared with neighbours stay."""
         for span in spans:
             self._advise(span.file, -(-span.first // PAGE) * PAGE, span.end // PAGE * PAGE, DONTNEED)
 
     def _advise(self, file: Path, first: int, end: int, advice: int) -> int:
-        """Return 0, or the error number. Other threads run meanwhile."""
+        """Return 0 or the error number. Other threads run meanwhile."""
         if end <= first:
             return 0
         address = ctypes.c_void_p(self._bytes[file].data_ptr() + first)

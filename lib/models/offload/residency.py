@@ -1,9 +1,9 @@
-"""What of a model stays in memory under an allowance, and what is read again each time: a plan in bytes, no tensors.
+"""Plans what of a model stays in memory under an allowance and what is read for every token: bytes only, no tensors.
 
 A unit is what is needed at once: a decoder block, a block of a vision tower, some rows of the head. All units are used
-once per token, so each resident byte saves one byte of reading per token, whichever unit it belongs to; a cached expert
-saves only as often as it is routed to, so experts come last. Two slots of the largest streamed unit's size make the
-double buffer. Knows nothing of files or of torch.
+once per token, so each resident byte saves reading one byte per token, whichever unit it belongs to; a cached expert
+saves reading only when it is routed to, so experts come last. Two slots of the size of the largest streamed unit are
+the double buffer. Knows nothing of files or of torch.
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from lib.errors import UserError
 
-LEAST_EXPERTS = 2  # one that computes, one that is read meanwhile
+LEAST_EXPERTS = 2  # one that computes, one that is being read
 SLOTS = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes under an allowance. `resident` and `streamed` name units, in the order of their use."""
+    """What stays in memory under an allowance, in bytes. `resident` and `streamed` name units in order of use."""
 
     allowance_bytes: int
     total_bytes: int
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def in_memory_bytes(self) -> int:
-        """Weights in memory at most: fixed parts, resident units, the double buffer, the experts' cache."""
+        """The most bytes of weights in memory: fixed parts, resident units, the double buffer, the cache of experts."""
         slots = SLOTS * self.slot_bytes if self.streamed else 0
         return self.fixed_bytes + self.resident_bytes + slots + self.expert_slots * self.expert_bytes
 
@@ -42,7 +42,7 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
     """Return the plan that streams the fewest bytes within `allowance` bytes.
 
     `units`: name → bytes in order of use; `fixed`: bytes that always stay; `experts`: how many, and bytes of one;
-    `total`: bytes of the whole model. Raises UserError, naming the smallest allowance, where this one is too small.
+    `total`: bytes of the whole model. Raises UserError, naming the smallest allowance, if this one is too small.
     """
     count, expert = experts
     reserve = fixed + min(LEAST_EXPERTS, count) * expert
@@ -55,17 +55,17 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
         )
     chosen: set[str] = set()
     best = -1
-    for kept, cost in enumerate(_costs(units, descending)):
+    for largest, cost in enumerate(_costs(units, descending)):
         spare = allowance - reserve - cost
         if spare >= 0:
-            found = {*descending[:kept], *_fitting(units, descending[kept + 1 :], spare)}
-            size = sum(units[name] for name in found)
+            candidate = {*descending[:largest], *_fitting(units, descending[largest + 1 :], spare)}
+            size = sum(units[name] for name in candidate)
             if size > best:
-                chosen, best = found, size
+                chosen, best = candidate, size
     streamed = tuple(name for name in units if name not in chosen)
     slot = max((units[name] for name in streamed), default=0)
-    left = allowance - fixed - max(best, 0) - (SLOTS * slot if streamed else 0)
-    slots = min(count, max(min(LEAST_EXPERTS, count), left // expert)) if count else 0
+    remaining = allowance - fixed - max(best, 0) - (SLOTS * slot if streamed else 0)
+    slots = min(count, max(min(LEAST_EXPERTS, count), remaining // expert)) if count else 0
     return Plan(
         allowance, total, fixed, tuple(name for name in units if name in chosen), max(best, 0),
         streamed, sum(units[name] for name in streamed), slot, slots, expert,
@@ -73,26 +73,26 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
 
 
 def smallest(units: Mapping[str, int], fixed: int, experts: tuple[int, int]) -> int:
-    """Return the smallest allowance, in bytes, for which there is a plan."""
+    """Return the smallest allowance, in bytes, that has a plan."""
     count, expert = experts
     descending = sorted(units, key=units.__getitem__, reverse=True)
     return fixed + min(LEAST_EXPERTS, count) * expert + min(_costs(units, descending))
 
 
 def _costs(units: Mapping[str, int], descending: list[str]) -> list[int]:
-    """Return what it takes to keep the k largest units and stream the others, for k = 0 … all."""
-    costs, kept = [], 0
+    """Return the bytes for keeping the k largest units and streaming the others, for k = 0 … all."""
+    costs, resident = [], 0
     for name in descending:
-        costs.append(kept + SLOTS * units[name])
-        kept += units[name]
-    return [*costs, kept]
+        costs.append(resident + SLOTS * units[name])
+        resident += units[name]
+    return [*costs, resident]
 
 
 def _fitting(units: Mapping[str, int], names: list[str], spare: int) -> list[str]:
-    """Return which of `names`, the largest first, fit into `spare` bytes beside each other."""
-    found = []
+    """Return those of `names`, taken largest first, that fit into `spare` bytes together."""
+    fitting = []
     for name in names:
         if units[name] <= spare:
-            found.append(name)
+            fitting.append(name)
             spare -= units[name]
-    return found
+    return fitting

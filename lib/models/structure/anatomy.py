@@ -1,16 +1,18 @@
 """One view of the four architectures: decoder blocks, each with attention and feed-forward; embeddings, head, vision.
 
-Everything is found by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
-never by a model's name, so an optimization is written once against this view. The view holds references into the
-model, no copies: it is taken anew after a structural change, and `synchronise` then makes the counts that modules
-keep beside their tensors (widths, numbers of heads and experts) agree with the tensors' real shapes.
+Parts are recognised by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
+never by the name of a model, so that an optimization is written once against this view. The view holds references into
+the model, no copies: take it anew after a structural change, and call `synchronise`, which makes the counts that
+modules store beside their tensors (widths, numbers of heads and experts) agree with the shapes of the tensors.
 
-Knows nothing of measuring, of tokenizers or of where weights come from.
+Modules of transformers are typed Any: their attributes differ from architecture to architecture. Knows nothing of
+measuring, of tokenizers or of where weights come from.
 
 Shapes: E experts, H hidden, I width of one expert, C channels of a dense feed-forward part.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +25,11 @@ class Attention:
     """Attention of one block. Head sizes are per head, in elements.
 
     `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
-    `latent`: queries and key-values are expanded from latents, one slice per head; the cache keeps the latents.
+    `latent`: queries and key-values are expanded from latents, one slice per head; the cache stores the latents.
     `none`: the block has no attention (`lib.models.structure.no_op`): every count is 0.
     """
 
-    module: nn.Module
+    module: Any
     kind: str
     heads: int
     key_value_heads: int
@@ -43,7 +45,7 @@ class Attention:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Elements that the cache keeps for one token of this block."""
+        """Elements that the cache stores for one token of this block."""
         if self.kind == "latent":
             return self.latent_dim + self.rope_dim
         return self.key_value_heads * (self.head_dim + self.value_dim)
@@ -53,8 +55,8 @@ class Attention:
 class Experts:
     """Routed experts of one block: `gate_up` [E, 2I, H] and `down` [E, H, I], chosen by `router` (weight [E, H])."""
 
-    module: nn.Module
-    router: nn.Module
+    module: Any
+    router: Any
 
     @property
     def gate_up(self) -> nn.Parameter:
@@ -78,17 +80,17 @@ class Experts:
 
     @property
     def correction_bias(self) -> torch.Tensor | None:
-        """Bias [E] added to the router's scores for choosing only, or None."""
+        """Bias [E] added to the router's scores for selection only, or None."""
         return getattr(self.router, "e_score_correction_bias", None)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Feed-forward part of one block: kind `dense`, `experts` (then `dense` is the shared expert, if any) or `none`."""
+    """Feed-forward part of one block: kind `dense`, `experts` (`dense`: the shared expert or None) or `none`."""
 
-    module: nn.Module
+    module: Any
     kind: str
-    dense: nn.Module | None
+    dense: Any
     experts: Experts | None
 
     @property
@@ -105,12 +107,14 @@ class FeedForward:
 
     @property
     def channels(self) -> int:
-        """Channels of the dense part (0 where there is none)."""
-        return self.down.in_features if self.dense is not None else 0
+        """Channels of the dense part; 0 without one."""
+        return 0 if self.down is None else self.down.in_features
 
 
 @dataclass(frozen=True)
 class Block:
+    """One decoder block: its index in the decoder, the module itself, and the views of its two parts."""
+
     index: int
     module: nn.Module
     attention: Attention
@@ -122,8 +126,8 @@ class Anatomy:
     """The whole model: `decoder` holds the list `decoder.layers`; `config` is the text configuration."""
 
     model: nn.Module
-    decoder: nn.Module
-    config: object
+    decoder: Any
+    config: Any
     blocks: list[Block]
     embeddings: nn.Embedding
     head: nn.Linear
@@ -140,7 +144,7 @@ class Anatomy:
 
     @property
     def fixed_blocks(self) -> int:
-        """Number of first blocks that must stay: the vision tower adds its features behind them, by index."""
+        """Number of first blocks that must not be removed: the vision tower adds features after them, by index."""
         return len(getattr(self.vision, "deepstack_merger_list", ()))
 
     @property
@@ -150,13 +154,12 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Return the view of `model`. Raises TypeError where its structure is none that this view knows."""
-    inner = getattr(model, "model", model)
-    decoder = getattr(inner, "language_model", inner)
-    if not hasattr(decoder, "layers") or not hasattr(model, "lm_head"):
-        raise TypeError(
-            f"{type(model).__name__}: no decoder with `layers` and `lm_head`; the anatomy knows decoders only"
-        )
+    """Return the view of `model`. Raises TypeError for an unsupported architecture."""
+    inner: Any = getattr(model, "model", model)
+    decoder: Any = getattr(inner, "language_model", inner)
+    head: Any = getattr(model, "lm_head", None)
+    if not hasattr(decoder, "layers") or head is None:
+        raise TypeError(f"{type(model).__name__}: unsupported architecture: no decoder with `layers` and `lm_head`")
     blocks = [
         Block(index, layer, attention(layer.self_attn), feed_forward(layer.mlp))
         for index, layer in enumerate(decoder.layers)
@@ -167,13 +170,13 @@ def anatomy(model: nn.Module) -> Anatomy:
         config=decoder.config,
         blocks=blocks,
         embeddings=decoder.embed_tokens,
-        head=model.lm_head,
+        head=head,
         final_norm=decoder.norm,
         vision=getattr(inner, "visual", None),
     )
 
 
-def attention(module: nn.Module) -> Attention:
+def attention(module: Any) -> Attention:
     """Return the view of one attention module; head counts come from the tensors' shapes."""
     if getattr(module, "absent", False):
         return Attention(module, "none", 0, 0, head_dim=0, value_dim=0, latent_dim=0, rope_dim=0)
@@ -202,7 +205,7 @@ def attention(module: nn.Module) -> Attention:
     )
 
 
-def feed_forward(module: nn.Module) -> FeedForward:
+def feed_forward(module: Any) -> FeedForward:
     """Return the view of one feed-forward module."""
     if getattr(module, "absent", False):
         return FeedForward(module, "none", None, None)
@@ -214,19 +217,23 @@ def feed_forward(module: nn.Module) -> FeedForward:
 
 
 def reset_rope_deltas(model: nn.Module) -> None:
-    """Make a vision-language model forget where the pictures of its last prompt stood; nothing happens elsewhere.
+    """Reset the position offset that a vision-language model stores for the images of its last prompt.
 
-    It keeps that offset on itself, and would shift the positions of the next text-only prompt by it while decoding.
+    Otherwise it shifts the positions of the next text-only prompt while decoding. No effect on other models.
     """
-    if hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None
+    inner: Any = getattr(model, "model", None)
+    if hasattr(inner, "rope_deltas"):
+        inner.rope_deltas = None
 
 
 def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
-    """Give `linear` another weight [out, in]; its bias must already fit. Raises UserError where it is not dense."""
+    """Replace the weight of `linear` by another [out, in]; its bias must already fit.
+
+    Raises UserError for a matrix that is not stored dense.
+    """
     if not isinstance(linear, nn.Linear):
         raise UserError(
-            f"{type(linear).__name__}: its matrix is stored in factors and cannot lose rows or columns; "
+            f"{type(linear).__name__}: its matrix is stored as factors and cannot lose rows or columns; "
             "remove parts before matrices are factored"
         )
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
@@ -234,13 +241,13 @@ def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Make every count that modules and configuration keep agree with the tensors' shapes; return the model.
+    """Make the counts stored in modules and configuration agree with the shapes of the tensors; return the model.
 
-    The configuration states the largest of widths that differ from block to block; `lib.models.checkpoints.io.save`
-    then writes a manifest, since such shapes do not follow from a configuration.
+    Where widths differ between blocks, the configuration states the largest; `lib.models.checkpoints.io.save` writes
+    each block's own into its manifest.
     """
     view = anatomy(model)
-    with_attention = 0  # only these have a place in the cache
+    with_attention = 0  # only these fill a layer of the cache
     for block in view.blocks:
         if block.attention.kind != "none":
             block.attention.module.layer_idx = with_attention
@@ -253,12 +260,12 @@ def synchronise(model: nn.Module) -> nn.Module:
 
 
 def _synchronise_block(block: Block) -> None:
-    seen = attention(block.attention.module)
-    module = seen.module
-    if seen.kind != "none":
-        module.num_key_value_groups = seen.heads // seen.key_value_heads
+    view = attention(block.attention.module)
+    module = view.module
+    if view.kind != "none":
+        module.num_key_value_groups = view.heads // view.key_value_heads
     if hasattr(module, "num_heads"):
-        module.num_heads = seen.heads
+        module.num_heads = view.heads
     dense, experts = block.feed_forward.dense, block.feed_forward.experts
     if dense is not None:
         dense.intermediate_size = block.feed_forward.channels
@@ -268,7 +275,7 @@ def _synchronise_block(block: Block) -> None:
 
 
 def _state_in_config(view: Anatomy) -> None:
-    """Write the decoder's real dimensions into its configuration."""
+    """Write the decoder's dimensions into its configuration."""
     config, blocks = view.config, anatomy(view.model).blocks
     config.num_hidden_layers = len(blocks)
     config.num_attention_heads = max(block.attention.heads for block in blocks)

@@ -1,31 +1,31 @@
-"""Which transformers class builds a model of a configuration, and what makes it ready for inference.
+"""The transformers class that builds a model of a configuration, and the preparation of a model for inference.
 
-Rests on transformers alone, so that whatever builds a model (with weights, without, from files) can ask here.
+Imports transformers only, so that everything that builds a model (with weights, without, from files) can use it.
 """
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
-def auto_class(configuration: object) -> type:
+def auto_class(configuration: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     """Return the transformers class that builds a model of this configuration."""
     return AutoModelForImageTextToText if hasattr(configuration, "vision_config") else AutoModelForCausalLM
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """Make a model ready for inference; return it.
+    """Prepare a model for inference in place; return it.
 
-    Its head is given hidden states of their own. Those of a prompt's last token are a view into a larger tensor, and
-    for its strides torch (2.13, on a processor) copies the whole head before it multiplies: seconds at real
-    vocabularies.
+    A hook gives its head contiguous hidden states. Those of a prompt's last token are a view into a larger tensor, for
+    whose strides torch (2.13, on a CPU) copies the whole head before it multiplies: seconds at real vocabularies.
     """
     head = getattr(model, "lm_head", None)
     if head is not None:
-        head.register_forward_pre_hook(own)
+        head.register_forward_pre_hook(copy_hidden)
     return model.eval().requires_grad_(False)
 
 
-def own(module: nn.Module, args: tuple) -> tuple:
-    """Return a module's arguments with hidden states that are no view."""
+def copy_hidden(module: nn.Module, args: tuple) -> tuple:
+    """Return the arguments of a module with its hidden states copied into contiguous memory."""
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])

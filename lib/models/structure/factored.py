@@ -1,17 +1,18 @@
-"""Matrices stored as two thin factors, and executed so: a linear layer, and the stacked experts of one block.
+"""Matrices stored and executed as two thin factors: a linear layer, and the stacked experts of one block.
 
 `FactoredLinear` is two thin products in a row. `FactoredExperts` is the Tucker form of both stacked tensors along the
-hidden dimension (Tucker 1966; De Lathauwer et al. 2000, HOSVD): one input factor that every token passes once, a core
-per expert for the tokens routed to it, one output factor that the weighted sum passes once per token. The hidden
-dimension is the one that can be shared so: the channels of an expert lie between its own two products. The cores run
-through the same three experts backends as dense experts. Never is a dense matrix made again while a model runs. Knows
-nothing of how factors are found.
+hidden dimension (Tucker 1966; De Lathauwer et al. 2000, HOSVD): one input factor, applied once to every token, a core
+per expert for the tokens routed to it, and one output factor, applied once per token to the weighted sum. Only the
+hidden dimension can be shared this way: the channels of an expert lie between its own two products. The cores run
+through the same three experts backends as dense experts. No dense matrix is restored while a model runs. Knows nothing
+of how factors are computed.
 
 Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per token, S = T·K pairs of token and expert,
 R rank (P of the input factor, Q of the output factor).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The factors multiplied out [out, in]: for looking at; a forward pass never uses it."""
+        """The product of the factors [out, in], for inspection; a forward pass does not use it."""
         return self.outer.weight @ self.inner.weight
 
 
@@ -56,10 +57,16 @@ class FactoredExperts(nn.Module):
     """Experts with cores `gate_up_proj` [E, 2I, P] and `down_proj` [E, Q, I] between two shared factors.
 
     `input_factor` [P, H] or None (then P = H), `output_factor` [H, Q] or None (then Q = H). Attributes and call are
-    those of the experts that it stands for.
+    those of the dense experts.
     """
 
-    def __init__(self, experts: nn.Module, input_factor: nn.Linear | None, output_factor: nn.Linear | None):
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    num_experts: int
+    config: Any
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, experts: Any, input_factor: nn.Linear | None, output_factor: nn.Linear | None):
         super().__init__()
         self.config, self.act_fn = experts.config, experts.act_fn
         self.num_experts, self.intermediate_dim = experts.num_experts, experts.intermediate_dim
@@ -81,11 +88,11 @@ class FactoredExperts(nn.Module):
         return self.leave(sum_TQ)
 
     def enter(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Return what the cores of `gate_up_proj` are given, [T, P]."""
+        """Return the inputs of the cores of `gate_up_proj`, [T, P]."""
         return hidden_TH if self.input_factor is None else self.input_factor(hidden_TH)
 
     def leave(self, sum_TQ: torch.Tensor) -> torch.Tensor:
-        """Return what the outputs of the cores of `down_proj` stand for, [T, H]."""
+        """Return the outputs of the cores of `down_proj` in hidden space, [T, H]."""
         return sum_TQ if self.output_factor is None else self.output_factor(sum_TQ)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -119,8 +126,8 @@ PRODUCTS: dict[str, Callable] = {
 
 
 def factor_linear(model: nn.Module, name: str, outer_OR: torch.Tensor, inner_RI: torch.Tensor) -> None:
-    """Put factors in the place of the linear layer `name` of `model`, in its dtype; its bias stays."""
-    linear = model.get_submodule(name)
+    """Replace the linear layer `name` of `model` by factors, in its dtype; its bias stays."""
+    linear: Any = model.get_submodule(name)
     _replace(
         model, name, FactoredLinear(_linear(inner_RI, linear.weight), _linear(outer_OR, linear.weight, linear.bias))
     )
@@ -133,33 +140,33 @@ def factor_experts(
     gate_up: tuple[torch.Tensor, torch.Tensor] | None = None,
     down: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Put Tucker factors in the place of the experts `name` of `model`; a stack for which nothing is given stays.
+    """Replace the experts `name` of `model` by Tucker factors; a stack without factors stays as it is.
 
     gate_up: (cores [E, 2I, P], input factor [P, H]); down: (output factor [H, Q], cores [E, Q, I]).
     """
-    experts = model.get_submodule(name)
+    experts: Any = model.get_submodule(name)
     dense = experts.down_proj
-    made = FactoredExperts(
+    factored = FactoredExperts(
         experts,
         _linear(gate_up[1], dense) if gate_up else getattr(experts, "input_factor", None),
         _linear(down[0], dense) if down else getattr(experts, "output_factor", None),
     )
     if gate_up:
-        made.gate_up_proj = _parameter(gate_up[0], dense)
+        factored.gate_up_proj = _parameter(gate_up[0], dense)
     if down:
-        made.down_proj = _parameter(down[1], dense)
-    _replace(model, name, made)
+        factored.down_proj = _parameter(down[1], dense)
+    _replace(model, name, factored)
 
 
 def _parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(like.device, like.dtype).contiguous(), requires_grad=like.requires_grad)
 
 
-def _linear(weight: torch.Tensor, like: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = _parameter(weight, like)
-    made.bias = bias
-    return made
+def _linear(weight: torch.Tensor, like: torch.Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = _parameter(weight, like)
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -170,32 +177,32 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def ranks(model: nn.Module) -> dict[str, dict[str, int | None]]:
     """Return the ranks of every factored module of `model` by its name: {"rank"} or {"input_rank", "output_rank"}.
 
-    It is plain JSON, and what `restore` needs.
+    Plain JSON, the input of `restore`.
     """
-    found: dict[str, dict[str, int | None]] = {}
+    by_name: dict[str, dict[str, int | None]] = {}
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear):
-            found[name] = {"rank": module.rank}
+            by_name[name] = {"rank": module.rank}
         if factors := shared_factors(module):
             inside, outside = (None if factor is None else min(factor.weight.shape) for factor in factors)
-            found[name] = {"input_rank": inside, "output_rank": outside}
-    return found
+            by_name[name] = {"input_rank": inside, "output_rank": outside}
+    return by_name
 
 
 def shared_factors(module: nn.Module) -> tuple[nn.Linear | None, nn.Linear | None] | None:
-    """Return (input, output) factor of experts that share any, however their cores are stored; None for all else."""
-    found = getattr(module, "input_factor", None), getattr(module, "output_factor", None)
-    return None if found == (None, None) else found
+    """Return (input, output) factor of experts that share at least one, however their cores are stored; else None."""
+    factors = getattr(module, "input_factor", None), getattr(module, "output_factor", None)
+    return None if factors == (None, None) else factors
 
 
-def restore(model: nn.Module, stored: dict[str, dict[str, int | None]]) -> None:
-    """Give a dense `model` without weights (device `meta`) the factored modules that `ranks` told of, in place.
+def restore(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
+    """Insert the factored modules that `ranks` described into a dense `model` on device `meta`, in place.
 
-    Raises UserError where the model has no such module.
+    Raises UserError for a module that the model lacks.
     """
     for name, rank in stored.items():
         try:
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
         except AttributeError:
             raise UserError(f"factors: this model has no module {name}; the manifest belongs to another one") from None
         if "rank" in rank:

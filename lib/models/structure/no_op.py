@@ -1,8 +1,8 @@
-"""Blocks without attention or without a feed-forward part: the part gives zeros, so only the residual stream passes.
+"""Blocks without attention or feed-forward part: the part returns zeros, so that only the residual stream passes.
 
-Attention is what fills the cache, and a decoder asks the first layer of its cache how long the text is; so a block
-without attention takes no place in the cache: `lib.models.structure.anatomy.synchronise` numbers the others. Knows
-nothing of which part is worth removing.
+A decoder reads the length of the text from the first layer of its cache, so a block without attention must not have a
+layer there: `lib.models.structure.anatomy.synchronise` numbers the others. Knows nothing of which part is worth
+removing.
 
 Shapes: B batch, T tokens, H hidden.
 """
@@ -17,17 +17,17 @@ PARTS = ("attention", "feed_forward")
 
 
 class NoAttention(nn.Module):
-    """In the place of an attention module: adds nothing, keeps nothing in the cache."""
+    """Replaces an attention module: adds nothing and stores nothing in the cache."""
 
     absent = True
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
-        """Return zeros [B, T, H], and no weights of attention."""
+        """Return zeros [B, T, H], and None for the attention weights."""
         return torch.zeros_like(hidden_states), None
 
 
 class NoFeedForward(nn.Module):
-    """In the place of a feed-forward module: adds nothing."""
+    """Replaces a feed-forward module: adds nothing."""
 
     absent = True
 
@@ -37,33 +37,33 @@ class NoFeedForward(nn.Module):
 
 
 def place(layer: nn.Module, part: str, module: nn.Module) -> None:
-    """Put `module` in the place of one part ("attention" or "feed_forward") of the decoder block `layer`, in place."""
+    """Replace one part ("attention" or "feed_forward") of the decoder block `layer` by `module`, in place."""
     setattr(layer, {"attention": "self_attn", "feed_forward": "mlp"}[part], module)
 
 
 def describe(model: nn.Module) -> list[dict[str, object]]:
-    """Return, block by block, which parts are absent and how many experts a token is sent to: plain JSON."""
-    found = []
+    """Return for each block its absent parts and the number of experts per token, as plain JSON."""
+    entries: list[dict[str, object]] = []
     for block in anatomy(model).blocks:
         experts = block.feed_forward.experts
         absent = [part for part in PARTS if getattr(block, part).kind == "none"]
-        found.append({"absent": absent} | ({"top_k": experts.top_k} if experts else {}))
-    return found
+        entries.append({"absent": absent} | ({"top_k": experts.top_k} if experts else {}))
+    return entries
 
 
 def restore(model: nn.Module, stored: list[dict]) -> None:
-    """Give `model` the absent parts and the numbers of experts per token that `describe` told of, in place.
+    """Remove the parts, and set the numbers of experts per token, that `describe` returned, in place.
 
-    Raises UserError where the model has other blocks.
+    Raises UserError if the number of blocks differs.
     """
     blocks = anatomy(model).blocks
     if stored and len(stored) != len(blocks):
-        raise UserError(f"the manifest tells of {len(stored)} blocks, the configuration of {len(blocks)}")
-    for block, told in zip(blocks, stored):
-        for part in told.get("absent", ()):
+        raise UserError(f"the manifest describes {len(stored)} blocks, the configuration {len(blocks)}")
+    for block, entry in zip(blocks, stored):
+        for part in entry.get("absent", ()):
             place(block.module, part, NoAttention() if part == "attention" else NoFeedForward())
-        if "top_k" in told and block.feed_forward.experts:
-            block.feed_forward.experts.router.top_k = told["top_k"]
+        if "top_k" in entry and block.feed_forward.experts:
+            block.feed_forward.experts.router.top_k = entry["top_k"]
 
 
 def remove(model: nn.Module, index: int, part: str) -> nn.Module:

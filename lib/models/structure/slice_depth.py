@@ -1,7 +1,7 @@
-"""How deep the whole model is that a slice was cut from, and which of its blocks each block of the slice stands for.
+"""The depth of the model that a slice was cut from, and how many of its blocks each block of the slice represents.
 
-A slice carries the kinds of all blocks of the whole model in its configuration, so a copy of it, or one that was saved
-and read again, still knows them. Knows nothing of time or memory.
+The configuration of a slice lists the kinds of all blocks of the full model, so that copies of the slice, and slices
+loaded from disk, have them too. Knows nothing of time or memory.
 """
 
 from collections import Counter
@@ -17,32 +17,32 @@ NAME = "whole_blocks"  # of the text configuration
 
 
 def kinds(model: nn.Module) -> list[str]:
-    """Return the kind of each block: of its feed-forward part, which is where the blocks of one model differ."""
+    """Return the kind of each block's feed-forward part, in which the blocks of one model differ."""
     return [block.feed_forward.kind for block in anatomy(model).blocks]
 
 
 def state(model: nn.Module, whole: dict, architecture: str) -> nn.Module:
-    """Write into a slice the blocks of the model with configuration `whole` (built without weights); return it."""
+    """Write the kinds of the full model's blocks into a slice; return the slice. `whole`: the full configuration."""
     configuration = AutoConfig.for_model(architecture, **whole)
     with init_empty_weights():
-        found = kinds(auto_class(configuration).from_config(configuration))
-    setattr(anatomy(model).config, NAME, found)
+        whole_kinds = kinds(auto_class(configuration).from_config(configuration))
+    setattr(anatomy(model).config, NAME, whole_kinds)
     return model
 
 
 def whole(model: nn.Module) -> list[str] | None:
-    """Return the kinds of the whole model's blocks, or None where `model` is not a slice of another."""
+    """Return the kinds of the full model's blocks, or None if `model` is not a slice."""
     return getattr(anatomy(model).config, NAME, None)
 
 
 def stands_for(model: nn.Module) -> list[float] | str:
-    """Return for each block of a slice, as it was cut, how many blocks of the whole model it stands for.
+    """Return for each block of a slice how many blocks of the full model it represents.
 
-    Blocks of one kind share those of that kind. Where the slice has none of a kind, or no longer as many blocks as it
-    began with, the reason why nothing can be told is returned.
+    The blocks of the full model are divided evenly among the slice's blocks of the same kind. Returns the reason, in
+    words, if the slice has no block of a kind.
     """
-    named, own = Counter(whole(model) or []), kinds(model)
-    if lacking := sorted(set(named) - set(own)):
-        return f"the slice has no block of kind {lacking[0]}, of which the whole model has {named[lacking[0]]}"
-    held = Counter(own)
-    return [named[kind] / held[kind] for kind in own]
+    whole_counts, slice_kinds = Counter(whole(model) or []), kinds(model)
+    if lacking := sorted(set(whole_counts) - set(slice_kinds)):
+        return f"the slice has no block of kind {lacking[0]}, of which the whole model has {whole_counts[lacking[0]]}"
+    slice_counts = Counter(slice_kinds)
+    return [whole_counts[kind] / slice_counts[kind] for kind in slice_kinds]

@@ -1,28 +1,29 @@
-"""Matrices stored and executed sparse: a linear layer and a stack of experts, and their way to disk and back.
+"""Matrices stored and executed sparse: a linear layer and a stack of experts, and their form on disk.
 
-Three layouts, each a parameter of its own kind, so that whoever counts bytes finds indices and values:
+Three layouts, each a parameter of its own tensor type, so that a count of bytes includes indices and values:
 
-- `csr`: values in float32 with 32-bit column indices; a product with few tokens is bound by reading them. MKL on a
-  processor knows no bfloat16, so inputs are converted, which for a few tokens costs little.
+- `csr`: values in float32 with 32-bit column indices; a product with few tokens is bound by reading them. MKL has no
+  bfloat16 kernel on a CPU, so inputs are converted, which costs little for a few tokens.
 - `columns`: groups of R rows share their columns, all groups the same number of them; executed as dense products of
   gathered inputs, in the dtype of the model. Stored as blocks of R × 1.
 - `semi_structured`: two of every four inputs, in the format of the tensor cores; CUDA only.
 
-Knows nothing of which weights are dropped. These modules run forward only; they carry no gradient.
+The modules run forward only, without gradients. Knows nothing of which weights are dropped.
 
 Shapes: T tokens, O outputs, I inputs, E experts, K experts per token, G groups of R rows, N stored values.
 """
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from lib.errors import UserError
 
-# Torch says once per process that these layouts are new; a reader of a notebook need not hear it.
+# Torch warns once per process that these layouts are in beta: noise in a notebook.
 warnings.filterwarnings("ignore", message="Sparse (CSR|BSR) tensor support is in beta")
 
 LAYOUTS = ("csr", "columns", "semi_structured")
@@ -50,7 +51,7 @@ def compress(weight: torch.Tensor, kept: torch.Tensor, layout: str = "csr", rows
     if len(crow[:, -1].unique()) > 1:
         raise ValueError("experts that keep different numbers of weights cannot be stacked")
     columns = torch.stack([mask.nonzero()[:, 1].int() for mask in kept])
-    values = torch.stack([one[mask].float() for one, mask in zip(weight, kept)])
+    values = torch.stack([expert[mask].float() for expert, mask in zip(weight, kept)])
     return _csr(crow, columns, values, tuple(weight.shape))
 
 
@@ -78,38 +79,38 @@ def _bsr(crow: torch.Tensor, columns: torch.Tensor, values_NR: torch.Tensor, sha
 
 
 def is_dense(weight: torch.Tensor) -> bool:
-    """Return whether a weight is a plain tensor: not of a sparse layout, nor of a class that packs it."""
+    """Return whether a weight is a plain tensor: neither of a sparse layout nor of a class that packs it."""
     return weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
 
 
 def layout_of(weight: torch.Tensor) -> str:
-    """Return which of LAYOUTS a stored weight has."""
+    """Return the layout of a stored weight, one of LAYOUTS."""
     names = {torch.sparse_csr: "csr", torch.sparse_bsr: "columns"}
     return names.get(weight.layout, "semi_structured")
 
 
 def parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the plain tensors that a stored weight consists of, by suffix: what a checkpoint holds."""
+    """Return the plain tensors of a stored weight by suffix, as a checkpoint stores them."""
     if layout_of(weight) == "semi_structured":
         return {"dense": weight.to_dense()}
     return {"crow": weight.crow_indices(), "columns": weight.col_indices(), "values": weight.values()}
 
 
-def from_parts(found: dict[str, torch.Tensor], layout: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the stored weight made of `parts`."""
+def from_parts(tensors: dict[str, torch.Tensor], layout: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the stored weight that consists of `tensors`, as `parts` returned them."""
     if layout == "semi_structured":
-        return torch.sparse.to_sparse_semi_structured(found["dense"])
-    values = found["values"]
+        return torch.sparse.to_sparse_semi_structured(tensors["dense"])
+    values = tensors["values"]
     if layout == "columns":
-        return _bsr(found["crow"], found["columns"], values.squeeze(-1), shape)
-    return _csr(found["crow"], found["columns"], values, shape)
+        return _bsr(tensors["crow"], tensors["columns"], values.squeeze(-1), shape)
+    return _csr(tensors["crow"], tensors["columns"], values, shape)
 
 
 def slices(weight: torch.Tensor) -> list[torch.Tensor]:
-    """Return the matrices of a stack [E, O, I] one by one; they share its memory."""
+    """Return the matrices of a stack [E, O, I] as a list; they share its memory."""
     make = {"csr": _csr, "columns": lambda crow, col, values, shape: _bsr(crow, col, values.squeeze(-1), shape)}
     stacked = zip(weight.crow_indices(), weight.col_indices(), weight.values())
-    return [make[layout_of(weight)](*one, tuple(weight.shape[1:])) for one in stacked]
+    return [make[layout_of(weight)](*tensors, tuple(weight.shape[1:])) for tensors in stacked]
 
 
 # --- executing -------------------------------------------------------------------------------------------------------
@@ -125,17 +126,23 @@ def product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _csr_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-    """Tokens lie side by side in memory, so that each stored value meets all of them in one vector operation.
+    """Return x·Wᵀ, tokens contiguous in memory: each stored value meets all of them in one vector operation.
 
-    For many tokens the sum of weighted rows that embeddings use does the same product, and on a processor sooner.
+    For many tokens the weighted sum of rows that embeddings use computes the same product faster on a CPU.
     """
     if len(x_TI) == 1:
         return torch.mv(weight, x_TI[0])[None]
     x_IT = x_TI.T.contiguous()
     if len(x_TI) < MANY_TOKENS or weight.is_cuda:
         return torch.mm(weight, x_IT).T
-    options = {"mode": "sum", "per_sample_weights": weight.values(), "include_last_offset": True}
-    return nn.functional.embedding_bag(weight.col_indices(), x_IT, weight.crow_indices(), **options).T
+    return nn.functional.embedding_bag(
+        weight.col_indices(),
+        x_IT,
+        weight.crow_indices(),
+        mode="sum",
+        per_sample_weights=weight.values(),
+        include_last_offset=True,
+    ).T
 
 
 def _columns_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
@@ -150,16 +157,17 @@ def _columns_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy in memory of its own, by the packed parts where torch (before 2.13) cannot copy the whole."""
+    """Return a copy; of a packed weight part by part, since torch before 2.13 cannot clone the whole."""
     if layout_of(weight) != "semi_structured":
         return weight.clone()
-    names, told = weight.__tensor_flatten__()
+    packed: Any = weight  # a tensor subclass with the protocol of torch.utils._python_dispatch
+    names, context = packed.__tensor_flatten__()
     inner = {name: getattr(weight, name).clone() for name in names}
-    return type(weight).__tensor_unflatten__(inner, told, weight.shape, weight.stride())
+    return type(packed).__tensor_unflatten__(inner, context, weight.shape, weight.stride())
 
 
 class _Stored(nn.Module):
-    """What both modules share: stored weights reach checkpoints as plain tensors, and copies are copies."""
+    """Base of the sparse modules: state dictionaries hold plain tensors, and deep copies work."""
 
     stored: tuple[str, ...] = ()
 
@@ -170,15 +178,15 @@ class _Stored(nn.Module):
             destination.update({f"{prefix}{name}.{part}": tensor for part, tensor in parts(weight).items()})
 
     def __deepcopy__(self, memo: dict) -> "_Stored":
-        """Torch copies no sparse parameter."""
+        """Copy the sparse parameters by hand, since torch cannot."""
         for name in self.stored:
             weight = getattr(self, name)
             if id(weight) not in memo:
                 memo[id(weight)] = nn.Parameter(_copied(weight.detach()), requires_grad=False)
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made.__dict__ = copy.deepcopy({name: v for name, v in self.__dict__.items() if name != "views"}, memo)
-        return made
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy({name: v for name, v in self.__dict__.items() if name != "views"}, memo)
+        return copied
 
 
 class SparseLinear(_Stored):
@@ -204,12 +212,13 @@ class SparseLinear(_Stored):
 class SparseExperts(_Stored):
     """Routed experts whose matrices `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] are stored and executed sparse.
 
-    One expert after the other on its own tokens, as transformers' `eager` backend does. A stack that stays dense stays
-    as it was; so do factors that experts share (`lib.models.structure.factored`): their cores are what is stored
-    sparse.
+    The experts run one after the other, each on its own tokens, as in transformers' `eager` backend. A stack may stay
+    dense, and factors that experts share (`lib.models.structure.factored`) do: only their cores are stored sparse.
     """
 
-    def __init__(self, experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, experts: Any, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         super().__init__()
         self.act_fn, self.num_experts = experts.act_fn, down.shape[0]
         self.intermediate_dim, self.hidden_dim = down.shape[2], down.shape[1]
@@ -231,7 +240,7 @@ class SparseExperts(_Stored):
         return total_TH if self.output_factor is None else self.output_factor(total_TH)
 
     def _stacks(self) -> list[list[torch.Tensor]]:
-        """Return the experts' matrices one by one, made once: cutting a stack takes longer than a small product."""
+        """Return the matrices of each expert, cached: slicing a stack takes longer than a small product."""
         weights = [getattr(self, name) for name in EXPERT_NAMES]
         at = [w.data_ptr() if w.layout == torch.strided else w.values().data_ptr() for w in weights]
         if self.__dict__.get("views", (None,))[0] != at:
@@ -248,51 +257,50 @@ def _apply(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def store(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """Put stored weights (parameter name → sparse tensor) in place of the model's dense ones; return the model."""
+    """Replace dense weights of the model by stored ones (parameter name → sparse tensor) in place; return the model."""
     owners: dict[str, dict[str, torch.Tensor]] = {}
     for name, weight in weights.items():
         owners.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = weight
-    for path, found in owners.items():
+    for path, stacks in owners.items():
         old = model.get_submodule(path)
         if isinstance(old, nn.Linear):
-            new: nn.Module = SparseLinear(found["weight"], old.bias)
+            new: nn.Module = SparseLinear(stacks["weight"], old.bias)
         else:
-            gate_up, down = (found.get(name, getattr(old, name).data) for name in EXPERT_NAMES)
+            gate_up, down = (stacks.get(name, getattr(old, name).data) for name in EXPERT_NAMES)
             new = SparseExperts(old, gate_up, down)
         model.set_submodule(path, new.train(old.training))
     return model
 
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every sparsely stored weight of the model, by name."""
+    """Return the sparsely stored weights of the model by name."""
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, _Stored)]
-    return {f"{name}.{one}": getattr(module, one) for name, module in modules for one in module.stored}
+    return {f"{name}.{leaf}": getattr(module, leaf) for name, module in modules for leaf in module.stored}
 
 
 def describe(model: nn.Module) -> dict[str, dict]:
-    """Return what a manifest says of the sparsely stored weights: name → layout and shape. Empty for a dense model."""
-    found = stored(model).items()
-    return {name: {"layout": layout_of(weight), "shape": list(weight.shape)} for name, weight in found}
+    """Return the manifest entries of the sparsely stored weights: name → layout and shape. Empty for a dense model."""
+    return {name: {"layout": layout_of(weight), "shape": list(weight.shape)} for name, weight in stored(model).items()}
 
 
 def restore(
     model: nn.Module,
     described: dict[str, dict],
-    tensors: dict[str, Callable[[], torch.Tensor]],
+    tensors: MutableMapping[str, Callable[[], torch.Tensor]],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Give the dense `model` (perhaps without weights) the stored weights `described`, taken out of `tensors`.
+    """Insert the stored weights `described` into the dense `model` (possibly without weights), in place.
 
-    `tensors`: by name, what reads each one. `dtype` is that of the model's other parameters; values in `csr` stay as
-    they are. Raises UserError with the name of a tensor that is missing.
+    `tensors`: name → function that reads the tensor; those that are used are removed from it. `dtype`: of the model's
+    other parameters; values in `csr` keep their own. Raises UserError naming a missing tensor.
     """
     weights = {}
-    for name, said in described.items():
-        names = ("dense",) if said["layout"] == "semi_structured" else ("crow", "columns", "values")
+    for name, entry in described.items():
+        names = ("dense",) if entry["layout"] == "semi_structured" else ("crow", "columns", "values")
         if missing := [f"{name}.{part}" for part in names if f"{name}.{part}" not in tensors]:
             raise UserError(f"the checkpoint lacks {missing[0]}, which its manifest names; save the model again")
-        found = {part: tensors.pop(f"{name}.{part}")() for part in names}
-        if said["layout"] != "csr" and dtype is not None:
-            found = {part: t.to(dtype) if t.is_floating_point() else t for part, t in found.items()}
-        weights[name] = from_parts(found, said["layout"], tuple(said["shape"]))
+        read = {part: tensors.pop(f"{name}.{part}")() for part in names}
+        if entry["layout"] != "csr" and dtype is not None:
+            read = {part: t.to(dtype) if t.is_floating_point() else t for part, t in read.items()}
+        weights[name] = from_parts(read, entry["layout"], tuple(entry["shape"]))
     store(model, weights)

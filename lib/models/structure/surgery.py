@@ -1,7 +1,7 @@
-"""Taking parts of a block away, in place: experts, channels, key-value groups. The tensors really shrink.
+"""Removes parts of a block in place: experts, channels, key-value groups. The tensors shrink.
 
-`lib.models.structure.anatomy.synchronise` must follow, so that counts agree with shapes. Knows nothing of which parts
-to take.
+Call `lib.models.structure.anatomy.synchronise` afterwards, so that counts agree with shapes. Knows nothing of which
+parts to remove.
 
 Shapes: E experts, I width of one expert, J kept channels of each, H hidden.
 """
@@ -13,7 +13,7 @@ from lib.models.structure.anatomy import Attention, Block, Experts, resize_linea
 
 
 def head_projections(attention: Attention) -> list[nn.Linear]:
-    """Return the layers whose rows, or, of the last, columns belong to heads; none where there is no attention."""
+    """Return the layers whose rows (columns, for the last one) belong to heads; empty without attention."""
     if attention.kind == "none":
         return []
     module = attention.module
@@ -22,43 +22,43 @@ def head_projections(attention: Attention) -> list[nn.Linear]:
     return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
 
 
-def keep_experts(experts: Experts, kept: torch.Tensor) -> None:
-    """Keep the experts `kept` (indices, ascending) in place: tensors, router rows and correction bias."""
+def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
+    """Keep the experts `indices` (ascending) in place: tensors, router rows and correction bias."""
     module, router = experts.module, experts.router
     for owner, name in ((module, "gate_up_proj"), (module, "down_proj"), (router, "weight")):
         tensor = getattr(owner, name)
-        setattr(owner, name, nn.Parameter(tensor[kept].contiguous(), requires_grad=tensor.requires_grad))
+        setattr(owner, name, nn.Parameter(tensor[indices].contiguous(), requires_grad=tensor.requires_grad))
     if experts.correction_bias is not None:
-        router.e_score_correction_bias = experts.correction_bias[kept].clone()
-    module.num_experts = router.num_experts = len(kept)
+        router.e_score_correction_bias = experts.correction_bias[indices].clone()
+    module.num_experts = router.num_experts = len(indices)
 
 
-def keep_channels(block: Block, kept: torch.Tensor) -> None:
-    """Keep the channels `kept` of the dense part (or shared expert) in place."""
+def keep_channels(block: Block, indices: torch.Tensor) -> None:
+    """Keep the channels `indices` of the dense part (or shared expert) in place."""
     part = block.feed_forward
-    resize_linear(part.down, part.down.weight[:, kept])
+    resize_linear(part.down, part.down.weight[:, indices])
     for linear in (part.gate, part.up):
-        resize_linear(linear, linear.weight[kept])
+        resize_linear(linear, linear.weight[indices])
 
 
-def keep_expert_channels(experts: Experts, kept_EJ: torch.Tensor) -> None:
+def keep_expert_channels(experts: Experts, indices_EJ: torch.Tensor) -> None:
     """Keep in every expert its own channels [E, J] in place."""
     width, module = experts.channels, experts.module
-    both = torch.cat([kept_EJ, kept_EJ + width], dim=1)
-    gate_up = experts.gate_up.gather(1, both[:, :, None].expand(-1, -1, experts.gate_up.shape[2]))
-    down = experts.down.gather(2, kept_EJ[:, None, :].expand(-1, experts.down.shape[1], -1))
+    gate_and_up_EJ = torch.cat([indices_EJ, indices_EJ + width], dim=1)
+    gate_up = experts.gate_up.gather(1, gate_and_up_EJ[:, :, None].expand(-1, -1, experts.gate_up.shape[2]))
+    down = experts.down.gather(2, indices_EJ[:, None, :].expand(-1, experts.down.shape[1], -1))
     module.gate_up_proj = nn.Parameter(gate_up, requires_grad=experts.gate_up.requires_grad)
     module.down_proj = nn.Parameter(down.contiguous(), requires_grad=experts.down.requires_grad)
 
 
-def keep_groups(attention: Attention, kept: torch.Tensor) -> None:
-    """Keep the key-value groups `kept`, each with its query heads, in place; for latent attention, heads."""
+def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
+    """Keep the key-value groups `indices`, each with its query heads, in place; for latent attention, heads."""
     per_group = attention.heads // attention.key_value_heads
     *inputs, output = head_projections(attention)
     for linear in inputs:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
-        resize_linear(linear, groups[kept].flatten(0, 1))
+        resize_linear(linear, groups[indices].flatten(0, 1))
         if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.unflatten(0, (attention.key_value_heads, -1))[kept].flatten(0, 1))
+            linear.bias = nn.Parameter(linear.bias.unflatten(0, (attention.key_value_heads, -1))[indices].flatten(0, 1))
     groups = output.weight.unflatten(1, (attention.key_value_heads, per_group * attention.value_dim))
-    resize_linear(output, groups[:, kept].flatten(1, 2))
+    resize_linear(output, groups[:, indices].flatten(1, 2))

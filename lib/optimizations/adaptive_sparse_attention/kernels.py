@@ -193,14 +193,14 @@ def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> t
 
 def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
     """Before the decoder runs: pass it a paged cache where it would make a cache, or got an empty stock one."""
-    cache, use_cache = cache_names.taken(kwargs), kwargs.get("use_cache")
-    kwargs |= cache_names.given(cache)
+    cache, use_cache = cache_names.pop_from(kwargs), kwargs.get("use_cache")
+    kwargs |= cache_names.as_kwargs(cache)
     view_blocks = decoder.layers
     if use_cache is False or (use_cache is None and not getattr(decoder.config, "use_cache", True)):
         return None
     if cache is None:
         cache = DynamicCache(config=decoder.config)
-        kwargs |= cache_names.given(cache)
+        kwargs |= cache_names.as_kwargs(cache)
     stock = isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if stock and cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
         cache.layers[:] = [_paged_layer(block.self_attn) for block in view_blocks]

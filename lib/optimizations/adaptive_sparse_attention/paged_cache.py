@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
-from lib.models.decoding import latents
+from lib.models.decoding import latent_products
 
 ROOM_TOKENS = 256  # least room left behind the tokens when a buffer grows
 
@@ -106,7 +106,9 @@ class PagedLayer(DynamicLayer):
 def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Tensor:
     """Return an upper bound of the scores of every page, [B, G, R, P]."""
     both_BGRE = torch.cat([query_BGRD.clamp_min(0), query_BGRD.clamp_max(0)], dim=-1)
-    return latents.scores(both_BGRE.flatten(0, 1), bounds_BGPE.flatten(0, 1)).unflatten(0, bounds_BGPE.shape[:2])
+    return latent_products.scores(both_BGRE.flatten(0, 1), bounds_BGPE.flatten(0, 1)).unflatten(
+        0, bounds_BGPE.shape[:2]
+    )
 
 
 def best_pages(query_BGRD, layer: PagedLayer, pages: int, start_B: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,7 +166,7 @@ def decode_latent(
     latent_width, rope_width = layer.keys.shape[-1], layer.values.shape[-1]
     nope = query_BHD.shape[-1] - rope_width
     up_HDL, down_HVL = weight_HEL[:, :nope], weight_HEL[:, nope:]
-    query_BHL = latents.into(query_BHD[..., None, :nope], up_HDL)[:, :, 0]
+    query_BHL = latent_products.into(query_BHD[..., None, :nope], up_HDL)[:, :, 0]
     query_B1HL = torch.cat([query_BHL, query_BHD[..., nope:]], dim=-1)[:, None]
     if pages and layer.full_pages > pages:
         page_B1N = best_pages(query_B1HL, layer, pages, start_B)
@@ -175,14 +177,14 @@ def decode_latent(
         if start_B is not None:
             place_X = torch.arange(latent_B1XL.shape[2], device=start_B.device)
             mask = place_X >= start_B.view(-1, 1, 1, 1)
-    logits_BHX = latents.scores(query_B1HL[:, 0, :, :latent_width], latent_B1XL[:, 0])
-    logits_BHX = logits_BHX + latents.scores(query_B1HL[:, 0, :, latent_width:], rope_B1XE[:, 0])
+    logits_BHX = latent_products.scores(query_B1HL[:, 0, :, :latent_width], latent_B1XL[:, 0])
+    logits_BHX = logits_BHX + latent_products.scores(query_B1HL[:, 0, :, latent_width:], rope_B1XE[:, 0])
     logits_B1HX = logits_BHX[:, None].float() * scaling
     if mask is not None:
         logits_B1HX = logits_B1HX.masked_fill(~mask, float("-inf"))
     share_BHX = logits_B1HX[:, 0].softmax(-1).to(latent_B1XL.dtype)
     mixed_BHL = torch.bmm(share_BHX, latent_B1XL[:, 0])
-    return latents.out_of(mixed_BHL[:, :, None], down_HVL)[:, :, 0]
+    return latent_products.out_of(mixed_BHL[:, :, None], down_HVL)[:, :, 0]
 
 
 def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Continuation:
         """Decode `count` tokens on the copy, which is used up."""
         if self._copy is None:
             self.prepare()
-        options = cache_names.given(self._copy) | {"use_cache": True, "logits_to_keep": 1}
+        options = cache_names.as_kwargs(self._copy) | {"use_cache": True, "logits_to_keep": 1}
         token_B1, tokens = self.token_B1, []
         for _ in range(self.count):
             token_B1 = self.model(input_ids=token_B1, **options).logits[:, -1:].argmax(-1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lib.errors import Gone, UserError
+from lib.errors import ClusterLost, UserError
 from lib.suite.cluster import remote, worker_stub
 from lib.suite.cluster.workers import DEVICE, Crew, WorkerSlot, answer_of
 from lib.suite.plan.cache_key import Hashes
@@ -75,8 +75,8 @@ def _connected(address: str) -> Iterator[Any]:
 def run(build: BuildContext, entries: Sequence[Entry], address: str) -> list[Result]:
     """Run every entry on the cluster; return how each ended, in the order in which they did.
 
-    Raises UserError if no scheduler answers or no worker can be used; Gone if the scheduler or the last worker is lost
-    and none returns. Finished runs are in place by then. Raises OSError if results cannot be written.
+    Raises UserError if no scheduler answers or no worker can be used; ClusterLost if the scheduler or the last worker
+    is lost and none returns. Finished runs are in place by then. Raises OSError if results cannot be written.
     """
     with _connected(address) as client:
         parts = {entry.job.stem: entry.parts for entry in entries}
@@ -128,13 +128,13 @@ class Loop:
         self._tell_refused(refusals)
 
     def _workers(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return address → what the scheduler knows of a worker. Raises Gone where it does not answer any more."""
+        """Return address → what the scheduler knows of a worker. Raises ClusterLost if it no longer answers."""
         try:
             if self.client.status != "running":
                 raise OSError
             return self.client.sync(self.client.scheduler.identity, callback_timeout=patience())["workers"]
         except (OSError, TimeoutError, AttributeError, RuntimeError):
-            raise Gone(f"the scheduler at {self.address} is gone") from None
+            raise ClusterLost(f"the scheduler at {self.address} is gone") from None
 
     def hear(self, event: tuple[float, Mapping[str, str]]) -> None:
         """Store a worker's progress message for the progress table."""
@@ -168,7 +168,7 @@ class Loop:
             self.alone_since = now
             self.build.progress.side_by_side = len(self.crew.slots)
         elif now - self.alone_since > patience() and not self.crew.pending:
-            raise Gone(f"no worker with a {DEVICE} token is left at {self.address}")
+            raise ClusterLost(f"no worker with a {DEVICE} token is left at {self.address}")
 
     def _tell_refused(self, lines: Sequence[str]) -> None:
         for line in lines:

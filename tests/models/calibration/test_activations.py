@@ -1,4 +1,4 @@
-"""What is observed against a slow second way, with padding that must not count."""
+"""Statistics of a calibration pass against a slow second way; padding must not count."""
 
 import torch
 
@@ -9,28 +9,28 @@ from lib.models.structure.anatomy import anatomy
 
 def captured(model, module, batch):
     """Return the positional inputs of `module` while `batch` runs."""
-    kept = []
-    hook = module.register_forward_pre_hook(lambda module, args: kept.append(args))
+    captured_args = []
+    hook = module.register_forward_pre_hook(lambda module, args: captured_args.append(args))
     model(**batch, use_cache=False)
     hook.remove()
-    return kept[0]
+    return captured_args[0]
 
 
 def test_padding_does_not_count(tiny, name, batch):
     model = tiny(name)
-    both = observe(model, [batch])
+    padded = observe(model, [batch])
     apart = observe(model, [{"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"][1:, :15]}])
-    assert both.tokens == apart.tokens == 24 + 15
-    for one, other in zip(both.blocks, apart.blocks):
-        assert abs(one.influence - other.influence) < 1e-3
-        assert torch.allclose(one.head_contribution_Q, other.head_contribution_Q, rtol=1e-3)
+    assert padded.tokens == apart.tokens == 24 + 15
+    for padded_block, apart_block in zip(padded.blocks, apart.blocks):
+        assert abs(padded_block.influence - apart_block.influence) < 1e-3
+        assert torch.allclose(padded_block.head_contribution_Q, apart_block.head_contribution_Q, rtol=1e-3)
 
 
 def test_heads_against_each_heads_own_product(tiny, name, batch):
     model = tiny(name)
     ids = {"input_ids": batch["input_ids"]}
-    seen = observe(model, [ids])
-    for block, statistics in zip(anatomy(model).blocks, seen.blocks):
+    observation = observe(model, [ids])
+    for block, statistics in zip(anatomy(model).blocks, observation.blocks):
         attention = block.attention
         (heads_BTF,) = captured(model, attention.output, ids)
         for head in range(attention.heads):

@@ -74,8 +74,8 @@ def test_the_layout_is_the_genuine_one_and_fits(folder, name):
 def test_it_loads_as_it_was_saved(folder, source, name, batch):
     loaded = loading.load(name, "full", checkpoints=folder.parent)
     assert loaded.dtype == torch.bfloat16 and loaded.folder == folder and not loaded.random_weights
-    kept = dict(source.named_parameters())
-    assert all(torch.equal(one, kept[name]) for name, one in loaded.model.named_parameters())
+    parameters_by_name = dict(source.named_parameters())
+    assert all(torch.equal(one, parameters_by_name[name]) for name, one in loaded.model.named_parameters())
     assert (loaded.model(**batch).logits - source(**batch).logits).abs().median() < 0.01
     assert (loaded.image_processor is not None) == ("vl" in name)
 
@@ -83,16 +83,21 @@ def test_it_loads_as_it_was_saved(folder, source, name, batch):
 def test_it_is_asked_with_examples_in_its_own_chat(folder, name):
     loaded = loading.load(name, "full", checkpoints=folder.parent, dtype="float32")
     task = loaded.parameters.tasks[0]
-    asked = tasks.items(task, "final", 3)
-    row = prompting.shown(loaded, asked[0])
-    told = prompting.text(loaded, row)
+    chosen_items = tasks.items(task, "final", 3)
+    row = prompting.shown(loaded, chosen_items[0])
+    shown_text = prompting.text(loaded, row)
     assert len(row) == prompting.SHOTS + 1 and len({one.label for one in row[:-1]}) == prompting.SHOTS
     assert not {one.id for one in row[:-1]} & {one.id for one in tasks.items(task, "final")}
-    assert told.count("<|im_start|>user") == prompting.SHOTS + 1 and told.endswith("assistant\n<think></think>")
-    assert all(f"assistant\n{one.label}<|im_end|>" in told for one in row[:-1])
+    assert shown_text.count("<|im_start|>user") == prompting.SHOTS + 1 and shown_text.endswith(
+        "assistant\n<think></think>"
+    )
+    assert all(f"assistant\n{one.label}<|im_end|>" in shown_text for one in row[:-1])
     label = loaded.tokenizer.decode(tasks.label_ids(loaded, task)[0])
     assert label == tasks.class_labels(task)[0]
-    together, alone = tasks.label_scores(loaded, task, asked, 3), tasks.label_scores(loaded, task, asked, 1)
+    together, alone = (
+        tasks.label_scores(loaded, task, chosen_items, 3),
+        tasks.label_scores(loaded, task, chosen_items, 1),
+    )
     assert together.isfinite().all() and torch.allclose(together, alone, atol=1e-3)
 
 
@@ -101,8 +106,11 @@ def test_without_a_chat_template_examples_are_plain_text(folder, name):
     loaded.tokenizer.chat_template = None
     task = loaded.parameters.tasks[0]
     [item] = tasks.items(task, "final", 1)
-    told = prompting.text(loaded, prompting.shown(loaded, item))
-    assert told.endswith(item.prompt) and told.count("\n\n" if task == "digits" else "Module:") >= prompting.SHOTS
+    shown_text = prompting.text(loaded, prompting.shown(loaded, item))
+    assert (
+        shown_text.endswith(item.prompt)
+        and shown_text.count("\n\n" if task == "digits" else "Module:") >= prompting.SHOTS
+    )
     assert prompting.answer(loaded, "x") == " x"
 
 
@@ -111,8 +119,8 @@ def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, nam
     monkeypatch.setattr(placement, "free_bytes", lambda device: int(1.1 * total))
     loaded = loading.load(name, "full", checkpoints=folder.parent)
     assert streamer.streamer(loaded.model).in_memory_bytes < 0.7 * total
-    found, expected = loaded.model(**batch).logits, source(**batch).logits
-    assert (found - expected).abs().median() < 0.01 < expected.std()  # an expert chosen by a hair may be another one
+    actual, expected = loaded.model(**batch).logits, source(**batch).logits
+    assert (actual - expected).abs().median() < 0.01 < expected.std()  # an expert chosen by a hair may be another one
     from lib.optimizations.structured_pruning import method
 
     with pytest.raises(NotApplicable, match="stream from a file"):

@@ -1,4 +1,4 @@
-"""Weights that are on disk alone for a while: gone meanwhile, the same afterwards, shared as before."""
+"""Parked weights: no memory meanwhile, the same weights afterwards, shared as before."""
 
 import copy
 
@@ -15,10 +15,10 @@ from lib.optimizations.sparse_neural_networks import method
 
 def arms(model, tmp_path):
     """Return the model and another that shares its embeddings, each with the folder it is saved in."""
-    other = copy.deepcopy(model)
-    other.set_input_embeddings(model.get_input_embeddings())
-    other.get_parameter("lm_head.weight").data.mul_(2)
-    return [(one, io.save(one, tmp_path / str(at))) for at, one in enumerate((model, other))]
+    twin = copy.deepcopy(model)
+    twin.set_input_embeddings(model.get_input_embeddings())
+    twin.get_parameter("lm_head.weight").data.mul_(2)
+    return [(part, io.save(part, tmp_path / str(at))) for at, part in enumerate((model, twin))]
 
 
 def held(model):
@@ -40,14 +40,14 @@ def test_weights_leave_and_come_back(tiny, name, batch, tmp_path):
 
 
 def test_what_shares_memory_without_being_the_same_tensor_shares_it_still(tiny, tmp_path):
-    (model, folder), (other, beside) = arms(copy.deepcopy(tiny("qwen3-coder-30b")), tmp_path)
+    (model, folder), (twin, twin_folder) = arms(copy.deepcopy(tiny("qwen3-coder-30b")), tmp_path)
     embedding = model.get_input_embeddings().weight
-    other.set_input_embeddings(nn.Embedding.from_pretrained(embedding.data))
-    other.first_of_all = nn.Parameter(embedding.data)  # in no file
-    other._parameters = {"first_of_all": other._parameters.pop("first_of_all"), **other._parameters}
-    with parked((other, beside), (model, folder)):
-        assert held(model) == held(other) == 0
-    assert other.get_input_embeddings().weight.data_ptr() == embedding.data_ptr() == other.first_of_all.data_ptr()
+    twin.set_input_embeddings(nn.Embedding.from_pretrained(embedding.data))
+    twin.first_of_all = nn.Parameter(embedding.data)  # in no file
+    twin._parameters = {"first_of_all": twin._parameters.pop("first_of_all"), **twin._parameters}
+    with parked((twin, twin_folder), (model, folder)):
+        assert held(model) == held(twin) == 0
+    assert twin.get_input_embeddings().weight.data_ptr() == embedding.data_ptr() == twin.first_of_all.data_ptr()
 
 
 def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
@@ -57,12 +57,12 @@ def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
     size = model.get_input_embeddings().weight.shape
     larger = torch.randn(2 * size[0], size[1])
     model.get_input_embeddings().weight.data = larger[: size[0]]
-    found = sparse.stored(model)
+    weights = sparse.stored(model)
     folder, before = io.save(model, tmp_path), io.weights_hash(model)
     with parked((model, folder)):
-        assert held(model) >= larger.nbytes // 2 and all(one._nnz() for one in found.values())
+        assert held(model) >= larger.nbytes // 2 and all(part._nnz() for part in weights.values())
         assert model.get_parameter("model.norm.weight").nbytes == 0
-    assert found and io.weights_hash(model) == before
+    assert weights and io.weights_hash(model) == before
     assert model.get_input_embeddings().weight.data_ptr() == larger.data_ptr()
 
 

@@ -33,18 +33,18 @@ def _drawn(draw, *shape, tiled=True, seed=3) -> torch.Tensor:
     ],
 )
 def test_large_tensors_have_the_spread_that_was_asked_for(draw, shape):
-    made = _drawn(draw, *shape)
-    assert made.std() == pytest.approx(0.02, rel=0.1) and abs(float(made.mean())) < 0.002
-    assert torch.equal(made, _drawn(draw, *shape)) and not torch.equal(made, _drawn(draw, *shape, seed=4))
-    flat = made.flatten()
+    drawn = _drawn(draw, *shape)
+    assert drawn.std() == pytest.approx(0.02, rel=0.1) and abs(float(drawn.mean())) < 0.002
+    assert torch.equal(drawn, _drawn(draw, *shape)) and not torch.equal(drawn, _drawn(draw, *shape, seed=4))
+    flat = drawn.flatten()
     assert torch.equal(flat[:1021], flat[1021:2042])
-    rows = made.reshape(-1, made.shape[-1])
+    rows = drawn.reshape(-1, drawn.shape[-1])
     assert len(rows.unique(dim=0)) == len(rows)
 
 
 def test_a_matrix_has_full_rank():
-    made = _drawn(lambda tensor: nn.init.normal_(tensor), 128, 96)
-    assert torch.linalg.matrix_rank(made) == 96
+    drawn = _drawn(lambda tensor: nn.init.normal_(tensor), 128, 96)
+    assert torch.linalg.matrix_rank(drawn) == 96
 
 
 def test_small_tensors_and_layers_are_drawn_as_always():

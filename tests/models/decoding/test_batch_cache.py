@@ -56,8 +56,8 @@ def test_rows_come_and_go_without_changing_each_others_tokens(tiny, name):
 def test_padding_keeps_numbers_finite_and_logits_close(tiny, name):
     model = tiny(name)
     short, long = _prompts(3, 40)
-    both, alone = batch_cache.prefill(model, [short, long]), batch_cache.prefill(model, [short])
-    for padded, plain in zip(both.cache.layers, alone.cache.layers):
+    together, alone = batch_cache.prefill(model, [short, long]), batch_cache.prefill(model, [short])
+    for padded, plain in zip(together.cache.layers, alone.cache.layers):
         assert torch.isfinite(padded.keys).all() and torch.isfinite(padded.values).all()
         torch.testing.assert_close(padded.keys[0, :, -3:], plain.keys[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(padded.values[0, :, -3:], plain.values[0], atol=1e-4, rtol=1e-4)
@@ -79,12 +79,12 @@ def test_bytes_are_those_of_the_cache_formula(tiny, name):
 def test_rows_cut_short_go_on_as_if_no_more_had_been_read(tiny, name):
     model, prompts = tiny(name), _prompts(12, 12)
     long = batch_cache.prefill(model, prompts)
-    cut, read = batch_cache.first(long, 8), batch_cache.prefill(model, [one[:8] for one in prompts])
+    cut, read = batch_cache.first(long, 8), batch_cache.prefill(model, [prompt_T[:8] for prompt_T in prompts])
     assert long.length == 12 and cut.length == 8 and torch.equal(cut.position_B, read.position_B)
-    cut.token_B = read.token_B = torch.stack([one[8] for one in prompts])
+    cut.token_B = read.token_B = torch.stack([prompt_T[8] for prompt_T in prompts])
     assert torch.equal(batch_cache.step(model, cut), batch_cache.step(model, read))
-    for some, other in zip(cut.cache.layers, read.cache.layers):
-        torch.testing.assert_close(some.keys, other.keys, atol=1e-5, rtol=1e-5)
+    for cut_layer, read_layer in zip(cut.cache.layers, read.cache.layers):
+        torch.testing.assert_close(cut_layer.keys, read_layer.keys, atol=1e-5, rtol=1e-5)
     assert long.length == 12
 
 
@@ -105,11 +105,11 @@ def test_a_picture_joins_text(tiny):
 
 def test_wrong_prompts_are_refused(tiny):
     model = tiny("qwen3-4b-instruct-2507")
-    with pytest.raises(UserError, match="no prompt to read"):
+    with pytest.raises(UserError, match="rows: no prompt"):
         batch_cache.prefill(model, [])
     with pytest.raises(UserError, match="a prompt is empty"):
         batch_cache.prefill(model, [torch.tensor([9]), torch.tensor([], dtype=torch.long)])
-    with pytest.raises(UserError, match="read alone"):
+    with pytest.raises(UserError, match="processed alone"):
         batch_cache.prefill(model, [{"input_ids": torch.ones(1, 2)}] * 2)
 
 

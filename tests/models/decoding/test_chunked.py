@@ -15,9 +15,9 @@ def ids_of(length: int, rows: int = 2) -> torch.Tensor:
     return torch.randint(8, 96, (rows, length), generator=torch.Generator().manual_seed(5))
 
 
-def kept(output: object) -> dict[str, object]:
+def cache_kwargs(output: object) -> dict[str, object]:
     """Return the cache of `output` as the next call takes it."""
-    return cache_names.given(cache_names.of(output))
+    return cache_names.as_kwargs(cache_names.of(output))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -25,12 +25,14 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(tiny, name, chunk):
     plain, model = tiny(name), chunked.chunk_prefill(tiny(name), chunk)
     ids = ids_of(40)
     with torch.inference_mode():
-        expected, got = plain(ids), model(ids)
-        torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
-        assert cache_names.of(got).get_seq_length() == 40
+        expected, actual = plain(ids), model(ids)
+        torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
+        assert cache_names.of(actual).get_seq_length() == 40
         assert cache_names.of(model(ids, use_cache=False)) is None
         step = ids[:, :1]
-        torch.testing.assert_close(model(step, **kept(got)).logits, plain(step, **kept(expected)).logits, **CLOSE)
+        torch.testing.assert_close(
+            model(step, **cache_kwargs(actual)).logits, plain(step, **cache_kwargs(expected)).logits, **CLOSE
+        )
     torch.testing.assert_close(chunked.whole_prefill(model)(ids).logits, expected.logits, atol=0, rtol=0)
 
 
@@ -73,12 +75,12 @@ def test_absorbed_attention_is_exact(tiny, new):
         block.attention.module.kv_b_proj.register_forward_hook(lambda *_: calls.append(1))
     ids = ids_of(40)
     with torch.inference_mode():
-        expected, got = plain(ids), model(ids)
+        expected, actual = plain(ids), model(ids)
         calls.clear()
         for at in range(3):
-            more = ids[:, at : at + new]
-            expected, got = plain(more, **kept(expected)), model(more, **kept(got))
-            torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+            new_ids = ids[:, at : at + new]
+            expected, actual = plain(new_ids, **cache_kwargs(expected)), model(new_ids, **cache_kwargs(actual))
+            torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
     assert not calls, "the cache was expanded"
     assert mla_absorption.is_absorbed(model) and not mla_absorption.is_absorbed(mla_absorption.expand(model))
 
@@ -90,11 +92,12 @@ def test_absorbed_attention_respects_padding_and_eager_masks(tiny):
     for backend in ("sdpa", "eager"):
         plain.set_attn_implementation(backend), model.set_attn_implementation(backend)
         with torch.inference_mode():
-            read = [one(ids, attention_mask=mask[:, :20]) for one in (plain, model)]
-            expected, got = (
-                one(ids[:, :2], attention_mask=mask, **kept(before)).logits for one, before in zip((plain, model), read)
+            read = [arm(ids, attention_mask=mask[:, :20]) for arm in (plain, model)]
+            expected, actual = (
+                arm(ids[:, :2], attention_mask=mask, **cache_kwargs(before)).logits
+                for arm, before in zip((plain, model), read)
             )
-        torch.testing.assert_close(got, expected, **CLOSE)
+        torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 def test_absorbing_leaves_other_attention_alone(tiny):
@@ -128,8 +131,8 @@ def test_a_window_that_holds_everything_changes_nothing(tiny, name):
     model, ids = tiny(name), ids_of(30)
     cache = sink_window.windowed_cache(model, sinks=2, window=100)
     expected = list(chunked.tokens(model, ids, 8))
-    got = list(chunked.tokens(model, ids, 8, cache=cache))
-    assert torch.equal(torch.stack(got), torch.stack(expected))
+    actual = list(chunked.tokens(model, ids, 8, cache=cache))
+    assert torch.equal(torch.stack(actual), torch.stack(expected))
 
 
 def test_one_block_sees_exactly_sinks_and_window(tiny, name):
@@ -140,9 +143,9 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
     decoder.config.num_hidden_layers = 1
     cache = sink_window.windowed_cache(model, sinks=3, window=10)
     for at in range(50):
-        got = model(ids[:, at : at + 1], use_cache=True, **cache_names.given(cache)).logits[:, -1]
+        actual = model(ids[:, at : at + 1], use_cache=True, **cache_names.as_kwargs(cache)).logits[:, -1]
     short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)  # ten before the last token, and that token
-    torch.testing.assert_close(got, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(actual, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
     assert cache.layers[0].keys.shape[-2] == 13 and cache.layers[0].forgotten == 37
 
 

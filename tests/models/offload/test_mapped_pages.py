@@ -1,4 +1,4 @@
-"""Mapped weights: the right numbers, in memory only while they are held, and a cut file told to the byte."""
+"""Mapped weights: the right numbers, in memory only while they are held, and a truncated file reported to the byte."""
 
 import os
 from pathlib import Path
@@ -46,8 +46,8 @@ def test_pages_are_in_memory_while_held_and_no_longer(folder):
 
 def test_neighbours_are_one_span_and_gaps_are_kept(folder):
     places = WeightFile(folder).places
-    (both,) = spans([places["t1"], places["t0"]])
-    assert both.end - both.first == 32 * MEGABYTE and both.first == places["t0"].offset
+    (merged,) = spans([places["t1"], places["t0"]])
+    assert merged.end - merged.first == 32 * MEGABYTE and merged.first == places["t0"].offset
     assert len(spans([places["t2"], places["t0"]])) == 2
 
 
@@ -89,10 +89,16 @@ def test_written_files_hold_the_same_at_aligned_bytes(tmp_path, length):
     whole = odd | {name: torch.randn(64, 3).bfloat16().T, "truth": torch.tensor([True, False] * 32)}
     for _ in range(2):  # anew, over a file that is still mapped
         write(path, whole)
-        found = load_file(path)
-        assert found.keys() == whole.keys() and all(torch.equal(found[one], whole[one]) for one in whole)
-        assert {one: tensor.dtype for one, tensor in found.items()} == {one: whole[one].dtype for one in whole}
-    assert all(place.offset % 64 == 0 for one, place in WeightFile(tmp_path).places.items() if one not in odd)
+        read_back = load_file(path)
+        assert read_back.keys() == whole.keys() and all(
+            torch.equal(read_back[tensor_name], whole[tensor_name]) for tensor_name in whole
+        )
+        assert {tensor_name: tensor.dtype for tensor_name, tensor in read_back.items()} == {
+            tensor_name: whole[tensor_name].dtype for tensor_name in whole
+        }
+    assert all(
+        place.offset % 64 == 0 for tensor_name, place in WeightFile(tmp_path).places.items() if tensor_name not in odd
+    )
     assert os.listdir(tmp_path) == ["model.safetensors"]
     with pytest.raises(UserError, match="complex cannot be stored as"):
         write(path, {"complex": torch.zeros(2, dtype=torch.complex64)})

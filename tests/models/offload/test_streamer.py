@@ -1,4 +1,4 @@
-"""Streamed weights against resident ones: same answers, bytes counted by the system too, damage told, nothing hung."""
+"""Streamed weights against resident ones: same answers, bytes that the system counts too, damage reported."""
 
 import copy
 import os
@@ -32,16 +32,16 @@ def smallest(folder: Path) -> int:
 
 def test_places_are_where_safetensors_finds_the_tensors(saved):
     _, folder = saved
-    found = places(folder)
+    by_name = places(folder)
     file = WeightFile(folder)
     for path in folder.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
-            memory = buffer(found[name].nbytes)
-            file.read([(found[name], memory)])
+            memory = buffer(by_name[name].nbytes)
+            file.read([(by_name[name], memory)])
             assert memory.data_ptr() % 64 == 0
             assert torch.equal(memory.view(tensor.dtype).view(tensor.shape), tensor), name
-    assert file.bytes_read == sum(place.nbytes for place in found.values())
-    assert tensor_places(folder).keys() == found.keys()
+    assert file.bytes_read == sum(place.nbytes for place in by_name.values())
+    assert tensor_places(folder).keys() == by_name.keys()
 
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
@@ -49,46 +49,48 @@ def test_places_are_where_safetensors_finds_the_tensors(saved):
 def test_answers_are_those_of_the_resident_model(saved, batch, ratio, pages):
     model, folder = saved
     size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
-    other = streamer.open_streamed(folder, **size, page_cache=pages)
-    made = streamer.streamer(other)
-    assert made.plan.in_memory_bytes <= made.plan.allowance_bytes
-    assert ratio != 1.0 or not made.plan.streamed
+    streamed = streamer.open_streamed(folder, **size, page_cache=pages)
+    unit_streamer = streamer.streamer(streamed)
+    assert unit_streamer.plan.in_memory_bytes <= unit_streamer.plan.allowance_bytes
+    assert ratio != 1.0 or not unit_streamer.plan.streamed
     with torch.inference_mode():
         for _ in range(2):  # the second time the order of units is known
-            expected, got = model(**batch), other(**batch)
-            torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+            expected, actual = model(**batch), streamed(**batch)
+            torch.testing.assert_close(actual.logits, expected.logits, **CLOSE)
         step = torch.tensor([[7], [9]])
-        expected = model(input_ids=step, **cache_names.given(cache_names.of(model(batch["input_ids"])))).logits
-        got = other(input_ids=step, **cache_names.given(cache_names.of(other(batch["input_ids"])))).logits
-    torch.testing.assert_close(got, expected, **CLOSE)
-    made.close()
+        expected = model(input_ids=step, **cache_names.as_kwargs(cache_names.of(model(batch["input_ids"])))).logits
+        actual = streamed(input_ids=step, **cache_names.as_kwargs(cache_names.of(streamed(batch["input_ids"])))).logits
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    unit_streamer.close()
 
 
 def test_weights_in_a_slot_are_those_of_the_file_bit_for_bit(saved, batch):
     model, folder = saved
-    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
-    expected, seen = dict(model.named_parameters()), []
+    streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    expected, checked = dict(model.named_parameters()), []
 
     def compare(module, prefix):
         for leaf, parameter in module.named_parameters():
             if "experts.gate_up_proj" not in leaf and "experts.down_proj" not in leaf:
                 assert torch.equal(parameter, expected[f"{prefix}.{leaf}"])
-                seen.append(leaf)
+                checked.append(leaf)
 
-    names = {module: name for name, module in other.named_modules()}
-    for block in anatomy(other).blocks:
+    names = {module: name for name, module in streamed.named_modules()}
+    for block in anatomy(streamed).blocks:
         block.module.register_forward_hook(lambda module, *_: compare(module, names[module]))
-    other(**batch)
-    assert len(seen) >= 4 * 8
+    streamed(**batch)
+    assert len(checked) >= 4 * 8
 
 
 def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
     _, folder = saved
-    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
-    other(**batch)
-    made = streamer.streamer(other)
-    made.forget()
-    away = [part for name in made.plan.streamed for part in made.units[name] if part.owner is not None]
+    streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    streamed(**batch)
+    unit_streamer = streamer.streamer(streamed)
+    unit_streamer.forget()
+    away = [
+        part for name in unit_streamer.plan.streamed for part in unit_streamer.units[name] if part.owner is not None
+    ]
     assert away
     for part in away:
         weight = part.owner._parameters[part.leaf]
@@ -99,22 +101,22 @@ def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count a process's reads")
 def test_bytes_counted_are_those_the_system_counts(saved, batch):
     _, folder = saved
-    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache="copy")
-    made = streamer.streamer(other)
-    other(**batch)
+    streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache="copy")
+    unit_streamer = streamer.streamer(streamed)
+    streamed(**batch)
 
     def system() -> int:
         return int(Path("/proc/self/io").read_text().split()[1])
 
-    made.settle()
-    ours, theirs = made.file.bytes_read, system()
-    own = system() - theirs  # reading the count is counted as well
+    unit_streamer.settle()
+    ours, theirs = unit_streamer.file.bytes_read, system()
+    counting = system() - theirs  # reading the count is counted as well
     for _ in range(3):
-        other(**batch)
-    made.settle()
-    ours, theirs = made.file.bytes_read - ours, system() - theirs - own
-    used = [unit for unit in made.plan.streamed if not unit.startswith("vision.")]  # the prompt has no picture
-    assert ours >= 3 * sum(part.place.nbytes for unit in used for part in made.units[unit])
+        streamed(**batch)
+    unit_streamer.settle()
+    ours, theirs = unit_streamer.file.bytes_read - ours, system() - theirs - counting
+    used = [unit for unit in unit_streamer.plan.streamed if not unit.startswith("vision.")]  # the prompt has no image
+    assert ours >= 3 * sum(part.place.nbytes for unit in used for part in unit_streamer.units[unit])
     assert 0 <= theirs - ours <= 4096
 
 
@@ -122,14 +124,14 @@ def test_more_memory_reads_less(saved, batch):
     _, folder = saved
     counts = []
     for size in ({"allowance_bytes": smallest(folder)}, {"memory_ratio": 0.8}, {"memory_ratio": 1.0}):
-        other = streamer.open_streamed(folder, **size)
-        made = streamer.streamer(other)
-        other(**batch), made.settle()
-        before = made.file.bytes_read
-        other(**batch), made.settle()
-        counts.append(made.file.bytes_read - before)
+        streamed = streamer.open_streamed(folder, **size)
+        unit_streamer = streamer.streamer(streamed)
+        streamed(**batch), unit_streamer.settle()
+        before = unit_streamer.file.bytes_read
+        streamed(**batch), unit_streamer.settle()
+        counts.append(unit_streamer.file.bytes_read - before)
     assert counts[0] > counts[1] > counts[2]
-    rows = batch["input_ids"].unique().numel() * anatomy(other).hidden * 4
+    rows = batch["input_ids"].unique().numel() * anatomy(streamed).hidden * 4
     assert counts[2] == rows  # with everything in memory only the embeddings of the prompt are looked up
 
 
@@ -137,13 +139,13 @@ def test_more_memory_reads_less(saved, batch):
 def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
     model = tiny(name)
     folder = io.save(model, tmp_path / "checkpoint")
-    other = streamer.open_streamed(folder, memory_ratio=1.0)
-    cache = streamer.streamer(other).experts
+    streamed = streamer.open_streamed(folder, memory_ratio=1.0)
+    cache = streamer.streamer(streamed).experts
     ids = torch.tensor([[11]])
-    routed = [block.feed_forward.experts for block in anatomy(other).blocks if block.feed_forward.experts]
-    other(ids)
+    routed = [block.feed_forward.experts for block in anatomy(streamed).blocks if block.feed_forward.experts]
+    streamed(ids)
     assert (cache.hits, cache.misses) == (0, len(routed) * routed[0].top_k)
-    other(ids)
+    streamed(ids)
     assert (cache.hits, cache.misses) == (len(routed) * routed[0].top_k,) * 2
 
 
@@ -154,31 +156,31 @@ def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
     single = {}
     for key, tensor in load_file(path).items():
         prefix, leaf = key.rpartition(".")[::2]
-        for index, one in enumerate(tensor if prefix.endswith("experts") else ()):
-            parts = {"down": one} if leaf == "down_proj" else dict(zip(("gate", "up"), one.chunk(2)))
+        for index, matrix in enumerate(tensor if prefix.endswith("experts") else ()):
+            parts = {"down": matrix} if leaf == "down_proj" else dict(zip(("gate", "up"), matrix.chunk(2)))
             single |= {f"{prefix}.{index}.{part}_proj.weight": w.contiguous() for part, w in parts.items()}
         if not prefix.endswith("experts"):
             single[key] = tensor
     save_file(single, path, metadata={"format": "pt"})
     (folder / "workbench.json").unlink()
-    other = streamer.open_streamed(folder, memory_ratio=0.6)
-    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+    streamed = streamer.open_streamed(folder, memory_ratio=0.6)
+    torch.testing.assert_close(streamed(**batch).logits, model(**batch).logits, **CLOSE)
 
 
 def test_a_vision_tower_streams_with_its_picture(tiny, tmp_path):
     model = tiny("qwen3-vl-2b")
     folder = io.save(model, tmp_path / "checkpoint")
-    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
-    made = streamer.streamer(other)
-    assert sum(unit.startswith("vision.") for unit in made.plan.streamed) >= 3
+    streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
+    unit_streamer = streamer.streamer(streamed)
+    assert sum(unit.startswith("vision.") for unit in unit_streamer.plan.streamed) >= 3
     ids = torch.tensor([[3, *[5] * 4, 4, 20, 21, 22]])
     picture = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "pixel_values": picture, "image_grid_thw": torch.tensor([[1, 4, 4]])}
     inputs["mm_token_type_ids"] = (ids == 5).int()
     for _ in range(2):
-        torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits, **CLOSE)
+        torch.testing.assert_close(streamed(**inputs).logits, model(**inputs).logits, **CLOSE)
     text = torch.tensor([[20, 21, 22, 23]])
-    torch.testing.assert_close(other(text).logits, model(text).logits, **CLOSE)
+    torch.testing.assert_close(streamed(text).logits, model(text).logits, **CLOSE)
 
 
 def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
@@ -186,26 +188,26 @@ def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
     least = smallest(folder)
     with pytest.raises(UserError, match=f"smallest possible is {least} bytes"):
         streamer.open_streamed(folder, allowance_bytes=least - 1)
-    other = streamer.open_streamed(folder, allowance_bytes=least)
-    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+    streamed = streamer.open_streamed(folder, allowance_bytes=least)
+    torch.testing.assert_close(streamed(**batch).logits, model(**batch).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
 def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(saved, batch, pages):
     _, folder = saved
-    other = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache=pages)
-    expected = other(**batch).logits
-    streamer.streamer(other).settle()
+    streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache=pages)
+    expected = streamed(**batch).logits
+    streamer.streamer(streamed).settle()
     (path,) = folder.glob("*.safetensors")
-    whole = path.read_bytes()
-    os.truncate(path, len(whole) // 3)
-    streamer.streamer(other).forget()
+    content = path.read_bytes()
+    os.truncate(path, len(content) // 3)
+    streamer.streamer(streamed).forget()
     for _ in range(2):
         with pytest.raises(UserError, match=f"{path.name}: truncated while it was being streamed"):
-            other(**batch)
+            streamed(**batch)
     with path.open("r+b") as file:
-        file.write(whole)
-    torch.testing.assert_close(other(**batch).logits, expected, **CLOSE)
+        file.write(content)
+    torch.testing.assert_close(streamed(**batch).logits, expected, **CLOSE)
 
 
 def test_a_file_cut_before_is_refused_at_once(saved):
@@ -229,20 +231,20 @@ def test_a_missing_tensor_is_named(saved):
 
 def test_it_cannot_be_copied_or_saved(saved, tmp_path):
     _, folder = saved
-    other = streamer.open_streamed(folder, memory_ratio=0.6)
+    streamed = streamer.open_streamed(folder, memory_ratio=0.6)
     with pytest.raises(UserError, match="cannot be copied"):
-        copy.deepcopy(other)
+        copy.deepcopy(streamed)
     with pytest.raises(UserError, match="stream from here"):
-        io.save(other, tmp_path / "copy")
+        io.save(streamed, tmp_path / "copy")
 
 
 def test_dropped_pages_give_the_same_answers(saved, batch):
     model, folder = saved
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("this system cannot forget what it has read")
-    other = streamer.open_streamed(folder, memory_ratio=0.6, page_cache="drop")
-    streamer.streamer(other).file.forget()
-    torch.testing.assert_close(other(**batch).logits, model(**batch).logits, **CLOSE)
+    streamed = streamer.open_streamed(folder, memory_ratio=0.6, page_cache="drop")
+    streamer.streamer(streamed).file.forget()
+    torch.testing.assert_close(streamed(**batch).logits, model(**batch).logits, **CLOSE)
     with pytest.raises(UserError, match="expected one of keep, copy, drop"):
         streamer.open_streamed(folder, page_cache="cold")
 

@@ -46,9 +46,9 @@ def dense_like(model, dense):
     return dense
 
 
-def same_answers(one, other, batch) -> None:
+def same_answers(arm, reference, batch) -> None:
     """Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there."""
-    torch.testing.assert_close(one(**batch).logits, other(**batch).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(arm(**batch).logits, reference(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm", "batched_mm"])
@@ -89,7 +89,7 @@ def test_disk_round_trip_keeps_every_bit_of_the_weights(tiny, name, batch, tmp_p
 
 
 def _name(model, module) -> str:
-    return next(name for name, one in model.named_modules() if one is module)
+    return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
 def test_a_stack_alone_may_be_factored(tiny, batch, tmp_path):
@@ -119,27 +119,27 @@ def test_cost_counts_factors_not_the_dense_shape(tiny, name):
     assert cost_model.weights_bytes(model) == sum(p.nbytes for p in {*model.parameters(), *model.buffers()})
     assert cost_model.active_parameters(model) < cost_model.active_parameters(dense)
     assert cost_model.step_bytes(model, 1, 16) < cost_model.step_bytes(dense, 1, 16)
-    for seen, other in zip(anatomy(model).blocks, anatomy(dense).blocks):
-        assert seen.feed_forward.channels == other.feed_forward.channels
-        assert (seen.attention.heads, seen.attention.key_value_heads) == (
-            other.attention.heads,
-            other.attention.key_value_heads,
+    for factored_block, reference in zip(anatomy(model).blocks, anatomy(dense).blocks):
+        assert factored_block.feed_forward.channels == reference.feed_forward.channels
+        assert (factored_block.attention.heads, factored_block.attention.key_value_heads) == (
+            reference.attention.heads,
+            reference.attention.key_value_heads,
         )
 
 
 def test_expansion_of_latents_is_counted_in_factors(tiny):
     dense, model = tiny("glm-4.7-flash"), factored(tiny("glm-4.7-flash"), rank=2)
-    grown = [cost_model.decode_flops(one, 101) - cost_model.decode_flops(one, 1) for one in (dense, model)]
+    grown = [cost_model.decode_flops(arm, 101) - cost_model.decode_flops(arm, 1) for arm in (dense, model)]
     assert grown[1] < grown[0]
 
 
 def test_observation_sees_through_factors(tiny, name, batch):
     model = factored(tiny(name))
     dense = dense_like(model, tiny(name))
-    for one, other in zip(observe(model, [batch]).blocks, observe(dense, [batch]).blocks):
+    for arm, reference in zip(observe(model, [batch]).blocks, observe(dense, [batch]).blocks):
         for field in ("channel_activation_C", "head_contribution_Q", "expert_contribution_E", "expert_tokens_E"):
-            if (value := getattr(one, field)) is not None:
-                assert torch.allclose(value, getattr(other, field), rtol=1e-2, atol=1e-2), field
+            if (value := getattr(arm, field)) is not None:
+                assert torch.allclose(value, getattr(reference, field), rtol=1e-2, atol=1e-2), field
 
 
 def test_factors_refuse_to_lose_rows(tiny):

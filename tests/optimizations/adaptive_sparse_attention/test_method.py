@@ -34,7 +34,7 @@ def _steps(model, prompts, count=3):
     for token in range(10, 10 + count):
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         ids = torch.full((2, 1), token)
-        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **cache_names.given(cache_names.of(out)))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **cache_names.as_kwargs(cache_names.of(out)))
         logits.append(out.logits[:, -1])
     return torch.cat(logits)
 
@@ -113,7 +113,7 @@ def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, pro
     for edge in (48, 50):  # at a block's edge, and not
         whole, cache = model(input_ids=ids).logits, None
         for part in (ids[:, :edge], ids[:, edge:]):
-            out = sparse_model(input_ids=part, use_cache=True, **cache_names.given(cache))
+            out = sparse_model(input_ids=part, use_cache=True, **cache_names.as_kwargs(cache))
             cache = cache_names.of(out)
         torch.testing.assert_close(out.logits, whole[:, edge:], atol=2e-5, rtol=1e-4)
     holes = torch.ones_like(ids)
