@@ -121,18 +121,18 @@ def _text(loaded: Loaded, seed: int) -> torch.Tensor:
 
 def facts(setup: ServingSetup) -> list[dict[str, object]]:
     """Return a row per kind of request: what it takes alone, what capacity allows, whether objectives can be met."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, lengths in KINDS.items():
         alone, (rate, batch) = Single.of(setup.times, lengths), setup.capacity(lengths)
         reason = slo.unattainable(setup.times, setup.objective, lengths)
-        row = {"requests": name, "tokens in, out": f"{lengths.prompt_tokens}, {lengths.new_tokens}"}
+        row: dict[str, object] = {"requests": name, "tokens in, out": f"{lengths.prompt_tokens}, {lengths.new_tokens}"}
         row |= {"prefill alone, ms": 1000 * alone.prefill_seconds, "step alone, ms": 1000 * alone.step_seconds}
         row |= {"capacity, requests/s": rate, "at batch": batch}
         rows.append(row | {"objectives": reason or ("can be met" if rate else "missed once requests join")})
     return rows
 
 
-def trace(setup: ServingSetup, name: str, requests: int, seed: int) -> Trace:
+def trace(setup: ServingSetup, name: str, requests: float, seed: int) -> Trace:
     """Return one of the traces `NAMES`, about `requests` requests in each phase. Rates follow from the capacity."""
     chat, documents = setup.capacity(CHAT)[0], setup.capacity(DOCUMENTS)[0]
     plans = {f"constant {share:g}": [(share * chat, CHAT)] for share in CONSTANT_SHARES}
@@ -168,13 +168,13 @@ def _plan(shares: Sequence[float], chat: float, documents: float) -> list[tuple[
 
 def compare(
     setup: ServingSetup, traffic: Sequence[Trace], policies: Mapping[str, PolicyFactory]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Serve every trace with a new policy of every kind; return a row per policy: means over the traces."""
     keys = ("goodput", "goodput share", "first token late", "tokens late", "latency p95", "batch", "unfinished")
     rows = []
     for name, make_policy in policies.items():
         runs = [setup.run(trace, make_policy()) for trace in traffic]
-        row: dict[str, object] = {"trace": traffic[0].name, "policy": name}
+        row: dict[str, Any] = {"trace": traffic[0].name, "policy": name}
         row |= averaged([slo.summary(run, setup.objective) for run in runs], keys)
         row |= {"saturated": sum(run.saturated for run in runs), "cache bytes": max(run.peak_bytes for run in runs)}
         rows.append(row)

@@ -177,9 +177,10 @@ def measurements(baseline: Replayed, optimized: Replayed, objective: Objectives)
     summaries = [slo.summary(run.served, objective) for run in runs]
 
     def informative(metric: str, values: Sequence[float | None]) -> Measurement:
-        if None in values:
+        first, second = values
+        if first is None or second is None:
             return measurement.unavailable(metric, "serve, real time", "too few requests finished", source)
-        return measurement.informative(metric, "serve, real time", *values, source, n=1)
+        return measurement.informative(metric, "serve, real time", first, second, source, n=1)
 
     return [
         informative("goodput_requests_per_second", [row["goodput"] for row in summaries]),
@@ -215,7 +216,8 @@ def peaks(loaded: Loaded, baseline: Replayed, optimized: Replayed) -> list[Measu
                 device=loaded.device,
             )
         )
-    return memory.measurements(*memory.peaks(*arms), workload="serve")
+    baseline_peak, optimized_peak = memory.peaks(*arms)
+    return memory.measurements(baseline_peak, optimized_peak, workload="serve")
 
 
 def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, int]:
@@ -265,8 +267,8 @@ def simulation_error(rows: Sequence[dict[str, Any]]) -> Measurement:
     known = [[error for error in arm if error is not None] for arm in arms]
     if not all(known):
         return measurement.unavailable("simulation_error", "serve, real time", "nothing to compare", source)
-    means = [float(np.mean(arm)) for arm in known]
-    return measurement.informative("simulation_error", "serve, real time", *means, source, n=1)
+    first, last = (float(np.mean(arm)) for arm in known)
+    return measurement.informative("simulation_error", "serve, real time", first, last, source, n=1)
 
 
 def answers_alike(real: Sequence[Replayed], unavailable: str | None = None) -> list[Measurement]:

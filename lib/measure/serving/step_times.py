@@ -12,7 +12,7 @@ Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -35,6 +35,7 @@ DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 
 Result = TypeVar("Result")
+Point = TypeVar("Point")
 Grid = dict[tuple[int, int], list[float]]  # seconds of the calls at each (rows or prompts, tokens)
 Moves = dict[float, list[float]]  # seconds of the moves of so many bytes
 
@@ -133,9 +134,13 @@ def with_bracketing_step_times(
     before = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
     result = run()
     after = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    decoded, read = ({point: first[point] + last[point] for point in first} for first, last in zip(before[:2], after))
-    moved = {size: before[2][size] + after[2][size] for size in before[2]}
+    decoded, read, moved = _both(before[0], after[0]), _both(before[1], after[1]), _both(before[2], after[2])
     return _assembled(decoded, read, moved, after[3], counts, contexts), result
+
+
+def _both(before: Mapping[Point, list[float]], after: Mapping[Point, list[float]]) -> dict[Point, list[float]]:
+    """Return the calls of every point of `before`, those of `after` behind them."""
+    return {point: before[point] + after[point] for point in before}
 
 
 def _calls(
@@ -170,11 +175,19 @@ def measure_together(
     for turn in range(rounds):
         order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
         for index in order:
-            *parts, per_token[index] = _calls(models[index], prompt_T, contexts, counts, 1)
-            for every, new in zip(calls[index], parts):
-                for point, seconds in new.items():
-                    every.setdefault(point, []).extend(seconds)
+            decoded, read, moved = calls[index]
+            latest = _calls(models[index], prompt_T, contexts, counts, 1)
+            _extend(decoded, latest[0])
+            _extend(read, latest[1])
+            _extend(moved, latest[2])
+            per_token[index] = latest[3]
     return tuple(_assembled(*parts, size, counts, contexts) for parts, size in zip(calls, per_token))
+
+
+def _extend(calls: dict[Point, list[float]], latest: Mapping[Point, list[float]]) -> None:
+    """Add the latest calls of every point, in place."""
+    for point, seconds in latest.items():
+        calls.setdefault(point, []).extend(seconds)
 
 
 def by_mean(times: StepTimes) -> StepTimes:

@@ -9,7 +9,7 @@ Shapes: B rows, L columns of the cache, T prompt tokens, N new tokens.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +68,22 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
         raise UserError("rows: no prompt; give at least one")
     reset_rope_deltas(model)
     device = next(model.parameters()).device
-    if isinstance(prompts[0], Mapping):
-        return _prefill_images(model, prompts, device)
-    longest = max(len(prompt) for prompt in prompts)
-    if min(len(prompt) for prompt in prompts) == 0:
+    with_images = [prompt for prompt in prompts if isinstance(prompt, Mapping)]
+    if with_images:
+        if len(prompts) > 1:
+            raise UserError(
+                "rows: a prompt with images is processed alone; pass one prompt at a time and join the rows"
+            )
+        return _prefill_images(model, with_images[0], device)
+    ids = [prompt for prompt in prompts if not isinstance(prompt, Mapping)]
+    longest = max(len(prompt_T) for prompt_T in ids)
+    if min(len(prompt_T) for prompt_T in ids) == 0:
         raise UserError("rows: a prompt is empty; every prompt needs at least one token")
-    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    ids_BT = torch.zeros(len(ids), longest, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = prompt
-        mask_BT[row, longest - len(prompt) :] = 1
+    for row, prompt_T in enumerate(ids):
+        ids_BT[row, longest - len(prompt_T) :] = prompt_T
+        mask_BT[row, longest - len(prompt_T) :] = 1
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
     output = model(
         input_ids=ids_BT.to(device),
@@ -94,11 +100,9 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
     )
 
 
-def _prefill_images(model: nn.Module, prompts: Sequence[Prompt], device: torch.device) -> Rows:
+def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device: torch.device) -> Rows:
     """Process one prompt with images: the model places their patches, and the next position follows from that."""
-    if len(prompts) > 1:
-        raise UserError("rows: a prompt with images is processed alone; pass one prompt at a time and join the rows")
-    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in prompts[0].items()}
+    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in prompt.items()}
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     ids_BT = inputs["input_ids"]
     shift = getattr(model.model, "rope_deltas", None)
@@ -130,10 +134,11 @@ def join(rows: Rows, joining: Rows) -> Rows:
     """Return `rows` followed by `joining`, in the cache of `rows`; neither argument may be used afterwards."""
     length = max(rows.length, joining.length)
     for layer, joining_layer in zip(rows.cache.layers, joining.cache.layers):
-        layer.keys, layer.values = (
+        joined = (
             torch.cat([_widened(part, length), _widened(joining_part, length)])
             for part, joining_part in zip(_parts(layer), _parts(joining_layer))
         )
+        _replace(layer, joined)
     masks = [nn.functional.pad(batch.mask_BL, (length - batch.length, 0)) for batch in (rows, joining)]
     rows.mask_BL = torch.cat(masks)
     rows.position_B = torch.cat([rows.position_B, joining.position_B])
@@ -148,7 +153,7 @@ def keep(rows: Rows, indices: Sequence[int]) -> Rows:
     mask_BL = rows.mask_BL[index]
     first = int(mask_BL.any(0).int().argmax()) if len(index) else rows.length
     for layer in rows.cache.layers:
-        layer.keys, layer.values = (part[index, :, first:].contiguous() for part in _parts(layer))
+        _replace(layer, (part[index, :, first:].contiguous() for part in _parts(layer)))
     rows.mask_BL = mask_BL[:, first:]
     rows.position_B, rows.token_B = rows.position_B[index], rows.token_B[index]
     return rows
@@ -175,13 +180,21 @@ def _mapped(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor])
     changed.layers = []
     for layer in cache.layers:
         changed_layer = copy.copy(layer)
-        changed_layer.keys, changed_layer.values = (change(part) for part in _parts(layer))
+        _replace(changed_layer, (change(part) for part in _parts(layer)))
         changed.layers.append(changed_layer)
     return changed
 
 
-def _parts(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of a layer of attention that has cached some."""
+    assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
     return layer.keys, layer.values
+
+
+def _replace(layer: object, parts: Iterable[torch.Tensor]) -> None:
+    """Make `parts` the keys and values of a layer."""
+    assert isinstance(layer, CacheLayerMixin)
+    layer.keys, layer.values = parts
 
 
 def _widened(part: torch.Tensor, length: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ LEAST_AT_CONSTANT_RATE, LEAST_AT_CHANGING_RATE = 0.95, 1.15
 SIZES_DRAWN = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # also those of which an oracle schedule is made
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def conditions(setup: ServingSetup) -> str:
@@ -215,7 +215,7 @@ def costs(
         baseline, optimized = (
             replay.Burst(model, trial.trace, make, traffic.setup.limits, trial.prompt_of, **short) for make in policies
         )
-        options = {"blocks": effort.blocks, "device": loaded.device, "seed": traffic.seeds[0]}
+        options: dict[str, Any] = {"blocks": effort.blocks, "device": loaded.device, "seed": traffic.seeds[0]}
         results += energy.per_token(baseline, optimized, workload="serve", **options)
     return results
 

@@ -20,6 +20,7 @@ another batch size. The memory bound is kept by the loop for every policy. Knows
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -30,7 +31,7 @@ from lib.measure.serving.slo import FACTORS, Objectives, Single, goodput
 from lib.measure.serving.traffic import Trace
 from lib.models.decoding import batch_cache
 
-SEARCH_SPACE = {
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "batching": {"type": "categorical", "choices": ("iteration", "request"), "default": "iteration"},
     "first_token_factor": {
         "type": "float",

@@ -60,9 +60,11 @@ class FullAttention:
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        parts = (part[None] for part in (self.heads.query_HTD, self.heads.key_GTD, self.heads.value_GTV))
-        options = {"is_causal": True, "scale": self.heads.scaling, "enable_gqa": self.grouped}
-        return scaled_dot_product_attention(*parts, **options)
+        heads = self.heads
+        query, key, value = (part[None] for part in (heads.query_HTD, heads.key_GTD, heads.value_GTV))
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=heads.scaling, enable_gqa=self.grouped
+        )
 
 
 def time_attention(

@@ -117,6 +117,7 @@ def same_budget(
         generator = torch.Generator().manual_seed(seed)
         rank_HNM = torch.rand(kept_HNM.shape, generator=generator).to(kept_HNM.device)
     else:
+        assert mass_HNM is not None, "an oracle knows the exact mass"
         rank_HNM = mass_HNM.clone()
     rank_HNM.masked_fill_(~causal_NM, -1.0)
     diagonal_N = torch.arange(columns - rows, columns, device=kept_HNM.device)
@@ -194,7 +195,8 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
     offset = key.shape[2] - query.shape[2]
     rows, columns = kept_HNM.shape[1:]
     diagonal_NM = torch.eye(columns, dtype=torch.bool, device=query.device)[columns - rows :]
-    listed = [*_listed(kept_HNM & diagonal_NM), *_listed(kept_HNM & ~diagonal_NM)]
+    masked_count, masked_index = _listed(kept_HNM & diagonal_NM)
+    whole_count, whole_index = _listed(kept_HNM & ~diagonal_NM)
 
     def causal(b, h, q, k):
         return q + offset >= k
@@ -204,13 +206,18 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
 
     compiled = query.is_cuda  # whose kernels read the listed blocks alone; uncompiled, the mask has to say all
     mask = BlockMask.from_kv_blocks(
-        *listed,
+        masked_count,
+        masked_index,
+        whole_count,
+        whole_index,
         BLOCK_SIZE=block,
         mask_mod=causal if compiled else causal_and_kept,
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     options = {"BLOCK_M": block, "BLOCK_N": block} if block < KERNEL_BLOCK else None
-    run = _compiled() if compiled else flex_attention
+    run: Callable = flex_attention
+    if compiled:
+        run = _compiled()
     grouped = key.shape[1] != query.shape[1]
     output_BHTV = run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=options)
     return output_BHTV[0, :, :tokens, : value_GKV.shape[2]]

@@ -177,7 +177,8 @@ def costs(
     work: dict[str, Any] = {"load": dict(load), "prompt_tokens": tokens, "new_tokens": 4, "device": load["device"]}
     work["dtype"] = str(weight.dtype).removeprefix("torch.")
     sparse = memory.Arm(**work, transform=f"{method.__name__}:apply", arguments=dict(knobs))
-    peaks = memory.measurements(*memory.peaks(memory.Arm(**work), sparse))
+    full_peak, sparse_peak = memory.peaks(memory.Arm(**work), sparse)
+    peaks = memory.measurements(full_peak, sparse_peak)
     options = {name: dict(values) for name, values in formula.items()}
     counted = speed.resources(baseline, optimized, tokens=tokens, **options)
     rate = next(m for m in timings if m.metric == "prefill_tokens_per_second")

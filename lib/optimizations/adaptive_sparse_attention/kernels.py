@@ -11,6 +11,7 @@ E expanded size of a head, L latent size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,10 +83,11 @@ def mask(
     check_context(config, kv_length + kv_offset)
     real_BK = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     plain = mask_function is causal_mask_function and kv_offset == 0 and q_offset + q_length == kv_length
-    if plain and (real_BK is None or bool(real_BK.all())):
-        return None
-    if plain and _one_sided(real_BK, q_length == kv_length):
-        return real_BK
+    if plain:
+        if real_BK is None or bool(real_BK.all()):
+            return None
+        if _one_sided(real_BK, q_length == kv_length):
+            return real_BK
     options = {"mask_function": mask_function, "attention_mask": attention_mask} | kwargs
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options | {"allow_is_causal_skip": False})
 
@@ -98,7 +100,7 @@ def _one_sided(real_BK: torch.Tensor, right_too: bool) -> bool:
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -111,26 +113,29 @@ def attention(
     """Attention function of transformers: query [B, H, T, D], key [B, G, K, D], value [B, G, K, V] → [B, T, H, V]."""
     state: Sparsity | None = getattr(module, "sparsity", None)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    layer = getattr(key, "pages", lambda: None)()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling  # the stock attention's own default
+    layer: paged.PagedLayer | None = getattr(key, "pages", lambda: None)()
     square = attention_mask is not None and attention_mask.dim() == 4
     if layer is not None and layer.latent:
+        assert state is not None, "only the attention of a sparse model makes paged caches"
         pages = 0 if square else state.pages
         padding = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
-        weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.keys.shape[-1])
-        _count_read(state, layer, query, scaling, weight_HEL)
-        return paged.decode_latent(query[:, :, 0], layer, scaling, pages, weight_HEL, **padding)[:, None], None
+        weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.cached()[0].shape[-1])
+        _count_read(state, layer, query, scale, weight_HEL)
+        return paged.decode_latent(query[:, :, 0], layer, scale, pages, weight_HEL, **padding)[:, None], None
     if state is None or not causal or square or dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
     if query.shape[2] == 1 and layer is not None:
-        _count_read(state, layer, query, scaling)
+        _count_read(state, layer, query, scale)
         if state.pages and layer.full_pages > state.pages:
-            return paged.decode(query[:, :, 0], layer, scaling, state.pages, _start(attention_mask))[:, None], None
+            return paged.decode(query[:, :, 0], layer, scale, state.pages, _start(attention_mask))[:, None], None
     elif query.shape[2] > 1:
-        starts = [0] * len(query) if attention_mask is None else _start(attention_mask).tolist()
+        start_B = _start(attention_mask)
+        starts = [0] * len(query) if start_B is None else start_B.tolist()
         if _fits(state, query.shape[2], key.shape[2], starts):
-            return _sparse(state, query, key, value, scaling, starts).transpose(1, 2).contiguous(), None
-    square = _square(attention_mask, query.shape[2], key.shape[2], query.device)
-    return sdpa_attention_forward(module, query, key, value, square, dropout, scaling, causal, **kwargs)
+            return _sparse(state, query, key, value, scale, starts).transpose(1, 2).contiguous(), None
+    full = _square(attention_mask, query.shape[2], key.shape[2], query.device)
+    return sdpa_attention_forward(module, query, key, value, full, dropout, scaling, causal, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)
@@ -191,7 +196,7 @@ def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> t
     return causal_TK[None, None] if real_BK is None else causal_TK & real_BK[:, None, None, :]
 
 
-def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
+def page_the_cache(decoder: Any, args: tuple, kwargs: dict):
     """Before the decoder runs: pass it a paged cache where it would make a cache, or got an empty stock one."""
     cache, use_cache = cache_names.pop_from(kwargs), kwargs.get("use_cache")
     kwargs |= cache_names.as_kwargs(cache)
@@ -207,11 +212,11 @@ def page_the_cache(decoder: nn.Module, args: tuple, kwargs: dict):
     return args, kwargs
 
 
-def _paged_layer(module: nn.Module) -> paged.PagedLayer:
+def _paged_layer(module: Any) -> paged.PagedLayer:
     return paged.PagedLayer(module.sparsity.page_size, latent="expand_kv" in module.__dict__)
 
 
-def expand_or_not(module: nn.Module, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
+def expand_or_not(module: Any, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
     """Replaces `expand_kv`: for one new token over a paged cache the latents stay as they are; else all are expanded,
     also where the matrix that expands them is no longer stored dense.
     """

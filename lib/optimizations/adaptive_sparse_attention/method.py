@@ -70,7 +70,7 @@ def apply(
     """
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
     options.applies(WHERE, model, applies_to)
-    sparse = sharing(revert(model) if is_sparse(model) else model)
+    sparse: Any = sharing(revert(model) if is_sparse(model) else model)  # Any: a model of transformers
     view = anatomy(sparse)
     knobs = (tau, block_size, stride, max_density, full_last, pages, page_size, pattern, seed)
     for block in view.blocks:
@@ -86,7 +86,7 @@ def apply(
 
 def revert(model: nn.Module) -> nn.Module:
     """Return a model with the same weights (shared) and the attention it had before `apply`."""
-    stock = sharing(model)
+    stock: Any = sharing(model)  # Any: a model of transformers
     view = anatomy(stock)
     for block in view.blocks:
         for name in ("sparsity", "expand_kv"):

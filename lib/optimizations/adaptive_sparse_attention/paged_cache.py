@@ -13,6 +13,7 @@ Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C toke
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,36 +44,53 @@ class PagedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        if not self._holds(old) or new > self.buffers[0].shape[-2]:
-            self._grow(key_states, value_states, old, new)
-        for buffer, states in zip(self.buffers, (key_states, value_states)):
+        buffers = self.buffers if self._holds(old) else None
+        if buffers is None or new > buffers[0].shape[-2]:
+            buffers = self._grow(key_states, value_states, old, new)
+        for buffer, states in zip(buffers, (key_states, value_states)):
             buffer[..., old:new, :] = states
-        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+        keys, values = (self._view(buffer, new) for buffer in buffers)
+        self.keys, self.values = keys, values
         self.added = new - old
         if self._bounds_BGPE is not None:
             self._bounds_BGPE = self._bounds_BGPE[:, :, : old // self.page_size]  # after a crop, pages are refilled
-        self.keys.pages = self.values.pages = weakref.ref(self)
+        return keys, values
+
+    def cached(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values, as views; there are none before the first update."""
+        assert self.keys is not None and self.values is not None, "nothing was cached yet"
         return self.keys, self.values
+
+    def _view(self, buffer: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the first `length` tokens of a buffer, with a reference to this layer."""
+        view: Any = buffer[..., :length, :]  # Any: the reference is an attribute that tensors do not have
+        view.pages = weakref.ref(self)
+        return view
 
     def _holds(self, length: int) -> bool:
         """Return whether the buffers still back the cached tensors: beam search replaces them."""
         if self.buffers is None or length == 0:
             return False
-        backed = self.keys.data_ptr() == self.buffers[0].data_ptr() and self.keys.stride() == self.buffers[0].stride()
-        return backed and self.keys.shape[:2] == self.buffers[0].shape[:2]
+        keys, buffer = self.cached()[0], self.buffers[0]
+        backed = keys.data_ptr() == buffer.data_ptr() and keys.stride() == buffer.stride()
+        return backed and keys.shape[:2] == buffer.shape[:2]
 
-    def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, old: int, new: int) -> None:
+    def _grow(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, old: int, new: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return new buffers with room for more than `new` tokens, which hold the `old` ones."""
         if not self._holds(old):
             self._bounds_BGPE = None
         room = new + max(ROOM_TOKENS, new // 8)
         room += -room % self.page_size
         grown = []
-        for states, cached in ((key_states, self.keys), (value_states, self.values)):
+        for index, states in enumerate((key_states, value_states)):
             buffer = states.new_zeros(*states.shape[:2], room, states.shape[-1])
             if old:
-                buffer[..., :old, :] = cached
+                buffer[..., :old, :] = self.cached()[index]
             grown.append(buffer)
         self.buffers = (grown[0], grown[1])
+        return self.buffers
 
     @property
     def full_pages(self) -> int:
@@ -80,20 +98,23 @@ class PagedLayer(DynamicLayer):
 
     def bounds(self) -> torch.Tensor:
         """Return [B, G, P, 2·D]: the largest, then the smallest key of every full page, channel by channel."""
-        known, pages = 0 if self._bounds_BGPE is None else self._bounds_BGPE.shape[2], self.full_pages
-        if known < pages:
+        bounds_BGPE, pages = self._bounds_BGPE, self.full_pages
+        known = 0 if bounds_BGPE is None else bounds_BGPE.shape[2]
+        if bounds_BGPE is None or known < pages:
             place = slice(known * self.page_size, pages * self.page_size)
-            parts = [self.keys[..., place, :]] + ([self.values[..., place, :]] if self.latent else [])
+            parts = [part[..., place, :] for part in (self.cached() if self.latent else self.cached()[:1])]
             paged = torch.cat(parts, dim=-1).unflatten(2, (pages - known, self.page_size))
             new_BGPE = torch.cat([paged.amax(3), paged.amin(3)], dim=-1)
-            self._bounds_BGPE = new_BGPE if known == 0 else torch.cat([self._bounds_BGPE, new_BGPE], dim=2)
-        return self._bounds_BGPE
+            bounds_BGPE = new_BGPE if bounds_BGPE is None or known == 0 else torch.cat([bounds_BGPE, new_BGPE], dim=2)
+            self._bounds_BGPE = bounds_BGPE
+        return bounds_BGPE
 
     def gather(self, page_BGN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of the chosen pages and of the part-filled last one: [B, G, N·page + rest, ·]."""
         batch, groups, chosen = page_BGN.shape
         edge, gathered = self.full_pages * self.page_size, []
-        for buffer, states in zip(self.buffers, (self.keys, self.values)):
+        assert self.buffers is not None, "nothing was cached yet"
+        for buffer, states in zip(self.buffers, self.cached()):
             pages = buffer.shape[2] // self.page_size
             first_BG1 = torch.arange(batch * groups, device=buffer.device).view(batch, groups, 1) * pages
             row_X = (page_BGN + first_BG1).flatten()
@@ -140,7 +161,7 @@ def real_tokens(page_BGN: torch.Tensor, layer: PagedLayer, start_B: torch.Tensor
 
 def decode(query_BHD, layer: PagedLayer, scaling: float, pages: int, start_B: torch.Tensor | None = None):
     """Return attention [B, H, V] of one new token to the best `pages` pages and the part-filled last one."""
-    groups = layer.keys.shape[1]
+    groups = layer.cached()[0].shape[1]
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
     page_BGN = best_pages(query_BGRD, layer, pages, start_B)
     key_BGXD, value_BGXV = layer.gather(page_BGN)
@@ -163,7 +184,8 @@ def decode_latent(
     and into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary
     keys [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
     """
-    latent_width, rope_width = layer.keys.shape[-1], layer.values.shape[-1]
+    latent_B1CL, rope_B1CE = layer.cached()
+    latent_width, rope_width = latent_B1CL.shape[-1], rope_B1CE.shape[-1]
     nope = query_BHD.shape[-1] - rope_width
     up_HDL, down_HVL = weight_HEL[:, :nope], weight_HEL[:, nope:]
     query_BHL = latent_products.into(query_BHD[..., None, :nope], up_HDL)[:, :, 0]
@@ -173,7 +195,7 @@ def decode_latent(
         latent_B1XL, rope_B1XE = layer.gather(page_B1N)
         mask = real_tokens(page_B1N, layer, start_B)
     else:
-        latent_B1XL, rope_B1XE, mask = layer.keys, layer.values, square
+        latent_B1XL, rope_B1XE, mask = latent_B1CL, rope_B1CE, square
         if start_B is not None:
             place_X = torch.arange(latent_B1XL.shape[2], device=start_B.device)
             mask = place_X >= start_B.view(-1, 1, 1, 1)
@@ -192,12 +214,13 @@ def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_H
 
     From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
     """
-    key_BGCD, groups = layer.keys, layer.keys.shape[1]
+    key_BGCD, value_BGCV = layer.cached()
+    groups = key_BGCD.shape[1]
     if weight_HEL is not None:
-        nope = query_BHD.shape[-1] - layer.values.shape[-1]
+        nope = query_BHD.shape[-1] - value_BGCV.shape[-1]
         latent_BHL = torch.einsum("bhd,hdl->bhl", query_BHD[..., :nope], weight_HEL[:, :nope])
         query_BHD = torch.cat([latent_BHL, query_BHD[..., nope:]], dim=-1)
-        key_BGCD = torch.cat([layer.keys, layer.values], dim=-1)
+        key_BGCD = torch.cat([key_BGCD, value_BGCV], dim=-1)
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
     share_BGRC = ((query_BGRD @ key_BGCD.transpose(-1, -2)).float() * scaling).softmax(-1)
     if not pages or layer.full_pages <= pages:

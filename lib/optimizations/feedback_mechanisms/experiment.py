@@ -277,7 +277,7 @@ def costs(
     baseline, optimized = (
         drafting.Answer(loaded.model, fast, prompt, 16, law) for law in (method.fixed(0), method.DraftLength())
     )
-    options = {"blocks": effort.blocks, "device": loaded.device, "seed": seed}
+    options: dict[str, Any] = {"blocks": effort.blocks, "device": loaded.device, "seed": seed}
     return [
         *disturbance_comparison.resources(loaded.model, fast, share, apply_seconds),
         *energy.per_token(baseline, optimized, workload="generate", **options),

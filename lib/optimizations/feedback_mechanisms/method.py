@@ -19,6 +19,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,7 @@ from lib.models.decoding import batch_cache
 from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
 from lib.optimizations.feedback_mechanisms.speculative import Round
 
-SEARCH_SPACE = {
+SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "setpoint": {
         "type": "float",
         "range": (0.3, 1.0),
@@ -299,14 +300,14 @@ class Bandit:
             self.reward[drafted] += (done.accepted + 1) / max(done.seconds, 1e-9)
             self.weight[drafted] += 1
         self.learned = len(rounds)
-        arm = next((arm for arm in self.arms if self.weight[arm] == 0), None)
-        if arm is None:
+        choice = next((arm for arm in self.arms if self.weight[arm] == 0), None)
+        if choice is None:
             mean = {arm: self.reward[arm] / self.weight[arm] for arm in self.arms}
             best, total = max(mean.values()), sum(self.weight.values())
             bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in self.arms}
-            arm = max(self.arms, key=lambda arm: mean[arm] / best + bonus[arm])
-        self.chosen.append(arm)
-        return arm
+            choice = max(self.arms, key=lambda arm: mean[arm] / best + bonus[arm])
+        self.chosen.append(choice)
+        return choice
 
 
 def fixed(count: int) -> Callable[[Sequence[Round]], int]:

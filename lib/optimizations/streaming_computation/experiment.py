@@ -187,7 +187,8 @@ def card(baseline: nn.Module) -> dict[str, object]:
 
 def token_arrivals(loaded: Loaded, model: nn.Module, prompt_1T: torch.Tensor, count: int) -> pd.DataFrame:
     """Return each generated token with its text and the milliseconds after which it was there."""
-    rows, start = [], time.perf_counter()
+    rows: list[tuple[object, ...]] = []
+    start = time.perf_counter()
     for token in chunked.tokens(model, prompt_1T.to(loaded.device), count):
         text = loaded.tokenizer.decode(token) if loaded.tokenizer is not None else str(int(token[0]))
         rows.append((len(rows) + 1, text, f"{1000 * (time.perf_counter() - start):.1f}"))

@@ -65,7 +65,8 @@ def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) 
     work()
     prepare()
     before, disk_before = file.bytes_read, disk_bytes()
-    file.log = log = []
+    log: list[Callable[[], None]] = []
+    file.log = log
     try:
         work()
     finally:
@@ -104,9 +105,10 @@ def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) 
 
     `reads_by_workload`: what one call of the optimized arm reads.
     """
-    rows, bounds = pd.DataFrame(compared.bounds()), {}
+    rows, bounds, peaks = pd.DataFrame(compared.bounds()), {}, compared.ceilings
     for name, read in reads_by_workload.items():
-        base, computing = (ceilings.bound(cost, compared.ceilings).seconds for cost in compared.timed[name].costs)
+        assert peaks is not None, "what was timed was held against ceilings"
+        base, computing = (ceilings.bound(cost, peaks).seconds for cost in compared.timed[name].costs)
         bounds[name] = base, max(computing, read.seconds)
         own = (rows.workload == name) & (rows.arm == "optimized")
         rows.loc[own, "bound"] = 1000 * bounds[name][1]

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import metric
@@ -157,7 +158,9 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
     if texts.climb is None:
         return None, "no texts were read: random weights"
     low, high = texts.climb
-    limit = 1 + metric("perplexity").margin
+    margin = metric("perplexity").margin
+    assert margin is not None, "perplexity is judged by a margin"
+    limit = 1 + margin
     climbs = True if low > limit else False if high <= limit else None
     ratio = texts.late_over_early[WINDOWED]
     return climbs, f"perplexity late ÷ early {ratio:.3f} (95 % interval {low:.3f} to {high:.3f}, limit {limit:.2f})"
@@ -215,6 +218,7 @@ def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], count: int, seed:
         for name in (WHOLE, WINDOWED):
             cache = arms[name]()
             for step, _ in enumerate(chunked.tokens(model, prompt_1T, count, cache=cache)):
-                tokens_held = cache.layers[-1].keys.shape[-2]
-                rows.append({"arm": name, "strength": prompt_1T.shape[1] + step, "value": tokens_held})
+                layer = cache.layers[-1]
+                assert isinstance(layer, CacheLayerMixin) and layer.keys is not None
+                rows.append({"arm": name, "strength": prompt_1T.shape[1] + step, "value": layer.keys.shape[-2]})
     return pd.DataFrame(rows)
