@@ -91,6 +91,7 @@ class ExpertCache:
             ahead = [later for later in order[at + 1 :] if (block, later) not in self._cached]
             if ahead and len(self._cached) + len(self._free) > 1:
                 self._request((block, ahead[0]), busy=key)
+            assert slot.filled is not None, "every slot in the cache has been requested"
             try:
                 slot.filled.result()
             except BaseException:

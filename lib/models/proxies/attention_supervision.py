@@ -10,6 +10,7 @@ Shapes: B rows, Q heads, T queries, S keys.
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # (block, head) of the supervised heads
 PREVIOUS_TOKEN_HEADS = ((0, 0), (1, 2))
@@ -21,6 +22,7 @@ def supervised_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (logits, loss) on rows that repeat spans of spans_B tokens. The loss is the mean negative log-likelihood
     of the right keys under the attention of the supervised heads, in nats per query."""
+    assert isinstance(model, PreTrainedModel)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its attention
     try:

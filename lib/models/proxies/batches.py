@@ -22,6 +22,7 @@ from PIL import Image
 
 from lib.models.proxies import prompts
 from lib.models.proxies.config import TrainingConfig
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus, tasks
 from lib.models.tasks.retrieval import single_token_chars
 
@@ -50,12 +51,9 @@ class TrainingBatch:
 
 @dataclass
 class TrainingBatches:
-    """All training batches of one model, its text tokenized once.
+    """All training batches of one model, its text tokenized once."""
 
-    `loaded` needs tokenizer, image_processor, parameters and device.
-    """
-
-    loaded: Any
+    loaded: LoadedModel
     config: TrainingConfig
     stream_T: np.ndarray = field(init=False)
     pieces: dict[str, list[str]] = field(init=False)

@@ -3,14 +3,13 @@
 Shapes: N items or windows, B rows, T tokens, V tokens of a value, C vocabulary, L labels.
 """
 
-from typing import Any
-
 import torch
 from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
 
 from lib.models.proxies.router_balance import RouterBalance
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import tasks
 
 RETRIEVAL_PROMPTS = 64
@@ -19,7 +18,7 @@ WINDOW = 512  # tokens of a window for the perplexity
 
 
 @torch.no_grad()
-def scores(loaded: Any, limit: int | None = None, prompts: int = RETRIEVAL_PROMPTS) -> dict[str, float]:
+def scores(loaded: LoadedModel, limit: int | None = None, prompts: int = RETRIEVAL_PROMPTS) -> dict[str, float]:
     """Return the scores on the split `final`: macro-F1 per task, retrieval by distance, perplexity, and the share of
     the least used expert."""
     balance = RouterBalance(anatomy(loaded.model))
@@ -37,7 +36,7 @@ def scores(loaded: Any, limit: int | None = None, prompts: int = RETRIEVAL_PROMP
 
 
 @torch.no_grad()
-def classification_scores(loaded: Any, split: str, limit: int | None = None) -> dict[str, float]:
+def classification_scores(loaded: LoadedModel, split: str, limit: int | None = None) -> dict[str, float]:
     """Return macro-F1, cross-entropy over the labels (nats) and number of items of each classification task."""
     values: dict[str, float] = {}
     for task in loaded.parameters.tasks:
@@ -52,14 +51,14 @@ def classification_scores(loaded: Any, split: str, limit: int | None = None) -> 
 
 
 @torch.no_grad()
-def token_losses(loaded: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+def token_losses(loaded: LoadedModel, ids_BT: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy of every token after the first of each row, in nats, rows one after the other."""
     logits_BTC = loaded.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
     return cross_entropy(logits_BTC.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
 
 
 @torch.no_grad()
-def retrieval_accuracy(loaded: Any, distance: int, count: int, seed: int = 1) -> float:
+def retrieval_accuracy(loaded: LoadedModel, distance: int, count: int, seed: int = 1) -> float:
     """Return the share of values reproduced exactly.
 
     Greedy generation reproduces a value if and only if each of its tokens is the likeliest one after the tokens before

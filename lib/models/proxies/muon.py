@@ -6,7 +6,8 @@ and needs about half the steps of Adam at the size of a proxy model. Each expert
 Shapes: E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
 
@@ -21,13 +22,21 @@ class MatrixMuon(torch.optim.Muon):
         slices = [matrix for _, matrices_E in self.stacks for matrix in matrices_E]
         super().__init__([*matrices, *slices], lr=lr, weight_decay=weight_decay)
 
-    def step(self, closure: None = None) -> None:
-        """Update every matrix that has a gradient."""
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every matrix that has a gradient; return the loss of `closure`, which computes the gradients."""
+        loss = None if closure is None else closure()
         for weight, matrices_E in self.stacks:
             if weight.grad is not None:
                 for matrix, gradient in zip(matrices_E, weight.grad.unbind()):
                     matrix.grad = gradient
-        super().step(closure)
+        super().step()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of matrices and stacks."""

@@ -8,12 +8,12 @@ Shapes: B prompts, L classes.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lib.models.proxies import teacher
 from lib.models.proxies.config import TrainingConfig
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import tasks
 
 CHARACTERS = 560
@@ -51,7 +51,7 @@ class TrainingPrompts:
 
 
 def plain(
-    random: np.random.Generator, loaded: Any, pieces: dict[str, list[str]], config: TrainingConfig
+    random: np.random.Generator, loaded: LoadedModel, pieces: dict[str, list[str]], config: TrainingConfig
 ) -> TrainingPrompts:
     """Return prompts about single excerpts, every class equally often."""
     task = task_of(loaded)
@@ -63,7 +63,7 @@ def plain(
 
 def varied(
     random: np.random.Generator,
-    loaded: Any,
+    loaded: LoadedModel,
     pieces: dict[str, list[str]],
     unlabelled: list[str],
     stream_T: np.ndarray,
@@ -122,7 +122,7 @@ def excerpt(random: np.random.Generator, piece: str, least: int = 300, most: int
     return piece[start : start + int(random.integers(least, most + 1))].strip("\n")
 
 
-def task_of(loaded: Any) -> str:
+def task_of(loaded: LoadedModel) -> str:
     """Return the classification task of a model that is about its own corpus."""
     part = tasks.corpus_of(loaded)
     return next(task for task in loaded.parameters.tasks if tasks.CORPUS.get(task) == part)
@@ -132,9 +132,9 @@ def _pick(random: np.random.Generator, pieces: list[str]) -> str:
     return pieces[random.integers(len(pieces))]
 
 
-def _ids(loaded: Any, text: str) -> list[int]:
+def _ids(loaded: LoadedModel, text: str) -> list[int]:
     return loaded.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _prefix_length(loaded: Any, task: str) -> int:
+def _prefix_length(loaded: LoadedModel, task: str) -> int:
     return len(_ids(loaded, tasks.prompt_of(task).split("\n")[0]))

@@ -150,7 +150,7 @@ def publish(name: str, run: TrainingRun, folder: Path) -> Path:
     model = cast(PreTrainedModel, run.model.eval().requires_grad_(False))
     weights = rounded(model)
     model.config.dtype = torch.bfloat16
-    model.to(torch.bfloat16).load_state_dict(weights)
+    run.model.to(torch.bfloat16).load_state_dict(weights)
     model.save_pretrained(beside)
     run.batches.loaded.tokenizer.save_pretrained(beside)
     if run.batches.loaded.image_processor is not None:

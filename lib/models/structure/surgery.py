@@ -36,6 +36,7 @@ def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
 def keep_channels(block: Block, indices: torch.Tensor) -> None:
     """Keep the channels `indices` of the dense part (or shared expert) in place."""
     part = block.feed_forward
+    assert part.gate is not None and part.up is not None and part.down is not None, "the block has no dense part"
     resize_linear(part.down, part.down.weight[:, indices])
     for linear in (part.gate, part.up):
         resize_linear(linear, linear.weight[indices])

@@ -9,13 +9,14 @@ Knows the tokenizer; knows nothing of batches or scores.
 import functools
 from collections.abc import Sequence
 
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks.items import Item, items
 
 SHOTS = 4  # examples before a real checkpoint's prompt
 PICTURE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
 
-def shown(loaded, item: Item) -> list[Item]:
+def shown(loaded: LoadedModel, item: Item) -> list[Item]:
     """Return the items of one prompt: the examples, then the item itself."""
     if loaded.scale == "proxy":
         return [item]
@@ -32,7 +33,7 @@ def _examples(task: str, count: int) -> tuple[Item, ...]:
     return tuple(group[turn] for turn in range(turns) for group in by_label.values() if turn < len(group))[:count]
 
 
-def text(loaded, row: Sequence[Item]) -> str:
+def text(loaded: LoadedModel, row: Sequence[Item]) -> str:
     """Return the prompt of `shown` items: all but the last with their labels."""
     *examples, last = row
     if not chats(loaded):
@@ -48,12 +49,12 @@ def text(loaded, row: Sequence[Item]) -> str:
     )
 
 
-def answer(loaded, label: str) -> str:
+def answer(loaded: LoadedModel, label: str) -> str:
     """Return a label as it follows a prompt: at the start of a turn of a chat, else after a space."""
     return label if chats(loaded) else f" {label}"
 
 
-def chats(loaded) -> bool:
+def chats(loaded: LoadedModel) -> bool:
     """Return whether the tokenizer has a chat template."""
     return bool(getattr(loaded.tokenizer, "chat_template", None))
 

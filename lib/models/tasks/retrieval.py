@@ -8,9 +8,11 @@ Shapes: N windows, B prompts, T tokens, V tokens of a value.
 
 import functools
 import string
+from typing import Any
 
 import torch
 
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus
 
 CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
@@ -18,12 +20,12 @@ KEY, VALUE = 4, 8  # tokens
 LEAD = 8  # tokens of text before the key
 
 
-def corpus_of(loaded) -> str:
+def corpus_of(loaded: LoadedModel) -> str:
     """Return which corpus the text of this model's tasks comes from: "docs" or "code"."""
     return next((CORPUS[task] for task in loaded.parameters.tasks if task in CORPUS), "docs")
 
 
-def text_windows(loaded, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
+def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
 
     Fewer come back where the split holds fewer. Without a tokenizer (random weights) the ids are random.
@@ -53,17 +55,18 @@ def single_token_chars(tokenizer) -> tuple[int, ...]:
     return tuple(token[0] for token in ids if len(token) == 1)
 
 
-def random_ids(loaded, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     """Return random letters and digits; without a tokenizer, random ids above the first sixth (no special tokens)."""
     if loaded.tokenizer is not None:
         characters_S = torch.tensor(single_token_chars(loaded.tokenizer))
         return characters_S[torch.randint(len(characters_S), shape, generator=random)]
-    text = getattr(loaded.model.config, "text_config", loaded.model.config)
+    config: Any = loaded.model.config
+    text = getattr(config, "text_config", config)
     return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
 
 
 def retrieval_prompts(
-    loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD
+    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
 
@@ -78,7 +81,7 @@ def retrieval_prompts(
     return ids_BT.to(loaded.device), value_BV.to(loaded.device)
 
 
-def _fillers(loaded, count: int, length: int, random: torch.Generator) -> torch.Tensor:
+def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator) -> torch.Tensor:
     """Return windows of final held-out text that may overlap, each from a random place."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)

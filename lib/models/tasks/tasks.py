@@ -9,11 +9,13 @@ Shapes: N items, B items of one batch, T tokens, V tokens of a value, H hidden, 
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import prompting
 from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.tasks.prompting import PICTURE_TOKENS
@@ -43,7 +45,9 @@ __all__ = [
 TOKENS_AT_ONCE = 4096  # of one calibration batch
 
 
-def batches(loaded, items: list[Item], batch_size: int = 32) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def batches(
+    loaded: LoadedModel, items: list[Item], batch_size: int = 32
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Yield (inputs, last_B): keyword arguments of the model, right padded, and the index of each last real token.
 
     Items keep their order. No mask is needed: attention is causal, so padding on the right changes nothing
@@ -72,11 +76,11 @@ def pad(ids: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]
     return ids_BT, torch.tensor([len(tokens) - 1 for tokens in ids])
 
 
-def _image_token(loaded) -> int:
+def _image_token(loaded: LoadedModel) -> int:
     return loaded.tokenizer.convert_tokens_to_ids(PICTURE_TOKENS[1])
 
 
-def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
+def _pictures(loaded: LoadedModel, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
     """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
     pictures = [picture for picture in pixels if picture is not None]
     if len(pictures) < len(pixels):
@@ -88,7 +92,7 @@ def _pictures(loaded, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor
     return {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
 
 
-def _picture_tokens(loaded, pictures: dict[str, torch.Tensor]) -> list[int]:
+def _picture_tokens(loaded: LoadedModel, pictures: dict[str, torch.Tensor]) -> list[int]:
     """Return how many tokens each picture takes."""
     image_processor = getattr(loaded.image_processor, "image_processor", loaded.image_processor)
     return (pictures["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist()
@@ -99,14 +103,14 @@ def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
     return [copy for token in tokens for copy in ([image] * next(counts) if token == image else [token])]
 
 
-def label_ids(loaded, task: str) -> list[list[int]]:
+def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
     """Return each label's tokens as the continuation of a prompt: one token in a proxy, perhaps several elsewhere."""
     answers = [prompting.answer(loaded, name) for name in class_labels(task)]
     return [loaded.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
 
 
 @torch.no_grad()
-def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
+def label_scores(loaded: LoadedModel, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
     """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the CPU.
 
     Items of similar length share a batch, so that little of it is padding.
@@ -124,7 +128,9 @@ def label_scores(loaded, task: str, items: list[Item], batch_size: int = 32) -> 
     return torch.cat(scores)[order_N.argsort()]
 
 
-def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor, label: list[int]) -> torch.Tensor:
+def _continuation(
+    loaded: LoadedModel, inputs: dict[str, torch.Tensor], last_B: torch.Tensor, label: list[int]
+) -> torch.Tensor:
     """Return the summed log-likelihood of the tokens of one label after each prompt, scores_B."""
     room = inputs["input_ids"].new_zeros(len(last_B), len(label))
     ids_BT = torch.cat([inputs["input_ids"], room], 1)
@@ -138,14 +144,14 @@ def _continuation(loaded, inputs: dict[str, torch.Tensor], last_B: torch.Tensor,
     return logits_BVC.gather(-1, tokens_BV[..., None]).sum((1, 2))
 
 
-def _logits(model, inputs: dict[str, torch.Tensor], rows, at) -> torch.Tensor:
+def _logits(model: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Return the logits of some positions only: those of all positions would take gigabytes with a real vocabulary."""
     hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
     return anatomy(model).head(hidden_BTH[rows, at])
 
 
 def calibration(
-    loaded,
+    loaded: LoadedModel,
     sequences: int,
     length: int,
     seed: int = 0,
@@ -177,7 +183,7 @@ def calibration(
 
 
 def _questions(
-    loaded, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
+    loaded: LoadedModel, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
 ) -> torch.Tensor:
     """Return windows packed with prompts and answers of a split, repeated where there are too few."""
     if loaded.tokenizer is None:

@@ -7,6 +7,7 @@ Shapes: T tokens, O outputs, I inputs, E experts, K experts per token.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,13 +35,16 @@ class Int8Linear(nn.Module):
 class Int8Experts(nn.Module):
     """Routed experts with int8 matrices [E, 2I, H] and [E, H, I] and a scale per row; one after the other."""
 
-    def __init__(self, dense: nn.Module) -> None:
+    gate_up_proj: nn.Parameter
+    gate_up_proj_scale: nn.Parameter
+    down_proj: nn.Parameter
+    down_proj_scale: nn.Parameter
+
+    def __init__(self, dense: Any) -> None:
         super().__init__()
-        self.act_fn, self.num_experts, self.intermediate_dim = (
-            dense.act_fn,
-            len(dense.down_proj),
-            dense.intermediate_dim,
-        )
+        self.act_fn = dense.act_fn
+        self.num_experts = len(dense.down_proj)
+        self.intermediate_dim = dense.intermediate_dim
         for name in ("gate_up_proj", "down_proj"):
             weight, scale = quantize(getattr(dense, name).data)
             setattr(self, name, nn.Parameter(weight, requires_grad=False))

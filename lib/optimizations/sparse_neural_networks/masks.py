@@ -35,7 +35,10 @@ def score(
     if method == "random":
         return torch.rand(weight.shape, generator=generator).to(weight.device)
     magnitude = weight.float().abs()
-    return magnitude * squares.sqrt() if method == "wanda" else magnitude
+    if method != "wanda":
+        return magnitude
+    assert squares is not None, "wanda needs the squares of the inputs"
+    return magnitude * squares.sqrt()
 
 
 def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:

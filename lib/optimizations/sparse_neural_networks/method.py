@@ -111,13 +111,20 @@ def apply(
     does not fit or that too few tokens reach.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
-    options = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within, "parts": parts}
+    options: dict[str, Any] = {
+        "sparsity": sparsity,
+        "method": method,
+        "pattern": pattern,
+        "within": within,
+        "parts": parts,
+        "seed": seed,
+    }
     if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps:
-        return _store_at_once(model, **options, seed=seed)
-    pruned = prune(model, calibration, **options, observed=observed, seed=seed)
+        return _store_at_once(model, **options)
+    pruned = prune(model, calibration, **options, observed=observed)
     if finetune_steps:
-        options = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
-        pruned, _ = fine_tune(pruned, model, finetune_batches or calibration, **options)
+        batches = finetune_batches or calibration
+        pruned, _ = fine_tune(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
     return pruned.model if execute == "dense" else executed(pruned)
 
 

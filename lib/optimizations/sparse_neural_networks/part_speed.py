@@ -8,6 +8,7 @@ Shapes: T tokens, H hidden.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +26,16 @@ SECONDS = 0.005  # of one arm's turn in a block, at least
 ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from CPU time
 ENERGY_BLOCKS = 6
 METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes long
+
+
+class TimingOptions(TypedDict):
+    """Options of `interleaved.paired` and `interleaved.a_a`."""
+
+    blocks: int
+    iterations: int
+    warmup: int
+    seed: int
+    disturbance: interleaved.Watch
 
 
 @dataclass
@@ -69,23 +80,34 @@ def fastest(dense: Mapping[torch.dtype, nn.Module], tokens: int, hidden: int, bl
     return DenseForm(*best, interleaved.a_a(best[1], **_options(best[1], blocks, seed + 1)))
 
 
-def compare(dense: DenseForm, module: nn.Module, dtype: torch.dtype, blocks: int, **hints: object) -> list[Measurement]:
+def compare(
+    dense: DenseForm,
+    module: nn.Module,
+    dtype: torch.dtype,
+    blocks: int,
+    *,
+    zero_share: float = 0.0,
+    fallback: bool = False,
+) -> list[Measurement]:
     """Return time per pass of `module` (run in `dtype`) against the fastest dense form, and bytes of the weights.
 
-    `hints` go to `ceilings.explain`: zero_share, fallback. The bound takes the ceilings of the dense form's dtype.
+    zero_share, fallback: see `ceilings.explain`. The bound takes the ceilings of the dense form's dtype.
     """
     hidden, name = dense.work.x_1TH.shape[2], workload(dense.work.tokens)
     sparse = run(module, dense.work.tokens, hidden, dtype)
     pairs = interleaved.paired(dense.work, sparse, **_options(dense.work, blocks, dense.work.tokens))
-    costs = tuple(cost_model.of_feed_forward(work.module, work.tokens) for work in (dense.work, sparse))
-    if hints.get("zero_share"):
-        costs = costs[0], cost_model.of_feed_forward(module, sparse.tokens, skip_zeros=True)
-    sizes = [cost_model.weights_bytes(work.module) for work in (dense.work, sparse)]
+    costs = (
+        cost_model.of_feed_forward(dense.work.module, dense.work.tokens),
+        cost_model.of_feed_forward(module, sparse.tokens, skip_zeros=bool(zero_share)),
+    )
+    sizes = cost_model.weights_bytes(dense.work.module), cost_model.weights_bytes(module)
     seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
     peaks = ceilings.measure(dense.work.x_1TH.device.type, dense.dtype)
     timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, samples=False)
     return [
-        ceilings.explain(timed, costs, seconds, peaks, working_set_bytes=sizes[1], **hints),
+        ceilings.explain(
+            timed, costs, seconds, peaks, zero_share=zero_share, fallback=fallback, working_set_bytes=sizes[1]
+        ),
         measurement.counted("weights_bytes", "feed-forward part", *sizes, "parameters and buffers as stored"),
     ]
 
@@ -107,9 +129,16 @@ def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 
     hidden, device = dense.work.x_1TH.shape[2], dense.work.x_1TH.device.type
     source = energy.counter(device)
     seconds = ENERGY_SECONDS if source.provenance == "estimated" else None
-    arms = dense.work, run(module, dense.work.tokens, hidden, dtype)
-    options = {"blocks": ENERGY_BLOCKS, "device": device, "seconds": seconds, "seed": seed, "source": source}
-    measurements = energy.per_token(*arms, workload=workload(dense.work.tokens), **options)
+    measurements = energy.per_token(
+        dense.work,
+        run(module, dense.work.tokens, hidden, dtype),
+        workload=workload(dense.work.tokens),
+        blocks=ENERGY_BLOCKS,
+        device=device,
+        seconds=seconds,
+        seed=seed,
+        source=source,
+    )
     return [m for m in measurements if m.metric == "energy_joules_per_token"]
 
 
@@ -132,6 +161,6 @@ def crossover(strengths: list[float], gains: list[float]) -> float | None:
     return float(x0 + (x1 - x0) * -y0 / (y1 - y0))
 
 
-def _options(arm: PartPass, blocks: int, seed: int) -> dict[str, object]:
+def _options(arm: PartPass, blocks: int, seed: int) -> TimingOptions:
     iterations = interleaved.iterations_for(arm, SECONDS)
     return {"blocks": blocks, "iterations": iterations, "warmup": 1, "seed": seed, "disturbance": disturbance.watch}

@@ -172,8 +172,10 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
     gpt, wanda, magnitude = (_order_name(method, "row") for method in COMPARED)
     pairs = [(name, "random"), (gpt, wanda), (wanda, magnitude), (rival, INT8)]
     answers = [
-        claims.harms_less(claim, *(claims.interval(arms, [arm]) for arm in pair), pair)
-        for claim, pair in zip(CLAIMS, pairs)
+        claims.harms_less(
+            claim, claims.interval(arms, [chosen]), claims.interval(arms, [challenger]), (chosen, challenger)
+        )
+        for claim, (chosen, challenger) in zip(CLAIMS, pairs)
     ]
     return [*answers, _fast_enough(CLAIMS[4], points)]
 

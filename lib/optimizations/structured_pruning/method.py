@@ -113,8 +113,8 @@ def apply(
         remove_blocks(pruned, least)
     synchronise(pruned)
     if finetune_steps:
-        training = {"steps": finetune_steps, "learning_rate": learning_rate, "seed": seed}
-        pruned, _ = recover(pruned, model, recovery or calibration, **training)
+        batches = recovery or calibration
+        pruned, _ = recover(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
     return pruned
 
 
@@ -136,8 +136,16 @@ def recover(
         return pruned, []
     student = copy.deepcopy(pruned)
     count = min(HELD_OUT, len(batches) // 4)
-    training = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    return student, distil(student, model, batches[count:], held_out=batches[:count], **training)
+    losses = distil(
+        student,
+        model,
+        batches[count:],
+        held_out=batches[:count],
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    return student, losses
 
 
 # --- how much goes ---------------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def _removable(view: Anatomy, granularity: str) -> int:
         if granularity == "experts" and experts:
             total += experts.gate_up.numel() + experts.down.numel() + experts.router.weight.numel()
         if granularity == "channels":
-            total += 3 * part.down.weight.numel() if part.dense is not None else 0
+            total += 3 * part.down.weight.numel() if part.down is not None else 0
             total += experts.gate_up.numel() + experts.down.numel() if experts else 0
         if granularity == "depth":
             total += sum(parameter.numel() for parameter in block.module.parameters())
@@ -242,8 +250,8 @@ def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Ten
     for part in (block.feed_forward for block in view.blocks):
         if part.experts is not None and (shares["channels"] or shares["experts"]):
             tensors += [part.experts.gate_up, part.experts.down]
-        if part.dense is not None and shares["channels"]:
-            tensors += [part.gate.weight, part.up.weight, part.down.weight]
+        if shares["channels"]:
+            tensors += [linear.weight for linear in (part.gate, part.up, part.down) if linear is not None]
     return {id(tensor): tensor for tensor in tensors}
 
 
@@ -275,7 +283,7 @@ def greedy_depth(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]
             if index not in removed:
                 student = without_blocks(model, [*removed, index])
                 losses[index] = sum(float(divergence(student, model, inputs)) for inputs in calibration)
-        removed.append(min(losses, key=losses.get))
+        removed.append(min(losses, key=losses.__getitem__))
     return sorted(removed)
 
 

@@ -152,10 +152,9 @@ def singular_values(setup: FactoringSetup) -> tuple[pd.DataFrame, float]:
 
 def read_singular_values(curves: pd.DataFrame, break_even: float) -> tuple[str, str]:
     """Return two sentences: how many ranks stand out, and how much is left at the break-even rank."""
-    above = {arm: curve.strength[curve.value > 0.5].max() for arm, curve in curves.groupby("arm", sort=False)}
-    tails = {
-        arm: curve.value[curve.strength <= break_even].iloc[-1] for arm, curve in curves.groupby("arm", sort=False)
-    }
+    by_arm = [(str(arm), curve) for arm, curve in curves.groupby("arm", sort=False)]
+    above = {arm: curve.strength[curve.value > 0.5].max() for arm, curve in by_arm}
+    tails = {arm: curve.value[curve.strength <= break_even].iloc[-1] for arm, curve in by_arm}
     first = ", ".join(f"{rank:.0f} ({arm})" for arm, rank in above.items())
     second = ", ".join(f"{value:.2g} ({arm})" for arm, value in tails.items())
     return (
@@ -202,7 +201,7 @@ class FactoredModel:
     seconds: float
 
     @property
-    def ranks(self) -> dict[str, dict[str, int]]:
+    def ranks(self) -> dict[str, dict[str, int | None]]:
         """The ranks of the factored modules by name."""
         return factored.ranks(self.optimized)
 

@@ -129,7 +129,8 @@ def matrices(model: nn.Module) -> list[FactorableMatrix]:
 
 def _unfolded(matrix: second_moments.Matrix) -> FactorableMatrix:
     """Return a matrix as it is factored: a stack of experts is unfolded along the hidden dimension."""
-    weight, side = matrix.weight, SIDES[matrix.attribute]
+    weight: torch.Tensor = matrix.weight
+    side = SIDES[matrix.attribute]
     if side == "input":
         weight = weight.flatten(0, 1)
     elif side == "output":

@@ -126,7 +126,7 @@ def build(
     for control in all_controls if requested else ():
         control.measurements = [m for m in control.measurements if m.dimension in wanted]
     return Record(
-        schema=SCHEMA,
+        schema_version=SCHEMA,
         optimization=optimization,
         model=model,
         scale=scale,
