@@ -53,7 +53,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
         ]
         with parked(*zip((baseline, optimized), places)):
             peaks = memory.measurements(*memory.peaks(*arms))
-    return [measurement.counted("checkpoint_bytes", "load", *sizes, "sizes of the saved files", "measured"), *peaks]
+    source = "sizes of the saved files"
+    return [measurement.counted("checkpoint_bytes", "load", sizes[0], sizes[1], source, "measured"), *peaks]
 
 
 def _lack_of_room(*models: nn.Module) -> str | None:

@@ -236,12 +236,15 @@ def resources(
 
     arms = ((baseline, baseline_costs or {}), (optimized, costs or {}))
 
-    def of(formula: Callable[..., float], *arguments: int, options: Sequence[str] = ()) -> list[float]:
+    def of(formula: Callable[..., float], *arguments: int, options: Sequence[str] = ()) -> tuple[float, float]:
         names = ("skip_zeros", *options)
-        return [formula(model, *arguments, **{n: chosen[n] for n in names if n in chosen}) for model, chosen in arms]
+        base, opt = (
+            formula(model, *arguments, **{n: chosen[n] for n in names if n in chosen}) for model, chosen in arms
+        )
+        return base, opt
 
-    def plain(count: Callable[[nn.Module], float]) -> list[float]:
-        return [count(model) for model, _ in arms]
+    def plain(count: Callable[[nn.Module], float]) -> tuple[float, float]:
+        return count(baseline), count(optimized)
 
     prefill = of(cost_model.prefill_flops, tokens, options=("density", "stride"))
     rows = {
@@ -259,7 +262,7 @@ def resources(
         ),
         "prefill_flops_per_token": (
             "prefill",
-            [flops / tokens for flops in prefill],
+            (prefill[0] / tokens, prefill[1] / tokens),
             f"formula, prompt of {tokens} tokens",
         ),
         "decode_flops_per_token": (

@@ -9,7 +9,7 @@ number that is not available is null, with a reason.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -113,7 +113,7 @@ class Measurement(BaseModel):
         return self
 
 
-def _make(metric: str, workload: str, **fields) -> Measurement:
+def _make(metric: str, workload: str, **fields: Any) -> Measurement:
     listed = metric_named(metric)
     empty = {"ratio": None, "ci": None, "n": None, "noise_floor": None, "mde": None}
     return Measurement(
@@ -264,7 +264,7 @@ def informative(
     optimized: float | None,
     source: str,
     provenance: Provenance = "measured",
-    **fields,
+    **fields: Any,
 ) -> Measurement:
     """Return a number that is not judged; `fields` are further fields of Measurement (n, ci, reason, samples …)."""
     fields = {"ratio": _ratio(baseline, optimized), **fields}
@@ -280,7 +280,7 @@ def informative(
     )
 
 
-def judged(metric: str, workload: str, **fields) -> Measurement:
+def judged(metric: str, workload: str, **fields: Any) -> Measurement:
     """Return a measurement whose verdict was reached elsewhere (quality); `fields` are the other fields."""
     return _make(metric, workload, **fields)
 

@@ -22,6 +22,8 @@ MDE_FACTOR = 2.80
 NON_INFERIORITY_FACTOR = 2.487
 MINIMUM_BLOCKS = 6
 
+Samples = Sequence[float] | np.ndarray  # of one dimension
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -38,7 +40,7 @@ class Effect:
     outliers: int
 
 
-def differences(baseline: Sequence[float], optimized: Sequence[float]) -> np.ndarray:
+def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
     """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive, of equal
     number and not empty.
     """
@@ -50,7 +52,7 @@ def differences(baseline: Sequence[float], optimized: Sequence[float]) -> np.nda
     return np.log(opt / base)
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def median_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the interpolated order-statistic interval of the median of `values`.
 
     With fewer than six values no such interval reaches 95 %: both ends are infinite then.
@@ -72,31 +74,31 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return float(low), float(high)
 
 
-def minimum_detectable_effect(d: Sequence[float]) -> float:
+def minimum_detectable_effect(d: Samples) -> float:
     """Return (1.96 + 0.84)·σ_d/√n: the effect that this many pairs of this spread find four times out of five."""
-    d = np.asarray(d, dtype=float)
-    return float(MDE_FACTOR * d.std(ddof=1) / math.sqrt(d.size)) if d.size > 1 else math.inf
+    d_N = np.asarray(d, dtype=float)
+    return float(MDE_FACTOR * d_N.std(ddof=1) / math.sqrt(d_N.size)) if d_N.size > 1 else math.inf
 
 
-def outliers(d: Sequence[float]) -> int:
+def outliers(d: Samples) -> int:
     """Return how many values lie further than five scaled median absolute deviations from the median; none is dropped
     for it.
     """
-    d = np.asarray(d, dtype=float)
-    deviation = np.abs(d - np.median(d))
-    scale = 1.4826 * np.median(deviation)
-    return int(np.sum(deviation > 5 * scale)) if scale > 0 else int(np.sum(deviation > 0))
+    d_N = np.asarray(d, dtype=float)
+    deviation_N = np.abs(d_N - np.median(d_N))
+    scale = 1.4826 * np.median(deviation_N)
+    return int(np.sum(deviation_N > 5 * scale)) if scale > 0 else int(np.sum(deviation_N > 0))
 
 
-def effect(d: Sequence[float]) -> Effect:
+def effect(d: Samples) -> Effect:
     """Return the effect of the differences d[n] (natural logarithms)."""
-    d = np.asarray(d, dtype=float)
-    low, high = median_interval(d)
-    sigma = float(d.std(ddof=1)) if d.size > 1 else math.inf
-    return Effect(float(np.median(d)), low, high, sigma, minimum_detectable_effect(d), int(d.size), outliers(d))
+    d_N = np.asarray(d, dtype=float)
+    low, high = median_interval(d_N)
+    sigma = float(d_N.std(ddof=1)) if d_N.size > 1 else math.inf
+    return Effect(float(np.median(d_N)), low, high, sigma, minimum_detectable_effect(d_N), int(d_N.size), outliers(d_N))
 
 
-def noise_floor(d: Sequence[float]) -> float:
+def noise_floor(d: Samples) -> float:
     """Return by how much two identical arms can differ, from an A/A control's d[n]: the half-width of the interval of
     its median, or the median itself where that is larger (natural logarithm, about a share).
     """
@@ -120,18 +122,18 @@ def verdict(effect: Effect, higher_is_better: bool, margin: float, floor: float)
 
 
 def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = 2000, seed: int = 0
+    values: Samples, confidence: float = CONFIDENCE, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Return scipy's BCa bootstrap interval of the mean of `values` (percentile where BCa is undefined)."""
-    values = np.asarray(values, dtype=float)
-    if values.size < 2:
+    values_N = np.asarray(values, dtype=float)
+    if values_N.size < 2:
         return -math.inf, math.inf
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+    if np.ptp(values_N) == 0:
+        return float(values_N[0]), float(values_N[0])
     kinds = {"confidence_level": confidence, "n_resamples": resamples, "rng": np.random.default_rng(seed)}
-    interval = bootstrap((values,), np.mean, method="BCa", **kinds).confidence_interval
+    interval = bootstrap((values_N,), np.mean, method="BCa", **kinds).confidence_interval
     if not np.isfinite(interval).all():
-        interval = bootstrap((values,), np.mean, method="percentile", **kinds).confidence_interval
+        interval = bootstrap((values_N,), np.mean, method="percentile", **kinds).confidence_interval
     return float(interval[0]), float(interval[1])
 
 
@@ -151,7 +153,7 @@ def items_needed(sigma: float, distance: float) -> int | None:
     return math.ceil((NON_INFERIORITY_FACTOR * sigma / distance) ** 2)
 
 
-def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
+def percentiles(samples: Samples) -> dict[str, float | None]:
     """Return p50, p95 and p99 of `samples`; None where there are too few (20 samples for p95, 100 for p99)."""
     values = np.asarray(samples, dtype=float)
     enough = {"p50": (50, 1), "p95": (95, 20), "p99": (99, 100)}

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,9 +106,10 @@ def _read(path: Path) -> tuple[Arrays, str] | None:
 def _write(path: Path, answers: Arrays) -> None:
     """Store answers; a folder that cannot be written to is no error here."""
     part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    named: dict[str, Any] = {"day": np.array(datetime.now(timezone.utc).date().isoformat()), **answers}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, day=np.array(datetime.now(timezone.utc).date().isoformat()), **answers)
+        np.savez(part, **named)
         os.replace(part, path)
     except OSError:
         with suppress(OSError):

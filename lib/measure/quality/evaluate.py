@@ -65,7 +65,7 @@ class Text:
     ids_NT: torch.Tensor
     loss_N: np.ndarray
     hidden_NTH: torch.Tensor = field(repr=False)
-    head: nn.Module = field(repr=False)
+    head: nn.Linear = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -131,22 +131,24 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
     labels = task_list.class_labels(task)
     vocabulary = anatomy(loaded.model).vocabulary
     batch = max(1, min(32, CHUNK_ELEMENTS * 2 // (vocabulary * 256)))
-    question = {"task": task, "split": split, "ids": [item.id for item in items]}
+    ids = [item.id for item in items]
+    question: dict[str, object] = {"task": task, "split": split, "ids": ids}
     scores, answered = answer_cache.known_or(
         loaded, question, lambda: {"scores_NL": task_list.label_scores(loaded, task, items, batch).numpy()}
     )
     scores_NL, truth_N = scores["scores_NL"], np.array([labels.index(item.label) for item in items])
-    return Classified(task, labels, question["ids"], truth_N, scores_NL.argmax(1), scores_NL, answered)
+    return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL, answered)
 
 
 @torch.inference_mode()
 def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
     """Return how `model` reads the windows ids_NT: the loss of each, and its last hidden states (on the CPU)."""
     head = anatomy(model).head
+    backbone: Any = model.model
     ids_NT = ids_NT.to(next(model.parameters()).device)
     losses, hidden = [], []
     for ids_BT in ids_NT.split(WINDOWS_AT_ONCE):
-        hidden_BTH = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTH = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         for ids_T, hidden_TH in zip(ids_BT, hidden_BTH):
             loss = sum(
                 nn.functional.cross_entropy(logits_CV, target_C, reduction="sum").item()
@@ -169,6 +171,7 @@ def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: in
         for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
             work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])
             work()
+            assert work.output_BN is not None  # every call sets it
             right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
         return {"right_N": np.concatenate(right)}
 
@@ -196,11 +199,11 @@ def divergence(baseline: Text, optimized: Text) -> tuple[np.ndarray, np.ndarray]
     return np.array(kl_N), np.array(agree_N)
 
 
-def _rows(head: nn.Module) -> int:
+def _rows(head: nn.Linear) -> int:
     return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
 
 
-def _logits(head: nn.Module, hidden_TH: torch.Tensor) -> Iterator[torch.Tensor]:
+def _logits(head: nn.Linear, hidden_TH: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the logits of hidden_TH in chunks of rows, in float32."""
     for hidden_CH in hidden_TH.split(_rows(head)):
         yield head(hidden_CH.to(head.weight.device)).float()

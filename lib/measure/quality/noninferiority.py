@@ -70,6 +70,7 @@ def score(
     one model and no number of items is too small.
     """
     margin = metric_named(metric).margin if margin is None else margin
+    assert margin is not None, f"{metric} has no margin"
     difference = optimized - baseline
     low, high = np.quantile(replicates_R, [ONE_SIDED, 1 - ONE_SIDED])
     wide_low, wide_high = np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2])
@@ -110,6 +111,7 @@ def perplexity(
     a share.
     """
     margin = metric_named("perplexity").margin if margin is None else margin
+    assert margin is not None, "perplexity has no margin"
     # Baseline − optimized: above 0 is a gain, as in `judge`.
     gain_N = np.asarray(baseline_N) - np.asarray(optimized_N)
     gain, n, limit = float(gain_N.mean()), len(gain_N), math.log1p(margin)
@@ -153,7 +155,7 @@ def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str
     distance = margin + min(gain, 0.0)
     if sigma == 0:
         # No flip at all: n with 1 − 0.05^(1/n) < margin.
-        needed = math.ceil(math.log(ONE_SIDED) / math.log1p(-margin))
+        needed: int | None = math.ceil(math.log(ONE_SIDED) / math.log1p(-margin))
     else:
         needed = paired_stats.items_needed(sigma, abs(distance))
     if needed is None or needed > 1_000_000:

@@ -38,6 +38,8 @@ def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, rando
         return f"its perplexity of {math.exp(min(loss, 50)):.3g} is beyond uniform guessing ({vocabulary})"
     work = workloads.generate(model, model_ids_BT[:, : max(1, model_ids_BT.shape[1] // 2)], new_tokens)
     work()
-    if new_tokens > 1 and bool((work.output_BN == work.output_BN[0, 0]).all()):
-        return f"it answers every prompt with one repeated token ({int(work.output_BN[0, 0])})"
+    output_BN = work.output_BN
+    assert output_BN is not None  # every call sets it
+    if new_tokens > 1 and bool((output_BN == output_BN[0, 0]).all()):
+        return f"it answers every prompt with one repeated token ({int(output_BN[0, 0])})"
     return None

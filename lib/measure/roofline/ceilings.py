@@ -127,8 +127,8 @@ def utilisation(
     traffic = [cost.bytes / time_ / ceilings.bytes_per_second for cost, time_ in zip(costs, seconds)]
     source = f"FLOPs and bytes by formula over measured time, against {ceilings.source}"
     return [
-        measurement.informative("model_flops_utilisation", workload, *flops, source, "derived"),
-        measurement.informative("memory_bandwidth_utilisation", workload, *traffic, source, "derived"),
+        measurement.informative("model_flops_utilisation", workload, flops[0], flops[1], source, "derived"),
+        measurement.informative("memory_bandwidth_utilisation", workload, traffic[0], traffic[1], source, "derived"),
     ]
 
 

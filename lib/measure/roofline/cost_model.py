@@ -265,11 +265,18 @@ def of(
     `prefill_flops`. `skip_zeros` counts the work of a kernel for which exact zeros are free: compared with it, zeros
     that are stored dense show as a gain that was not realised. Raises ValueError for a workload without a formula.
     """
-    sparse = {"density": density, "stride": stride}
     prefill, steps = _parts(work)
     flops = bytes_ = 0.0
     if prefill:
-        flops += prefill_flops(model, work.prompt_tokens, work.batch, logits=1, skip_zeros=skip_zeros, **sparse)
+        flops += prefill_flops(
+            model,
+            work.prompt_tokens,
+            work.batch,
+            logits=1,
+            skip_zeros=skip_zeros,
+            density=density,
+            stride=stride,
+        )
         bytes_ += step_bytes(
             model,
             work.batch,
@@ -281,9 +288,11 @@ def of(
     if steps:
         # Cost is linear in the context, so the middle step stands for all.
         context = work.prompt_tokens + (steps + 1) / 2
-        read = {"skip_zeros": skip_zeros, "attended": attended}
-        flops += steps * work.batch * decode_flops(model, context, absorbed=absorbed, **read)
-        bytes_ += steps * step_bytes(model, work.batch, context, hit=hit, overhead=overhead, **read)
+        of_step = decode_flops(model, context, absorbed=absorbed, skip_zeros=skip_zeros, attended=attended)
+        flops += steps * work.batch * of_step
+        bytes_ += steps * step_bytes(
+            model, work.batch, context, hit=hit, overhead=overhead, skip_zeros=skip_zeros, attended=attended
+        )
     return Cost(flops, bytes_)
 
 

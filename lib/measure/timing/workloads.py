@@ -131,7 +131,7 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return random token ids [B, T] of the model's vocabulary, for models without a tokenizer (random weights)."""
-    config = model.config.get_text_config()
+    config = _text_config(model)
     # The lowest ids are special tokens, among them the placeholders of pictures.
     floor = min(256, config.vocab_size // 4)
     generator = torch.Generator().manual_seed(seed)
@@ -199,6 +199,11 @@ def _device(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
 def _inputs(model: nn.Module, prompt: Prompt) -> dict[str, torch.Tensor]:
     device = _device(model)
     inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
@@ -207,7 +212,7 @@ def _inputs(model: nn.Module, prompt: Prompt) -> dict[str, torch.Tensor]:
 
 def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, object]:
     weight = next(model.parameters())
-    config = model.config.get_text_config()
+    config = _text_config(model)
     digest = hashlib.sha256(inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
     return {
         "prompt": digest,

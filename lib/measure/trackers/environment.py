@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -92,7 +92,8 @@ def _torch(model: "nn.Module | None") -> dict[str, object]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     if model is not None:
-        weight, config = next(model.parameters()), model.config.get_text_config()
+        model_config: Any = model.config
+        weight, config = next(model.parameters()), model_config.get_text_config()
         facts |= {
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),

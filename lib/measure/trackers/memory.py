@@ -133,7 +133,7 @@ def _failed(reason: str) -> Peak:
     return Peak(None, None, None, "none", None, None, None, reason)
 
 
-def measurements(baseline: Peak, optimized: Peak, workload: str = "generate") -> "list[Measurement]":
+def measurements(baseline: Peak, optimized: Peak, *, workload: str = "generate") -> "list[Measurement]":
     """Return both peaks, time to load and time of the first call as measurements of (baseline, optimized).
 
     Load and first call are single readings of fresh processes: informative, without an interval.

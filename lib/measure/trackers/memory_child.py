@@ -77,7 +77,8 @@ def run(arm: Arm) -> Peak:
         if on_gpu:
             torch.cuda.synchronize()
         calls.append(1000 * (time.perf_counter() - start))
-    return Peak(before, after_load, read()[0], scope, load_seconds, *calls, *[None] * (2 - len(calls)))
+    second_call_ms = calls[1] if len(calls) > 1 else None
+    return Peak(before, after_load, read()[0], scope, load_seconds, calls[0], second_call_ms)
 
 
 def _import_architecture(arm: Arm) -> None:
@@ -89,6 +90,7 @@ def _import_architecture(arm: Arm) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture = config.pop("model_type")
     else:
+        assert arm.load is not None, "an arm needs a folder or a model to load"
         description = parameters.read(arm.load["name"])
         config, architecture = description.config(arm.load.get("scale", "proxy")), description.architecture
     io.build(config, architecture, device="meta")
