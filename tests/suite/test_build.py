@@ -93,7 +93,7 @@ def test_list_names_the_state_of_every_run(built):
 @pytest.mark.parametrize(
     ("path", "old", "new", "told"),
     [
-        ("lib/errors.py", '"""What', '"""This is what', "code: lib/errors.py changed"),
+        ("lib/errors.py", '"""', '"""Changed: ', "code: lib/errors.py changed"),
         ("notebooks/well.ipynb", "x = ratio", "x = ratio + 1", "template: cells changed"),
         ("parameters/alpha-1.5.yaml", "num_hidden_layers: 2", "num_hidden_layers: 1", "model: config changed"),
         ("parameters/proxies/alpha-1.5/config.json", "{", "{ ", "weights: config.json changed"),

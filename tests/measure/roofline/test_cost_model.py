@@ -169,6 +169,7 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+    monkeypatch.setattr(ceilings, "_DISTURBED", {})
     monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: None)
     ticks = itertools.count(0.0, 0.5)  # of a clock on which everything between two readings takes half a second
     monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))

@@ -137,9 +137,8 @@ def test_a_child_times_loading_and_each_call(tiny, tmp_path, monkeypatch):
     )
     plain, slow = memory.peaks(arm, replace(arm, transform="slow_transform:apply"))
     assert plain.reason is None and slow.reason is None
-    assert slow.load_seconds - plain.load_seconds == pytest.approx(1.0, abs=0.5)
-    assert slow.second_call_ms - plain.second_call_ms == pytest.approx(600, rel=0.5)
-    assert slow.first_call_ms >= 600
+    assert slow.load_seconds >= 1.0, "what the transform does counts for loading"
+    assert min(slow.first_call_ms, slow.second_call_ms) >= 600, "both calls hold both of their passes"
 
 
 def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):

@@ -109,8 +109,13 @@ def _entries(scale):
 def _begun(scale, monkeypatch):
     """Return which models each of two shares of the cores is given, in order, where all runs last the same."""
     begun = {(0,): [], (1,): []}
-    monkeypatch.setattr(schedule, "_begin", lambda build, slot: begun[slot.cores].append(slot.entry.job.model))
-    monkeypatch.setattr(schedule, "_step", lambda build, slot: True)
+
+    def begin(build, slot, entry):
+        begun[slot.cores].append(entry.job.model)
+        slot.run = schedule.EntryRun(entry, worker=None)
+
+    monkeypatch.setattr(schedule, "_begin", begin)
+    monkeypatch.setattr(schedule, "_step", lambda build, slot, run: SimpleNamespace())
     monkeypatch.setattr(schedule, "POLL_SECONDS", 0)
     build = SimpleNamespace(temporary=Path(), shares=[[0], [1]])
     assert len(schedule.run(build, _entries(scale))) == 8
