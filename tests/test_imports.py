@@ -6,6 +6,7 @@ Report and suite never import torch.
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -144,3 +145,13 @@ def test_listing_loads_next_to_nothing():
 def test_set_up_needs_the_standard_library_alone():
     more = _loaded("from lib.suite import bootstrap") - _loaded("")
     assert more <= set(sys.stdlib_module_names) | {"lib"}
+
+
+def test_no_two_classes_share_a_name():
+    names = [
+        node.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(name for name, number in Counter(names).items() if number > 1) == []

@@ -150,7 +150,7 @@ def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]
 
 
 @dataclass(frozen=True)
-class Compared:
+class ScenarioTable:
     """A row per scenario and setting, and the best static limits: by seconds missed, and by goodput."""
 
     rows: list[Row]
@@ -186,7 +186,7 @@ class Compared:
         return sums[setting]["missed s"] / static if static else None
 
 
-def compare(disturbances: DisturbanceStudy) -> Compared:
+def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
     """Return every static limit and every other setting on all scripts."""
     setup, scripts = disturbances.setup, disturbances.scripts
     rows = disturbance_comparison.compare(setup, scripts, {f"static {size}": _static(size) for size in SIZES})
@@ -194,19 +194,19 @@ def compare(disturbances: DisturbanceStudy) -> Compared:
     best = min(SIZES, key=lambda size: (sums[f"static {size}"]["missed s"], size))
     most = max(SIZES, key=lambda size: (sums[f"static {size}"]["goodput share"], -size))
     rows += disturbance_comparison.compare(setup, scripts, disturbances.settings(best))
-    return Compared(rows, best, most)
+    return ScenarioTable(rows, best, most)
 
 
 def _static(size: int) -> PolicyFactory:
     return lambda _: Static(size)
 
 
-def replayed_policies(disturbances: DisturbanceStudy, compared: Compared) -> tuple[PolicyFactory, PolicyFactory]:
+def replayed_policies(disturbances: DisturbanceStudy, compared: ScenarioTable) -> tuple[PolicyFactory, PolicyFactory]:
     """Return the policies of the replays in real time: the static limit that misses least, and the loop."""
     return _static(compared.best), disturbances.settings(compared.best)[LOOP]
 
 
-def trade_off(compared: Compared) -> pd.DataFrame:
+def trade_off(compared: ScenarioTable) -> pd.DataFrame:
     """Return a point per setting: `x` answers by the fast profile in percent, `y` seconds missed."""
     points = [
         {
@@ -219,7 +219,7 @@ def trade_off(compared: Compared) -> pd.DataFrame:
     return pd.DataFrame(points)
 
 
-def read_trade_off(compared: Compared) -> tuple[str, str]:
+def read_trade_off(compared: ScenarioTable) -> tuple[str, str]:
     """Return two sentences on how to read `trade_off`."""
     sums = compared.sums
     loop, fast, static = sums[LOOP], sums[FAST_ALONE], sums[f"static {compared.best}"]
@@ -234,7 +234,7 @@ def read_trade_off(compared: Compared) -> tuple[str, str]:
     return first, second
 
 
-def comparison(disturbances: DisturbanceStudy, compared: Compared) -> list[Measurement]:
+def comparison(disturbances: DisturbanceStudy, compared: ScenarioTable) -> list[Measurement]:
     """Return the judged goodput where something was disturbed (first), where nothing was, and what is not judged.
 
     Goodput is held against the static limit with the most goodput, the rest against the one that misses least.
@@ -248,7 +248,7 @@ def comparison(disturbances: DisturbanceStudy, compared: Compared) -> list[Measu
     ]
 
 
-def controls(disturbances: DisturbanceStudy, compared: Compared) -> list[tuple[str, str, list[Measurement]]]:
+def controls(disturbances: DisturbanceStudy, compared: ScenarioTable) -> list[tuple[str, str, list[Measurement]]]:
     """Return (name, purpose, measurements): the static setting against itself, and the loops with one actuator less."""
     baseline, settings = _static(compared.most), disturbances.settings(compared.best)
     arms = {"A/A": ("the best static setting against itself", baseline)}
@@ -287,7 +287,7 @@ def costs(
 # --- targets and answers ----------------------------------------------------------------------------------------------
 
 
-def targets(compared: Compared, guards: GuardStudy, laws: pd.DataFrame) -> list[Row]:
+def targets(compared: ScenarioTable, guards: GuardStudy, laws: pd.DataFrame) -> list[Row]:
     """Return a row per figure to reach: what was measured, and whether it was reached."""
     goals = (
         ("seconds missed, loop ÷ best static", compared.ratio, "at most", MOST_MISSED),
@@ -308,7 +308,7 @@ def _reached(value: float | None, how: str, goal: float) -> bool | str:
 
 
 def refutations(
-    disturbances: DisturbanceStudy, compared: Compared, guards: GuardStudy, laws: pd.DataFrame
+    disturbances: DisturbanceStudy, compared: ScenarioTable, guards: GuardStudy, laws: pd.DataFrame
 ) -> list[tuple[str, bool | None, str]]:
     """Return (claim, refuted or None where the run cannot tell, evidence) for each of `CLAIMS`."""
     differing = int((laws["answers"] - laws["same answers"]).sum())
@@ -321,7 +321,7 @@ def refutations(
     ]
 
 
-def _missed(disturbances: DisturbanceStudy, compared: Compared) -> tuple[bool | None, str]:
+def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable) -> tuple[bool | None, str]:
     """The seconds that the best static limit misses beyond the loop, script by script."""
     setup, scripts = disturbances.setup, disturbances.troubled
     arms = [
@@ -359,7 +359,7 @@ def _share(guards: GuardStudy, profile: str) -> tuple[bool | None, str]:
 
 
 def details(
-    disturbances: DisturbanceStudy, compared: Compared, live: LiveTrial, drafts: DraftingStudy, guards: GuardStudy,
+    disturbances: DisturbanceStudy, compared: ScenarioTable, live: LiveTrial, drafts: DraftingStudy, guards: GuardStudy,
     reached: Sequence[Row],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return the record's details: name → value, provenance, source; the impact curve with its axes."""
