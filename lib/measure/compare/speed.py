@@ -29,7 +29,6 @@ METRICS_OF = {
     "batch_decode": ("batch_decode_tokens_per_second",),
     "generate": ("generate_tokens_per_second",),
 }
-BATCH_PROMPT_TOKENS = 128
 STANDARD = ("prefill", "decode", "batch_decode")
 
 
@@ -150,16 +149,7 @@ def compare(
 
 
 def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
-    if name == "prefill":
-        return workloads.prefill(model, prompt_BT)
-    if name == "decode":
-        return workloads.steps(model, prompt_BT, effort.new_tokens)
-    if name == "generate":
-        return workloads.generate(model, prompt_BT, effort.new_tokens)
-    # Different prompts of one length, each rolled by one token more; short, since only decoding is timed.
-    short_BT = prompt_BT[:1, :BATCH_PROMPT_TOKENS]
-    rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(effort.batch)])
-    return workloads.steps(model, rolled_BT, effort.new_tokens)
+    return workloads.standard(name, model, prompt_BT, effort.new_tokens, effort.batch)
 
 
 def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any]) -> tuple[Cost, Use]:

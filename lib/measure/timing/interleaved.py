@@ -37,7 +37,8 @@ class Rounds:
     """Seconds per call of every arm in every round, where a turn was `iterations` calls.
 
     `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed the round or None,
-    `set_aside` the repeated rounds: seconds per call of each arm, and the reason.
+    `set_aside` the repeated rounds: seconds per call of each arm, and the reason. `cpu_seconds` is this process's
+    processor time per call (user and system, all threads).
     """
 
     seconds: dict[str, list[float]]
@@ -46,6 +47,7 @@ class Rounds:
     orders: list[list[str]]
     set_aside: list[tuple[dict[str, float], str]] = field(default_factory=list)
     clock: str = "perf_counter"
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def logs(self, arm: str) -> np.ndarray:
         """Return ln(seconds) of one arm, [R]."""
@@ -90,6 +92,7 @@ def rounds(
     warmup: int = 1,
     seed: int = 0,
     repeats: int | None = None,
+    fewest: int = paired_stats.MINIMUM_BLOCKS,
     clock: Clock = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
     disturbance: Watch | None = None,
@@ -99,41 +102,42 @@ def rounds(
     An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
     is called before each reading of the clock; where none is given, an arm's own attribute of that name. `disturbance`
     opens a watch and returns the function that closes it with a reason or None. At most `repeats` disturbed rounds are
-    repeated (by default half of `count`); later ones are kept and marked. Raises UserError for fewer than six rounds.
+    repeated (by default half of `count`); later ones are kept and marked. Raises UserError for fewer than `fewest`
+    rounds: six, unless several processes are timed.
     """
-    if count < paired_stats.MINIMUM_BLOCKS:
-        raise UserError(
-            f"{count} blocks are too few to tell noise from effect: give at least {paired_stats.MINIMUM_BLOCKS}"
-        )
+    if count < fewest:
+        raise UserError(f"{count} blocks are too few to tell noise from effect: give at least {fewest}")
     for arm in {id(arm): arm for arm in arms.values()}.values():
         for _ in range(warmup):
             arm()
 
-    def timed(order: Sequence[str]) -> tuple[dict[str, float], str | None]:
+    def timed(order: Sequence[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         close = disturbance() if disturbance else None
-        seconds = {name: _turn(arms[name], iterations, clock, synchronize) for name in order}
-        return seconds, close() if close else None
+        turns = {name: _turn(arms[name], iterations, clock, synchronize) for name in order}
+        return turns, close() if close else None
 
     allowed = count // 2 if repeats is None else repeats
     orders = balanced_orders(list(arms), count, seed)
     times: dict[str, list[float]] = {name: [] for name in arms}
+    cpu_times: dict[str, list[float]] = {name: [] for name in arms}
     disturbed: list[str | None] = []
     set_aside: list[tuple[dict[str, float], str]] = []
     collecting = gc.isenabled()
     gc.disable()  # a collection inside one arm's turn would be charged to that arm
     try:
         for order in orders:
-            seconds, reason = timed(order)
+            turns, reason = timed(order)
             while reason is not None and len(set_aside) < allowed:
-                set_aside.append((seconds, reason))
-                seconds, reason = timed(order)
+                set_aside.append(({name: seconds for name, (seconds, _) in turns.items()}, reason))
+                turns, reason = timed(order)
             for name in arms:
-                times[name].append(seconds[name])
+                times[name].append(turns[name][0])
+                cpu_times[name].append(turns[name][1])
             disturbed.append(reason)
     finally:
         if collecting:
             gc.enable()
-    return Rounds(times, iterations, disturbed, orders, set_aside, getattr(clock, "__name__", "clock"))
+    return Rounds(times, iterations, disturbed, orders, set_aside, getattr(clock, "__name__", "clock"), cpu_times)
 
 
 def paired(
@@ -223,30 +227,35 @@ def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock
     """
     if not warm:
         arm()
-    elapsed = _turn(arm, 1, clock)
+    elapsed, _ = _turn(arm, 1, clock)
     return max(1, math.ceil(seconds / elapsed)) if elapsed > 0 else 1
 
 
 def warm_up(*arms: Arm) -> float:
     """Call every arm once and return the seconds of the fastest, for `with_control`."""
-    return min(_turn(arm, 1, time.perf_counter) for arm in arms)
+    return min(_turn(arm, 1, time.perf_counter)[0] for arm in arms)
 
 
-def _turn(arm: Arm, iterations: int, clock: Clock, synchronize: Callable[[], object] | None = None) -> float:
-    """Return the seconds per call of one turn; without a `prepare` between the calls, they are one stretch."""
+def _turn(
+    arm: Arm, iterations: int, clock: Clock, synchronize: Callable[[], object] | None = None
+) -> tuple[float, float]:
+    """Return seconds and processor seconds per call of one turn; without a `prepare` between the calls, they are one
+    stretch.
+    """
     prepare = getattr(arm, "prepare", None)
     synchronize = synchronize or getattr(arm, "synchronize", None)
     calls = 1 if prepare else iterations
-    elapsed = 0.0
+    elapsed = busy = 0.0
     for _ in range(iterations // calls):
         if prepare:
             prepare()
         if synchronize:
             synchronize()
-        start = clock()
+        start_busy, start = time.process_time(), clock()
         for _ in range(calls):
             arm()
         if synchronize:
             synchronize()
         elapsed += clock() - start
-    return elapsed / iterations
+        busy += time.process_time() - start_busy
+    return elapsed / iterations, busy / iterations

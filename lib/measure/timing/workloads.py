@@ -22,6 +22,7 @@ from torch import nn
 from lib.models.structure.anatomy import reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
+BATCH_PROMPT_TOKENS = 128
 
 
 @dataclass
@@ -127,6 +128,25 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
         None,
         barrier(model),
     )
+
+
+def standard(name: str, model: nn.Module, prompt_1T: torch.Tensor, new_tokens: int, batch: int) -> Workload:
+    """Return one of the workloads by which models are compared: prefill, decode, batch_decode or generate.
+
+    Decoding is at a fixed context (`steps`). For `batch_decode` the prompt's beginning is repeated, rolled: `batch`
+    different prompts of one length, short since only decoding is timed. Raises ValueError for another name.
+    """
+    if name == "prefill":
+        return prefill(model, prompt_1T)
+    if name == "decode":
+        return steps(model, prompt_1T, new_tokens)
+    if name == "generate":
+        return generate(model, prompt_1T, new_tokens)
+    if name != "batch_decode":
+        raise ValueError(f'unknown workload "{name}": expected prefill, decode, batch_decode or generate')
+    short_1T = prompt_1T[:1, :BATCH_PROMPT_TOKENS]
+    rolled_BT = torch.cat([short_1T.roll(shift, 1) for shift in range(batch)])
+    return steps(model, rolled_BT, new_tokens)
 
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Rounds are balanced, disturbed ones repeated, and only calls are timed, on a clock that the arms push forward."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -111,3 +112,12 @@ def test_every_reading_of_the_clock_waits_for_the_device():
     pairs = interleaved.paired(Arm(1.0), Arm(2.0), blocks=6, iterations=3, clock=clock)
     assert pairs.baseline_seconds == [1.0] * 6 and pairs.optimized_seconds == [2.0] * 6
     assert interleaved.iterations_for(Arm(1.0), 5, clock=clock) == 5
+
+
+def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits():
+    def busy():
+        return sum(range(300_000))
+
+    timed = interleaved.rounds({"busy": busy, "idle": lambda: time.sleep(0.01)}, 2, fewest=2)
+    assert [len(timed.cpu_seconds[name]) for name in ("busy", "idle")] == [2, 2]
+    assert min(timed.cpu_seconds["busy"]) > 10 * max(timed.cpu_seconds["idle"])
