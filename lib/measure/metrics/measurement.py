@@ -280,6 +280,13 @@ def informative(
     )
 
 
+def unjudged(measurement: Measurement, reason: str) -> Measurement:
+    """Return the measurement as informative: shown with its interval, never judged, for `reason`."""
+    return measurement.model_copy(
+        update={"verdict": "informative", "margin": None, "bound": None, "mde": None, "reason": reason}
+    )
+
+
 def judged(metric: str, workload: str, **fields: Any) -> Measurement:
     """Return a measurement whose verdict was reached elsewhere (quality); `fields` are the other fields."""
     return _make(metric, workload, **fields)

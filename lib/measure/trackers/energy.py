@@ -1,32 +1,25 @@
-"""Energy of both arms, per token. Measured through Zeus where the machine has a readable counter (NVML: the whole GPU;
-RAPL: the whole socket and its memory), else estimated as processor time × a stated power per core, and labelled so.
-Unknown energy is never 0, and measured and estimated joules are never added up.
+"""Energy of both arms, per token, and the processor seconds that carry efficiency where no energy was counted.
+
+Joules are judged only where they come from a counter (`lib.measure.trackers.energy_source`). An estimate is processor
+time by another name, times a table of unknown error: it is shown, labelled so, and never judged; what is judged then is
+the processor time itself, measured in the same windows. Unknown energy is never 0, and measured and estimated joules
+are never added up.
 
 Knows nothing of models. Loading and start-up lie outside every window.
 """
 
-import platform
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from lib.measure.metrics import measurement, paired_stats
-from lib.measure.metrics.measurement import Measurement, Provenance
-from lib.measure.timing import disturbance
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.trackers.energy_source import Counter, counter
 
-Readings = dict[str, list[tuple[float, float]]]  # arm → joules and wall seconds per token, one pair a window
-
-# NVML refreshes its counter slowly: shorter windows would be mostly rounding.
-COUNTER_WINDOW_SECONDS = 2.0
-ESTIMATE_WINDOW_SECONDS = 0.1
-
-# Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
-# the Cloud Carbon Footprint project (AWS constants). "EPYC" is the second generation; "server" the table's average.
-WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.74, 3.5)}
+GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule"
+CPU = "cpu_seconds_per_token"
+ESTIMATED = "estimated from processor time: shown, never judged"
 
 
 class CountedArm(Protocol):
@@ -38,22 +31,15 @@ class CountedArm(Protocol):
     def __call__(self) -> object: ...
 
 
-@dataclass(frozen=True)
-class Counter:
-    """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them."""
+class Window(NamedTuple):
+    """What one window of an arm took, per token."""
 
-    kind: str
-    provenance: Provenance
-    scope: str
-    window_seconds: float
-    idle_watts: float | None
-    joules: Callable[[], float]
+    joules: float
+    wall_seconds: float
+    cpu_seconds: float
 
 
-def counter(device: str = "cpu") -> Counter:
-    """Return the best source of joules for `device`: NVML for CUDA, RAPL for a CPU, else the estimate."""
-    measured = _zeus_counter(device)
-    return measured or _estimate()
+Windows = dict[str, list[Window]]  # of the arms baseline, control and optimized
 
 
 def per_token(
@@ -66,36 +52,70 @@ def per_token(
     seconds: float | None = None,
     seed: int = 0,
     source: Counter | None = None,
+    with_cpu_seconds: bool = True,
 ) -> list[Measurement]:
-    """Return gross joules per token, joules above idle per token, and tokens per joule of two workloads.
+    """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
+    elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
     In each of `blocks` blocks, in random order, each arm runs for one window (`seconds`; by default as long as the
     counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call processes.
+    Judged are the joules of a counter, or else the processor seconds.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
     baseline(), optimized()
     shuffle = random.Random(seed)
-    readings: Readings = {"baseline": [], "control": [], "optimized": []}
+    windows: Windows = {"baseline": [], "control": [], "optimized": []}
     for _ in range(blocks):
         arms = [("baseline", baseline), ("control", baseline), ("optimized", optimized)]
         shuffle.shuffle(arms)
         for name, arm in arms:
-            readings[name].append(_window(arm, source, window))
-    return _measurements(readings, source, workload, window)
+            windows[name].append(_window(arm, source, window))
+    how = f"{blocks} windows of {window:g} s per arm in random order"
+    measurements = _joules(windows, source, workload, f"{source.scope}, {how}")
+    if with_cpu_seconds:
+        samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
+        measurements.append(
+            cpu_seconds(*samples, workload=workload, source=how, counted=source.provenance == "measured")
+        )
+    return measurements
 
 
-def _window(arm: CountedArm, source: Counter, seconds: float) -> tuple[float, float]:
-    """Run `arm` for at least `seconds`; return joules and wall seconds per token, without those of its `prepare`."""
+def cpu_seconds(
+    baseline: Sequence[float],
+    optimized: Sequence[float],
+    control: Sequence[float],
+    *,
+    workload: str,
+    source: str,
+    counted: bool = False,
+    process: Sequence[int] | None = None,
+) -> Measurement:
+    """Return processor seconds per token (user and system time of the measuring process, all threads), from samples of
+    the baseline, the optimized arm and the A/A control that were taken in the same rounds.
+
+    `source` says how; `process[i]` is the process that took sample i, where there are several. Where energy is
+    `counted`, it is what is judged, and these are informative.
+    """
+    how = f"user + system time, {source}"
+    if min(*baseline, *optimized, *control) <= 0:
+        return measurement.unavailable(CPU, workload, "the processor's clock did not move within a window", how)
+    floor = paired_stats.noise_floor(paired_stats.differences(baseline, control), process)
+    judged = measurement.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, process=process)
+    return measurement.unjudged(judged, "energy is judged, by its counter") if counted else judged
+
+
+def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:
+    """Run `arm` for at least `seconds`; return what that took per token, without its `prepare`."""
     prepare, synchronize = getattr(arm, "prepare", None), getattr(arm, "synchronize", None)
-    joules = wall = 0.0
+    joules = wall = busy = 0.0
     tokens = 0
     while wall < seconds:
         if prepare:
             prepare()
         if synchronize:
             synchronize()
-        start, before = time.perf_counter(), source.joules()
+        start, start_busy, before = time.perf_counter(), time.process_time(), source.joules()
         # With nothing to prepare the whole window is one stretch, so that a slow counter is read as rarely as possible.
         while True:
             arm()
@@ -105,128 +125,35 @@ def _window(arm: CountedArm, source: Counter, seconds: float) -> tuple[float, fl
             if prepare or time.perf_counter() - start >= seconds:
                 break
         joules += source.joules() - before
+        busy += time.process_time() - start_busy
         wall += time.perf_counter() - start
-    return joules / tokens, wall / tokens
+    return Window(joules / tokens, wall / tokens, busy / tokens)
 
 
-def _measurements(readings: Readings, source: Counter, workload: str, window: float) -> list[Measurement]:
-    gross = {name: [joules for joules, _ in values] for name, values in readings.items()}
-    how = f"{source.scope}, {len(gross['baseline'])} windows of {window:g} s per arm in random order"
-    options: dict[str, Any] = {"provenance": source.provenance, "source": how}
+def _joules(windows: Windows, source: Counter, workload: str, how: str) -> list[Measurement]:
+    gross = {arm: [taken.joules for taken in values] for arm, values in windows.items()}
     if min(min(values) for values in gross.values()) <= 0:
         reason = "the counter did not move within a window"
-        names = ("energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule")
-        return [measurement.unavailable(name, workload, reason, how) for name in names]
+        return [measurement.unavailable(name, workload, reason, how) for name in (GROSS, ABOVE_IDLE, INVERSE)]
     floor = paired_stats.noise_floor(paired_stats.differences(gross["baseline"], gross["control"]))
-    inverse = {name: [1 / joules for joules in values] for name, values in gross.items()}
 
-    def compared(metric: str, values: dict[str, list[float]], samples: bool) -> Measurement:
-        return measurement.from_samples(
-            metric, workload, values["baseline"], values["optimized"], floor=floor, samples=samples, **options
-        )
+    def compared(metric: str, values: dict[str, list[float]], how: str, samples: bool = False) -> Measurement:
+        options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
+        judged = measurement.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
+        if source.provenance == "estimated":
+            return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")
+        return measurement.unjudged(judged, f"the inverse of {GROSS}, which is judged") if metric == INVERSE else judged
 
-    return [
-        compared("energy_joules_per_token", gross, True),
-        _above_idle(readings, source, workload, floor, how),
-        compared("tokens_per_joule", inverse, False),
-    ]
-
-
-def _above_idle(readings: Readings, source: Counter, workload: str, floor: float, how: str) -> Measurement:
-    name = "energy_above_idle_joules_per_token"
+    inverse = {arm: [1 / joules for joules in values] for arm, values in gross.items()}
+    above: Measurement
     if source.idle_watts is None:
-        return measurement.unavailable(name, workload, "idle power could not be read", how)
-    above = {
-        arm: [joules - source.idle_watts * seconds for joules, seconds in values] for arm, values in readings.items()
-    }
-    if min(min(values) for values in above.values()) <= 0:
-        return measurement.unavailable(name, workload, "a window took no more energy than idling", how)
-    return measurement.from_samples(
-        name,
-        workload,
-        above["baseline"],
-        above["optimized"],
-        source=f"{how}, less {source.idle_watts:.3g} W idle",
-        floor=floor,
-        provenance=source.provenance,
-        samples=False,
-    )
-
-
-def _estimate() -> Counter:
-    """Return the estimate by this process's processor time. Idle cores are charged as idle, so that gross joules depend
-    on wall time too.
-    """
-    family, (idle, busy) = watts_per_core()
-    count = len(disturbance.cores())
-
-    def joules() -> float:
-        return time.process_time() * (busy - idle) + time.perf_counter() * idle * count
-
-    scope = (
-        f"estimated: processor time × {busy} W per busy core, {idle} W per idle core "
-        f'(SPECpower table of Cloud Carbon Footprint, row "{family}")'
-    )
-    return Counter("estimate", "estimated", scope, ESTIMATE_WINDOW_SECONDS, idle * count, joules)
-
-
-def watts_per_core() -> tuple[str, tuple[float, float]]:
-    """Return the row of WATTS_PER_CORE for this processor, and its (idle, busy) watts."""
-    name = cpu_name()
-    family = next((row for row in WATTS_PER_CORE if row in name), "server")
-    return family, WATTS_PER_CORE[family]
-
-
-@lru_cache
-def cpu_name() -> str:
-    """Return the processor's name as the system states it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@lru_cache
-def _zeus_counter(device: str) -> Counter | None:
-    """Return Zeus's counter for `device`, with the idle power of one second; None where no counter can be read."""
-    import logging
-
-    logging.getLogger("zeus").setLevel(logging.CRITICAL)
-    try:
-        joules, kind, scope = _nvml_joules(device) if device.startswith("cuda") else _rapl_joules()
-    except Exception:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
-        return None
-    start, before = time.perf_counter(), joules()
-    time.sleep(1.0)
-    idle = (joules() - before) / (time.perf_counter() - start)
-    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle if idle > 0 else None, joules)
-
-
-def _nvml_joules(device: str) -> tuple[Callable[[], float], str, str]:
-    import torch
-    from zeus.device import get_gpus
-
-    index = torch.device(device).index or 0
-    gpus = get_gpus()
-    gpus.get_total_energy_consumption(index)
-    return lambda: gpus.get_total_energy_consumption(index) / 1000, "nvml", "NVML total-energy counter, whole GPU"
-
-
-def _rapl_joules() -> tuple[Callable[[], float], str, str]:
-    from zeus.device import get_cpus
-
-    cpus = get_cpus()
-    indices = range(len(cpus))
-
-    def joules() -> float:
-        total = 0.0
-        for index in indices:
-            energy = cpus.get_total_energy_consumption(index)
-            total += energy.cpu_mj + (energy.dram_mj or 0)
-        return total / 1000
-
-    joules()
-    return joules, "rapl", "RAPL package and memory counters, whole socket"
+        above = measurement.unavailable(ABOVE_IDLE, workload, "idle power could not be read", how)
+    else:
+        idle = source.idle_watts
+        rest = {arm: [taken.joules - idle * taken.wall_seconds for taken in windows[arm]] for arm in windows}
+        if min(min(values) for values in rest.values()) > 0:
+            above = compared(ABOVE_IDLE, rest, f"{how}, less {idle:.3g} W idle")
+        else:
+            reason = "a window took no more energy than idling"
+            above = measurement.unavailable(ABOVE_IDLE, workload, reason, how)
+    return [compared(GROSS, gross, how, samples=True), above, compared(INVERSE, inverse, how)]

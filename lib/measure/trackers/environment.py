@@ -11,7 +11,7 @@ import psutil
 
 from lib import memory_limits
 from lib.measure.timing import disturbance
-from lib.measure.trackers import cpu, energy
+from lib.measure.trackers import cpu, energy_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ def card(
     the evaluation data. `at` is a directory inside the repository whose commit is stated.
     """
     machine = {
-        "cpu": energy.cpu_name(),
+        "cpu": energy_source.cpu_name(),
         "architecture": platform.machine(),
         "cores_given": len(disturbance.cores()),
         "cores_of_machine": os.cpu_count(),
@@ -46,6 +46,7 @@ def card(
         "jobs_beside": _jobs_beside(),
         "weights_hash": weights_hash,
         "data_hash": data_hash,
+        "energy": energy_source.facts(next(model.parameters()).device.type if model is not None else "cpu"),
     }
     return {**machine, **_torch(model), **_gpu()}
 

@@ -1,57 +1,43 @@
-"""True peaks of memory: each arm loads and runs in a fresh process, and its peak is read after load and after the
-workload. Starts the processes and turns their answers into measurements; `lib.measure.trackers.memory_child` runs in
-them. Knows nothing of how the arms differ.
+"""True peaks of memory: each arm loads and runs in fresh processes, several per arm and in turn, and its peak is read
+after load and after the workload. Starts the processes and turns their answers into measurements;
+`lib.measure.trackers.memory_child` runs in them. Knows nothing of how the arms differ.
+
+Two peaks are read. That of the process (resident memory, or CUDA's allocator) holds everything, and scatters: it has an
+interval over turns and a floor from the baseline's children. That of the bytes of live tensors is the same in every
+process, and is what is judged where weights are so small that the scatter would decide.
 """
 
 import gc
-import json
-import os
-import subprocess
-import sys
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from lib.measure.timing import children
+from lib.measure.timing.children import Arm as Arm
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lib.measure.metrics.measurement import Measurement
 
-ROOT = Path(__file__).resolve().parents[3]
-TIME_LIMIT_SECONDS = 1800
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What a child process loads and runs.
-
-    `folder`: a checkpoint folder; or `load`: keyword arguments of `lib.models.loading.load`. `transform`:
-    "module:function", called with the loaded model and `arguments`, returns the model to measure. `opener`:
-    "module:function", called with the folder and `arguments`, returns the model, which is then not loaded whole.
-    `workload`: prefill, decode or generate.
-    """
-
-    folder: str | None = None
-    load: dict[str, Any] | None = None
-    transform: str | None = None
-    opener: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    workload: str = "generate"
-    batch: int = 1
-    prompt_tokens: int = 256
-    new_tokens: int = 16
-    dtype: str = "float32"
-    device: str = "cpu"
+TURNS = 3
+TURNS_ON_GPU = 2  # its allocator hardly scatters, and no process there can be forked
+# Weights of fewer bytes could fit into memory that was held and freed before they were loaded.
+LARGE_BYTES = 2**28
+# glibc's settings: one arena for all threads, and large blocks are mapped and given back at once, whatever came before.
+SETTLED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Peaks of one arm. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
+    """Peaks that one process read. Bytes are of the whole process, or of the allocator on CUDA (`scope` says which).
 
     `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
-    most of the peak of a small model. Times are of one fresh process: seconds to load, milliseconds of the first and of
-    the second call (None where the first was long).
+    most of the peak of a small model. `code_bytes` is by how much the resident pages of the libraries' files grew
+    meanwhile: of the process, but not of the model. `tensor_bytes` is the peak of live tensors, None where it was not
+    counted. Times are of one fresh process: seconds to load, milliseconds of the first call.
     """
 
     before_load_bytes: int | None
@@ -60,32 +46,65 @@ class Peak:
     scope: str
     load_seconds: float | None
     first_call_ms: float | None
-    second_call_ms: float | None
     reason: str | None = None
-    child: bool = True  # read in a process of its own
+    weights_bytes: int | None = None
+    code_bytes: int = 0
+    tensor_bytes: int | None = None
 
     @property
     def above_start_bytes(self) -> int | None:
-        """The peak minus what the process held before it loaded anything."""
-        return None if self.peak_bytes is None else self.peak_bytes - (self.before_load_bytes or 0)
+        """The peak minus what the process held before it loaded anything, and minus pages of code since then."""
+        if self.peak_bytes is None:
+            return None
+        return self.peak_bytes - (self.before_load_bytes or 0) - self.code_bytes
 
 
-def peaks(*arms: Arm) -> list[Peak]:
-    """Run each arm in a fresh child process, one after the other, on the cores and threads of this one; return their
-    peaks.
+@dataclass(frozen=True)
+class Peaks:
+    """What the children of one arm read, in turn; a single reading where there was no room for children."""
 
-    The children are forked from one process that has imported the libraries and done nothing else, so that these are
-    imported once; on CUDA, and where processes cannot fork, each child is started anew. The peak of an arm whose child
-    fails has nulls and the reason.
+    readings: list[Peak]
+    child: bool = True  # read in processes of their own
+
+    @property
+    def reason(self) -> str | None:
+        """Why a reading failed, or None."""
+        return next((reading.reason for reading in self.readings if reading.reason), None)
+
+    @property
+    def scope(self) -> str:
+        """Of what the bytes are."""
+        return self.readings[0].scope
+
+    @property
+    def tensor_bytes(self) -> int | None:
+        """The peak of live tensors; the largest where the children differ, None where it was not counted."""
+        return max((n for reading in self.readings if (n := reading.tensor_bytes) is not None), default=None)
+
+    def values(self, name: str) -> list[float] | None:
+        """Return a number of every reading, in turn; None where one lacks it."""
+        numbers = [getattr(reading, name) for reading in self.readings]
+        return None if None in numbers else numbers
+
+    def median(self, name: str) -> float | None:
+        """Return the median of a number over the readings; None where one lacks it."""
+        numbers = self.values(name)
+        return None if numbers is None else median(numbers)
+
+
+def peaks(*arms: Arm, turns: int | None = None) -> list[Peaks]:
+    """Run each arm in `turns` fresh child processes, the arms taking turns, on the cores and threads of this process;
+    return what they read. The reading of a child that fails has nulls and the reason.
     """
-    together = hasattr(os, "fork") and not any(arm.device.startswith("cuda") for arm in arms)
-    groups: list[Sequence[Arm]] = [arms] if together else [[arm] for arm in arms]
-    if not together and (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # memory that this process's allocator holds back is not free for a child
-    return [peak for group in groups for peak in _run(group)]
+    on_gpu = any(arm.device.startswith("cuda") for arm in arms)
+    turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)
+    jobs = [{"arms": [asdict(arm)], "first": turn == 0} for turn in range(turns) for arm in arms]
+    answers = children.run("lib.measure.trackers.memory_child", jobs, environment=SETTLED)
+    readings = [failed(answer["failed"]) if "failed" in answer else Peak(**answer) for answer in answers]
+    return [Peaks(readings[number :: len(arms)]) for number in range(len(arms))]
 
 
-def allocated(arm: Callable[[], object], model: "nn.Module", reason: str) -> Peak:
+def allocated(arm: Callable[[], object], model: "nn.Module", reason: str) -> Peaks:
     """Return the peak of the CUDA allocator while `arm` runs `model` in this process, minus what it holds besides.
 
     For a model without room for a second copy (`reason`): the allocator counts tensors, so the memory of others can be
@@ -103,62 +122,116 @@ def allocated(arm: Callable[[], object], model: "nn.Module", reason: str) -> Pea
     arm()
     torch.cuda.synchronize()
     scope = "peak of the CUDA allocator in the notebook's process, less what it held beside this arm"
-    return Peak(0, own, torch.cuda.max_memory_allocated() - others, scope, None, None, None, reason, child=False)
+    peak = torch.cuda.max_memory_allocated() - others
+    return Peaks([Peak(0, own, peak, scope, None, None, reason, own)], child=False)
 
 
-def _run(arms: Sequence[Arm]) -> list[Peak]:
-    torch = sys.modules.get("torch")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if torch else {}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "lib.measure.trackers.memory_child"],
-            input=json.dumps([asdict(arm) for arm in arms]),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **threads, "PYTHONPATH": path},
-            timeout=TIME_LIMIT_SECONDS * len(arms),
-        )
-    except subprocess.TimeoutExpired:
-        return [_failed(f"the child process ran past {TIME_LIMIT_SECONDS} s")] * len(arms)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    peaks_read = [_failed(fields["failed"]) if "failed" in fields else Peak(**fields) for fields in lines]
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    lost = _failed(f"the child process ended with {done.returncode}: {last}")
-    return peaks_read + [lost] * (len(arms) - len(peaks_read))
+def failed(reason: str) -> Peak:
+    """Return the reading of a child that failed."""
+    return Peak(None, None, None, "none", None, None, reason)
 
 
-def _failed(reason: str) -> Peak:
-    return Peak(None, None, None, "none", None, None, None, reason)
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+BYTES = {
+    "peak_memory_above_start_bytes": ("above_start_bytes", None),
+    "peak_memory_after_load_bytes": ("after_load_bytes", "load"),
+    "peak_memory_bytes": ("peak_bytes", None),
+}
+TIMES = {"load_seconds": ("load_seconds", "load"), "first_call_ms": ("first_call_ms", None)}
 
 
-def measurements(baseline: Peak, optimized: Peak, *, workload: str = "generate") -> "list[Measurement]":
-    """Return both peaks, time to load and time of the first call as measurements of (baseline, optimized).
+def measurements(baseline: Peaks, optimized: Peaks, *, workload: str = "generate") -> "list[Measurement]":
+    """Return the peaks of both arms, of live tensors and of processes, the time to load and of the first call.
 
-    Load and first call are single readings of fresh processes: informative, without an interval.
+    Of the two kinds of peak one is judged: that of live tensors where the baseline's weights are small, else that of
+    the process. A peak that was read once and the times are informative.
     """
+    results = _live_tensors(baseline, optimized, workload)
+    shown = None
+    if results and not _large(baseline):
+        weights = (baseline.readings[0].weights_bytes or 0) / 1e6
+        shown = f"weights of {weights:.1f} MB are smaller than what a process scatters: peak_tensor_bytes is judged"
+    for metric, (name, work) in BYTES.items():
+        results.append(_process(metric, name, work or workload, baseline, optimized, shown))
+    for metric, (name, work) in TIMES.items():
+        results.append(_time(metric, name, work or workload, baseline, optimized))
+    return results
+
+
+def _large(arm: Peaks) -> bool:
+    return (arm.readings[0].weights_bytes or 0) >= LARGE_BYTES
+
+
+def _live_tensors(baseline: Peaks, optimized: Peaks, workload: str) -> "list[Measurement]":
     from lib.measure.metrics import measurement  # not above: statistics import slowly, and the child needs none
 
-    reason = baseline.reason or optimized.reason
-    fixed = f", {optimized.before_load_bytes / 2**20:.0f} MiB of it before load" if optimized.before_load_bytes else ""
-    source = f"one fresh child process per arm, {optimized.scope}" if optimized.child else optimized.scope
-    names = {
-        "peak_memory_above_start_bytes": ("above_start_bytes", workload),
-        "peak_memory_after_load_bytes": ("after_load_bytes", "load"),
-        "peak_memory_bytes": ("peak_bytes", workload),
-        "load_seconds": ("load_seconds", "load"),
-        "first_call_ms": ("first_call_ms", workload),
-    }
-    results = []
-    for metric, (name, work) in names.items():
-        base, opt = getattr(baseline, name), getattr(optimized, name)
-        if base is None or opt is None:
-            missing = reason or "the system offers no peak of a process's memory"
-            results.append(measurement.unavailable(metric, work, missing, source))
-        elif metric.endswith("bytes"):
-            results.append(measurement.counted(metric, work, base, opt, source + fixed, "measured"))
-        else:
-            clock = "one fresh child process per arm, perf_counter"
-            results.append(measurement.informative(metric, work, base, opt, clock, n=1))
-    return results
+    base, opt = baseline.tensor_bytes, optimized.tensor_bytes
+    if base is None or opt is None:
+        return []
+    source = "bytes of all live tensors at the worst moment of load and workload, every operation watched in a child"
+    spread = max(_spread(baseline), _spread(optimized))
+    source += f", children differ by up to {spread} bytes" if spread else ", equal in all children"
+    if not _large(baseline):
+        return [measurement.counted("peak_tensor_bytes", workload, base, opt, source, "measured")]
+    reason = "the peak of the process is judged"
+    return [measurement.informative("peak_tensor_bytes", workload, base, opt, source, reason=reason)]
+
+
+def _spread(arm: Peaks) -> int:
+    counted = [reading.tensor_bytes for reading in arm.readings if reading.tensor_bytes is not None]
+    return max(counted) - min(counted)
+
+
+def _process(
+    metric: str, name: str, workload: str, baseline: Peaks, optimized: Peaks, shown: str | None
+) -> "Measurement":
+    """Return a peak of the process; informative with the reason `shown`, where there is one, or where it was read
+    once.
+    """
+    from lib.measure.metrics import measurement
+
+    base, opt = baseline.values(name), optimized.values(name)
+    source = _source(optimized)
+    if base is None or opt is None:
+        missing = baseline.reason or optimized.reason or "the system offers no peak of a process's memory"
+        return measurement.unavailable(metric, workload, missing, source)
+    before = optimized.median("before_load_bytes")
+    source += f", {before / 2**20:.0f} MiB of it before load" if before and name != "above_start_bytes" else ""
+    if min(len(base), len(opt)) < 2 or min(*base, *opt) <= 0:
+        reason = shown or "read once: no interval"
+        return measurement.informative(metric, workload, median(base), median(opt), source, n=1, reason=reason)
+    turns = range(len(base))
+    judged = measurement.from_samples(
+        metric, workload, base, opt, source=source, floor=_floor(base), process=list(turns)
+    )
+    return measurement.unjudged(judged, shown) if shown else judged
+
+
+def _floor(baseline: Sequence[float]) -> float:
+    """Return by how much two groups of the baseline's children can differ (natural logarithm)."""
+    from lib.measure.metrics import paired_stats
+
+    low, high = paired_stats.student_interval([math.log(value) for value in baseline])
+    return math.sqrt(2) * (high - low) / 2
+
+
+def _source(arm: Peaks) -> str:
+    if not arm.child:
+        return arm.scope
+    count = len(arm.readings)
+    how = "one fresh child process per arm" if count == 1 else f"{count} fresh child processes per arm, in turn"
+    return f"{how}, {arm.scope}"
+
+
+def _time(metric: str, name: str, workload: str, baseline: Peaks, optimized: Peaks) -> "Measurement":
+    from lib.measure.metrics import measurement
+
+    base, opt = baseline.median(name), optimized.median(name)
+    if base is None or opt is None:
+        missing = baseline.reason or optimized.reason or "not timed"
+        return measurement.unavailable(metric, workload, missing, _source(optimized))
+    count = len(baseline.readings)
+    samples: dict[str, Any] = {"baseline": baseline.values(name), "optimized": optimized.values(name)}
+    clock = f"median of {count} fresh child processes per arm, perf_counter; the allocator keeps no large blocks"
+    return measurement.informative(metric, workload, base, opt, clock, n=count, samples=samples)

@@ -1,35 +1,35 @@
-"""The program in a child process of `lib.measure.trackers.memory`: reads arms from standard input; loads and runs each
-in a process forked from this one (one call of the workload, a second unless that was long); prints memory and time as
-one line of JSON. No arm inherits memory from another.
+"""The program in a child process of `lib.measure.trackers.memory`: loads and runs an arm, and answers with peaks of
+memory and times. No arm inherits memory from another.
+
+The workload is called once, as a process does it that starts; a second call, whose live tensors are counted, follows
+where the first was short or the child is its arm's first.
 """
 
-import importlib
-import json
-import mmap
-import os
-import sys
+import ctypes
+import gc
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib.errors import UserError
-from lib.measure.timing import workloads
-from lib.measure.trackers.memory import Arm, Peak
-from lib.models import loading, parameters
-from lib.models.checkpoints import io
-from lib.models.structure import sparse
+from lib.measure.roofline import cost_model
+from lib.measure.timing import child
+from lib.measure.timing.children import Arm
+from lib.measure.trackers.live_tensors import LiveTensors
+from lib.measure.trackers.memory import LARGE_BYTES, Peak
 
 LONG_SECONDS = 1.0  # after a first call that lasts longer there is no second
-LARGE_BYTES = 2**28  # smaller weights could fit into memory that was held and freed before they were loaded
+MEMORY = Path("/proc/self")
 
 
 def peak_bytes() -> tuple[int | None, str]:
     """Return the peak of this process's resident memory so far and its source; None on a system without one."""
-    status = Path("/proc/self/status")
+    status = MEMORY / "status"
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024, "VmHWM of the whole process"
@@ -43,83 +43,111 @@ def peak_bytes() -> tuple[int | None, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "ru_maxrss of the whole process"
 
 
-def run(arm: Arm) -> Peak:
-    """Load and run `arm` in this process and return its peaks."""
+def reset_peak() -> bool:
+    """Give free memory back, and let the peak begin at what is resident now; return whether the system permits it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        (MEMORY / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def code_bytes() -> int:
+    """Return the resident bytes of the libraries' files: pages of code come when they are used, whatever the model."""
+    total, library = 0, False
+    try:
+        for line in (MEMORY / "smaps").read_text().splitlines():
+            if line[0] in "0123456789abcdef":
+                library = ".so" in line.rpartition("/")[2]
+            elif library and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return total
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Load and run the job's arm in this process and return the fields of its `Peak`."""
+    (fields,) = job["arms"]
+    return asdict(read(Arm(**fields), first=job["first"]))
+
+
+def read(arm: Arm, *, first: bool = True) -> Peak:
+    """Load and run `arm` in this process and return its peaks; `first`: count live tensors however long a call is."""
     on_gpu = arm.device.startswith("cuda")
+    child.import_architecture(arm)
     if on_gpu:
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
+        reset = True
+    else:
+        reset = reset_peak()
 
-    def read() -> tuple[int | None, str]:
+    def peak() -> tuple[int | None, str]:
         if on_gpu:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated(), "peak of the CUDA allocator"
-        return peak_bytes()
+        size, scope = peak_bytes()
+        return size, scope + (", reset before load" if reset else ", which here cannot be reset: less what was before")
 
-    _import_architecture(arm)
-    before, scope = read()
+    code, (before, scope) = code_bytes(), peak()
+    live = None if on_gpu or arm.opener else LiveTensors()
     start = time.perf_counter()
-    model = _load(arm)
-    present = _make_present(model)
+    with _watched(live):
+        model = child.load(arm)
+        if live:
+            live.hold(model)
+    present = child.make_present(model)
     if on_gpu:
         torch.cuda.synchronize()
     load_seconds = time.perf_counter() - start
-    after_load, _ = read()
+    after_load, _ = peak()
     if not on_gpu:
         _require_all(present, after_load, before)
-    work = _workload(model, arm)
-    calls: list[float] = []
-    while len(calls) < 2 and (not calls or calls[0] < 1000 * LONG_SECONDS):
-        if work.prepare:
-            work.prepare()
-        start = time.perf_counter()
-        work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        calls.append(1000 * (time.perf_counter() - start))
-    second_call_ms = calls[1] if len(calls) > 1 else None
-    return Peak(before, after_load, read()[0], scope, load_seconds, calls[0], second_call_ms)
+    work = child.workload(model, arm)
+    if work.prepare:
+        work.prepare()
+    start = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    first_call = time.perf_counter() - start
+    most, _ = peak()
+    code = 0 if on_gpu else code_bytes() - code
+    counted = live is not None and (first or first_call < LONG_SECONDS)
+    if counted:
+        with _watched(live):
+            if work.prepare:
+                work.prepare()
+            work()
+    return Peak(
+        before,
+        after_load,
+        most,
+        scope,
+        load_seconds,
+        1000 * first_call,
+        weights_bytes=cost_model.weights_bytes(model),
+        code_bytes=code,
+        tensor_bytes=live.peak_bytes if live and counted else None,
+    )
 
 
-def _import_architecture(arm: Arm) -> None:
-    """Build the architecture once without weights, so that importing its code is not counted as the model's memory."""
-    if arm.folder is not None:
-        path = Path(arm.folder) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{arm.folder}: no config.json; expected a checkpoint folder")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        architecture = config.pop("model_type")
-    else:
-        assert arm.load is not None, "an arm needs a folder or a model to load"
-        description = parameters.read(arm.load["name"])
-        config, architecture = description.config(arm.load.get("scale", "proxy")), description.architecture
-    io.build(config, architecture, device="meta")
-
-
-def _load(arm: Arm) -> torch.nn.Module:
-    if arm.opener:
-        return _named(arm.opener)(arm.folder, **arm.arguments)
-    if arm.folder is not None:
-        model = io.load_folder(arm.folder, dtype=io.DTYPES[arm.dtype], device=arm.device)
-    else:
-        model = loading.load(**{"device": arm.device, "dtype": arm.dtype, **(arm.load or {})}).model
-    if arm.transform:
-        model = _named(arm.transform)(model, **arm.arguments)
-    return model
-
-
-def _make_present(model: torch.nn.Module) -> int:
-    """Read one number of every page of the weights, and return the bytes of these weights, tied ones once.
-
-    Pages of a mapped file are in memory only once they have been used, and would be missing from the peak after
-    loading. Shells of streamed weights hold a single number and stay empty.
+@contextmanager
+def _watched(live: LiveTensors | None) -> Iterator[None]:
+    """Count live tensors within, where they are counted; garbage is collected before and not meanwhile, since when
+    that happens is chance.
     """
-    read: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and sparse.is_dense(tensor) and tensor.is_contiguous():
-            tensor.detach().reshape(-1)[:: max(1, mmap.PAGESIZE // tensor.element_size())].sum()
-            read[tensor.data_ptr()] = tensor.nbytes
-    return sum(read.values())
+    gc.collect()
+    gc.disable()
+    try:
+        with live or nullcontext():
+            yield
+    finally:
+        gc.enable()
 
 
 def _require_all(present: int, after_load: int | None, before: int | None) -> None:
@@ -131,59 +159,5 @@ def _require_all(present: int, after_load: int | None, before: int | None) -> No
         )
 
 
-def _named(name: str) -> Callable[..., torch.nn.Module]:
-    """Return the function named "module:function"."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:
-    prompt_BT = workloads.random_prompt(model, arm.batch, arm.prompt_tokens)
-    if arm.workload == "prefill":
-        return workloads.prefill(model, prompt_BT)
-    make = {"decode": workloads.decode, "generate": workloads.generate}[arm.workload]
-    return make(model, prompt_BT, arm.new_tokens)
-
-
-def forked(arm: Arm) -> dict[str, object]:
-    """Run one arm in a process forked from this one; return its peak as JSON, or {"failed": why}."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.close(reader)
-            with os.fdopen(writer, "w") as out:
-                try:
-                    out.write(json.dumps(asdict(run(arm))))
-                    code = 0
-                except Exception as error:
-                    out.write(f"{type(error).__name__}: {error}".splitlines()[0])
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        answer = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == 0:
-        return json.loads(answer)
-    return {"failed": f"the child process ended with {code}: {answer or 'no message'}"}
-
-
-def main() -> None:
-    """Run the arms described on standard input."""
-    arms = [Arm(**fields) for fields in json.load(sys.stdin)]
-    for name in filter(None, [name for arm in arms for name in (arm.transform, arm.opener)]):
-        with suppress(Exception):  # imported here, so that every arm's peak holds the same libraries
-            _named(name)
-    if len(arms) == 1:
-        print(json.dumps(asdict(run(arms[0]))))
-        return
-    with suppress(Exception):  # what is wrong with the first arm is reported by its own process
-        _import_architecture(arms[0])
-    for arm in arms:
-        print(json.dumps(forked(arm)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    child.serve(run)

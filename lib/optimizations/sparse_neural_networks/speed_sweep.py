@@ -138,6 +138,7 @@ def energies(points: Sequence[PartPoint]) -> pd.DataFrame:
         | {"value": m.ratio, "joules": m.optimized, "provenance": m.provenance}
         for point in points
         for m in point.energies
+        if m.metric == "energy_joules_per_token"
     ]
     return pd.DataFrame(rows)
 

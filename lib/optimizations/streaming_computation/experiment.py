@@ -252,11 +252,12 @@ def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[boo
 
 
 def _no_smaller_peak(peak: Measurement) -> tuple[bool | None, str]:
-    """Return whether the peak of memory does not fall, and the evidence; None where it could not be read."""
+    """Return whether the peak of memory does not fall, and the evidence; None where it could not be read or judged."""
     if peak.ratio is None or peak.baseline is None or peak.optimized is None:
         return None, peak.reason or "no peak was read"
     megabytes = f"{peak.baseline / 1e6:.1f} MB resident, {peak.optimized / 1e6:.1f} MB streamed"
-    return peak.verdict != "better", f"{megabytes}, one fresh process each"
+    undecided = peak.verdict in ("inconclusive", "informative")
+    return None if undecided else peak.verdict != "better", f"{megabytes}, in fresh processes"
 
 
 def _no_faster(offload: Measurement) -> tuple[bool | None, str]:

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.measure.compare import footprint as module
-from lib.measure.compare import speed
+from lib.measure.compare import saved, speed
 from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, settings
 from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import interleaved, workloads
-from lib.measure.trackers import energy, memory
+from lib.measure.trackers import energy_source, memory
 
 QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
 
@@ -23,7 +22,7 @@ def small_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
-    monkeypatch.setattr(energy, "ESTIMATE_WINDOW_SECONDS", 0.001)
+    monkeypatch.setattr(energy_source, "ESTIMATE_WINDOW_SECONDS", 0.001)
     monkeypatch.setattr(speed.disturbance, "watch", lambda: lambda: None)
 
 
@@ -118,9 +117,10 @@ def test_break_even_needs_a_gain():
 def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
     folders = []
 
-    def peaks(*arms):
+    def peaks(*arms, turns):
         folders.extend(arm.folder for arm in arms)
-        return [memory.Peak(100, 200, 300 - 100 * index, "VmHWM", 1.0, 2.0, 1.0) for index in range(2)]
+        read = [memory.Peak(100, 200, 300 - 100 * n, "VmHWM", 1.0, 2.0, weights_bytes=2**30) for n in range(2)]
+        return [memory.Peaks([peak] * turns) for peak in read]
 
     monkeypatch.setattr(memory, "peaks", peaks)
     base = tiny("qwen3-4b-instruct-2507")
@@ -135,9 +135,9 @@ def test_without_room_for_another_copy_peaks_are_read_in_place(tiny, monkeypatch
 
     def allocated(work, model, reason):
         works.append((work.prompt_tokens, model))
-        return memory.Peak(0, 80, 100, "peak of the CUDA allocator", None, None, None, reason, child=False)
+        return memory.Peaks([memory.Peak(0, 80, 100, "peak of the CUDA allocator", None, None, reason)], child=False)
 
-    monkeypatch.setattr(module, "_lack_of_room", lambda *models: "no room on the device for another copy")
+    monkeypatch.setattr(saved, "lack_of_room", lambda *models: "no room on the device for another copy")
     monkeypatch.setattr(memory, "allocated", allocated)
     sizes = {m.metric: m for m in footprint(base, base, QUICK)}
     assert works == [(QUICK.prompt_tokens, base)] * 2 and measurement.lint(sizes.values()) == []
@@ -148,7 +148,7 @@ def test_without_room_for_another_copy_peaks_are_read_in_place(tiny, monkeypatch
 
 def test_a_processor_always_has_room(tiny):
     model = tiny("qwen3-4b-instruct-2507")
-    assert module._lack_of_room(model, model) is None
+    assert saved.lack_of_room(model, model) is None
 
 
 def test_an_effort_asks_less_of_a_slice():

@@ -120,4 +120,4 @@ def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits(
 
     timed = interleaved.rounds({"busy": busy, "idle": lambda: time.sleep(0.01)}, 2, fewest=2)
     assert [len(timed.cpu_seconds[name]) for name in ("busy", "idle")] == [2, 2]
-    assert min(timed.cpu_seconds["busy"]) > 10 * max(timed.cpu_seconds["idle"])
+    assert min(timed.cpu_seconds["busy"]) > max(timed.cpu_seconds["idle"])

@@ -38,8 +38,9 @@ def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
     timed, size = part_speed.compare(dense, module, torch.float32, 6)
     assert timed.metric == "feed_forward_ms" and timed.n == 6 and timed.predicted is not None
     assert size.optimized == cost_model.weights_bytes(module)
-    (energy,) = part_speed.joules(dense, module, torch.float32)
-    assert energy.metric == "energy_joules_per_token" and energy.workload == "feed-forward part, 16 tokens"
+    energy, cpu = part_speed.joules(dense, module, torch.float32)
+    assert (energy.metric, cpu.metric) == ("energy_joules_per_token", "cpu_seconds_per_token")
+    assert energy.workload == cpu.workload == "feed-forward part, 16 tokens"
 
 
 @pytest.mark.parametrize(

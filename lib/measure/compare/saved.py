@@ -1,0 +1,54 @@
+"""Two models as arms of child processes: both are saved, and their weights are nowhere else meanwhile. Knows nothing of
+how they differ, nor of what the processes do.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.measure.roofline import cost_model
+from lib.measure.timing.children import Arm
+from lib.models.checkpoints import io, placement
+from lib.models.checkpoints.parking import parked
+
+ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
+
+
+@contextmanager
+def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]]:
+    """Save both models and give them as arms, with dtype and device of the baseline. Within, the models on a CPU have
+    no weights and cannot run.
+
+    What is no part of a checkpoint (a patched attention, a hook) is not saved: such arms are described by hand, with
+    their `transform`. Needs room on the temporary disk for both.
+    """
+    weight = next(baseline.parameters())
+    options = {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / arm for arm in ("baseline", "optimized")]
+        for model, place in zip((baseline, optimized), places):
+            io.save(model, place)
+        with parked(*zip((baseline, optimized), places)):
+            yield Arm(folder=str(places[0]), **options), Arm(folder=str(places[1]), **options)
+
+
+def lack_of_room(*models: nn.Module) -> str | None:
+    """Return why models on a GPU cannot be saved and loaded once more, or None where they can."""
+    weight = next(models[0].parameters())
+    if not weight.is_cuda:
+        return None
+    torch.cuda.empty_cache()  # memory that the allocator holds back is not free for another process
+    sizes = [cost_model.weights_bytes(model) for model in models]
+    rooms = {
+        "the temporary disk": (sum(sizes), shutil.disk_usage(tempfile.gettempdir()).free),
+        "the device": (max(sizes) * (1 + ACTIVATIONS), placement.free_bytes(str(weight.device))),
+    }
+    for place, (needed, free) in rooms.items():
+        if needed > free:
+            return f"no room on {place} for another copy: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+    return None

@@ -1,0 +1,100 @@
+"""Replication in processes: two arms that lie in saved files are timed in several fresh processes.
+
+Where memory lies, which pages are huge and what ran before is fixed for the life of a process and moves a ratio by
+percents, so the process is the unit of replication: a few rounds in each of several tell more than many rounds in one
+(Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013). `lib.measure.timing.process_child` runs in
+them. Knows nothing of how the arms differ.
+
+Shapes: B batch, T prompt tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lib.measure.timing import children
+from lib.measure.timing.children import Arm
+from lib.measure.timing.interleaved import Rounds
+
+if TYPE_CHECKING:
+    import torch
+
+PROCESSES, ROUNDS = 6, 2
+
+
+class ChildFailed(RuntimeError):
+    """A process of a replication failed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """One fresh process and one workload: what `interleaved.Rounds` holds of the arms "baseline", "optimized" and
+    "copy" (the baseline's files loaded once more), wall and processor seconds per call of every round.
+
+    `process` numbers the process, `loaded` is the order in which it loaded the arms. `addresses` (of each arm's first
+    weight) shows that memory lay elsewhere in another process, `outputs` (a hash of the tokens of each arm's last call)
+    that the saved arm did what the arm in memory does.
+    """
+
+    process: int
+    workload: str
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+    disturbed: list[str | None]
+    orders: list[list[str]]
+    iterations: int
+    set_aside: list[tuple[dict[str, float], str]]
+    loaded: list[str]
+    addresses: dict[str, int]
+    outputs: dict[str, str]
+
+    @property
+    def rounds(self) -> Rounds:
+        """The rounds of this process, as if they had been timed here."""
+        repeated = self.set_aside
+        return Rounds(self.wall, self.iterations, self.disturbed, self.orders, repeated, cpu_seconds=self.cpu)
+
+
+def replicate(
+    baseline: Arm,
+    optimized: Arm,
+    names: Sequence[str],
+    *,
+    prompt_BT: "torch.Tensor",
+    new_tokens: int,
+    batch: int,
+    processes: int = PROCESSES,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    except_for: Sequence[str] = (),
+    limit_seconds: float = children.LIMIT_SECONDS,
+) -> dict[str, list[Replicate]]:
+    """Time the workloads `names` (see `workloads.standard`) of two arms and of a copy of the first in each of
+    `processes` fresh processes, `rounds` balanced rounds each; return the processes of every workload.
+
+    A process moves its heap, loads the three in an order of its own, calls each once to warm up, and repeats at most
+    `rounds` disturbed rounds. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are those of `standard`.
+    `except_for`: conditions in which the arms may differ (`workloads.assert_same_conditions`). Raises ChildFailed with
+    the reason where a process fails or runs past `limit_seconds`.
+    """
+    job = {
+        "arms": [asdict(baseline), asdict(optimized)],
+        "names": list(names),
+        "prompt": prompt_BT.tolist(),
+        "new_tokens": new_tokens,
+        "batch": batch,
+        "rounds": rounds,
+        "seed": seed,
+        "except_for": list(except_for),
+    }
+    jobs = [{**job, "process": number} for number in range(processes)]
+    answers = children.run("lib.measure.timing.process_child", jobs, limit_seconds=limit_seconds)
+    replicates: dict[str, list[Replicate]] = {name: [] for name in names}
+    for number, answer in enumerate(answers):
+        if "failed" in answer:
+            raise ChildFailed(f"process {number + 1} of {processes}: {answer['failed']}")
+        for name in names:
+            fields = answer["workloads"][name]
+            fields["set_aside"] = [(seconds, reason) for seconds, reason in fields["set_aside"]]
+            replicates[name].append(Replicate(number, name, **fields))
+    return replicates

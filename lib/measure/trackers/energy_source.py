@@ -1,0 +1,152 @@
+"""Where joules come from: a counter read through Zeus (NVML: the whole GPU; RAPL: the whole socket and its memory),
+else an estimate from processor time and a table of watts; and why no counter was read. Knows nothing of what takes
+energy.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from lib.measure.metrics.measurement import Provenance
+from lib.measure.timing import disturbance
+
+# NVML refreshes its counter slowly: shorter windows would be mostly rounding.
+COUNTER_WINDOW_SECONDS = 2.0
+ESTIMATE_WINDOW_SECONDS = 0.1
+
+POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL, of AMD's processors too
+
+# Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
+# the Cloud Carbon Footprint project (AWS constants). "EPYC" is the second generation; "server" the table's average.
+WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.74, 3.5)}
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them. `missing`
+    says of an estimate why no counter was read, and how reading is permitted where it was not.
+    """
+
+    kind: str
+    provenance: Provenance
+    scope: str
+    window_seconds: float
+    idle_watts: float | None
+    joules: Callable[[], float]
+    missing: str | None = None
+
+
+def counter(device: str = "cpu") -> Counter:
+    """Return the best source of joules for `device`: NVML for CUDA, RAPL for a CPU, else the estimate."""
+    source, error = _zeus_counter(device)
+    return source or replace(_estimate(), missing=_why_none(device, error))
+
+
+def facts(device: str = "cpu") -> dict[str, str | None]:
+    """Return which counter of energy is read on this machine (None: none), and why none is, for the environment card.
+
+    Reads no power, which takes a second, unless it was read before.
+    """
+    if device.startswith("cuda"):
+        source = counter(device)
+        return {"counter": None if source.missing else source.kind, "missing": source.missing}
+    missing = _why_none(device, None)
+    return {"counter": None if missing else "rapl", "missing": missing}
+
+
+def _why_none(device: str, error: str | None) -> str | None:
+    """Return why no counter is read; `error` is what reading it raised. None where nothing speaks against it."""
+    if device.startswith("cuda"):
+        return f"NVML offers no energy counter here ({error})" if error else None
+    files = sorted(POWERCAP.glob("intel-rapl*/energy_uj"))
+    if not files:
+        return f"absent: no RAPL counter under {POWERCAP}, as on most virtual machines"
+    if closed := [file for file in files if not os.access(file, os.R_OK)]:
+        return (
+            f"not permitted: {closed[0]} is readable by root alone; "
+            f"`sudo chmod o+r {POWERCAP}/intel-rapl*/energy_uj` permits it until the next start"
+        )
+    return f"RAPL could not be read ({error})" if error else None
+
+
+def _estimate() -> Counter:
+    """Return the estimate by this process's processor time. Idle cores are charged as idle, so that gross joules depend
+    on wall time too.
+    """
+    family, (idle, busy) = watts_per_core()
+    count = len(disturbance.cores())
+
+    def joules() -> float:
+        return time.process_time() * (busy - idle) + time.perf_counter() * idle * count
+
+    scope = (
+        f"estimated: processor time × {busy} W per busy core, {idle} W per idle core "
+        f'(SPECpower table of Cloud Carbon Footprint, row "{family}")'
+    )
+    return Counter("estimate", "estimated", scope, ESTIMATE_WINDOW_SECONDS, idle * count, joules)
+
+
+def watts_per_core() -> tuple[str, tuple[float, float]]:
+    """Return the row of WATTS_PER_CORE for this processor, and its (idle, busy) watts."""
+    name = cpu_name()
+    family = next((row for row in WATTS_PER_CORE if row in name), "server")
+    return family, WATTS_PER_CORE[family]
+
+
+@lru_cache
+def cpu_name() -> str:
+    """Return the processor's name as the system states it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@lru_cache
+def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
+    """Return Zeus's counter for `device`, with the idle power of one second; or None, and what reading it raised."""
+    import logging
+
+    logging.getLogger("zeus").setLevel(logging.CRITICAL)
+    try:
+        joules, kind, scope = _nvml_joules(device) if device.startswith("cuda") else _rapl_joules()
+    except Exception as error:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    start, before = time.perf_counter(), joules()
+    time.sleep(1.0)
+    idle = (joules() - before) / (time.perf_counter() - start)
+    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle if idle > 0 else None, joules), None
+
+
+def _nvml_joules(device: str) -> tuple[Callable[[], float], str, str]:
+    import torch
+    from zeus.device import get_gpus
+
+    index = torch.device(device).index or 0
+    gpus = get_gpus()
+    gpus.get_total_energy_consumption(index)
+    return lambda: gpus.get_total_energy_consumption(index) / 1000, "nvml", "NVML total-energy counter, whole GPU"
+
+
+def _rapl_joules() -> tuple[Callable[[], float], str, str]:
+    from zeus.device import get_cpus
+
+    cpus = get_cpus()
+    indices = range(len(cpus))
+
+    def joules() -> float:
+        total = 0.0
+        for index in indices:
+            energy = cpus.get_total_energy_consumption(index)
+            total += energy.cpu_mj + (energy.dram_mj or 0)
+        return total / 1000
+
+    joules()
+    return joules, "rapl", "RAPL package and memory counters, whole socket"

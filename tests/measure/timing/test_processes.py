@@ -1,0 +1,109 @@
+"""Arms are timed in fresh processes whose memory lies elsewhere; a process that fails says why and never hangs."""
+
+import pytest
+import torch
+
+from lib.measure.timing import child, children, processes
+from lib.measure.timing.children import Arm
+from lib.models.checkpoints import io
+
+MODEL = "qwen3-4b-instruct-2507"
+
+TRANSFORMS = """
+import time
+
+def negated(model):
+    model.lm_head.weight.data.neg_()
+    return model
+
+def broken(model):
+    raise ValueError("planted")
+
+def hanging(model):
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tiny, tmp_path, monkeypatch):
+    """The folder of a saved model; modules beside it can be imported by children."""
+    (tmp_path / "process_transforms.py").write_text(TRANSFORMS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return str(io.save(tiny(MODEL), tmp_path / "model"))
+
+
+def replicate(baseline: Arm, optimized: Arm, names=("prefill",), **options):
+    prompt_BT = torch.randint(8, 90, (1, 24), generator=torch.Generator().manual_seed(0))
+    return processes.replicate(baseline, optimized, names, prompt_BT=prompt_BT, new_tokens=2, batch=2, **options)
+
+
+def test_every_process_times_every_workload_of_three_arms(folder):
+    names = ("prefill", "decode", "batch_decode", "generate")
+    timed = replicate(Arm(folder=folder), Arm(folder=folder), names, processes=3)
+    assert list(timed) == list(names)
+    for name, replicates in timed.items():
+        assert [(one.process, one.workload) for one in replicates] == [(0, name), (1, name), (2, name)]
+        for one in replicates:
+            assert set(one.wall) == set(one.cpu) == {"baseline", "optimized", "copy"}
+            assert all(len(times) == 2 and min(times) > 0 for times in [*one.wall.values(), *one.cpu.values()])
+            assert len(one.disturbed) == len(one.orders) == 2 and len(one.set_aside) <= 2
+            assert one.orders[0] == one.orders[1][::-1], "balanced within each process"
+            assert len(set(one.outputs.values())) == 1, "the same model answers alike"
+            assert one.rounds.pairs("baseline", "copy").baseline_seconds == one.wall["baseline"]
+
+
+def test_weights_lie_elsewhere_in_every_process(folder):
+    replicates = replicate(Arm(folder=folder), Arm(folder=folder), processes=4)["prefill"]
+    for arm in ("baseline", "optimized", "copy"):
+        assert len({one.addresses[arm] for one in replicates}) == 4
+    assert all(len(set(one.addresses.values())) == 3 for one in replicates), "the copy has memory of its own"
+    assert len({tuple(one.loaded) for one in replicates}) > 1, "no arm is always loaded first"
+    again = replicate(Arm(folder=folder), Arm(folder=folder), processes=1, seed=9)["prefill"]
+    assert again[0].addresses["baseline"] not in {one.addresses["baseline"] for one in replicates}
+
+
+def test_the_moved_heap_moves_small_and_large_memory():
+    kept = [child.move_heap(seed) for seed in range(3)]
+    sizes = [[len(piece) for piece in pieces] for pieces in kept]
+    assert sizes[0] != sizes[1] and [len(piece) for piece in child.move_heap(0)] == sizes[0]
+
+
+def test_an_arm_with_a_transform_is_timed_as_the_transform_makes_it(folder):
+    negated = Arm(folder=folder, transform="process_transforms:negated")
+    for one in replicate(Arm(folder=folder), negated, processes=2)["prefill"]:
+        assert one.outputs["baseline"] == one.outputs["copy"] != one.outputs["optimized"]
+
+
+def test_a_process_that_fails_says_why(folder):
+    with pytest.raises(processes.ChildFailed, match=r"process 1 of 2: .*ValueError: planted"):
+        replicate(Arm(folder=folder), Arm(folder=folder, transform="process_transforms:broken"), processes=2)
+    with pytest.raises(processes.ChildFailed, match="expected a checkpoint folder"):
+        replicate(Arm(folder=folder), Arm(folder=folder + "/nothing"), processes=1)
+
+
+def test_a_process_that_hangs_is_ended(folder):
+    hanging = Arm(folder=folder, transform="process_transforms:hanging")
+    with pytest.raises(processes.ChildFailed, match="ran past 2 s"):
+        replicate(Arm(folder=folder), hanging, processes=1, limit_seconds=2)
+
+
+def test_a_server_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+    (tmp_path / "hanging_program.py").write_text("import os, time\nos.fork()\ntime.sleep(60)\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(children, "STARTING_SECONDS", 1.0)
+    answers = children.run("hanging_program", [{"arms": []}, {"arms": []}], limit_seconds=0.1)
+    assert ["ran past" in answer["failed"] for answer in answers] == [True, True]
+
+
+def test_a_program_that_ends_early_loses_its_jobs_and_says_how(tmp_path, monkeypatch):
+    text = 'print(\'{"value": 1}\')\nraise SystemExit("no more")\n'
+    (tmp_path / "short_program.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done, lost = children.run("short_program", [{"arms": []}, {"arms": []}])
+    assert done == {"value": 1} and "ended with 1: no more" in lost["failed"]
+
+
+def test_conditions_that_differ_are_refused(folder):
+    with pytest.raises(processes.ChildFailed, match="not comparable"):
+        replicate(Arm(folder=folder), Arm(folder=folder, dtype="bfloat16"), processes=1)
+    assert replicate(Arm(folder=folder), Arm(folder=folder, dtype="bfloat16"), processes=1, except_for=("dtype",))

@@ -1,0 +1,117 @@
+"""Energy per token: judged from a counter alone; else shown as an estimate, and processor seconds are judged."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.measure.trackers import energy, energy_source
+from lib.measure.trackers.energy_source import Counter
+
+ENERGY = ("energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule")
+
+
+class Arm:
+    """An arm that takes `joules` of a counter and keeps the processor busy a moment."""
+
+    tokens = 10
+
+    def __init__(self, meter: list[float], joules: float):
+        self.meter, self.joules = meter, joules
+
+    def __call__(self):
+        self.meter[0] += self.joules
+        return sum(range(2000))
+
+
+def counter(meter: list[float], idle: float | None = 0.0) -> Counter:
+    return Counter("nvml", "measured", "a counter", 0.001, idle, lambda: meter[0])
+
+
+def test_energy_per_token_of_both_arms_with_interval_and_label():
+    meter = [0.0]
+    gross, above, inverse, cpu = energy.per_token(
+        Arm(meter, 2.0), Arm(meter, 1.0), workload="decode", blocks=6, source=counter(meter)
+    )
+    assert (gross.baseline, gross.optimized, gross.ratio) == (0.2, 0.1, pytest.approx(0.5))
+    assert gross.verdict == "better" and gross.provenance == "measured" and gross.n == 6 and gross.ci
+    assert above.baseline == gross.baseline and inverse.optimized == pytest.approx(10)
+    # One quantity is judged once, and one alone carries efficiency.
+    assert inverse.verdict == "informative" and "inverse" in inverse.reason
+    assert cpu.verdict == "informative" and "energy is judged" in cpu.reason and cpu.provenance == "measured"
+    assert measurement.lint([gross, above, inverse, cpu]) == []
+
+
+def test_unknown_energy_is_unavailable_never_zero():
+    meter = [0.0]
+    dead = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, source=counter(meter))
+    assert [measured.verdict for measured in dead[:3]] == ["unavailable"] * 3
+    blind = energy.per_token(Arm(meter, 2), Arm(meter, 1), workload="decode", blocks=6, source=counter(meter, None))
+    assert blind[1].verdict == "unavailable" and "idle" in blind[1].reason
+
+
+@pytest.fixture
+def no_counter(monkeypatch, tmp_path):
+    monkeypatch.setattr(energy_source, "_zeus_counter", lambda device: (None, "ZeusCPUInitError: none"))
+    monkeypatch.setattr(energy_source, "POWERCAP", tmp_path)
+    return tmp_path
+
+
+class Slow(Arm):
+    """Ten times the processor time, as an estimate and the processor's clock see it."""
+
+    def __call__(self):
+        return sum(range(20_000))
+
+
+def test_the_estimate_is_shown_with_its_table_and_never_judged(no_counter):
+    source = energy.counter()
+    meter = [0.0]
+    measured = energy.per_token(
+        Arm(meter, 0), Slow(meter, 0), workload="decode", blocks=6, seconds=0.005, source=source
+    )
+    *joules, cpu = measured
+    assert [one.metric for one in joules] == list(ENERGY) and {one.provenance for one in joules} == {"estimated"}
+    for one in joules:
+        assert one.verdict == "informative" and one.margin is None and one.ci and one.ratio
+        assert "shown, never judged" in one.reason and "absent" in one.reason
+    assert "W per busy core" in joules[0].source and joules[0].baseline > 0
+    assert joules[1].baseline < joules[0].baseline
+    assert cpu.metric == "cpu_seconds_per_token" and cpu.provenance == "measured" and cpu.margin is not None
+    assert cpu.ratio > 1 and cpu.noise_floor is not None and cpu.n == 6
+    assert measurement.lint(measured) == []
+
+
+def test_processor_seconds_may_be_measured_elsewhere(no_counter):
+    arms = Arm([0.0], 0), Arm([0.0], 0)
+    options = {"workload": "decode", "blocks": 6, "seconds": 0.001}
+    assert "cpu_seconds_per_token" not in {m.metric for m in energy.per_token(*arms, **options, with_cpu_seconds=False)}
+
+
+def test_processor_seconds_of_several_processes():
+    process = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    base = [1.0, 1.01, 1.02, 1.01, 1.0, 0.99, 1.01, 1.0, 1.02, 1.01, 1.0, 0.99]
+    half, copy = [value / 2 for value in base], base[::-1]
+    options = {"workload": "decode", "source": "6 fresh processes", "process": process}
+    better = energy.cpu_seconds(base, half, copy, **options)
+    assert better.verdict == "better" and better.ratio == pytest.approx(0.5) and "user + system" in better.source
+    same = energy.cpu_seconds(base, copy, copy, **options)
+    assert same.verdict in ("equivalent", "inconclusive")
+    dead = energy.cpu_seconds([0.0] * 12, half, copy, **options)
+    assert dead.verdict == "unavailable" and "did not move" in dead.reason
+
+
+def test_why_no_counter_was_read(no_counter, monkeypatch):
+    assert energy.counter().missing.startswith("absent") and "virtual machines" in energy.counter().missing
+    file = no_counter / "intel-rapl:0" / "energy_uj"
+    file.parent.mkdir()
+    file.write_text("1")
+    assert "could not be read (ZeusCPUInitError: none)" in energy.counter().missing
+    monkeypatch.setattr(energy_source.os, "access", lambda path, mode: False)
+    missing = energy.counter().missing
+    assert missing.startswith("not permitted") and str(file) in missing and "chmod o+r" in missing
+    assert energy_source.facts() == {"counter": None, "missing": missing}
+    monkeypatch.setattr(energy_source.os, "access", lambda path, mode: True)
+    assert energy_source.facts() == {"counter": "rapl", "missing": None}
+
+
+def test_a_card_without_a_counter_says_what_was_raised(no_counter):
+    assert energy.counter("cuda").missing == "NVML offers no energy counter here (ZeusCPUInitError: none)"

@@ -1,0 +1,177 @@
+"""Peaks of memory from child processes: what is planted is found, and nothing is found where nothing is planted."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from io import StringIO
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement
+from lib.measure.timing import child
+from lib.measure.trackers import memory, memory_child
+from lib.measure.trackers.memory import Arm, Peak, Peaks
+from lib.models.checkpoints import io
+
+MODEL = "qwen3-4b-instruct-2507"
+MB = 2**20
+PROCESS = ("peak_memory_bytes", "peak_memory_above_start_bytes", "peak_memory_after_load_bytes")
+
+TRANSFORMS = """
+import time
+
+import torch
+
+from lib.measure.timing import workloads
+
+def slow(model):
+    time.sleep(1.0)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    return model
+
+def holding(model, megabytes):
+    def hold(module, inputs):
+        if not hasattr(module, "held"):
+            module.held = torch.ones(megabytes, 2**20, dtype=torch.uint8)
+
+    model.register_forward_pre_hook(hold)
+    return model
+
+def work(model, rows):
+    return workloads.prefill(model, workloads.random_prompt(model, rows, 8))
+"""
+
+
+@pytest.fixture
+def arm(tiny, tmp_path, monkeypatch) -> Arm:
+    """A saved model as an arm; `memory_transforms` can be imported by its children."""
+    (tmp_path / "memory_transforms.py").write_text(TRANSFORMS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Arm(folder=str(io.save(tiny(MODEL), tmp_path / "model")), prompt_tokens=16, new_tokens=2)
+
+
+def by_metric(baseline: Peaks, optimized: Peaks) -> dict[str, measurement.Measurement]:
+    return {m.metric: m for m in memory.measurements(baseline, optimized)}
+
+
+def test_peaks_come_from_several_fresh_processes_in_turn(arm):
+    peaks, failed = memory.peaks(arm, replace(arm, folder=arm.folder + "/nothing"), turns=3)
+    assert peaks.reason is None and len(peaks.readings) == len(failed.readings) == 3
+    for peak in peaks.readings:
+        assert 0 < peak.before_load_bytes <= peak.after_load_bytes <= peak.peak_bytes
+    assert failed.readings[0].peak_bytes is None and "expected a checkpoint folder" in failed.reason
+    measured = by_metric(peaks, peaks)
+    assert "VmHWM" in measured["peak_memory_bytes"].source and "3 fresh" in measured["peak_memory_bytes"].source
+    assert measured["load_seconds"].verdict == "informative" and measured["load_seconds"].n == 3
+    assert measurement.lint(measured.values()) == []
+    missing = memory.measurements(peaks, failed)
+    assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
+
+
+def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
+    planted = [0, 5, 20, 40]
+    hooks = [replace(arm, transform="memory_transforms:holding", arguments={"megabytes": held}) for held in planted]
+    baseline, *others = memory.peaks(arm, *hooks, turns=3)
+    for held, other in zip(planted, others, strict=True):
+        found = by_metric(baseline, other)
+        live, process = found["peak_tensor_bytes"], found["peak_memory_above_start_bytes"]
+        assert live.optimized - live.baseline == held * MB
+        assert live.verdict == ("worse" if held else "equivalent")
+        assert abs(process.optimized - process.baseline - held * MB) < MB
+        # The weights are small: one of the two kinds of peak is judged.
+        assert {found[name].verdict for name in PROCESS} == {"informative"}
+        assert "peak_tensor_bytes is judged" in process.reason and process.ci and process.noise_floor is not None
+
+
+def test_live_tensors_are_the_same_to_the_byte_in_every_child(arm, tiny, tmp_path):
+    others = [replace(arm, folder=str(io.save(tiny(name), tmp_path / name))) for name in ("qwen3-coder-30b",)]
+    for peaks in memory.peaks(arm, *others, turns=2):
+        counted = [peak.tensor_bytes for peak in peaks.readings]
+        assert None not in counted and len(set(counted)) == 1 and counted[0] > peaks.readings[0].weights_bytes
+
+
+def readings(values: list[float], weights_bytes: int = 2**30) -> Peaks:
+    return Peaks([Peak(100, int(value), int(value), "VmHWM", 1.0, 2.0, None, weights_bytes) for value in values])
+
+
+def test_large_weights_are_judged_by_the_process_with_an_interval_and_a_floor():
+    base, less = readings([1e9, 1.001e9, 1.002e9]), readings([0.8e9, 0.801e9, 0.8005e9])
+    judged = by_metric(base, less)["peak_memory_bytes"]
+    assert judged.verdict == "better" and judged.n == 3 and judged.ci[1] < 0.82 and judged.noise_floor > 0
+    again = by_metric(base, readings([1.002e9, 1.0e9, 1.001e9]))["peak_memory_bytes"]
+    assert again.verdict == "equivalent"
+    scattered = readings([1e9, 1.4e9, 0.8e9])
+    assert by_metric(scattered, readings([1.2e9, 0.7e9, 0.9e9]))["peak_memory_bytes"].verdict == "inconclusive"
+
+
+def test_a_peak_that_was_read_once_is_informative():
+    once = by_metric(readings([1e9]), readings([0.5e9]))["peak_memory_bytes"]
+    assert once.verdict == "informative" and once.reason == "read once: no interval" and once.ratio == 0.5
+
+
+def test_weights_that_no_tensor_holds_leave_the_process_to_be_judged():
+    base, streamed = (readings(values, 2**20) for values in ([1e9, 1.001e9, 1.0e9], [0.5e9, 0.501e9, 0.5e9]))
+    measured = by_metric(base, streamed)
+    assert "peak_tensor_bytes" not in measured and measured["peak_memory_bytes"].verdict == "better"
+
+
+def test_a_child_times_loading_and_the_first_call(arm):
+    """Loading is planted to take 1 s longer, and each of the two forward passes of a call 0.3 s."""
+    plain, slow = memory.peaks(arm, replace(arm, transform="memory_transforms:slow"), turns=1)
+    assert plain.reason is None and slow.reason is None
+    assert slow.readings[0].load_seconds >= 1.0, "what the transform does counts for loading"
+    assert slow.readings[0].first_call_ms >= 600, "a call holds both of its passes"
+
+
+def test_a_child_does_the_work_that_it_is_told(arm):
+    work = {"workload": "memory_transforms:work"}
+    few, many = memory.peaks(*(replace(arm, **work, workload_arguments={"rows": rows}) for rows in (1, 64)), turns=1)
+    assert few.reason is None and many.tensor_bytes > few.tensor_bytes
+
+
+def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "heavy_transform.py").write_text("def apply(model):\n    return model\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    arms = [Arm(load={"name": MODEL}), Arm(transform="heavy_transform:apply")]
+    request = {"jobs": [{"arms": [asdict(arm)]} for arm in arms], "fork": True, "limit_seconds": 1}
+    monkeypatch.setattr("sys.stdin", StringIO(json.dumps(request)))
+    monkeypatch.setattr(child, "_forked", lambda run, job, limit: {"known": "heavy_transform" in sys.modules})
+    child.serve(memory_child.run)
+    assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
+
+
+def test_a_peak_begins_anew_when_the_libraries_are_loaded(monkeypatch, tmp_path):
+    spent = bytearray(64 * MB)
+    spent[::4096] = b"x" * len(spent[::4096])
+    held = memory_child.peak_bytes()[0]
+    del spent
+    if memory_child.reset_peak():
+        assert memory_child.peak_bytes()[0] <= held - 32 * MB
+    assert 0 <= memory_child.code_bytes() < memory_child.peak_bytes()[0]
+    monkeypatch.setattr(memory_child, "MEMORY", tmp_path / "nothing")
+    assert not memory_child.reset_peak() and memory_child.code_bytes() == 0
+
+
+def test_a_system_that_permits_no_reset_says_so(arm, monkeypatch):
+    monkeypatch.setattr(memory_child, "reset_peak", lambda: False)
+    peak = memory_child.read(replace(arm, workload="prefill"))
+    assert "cannot be reset" in peak.scope and peak.above_start_bytes >= 0
+
+
+def test_weights_that_were_taken_away_make_no_peak():
+    memory_child._require_all(3_740_000_000, 4_060_000_000, 310_000_000)
+    memory_child._require_all(13_000_000, 310_000_000, 310_000_000)  # held in what was given back before
+    with pytest.raises(UserError, match="memory is short: of 3"):
+        memory_child._require_all(3_740_000_000, 2_420_000_000, 310_000_000)
+
+
+def test_a_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
+    # 64 MB in one matrix.
+    model = tiny(MODEL)
+    model.resize_token_embeddings(2**19)
+    folder = io.save(model, tmp_path / "large")
+    (peaks,) = memory.peaks(Arm(folder=str(folder), prompt_tokens=4, new_tokens=1, dtype="float32"), turns=1)
+    weights = sum(parameter.numel() * 4 for parameter in {id(p): p for p in model.parameters()}.values())
+    (peak,) = peaks.readings
+    assert 0.9 * weights <= peak.after_load_bytes - peak.before_load_bytes <= 1.4 * weights
