@@ -5,10 +5,11 @@ UserError before anything has run.
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def build(
     force: bool = False,
     suite: str | None = None,
     cluster: str | None = None,
+    again_if_busy: bool = False,
 ) -> int:
     """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code.
 
-    `cluster` is the address of the Dask scheduler whose workers run it; without one, this machine does.
+    `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the Dask scheduler whose workers run it; without one, this machine does.
     """
     planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
@@ -79,7 +81,8 @@ def build(
     folder = result_folder.open_folder(out)
     try:
         with _locked(folder), stoppable():
-            return _build(folder, planned, shares, force, suite, cluster)
+            busy = set(_busy(folder, [job.stem for job in planned])) if again_if_busy else set()
+            return _build(folder, planned, shares, force, suite, cluster, busy)
     except BuildStopped:
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
         return 1
@@ -111,10 +114,11 @@ def _build(
     force: bool,
     suite: str | None,
     cluster: str | None,
+    busy: Collection[str],
 ) -> int:
     surveyed = survey(folder, planned)
     _tidy(folder)
-    to_run = [(job, parts) for job, parts, state in surveyed if force or state.must_run]
+    to_run = [(job, parts) for job, parts, state in surveyed if force or state.must_run or job.stem in busy]
     to_render = [job.stem for job, _, state in surveyed if not force and state.kind == "unrendered"]
     for job, _, state in surveyed:
         if state.kind == "damaged":
@@ -131,7 +135,23 @@ def _build(
     short = site.short_of_curves(folder) if suite == "enhanced" else []
     for line in short:
         print(f"SHORT {line}")
+    for stem, reason in _busy(folder, [job.stem for job in planned]).items():
+        print(f"BUSY {stem}: {reason}")
     return _summary(folder, len(planned), results, faults) or bool(short)
+
+
+def _pool_process_variance(folder: Folder) -> None:
+    """Tell the runs what earlier ones on this machine showed of the variance between processes."""
+    from lib.measure.metrics import process_variance
+    from lib.measure.trackers import energy
+    from lib.report.analysis import process_draws
+
+    os.environ.pop(process_variance.VARIABLE, None)
+    machine = {"cpu": energy.cpu_name()}
+    with contextlib.suppress(UserError):  # a history that cannot be read is reported when the build ends
+        path = process_draws.refresh(folder.path, build_history.store_of(folder.path), machine)
+        if path:
+            os.environ[process_variance.VARIABLE] = str(path.resolve())
 
 
 def _run(
@@ -139,6 +159,7 @@ def _run(
 ) -> list:
     from lib.suite.run import schedule
 
+    _pool_process_variance(folder)
     neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
     with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
@@ -195,6 +216,20 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
     with _temporary(folder) as temporary:
         fault = overview.execute(folder, path, [core for share in shares for core in share], temporary)
     return [fault] if fault else []
+
+
+def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
+    """Return stem → why nothing timed is judged, of the finished runs that were measured on a busy machine."""
+    from lib.measure.metrics import busy
+    from lib.report.records import record
+
+    reasons = {}
+    for stem in stems:
+        path = folder.path / f"{stem}.json"
+        if path.is_file():
+            with contextlib.suppress(UserError):  # a damaged record is reported elsewhere
+                reasons[stem] = busy.why_busy(record.read(path).measurements)
+    return {stem: f"{reason} (--busy runs it again)" for stem, reason in reasons.items() if reason}
 
 
 def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str]) -> int:

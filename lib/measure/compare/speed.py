@@ -2,6 +2,7 @@
 the times with the machine's bound, and adds CPU use and energy. Knows no optimization.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,14 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.metrics import measurement, paired_stats, process_variance, settings
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import ceilings, cost_model, expert_usage, full_depth
 from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance, workloads
+from lib.measure.timing.control import separate_copy
 from lib.measure.timing.interleaved import LONG_SECONDS, with_control
 from lib.measure.timing.workloads import Workload
 from lib.measure.trackers import cpu, energy
@@ -80,12 +82,20 @@ class Compared:
         return rows
 
     def control(self) -> list[Measurement]:
-        """Return the A/A control as measurements: the baseline against itself through the same path."""
-        return [
-            measurement.from_pairs(metric, name, timed.control, _quantity(metric, timed.baseline), timed.control)
-            for name, timed in self.timed.items()
-            for metric in METRICS_OF[name]
-        ]
+        """Return the A/A control as measurements: a copy of the baseline against it, through the same path.
+
+        It is judged by what other runs showed of the variance between processes, not by its own deviation, and can fail.
+        """
+        measurements = []
+        for name, timed in self.timed.items():
+            others = process_variance.between_processes(name)
+            # With one process `from_pairs` adds this itself.
+            several = len(set(timed.control.process or ()))
+            floor = paired_stats.NORMAL * others.sigma / math.sqrt(several) if several else 0.0
+            for metric in METRICS_OF[name]:
+                quantity = _quantity(metric, timed.baseline)
+                measurements.append(measurement.from_pairs(metric, name, timed.control, quantity, floor))
+        return measurements
 
 
 def compare(
@@ -126,15 +136,15 @@ def compare(
     }
     measurements: list[Measurement] = []
     timed: dict[str, Timed] = {}
+    again, reason = separate_copy(baseline)
     for name in names:
         arms = _workload(name, baseline, prompt_BT, effort), _workload(name, optimized, prompt_BT, effort)
         workloads.assert_same_conditions(*arms, except_for=except_for)
         base_cost, base_use = _cost(baseline, arms[0], baseline_costs or {})
         opt_cost, opt_use = _cost(optimized, arms[1], costs or {})
-        lasted = min(base_use.wall_seconds, opt_use.wall_seconds)
-        pairs, control = with_control(
-            *arms, lasted=lasted, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch
-        )
+        third = _workload(name, again, prompt_BT, effort)
+        third()
+        pairs, control = with_control(*arms, third, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch)
         timed[name] = Timed(*arms, pairs, control, (base_cost, opt_cost))
         measurements += _explained(name, timed[name], hints, peaks)
         judged = pairs.baseline_seconds, pairs.optimized_seconds
@@ -145,7 +155,8 @@ def compare(
         arms = timed[name].baseline, timed[name].optimized
         device = weight.device.type
         measurements += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=device, seed=seed)
-    return Compared(measurements, timed, _details(timed, peaks), peaks)
+    details = _details(timed, peaks) | ({"control": reason} if reason else {})
+    return Compared(measurements, timed, details, peaks)
 
 
 def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:

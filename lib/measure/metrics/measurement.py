@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from lib.measure.metrics import paired_stats
+from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.catalogue import metric as metric_named
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.decision import Decision, decide, detectable
+from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.process_variance import Pooled
 
 Verdict = Literal[
     "better",
@@ -39,7 +41,9 @@ class Measurement(BaseModel):
     `margin` is the practical margin behind the verdict, as in the catalogue (a share of the baseline, or in the
     metric's unit), and `bound` the one-sided 95 % bound of the change that was compared with it, in the same terms;
     both None where no margin was applied. `reason` says why a number is missing, why the result is inconclusive, or why
-    the realised gain differs from the predicted one. `predicted` is the speed-up that the physical bounds allow,
+    the realised gain differs from the predicted one. `process_sigma` is the standard deviation between processes (natural
+    logarithm) that interval and floor include, `processes` the number of processes that were timed; both None where
+    neither applies. `disturbed` counts the pairs that were disturbed and could not be repeated. `predicted` is the speed-up that the physical bounds allow,
     `realised` the share of it that was measured.
     """
 
@@ -64,6 +68,9 @@ class Measurement(BaseModel):
     source: str
     reason: str | None = None
     samples: dict[str, list[float]] | None = None
+    process_sigma: float | None = None
+    processes: int | None = None
+    disturbed: int | None = None
     predicted: float | None = None
     realised: float | None = None
 
@@ -75,6 +82,7 @@ class Measurement(BaseModel):
         "mde",
         "margin",
         "bound",
+        "process_sigma",
         "predicted",
         "realised",
         mode="before",
@@ -161,6 +169,8 @@ def from_pairs(
         floor=floor,
         margin=margin,
         samples=samples,
+        process=pairs.process,
+        disturbed=[reason for reason in pairs.disturbed if reason],
     )
 
 
@@ -175,23 +185,51 @@ def from_samples(
     provenance: Provenance = "measured",
     margin: float | None = None,
     samples: bool = True,
+    process: Sequence[int] | None = None,
+    process_sigma: float | None = None,
+    disturbed: Sequence[str] = (),
 ) -> Measurement:
     """Return a measurement from samples of both arms that were taken in pairs, in the metric's unit.
+
+    `floor` is the A/A control, as its Pairs or as the half-width of its interval within the process. `process[i]` is
+    the process of pair i: with several, the interval is over processes. With one, what the process hides is added in
+    quadrature to interval and floor: `process_sigma`, by default that of other runs for this workload
+    (`lib.measure.metrics.process_variance`), or 0 for what was not measured. `disturbed` holds what was seen in the
+    pairs that could not be repeated: nothing is decided then.
 
     Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
     verdict is informative.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
-    effect = paired_stats.effect(paired_stats.differences(baseline, optimized))
-    floor = floor.floor if isinstance(floor, Pairs) else floor
-    reason = None
+    d_N = paired_stats.differences(baseline, optimized)
+    several = process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES
+    between = None if several else _between(workload, provenance, process_sigma)
+    sigma = between.sigma if between else 0.0
+    effect = paired_stats.effect(d_N, process, sigma)
+    if isinstance(floor, Pairs):
+        floor = floor.floor(sigma)
+    elif floor is not None:
+        floor = math.hypot(floor, paired_stats.NORMAL * sigma)
+    reason, mde = None, None
     if floor is None or effect.n < paired_stats.MINIMUM_BLOCKS or margin is None:
-        verdict = "informative"
+        verdict: Verdict = "informative"
         if margin is not None:
             reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
     else:
-        verdict = paired_stats.verdict(effect, listed.higher_is_better, margin, floor)
+        busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
+        found = decide(
+            effect.median,
+            effect.low,
+            effect.high,
+            n=effect.n,
+            floor=floor,
+            margin=margin,
+            higher_is_better=listed.higher_is_better,
+            busy=busy,
+        )
+        verdict, reason = found.verdict, found.reason
+        mde = detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
     return _make(
         metric,
         workload,
@@ -201,15 +239,43 @@ def from_samples(
         ci=(math.exp(effect.low), math.exp(effect.high)) if math.isfinite(effect.low) else None,
         n=effect.n,
         noise_floor=floor,
-        mde=effect.mde if math.isfinite(effect.mde) else None,
+        mde=mde if mde is not None and math.isfinite(mde) else None,
         margin=None if verdict == "informative" else margin,
         verdict=verdict,
         provenance=provenance,
-        source=source,
+        source=f"{source}; {between.source}" if between and between.sigma else source,
         reason=reason,
         samples={"baseline": [float(v) for v in baseline], "optimized": [float(v) for v in optimized]}
         if samples
         else None,
+        process_sigma=sigma if between else effect.scatter * math.sqrt(effect.processes),
+        processes=effect.processes,
+        disturbed=len(disturbed) or None,
+    )
+
+
+def _between(workload: str, provenance: Provenance, process_sigma: float | None) -> Pooled:
+    if process_sigma is not None:
+        return Pooled(process_sigma, 0)
+    return process_variance.between_processes(workload) if provenance == "measured" else Pooled(0.0, 0)
+
+
+def judge_again(stored: Measurement) -> Decision | None:
+    """Return what the fields of a stored measurement say of it by the rule of paired samples; None where that rule did
+    not make its verdict (counted, informative, quality).
+    """
+    if stored.verdict not in ("better", "worse", "equivalent", "inconclusive") or stored.dimension == "accuracy":
+        return None
+    if stored.ci is None or stored.ratio is None or stored.noise_floor is None or stored.margin is None:
+        return None
+    return decide(
+        math.log(stored.ratio),
+        *(math.log(end) for end in stored.ci),
+        n=stored.n or 0,
+        floor=stored.noise_floor,
+        margin=stored.margin,
+        higher_is_better=stored.higher_is_better,
+        busy=stored.reason if stored.disturbed else None,
     )
 
 

@@ -1,7 +1,8 @@
 """From paired samples to an effect, its interval and a verdict. Knows nothing of clocks, models or metrics.
 
-A speed effect is the median over blocks of d = ln(optimized / baseline). Its 95 % interval is Hettmansperger and
-Sheather's interpolated order-statistic interval (Statistics & Probability Letters 4, 1986), not a bootstrap: at the
+A speed effect is the median over blocks of d = ln(optimized / baseline). Where the blocks were timed in several
+processes, the process is the unit of replication: the effect is the mean over processes of their mean d, with Student's
+interval. Else the 95 % interval is Hettmansperger and Sheather's interpolated order-statistic interval (Statistics & Probability Letters 4, 1986), not a bootstrap: at the
 block counts used here the percentile and BCa bootstraps of a median exclude "no difference" more often than they claim
 between two equal arms, the basic bootstrap far more often, while this interval keeps its level without assuming a
 distribution, and needs no random numbers. `tests/measure/metrics/test_paired_stats.py` simulates the comparison. Where
@@ -10,34 +11,44 @@ there are many items (quality), scipy's bootstrap is used.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, binom, bootstrap
+from scipy.stats import beta, binom, bootstrap, t
+
+from lib.measure.metrics.decision import MEDIAN_FACTOR
 
 CONFIDENCE = 0.95
-# (1.96 + 0.84): two-sided 5 % level, 80 % power.
-MDE_FACTOR = 2.80
 # (1.645 + 0.842): one-sided 5 % level, 80 % power.
 NON_INFERIORITY_FACTOR = 2.487
+# (1.96 + 0.84): two-sided 5 % level, 80 % power.
+MDE_FACTOR = 2.80
 MINIMUM_BLOCKS = 6
+MINIMUM_PROCESSES = 3
+NORMAL = 1.96  # the standard normal's 97.5 % quantile
 
 Samples = Sequence[float] | np.ndarray  # of one dimension
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired effect in natural logarithms: median, interval, standard deviation of the pairs, smallest detectable
-    effect, number of pairs, and of outliers among them.
+    """A paired effect in natural logarithms: the estimate, its interval, the standard deviation of the pairs, that of
+    the estimate, number of pairs, of outliers among them, and of processes.
     """
 
     median: float
     low: float
     high: float
     sigma: float
-    mde: float
+    scatter: float
     n: int
     outliers: int
+    processes: int = 1
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
 
 
 def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
@@ -75,7 +86,7 @@ def median_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[fl
 
 
 def minimum_detectable_effect(d: Samples) -> float:
-    """Return (1.96 + 0.84)·σ_d/√n: the effect that this many pairs of this spread find four times out of five."""
+    """Return (1.96 + 0.84)·σ_d/√n: the mean effect that this many pairs of this spread find four times out of five."""
     d_N = np.asarray(d, dtype=float)
     return float(MDE_FACTOR * d_N.std(ddof=1) / math.sqrt(d_N.size)) if d_N.size > 1 else math.inf
 
@@ -90,35 +101,51 @@ def outliers(d: Samples) -> int:
     return int(np.sum(deviation_N > 5 * scale)) if scale > 0 else int(np.sum(deviation_N > 0))
 
 
-def effect(d: Samples) -> Effect:
-    """Return the effect of the differences d[n] (natural logarithms)."""
+def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: float = 0.0) -> Effect:
+    """Return the effect of the differences d[n] (natural logarithms).
+
+    `process[i]` is the process in which pair i was timed; with three or more of them the interval is over processes.
+    Otherwise `process_sigma`, the standard deviation between processes as other runs showed it, widens the interval of
+    the one process: its half-width is the root of the squares' sum.
+    """
     d_N = np.asarray(d, dtype=float)
-    low, high = median_interval(d_N)
     sigma = float(d_N.std(ddof=1)) if d_N.size > 1 else math.inf
-    return Effect(float(np.median(d_N)), low, high, sigma, minimum_detectable_effect(d_N), int(d_N.size), outliers(d_N))
+    if process is not None and len(set(process)) >= MINIMUM_PROCESSES:
+        means_P = process_means(d_N, process)
+        low, high = student_interval(means_P)
+        scatter = float(means_P.std(ddof=1)) / math.sqrt(means_P.size)
+        return Effect(float(means_P.mean()), low, high, sigma, scatter, d_N.size, outliers(d_N), means_P.size)
+    median = float(np.median(d_N))
+    between = NORMAL * process_sigma
+    low, high = median_interval(d_N)
+    low, high = median - math.hypot(median - low, between), median + math.hypot(high - median, between)
+    scatter = math.hypot(MEDIAN_FACTOR * sigma / math.sqrt(d_N.size), process_sigma)
+    return Effect(median, low, high, sigma, scatter, d_N.size, outliers(d_N))
 
 
-def noise_floor(d: Samples) -> float:
-    """Return by how much two identical arms can differ, from an A/A control's d[n]: the half-width of the interval of
-    its median, or the median itself where that is larger (natural logarithm, about a share).
+def process_means(d: Samples, process: Sequence[int]) -> np.ndarray:
+    """Return the mean d of every process, [P], in the order of their numbers."""
+    d_N, process_N = np.asarray(d, dtype=float), np.asarray(process)
+    return np.asarray([d_N[process_N == number].mean() for number in np.unique(process_N)])
+
+
+def student_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Student's interval of the mean of `values`; infinite with fewer than two."""
+    values_N = np.asarray(values, dtype=float)
+    if values_N.size < 2:
+        return -math.inf, math.inf
+    mean, error = float(values_N.mean()), float(values_N.std(ddof=1)) / math.sqrt(values_N.size)
+    half = float(t.ppf((1 + confidence) / 2, values_N.size - 1)) * error
+    return mean - half, mean + half
+
+
+def noise_floor(d: Samples, process: Sequence[int] | None = None, process_sigma: float = 0.0) -> float:
+    """Return by how much two equal arms can differ, from an A/A control's d[n]: the half-width of its `effect`'s
+    interval (natural logarithm, about a share).
+
+    The control's own median is no part of it: a control that is judged by its own deviation cannot fail.
     """
-    low, high = median_interval(d)
-    return max(abs(float(np.median(d))), (high - low) / 2)
-
-
-def verdict(effect: Effect, higher_is_better: bool, margin: float, floor: float) -> str:
-    """Return better, worse, equivalent or inconclusive for an effect on a metric.
-
-    Better and worse need three things: the interval excludes 1, and the median passes both the practical margin (a
-    share) and the noise floor. Equivalent needs the whole interval inside ±margin. Anything else is inconclusive: not
-    significant is not equal.
-    """
-    threshold = math.log1p(margin)
-    if (effect.low > 0 or effect.high < 0) and abs(effect.median) > max(threshold, floor):
-        return "better" if (effect.median > 0) == higher_is_better else "worse"
-    if effect.low > -threshold and effect.high < threshold:
-        return "equivalent"
-    return "inconclusive"
+    return effect(d, process, process_sigma).half_width
 
 
 def bootstrap_interval(
@@ -160,42 +187,3 @@ def percentiles(samples: Samples) -> dict[str, float | None]:
     return {
         name: float(np.percentile(values, q)) if values.size >= least else None for name, (q, least) in enough.items()
     }
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` holds the
-    repeated blocks as (baseline seconds, optimized seconds, reason).
-    """
-
-    baseline_seconds: list[float]
-    optimized_seconds: list[float]
-    order: list[str]
-    disturbed: list[str | None]
-    iterations: int
-    set_aside: list[tuple[float, float, str]] = field(default_factory=list)
-    clock: str = "perf_counter"
-
-    @property
-    def differences(self) -> np.ndarray:
-        """d[n] = ln(t_optimized / t_baseline) per block."""
-        return differences(self.baseline_seconds, self.optimized_seconds)
-
-    @property
-    def floor(self) -> float:
-        """The noise floor, if these pairs are an A/A control: see `noise_floor`."""
-        return noise_floor(self.differences)
-
-    def describe(self) -> str:
-        """Return how the pairs were timed, as a phrase: blocks, iterations, clock, disturbed blocks, outliers."""
-        parts = [f"{len(self.order)} balanced AB/BA blocks"]
-        if self.iterations > 1:
-            parts.append(f"{self.iterations} calls each")
-        parts.append(self.clock)
-        if self.set_aside:
-            parts.append(f"{len(self.set_aside)} disturbed and repeated")
-        if disturbed := sum(reason is not None for reason in self.disturbed):
-            parts.append(f"{disturbed} disturbed and kept")
-        if outlying := outliers(self.differences):
-            parts.append(f"{outlying} outlying and kept")
-        return ", ".join(parts)

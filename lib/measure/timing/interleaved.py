@@ -22,7 +22,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.measure.metrics import paired_stats
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 
 Arm = Callable[[], object]
 Clock = Callable[[], float]
@@ -67,7 +67,8 @@ class Rounds:
         repeated = [(seconds[baseline], seconds[optimized], reason) for seconds, reason in self.set_aside]
         clock = self.clock if len(self.seconds) == 2 else f"{self.clock}, {len(self.seconds)} arms a round"
         arms = self.seconds[baseline], self.seconds[optimized]
-        return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock)
+        processor = (self.cpu_seconds[baseline], self.cpu_seconds[optimized]) if self.cpu_seconds else None
+        return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock, cpu_seconds=processor)
 
 
 def balanced_orders(arms: Sequence[str], count: int, seed: int = 0) -> list[list[str]]:
@@ -170,55 +171,28 @@ def paired(
     ).pairs("baseline", "optimized")
 
 
-def a_a(
-    baseline: Arm,
-    *,
-    blocks: int,
-    iterations: int = 1,
-    warmup: int = 2,
-    seed: int = 0,
-    clock: Clock = time.perf_counter,
-    disturbance: Watch | None = None,
-) -> Pairs:
-    """Time the baseline against itself, as `paired` would, and return the pairs: their `floor` is the noise floor."""
-    return paired(
-        baseline,
-        baseline,
-        blocks=blocks,
-        iterations=iterations,
-        warmup=warmup,
-        seed=seed,
-        clock=clock,
-        disturbance=disturbance,
-    )
-
-
 def with_control(
     baseline: Arm,
     optimized: Arm,
+    copy: Arm,
     *,
-    lasted: float,
     blocks: int,
     seconds: float = 0.03,
     seed: int = 0,
     disturbance: Watch | None = None,
 ) -> tuple[Pairs, Pairs]:
-    """Time two warm arms, whose calls lasted at least `lasted` seconds, and the baseline against itself; return both
-    pairs.
+    """Time two warm arms and, as the third arm of the same rounds, the A/A control: `copy`, the baseline's work on a
+    separately allocated copy of it. Return the pairs of (baseline, optimized) and of (baseline, copy).
 
-    Each in blocks of its own, of as many calls as last `seconds`; or, where calls are long, in the same rounds, with
-    the baseline's second turn as the third arm.
+    A turn is as many calls as last `seconds`. The same object twice cannot show what differs between two copies.
     """
     iterations = iterations_for(baseline, seconds, warm=True)
-    if lasted > LONG_SECONDS and iterations == 1:
-        arms = {"baseline": baseline, "optimized": optimized, "again": baseline}
-        timed = rounds(arms, blocks, warmup=0, seed=seed, disturbance=disturbance)
-        return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "again")
-    pairs = paired(
-        baseline, optimized, blocks=blocks, iterations=iterations, warmup=1, seed=seed, disturbance=disturbance
+    arms = {"baseline": baseline, "optimized": optimized, "copy": copy}
+    warmup = 0 if iterations == 1 else 1
+    timed = rounds(
+        arms, blocks, iterations=iterations, warmup=warmup, seed=seed, repeats=blocks, disturbance=disturbance
     )
-    control = a_a(baseline, blocks=blocks, iterations=iterations, warmup=1, seed=seed + 1, disturbance=disturbance)
-    return pairs, control
+    return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "copy")
 
 
 def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock: Clock = time.perf_counter) -> int:
@@ -232,7 +206,7 @@ def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock
 
 
 def warm_up(*arms: Arm) -> float:
-    """Call every arm once and return the seconds of the fastest, for `with_control`."""
+    """Call every arm once and return the seconds of the fastest."""
     return min(_turn(arm, 1, time.perf_counter)[0] for arm in arms)
 
 

@@ -43,6 +43,10 @@ class Heads:
         query_HTD, key_GTD, value_GTV = (part.contiguous() for part in cut)
         return Heads(self.index, query_HTD, key_GTD, value_GTV, self.scaling)
 
+    def separate(self) -> "Heads":
+        """Return the same inputs in memory of their own."""
+        return Heads(self.index, self.query_HTD.clone(), self.key_GTD.clone(), self.value_GTV.clone(), self.scaling)
+
 
 def sharing(model: nn.Module) -> nn.Module:
     """Return a copy of the modules and the configuration that shares every parameter and buffer with `model`."""

@@ -18,7 +18,7 @@ from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.workloads import Workload
@@ -82,9 +82,9 @@ def time_attention(
 
     options: dict[str, Any] = {"blocks": count, "disturbance": disturbance.watch}
     if control:
-        return interleaved.with_control(
-            full, sparse, lasted=interleaved.warm_up(full, sparse), seconds=0.0, seed=seed, **options
-        )
+        again = FullAttention(heads.separate())
+        interleaved.warm_up(full, sparse, again)
+        return interleaved.with_control(full, sparse, again, seconds=0.0, seed=seed, **options)
     return interleaved.paired(full, sparse, warmup=1, seed=seed, **options), None
 
 

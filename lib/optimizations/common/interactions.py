@@ -14,6 +14,7 @@ from torch import nn
 from lib.measure.metrics import paired_stats
 from lib.measure.quality import evaluate
 from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.control import separate_copy
 from lib.measure.timing.interleaved import Rounds, rounds
 from lib.optimizations.common import shapley
 from lib.optimizations.common.shapley import Estimate
@@ -33,10 +34,10 @@ def named(*stems: str) -> str:
 def time_arms(
     models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0, control: bool = True
 ) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode of all arms; the arm BASELINE a second time too, as A/A control,
-    unless nothing is judged by it.
+    """Time prefill of the prompt and a short decode of all arms; a copy of the arm BASELINE too, as A/A control, unless
+    nothing is judged by it.
     """
-    arms = {**models, AGAIN: models[BASELINE]} if control else dict(models)
+    arms = {**models, AGAIN: separate_copy(models[BASELINE])[0]} if control else dict(models)
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},
@@ -68,7 +69,7 @@ def effects(
 
 def floor(timed: Rounds) -> float:
     """Return the noise floor of the rounds: what the baseline differs from itself."""
-    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}).tolist())
+    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}))
 
 
 def singles(timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:

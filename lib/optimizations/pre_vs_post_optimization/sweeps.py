@@ -17,6 +17,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.timing import disturbance, workloads
+from lib.measure.timing.control import separate_copy
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
 
@@ -37,22 +38,23 @@ def sweep(
     A prompt longer than `prompt_BT` is made by repeating it; sequences of a batch are rolled by one token each.
     """
     rates = []
+    models = baseline, optimized, separate_copy(baseline)[0]
     for length in lengths:
         times = -(-length // prompt_BT.shape[1])
         long_BT = prompt_BT[:1].repeat(1, times)[:, :length]
-        arms = [workloads.prefill(model, long_BT) for model in (baseline, optimized)]
+        arms = [workloads.prefill(model, long_BT) for model in models]
         rates.append(_rate("prefill_tokens_per_second", f"prefill, {length} tokens", arms, blocks, seed))
     for batch in batches:
         short_BT = prompt_BT[:1, :128]
         rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(batch)])
-        arms = [workloads.steps(model, rolled_BT, new_tokens) for model in (baseline, optimized)]
+        arms = [workloads.steps(model, rolled_BT, new_tokens) for model in models]
         rates.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, blocks, seed))
     return rates
 
 
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
-    options: dict[str, Any] = {"lasted": warm_up(*arms), "blocks": blocks, "seconds": 0.02}
-    options["disturbance"] = disturbance.watch
+    warm_up(*arms)
+    options: dict[str, Any] = {"blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
     pairs, control = with_control(*arms, seed=seed, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 

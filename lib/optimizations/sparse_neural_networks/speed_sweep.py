@@ -60,7 +60,7 @@ def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[DenseForm]:
 def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
     """Return the fastest dense form for each number of tokens with its noise floor."""
     rows = [
-        {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype), "noise": round(dense.control.floor, 4)}
+        {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype), "noise": round(dense.control.floor(), 4)}
         for dense in denses
     ]
     return pd.DataFrame(rows)

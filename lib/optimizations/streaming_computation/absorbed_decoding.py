@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache
 
 from lib.measure.metrics import measurement
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import cost_model, full_depth
 from lib.measure.timing import interleaved
 from lib.models.decoding import cache_names, chunked, mla_absorption

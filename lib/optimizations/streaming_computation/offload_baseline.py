@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics import settings
+from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration
@@ -114,14 +115,16 @@ def build(
     """Return the record of a run, its verdict computed from the measurements.
 
     Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
-    model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here.
+    model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here. On
+    a machine that was too busy nothing timed is judged.
     `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
     requested = settings.requested_dimensions()
     wanted = requested or DIMENSIONS
-    judged = [m for m in withhold_if_invalid(list(measurements)) if m.dimension in wanted]
+    withheld = withhold_if_busy(withhold_if_invalid(list(measurements)))
+    judged = [m for m in withheld if m.dimension in wanted]
     all_controls = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
     for control in all_controls if requested else ():
         control.measurements = [m for m in control.measurements if m.dimension in wanted]

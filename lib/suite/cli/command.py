@@ -64,6 +64,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     _request_options(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs beside each other, each on its own cores")
     parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")
+    parser.add_argument("--busy", action="store_true", help="run also what was measured on a busy machine")
     parser.add_argument("--force", action="store_true", help="run also what is finished already")
 
 
@@ -203,7 +204,7 @@ def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str
     request = _request(options, optimizations)
     if options.cluster is not None:
         _check_cluster(options)
-    return build.build(request, _folder(options), options.jobs, options.force, suite, options.cluster)
+    return build.build(request, _folder(options), options.jobs, options.force, suite, options.cluster, options.busy)
 
 
 def _check_cluster(options: argparse.Namespace) -> None:

@@ -60,24 +60,24 @@ def test_a_degenerate_model_is_not_timed(tiny):
         speed.compare(model, model, prompt_BT, "brisk")
 
 
-def test_long_calls_have_their_control_in_the_same_rounds(tiny, monkeypatch):
+def test_the_control_is_a_copy_in_the_same_rounds(tiny, monkeypatch):
     base, calls, names = tiny("qwen3-4b-instruct-2507"), [], {"names": ("prefill",), "with_energy": False}
     other = tiny("qwen3-4b-instruct-2507", seed=1)
     for arm, model in (("base", base), ("other", other)):
         model.register_forward_hook(lambda *_, arm=arm: calls.append(arm))
-    monkeypatch.setattr(interleaved, "LONG_SECONDS", 0.0)
     monkeypatch.setattr(interleaved, "iterations_for", lambda *_, **__: 1)
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
-    # One call of each, for the experts and the processor that it uses; then six rounds of three.
-    assert calls[:2] == ["base", "other"] and len(calls) == 20 and calls.count("other") == 7
+    # One call of each, for the experts and the processor that it uses; then six rounds of three. The copy has the
+    # baseline's hooks.
+    assert calls[:3] == ["base", "other", "base"] and len(calls) == 21 and calls.count("other") == 7
     pairs, control = compared.timed["prefill"].pairs, compared.timed["prefill"].control
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
     for blocks in (pairs, control):
         assert sorted(blocks.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in blocks.describe()
     (use,) = (measured for measured in compared.measurements if measured.metric == "cpu_utilisation")
     assert 0 < use.baseline < 1.2 and 0 < use.optimized < 1.2
-    assert compared.measurements[0].n == 6 and compared.measurements[0].noise_floor == pytest.approx(control.floor)
+    assert compared.measurements[0].n == 6 and compared.measurements[0].noise_floor == pytest.approx(control.floor(0.0), abs=0.05)
 
 
 def test_cost_options_reach_the_prediction(tiny):

@@ -9,9 +9,16 @@ import pytest
 from pydantic import ValidationError
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, process_variance, settings
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
+
+
+@pytest.fixture(autouse=True)
+def one_process_is_like_another(monkeypatch):
+    """What processes differ by is the matter of `test_process_variance.py`."""
+    monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
+    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
 
 
 def pairs(ratio: float, blocks: int = 12) -> Pairs:

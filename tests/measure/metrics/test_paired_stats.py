@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.metrics import measurement, paired_stats, process_variance, settings
 from lib.measure.timing import interleaved
 
 TRIALS = 400
 # The most hits among 400 that an honest 5 % gives in 99 of 100 cases.
 ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
 STANDARD = settings.read("standard").blocks
+
+
+@pytest.fixture(autouse=True)
+def one_process_is_like_another(monkeypatch):
+    """The simulated machine has no variance between processes; `test_process_variance.py` is about that."""
+    monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
+    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
 
 
 class Machine:
@@ -38,7 +45,7 @@ class Machine:
     def compare(self, slower: float, blocks: int = STANDARD, seed: int = 0) -> tuple[str, paired_stats.Effect]:
         base, other = self.arm(1.0), self.arm(1.0 + slower)
         pairs = interleaved.paired(base, other, blocks=blocks, clock=self.clock, seed=seed)
-        control = interleaved.a_a(base, blocks=blocks, clock=self.clock, seed=seed + 1)
+        control = interleaved.paired(base, self.arm(1.0), blocks=blocks, clock=self.clock, seed=seed + 1)
         latency = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
         return latency.verdict, paired_stats.effect(pairs.differences)
 

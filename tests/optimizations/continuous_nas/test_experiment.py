@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lib.measure.metrics import measurement
-from lib.measure.metrics.paired_stats import Pairs
+from lib.measure.metrics.pairs import Pairs
 from lib.optimizations.continuous_nas import drift, experiment
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort

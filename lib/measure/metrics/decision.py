@@ -1,0 +1,79 @@
+"""The one rule that turns an effect, its interval and its noise floor into a word, with the reason where it is no
+verdict, and the effect that the rule would find. Works on natural logarithms; knows nothing of how they were measured,
+so that a stored measurement can be judged again from its own fields.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Word = Literal["better", "worse", "equivalent", "inconclusive"]
+
+BUSY_FLOOR = 0.10  # two equal arms that differ by more than this: the machine gives no verdict of speed
+FACTOR = 2.0  # an interval of few pairs whose upper end is this many times the lower carries no verdict
+FEW_PAIRS = 6
+POWER_FACTOR = 0.84  # the standard normal's 80 % quantile
+MEDIAN_FACTOR = 1.25  # √(π/2): how much wider a median scatters than a mean
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A word, and why it is not a verdict (None where it is one)."""
+
+    verdict: Word
+    reason: str | None = None
+
+
+def decide(
+    effect: float,
+    low: float,
+    high: float,
+    *,
+    n: int,
+    floor: float,
+    margin: float,
+    higher_is_better: bool,
+    busy: str | None = None,
+) -> Decision:
+    """Return the decision on an effect ln(optimized / baseline) with its 95 % interval.
+
+    Better and worse need three things: the interval excludes 0, and the effect passes both the practical margin (a
+    share) and the noise floor (a logarithm). Equivalent needs the whole interval, and the effect plus or minus the
+    floor, inside ±margin. Anything else is inconclusive. Nothing is decided on a busy machine (`busy` says what was
+    seen), above a floor of 10 %, or by six pairs whose interval spans a factor.
+    """
+    threshold = math.log1p(margin)
+    if busy:
+        return Decision("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
+    if floor > BUSY_FLOOR:
+        return Decision(
+            "inconclusive",
+            f"the noise floor of {floor:.0%} is above {BUSY_FLOOR:.0%}: two equal arms differ by as much here, "
+            "so nothing timed is judged; measure again on a quiet machine",
+        )
+    if n <= FEW_PAIRS and high - low >= math.log(FACTOR):
+        return Decision("inconclusive", f"{n} pairs whose interval spans a factor of {math.exp(high - low):.1f}")
+    excludes = low > 0 or high < 0
+    if excludes and abs(effect) > max(threshold, floor):
+        return Decision("better" if (effect > 0) == higher_is_better else "worse")
+    if low > -threshold and high < threshold and abs(effect) + floor < threshold:
+        return Decision("equivalent")
+    return Decision("inconclusive", _gate(effect, excludes, threshold, floor, margin))
+
+
+def _gate(effect: float, excludes: bool, threshold: float, floor: float, margin: float) -> str:
+    """Return which gate held."""
+    if not excludes:
+        return "the interval includes no difference, and is too wide to be called equivalent"
+    if abs(effect) <= floor:
+        return f"the effect lies within the noise floor of {100 * floor:.2g} %"
+    assert abs(effect) <= threshold
+    return f"an effect that lies within the practical margin of {margin:.0%}, not all of its interval does"
+
+
+def detectable(half_width: float, scatter: float, *, floor: float, margin: float) -> float:
+    """Return the effect (logarithm) that `decide` would call with 80 % power.
+
+    `half_width` is that of the interval, `scatter` the standard deviation of the estimate.
+    """
+    return max(math.log1p(margin), floor, half_width) + POWER_FACTOR * scatter

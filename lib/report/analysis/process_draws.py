@@ -1,0 +1,68 @@
+"""What records show of the variance between processes: every A/A control that was timed is a draw. Knows nothing of how
+the pool is used (`lib.measure.metrics.process_variance`).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.measure.metrics import paired_stats, process_variance
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.process_variance import Draw
+from lib.report.records import history
+from lib.report.records.record import Record, read_folder
+
+CONTROL = "A/A"
+SUFFIX = "tokens_per_second"  # latencies are the same times once more
+BUILDS = 3  # of the history
+
+
+def refresh(folder: Path, store: Path, machine: Mapping[str, Any]) -> Path | None:
+    """Pool the controls of a result folder and of the last builds in its history, as far as they were made on
+    `machine` (fields of the environment card), and write the pool into the folder; return its path, None where there is
+    no control.
+    """
+    records = read_folder(folder)[0] if folder.is_dir() else []
+    for build in history.builds(store, folder.name)[-BUILDS:]:
+        records += history.records(store, build)
+    unique = {(record.started, record.key or record.stem): record for record in records}
+    own = [record for record in unique.values() if _made_on(record, machine)]
+    pooled = process_variance.table(draw for record in own for draw in draws(record))
+    return process_variance.write(folder / process_variance.NAME, pooled) if pooled else None
+
+
+def _made_on(record: Record, machine: Mapping[str, Any]) -> bool:
+    return all(record.environment.get(name) == value for name, value in machine.items())
+
+
+def draws(record: Record) -> Iterator[Draw]:
+    """Yield a draw for every process of every timed control of a record, unless the machine was seen to be busy."""
+    device = "cuda" if record.environment.get("gpu") and record.parameters.get("device") == "cuda" else "cpu"
+    timed: Iterable[Measurement] = (
+        measurement
+        for control in record.controls
+        if control.name == CONTROL
+        for measurement in control.measurements
+        if measurement.metric.endswith(SUFFIX) and measurement.provenance == "measured" and not measurement.disturbed
+    )
+    for measurement in timed:
+        for effect, error in _effects(measurement):
+            yield Draw(device, measurement.workload, effect, error)
+
+
+def _effects(measurement: Measurement) -> Iterator[tuple[float, float]]:
+    """Yield (effect, standard error within) of each process, whose pairs stand in their order in the samples."""
+    samples, processes = measurement.samples, measurement.processes
+    if not samples or not processes:
+        return  # a record from before there were copies
+    d_N = paired_stats.differences(samples["baseline"], samples["optimized"])
+    if processes == 1:
+        yield float(np.median(d_N)), paired_stats.MEDIAN_FACTOR * float(d_N.std(ddof=1)) / math.sqrt(d_N.size)
+    elif d_N.size % processes == 0:
+        groups_PR = d_N.reshape(processes, -1)
+        within = float(groups_PR.var(axis=1, ddof=1).mean()) if groups_PR.shape[1] > 1 else 0.0
+        for group_R in groups_PR:
+            yield float(group_R.mean()), math.sqrt(within / group_R.size)

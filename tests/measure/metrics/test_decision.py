@@ -1,0 +1,70 @@
+"""The rule: three gates, two reasons to say nothing at all, and the effect that it finds four times out of five."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lib.measure.metrics import paired_stats
+from lib.measure.metrics.decision import decide, detectable
+
+OPTIONS = {"n": 12, "floor": 0.01, "margin": 0.02, "higher_is_better": True}
+
+
+@pytest.mark.parametrize(
+    ("effect", "low", "high", "word", "gate"),
+    [
+        (0.05, 0.03, 0.07, "better", None),
+        (-0.05, -0.07, -0.03, "worse", None),
+        (0.05, -0.01, 0.11, "inconclusive", "no difference"),
+        (0.001, -0.005, 0.007, "equivalent", None),
+        (0.018, 0.01, 0.026, "inconclusive", "practical margin"),
+        (0.015, 0.012, 0.0195, "inconclusive", "practical margin"),
+    ],
+)
+def test_each_gate_holds_a_verdict_back_and_is_named(effect, low, high, word, gate):
+    decision = decide(effect, low, high, **OPTIONS)
+    assert decision.verdict == word
+    assert decision.reason is None if gate is None else gate in decision.reason
+    mirrored = decide(-effect, -high, -low, **OPTIONS | {"higher_is_better": False})
+    assert mirrored.verdict == word
+
+
+def test_the_floor_holds_a_verdict_and_an_equivalence_back():
+    assert "noise floor" in decide(0.05, 0.03, 0.07, **OPTIONS | {"floor": 0.06}).reason
+    assert decide(0.001, -0.005, 0.007, **OPTIONS | {"floor": 0.0195}).verdict == "inconclusive"
+
+
+def test_a_busy_machine_gives_no_verdict_however_large_the_effect():
+    """As seen: the baseline itself, 2.17 times faster beside a noise floor of 48 %."""
+    seen = decide(math.log(2.17), math.log(1.16), math.log(8.13), **OPTIONS | {"n": 6, "floor": 0.48})
+    assert seen.verdict == "inconclusive" and "48%" in seen.reason and "10%" in seen.reason
+    loaded = decide(0.5, 0.4, 0.6, **OPTIONS, busy="other processes took 50% of our cores")
+    assert loaded.verdict == "inconclusive" and "50%" in loaded.reason
+
+
+def test_six_pairs_carry_no_verdict_whose_interval_spans_a_factor():
+    wide = {"effect": 1.0, "low": 0.2, "high": 1.8}
+    assert "factor of 5.0" in decide(*wide.values(), **OPTIONS | {"n": 6, "floor": 0.05}).reason
+    assert decide(*wide.values(), **OPTIONS | {"n": 12, "floor": 0.05}).verdict == "better"
+
+
+@pytest.mark.parametrize(("sigma", "tau"), [(0.03, 0.0), (0.01, 0.01), (0.06, 0.005)])
+def test_the_detectable_effect_is_found_four_times_out_of_five(sigma, tau):
+    random, margin, n = np.random.default_rng(0), 0.02, 12
+    called, trials = 0, 1500
+    typical = [_effect(random, 0.0, sigma, tau, n) for _ in range(300)]
+    floor = float(np.median([one.half_width for one in typical]))
+    scatter = float(np.median([one.scatter for one in typical]))
+    planted = detectable(floor, scatter, floor=floor, margin=margin)
+    for _ in range(trials):
+        effect = _effect(random, planted, sigma, tau, n)
+        word = decide(
+            effect.median, effect.low, effect.high, n=n, floor=floor, margin=margin, higher_is_better=True
+        ).verdict
+        called += word == "better"
+    assert 0.70 <= called / trials <= 0.92
+
+
+def _effect(random, planted: float, sigma: float, tau: float, n: int) -> paired_stats.Effect:
+    return paired_stats.effect(planted + tau * random.normal() + sigma * random.normal(size=n), process_sigma=tau)

@@ -1,0 +1,111 @@
+"""What one process hides is pooled from other runs: the pool finds a planted spread, and intervals that use it hold."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from lib.measure.metrics import measurement, paired_stats, process_variance
+from lib.measure.metrics.process_variance import Draw
+
+TRIALS = 400
+ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No pool of a surrounding build."""
+    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
+    process_variance._read.cache_clear()
+
+
+def draws(tau: float, count: int, error: float = 0.004, seed: int = 0) -> list[Draw]:
+    """Controls of `count` processes whose true spread between processes is `tau`."""
+    random = np.random.default_rng(seed)
+    return [Draw("cpu", "decode", tau * random.normal() + error * random.normal(), error) for _ in range(count)]
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.01, 0.02])
+def test_the_pool_finds_the_planted_spread(tau):
+    assert process_variance.pool(draws(tau, 300)).sigma == pytest.approx(tau, rel=0.15)
+
+
+def test_few_draws_stay_near_the_prior_and_none_is_the_prior():
+    assert process_variance.pool([]).sigma == pytest.approx(process_variance.PRIOR_SIGMA)
+    assert "prior" in process_variance.pool([]).source
+    few = process_variance.pool(draws(0.0, 3, error=0.001))
+    assert process_variance.LEAST_SIGMA < few.sigma < process_variance.PRIOR_SIGMA and "3 controls" in few.source
+    assert process_variance.pool(draws(0.0, 500)).sigma == process_variance.LEAST_SIGMA
+
+
+def test_one_disturbed_run_does_not_blind_all_later_ones():
+    mixed = [*draws(0.005, 40), Draw("cpu", "decode", 0.8, 0.01)]
+    assert process_variance.pool(mixed).sigma < 3 * process_variance.pool(draws(0.005, 40)).sigma
+
+
+def test_the_pool_is_read_by_device_and_workload(tmp_path, monkeypatch):
+    many = [*draws(0.003, 60), *(Draw("cpu", "prefill", *pair) for pair in [(0.03, 0.001), (-0.03, 0.001)] * 20)]
+    path = process_variance.write(tmp_path / process_variance.NAME, process_variance.table(many))
+    monkeypatch.setenv(process_variance.VARIABLE, str(path))
+    decode, prefill = (process_variance.between_processes(name) for name in ("decode", "prefill"))
+    other = process_variance.between_processes("a new workload")
+    assert decode.sigma < other.sigma < prefill.sigma and other.draws == 100
+    path.write_text("damaged")
+    process_variance._read.cache_clear()
+    assert process_variance.between_processes("decode").draws == 0
+    assert json.loads(process_variance.write(path, process_variance.table(many)).read_text())["cpu"]["*"]["draws"] == 100
+
+
+def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_counted():
+    """A standard deviation of 2 % between processes, invisible inside them: a third of equal arms would be called."""
+    random, tau = np.random.default_rng(0), 0.02
+
+    def verdicts(process_sigma: float) -> list[str]:
+        words = []
+        for _ in range(TRIALS):
+            shift = tau * random.normal()
+            other = np.exp(shift + 0.02 * random.normal(size=12))
+            words.append(
+                measurement.from_samples(
+                    "prefill_tokens_per_second", "prefill", [1.0] * 12, other, source="test", floor=0.01,
+                    process_sigma=process_sigma,
+                ).verdict
+            )  # fmt: skip
+        return words
+
+    def called(words: list[str]) -> int:
+        return sum(word in ("better", "worse") for word in words)
+
+    assert called(verdicts(0.0)) > 4 * ALLOWED
+    assert called(verdicts(tau)) <= ALLOWED
+
+
+def test_the_process_is_the_unit_of_replication():
+    random, tau, processes, rounds = np.random.default_rng(1), 0.02, 6, 2
+    called = 0
+    for _ in range(TRIALS):
+        shift_P = tau * random.normal(size=processes)
+        d_N = np.repeat(shift_P, rounds) + 0.01 * random.normal(size=processes * rounds)
+        effect = paired_stats.effect(d_N, [number for number in range(processes) for _ in range(rounds)])
+        called += effect.low > 0 or effect.high < 0
+    assert called <= ALLOWED and effect.processes == processes
+    means = paired_stats.process_means([1.0, 3.0, 5.0, 7.0], [1, 1, 0, 0])
+    assert means.tolist() == [6.0, 2.0]
+    low, high = paired_stats.student_interval([0.0, 2.0])
+    assert low == pytest.approx(1 - 12.706, abs=0.01) and high == pytest.approx(1 + 12.706, abs=0.01)
+    assert paired_stats.student_interval([1.0]) == (-math.inf, math.inf)
+
+
+def test_a_stored_measurement_is_judged_again_from_its_own_fields():
+    for ratio, disturbed in ((1.2, ()), (1.001, ()), (0.8, ()), (1.2, ("other processes took 40% of our cores",))):
+        values = [ratio * (1 + 0.002 * (number % 3 - 1)) for number in range(12)]
+        made = measurement.from_samples(
+            "prefill_tokens_per_second", "prefill", [1.0] * 12, values, source="test", floor=0.004,
+            process_sigma=0.002, disturbed=disturbed,
+        )  # fmt: skip
+        assert measurement.judge_again(made).verdict == made.verdict
+        turned = made.model_copy(update={"verdict": "better" if made.verdict != "better" else "worse"})
+        assert measurement.judge_again(turned).verdict != turned.verdict
+    assert made.verdict == "inconclusive" and made.disturbed == 1

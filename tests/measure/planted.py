@@ -1,0 +1,216 @@
+"""Effects whose size is known, planted end to end in real models: does the workbench find them, and nothing else?
+
+    python tests/measure/planted.py [NUMBER …] [--short] [--model NAME]
+
+Runs the experiments with these numbers (default: all), each repetition in a fresh process, and prints what was expected
+and what was seen. `--short` repeats less. Exit code 1 where one falls short. Run it on a machine without other work.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+MODEL = "qwen3-4b-instruct-2507"
+CALLED = {"better", "worse"}
+Rows = list[dict[str, Any]]  # measurements as JSON
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table: what was planted, what was expected and seen, and whether that holds."""
+
+    planted: str
+    expected: str
+    seen: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """How often things are repeated, and at which effort."""
+
+    times: int
+    draws: int
+    effort: str
+
+
+LONG, SHORT = Size(20, 200, "standard"), Size(3, 60, "quick")
+
+
+def nothing_removed(size: Size, model: str) -> list[Finding]:
+    """1. Pruning with ratio 0: at most one verdict in twenty is better or worse, quality is identical."""
+    runs = repeat("pruned_by_nothing", size.times, model=model, effort=size.effort)
+    findings = []
+    for metric in sorted({row["metric"] for rows in runs for row in rows}):
+        words = Counter(row["verdict"] for rows in runs for row in rows if row["metric"] == metric)
+        called = sum(words[word] for word in (*CALLED, "not_maintained"))
+        total = sum(words.values())
+        seen = ", ".join(f"{count} {word}" for word, count in words.most_common())
+        findings.append(Finding(metric, f"at most {most(total)} of {total} called", seen, called <= most(total)))
+    scores = [row for rows in runs for row in rows if row["dimension"] == "accuracy" and row["optimized"] is not None]
+    equal = sum(row["verdict"] in ("maintained", "equivalent", "informative") for row in scores)
+    return [*findings, Finding("quality", "identical", f"{equal} of {len(scores)} the same", equal == len(scores))]
+
+
+def more_work(size: Size, model: str) -> list[Finding]:
+    """2. Additional matrix work: intervals hold the truth, 10 % is always seen, 0 % never."""
+    findings = []
+    for share in (0.0, 0.03, 0.05, 0.10):
+        runs = repeat("slowed", size.times, model=model, effort=size.effort, share=share)
+        for workload in ("prefill", "decode"):
+            rows = [row for rows in runs for row in rows if row["workload"] == workload and row["unit"] == "tokens/s"]
+            truth = float(np.mean([math.log(row["ratio"]) for row in rows]))
+            inside = sum(math.log(row["ci"][0]) <= truth <= math.log(row["ci"][1]) for row in rows)
+            words = Counter(row["verdict"] for row in rows)
+            least = len(rows) - most(len(rows))
+            good = inside >= least
+            if share == 0.0:
+                good &= not words["better"] and not words["worse"]
+                expected = "never called"
+            else:
+                good &= not words["better"]
+                found = {0.03: 0, 0.05: least, 0.10: len(rows)}[share]
+                good &= words["worse"] >= found
+                expected = f"worse at least {found} times"
+            seen = f"{math.expm1(-truth):+.1%}; {inside} of {len(rows)} intervals hold it; {_listed(words)}"
+            findings.append(Finding(f"{share:.0%} more work, {workload}", f"{least} hold; {expected}", seen, bool(good)))
+    return findings
+
+
+def held_memory(size: Size, model: str) -> list[Finding]:
+    """3. A block of memory held in every child: found within 1 MB, nothing is not found."""
+    findings = []
+    for megabytes in (0, 5, 20, 40):
+        rows = repeat("holding", 1, model=model, effort=size.effort, megabytes=megabytes)[0]
+        for row in rows:
+            if row["optimized"] is None or row["metric"] not in ("peak_memory_bytes", "peak_tensor_bytes"):
+                continue
+            added = (row["optimized"] - row["baseline"]) / 2**20
+            good = abs(added - megabytes) <= 1 and (megabytes > 0 or row["verdict"] not in CALLED)
+            seen = f"{added:+.2f} MB, {row['verdict']}"
+            findings.append(Finding(f"{megabytes} MB, {row['metric']}", "within 1 MB", seen, good))
+    return findings
+
+
+def lost_answers(size: Size, model: str) -> list[Finding]:
+    """4. Answers changed so that the true loss is the margin: maintained in at most 5 % of the draws."""
+    rows = repeat("losing", 1, model=model, draws=size.draws)[0]
+    findings = []
+    for row in rows:
+        allowed = most(row["draws"])
+        seen = f"{row['maintained']} of {row['draws']} maintained"
+        findings.append(Finding(row["metric"], f"at most {allowed}", seen, row["maintained"] <= allowed))
+    return findings
+
+
+def ten_processes(size: Size, model: str) -> list[Finding]:
+    """5. One record in ten processes: the intervals hold the pooled mean, for peaks and processor time too."""
+    runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, share=0.0, memory=True)
+    findings = []
+    for key in sorted({(row["metric"], row["workload"]) for rows in runs for row in rows if row["ci"]}):
+        rows = [row for rows in runs for row in rows if (row["metric"], row["workload"]) == key and row["ci"]]
+        truth = float(np.mean([math.log(row["ratio"]) for row in rows]))
+        inside = sum(math.log(row["ci"][0]) <= truth <= math.log(row["ci"][1]) for row in rows)
+        least = len(rows) - most(len(rows))
+        findings.append(Finding(" ".join(key), f"{least} of {len(rows)} hold", f"{inside} hold", inside >= least))
+    return findings
+
+
+def a_neighbour(size: Size, model: str) -> list[Finding]:
+    """7. A neighbour that streams memory in every other stretch of time: two equal arms are never called."""
+    script = "import numpy,time\na=numpy.ones(2**24)\nwhile True:\n e=time.time()+.25\n while time.time()<e: a.copy()\n time.sleep(.25)"
+    beside = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    try:
+        runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, share=0.0)
+    finally:
+        for process in beside:
+            process.kill()
+    words = Counter(row["verdict"] for rows in runs for row in rows if row["noise_floor"] is not None)
+    called = words["better"] + words["worse"]
+    return [Finding("a neighbour in memory", "never better or worse", _listed(words), called == 0)]
+
+
+def swapped(size: Size, model: str) -> list[Finding]:
+    """8. Arms swapped: ratios inverted, verdicts mirrored, on the same times and on new ones."""
+    there = repeat("slowed", 1, model=model, effort=size.effort, share=0.3)[0]
+    back = repeat("slowed", 1, model=model, effort=size.effort, share=0.3, swap=True)[0]
+    mirrored = {"better": "worse", "worse": "better"}
+    findings = []
+    for one, other in zip(there, back):
+        if one["noise_floor"] is None:
+            continue
+        product = math.log(one["ratio"]) + math.log(other["ratio"])
+        wide = sum(math.log(row["ci"][1] / row["ci"][0]) / 2 for row in (one, other))
+        good = other["verdict"] == mirrored.get(one["verdict"], one["verdict"]) and abs(product) <= wide
+        seen = f"{one['ratio']:.3f} {one['verdict']}, {other['ratio']:.3f} {other['verdict']}"
+        findings.append(Finding(f"swapped, {one['metric']}", "inverted and mirrored", seen, good))
+    return findings
+
+
+EXPERIMENTS: dict[int, Callable[[Size, str], list[Finding]]] = {
+    1: nothing_removed,
+    2: more_work,
+    3: held_memory,
+    4: lost_answers,
+    5: ten_processes,
+    7: a_neighbour,
+    8: swapped,
+}  # 6, the twin builds: tests/measure/twins.py
+
+
+def most(count: int) -> int:
+    """Return how many of `count` may go wrong: one in twenty, and one of fewer."""
+    return max(1, count // 20) if count > 3 else 0
+
+
+def _listed(words: Counter) -> str:
+    return ", ".join(f"{count} {word}" for word, count in words.most_common())
+
+
+def repeat(arm: str, times: int, **options: Any) -> list[Rows]:
+    """Run `planted_arms.<arm>` in `times` fresh processes, one after the other; return the rows of each."""
+
+    def once(number: int) -> Rows:
+        request = json.dumps({"arm": arm, "number": number, **options})
+        command = [sys.executable, "-m", "tests.measure.planted_arms", request]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(1) as one_at_a_time:
+        return list(one_at_a_time.map(once, range(times)))
+
+
+def main() -> int:
+    """Run the experiments asked for and print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", type=int, nargs="*", choices=[*EXPERIMENTS, []], metavar="NUMBER")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--model", default=MODEL)
+    options = parser.parse_args()
+    good = True
+    print("| planted | expected | seen | holds |\n|---|---|---|---|")
+    for number in options.numbers or EXPERIMENTS:
+        for finding in EXPERIMENTS[number](SHORT if options.short else LONG, options.model):
+            word = "yes" if finding.holds else "**no**"
+            print(f"| {number}. {finding.planted} | {finding.expected} | {finding.seen} | {word} |", flush=True)
+            good &= finding.holds
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Holds builds of one commit against each other: no cell may say better in one and worse in the other, and at least
+95 % of the judged measurements must carry the same verdict in any two.
+
+    python tests/measure/twins.py FOLDER FOLDER [FOLDER …]
+
+Prints, for any two builds, the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where
+two builds contradict each other, or agree in less than 95 %.
+"""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lib.measure.metrics.catalogue import DIMENSIONS  # noqa: E402
+from lib.report.records import record  # noqa: E402
+from lib.report.records.record import Record  # noqa: E402
+
+NOT_JUDGED = {"informative", "unavailable"}
+LOST = {"worse", "not_maintained"}
+AGREEMENT = 0.95
+Key = tuple[str, str, str]  # run, metric or dimension, workload
+
+
+def verdicts(records: Mapping[str, Record]) -> dict[Key, str]:
+    """Return the verdict of every measurement."""
+    return {
+        (stem, measured.metric, measured.workload): measured.verdict
+        for stem, recorded in records.items()
+        for measured in recorded.measurements
+    }
+
+
+def cells(records: Mapping[str, Record]) -> dict[Key, str]:
+    """Return the word of every run in every dimension."""
+    return {
+        (stem, name, ""): getattr(recorded.verdict, name) for stem, recorded in records.items() for name in DIMENSIONS
+    }
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether two words say the opposite of each other."""
+    pair = {one, other}
+    return "better" in pair and bool(pair & LOST) or pair == {"maintained", "not_maintained"}
+
+
+def hold(one: Mapping[Key, str], other: Mapping[Key, str]) -> tuple[dict[Key, tuple[str, str]], int]:
+    """Return what differs among the keys that are judged in either, and how many these are."""
+    judged = [key for key in one.keys() & other.keys() if {one[key], other[key]} - NOT_JUDGED]
+    return {key: (one[key], other[key]) for key in sorted(judged) if one[key] != other[key]}, len(judged)
+
+
+def table(differing: Mapping[Key, tuple[str, str]], judged: Iterable[Key], part: int) -> list[str]:
+    """Return a line per metric (`part` 1) or notebook (`part` 0) in which something differs."""
+
+    def name(key: Key) -> str:
+        return key[part].split("--")[0]
+
+    total, words = Counter(name(key) for key in judged), defaultdict(Counter)
+    for key, pair in differing.items():
+        words[name(key)][" / ".join(sorted(pair))] += 1
+    rows = sorted(words.items(), key=lambda row: -sum(row[1].values()))
+    return [
+        f"  {who}: {sum(kinds.values())} of {total[who]} differ ({', '.join(f'{n} {k}' for k, n in kinds.items())})"
+        for who, kinds in rows
+    ]
+
+
+def compare(one: Mapping[str, Record], other: Mapping[str, Record]) -> tuple[list[str], bool]:
+    """Return the lines on two builds, and whether they hold."""
+    lines, holds = [], True
+    for what, words in (("cells", cells), ("measurements", verdicts)):
+        first, second = words(one), words(other)
+        differing, judged = hold(first, second)
+        opposite = {key: pair for key, pair in differing.items() if contradict(*pair)}
+        share = 1 - len(differing) / judged if judged else 1.0
+        holds &= not opposite and (what == "cells" or share >= AGREEMENT)
+        lines.append(f"{what}: {judged} judged, {share:.1%} the same, {len(opposite)} contradictions")
+        lines += [f"  CONTRADICTION {' '.join(key)}: {pair[0]} / {pair[1]}" for key, pair in opposite.items()]
+        keys = [key for key in first.keys() & second.keys() if {first[key], second[key]} - NOT_JUDGED]
+        lines += table(differing, keys, 1) + (table(differing, keys, 0) if what == "measurements" else [])
+    return lines, holds
+
+
+def main(folders: list[str]) -> int:
+    """Print the comparison of any two folders; return the exit code."""
+    if len(folders) < 2:
+        print(__doc__)
+        return 2
+    builds = {name: {item.stem: item for item in record.read_folder(Path(name))[0]} for name in folders}
+    good = True
+    for one, other in combinations(folders, 2):
+        lines, holds = compare(builds[one], builds[other])
+        print(f"{one} and {other}: {'hold' if holds else 'DO NOT HOLD'}")
+        print("\n".join(lines))
+        good &= holds
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
