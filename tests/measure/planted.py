@@ -86,7 +86,9 @@ def more_work(size: Size, model: str) -> list[Finding]:
                 good &= words["worse"] >= found
                 expected = f"worse at least {found} times"
             seen = f"{math.expm1(-truth):+.1%}; {inside} of {len(rows)} intervals hold it; {_listed(words)}"
-            findings.append(Finding(f"{share:.0%} more work, {workload}", f"{least} hold; {expected}", seen, bool(good)))
+            findings.append(
+                Finding(f"{share:.0%} more work, {workload}", f"{least} hold; {expected}", seen, bool(good))
+            )
     return findings
 
 

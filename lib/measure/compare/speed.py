@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.measure.compare import replication
 from lib.measure.metrics import measurement, paired_stats, process_variance, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
@@ -136,41 +137,63 @@ def compare(
     }
     measurements: list[Measurement] = []
     timed: dict[str, Timed] = {}
-    again, reason = separate_copy(baseline)
+    models = baseline, optimized
+    arms, used = {}, {}
     for name in names:
-        arms = _workload(name, baseline, prompt_BT, effort), _workload(name, optimized, prompt_BT, effort)
-        workloads.assert_same_conditions(*arms, except_for=except_for)
-        base_cost, base_use = _cost(baseline, arms[0], baseline_costs or {})
-        opt_cost, opt_use = _cost(optimized, arms[1], costs or {})
-        third = _workload(name, again, prompt_BT, effort)
-        third()
-        pairs, control = with_control(*arms, third, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch)
-        timed[name] = Timed(*arms, pairs, control, (base_cost, opt_cost))
+        arms[name] = _workload(name, baseline, prompt_BT, effort), _workload(name, optimized, prompt_BT, effort)
+        workloads.assert_same_conditions(*arms[name], except_for=except_for)
+        used[name] = _cost(baseline, arms[name][0], baseline_costs), _cost(optimized, arms[name][1], costs)
+    pairs, details = _pairs(models, arms, prompt_BT, effort, seed, except_for)
+    for name, ((base_cost, base_use), (opt_cost, opt_use)) in used.items():
+        timed[name] = Timed(*arms[name], *pairs[name], (base_cost, opt_cost))
         measurements += _explained(name, timed[name], hints, peaks)
-        judged = pairs.baseline_seconds, pairs.optimized_seconds
-        measurements += full_depth.speed(name, arms, (baseline, optimized), judged)
+        judged = pairs[name][0].baseline_seconds, pairs[name][0].optimized_seconds
+        measurements += full_depth.speed(name, arms[name], models, judged)
         measurements += _cpu_use(name, timed[name], (base_use, opt_use))
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
-        arms = timed[name].baseline, timed[name].optimized
         device = weight.device.type
-        measurements += energy.per_token(*arms, workload=name, blocks=effort.blocks, device=device, seed=seed)
-    details = _details(timed, peaks) | ({"control": reason} if reason else {})
-    return Compared(measurements, timed, details, peaks)
+        measurements += energy.per_token(*arms[name], workload=name, blocks=effort.blocks, device=device, seed=seed)
+    return Compared(measurements, timed, _details(timed, peaks) | details, peaks)
+
+
+def _pairs(
+    models: tuple[nn.Module, nn.Module],
+    arms: Mapping[str, tuple[Workload, Workload]],
+    prompt_BT: torch.Tensor,
+    effort: Effort,
+    seed: int,
+    except_for: Sequence[str],
+) -> tuple[dict[str, tuple[Pairs, Pairs]], dict[str, object]]:
+    """Return pairs and A/A control of every workload, from several fresh processes where the models' files hold all
+    that they are, else from this one; and why, for the record.
+    """
+    pairs, reason = replication.in_processes(models, arms, prompt_BT, effort, seed=seed, except_for=except_for)
+    if not reason:
+        return pairs, {}
+    details: dict[str, object] = {"timed in one process": reason}
+    again, shared = separate_copy(models[0])
+    if shared:
+        details["control"] = shared
+    for name, works in arms.items():
+        third = _workload(name, again, prompt_BT, effort)
+        third()
+        pairs[name] = with_control(*works, third, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch)
+    return pairs, details
 
 
 def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
     return workloads.standard(name, model, prompt_BT, effort.new_tokens, effort.batch)
 
 
-def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any]) -> tuple[Cost, Use]:
+def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any] | None) -> tuple[Cost, Use]:
     """Return FLOPs and bytes of one call, with the experts that its steps really use, and the CPU's use; both from one
     call that is not judged.
     """
     with expert_usage.counted(model) as usage:
         use = cpu.use(work, 0.0)
     work.step_seconds.clear()
-    return cost_model.of(model, work, hit=usage.mean(work.batch), **options), use
+    return cost_model.of(model, work, hit=usage.mean(work.batch), **(options or {})), use
 
 
 def _quantity(metric: str, work: Workload) -> float:
@@ -186,7 +209,26 @@ def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceiling
     for metric in METRICS_OF[name]:
         rate = measurement.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
         rates.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
+    rates += _processor_time(name, timed)
     return rates + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
+
+
+def _processor_time(name: str, timed: Timed) -> list[Measurement]:
+    """Return processor seconds per token, from the same turns as the wall time."""
+    pairs, control = timed.pairs, timed.control
+    if not pairs.cpu_seconds or not control.cpu_seconds:
+        return []
+    tokens = timed.baseline.tokens
+    per_token = [[seconds / tokens for seconds in times] for times in (*pairs.cpu_seconds, *control.cpu_seconds)]
+    if min(map(min, per_token)) <= 0:
+        reason = "the processor's clock did not move within a turn"
+        return [measurement.unavailable("cpu_seconds_per_token", name, reason)]
+    base, opt, control_base, copy = per_token
+    floor = paired_stats.noise_floor(paired_stats.differences(control_base, copy), control.process)
+    source = f"user and system time of this process, {pairs.describe()}"
+    disturbed = [reason for reason in pairs.disturbed if reason]
+    options: dict[str, Any] = {"source": source, "floor": floor, "process": pairs.process, "disturbed": disturbed}
+    return [measurement.from_samples("cpu_seconds_per_token", name, base, opt, **options)]
 
 
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:

@@ -175,6 +175,11 @@ def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_fo
         raise ValueError(f"the arms are not comparable: they differ in {', '.join(differing)}")
 
 
+def output_hash(work: Workload) -> str:
+    """Return a hash of the tokens of the last call, by which two arms are known to have done the same."""
+    return "" if work.output_BN is None else hashlib.sha256(work.output_BN.cpu().numpy().tobytes()).hexdigest()[:12]
+
+
 @torch.inference_mode()
 def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
     """Run the prompt; return the first greedy token [B, 1] and the new cache."""

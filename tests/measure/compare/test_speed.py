@@ -77,7 +77,9 @@ def test_the_control_is_a_copy_in_the_same_rounds(tiny, monkeypatch):
         assert sorted(blocks.order) == ["AB"] * 3 + ["BA"] * 3 and "3 arms a round" in blocks.describe()
     (use,) = (measured for measured in compared.measurements if measured.metric == "cpu_utilisation")
     assert 0 < use.baseline < 1.2 and 0 < use.optimized < 1.2
-    assert compared.measurements[0].n == 6 and compared.measurements[0].noise_floor == pytest.approx(control.floor(0.0), abs=0.05)
+    assert compared.measurements[0].n == 6 and compared.measurements[0].noise_floor == pytest.approx(
+        control.floor(0.0), abs=0.05
+    )
 
 
 def test_cost_options_reach_the_prediction(tiny):

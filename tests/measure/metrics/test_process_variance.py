@@ -55,7 +55,9 @@ def test_the_pool_is_read_by_device_and_workload(tmp_path, monkeypatch):
     path.write_text("damaged")
     process_variance._read.cache_clear()
     assert process_variance.between_processes("decode").draws == 0
-    assert json.loads(process_variance.write(path, process_variance.table(many)).read_text())["cpu"]["*"]["draws"] == 100
+    assert (
+        json.loads(process_variance.write(path, process_variance.table(many)).read_text())["cpu"]["*"]["draws"] == 100
+    )
 
 
 def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_counted():

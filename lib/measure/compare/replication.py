@@ -1,0 +1,102 @@
+"""Times two models in several fresh processes, by way of their saved files; says why where that cannot be done.
+
+Only a model that a file holds whole can be timed so: one with hooks, replaced methods or another attention would be
+loaded as something else. Its files are therefore loaded once here and compared, and so are the tokens that every
+process produces. Knows nothing of how the models differ.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.metrics import pairs
+from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.settings import Effort
+from lib.measure.roofline import cost_model
+from lib.measure.timing import processes, workloads
+from lib.measure.timing.children import Arm
+from lib.measure.timing.processes import ChildFailed
+from lib.measure.timing.workloads import Workload
+from lib.models.checkpoints import io
+from lib.models.structure.signature import signature
+
+LARGEST_BYTES = 2**30  # of one model: each process loads three
+ROUNDS = 2  # in each process; of many blocks three
+MANY_BLOCKS = 24
+
+Arms = tuple[Workload, Workload]
+
+
+def in_processes(
+    models: tuple[nn.Module, nn.Module],
+    arms: Mapping[str, Arms],
+    prompt_BT: torch.Tensor,
+    effort: Effort,
+    *,
+    seed: int = 0,
+    except_for: Sequence[str] = (),
+) -> tuple[dict[str, tuple[Pairs, Pairs]], str | None]:
+    """Return, for every workload of `arms`, the pairs of (baseline, optimized) and of (baseline, its copy), and None;
+    or nothing, and why the models cannot be timed in processes of their own.
+
+    `arms` have been called once: their tokens are held against those of the processes.
+    """
+    if reason := _unfit(models):
+        return {}, reason
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / name for name in ("baseline", "optimized")]
+        try:
+            for model, place in zip(models, places):
+                io.save(model, place)
+                if signature(io.load_folder(place, dtype=_dtype(model))) != signature(model):
+                    return {}, f"the {place.name} model is more than its files hold"
+            replicates = processes.replicate(
+                *(_arm(model, place) for model, place in zip(models, places)),
+                list(arms),
+                prompt_BT=prompt_BT,
+                new_tokens=effort.new_tokens,
+                batch=effort.batch,
+                rounds=rounds(effort),
+                processes=effort.blocks // rounds(effort),
+                seed=seed,
+                except_for=except_for,
+            )
+        except (UserError, ValueError, RuntimeError, OSError) as error:  # refused, or a process that failed
+            return {}, str(error) or type(error).__name__
+    for name, works in arms.items():
+        expected = [workloads.output_hash(work) for work in works]
+        for replicate in replicates[name]:
+            if [replicate.outputs["baseline"], replicate.outputs["optimized"]] != expected:
+                return {}, f"{name}: the saved models do not answer as those in memory do"
+    return {name: _joined(parts) for name, parts in replicates.items()}, None
+
+
+def rounds(effort: Effort) -> int:
+    """Return the rounds in each process."""
+    return ROUNDS if effort.blocks < MANY_BLOCKS else ROUNDS + 1
+
+
+def _joined(parts: Sequence[processes.Replicate]) -> tuple[Pairs, Pairs]:
+    of_processes = [part.rounds for part in parts]
+    optimized = pairs.join([part.pairs("baseline", "optimized") for part in of_processes])
+    return optimized, pairs.join([part.pairs("baseline", "copy") for part in of_processes])
+
+
+def _unfit(models: Sequence[nn.Module]) -> str | None:
+    if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
+        return "only models in a processor's memory are timed in processes of their own"
+    if max(cost_model.weights_bytes(model) for model in models) > LARGEST_BYTES:
+        return f"models of more than {LARGEST_BYTES / 2**30:.0f} GiB are timed in one process"
+    return None
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _arm(model: nn.Module, place: Path) -> Arm:
+    return Arm(folder=str(place), dtype=str(_dtype(model)).removeprefix("torch."))
