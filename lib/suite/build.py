@@ -71,7 +71,8 @@ def build(
 ) -> int:
     """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code.
 
-    `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the Dask scheduler whose workers run it; without one, this machine does.
+    `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the
+    Dask scheduler whose workers run it; without one, this machine does.
     """
     planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)

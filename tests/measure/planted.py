@@ -47,6 +47,16 @@ class Size:
     effort: str
 
 
+NEIGHBOUR = """
+import time
+import numpy
+block = numpy.ones(2**24)
+while True:
+    until = time.time() + 0.25
+    while time.time() < until:
+        block.copy()
+    time.sleep(0.25)
+"""
 LONG, SHORT = Size(20, 200, "standard"), Size(3, 60, "quick")
 
 
@@ -133,8 +143,7 @@ def ten_processes(size: Size, model: str) -> list[Finding]:
 
 def a_neighbour(size: Size, model: str) -> list[Finding]:
     """7. A neighbour that streams memory in every other stretch of time: two equal arms are never called."""
-    script = "import numpy,time\na=numpy.ones(2**24)\nwhile True:\n e=time.time()+.25\n while time.time()<e: a.copy()\n time.sleep(.25)"
-    beside = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    beside = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(2)]
     try:
         runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, share=0.0)
     finally:

@@ -45,7 +45,7 @@ def cells(records: Mapping[str, Record]) -> dict[Key, str]:
 def contradict(one: str, other: str) -> bool:
     """Whether two words say the opposite of each other."""
     pair = {one, other}
-    return "better" in pair and bool(pair & LOST) or pair == {"maintained", "not_maintained"}
+    return ("better" in pair and bool(pair & LOST)) or pair == {"maintained", "not_maintained"}
 
 
 def hold(one: Mapping[Key, str], other: Mapping[Key, str]) -> tuple[dict[Key, tuple[str, str]], int]:

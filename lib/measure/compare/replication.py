@@ -19,7 +19,6 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.measure.timing import processes, workloads
 from lib.measure.timing.children import Arm
-from lib.measure.timing.processes import ChildFailed
 from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io
 from lib.models.structure.signature import signature

@@ -85,7 +85,7 @@ class Compared:
     def control(self) -> list[Measurement]:
         """Return the A/A control as measurements: a copy of the baseline against it, through the same path.
 
-        It is judged by what other runs showed of the variance between processes, not by its own deviation, and can fail.
+        It is judged by what other runs showed of the variance between processes, not by its own deviation: it can fail.
         """
         measurements = []
         for name, timed in self.timed.items():

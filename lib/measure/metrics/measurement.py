@@ -41,10 +41,10 @@ class Measurement(BaseModel):
     `margin` is the practical margin behind the verdict, as in the catalogue (a share of the baseline, or in the
     metric's unit), and `bound` the one-sided 95 % bound of the change that was compared with it, in the same terms;
     both None where no margin was applied. `reason` says why a number is missing, why the result is inconclusive, or why
-    the realised gain differs from the predicted one. `process_sigma` is the standard deviation between processes (natural
-    logarithm) that interval and floor include, `processes` the number of processes that were timed; both None where
-    neither applies. `disturbed` counts the pairs that were disturbed and could not be repeated. `predicted` is the speed-up that the physical bounds allow,
-    `realised` the share of it that was measured.
+    the realised gain differs from the predicted one. `process_sigma` is the standard deviation between processes
+    (natural logarithm) that interval and floor include, `processes` the number of processes that were timed; both None
+    where neither applies. `disturbed` counts the pairs that were disturbed and could not be repeated. `predicted` is
+    the speed-up that the physical bounds allow, `realised` the share of it that was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
