@@ -18,7 +18,7 @@ from tests.report import samples
 from tests.suite import workbench
 
 TOKEN = "browser-test"
-# One that needs no model, with as many figures as it has; and one that prunes a stand-in, with at least so many.
+# One that needs no model, with as many figures as it has; and one that prunes a proxy model, with at least so many.
 TEMPLATES = {"overview": 2 + len(DIMENSIONS), "structured_pruning": 5}
 SETTINGS = {
     # The whole notebook is kept in the page, so that all of it can be looked at.

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.hooks import RemovableHandle
 
 from lib.models.proxies.attention_supervision import supervised_forward
-from lib.models.proxies.batches import ANSWER, IGNORED, REPEAT, TEXT, TrainingBatch, TrainingBatches
 from lib.models.proxies.config import TrainingConfig
 from lib.models.proxies.muon import MatrixMuon
 from lib.models.proxies.router_balance import RouterBalance
+from lib.models.proxies.training_data.batches import ANSWER, IGNORED, REPEAT, TEXT, TrainingBatch, TrainingBatches
 from lib.models.structure.anatomy import anatomy
 
 ATTENTION = -1  # beside the kinds of tokens: the loss of the supervised heads

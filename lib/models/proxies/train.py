@@ -23,11 +23,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lib.errors import UserError
 from lib.models import parameters
 from lib.models.checkpoints import io
-from lib.models.proxies.batches import TrainingBatches
 from lib.models.proxies.evaluation import classification_scores, scores
 from lib.models.proxies.loop import TrainingRun
 from lib.models.proxies.model_card import read_history, readme, write_history
 from lib.models.proxies.proxy_model import ProxyModel, training_config, untrained_proxy
+from lib.models.proxies.training_data.batches import TrainingBatches
 from lib.models.proxies.upcycling import copy_weights
 
 LOG = logging.getLogger(__name__)

@@ -12,12 +12,13 @@ import torch
 from lib.errors import UserError
 from lib.models import loading, parameters
 from lib.models.checkpoints import io
-from lib.models.proxies import evaluation, loop, prompts, proxy_model, teacher, tokenizer, train
-from lib.models.proxies.batches import ANSWER, IGNORED, REPEAT, TrainingBatches
+from lib.models.proxies import evaluation, loop, proxy_model, tokenizer, train
 from lib.models.proxies.config import RENAMED, TrainingConfig, present_keys
 from lib.models.proxies.model_card import page, read_history
 from lib.models.proxies.muon import MatrixMuon
 from lib.models.proxies.router_balance import RouterBalance
+from lib.models.proxies.training_data import prompts, teacher
+from lib.models.proxies.training_data.batches import ANSWER, IGNORED, REPEAT, TrainingBatches
 from lib.models.proxies.upcycling import copy_weights
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus, tasks

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.models.proxies import prompts
 from lib.models.proxies.config import TrainingConfig
+from lib.models.proxies.training_data import prompts
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus, tasks
 from lib.models.tasks.retrieval import single_token_chars

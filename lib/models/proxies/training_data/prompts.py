@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.models.proxies import teacher
 from lib.models.proxies.config import TrainingConfig
+from lib.models.proxies.training_data import teacher
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import tasks
 
