@@ -3,8 +3,9 @@
 
     python tests/measure/twins.py FOLDER FOLDER [FOLDER …]
 
-Prints, for any two builds, the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where
-two builds contradict each other, or agree in less than 95 %.
+Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and for any
+two builds the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where one of these does
+not hold.
 """
 
 import sys
@@ -86,6 +87,22 @@ def compare(one: Mapping[str, Record], other: Mapping[str, Record]) -> tuple[lis
     return lines, holds
 
 
+def controls(records: Mapping[str, Record]) -> tuple[list[str], bool]:
+    """Return the lines on the A/A controls of a build, and whether at most one in twenty was called."""
+    judged = [
+        (stem, measured)
+        for stem, recorded in records.items()
+        for control in recorded.controls
+        if control.name == "A/A"
+        for measured in control.measurements
+        if measured.verdict not in NOT_JUDGED
+    ]
+    called = [(stem, measured) for stem, measured in judged if measured.verdict in ("better", "worse")]
+    lines = [f"A/A: {len(called)} of {len(judged)} called"]
+    lines += [f"  {stem} {m.metric} {m.workload}: {m.verdict} at {m.ratio:.3f}" for stem, m in called]
+    return lines, len(called) <= max(1, len(judged) // 20)
+
+
 def main(folders: list[str]) -> int:
     """Print the comparison of any two folders; return the exit code."""
     if len(folders) < 2:
@@ -93,6 +110,11 @@ def main(folders: list[str]) -> int:
         return 2
     builds = {name: {item.stem: item for item in record.read_folder(Path(name))[0]} for name in folders}
     good = True
+    for name, records in builds.items():
+        lines, holds = controls(records)
+        print(f"{name}, {len(records)} records, {'hold' if holds else 'DO NOT HOLD'}")
+        print("\n".join(lines))
+        good &= holds
     for one, other in combinations(folders, 2):
         lines, holds = compare(builds[one], builds[other])
         print(f"{one} and {other}: {'hold' if holds else 'DO NOT HOLD'}")
