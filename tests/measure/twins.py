@@ -4,8 +4,8 @@
     python tests/measure/twins.py FOLDER FOLDER [FOLDER …]
 
 Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and for any
-two builds the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where one of these does
-not hold.
+two builds the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where one of these
+does not hold.
 """
 
 import sys
