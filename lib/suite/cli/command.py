@@ -68,6 +68,17 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="run also what is finished already")
 
 
+def _advise_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="M", help="advise on this model (repeatable; default: all)")
+    goals = "latency, throughput, memory, energy, size; with a limit: memory<=8GiB"
+    add("--goal", action="append", default=[], metavar="G", help=f"{goals} (repeatable; default: all)")
+    add("--keep", type=float, default=0.02, metavar="SHARE", help="the most that a score may lose (default: 0.02)")
+    add("--json", action="store_true", help="print plain JSON")
+    add("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+    _out(parser)
+
+
 def parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser, and the parser of each command."""
     top = Parser(
@@ -100,6 +111,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         _out(command)
     for command in (check, compare):
         command.add_argument("--all", action="store_true", help="show every line")
+    _advise_options(add("advise", "what to use on a model for a goal, from the records alone; runs nothing"))
     _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
     add(
         "proxies",
@@ -156,6 +168,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] in SUITES:
         return _build(options, (), arguments[0])
     does = {"run": _run, "report": _report, "coverage": _coverage, "check": _check, "compare": _compare, "list": _list}
+    does["advise"] = _advise
     return does[arguments[0]](options)
 
 
@@ -243,6 +256,12 @@ def _compare(options: argparse.Namespace) -> int:
     from lib.suite.cli import verdicts
 
     return verdicts.compare(options.old, options.new, _folder(options), options.all)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from lib.suite.cli import advise
+
+    return advise.advise(_folder(options), options.model, options.goal, options.keep, options.json)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -1,0 +1,208 @@
+"""From records to a decision: which optimizations serve a goal on a model, which do not, and what cannot be told.
+
+Reads records alone and measures nothing. Never recommends from a number that is inconclusive, not exercised, estimated
+or informative; says of every piece of evidence at which scale it was measured, on which machine and when, and carries
+nothing from one scale or model to another.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lib.errors import UserError, suggest
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import facts, reproduce
+from lib.report.records.record import Record
+from lib.report.records.verdict import gain
+
+Decision = Literal["use", "do not use", "undecided", "not applicable"]
+ORDER: tuple[Decision, ...] = ("use", "undecided", "do not use", "not applicable")
+# Goal → the metrics that serve it, the one that counts most first. A decision rests on the first one that is judged.
+GOALS: dict[str, tuple[str, ...]] = {
+    "latency": ("decode_tokens_per_second", "time_per_output_token_ms", "prefill_tokens_per_second",
+                "time_to_first_token_ms", "generate_tokens_per_second"),
+    "throughput": ("goodput_requests_per_second", "batch_decode_tokens_per_second", "requests_per_second",
+                   "generate_tokens_per_second"),
+    "memory": ("peak_tensor_bytes", "peak_memory_bytes", "kv_cache_peak_bytes", "kv_cache_bytes_per_token",
+               "weights_bytes"),
+    "energy": ("energy_joules_per_token", "cpu_seconds_per_token"),
+    "size": ("weights_bytes", "checkpoint_bytes", "parameters"),
+}  # fmt: skip
+LIMITED = {"memory": "peak_memory_bytes", "size": "weights_bytes"}  # goals that may have a limit, and of what
+UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
+KEEP = 0.02  # points of a score, as a share
+QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "perplexity")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user wants more of (or less), and the most bytes that it may take (None: no limit)."""
+
+    name: str
+    limit_bytes: float | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.limit_bytes is None else f"{self.name}<={self.limit_bytes / 2**30:.3g}GiB"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A measurement behind a decision, with the record that holds it."""
+
+    measurement: Measurement
+    record: Record
+
+    @property
+    def where(self) -> str:
+        """Scale, effort, machine and day, in a few words."""
+        parts = [self.record.scale, self.record.effort, facts.machine(self.record.environment)]
+        return ", ".join(part for part in [*parts, facts.day(self.record.started)] if part)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One optimization, one goal: the decision, why, what it rests on, and the command that would tell more."""
+
+    optimization: str
+    goal: str
+    decision: Decision
+    reason: str
+    evidence: Evidence | None = None
+    quality: list[Measurement] = field(default_factory=list)
+    command: str | None = None
+
+    @property
+    def gain(self) -> float:
+        """The factor gained; 1 where nothing was measured."""
+        value = gain(self.evidence.measurement)[0] if self.evidence else None
+        return value or 1.0
+
+
+def goal(text: str) -> Goal:
+    """Return the goal that `text` names: `latency`, or `memory<=8GiB`. Raises UserError for anything else."""
+    match = LIMIT.fullmatch(text.replace(" ", ""))
+    name = match["name"] if match else re.split(r"[<=>]", text)[0]
+    if match is None or name not in GOALS:
+        raise UserError(f"--goal {text}: expected one of {', '.join(GOALS)}.{suggest(name, GOALS)}")
+    if match["number"] is None:
+        return Goal(name)
+    if name not in LIMITED:
+        raise UserError(f"--goal {text}: only {' and '.join(LIMITED)} take a limit, such as memory<=8GiB")
+    if match["unit"] not in UNITS:
+        raise UserError(
+            f'--goal {text}: unknown unit "{match["unit"]}"; expected one of {", ".join(filter(None, UNITS))}'
+        )
+    return Goal(name, float(match["number"]) * UNITS[match["unit"]])
+
+
+def advise(records: Iterable[Record], model: str, goals: Sequence[Goal], keep: float = KEEP) -> list[Advice]:
+    """Return advice on every optimization that has a record of `model`, for every goal: what to use first, the largest
+    gain first.
+
+    `keep` is the most that a score may lose (a share); perplexity keeps its own margin. Raises UserError where there is
+    no record of the model.
+    """
+    own = [record for record in records if record.model == model]
+    if not own:
+        raise UserError(f'no record of "{model}"; run first: python build.py run --model {model}')
+    advice = [_advise(record, wanted, keep) for wanted in goals for record in own]
+    names = [wanted.name for wanted in goals]
+    return sorted(advice, key=lambda row: (names.index(row.goal), ORDER.index(row.decision), -row.gain))
+
+
+def _advise(record: Record, goal: Goal, keep: float) -> Advice:
+    """Return the advice that one record gives on one goal."""
+
+    def result(decision: Decision, reason: str, **fields) -> Advice:
+        return Advice(record.optimization, goal.name, decision, reason, **fields)
+
+    if record.status == "not_applicable":
+        return result("not applicable", record.reason or "no reason was recorded")
+    if record.status == "failed":
+        return result("undecided", f"the run failed: {record.reason}", command=reproduce.command(record))
+    served = _serving(record, goal)
+    if served is None:
+        return result("undecided", f"nothing was measured that serves {goal.name}", command=_again(record))
+    evidence = Evidence(served, record)
+    lost, open_question, judged = _quality(record, keep)
+    about = {"evidence": evidence, "quality": judged}
+    if lost:
+        return result("do not use", lost, **about)
+    if served.verdict in ("worse", "equivalent"):
+        word = "worse" if served.verdict == "worse" else "no gain"
+        return result("do not use", f"{word} in what serves {goal.name}", **about)
+    if served.verdict != "better":
+        why = served.reason or f"the number is {served.verdict.replace('_', ' ')}"
+        return result("undecided", why, **about, command=_again(record))
+    if open_question:
+        return result("undecided", open_question, **about, command=_again(record))
+    if goal.limit_bytes is not None and (reason := _beyond(record, goal)):
+        return result("do not use", reason, **about)
+    return result("use", "a gain beyond noise and margin, and quality is kept", **about)
+
+
+def _serving(record: Record, goal: Goal) -> Measurement | None:
+    """Return the measurement that decides: the first metric of the goal with a verdict, else the first known."""
+    known = [
+        m
+        for metric in GOALS[goal.name]
+        for m in record.measurements
+        if m.metric == metric and m.ratio and m.verdict != "invalid"
+    ]
+    judged = [m for m in known if m.verdict in ("better", "worse", "equivalent", "inconclusive")]
+    judged = [m for m in judged if m.provenance != "estimated"]
+    return next(iter(judged or known), None)
+
+
+def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[Measurement]]:
+    """Return why quality is lost, why it cannot be told, and the scores that were looked at."""
+    scores = [m for name in QUALITY for m in record.measurements if m.metric == name and m.verdict != "informative"]
+    if any(m.verdict == "invalid" for m in scores):
+        return "the output has degenerated", None, scores
+    if record.verdict.accuracy == "unavailable" or not scores:
+        reason = next((m.reason for m in record.measurements if m.dimension == "accuracy" and m.reason), None)
+        return None, f"quality was not measured ({reason or 'no score'})", scores
+    unexercised = [m for m in scores if m.verdict == "not_exercised"]
+    for m in scores:
+        word = judged_with(m, keep)
+        if word == "not_maintained":
+            return f"{m.metric} loses more than may be lost", None, scores
+        if word == "inconclusive":
+            return None, f"{m.metric}: {m.reason or 'too few items to tell'}", scores
+    if len(unexercised) == len(scores):
+        return None, "the optimization never acted on the questions that were asked", scores
+    return None, None, scores
+
+
+def judged_with(measurement: Measurement, keep: float) -> str:
+    """Return the verdict on a score with the margin `keep` in place of its own; perplexity keeps its own."""
+    if measurement.metric == "perplexity" or measurement.verdict not in (
+        "maintained", "not_maintained", "inconclusive",
+    ):  # fmt: skip
+        return measurement.verdict
+    if measurement.bound is None:
+        return measurement.verdict
+    if measurement.bound > -keep:
+        return "maintained"
+    base, opt = measurement.baseline or 0.0, measurement.optimized or 0.0
+    return "not_maintained" if opt - base < -keep else "inconclusive"
+
+
+def _beyond(record: Record, goal: Goal) -> str | None:
+    """Return why a record does not keep a limit in bytes, or None."""
+    assert goal.limit_bytes is not None
+    metric = LIMITED[goal.name]
+    reached = [m.optimized for m in record.measurements if m.metric == metric and m.optimized]
+    if not reached:
+        return f"{metric} was not measured, so the limit cannot be held against it"
+    if max(reached) > goal.limit_bytes:
+        return f"takes {max(reached) / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
+    return None
+
+
+def _again(record: Record) -> str:
+    """Return the one command that would tell more: the same run with more effort."""
+    more = {"quick": "standard", "standard": "thorough", "thorough": "thorough"}[record.effort]
+    return reproduce.command(record.model_copy(update={"effort": more}))

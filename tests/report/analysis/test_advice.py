@@ -1,0 +1,107 @@
+"""Advice rests on what was shown: nothing is recommended from an open question."""
+
+import json
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement
+from lib.report.analysis import advice
+from lib.report.records import record
+from lib.suite.cli import advise as command
+from tests.report import samples
+
+MODEL = samples.MODELS[0]
+
+
+def one(record_made, goal: str = "latency", keep: float = 0.02) -> advice.Advice:
+    (row,) = advice.advise([record_made], record_made.model, [advice.goal(goal)], keep)
+    return row
+
+
+def test_a_gain_with_kept_quality_is_recommended_with_its_evidence():
+    row = one(samples.whole("structured_pruning", MODEL, gain=1.4))
+    assert row.decision == "use" and row.evidence.measurement.metric == "decode_tokens_per_second"
+    assert "proxy" in row.evidence.where and "2026-01-31" in row.evidence.where and row.gain > 1.2
+    assert row.command is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "decision"),
+    [
+        ("worse", "do not use"),
+        ("equivalent", "do not use"),
+        ("inconclusive", "undecided"),
+        ("informative", "undecided"),
+    ],
+)
+def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
+    made = samples.whole("structured_pruning", MODEL)
+    turned = [
+        m.model_copy(update={"verdict": verdict}) if m.metric in advice.GOALS["latency"] else m
+        for m in made.measurements
+    ]
+    row = one(made.model_copy(update={"measurements": turned}))
+    assert row.decision == decision
+    assert (row.command is not None) == (decision == "undecided")
+
+
+def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
+    lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
+    assert one(lost).decision == "do not use" and "f1_macro" in one(lost).reason
+    assert one(lost, keep=0.2).decision == "use"
+    strict = one(samples.whole("structured_pruning", MODEL, gain=2.0), keep=0.0001)
+    assert strict.decision != "use"
+
+
+def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open():
+    made = samples.whole("structured_pruning", MODEL)
+    no_scores = [m for m in made.measurements if m.dimension != "accuracy"]
+    no_scores.append(measurement.unavailable("f1_macro", "classify", "random weights"))
+    blind = record.build(made.optimization, MODEL, "slice", "quick", {}, no_scores, environment=samples.ENVIRONMENT)
+    row = one(blind)
+    assert row.decision == "undecided" and "random weights" in row.reason and "--effort standard" in row.command
+
+
+def test_estimated_energy_never_recommends():
+    row = one(samples.whole("structured_pruning", MODEL), "energy")
+    assert row.decision == "undecided"
+
+
+def test_limits_are_held_against_what_was_measured():
+    made = samples.whole("structured_pruning", MODEL)
+    assert one(made, "size<=8GiB").decision == "use"
+    tight = one(made, "size<=1kB")
+    assert tight.decision == "do not use" and "more than" in tight.reason
+    assert advice.goal("memory<=1.5GiB").limit_bytes == 1.5 * 2**30
+
+
+@pytest.mark.parametrize("text", ["speed", "latency<=3ms", "memory<=8stones", "memory>=8GiB", ""])
+def test_a_wrong_goal_is_one_line(text):
+    with pytest.raises(UserError, match="--goal"):
+        advice.goal(text)
+
+
+def test_runs_without_a_result_are_named(tmp_path):
+    skipped = samples.without_result("not_applicable", "no experts", "continuous_nas", MODEL)
+    failed = samples.without_result("failed", "no memory", "automl_components", MODEL)
+    rows = advice.advise([skipped, failed], MODEL, [advice.goal("latency")])
+    assert [row.decision for row in rows] == ["undecided", "not applicable"]
+    assert "no memory" in rows[0].reason and "no experts" in rows[1].reason
+    with pytest.raises(UserError, match="no record"):
+        advice.advise([skipped], "unheard-of", [advice.goal("latency")])
+
+
+def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
+    samples.good(tmp_path / "proxy")
+    assert command.advise(tmp_path / "proxy", [MODEL], ["latency", "size"], 0.02) == 0
+    text = capsys.readouterr().out
+    assert f"{MODEL}, scale proxy" in text and "use: Structured pruning" in text
+    command.advise(tmp_path / "proxy", [MODEL], ["latency"], 0.02, as_json=True)
+    rows = json.loads(capsys.readouterr().out)[MODEL]
+    assert {row["goal"] for row in rows} == {"latency"} and len(rows) == len(samples.OPTIMIZATIONS)
+    assert all(row["evidence"]["record"].endswith(f"--{MODEL}.json") for row in rows if "evidence" in row)
+    with pytest.raises(UserError, match="Did you mean"):
+        command.advise(tmp_path / "proxy", [MODEL[:-1]], ["latency"], 0.02)
+    with pytest.raises(UserError, match="--keep"):
+        command.advise(tmp_path / "proxy", [MODEL], ["latency"], 2.0)
