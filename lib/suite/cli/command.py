@@ -111,6 +111,11 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         _out(command)
     for command in (check, compare):
         command.add_argument("--all", action="store_true", help="show every line")
+    applied = add("apply", "make the optimized checkpoint: --out DIR; with a model card, loaded again and compared")
+    applied.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
+    applied.add_argument("--stack", metavar="FILE", help="apply the stack of this recipe instead of one optimization")
+    applied.add_argument("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
+    _request_options(applied)
     _advise_options(add("advise", "what to use on a model for a goal, from the records alone; runs nothing"))
     _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
     add(
@@ -168,7 +173,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] in SUITES:
         return _build(options, (), arguments[0])
     does = {"run": _run, "report": _report, "coverage": _coverage, "check": _check, "compare": _compare, "list": _list}
-    does["advise"] = _advise
+    does |= {"advise": _advise, "apply": _apply}
     return does[arguments[0]](options)
 
 
@@ -262,6 +267,14 @@ def _advise(options: argparse.Namespace) -> int:
     from lib.suite.cli import advise
 
     return advise.advise(_folder(options), options.model, options.goal, options.keep, options.json)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from lib.suite.cli import apply
+
+    results = Path(options.results).expanduser() if options.results else ROOT / "executed"
+    request = _request(options, options.optimizations)
+    return apply.apply(request, options.stack, options.out, results / options.scale)
 
 
 def _list(options: argparse.Namespace) -> int:
