@@ -265,7 +265,7 @@ def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[ClaimAnswer]:
 
 def arms(compared: Compared, equal: EqualSeconds, beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
     """Return the controls of a record: A/A, absorbed decoding where it was measured, chance and the defaults."""
-    arms = [ThirdArm("A/A", "baseline against itself", compared.control())]
+    arms = [ThirdArm("A/A", "a copy of the baseline", compared.control())]
     if beyond_absorbed:
         exact = "exact, and asks for no search: what the stack gains beyond it"
         arms.append(ThirdArm("absorbed decoding", exact, beyond_absorbed))

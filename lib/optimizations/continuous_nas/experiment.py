@@ -305,7 +305,7 @@ def refutations(
 
 def arms(compared: Compared, comparison: rivals.RivalComparison, equal: EqualEffort) -> list[ThirdArm]:
     """Return the controls of a record: A/A, the rivals at equal latency, random and uniform choices."""
-    return [ThirdArm("A/A", "baseline against itself", compared.control()), *comparison.controls, *equal.controls()]
+    return [ThirdArm("A/A", "a copy of the baseline", compared.control()), *comparison.controls, *equal.controls()]
 
 
 def details(

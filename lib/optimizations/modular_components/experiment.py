@@ -287,7 +287,7 @@ def refutations(
 
 def arms(compared: Compared, measured_overhead: list[Measurement]) -> list[ThirdArm]:
     """Return the controls of a record: A/A and the identity pipeline."""
-    same = ThirdArm("A/A", "baseline against itself", compared.control())
+    same = ThirdArm("A/A", "a copy of the baseline", compared.control())
     return [same, ThirdArm("identity pipeline", "composed of no step", measured_overhead)]
 
 

@@ -81,7 +81,7 @@ class Contrasts:
 
     @property
     def floors(self) -> dict[str, float]:
-        """Noise floor of each timed workload: the baseline against itself."""
+        """Noise floor of each timed workload: a copy of the baseline."""
         return {name: interactions.floor(rounds) for name, rounds in self.timed.items()}
 
     @property

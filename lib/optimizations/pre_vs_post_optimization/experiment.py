@@ -271,7 +271,7 @@ def refutations(
 
 def controls(compared: Compared, identity: list[Measurement], beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
     """Return the controls of a record: A/A, the identity transform, and absorbed decoding where it was measured."""
-    arms = [ThirdArm("A/A", "baseline against itself", compared.control())]
+    arms = [ThirdArm("A/A", "a copy of the baseline", compared.control())]
     arms.append(ThirdArm("identity transform", "everything but a change", identity))
     if beyond_absorbed:
         exact = "exact, and asks for no stack: what the stack gains beyond it"

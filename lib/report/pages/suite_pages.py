@@ -25,7 +25,7 @@ Pictures = dict[str, bytes]
 LEGEND = (
     "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ? inconclusive · ◆ mixed · · informative. "
     "A change is called better or worse only where the interval excludes no change and the effect passes the margin "
-    "and the noise floor that the baseline showed against itself."
+    "and the noise floor that a copy of the baseline showed."
 )
 
 

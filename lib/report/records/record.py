@@ -35,7 +35,7 @@ Status = Literal["ok", "failed", "not_applicable"]
 
 
 class Control(BaseModel):
-    """What keeps a claim honest: a third arm (random saliency) or the baseline against itself, with its own numbers."""
+    """What keeps a claim honest: a third arm (random saliency) or a copy of the baseline, with its own numbers."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
