@@ -58,11 +58,12 @@ def apply(job: Job, stack: Path | None, out: Path, results: Path) -> int:
         place = Path(folder) / "checkpoint"
         io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
         plain = _check(optimized, place, loaded)
-        card = model_card.text(job.optimization if stack is None else stack.name, job, steps, plain, results)
+        usage = model_card.usage(out.name, plain)
+        card = model_card.text(job.optimization if stack is None else stack.name, job, steps, usage, results)
         (place / "README.md").write_text(card, encoding="utf-8")
         shutil.move(place, out)
     print(f"{out}: saved, loaded again, and equal to what was applied")
-    print(model_card.usage(out, plain))
+    print(model_card.usage(str(out), plain))
     return 0
 
 
@@ -83,8 +84,8 @@ def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], values: Mapping[str,
 
 
 @torch.inference_mode()
-def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> bool:
-    """Return whether plain transformers reads the folder as the same model. Raises UserError where our loader does
+def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
+    """Return the class by which plain transformers reads the folder as the same model, or None. Raises UserError where our loader does
     not.
     """
     dtype = next(parameter.dtype for parameter in optimized.parameters() if parameter.is_floating_point())
@@ -101,8 +102,10 @@ def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> bool:
     return _plain(place, dtype, ids_BT, expected)
 
 
-def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether transformers alone loads the folder, without a missing or unexpected tensor, to equal logits."""
+def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Return the class by which transformers alone loads the folder, without a missing or unexpected tensor, to equal
+    logits; None where there is none.
+    """
     from transformers import AutoConfig
 
     from lib.models.structure.architecture import auto_class
@@ -111,10 +114,10 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
         kind = auto_class(AutoConfig.from_pretrained(place))
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
         if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-            return False
-        return _near(_logits(model.eval(), ids_BT), expected)
+            return None
+        return kind.__name__ if _near(_logits(model.eval(), ids_BT), expected) else None
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError):
-        return False  # another architecture than transformers knows: factors, sparse matrices, uneven blocks
+        return None  # another architecture than transformers knows: factors, sparse matrices, uneven blocks
 
 
 def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:

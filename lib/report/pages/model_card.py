@@ -8,12 +8,10 @@ from lib.errors import UserError
 from lib.report.records import facts, record, reproduce
 from lib.report.text.wording import title
 
-OWN_LOADER = "io.load_folder"
 
-
-def text(name: str, job: Any, steps: Sequence[Any], plain: bool, results: Path) -> str:
-    """Return the card as Markdown. `job` names model, scale and parameters, `plain` says whether transformers alone
-    loads the folder, `results` is the result folder of the record that is quoted.
+def text(name: str, job: Any, steps: Sequence[Any], usage: str, results: Path) -> str:
+    """Return the card as Markdown. `job` names model, scale and parameters, `usage` is the Python that loads the
+    folder, `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
@@ -27,7 +25,7 @@ def text(name: str, job: Any, steps: Sequence[Any], plain: bool, results: Path) 
         "## How to load it",
         "",
         "```python",
-        usage(Path("."), plain),
+        usage,
         "```",
         "",
         "## Parameters",
@@ -37,18 +35,18 @@ def text(name: str, job: Any, steps: Sequence[Any], plain: bool, results: Path) 
     return "\n".join(lines) + "\n"
 
 
-def usage(folder: Path, plain: bool) -> str:
-    """Return three lines of Python that load the folder."""
+def usage(folder: str, plain: str | None) -> str:
+    """Return three lines of Python that load the folder; `plain` is the class of transformers that reads it, if any."""
     if plain:
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+            f"from transformers import {plain}, AutoTokenizer\n"
+            f'model = {plain}.from_pretrained("{folder}")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
         )
     return (
-        "from lib.models.checkpoints import io  # this folder holds shapes that transformers alone does not know\n"
-        f'model = {OWN_LOADER}("{folder}")\n'
-        f'tokenizer = __import__("transformers").AutoTokenizer.from_pretrained("{folder}")'
+        "from lib.models.checkpoints import io  # transformers alone does not know what this folder holds\n"
+        "from transformers import AutoTokenizer\n"
+        f'model, tokenizer = io.load_folder("{folder}"), AutoTokenizer.from_pretrained("{folder}")'
     )
 
 
