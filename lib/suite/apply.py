@@ -85,8 +85,8 @@ def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], values: Mapping[str,
 
 @torch.inference_mode()
 def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
-    """Return the class by which plain transformers reads the folder as the same model, or None. Raises UserError where our loader does
-    not.
+    """Return the class by which plain transformers reads the folder as the same model, or None. Raises UserError where
+    our own loader does not.
     """
     dtype = next(parameter.dtype for parameter in optimized.parameters() if parameter.is_floating_point())
     again = io.load_folder(place, dtype=dtype, device=loaded.device)

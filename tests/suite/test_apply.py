@@ -1,0 +1,68 @@
+"""`apply` gives the optimized model itself: loaded again with equal answers, with a card that claims what was measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models import loading
+from lib.models.checkpoints import io
+from lib.suite.cli import apply as command
+from lib.suite.plan import plan
+
+MODEL = "qwen3-4b-instruct-2507"
+QUICKLY = {
+    "structured_pruning": {"finetune_steps": "0"},
+    "tensor_decomposition": {"method": "whitened"},
+    "sparse_neural_networks": {"method": "wanda", "finetune_steps": "0"},
+}
+
+
+def applied(out: Path, optimization: str, model: str = MODEL, **parameters: str) -> int:
+    values = {**QUICKLY.get(optimization, {}), **parameters}
+    request = plan.Request((optimization,), (model,), effort="quick", parameters=values)
+    return command.apply(request, None, str(out), out.parent / "results")
+
+
+@pytest.mark.parametrize("optimization", sorted(QUICKLY))
+def test_the_checkpoint_is_the_optimized_model(optimization, tmp_path, capsys):
+    out = tmp_path / "made"
+    assert applied(out, optimization) == 0
+    said = capsys.readouterr().out
+    assert "loaded again" in said and str(out) in said
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Nothing was measured yet" in card and MODEL in card and "```python" in card
+    ids_BT = torch.arange(40)[None]
+    whole, small = loading.load(MODEL).model, io.load_folder(out)
+    with torch.inference_mode():
+        assert not torch.allclose(whole(input_ids=ids_BT).logits, small(input_ids=ids_BT).logits)
+    usage = card.split("```python\n")[1].split("\n```")[0].replace(f'"{out.name}"', f'"{out}"')
+    names: dict = {}
+    exec(usage, names)
+    with torch.inference_mode():
+        torch.testing.assert_close(names["model"](input_ids=ids_BT).logits, small(input_ids=ids_BT).logits)
+    assert names["tokenizer"]("a")["input_ids"]
+
+
+def test_what_changes_no_weights_is_refused_and_nothing_is_left(tmp_path):
+    for optimization in ("adaptive_sparse_attention",):
+        with pytest.raises(UserError, match="checkpoint"):
+            applied(tmp_path / "made", optimization)
+    with pytest.raises(UserError, match="changes no weights"):
+        applied(tmp_path / "made", "structured_pruning", ratio="0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_request_is_one_line(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(UserError, match="is there already"):
+        applied(tmp_path / "full", "structured_pruning")
+    request = plan.Request(("structured_pruning",), (MODEL,))
+    with pytest.raises(UserError, match="needs --out"):
+        command.apply(request, None, None, tmp_path)
+    with pytest.raises(UserError, match="one OPTIMIZATION"):
+        command.apply(plan.Request((), (MODEL,)), None, str(tmp_path / "x"), tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        command.apply(request, "nowhere.yaml", str(tmp_path / "x"), tmp_path)
