@@ -1,4 +1,4 @@
-"""`apply` gives the optimized model itself: loaded again with equal answers, with a card that claims what was measured."""
+"""`apply` gives the optimized model itself: loaded again with equal answers, and a card with what was measured."""
 
 from pathlib import Path
 
