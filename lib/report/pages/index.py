@@ -12,7 +12,7 @@ from lib.files import write_atomically
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.report.analysis import headlines, result_set
 from lib.report.analysis.result_set import Results
-from lib.report.pages import views
+from lib.report.pages import advice_page, views
 from lib.report.pages.html import TEMPLATES
 from lib.report.records import facts, reproduce
 from lib.report.records.record import Record
@@ -38,12 +38,14 @@ HEADINGS = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory"
 
 
 def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
-    """Write `<folder>/index.html` from every `*--*.json` in it; return its path. Raises OSError.
+    """Write `<folder>/index.html`, and `advice.html`, from every `*--*.json` in it; return its path. Raises OSError.
 
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
     folder = Path(folder)
     results = result_set.read(folder, optimizations, models)
+    if results.records:
+        advice_page.write(folder, results.records)
     return write_atomically(folder / "index.html", text(folder, results))
 
 
@@ -138,6 +140,7 @@ def _distinct(values: Iterable[str]) -> str:
 
 def _links(folder: Path) -> list[tuple[str, str]]:
     """Return the links to the overview and to the suites' files."""
-    overview = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
+    pages = (("What to use on which model", advice_page.NAME), ("Overview", "overview.html"))
+    overview = [(text, name) for text, name in pages if (folder / name).is_file()]
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
     return overview + [(name, name) for name in names if "_report" in name or "_results" in name]
