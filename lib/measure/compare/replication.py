@@ -5,22 +5,19 @@ loaded as something else. Its files are therefore loaded once here and compared,
 process produces. Knows nothing of how the models differ.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.measure.compare.saved import saved
 from lib.measure.metrics import pairs
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
-from lib.measure.timing import processes, workloads
-from lib.measure.timing.children import Arm
+from lib.measure.timing import child, processes, workloads
 from lib.measure.timing.workloads import Workload
-from lib.models.checkpoints import io
 from lib.models.structure.signature import signature
 
 LARGEST_BYTES = 2**30  # of one model: each process loads three
@@ -46,15 +43,14 @@ def in_processes(
     """
     if reason := _unfit(models):
         return {}, reason
-    with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / name for name in ("baseline", "optimized")]
-        try:
-            for model, place in zip(models, places):
-                io.save(model, place)
-                if signature(io.load_folder(place, dtype=_dtype(model))) != signature(model):
-                    return {}, f"the {place.name} model is more than its files hold"
+    expected_models = [signature(model) for model in models]
+    try:
+        with saved(*models) as places:
+            for place, expected_model in zip(places, expected_models):
+                if signature(child.load(place)) != expected_model:
+                    return {}, "a model is more than its files hold: hooks, replaced methods or another attention"
             replicates = processes.replicate(
-                *(_arm(model, place) for model, place in zip(models, places)),
+                *places,
                 list(arms),
                 prompt_BT=prompt_BT,
                 new_tokens=effort.new_tokens,
@@ -64,8 +60,8 @@ def in_processes(
                 seed=seed,
                 except_for=except_for,
             )
-        except (UserError, ValueError, RuntimeError, OSError) as error:  # refused, or a process that failed
-            return {}, str(error) or type(error).__name__
+    except (UserError, ValueError, RuntimeError, OSError) as error:  # refused, or a process that failed
+        return {}, str(error) or type(error).__name__
     for name, works in arms.items():
         expected = [workloads.output_hash(work) for work in works]
         for replicate in replicates[name]:
@@ -91,11 +87,3 @@ def _unfit(models: Sequence[nn.Module]) -> str | None:
     if max(cost_model.weights_bytes(model) for model in models) > LARGEST_BYTES:
         return f"models of more than {LARGEST_BYTES / 2**30:.0f} GiB are timed in one process"
     return None
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def _arm(model: nn.Module, place: Path) -> Arm:
-    return Arm(folder=str(place), dtype=str(_dtype(model)).removeprefix("torch."))

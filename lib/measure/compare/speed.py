@@ -153,7 +153,8 @@ def compare(
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
         device = weight.device.type
-        measurements += energy.per_token(*arms[name], workload=name, blocks=effort.blocks, device=device, seed=seed)
+        options: dict[str, Any] = {"workload": name, "blocks": effort.blocks, "device": device, "seed": seed}
+        measurements += energy.per_token(*arms[name], **options, with_cpu_seconds=False)
     return Compared(measurements, timed, _details(timed, peaks) | details, peaks)
 
 
@@ -219,16 +220,11 @@ def _processor_time(name: str, timed: Timed) -> list[Measurement]:
     if not pairs.cpu_seconds or not control.cpu_seconds:
         return []
     tokens = timed.baseline.tokens
-    per_token = [[seconds / tokens for seconds in times] for times in (*pairs.cpu_seconds, *control.cpu_seconds)]
-    if min(map(min, per_token)) <= 0:
-        reason = "the processor's clock did not move within a turn"
-        return [measurement.unavailable("cpu_seconds_per_token", name, reason)]
-    base, opt, control_base, copy = per_token
-    floor = paired_stats.noise_floor(paired_stats.differences(control_base, copy), control.process)
-    source = f"user and system time of this process, {pairs.describe()}"
-    disturbed = [reason for reason in pairs.disturbed if reason]
-    options: dict[str, Any] = {"source": source, "floor": floor, "process": pairs.process, "disturbed": disturbed}
-    return [measurement.from_samples("cpu_seconds_per_token", name, base, opt, **options)]
+    base, opt, copy = ([s / tokens for s in times] for times in (*pairs.cpu_seconds, control.cpu_seconds[1]))
+    device = str(timed.baseline.conditions["device"])
+    counted = energy.counter(device).provenance == "measured"
+    options: dict[str, Any] = {"workload": name, "source": pairs.describe(), "counted": counted}
+    return [energy.cpu_seconds(base, opt, copy, process=pairs.process, **options)]
 
 
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:

@@ -112,7 +112,6 @@ METRICS: dict[str, Metric] = {
     # What carries efficiency where no counter can be read: measured, user and system time.
     "cpu_seconds_per_token": _efficiency("s/token", False),
     "tokens_per_joule": _efficiency("tokens/J", True, ENERGY_MARGIN),
-    "cpu_seconds_per_token": _efficiency("s/token", False),
     "model_flops_utilisation": _efficiency("share of measured peak", True, None),
     "memory_bandwidth_utilisation": _efficiency("share of measured peak", True, None),
     "prefill_flops_per_token": _efficiency("FLOP/token", False, SIZE_MARGIN),

@@ -2,7 +2,6 @@
 balanced rounds, and answers with every time.
 """
 
-import hashlib
 import random
 from typing import Any
 
@@ -56,7 +55,7 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
         "orders": timed.orders,
         "iterations": timed.iterations,
         "set_aside": timed.set_aside,
-        "outputs": {arm: _hash(work.output_BN) for arm, work in works.items()},
+        "outputs": {arm: workloads.output_hash(work) for arm, work in works.items()},
     }
 
 
@@ -69,10 +68,6 @@ def _iterations(works: dict[str, Workload]) -> int:
 
 def _address(model: nn.Module) -> int:
     return next(parameter for parameter in model.parameters() if not parameter.is_meta).data_ptr()
-
-
-def _hash(output_BN: torch.Tensor | None) -> str:
-    return "" if output_BN is None else hashlib.sha256(output_BN.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
