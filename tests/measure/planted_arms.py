@@ -85,10 +85,10 @@ def slow_down(model: nn.Module, share: float) -> nn.Module:
 def holding(model: str, effort: str, number: int, megabytes: int) -> list[Measurement]:
     """Peaks of the model, and of the model in a child that holds a block of memory besides."""
     size = settings.read(effort)
-    work: dict[str, Any] = {"load": {"name": model}, "prompt_tokens": size.prompt_tokens, "new_tokens": 4}
+    work: dict[str, Any] = {"load": {"name": model}, "prompt_tokens": size.prompt_tokens, "new_tokens": size.new_tokens}
     held = memory.Arm(**work, transform=HELD, arguments={"megabytes": megabytes})
     none = memory.Arm(**work, transform=HELD, arguments={"megabytes": 0})
-    return memory.compare_peaks(none, held, effort=size)
+    return memory.measurements(*memory.peaks(none, held, turns=footprint.turns(size)))
 
 
 def hold(model: nn.Module, megabytes: int) -> nn.Module:
