@@ -9,14 +9,14 @@ from lib.report.records import facts, record, reproduce
 from lib.report.text.wording import title
 
 
-def text(name: str, job: Any, steps: Sequence[Any], usage: str, results: Path) -> str:
-    """Return the card as Markdown. `job` names model, scale and parameters, `usage` is the Python that loads the
+def text(name: str, job: Any, stems: Sequence[str], usage: str, results: Path) -> str:
+    """Return the card as Markdown. `job` names model, scale and parameters, `stems` are the steps, `usage` is the Python that loads the
     folder, `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
         "",
-        f"Made from `{job.model}` at scale `{job.scale}` by {_done(name, steps)}.",
+        f"Made from `{job.model}` at scale `{job.scale}` by {_done(name, stems)}.",
         "",
         "## What was measured",
         "",
@@ -50,8 +50,7 @@ def usage(folder: str, plain: str | None) -> str:
     )
 
 
-def _done(name: str, steps: Sequence[Any]) -> str:
-    stems = [step.optimization for step in steps]
+def _done(name: str, stems: Sequence[str]) -> str:
     return f"`{name}`" if len(stems) < 2 else f"the stack {' → '.join(stems)} of `{name}`"
 
 

@@ -1,22 +1,75 @@
-"""The command `apply`: reads its options and plans the one job; `lib.suite.apply` does the work."""
+"""The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder with a model card.
 
+A process of its own does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
+folder appears only when what was saved has been loaded again and compared. Runs no notebook and measures nothing.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.suite.plan import plan
-from lib.suite.plan.plan import Request
+from lib.suite.plan.plan import Job, Request
+
+PROGRAM = "lib.optimizations.modular_components.saving"
 
 
 def apply(request: Request, stack: str | None, out: str | None, results: Path) -> int:
-    """Apply one optimization to one model; return the exit code. Raises UserError for an incomplete request."""
+    """Apply one optimization (or the recipe `stack`) to one model and save it in `out`; return the exit code.
+
+    `results` is the result folder whose record the model card quotes. Raises UserError for an incomplete request, and
+    where the optimization changes no weights, is refused, or cannot be saved; `out` then does not exist.
+    """
     if len(request.optimizations) != 1 or len(request.models) != 1:
         raise UserError("apply takes one OPTIMIZATION and one --model")
     if not out:
         raise UserError("apply needs --out DIR, the folder of the new checkpoint")
     if stack and not Path(stack).is_file():
         raise UserError(f"--stack {stack}: no such file; expected a recipe as automl_components writes it")
+    target = Path(out).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--out {out}: is there already; give a folder that does not exist")
     (job,) = plan.plan(replace(request, dimensions=()))
-    from lib.suite import apply as applying
+    from lib.report.pages import model_card
 
-    return applying.apply(job, Path(stack) if stack else None, Path(out).expanduser(), results)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        place = Path(folder) / "checkpoint"
+        answer = _made(job, stack, place)
+        usage = model_card.usage(target.name, answer["loads"])
+        name = Path(stack).name if stack else job.optimization
+        card = model_card.text(name, job, answer["steps"], usage, results)
+        (place / "README.md").write_text(card, encoding="utf-8")
+        if target.is_dir():
+            target.rmdir()  # empty, as checked above
+        shutil.move(place, target)
+    print(f"{out}: saved, loaded again, and equal to what was applied")
+    print(model_card.usage(out, answer["loads"]))
+    return 0
+
+
+def _made(job: Job, stack: str | None, place: Path) -> dict[str, Any]:
+    """Have the checkpoint made in a process of its own; return its answer. Raises UserError with its refusal."""
+    request = {
+        "model": job.model,
+        "optimization": job.optimization,
+        "stack": stack,
+        "parameters": {**job.parameters},
+        "place": str(place),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True, cwd=plan.ROOT
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise UserError(f"{job.optimization}: could not be applied to {job.model}; the lines above say why")
+    answer = json.loads(lines[-1])
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    return answer

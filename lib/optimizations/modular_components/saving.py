@@ -1,85 +1,71 @@
-"""The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder of its own, with a model card.
+"""An optimization, or a stack of them, as a checkpoint folder of its own: applied, saved, loaded again and compared.
 
-What was saved is loaded again and compared before the folder appears: by the project's own loader always, by plain
-transformers where it can read the folder. Runs no notebook and measures nothing; the card quotes the record.
+By the project's own loader always, by plain transformers where it can read the folder. Measures nothing. As a program
+(`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
+with {"loads": class or null, "steps": stems} or {"refused": why}.
 """
 
 import inspect
-import shutil
-import tempfile
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.loading import Loaded
+from lib.models.structure.architecture import auto_class
 from lib.models.structure.signature import signature
 from lib.models.tasks import tasks
 from lib.optimizations.common import recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
-from lib.report.pages import model_card
-from lib.suite.plan.plan import Job
 
 WINDOWS, TOKENS = 2, 64  # of text, on which what was saved is compared
 NEAR = 1e-4  # relative difference of logits that another order of sums explains
 
 
-def apply(job: Job, stack: Path | None, out: Path, results: Path) -> int:
-    """Apply the job's optimization (or the recipe in `stack`) to its model and save it in `out`; return the exit code.
+def save(model: str, steps: Sequence[RecipeStep], parameters: Mapping[str, Any], place: Path) -> str | None:
+    """Apply `steps` to `model` and save it in the folder `place`; return the class by which plain transformers reads
+    it, or None where only `lib.models.checkpoints.io.load_folder` does.
 
-    `results` is the result folder whose record the card quotes. Raises UserError where the optimization changes no
-    weights, is refused, or cannot be saved; `out` then does not exist.
+    `parameters` are those of a run: scale, effort, device and so on; a single step takes from them every one that it
+    knows, a stack its own. Raises UserError where no weights change, a step is refused, or the model is more than a
+    checkpoint can hold.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"--out {out}: is there already; give a folder that does not exist")
-    values = job.parameters
     loaded = loading.load(
-        job.model,
-        job.scale,
-        device=values["device"],
-        checkpoints=values["checkpoints"] or None,
-        random_weights=values["random_weights"],
+        model,
+        parameters["scale"],
+        device=parameters["device"],
+        checkpoints=parameters["checkpoints"] or None,
+        random_weights=parameters["random_weights"],
     )
-    steps = recipe.read(stack).stack if stack else [RecipeStep(optimization=job.optimization)]
-    optimized = _optimized(loaded, steps, values if stack is None else {}, job.effort)
+    optimized = _optimized(loaded, steps, parameters)
     if signature(optimized) == signature(loaded.model) and io.weights_hash(optimized) == io.weights_hash(loaded.model):
-        raise UserError(
-            f"{job.optimization}: changes no weights of {job.model} with these parameters, so there is nothing to save"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        place = Path(folder) / "checkpoint"
-        io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
-        plain = _check(optimized, place, loaded)
-        usage = model_card.usage(out.name, plain)
-        card = model_card.text(job.optimization if stack is None else stack.name, job, steps, usage, results)
-        (place / "README.md").write_text(card, encoding="utf-8")
-        shutil.move(place, out)
-    print(f"{out}: saved, loaded again, and equal to what was applied")
-    print(model_card.usage(str(out), plain))
-    return 0
+        stems = ", ".join(step.optimization for step in steps)
+        raise UserError(f"{stems}: changes no weights of {model} with these parameters, so there is nothing to save")
+    io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
+    return _check(optimized, place, loaded)
 
 
-def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], values: Mapping[str, Any], effort: str) -> nn.Module:
-    """Return the optimized model: one step takes every parameter of the template that it knows, a stack its recipe."""
-    size = settings.read(effort, loaded.scale)
-    seed = int(values.get("seed", 0))
+def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any]) -> nn.Module:
+    size = settings.read(parameters["effort"], loaded.scale)
+    seed = int(parameters.get("seed", 0))
     calibration = tasks.calibration(loaded, size.calibration_sequences, size.calibration_tokens, seed)
-    if not values:
+    if len(steps) != 1 or steps[0].knobs:
         return composing.compose(loaded.model, calibration, steps, seed=seed).model
-    (step,) = steps
-    module = composing.module_of(step.optimization)
-    accepted = inspect.signature(module.apply).parameters
-    known = {name: value for name, value in values.items() if name in accepted and name != "model"}
+    module = composing.module_of(steps[0].optimization)
     if reason := module.applies_to(loaded.model):
-        raise UserError(f"{step.optimization}: {reason}")
+        raise UserError(f"{steps[0].optimization}: {reason}")
+    accepted = inspect.signature(module.apply).parameters
+    known = {name: value for name, value in parameters.items() if name in accepted and name != "model"}
     return module.apply(loaded.model, calibration, **known)
 
 
@@ -106,10 +92,6 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
     """Return the class by which transformers alone loads the folder, without a missing or unexpected tensor, to equal
     logits; None where there is none.
     """
-    from transformers import AutoConfig
-
-    from lib.models.structure.architecture import auto_class
-
     try:
         kind = auto_class(AutoConfig.from_pretrained(place))
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
@@ -126,3 +108,20 @@ def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= NEAR * other.abs().max())
+
+
+def main() -> None:
+    """Answer one request: model, optimization, stack (a recipe's path, or null), parameters, place."""
+    request = json.load(sys.stdin)
+    try:
+        stack = request["stack"]
+        steps = recipe.read(stack).stack if stack else [RecipeStep(optimization=request["optimization"])]
+        loads = save(request["model"], steps, request["parameters"], Path(request["place"]))
+        answer: dict[str, Any] = {"loads": loads, "steps": [step.optimization for step in steps]}
+    except UserError as error:
+        answer = {"refused": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
