@@ -5,7 +5,6 @@ UserError before anything has run.
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import tempfile
@@ -143,16 +142,10 @@ def _build(
 
 def _pool_process_variance(folder: Folder) -> None:
     """Tell the runs what earlier ones on this machine showed of the variance between processes."""
-    from lib.measure.metrics import process_variance
-    from lib.measure.trackers import energy
     from lib.report.analysis import process_draws
 
-    os.environ.pop(process_variance.VARIABLE, None)
-    machine = {"cpu": energy.cpu_name()}
     with contextlib.suppress(UserError):  # a history that cannot be read is reported when the build ends
-        path = process_draws.refresh(folder.path, build_history.store_of(folder.path), machine)
-        if path:
-            os.environ[process_variance.VARIABLE] = str(path.resolve())
+        process_draws.publish(folder.path, build_history.store_of(folder.path))
 
 
 def _run(
@@ -221,16 +214,10 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
 
 def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
     """Return stem → why nothing timed is judged, of the finished runs that were measured on a busy machine."""
-    from lib.measure.metrics import busy
-    from lib.report.records import record
+    from lib.report.analysis import busy_runs
 
-    reasons = {}
-    for stem in stems:
-        path = folder.path / f"{stem}.json"
-        if path.is_file():
-            with contextlib.suppress(UserError):  # a damaged record is reported elsewhere
-                reasons[stem] = busy.why_busy(record.read(path).measurements)
-    return {stem: f"{reason} (--busy runs it again)" for stem, reason in reasons.items() if reason}
+    reasons = busy_runs.reasons(folder.path, stems)
+    return {stem: f"{reason} (--busy runs it again)" for stem, reason in reasons.items()}
 
 
 def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str]) -> int:

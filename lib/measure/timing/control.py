@@ -6,7 +6,6 @@ import copy
 
 from torch import nn
 
-from lib.measure.roofline import cost_model
 from lib.models.checkpoints import placement
 
 ROOM = 2.0  # a copy is made where twice its bytes are free
@@ -14,7 +13,7 @@ ROOM = 2.0  # a copy is made where twice its bytes are free
 
 def separate_copy(model: nn.Module) -> tuple[nn.Module, str | None]:
     """Return a copy of `model` with memory of its own, and None; or `model` itself, and why there is no copy."""
-    needed = cost_model.weights_bytes(model)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     if placement.free_bytes(str(next(model.parameters()).device)) < ROOM * needed:
         return model, f"no room for a copy of the baseline ({needed / 2**30:.1f} GiB): the control is the same object"
     try:

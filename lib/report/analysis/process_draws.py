@@ -3,6 +3,7 @@ the pool is used (`lib.measure.metrics.process_variance`).
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ import numpy as np
 from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.process_variance import Draw
+from lib.measure.trackers import energy_source
 from lib.report.records import history
 from lib.report.records.record import Record, read_folder
 
 CONTROL = "A/A"
 SUFFIX = "tokens_per_second"  # latencies are the same times once more
 BUILDS = 3  # of the history
+
+
+def publish(folder: Path, store: Path) -> None:
+    """Pool what this machine showed, and name the pool's file in the environment of the runs to come."""
+    os.environ.pop(process_variance.VARIABLE, None)
+    path = refresh(folder, store, {"cpu": energy_source.cpu_name()})
+    if path:
+        os.environ[process_variance.VARIABLE] = str(path.resolve())
 
 
 def refresh(folder: Path, store: Path, machine: Mapping[str, Any]) -> Path | None:

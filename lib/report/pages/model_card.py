@@ -10,8 +10,8 @@ from lib.report.text.wording import title
 
 
 def text(name: str, job: Any, stems: Sequence[str], usage: str, results: Path) -> str:
-    """Return the card as Markdown. `job` names model, scale and parameters, `stems` are the steps, `usage` is the Python that loads the
-    folder, `results` the result folder of the record that is quoted.
+    """Return the card as Markdown. `job` names model, scale and parameters, `stems` are the steps, `usage` is the
+    Python that loads the folder, `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
