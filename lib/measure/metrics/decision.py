@@ -17,8 +17,8 @@ MEDIAN_FACTOR = 1.25  # √(π/2): how much wider a median scatters than a mean
 
 
 @dataclass(frozen=True)
-class Decision:
-    """A word, and why it is not a verdict (None where it is one)."""
+class Ruling:
+    """A word, and why it is no verdict (None where it is one)."""
 
     verdict: Word
     reason: str | None = None
@@ -34,7 +34,7 @@ def decide(
     margin: float,
     higher_is_better: bool,
     busy: str | None = None,
-) -> Decision:
+) -> Ruling:
     """Return the decision on an effect ln(optimized / baseline) with its 95 % interval.
 
     Better and worse need three things: the interval excludes 0, and the effect passes both the practical margin (a
@@ -44,21 +44,21 @@ def decide(
     """
     threshold = math.log1p(margin)
     if busy:
-        return Decision("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
+        return Ruling("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
     if floor > BUSY_FLOOR:
-        return Decision(
+        return Ruling(
             "inconclusive",
             f"the noise floor of {floor:.0%} is above {BUSY_FLOOR:.0%}: two equal arms differ by as much here, "
             "so nothing timed is judged; measure again on a quiet machine",
         )
     if n <= FEW_PAIRS and high - low >= math.log(FACTOR):
-        return Decision("inconclusive", f"{n} pairs whose interval spans a factor of {math.exp(high - low):.1f}")
+        return Ruling("inconclusive", f"{n} pairs whose interval spans a factor of {math.exp(high - low):.1f}")
     excludes = low > 0 or high < 0
     if excludes and abs(effect) > max(threshold, floor):
-        return Decision("better" if (effect > 0) == higher_is_better else "worse")
+        return Ruling("better" if (effect > 0) == higher_is_better else "worse")
     if low > -threshold and high < threshold and abs(effect) + floor < threshold:
-        return Decision("equivalent")
-    return Decision("inconclusive", _gate(effect, excludes, threshold, floor, margin))
+        return Ruling("equivalent")
+    return Ruling("inconclusive", _gate(effect, excludes, threshold, floor, margin))
 
 
 def _gate(effect: float, excludes: bool, threshold: float, floor: float, margin: float) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.catalogue import metric as metric_named
-from lib.measure.metrics.decision import Decision, decide, detectable
+from lib.measure.metrics.decision import Ruling, decide, detectable
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import Pooled
 
@@ -260,7 +260,7 @@ def _between(workload: str, provenance: Provenance, process_sigma: float | None)
     return process_variance.between_processes(workload) if provenance == "measured" else Pooled(0.0, 0)
 
 
-def judge_again(stored: Measurement) -> Decision | None:
+def judge_again(stored: Measurement) -> Ruling | None:
     """Return what the fields of a stored measurement say of it by the rule of paired samples; None where that rule did
     not make its verdict (counted, informative, quality).
     """

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def test_two_arms_are_rounds_of_two():
     arms = clock.arm(1.0), clock.arm(2.0)
     timed = interleaved.rounds(dict(zip(("baseline", "optimized"), arms)), 8, seed=3, clock=clock)
     pairs = interleaved.paired(*arms, blocks=8, seed=3, clock=clock)
-    assert pairs == timed.pairs("baseline", "optimized") and "a round" not in pairs.describe()
+    same = [replace(one, cpu_seconds=None) for one in (pairs, timed.pairs("baseline", "optimized"))]
+    assert same[0] == same[1] and "a round" not in pairs.describe()
 
 
 def test_too_few_blocks_are_refused():
