@@ -5,6 +5,7 @@ Unknown energy is never 0, and measured and estimated joules are never added up.
 Knows nothing of models. Loading and start-up lie outside every window.
 """
 
+import os
 import platform
 import random
 import time
@@ -23,6 +24,7 @@ Readings = dict[str, list[tuple[float, float]]]  # arm → joules and wall secon
 # NVML refreshes its counter slowly: shorter windows would be mostly rounding.
 COUNTER_WINDOW_SECONDS = 2.0
 ESTIMATE_WINDOW_SECONDS = 0.1
+POWERCAP = Path("/sys/class/powercap")
 
 # Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
 # the Cloud Carbon Footprint project (AWS constants). "EPYC" is the second generation; "server" the table's average.
@@ -53,7 +55,7 @@ class Counter:
 def counter(device: str = "cpu") -> Counter:
     """Return the best source of joules for `device`: NVML for CUDA, RAPL for a CPU, else the estimate."""
     measured = _zeus_counter(device)
-    return measured or _estimate()
+    return measured if isinstance(measured, Counter) else _estimate(measured)
 
 
 def per_token(
@@ -153,9 +155,9 @@ def _above_idle(readings: Readings, source: Counter, workload: str, floor: float
     )
 
 
-def _estimate() -> Counter:
-    """Return the estimate by this process's processor time. Idle cores are charged as idle, so that gross joules depend
-    on wall time too.
+def _estimate(why: str) -> Counter:
+    """Return the estimate by this process's processor time, with the reason why no counter is read. Idle cores are
+    charged as idle, so that gross joules depend on wall time too.
     """
     family, (idle, busy) = watts_per_core()
     count = len(disturbance.cores())
@@ -165,7 +167,7 @@ def _estimate() -> Counter:
 
     scope = (
         f"estimated: processor time × {busy} W per busy core, {idle} W per idle core "
-        f'(SPECpower table of Cloud Carbon Footprint, row "{family}")'
+        f'(SPECpower table of Cloud Carbon Footprint, row "{family}"); {why}'
     )
     return Counter("estimate", "estimated", scope, ESTIMATE_WINDOW_SECONDS, idle * count, joules)
 
@@ -190,19 +192,34 @@ def cpu_name() -> str:
 
 
 @lru_cache
-def _zeus_counter(device: str) -> Counter | None:
-    """Return Zeus's counter for `device`, with the idle power of one second; None where no counter can be read."""
+def _zeus_counter(device: str) -> Counter | str:
+    """Return Zeus's counter for `device`, with the idle power of one second; or why no counter can be read."""
     import logging
 
     logging.getLogger("zeus").setLevel(logging.CRITICAL)
     try:
         joules, kind, scope = _nvml_joules(device) if device.startswith("cuda") else _rapl_joules()
-    except Exception:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
-        return None
+    except Exception as error:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
+        return why_no_counter(device, error)
     start, before = time.perf_counter(), joules()
     time.sleep(1.0)
     idle = (joules() - before) / (time.perf_counter() - start)
     return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle if idle > 0 else None, joules)
+
+
+def why_no_counter(device: str, error: Exception, powercap: Path = POWERCAP) -> str:
+    """Return whether the energy counter of `device` is absent, or there and not permitted, and how to permit it."""
+    if device.startswith("cuda"):
+        return f"no energy counter: NVML gives none for {device} ({type(error).__name__})"
+    counters = sorted(powercap.glob("intel-rapl*/energy_uj"))
+    if not counters:
+        return "no energy counter: this system offers none (no RAPL under /sys/class/powercap)"
+    if not all(os.access(path, os.R_OK) for path in counters):
+        return (
+            "no energy counter: RAPL is there, but this user may not read it; to permit it, as root: "
+            "chmod a+r /sys/class/powercap/intel-rapl*/energy_uj"
+        )
+    return f"no energy counter: RAPL is there and cannot be used ({type(error).__name__})"
 
 
 def _nvml_joules(device: str) -> tuple[Callable[[], float], str, str]:

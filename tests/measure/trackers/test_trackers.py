@@ -79,7 +79,7 @@ def test_unknown_energy_is_unavailable_never_zero():
 
 
 def test_the_estimate_says_that_it_is_one_and_from_which_table(monkeypatch):
-    monkeypatch.setattr(energy, "_zeus_counter", lambda device: None)
+    monkeypatch.setattr(energy, "_zeus_counter", lambda device: "no energy counter: none here")
     source = energy.counter()
     meter = [0.0]
     metrics = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, seconds=0.005, source=source)
@@ -167,3 +167,17 @@ def test_a_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
     (peak,) = memory.peaks(arm)
     weights = sum(parameter.numel() * 4 for parameter in {id(p): p for p in model.parameters()}.values())
     assert 0.9 * weights <= peak.after_load_bytes - peak.before_load_bytes <= 1.4 * weights
+
+
+def test_why_no_counter_is_read_is_said(tmp_path, monkeypatch):
+    broken = PermissionError("energy_uj")
+    assert "offers none (no RAPL" in energy.why_no_counter("cpu", broken, tmp_path)
+    (tmp_path / "intel-rapl:0").mkdir()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1")
+    monkeypatch.setattr(energy.os, "access", lambda path, how: False)
+    told = energy.why_no_counter("cpu", broken, tmp_path)
+    assert "this user may not read it; to permit it, as root: chmod a+r" in told
+    monkeypatch.setattr(energy.os, "access", lambda path, how: True)
+    assert "cannot be used (PermissionError)" in energy.why_no_counter("cpu", broken, tmp_path)
+    assert "NVML gives none for cuda:0" in energy.why_no_counter("cuda:0", broken)
+    assert energy._estimate("no energy counter: because").scope.endswith("no energy counter: because")
