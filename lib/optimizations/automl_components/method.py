@@ -22,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, utility
 from lib.optimizations.common import discovery
@@ -269,7 +269,7 @@ def choose(
     by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
 
     The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
-    nothing qualifies at all, with the nearest, or with the memory budget where nothing tried was within it.
+    nothing qualifies at all, with the nearest; NotApplicable, with the memory budget, where nothing was within it.
     """
     fit = [f for f in finalists if f.lost <= margin and f.perplexity <= perplexity_margin]
     if not fit:
@@ -278,7 +278,7 @@ def choose(
             f"the nearest loses {nearest.lost:.3g}, its perplexity grows {nearest.perplexity:.1%}" if nearest else ""
         )
         if nearest is None and memory_budget < 1:
-            raise UserError(
+            raise NotApplicable(
                 f"automl_components: nothing that was tried is within memory_budget={memory_budget:g} of the "
                 "baseline's weights; raise the budget or the number of trials"
             )
