@@ -6,6 +6,7 @@ does not know the file's, and the generation configuration. Prints one line and 
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,10 @@ def main(arguments: list[str]) -> int:
     """Convert; print what is wrong in one line, and return 2, where that fails."""
     file, folder = map(Path, arguments)
     try:
-        convert(file, folder)
+        with tempfile.TemporaryDirectory() as alone:  # files beside it may be another model's
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(file.absolute())
+            convert(link, folder)
     except UserError as error:
         print(error)
         return 2

@@ -61,7 +61,7 @@ def is_path(text: str, base: Path | None = None) -> bool:
     if text.startswith(("/", "~", "./", "../", "\\")) or text in (".", "..") or _WINDOWS_DRIVE.match(text):
         return True
     try:
-        return text.lower().endswith(".gguf") or bool(text) and ((base or Path.cwd()) / text).is_dir()
+        return text.lower().endswith(".gguf") or (bool(text) and ((base or Path.cwd()) / text).is_dir())
     except (OSError, ValueError):  # a name too long, a null byte: no path
         return False
 

@@ -26,7 +26,8 @@ def bring(source: Reference, sha256: str | None = None) -> Path:
         return there
     if source.kind == "folder":
         return sources.fetch(source)  # raises, or it is there
-    print(f"build.py: {source.text} is not here yet: fetching it, once", file=sys.stderr, flush=True)
+    doing = "not converted yet: converting" if source.kind == "gguf" else "not here yet: fetching"
+    print(f"build.py: {source.text} is {doing} it, once", file=sys.stderr, flush=True)
     with shown() as tell:
         return sources.fetch(source, tell, sha256)
 
