@@ -32,8 +32,8 @@ NO_INFORMATION = "random weights: answers carry no information"
 TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # by whether the model sees pictures
 # What a checkpoint's configuration says of its files and its history rather than of the model.
 NOT_DIMENSIONS = {
-    "model_type", "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map",
-    "quantization_config", "attn_implementation", "_attn_implementation",
+    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "quantization_config",
+    "attn_implementation",
 }  # fmt: skip
 
 
@@ -260,7 +260,9 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
 def completed(description: ModelParameters, folder: Path | None) -> ModelParameters:
     """Return a description with what it leaves out read from a checkpoint folder, as far as there is one."""
     config = _configuration(folder) if folder else {}
-    full = description.full or {key: value for key, value in config.items() if key not in NOT_DIMENSIONS}
+    full = description.full or {
+        key: value for key, value in config.items() if key not in NOT_DIMENSIONS and key[0] != "_"
+    }
     update = {
         "full": full,
         "architecture": description.architecture or str(config.get("model_type") or ""),

@@ -138,6 +138,7 @@ def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch
     assert parameters.register(f"{checkpoint}/") == name and parameters.read(name).architecture == "llama"
     other = tmp_path / "elsewhere" / checkpoint.name
     other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
     assert parameters.register(str(other)) == f"{name}-2", "another checkpoint of the same name"
     assert parameters.register("Qwen/Qwen3-VL-2B-Instruct") == "qwen3-vl-2b-instruct"
     assert "qwen3-vl-2b" not in parameters.registered()

@@ -23,8 +23,8 @@ class Refused(Exception):
     """The address cannot be read this way: it asks for credentials, or its certificate is not trusted here."""
 
 
-def fetch(address: str, target: Path, sha256: str, what: str, tell: Tell = silent) -> Path:
-    """Bring the file at `address` to `target`; return `target`.
+def fetch(address: str, target: Path, sha256: str | None, what: str, tell: Tell = silent) -> Path:
+    """Bring the file at `address` to `target`; return `target`. `sha256`: None where only the caller can check it.
 
     A part that an earlier call left is continued where the server allows it. Raises Refused for an address that wants
     credentials or is not trusted, UserError where there is no network or no room, where the connection breaks off
@@ -34,8 +34,7 @@ def fetch(address: str, target: Path, sha256: str, what: str, tell: Tell = silen
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _complete(address, part, what, tell)
-        tell(f"{what}: checking", 0, None)
-        if (actual := store.sha256(part)) != sha256:
+        if sha256 and (actual := store.sha256(part)) != sha256:
             part.unlink()
             raise UserError(
                 f"{what}: the download is damaged: SHA-256 {actual[:12]}…, expected {sha256[:12]}…; it was removed, "

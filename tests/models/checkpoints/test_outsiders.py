@@ -17,7 +17,7 @@ from lib.models.offload import streamer
 from lib.models.tasks import prompting, tasks
 from tests.models.sources import gguf_files
 
-IDS = torch.arange(24)[None] * 13 % 340
+IDS = torch.arange(24)[None] * 13 % 300
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def test_tokenizers_that_are_damaged_or_of_another_model(folder, tokens):
     (folder / "tokenizer.json").write_text("{}")
     assert "its tokenizer cannot be read" in fault(folder)
     larger = json.loads(whole)
-    larger["model"]["vocab"] |= {f"more{n}": 352 + n for n in range(90)}
+    larger["model"]["vocab"] |= {f"more{n}": 313 + n for n in range(90)}
     (folder / "tokenizer.json").write_text(json.dumps(larger))
-    assert "its embeddings have 352 rows" in fault(folder)
+    assert "its embeddings have 313 rows" in fault(folder)
     smaller = json.loads(whole)
     smaller["model"] |= {"vocab": {"a": 0, "b": 1, "c": 2}, "merges": []}
     smaller["added_tokens"] = []
@@ -196,11 +196,11 @@ def test_tokenizers_that_are_damaged_or_of_another_model(folder, tokens):
 def test_added_tokens_beyond_the_embeddings(folder):
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
-    added = content["added_tokens"][0] | {"id": 352, "content": "<picture>"}
+    added = content["added_tokens"][0] | {"id": 313, "content": "<picture>"}
     path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], added]}))
     assert validate.fault(folder) is None, "no text ever holds it"
     edited(folder / "tokenizer_config.json", eos_token="<picture>")
-    assert "makes the id 352 of a text, its embeddings have 352 rows" in fault(folder)
+    assert "makes the id 313 of a text, its embeddings have 313 rows" in fault(folder)
 
 
 def test_no_end_and_no_padding_token(folder):
@@ -209,7 +209,7 @@ def test_no_end_and_no_padding_token(folder):
     loaded = loading.load(parameters.register(str(folder)), "full")
     assert loaded.tokenizer.eos_token_id == 2, "as the generation configuration says"
     assert tasks.calibration(loaded, 2, 64)[0]["input_ids"].shape == (2, 64)
-    assert next(tasks.batches(loaded, tasks.items("topic", "final", 2)))[0]["input_ids"].max() < 352
+    assert next(tasks.batches(loaded, tasks.items("topic", "final", 2)))[0]["input_ids"].max() < 313
     edited(folder / "generation_config.json", eos_token_id=...)
     edited(folder / "config.json", eos_token_id=None)
     assert loading.load(parameters.register(str(folder)), "full").tokenizer.eos_token_id is not None
@@ -272,7 +272,7 @@ def test_a_single_expert_that_is_no_number(tiny, tmp_path):
 
 def test_only_the_configuration_of_a_processor(tiny, tmp_path, tokens):
     model = tiny("qwen3-vl-2b")
-    model.resize_token_embeddings(352, mean_resizing=False)
+    model.resize_token_embeddings(320, mean_resizing=False)
     model.save_pretrained(tmp_path / "vision")
     PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>").save_pretrained(tmp_path / "vision")
     assert "holds no preprocessor_config.json" in fault(tmp_path / "vision")

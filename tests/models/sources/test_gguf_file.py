@@ -88,7 +88,7 @@ def refused(file) -> str:
 
 def test_what_cannot_be_read_is_one_line(tmp_path, made, tokens):
     file = tmp_path / "tiny.gguf"
-    assert "no such file" in refused(file)
+    assert "no such folder or file" in refused(file)
     file.write_bytes(b"PK\x03\x04 no model at all, but a long enough file")
     assert "not a GGUF file" in refused(file)
     gguf_files.write(file, made, tokens)

@@ -3,13 +3,6 @@
 import os
 
 import pytest
-import torch
-from transformers import AutoTokenizer
-
-from lib.models import loading, parameters
-from lib.models.checkpoints import validate
-from lib.models.checkpoints.folder import check_checkpoint
-from lib.models.sources import fetch, gguf_file, reference, wheel
 
 pytestmark = pytest.mark.skipif(not os.environ.get("WORKBENCH_REAL_MODELS"), reason="WORKBENCH_REAL_MODELS is not set")
 TEXT = 'In 2026, 1234567 people said: "don\'t stop!"\n\n\tdef f(x):\n        return x_1 + 3.14159  # Ünïcödé 日本 🙂'

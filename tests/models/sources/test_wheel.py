@@ -42,7 +42,7 @@ def test_a_file_a_folder_and_no_network_afterwards(index, tmp_path, monkeypatch)
     assert fetch.local(source) is None
     place = fetch.fetch(source, lambda what, done, total: steps.append((what, done, total)))
     assert place.read_bytes() == FILES["data/one.txt"] and fetch.local(source) == place
-    assert steps[-2][0].endswith("checking") or any(done == total for _, done, total in steps), "progress was told"
+    assert any(0 < done == total for _, done, total in steps), "progress was told"
     folder = fetch.fetch(reference.parse(ONE.removesuffix("/one.txt")))
     assert sorted(path.name for path in folder.rglob("*.txt")) == ["one.txt", "two.txt"]
     assert index.starts == [0], "the second path came out of the wheel that was here"
@@ -81,7 +81,7 @@ def test_a_damaged_download_is_removed(index, tmp_path):
 
 
 def test_another_file_than_was_meant(index):
-    assert "expected 000000000000…: another file" in refused(ONE, sha256="0" * 64)
+    assert "expected 000000000000…: not the file that was meant" in refused(ONE, sha256="0" * 64)
 
 
 def test_a_wheel_that_is_gone(index, tmp_path):
@@ -121,8 +121,7 @@ def test_a_file_that_differs_from_the_wheels_list(index, tmp_path):
     shutil.rmtree(store.root() / "packages" / whole.parts[-3] / ".taken")
     [kept] = (store.root() / "packages").rglob("*.whl")
     kept.write_bytes(indexes.wheel(FILES).replace(b"oneoneone", b"oneoneonE", 1))
-    said = refused(ONE)
-    assert "the wheel is damaged" in said or "another hash" in said
+    assert "the download is damaged (another hash than its list says)" in refused(ONE) and not kept.exists()
 
 
 def test_a_receipt_is_written_last(index, tmp_path):

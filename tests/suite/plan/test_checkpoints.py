@@ -27,7 +27,7 @@ def own(tmp_path):
 
 def line(ended) -> str:
     """Return the one line of a request that was refused."""
-    lines = ended.stderr.strip().splitlines()
+    lines = [one for one in ended.stderr.strip().splitlines() if not one.startswith("  ") and "fetching it" not in one]
     assert ended.returncode == 2 and len(lines) == 1 and lines[0].startswith("build.py: "), ended.stderr
     return lines[0]
 
