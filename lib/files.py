@@ -1,5 +1,5 @@
 """Files that other processes read or guard at the same time: whole writes, free names for what must not be lost, and
-locks. Knows nothing of what the files hold.
+locks; and the paths of a machine on which there may be no home. Knows nothing of what the files hold.
 """
 
 import json
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from lib.errors import UserError
 
 
 def write_atomically(path: Path, text: str) -> Path:
@@ -31,6 +33,27 @@ def write_atomically(path: Path, text: str) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is fetched or measured once per machine: WORKBENCH_CACHE, else `.cache/workbench` at
+    home, else (a user without a home) a folder of this user among the temporary files.
+    """
+    if chosen := os.environ.get("WORKBENCH_CACHE"):
+        return Path(os.path.abspath(chosen))
+    try:
+        return Path.home() / ".cache" / "workbench"
+    except RuntimeError:
+        who = os.getuid() if hasattr(os, "getuid") else "unknown"
+        return Path(tempfile.gettempdir()) / f"workbench-cache-{who}"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` absolute, with `~` as the user's home. Raises UserError where there is no such home."""
+    try:
+        return Path(os.path.abspath(Path(path).expanduser()))
+    except RuntimeError:
+        raise UserError(f"{path}: there is no home folder of that name here; give a path without ~") from None
 
 
 def aside(path: Path) -> Path:

@@ -26,8 +26,8 @@ MAY = {
 # Rooms of one floor do not know each other.
 FLOORS = {
     "models": (
-        {"parameters"}, {"structure"}, {"checkpoints", "calibration", "decoding", "tasks"}, {"offload"}, {"loading"},
-        {"proxies"},
+        {"sources", "yaml_file", "dimensions"}, {"parameters"}, {"structure", "tokenizing"},
+        {"checkpoints", "calibration", "decoding", "tasks"}, {"offload"}, {"loading"}, {"proxies"},
     ),
     "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
     "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages"}),

@@ -1,7 +1,7 @@
 """One function that loads any model at any scale: `load`.
 
-A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Offline, except for a hub
-id at scale `full`. Knows nothing of measuring or optimizations.
+A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Offline, except for a
+checkpoint that has not been fetched yet. Knows nothing of measuring or optimizations.
 """
 
 import time
@@ -17,10 +17,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.errors import UserError
 from lib.models import parameters as parameter_files
+from lib.models import tokenizing
 from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.folder import check_checkpoint, folder_of
 from lib.models.checkpoints.io import DTYPES
 from lib.models.offload import streamer
+from lib.models.sources import fetch as sources
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks.registry import check_tasks
@@ -72,25 +74,25 @@ def load(
     """Load model `name` at `scale` for inference.
 
     proxy: the proxy model in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
-    full: `<checkpoints>/<name>`, else the folder or hub id of the parameter file, or random weights. dtype: "float32",
-    "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its widths), else
-    bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype.
-    `tasks` replace those of the parameter file. Raises UserError for an invalid scale, dtype, device, checkpoint or
-    task.
+    full: `<checkpoints>/<name>`, else what `checkpoint` of the parameter file refers to, or random weights. dtype:
+    "float32", "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its
+    widths), else bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their
+    own dtype. `tasks` replace those of the parameter file. Raises UserError for an invalid scale, dtype, device,
+    checkpoint or task.
     """
     start = time.perf_counter()
-    description = parameter_files.read(name)
     if scale not in parameter_files.SCALES:
         raise UserError(f'unknown scale "{scale}"; expected one of {", ".join(parameter_files.SCALES)}')
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f'device "{device}" is not available here; use --device cpu')
     tasks = check_tasks(tasks)
+    random_weights = random_weights or scale == "slice"
+    folder = None if random_weights else source(name, scale, checkpoints)
+    description = parameter_files.completed(parameter_files.read(name), folder)
     description = description.model_copy(update={"tasks": check_tasks(description.tasks)})
     dtype = dtype or ("float32" if scale == "proxy" and device == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')
-    random_weights = random_weights or scale == "slice"
-    folder = None if random_weights else source(name, scale, checkpoints)
     if folder is None:
         model = io.build(
             description.config(scale),
@@ -108,7 +110,7 @@ def load(
         model = streamer.open_streamed(folder, allowance_bytes=allowance, device=device)
     return Loaded(
         model=model,
-        tokenizer=None if folder is None else AutoTokenizer.from_pretrained(folder),
+        tokenizer=None if folder is None else _tokenizer(folder, model),
         image_processor=None if folder is None or anatomy(model).vision is None else io.load_image_processor(folder),
         parameters=description,
         name=name,
@@ -123,11 +125,17 @@ def load(
     )
 
 
+def _tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint, with an end of text where it names none itself."""
+    configurations = (getattr(model, "generation_config", None), anatomy(model).config)
+    return tokenizing.with_end(AutoTokenizer.from_pretrained(folder), *configurations)
+
+
 def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path:
-    """Return the folder of the weights, checked. At scale `full` without `checkpoints` it is fetched from the hub."""
+    """Return the folder of the weights, checked. At scale `full` without `checkpoints` it is fetched if necessary."""
     if scale == "proxy":
         return check_checkpoint(name, parameter_files.PARAMETERS / "proxies" / name)
-    checkpoint = parameter_files.read(name).checkpoint
     if checkpoints:
         return check_checkpoint(name, folder_of(name, checkpoints))
-    return check_checkpoint(name, checkpoint if Path(checkpoint).is_dir() else placement.fetch(checkpoint))
+    description = parameter_files.read(name)
+    return check_checkpoint(name, sources.fetch(description.source, sha256=description.sha256))

@@ -1,11 +1,16 @@
-"""Parameter files: the configuration of a model at its three scales, and its overrides of the templates' defaults.
+"""Parameter files: what a model is at its scales, and its overrides of the templates' defaults.
 
-Reads and validates `parameters/<model>.yaml`. Knows nothing of torch or transformers, so that it is fast to import;
-`lib.models.loading` finds out whether the dimensions make a working model, and `lib.suite.plan.plan` whether the
-template declares an overridden parameter.
+Reads and validates `parameters/<model>.yaml`. Only `checkpoint` must be there: configuration, architecture and tasks
+are read from the checkpoint where the file does not name them, and a model takes part at the scales that it describes.
+A checkpoint given on the command line gets such a file in the cache (`register`). Knows nothing of torch or
+transformers, so that it is fast to import; `lib.models.loading` finds out whether the dimensions make a working model,
+and `lib.suite.plan.plan` whether the template declares an overridden parameter.
 """
 
+import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import NotApplicable, UserError, suggest
+from lib.files import cache_folder, write_atomically
+from lib.models.dimensions import cut, merge, per_block
+from lib.models.sources import fetch as sources
+from lib.models.sources import reference
+from lib.models.sources.reference import Reference
+from lib.models.yaml_file import content_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
 SCALES = ("proxy", "slice", "full")
 NO_INFORMATION = "random weights: answers carry no information"
+TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # by whether the model sees pictures
+# What a checkpoint's configuration says of its files and its history rather than of the model.
+NOT_DIMENSIONS = {
+    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "quantization_config",
+    "attn_implementation",
+}  # fmt: skip
 
 
 class Section(BaseModel):
@@ -40,15 +57,19 @@ class Proxy(Section):
 
 
 class ModelParameters(Section):
-    """One validated parameter file."""
+    """One validated parameter file. `full` and `architecture` are empty until a checkpoint that names them is here.
 
-    name: str = Field(min_length=1)
+    `sha256`: of the file that `checkpoint` refers to, where it is a single one.
+    """
+
+    name: str = ""
     checkpoint: str = Field(min_length=1)
-    architecture: str = Field(min_length=1)
-    full: dict[str, Any] = Field(min_length=1)
-    slice: Slice
-    proxy: Proxy
-    tasks: list[str] = Field(min_length=1)
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    architecture: str = ""
+    full: dict[str, Any] = {}
+    slice: Slice | None = None
+    proxy: Proxy | None = None
+    tasks: list[str] = []
     optimizations: dict[str, dict[str, Any]] = {}
 
     @field_validator("optimizations", mode="before")
@@ -59,13 +80,37 @@ class ModelParameters(Section):
             return {key: {} if section is None else section for key, section in value.items()}
         return {} if value is None else value
 
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The scales at which this model takes part: those that its file describes, and `full`."""
+        described = {"proxy": self.proxy is not None, "slice": self.slice is not None, "full": True}
+        return tuple(scale for scale in SCALES if described[scale])
+
+    @property
+    def source(self) -> Reference:
+        """What `checkpoint` refers to."""
+        return reference.parse(self.checkpoint)
+
     def config(self, scale: str) -> dict[str, Any]:
-        """Return the configuration of this model at `scale` as keyword arguments of its transformers configuration."""
-        if scale == "full":
-            return self.full
-        if scale == "slice":
-            return _cut(self.full, self.slice.layers)
-        return merge(self.full, self.proxy.config)
+        """Return the configuration of this model at `scale` as keyword arguments of its transformers configuration.
+
+        Raises UserError for a scale that it does not describe, and where its checkpoint has to be fetched first.
+        """
+        if not self.full:
+            raise UserError(f"{self.name}: its configuration comes with its checkpoint, which has to be fetched first")
+        if scale == "slice" and self.slice is not None:
+            return cut(self.full, self.slice.layers)
+        if scale == "proxy" and self.proxy is not None:
+            return per_block(self.full, merge(self.full, self.proxy.config))
+        if scale != "full":
+            raise UserError(f"{self.name}: describes no scale {scale}; it takes part at {', '.join(self.scales)}")
+        return self.full
+
+    def training(self) -> dict[str, Any]:
+        """Return how the proxy model is trained. Raises UserError where the file describes none."""
+        if self.proxy is None:
+            raise UserError(f"{self.name}: describes no proxy model; its parameter file has no section proxy")
+        return self.proxy.training
 
 
 def require_answers(what: str, scale: str, random_weights: bool) -> None:
@@ -85,7 +130,8 @@ def about_slice_parameters(description: ModelParameters) -> float:
         return next((config[name] for name in names if config.get(name)), 0)
 
     experts = count("n_routed_experts", "num_experts")
-    layers, experts_width = description.slice.layers, experts * count("moe_intermediate_size")
+    layers = description.slice.layers if description.slice else count("num_hidden_layers")
+    experts_width = experts * count("moe_intermediate_size")
     # Architectures with shared experts have a dense first block (DeepSeek-AI 2024).
     dense = min(layers, 1 if count("n_shared_experts") else 0) if experts else layers
     widths = dense * count("intermediate_size") + (layers - dense) * experts_width
@@ -96,49 +142,142 @@ def about_slice_parameters(description: ModelParameters) -> float:
     return count("hidden_size") * (ends + blocks) + tower
 
 
-def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """Return `config` with its decoder cut to the first `layers` blocks."""
-    if "text_config" in config:
-        return config | {"text_config": _cut(config["text_config"], layers)}
-    return config | {"num_hidden_layers": layers}
-
-
-def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `override`, section by section."""
-    merged = dict(base)
-    for key, value in override.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both else value
-    return merged
-
-
 def names(folder: Path | None = None) -> list[str]:
     """Return the names of the models that have a parameter file, sorted: the stems of `*.yaml` in the folder."""
     return sorted(path.stem for path in (folder or PARAMETERS).glob("*.yaml"))
 
 
-def read(name: str, folder: Path | None = None) -> ModelParameters:
-    """Read and validate `<folder>/<name>.yaml`. Raises UserError naming file, key and what was expected."""
-    path = (folder or PARAMETERS) / f"{name}.yaml"
-    if not path.is_file():
-        known = names(folder)
+def names_at(scale: str) -> list[str]:
+    """Return the names of the models that take part at `scale`, sorted.
+
+    A damaged file counts as one of a model that does: whoever reads it is told what is wrong.
+    """
+    return [name for name, scales in takes_part(names()).items() if scale in (scales or SCALES)]
+
+
+def takes_part(chosen: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the scales at which each model takes part; none for a damaged parameter file."""
+    part: dict[str, tuple[str, ...]] = {}
+    for name in chosen:
+        try:
+            part[name] = read(name).scales
+        except UserError:
+            part[name] = ()
+    return part
+
+
+def registered() -> list[str]:
+    """Return the names of the checkpoints that were given on the command line, sorted."""
+    return sorted(set(names(_registry())) - set(names()))
+
+
+def _registry() -> Path:
+    return cache_folder() / "models"
+
+
+def register(text: str) -> str:
+    """Return the name of the model whose checkpoint `text` refers to: that of its parameter file, or of one that this
+    makes in the cache.
+
+    Raises UserError for what is no reference, and for a path at which no checkpoint lies.
+    """
+    source = reference.parse(text)
+    sources.require(source)
+    stem = re.sub(r"[^a-z0-9.]+", "-", source.title.lower()).strip("-.") or "model"
+    for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
+        known = _path(name)
+        if known is None:
+            break
+        if _checkpoint(known) == source.text:
+            return name
+    else:
+        raise UserError(f"{text}: a thousand checkpoints have this name; write a parameter file with another one")
+    content = yaml.safe_dump({"name": source.title, "checkpoint": source.text}, sort_keys=False, allow_unicode=True)
+    try:
+        write_atomically(_registry() / f"{name}.yaml", content)
+    except OSError as error:
         raise UserError(
-            f'unknown model "{name}": there is no {path.name} in {path.parent.name}/.{suggest(name, known)}'
-        )
+            f"{_registry()}: cannot be written to ({error.strerror}); set WORKBENCH_CACHE to a folder that can"
+        ) from None
+    return name
+
+
+def forget(name: str) -> None:
+    """Remove what `register` made, where nothing could be fetched for it."""
+    (_registry() / f"{name}.yaml").unlink(missing_ok=True)
+
+
+def _path(name: str, folder: Path | None = None) -> Path | None:
+    """Return the parameter file of a model: in the folder, else among the registered ones; None where there is none."""
+    folders = [folder] if folder else [PARAMETERS, _registry()]
+    return next((path for place in folders if (path := place / f"{name}.yaml").is_file()), None)
+
+
+def _checkpoint(path: Path) -> str | None:
+    """Return what a parameter file's checkpoint refers to, None where the file is damaged."""
+    try:
+        return _resolved(content_of(path, ModelParameters.model_fields)["checkpoint"], path)
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _resolved(checkpoint: str, path: Path) -> str:
+    """Return a checkpoint as it is seen from anywhere: a relative path begins at the parameter file's folder."""
+    return reference.parse(checkpoint, path.parent).text
+
+
+def read(name: str, folder: Path | None = None) -> ModelParameters:
+    """Read and validate `<folder>/<name>.yaml`; what it leaves out is read from its checkpoint, where that is here.
+
+    Raises UserError naming file, key and what was expected.
+    """
+    path = _path(name, folder)
+    if path is None:
+        home = folder or PARAMETERS
+        hint = suggest(name, names(folder))
+        raise UserError(f'unknown model "{name}": there is no {name}.yaml in {home.name}/.{hint}')
     where = f"{path.parent.name}/{path.name}"
+    content = content_of(path, ModelParameters.model_fields)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        at = "" if line is None else f", line {line + 1}"
-        raise UserError(f"{where}{at}: not readable as YAML ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise UserError(f"{where}: {what}; expected the keys {', '.join(ModelParameters.model_fields)}")
-    try:
-        return ModelParameters.model_validate(content)
+        description = ModelParameters.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+    try:
+        checkpoint = _resolved(description.checkpoint, path)
+    except UserError as error:
+        raise UserError(f'{where}: key "checkpoint": {error}') from None
+    description = description.model_copy(update={"name": description.name or path.stem, "checkpoint": checkpoint})
+    if (description.proxy or description.slice) and bool(description.full) != bool(description.architecture):
+        lacking = "architecture" if description.full else "full"
+        raise UserError(f'{where}: missing key "{lacking}": the scales proxy and slice need full and architecture')
+    if description.proxy and not description.full:
+        raise UserError(f'{where}: missing key "full": the scale proxy changes some of its dimensions')
+    if description.full and description.architecture:
+        return completed(description, None)
+    return completed(description, sources.local(description.source))
+
+
+def completed(description: ModelParameters, folder: Path | None) -> ModelParameters:
+    """Return a description with what it leaves out read from a checkpoint folder, as far as there is one."""
+    config = _configuration(folder) if folder else {}
+    full = description.full or {
+        key: value for key, value in config.items() if key not in NOT_DIMENSIONS and key[0] != "_"
+    }
+    update = {
+        "full": full,
+        "architecture": description.architecture or str(config.get("model_type") or ""),
+        "tasks": description.tasks or [*TASKS["vision_config" in full]],
+    }
+    return description.model_copy(update=update)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a checkpoint folder, empty where it cannot be read: who loads it is told why."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _explain(error: ValidationError) -> str:

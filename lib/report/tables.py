@@ -18,7 +18,7 @@ from lib.report.records.record import Control, Record
 from lib.report.records.refutation import Refutation
 from lib.report.records.verdict import gain
 from lib.report.text.quantities import duration
-from lib.report.text.wording import label, signed, title, words
+from lib.report.text.wording import label, signed, title, untagged, words
 
 Source = Record | Iterable[Measurement]
 TIDY = (
@@ -264,7 +264,7 @@ def show(frame: pd.DataFrame, caption: str = "") -> None:
         caption = f"{caption} (the first {MOST_LINES} of {len(frame)} lines)".strip()
         frame = frame.head(MOST_LINES)
 
-    above = f"*{caption}*\n\n" if caption else ""
+    above = f"*{untagged(caption)}*\n\n" if caption else ""
     data = {
         "text/html": to_html(frame, caption),
         "text/markdown": above + markdown(frame),
@@ -278,5 +278,5 @@ def show_text(text: str, strong: bool = False) -> None:
     from IPython.display import display
 
     escaped = html.escape(text, quote=False)
-    marked, bold = (f"<strong>{escaped}</strong>", f"**{text}**") if strong else (escaped, text)
+    marked, bold = (f"<strong>{escaped}</strong>", f"**{untagged(text)}**") if strong else (escaped, untagged(text))
     display({"text/html": f"<p>{marked}</p>", "text/markdown": bold, "text/plain": text}, raw=True)

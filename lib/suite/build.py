@@ -7,6 +7,7 @@ UserError before anything has run.
 import contextlib
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from lib.errors import ClusterLost, UserError
 from lib.files import Held, locked
+from lib.models import parameters as parameter_files
 from lib.report.pages import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
@@ -247,7 +249,10 @@ def report(out: Path) -> int:
         raise UserError(f"{_shown(out)}: holds no record; build first: python build.py")
     folder = result_folder.open_folder(out)
     with _locked(folder):
-        faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
+        try:
+            faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
     print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
     return 1 if faults else 0
 
@@ -256,7 +261,10 @@ def cover(out: Path) -> int:
     """Write the coverage report; return the exit code. Runs nothing."""
     folder = result_folder.open_folder(out)
     with _locked(folder):
-        faults = site.finish(folder, "coverage")
+        try:
+            faults = site.finish(folder, "coverage")
+        except OSError as error:
+            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
     for fault in faults:
         print(f"FAILED {fault}")
     print(_shown(folder.path / file_names.FILES["coverage"][0]))
@@ -264,13 +272,23 @@ def cover(out: Path) -> int:
 
 
 def show(request: Request, out: Path) -> int:
-    """Print models, optimizations and the state of every job with the reason; return the exit code."""
-    surveyed = survey(Folder(out), plan.plan(request, to_run=False))
-    print("models:        " + "  ".join(plan.models()))
+    """Print models, optimizations and the state of every job with the reason; return the exit code.
+
+    What is wrong with a model's file is named, after the others: 2 then.
+    """
+    planned, faults = plan.plan_each(request)
+    surveyed = survey(Folder(out), planned)
+    print("models:")
+    known = [*plan.models(), *parameter_files.registered()]
+    width = max(map(len, known), default=0)
+    for name, scales in parameter_files.takes_part(known).items():
+        print(f"  {name:{width}}  {' '.join(scales)}".rstrip())
     print("optimizations: " + "  ".join(plan.optimizations()))
     print(f"results:       {_shown(out)}")
-    width = max(len(job.stem) for job, _, _ in surveyed)
+    width = max((len(job.stem) for job, _, _ in surveyed), default=0)
     for job, _, state in surveyed:
         word = state.status if state.kind in ("finished", "unrendered") else state.kind
         print(f"  {word:14}  {job.stem:{width}}  {state.why}".rstrip())
-    return 0
+    for fault in faults:
+        print(f"build.py: {fault}", file=sys.stderr)
+    return 2 if faults else 0

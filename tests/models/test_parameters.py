@@ -1,5 +1,7 @@
 """Parameter files: valid ones are read, faults are named in one line."""
 
+import json
+
 import pytest
 import yaml
 
@@ -21,8 +23,10 @@ def refused(tmp_path, content, raw: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_the_four_are_there_and_valid():
-    assert parameters.names() == ["glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b"]
+def test_the_shipped_ones_are_there_and_valid():
+    four = ["glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b"]
+    assert parameters.names_at("proxy") == parameters.names_at("slice") == four
+    assert parameters.names() == parameters.names_at("full") == [*four, "smollm2-135m-instruct"]
     for name in parameters.names():
         assert parameters.read(name).tasks
 
@@ -53,3 +57,93 @@ def test_scales_differ_as_described(content):
 def test_empty_sections_mean_no_override(content):
     described = parameters.ModelParameters.model_validate(content | {"optimizations": {"structured_pruning": None}})
     assert described.optimizations == {"structured_pruning": {}}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return a folder with nothing but the configuration of a checkpoint."""
+    folder = tmp_path / "weights" / "Tiny Llama (new)"
+    folder.mkdir(parents=True)
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    return folder
+
+
+def test_a_file_with_nothing_but_a_checkpoint(tmp_path, checkpoint):
+    (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint)}))
+    described = parameters.read("phi", tmp_path)
+    assert (described.name, described.architecture, described.scales) == ("phi", "llama", ("full",))
+    assert described.config("full") == {"hidden_size": 64, "num_hidden_layers": 3}
+    assert described.tasks == ["topic", "retrieval"]
+    (tmp_path / "phi.yaml").write_text(f"checkpoint: weights/{checkpoint.name}\nslice: {{layers: 2}}\n")
+    described = parameters.read("phi", tmp_path)
+    assert described.checkpoint == str(checkpoint), "a relative path begins at the file"
+    assert described.scales == ("slice", "full") and described.config("slice")["num_hidden_layers"] == 2
+    with pytest.raises(UserError, match="describes no scale proxy; it takes part at slice, full"):
+        described.config("proxy")
+    with pytest.raises(UserError, match="describes no proxy model"):
+        described.training()
+
+
+def test_pictures_are_asked_about_where_they_are_seen(tmp_path, checkpoint):
+    config = {"model_type": "qwen3_vl", "vision_config": {}, "text_config": {"num_hidden_layers": 2}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint)}))
+    assert parameters.read("phi", tmp_path).tasks == ["digits", "retrieval"]
+
+
+def test_what_is_not_here_yet_is_not_made_up(tmp_path):
+    (tmp_path / "phi.yaml").write_text("checkpoint: package:nothing-here==1.0/model.gguf\n")
+    described = parameters.read("phi", tmp_path)
+    assert described.architecture == "" and described.scales == ("full",)
+    with pytest.raises(UserError, match="has to be fetched first"):
+        described.config("full")
+
+
+def test_parts_that_need_each_other(tmp_path, content):
+    del content["architecture"]
+    assert 'missing key "architecture"' in refused(tmp_path, content)
+    assert 'missing key "full"' in refused(tmp_path, {"checkpoint": "a/b", "proxy": content["proxy"]})
+    assert 'key "checkpoint": package:x: expected' in refused(tmp_path, {"checkpoint": "package:x"})
+    assert 'key "sha256"' in refused(tmp_path, {"checkpoint": "a/b", "sha256": "abc"})
+
+
+def test_numbers_as_people_write_them(tmp_path, content):
+    text = yaml.safe_dump(content).replace("rms_norm_eps: 1.0e-06", "rms_norm_eps: 1e-06")
+    text = text.replace("rope_theta: 5000000", "rope_theta: 5e6").replace("muon_rate: 0.008", "muon_rate: 8e-3")
+    assert "1e-06" in text and "5e6" in text and "8e-3" in text
+    (tmp_path / "phi.yaml").write_text(text)
+    described = parameters.read("phi", tmp_path)
+    assert described.full["rms_norm_eps"] == 1e-6 and described.training()["refine"]["muon_rate"] == 0.008
+    theta = described.full["rope_parameters"]["rope_theta"]
+    assert theta == 5_000_000 and isinstance(theta, int)
+    assert refused(tmp_path, None, "checkpoint: a/b\nfull: {x: 1e9999}\n").startswith(tmp_path.name)
+
+
+def test_lists_of_every_block_are_as_long_as_there_are_blocks(content):
+    kinds = ["full_attention", "sliding_attention"] * 18
+    content["full"] |= {"layer_types": kinds, "no_rope_layers": [1, 0] * 18, "mlp_only_layers": [*range(36)]}
+    described = parameters.ModelParameters.model_validate(content)
+    assert described.config("slice")["layer_types"] == kinds[:2]
+    assert described.config("slice")["no_rope_layers"] == [1, 0]
+    assert described.config("proxy")["layer_types"] == kinds[:6]
+    assert described.config("full")["layer_types"] == kinds
+    assert described.config("slice")["mlp_only_layers"] == [*range(36)], "numbers of blocks, not one for each"
+
+
+def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    name = parameters.register(str(checkpoint))
+    assert name == "tiny-llama-new" and parameters.registered() == [name]
+    assert parameters.register(f"{checkpoint}/") == name and parameters.read(name).architecture == "llama"
+    other = tmp_path / "elsewhere" / checkpoint.name
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    assert parameters.register(str(other)) == f"{name}-2", "another checkpoint of the same name"
+    assert parameters.register("Qwen/Qwen3-VL-2B-Instruct") == "qwen3-vl-2b-instruct"
+    assert "qwen3-vl-2b" not in parameters.registered()
+    with pytest.raises(UserError, match="no such folder or file; expected a folder"):
+        parameters.register(str(tmp_path / "nowhere"))
+    monkeypatch.setenv("WORKBENCH_CACHE", "/proc/nowhere")
+    with pytest.raises(UserError, match="cannot be written to"):
+        parameters.register(str(checkpoint))

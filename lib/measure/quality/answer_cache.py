@@ -1,11 +1,11 @@
 """A cache of answers of unchanged models on this machine, so that no baseline answers the same questions twice.
 
 Every template puts the same questions to the same baseline. Its answers are stored under a key of everything that
-determines them: the effective weights, how the model computes (class, attention, dtype, device, threads), the code of
-this workbench that asks, the evaluation data, the versions of Python, torch and transformers, and the questions. Only
-the very object that `lib.models.loading.load` returned, with no method replaced since, is looked up or stored, never a
-model that an optimization has produced. Cached answers carry their day, and so do measurements made of them. An
-unreadable file counts as none.
+determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, attention,
+dtype, device, threads), the code of this workbench that asks, the evaluation data, the versions of Python, torch and
+transformers, and the questions. Only the very object that `lib.models.loading.load` returned, with no method replaced
+since, is looked up or stored, never a model that an optimization has produced. Cached answers carry their day, and so
+do measurements made of them. An unreadable file counts as none.
 
 Shapes: N items, L labels.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.measure.roofline.ceilings import cache_folder
+from lib.files import cache_folder
 from lib.models.checkpoints import io
 from lib.models.loading import Loaded
 from lib.models.structure import architecture
@@ -71,6 +71,7 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
         "question": question,
         "weights": io.weights_hash(loaded.model),
         "model": [type(loaded.model).__name__, loaded.name, loaded.scale, str(loaded.folder)],
+        "prompts": _prompts(loaded),
         "how": [config._attn_implementation, getattr(config, "_experts_implementation", None)],
         "config": json.loads(config.to_json_string(use_diff=False)),
         "where": [loaded.device, str(loaded.dtype), torch.get_num_threads(), platform.node(), platform.machine()],
@@ -79,6 +80,19 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
         "versions": [platform.python_version(), *map(version, ("torch", "transformers", "numpy"))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _prompts(loaded: Loaded) -> list[object]:
+    """Return what shapes a prompt: vocabulary, splits, merges, special tokens, chat template, pictures' processor."""
+    tokenizer, processor = loaded.tokenizer, loaded.image_processor
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return [
+        backend.to_str() if backend is not None else repr(tokenizer),
+        str(getattr(tokenizer, "special_tokens_map", "")),
+        getattr(tokenizer, "chat_template", None),
+        processor.to_json_string() if hasattr(processor, "to_json_string") else repr(processor),
+        loaded.tasks,
+    ]
 
 
 @cache

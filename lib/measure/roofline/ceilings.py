@@ -4,7 +4,6 @@ share of it that was realised. Knows nothing of how a cost is counted.
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     name = str(dtype).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {len(disturbance.cores())} cores"
-    path = cache_folder() / "ceilings.json"
+    path = files.cache_folder() / "ceilings.json"
     known = _read(path) | _DISTURBED
     if key in known and not fresh:
         return Ceilings(**known[key])
@@ -87,11 +86,6 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     else:
         _DISTURBED[key] = asdict(ceilings)
     return ceilings
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is measured once per machine."""
-    return Path(os.environ.get("WORKBENCH_CACHE") or Path.home() / ".cache" / "workbench")
 
 
 def last_level_cache_bytes(device: str = "cpu") -> int | None:

@@ -9,25 +9,32 @@ import struct
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.files import expanded
 from lib.models import parameters
 
 MANIFEST = "workbench.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 ALIGNMENT = 64  # bytes: a cache line, and the alignment of torch's own tensors on a CPU
 
 
 def folder_of(name: str, checkpoints: str | Path) -> Path:
     """Return the folder of model `name` under `checkpoints`: `<checkpoints>/<name>`."""
-    return Path(checkpoints).expanduser() / name
+    return expanded(checkpoints) / name
 
 
 def check_checkpoint(name: str, folder: str | Path) -> Path:
     """Return `folder` if it is a complete checkpoint of model `name`. Raises UserError naming the faulty file."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there")
-    expected = parameters.read(name).architecture
-    actual = _json(folder / "config.json").get("model_type")
-    if actual != expected:
+    if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
+        raise UserError(f"{folder}: holds an adapter (LoRA); merge the adapter into its base model first")
+    config = _json(folder / "config.json")
+    expected, actual = parameters.read(name).architecture, config.get("model_type")
+    if not isinstance(actual, str) or not actual:
+        raise UserError(f'{folder}/config.json: names no architecture; expected the key "model_type"')
+    if expected and actual != expected:
         raise UserError(
             f'{folder}/config.json: architecture "{actual}", but {name} is "{expected}"; give a checkpoint of {name}'
         )
@@ -53,19 +60,32 @@ def _json(path: Path) -> dict:
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
-    """Return the weight files of `folder`, each with the tensors that the index expects there (none without index)."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards: dict[str, list[str]] = {}
-        for tensor, file in _json(index).get("weight_map", {}).items():
-            shards.setdefault(file, []).append(tensor)
-        if not shards:
-            raise UserError(f"{index}: names no tensor")
-        return shards
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: holds no *.safetensors file")
-    return {file: [] for file in files}
+    """Return the weight files of `folder`, each with the tensors that the index expects there (none without index).
+
+    As transformers chooses them: one whole `model.safetensors` before an index, and shards by their index alone.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: []}
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(f"{folder}: holds {_instead(folder)}; expected {WEIGHTS}, or shards with {INDEX}")
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: names no tensor")
+    shards: dict[str, list[str]] = {}
+    for tensor, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise UserError(f"{index}: {tensor} lies in {file!r}; expected the name of a file in the same folder")
+        shards.setdefault(file, []).append(tensor)
+    return shards
+
+
+def _instead(folder: Path) -> str:
+    """Return what weights a folder holds that cannot be used."""
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt"):
+        if found := sorted(folder.glob(pattern)):
+            return f"{found[0].name} and no {WEIGHTS}"
+    return "no *.safetensors file"
 
 
 def _header(path: Path) -> dict:
@@ -82,8 +102,11 @@ def _header(path: Path) -> dict:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise UserError(f"{path}: the header is not readable; the file is damaged") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        raise UserError(f"{path}: the header describes no tensors; the file is damaged") from None
     if end != size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
     return header

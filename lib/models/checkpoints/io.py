@@ -6,6 +6,7 @@ parameter files, tasks, measuring or optimizations. Offline unless a hub id is g
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, FineGrainedFP8Config
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
-from lib.models.checkpoints import weight_file
+from lib.models.checkpoints import finite, quantization, tying, weight_file
 from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
 from lib.models.structure import factored, no_op, sparse
@@ -29,6 +30,8 @@ from lib.models.structure.anatomy import anatomy, synchronise
 from lib.models.structure.architecture import auto_class, ready
 
 transformers_logging.disable_progress_bar()
+
+log = logging.getLogger(__name__)
 
 HASHED_BYTES = 2**26  # at a time
 WEIGHTS = "model.safetensors"
@@ -103,14 +106,33 @@ def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: st
     if (Path(folder) / MANIFEST).is_file():
         model = _load_with_manifest(Path(folder), dtype, device)
     else:
-        configuration = AutoConfig.from_pretrained(folder)
-        model, report = auto_class(configuration).from_pretrained(
-            folder, config=configuration, dtype=dtype or "auto", output_loading_info=True
-        )
+        model, report = _load_plain(folder, dtype)
         model = model.to(device)
         if report["missing_keys"]:
             raise UserError(f"{folder}: the checkpoint lacks {sorted(report['missing_keys'])[0]}")
+    finite.require(model, folder)
     return _aligned(ready(model))
+
+
+def _load_plain(folder: Path | str, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a folder in the hub's layout, dequantized where it is stored quantized, and what was missing.
+
+    Raises UserError for what transformers cannot build here.
+    """
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if quantized := quantization.method(Path(folder)):
+        log.warning("%s: its weights are quantized (%s) and are dequantized while they are loaded", folder, quantized)
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    try:
+        configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
+        model, report = auto_class(configuration).from_pretrained(folder, config=configuration, **options)
+    except (ImportError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: transformers cannot build its model ({why})") from None
+    if quantized:  # an ordinary model from here on, which can be saved
+        del model.config.quantization_config
+        model.is_quantized, model.hf_quantizer = False, None
+    return model, report
 
 
 def _aligned(model: nn.Module) -> nn.Module:
@@ -131,7 +153,7 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     Tensors are read one by one into memory of their own, as in a model built in memory: the system may evict the pages
     of a mapped file, and a measured peak would miss them.
     """
-    configuration = AutoConfig.from_pretrained(folder)
+    configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
         model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

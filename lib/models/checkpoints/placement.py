@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib import memory_limits
-from lib.errors import NotApplicable, UserError
+from lib.errors import NotApplicable
 from lib.models.checkpoints import folder as checkpoint
 
 WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for the cache, activations and a prompt's logits
@@ -48,18 +48,3 @@ def require_room(model: nn.Module, copies: int, what: str) -> None:
             f"{what} holds about {copies} copies of the model at once, {copies * each / 2**30:.1f} GiB; "
             f"{free / 2**30:.1f} GiB are free"
         )
-
-
-def fetch(hub_id: str) -> Path:
-    """Return the folder of a hub checkpoint in the local cache, downloaded if necessary. Raises UserError."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{hub_id}: cannot be fetched from the hub ({type(error).__name__}); "
-            "give a folder with --checkpoints, or --random-weights"
-        ) from None

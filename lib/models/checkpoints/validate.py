@@ -1,9 +1,9 @@
-"""Checks that the tensors of a checkpoint folder fit its architecture, by names and shapes; no weight is read.
+"""Checks that the tensors of a checkpoint folder fit its architecture, by names and shapes, and its tokenizer too.
 
-Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that its own renaming and
-stacking decides what fits. `folder.py` checks that files are complete. Planning does not import torch and runs the
-check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line for each faulty folder and
-exits with 1 if there is any.
+No weight is read. Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that its
+own renaming and stacking decides what fits. `folder.py` checks that files are complete. Planning does not import torch
+and runs the check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line for each faulty
+folder and exits with 1 if there is any.
 """
 
 import re
@@ -18,8 +18,7 @@ from lib.errors import UserError
 from lib.models.checkpoints.folder import MANIFEST, tensor_places
 from lib.models.parameters import ROOT
 
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
-IMAGE_PROCESSOR = "preprocessor_config.json"
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
@@ -46,37 +45,41 @@ def fault(folder: Path | str) -> str | None:
     import torch
     from transformers import AutoConfig
 
+    from lib.models.checkpoints import quantization, tokenizer_check
     from lib.models.checkpoints.weight_file import DTYPES
     from lib.models.structure.architecture import auto_class
 
     folder = Path(folder)
-    if (folder / MANIFEST).is_file():
-        return None  # saved by this workbench, with shapes of its own
     places = tensor_places(folder)
     shapes = {name: tuple(place[4]) for name, place in places.items()}
-    if odd := odd_expert(shapes):
+    as_saved_here = (folder / MANIFEST).is_file()  # with shapes of its own
+    if not as_saved_here and (odd := odd_expert(shapes)):
         return f"{folder}: {odd}"
+    stored_as = {name: (place[3], shapes[name]) for name, place in places.items()}
+    if not as_saved_here and (quantized := quantization.fault(folder, stored_as)):
+        return quantized
     stored = {
         name: torch.empty(place[4], dtype=DTYPES.get(place[3], torch.bfloat16), device="meta")
         for name, place in places.items()
     }
-    configuration = AutoConfig.from_pretrained(folder)
-    auto: Any = auto_class(configuration)
-    model_class = auto._model_mapping[type(configuration)]
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
     try:
+        configuration = AutoConfig.from_pretrained(folder)
+        if as_saved_here:
+            return tokenizer_check.fault(folder, configuration.get_text_config().vocab_size)
+        auto: Any = auto_class(configuration)
+        model_class = auto._model_mapping[type(configuration)]
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
         _, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
-    except (RuntimeError, ValueError) as error:
-        return f"{folder}: its tensors do not fit {configuration.model_type} ({' '.join(str(error).split())[:160]})"
+    except Exception as error:  # a configuration may ask for anything: packages, kernels, classes that are not here
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"{folder}: transformers cannot build its model ({why})"
     for name, shape, expected in sorted(report["mismatched_keys"]):
         return f"{folder}: {name} has the shape {tuple(shape)}, expected {tuple(expected)} by config.json"
     for name in sorted(report["missing_keys"]):
         return f"{folder}: the checkpoint lacks {name}, which config.json asks for"
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return f"{folder}: holds no tokenizer; expected one of {', '.join(TOKENIZERS)}"
-    if hasattr(configuration, "vision_config") and not (folder / IMAGE_PROCESSOR).is_file():
-        return f"{folder}: holds no {IMAGE_PROCESSOR}, the configuration of the image processor"
-    return None
+    if hasattr(configuration, "vision_config") and not any((folder / name).is_file() for name in IMAGE_PROCESSORS):
+        return f"{folder}: holds no {IMAGE_PROCESSORS[0]}, the configuration of the image processor"
+    return tokenizer_check.fault(folder, configuration.get_text_config().vocab_size)
 
 
 def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from lib.errors import UserError
+from lib.models.checkpoints import tying
 from lib.models.checkpoints.folder import MANIFEST
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned
 from lib.models.offload import expert_cache
@@ -80,7 +81,7 @@ def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
 
 def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     """Build the architecture with an empty parameter for every tensor, in the stored shape and dtype."""
-    configuration = AutoConfig.from_pretrained(folder)
+    configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
         model = architecture.auto_class(configuration).from_config(configuration)
     path = folder / MANIFEST

@@ -49,7 +49,7 @@ def untrained_proxy(name: str) -> ProxyModel:
 def training_config(name: str) -> TrainingConfig:
     """Return how model `name` is trained. Raises UserError for an unknown key of `proxy.training`."""
     try:
-        return TrainingConfig(**present_keys(parameters.read(name).proxy.training))
+        return TrainingConfig(**present_keys(parameters.read(name).training()))
     except TypeError as error:
         raise UserError(f"parameters/{name}.yaml: section proxy.training: {error}") from None
 

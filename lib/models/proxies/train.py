@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -21,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lib.errors import UserError
+from lib.files import cache_folder
 from lib.models import parameters
 from lib.models.checkpoints import io
 from lib.models.proxies.evaluation import classification_scores, scores
@@ -31,14 +31,14 @@ from lib.models.proxies.training_data.batches import TrainingBatches
 from lib.models.proxies.upcycling import copy_weights
 
 LOG = logging.getLogger(__name__)
-CACHE = Path(os.environ.get("WORKBENCH_CACHE", Path.home() / ".cache" / "workbench"))
+CACHE = cache_folder()
 SAVE_EVERY, REPORT_EVERY, SCORE_EVERY = 50, 10, 100  # steps
 
 
 def identity(name: str) -> str:
     """Return a hash of everything that decides what the first phase learns, except for the number of steps."""
     description = parameters.read(name)
-    training = {key: value for key, value in description.proxy.training.items() if key not in ("steps", "refine")}
+    training = {key: value for key, value in description.training().items() if key not in ("steps", "refine")}
     digest = hashlib.sha256(json.dumps([description.config("proxy"), training], sort_keys=True).encode())
     for path in sorted((parameters.PARAMETERS / "evaluation").glob("*-train.jsonl.xz")):
         digest.update(path.read_bytes())
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        for name in in_order(options.model or parameters.names()):
+        for name in in_order(options.model or parameters.names_at("proxy")):
             torch.set_num_threads(training_config(name).threads)
             if options.describe:
                 describe(name, parameters.PARAMETERS / "proxies" / name)

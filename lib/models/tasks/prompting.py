@@ -9,6 +9,7 @@ Knows the tokenizer; knows nothing of batches or scores.
 import functools
 from collections.abc import Sequence
 
+from lib.models import tokenizing
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks.items import Item, items
 
@@ -43,10 +44,15 @@ def text(loaded: LoadedModel, row: Sequence[Item]) -> str:
     for example in examples:
         turns += [{"role": "user", "content": _question(example)}, {"role": "assistant", "content": example.label}]
     turns.append({"role": "user", "content": _question(last)})
-    # For templates with a thinking mode: answer at once. The others ignore the argument.
-    return loaded.tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    return tokenizing.render(loaded.tokenizer, turns)
+
+
+def prompt_ids(loaded: LoadedModel, row: Sequence[Item]) -> list[int]:
+    """Return the tokens of the prompt of `shown` items: after what the tokenizer puts before every text, which a chat
+    template writes itself.
+    """
+    ids = loaded.tokenizer(text(loaded, row), add_special_tokens=False).input_ids
+    return ids if chats(loaded) else [*tokenizing.prefix(loaded.tokenizer), *ids]
 
 
 def answer(loaded: LoadedModel, label: str) -> str:

@@ -3,7 +3,7 @@
 `retrieval_prompts` puts a random key and value before `distance` tokens of held-out text and repeats the key, after
 which the model should generate the value. All draws are seeded. Knows nothing of scoring.
 
-Shapes: N windows, B prompts, T tokens, V tokens of a value.
+Shapes: N windows, B prompts, T tokens, V tokens of a value, P tokens before every text.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lib.models import tokenizing
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus
 
@@ -28,14 +29,25 @@ def corpus_of(loaded: LoadedModel) -> str:
 def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
 
-    Fewer come back where the split holds fewer. Without a tokenizer (random weights) the ids are random.
+    Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer. Without a
+    tokenizer (random weights) the ids are random.
     """
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
         return random_ids(loaded, (windows, length), random).to(loaded.device)
     stream_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
-    rows_NT = stream_T[: len(stream_T) // length * length].view(-1, length)
-    return rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]].to(loaded.device)
+    own = length - len(tokenizing.prefix(loaded.tokenizer))
+    rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
+    rows_NT = rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]]
+    return with_prefix(loaded, rows_NT).to(loaded.device)
+
+
+def with_prefix(loaded: LoadedModel, ids_NT: torch.Tensor) -> torch.Tensor:
+    """Return rows of text with what the tokenizer puts before every text: a beginning of sequence, or nothing."""
+    prefix = tokenizing.prefix(loaded.tokenizer) if loaded.tokenizer is not None else ()
+    return (
+        torch.cat([torch.tensor(prefix, dtype=ids_NT.dtype).expand(len(ids_NT), -1), ids_NT], 1) if prefix else ids_NT
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -70,7 +82,8 @@ def retrieval_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
 
-    `lead` tokens of text come first, so that the key is not at position 0. No padding. Greedy generation of VALUE
+    `lead` tokens of text come first, so that the key is not at position 0; before them, what the tokenizer puts before
+    every text. No padding. Greedy generation of VALUE
     tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
@@ -78,7 +91,7 @@ def retrieval_prompts(
     key_BK = random_ids(loaded, (count, KEY), random)
     value_BV = random_ids(loaded, (count, VALUE), random)
     ids_BT = torch.cat([filler_BT[:, :lead], key_BK, value_BV, filler_BT[:, lead:], key_BK], 1)
-    return ids_BT.to(loaded.device), value_BV.to(loaded.device)
+    return with_prefix(loaded, ids_BT).to(loaded.device), value_BV.to(loaded.device)
 
 
 def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator) -> torch.Tensor:

@@ -14,13 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib.models import tokenizing
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import prompting
 from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.tasks.prompting import PICTURE_TOKENS
 from lib.models.tasks.registry import CLASSIFY, GENERATE
-from lib.models.tasks.retrieval import CORPUS, KEY, VALUE, corpus_of, random_ids, retrieval_prompts, text_windows
+from lib.models.tasks.retrieval import (
+    CORPUS,
+    KEY,
+    VALUE,
+    corpus_of,
+    random_ids,
+    retrieval_prompts,
+    text_windows,
+    with_prefix,
+)  # fmt: skip
 
 __all__ = [
     "CLASSIFY",
@@ -56,7 +66,7 @@ def batches(
     for start in range(0, len(items), batch_size):
         rows = [prompting.shown(loaded, item) for item in items[start : start + batch_size]]
         pictures = _pictures(loaded, [item.pixels for row in rows for item in row])
-        ids = [loaded.tokenizer(prompting.text(loaded, row), add_special_tokens=False).input_ids for row in rows]
+        ids = [prompting.prompt_ids(loaded, row) for row in rows]
         if pictures:
             counts = iter(_picture_tokens(loaded, pictures))
             ids = [_widened(tokens, _image_token(loaded), counts) for tokens in ids]
@@ -189,10 +199,11 @@ def _questions(
     if loaded.tokenizer is None:
         return random_ids(loaded, (rows, length), random)
     task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")
-    ids = []
+    ids: list[int] = []
+    own = length - len(tokenizing.prefix(loaded.tokenizer))
     for item in itertools.cycle(items(task, split, None, seed)):
         text = f"{item.prompt} {item.label}"
         ids += [*loaded.tokenizer(text, add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
-        if len(ids) >= rows * length:
-            return torch.tensor(ids[: rows * length]).view(rows, length)
+        if len(ids) >= rows * own:
+            return with_prefix(loaded, torch.tensor(ids[: rows * own]).view(rows, own))
     raise ValueError(f"no items of {task} in the split {split}")

@@ -22,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, utility
 from lib.optimizations.common import discovery
@@ -259,12 +259,17 @@ def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tu
     return [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in ranked[:keep]]
 
 
-def choose(finalists: Sequence[Finalist], margin: float, perplexity_margin: float = PERPLEXITY_MARGIN) -> Finalist:
+def choose(
+    finalists: Sequence[Finalist],
+    margin: float,
+    perplexity_margin: float = PERPLEXITY_MARGIN,
+    memory_budget: float = 1.0,
+) -> Finalist:
     """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
     by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
 
     The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
-    nothing qualifies at all, with the nearest.
+    nothing qualifies at all, with the nearest; NotApplicable, with the memory budget, where nothing was within it.
     """
     fit = [f for f in finalists if f.lost <= margin and f.perplexity <= perplexity_margin]
     if not fit:
@@ -272,6 +277,11 @@ def choose(finalists: Sequence[Finalist], margin: float, perplexity_margin: floa
         closest = (
             f"the nearest loses {nearest.lost:.3g}, its perplexity grows {nearest.perplexity:.1%}" if nearest else ""
         )
+        if nearest is None and memory_budget < 1:
+            raise NotApplicable(
+                f"automl_components: nothing that was tried is within memory_budget={memory_budget:g} of the "
+                "baseline's weights; raise the budget or the number of trials"
+            )
         raise UserError(
             f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
             f"perplexity; {closest}"

@@ -17,6 +17,7 @@ import nbformat
 from lib.files import write_atomically
 from lib.report.pages import run_page
 from lib.report.records.record import Process, Record
+from lib.report.text.wording import untagged
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 HTML_PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
@@ -168,6 +169,7 @@ def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str
     exporter = MarkdownExporter(
         config=config, template_name="workbench_markdown", extra_template_basedirs=[str(TEMPLATES)]
     )
+    exporter.register_filter("untagged", untagged)
     exporter.register_filter("deeper", lambda source: _deeper(source) if view["record"] else source)
     resources: dict[str, Any] = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
     text, resources = exporter.from_notebook_node(_without_reprs(notebook), resources=resources)

@@ -197,6 +197,8 @@ def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
     `look` is called with the stem and the plain JSON before it is validated.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path.name}: not a record: no ordinary file. Delete it.")
     try:
         text = path.read_text(encoding="utf-8")
         if look is None and (record := _quickly(text)):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text.quantities import DASH, interval, quantity, share, times
-from lib.report.text.wording import label, one_line, signed
+from lib.report.text.wording import label, one_line, signed, untagged
 
 COLUMNS = (
     "metric", "workload", "baseline", "optimized", "ratio", "95 % interval", "noise floor", "MDE", "n",
@@ -55,7 +55,7 @@ def groups(measurements: Sequence[Measurement]) -> list[tuple[str, list[dict[str
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; bars in cells are escaped."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    table = [list(columns), ["---"] * len(columns), *cells]
+    """Return a Markdown table; bars and what would open a tag of HTML are escaped in its cells."""
+    cells = [[untagged(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    table = [[untagged(str(column)) for column in columns], ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)

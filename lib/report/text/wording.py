@@ -4,6 +4,8 @@ Derived from the names themselves wherever that reads well, so that a new optimi
 no HTML and no numbers.
 """
 
+import re
+
 SIGNS = {
     "better": "▲",
     "maintained": "✓",
@@ -100,6 +102,11 @@ def words(verdict: str) -> str:
 def signed(verdict: str) -> str:
     """Return sign and words, so that no meaning rests on colour: `▲ better`."""
     return f"{SIGNS.get(verdict, '·')} {words(verdict)}"
+
+
+def untagged(text: str) -> str:
+    """Return text for Markdown in which nothing opens a tag of HTML: a model may be called anything."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
 
 
 def one_line(text: str, limit: int = 240) -> str:

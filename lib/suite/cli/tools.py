@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.errors import UserError
+from lib.suite.cli import working_copies
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
@@ -67,15 +69,21 @@ def test(arguments: Sequence[str], description: str) -> int:
 
 
 def lab(arguments: Sequence[str], description: str) -> int:
-    """Start JupyterLab in `notebooks/`, with this environment's kernel and `lib` within reach."""
+    """Start JupyterLab on working copies of the templates, with this environment's kernel and `lib` within reach."""
     from lib.suite.run.kernel_process import write_kernel
 
     if {"-h", "--help"} & set(arguments):
         print(f"usage: build.py lab [JUPYTERLAB ARGUMENT …]\n\n{description}")
         return 0
+    try:
+        kept = working_copies.refresh()
+    except OSError as error:
+        raise UserError(f"{working_copies.COPIES}: cannot be written to ({error.strerror})") from None
+    for line in [f"working copies of the templates: {working_copies.COPIES}", *kept]:
+        print(f"build.py: {line}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         environment = {"PYTHONPATH": _python_path(), "JUPYTER_PATH": str(write_kernel(Path(folder)))}
-        return 1 if _call(["jupyterlab", str(NOTEBOOKS), *arguments], environment) else 0
+        return 1 if _call(["jupyterlab", str(working_copies.COPIES), *arguments], environment) else 0
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:

@@ -16,7 +16,7 @@ def check(folder: Path, everything: bool = False) -> int:
 
     if not result_folder.present(Folder(folder)):
         raise UserError(f"{folder}: holds no record; build first: python build.py")
-    points = checks.check(folder, plan.optimizations(), plan.models())
+    points = checks.check(folder, plan.optimizations(), plan.models(folder.name))
     for line in checks.table(points, most=10**6 if everything else 4):
         print(line)
     short = [point for point in points if not point.holds]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from lib.models import parameters as parameter_files
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan import template as templates
 from lib.suite.plan.plan import Job
@@ -104,7 +105,7 @@ def _hello(request: dict, tell: Callable[..., None]) -> dict:
     for described, expected_key in request["jobs"]:
         job = job_of(described)
         plan.check_device(job.parameters["device"])
-        if job.model not in plan.models():
+        if job.model not in (*plan.models(), *parameter_files.registered()):
             raise UserError(f"parameters/{job.model}.yaml is not there")
         if job.optimization not in reached:
             reached[job.optimization] = dependencies.reached(job.template)

@@ -1,9 +1,10 @@
 """The content key of a job: what its result depends on, hashed part by part, so that a change can be named.
 
-Parts: the template's cells, the resolved parameters (the device among them), the model's dimensions, the modules of
-`lib` that the notebook and `lib/optimizations/<stem>.py` reach through their imports, the weights, the evaluation data,
-and the versions of Python, torch and transformers. A hit means: this measurement still belongs to this code. The
-machine is not part of it; the record names it. Knows nothing of records.
+Parts: the template's cells, the resolved parameters (the device among them) and the user's files that they name, the
+model's dimensions, the modules of `lib` that the notebook and `lib/optimizations/<stem>.py` reach through their
+imports, the weights with their tokenizer, the evaluation data, and the versions of Python, torch and transformers. A
+hit means: this measurement still belongs to this code. The machine is not part of it; the record names it. Knows
+nothing of records.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from typing import Any
 
 from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
-from lib.suite.plan import dependencies
+from lib.models.sources import fetch as sources
+from lib.models.sources import hub
+from lib.suite.plan import dependencies, named_files
 from lib.suite.plan.plan import ROOT, Job, proxy_folder
 
 WHOLE_BYTES = 256 * 2**20
@@ -116,23 +119,29 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
     model = hashes.of_model(job.model)
     dimensions = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
-    return dimensions | {
-        "template": hashes.of_cells(job.template.cells),
-        "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
-        "model": {
-            "architecture": model.architecture,
-            "config": digest(model.config(job.scale)),
-            "tasks": digest(model.tasks),
-        },
-        "code": {path.relative_to(ROOT).as_posix(): hashes.of(path) for path in modules},
-        "weights": _weights(job, model, hashes),
-        "data": hashes.of_folder(parameter_files.PARAMETERS / "evaluation"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": _version("torch"),
-            "transformers": _version("transformers"),
-        },
-    }
+    files = {path.name: hashes.of(path) for path in named_files.of(job.parameters)}
+    named = {"files": files} if files else {}
+    return (
+        dimensions
+        | named
+        | {
+            "template": hashes.of_cells(job.template.cells),
+            "parameters": {name: digest(value) for name, value in job.parameters.items() if name != "checkpoints"},
+            "model": {
+                "architecture": model.architecture,
+                "config": digest(model.config(job.scale) if model.full else "that of the weights"),
+                "tasks": digest(model.tasks),
+            },
+            "code": {path.relative_to(ROOT).as_posix(): hashes.of(path) for path in modules},
+            "weights": _weights(job, model, hashes),
+            "data": hashes.of_folder(parameter_files.PARAMETERS / "evaluation"),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": _version("torch"),
+                "transformers": _version("transformers"),
+            },
+        }
+    )
 
 
 def of(parts_of_job: Mapping[str, Mapping[str, str]]) -> str:
@@ -155,17 +164,10 @@ def _weights(job: Job, model: parameter_files.ModelParameters, hashes: Hashes) -
         return hashes.of_folder(proxy_folder(job.model))
     if job.parameters["checkpoints"]:
         return hashes.of_folder(checkpoint.folder_of(job.model, job.parameters["checkpoints"]))
-    return {model.checkpoint: _hub_revision(model.checkpoint)}
-
-
-def _hub_revision(hub_id: str) -> str:
-    """Return the commit of a hub id that lies in the local hub cache, or `unknown` before it was fetched."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    try:
-        return (cache / f"models--{hub_id.replace('/', '--')}" / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return "unknown"
+    if model.source.kind == "hub":
+        return {model.checkpoint: hub.revision(model.checkpoint) or "unknown"}
+    folder = sources.local(model.source)
+    return hashes.of_folder(folder) if folder else {model.checkpoint: "not fetched"}
 
 
 def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:

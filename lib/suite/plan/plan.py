@@ -1,29 +1,25 @@
 """What is to be run: the folders' contents and a request, turned into jobs whose every parameter is checked.
 
-The folder is the registry: an optimization is a notebook in `notebooks/`, a model a file in `parameters/`. Precedence
-of a parameter: template default < model file's section for the optimization < `-p name=value`; what the options set
-(model, scale, effort, device, checkpoints, random_weights) is set by them alone. Knows nothing of what has been run
-already.
+The folder is the registry: an optimization is a notebook in `notebooks/`, a model a file in `parameters/`, or a
+checkpoint that was named on the command line. A model takes part at the scales that it describes. Knows nothing of what
+has been run already.
 """
 
-import logging
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, suggest
+from lib.files import expanded
 from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
 from lib.models.checkpoints import validate
-from lib.models.tasks.registry import check_tasks
-from lib.report.records import migration
+from lib.models.sources import reference
+from lib.suite.plan import fetching
 from lib.suite.plan import template as templates
 from lib.suite.plan.template import Template
-
-log = logging.getLogger(__name__)
+from lib.suite.plan.values import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOKS = ROOT / "notebooks"
@@ -35,14 +31,6 @@ DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
 DEVICES = ("cpu", "cuda")
 # As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
-OPTIONS = {
-    "model": "--model",
-    "scale": "--scale",
-    "effort": "--effort",
-    "device": "--device",
-    "checkpoints": "--checkpoints",
-    "random_weights": "--random-weights",
-}
 
 
 @dataclass(frozen=True)
@@ -87,9 +75,35 @@ def optimizations() -> list[str]:
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb") if path.stem != OVERVIEW)
 
 
-def models() -> list[str]:
-    """Return the models that have a parameter file, sorted."""
-    return parameter_files.names()
+def models(scale: str | None = None) -> list[str]:
+    """Return the models that have a parameter file, sorted; of a scale, those that take part at it."""
+    return parameter_files.names_at(scale) if scale in SCALES else parameter_files.names()
+
+
+def model_named(text: str) -> str:
+    """Return the name of a model given on the command line: by its name, or by its checkpoint, which gets one.
+
+    A checkpoint is a folder, a `.gguf` file, `package:NAME==VERSION/PATH` or a hub id with a slash. Raises UserError.
+    """
+    known = models()
+    if text in known or text in parameter_files.registered():
+        return text
+    if "/" in text or text.startswith(reference.PACKAGE) or reference.is_path(text):
+        return parameter_files.register(text)
+    hint = suggest(text, known) or f" Known: {', '.join(known)}; or a checkpoint: a folder, a .gguf file, a hub id."
+    raise UserError(f'unknown model "{text}".{hint}')
+
+
+def implied_scale(chosen: Sequence[str]) -> str:
+    """Return the scale of a request that names none: `proxy`, or `full` for models that have no proxy model.
+
+    Raises UserError where some have one and some have none.
+    """
+    part = parameter_files.takes_part(chosen)
+    without = [name for name, scales in part.items() if scales and "proxy" not in scales]
+    if without and len(without) < len(chosen):
+        raise UserError(f"{without[0]} takes part at {', '.join(part[without[0]])} only; give --scale, or one model")
+    return "full" if without else "proxy"
 
 
 def assignments(pairs: list[str]) -> dict[str, str]:
@@ -112,7 +126,7 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     Where nothing is `to_run`, the device and the weights need not be there; where it is not `here`, the device.
     """
     chosen = _chosen("optimization", request.optimizations, optimizations(), "notebooks/*.ipynb")
-    on = _chosen("model", request.models, models(), "parameters/*.yaml")
+    on = _models(request)
     if to_run and here:
         check_device(request.device)
     dimensions = _dimensions(request.dimensions)
@@ -120,16 +134,52 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     files = {name: parameter_files.read(name) for name in on}
     for name in on:
         _check_sections(name, files[name].optimizations)
-        if to_run:
-            _check_weights(name, request)
-    if to_run and request.checkpoints:
-        validate.check(os.path.abspath(checkpoint.folder_of(name, request.checkpoints)) for name in on)
-    return [
-        Job(template, name, request.scale, request.effort, values, dimensions)
+    # Everything that can be refused without a byte from elsewhere is refused before the first one is fetched.
+    values = {
+        (template.stem, name): resolve(
+            template, _options(name, request), files[name].optimizations.get(template.stem, {}), request.parameters
+        )
         for template in read
         for name in on
-        for values in [resolve(template, name, files[name].optimizations, request)]
+    }
+    if to_run:
+        folders = [folder for name in on if (folder := _weights(name, request))]
+        if request.scale == "full":
+            validate.check(folders)
+    return [
+        Job(template, name, request.scale, request.effort, values[template.stem, name], dimensions)
+        for template in read
+        for name in on
     ]
+
+
+def plan_each(request: Request) -> tuple[list[Job], list[str]]:
+    """Return the jobs of a request, nothing of which is to be run, and what is wrong, model by model: the jobs of the
+    others are there. Raises UserError where no model is well.
+    """
+    jobs: list[Job] = []
+    faults: dict[str, None] = {}
+    on = [*request.models] or models(request.scale)
+    for name in on:
+        try:
+            jobs += plan(replace(request, models=(name,)), to_run=False)
+        except UserError as error:
+            faults[str(error)] = None
+    if not jobs:
+        raise UserError(next(iter(faults), f"no model takes part at scale {request.scale}"))
+    order = {name: at for at, name in enumerate(optimizations())}
+    return sorted(jobs, key=lambda job: (order[job.optimization], on.index(job.model))), [*faults]
+
+
+def _models(request: Request) -> list[str]:
+    """Return the models of a request, by name. Raises UserError for one that is unknown, or not of this scale."""
+    if not request.models:
+        return _chosen("model", (), models(request.scale), f"parameters/*.yaml for scale {request.scale}")
+    chosen = list(dict.fromkeys(model_named(text) for text in request.models))
+    for name in chosen:
+        if request.scale not in (there := parameter_files.read(name).scales):
+            raise UserError(f"{name}: describes no scale {request.scale}; it takes part at {', '.join(there)}")
+    return chosen
 
 
 def _dimensions(requested: tuple[str, ...]) -> tuple[str, ...]:
@@ -177,16 +227,18 @@ def _check_sections(model: str, sections: Mapping[str, Mapping[str, Any]]) -> No
             )
 
 
-def _check_weights(model: str, request: Request) -> None:
-    """Check now, rather than in the tenth cell of a notebook, that the weights to be loaded exist and are complete."""
+def _weights(model: str, request: Request) -> Path | None:
+    """Return the checked folder of the weights to be loaded, None for random ones; what is elsewhere is fetched.
+
+    Now, rather than in the tenth cell of a notebook, it is found out whether they exist and are complete.
+    """
     if request.checkpoints and request.scale != "full":
         raise UserError(f'--checkpoints is for "--scale full"; the scale is "{request.scale}"')
     if request.checkpoints and request.random_weights:
         raise UserError("--checkpoints and --random-weights contradict each other; give one of them")
     if request.random_weights or request.scale == "slice":
-        return
-    if request.checkpoints:
-        checkpoint.check_checkpoint(model, checkpoint.folder_of(model, request.checkpoints))
+        parameter_files.read(model).config(request.scale)  # raises where it is not known yet
+        return None
     if request.scale == "proxy":
         folder = proxy_folder(model)
         if not folder.is_dir():
@@ -194,66 +246,29 @@ def _check_weights(model: str, request: Request) -> None:
                 f"parameters/proxies/{model}: there is no proxy model for {model};  "
                 f'train it with "python build.py proxies --model {model}"'
             )
-        checkpoint.check_checkpoint(model, folder)
+    elif request.checkpoints:
+        folder = expanded(checkpoint.folder_of(model, request.checkpoints))
+    else:
+        try:
+            folder = fetching.weights(model)
+        except UserError:
+            parameter_files.forget(model)  # a checkpoint that was named on the command line, and is none
+            raise
+    return checkpoint.check_checkpoint(model, folder)
+
+
+def _options(model: str, request: Request) -> dict[str, Any]:
+    """Return the parameters of every template that options of the command line set."""
+    return {
+        "model": model,
+        "scale": request.scale,
+        "effort": request.effort,
+        "device": request.device,
+        "checkpoints": str(expanded(request.checkpoints)) if request.checkpoints else "",
+        "random_weights": request.random_weights,
+    }
 
 
 def proxy_folder(model: str) -> Path:
     """Return the folder of the trained proxy model of `model`."""
     return parameter_files.PARAMETERS / "proxies" / model
-
-
-def resolve(
-    template: Template, model: str, sections: Mapping[str, Mapping[str, Any]], request: Request
-) -> dict[str, Any]:
-    """Return the value of every parameter that the template declares. Raises UserError for a name, type or range."""
-    declared = template.parameters
-    values = {name: parameter.default for name, parameter in declared.items()}
-    options = {
-        "model": model,
-        "scale": request.scale,
-        "effort": request.effort,
-        "device": request.device,
-        "checkpoints": os.path.abspath(os.path.expanduser(request.checkpoints)) if request.checkpoints else "",
-        "random_weights": request.random_weights,
-    }
-    for name in OPTIONS:
-        if name not in declared:
-            raise UserError(f'notebooks/{template.path.name}: the cell "parameters" does not declare "{name}"')
-    section = sections.get(template.stem, {})
-    where = f'parameters/{model}.yaml: section "{template.stem}"'
-    for source, overrides in ((where, section), ("-p", request.parameters)):
-        for name, value in _present_names(source, overrides, declared).items():
-            values[name] = _checked(source, name, value, template)
-    if "tasks" in values:
-        values["tasks"] = check_tasks(values["tasks"])
-    return values | options
-
-
-def _present_names(source: str, values: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters under their present names; a former name is accepted, with one log line."""
-    present = {}
-    for name, value in values.items():
-        current = name if name in declared else migration.PARAMETERS.get(name, name)
-        if current != name:
-            _say_renamed(f'{source}: parameter "{name}"', current)
-        present[current] = value
-    return present
-
-
-@cache
-def _say_renamed(what: str, current: str) -> None:
-    """Log the present name, once per former name."""
-    log.warning('%s is now called "%s"; please use the new name', what, current)
-
-
-def _checked(source: str, name: str, value: Any, template: Template) -> Any:
-    declared = template.parameters
-    if name in OPTIONS:
-        raise UserError(f'{source}: "{name}" is set by the option {OPTIONS[name]}')
-    if name not in declared:
-        own = [key for key in declared if key not in OPTIONS]
-        raise UserError(
-            f'{source}: unknown parameter "{name}": notebooks/{template.path.name} declares {", ".join(own)}.'
-            f"{suggest(name, own)}"
-        )
-    return templates.check(value, declared[name], f'{source}: "{name}"')

@@ -88,8 +88,8 @@ def _execute(request: dict, tell: Any) -> dict:
     papermill_engines.register("telling", Telling)
     try:
         papermill.execute_notebook(
-            request["notebook"],
-            request["output"],
+            _literal(request["notebook"]),
+            _literal(request["output"]),
             parameters=request["parameters"],
             engine_name="telling",
             kernel_name="python3",
@@ -110,6 +110,11 @@ def _execute(request: dict, tell: Any) -> dict:
     if not error and request["glued"]:
         outcome = _glued(Path(request["output"]))
     return outcome
+
+
+def _literal(path: str) -> str:
+    """Return a path as papermill takes it, which replaces names in braces by parameters."""
+    return path.replace("{", "{{").replace("}", "}}")
 
 
 def _watch(nb_man: Any, tell: Any) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from lib.files import cache_folder
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 from lib.suite.run.sampling import Samples, Tree
 
@@ -117,6 +118,8 @@ def surroundings(folder: Path) -> dict[str, str]:
         "JUPYTER_PATH": str(write_kernel(folder)),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         "IPYTHONDIR": str(folder / "ipython"),
+        # Where it depends on the folder of temporary files, a notebook's is another one.
+        "WORKBENCH_CACHE": str(cache_folder()),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 

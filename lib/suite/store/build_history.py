@@ -1,12 +1,12 @@
 """Earlier builds: appends a finished build to the history, and resolves the name of an earlier build."""
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.files import expanded
 from lib.suite.plan import cache_key, plan
 from lib.suite.store.result_folder import Folder
 
@@ -61,7 +61,7 @@ def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
     from lib.report.records import history
     from lib.report.records.record import from_json, read_folder
 
-    path = Path(os.path.expanduser(name))
+    path = expanded(name)
     if path.is_dir():
         inside = path if list(path.glob("*--*.json")) else path / folder.name
         records, damaged = read_folder(inside)

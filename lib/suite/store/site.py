@@ -35,7 +35,7 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
 def made_from(folder: Folder) -> str:
     """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports."""
     files = [*folder.path.glob("*--*.json"), *REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css")]
-    return cache_key.digest([_marks(files), plan.optimizations(), plan.models()])
+    return cache_key.digest([_marks(files), plan.optimizations(), plan.models(folder.path.name)])
 
 
 def _others(folder: Folder) -> str:
@@ -86,13 +86,13 @@ def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], No
 def _suite(folder: Folder, kind: str) -> None:
     from lib.report.pages import suite_files
 
-    suite_files.write(kind, folder.path, plan.optimizations(), plan.models())
+    suite_files.write(kind, folder.path, plan.optimizations(), plan.models(folder.path.name))
 
 
 def _index(folder: Folder, _: str) -> None:
     from lib.report.pages import index
 
-    index.write(folder.path, plan.optimizations(), plan.models())
+    index.write(folder.path, plan.optimizations(), plan.models(folder.path.name))
 
 
 def _archive(folder: Folder, _: str) -> None:

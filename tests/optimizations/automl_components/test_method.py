@@ -181,6 +181,8 @@ def test_the_rule_takes_the_fastest_that_keeps_its_scores():
     assert automl.choose([_finalist(0.3, 0.0, 0.4, 0.5), *finalists], 0.02) is finalists[2], "its text fell apart"
     with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* the nearest loses 0\.1"):
         automl.choose(finalists[:1], 0.02)
+    with pytest.raises(UserError, match=r"nothing that was tried is within memory_budget=0\.01"):
+        automl.choose([], 0.02, memory_budget=0.01)
 
 
 def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():

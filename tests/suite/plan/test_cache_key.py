@@ -102,7 +102,7 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
 
 
 def _entries(scale):
-    models = [model for _ in ("first", "second") for model in parameters.names()]
+    models = [model for _ in ("first", "second") for model in parameters.names_at("slice")]
     return [schedule.Entry(SimpleNamespace(scale=scale, model=model), "", {}) for model in models]
 
 
@@ -123,7 +123,7 @@ def _begun(scale, monkeypatch):
 
 
 def test_the_two_largest_slices_are_not_in_memory_at_once(monkeypatch):
-    glm, dense, coder, pictures = parameters.names()
+    glm, dense, coder, pictures = parameters.names_at("slice")
     large, small = _begun("slice", monkeypatch)
     assert large == [coder, coder, glm, glm] and small == [dense, dense, pictures, pictures]
     one, other = _begun("proxy", monkeypatch)

@@ -1,0 +1,147 @@
+"""The conversion of a GGUF file into a checkpoint folder: `python -m lib.models.sources.convert FILE FOLDER`.
+
+Transformers reads and dequantizes the tensors; they are stored in bfloat16, whose rounding (2⁻⁹) is far below the step
+of a quantized file. What transformers leaves out is added: the split of the text before byte-pair encoding, where it
+does not know the file's, and the generation configuration. Prints one line and exits with 2 where it cannot be done.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from lib.errors import UserError
+
+# As llama.cpp splits text before byte-pair encoding (src/llama-vocab.cpp there), by the file's `tokenizer.ggml.pre`.
+AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
+DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+TRIED = 'In 2026, 1234567 people  said: "don\'t!"\n\n\tdef f(x):\n        return x_1 + 3.14159  # ok? Ünïcödé 日本'
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the checkpoint folder of a GGUF file. Raises UserError for what cannot be read or would be read wrongly."""
+    header = _header(file)
+    tokenizer = _tokenizer(file, header)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    except (ValueError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+        raise UserError(
+            f'architecture "{header("general.architecture")}" cannot be read ({" ".join(str(error).split())[:160]}); '
+            "give the model's own checkpoint folder"
+        ) from None
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"its tokenizer knows {len(tokenizer)} tokens, its embeddings have {rows} rows")
+    for name in ("bos", "eos", "pad"):
+        if (identity := getattr(tokenizer, f"{name}_token_id", None)) is not None:
+            setattr(config, f"{name}_token_id", identity)
+    ordinary = type(model)(config).to(torch.bfloat16)  # the loaded one refuses to be saved: it was quantized
+    ordinary.load_state_dict(model.state_dict())
+    del model
+    ordinary.generation_config = _generation(tokenizer, header)
+    ordinary.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if AutoTokenizer.from_pretrained(folder)(TRIED).input_ids != tokenizer(TRIED).input_ids:
+        raise UserError("its tokenizer does not survive being saved")
+
+
+def _header(file: Path) -> Callable[[str], Any]:
+    """Return a function from a key of the file's header to its value, or None."""
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError('the package gguf is not installed; pip install "gguf>=0.17"') from None
+    try:
+        fields = GGUFReader(file).fields
+    except (ValueError, IndexError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"truncated or damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
+    if "general.architecture" not in fields:
+        raise UserError("its header names no architecture")
+    return lambda key: fields[key].contents() if key in fields else None
+
+
+def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
+    """Return the file's tokenizer, with text split as the model was trained with."""
+    if header("tokenizer.ggml.tokens") is None:
+        raise UserError("holds no tokenizer; give the model's own checkpoint folder")
+    try:
+        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise UserError(
+            f'architecture "{header("general.architecture")}": its tokenizer cannot be read '
+            f"({' '.join(str(error).split())[:160]}); give the model's own checkpoint folder"
+        ) from None
+    backend = read.backend_tokenizer
+    if header("tokenizer.ggml.model") == "gpt2" and (split := _split(header("tokenizer.ggml.pre"))) is not None:
+        backend.pre_tokenizer = split
+    special = {name: value for name in SPECIAL if (value := getattr(read, name, None)) is not None}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    made.chat_template = header("tokenizer.chat_template") or None
+    made.padding_side = "left"
+    return made
+
+
+def _split(name: str | None) -> Any:
+    """Return the split of byte-level BPE named in a file, None where transformers' own is the right one already.
+
+    Raises UserError for a name that neither knows: ids would silently be other ones.
+    """
+    if name in DIGITS_ALONE:
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        return pre_tokenizers.Sequence(parts)
+    if name in (None, "", "default"):
+        splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in DEFAULT_SPLITS]
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if name in AS_GPT2 or name in _known_to_transformers():
+        return None
+    raise UserError(
+        f'its tokenizer splits text as "{name}", which is not known here; give the model\'s own checkpoint folder'
+    )
+
+
+def _known_to_transformers() -> set[str]:
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # an earlier release: only the splits above are sure
+        return set()
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+def _generation(tokenizer: Any, header: Callable[[str], Any]) -> GenerationConfig:
+    """Return when generation ends: at the file's end of text, and at its end of a turn."""
+    ends = [header(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(int(end) for end in ends if end is not None))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Convert; print what is wrong in one line, and return 2, where that fails."""
+    file, folder = map(Path, arguments)
+    try:
+        with tempfile.TemporaryDirectory() as alone:  # files beside it may be another model's
+            link = Path(alone) / "model.gguf"
+            link.symlink_to(file.absolute())
+            convert(link, folder)
+    except UserError as error:
+        print(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

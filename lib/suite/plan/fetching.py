@@ -1,0 +1,60 @@
+"""Brings what a run needs to this machine before anything runs, and shows how far it is. Knows nothing of runs.
+
+In a terminal a bar, elsewhere a line for each step; both on standard error.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.models import parameters as parameter_files
+from lib.models.sources import fetch as sources
+from lib.models.sources.reference import Reference
+from lib.models.sources.store import Tell
+
+
+def weights(name: str) -> Path:
+    """Return the folder of a model's checkpoint, fetched and said so where it is not here yet. Raises UserError."""
+    description = parameter_files.read(name)
+    return bring(description.source, description.sha256)
+
+
+def bring(source: Reference, sha256: str | None = None) -> Path:
+    """Return the place of what `source` refers to, fetched and said so where it is not here yet. Raises UserError."""
+    if (there := sources.local(source)) is not None:
+        return there
+    if source.kind == "folder":
+        return sources.fetch(source)  # raises, or it is there
+    doing = "not converted yet: converting" if source.kind == "gguf" else "not here yet: fetching"
+    print(f"build.py: {source.text} is {doing} it, once", file=sys.stderr, flush=True)
+    with shown() as tell:
+        return sources.fetch(source, tell, sha256)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[Tell]:
+    """Yield a function that shows what is being done and how much of it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(what: str, done: int, total: int | None) -> None:
+            if what not in seen:
+                seen.add(what)
+                size = f" ({total / 1e6:,.1f} MB)" if total else ""
+                console.print(f"  {what}{size}", markup=False)
+
+        yield line
+        return
+    columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("", total=None)
+
+        def move(what: str, done: int, total: int | None) -> None:
+            progress.update(bar, description=what, completed=done, total=total)
+
+        yield move

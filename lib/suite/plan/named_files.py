@@ -1,0 +1,60 @@
+"""The user's own files that parameters of a run name: a task of the harness in a YAML file, what that names in turn, a
+text. A result belongs to what they hold. Knows nothing of what they mean.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.models.tasks.registry import HARNESS
+
+YAML = (".yaml", ".yml")
+
+
+class Tolerant(yaml.SafeLoader):
+    """YAML whose own tags (`!function`) are read as nothing."""
+
+
+Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def of(parameters: Mapping[str, Any]) -> list[Path]:
+    """Return every file that a parameter's value names by its absolute path, and those that a YAML file of them names
+    from its own folder, sorted.
+    """
+    files: set[Path] = set()
+    waiting = [path for text in _texts(dict(parameters)) if (path := Path(text)).is_absolute() and _is_file(path)]
+    while waiting:
+        path = waiting.pop()
+        if path in files:
+            continue
+        files.add(path)
+        if path.suffix in YAML:
+            inside = (path.parent / text for text in _texts(_yaml(path)))
+            waiting += [near for near in inside if _is_file(near)]
+    return sorted(files)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text that is no path
+        return False
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value, however deep; of a task of the harness, its path."""
+    if isinstance(value, str):
+        yield value.removeprefix(HARNESS)
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Tolerant)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

@@ -1,0 +1,295 @@
+"""Checkpoints as outsiders leave them: each is right on every path, or refused while planning in one line."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lib.errors import UserError
+from lib.models import loading, parameters, tokenizing
+from lib.models.checkpoints import io, placement, validate
+from lib.models.checkpoints.folder import INDEX, WEIGHTS, check_checkpoint
+from lib.models.offload import streamer
+from lib.models.tasks import prompting, tasks
+from tests.models.sources import gguf_files
+
+IDS = torch.arange(24)[None] * 13 % 300
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return gguf_files.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path, tokens):
+    """A whole checkpoint of Llama's architecture, as transformers saves it."""
+    made = gguf_files.model(tokens.get_vocab_size())
+    made.generation_config.eos_token_id = 2
+    made.save_pretrained(tmp_path / "tiny")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = gguf_files.CHAT
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def edited(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def fault(folder) -> str:
+    """Return the one line with which planning refuses a folder, as planning finds it."""
+    name = parameters.register(str(folder))
+    try:
+        found = validate.fault(check_checkpoint(name, folder))
+    except UserError as error:
+        found = str(error)
+    assert found and "\n" not in found, found
+    return found
+
+
+@torch.no_grad()
+def logits(folder, monkeypatch=None):
+    """Return the logits of a folder: by transformers, by our loader whole, saved and loaded again, and streamed."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = io.load_folder(folder, torch.float32)
+    again = io.load_folder(io.save(whole, folder.parent / "again"), torch.float32)
+    _, total = streamer.smallest(folder)
+    streamed = streamer.open_streamed(folder, allowance_bytes=total)
+    return [model(IDS).logits for model in (theirs, whole, again, streamed)]
+
+
+def test_a_whole_one_is_well_and_equal_on_every_path(folder):
+    assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+
+
+def test_a_head_of_its_own_under_tied_embeddings(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+    tied = load_file(folder / WEIGHTS) | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(tied, folder / WEIGHTS, metadata={"format": "pt"})
+    model = io.load_folder(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "equal ones stay tied"
+
+
+def test_a_leftover_index_beside_merged_weights(folder, tokens):
+    gguf_files.model(tokens.get_vocab_size(), seed=7).save_pretrained(folder.parent / "old", max_shard_size="60KB")
+    for path in (folder.parent / "old").glob("model*"):
+        shutil.copy(path, folder)
+    assert (folder / INDEX).is_file() and (folder / WEIGHTS).is_file()
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+
+
+def test_shards_without_an_index_are_refused(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+    assert f"and no {WEIGHTS}; expected {WEIGHTS}, or shards with {INDEX}" in fault(folder)
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "pytorch_model.bin")
+    assert "holds pytorch_model.bin and no" in fault(folder)
+
+
+@pytest.mark.parametrize("entry", ["../outside.safetensors", "/etc/passwd", None, 7, "", "a/b.safetensors", "..\\x"])
+def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    places = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
+    places["model.norm.weight"] = entry
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    outside = folder.parent / "outside.safetensors"
+    shutil.copy(folder / "one.safetensors", outside)
+    said = fault(folder)
+    assert f"model.norm.weight lies in {entry!r}" in said
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        streamer.open_streamed(folder)
+
+
+def test_an_adapter_beside_or_instead_of_weights(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge the adapter into its base model first" in fault(folder)
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").unlink()
+    assert "merge the adapter into its base model first" in fault(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_quantized_weights_that_cannot_be_undone(folder, method):
+    edited(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    said = fault(folder)
+    assert f"quantized ({method})" in said and "give the checkpoint before it was quantized" in said
+
+
+def test_quantized_weights_that_no_configuration_names(folder):
+    weights = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert f"{name} is stored as F8_E4M3 by a quantizer that config.json does not name" in fault(folder)
+    weights[name] = weights[name].float()
+    weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert f"{name}_scale_inv" in fault(folder)
+
+
+def test_block_scaled_fp8_is_dequantized_and_said_so(folder, caplog, monkeypatch):
+    weights, scaled = load_file(folder / WEIGHTS), {}
+    for name, tensor in weights.items():
+        if "proj.weight" in name:
+            scale = tensor.abs().max() / 448
+            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[f"{name}_scale_inv"] = scale.float().expand(1, 1).clone()
+        else:
+            scaled[name] = tensor
+    save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
+    described = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    edited(folder / "config.json", quantization_config=described)
+    assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
+    model = io.load_folder(folder, torch.float32)
+    assert "quantized (fp8) and are dequantized" in caplog.text
+    for name, parameter in model.named_parameters():
+        assert (parameter - weights[name].float()).abs().max() <= weights[name].abs().max() / 16
+    back = io.load_folder(io.save(model, folder.parent / "again"), torch.float32)
+    assert torch.equal(back(IDS).logits, model(IDS).logits)
+    monkeypatch.setattr("lib.memory_limits.free_memory_bytes", lambda: 10_000)
+    assert "they cannot be streamed from their files" in fault(folder)
+
+
+@pytest.mark.parametrize("change", [{"_attn_implementation": "nowhere/kernel"}, {"model_type": "never_heard_of"}])
+def test_a_configuration_that_asks_for_what_is_not_here(folder, change):
+    edited(folder / "config.json", **change)
+    assert re.search("transformers cannot build its model|names no architecture", fault(folder))
+
+
+def test_tokenizers_that_are_damaged_or_of_another_model(folder, tokens):
+    whole = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    assert "its tokenizer cannot be read" in fault(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "its tokenizer cannot be read" in fault(folder)
+    larger = json.loads(whole)
+    larger["model"]["vocab"] |= {f"more{n}": 313 + n for n in range(90)}
+    (folder / "tokenizer.json").write_text(json.dumps(larger))
+    assert "its embeddings have 313 rows" in fault(folder)
+    smaller = json.loads(whole)
+    smaller["model"] |= {"vocab": {"a": 0, "b": 1, "c": 2}, "merges": []}
+    smaller["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(smaller))
+    assert "of another model" in fault(folder)
+    (folder / "tokenizer.json").unlink()
+    assert "holds no tokenizer" in fault(folder)
+
+
+def test_added_tokens_beyond_the_embeddings(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = content["added_tokens"][0] | {"id": 313, "content": "<picture>"}
+    path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], added]}))
+    assert validate.fault(folder) is None, "no text ever holds it"
+    edited(folder / "tokenizer_config.json", eos_token="<picture>")
+    assert "makes the id 313 of a text, its embeddings have 313 rows" in fault(folder)
+
+
+def test_no_end_and_no_padding_token(folder):
+    edited(folder / "tokenizer_config.json", eos_token=..., pad_token=...)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert loaded.tokenizer.eos_token_id == 2, "as the generation configuration says"
+    assert tasks.calibration(loaded, 2, 64)[0]["input_ids"].shape == (2, 64)
+    assert next(tasks.batches(loaded, tasks.items("topic", "final", 2)))[0]["input_ids"].max() < 313
+    edited(folder / "generation_config.json", eos_token_id=...)
+    edited(folder / "config.json", eos_token_id=None)
+    assert loading.load(parameters.register(str(folder)), "full").tokenizer.eos_token_id is not None
+
+
+def test_what_the_tokenizer_puts_before_every_text(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "chat_template.jinja").unlink()
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert tokenizing.prefix(loaded.tokenizer) == (1,)
+    assert (tasks.text_windows(loaded, "final", 3, 64)[:, 0] == 1).all()
+    assert tasks.text_windows(loaded, "final", 3, 64).shape == (3, 64)
+    assert (tasks.calibration(loaded, 4, 64)[0]["input_ids"][:, 0] == 1).all()
+    prompts, values = tasks.retrieval_prompts(loaded, 32, 2)
+    assert (prompts[:, 0] == 1).all() and prompts.shape[1] == 1 + 8 + 4 + 8 + 32 + 4 and values.shape == (2, 8)
+    row = prompting.shown(loaded, tasks.items("topic", "final", 1)[0])
+    assert prompting.prompt_ids(loaded, row)[0] == 1
+    assert loaded.tokenizer(prompting.text(loaded, row)).input_ids == prompting.prompt_ids(loaded, row)
+
+
+THINKS = gguf_files.CHAT.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn first') }}{% endif %}"
+LISTS = (
+    "{% for m in messages %}{{ m['role'] }}:{% if m['content'] is not string %}{% for part in m['content'] %}"
+    "{{ part['text'] }}{% endfor %}{% endif %};{% endfor %}"
+)
+
+
+def test_a_chat_that_opens_a_thought_demands_a_system_turn_or_expects_lists(folder):
+    template = folder / "chat_template.jinja"
+    template.write_text(THINKS)
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert validate.fault(folder) is None
+    row = prompting.shown(loaded, tasks.items("topic", "final", 1)[0])
+    assert prompting.text(loaded, row).endswith("assistant\n<think>\n\n</think>\n\n")
+    template.write_text(LISTS)
+    assert validate.fault(folder) is None
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert row[-1].prompt in prompting.text(loaded, row)
+    template.write_text(SYSTEM + gguf_files.CHAT)
+    assert "its chat template refuses turns of a user and an assistant (a system turn first)" in fault(folder)
+    template.write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    assert "leaves out what the user says" in fault(folder)
+
+
+def test_a_single_expert_that_is_no_number(tiny, tmp_path):
+    model = tiny("qwen3-coder-30b")
+    model.model.layers[2].mlp.experts.gate_up_proj.data[5, 3, 1] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.experts\.gate_up_proj, expert 5, holds NaN"):
+        io.load_folder(tmp_path / "nan")
+
+
+def test_only_the_configuration_of_a_processor(tiny, tmp_path, tokens):
+    model = tiny("qwen3-vl-2b")
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(tmp_path / "vision")
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>").save_pretrained(tmp_path / "vision")
+    assert "holds no preprocessor_config.json" in fault(tmp_path / "vision")
+    from lib.models.proxies import proxy_model
+
+    processor = proxy_model.make_image_processor(model.config.vision_config.to_dict())
+    described = {"image_processor": processor.to_dict(), "processor_class": "Qwen3VLProcessor"}
+    (tmp_path / "vision" / "processor_config.json").write_text(json.dumps(described))
+    assert validate.fault(tmp_path / "vision") is None
+    loaded = io.load_image_processor(tmp_path / "vision")
+    assert loaded.patch_size == processor.patch_size and loaded.merge_size == processor.merge_size
+
+
+def test_what_does_not_fit_is_streamed_by_its_own_file(folder, monkeypatch):
+    name = parameters.register(str(folder))
+    whole = loading.load(name, "full", dtype="float32").model(IDS).logits
+    _, total = streamer.smallest(folder)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: int(1.1 * total))
+    streamed = loading.load(name, "full", dtype="float32").model
+    assert streamer.streamer(streamed) is not None and torch.allclose(streamed(IDS).logits, whole, atol=1e-4)

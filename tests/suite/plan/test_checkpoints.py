@@ -1,0 +1,180 @@
+"""Any checkpoint in one line: `--model` with a folder, a file or a hub id; every mistake before a notebook starts."""
+
+import json
+
+import pytest
+import workbench
+
+from lib.errors import UserError
+from lib.models import parameters
+from lib.suite.cli import command
+from lib.suite.plan import cache_key, named_files, plan
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Return a project with one more model, of nothing but a checkpoint, and a function that runs its build.py."""
+    root = workbench.project(tmp_path / "project")
+    workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)])
+    (root / "parameters" / "gamma.yaml").write_text("checkpoint: ./weights\n", encoding="utf-8")
+    cache = str(tmp_path / "cache")
+
+    def call(*arguments):
+        return workbench.build(root, *arguments, WORKBENCH_CACHE=cache)
+
+    return root, call
+
+
+def line(ended) -> str:
+    """Return the one line of a request that was refused."""
+    lines = [one for one in ended.stderr.strip().splitlines() if not one.startswith("  ") and "fetching it" not in one]
+    assert ended.returncode == 2 and len(lines) == 1 and lines[0].startswith("build.py: "), ended.stderr
+    return lines[0]
+
+
+def test_list_shows_scales_names_a_bad_file_and_shows_the_rest(own):
+    root, call = own
+    ended = call("list")
+    assert ended.returncode == 0, ended.stderr
+    assert "  alpha-1.5  proxy slice full" in ended.stdout and "  gamma      full" in ended.stdout
+    assert "well--gamma" not in ended.stdout and "well--beta-2" in ended.stdout
+    (root / "parameters" / "beta-2.yaml").write_text("a: [1", encoding="utf-8")
+    ended = call("list")
+    assert "parameters/beta-2.yaml, line" in line(ended) and "well--alpha-1.5" in ended.stdout
+    ended = call("list", "--scale", "full")
+    assert "well--gamma" in ended.stdout and ended.returncode == 2
+
+
+def test_full_is_implied_where_there_is_nothing_else(own):
+    root, call = own
+    assert "weights: no such folder or file; expected" in line(call("run", "well", "--model", "gamma"))
+    assert "describes no scale proxy; it takes part at full" in line(call("--model", "gamma", "--scale", "proxy"))
+    assert "takes part at full only; give --scale, or one model" in line(
+        call("--model", "gamma", "--model", "alpha-1.5")
+    )
+    workbench.checkpoint(root / "parameters" / "weights")
+    ended = call("list", "--model", "gamma")
+    assert ended.returncode == 0 and "results:       executed/full" in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nowhere/at/all", "expected a folder, a .gguf file, package:NAME==VERSION/PATH, or a hub id"),
+        ("./nowhere", "no such folder or file"),
+        ("./notes.txt", "a file, and not a .gguf file"),
+        ("no.gguf", "no such folder or file"),
+        ("./text.gguf", "not a GGUF file"),
+        ("package:no-version/file", "expected package:NAME==VERSION/PATH"),
+        ("nobody/never-heard-of", "cannot be fetched from the hub"),
+        ("./empty", "config.json: missing"),
+        ("gamm", 'unknown model "gamm". Did you mean "gamma"?'),
+    ],
+)
+def test_what_is_no_checkpoint_is_one_line(own, given, said, monkeypatch, tmp_path):
+    root, call = own
+    (root / "notes.txt").write_text("no checkpoint")
+    (root / "text.gguf").write_text("no GGUF file, but long enough for a header")
+    (root / "empty").mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert said in line(call("run", "well", "--model", given))
+    assert not list(root.glob("executed/*/*.json")) and not list((tmp_path / "cache").rglob("*.yaml"))
+
+
+def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
+    call = own[1]
+    folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
+    for form in (str(folder), f"{folder}/"):
+        ended = call("list", "--model", form)
+        assert ended.returncode == 0 and "well--tiny-model" in ended.stdout, ended.stderr
+    assert "  tiny-model  full" in call("list").stdout
+    ended = call("list", "--model", "tiny-model")
+    assert "well--tiny-model" in ended.stdout, "its name is enough from now on"
+
+
+def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeypatch):
+    root, _ = own
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
+    workbench.notebook(
+        root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []\ntext: str = ''"
+    )
+    task, data, text = tmp_path / "mine.yaml", tmp_path / "mine.jsonl", tmp_path / "mine.txt"
+    task.write_text("task: mine\ndataset_kwargs: {data_files: {test: mine.jsonl}}\ndoc_to_text: !function x.y\n")
+    data.write_text("{}\n")
+    text.write_text("some text")
+    values = {"tasks": f"topic,lm_eval:{task}", "text": str(text)}
+    request = plan.Request(models=("gamma",), scale="full", parameters=values)
+
+    def parts():
+        [job] = plan.plan(request, to_run=False)
+        return cache_key.parts(job, cache_key.Hashes())
+
+    first = parts()
+    assert set(first["files"]) == {"mine.yaml", "mine.jsonl", "mine.txt"} and "config.json" in first["weights"]
+    for path, part in ((folder / "config.json", "weights"), (data, "files"), (text, "files"), (task, "files")):
+        before = parts()
+        path.write_text(path.read_text() + " ")
+        assert cache_key.difference(before, parts()) == f"{part}: {path.name} changed"
+    (folder / "tokenizer.json").write_text("{}")
+    assert "weights: tokenizer.json new" in cache_key.difference(first, parts())
+
+
+def test_a_task_of_a_file_that_is_not_there(own, tmp_path, monkeypatch):
+    root, call = own
+    workbench.notebook(root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []")
+    assert "lm_eval:nowhere.yaml: there is no such file" in line(call("-p", "tasks=lm_eval:nowhere.yaml"))
+    assert 'unknown task "topci"' in line(call("-p", "tasks=topci"))
+
+
+def test_files_that_parameters_name(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    found = named_files.of({"one": str(tmp_path / "a.txt"), "two": ["a.txt", 7, None], "three": "x" * 5000})
+    assert found == [tmp_path / "a.txt"]
+
+
+def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
+    from tests.models.sources import indexes
+
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    text = f"package:{indexes.NAME}=={indexes.VERSION}/data/one.txt"
+    with indexes.served(indexes.Index(indexes.wheel({"data/one.txt": b"one" * 1000})), monkeypatch) as index:
+        assert command.main(["fetch", text]) == 0
+        captured = capsys.readouterr()
+        assert "is not here yet: fetching it, once" in captured.err and ": fetched, 0.0 MB" in captured.out
+        assert command.main(["fetch", text]) == 0
+        captured = capsys.readouterr()
+        assert "was here, every file as it came" in captured.out and not captured.err and index.starts == [0]
+        [place] = (tmp_path / "cache").rglob("one.txt")
+        place.write_text("changed")
+        assert command.main(["fetch", text]) == 0
+        assert "fetching it again" in capsys.readouterr().out and place.read_bytes() == b"one" * 1000
+        index.gone = True
+        assert command.main(["fetch", text.replace("1.2", "9.9")]) == 2
+        assert command.main(["fetch", "nothing-known"]) == 2
+    captured = capsys.readouterr()
+    assert "offers no such wheel" in captured.err and 'unknown model "nothing-known"' in captured.err
+
+
+def test_the_first_run_fetches_by_itself(tmp_path, monkeypatch, capsys):
+    from lib.suite.plan import fetching
+
+    told = []
+    monkeypatch.setattr(fetching.sources, "local", lambda source: None)
+    monkeypatch.setattr(
+        fetching.sources, "fetch", lambda source, tell, sha256: told.append((source.text, sha256)) or tmp_path
+    )
+    assert fetching.weights("smollm2-135m-instruct") == tmp_path
+    assert told[0][0] == parameters.read("smollm2-135m-instruct").checkpoint
+    assert "is not here yet: fetching it, once" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here_says_so_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    request = plan.Request(("structured_pruning",), ("smollm2-135m-instruct",), "full", random_weights=True)
+    with pytest.raises(UserError, match="has to be fetched first"):
+        plan.plan(request)
+    assert json.dumps([job.stem for job in plan.plan(request, to_run=False)])

@@ -1,0 +1,115 @@
+"""Machines, terminals and paths that nobody planned for: literal paths, any encoding, no home, pipes for records."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import workbench
+
+from lib import files
+from lib.errors import UserError
+from lib.report.records import record, rows
+from lib.report.text.wording import untagged
+from lib.suite.cli import working_copies
+from lib.suite.run import execute
+
+
+@pytest.mark.parametrize("out", ["r{1}", "r{model}", "r{", "~kept~"])
+def test_braces_in_a_path_are_literal(project, out):
+    ended = workbench.build(project, "--model", "alpha-1.5", "--out", out)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert workbench.record(project, "well--alpha-1.5", f"{out}/proxy")["status"] == "not_applicable"
+    assert execute._literal("a{b}").format() == "a{b}"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("arguments", [["check"], ["compare", "executed/proxy", "executed/proxy"], ["list"]])
+def test_a_terminal_without_our_characters(built, encoding, arguments):
+    root, _ = built
+    ended = workbench.build(root, *arguments, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert "UnicodeEncodeError" not in ended.stderr and "Traceback" not in ended.stderr
+    expected = workbench.build(root, *arguments)
+    assert ended.returncode == expected.returncode
+    assert len(ended.stdout.splitlines()) == len(expected.stdout.splitlines()) > 0
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("WORKBENCH_CACHE", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", nobody)
+    assert files.cache_folder().parent.is_dir(), "among the temporary files"
+    monkeypatch.setattr(pathlib.Path, "expanduser", nobody)
+    with pytest.raises(UserError, match="~/x: there is no home folder of that name here"):
+        files.expanded("~/x")
+
+
+def test_a_home_that_is_nobodys(project):
+    for command in (
+        ["--out", "~nobody-of-this-name/x"],
+        ["--scale", "full", "--checkpoints", "~nobody-of-this-name/x"],
+    ):
+        ended = workbench.build(project, *command)
+        [line] = ended.stderr.strip().splitlines()
+        assert ended.returncode == 2 and "there is no home folder of that name here" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_record_that_is_a_pipe_is_damaged_and_not_waited_for(project):
+    folder = project / "executed" / "proxy"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "well--alpha-1.5.json")
+    assert "no ordinary file" in record.read_folder(folder)[1]["well--alpha-1.5"]
+    ended = workbench.build(project, "list", timeout=60)
+    assert "damaged" in ended.stdout and "is no ordinary file" in ended.stdout
+    for command in (["check"], ["compare", "executed/proxy", "executed/proxy"]):
+        assert workbench.build(project, *command, timeout=60).returncode in (1, 2)
+
+
+def test_a_name_opens_no_tag_in_markdown():
+    name = "<img src=x onerror=alert(1)>"
+    assert untagged(name) == f"\\{name}" and untagged("p < 0.05, a<b> c</b>") == "p < 0.05, a\\<b> c\\</b>"
+    assert "| \\<b>x\\</b> |" in rows.markdown([name], [["<b>x</b>"]])
+    assert "<img" not in rows.markdown([name], []).replace("\\<img", "")
+
+
+def test_a_full_disk_while_reporting_is_one_line(built, tmp_path):
+    root, _ = built
+    program = (
+        "import sys, zipfile\nfrom lib.suite.cli import command\n"
+        "def full(*a, **k): raise OSError(28, 'No space left on device', 'report.zip')\n"
+        "zipfile.ZipFile.write = full\nsys.exit(command.main(['report']))"
+    )
+    (root / "executed" / "proxy" / ".cache" / "made" / "report.zip.json").unlink(missing_ok=True)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.stderr.strip().splitlines()[-1] == (
+        "build.py: report.zip: cannot be written (No space left on device)"
+    )
+    assert not list((root / "executed" / "proxy").glob(".*.part"))
+
+
+def test_jupyterlab_gets_copies(tmp_path):
+    templates, copies = tmp_path / "notebooks", tmp_path / ".lab"
+    templates.mkdir()
+    template = workbench.notebook(templates / "a.ipynb", [("Code", "x = 1")])
+    before = template.read_bytes()
+    assert working_copies.refresh(templates, copies) == []
+    copy = copies / "a.ipynb"
+    content = json.loads(copy.read_text())
+    content["cells"][-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
+    copy.write_text(json.dumps(content))
+    assert working_copies.refresh(templates, copies) == [] and "stdout" in copy.read_text(), "a run copy stays"
+    workbench.notebook(template, [("Code", "x = 2")])
+    assert working_copies.refresh(templates, copies) == [] and "x = 2" in copy.read_text(), "outputs are no edits"
+    content["cells"][-1]["source"] = "x = 'mine'"
+    copy.write_text(json.dumps(content))
+    assert working_copies.refresh(templates, copies) == [] and "mine" in copy.read_text()
+    template.write_bytes(before)
+    [said] = working_copies.refresh(templates, copies)
+    assert "a.ipynb has changed; your edited copy is .lab/a.ipynb.aside-1" in said and copy.read_bytes() == before
+    assert "mine" in (copies / "a.ipynb.aside-1").read_text()
