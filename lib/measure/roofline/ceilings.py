@@ -151,7 +151,7 @@ def explain(
     speedup = 1 / measured.ratio if invert else measured.ratio
     low, high = measured.ci or (measured.ratio, measured.ratio)
     low, high = (1 / high, 1 / low) if invert else (low, high)
-    reason = measured.reason
+    reason = None
     if not (low <= predicted <= high or abs(speedup / predicted - 1) <= CLOSE):
         if zero_share > CLOSE and costs[1].flops < costs[0].flops:
             reason = "zeros stored dense"
@@ -162,7 +162,8 @@ def explain(
         else:
             fits = bool(working_set_bytes and ceilings.cache_bytes and working_set_bytes < ceilings.cache_bytes)
             reason = _unrealised(bounds, seconds, fits)
-    return measured.model_copy(update={"predicted": predicted, "realised": speedup / predicted, "reason": reason})
+    both = "; ".join(part for part in (measured.reason, reason) if part) or None
+    return measured.model_copy(update={"predicted": predicted, "realised": speedup / predicted, "reason": both})
 
 
 def _unrealised(bounds: list[Bound], seconds: tuple[float, float], fits_in_cache: bool) -> str:

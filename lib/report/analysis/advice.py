@@ -27,9 +27,12 @@ GOALS: dict[str, tuple[str, ...]] = {
     "memory": ("peak_tensor_bytes", "peak_memory_bytes", "kv_cache_peak_bytes", "kv_cache_bytes_per_token",
                "weights_bytes"),
     "energy": ("energy_joules_per_token", "cpu_seconds_per_token"),
-    "size": ("weights_bytes", "checkpoint_bytes", "parameters"),
+    "size": ("checkpoint_bytes", "parameters", "weights_bytes"),
 }  # fmt: skip
-LIMITED = {"memory": "peak_memory_bytes", "size": "weights_bytes"}  # goals that may have a limit, and of what
+LIMITED = {
+    "memory": ("peak_memory_bytes",),
+    "size": ("checkpoint_bytes", "weights_bytes"),
+}  # goals that may have a limit, and of what
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
@@ -165,12 +168,13 @@ def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[
         reason = next((m.reason for m in record.measurements if m.dimension == "accuracy" and m.reason), None)
         return None, f"quality was not measured ({reason or 'no score'})", scores
     unexercised = [m for m in scores if m.verdict == "not_exercised"]
-    for m in scores:
-        word = judged_with(m, keep)
-        if word == "not_maintained":
-            return f"{m.metric} loses more than may be lost", None, scores
-        if word == "inconclusive":
-            return None, f"{m.metric}: {m.reason or 'too few items to tell'}", scores
+    words = {id(m): judged_with(m, keep) for m in scores}
+    lost = next((m for m in scores if words[id(m)] == "not_maintained"), None)
+    if lost:
+        return f"{lost.metric} loses more than may be lost", None, scores
+    undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)
+    if undecided:
+        return None, f"{undecided.metric}: {undecided.reason or 'too few items to tell'}", scores
     if len(unexercised) == len(scores):
         return None, "the optimization never acted on the questions that were asked", scores
     return None, None, scores
@@ -182,21 +186,22 @@ def judged_with(measurement: Measurement, keep: float) -> str:
         "maintained", "not_maintained", "inconclusive",
     ):  # fmt: skip
         return measurement.verdict
-    if measurement.bound is None:
+    if measurement.bound is None or keep == measurement.margin:
         return measurement.verdict
     if measurement.bound > -keep:
         return "maintained"
-    base, opt = measurement.baseline or 0.0, measurement.optimized or 0.0
-    return "not_maintained" if opt - base < -keep else "inconclusive"
+    if measurement.ci and measurement.baseline and (measurement.ci[1] - 1) * measurement.baseline < -keep:
+        return "not_maintained"
+    return "inconclusive"
 
 
 def _beyond(record: Record, goal: Goal) -> str | None:
     """Return why a record does not keep a limit in bytes, or None."""
     assert goal.limit_bytes is not None
-    metric = LIMITED[goal.name]
-    reached = [m.optimized for m in record.measurements if m.metric == metric and m.optimized]
+    metrics = LIMITED[goal.name]
+    reached = [m.optimized for m in record.measurements if m.metric in metrics and m.optimized]
     if not reached:
-        return f"{metric} was not measured, so the limit cannot be held against it"
+        return f"{metrics[0]} was not measured, so the limit cannot be held against it"
     if max(reached) > goal.limit_bytes:
         return f"takes {max(reached) / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
     return None
