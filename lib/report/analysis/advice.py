@@ -29,10 +29,8 @@ GOALS: dict[str, tuple[str, ...]] = {
     "energy": ("energy_joules_per_token", "cpu_seconds_per_token"),
     "size": ("checkpoint_bytes", "parameters", "weights_bytes"),
 }  # fmt: skip
-LIMITED = {
-    "memory": ("peak_memory_bytes",),
-    "size": ("checkpoint_bytes", "weights_bytes"),
-}  # goals that may have a limit, and of what
+# Goals that may have a limit, and of what.
+LIMITED = {"memory": ("peak_memory_bytes",), "size": ("checkpoint_bytes", "weights_bytes")}
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
