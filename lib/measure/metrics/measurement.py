@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.catalogue import metric as metric_named
-from lib.measure.metrics.decision import Ruling, decide, detectable
+from lib.measure.metrics.decision import BUSY_FLOOR, Ruling, decide, detectable
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import Pooled
 
@@ -33,7 +33,6 @@ Verdict = Literal[
     "informative",
 ]
 Provenance = Literal["measured", "derived", "estimated", "unavailable"]
-MOST_NOISE = 0.10  # of a baseline against itself, above which nothing is claimed
 
 
 class Measurement(BaseModel):
@@ -207,7 +206,7 @@ def from_samples(
     pairs that could not be repeated: nothing is decided then.
 
     Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
-    verdict is informative. Above a floor of MOST_NOISE it is inconclusive, whatever the interval: the same model
+    verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the interval: the same model
     differs from itself by more than most optimizations gain.
     """
     listed = metric_named(metric)
@@ -226,8 +225,6 @@ def from_samples(
         verdict: Verdict = "informative"
         if margin is not None:
             reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
-    elif floor > math.log1p(MOST_NOISE):
-        verdict, reason = "inconclusive", f"noise floor {math.expm1(floor):.0%}, above {MOST_NOISE:.0%}{_load()}"
     else:
         busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
         found = decide(
@@ -241,6 +238,8 @@ def from_samples(
             busy=busy,
         )
         verdict, reason = found.verdict, found.reason
+        if floor > BUSY_FLOOR:
+            reason = f"{reason}{_load()}"
         mde = detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
     return _make(
         metric,
