@@ -8,7 +8,6 @@ number that is not available is null, with a reason.
 """
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -33,7 +32,6 @@ Verdict = Literal[
     "informative",
 ]
 Provenance = Literal["measured", "derived", "estimated", "unavailable"]
-MOST_NOISE = 0.10  # of a baseline against itself, above which nothing is claimed
 
 
 class Measurement(BaseModel):
@@ -176,13 +174,6 @@ def from_pairs(
     )
 
 
-def _load() -> str:
-    """Return the machine's load as a clause, or nothing on a system that does not say."""
-    if not hasattr(os, "getloadavg"):
-        return ""
-    return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
-
-
 def from_samples(
     metric: str,
     workload: str,
@@ -207,8 +198,7 @@ def from_samples(
     pairs that could not be repeated: nothing is decided then.
 
     Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
-    verdict is informative. Above a floor of MOST_NOISE it is inconclusive, whatever the interval: the same model
-    differs from itself by more than most optimizations gain.
+    verdict is informative.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
@@ -226,8 +216,6 @@ def from_samples(
         verdict: Verdict = "informative"
         if margin is not None:
             reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
-    elif floor > math.log1p(MOST_NOISE):
-        verdict, reason = "inconclusive", f"noise floor {math.expm1(floor):.0%}, above {MOST_NOISE:.0%}{_load()}"
     else:
         busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
         found = decide(

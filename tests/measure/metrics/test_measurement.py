@@ -49,14 +49,6 @@ def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
     assert uncontrolled.verdict == "informative" and "A/A" in uncontrolled.reason
 
 
-def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
-    busy = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, math.log(1.48))
-    assert busy.verdict == "inconclusive" and busy.ratio == pytest.approx(2.5, rel=0.01)
-    assert busy.reason.startswith("noise floor 48%, above 10%") and "load " in busy.reason
-    quiet = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, math.log(1.09))
-    assert quiet.verdict == "better" and quiet.reason is None
-
-
 def test_counted_numbers_are_judged_by_direction_and_margin():
     assert measurement.counted("weights_bytes", "load", 100, 70, "count").verdict == "better"
     assert measurement.counted("weights_bytes", "load", 100, 130, "count").verdict == "worse"
