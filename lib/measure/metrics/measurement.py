@@ -175,13 +175,6 @@ def from_pairs(
     )
 
 
-def _load() -> str:
-    """Return the machine's load as a clause, or nothing on a system that does not say."""
-    if not hasattr(os, "getloadavg"):
-        return ""
-    return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
-
-
 def from_samples(
     metric: str,
     workload: str,
@@ -263,6 +256,13 @@ def from_samples(
         processes=effect.processes,
         disturbed=len(disturbed) or None,
     )
+
+
+def _load() -> str:
+    """Return the machine's load as a clause, or nothing on a system that does not say."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
 
 
 def _between(workload: str, provenance: Provenance, process_sigma: float | None) -> Pooled:

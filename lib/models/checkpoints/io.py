@@ -130,7 +130,8 @@ def _load_plain(folder: Path | str, dtype: torch.dtype | None) -> tuple[Any, dic
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: transformers cannot build its model ({why})") from None
     if quantized:  # an ordinary model from here on, which can be saved
-        del model.config.quantization_config
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
     return model, report
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lib.errors import UserError
 from lib.models import loading, parameters, tokenizing
-from lib.models.checkpoints import io, placement, validate
+from lib.models.checkpoints import io, validate
 from lib.models.checkpoints.folder import INDEX, WEIGHTS, check_checkpoint
 from lib.models.offload import streamer
 from lib.models.tasks import prompting, tasks
@@ -284,12 +284,3 @@ def test_only_the_configuration_of_a_processor(tiny, tmp_path, tokens):
     assert validate.fault(tmp_path / "vision") is None
     loaded = io.load_image_processor(tmp_path / "vision")
     assert loaded.patch_size == processor.patch_size and loaded.merge_size == processor.merge_size
-
-
-def test_what_does_not_fit_is_streamed_by_its_own_file(folder, monkeypatch):
-    name = parameters.register(str(folder))
-    whole = loading.load(name, "full", dtype="float32").model(IDS).logits
-    _, total = streamer.smallest(folder)
-    monkeypatch.setattr(placement, "free_bytes", lambda device: int(1.1 * total))
-    streamed = loading.load(name, "full", dtype="float32").model
-    assert streamer.streamer(streamed) is not None and torch.allclose(streamed(IDS).logits, whole, atol=1e-4)
