@@ -16,7 +16,7 @@ from lib.measure.metrics import pairs
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
-from lib.measure.timing import child, processes, workloads
+from lib.measure.timing import child, children, processes, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.structure.signature import signature
 
@@ -82,6 +82,8 @@ def _joined(parts: Sequence[processes.Replicate]) -> tuple[Pairs, Pairs]:
 
 
 def _unfit(models: Sequence[nn.Module]) -> str | None:
+    if reason := children.left_out():
+        return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
         return "only models in a processor's memory are timed in processes of their own"
     if max(cost_model.weights_bytes(model) for model in models) > LARGEST_BYTES:

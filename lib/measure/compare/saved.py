@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lib.measure.roofline import cost_model
+from lib.measure.timing import children
 from lib.measure.timing.children import Arm
 from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.parking import parked
@@ -38,10 +39,12 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
 
 
 def lack_of_room(*models: nn.Module) -> str | None:
-    """Return why models on a GPU cannot be saved and loaded once more, or None where they can."""
+    """Return why models on a GPU cannot be saved and loaded once more, or are not to be, or None where they can."""
     weight = next(models[0].parameters())
     if not weight.is_cuda:
         return None
+    if reason := children.left_out():
+        return reason
     torch.cuda.empty_cache()  # memory that the allocator holds back is not free for another process
     sizes = [cost_model.weights_bytes(model) for model in models]
     rooms = {

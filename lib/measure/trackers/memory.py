@@ -96,6 +96,8 @@ def peaks(*arms: Arm, turns: int | None = None) -> list[Peaks]:
     """Run each arm in `turns` fresh child processes, the arms taking turns, on the cores and threads of this process;
     return what they read. The reading of a child that fails has nulls and the reason.
     """
+    if reason := children.left_out():
+        return [Peaks([failed(reason)]) for _ in arms]
     on_gpu = any(arm.device.startswith("cuda") for arm in arms)
     turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)
     jobs = [{"arms": [asdict(arm)], "first": turn == 0} for turn in range(turns) for arm in arms]

@@ -1,13 +1,13 @@
 """Statistics of a model on calibration text: activations, routing, contributions of heads, influence of blocks.
 
-One pass with hooks on the anatomy, for every optimization that ranks parts. Padding is left out, and only sums are
-stored, never activations. Knows nothing of how a part is ranked or removed.
+One pass from block to block (`lib.models.calibration.walk`), hooks on one block at a time, for every optimization that
+ranks parts. Padding is left out, and only sums over tokens are stored, never activations. Knows nothing of how a part
+is ranked or removed.
 
 Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lib.errors import UserError
-from lib.models.structure.anatomy import Anatomy, Block, anatomy
+from lib.models.calibration.walk import Walk
+from lib.models.structure.anatomy import Block
 from lib.models.structure.factored import FactoredExperts
 
 
@@ -30,6 +30,7 @@ class BlockStatistics:
     influence: float = 0.0  # Σ (1 − cos(block input, block output)), Men et al. 2024 (ShortGPT), section 3
     expert_tokens_E: torch.Tensor | None = None  # tokens routed to each expert
     expert_contribution_E: torch.Tensor | None = None  # Σ router weight × ‖expert output‖₂ over its tokens
+    expert_norm_E: torch.Tensor | None = None  # Σ ‖expert output‖₂ over its tokens
     expert_channel_activation_EI: torch.Tensor | None = None  # Σ |activation| over its tokens
 
 
@@ -41,53 +42,40 @@ class Observation:
     tokens: int = 0
 
 
-def real_T(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a mask [B · T] of the tokens of a batch that are not padding, its sequences concatenated."""
-    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    return torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask.bool().flatten()
-
-
-def count(calibration: Iterable[dict[str, torch.Tensor]]) -> int:
-    """Return the number of calibration tokens, padding left out."""
-    return sum(int(real_T(inputs).sum()) for inputs in calibration)
-
-
 def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
     """Run `calibration` (keyword arguments of the model, batch by batch) and return the statistics of each block.
 
-    Raises UserError without any calibration token.
+    Raises UserError without any calibration token, and for a block whose weights are not finite.
     """
-    view = anatomy(model)
-    observation = Observation([BlockStatistics() for _ in view.blocks])
-    with watching(view, observation) as start, torch.inference_mode():
-        for inputs in calibration:
-            start(inputs)
-            model(**inputs, use_cache=False, logits_to_keep=1)
-    if observation.tokens == 0:
-        raise UserError("calibration: no token to observe; give at least one sequence")
+    walk = Walk(model, calibration)
+    observation = Observation(tokens=walk.tokens)
+    for block in walk:
+        outputs: list[torch.Tensor] = []
+        observation.blocks.append(block_statistics(walk, block, outputs))
+        walk.carry_on(outputs)
     return observation
 
 
-@contextmanager
-def watching(view: Anatomy, observation: Observation) -> Iterator[Callable[[dict[str, torch.Tensor]], None]]:
-    """Hook the statistics of `observation` into the model; yields a function to call with the inputs of each batch."""
-    batch: dict[str, torch.Tensor] = {}
-
-    def start(inputs: dict[str, torch.Tensor]) -> None:
-        batch["mask"] = real_T(inputs)
-        observation.tokens += int(batch["mask"].sum())
+@torch.no_grad()
+def block_statistics(walk: Walk, block: Block, outputs: list[torch.Tensor] | None = None) -> BlockStatistics:
+    """Return the statistics of the block in front of which `walk` stands; what it gives is appended to `outputs`."""
+    statistics, masks = BlockStatistics(), dict[str, torch.Tensor]()
 
     def real(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.reshape(-1, hidden.shape[-1])[batch["mask"]]
+        return hidden.reshape(-1, hidden.shape[-1])[masks["mask"]]
 
-    hooks: list[RemovableHandle] = []
-    for block, statistics in zip(view.blocks, observation.blocks):
-        hooks += _watch_block(block, statistics, real, batch)
+    hooks = _watch_block(block, statistics, real, masks)
     try:
-        yield start
+        running = walk.outputs()
+        for batch in walk.carried:
+            masks["mask"] = batch.mask_T
+            output = next(running)
+            if outputs is not None:
+                outputs.append(output)
     finally:
         for hook in hooks:
             hook.remove()
+    return statistics
 
 
 def _watch_block(
@@ -161,7 +149,7 @@ def _add_experts(
 ) -> None:
     """Run each expert on its own tokens once more, for its activations and its weighted output."""
     count, _, width = module.down_proj.shape
-    tokens_E, contribution_E = hidden_TH.new_zeros(count, dtype=torch.float32), hidden_TH.new_zeros(count).float()
+    tokens_E, contribution_E, norm_E = (hidden_TH.new_zeros(count, dtype=torch.float32) for _ in range(3))
     activation_EI = hidden_TH.new_zeros(count, width, dtype=torch.float32)
     factored = isinstance(module, FactoredExperts)
     entering = module.enter(hidden_TH) if factored else hidden_TH
@@ -173,8 +161,11 @@ def _add_experts(
         output = nn.functional.linear(inner, module.down_proj[expert])
         output = module.leave(output) if factored else output
         tokens_E[expert] = token.numel()
-        contribution_E[expert] = (weight_TK[token, position].float() * output.float().norm(dim=-1)).sum()
+        norm_T = output.float().norm(dim=-1)
+        norm_E[expert] = norm_T.sum()
+        contribution_E[expert] = (weight_TK[token, position].float() * norm_T).sum()
         activation_EI[expert] = inner.float().abs().sum(0)
     statistics.expert_tokens_E = _add(statistics.expert_tokens_E, tokens_E)
     statistics.expert_contribution_E = _add(statistics.expert_contribution_E, contribution_E)
+    statistics.expert_norm_E = _add(statistics.expert_norm_E, norm_E)
     statistics.expert_channel_activation_EI = _add(statistics.expert_channel_activation_EI, activation_EI)

@@ -1,89 +1,135 @@
-"""Decoder blocks one at a time: their inputs and outputs, and training a changed block on the original's output.
+"""Decoder blocks one at a time: a changed block is taught the original's output, by training or by least squares.
 
-`refine` goes from the first block to the last: the input of each changed block is the output of the changed blocks
-before it, its target the output of the original block on the original's input, so that it also compensates for earlier
-errors (AA-SVD). Works on float32 copies of one block at a time. `rest` runs a model from one block on, so that the
-blocks before a change need not run again. Knows nothing of what was changed.
+Both models are walked through side by side (`lib.models.calibration.walk`), from the first block to the last: the input
+of each changed block is the output of the changed blocks before it, its target the output of the original block on the
+original's input, so that it also compensates for earlier errors (AA-SVD). Works on float32 copies of one block at a
+time; a part of the text is held out, and what does not help there is undone. Knows nothing of what was changed.
 
-Shapes: B sequences, T tokens, H hidden, V vocabulary.
+Shapes: B sequences, T tokens, H hidden, O outputs and I inputs of a matrix, R rank.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from lib.models.structure.anatomy import anatomy
+from lib.models.calibration.distillation import rate_for, split
+from lib.models.calibration.walk import TextBatch, Walk, run
+from lib.models.structure.anatomy import Block
 from lib.models.structure.factored import FactoredExperts, FactoredLinear
+
+DAMPING = 1e-4  # of the mean diagonal of a refit's normal equations
 
 
 @dataclass
 class Stream:
-    """One batch: inputs and outputs of each block [B, T, H], the blocks' other arguments, the mask of real tokens."""
+    """One batch: inputs and outputs of each block [B, T, H], each block's other arguments, the mask of real tokens."""
 
     mask_BT: torch.Tensor
     inputs: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
-    arguments: dict = field(default_factory=dict)
+    arguments: list[dict] = field(default_factory=list)
 
 
 @torch.no_grad()
 def streams(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], *, in_float32: bool = True
 ) -> list[Stream]:
-    """Return the inputs and outputs of the blocks of `model`, batch by batch, in float32 or the model's own dtype."""
-    passed: list[Stream] = []
+    """Return inputs and outputs of all blocks of `model`, batch by batch, in float32 or the model's own dtype.
+
+    They take memory for every block; `Walk` holds those of one.
+    """
+    walk = Walk(model, calibration)
     convert: Callable[[Any], Any] = _float if in_float32 else lambda value: value
-
-    def watch(module, args, kwargs, output) -> None:
-        stream = passed[-1]
-        before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        stream.inputs.append(convert(before).clone())
-        stream.outputs.append(convert(after).clone())
-        stream.arguments = {name: convert(value) for name, value in kwargs.items() if name != "hidden_states"}
-
-    hooks = [block.module.register_forward_hook(watch, with_kwargs=True) for block in anatomy(model).blocks]
-    try:
-        for inputs in calibration:
-            mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-            passed.append(Stream(torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()))
-            model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    passed = [Stream(batch.mask_BT, arguments=convert(batch.arguments)) for batch in walk.carried]
+    for _ in walk:
+        outputs = list(walk.outputs())
+        for stream, batch, output in zip(passed, walk.carried, outputs):
+            stream.inputs.append(convert(batch.states_BTH).clone())
+            stream.outputs.append(convert(output).clone())
+        walk.carry_on(outputs)
     return passed
 
 
 def _float(value: Any) -> Any:
     """Return `value` with its floating-point tensors in float32."""
+    if isinstance(value, dict):
+        return {name: _float(part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_float(part) for part in value)
     return value.float() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-@torch.no_grad()
-def rest(model: nn.Module, stream: Stream, index: int) -> torch.Tensor:
-    """Return the logits [B, T, V] of `model` run from block `index` on, or, behind the last block, of its output.
+# --- both models side by side ----------------------------------------------------------------------------------------
 
-    `stream` is in the model's dtype, of this model or of one that equals it up to that block.
+
+@dataclass
+class Lesson:
+    """One batch for one block, float32: its input, the original's output as target, and the original's own change."""
+
+    states_BTH: torch.Tensor
+    target_BTH: torch.Tensor
+    arguments: dict[str, Any]
+    mask_BT: torch.Tensor
+    scale: float  # ‖original output − original input‖² over real tokens
+
+    def distance(self, worker: nn.Module) -> torch.Tensor:
+        """Return ‖output − target‖² of a block over `scale`."""
+        lost = run(worker, self.states_BTH, self.arguments) - self.target_BTH
+        return lost[self.mask_BT].square().sum() / max(self.scale, 1e-12)
+
+
+def _pairs(
+    changed: nn.Module, original: nn.Module, calibration: Sequence[dict[str, torch.Tensor]]
+) -> Iterator[tuple[Block, Block, Walk, list[Lesson]]]:
+    """Yield (changed block, original block, the walk through the original, a lesson per batch) for block after block.
+
+    The original's walk still stands in front of the block; the caller may change the changed block in place.
     """
-    view = anatomy(model)
-    last = len(view.blocks) - 1
-    states = stream.inputs[index] if index <= last else stream.outputs[last]
-    for block in view.blocks[index:]:
-        states = _run(block.module, states, stream)
-        if block.index < last:
-            states = states + _added(stream, block.index)
-    return view.head(view.final_norm(states))
+    before, after = Walk(original, calibration), Walk(changed, calibration)
+    for whole, block in zip(before, after):
+        outputs = list(before.outputs())
+        lessons = [
+            _lesson(old, new, output, block.index) for old, new, output in zip(before.carried, after.carried, outputs)
+        ]
+        yield block, whole, before, lessons
+        before.carry_on(outputs)
 
 
-def _added(stream: Stream, index: int) -> torch.Tensor:
-    """Return the features that a vision tower adds between block `index` and the next; zero elsewhere."""
-    return stream.inputs[index + 1] - stream.outputs[index]
+def _lesson(old: TextBatch, new: TextBatch, output_BTH: torch.Tensor, index: int) -> Lesson:
+    change = (output_BTH.float() - old.states_BTH.float())[old.mask_BT]
+    arguments = _float(new.arguments[index])
+    return Lesson(new.states_BTH.float(), output_BTH.float(), arguments, old.mask_BT, float(change.square().sum()))
+
+
+@torch.no_grad()
+def _error(worker: nn.Module, lessons: Sequence[Lesson]) -> float:
+    return sum(float(lesson.distance(worker)) for lesson in lessons) / len(lessons)
+
+
+def _factors(module: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices of every factored module inside `module`."""
+    return list({id(matrix): matrix for part in _factored(module) for matrix in part.parameters()}.values())
+
+
+def _factored(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, (FactoredLinear, FactoredExperts))]
+
+
+def _copy_values(worker: nn.Module, module: nn.Module) -> None:
+    """Give the model's block the factors of a worker, in its dtype; what it had may belong to another model as well."""
+    for old, new in zip(_factored(module), _factored(worker), strict=True):
+        for owner, taught in zip(old.modules(), new.modules(), strict=True):
+            for leaf, value in taught._parameters.items():
+                if value is not None:
+                    dtype = owner.get_parameter(leaf).dtype
+                    owner._parameters[leaf] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
+
+
+# --- by training -----------------------------------------------------------------------------------------------------
 
 
 def refine(
@@ -96,29 +142,25 @@ def refine(
 ) -> list[tuple[float, float]]:
     """Train the factors of each block of `changed` in place; return each block's error (before, after).
 
-    The error is ‖output − target‖² over ‖original output − original input‖², on the calibration batches. Adam, cosine
-    to zero, one batch per step. Factors that `steps` did not improve are restored. Both models need the same blocks.
+    The error is ‖output − target‖² over ‖original output − original input‖², on held-out text. Adam, cosine to zero,
+    one batch per step, at `rate_for` the width. Factors that `steps` did not improve there are restored. Both models
+    need the same blocks.
     """
-    originals = streams(original, calibration)
-    hidden = [stream.inputs[0] for stream in originals]
-    errors = []
-    last = len(anatomy(changed).blocks) - 1
-    for block in anatomy(changed).blocks:
+    taught, held_out = split(calibration)
+    count, errors = len(taught), []
+    learning_rate = rate_for(original, learning_rate)
+    for block, _, _, lessons in _pairs(changed, original, [*taught, *held_out]):
         worker = copy.deepcopy(block.module).float()
-        errors.append(_train(worker, block.index, hidden, originals, steps, learning_rate))
+        errors.append(_train(worker, lessons[:count], lessons[count:], steps, learning_rate))
         _copy_values(worker, block.module)
-        with torch.no_grad():
-            hidden = [_run(worker, states, stream) for states, stream in zip(hidden, originals)]
-            if block.index < last:
-                hidden = [states + _added(stream, block.index) for states, stream in zip(hidden, originals)]
     return errors
 
 
 def _train(
-    worker: nn.Module, index: int, hidden: list[torch.Tensor], originals: list[Stream], steps: int, learning_rate: float
+    worker: nn.Module, taught: list[Lesson], held_out: list[Lesson], steps: int, learning_rate: float
 ) -> tuple[float, float]:
     trained = _factors(worker)
-    before = _error(worker, index, hidden, originals)
+    before = _error(worker, held_out)
     if not trained or not steps:
         return before, before
     initial = [parameter.detach().clone() for parameter in trained]
@@ -128,8 +170,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
         for step in range(steps):
-            at = step % len(originals)
-            loss = _distance(worker, index, hidden[at], originals[at])
+            loss = taught[step % len(taught)].distance(worker)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -137,39 +178,95 @@ def _train(
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
-    after = _error(worker, index, hidden, originals)
-    if not after < before:
-        for parameter, value in zip(trained, initial):
+    return before, _kept(worker, held_out, before, trained, initial)
+
+
+def _kept(
+    worker: nn.Module,
+    held_out: list[Lesson],
+    before: float,
+    changed: Sequence[torch.Tensor],
+    initial: Sequence[torch.Tensor],
+) -> float:
+    """Return the error after a change, undone where it is not lower."""
+    after = _error(worker, held_out)
+    if after < before:
+        return after
+    with torch.no_grad():
+        for parameter, value in zip(changed, initial):
             parameter.copy_(value)
-        after = before
-    return before, after
+    return before
 
 
-def _factors(module: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of every factored module inside `module`."""
-    factored = (part for part in module.modules() if isinstance(part, (FactoredLinear, FactoredExperts)))
-    return list({id(matrix): matrix for part in factored for matrix in part.parameters()}.values())
-
-
-def _run(worker: nn.Module, states: torch.Tensor, stream: Stream) -> torch.Tensor:
-    output = worker(states, **stream.arguments)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _distance(worker: nn.Module, index: int, states: torch.Tensor, stream: Stream) -> torch.Tensor:
-    target, mask = stream.outputs[index], stream.mask_BT
-    scale = (target - stream.inputs[index])[mask].square().sum()
-    return (_run(worker, states, stream) - target)[mask].square().sum() / scale.clamp_min(1e-12)
+# --- by least squares ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _error(worker: nn.Module, index: int, hidden: list[torch.Tensor], originals: list[Stream]) -> float:
-    distances = [float(_distance(worker, index, states, stream)) for states, stream in zip(hidden, originals)]
-    return sum(distances) / len(originals)
+def refit(
+    changed: nn.Module, original: nn.Module, calibration: Sequence[dict[str, torch.Tensor]]
+) -> list[tuple[float, float]]:
+    """Refit the outer factor of each factored linear layer of `changed` in place, in closed form; return each block's
+    error (before, after) on held-out text, as `refine` does.
+
+    With X what enters the original matrix W, X′ what enters the factors and A the inner one, the outer factor becomes
+    W·X·X′ᵀ·Aᵀ·(A·X′·X′ᵀ·Aᵀ)⁻¹: nearest to the original output on what the compressed blocks before it deliver. No
+    gradient, no state; the sums of one block are held. Experts' factors stay as they are.
+    """
+    taught, held_out = split(calibration)
+    count, errors = len(taught), []
+    for block, whole, walk, lessons in _pairs(changed, original, [*taught, *held_out]):
+        worker = copy.deepcopy(block.module).float()
+        factored = {name: part for name, part in worker.named_modules() if isinstance(part, FactoredLinear)}
+        before = _error(worker, lessons[count:])
+        sums = _cross_sums(factored, worker, lessons[:count], whole, walk)
+        outers = [part.outer.weight for part in factored.values()]
+        initial = [outer.clone() for outer in outers]
+        for name, part in factored.items():
+            matrix: Any = whole.module.get_submodule(name)
+            part.outer.weight.copy_(_nearest(matrix.weight, *sums[name]))
+        errors.append((before, _kept(worker, lessons[count:], before, outers, initial)))
+        _copy_values(worker, block.module)
+    return errors
 
 
-def _copy_values(worker: nn.Module, module: nn.Module) -> None:
-    """Copy the trained values into the model's block, in its dtype."""
-    with torch.no_grad():
-        for parameter, value in zip(module.parameters(), worker.parameters(), strict=True):
-            parameter.copy_(value)
+def _cross_sums(
+    factored: dict[str, FactoredLinear], worker: nn.Module, lessons: list[Lesson], whole: Block, walk: Walk
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return by module (Σ x·x′ᵀ, Σ x′·x′ᵀ), float64 [I, R] and [R, R], x′ already behind the inner factor."""
+    entered: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda _module, args: entered.update({name: args[0]})
+
+    hooks = [whole.module.get_submodule(name).register_forward_pre_hook(note(name)) for name in factored]
+    inner = [part.inner.register_forward_hook(_noting(entered, f"{name}:")) for name, part in factored.items()]
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    try:
+        for lesson, batch in zip(lessons, walk.carried):
+            run(whole.module, batch.states_BTH, batch.arguments[whole.index])
+            run(worker, lesson.states_BTH, lesson.arguments)
+            mask_T = lesson.mask_BT.flatten()
+            for name in factored:
+                x_TI, z_TR = (_rows(entered[key], mask_T) for key in (name, f"{name}:"))
+                cross, own = (x_TI.T @ z_TR).double(), (z_TR.T @ z_TR).double()
+                sums[name] = (sums[name][0] + cross, sums[name][1] + own) if name in sums else (cross, own)
+    finally:
+        for hook in [*hooks, *inner]:
+            hook.remove()
+    return sums
+
+
+def _noting(entered: dict[str, torch.Tensor], key: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+    return lambda _module, _args, output: entered.update({key: output})
+
+
+def _rows(states: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
+    return states.reshape(-1, states.shape[-1])[mask_T].float()
+
+
+def _nearest(weight_OI: torch.Tensor, cross_IR: torch.Tensor, own_RR: torch.Tensor) -> torch.Tensor:
+    """Return the outer factor [O, R] that solves the normal equations, with a little damping."""
+    damped = own_RR.clone()
+    damped.diagonal().add_(DAMPING * own_RR.diagonal().mean().clamp_min(1e-12))
+    right_OR = weight_OI.double() @ cross_IR
+    return torch.cholesky_solve(right_OR.T, torch.linalg.cholesky(damped)).T

@@ -1,8 +1,9 @@
 """A short distillation: train a changed model on the logits of the original.
 
 Used for recovery after an optimization has removed something. Loss: Kullback-Leibler divergence from the teacher's
-distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). Knows nothing of what
-was removed. Trains in the student's own dtype: meant for float32; bfloat16 weights lose small updates.
+distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). A part of the text is
+held out. Weights of less than float32 have float32 masters, since they would lose small updates, and the rate falls
+with the width (Yang et al. 2022, muP: Adam's rate goes with 1/width). Knows nothing of what was removed.
 """
 
 import itertools
@@ -12,50 +13,86 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.models.structure.anatomy import anatomy
 
 CHECKS = 4
 PATIENCE = 2
+HELD_OUT = 4  # batches
+TUNED_WIDTH = 192  # hidden width at which the rates were found; wider models get proportionally less
+Batch = dict[str, torch.Tensor]
+
+
+def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches to learn from and those held out: a quarter of them, HELD_OUT at most.
+
+    Of fewer than four batches a quarter of the sequences of the last batch of text is held out. Raises UserError where
+    there are not two sequences to tell apart.
+    """
+    batches = list(batches)
+    if count := min(HELD_OUT, len(batches) // 4):
+        return batches[count:], batches[:count]
+    for index in reversed(range(len(batches))):
+        batch, rows = batches[index], len(batches[index]["input_ids"])
+        if rows > 1 and all(len(tensor) == rows for tensor in batch.values()):
+            first = rows - max(1, rows // 4)
+            taught = {name: tensor[:first] for name, tensor in batch.items()}
+            rest = {name: tensor[first:] for name, tensor in batch.items()}
+            return [*batches[:index], taught, *batches[index + 1 :]], [rest]
+    if len(batches) > 1:
+        return batches[1:], batches[:1]
+    raise UserError("calibration: one sequence only; teaching holds text out, give at least two sequences")
+
+
+def rate_for(model: nn.Module, learning_rate: float) -> float:
+    """Return a rate that was found at TUNED_WIDTH for the width of this model."""
+    return learning_rate * min(1.0, TUNED_WIDTH / anatomy(model).hidden)
 
 
 def distil(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Sequence[dict[str, torch.Tensor]],
+    batches: Sequence[Batch],
     *,
     steps: int,
-    held_out: Sequence[dict[str, torch.Tensor]] = (),
+    held_out: Sequence[Batch] | None = None,
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
     """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step, nats per token.
 
-    AdamW, a tenth of the steps as warm-up, then cosine to zero; the batches repeat, shuffled anew each round. With
-    `held_out` batches the divergence on them is evaluated before the first step, CHECKS times on the way and at the
-    end, and the student ends with the weights of the best evaluation, possibly the first: where nothing was lost,
-    training does harm. Stops once PATIENCE evaluations in a row are worse than the first.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero, at `rate_for` the width; the batches repeat, shuffled
+    anew each round. On the `held_out` batches (by default those that `split` holds out of `batches`) the divergence is
+    evaluated before the first step, CHECKS times on the way and at the end, and the student ends with the weights of
+    the best evaluation, possibly the first: where nothing was lost, training does harm. Stops once PATIENCE evaluations
+    in a row are worse than the first.
     """
+    if held_out is None:
+        batches, held_out = split(batches)
     view = anatomy(student)
     trained = [parameter for block in view.blocks for parameter in block.module.parameters()]
     trained += list(view.final_norm.parameters())
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    # A parameter of float32 is its own master.
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in trained]
+    learning_rate = rate_for(student, learning_rate)
+    optimizer = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     first = best = _mean_divergence(student, teacher, held_out)
-    best_values = [parameter.detach().clone() for parameter in trained if held_out]
+    best_values = [parameter.detach().clone() for parameter in trained]
     worse, every = 0, -(-steps // (CHECKS + 1))
     for batch in itertools.islice(_shuffled(batches, order), steps):
         loss = divergence(student, teacher, batch)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        _step(optimizer, trained, masters)
         schedule.step()
         losses.append(float(loss.detach()))
-        if held_out and (len(losses) % every == 0 or len(losses) == steps):
+        if len(losses) % every == 0 or len(losses) == steps:
             now = _mean_divergence(student, teacher, held_out)
             if now < best:
                 best, best_values = now, [parameter.detach().clone() for parameter in trained]
@@ -68,6 +105,19 @@ def distil(
         parameter.requires_grad_(False)
         parameter.grad = None
     return losses
+
+
+def _step(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], masters: list[torch.Tensor]) -> None:
+    """Move the masters by the gradients of what is trained, and what is trained to where its masters are."""
+    for parameter, master in zip(trained, masters):
+        if master is not parameter:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, master in zip(trained, masters):
+            if master is not parameter:
+                parameter.copy_(master)
 
 
 def _mean_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[dict]) -> float:

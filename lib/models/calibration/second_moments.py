@@ -1,15 +1,15 @@
 """Second moments of the inputs of the decoder's matrices on calibration text: Σ x², and on request Σ x·xᵀ.
 
-A matrix is a linear layer of a block, or the stack of one kind of matrix of its routed experts. One pass with hooks;
-padding is left out, and only sums are stored. Matrices that share an input (queries, keys and values; gate and up)
-share its moments. Knows nothing of what the moments are used for.
+A matrix is a linear layer of a block, or the stack of one kind of matrix of its routed experts. One pass from block to
+block (`lib.models.calibration.walk`), hooks on one block at a time; padding is left out, and only sums are stored.
+Matrices that share an input (queries, keys and values; gate and up) share its moments. Knows nothing of what the
+moments are used for.
 
 Shapes: T tokens of a batch without padding, K experts per token, E experts, O outputs and I inputs of a matrix,
 H hidden.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lib.errors import UserError
-from lib.models.calibration.activations import real_T
+from lib.models.calibration.walk import Walk
 from lib.models.structure.anatomy import FeedForward, anatomy
 from lib.models.structure.factored import FactoredLinear, shared_factors
 from lib.models.structure.sparse import is_dense
@@ -113,50 +112,70 @@ def _factors(model: nn.Module) -> set[tuple[nn.Module, str]]:
     return factors
 
 
-@torch.no_grad()
 def moments(
     model: nn.Module,
-    calibration: Iterable[dict[str, torch.Tensor]],
+    calibration: Sequence[dict[str, torch.Tensor]],
     chosen: Sequence[Matrix],
     *,
     gram: bool = False,
     dtype: torch.dtype = torch.float32,
     weighting: str = "tokens",
 ) -> dict[str, Moments]:
-    """Run `calibration` through `model` and return the moments of the matrices `chosen`, by name.
+    """Run `calibration` through `model` and return the moments of the matrices `chosen`, by name, all at once.
+
+    For a few matrices; `lib.models.calibration.observed` gives those of many block by block. Options as of
+    `block_moments`. The pass ends with the last block of `chosen`. Raises UserError without any calibration token.
+    """
+    last = max((matrix.block for matrix in chosen), default=-1)
+    by_name: dict[str, Moments] = {}
+    if last < 0:
+        return by_name
+    walk = Walk(model, calibration)
+    for block in walk:
+        of_block = [matrix for matrix in chosen if matrix.block == block.index]
+        by_name |= block_moments(walk, of_block, gram=gram, dtype=dtype, weighting=weighting)
+        if block.index == last:
+            break
+    return by_name
+
+
+@torch.no_grad()
+def block_moments(
+    walk: Walk,
+    chosen: Sequence[Matrix],
+    *,
+    gram: bool = False,
+    dtype: torch.dtype = torch.float32,
+    weighting: str = "tokens",
+    unchanged: bool = True,
+) -> dict[str, Moments]:
+    """Return the moments of matrices of the block in front of which `walk` stands, by name; the block runs once.
 
     gram: also sum x·xᵀ, which takes I² numbers per input. dtype: of the sums over batches (the products of one batch
     are float32). weighting, for experts: "tokens" sums for each expert the tokens that are routed to it, behind the
     input factor where experts share one; "router" weighs every token by its router weight, and gives `gate_up_proj` one
-    sum over all experts, [I] and [I, I]. The pass ends behind the last block of `chosen`. Raises UserError without any
-    calibration token.
+    sum over all experts, [I] and [I, I]. unchanged: the block stays as it is, so that its outputs are carried on.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f'weighting "{weighting}"; expected one of {", ".join(WEIGHTINGS)}')
+    if not chosen:
+        return {}
     collector = _Collector(gram, dtype, weighting == "router")
     hooks = _hooks(chosen, collector)
-    last = max((matrix.block for matrix in chosen), default=-1)
-    hooks += [block.module.register_forward_hook(_stop) for block in anatomy(model).blocks if block.index == last]
-    tokens = 0
+    outputs = []
     try:
-        for inputs in calibration:
-            tokens += collector.start(inputs)
-            with suppress(_PassedLastBlock):
-                model(**inputs, use_cache=False, logits_to_keep=1)
+        running = walk.outputs()
+        for batch in walk.carried:
+            collector.start(batch.mask_T)
+            output = next(running)
+            if unchanged:
+                outputs.append(output)
     finally:
         for hook in hooks:
             hook.remove()
-    if chosen and not tokens:
-        raise UserError("calibration: no token to observe; give at least one sequence")
+    if unchanged:
+        walk.carry_on(outputs)
     return collector.moments
-
-
-class _PassedLastBlock(Exception):
-    """Ends a pass behind the last block that is observed."""
-
-
-def _stop(*_arguments: object) -> None:
-    raise _PassedLastBlock
 
 
 def _hooks(chosen: Sequence[Matrix], collector: "_Collector") -> list[RemovableHandle]:
@@ -189,11 +208,9 @@ class _Collector:
         self.last_input: torch.Tensor | None = None
         self.last_name = ""
 
-    def start(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Begin a batch; return its number of tokens."""
-        self.mask_T = real_T(inputs)
-        self.last_input = None
-        return int(self.mask_T.sum())
+    def start(self, mask_T: torch.Tensor) -> None:
+        """Begin a batch, of whose tokens those in `mask_T` are real."""
+        self.mask_T, self.last_input = mask_T, None
 
     def linear(self, name: str, x: torch.Tensor) -> None:
         if x is self.last_input:  # shared with the layer before, and summed there

@@ -25,8 +25,8 @@ from lib.errors import UserError
 from lib.models.checkpoints import finite, quantization, tying, weight_file
 from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
-from lib.models.structure import factored, no_op, sparse
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure import factored, manifest, no_op, sparse
+from lib.models.structure.anatomy import synchronise
 from lib.models.structure.architecture import auto_class, ready
 
 transformers_logging.disable_progress_bar()
@@ -72,25 +72,12 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
     tensors begin at aligned bytes. If every block has the shapes that the configuration implies, and nothing is
     factored or sparse, transformers reads the folder too.
     """
-    folder = Path(folder)
+    folder, described = Path(folder), manifest.describe(model)
     model.save_pretrained(folder, state_dict={})  # configurations only; the weights are written aligned below
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     weight_file.write(folder / WEIGHTS, stored)
-    blocks = [
-        {
-            "heads": block.attention.heads,
-            "key_value_heads": block.attention.key_value_heads,
-            "channels": block.feed_forward.channels,
-            "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
-        }
-        | no_op_entry
-        for block, no_op_entry in zip(anatomy(model).blocks, no_op.describe(model))
-    ]
-    manifest: dict[str, object] = {"blocks": blocks}
-    sections = {"factors": factored.ranks(model), "sparse": sparse.describe(model)}
-    manifest |= {name: section for name, section in sections.items() if section}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     for part in (tokenizer, image_processor):
         if part is not None:
             part.save_pretrained(folder)
@@ -157,14 +144,14 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
         model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    no_op.restore(model, manifest.get("blocks", []))
-    factored.restore(model, manifest.get("factors", {}))
+    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    no_op.restore(model, described.get("blocks", []))
+    factored.restore(model, described.get("factors", {}))
     with closing(weight_file.WeightFile(folder)) as file:
         stored: dict[str, Callable[[], torch.Tensor]] = {
             name: partial(file.tensor, place) for name, place in file.places.items()
         }
-        sparse.restore(model, manifest.get("sparse", {}), stored, dtype)
+        sparse.restore(model, described.get("sparse", {}), stored, dtype)
         for name, old in [*model.named_parameters(), *model.named_buffers()]:
             if name in stored:
                 _place(model, name, old, stored.pop(name)(), dtype, device)

@@ -280,6 +280,9 @@ def _state_in_config(view: Anatomy) -> None:
     config.num_hidden_layers = len(blocks)
     config.num_attention_heads = max(block.attention.heads for block in blocks)
     config.num_key_value_heads = max(block.attention.key_value_heads for block in blocks)
+    sizes = {block.attention.head_dim for block in blocks if block.attention.kind == "grouped_query"}
+    if sizes:  # otherwise it would follow from the number of heads
+        config.head_dim = max(sizes)
     dense = [block.feed_forward for block in blocks if block.feed_forward.kind == "dense"]
     if dense:
         config.intermediate_size = max(part.channels for part in dense)
@@ -292,5 +295,6 @@ def _state_in_config(view: Anatomy) -> None:
         config.mlp_layer_types = ["sparse" if block.feed_forward.kind == "experts" else "dense" for block in blocks]
     if hasattr(config, "mlp_only_layers"):
         config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind != "experts"]
+        config.decoder_sparse_step = 1  # the list alone says which blocks are dense
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[: len(blocks)]

@@ -2,8 +2,9 @@
 
 Three layouts, each a parameter of its own tensor type, so that a count of bytes includes indices and values:
 
-- `csr`: values in float32 with 32-bit column indices; a product with few tokens is bound by reading them. MKL has no
-  bfloat16 kernel on a CPU, so inputs are converted, which costs little for a few tokens.
+- `csr`: values with 32-bit column indices; a product with few tokens is bound by reading them. MKL has no bfloat16
+  kernel, so on a CPU values are float32 and inputs are converted, which costs little for a few tokens; on CUDA values
+  keep the dtype of the model.
 - `columns`: groups of R rows share their columns, all groups the same number of them; executed as dense products of
   gathered inputs, in the dtype of the model. Stored as blocks of R × 1.
 - `semi_structured`: two of every four inputs, in the format of the tensor cores; CUDA only.
@@ -47,12 +48,16 @@ def compress(weight: torch.Tensor, kept: torch.Tensor, layout: str = "csr", rows
         return _compress_columns(weight, kept, rows)
     crow = nn.functional.pad(kept.sum(-1).cumsum(-1), (1, 0)).int()
     if weight.dim() == 2:
-        return _csr(crow, kept.nonzero()[:, 1].int(), weight[kept].float(), tuple(weight.shape))
+        return _csr(crow, kept.nonzero()[:, 1].int(), _values(weight[kept]), tuple(weight.shape))
     if len(crow[:, -1].unique()) > 1:
         raise ValueError("experts that keep different numbers of weights cannot be stacked")
     columns = torch.stack([mask.nonzero()[:, 1].int() for mask in kept])
-    values = torch.stack([expert[mask].float() for expert, mask in zip(weight, kept)])
+    values = torch.stack([_values(expert[mask]) for expert, mask in zip(weight, kept)])
     return _csr(crow, columns, values, tuple(weight.shape))
+
+
+def _values(kept: torch.Tensor) -> torch.Tensor:
+    return kept if kept.is_cuda else kept.float()
 
 
 def _csr(crow: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,12 +3,13 @@
 Each raises UserError in one line: whose option, what it was, what was expected. Knows no optimization.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from torch import nn
 
 from lib.errors import UserError
+from lib.models.offload import expert_cache
 
 Closed = Literal["both", "low", "high", "neither"]  # which ends of a range belong to it
 
@@ -18,6 +19,12 @@ def one_of(where: str, name: str, value: str, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise UserError(f'{where}: {name} "{value}"; expected one of {", ".join(choices)}')
+
+
+def choices(where: str, chosen: Mapping[str, tuple[str, Iterable[str]]]) -> None:
+    """Raise UserError unless each value is one of its choices: option → (value, choices)."""
+    for name, (value, valid) in chosen.items():
+        one_of(where, name, value, valid)
 
 
 def in_range(where: str, name: str, value: float, low: float, high: float, closed: Closed = "both") -> None:
@@ -40,6 +47,14 @@ def at_least(where: str, name: str, value: float, low: float, meaning: str = "")
 
 
 def applies(where: str, model: nn.Module, applies_to: Callable[[nn.Module], str | None]) -> None:
-    """Raise UserError with the reason where `applies_to` names one for this model."""
+    """Raise UserError with the reason where `applies_to` names one for this model, NotApplicable where its weights
+    stream from a file.
+    """
+    changeable(model)
     if reason := applies_to(model):
         raise UserError(f"{where}: {reason}")
+
+
+def changeable(model: nn.Module) -> None:
+    """Raise NotApplicable where the weights of a model stream from a file: they can be run, not changed."""
+    expert_cache.require_changeable(model)

@@ -45,9 +45,9 @@ def divergence(model: nn.Module, original: Probe, first: int = 0) -> float:
     dtype = view.embeddings.weight.dtype
     last = len(view.blocks) - 1
     for stream, expected_RV in zip(original.streams, original.expected_RV):
-        arguments = {name: _cast(value, dtype) for name, value in stream.arguments.items()}
         hidden_BTH = stream.inputs[first].to(dtype)
         for block in view.blocks[first:]:
+            arguments = {name: _cast(value, dtype) for name, value in stream.arguments[block.index].items()}
             output = block.module(hidden_BTH, **arguments)
             hidden_BTH = output[0] if isinstance(output, tuple) else output
             if block.index < last and view.vision is not None:  # between blocks a vision tower adds its features

@@ -16,21 +16,28 @@ from torch import nn
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.models.calibration import second_moments
+from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as prompts
+from lib.optimizations.common import calibration_text, facts
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
+from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
 
-MOST_SEQUENCES = 32  # of calibration text that choose weights
+MOST_SEQUENCES = 32  # of calibration text that choose weights, unless the width needs more
 CORNER = 48  # rows and columns of a mask that are shown
+PROXY_STEPS = 40  # of masked distillation by default
+PROXY_SPARSITY, REAL_SPARSITY = 0.9, 0.5  # by default: proxies bear more, and only there CSR is past its crossover
 
 
 @dataclass(frozen=True)
 class SparsitySetup:
-    """A model, what is to be pruned of it (`options` of `method.prune`), and moments of the matrices' inputs by name.
+    """A model, what is to be pruned of it (`options` of `method.prune`), and moments of the matrices' inputs.
 
-    Random weights have nothing to be calibrated for: there `method` is "magnitude" and there are no moments.
+    `short` and `unseen` count experts (or single matrices) with fewer tokens than inputs, and with none; `shown` are
+    the moments of the matrix that is shown. Random weights have nothing to be calibrated for: there `method` is
+    "magnitude" and there are no moments.
     """
 
     loaded: Loaded
@@ -38,9 +45,12 @@ class SparsitySetup:
     options: dict[str, Any]
     calibration: list[dict[str, torch.Tensor]]
     finetune_batches: list[dict[str, torch.Tensor]]
-    moments: dict[str, Moments]
+    observed: Observed | None
     matrices: list[Matrix]
     seed: int
+    short: int = 0
+    unseen: int = 0
+    shown: Moments | None = None
 
     @property
     def baseline(self) -> nn.Module:
@@ -56,35 +66,71 @@ class SparsitySetup:
         return sum(matrix.weight.numel() for matrix in self.matrices)
 
     @property
-    def short_of_tokens(self) -> int:
-        """The number of experts that saw fewer tokens than they have inputs, summed over matrices."""
-        return sum(
-            int((self.moments[matrix.name].tokens < matrix.weight.shape[-1]).sum())
-            for matrix in self.matrices
-            if self.moments
-        )
+    def example(self) -> Matrix:
+        """The matrix that is shown: one from the middle of the model."""
+        return _example(self.matrices)
 
     def facts(self) -> dict[str, object]:
         """Return what is about to be pruned, for a table."""
-        return {
-            "model": f"{self.loaded.parameters.name}, {self.loaded.scale}",
-            "matrices": len(self.matrices),
+        counted = {
             "their weights": f"{self.weights:,}",
             "share of all parameters": f"{self.weights / cost_model.parameters(self.baseline):.2f}",
-            "experts short of tokens": self.short_of_tokens,
+            "short of tokens (damped)": self.short,
+            "without tokens (by magnitude)": self.unseen,
         }
+        return facts.about(self.loaded, matrices=len(self.matrices)) | counted
+
+
+def default_sparsity(scale: str) -> float:
+    """Return the share of zeros of a run that names none: language models of real size collapse above 60 to 70 %."""
+    return PROXY_SPARSITY if scale == "proxy" else REAL_SPARSITY
+
+
+def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+    """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model, none at real
+    sizes,
+    where SparseGPT's own closed form makes up for what went.
+    """
+    return finetune_steps if finetune_steps >= 0 else PROXY_STEPS if loaded.scale == "proxy" else 0
 
 
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
-    """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range."""
+    """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range.
+
+    Without `sparsity` in the options (or a negative one) it is `default_sparsity`.
+    """
+    if options.get("sparsity", -1) < 0:
+        options = options | {"sparsity": default_sparsity(loaded.scale)}
     chosen = "magnitude" if loaded.random_weights else method
     sparse.check(loaded.model, method=chosen, **options)
-    count, length = effort.calibration_sequences, effort.calibration_tokens
-    calibration = prompts.calibration(loaded, min(MOST_SEQUENCES, count), length, seed)
-    finetune_batches = prompts.calibration(loaded, 4 * count, length, seed, tokens_at_once=512)
-    moments = {} if loaded.random_weights else sparse.observe(loaded.model, calibration)
+    count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
+    calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
+    lessons = 4 * effort.calibration_sequences, effort.calibration_tokens
+    finetune_batches = prompts.calibration(loaded, *lessons, seed, tokens_at_once=512)
     matrices = second_moments.matrices(loaded.model, options["parts"])
-    return SparsitySetup(loaded, chosen, options, calibration, finetune_batches, moments, matrices, seed)
+    observed = None if loaded.random_weights else sparse.observe(loaded.model, calibration, parts=options["parts"])
+    seen = seen_tokens(observed, matrices)
+    return SparsitySetup(loaded, chosen, options, calibration, finetune_batches, observed, matrices, seed, *seen)
+
+
+def seen_tokens(observed: Observed | None, matrices: list[Matrix]) -> tuple[int, int, Moments | None]:
+    """Return in one reading how many sums are over fewer tokens than inputs, how many over none, and the moments of the
+    matrix that is shown.
+    """
+    short = unseen = 0
+    shown = None
+    inputs = {matrix.name: matrix.weight.shape[-1] for matrix in matrices}
+    for _, moments in observed or ():
+        for name in inputs.keys() & moments.keys():
+            short += short_of_tokens(moments[name], inputs[name])
+            unseen += without_tokens(moments[name])
+            shown = moments[name] if name == _example(matrices).name else shown
+    return short, unseen, shown
+
+
+def _example(matrices: list[Matrix]) -> Matrix:
+    candidates = [matrix for matrix in matrices if matrix.part != "attention"] or matrices
+    return candidates[len(candidates) // 2]
 
 
 # --- the mechanism on one matrix -------------------------------------------------------------------------------------
@@ -136,9 +182,7 @@ class MatrixMasks:
 
 def one_matrix(setup: SparsitySetup) -> MatrixMasks:
     """Return a matrix from the middle of the model, pruned by every method that the run can use."""
-    candidates = [matrix for matrix in setup.matrices if matrix.part != "attention"] or setup.matrices
-    matrix = candidates[len(candidates) // 2]
-    moments = setup.moments.get(matrix.name)
+    matrix, moments = setup.example, setup.shown
     stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
     single = stack[:1].float()
     gram = None if moments is None or moments.gram is None else moments.gram.view(-1, *moments.gram.shape[-2:])[:1]
@@ -201,6 +245,7 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
     if not setup.trained:
         optimized = sparse.apply(setup.baseline, [], method=setup.method, **setup.options, seed=setup.seed)
         return SparseModel(optimized, None, None, [], 0, time.perf_counter() - start)
+    finetune_steps = steps_of(setup.loaded, finetune_steps)
     pruned = sparse.prune(setup.baseline, setup.calibration, method=setup.method, **setup.options, seed=setup.seed)
     tuned, losses = sparse.fine_tune(
         pruned, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed

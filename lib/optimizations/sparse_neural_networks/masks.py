@@ -31,14 +31,17 @@ def block_shape(pattern: str) -> tuple[int, int]:
 def score(
     weight: torch.Tensor, method: str, squares: torch.Tensor | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return the score of every weight [..., O, I], float32; `squares` are Σ x² of the inputs, for wanda."""
+    """Return the score of every weight [..., O, I], float32; `squares` [I] are Σ x² of the inputs, for wanda.
+
+    Of inputs that calibration never showed nothing is known: where all squares are 0, wanda is magnitude.
+    """
     if method == "random":
         return torch.rand(weight.shape, generator=generator).to(weight.device)
     magnitude = weight.float().abs()
     if method != "wanda":
         return magnitude
     assert squares is not None, "wanda needs the squares of the inputs"
-    return magnitude * squares.sqrt()
+    return magnitude * squares.sqrt() if squares.any() else magnitude
 
 
 def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:
@@ -100,13 +103,17 @@ def sparsegpt(
 
 
 def _inverse_factor(gram_EII: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, [E, I, I]."""
-    damped = gram_EII.float().clone()
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, [E, I, I].
+
+    In float64: one input far larger than the others, or fewer tokens than inputs, leave a condition number near that of
+    the damping, which the inverse of float32 does not survive.
+    """
+    damped = gram_EII.to(torch.float64, copy=True)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     mean_E1 = diagonal.mean(-1, keepdim=True)
     diagonal += torch.where(mean_E1 > 0, damping * mean_E1, 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _keep_in_step(

@@ -14,6 +14,7 @@ from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.structure.sparse import compress
 from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, score, sparsegpt
 
+MOST_FACTORS = 2**26  # elements of inverses that are held at a time
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
 
 
@@ -29,23 +30,25 @@ class PruningRule:
 
 def prune_matrix(
     matrix: Matrix, moments: Moments | None, rule: PruningRule, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Set the dropped weights to zero in place; return what is kept, bool in the weight's shape.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight with the dropped ones set to zero, and what is kept, bool; both in the weight's shape.
 
-    Raises ValueError where SparseGPT lacks the Gram matrix of the inputs.
+    The weight itself stays as it is. Raises ValueError where SparseGPT lacks the Gram matrix of the inputs.
     """
     weight = matrix.weight.data
-    if rule.method == "sparsegpt":
-        if moments is None or moments.gram is None:
-            raise ValueError(f"{matrix.name}: sparsegpt needs the Gram matrix of its inputs")
-        gram_EII = moments.gram.view(-1, *moments.gram.shape[-2:])
-        stack_EOI = weight.view(-1, *weight.shape[-2:])
-        pruned_EOI, mask_EOI = sparsegpt(stack_EOI, gram_EII, rule.sparsity, rule.pattern)
-        weight.copy_(pruned_EOI.view(weight.shape))
-        return mask_EOI.view(weight.shape)
-    mask = choose(matrix, moments, rule, generator)
-    weight.mul_(mask)
-    return mask
+    if rule.method != "sparsegpt":
+        mask = choose(matrix, moments, rule, generator)
+        return weight * mask, mask
+    if moments is None or moments.gram is None:
+        raise ValueError(f"{matrix.name}: sparsegpt needs the Gram matrix of its inputs")
+    gram_EII = moments.gram.view(-1, *moments.gram.shape[-2:])
+    stack_EOI = weight.view(-1, *weight.shape[-2:])
+    pruned_EOI, mask_EOI = torch.empty_like(stack_EOI), torch.empty_like(stack_EOI, dtype=torch.bool)
+    at_once = max(1, MOST_FACTORS // gram_EII[0].numel())
+    for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
+        part = slice(first, first + at_once)
+        pruned_EOI[part], mask_EOI[part] = sparsegpt(stack_EOI[part], gram_EII[part], rule.sparsity, rule.pattern)
+    return pruned_EOI.view(weight.shape), mask_EOI.view(weight.shape)
 
 
 def choose(
@@ -84,20 +87,14 @@ def check_tensor_cores(matrix: Matrix) -> None:
         )
 
 
-def require_tokens(matrix: Matrix, tokens: int) -> None:
-    """Raise UserError where SparseGPT has fewer calibration tokens than the matrix has inputs."""
-    inputs = matrix.weight.shape[-1]
-    if tokens < inputs:
-        raise UserError(
-            f"{matrix.name}: {tokens} calibration tokens, but sparsegpt needs at least its {inputs} inputs; "
-            "give more calibration text, or choose method wanda"
-        )
+def short_of_tokens(moments: Moments, inputs: int) -> int:
+    """Return how many of the matrix's sums (one, or one for each expert) are over fewer tokens than it has inputs.
+
+    There damping makes the inverse that SparseGPT needs, and not data.
+    """
+    return int((moments.tokens < inputs).sum())
 
 
-def experts_short_of_tokens(matrix: Matrix, moments: Moments, method: str) -> int:
-    """Return how many experts received fewer tokens than SparseGPT needs; raise UserError where a single matrix did."""
-    if method != "sparsegpt":
-        return 0
-    if matrix.part != "experts":
-        require_tokens(matrix, int(moments.tokens.min()))
-    return int((moments.tokens < matrix.weight.shape[-1]).sum())
+def without_tokens(moments: Moments) -> int:
+    """Return how many of the matrix's sums are over no token at all: these experts are pruned by magnitude."""
+    return int((moments.tokens == 0).sum())

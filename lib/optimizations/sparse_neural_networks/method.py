@@ -7,35 +7,35 @@ the whole matrix; SparseGPT's always among all rows of a step of columns. Patter
 `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
 
 The zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
-`apply` never changes the caller's model. Knows nothing of measuring.
+One block is pruned after the other, on what the pruned blocks before it give to it, and the statistics of one block are
+held at a time. `apply` never changes the caller's model; what stays as it was is shared with it. Knows nothing of
+measuring.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.calibration import activations
 from lib.models.calibration.distillation import distil
-from lib.models.calibration.second_moments import PARTS, Moments, feed_forward_matrices, matrices, moments
+from lib.models.calibration.observed import Observed
+from lib.models.calibration.second_moments import PARTS, feed_forward_matrices, matrices
+from lib.models.calibration.walk import require_finite
 from lib.models.structure import anatomy
+from lib.models.structure.sharing import sharing
 from lib.models.structure.sparse import is_dense, store, stored
 from lib.optimizations.common import options as checks
+from lib.optimizations.common.budgets import BUDGETS
+from lib.optimizations.sparse_neural_networks import budgets
+from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, statistics_of, store_block
 from lib.optimizations.sparse_neural_networks.masks import METHODS, PATTERNS, STEP, WITHIN, block_shape
-from lib.optimizations.sparse_neural_networks.matrix_pruning import (
-    PruningRule,
-    choose,
-    experts_short_of_tokens,
-    prune_matrix,
-    require_tokens,
-    stored_sparse,
-)
+from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule, choose, prune_matrix, stored_sparse
 
 NAME = "sparse_neural_networks"
 EXECUTE = ("sparse", "dense")
@@ -70,19 +70,6 @@ COMPOSES = {
 }
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A model with zeros in its dense matrices, and what is kept of each: name → bool [O, I] or [E, O, I].
-
-    `thin` counts experts that saw fewer tokens than they have inputs, by matrix: there damping decides, not data.
-    """
-
-    model: nn.Module
-    masks: dict[str, torch.Tensor]
-    pattern: str
-    thin: dict[str, int]
-
-
 def applies_to(model: nn.Module) -> str | None:
     """Return None, or the reason why nothing is left to do."""
     return None if matrices(model) else "every matrix of the decoder is stored sparse already"
@@ -98,17 +85,18 @@ def apply(
     within: str = "row",
     parts: str = "all",
     execute: str = "sparse",
+    budget: str = "uniform",
     finetune_steps: int = 0,
     learning_rate: float = 1e-3,
     finetune_batches: Sequence[dict[str, torch.Tensor]] | None = None,
-    observed: dict[str, Moments] | None = None,
+    observed: Observed | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a model of which `sparsity` of every matrix's weights are zero, stored sparse unless `execute` is "dense".
 
     parts: "all", or one of PARTS ("feed_forward" has the experts in it). finetune_batches: to distil on (default:
-    calibration). observed: see `prune`. Raises UserError for a value out of range, and for a layer that the pattern
-    does not fit or that too few tokens reach.
+    calibration). observed, budget: see `prune`. Raises UserError for a value out of range, for a layer that the pattern
+    does not fit, and for weights that are not finite.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
     options: dict[str, Any] = {
@@ -119,13 +107,13 @@ def apply(
         "parts": parts,
         "seed": seed,
     }
-    if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps:
+    if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps and budget == "uniform":
         return _store_at_once(model, **options)
-    pruned = prune(model, calibration, **options, observed=observed)
+    pruned = prune(model, calibration, **options, budget=budget, observed=observed)
     if finetune_steps:
         batches = finetune_batches or calibration
         pruned, _ = fine_tune(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
-    return pruned.model if execute == "dense" else executed(pruned)
+    return pruned.model if execute == "dense" else _store(pruned.model, pruned)
 
 
 def _store_at_once(
@@ -134,12 +122,13 @@ def _store_at_once(
     """As `executed(prune(…))` for scores that need no data: no matrix is ever copied dense."""
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
-    weights, replaced = {}, matrices(model, parts)
-    for matrix in replaced:
-        weights[matrix.name] = stored_sparse(matrix, choose(matrix, None, rule, generator), pattern)
-    view = anatomy.anatomy(model)
-    shared = [view.embeddings.weight, view.head.weight, *(matrix.weight for matrix in replaced)]
-    return store(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), weights)
+    changed = sharing(model)
+    for block in anatomy.anatomy(model).blocks:
+        require_finite(block)
+        of_block = matrices(model, parts, block.index)
+        chosen = {matrix.name: choose(matrix, None, rule, generator) for matrix in of_block}
+        store(changed, {matrix.name: stored_sparse(matrix, chosen[matrix.name], pattern) for matrix in of_block})
+    return changed
 
 
 def prune(
@@ -151,38 +140,39 @@ def prune(
     pattern: str = "unstructured",
     within: str = "row",
     parts: str = "all",
-    observed: dict[str, Moments] | None = None,
+    budget: str = "uniform",
+    observed: Observed | None = None,
     seed: int = 0,
 ) -> Pruned:
-    """Return a copy of the model with zeros, and the masks.
+    """Return a model with zeros, and the masks; what stays as it was is shared with `model`.
 
     Without `observed`, block after block is pruned on what the blocks before it, already pruned, give to it. With
     `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's inputs:
-    quicker, and the same statistics serve many settings.
+    the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more outliers lose
+    less. Warns where damping has to make up for missing calibration tokens.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
-    if method == "sparsegpt" and observed is None and sparsity:
-        tokens = activations.count(calibration)
-        for matrix in matrices(model, parts):
-            if matrix.part != "experts" and tokens:  # all tokens reach it, so too few are known before the pass
-                require_tokens(matrix, tokens)
-    copied = copy.deepcopy(model)
+    checks.one_of(NAME, "budget", budget, BUDGETS)
+    checks.changeable(model)
+    pruned = Pruned(sharing(model), {}, pattern)
     if sparsity == 0 and pattern != "2:4":
-        masks = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(copied, parts)}
-        return Pruned(copied, masks, pattern, {})
-    masks, thin = {}, {}
-    rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
-    for block in sorted({matrix.block for matrix in matrices(copied, parts)}):
-        of_block = matrices(copied, parts, block)
-        statistics: dict[str, Moments] = {}
-        if method in ("wanda", "sparsegpt"):
-            gram = method == "sparsegpt"
-            statistics = moments(copied, calibration, of_block, gram=gram) if observed is None else observed
-        for matrix in of_block:
-            if statistics and (short := experts_short_of_tokens(matrix, statistics[matrix.name], method)):
-                thin[matrix.name] = short
-            masks[matrix.name] = prune_matrix(matrix, statistics.get(matrix.name), rule, generator)
-    return Pruned(copied, masks, pattern, thin)
+        ones = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(model, parts)}
+        return Pruned(pruned.model, ones, pattern)
+    shares: dict[int, float] = {}
+    if budget == "owl":
+        shares = budgets.owl(model, observed or observe(model, calibration, parts=parts, method="wanda"), sparsity)
+    generator = torch.Generator().manual_seed(seed)
+    for index, statistics in statistics_of(pruned.model, calibration, method, parts, observed):
+        rule = PruningRule(shares.get(index, sparsity), method, pattern, within)
+        prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, generator)
+    short = [matrix.name for matrix in matrices(model) if matrix.part != "experts" and matrix.name in pruned.thin]
+    if short:
+        warnings.warn(
+            f"{NAME}: {short[0]} (and {len(short) - 1} more): fewer calibration tokens than inputs; damping makes up "
+            "for the rest, more text would do better",
+            stacklevel=2,
+        )
+    return pruned
 
 
 def observe(
@@ -191,37 +181,37 @@ def observe(
     *,
     parts: str = "all",
     method: str = "sparsegpt",
-) -> dict[str, Moments]:
-    """Return the moments that `method` needs of every matrix, from one pass through the model as it is."""
-    return moments(model, calibration, matrices(model, parts), gram=method == "sparsegpt")
+) -> Observed:
+    """Return the moments that `method` needs of every matrix in `parts` of the model as it is, block by block."""
+    return Observed(model, calibration, parts, gram=method == "sparsegpt")
 
 
 def executed(pruned: Pruned) -> nn.Module:
     """Return a copy of the pruned model whose pruned matrices are stored and executed sparse.
 
     On a CPU 2:4 has no kernel of its own and becomes CSR; on CUDA linear layers use the tensor cores' format and
-    experts CSR.
+    experts CSR. What is not pruned is shared.
     """
-    model = copy.deepcopy(pruned.model)
-    weights = {
-        matrix.name: stored_sparse(matrix, pruned.masks[matrix.name], pruned.pattern)
-        for matrix in matrices(model)
-        if matrix.name in pruned.masks
-    }
-    return store(model, weights)
+    return _store(sharing(pruned.model), pruned)
+
+
+def _store(model: nn.Module, pruned: Pruned) -> nn.Module:
+    """Store the matrices of `model` with the masks of `pruned` sparse, in place, block by block; return the model."""
+    for block in anatomy.anatomy(model).blocks:
+        store_block(model, pruned, block.index)
+    return model
 
 
 def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str = "sparse") -> nn.Module:
-    """Return a copy of one feed-forward part, pruned by magnitude: time depends on how many weights go, not which."""
-    rule = PruningRule(sparsity, "magnitude", pattern)
+    """Return one feed-forward part, pruned by magnitude: time depends on how many weights go, not which."""
+    rule, changed = PruningRule(sparsity, "magnitude", pattern), sharing(module)
+    replaced = feed_forward_matrices(anatomy.feed_forward(changed))
     if execute == "dense":
-        copied = copy.deepcopy(module)
-        for matrix in feed_forward_matrices(anatomy.feed_forward(copied)):
-            prune_matrix(matrix, None, rule)
-        return copied
-    replaced = feed_forward_matrices(anatomy.feed_forward(module))
-    weights = {matrix.name: stored_sparse(matrix, choose(matrix, None, rule), pattern) for matrix in replaced}
-    return store(copy.deepcopy(module, {id(matrix.weight): matrix.weight for matrix in replaced}), weights)
+        for matrix in replaced:
+            weight, _ = prune_matrix(matrix, None, rule)
+            setattr(matrix.owner, matrix.attribute, nn.Parameter(weight, requires_grad=False))
+        return changed
+    return store(changed, {m.name: stored_sparse(m, choose(m, None, rule), pattern) for m in replaced})
 
 
 def fine_tune(
@@ -235,7 +225,8 @@ def fine_tune(
 ) -> tuple[Pruned, list[float]]:
     """Return a copy taught by `teacher` for `steps` steps in which zeros stay zero, and the loss of each, nats/token.
 
-    Gradients are masked: without weight decay AdamW never moves a weight whose gradient was always zero.
+    Gradients are masked: without weight decay AdamW never moves a weight whose gradient was always zero. A part of the
+    text is held out (`distillation.distil`).
     """
     if not steps:
         return pruned, []
@@ -249,7 +240,7 @@ def fine_tune(
     losses = distil(student, teacher, batches, steps=steps, learning_rate=learning_rate, seed=seed)
     for hook in hooks:
         hook.remove()
-    return Pruned(student, pruned.masks, pruned.pattern, pruned.thin), losses
+    return Pruned(student, pruned.masks, pruned.pattern, pruned.thin, pruned.unseen), losses
 
 
 # --- what is allowed -----------------------------------------------------------------------------------------------
@@ -260,9 +251,7 @@ def check(
 ) -> None:
     """Raise UserError, naming layer and bound, where this cannot be done to this model."""
     checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
-    checks.one_of(NAME, "method", method, METHODS)
-    checks.one_of(NAME, "within", within, WITHIN)
-    checks.one_of(NAME, "parts", parts, ("all", *PARTS))
+    checks.choices(NAME, {"method": (method, METHODS), "within": (within, WITHIN), "parts": (parts, ("all", *PARTS))})
     rows, columns = block_shape(pattern)
     affected = matrices(model, parts)
     if not affected:

@@ -1,5 +1,5 @@
-"""What chosen masks are held against: other methods and patterns at the same share, int8, the order of the methods, a
-sweep of shares, and from them the answers to what would refute the claims.
+"""What chosen masks are held against: other methods and patterns at the same share, weight-only int8 and int4, the
+order of the methods, a sweep of shares, and from them the answers to what would refute the claims.
 
 Returns plain data. Knows nothing of tables, figures or records.
 """
@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from lib.measure.compare import speed
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
-from lib.optimizations.common import claims
+from lib.models.calibration.second_moments import matrices
+from lib.optimizations.common import claims, rival_arms, weight_only
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import MatrixMasks, SparseModel, SparsitySetup
-from lib.optimizations.sparse_neural_networks.int8 import int8
 from lib.optimizations.sparse_neural_networks.masks import METHODS, WITHIN
 from lib.optimizations.sparse_neural_networks.speed_sweep import LAYOUTS, PartPoint
 
@@ -35,8 +37,10 @@ CLAIMS = (
 COMPARED = ("sparsegpt", "wanda", "magnitude")
 WINDOWS = 8  # of held-out text, on which rivals are judged
 ORDER: dict[str, Any] = {"sparsity": 0.6, "pattern": "unstructured", "parts": "all"}  # every matrix, attention included
-YARDSTICKS = ("random", "magnitude", "int8")  # what a chosen mask has to do better than
-INT8, AT_INT8_BYTES = "int8", "at int8's bytes"
+INT8, INT4 = weight_only.NAMES[8], weight_only.NAMES[4]
+YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do better than
+AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
+CSR_BYTES = 8  # of a stored weight: four of value, four of column
 
 
 # --- rivals at the same share ----------------------------------------------------------------------------------------
@@ -50,15 +54,26 @@ class SparseRivals:
     reference: Text
 
     def judge(self, name: str, purpose: str, model: nn.Module) -> ThirdArm:
-        """Return an arm with perplexity, divergence and agreement of `model`."""
-        text = evaluate.read(model, self.reference.ids_NT)
-        return ThirdArm(name, purpose, evaluate.compare_text(self.reference, text))
+        """Return an arm with perplexity, divergence, agreement and bytes of `model`."""
+        return rival_arms.judged(self.setup.baseline, self.reference, name, purpose, model)
 
     def cut(self, name: str, purpose: str, **changed: Any) -> ThirdArm:
         """Return an arm pruned on the unpruned model's inputs; `changed` are options of `method.prune` that differ."""
         setup = self.setup
-        options = setup.options | {"method": setup.method, "observed": setup.moments, "seed": setup.seed} | changed
-        return self.judge(name, purpose, sparse.prune(setup.baseline, setup.calibration, **options).model)
+        options = setup.options | {"method": setup.method, "observed": setup.observed, "seed": setup.seed} | changed
+        pruned = sparse.prune(setup.baseline, setup.calibration, **options)
+        arm = self.judge(name, purpose, pruned.model)
+        return arm._replace(measurements=[*arm.measurements[:-1], _size_if_stored(setup, pruned)])
+
+
+def _size_if_stored(setup: SparsitySetup, pruned: sparse.Pruned) -> Measurement:
+    """Return the bytes of all weights once the pruned matrices are stored as CSR."""
+    before = cost_model.weights_bytes(setup.baseline)
+    kept = sum(int(mask.sum()) for mask in pruned.masks.values())
+    rows = sum(mask.numel() // mask.shape[-1] + mask[..., 0, 0].numel() for mask in pruned.masks.values())
+    replaced = sum(matrix.weight.nbytes for matrix in matrices(setup.baseline) if matrix.name in pruned.masks)
+    after = before - replaced + CSR_BYTES * kept + 4 * rows
+    return measurement.counted("weights_bytes", "load", before, after, "pruned matrices as CSR, indices included")
 
 
 def contest(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
@@ -68,36 +83,53 @@ def contest(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
     return SparseRivals(setup, evaluate.read(setup.baseline, text.ids_NT[:WINDOWS]))
 
 
-def controls(arms: SparseRivals | None, model: SparseModel) -> list[ThirdArm]:
-    """Return the same share by other means: every method, two patterns, the stages of the run, and int8.
+def controls(
+    setup: SparsitySetup, arms: SparseRivals | None, model: SparseModel, prompt_BT: torch.Tensor, effort: Effort
+) -> list[ThirdArm]:
+    """Return the same share by other means: every method, patterns and budgets, the stages of the run, int8 and int4.
 
-    The last one is pruned until CSR takes as many bytes as int8 does. Empty without rivals.
+    The last ones are pruned until CSR takes as many bytes as each of the yardsticks does. Without rivals the yardsticks
+    alone, which are timed on `prompt_BT`.
     """
+    reference = None if arms is None else arms.reference
+    options: dict[str, Any] = {"part": setup.options["parts"], "seed": setup.seed}
+    yardsticks = rival_arms.yardsticks(setup.baseline, reference, prompt_BT, effort, **options)
     if arms is None or model.pruned is None:
-        return []
-    setup = arms.setup
-    rounded = int8(setup.baseline, setup.options["parts"])
-    removed = cost_model.weights_bytes(setup.baseline) - cost_model.weights_bytes(rounded)
-    dense_bytes = sum(matrix.weight.nbytes for matrix in setup.matrices)
-    at_int8_bytes = 1 - (dense_bytes - removed) / (8 * setup.weights)  # CSR: four bytes of value, four of column
-    name = setup.method
+        return yardsticks
+    name, unstructured = setup.method, {"pattern": "unstructured"}
+    at_equal_bytes = [
+        arms.cut(f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES, **unstructured, sparsity=share)
+        for arm in yardsticks
+        if 0 < (share := _share_at(setup, arm)) < 1
+    ]
     return [
         *(arms.cut(method, "the same share, chosen at once", method=method) for method in METHODS),
         arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
         arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
+        arms.cut(f"{name}, OWL", "shares by block", budget="owl"),
         arms.judge(f"{name}, in order", "block after block", model.pruned.model),
         arms.judge(f"{name}, taught", "after fine-tuning", model.optimized),
-        arms.judge(INT8, "yardstick", rounded),
-        arms.cut(f"{name} {AT_INT8_BYTES}", "as large as the yardstick", sparsity=at_int8_bytes),
+        *yardsticks,
+        *at_equal_bytes,
     ]
+
+
+def _share_at(setup: SparsitySetup, yardstick: ThirdArm) -> float:
+    """Return the share of zeros at which CSR saves as many bytes as the yardstick does."""
+    dense = sum(matrix.weight.nbytes for matrix in setup.matrices)
+    return 1 - (dense - rival_arms.removed_bytes(yardstick)) / (CSR_BYTES * setup.weights)
 
 
 def order(arms: SparseRivals | None) -> list[ThirdArm]:
     """Return SparseGPT, Wanda and magnitude on every matrix, per row and, where that differs, per matrix."""
     if arms is None:
         return []
+    setup = arms.setup
+    observed = setup.observed
+    if observed is not None and observed.part != ORDER["parts"]:
+        observed = sparse.observe(setup.baseline, setup.calibration, parts=ORDER["parts"])
     return [
-        arms.cut(_order_name(name, place), "order", method=name, within=place, **ORDER)
+        arms.cut(_order_name(name, place), "order", method=name, within=place, observed=observed, **ORDER)
         for name in COMPARED
         for place in (WITHIN if name != "sparsegpt" else ("row",))
     ]
@@ -168,7 +200,7 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
 
     The order of the methods is judged per row, where all three compete alike.
     """
-    name, rival = setup.method, f"{setup.method} {AT_INT8_BYTES}"
+    name, rival = setup.method, f"{setup.method} {AT_BYTES[INT8]}"
     gpt, wanda, magnitude = (_order_name(method, "row") for method in COMPARED)
     pairs = [(name, "random"), (gpt, wanda), (wanda, magnitude), (rival, INT8)]
     answers = [
@@ -205,7 +237,8 @@ def details(
     values = {
         "zeros": (model.zeros, "measured", "exact zeros of each matrix"),
         "one_matrix": (table, "measured", f"{matrix.name}, calibration text"),
-        "experts_short_of_tokens": (setup.short_of_tokens, "measured", "fewer tokens than inputs, damped"),
+        "short_of_tokens": (setup.short, "measured", "experts or matrices with fewer tokens than inputs, damped"),
+        "without_tokens": (setup.unseen, "measured", "experts that no token reached, pruned by magnitude"),
         "fine_tuning_losses": (model.losses, "measured", "nats per token of each step"),
         "order_at_60_percent": (order_holds(in_order), "measured", "SparseGPT ≤ Wanda ≤ magnitude, KL"),
         "impact": (curves.to_dict("records"), "measured", "KL on held-out text"),

@@ -15,16 +15,16 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.activations import Observation, observe
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import claims
+from lib.optimizations.common import calibration_text, claims, facts, rival_arms, weight_only
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.structured_pruning import method
+from lib.optimizations.structured_pruning.saliency import OF_EXPERTS
 
 CLAIMS = (
     "Removing parts at random harms no more than removing the idle ones.",
@@ -34,6 +34,9 @@ CLAIMS = (
 BY_WEIGHTS, BY_CHANCE = "chosen by weights", "chosen by chance"
 RANDOM_SEEDS = 3
 STRENGTHS = (0.1, 0.2, 0.3, 0.5)
+PROXY_STEPS = 30  # of distillation by default
+YARDSTICKS = tuple(weight_only.NAMES.values())
+AT_INT8_BYTES = "at int8's bytes"
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,20 @@ class PruningSetup:
 
     def facts(self) -> dict[str, object]:
         """Return what is about to be pruned, for a table."""
-        return {
-            "model": f"{self.loaded.parameters.name}, {self.loaded.scale}",
-            "blocks": len(self.observation.blocks),
-            "decoder parameters": f"{method.decoder_parameters(self.baseline):,}",
-            "all parameters": f"{cost_model.parameters(self.baseline):,}",
-            "calibration tokens": f"{self.observation.tokens:,}",
-        }
+        return facts.about(
+            self.loaded,
+            decoder_parameters=f"{method.decoder_parameters(self.baseline):,}",
+            all_parameters=f"{cost_model.parameters(self.baseline):,}",
+            calibration_tokens=f"{self.observation.tokens:,}",
+        )
 
 
 def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
     """Return the model with its calibration text, observed in one pass."""
-    count, length = effort.calibration_sequences, effort.calibration_tokens
-    calibration = prompts.calibration(loaded, count, length, seed)
-    finetune_batches = prompts.calibration(loaded, 4 * count, length, seed, tokens_at_once=1024)
+    length = effort.calibration_tokens
+    calibration = prompts.calibration(loaded, calibration_text.sequences(loaded.model, effort), length, seed)
+    lessons = 4 * effort.calibration_sequences
+    finetune_batches = prompts.calibration(loaded, lessons, length, seed, tokens_at_once=1024)
     start = time.perf_counter()
     observation = observe(loaded.model, calibration)
     return PruningSetup(loaded, calibration, finetune_batches, observation, time.perf_counter() - start, seed)
@@ -130,12 +133,25 @@ class PrunedModel:
     seconds: float
 
 
-def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
-    """Return the model with about `ratio` of the decoder's parameters removed, then distilled.
+def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model.
 
+    Models of real size are not trained unless it is asked for: what reads the removed parts is fitted anew, in closed
+    form. Random weights have nothing to be taught.
+    """
+    if loaded.random_weights:
+        return 0
+    return finetune_steps if finetune_steps >= 0 else PROXY_STEPS if loaded.scale == "proxy" else 0
+
+
+def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
+    """Return the model with about `ratio` of the decoder's parameters removed, then distilled for so many steps.
+
+    Without steps what reads the removed channels or heads is fitted by least squares, where there is text to fit it on.
     `removed` is the share that is really gone.
     """
-    options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
+    fitted = not finetune_steps and not setup.loaded.random_weights
+    options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed, "compensate": fitted}
     start = time.perf_counter()
     pruned = method.apply(setup.baseline, setup.calibration, observation=setup.observation, **options)
     optimized, losses = method.recover(
@@ -172,8 +188,8 @@ class RivalCuts:
     granularity: str
 
     def judge(self, name: str, purpose: str, model: nn.Module) -> ThirdArm:
-        """Return an arm with perplexity, divergence and agreement of `model`."""
-        return ThirdArm(name, purpose, evaluate.compare_text(self.text, evaluate.read(model, self.text.ids_NT)))
+        """Return an arm with perplexity, divergence, agreement and bytes of `model`."""
+        return rival_arms.judged(self.setup.baseline, self.text, name, purpose, model)
 
     def cut(self, name: str, purpose: str, **changed: Any) -> ThirdArm:
         """Return an arm pruned without recovery; `changed` are options of `method.apply` that differ."""
@@ -194,8 +210,9 @@ def rivals(setup: PruningSetup, text: Text | None, ratio: float, granularity: st
 def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm], dict[str, str]]:
     """Return other choices of what to remove at the same share, and what was left out as name → reason.
 
-    Without recovery: by activation (the cut itself), by weights, at random; then each granularity alone. Last the cut
-    after distillation. Empty without rivals.
+    Without recovery: by activation (the cut itself), by weights, at random, for experts by frequency and by the norms
+    of their outputs; what stays fitted to make up for what left; shares that differ by block; each granularity alone,
+    depth also as one span. Last the cut after distillation. Empty without rivals.
     """
     if arms is None:
         return [], {}
@@ -205,13 +222,45 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
     judged.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
     for i in range(RANDOM_SEEDS):
         judged.append(arms.cut(f"random {i + 1}", BY_CHANCE, saliency="random", seed=seed + i))
-    for granularity in method.GRANULARITIES:
+    for name, purpose, changed in _variants(arms):
         try:
-            judged.append(arms.cut(f"{granularity} alone", "one granularity", granularity=granularity))
+            judged.append(arms.cut(name, purpose, **changed))
         except UserError as reason:
-            left_out[f"{granularity} alone"] = str(reason)
+            left_out[name] = str(reason)
     judged.append(arms.judge("activation, recovered", "after distillation", chosen.optimized))
     return judged, left_out
+
+
+def _variants(arms: RivalCuts) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return name, purpose and options of the cuts that refine or restrict the chosen one."""
+    plan = method.plan(arms.setup.baseline, arms.ratio, arms.granularity)
+    variants: list[tuple[str, str, dict[str, Any]]] = []
+    if plan["experts"]:
+        variants += [(name, "another saliency of experts", {"saliency": name}) for name in OF_EXPERTS]
+    if plan["channels"] or plan["heads"]:
+        variants.append(("activation, compensated", "what stays fitted by least squares", {"compensate": True}))
+    if plan["channels"]:
+        variants.append(("activation, OWL", "shares by block", {"budget": "owl"}))
+    variants += [(f"{name} alone", "one granularity", {"granularity": name}) for name in method.GRANULARITIES]
+    span = {"granularity": "depth", "depth_criterion": "span"}
+    return [*variants, ("depth alone, one span", "one granularity", span)]
+
+
+def yardsticks(
+    setup: PruningSetup, arms: RivalCuts | None, prompt_BT: torch.Tensor, effort: Effort
+) -> tuple[list[ThirdArm], dict[str, str]]:
+    """Return weight-only int8 and int4, timed on `prompt_BT`, and a cut to the bytes of int8; or why there is none."""
+    text = None if arms is None else arms.text
+    measured = rival_arms.yardsticks(setup.baseline, text, prompt_BT, effort, seed=setup.seed)
+    if arms is None or not measured:
+        return measured, {}
+    name = f"activation {AT_INT8_BYTES}"
+    decoder_bytes = sum(p.nbytes for block in anatomy(setup.baseline).blocks for p in block.module.parameters())
+    try:
+        share = rival_arms.removed_bytes(measured[0]) / decoder_bytes
+        return [*measured, arms.cut(name, rival_arms.EQUAL_BYTES, ratio=share)], {}
+    except UserError as reason:
+        return measured, {name: str(reason)}
 
 
 def impact(arms: RivalCuts | None) -> pd.DataFrame:

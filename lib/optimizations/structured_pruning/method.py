@@ -6,11 +6,13 @@ Four granularities, each written once against the anatomy:
   the router's rows and its correction bias.
 - channels: mean |activation| × ‖column of the down projection‖₂, for dense parts and inside experts.
 - heads: a whole key-value group with its query heads; for latent attention single heads; by mean ‖contribution‖₂.
-- depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), or greedily by what
-  skipping a block does to the output.
+- depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), greedily by what skipping a block does
+  to the output, or one contiguous span (`depth`).
 
-Every block loses the same number, so shapes stay uniform. Controls: `magnitude` ranks by weight norms alone, `random`
-by chance. Knows nothing of measuring; `apply` never changes the caller's model.
+Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. What stays can be fitted to
+make up for what left (`compensation`). Controls: `magnitude` ranks by weight norms alone, `random` by chance, for
+experts also `frequency` and `ean`. One block is pruned after the other. Knows nothing of measuring; `apply` never
+changes the caller's model: what stays as it was is shared with it.
 
 Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-value groups.
 """
@@ -20,28 +22,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
 from lib.models.calibration.activations import Observation, observe
-from lib.models.calibration.distillation import distil, divergence
-from lib.models.structure.anatomy import Anatomy, Block, anatomy, synchronise
+from lib.models.calibration.distillation import distil
+from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
+from lib.models.structure.sharing import sharing
 from lib.models.structure.sparse import stored
-from lib.models.structure.surgery import (
-    head_projections,
-    keep_channels,
-    keep_expert_channels,
-    keep_experts,
-    keep_groups,
-)
+from lib.models.structure.surgery import head_projections
 from lib.optimizations.common import options
-from lib.optimizations.structured_pruning.saliency import SALIENCIES, Scores, saliency_scores
+from lib.optimizations.common.budgets import BUDGETS, OUTLIER, by_outliers
+from lib.optimizations.structured_pruning import cutting, depth
+from lib.optimizations.structured_pruning.saliency import OF_EXPERTS, SALIENCIES, Scores, saliency_scores
 
 NAME = "structured_pruning"
 GRANULARITIES = ("experts", "channels", "heads", "depth")
-HELD_OUT = 4  # batches
 MOST_REMOVED = 0.9
-CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "ratio": {
@@ -77,6 +75,8 @@ def apply(
     granularity: str = "auto",
     saliency: str = "activation",
     depth_criterion: str = "influence",
+    budget: str = "uniform",
+    compensate: bool = False,
     finetune_steps: int = 0,
     learning_rate: float = 3e-4,
     recovery: Sequence[dict[str, torch.Tensor]] | None = None,
@@ -85,33 +85,35 @@ def apply(
 ) -> nn.Module:
     """Return a smaller model: about `ratio` of the decoder's parameters removed, then `finetune_steps` of distillation.
 
-    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels).
-    observation: what `observe(model, calibration)` returned, to prune several times from one pass; recovery: the
-    batches to distil on (default: calibration). Raises UserError for a value out of range or a ratio out of reach.
-    Without recovery, embeddings and head are those of `model`, not copies: train neither in place.
+    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels). budget: "uniform", or
+    "owl" for channels: blocks with more outliers among them lose fewer. compensate: fit what reads the removed channels
+    or heads anew, by least squares on the calibration text. observation: what `observe(model, calibration)` returned,
+    to prune several times from one pass; recovery: the batches to distil on (default: calibration). Raises UserError
+    for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what stays as it
+    was is shared with `model`: train neither in place.
     """
     options.in_range(NAME, "ratio", ratio, 0, MOST_REMOVED, closed="low")
-    choices = {"granularity": granularity, "saliency": saliency, "depth_criterion": depth_criterion}
-    for name, value in choices.items():
-        options.one_of(NAME, name, value, SEARCH_SPACE[name]["choices"])
+    options.one_of(NAME, "granularity", granularity, ("auto", *GRANULARITIES))
+    options.one_of(NAME, "saliency", saliency, (*SALIENCIES, *OF_EXPERTS))
+    options.choices(NAME, {"depth_criterion": (depth_criterion, depth.CRITERIA), "budget": (budget, BUDGETS)})
     options.applies(NAME, model, applies_to)
     shares = plan(model, ratio, granularity)
-    pruned = copy.deepcopy(model, _replaced(model, shares))
+    pruned = sharing(model)
     if not any(shares.values()):
         return pruned
-    if saliency == "activation" and observation is None:
+    by_statistics = saliency in ("activation", *OF_EXPERTS)
+    if by_statistics and observation is None:
         observation = observe(model, calibration)
     view = anatomy(pruned)
     statistics = [None] * len(view.blocks) if observation is None else observation.blocks
     scores = [saliency_scores(*pair, saliency, seed) for pair in zip(view.blocks, statistics)]
-    for block, score in zip(view.blocks, scores):
-        _prune_block(block, score, shares)
-    if blocks := round(shares["depth"] * len(view.blocks)):
-        by_divergence = saliency == "activation" and depth_criterion == "divergence"
-        depth = torch.tensor([score["depth"] for score in scores])
-        least = greedy_depth(model, calibration, blocks) if by_divergence else _least(depth, blocks, view.fixed_blocks)
-        remove_blocks(pruned, least)
-    synchronise(pruned)
+    if count := round(shares["depth"] * len(view.blocks)):
+        influence = torch.tensor([score["depth"] for score in scores])
+        criterion = depth_criterion if by_statistics else "influence"
+        depth.remove_blocks(pruned, _blocks_to_remove(model, calibration, count, influence, criterion))
+        synchronise(pruned)
+    else:
+        cutting.prune_blocks(pruned, calibration, scores, _by_block(scores, shares, budget), compensate)
     if finetune_steps:
         batches = recovery or calibration
         pruned, _ = recover(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
@@ -129,23 +131,13 @@ def recover(
 ) -> tuple[nn.Module, list[float]]:
     """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
 
-    Up to HELD_OUT batches (a quarter at most) are not trained on; the weights that do best on them are returned, be it
+    A part of the batches is not trained on (`distillation.split`); the weights that do best on it are returned, be it
     those before training. Without steps it is `pruned` itself.
     """
     if not steps:
         return pruned, []
     student = copy.deepcopy(pruned)
-    count = min(HELD_OUT, len(batches) // 4)
-    losses = distil(
-        student,
-        model,
-        batches[count:],
-        held_out=batches[:count],
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    return student, losses
+    return student, distil(student, model, batches, steps=steps, learning_rate=learning_rate, seed=seed)
 
 
 # --- how much goes ---------------------------------------------------------------------------------------------------
@@ -169,7 +161,27 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     if share > _most(view, name):
         reach = weight * _most(view, name) / total
         raise UserError(f"structured_pruning: ratio {ratio} is out of reach by {granularity}; at most {reach:.2f}")
-    return dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
+    shares = dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
+    if shares["heads"]:
+        _require_valid_heads(view, shares["heads"])
+    return shares
+
+
+def _require_valid_heads(view: Anatomy, share: float) -> None:
+    """Raise UserError where the architecture's configuration does not allow the number of heads that would be left."""
+    attention = next(block.attention for block in view.blocks if block.attention.kind != "none")
+    groups = round(attention.key_value_heads * (1 - share))
+    config = copy.deepcopy(view.config)
+    config.num_key_value_heads = groups
+    config.num_attention_heads = heads = groups * (attention.heads // attention.key_value_heads)
+    try:
+        config.validate()
+    except (StrictDataclassError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise UserError(
+            f"{NAME}: {heads} heads in place of {attention.heads}: {type(config).__name__} refuses it ({reason}); "
+            "choose another ratio or channels"
+        ) from None
 
 
 def _whole(view: Anatomy, granularity: str, share: float) -> float:
@@ -177,12 +189,16 @@ def _whole(view: Anatomy, granularity: str, share: float) -> float:
 
     Channels are fine enough as they are.
     """
+    routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
     counts = {
-        "experts": [block.feed_forward.experts.count for block in view.blocks if block.feed_forward.experts],
+        "experts": [experts.count for experts in routed],
         "heads": [b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none"],
         "depth": [len(view.blocks)],
     }.get(granularity)
-    return share if counts is None or share <= 0 else max(1, round(share * counts[0])) / counts[0]
+    if counts is None or share <= 0:
+        return share
+    at_once = cutting.groups_of(routed[0]) if granularity == "experts" else 1  # one of each group of experts
+    return at_once * max(1, round(share * counts[0] / at_once)) / counts[0]
 
 
 def _resolve(view: Anatomy, granularity: str) -> str:
@@ -226,70 +242,29 @@ def _most(view: Anatomy, granularity: str) -> float:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def _kept(scores: torch.Tensor, share: float, multiple: int = 1, least: int = 1) -> torch.Tensor:
-    """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
-    size = scores.shape[-1]
-    count = min(size, max(least, multiple, round(size * (1 - share) / multiple) * multiple))
-    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+def _by_block(scores: Sequence[Scores], shares: dict[str, float], budget: str) -> list[dict[str, float]]:
+    """Return the shares of every block: the same, or fewer channels of those with more outliers among them."""
+    if budget == "uniform" or not shares["channels"]:
+        return [shares] * len(scores)
+    outliers, sizes = {}, {}
+    for index, score in enumerate(scores):
+        parts = [score[name] for name in ("channels", "expert_channels") if name in score]
+        above = sum(float((part > OUTLIER * part.mean()).sum()) for part in parts)
+        sizes[index] = float(sum(part.numel() for part in parts))
+        outliers[index] = above / sizes[index]
+    by_index = by_outliers(outliers, sizes, shares["channels"])
+    return [shares | {"channels": by_index[index]} for index in range(len(scores))]
 
 
-def _least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
-    """Return the `count` least salient of the blocks behind the `protected` first ones."""
-    return sorted((scores[protected:].topk(int(count), largest=False).indices + protected).tolist())
-
-
-# --- taking it away --------------------------------------------------------------------------------------------------
-
-
-def _replaced(model: nn.Module, shares: dict[str, float]) -> dict[int, torch.Tensor]:
-    """Return the tensors that a copy need not hold anew: embeddings, head, and what smaller ones will take the place
-    of at once (`_prune_block`).
-    """
-    view = anatomy(model)
-    tensors = [view.embeddings.weight, view.head.weight]
-    for part in (block.feed_forward for block in view.blocks):
-        if part.experts is not None and (shares["channels"] or shares["experts"]):
-            tensors += [part.experts.gate_up, part.experts.down]
-        if shares["channels"]:
-            tensors += [linear.weight for linear in (part.gate, part.up, part.down) if linear is not None]
-    return {id(tensor): tensor for tensor in tensors}
-
-
-def _prune_block(block: Block, scores: Scores, shares: dict[str, float]) -> None:
-    part = block.feed_forward
-    if shares["heads"] and block.attention.kind != "none":
-        keep_groups(block.attention, _kept(scores["heads"], shares["heads"]))
-    if shares["channels"] and part.dense is not None:
-        keep_channels(block, _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE))
-    if shares["channels"] and part.experts is not None:
-        keep_expert_channels(part.experts, _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE))
-    if shares["experts"] and part.experts is not None:
-        keep_experts(part.experts, _kept(scores["experts"], shares["experts"], least=part.experts.top_k))
-
-
-def remove_blocks(model: nn.Module, removed: Sequence[int]) -> None:
-    """Remove whole blocks in place; `synchronise` must follow."""
-    decoder = anatomy(model).decoder
-    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in set(removed))
-
-
-def greedy_depth(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int) -> list[int]:
-    """Return `count` blocks, chosen one after another: the one whose skipping diverges least (nats) from `model`."""
-    view = anatomy(model)
-    removed: list[int] = []
-    for _ in range(count):
-        losses = {}
-        for index in range(view.fixed_blocks, len(view.blocks)):
-            if index not in removed:
-                student = without_blocks(model, [*removed, index])
-                losses[index] = sum(float(divergence(student, model, inputs)) for inputs in calibration)
-        removed.append(min(losses, key=losses.__getitem__))
-    return sorted(removed)
-
-
-def without_blocks(model: nn.Module, removed: Sequence[int]) -> nn.Module:
-    """Return a copy of `model` that lacks the blocks `removed` and shares every tensor with it: for reading only."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    student = copy.deepcopy(model, shared)
-    remove_blocks(student, removed)
-    return synchronise(student)
+def _blocks_to_remove(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    count: int,
+    influence: torch.Tensor,
+    criterion: str,
+) -> list[int]:
+    if criterion == "divergence":
+        return depth.greedy(model, calibration, count, influence)
+    if criterion == "span":
+        return depth.span(model, calibration, count)
+    return depth.least(influence, count, anatomy(model).fixed_blocks)

@@ -13,6 +13,7 @@ from lib.models.calibration.activations import BlockStatistics
 from lib.models.structure.anatomy import Attention, Block, Experts
 
 SALIENCIES = ("activation", "magnitude", "random")
+OF_EXPERTS = ("frequency", "ean")  # further ones, for experts only
 Scores = dict[str, Any]  # granularity → tensor of scores; "depth" → one number
 
 
@@ -22,7 +23,9 @@ def saliency_scores(
     """Return the saliency of a block's parts, larger is more salient.
 
     experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number); a granularity that the block lacks
-    is missing. "activation" needs the block's `statistics`: raises ValueError where these lack a part.
+    is missing. "activation" needs the block's `statistics`: raises ValueError where these lack a part. For experts it
+    is REAP; "frequency" counts their tokens, "ean" sums the norms of their outputs (expert activation norm, Jaiswal et
+    al. 2025): both, with everything else as in "activation".
     """
     if saliency == "random":
         return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
@@ -36,12 +39,20 @@ def saliency_scores(
     if part.experts is not None:
         _, down_EI = _expert_norms(part.experts)
         scores["expert_channels"] = down_EI * _observed(statistics.expert_channel_activation_EI)
-        tokens_E = _observed(statistics.expert_tokens_E).clamp_min(1)
-        scores["experts"] = _observed(statistics.expert_contribution_E) / tokens_E
+        scores["experts"] = _of_experts(statistics, saliency)
     if block.attention.kind != "none":
         scores["heads"] = _per_group(block.attention, _observed(statistics.head_contribution_Q))
     scores["depth"] = statistics.influence
     return scores
+
+
+def _of_experts(statistics: BlockStatistics, saliency: str) -> torch.Tensor:
+    tokens_E = _observed(statistics.expert_tokens_E)
+    if saliency == "frequency":
+        return tokens_E
+    if saliency == "ean":
+        return _observed(statistics.expert_norm_E)
+    return _observed(statistics.expert_contribution_E) / tokens_E.clamp_min(1)
 
 
 def _observed(statistic: torch.Tensor | None) -> torch.Tensor:

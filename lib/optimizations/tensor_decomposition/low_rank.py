@@ -1,21 +1,21 @@
 """The low-rank matrices nearest to a matrix: on all inputs, on those that calibration showed, or in random directions.
 
 Of one matrix its spectrum, which says what every rank keeps, and from the spectrum the two factors of any rank. Found
-through the eigenvectors of the smaller of the two Gram matrices, so that a stack of experts needs no more memory than
-its hidden width squared. Knows nothing of models, or of which rank is worth its bytes.
+in float64 through the eigenvectors of the smaller of the two Gram matrices, piece by piece, so that a stack of experts
+needs no more memory than its hidden width squared. Knows nothing of models, or of which rank is worth its bytes.
 
 Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert, N inputs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from lib.errors import UserError
 
 DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
-SMALL = 2**22  # elements of a matrix up to which factors are found in float64, above in float32
+SHORT_DAMPING = 1e-2  # the same, where fewer tokens than inputs leave a covariance without an inverse
 AT_ONCE = 2**25  # elements of a matrix that are converted at a time
 
 
@@ -23,7 +23,8 @@ AT_ONCE = 2**25  # elements of a matrix that are converted at a time
 class FactorableMatrix:
     """A matrix that can be factored: a linear layer, or a stack of experts unfolded along the hidden dimension.
 
-    side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down).
+    side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down). `weight` is what the model
+    stores, a matrix or a stack [E, …], never a copy.
     """
 
     module: str
@@ -36,24 +37,46 @@ class FactorableMatrix:
         return self.module if self.side == "linear" else f"{self.module}:{self.side}"
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the unfolded matrix."""
+        if self.weight.dim() == 2:
+            return self.weight.shape[0], self.weight.shape[1]
+        experts, rows, columns = self.weight.shape
+        return (rows, experts * columns) if self.side == "output" else (experts * rows, columns)
+
+    @property
     def break_even(self) -> float:
         """The rank at which factors hold as many elements as the matrix: m·n / (m + n)."""
-        rows, columns = self.weight.shape
+        rows, columns = self.shape
         return rows * columns / (rows + columns)
 
     def elements(self, rank: int | None) -> int:
         """Return the elements of its factors, or of the dense matrix for rank None."""
-        rows, columns = self.weight.shape
+        rows, columns = self.shape
         return rows * columns if rank is None else rank * (rows + columns)
+
+    def pieces(self, dtype: torch.dtype, columns: bool) -> Iterator[torch.Tensor]:
+        """Yield the unfolded matrix in `dtype`, some columns (or else some rows) at a time."""
+        weight = self.weight.detach()
+        if weight.dim() == 3 and self.side == "output":
+            assert columns, "the rows of a stack unfolded along its outputs are not in one piece"
+            yield from (expert.to(dtype) for expert in weight)
+            return
+        weight = weight.flatten(0, -2)
+        count = max(1, AT_ONCE // weight.shape[0 if columns else 1])
+        yield from (part.to(dtype) for part in weight.split(count, dim=int(columns)))
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of."""
+    """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of.
+
+    `vectors` and `root` may be missing (`curve`): then it says what a rank keeps, but gives no factors.
+    """
 
     matrix: FactorableMatrix
     energy_R: torch.Tensor
-    vectors: torch.Tensor = field(repr=False)
+    vectors: torch.Tensor | None = field(repr=False)
     worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
     by_rows: bool  # whether the vectors are on the side of the outputs
     root: torch.Tensor | None = field(repr=False)  # S, where the inverse of S is needed
@@ -63,82 +86,103 @@ class Spectrum:
         """Share of the energy that each rank from 1 on keeps."""
         return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the factors are made of."""
+        return sum(tensor.nbytes for tensor in (self.energy_R, self.vectors, self.root) if tensor is not None)
 
-def spectrum_of(matrix: FactorableMatrix, gram: torch.Tensor | None = None) -> Spectrum:
+    def curve(self) -> "Spectrum":
+        """Return the spectrum without what its factors are made of."""
+        return replace(self, vectors=None, root=None)
+
+
+def spectrum_of(
+    matrix: FactorableMatrix, gram: torch.Tensor | None = None, root: torch.Tensor | None = None
+) -> Spectrum:
     """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
 
-    gram: Σ x·xᵀ over the inputs x of the matrix, [N, N], or one per expert [E, N, N] for side "output". Without it the
-    spectrum is the plain one.
+    gram: Σ x·xᵀ over the inputs x of the matrix, [N, N], or one per expert [E, N, N] for side "output"; root: what
+    `root_of(gram)` returned, where it is there already. Without `gram` the spectrum is the plain one.
     """
-    weight, by_rows, root = matrix.weight.detach(), _by_rows(matrix), None
-    dtype = _precision(matrix)
+    by_rows, double = by_its_rows(matrix), torch.float64
+    side = matrix.shape[0 if by_rows else 1]
+    product = torch.zeros(side, side, dtype=double, device=matrix.weight.device)
     if gram is None:
-        product = sum(part @ part.T if by_rows else part.T @ part for part in _parts(weight, dtype, by_rows))
-    elif matrix.side == "output":
-        weight_HEI = weight.to(dtype).unflatten(1, (gram.shape[0], -1))
-        product = torch.einsum("hei,eij,gej->hg", weight_HEI, gram.to(dtype), weight_HEI)
+        root = None
+        for part in matrix.pieces(double, by_rows):
+            product += part @ part.T if by_rows else part.T @ part
+    elif by_rows and gram.dim() == 3:
+        for part_HI, gram_II in zip(_by_expert(matrix, len(gram)), gram):
+            product += part_HI @ gram_II.to(double) @ part_HI.T
+        root = None
     elif by_rows:
-        product = weight.to(dtype) @ gram.to(dtype) @ weight.T.to(dtype)
+        weight, root = matrix.weight.detach().flatten(0, -2).to(double), None
+        product = weight @ gram.to(double) @ weight.T
     else:
-        root = _root(gram)
-        inside = weight.to(dtype) @ root.to(dtype)
-        product = inside.T @ inside
+        root = root_of(gram) if root is None else root
+        for part in matrix.pieces(double, False):
+            inside = part @ root
+            product += inside.T @ inside
     energy_R, vectors = torch.linalg.eigh(product)
-    return Spectrum(matrix, energy_R.double().flip(0).clamp_min(0), vectors.flip(1), 1.0, by_rows, root)
+    return Spectrum(matrix, energy_R.flip(0).clamp_min(0), vectors.flip(1), 1.0, by_rows, root)
+
+
+def _by_expert(matrix: FactorableMatrix, count: int) -> Iterator[torch.Tensor]:
+    """Yield [H, I] of each expert, of a stack or of its unfolded form."""
+    if matrix.weight.dim() == 3:
+        return matrix.pieces(torch.float64, True)
+    return iter(matrix.weight.detach().double().unflatten(1, (count, -1)).unbind(1))
+
+
+def flat_spectrum(matrix: FactorableMatrix) -> Spectrum:
+    """Return what a random subspace keeps on average, without vectors: each direction the same."""
+    by_rows = by_its_rows(matrix)
+    side = matrix.shape[0 if by_rows else 1]
+    return Spectrum(matrix, torch.full((side,), 1 / side, dtype=torch.float64), None, 1.0, by_rows, None)
 
 
 def random_spectrum(matrix: FactorableMatrix, generator: torch.Generator) -> Spectrum:
     """Return a random orthonormal basis on the smaller side of `matrix`; each direction keeps the same on average.
 
-    Of half precision where the matrix is: nothing has to be inverted, and at real dimensions the products take long.
+    Of half precision where the matrix is, else float32: nothing has to be inverted, and at real dimensions the products
+    take long.
     """
-    rows, columns = matrix.weight.shape
-    by_rows = _by_rows(matrix)
-    side = rows if by_rows else columns
+    flat = flat_spectrum(matrix)
+    side = len(flat.energy_R)
     basis, _ = torch.linalg.qr(torch.randn(side, side, generator=generator))
-    energy_R = torch.full((side,), 1 / side, dtype=torch.float64)
-    half = matrix.weight.dtype in (torch.bfloat16, torch.float16)
-    basis = basis.to(matrix.weight.device, matrix.weight.dtype if half else _precision(matrix))
-    return Spectrum(matrix, energy_R, basis, 1.0, by_rows, None)
+    return replace(flat, vectors=basis.to(matrix.weight.device, matrix.weight.dtype))
 
 
-def _by_rows(matrix: FactorableMatrix) -> bool:
-    rows, columns = matrix.weight.shape
+def by_its_rows(matrix: FactorableMatrix) -> bool:
+    """Return whether the subspace is cut on the side of the outputs: where they are fewer, no inverse is needed."""
+    rows, columns = matrix.shape
     return rows < columns or matrix.side == "output"
 
 
-def _precision(matrix: FactorableMatrix) -> torch.dtype:
-    return torch.float64 if matrix.weight.numel() <= SMALL else torch.float32
-
-
-def _parts(weight: torch.Tensor, dtype: torch.dtype, columns: bool) -> Iterator[torch.Tensor]:
-    """Yield `weight` in `dtype`, some columns (or else some rows) at a time: a stack of experts is large."""
-    count = max(1, AT_ONCE // weight.shape[0 if columns else 1])
-    yield from (part.to(dtype) for part in weight.split(count, dim=int(columns)))
-
-
-def _root(gram_NN: torch.Tensor) -> torch.Tensor:
-    """Return S, lower triangular, with S·Sᵀ = X·Xᵀ but for a little damping."""
-    damped = gram_NN.clone()
-    damped.diagonal().add_(DAMPING * gram_NN.diagonal().mean().clamp_min(1e-12))
+def root_of(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping."""
+    damped = gram_NN.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-12))
     return torch.linalg.cholesky(damped)
 
 
 def factorise(spectrum: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (outer [m, R], inner [R, n]), the best matrix of this rank, both of equal norm column by row.
 
-    Raises UserError for a rank of 0 or above full.
+    Raises UserError for a rank of 0 or above full, ValueError for a spectrum without vectors.
     """
-    matrix, full = spectrum.matrix, min(spectrum.matrix.weight.shape)
+    matrix, full = spectrum.matrix, min(spectrum.matrix.shape)
     if not 0 < rank <= full:
         raise UserError(f"{matrix.name}: rank {rank}; expected 1 <= rank <= {full}")
-    weight, vectors = matrix.weight.detach(), spectrum.vectors[:, :rank]
+    if spectrum.vectors is None:
+        raise ValueError(f"{matrix.name}: a curve alone gives no factors")
+    vectors = spectrum.vectors[:, :rank]
     if spectrum.by_rows:
         outer = vectors
-        inner = torch.cat([vectors.T @ part for part in _parts(weight, vectors.dtype, True)], dim=1)
+        inner = torch.cat([vectors.T @ part for part in matrix.pieces(vectors.dtype, True)], dim=1)
     else:
         right = vectors if spectrum.root is None else spectrum.root.to(vectors.dtype) @ vectors
-        outer = torch.cat([part @ right for part in _parts(weight, vectors.dtype, False)])
+        outer = torch.cat([part @ right for part in matrix.pieces(vectors.dtype, False)])
         inner = vectors.T
         if spectrum.root is not None:
             inner = torch.linalg.solve_triangular(spectrum.root.to(vectors.dtype), inner, upper=False, left=False)

@@ -40,12 +40,19 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
     return figure
 
 
-def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple[float, float] | None = None) -> Figure:
+def trade_offs(
+    frame: pd.DataFrame,
+    *,
+    x_label: str,
+    y_label: str,
+    margin: tuple[float, float] | None = None,
+    log_y: bool = False,
+) -> Figure:
     """Return quality against speed, a panel per model (column `label`), a colour and marker per `arm`; where there are
     more than MOST_LOOKS arms, no legend could tell them apart, and all look alike.
 
-    `frame` is what `tables.speed_and_quality` returns; the baseline is at (1, 0), and `margin` the band of y that still
-    counts as maintained.
+    `frame` is what `tables.speed_and_quality` or `quality_over_bytes.points` returns; the baseline is at (1, 0), which
+    `log_y` has no place for, and `margin` the band of y that still counts as maintained.
     """
     models, arms = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["arm"]))
     if len(arms) > MOST_LOOKS:
@@ -58,7 +65,10 @@ def trade_offs(frame: pd.DataFrame, *, x_label: str, y_label: str, margin: tuple
         for panel, model in zip(axes, models):
             margin_and_baseline(panel.axhspan, panel.axhline, margin, None)
             panel.axvline(1, color=INK, linewidth=0.8)
-            panel.axhline(0, color=INK, linewidth=0.8)
+            if log_y:
+                panel.set_yscale("log")
+            else:
+                panel.axhline(0, color=INK, linewidth=0.8)
             for name, rows in frame[frame["label"] == model].groupby("arm", sort=False):
                 colour, marker = look(arms.index(name))
                 for low, high, along, across in (

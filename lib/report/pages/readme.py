@@ -72,6 +72,14 @@ def update(root: Path, folder: Path) -> list[str]:
     return [page for page, text in texts.items() if _write(root / page, text)]
 
 
+def replace(root: Path, page: str, parts: Mapping[str, str]) -> bool:
+    """Write parts of a page under `root` between their markers; return whether the page changed.
+
+    Raises UserError for a missing page or missing markers; then nothing changes.
+    """
+    return _write(root / page, _replaced(root, page, parts))
+
+
 def _replaced(root: Path, page: str, parts: Mapping[str, str]) -> str:
     path = root / page
     if not path.is_file():

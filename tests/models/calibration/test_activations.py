@@ -1,9 +1,11 @@
 """Statistics of a calibration pass against a slow second way; padding must not count."""
 
+import pytest
 import torch
 
+from lib.errors import UserError
 from lib.models.calibration.activations import observe
-from lib.models.calibration.distillation import distil, divergence
+from lib.models.calibration.distillation import distil, divergence, rate_for, split
 from lib.models.structure.anatomy import anatomy
 
 
@@ -62,7 +64,7 @@ def test_distillation_brings_a_damaged_model_back(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.zero_()
     before = float(divergence(student, teacher, batch))
-    losses = distil(student, teacher, [batch], steps=40, learning_rate=3e-3)
+    losses = distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=3e-3)
     assert len(losses) == 40
     assert float(divergence(student, teacher, batch)) < before / 2
     assert float(divergence(teacher, teacher, batch)) == 0
@@ -76,6 +78,38 @@ def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
     losses = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=0.3)
     assert len(losses) < 100  # given up
     assert all(torch.equal(was, now) for was, now in zip(weights, student.parameters()))
+
+
+def test_text_is_held_out_of_every_lesson(batch):
+    eight = [{"input_ids": torch.full((2, 4), index)} for index in range(8)]
+    taught, held_out = split(eight)
+    assert (len(taught), len(held_out)) == (6, 2) and not {id(one) for one in taught} & {id(one) for one in held_out}
+    taught, held_out = split([batch])
+    assert taught[0]["input_ids"].tolist() == batch["input_ids"][:1].tolist()
+    assert held_out[0]["attention_mask"].tolist() == batch["attention_mask"][1:].tolist()
+    pictures = {"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(9, 4)}  # cannot be told apart by rows
+    assert split([pictures, pictures])[1] == [pictures]
+    with pytest.raises(UserError, match="at least two sequences"):
+        split([{"input_ids": torch.ones(1, 4)}])
+
+
+def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):
+    """At this rate a step is far below the spacing of bfloat16; the masters add steps up."""
+    teacher = tiny("qwen3-4b-instruct-2507").to(torch.bfloat16)
+    student = tiny("qwen3-4b-instruct-2507").to(torch.bfloat16)
+    for block in anatomy(student).blocks:
+        block.feed_forward.down.weight.mul_(0.5)
+    before = float(divergence(student, teacher, batch))
+    distil(student, teacher, [batch], steps=60, held_out=[batch], learning_rate=3e-4)
+    assert float(divergence(student, teacher, batch)) < 0.9 * before
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+def test_the_rate_falls_with_the_width(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    assert rate_for(model, 1e-3) == 1e-3
+    anatomy(model).embeddings.weight = torch.nn.Parameter(torch.zeros(96, 1920), requires_grad=False)
+    assert rate_for(model, 1e-3) == pytest.approx(1e-4)
 
 
 def test_distillation_ends_at_its_best_reading(tiny, batch):

@@ -1,11 +1,12 @@
 """The notebook's protocol on a tiny model: one matrix, the sparse model, rivals, and an answer to every claim."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration import second_moments
 from lib.models.structure.anatomy import anatomy
@@ -13,6 +14,8 @@ from lib.optimizations.sparse_neural_networks import experiment, rivals, speed_s
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS
 from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
+
+EFFORT = replace(settings.read("quick"), new_tokens=2)
 
 
 @pytest.fixture
@@ -23,8 +26,9 @@ def setup(tiny):
     loaded = SimpleNamespace(model=model, random_weights=False)
     options = {"sparsity": 0.75, "pattern": "unstructured", "within": "row", "parts": "feed_forward"}
     matrices = second_moments.matrices(model, "feed_forward")
-    moments = sparse.observe(model, text)
-    return experiment.SparsitySetup(loaded, "sparsegpt", options, text, text, moments, matrices, seed=0)
+    observed = sparse.observe(model, text, parts="feed_forward")
+    seen = experiment.seen_tokens(observed, matrices)
+    return experiment.SparsitySetup(loaded, "sparsegpt", options, text, text, observed, matrices, 0, *seen)
 
 
 def test_one_matrix_keeps_the_same_share_by_every_method(setup):
@@ -48,6 +52,10 @@ def test_the_sparse_model_is_smaller_than_stored_zeros(setup):
     assert len(model.losses) == model.steps == 2
 
 
+def test_defaults_are_those_of_real_models_at_real_sizes():
+    assert [experiment.default_sparsity(scale) for scale in ("proxy", "slice", "full")] == [0.9, 0.5, 0.5]
+
+
 def test_missing_zeros_are_noticed(setup):
     model = experiment.sparsify(setup, finetune_steps=0)
     setup.options["sparsity"] = 0.5
@@ -58,8 +66,13 @@ def test_missing_zeros_are_noticed(setup):
 def test_every_claim_is_answered(setup):
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
     contest = rivals.contest(setup, evaluate.read(setup.baseline, ids_NT))
-    arms = rivals.controls(contest, experiment.sparsify(setup, 0))
-    assert [arm.name for arm in arms][-2:] == ["int8", "sparsegpt at int8's bytes"]
+    arms = rivals.controls(setup, contest, experiment.sparsify(setup, 0), ids_NT[:1], EFFORT)
+    names = [arm.name for arm in arms]
+    assert names[-4:] == ["int8", "int4, groups of 128", "sparsegpt at int8's bytes", "sparsegpt at int4's bytes"]
+    sizes = {arm.name: m.optimized for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
+    for bits in ("int8", "int4"):
+        yardstick = next(name for name in names if name.startswith(bits))
+        assert sizes[f"sparsegpt at {bits}'s bytes"] == pytest.approx(sizes[yardstick], rel=0.05)
     in_order = rivals.order(contest)
     assert set(rivals.order_holds(in_order)) == {"per row", "per matrix"}
     assert all(text.endswith(".") for text in rivals.read_order(in_order))
@@ -68,7 +81,7 @@ def test_every_claim_is_answered(setup):
     assert answers[-1][1:] == (None, "no part was timed")
     curves = rivals.impact(contest, [50, 90])
     assert list(curves.strength.unique()) == [50, 90]
-    assert rivals.controls(None, None) == rivals.order(None) == []
+    assert rivals.order(None) == []
 
 
 def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
@@ -94,7 +107,7 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
 def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
     loaded = SimpleNamespace(model=setup.baseline, random_weights=True)
     options = setup.options
-    untrained = experiment.SparsitySetup(loaded, "magnitude", options, [], [], {}, setup.matrices, seed=0)
+    untrained = experiment.SparsitySetup(loaded, "magnitude", options, [], [], None, setup.matrices, seed=0)
     table = experiment.one_matrix(untrained).table()
     assert list(table.method) == ["magnitude", "random"] and table["error of the output"].isna().all()
     assert "no error" in experiment.read_masks(table)[1]
@@ -103,6 +116,8 @@ def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(set
     assert (model.tuned, model.losses, model.steps) == (None, [], 0)
     assert list(experiment.sizes(untrained, model).model) == ["baseline", "stored sparse"]
     contest = rivals.contest(untrained, None)
-    assert rivals.controls(contest, model) == rivals.order(contest) == [] and rivals.impact(contest, [50]).empty
+    timed = rivals.controls(untrained, contest, model, torch.zeros(1, 16, dtype=torch.long), EFFORT)
+    assert [arm.name for arm in timed] == list(rivals.AT_BYTES) and rivals.order(contest) == []
+    assert rivals.impact(contest, [50]).empty
     assert rivals.order_holds([]) is None and rivals.read_order([])[0].startswith("The methods were not")
     assert [refuted for _, refuted, _ in rivals.refutations(untrained, [], [])] == [None] * 5

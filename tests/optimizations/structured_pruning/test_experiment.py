@@ -1,19 +1,26 @@
 """The notebook's protocol on a tiny model: what is removed, what its curves say, and that every claim is answered."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
+from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.structured_pruning import experiment, method
+
+EFFORT = replace(settings.read("quick"), new_tokens=2)
 
 
 @pytest.fixture
 def setup(tiny, batch):
     class Loaded:
         model = tiny("qwen3-4b-instruct-2507")
+        random_weights = False
+        scale = "proxy"
 
     observation = observe(Loaded.model, [batch])
     return experiment.PruningSetup(Loaded(), [batch], [batch] * 4, observation, seconds=1.0, seed=0)
@@ -27,6 +34,16 @@ def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
     shapes = experiment.shapes(setup.baseline, cut.optimized, setup.middle)
     changed = shapes[shapes.baseline != shapes.optimized].tensor
     assert sorted(changed) == ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"]
+
+
+def test_real_models_are_fitted_and_not_trained(setup):
+    assert experiment.steps_of(setup.loaded, -1) == experiment.PROXY_STEPS
+    setup.loaded.scale = "full"
+    assert experiment.steps_of(setup.loaded, -1) == 0 and experiment.steps_of(setup.loaded, 7) == 7
+    fitted = experiment.cut(setup, 0.2, "auto", finetune_steps=0)
+    plain = method.apply(setup.baseline, [], ratio=0.2, observation=setup.observation)
+    kept, as_it_was = (anatomy(model).blocks[1].feed_forward.down.weight for model in (fitted.optimized, plain))
+    assert kept.shape == as_it_was.shape and not torch.equal(kept, as_it_was)
 
 
 def test_shapes_fall_back_to_the_last_block_that_remains(setup):
@@ -56,6 +73,9 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     names = [arm.name for arm in arms]
     assert names[:2] == ["activation", "magnitude"] and names[-1] == "activation, recovered"
     assert list(left_out) == ["experts alone"]
+    assert {"activation, compensated", "activation, OWL", "depth alone, one span"} <= set(names)
+    yardsticks, missing = experiment.yardsticks(setup, rivals, ids_NT[:1], EFFORT)
+    assert [arm.name for arm in yardsticks] == list(experiment.YARDSTICKS) and "out of reach" in str(missing)
     curves = experiment.impact(rivals)
     assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
     assert tuple(claim for claim, _, _ in experiment.refutations(arms, [])) == experiment.CLAIMS

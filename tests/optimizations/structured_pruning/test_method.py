@@ -7,8 +7,11 @@ import torch
 
 from lib.errors import UserError
 from lib.models.checkpoints import io
+from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy, synchronise
+from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning
+from lib.optimizations.structured_pruning.compensation import compensated
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -21,12 +24,12 @@ def test_removed_channels_equal_silenced_channels(tiny, name, batch):
         if block.feed_forward.dense is not None:
             kept = torch.arange(0, block.feed_forward.channels, 2)
             block.feed_forward.down.weight[:, 1::2] = 0
-            pruning.keep_channels(other, kept)
+            surgery.keep_channels(other, kept)
         if experts := block.feed_forward.experts:
             kept_EJ = torch.stack([torch.randperm(32)[:8].sort().values for _ in range(experts.count)])
             mask = torch.zeros(experts.count, 32).scatter_(1, kept_EJ, 1.0)
             experts.down.mul_(mask[:, None, :])
-            pruning.keep_expert_channels(other.feed_forward.experts, kept_EJ)
+            surgery.keep_expert_channels(other.feed_forward.experts, kept_EJ)
     assert close(synchronise(pruned)(**batch).logits, masked(**batch).logits)
 
 
@@ -36,7 +39,7 @@ def test_removed_groups_equal_silenced_groups(tiny, name, batch):
         attention = block.attention
         output = attention.output.weight.view(attention.output.out_features, attention.key_value_heads, -1)
         output[:, [0, 2]] = 0
-        pruning.keep_groups(other.attention, torch.tensor([1, 3]))
+        surgery.keep_groups(other.attention, torch.tensor([1, 3]))
     synchronise(pruned)
     assert anatomy(pruned).blocks[0].attention.heads == anatomy(masked).blocks[0].attention.heads // 2
     assert close(pruned(**batch).logits, masked(**batch).logits)
@@ -49,7 +52,7 @@ def test_removed_experts_equal_experts_never_chosen(tiny, name, batch):
     for block, other in zip(anatomy(masked).blocks, anatomy(pruned).blocks):
         if experts := block.feed_forward.experts:
             _never_choose(experts.router, removed)
-            pruning.keep_experts(other.feed_forward.experts, kept)
+            surgery.keep_experts(other.feed_forward.experts, kept)
     assert close(synchronise(pruned)(**batch).logits, masked(**batch).logits)
 
 
@@ -71,7 +74,7 @@ def _never_choose(router, removed):
 
 def test_removed_blocks_equal_skipped_blocks(tiny, name, batch):
     whole, pruned = tiny(name), tiny(name)
-    pruning.remove_blocks(pruned, [2])
+    depth.remove_blocks(pruned, [2])
     synchronise(pruned)
     skipped = anatomy(whole).decoder.layers[2]
     skipped.forward = lambda hidden_states, **kwargs: hidden_states
@@ -108,12 +111,12 @@ def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
 def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
     model = tiny(name)
     view = anatomy(model)
-    pruning.keep_groups(view.blocks[1].attention, torch.tensor([0, 3]))
-    pruning.keep_groups(view.blocks[2].attention, torch.tensor([1, 2, 3]))
+    surgery.keep_groups(view.blocks[1].attention, torch.tensor([0, 3]))
+    surgery.keep_groups(view.blocks[2].attention, torch.tensor([1, 2, 3]))
     if view.blocks[3].feed_forward.experts:
-        pruning.keep_experts(view.blocks[3].feed_forward.experts, torch.arange(5))
+        surgery.keep_experts(view.blocks[3].feed_forward.experts, torch.arange(5))
     if view.blocks[0].feed_forward.dense is not None:
-        pruning.keep_channels(view.blocks[0], torch.arange(24))
+        surgery.keep_channels(view.blocks[0], torch.arange(24))
     synchronise(model)
     back = io.load_folder(io.save(model, tmp_path), torch.float32)
     assert torch.equal(back(**batch).logits, model(**batch).logits)
@@ -150,7 +153,7 @@ def test_block_influence_finds_the_planted_idle_block(tiny, batch):
 def test_vision_blocks_with_deepstack_stay(tiny, batch):
     model = tiny("qwen3-vl-2b")
     first = [id(layer) for layer in anatomy(model).decoder.layers][: anatomy(model).fixed_blocks]
-    pruning.remove_blocks(model, pruning._least(torch.tensor([0.0, 0.0, 1.0, 2.0]), 1, anatomy(model).fixed_blocks))
+    depth.remove_blocks(model, depth.least(torch.tensor([0.0, 0.0, 1.0, 2.0]), 1, anatomy(model).fixed_blocks))
     assert [id(layer) for layer in anatomy(model).decoder.layers][: len(first)] == first
 
 
@@ -159,7 +162,7 @@ def test_recovery_lowers_the_divergence(tiny, batch):
 
     model = tiny("qwen3-coder-30b")
     plain = pruning.apply(model, [batch], ratio=0.3)
-    recovered = pruning.apply(model, [batch], ratio=0.3, finetune_steps=20)
+    recovered = pruning.apply(model, [batch], ratio=0.3, finetune_steps=20, recovery=[batch] * 4)
     assert divergence(recovered, model, batch) < divergence(plain, model, batch)
 
 
@@ -186,3 +189,135 @@ def test_bad_requests_are_named(tiny, batch):
     with pytest.raises(UserError, match="no token"):
         pruning.apply(model, [], ratio=0.3)
     assert copy.deepcopy(pruning.SEARCH_SPACE)["ratio"]["default"] == 0.3
+
+
+# --- what stays makes up for what left, and other choices -------------------------------------------------------------
+
+
+def test_compensation_is_the_least_squares_solution():
+    random = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(400, 24, generator=random) @ torch.randn(24, 24, generator=random)
+    weight, kept = torch.randn(8, 24, generator=random), torch.arange(0, 24, 2)
+    fitted = compensated(weight, x_TI.T @ x_TI, kept)
+    best = torch.linalg.lstsq(x_TI[:, kept].double(), (x_TI @ weight.T).double()).solution.T
+    lost = [float((x_TI @ weight.T - x_TI[:, kept] @ one.float().T).norm()) for one in (fitted, best, weight[:, kept])]
+    assert lost[0] < 1.05 * lost[1] and lost[0] < 0.9 * lost[2]
+    assert torch.equal(compensated(weight, torch.zeros(24, 24), kept), weight[:, kept])
+
+
+@pytest.mark.parametrize("granularity", ["channels", "heads"])
+def test_compensated_cuts_are_as_small_and_nearer(tiny, name, granularity):
+    from lib.models.calibration.distillation import divergence
+
+    model = tiny(name)
+    text = [{"input_ids": torch.randint(8, 96, (8, 48), generator=torch.Generator().manual_seed(5))}]
+    ratio = pruning._removable(anatomy(model), granularity) / pruning.decoder_parameters(model) / 2
+    plain, fitted = (
+        pruning.apply(model, text, ratio=ratio, granularity=granularity, compensate=compensate)
+        for compensate in (False, True)
+    )
+    assert pruning.decoder_parameters(plain) == pruning.decoder_parameters(fitted)
+    assert divergence(fitted, model, text[0]) < divergence(plain, model, text[0])
+
+
+@pytest.mark.parametrize("saliency, sums", [("frequency", "expert_tokens_E"), ("ean", "expert_norm_E")])
+def test_the_rarest_or_quietest_expert_goes_first(tiny, batch, saliency, sums):
+    model = tiny("qwen3-coder-30b")
+    statistics = pruning.observe(model, [batch]).blocks
+    pruned = pruning.apply(model, [batch], ratio=0.1, saliency=saliency)
+    for whole, part, seen in zip(anatomy(model).blocks, anatomy(pruned).blocks, statistics):
+        stays = [(part.feed_forward.experts.down == one).all((1, 2)).any() for one in whole.feed_forward.experts.down]
+        score_E = getattr(seen, sums)
+        gone = [expert for expert, kept in enumerate(stays) if not kept]
+        assert len(gone) == 1 and score_E[gone[0]] == score_E.min()
+
+
+def test_a_span_of_idle_neighbours_goes_together(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    for block in anatomy(model).blocks[1:3]:
+        block.attention.output.weight.zero_()
+        block.feed_forward.down.weight.zero_()
+    assert depth.span(model, [batch], 2) == [1, 2]
+    pruned = pruning.apply(model, [batch], ratio=0.5, granularity="depth", depth_criterion="span")
+    assert close(pruned(**batch).logits, model(**batch).logits)
+
+
+def test_blocks_with_more_outliers_keep_more_channels(tiny, batch, tmp_path):
+    model = tiny("qwen3-4b-instruct-2507")
+    anatomy(model).blocks[2].feed_forward.down.weight[:, 5] *= 1000
+    pruned = pruning.apply(model, [batch], ratio=0.2, granularity="channels", budget="owl")
+    widths = [block.feed_forward.channels for block in anatomy(pruned).blocks]
+    assert max(widths) == widths[2] > min(widths)
+    back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert torch.equal(back(**batch).logits, pruned(**batch).logits)
+
+
+@pytest.mark.parametrize("saliency", ["activation", "magnitude", "random"])
+def test_a_damaged_expert_is_named_and_no_verdict_given(tiny, batch, saliency):
+    model = tiny("qwen3-coder-30b")
+    anatomy(model).blocks[1].feed_forward.experts.down[4, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="block 1, expert 4"):
+        pruning.apply(model, [batch], ratio=0.2, saliency=saliency)
+
+
+def test_groups_of_experts_stay_equal(tiny, batch, tmp_path):
+    model = tiny("glm-4.7-flash")
+    anatomy(model).config.n_group, anatomy(model).config.topk_group = 2, 1
+    for block in anatomy(model).blocks:
+        if experts := block.feed_forward.experts:
+            experts.router.num_group, experts.router.topk_group = 2, 1
+    pruned = pruning.apply(model, [batch], ratio=0.25, granularity="experts")
+    counts = {block.feed_forward.experts.count for block in anatomy(pruned).blocks if block.feed_forward.experts}
+    assert len(counts) == 1 and counts.pop() % 2 == 0
+    whole, part = pruned(**batch).logits[:, :10], pruned(batch["input_ids"][:, :10]).logits
+    assert close(whole, part), "a later token changes nothing before it"
+    back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert torch.equal(back(**batch).logits, pruned(**batch).logits)
+
+
+# --- configurations of other kinds ------------------------------------------------------------------------------------
+
+
+def other(architecture: str, **config):
+    """Return a tiny random model of another architecture."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 4, "vocab_size": 96}
+    return io.build(shape | config, architecture)
+
+
+@pytest.mark.parametrize("architecture, ratio", [("llama", 0.16), ("qwen2", 0.1)])
+def test_heads_are_removed_where_the_configuration_names_no_head_size(architecture, ratio, batch, tmp_path):
+    model = other(architecture)
+    pruned = pruning.apply(model, [batch], ratio=ratio, granularity="heads")
+    back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert anatomy(back).blocks[0].attention.head_dim == 8
+    assert torch.equal(back(**batch).logits, pruned(**batch).logits)
+
+
+def test_a_number_of_heads_that_the_configuration_refuses_is_refused_before_anything_is_observed(batch):
+    model = other("llama")
+    with pytest.raises(UserError, match=r"6 heads in place of 8: LlamaConfig refuses it .* not a multiple"):
+        pruning.apply(model, [], ratio=0.1, granularity="heads")
+
+
+def test_blocks_keep_their_kind_of_attention_when_others_go(batch, tmp_path):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = other("qwen3", head_dim=8, layer_types=kinds, use_sliding_window=True, sliding_window=8)
+    idle = anatomy(model).blocks[0]
+    idle.attention.output.weight.zero_()
+    idle.feed_forward.down.weight.zero_()
+    expected = model(**batch).logits
+    pruned = pruning.apply(model, [batch], ratio=0.25, granularity="depth")
+    assert anatomy(pruned).config.layer_types == kinds[1:] and anatomy(model).config.layer_types == kinds
+    assert close(pruned(**batch).logits, expected)
+    back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert close(back(**batch).logits, expected)
+
+
+def test_a_step_between_sparse_blocks_survives_the_loss_of_one(batch, tmp_path):
+    options = {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    model = other("qwen3_moe", decoder_sparse_step=2, **options)
+    assert [block.feed_forward.kind for block in anatomy(model).blocks] == ["dense", "experts"] * 2
+    pruned = pruning.apply(model, [batch], ratio=0.2, granularity="depth")
+    back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
+    assert torch.equal(back(**batch).logits, pruned(**batch).logits)

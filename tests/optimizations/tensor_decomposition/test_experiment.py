@@ -1,15 +1,19 @@
 """The notebook's protocol on a tiny model: the spectrum shown, ranks, the sweep of rivals, answers to the claims."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.structured_pruning import method as pruning
-from lib.optimizations.tensor_decomposition import experiment
+from lib.optimizations.tensor_decomposition import experiment, rivals
 from lib.optimizations.tensor_decomposition import method as decomposition
+
+EFFORT = replace(settings.read("quick"), new_tokens=2)
 
 
 @pytest.fixture
@@ -21,7 +25,9 @@ def setup(tiny):
     spectra["refined"] = spectra["whitened"]
     loaded = SimpleNamespace(model=model, random_weights=False)
     options = {"method": "whitened", "budget": "global", "refine_steps": 1, "seconds": 1.0, "seed": 0}
-    return experiment.FactoringSetup(loaded, None, calibration=text, finetune_batches=text, spectra=spectra, **options)
+    return experiment.FactoringSetup(
+        loaded, EFFORT, calibration=text, finetune_batches=text, spectra=spectra, **options
+    )
 
 
 def test_singular_values_fall_and_are_read_in_two_sentences(setup):
@@ -52,14 +58,18 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     generator = torch.Generator().manual_seed(0)
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
     text = evaluate.read(setup.baseline, ids_NT)
-    sweep = experiment.sweep(setup, chosen, text, ids_NT[:1], 0.2, pruning.apply)
+    sweep = rivals.sweep(setup, chosen, text, ids_NT[:1], 0.2, pruning.apply)
     names = [arm.name for arm in sweep.arms]
-    assert names == ["plain", "whitened", "refined", "whitened, uniform ranks", "structured pruning"]
+    assert names[:5] == ["plain", "whitened", "refined", "whitened, uniform ranks", "structured pruning"]
+    assert names[5:7] == ["int8", "int4, groups of 128"] and [arm.name for arm in sweep.yardsticks[:2]] == names[5:7]
+    for arm in sweep.yardsticks[:2]:
+        metrics = {m.metric for m in arm.measurements}
+        assert {"weights_bytes", "perplexity", "prefill_tokens_per_second", "decode_tokens_per_second"} <= metrics
     assert all("out of reach" in reason for reason in sweep.left_out.values())
     assert {"value", "low", "high"} <= set(sweep.divergence().columns) & set(sweep.speed().columns)
-    answers = experiment.refutations(sweep.arms)
-    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS[:2])
-    assert [refuted for _, refuted, _ in experiment.refutations([])] == [None, None]
+    answers = rivals.refutations(sweep.arms)
+    assert [claim for claim, _, _ in answers] == list(rivals.CLAIMS[:2])
+    assert [refuted for _, refuted, _ in rivals.refutations([])] == [None, None]
 
 
 def test_random_weights_are_factored_at_random_and_only_timed(setup):
@@ -67,14 +77,16 @@ def test_random_weights_are_factored_at_random_and_only_timed(setup):
     spectra = {"random": decomposition.analyse(model, [], "random")}
     loaded = SimpleNamespace(model=model, random_weights=True)
     options = {"method": "random", "budget": "uniform", "refine_steps": 0, "seconds": 0.0, "seed": 0}
-    untrained = experiment.FactoringSetup(loaded, None, calibration=[], finetune_batches=[], spectra=spectra, **options)
+    untrained = experiment.FactoringSetup(
+        loaded, EFFORT, calibration=[], finetune_batches=[], spectra=spectra, **options
+    )
     chosen = experiment.factor(untrained, 0.2)
     ranks = experiment.allocations(untrained, 0.2)
     assert set(experiment.rank_table(untrained, ranks).columns) == {"matrix", "shape", "break-even", "random"}
     assert experiment.expected_divergence(untrained, ranks) is None
-    assert experiment.domains(untrained, 0.2).empty
-    sweep = experiment.sweep(untrained, chosen, None, torch.zeros(1, 16, dtype=torch.long), 0.2, pruning.apply)
-    assert sweep.arms == [] and sweep.divergence().empty
+    assert rivals.domains(untrained, 0.2).empty
+    sweep = rivals.sweep(untrained, chosen, None, torch.zeros(1, 16, dtype=torch.long), 0.2, pruning.apply)
+    assert sweep.arms == sweep.yardsticks and len(sweep.arms) == 2 and sweep.divergence().empty
     assert set(sweep.speed().arm) == {"random", "structured pruning"}
     curves, _ = experiment.singular_values(untrained)
     assert set(curves.arm) == {"plain"}

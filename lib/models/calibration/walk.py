@@ -1,0 +1,196 @@
+"""Calibration text on its way through the decoder: it stands in front of one block after the other.
+
+`Walk` is one pass over the blocks. Whoever goes along sees each block with the text that reaches it, may change or
+replace the block, and what the block then gives is carried on to the next. Only the states in front of one block are
+held, so memory does not grow with depth, and a block need not be in memory before its turn. The blocks' other arguments
+(masks, positions) and what a vision tower adds behind the first blocks are taken from the model itself, which runs once
+with blocks that return zeros.
+
+Shapes: B sequences, T tokens, H hidden.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.structure.anatomy import Block, anatomy
+
+
+@dataclass
+class TextBatch:
+    """One batch in front of a block: states [B, T, H], mask of real tokens [B, T], arguments and additions by block."""
+
+    mask_BT: torch.Tensor
+    states_BTH: torch.Tensor
+    arguments: list[dict[str, Any]]
+    added: dict[int, torch.Tensor]
+
+    @property
+    def mask_T(self) -> torch.Tensor:
+        """The mask of real tokens, the sequences concatenated."""
+        return self.mask_BT.flatten()
+
+    def first(self, sequences: int) -> "TextBatch":
+        """Return the batch with its first sequences only; whole where its other arguments have no such rows."""
+        count = len(self.mask_BT)
+        if count <= sequences or self.added:
+            return self
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
+            return value[:sequences] if torch.is_tensor(value) and value.dim() and len(value) == count else value
+
+        arguments = [{name: cut(value) for name, value in one.items()} for one in self.arguments]
+        return TextBatch(self.mask_BT[:sequences], self.states_BTH[:sequences], arguments, {})
+
+
+class BlockStore(Protocol):
+    """Where blocks are while it is not their turn."""
+
+    def load(self, index: int) -> None:
+        """Bring the weights of a block into memory."""
+
+    def release(self, index: int) -> None:
+        """Take a block back; it may have changed."""
+
+
+def real_BT(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a mask [B, T] of the tokens of a batch that are not padding."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+class Walk:
+    """One pass of calibration text through the blocks of `model`; iterate over it to go from block to block.
+
+    `store` brings blocks into memory and takes them back; without it they are there. Raises UserError without any
+    calibration token, and for a block whose weights are not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]], *, store: BlockStore | None = None
+    ):
+        self.model, self.store = model, store
+        self.carried = enter(model, calibration)
+        self.tokens = sum(int(batch.mask_BT.sum()) for batch in self.carried)
+        if not self.tokens:
+            raise UserError("calibration: no token to observe; give at least one sequence")
+        self._outputs: list[torch.Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield each block in turn, in the form that it has at that moment."""
+        count = len(anatomy(self.model).blocks)
+        for self.index in range(count):
+            if self.store is not None:
+                self.store.load(self.index)
+            require_finite(anatomy(self.model).blocks[self.index])
+            yield anatomy(self.model).blocks[self.index]
+            if self.index < count - 1:
+                self._advance()
+            if self.store is not None:
+                self.store.release(self.index)
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """Yield what the present block, as it stands, gives for each batch, [B, T, H]."""
+        module = anatomy(self.model).blocks[self.index].module
+        for batch in self.carried:
+            yield run(module, batch.states_BTH, batch.arguments[self.index])
+
+    def carry_on(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Take `outputs` as what the present block gives, so that it does not run again."""
+        self._outputs = list(outputs)
+
+    def forget(self) -> None:
+        """Let the present block run again: it has changed since `carry_on`."""
+        self._outputs = None
+
+    def _advance(self) -> None:
+        given, self._outputs = self._outputs, None
+        for batch, output in zip(self.carried, self.outputs() if given is None else given):
+            added = batch.added.get(self.index)
+            batch.states_BTH = output if added is None else output + added
+
+
+def run(module: nn.Module, states_BTH: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """Return what a block gives for `states_BTH`, [B, T, H]."""
+    output = module(states_BTH, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def finish(model: nn.Module, batch: TextBatch, index: int) -> torch.Tensor:
+    """Return the logits [B, T, V] of `model` run from block `index` on, which `batch` stands in front of.
+
+    Behind the last block (`index` is their number) the states are what that block gave.
+    """
+    view, states_BTH = anatomy(model), batch.states_BTH
+    for block in view.blocks[index:]:
+        states_BTH = run(block.module, states_BTH, batch.arguments[block.index])
+        if block.index in batch.added:
+            states_BTH = states_BTH + batch.added[block.index]
+    return view.head(view.final_norm(states_BTH))
+
+
+@torch.no_grad()
+def enter(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> list[TextBatch]:
+    """Return the batches in front of the first block, with the arguments of every block. No block runs."""
+    entering = []
+    for inputs in calibration:
+        with _blocks_of_zeros(model) as calls:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        (first, _), *others = calls
+        assert first is not None
+        # Behind a block of zeros stands only what was added to its output.
+        added = {index: state for index, (state, _) in enumerate(others) if state is not None}
+        entering.append(TextBatch(real_BT(inputs), first, [arguments for _, arguments in calls], added))
+    return entering
+
+
+class _ZeroBlock(nn.Module):
+    """Stands in for a block: records its input (None where it is zero) and other arguments, and returns zeros."""
+
+    def __init__(self, block: nn.Module, calls: list[tuple[torch.Tensor | None, dict[str, Any]]]):
+        super().__init__()
+        self.__dict__.update(whole=block, calls=calls)  # not as a part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["whole"], name)
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.calls.append((hidden_states if not self.calls or hidden_states.any() else None, arguments))
+        return torch.zeros_like(hidden_states)
+
+
+@contextmanager
+def _blocks_of_zeros(model: nn.Module) -> Iterator[list[tuple[torch.Tensor | None, dict[str, Any]]]]:
+    """Within, every block is a `_ZeroBlock`; yields the list that they record in."""
+    decoder = anatomy(model).decoder
+    calls: list[tuple[torch.Tensor | None, dict[str, Any]]] = []
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList(_ZeroBlock(layer, calls) for layer in layers)
+    try:
+        yield calls
+    finally:
+        decoder.layers = layers
+
+
+def require_finite(block: Block) -> None:
+    """Raise UserError naming the block, and the expert where it is one, whose weights are not finite numbers."""
+    experts = block.feed_forward.experts
+    for name, parameter in block.module.named_parameters():
+        if not parameter.is_floating_point() or parameter.layout != torch.strided or parameter.is_meta:
+            continue
+        if torch.isfinite(parameter.sum(dtype=torch.float32)):
+            continue
+        where = f"block {block.index}"
+        if experts is not None and parameter.dim() == 3 and len(parameter) == experts.count:
+            finite_E = torch.isfinite(parameter.flatten(1).sum(1, dtype=torch.float32))
+            where += f", expert {int(finite_E.long().argmin())}"
+        raise UserError(f"{where}: {name} holds numbers that are not finite; repair the checkpoint")

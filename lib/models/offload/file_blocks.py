@@ -1,0 +1,254 @@
+"""A checkpoint that need not fit into memory, changed block by block, from file to file.
+
+`rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
+its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory. Embeddings,
+head, norms and a vision tower stay in memory. Shards are written into a folder beside the target, which becomes the
+target when all are there: a run that ends in the middle leaves no half checkpoint, and the next one goes on behind the
+last shard. Knows nothing of what is changed.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.files import write_atomically
+from lib.models.calibration.walk import Walk
+from lib.models.checkpoints import weight_file
+from lib.models.checkpoints.folder import MANIFEST
+from lib.models.offload.layout import layout
+from lib.models.structure import factored, manifest, sparse
+from lib.models.structure.anatomy import Block, anatomy, synchronise
+
+REST = "model-rest.safetensors"  # what is no decoder block
+BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that the target takes over
+Change = Callable[[nn.Module, Walk, Block], None]
+
+
+class FileBlocks:
+    """A model in a folder of which one block is in memory at a time: the `BlockStore` of a walk.
+
+    `shards`: the folder that changed blocks are written to; without one nothing is written.
+    """
+
+    def __init__(self, source: Path | str, shards: Path | None = None, device: str = "cpu"):
+        self.source, self.shards, self.device = Path(source), shards, device
+        if (self.source / MANIFEST).is_file():
+            kept = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
+            if kept.get("factors") or kept.get("sparse"):
+                raise UserError(f"{source}: holds factored or sparse matrices; give the dense checkpoint")
+        self._layout = layout(self.source, False, device)
+        self.model, self.file = self._layout.model, self._layout.file
+        layers = anatomy(self.model).decoder.layers
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.prefixes = [names[id(layer)] for layer in layers]
+        self.described: dict[int, dict[str, Any]] = {}
+        self._load_rest()
+
+    def _in_block(self, name: str) -> bool:
+        return any(name.startswith(f"{prefix}.") for prefix in self.prefixes)
+
+    def _read(self, name: str) -> torch.Tensor:
+        if name not in self.file.places:
+            raise UserError(f"{self.source}: the checkpoint lacks {name}")
+        return self.file.tensor(self.file.places[name]).to(self.device)
+
+    def _load_rest(self) -> None:
+        """Read everything that is no decoder block, and the stored buffers of the blocks."""
+        shared: dict[int, nn.Parameter] = {}
+        for module_name, module in self.model.named_modules():
+            for leaf, old in module._parameters.items():
+                name = f"{module_name}.{leaf}"
+                if old is None or self._in_block(name):
+                    continue
+                if id(old) not in shared:
+                    stored = next(n for n in self._names_of(old) if n in self.file.places)
+                    shared[id(old)] = nn.Parameter(self._read(stored), requires_grad=False)
+                module._parameters[leaf] = shared[id(old)]
+            for leaf, buffer in module._buffers.items():
+                name = f"{module_name}.{leaf}"
+                if buffer is not None and name in self.file.places:
+                    module._buffers[leaf] = self._read(name).to(buffer.dtype)
+
+    def _names_of(self, parameter: nn.Parameter) -> list[str]:
+        named = self.model.named_parameters(remove_duplicate=False)
+        names = [name for name, other in named if other is parameter]
+        if not any(name in self.file.places for name in names):
+            raise UserError(f"{self.source}: the checkpoint lacks {names[0]}")
+        return names
+
+    # --- a block in memory -------------------------------------------------------------------------------------------
+
+    def load(self, index: int) -> None:
+        """Read a block: from its shard where it is done already, else from the source."""
+        if self.done(index):
+            self._restore(index)
+            return
+        module, prefix = self._module(index), self.prefixes[index]
+        for owner_name, owner in module.named_modules():
+            for leaf, old in owner._parameters.items():
+                name = ".".join(part for part in (prefix, owner_name, leaf) if part)
+                if old is not None:
+                    weight = self._read(name) if name in self.file.places else self._stack(index, leaf, name)
+                    owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+
+    def _stack(self, index: int, leaf: str, name: str) -> torch.Tensor:
+        """Return a stack of experts that are stored one by one."""
+        if index not in self._layout.experts:
+            raise UserError(f"{self.source}: the checkpoint lacks {name}")
+        experts = anatomy(self.model).blocks[index].feed_forward.experts
+        assert experts is not None
+        slices = []
+        for expert in range(experts.count):
+            *gate_up, down = self._layout.experts[index](expert)
+            places = gate_up if leaf == "gate_up_proj" else [down]
+            slices.append(torch.cat([self.file.tensor(place) for place in places]))
+        return torch.stack(slices).to(self.device)
+
+    def release(self, index: int) -> None:
+        """Write a block to its shard, unless it is there, and take its weights out of memory."""
+        if self.shards is not None and not self.done(index):
+            self._write(index)
+        for owner in self._module(index).modules():
+            for leaf, old in owner._parameters.items():
+                if old is not None:
+                    empty = torch.empty(old.shape, dtype=old.dtype, device="meta")
+                    owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+    def _module(self, index: int) -> nn.Module:
+        return anatomy(self.model).blocks[index].module
+
+    # --- shards ------------------------------------------------------------------------------------------------------
+
+    def _paths(self, index: int) -> tuple[Path, Path]:
+        assert self.shards is not None
+        return self.shards / f"model-{index:05d}.safetensors", self.shards / f"block-{index:05d}.json"
+
+    def done(self, index: int) -> bool:
+        """Return whether the shard of a block is complete: its description is written last."""
+        return self.shards is not None and self._paths(index)[1].is_file()
+
+    def _write(self, index: int) -> None:
+        shard, description = self._paths(index)
+        prefix, every = self.prefixes[index], manifest.describe(self.model)
+        entry: dict[str, Any] = {"block": every["blocks"][index]}
+        for section in ("factors", "sparse"):
+            own = {name: value for name, value in every.get(section, {}).items() if name.startswith(f"{prefix}.")}
+            entry |= {section: own}
+        weight_file.write(shard, {f"{prefix}.{n}": t for n, t in self._module(index).state_dict().items()})
+        write_atomically(description, json.dumps(entry))
+        self.described[index] = entry
+
+    def _restore(self, index: int) -> None:
+        """Read a changed block from its shard."""
+        shard, description = self._paths(index)
+        entry = self.described[index] = json.loads(description.read_text(encoding="utf-8"))
+        factored.restore(self.model, entry["factors"])
+        with closing(_Shard(shard)) as opened:
+            stored: dict[str, Callable[[], torch.Tensor]] = {
+                name: partial(opened.read, name) for name in opened.tensors
+            }
+            sparse.restore(self.model, entry["sparse"], stored)
+            for name, read in stored.items():
+                owner, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                if leaf in owner._parameters:
+                    owner._parameters[leaf] = nn.Parameter(read().to(self.device), requires_grad=False)
+                else:
+                    owner._buffers[leaf] = read().to(self.device)
+        synchronise(self.model)
+
+    def finish(self, target: Path) -> Path:
+        """Write what is no decoder block, index, configuration and manifest; move everything to `target`."""
+        assert self.shards is not None
+        synchronise(self.model)
+        tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - dict(self.model.named_parameters())
+        rest = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name not in tied and not self._in_block(name)
+        }
+        weight_file.write(self.shards / REST, rest)
+        files = {name: REST for name in rest}
+        for index in range(len(self.prefixes)):
+            shard = self._paths(index)[0]
+            with closing(_Shard(shard)) as opened:
+                files |= {name: shard.name for name in opened.tensors}
+        index_file = {"metadata": {}, "weight_map": files}
+        write_atomically(self.shards / "model.safetensors.index.json", json.dumps(index_file, indent=1))
+        saving: Any = self.model
+        for pattern in BEHIND:
+            for path in self.source.glob(pattern):
+                if path.name not in (MANIFEST, "model.safetensors.index.json"):
+                    shutil.copyfile(path, self.shards / path.name)
+        saving.save_pretrained(self.shards, state_dict={})
+        sections: dict[str, Any] = {"blocks": [self.described[index]["block"] for index in range(len(self.prefixes))]}
+        for section in ("factors", "sparse"):
+            merged = {name: value for entry in self.described.values() for name, value in entry[section].items()}
+            sections |= {section: merged} if merged else {}
+        write_atomically(self.shards / MANIFEST, json.dumps(sections, indent=1) + "\n")
+        for leftover in (*self.shards.glob("block-*.json"), self.shards / ABOUT):
+            leftover.unlink()
+        self.shards.rename(target)
+        return target
+
+    def close(self) -> None:
+        """Close the source."""
+        self.file.close()
+
+
+class _Shard:
+    """One open safetensors file of changed tensors."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="pt").__enter__()
+        self.tensors = list(self._file.keys())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+ABOUT = "rewriting.json"  # what the shards of an unfinished run were made by
+
+
+def rewrite(
+    source: Path | str,
+    target: Path | str,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    change: Change,
+    *,
+    about: dict[str, Any],
+    device: str = "cpu",
+) -> Path:
+    """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
+
+    `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
+    changed, as plain JSON: an unfinished run of the same goes on behind its last block, one of something else is
+    refused. Raises UserError for that, for an existing target, and for a block that cannot be read.
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target}: is there already; name a new folder")
+    shards = target.with_name(f"{target.name}.part")
+    expected = json.dumps({"source": str(Path(source).resolve()), "about": about}, sort_keys=True)
+    if shards.is_dir() and (shards / ABOUT).read_text(encoding="utf-8") != expected:
+        raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
+    shards.mkdir(parents=True, exist_ok=True)
+    write_atomically(shards / ABOUT, expected)
+    with closing(FileBlocks(source, shards, device)) as store:
+        walk = Walk(store.model, calibration, store=store)
+        for block in walk:
+            if not store.done(block.index):
+                change(store.model, walk, block)
+        return store.finish(target)

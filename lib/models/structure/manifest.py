@@ -1,0 +1,35 @@
+"""What a configuration cannot say about a changed model, as plain JSON: widths of each block, factors, sparse layouts.
+
+Knows nothing of files.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from lib.errors import UserError
+from lib.models.structure import factored, no_op, sparse
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.quantized import QuantizedExperts, QuantizedLinear
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return the manifest of a model: `blocks` (a list of widths, experts, absent parts), `factors` and `sparse`, where
+    there are any.
+
+    Raises UserError for quantized matrices: their layout is that of one device's kernel.
+    """
+    if any(isinstance(module, (QuantizedLinear, QuantizedExperts)) for module in model.modules()):
+        raise UserError("int8 and int4 matrices are packed for one device's kernel and are not saved; save it unpacked")
+    blocks = [
+        {
+            "heads": block.attention.heads,
+            "key_value_heads": block.attention.key_value_heads,
+            "channels": block.feed_forward.channels,
+            "experts": block.feed_forward.experts.count if block.feed_forward.experts else 0,
+        }
+        | no_op_entry
+        for block, no_op_entry in zip(anatomy(model).blocks, no_op.describe(model))
+    ]
+    sections = {"factors": factored.ranks(model), "sparse": sparse.describe(model)}
+    return {"blocks": blocks} | {name: section for name, section in sections.items() if section}

@@ -1,0 +1,164 @@
+"""Matrices stored in int8 or int4 and multiplied with activations of full precision: a linear layer, stacked experts.
+
+Weights alone are quantized, rounded to nearest: int8 symmetric with a scale per output row; int4 asymmetric with scale
+and zero point per group of 128 inputs (of the largest of 64, 32, 16 that divides the width where 128 does not). No text
+is needed. Products run in torch's own packed kernels (`_weight_int8pack_mm`, `_weight_int4pack_mm`), which read the
+small weights; where no kernel takes the shape or type, or for so many tokens that arithmetic is the limit, the matrix
+is restored for the product. Runs forward only. Knows nothing of which matrices are quantized.
+
+Shapes: T tokens, O outputs, I inputs, G inputs of a group, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+
+BITS = (8, 4)
+GROUPS = (128, 64, 32, 16)  # the first that divides the width
+KERNEL_GROUPS = (32, 64, 128, 256)
+FEW_TOKENS = 32  # up to here reading the weights is the limit
+TILES = 8  # of the int4 kernel's layout on CUDA
+STACKS = ("gate_up_proj", "down_proj")
+
+
+def group_size(inputs: int) -> int:
+    """Return how many inputs of a row share a scale in int4: 128 where that divides the width."""
+    return next((group for group in GROUPS if inputs % group == 0), inputs)
+
+
+def has_kernel(weight_OI: torch.Tensor, bits: int) -> bool:
+    """Return whether torch multiplies with this matrix as it is packed."""
+    outputs, inputs = weight_OI.shape
+    if bits == 8:
+        return not weight_OI.is_cuda or (outputs % 16 == 0 and inputs % 16 == 0)
+    if group_size(inputs) not in KERNEL_GROUPS:
+        return False
+    if weight_OI.is_cuda:
+        return weight_OI.dtype == torch.bfloat16 and outputs % 8 == 0 and inputs % (TILES * 16) == 0
+    return outputs % 16 == 0
+
+
+def pack(weight_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (packed values, scales in the dtype of the weight): int8 [O, I] and [O]; int4 in the layout of its kernel,
+    else two to a byte [O, I/2], with scale and zero point [I/G, O, 2].
+
+    Raises UserError for an odd width in int4.
+    """
+    weight = weight_OI.detach().float()
+    if bits == 8:
+        scale_O = (weight.abs().amax(-1) / 127).clamp_min(1e-12).to(weight_OI.dtype)
+        return (weight / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale_O
+    outputs, inputs = weight.shape
+    if inputs % 2:
+        raise UserError(f"int4 packs two weights to a byte, but this matrix has {inputs} inputs")
+    grouped = weight.view(outputs, -1, group_size(inputs))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale = ((high - low) / 15).clamp_min(1e-12).to(weight_OI.dtype)
+    zero = (low + 8 * scale.float()).to(weight_OI.dtype)
+    steps = (grouped - zero.float()[..., None]) / scale.float()[..., None] + 8
+    values_OI = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
+    scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
+    if not has_kernel(weight_OI, 4):
+        return _two_to_a_byte(values_OI), scales
+    if weight_OI.is_cuda:
+        return torch._convert_weight_to_int4pack(_two_to_a_byte(values_OI), TILES), scales
+    return torch._convert_weight_to_int4pack_for_cpu(values_OI, TILES), scales
+
+
+def _two_to_a_byte(values_OI: torch.Tensor) -> torch.Tensor:
+    return ((values_OI[:, ::2] << 4) | values_OI[:, 1::2]).to(torch.uint8)
+
+
+def restored(values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], kernel: bool) -> torch.Tensor:
+    """Return the matrix [O, I] that packed values stand for, in the dtype of the scales."""
+    if values.dtype == torch.int8:
+        return values.to(scales.dtype) * scales[:, None]
+    if kernel:  # only the kernel knows its layout: the rows of the identity give the columns of the matrix
+        eye_II = torch.eye(shape[1], dtype=scales.dtype, device=scales.device)
+        return _int4_product(values, scales, eye_II).T
+    both = torch.stack([values >> 4, values & 15], -1).view(shape[0], scales.shape[0], -1).to(scales.dtype)
+    scale, zero = scales.transpose(0, 1).unbind(-1)
+    return ((both - 8) * scale[..., None] + zero[..., None]).view(shape)
+
+
+def product(
+    x_TI: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], kernel: bool
+) -> torch.Tensor:
+    """Return x·Wᵀ [T, O] in the dtype of x for packed values of a matrix of `shape`."""
+    x = x_TI.to(scales.dtype).contiguous()
+    if not len(x):
+        return x_TI.new_zeros(0, shape[0])
+    if kernel and values.dtype != torch.int8:
+        return _int4_product(values, scales, x).to(x_TI.dtype)
+    if kernel and len(x) <= FEW_TOKENS:
+        return torch._weight_int8pack_mm(x, values, scales).to(x_TI.dtype)
+    return nn.functional.linear(x, restored(values, scales, shape, kernel)).to(x_TI.dtype)
+
+
+def _int4_product(values: torch.Tensor, scales: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    multiply: Callable = torch._weight_int4pack_mm if x_TI.is_cuda else torch._weight_int4pack_mm_for_cpu
+    return multiply(x_TI, values, x_TI.shape[1] // scales.shape[-3], scales)
+
+
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is packed in `bits`; the bias stays as it was."""
+
+    def __init__(self, dense: nn.Linear, bits: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = dense.weight.shape
+        self.bits, self.kernel = bits, has_kernel(dense.weight, bits)
+        values, scales = pack(dense.weight, bits)
+        self.weight, self.scales, self.bias = _fixed(values), _fixed(scales), dense.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = self.out_features, self.in_features
+        y_TO = product(x.reshape(-1, self.in_features), self.weight, self.scales, shape, self.kernel)
+        y_TO = y_TO if self.bias is None else y_TO + self.bias
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, int{self.bits}"
+
+
+class QuantizedExperts(nn.Module):
+    """Routed experts whose matrices are packed in `bits`; they run one after the other, each on its own tokens."""
+
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, dense: Any, bits: int) -> None:
+        super().__init__()
+        self.act_fn, self.num_experts, self.bits = dense.act_fn, len(dense.down_proj), bits
+        self.intermediate_dim = dense.down_proj.shape[2]
+        self.input_factor = getattr(dense, "input_factor", None)
+        self.output_factor = getattr(dense, "output_factor", None)
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.kernels: dict[str, bool] = {}
+        for name in STACKS:
+            stack = getattr(dense, name).data
+            packed = [pack(weight, bits) for weight in stack]
+            self.shapes[name], self.kernels[name] = tuple(stack.shape[1:]), has_kernel(stack[0], bits)
+            setattr(self, name, _fixed(torch.stack([values for values, _ in packed])))
+            setattr(self, f"{name}_scales", _fixed(torch.stack([scales for _, scales in packed])))
+
+    def forward(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        entering_TH = hidden_TH if self.input_factor is None else self.input_factor(hidden_TH)
+        total_TH = hidden_TH.new_zeros(len(hidden_TH), self.shapes["down_proj"][0])
+        for expert in index_TK.unique().tolist():
+            token, position = torch.where(index_TK == expert)
+            gate, up = self.multiply("gate_up_proj", expert, entering_TH[token]).chunk(2, dim=-1)
+            out = self.multiply("down_proj", expert, self.act_fn(gate) * up) * weight_TK[token, position, None]
+            total_TH.index_add_(0, token, out.to(total_TH.dtype))
+        return total_TH if self.output_factor is None else self.output_factor(total_TH)
+
+    def multiply(self, name: str, expert: int, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return the product of one matrix of an expert with x [T, I]."""
+        values, scales = getattr(self, name)[expert], getattr(self, f"{name}_scales")[expert]
+        return product(x_TI, values, scales, self.shapes[name], self.kernels[name])

@@ -1,0 +1,82 @@
+"""One block of a model: the statistics that choose its masks, its matrices pruned, and stored sparse.
+
+Knows nothing of the order of blocks, or of how much goes.
+
+Shapes: E experts (1 for a single matrix), O outputs, I inputs.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lib.models.calibration.observed import Observed
+from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
+from lib.models.calibration.walk import Walk, require_finite
+from lib.models.structure import anatomy
+from lib.models.structure.sparse import store
+from lib.optimizations.sparse_neural_networks.matrix_pruning import (
+    PruningRule,
+    prune_matrix,
+    short_of_tokens,
+    stored_sparse,
+    without_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model with zeros in its dense matrices, and what is kept of each: name → bool [O, I] or [E, O, I].
+
+    By matrix: `thin` counts inputs' sums over fewer tokens than inputs (an expert has its own), where damping decides
+    and not data; `unseen` counts experts that no token reached, which are pruned by magnitude.
+    """
+
+    model: nn.Module
+    masks: dict[str, torch.Tensor]
+    pattern: str
+    thin: dict[str, int] = field(default_factory=dict)
+    unseen: dict[str, int] = field(default_factory=dict)
+
+
+def statistics_of(
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str, parts: str, observed: Observed | None
+) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """Yield each block's index with the moments that `method` needs; blocks change on the way."""
+    if method in ("magnitude", "random"):
+        for block in anatomy.anatomy(model).blocks:
+            require_finite(block)
+            yield block.index, {}
+    elif observed is not None:
+        yield from observed
+    else:
+        walk = Walk(model, calibration)
+        for block in walk:
+            chosen = matrices(model, parts, block.index)
+            yield block.index, block_moments(walk, chosen, gram=method == "sparsegpt", unchanged=False)
+
+
+def prune_block(
+    pruned: Pruned,
+    of_block: Iterable[Matrix],
+    statistics: dict[str, Moments],
+    rule: PruningRule,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Prune the matrices of one block of `pruned.model`, in place, and note their masks."""
+    for matrix in of_block:
+        sums = statistics.get(matrix.name)
+        if sums is not None:
+            thin = short_of_tokens(sums, matrix.weight.shape[-1]) if rule.method == "sparsegpt" else 0
+            unseen = without_tokens(sums)
+            pruned.thin.update({matrix.name: thin} if thin else {})
+            pruned.unseen.update({matrix.name: unseen} if unseen else {})
+        weight, pruned.masks[matrix.name] = prune_matrix(matrix, sums, rule, generator)
+        setattr(matrix.owner, matrix.attribute, nn.Parameter(weight, requires_grad=False))
+
+
+def store_block(model: nn.Module, pruned: Pruned, block: int) -> None:
+    """Store the matrices of one block of `model` with the masks of `pruned` sparse, in place."""
+    chosen = [matrix for matrix in matrices(model, "all", block) if matrix.name in pruned.masks]
+    store(model, {m.name: stored_sparse(m, pruned.masks[m.name], pruned.pattern) for m in chosen})

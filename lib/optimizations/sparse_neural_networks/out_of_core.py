@@ -1,0 +1,52 @@
+"""Prunes the weights of a checkpoint that need not fit into memory, block by block, from file to file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.models.calibration.second_moments import block_moments, matrices
+from lib.models.calibration.walk import Walk
+from lib.models.offload.file_blocks import rewrite
+from lib.models.structure.anatomy import Block
+from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, store_block
+from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule
+from lib.optimizations.sparse_neural_networks.method import NAME, check
+
+
+def apply_to_file(
+    source: Path | str,
+    target: Path | str,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    sparsity: float = 0.5,
+    method: str = "sparsegpt",
+    pattern: str = "unstructured",
+    within: str = "row",
+    parts: str = "all",
+    execute: str = "sparse",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Write the checkpoint in `source` with `sparsity` of its matrices' weights zero to the new folder `target`.
+
+    Options and result as of `method.apply`, blocks pruned in order. Returns the target. Raises UserError as
+    `method.apply` and `file_blocks.rewrite` do.
+    """
+    options: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within}
+    rule = PruningRule(sparsity, method, pattern, within)
+
+    def change(model: nn.Module, walk: Walk, block: Block) -> None:
+        check(model, parts=parts, **options)
+        of_block, statistics = matrices(model, parts, block.index), {}
+        if method in ("wanda", "sparsegpt"):
+            statistics = block_moments(walk, of_block, gram=method == "sparsegpt", unchanged=False)
+        pruned = Pruned(model, {}, pattern)
+        prune_block(pruned, of_block, statistics, rule, torch.Generator().manual_seed(seed + block.index))
+        if execute == "sparse":
+            store_block(model, pruned, block.index)
+
+    about = {"optimization": NAME, "parts": parts, "execute": execute, "seed": seed, **options}
+    return rewrite(source, target, calibration, change, about=about, device=device)

@@ -1,0 +1,121 @@
+"""Takes experts, channels and heads away, block after block: the least salient ones, and the tensors shrink.
+
+Knows nothing of how salient a part is, or of how much has to go.
+
+Shapes: E experts, G groups of experts, J kept of each group or of each expert's channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
+from lib.models.calibration.walk import Walk, require_finite
+from lib.models.structure.anatomy import Block, Experts, anatomy, resize_linear, synchronise
+from lib.models.structure.surgery import keep_channels, keep_expert_channels, keep_experts, keep_groups
+from lib.optimizations.structured_pruning.compensation import compensated
+from lib.optimizations.structured_pruning.saliency import Scores
+
+READING = ("o_proj", "down_proj")  # what reads heads and channels
+CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
+
+
+def prune_blocks(
+    pruned: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    scores: Sequence[Scores],
+    shares: Sequence[dict[str, float]],
+    compensate: bool,
+) -> None:
+    """Prune every block of `pruned` in place by scores and shares of each; to compensate, on what the pruned blocks
+    before it give to it.
+    """
+    if not compensate:
+        for block in anatomy(pruned).blocks:
+            require_finite(block)
+            prune_block(block, scores[block.index], shares[block.index])
+        synchronise(pruned)
+        return
+    walk = Walk(pruned, calibration)
+    for block in walk:
+        readers = reading(pruned, block.index)
+        moments = block_moments(walk, readers, gram=True, unchanged=False)
+        by_owner = {id(matrix.owner): moments[matrix.name] for matrix in readers}
+        prune_block(block, scores[block.index], shares[block.index], by_owner)
+        synchronise(pruned)
+
+
+def reading(model: nn.Module, block: int) -> list[Matrix]:
+    """Return the matrices of a block that read heads or channels."""
+    linears = [m for m in matrices(model, "all", block) if m.module_name.rpartition(".")[2] in READING]
+    return [*linears, *(m for m in matrices(model, "experts", block) if m.attribute == "down_proj")]
+
+
+def prune_block(
+    block: Block, scores: Scores, shares: dict[str, float], moments: dict[int, Moments] | None = None
+) -> None:
+    """Prune one block in place; with `moments` (by the module that reads) what stays is fitted to what was."""
+    part, attention = block.feed_forward, block.attention
+    if shares["heads"] and attention.kind != "none":
+        kept = _kept(scores["heads"], shares["heads"])
+        output = attention.output
+        fitted = _fitted(output.weight, moments, output, _columns(attention.key_value_heads, output.in_features, kept))
+        keep_groups(attention, kept)
+        if fitted is not None:
+            resize_linear(output, fitted)
+    if shares["channels"] and part.down is not None:
+        kept = _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE)
+        reader = part.down
+        fitted = _fitted(reader.weight, moments, reader, kept)
+        keep_channels(block, kept)
+        if fitted is not None:
+            resize_linear(reader, fitted)
+    if shares["channels"] and part.experts is not None:
+        kept_EJ = _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE)
+        down, gram = part.experts.down, None if moments is None else moments[id(part.experts.module)].gram
+        keep_expert_channels(part.experts, kept_EJ)
+        if gram is not None:
+            fitted = torch.stack([compensated(*each) for each in zip(down, gram, kept_EJ)])
+            part.experts.module.down_proj = nn.Parameter(fitted, requires_grad=False)
+    if shares["experts"] and part.experts is not None:
+        keep_experts(part.experts, _kept_experts(part.experts, scores["experts"], shares["experts"]))
+
+
+def _fitted(
+    weight: torch.Tensor, moments: dict[int, Moments] | None, owner: nn.Module, kept: torch.Tensor
+) -> torch.Tensor | None:
+    if moments is None:
+        return None
+    gram = moments[id(owner)].gram
+    assert gram is not None
+    return compensated(weight, gram, kept)
+
+
+def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:
+    """Return the inputs that belong to the groups `kept`."""
+    return torch.arange(inputs, device=kept.device).view(groups, -1)[kept].flatten()
+
+
+def _kept(scores: torch.Tensor, share: float, multiple: int = 1, least: int = 1) -> torch.Tensor:
+    """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
+    size = scores.shape[-1]
+    count = min(size, max(least, multiple, round(size * (1 - share) / multiple) * multiple))
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def groups_of(experts: Experts) -> int:
+    """Return among how many groups of experts the router chooses first; 1 where it knows none."""
+    return getattr(experts.router, "num_group", 1) or 1
+
+
+def _kept_experts(experts: Experts, scores_E: torch.Tensor, share: float) -> torch.Tensor:
+    """Return the experts to keep: of a router that chooses among groups first, equally many of each group."""
+    groups = groups_of(experts)
+    if groups == 1:
+        return _kept(scores_E, share, least=experts.top_k)
+    chosen_groups = getattr(experts.router, "topk_group", groups)
+    least = -(-experts.top_k // chosen_groups)
+    kept_GJ = _kept(scores_E.view(groups, -1), share, least=least)
+    first_G1 = torch.arange(groups, device=kept_GJ.device)[:, None] * (experts.count // groups)
+    return (kept_GJ + first_G1).flatten()

@@ -1,0 +1,90 @@
+"""Which whole blocks go, and taking them away: by influence, greedily by divergence, or one contiguous span.
+
+Knows nothing of parts inside a block.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lib.models.calibration.distillation import divergence
+from lib.models.calibration.walk import Walk
+from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.sharing import sharing
+
+CRITERIA = ("influence", "divergence", "span")
+CANDIDATES = 8  # blocks of least influence that a greedy step tries: more would make it quadratic in depth
+PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of a configuration, an entry for each block
+
+
+def least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
+    """Return the `count` least salient of the blocks behind the `protected` first ones."""
+    return sorted((scores[protected:].topk(int(count), largest=False).indices + protected).tolist())
+
+
+def remove_blocks(model: nn.Module, removed: Iterable[int]) -> None:
+    """Remove whole blocks in place, and their entries in the configuration; `synchronise` must follow."""
+    view, gone = anatomy(model), set(removed)
+    kept = [index for index in range(len(view.blocks)) if index not in gone]
+    for name in PER_BLOCK:
+        entries = getattr(view.config, name, None)
+        if isinstance(entries, list) and len(entries) == len(view.blocks):
+            setattr(view.config, name, [entries[index] for index in kept])
+    view.decoder.layers = nn.ModuleList(view.decoder.layers[index] for index in kept)
+
+
+def without_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
+    """Return a copy of `model` that lacks the blocks `removed` and shares every tensor with it: for reading only."""
+    student = sharing(model)
+    remove_blocks(student, removed)
+    return synchronise(student)
+
+
+def greedy(
+    model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int, influence: torch.Tensor
+) -> list[int]:
+    """Return `count` blocks, chosen one after another: the one whose skipping diverges least (nats) from `model`.
+
+    Each step tries the CANDIDATES blocks of least influence that are left.
+    """
+    view = anatomy(model)
+    removed: list[int] = []
+    for _ in range(count):
+        losses = {}
+        left = [index for index in range(view.fixed_blocks, len(view.blocks)) if index not in removed]
+        for index in sorted(left, key=lambda index: float(influence[index]))[:CANDIDATES]:
+            student = without_blocks(model, [*removed, index])
+            losses[index] = sum(float(divergence(student, model, inputs)) for inputs in calibration)
+        removed.append(min(losses, key=losses.__getitem__))
+    return sorted(removed)
+
+
+@torch.no_grad()
+def span(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int) -> list[int]:
+    """Return `count` neighbouring blocks: those between whose input and output the states turn least.
+
+    Mean 1 − cos over the real tokens (Gromov et al. 2024, angular distance). The states of `count` blocks are held.
+    """
+    walk, blocks = Walk(model, calibration), anatomy(model).blocks
+    protected = anatomy(model).fixed_blocks
+    entered: deque[list[torch.Tensor]] = deque(maxlen=count + 1)
+    turned: dict[int, float] = {}
+
+    def compare(first: int) -> None:
+        if first >= protected and len(entered) == count + 1:
+            turned[first] = sum(
+                float((1 - nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)).sum())
+                for before, after in zip(entered[0], entered[-1])
+            )
+
+    for block in walk:
+        entered.append([batch.states_BTH[batch.mask_BT] for batch in walk.carried])
+        compare(block.index - count)
+        if block.index == len(blocks) - 1:
+            outputs = zip(walk.outputs(), walk.carried)
+            entered.append([output[batch.mask_BT] for output, batch in outputs])
+            compare(block.index + 1 - count)
+    first = min(turned, key=turned.__getitem__)
+    return list(range(first, first + count))

@@ -1,0 +1,235 @@
+"""The spectra of a model's matrices, one after the other: what each rank keeps, and what losing a matrix would cost.
+
+`Spectra` can be read again and again: once for the curves from which ranks are chosen, once to make the factors. Each
+reading is one pass of calibration text from block to block; the sums of one block and the spectrum of one matrix are
+held at a time. Only where those of the whole model are small they are kept for the next reading.
+
+Energies of different matrices are compared by what losing them costs: the divergence in nats that is measured when this
+matrix alone is cut to half its break-even rank and the model runs on from there. At most WEIGHED_BLOCKS blocks are
+weighed so, evenly over the depth, and the same kind of matrix between two of them is interpolated: the passes do not
+grow with the square of the depth. (The Fisher information of the output would need one backward pass only, but it is
+the curvature at an error of zero, and cuts are not small; the divergence is measured at an error of that size.)
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.errors import NotApplicable
+from lib.models.calibration import second_moments
+from lib.models.calibration.second_moments import Moments
+from lib.models.calibration.walk import BlockStore, TextBatch, Walk, finish
+from lib.models.structure.anatomy import Block, anatomy
+from lib.models.structure.sharing import sharing
+from lib.optimizations.tensor_decomposition.allocation import options
+from lib.optimizations.tensor_decomposition.installing import FIRST_SEQUENCES, SIDES, install
+from lib.optimizations.tensor_decomposition.low_rank import (
+    DAMPING,
+    SHORT_DAMPING,
+    FactorableMatrix,
+    Spectrum,
+    by_its_rows,
+    flat_spectrum,
+    random_spectrum,
+    root_of,
+    spectrum_of,
+)
+
+KEPT_BYTES = 2**28  # of spectra that are kept for another reading; beyond, they are computed again
+WEIGHED_BLOCKS = 8
+
+
+def matrices(model: nn.Module, block: int | None = None) -> list[FactorableMatrix]:
+    """Return every dense matrix of the decoder's blocks; routers, norms, embeddings, head and vision stay dense."""
+    return [
+        FactorableMatrix(matrix.module_name, SIDES[matrix.attribute], matrix.block, matrix.weight)
+        for matrix in second_moments.matrices(model, "all", block, inside_factors=False)
+    ]
+
+
+@dataclass
+class Spectra:
+    """The spectrum of every matrix of the decoder of `model`; iterate to get them one by one, block after block.
+
+    method: "plain" (of W), "random" (of a random subspace), anything else whitened (of W·S from `calibration`).
+    weighed: whether the worth of matrices is measured, see above; else it is 1. store: see `Walk`.
+    """
+
+    model: nn.Module
+    calibration: Sequence[dict[str, torch.Tensor]]
+    method: str = "whitened"
+    weighed: bool = True
+    seed: int = 0
+    room: int = KEPT_BYTES
+    store: BlockStore | None = None
+    _kept: list[Spectrum] | None = field(default=None, repr=False)
+    _curves: list[Spectrum] | None = field(default=None, repr=False)
+
+    @property
+    def whitened(self) -> bool:
+        return self.method not in ("plain", "random")
+
+    def __iter__(self) -> Iterator[Spectrum]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Spectrum] | None = []
+        curves, used = [], 0
+        worth = {curve.matrix.name: curve.worth for curve in self._curves or ()}
+        for spectrum, measured in self._read():
+            spectrum = replace(spectrum, worth=worth.get(spectrum.matrix.name, 1.0 if measured is None else measured))
+            used += spectrum.nbytes
+            if kept is not None:
+                kept = [*kept, spectrum] if used <= self.room else None
+            curves.append(replace(spectrum.curve(), worth=math.nan if measured is None else measured))
+            yield spectrum
+        if self._curves is None:
+            self._curves = _interpolated(curves)
+        if kept is not None:
+            worth = {curve.matrix.name: curve.worth for curve in self._curves}
+            self._kept = [replace(spectrum, worth=worth[spectrum.matrix.name]) for spectrum in kept]
+
+    def curves(self) -> list[Spectrum]:
+        """Return what every rank of every matrix keeps, and what the matrix is worth, without vectors."""
+        if self.method == "random":
+            return [flat_spectrum(matrix) for matrix in self.require_matrices()]
+        if self._curves is None:
+            for _ in self:
+                pass
+        assert self._curves is not None
+        return self._curves
+
+    def of(self, matrix: FactorableMatrix) -> Spectrum | None:
+        """Return the spectrum of one matrix, None where there is no such matrix."""
+        return next((spectrum for spectrum in self if spectrum.matrix.name == matrix.name), None)
+
+    def require_matrices(self) -> list[FactorableMatrix]:
+        """Return the matrices that can be factored. Raises NotApplicable where there is none."""
+        if not (factorable := matrices(self.model)):
+            raise NotApplicable(
+                "no matrix to compress: every matrix of the decoder is stored sparse or factored already"
+            )
+        return factorable
+
+    def _read(self) -> Iterator[tuple[Spectrum, float | None]]:
+        """Yield each spectrum with its measured worth, None where it is not measured."""
+        factorable = self.require_matrices()
+        if not self.whitened:
+            for index, matrix in enumerate(factorable):
+                generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+                random = self.method == "random"
+                yield random_spectrum(matrix, generator) if random else spectrum_of(matrix), None
+            return
+        walk = Walk(self.model, self.calibration, store=self.store)
+        scale = Scale(self.model) if self.weighed and self._curves is None else None
+        short: list[str] = []
+        for block in walk:
+            for spectrum in block_spectra(walk, block, short):
+                yield spectrum, None if scale is None else scale.weigh(spectrum, walk.carried[0])
+        if short:
+            warnings.warn(
+                f"tensor_decomposition: {short[0]} (and {len(short) - 1} more): fewer calibration tokens than inputs; "
+                "damping makes up for the rest, more text would do better",
+                stacklevel=3,
+            )
+
+
+def block_spectra(walk: Walk, block: Block, short: list[str] | None = None) -> Iterator[Spectrum]:
+    """Yield the whitened spectrum of each matrix of the block in front of which `walk` stands, which stays as it is.
+
+    The names of matrices that need an inverse and saw fewer tokens than inputs are appended to `short`.
+    """
+    observed = second_moments.matrices(walk.model, "all", block.index, inside_factors=False)
+    options: dict[str, Any] = {"gram": True, "dtype": torch.float64, "weighting": "router"}
+    moments = second_moments.block_moments(walk, observed, **options)
+    roots: dict[int, torch.Tensor] = {}
+    for matrix, source in zip(matrices(walk.model, block.index), observed):
+        spectrum, tokens = _whitened(matrix, moments[source.name], roots)
+        if short is not None and tokens < matrix.shape[1] and not spectrum.by_rows:
+            short.append(matrix.name)
+        yield spectrum
+
+
+def _whitened(matrix: FactorableMatrix, moments: Moments, roots: dict[int, torch.Tensor]) -> tuple[Spectrum, int]:
+    """Return the spectrum and the number of tokens behind it; matrices that share an input share its root."""
+    assert moments.gram is not None
+    tokens, gram = int(moments.tokens.min()), moments.gram
+    if by_its_rows(matrix):
+        return spectrum_of(matrix, gram), tokens
+    if id(gram) not in roots:
+        roots[id(gram)] = root_of(gram, DAMPING if tokens >= matrix.shape[1] else SHORT_DAMPING)
+    return spectrum_of(matrix, gram, roots[id(gram)]), tokens
+
+
+class Scale:
+    """What a matrix is worth: divergence in nats per token, when it alone is cut, over the share of energy it lost.
+
+    Judged on a few sequences of the first calibration batch.
+    """
+
+    def __init__(self, model: nn.Module):
+        count = len(anatomy(model).blocks)
+        points = min(count, WEIGHED_BLOCKS)
+        self.blocks = {round(at * (count - 1) / max(1, points - 1)) for at in range(points)}
+        self.trial = sharing(model)
+        self.expected: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def weigh(self, spectrum: Spectrum, batch: TextBatch) -> float | None:
+        """Return the worth of a matrix of the block that `batch` stands in front of, None where it is not weighed."""
+        factored = [rank for rank, _, _ in options(spectrum) if rank is not None]
+        if spectrum.matrix.block not in self.blocks:
+            return None
+        if not factored:
+            return 1.0
+        few = batch.first(FIRST_SEQUENCES)
+        if self.expected is None:
+            self.expected = self._answers(few, spectrum.matrix.block)
+        rank = min(factored, key=lambda rank: abs(rank - spectrum.matrix.break_even / 2))
+        owner, _, leaf = spectrum.matrix.module.rpartition(".")
+        whole = self.trial.get_submodule(spectrum.matrix.module)
+        install(self.trial, [spectrum], {spectrum.matrix.name: rank})
+        logits = self._answers(few, spectrum.matrix.block)
+        setattr(self.trial.get_submodule(owner), leaf, whole)
+        lost = nn.functional.kl_div(logits, self.expected, reduction="sum", log_target=True) / len(self.expected)
+        return max(float(lost), 0.0) / max(1 - float(spectrum.kept_R[rank - 1]), 1e-9)
+
+    def _answers(self, batch: TextBatch, block: int) -> torch.Tensor:
+        return finish(self.trial, batch, block)[batch.mask_BT].float().log_softmax(-1)
+
+
+def _interpolated(curves: Iterable[Spectrum]) -> list[Spectrum]:
+    """Return the curves with a worth each: between weighed blocks that of the same kind of matrix, geometrically."""
+    curves = list(curves)
+    weighed: dict[str, dict[int, float]] = {}
+    for curve in curves:
+        if not math.isnan(curve.worth):
+            weighed.setdefault(_kind(curve.matrix), {})[curve.matrix.block] = max(curve.worth, 1e-12)
+    every = [worth for by_block in weighed.values() for worth in by_block.values()]
+    typical = math.exp(sum(map(math.log, every)) / len(every)) if every else 1.0
+
+    def worth(curve: Spectrum) -> float:
+        if not math.isnan(curve.worth):
+            return curve.worth
+        known, at = weighed.get(_kind(curve.matrix), {}), curve.matrix.block
+        below, above = (
+            max((b for b in known if b <= at), default=None),
+            min((b for b in known if b >= at), default=None),
+        )
+        if below is None or above is None:
+            nearest = above if below is None else below
+            return typical if nearest is None else known[nearest]
+        share = (at - below) / max(1, above - below)
+        return math.exp((1 - share) * math.log(known[below]) + share * math.log(known[above]))
+
+    return [replace(curve, worth=worth(curve)) for curve in curves]
+
+
+def _kind(matrix: FactorableMatrix) -> str:
+    """Return what matrices of different blocks have in common: the name of the module in its block, and the side."""
+    return f"{'.'.join(matrix.module.split('.')[-2:])}:{matrix.side}"

@@ -1,0 +1,236 @@
+"""What factors are held against: other factors and pruned parts of equal bytes, weight-only int8 and int4, text of
+another domain, and from them the answers to what would refute the claims.
+
+Returns plain data. Knows nothing of tables, figures or records.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Text
+from lib.measure.timing import interleaved, workloads
+from lib.models.calibration.activations import observe
+from lib.models.structure import factored
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import tasks as prompts
+from lib.optimizations.common import claims, rival_arms, weight_only
+from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.tensor_decomposition import allocation
+from lib.optimizations.tensor_decomposition import method as decomposition
+from lib.optimizations.tensor_decomposition.experiment import (
+    BARE,
+    FITTED,
+    FactoredModel,
+    FactoringSetup,
+    Ranks,
+    expected_divergence,
+    factors,
+    removed_share,
+)
+
+CLAIMS = (
+    "Factors fitted to calibration text harm no less than factors of the bare matrices.",
+    "Factors fitted to calibration text harm no less than parts pruned at equal bytes.",
+    "Two thin products take as long as one thick one.",
+)
+PRUNED, EVEN = "structured pruning", "whitened, uniform ranks"
+AT_BYTES = {weight_only.NAMES[8]: "at int8's bytes", weight_only.NAMES[4]: "at int4's bytes"}
+STRENGTHS, STRENGTHS_OF_RANDOM_WEIGHTS = (0.2, 0.4, 0.6), (0.6,)
+WINDOWS = 8  # of held-out text, on which rivals are judged
+SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
+
+
+@dataclass
+class Sweep:
+    """Rivals over strengths: plain rows for a table, the arms at the strength of the run (the yardsticks among them),
+    and what was left out.
+    """
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+    arms: list[ThirdArm] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    yardsticks: list[ThirdArm] = field(default_factory=list)
+
+    def divergence(self) -> pd.DataFrame:
+        """Return divergence over bytes removed, `value` in nats per token; empty without text."""
+        rows = pd.DataFrame(self.rows)
+        return rows if "value" in rows else rows.head(0)
+
+    def speed(self) -> pd.DataFrame:
+        """Return the speed-up of prefill over bytes removed, as `value`, `low`, `high`."""
+        rows = pd.DataFrame(self.rows).drop(columns=["value", "low", "high"], errors="ignore")
+        return rows.rename(columns={"prefill speed-up": "value", "speed_low": "low", "speed_high": "high"})
+
+
+def sweep(
+    setup: FactoringSetup,
+    chosen: FactoredModel,
+    text: Text | None,
+    prompt_BT: torch.Tensor,
+    compression: float,
+    prune: Callable[..., nn.Module],
+) -> Sweep:
+    """Return every rival at several strengths, judged on the first windows of `text` and timed on `prompt_BT`, and the
+    yardsticks.
+
+    `prune` removes parts (`structured_pruning`'s `apply`). A strength out of a rival's reach is left out with the
+    reason. Factors of equal ranks are timed once.
+    """
+    quiet = setup.random_weights
+    reference = None if text is None else evaluate.read(setup.baseline, text.ids_NT[:WINDOWS])
+    observation = None if quiet else observe(setup.baseline, setup.calibration)
+
+    def model_of(arm: str, strength: float) -> nn.Module:
+        if (arm, strength) == (setup.method, compression):
+            return chosen.optimized
+        if arm == PRUNED:
+            options: dict[str, Any] = {
+                "saliency": "random" if quiet else "activation",
+                "observation": observation,
+                "seed": setup.seed,
+            }
+            return prune(setup.baseline, setup.calibration, ratio=strength, **options)
+        return factors(setup, strength, arm.split(",")[0], "uniform" if quiet or arm == EVEN else "global")
+
+    result = Sweep()
+    rates: dict[str, Measurement] = {}
+    strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS
+    for strength in sorted({*strengths, compression}):
+        for arm in _names(setup):
+            try:
+                model = model_of(arm, strength)
+            except UserError as reason:
+                result.left_out[f"{arm} at {strength:g}"] = str(reason)
+                continue
+            rival = rival_arms.judged(setup.baseline, reference, arm, "equal bytes by other means", model)
+            if strength == compression and reference is not None:
+                result.arms.append(rival)
+            shape = str(factored.ranks(model) or allocation.decoder_bytes(model))
+            if shape not in rates:
+                rates[shape] = _prefill_rate(setup, model, prompt_BT)
+            result.rows.append(_row(rival, strength, removed_share(setup, model), rates[shape]))
+            del model
+    _add_yardsticks(setup, reference, prompt_BT, result)
+    return result
+
+
+def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: torch.Tensor, result: Sweep) -> None:
+    """Add weight-only int8 and int4 to the arms, and whitened factors of as many bytes as each of them."""
+    arms = rival_arms.yardsticks(setup.baseline, reference, prompt_BT, setup.effort, seed=setup.seed)
+    result.yardsticks = list(arms)
+    decoder = allocation.decoder_bytes(setup.baseline)
+    for arm in arms if reference is not None else ():
+        removed, name = rival_arms.removed_bytes(arm), f"{FITTED} {AT_BYTES[arm.name]}"
+        try:
+            model = factors(setup, removed / decoder, FITTED, setup.budget)
+        except UserError as reason:
+            result.left_out[name] = str(reason)
+            continue
+        result.yardsticks.append(rival_arms.judged(setup.baseline, reference, name, rival_arms.EQUAL_BYTES, model))
+    result.arms += result.yardsticks
+
+
+def _names(setup: FactoringSetup) -> list[str]:
+    names = ["random"] if setup.random_weights else [BARE, FITTED, setup.taught, EVEN]
+    blocks = anatomy(setup.baseline).blocks
+    if not setup.random_weights or all(block.feed_forward.kind == "dense" for block in blocks):
+        names.append(PRUNED)  # a copy of all experts at real dimensions would not fit beside both models
+    return names
+
+
+def _prefill_rate(setup: FactoringSetup, model: nn.Module, prompt_BT: torch.Tensor) -> Measurement:
+    arms = [workloads.prefill(arm, prompt_BT[:, :SPEED_TOKENS]) for arm in (setup.baseline, model)]
+    iterations = interleaved.iterations_for(arms[0])
+    pairs = interleaved.paired(*arms, blocks=SPEED_BLOCKS, iterations=iterations, warmup=1, seed=setup.seed)
+    return measurement.from_pairs("prefill_tokens_per_second", "prefill", pairs, arms[0].tokens, None)
+
+
+def _row(arm: ThirdArm, strength: float, removed: float, rate: Measurement) -> dict[str, object]:
+    low, high = rate.ci or (None, None)
+    row = {"arm": arm.name, "strength": 100 * strength, "bytes removed, %": 100 * removed}
+    row |= {"prefill speed-up": rate.ratio, "speed_low": low, "speed_high": high}
+    divergence = claims.interval([arm], [arm.name])
+    return row | (divergence._asdict() if divergence else {})
+
+
+# --- another domain, and the answers ---------------------------------------------------------------------------------
+
+
+def domains(setup: FactoringSetup, compression: float) -> pd.DataFrame:
+    """Return the divergence of whitened factors calibrated on and judged on two kinds of text, in nats per token.
+
+    Empty for random weights.
+    """
+    if setup.random_weights:
+        return pd.DataFrame()
+    loaded, effort, seed = setup.loaded, setup.effort, setup.seed
+    own = prompts.corpus_of(loaded)
+    foreign = "code" if own == "docs" else "docs"
+    task = {"code": "code_origin", "docs": "topic"}[foreign]
+    abroad = dataclasses.replace(loaded, parameters=loaded.parameters.model_copy(update={"tasks": [task]}))
+    calibration = prompts.calibration(abroad, effort.calibration_sequences, effort.calibration_tokens, seed)
+    spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration)}
+    rows = []
+    for judged, source in ((own, loaded), (foreign, abroad)):
+        ids_NT = prompts.text_windows(source, "final", WINDOWS, effort.window_tokens, seed)
+        reference = evaluate.read(setup.baseline, ids_NT)
+        for calibrated, source_spectra in spectra.items():
+            model = decomposition.apply(
+                setup.baseline, [], compression=compression, method=FITTED, spectra=source_spectra
+            )
+            kl = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0].mean()
+            rows.append({"judged on": judged, "calibrated on": calibrated, "KL, nats/token": float(kl)})
+    return pd.DataFrame(rows)
+
+
+def refutations(arms: list[ThirdArm]) -> list[ClaimAnswer]:
+    """Return the answers to the first two of CLAIMS, from the divergences at the strength of the run.
+
+    Both are about whitened factors without refinement: pruning has no recovery either.
+    """
+    fitted, bare, pruned = (claims.interval(arms, [name]) for name in (FITTED, BARE, PRUNED))
+    return [
+        claims.harms_less(CLAIMS[0], fitted, bare, (FITTED, BARE)),
+        claims.harms_less(CLAIMS[1], fitted, pruned, (FITTED, PRUNED)),
+    ]
+
+
+def details(
+    setup: FactoringSetup,
+    chosen: FactoredModel,
+    ranks: dict[str, Ranks],
+    curves: Sweep,
+    judged: pd.DataFrame,
+    one_matrix_seconds: float,
+) -> dict[str, dict[str, object]]:
+    """Return what a record holds beside measurements: name → value, provenance, source and further words on it."""
+    values = {
+        "removed_share": (chosen.removed, "derived", "bytes of the decoder's blocks"),
+        "ranks": (chosen.ranks, "derived", "ranks of the factored modules"),
+        "break_even_ranks": (
+            {matrix.name: matrix.break_even for matrix in setup.shown},
+            "derived",
+            f"m·n/(m+n), matrices of block {setup.middle}",
+        ),
+        "one_matrix_seconds": (one_matrix_seconds, "measured", f"plain spectrum of {setup.widest.name}, once"),
+        "expected_divergence": (
+            expected_divergence(setup, ranks),
+            "estimated",
+            "sum over whitened matrices, each as if cut alone, nats/token",
+        ),
+        "impact": (curves.rows, "measured", "KL on held-out text; paired prefill"),
+        "domains": (judged.to_dict("records"), "measured", "KL on held-out text of two domains"),
+    }
+    entries = {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}
+    entries["impact"] |= {"x": "decoder bytes removed, %", "y": "KL, nats/token"}
+    return entries

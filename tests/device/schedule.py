@@ -1,0 +1,170 @@
+"""What runs, in which order, and until when: steps in order of value, against a clock.
+
+A step is begun only where it can end in the time left, and is ended when it takes longer; what could not run is named
+with the reason. Every step is kept as soon as it has ended. Knows neither processes nor models: `execute` does.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+TESTS_SECONDS, RECORD_SECONDS, START_SECONDS = 150.0, 60.0, 15.0
+ENERGY_SECONDS = 45.0  # six blocks of three windows of two seconds, and the calls that reach over their ends
+BYTES_PER_SECOND = 2e9  # at which random weights are made on the device: an assumption on the careful side
+ASIDE_SECONDS = 4.0  # of the time given: to end processes and to write the index
+TESTS = "tests"
+
+# In order of value. A model of thirty billion parameters comes last: it takes as long as four small ones.
+MODELS = (("qwen3-vl-2b", "qwen3-4b-instruct-2507"), ("glm-4.7-flash", "qwen3-coder-30b"))
+OPTIMIZATIONS: Mapping[str, Mapping[str, Any]] = {
+    "structured_pruning": {"finetune_steps": 0},
+    "adaptive_sparse_attention": {"context": 32768},
+    "tensor_decomposition": {"refine_steps": 0},
+    "sparse_neural_networks": {"sparsity": 0.5, "pattern": "2:4", "method": "magnitude", "finetune_steps": 0},
+    "streaming_computation": {"memory_ratio": 0.7},
+    "adaptive_batch_sizes": {"replay_seconds": 2.0},
+}
+# Memory that a run takes on the device, in sizes of the model's weights: the baseline, the copy that is changed, what
+# both hold while they run. Attention and batching change no weight; 32,768 tokens hold keys, values and scores.
+COPIES = {
+    "structured_pruning": 2.1,
+    "adaptive_sparse_attention": 1.3,
+    "tensor_decomposition": 2.2,
+    "sparse_neural_networks": 2.3,
+    "streaming_computation": 2.1,
+    "adaptive_batch_sizes": 1.3,
+}
+MARGIN_BYTES = 6 * 2**30  # context of the driver, activations, workspaces
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do. `seconds`: what it may take, without loading; `weights_bytes` of its model, `needs_bytes` of
+    memory on the device, loading included; both 0 where it has no model.
+    """
+
+    name: str
+    seconds: float
+    model: str = ""
+    optimization: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights_bytes: float = 0.0
+    needs_bytes: float = 0.0
+    scale: str = "full"
+    checkpoints: str = ""
+
+    @property
+    def load_seconds(self) -> float:
+        """The seconds that loading the model may take: libraries, then weights."""
+        return START_SECONDS + self.weights_bytes / BYTES_PER_SECOND if self.model else START_SECONDS
+
+
+@dataclass
+class Ended:
+    """How a step ended: status `finished`, `not_applicable`, `failed`, `stopped` (it took too long) or `left_out`.
+
+    `record`: plain JSON, or None; `tests`: outcomes; `cell_seconds`: of a run, by index of the notebook's code cells.
+    """
+
+    step: Step
+    status: str
+    reason: str | None = None
+    seconds: float = 0.0
+    load_seconds: float | None = None
+    record: dict[str, Any] | None = None
+    tests: list[dict[str, Any]] = field(default_factory=list)
+    cell_seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Executes steps. `loads` says whether a step has to load its model first; `hindrance` why it cannot run now."""
+
+    def loads(self, step: Step) -> bool: ...
+
+    def hindrance(self, step: Step) -> str | None: ...
+
+    def execute(self, step: Step, limit_seconds: float) -> Ended: ...
+
+
+class Clock:
+    """Counts down `seconds` from its making; `now` is a monotonic clock in seconds."""
+
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic):
+        self.seconds, self.now = seconds, now
+        self.start = now()
+
+    @property
+    def spent(self) -> float:
+        return self.now() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+
+def steps(
+    weights_bytes: Mapping[str, float],
+    *,
+    energy: bool = False,
+    groups: Sequence[Sequence[str]] = MODELS,
+    optimizations: Mapping[str, Mapping[str, Any]] = OPTIMIZATIONS,
+    checkpoints: Mapping[str, str] | None = None,
+    margin_bytes: float = MARGIN_BYTES,
+) -> list[Step]:
+    """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
+    the models of `checkpoints` (name → folder of checkpoints) with their own weights.
+
+    `weights_bytes` by model; a model that it does not name has no step.
+    """
+    planned = [Step(TESTS, TESTS_SECONDS)]
+    seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
+    real = checkpoints or {}
+    for group in (*groups, tuple(real)):
+        for optimization, parameters in optimizations.items():
+            for model in group:
+                if model not in weights_bytes:
+                    continue
+                size = weights_bytes[model]
+                planned.append(
+                    Step(
+                        f"{optimization}--{model}",
+                        seconds,
+                        model,
+                        optimization,
+                        parameters,
+                        size,
+                        COPIES.get(optimization, 2.5) * size + margin_bytes,
+                        checkpoints=real.get(model, ""),
+                    )
+                )
+    return planned
+
+
+def run(planned: Iterable[Step], clock: Clock, executor: Executor, keep: Callable[[Ended], None]) -> list[Ended]:
+    """Execute the steps that fit into the time left, in order; `keep` each as soon as it has ended; return them all.
+
+    What does not fit is left out, and the next, which may be shorter, is tried. An exception of the executor is the
+    step's failure; those that end the program pass through.
+    """
+    outcomes = []
+    for step in planned:
+        outcomes.append(_one(step, clock, executor))
+        keep(outcomes[-1])
+    return outcomes
+
+
+def _one(step: Step, clock: Clock, executor: Executor) -> Ended:
+    left = clock.left - ASIDE_SECONDS
+    needed = step.seconds + (step.load_seconds if executor.loads(step) else 0.0)
+    if needed > left:
+        return Ended(step, "left_out", f"may take {needed:.0f} s, {max(0.0, left):.0f} s are left")
+    if reason := executor.hindrance(step):
+        return Ended(step, "left_out", reason)
+    began = clock.now()
+    try:
+        ended = executor.execute(step, min(needed, left))
+    except Exception as error:
+        ended = Ended(step, "failed", f"{type(error).__name__}: {error}"[:500])
+    ended.seconds = clock.now() - began
+    return ended

@@ -1,0 +1,132 @@
+"""Wheels and pieces: what a bare machine lacks is found, fetched below a limit and unpacked; files come apart, and join."""
+
+import importlib.metadata
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lib.errors import UserError
+from tests.device import full_size, pieces, wheels
+
+HAVE = {"numpy": "2.1.0", "torch": "2.11.0+cu130", "transformers": "5.17.0", "pandas": "1.0"}
+
+
+def _version(name: str) -> str:
+    if name not in HAVE:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return HAVE[name]
+
+
+def _wheel(folder: Path, name: str, needs=(), size: int = 100) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+    lines = "".join(f"Requires-Dist: {need}\n" for need in needs)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}"
+        )
+        archive.writestr(f"{name.replace('-', '_')}/__init__.py", "#" * size)
+    return path
+
+
+def test_missing_and_outdated_packages_are_named_those_of_a_device_image_accepted():
+    lacking = wheels.missing(("numpy", "torch", "transformers", "pandas", "pydantic"), _version)
+    assert set(lacking) == {"pandas", "pydantic"}
+    assert lacking["pydantic"] == "not installed" and lacking["pandas"].startswith("1.0, needs >=")
+
+
+def test_nothing_is_missing_where_the_tests_run():
+    assert wheels.missing() == {}
+
+
+def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path):
+    asked = []
+
+    def get(requirement: str, folder: Path, python: str) -> None:
+        asked.append(requirement)
+        name = requirement.split(">")[0].split("<")[0].split("=")[0]
+        needs = {
+            "pydantic": ["pydantic-core>=2", 'colorama; sys_platform == "win32"', 'email; extra == "email"', "numpy"],
+            "pydantic-core": ["typing-extensions>=4"],
+        }
+        _wheel(folder, name, needs.get(name, ()))
+
+    present = [name for name in wheels.NEEDED if name != "pydantic"]
+    fetched = wheels.fetch(tmp_path, present, get=get)
+    assert [wheels.name_of(path) for path in fetched] == ["pydantic", "pydantic-core", "typing-extensions"]
+    assert asked[0].startswith("pydantic>=") and asked[1:] == ["pydantic-core>=2", "typing-extensions>=4"]
+    asked.clear()
+    wheels.fetch(tmp_path, present, get=get)
+    assert asked == [], "what lies there already is not fetched again"
+
+
+def test_wheels_above_the_limit_are_refused_by_name(tmp_path):
+    def get(requirement: str, folder: Path, python: str) -> None:
+        _wheel(folder, "zeus", size=50_000)
+
+    with pytest.raises(UserError, match=r"more than 0; the largest is zeus-1\.0"):
+        wheels.fetch(tmp_path, [name for name in wheels.NEEDED if name != "zeus"], get=get, most_bytes=10_000)
+
+
+def test_torch_has_to_be_on_the_machine(tmp_path):
+    with pytest.raises(UserError, match="torch: has to be on the machine"):
+        wheels.fetch(tmp_path, [name for name in wheels.NEEDED if name != "torch"], get=lambda *_: None)
+
+
+def test_unpacked_packages_can_be_imported_and_others_stay(tmp_path, monkeypatch):
+    _wheel(tmp_path / "wheels", "carried-along")
+    _wheel(tmp_path / "wheels", "numpy")
+    target = tmp_path / "target"
+    assert wheels.unpack(tmp_path / "wheels", target, lacking=()) == ["carried-along"]
+    monkeypatch.syspath_prepend(target)
+    import carried_along
+
+    assert Path(carried_along.__file__).is_relative_to(target)
+    assert importlib.metadata.version("carried-along") == "1.0"
+    sys.modules.pop("carried_along")
+
+
+def test_pieces_join_to_the_same_bytes(tmp_path):
+    file = tmp_path / "weights.zip"
+    file.write_bytes(bytes(range(256)) * 41)
+    made = pieces.split(file, tmp_path / "pieces", 4096)
+    assert [piece.stat().st_size for piece in made] == [4096, 4096, 2304]
+    assert pieces.join(tmp_path / "pieces", tmp_path / "joined").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "other description"])
+def test_a_damaged_piece_is_named_and_nothing_is_left_behind(tmp_path, damage):
+    file = tmp_path / "weights.zip"
+    file.write_bytes(b"abc" * 3000)
+    made = pieces.split(file, tmp_path / "pieces", 4096)
+    about = tmp_path / "pieces" / "weights.zip.json"
+    if damage == "missing":
+        made[1].unlink()
+    elif damage == "flipped":
+        made[1].write_bytes(b"x" + made[1].read_bytes()[1:])
+    else:
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"weights\.zip"):
+        pieces.join(tmp_path / "pieces", tmp_path / "joined")
+    assert list((tmp_path / "joined").iterdir()) == []
+
+
+def test_a_checkpoint_in_pieces_becomes_a_folder_of_its_model(tmp_path):
+    archive = tmp_path / "small.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("any-name/config.json", "{}")
+        opened.writestr("any-name/model.safetensors", "weights")
+    pieces.split(archive, tmp_path / "pieces", 64)
+    folders = full_size._checkpoints([f"small={tmp_path / 'pieces'}"])
+    folder = Path(folders["small"]) / "small"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--weights", "no-equals", "--out", "x"]])
+def test_a_wrong_request_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert full_size.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,120 @@
+"""Order, stopping and leftovers of a session, by a clock that moves only when a step says so."""
+
+import pytest
+
+from tests.device import schedule
+from tests.device.schedule import Clock, Ended, Step
+
+GIGA = 2.0e9
+SIZES = {"qwen3-vl-2b": 4 * GIGA, "qwen3-4b-instruct-2507": 8 * GIGA, "glm-4.7-flash": 60 * GIGA}
+
+
+class Played:
+    """Executes steps by moving the clock: `seconds` by name, RECORD_SECONDS / 2 for others."""
+
+    def __init__(self, seconds=None, hindrances=None, errors=None):
+        self.now, self.executed, self.held = 0.0, [], set()
+        self.seconds, self.hindrances, self.errors = seconds or {}, hindrances or {}, errors or {}
+
+    def clock(self, seconds: float) -> Clock:
+        return Clock(seconds, lambda: self.now)
+
+    def loads(self, step: Step) -> bool:
+        return step.model not in self.held
+
+    def hindrance(self, step: Step) -> str | None:
+        return self.hindrances.get(step.name)
+
+    def execute(self, step: Step, limit_seconds: float) -> Ended:
+        if step.name in self.errors:
+            raise self.errors[step.name]
+        takes = self.seconds.get(step.name, schedule.RECORD_SECONDS / 2)
+        self.now += min(takes, limit_seconds)
+        self.executed.append(step.name)
+        self.held.add(step.model)
+        return Ended(step, "finished" if takes <= limit_seconds else "stopped")
+
+
+def _run(played: Played, seconds: float, planned=None):
+    kept = []
+    outcomes = schedule.run(planned or schedule.steps(SIZES), played.clock(seconds), played, kept.append)
+    assert kept == outcomes, "what has ended is kept at once, in order"
+    return outcomes
+
+
+def test_tests_come_first_then_optimizations_on_the_small_models_then_the_large():
+    names = [step.name for step in schedule.steps(SIZES)]
+    assert names[0] == schedule.TESTS
+    assert names[1:5] == [
+        "structured_pruning--qwen3-vl-2b",
+        "structured_pruning--qwen3-4b-instruct-2507",
+        "adaptive_sparse_attention--qwen3-vl-2b",
+        "adaptive_sparse_attention--qwen3-4b-instruct-2507",
+    ]
+    assert len(names) == 1 + 3 * len(schedule.OPTIMIZATIONS)
+    assert all("glm" in name for name in names[-len(schedule.OPTIMIZATIONS) :])
+
+
+def test_a_model_with_weights_comes_last_and_names_its_folder():
+    last = schedule.steps(SIZES | {"small": GIGA}, checkpoints={"small": "/weights"})[-1]
+    assert (last.model, last.checkpoints) == ("small", "/weights")
+
+
+def test_attention_is_asked_at_32k_and_sparsity_at_two_of_four():
+    by_name = {step.optimization: step.parameters for step in schedule.steps(SIZES)[1:]}
+    assert by_name["adaptive_sparse_attention"]["context"] == 32768
+    assert by_name["sparse_neural_networks"]["pattern"] == "2:4"
+
+
+def test_energy_costs_time_only_where_it_is_asked_for():
+    quiet, metered = (schedule.steps(SIZES, energy=energy)[1].seconds for energy in (False, True))
+    assert quiet <= 60 < metered
+
+
+@pytest.mark.parametrize("seconds", [30, 100, 200, 333, 570, 900])
+def test_a_session_ends_in_its_time_whatever_steps_take(seconds):
+    for takes in (5.0, 55.0, 1e6):
+        played = Played(dict.fromkeys([step.name for step in schedule.steps(SIZES)], takes))
+        _run(played, seconds)
+        assert played.now <= seconds - schedule.ASIDE_SECONDS or not played.executed
+
+
+def test_nothing_is_begun_that_cannot_end_and_something_shorter_still_is():
+    long, short = Step("long", 100.0), Step("short", 10.0)
+    outcomes = _run(Played({"short": 5.0}), 60.0, [long, short])
+    assert [ended.status for ended in outcomes] == ["left_out", "finished"]
+    assert "may take 115 s" in outcomes[0].reason
+
+
+def test_loading_counts_once_for_each_model():
+    played = Played()
+    first, second = schedule.steps(SIZES)[1], schedule.steps(SIZES)[3]
+    assert first.model == second.model
+    needed = first.seconds + first.load_seconds + schedule.ASIDE_SECONDS
+    outcomes = _run(played, needed + schedule.RECORD_SECONDS / 2, [first, second])
+    assert [ended.status for ended in outcomes] == ["finished", "finished"]
+
+
+def test_what_overruns_is_stopped_and_the_rest_goes_on():
+    names = [step.name for step in schedule.steps(SIZES)]
+    outcomes = _run(Played({names[1]: 1e6}), 570.0)
+    assert outcomes[1].status == "stopped"
+    assert outcomes[1].seconds <= outcomes[1].step.seconds + outcomes[1].step.load_seconds
+    assert sum(ended.status == "finished" for ended in outcomes) >= 5
+
+
+def test_a_failure_stops_nothing_and_no_room_is_left_out():
+    names = [step.name for step in schedule.steps(SIZES)]
+    played = Played(hindrances={names[2]: "needs more"}, errors={names[1]: RuntimeError("lost")})
+    outcomes = _run(played, 570.0)
+    assert (outcomes[1].status, outcomes[1].reason) == ("failed", "RuntimeError: lost")
+    assert (outcomes[2].status, outcomes[2].reason) == ("left_out", "needs more")
+    assert outcomes[3].status == "finished"
+
+
+def test_an_interrupt_ends_the_session_with_what_was_kept():
+    names, kept = [step.name for step in schedule.steps(SIZES)], []
+    played = Played(errors={names[2]: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        schedule.run(schedule.steps(SIZES), played.clock(570.0), played, kept.append)
+    assert [ended.step.name for ended in kept] == names[:2]

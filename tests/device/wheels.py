@@ -1,0 +1,147 @@
+"""Packages that a bare machine lacks: what is missing, fetched beforehand as wheels, unpacked there. Standard library
+only.
+
+`missing` names what this environment lacks of what a session needs. `fetch` downloads the wheels of that, and of what
+they need in turn, for another machine, and refuses more than MOST_BYTES together. `unpack` puts them into a folder for
+`sys.path`: a wheel is an archive of the files to be installed. torch, transformers and the driver's libraries are taken
+as the machine has them.
+"""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Collection, Sequence
+from email.parser import HeaderParser
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.suite.bootstrap import REQUIREMENTS, requirements, satisfies
+
+MOST_BYTES = 64 * 2**20
+# What the tests and the notebooks of a session import, of what stands in requirements.txt or is needed by it.
+NEEDED = (
+    "accelerate", "filelock", "ipython", "matplotlib", "numpy", "nvidia-ml-py", "packaging", "pandas", "pillow",
+    "psutil", "pydantic", "pytest", "pyyaml", "rich", "safetensors", "scikit-learn", "scipy", "seaborn", "tokenizers",
+    "torch", "transformers", "zeus",
+)  # fmt: skip
+AS_FOUND = ("torch", "transformers", "triton", "nvidia-")
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def normal(name: str) -> str:
+    """Return a package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def bounds() -> dict[str, str]:
+    """Return what an environment may have of each package of requirements.txt: name → bounds."""
+    text = REQUIREMENTS.read_text(encoding="utf-8")
+    return {normal(requirement.name): requirement.accepted for requirement in requirements(text)}
+
+
+def missing(
+    names: Sequence[str] = NEEDED, version: Callable[[str], str] = importlib.metadata.version
+) -> dict[str, str]:
+    """Return the packages of `names` that are not here, or not in a version that requirements.txt accepts, and why."""
+    lacking, accepted = {}, bounds()
+    for name in names:
+        try:
+            present = version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking[name] = "not installed"
+            continue
+        if not satisfies(present, accepted.get(normal(name), "")):
+            lacking[name] = f"{present}, needs {accepted[normal(name)]}"
+    return lacking
+
+
+def name_of(wheel: Path) -> str:
+    """Return the package's name of a wheel's file name."""
+    return normal(wheel.name.split("-")[0])
+
+
+def needs_of(wheel: Path, python: str) -> list[str]:
+    """Return the requirements that a wheel names for Python `python` on Linux, extras left out."""
+    from packaging.requirements import Requirement
+
+    with zipfile.ZipFile(wheel) as archive:
+        path = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = HeaderParser().parsestr(archive.read(path).decode())
+    about = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": ""}
+    about |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    needed = (Requirement(line) for line in metadata.get_all("Requires-Dist") or ())
+    return [f"{one.name}{one.specifier}" for one in needed if one.marker is None or one.marker.evaluate(about)]
+
+
+def download(requirement: str, folder: Path, python: str) -> None:
+    """Download one wheel without what it needs. Raises UserError with pip's last line."""
+    platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
+    command += ["--implementation", "cp", "--python-version", python, "-d", str(folder), requirement]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise UserError(f"{requirement}: {(ended.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+
+
+def fetch(
+    folder: Path,
+    present: Collection[str],
+    python: str = "3.12",
+    get: Callable[[str, Path, str], None] = download,
+    most_bytes: int = MOST_BYTES,
+) -> list[Path]:
+    """Download into `folder` what a machine with the packages `present` lacks, and what that needs; return the wheels.
+
+    Raises UserError where they take more than `most_bytes` together, or where something is missing that has to be found
+    on the machine (AS_FOUND).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    have, accepted = {normal(name) for name in present}, bounds()
+    waiting = [name + accepted.get(normal(name), "") for name in NEEDED]
+    while waiting:
+        requirement = waiting.pop(0)
+        name = normal(re.split(r"[<>=!~;\[ (]", requirement, maxsplit=1)[0])
+        if name in have:
+            continue
+        if name.startswith(AS_FOUND):
+            raise UserError(f"{name}: has to be on the machine; it is too large to be carried")
+        have.add(name)
+        if not any(name_of(wheel) == name for wheel in folder.glob("*.whl")):
+            get(requirement, folder, python)
+        waiting += [
+            need for wheel in folder.glob("*.whl") if name_of(wheel) == name for need in needs_of(wheel, python)
+        ]
+    wheels = sorted(folder.glob("*.whl"))
+    total = sum(wheel.stat().st_size for wheel in wheels)
+    if total > most_bytes:
+        largest = max(wheels, key=lambda wheel: wheel.stat().st_size)
+        raise UserError(
+            f"{folder}: the wheels take {total / 2**20:.1f} MiB, more than {most_bytes / 2**20:.0f}; the largest is "
+            f"{largest.name}, {largest.stat().st_size / 2**20:.1f} MiB"
+        )
+    return wheels
+
+
+def unpack(folder: Path, target: Path, lacking: Collection[str] | None = None) -> list[str]:
+    """Unpack into `target` the wheels of `folder` whose package is not here, or is named in `lacking`; return their
+    names. `target` then belongs at the head of `sys.path`.
+    """
+    wanted = {normal(name) for name in (missing() if lacking is None else lacking)}
+    unpacked = []
+    for wheel in sorted(folder.glob("*.whl")):
+        name = name_of(wheel)
+        if name in wanted or (name not in map(normal, NEEDED) and _absent(name)):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(target)
+            unpacked.append(name)
+    return unpacked
+
+
+def _absent(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False

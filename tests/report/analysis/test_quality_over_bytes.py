@@ -1,0 +1,52 @@
+"""Arms of records on one axis: what counts as a point, and which points no other beats."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.report.analysis import quality_over_bytes
+from lib.report.records.record import Control
+from tests.report import samples
+
+INT8, INT4 = quality_over_bytes.YARDSTICKS
+
+
+def _arm(size: float, divergence: float | None):
+    measured = [measurement.counted("weights_bytes", "load", 100, size, "test")]
+    if divergence is not None:
+        ci = (0.9 * divergence, 1.1 * divergence)
+        fields = {"ratio": None, "ci": ci, "n": 8}
+        measured.append(
+            measurement.informative("kl_divergence_nats", "prefill", 0.0, divergence, "test windows", **fields)
+        )
+    return measured
+
+
+def _record(optimization: str, own, controls):
+    record = samples.made(optimization)
+    arms = [Control(name=name, measurements=measured) for name, measured in controls.items()]
+    return record.model_copy(update={"measurements": own, "controls": arms})
+
+
+@pytest.fixture
+def records():
+    yardsticks = {INT8: _arm(50, 0.01), INT4: _arm(30, 0.1)}
+    pruning = _record("structured_pruning", _arm(80, 0.5), yardsticks | {"random 1": _arm(80, 2.0)})
+    part = {INT8: _arm(60, 0.005), "A/A": [], "no text": _arm(40, None)}
+    return [pruning, _record("sparse_neural_networks", _arm(120, 0.2), part)]
+
+
+def test_every_smaller_arm_with_both_numbers_is_a_point_and_a_yardstick_counts_once(records):
+    points = quality_over_bytes.points(records)
+    assert dict(zip(points["name"], points["x"])) == {
+        "Structured pruning": 0.8, "random 1": 0.8, INT8: 0.5, INT4: 0.3,
+    }  # fmt: skip
+    assert set(points["arm"]) == {"Structured pruning", "Structured pruning: other arms", INT8, INT4}
+    int8 = points[points["name"] == INT8].iloc[0]
+    assert (int8.y, int8.y_low, int8.y_high) == pytest.approx((0.01, 0.009, 0.011))
+
+
+def test_what_another_point_beats_in_both_is_left_out_of_the_words(records):
+    first, second = quality_over_bytes.read(quality_over_bytes.points(records))
+    assert first.startswith("2 of 4 points have no other that is smaller and nearer")
+    assert second == "2 of them are weight-only quantization."
+    assert quality_over_bytes.read(quality_over_bytes.points([]))[0].startswith("No record")
