@@ -13,12 +13,13 @@ import pandas as pd
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import discoveries, headlines
 from lib.report.records import refutation, rows
 from lib.report.records.record import Control, Record
 from lib.report.records.refutation import Refutation
-from lib.report.records.verdict import gain
 from lib.report.text.quantities import duration
-from lib.report.text.wording import label, signed, title, untagged, words
+from lib.report.text.sentence import gain
+from lib.report.text.wording import label, title, untagged, words
 
 Source = Record | Iterable[Measurement]
 TIDY = (
@@ -94,18 +95,24 @@ def provenance(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def matrix(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a line per record: status or the four verdicts in signs and words, duration, day."""
+    """Return a line per record: status or the four verdicts in signs and words, duration, day.
+
+    The words are those that hold for all these records together (`lib.report.analysis.discoveries`).
+    """
     lines = []
-    for record in records:
+    for record in discoveries.settled(list(records)):
         line = {"optimization": title(record.optimization), "model": record.model, "status": words(record.status)}
-        line |= {name: signed(getattr(record.verdict, name)) if record.status == "ok" else "" for name in DIMENSIONS}
+        line |= {name: headlines.state(record, name) if record.status == "ok" else "" for name in DIMENSIONS}
         lines.append(line | {"took": duration(record.seconds), "day": (record.started or "")[:10]})
     return pd.DataFrame(lines, columns=["optimization", "model", "status", *DIMENSIONS, "took", "day"])
 
 
 def sentences(records: Iterable[Record]) -> pd.DataFrame:
     """Return the computed sentence of each record."""
-    lines = [[title(record.optimization), record.model, record.verdict.sentence or record.reason] for record in records]
+    lines = [
+        [title(record.optimization), record.model, record.verdict.sentence or record.reason]
+        for record in discoveries.settled(list(records))
+    ]
     return pd.DataFrame(lines, columns=["optimization", "model", "in words"])
 
 

@@ -229,10 +229,19 @@ def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str
         print(f"FAILED {result.stem}: {result.reason}" + (f" (notebook: {result.notebook})" if result.notebook else ""))
     for fault in faults:
         print(f"FAILED {fault}")
+    _say_what_ran(folder.path)
     took = sum(result.seconds for result in results)
     ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
     print(f"{total - len(failed)} of {total} well, {len(failed)} failed; {ran}; {_shown(folder.path / 'index.html')}")
     return 1 if failed or faults else 0
+
+
+def _say_what_ran(folder: Path) -> None:
+    """Print what the results of a folder are results of, where that is not the model they are named after."""
+    from lib.report.records import stand_in
+
+    if about := stand_in.of_folder(folder):
+        print(about)
 
 
 def _shown(path: Path) -> Path:
@@ -253,6 +262,7 @@ def report(out: Path) -> int:
             faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
         except OSError as error:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
+    _say_what_ran(folder.path)
     print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
     return 1 if faults else 0
 
@@ -267,6 +277,7 @@ def cover(out: Path) -> int:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
     for fault in faults:
         print(f"FAILED {fault}")
+    _say_what_ran(folder.path)
     print(_shown(folder.path / file_names.FILES["coverage"][0]))
     return 1 if faults else 0
 
@@ -285,6 +296,7 @@ def show(request: Request, out: Path) -> int:
         print(f"  {name:{width}}  {' '.join(scales)}".rstrip())
     print("optimizations: " + "  ".join(plan.optimizations()))
     print(f"results:       {_shown(out)}")
+    _say_what_ran(out)
     width = max((len(job.stem) for job, _, _ in surveyed), default=0)
     for job, _, state in surveyed:
         word = state.status if state.kind in ("finished", "unrendered") else state.kind

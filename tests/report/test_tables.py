@@ -58,7 +58,7 @@ def test_a_metric_of_two_workloads_is_told_apart():
 def test_the_table_shows_interval_floor_mde_verdict_and_provenance():
     frame = tables.measurements(samples.made(), "performance")
     line = frame.iloc[0].to_dict()
-    assert line["95 % interval"] == "1.28–1.34"
+    assert line["95 % interval"] == "1.280–1.340"
     assert (line["noise floor"], line["MDE"], line["n"]) == ("1.2 %", "2.1 %", "12")
     assert (line["verdict"], line["provenance"]) == ("▲ better", "measured")
     assert "dimension" in tables.measurements(samples.made())

@@ -28,6 +28,7 @@ Verdict = Literal[
     "inconclusive",
     "maintained",
     "not_maintained",
+    "not_exercised",
     "unavailable",
     "invalid",
     "informative",

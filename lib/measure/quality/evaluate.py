@@ -8,7 +8,7 @@ are computed again in chunks. Knows no optimization.
 Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,7 +41,8 @@ PROMPTS_AT_ONCE = 16
 @dataclass(frozen=True)
 class Classified:
     """Answers to a classification task: ids of the items, the indices of the true and of the chosen label, all label
-    scores in nats. `answered` is the day of the answers where they are older than this run.
+    scores in nats. `answered` is the day of the answers where they are older than this run, `source_N` the document of
+    each item (None: each is its own).
     """
 
     task: str
@@ -51,6 +52,7 @@ class Classified:
     chosen_N: np.ndarray
     scores_NL: np.ndarray
     answered: str | None = None
+    source_N: np.ndarray | None = None
 
     @property
     def right_N(self) -> np.ndarray:
@@ -60,31 +62,41 @@ class Classified:
 
 @dataclass(frozen=True)
 class Text:
-    """How a model read held-out windows: nats per token of each window, and what its logits are computed from."""
+    """How a model read held-out windows: nats per token of each window, and what its logits are computed from.
+
+    `source_N` is the document of each window (None: each is its own).
+    """
 
     ids_NT: torch.Tensor
     loss_N: np.ndarray
     hidden_NTH: torch.Tensor = field(repr=False)
     head: nn.Linear = field(repr=False)
+    source_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Which values were repeated exactly over a distance in tokens; `answered` as in `Classified`."""
+    """Which values were repeated exactly over a distance in tokens; `answered` and `source_N`, the document of the text
+    between, as in `Classified`.
+    """
 
     distance: int
     right_N: np.ndarray
     answered: str | None = None
+    source_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers of one arm. `reason` says why there are none (for random weights)."""
+    """All answers of one arm. `reason` says why there are none (for random weights), `idle` names the workloads in
+    which the optimization never acted.
+    """
 
     classified: list[Classified]
     text: Text | None
     retrieved: Retrieved | None
     reason: str | None = None
+    idle: frozenset[str] = frozenset()
 
 
 def evaluate(
@@ -96,12 +108,15 @@ def evaluate(
     split: str = "final",
     seed: int = 0,
     lead: int = LEAD,
+    acted: Callable[[], float] | None = None,
 ) -> Answers:
     """Put all questions to one arm and return its answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
     tasks, by default those of `loaded`. Random weights get no questions; unless accuracy is a requested dimension, only
-    the final text is read. `lead` tokens of text stand before a value to retrieve. Answers of a model that is unchanged
+    the final text is read. `lead` tokens of text stand before a value to retrieve. `acted` returns how often the
+    optimization has acted so far: a workload in which it did not act at all says nothing of it, and is named in
+    `Answers.idle`. Answers of a model that is unchanged
     since it was loaded come from the cache where they are there (`lib.measure.quality.answer_cache`).
     """
     if loaded.random_weights:
@@ -112,12 +127,22 @@ def evaluate(
         ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
         return Answers([], read(arm.model, ids_NT), None, settings.why_left_out())
     names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
-    ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
-    return Answers(
-        [classify(arm, name, split, effort.items, seed) for name in names],
-        read(arm.model, ids_NT),
-        retrieval(arm, effort.retrieval_distance, effort.retrieval_prompts, seed, lead),
-    )
+    window = effort.windows, effort.window_tokens, seed
+    ids_NT = task_list.text_windows(loaded, split, *window)
+    idle: set[str] = set()
+
+    def watched(workload: str, ask: Callable[[], Any]) -> Any:
+        before = acted() if acted else None
+        answers = ask()
+        if acted and acted() == before:
+            idle.add(workload)
+        return answers
+
+    classified = watched("classify", lambda: [classify(arm, name, split, effort.items, seed) for name in names])
+    text = watched("prefill", lambda: read(arm.model, ids_NT))
+    text = replace(text, source_N=task_list.window_sources(loaded, split, *window))
+    asked = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
+    return Answers(classified, text, watched("generate", lambda: retrieval(arm, *asked)), idle=frozenset(idle))
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
@@ -137,7 +162,9 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
         loaded, question, lambda: {"scores_NL": task_list.label_scores(loaded, task, items, batch).numpy()}
     )
     scores_NL, truth_N = scores["scores_NL"], np.array([labels.index(item.label) for item in items])
-    return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL, answered)
+    sources = [item.source or item.id for item in items]
+    source_N = np.unique(sources, return_inverse=True)[1] if items else None
+    return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL, answered, source_N)
 
 
 @torch.inference_mode()
@@ -177,7 +204,8 @@ def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: in
 
     question = {"task": "retrieval", "distance": distance, "count": count, "seed": seed, "lead": lead}
     answers, answered = answer_cache.known_or(loaded, question, ask)
-    return Retrieved(distance, answers["right_N"], answered)
+    source_N = task_list.filler_sources(loaded, distance, count, seed, lead)
+    return Retrieved(distance, answers["right_N"], answered, source_N)
 
 
 @torch.inference_mode()
@@ -232,7 +260,16 @@ def compare(
         measurements.append(compare_retrieved(baseline.retrieved, optimized.retrieved, margin=margin, **options))
     if baseline.text and optimized.text:
         measurements += compare_text(baseline.text, optimized.text, margin=perplexity_margin, **options)
-    return measurements
+    return [_not_exercised(m) if m.workload in optimized.idle else m for m in measurements]
+
+
+def _not_exercised(m: Measurement) -> Measurement:
+    """Return a judged measurement without its verdict: the optimization never acted on these prompts."""
+    if m.verdict == "informative":
+        return m
+    reason = f"the optimization never acted on these prompts ({m.workload}), so their answers say nothing of it"
+    update = {"verdict": "not_exercised", "reason": reason, "ci": None, "mde": None, "bound": None, "margin": None}
+    return m.model_copy(update=update)
 
 
 def compare_classified(
@@ -245,8 +282,10 @@ def compare_classified(
         raise ValueError("the arms answered different items")
     truth_N, labels = baseline.truth_N, len(baseline.labels)
     replicates = noninferiority.resampled_scores(
-        truth_N, baseline.chosen_N, optimized.chosen_N, labels, resamples, seed
+        truth_N, baseline.chosen_N, optimized.chosen_N, labels, resamples, seed, baseline.source_N
     )
+    same = bool((baseline.chosen_N == optimized.chosen_N).all())
+    counts = noninferiority.class_counts(truth_N, baseline.chosen_N, labels)
     identical = bool(np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     to_wrong = int((baseline.right_N & ~optimized.right_N).sum())
     to_right = int((~baseline.right_N & optimized.right_N).sum())
@@ -259,7 +298,10 @@ def compare_classified(
             _score(name, optimized),
             replicates[name],
             n=n,
-            to_wrong=0 if identical else to_wrong,
+            to_wrong=to_wrong,
+            to_right=to_right,
+            counts=None if name == "accuracy" else counts,
+            same=same,
             identical=identical,
             margin=margin,
             source=f"{baseline.task}, {n} items of the same prompts, label by log-likelihood, scikit-learn"
@@ -268,9 +310,9 @@ def compare_classified(
         for name in replicates
     ]
     source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
-    counts = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
+    flips = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
     return scores + [
-        measurement.informative(name, "classify", 0, count, source, ratio=None, n=n) for name, count in counts.items()
+        measurement.informative(name, "classify", 0, count, source, ratio=None, n=n) for name, count in flips.items()
     ]
 
 
@@ -297,7 +339,8 @@ def compare_retrieved(
     """Return the exact match of generated values."""
     n = len(baseline.right_N)
     base_N, opt_N = baseline.right_N.astype(int), optimized.right_N.astype(int)
-    replicates = noninferiority.resampled_scores(np.ones(n, dtype=int), base_N, opt_N, 2, resamples, seed)
+    truth_N = np.ones(n, dtype=int)
+    replicates = noninferiority.resampled_scores(truth_N, base_N, opt_N, 2, resamples, seed, baseline.source_N)
     return noninferiority.score(
         "retrieval_exact_match",
         "generate",
@@ -306,6 +349,8 @@ def compare_retrieved(
         replicates["accuracy"],
         n=n,
         to_wrong=int((baseline.right_N & ~optimized.right_N).sum()),
+        to_right=int((~baseline.right_N & optimized.right_N).sum()),
+        same=bool((baseline.right_N == optimized.right_N).all()),
         margin=margin,
         source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match" + _before(baseline),
     )
@@ -318,12 +363,11 @@ def compare_text(
     kl_N, agree_N = divergence(baseline, optimized)
     windows, tokens = baseline.ids_NT.shape
     source = f"{windows} held-out windows of {tokens} tokens"
-    perplexity = noninferiority.perplexity(
-        baseline.loss_N, optimized.loss_N, margin=margin, source=source, resamples=resamples, seed=seed
-    )
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed, "source_N": baseline.source_N}
+    perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
 
     def mean(metric: str, of_equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
-        ci = paired_stats.bootstrap_interval(values_N, resamples=resamples, seed=seed)
+        ci = noninferiority.mean_interval(values_N, paired_stats.CONFIDENCE, **options)
         value = float(values_N.mean())
         return measurement.informative(
             metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, **fields

@@ -1,15 +1,23 @@
 """Non-inferiority of paired scores: `maintained` only if the one-sided 95 % lower bound of (optimized − baseline) lies
-above −margin, `not_maintained` if the upper bound lies below it, else `inconclusive`, with the number of items that
-would suffice. `better` if the two-sided interval lies above 0 and the gain passes the margin. Knows no models.
+above −margin. By the two-sided 95 % interval, `not_maintained` if all of it lies below −margin, `better` if all of it
+lies above 0 and the gain passes the margin. Otherwise `inconclusive`, with the number of items that would suffice.
+Knows no models.
 
-Intervals are paired bootstraps over items. With fewer than five right answers turned wrong, a bootstrap underestimates
-how frequent such flips may be (without any its interval is a point); the lower bound is then at least as low as the
-exact binomial bound.
+Intervals are paired bootstraps over items, or over sources where items share one (windows of one document): then the
+items of a source are drawn together. Where few answers flipped, a bootstrap underestimates how frequent such flips may
+be, in either direction (without any its interval is a point). Below five flips of a kind the interval is at least as
+wide as the exact ones of both shares, combined as in Newcombe (1998, Interval estimation for the difference between
+independent proportions). A macro mean weighs the flip of a rare class more than a share does: its allowance is widened
+by what an unseen flip can cost, given each class's own count (`unseen_loss`).
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
+from scipy.stats import beta
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.catalogue import metric as metric_named
@@ -18,22 +26,52 @@ from lib.measure.metrics.measurement import Measurement
 FEW_FLIPS = 5
 ONE_SIDED = 0.05
 MINIMUM_WINDOWS = 6
+MDE_FACTOR = 2.80  # (1.96 + 0.84): two-sided 5 % level, 80 % power
+NORMAL = 1.96
+SAME = "same answers"  # how the source of a score begins where no answer differs
 
 
 def resampled_scores(
-    truth_N: np.ndarray, baseline_N: np.ndarray, optimized_N: np.ndarray, labels: int, resamples: int, seed: int = 0
+    truth_N: np.ndarray,
+    baseline_N: np.ndarray,
+    optimized_N: np.ndarray,
+    labels: int,
+    resamples: int,
+    seed: int = 0,
+    source_N: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Return (optimized − baseline) of macro F1, precision, recall and accuracy, [R] each, in R paired resamples of the
-    items.
+    items, or of their sources.
 
     Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of these kinds of
-    items from a multinomial distribution. An undefined precision, recall or F1 of a label counts as 0.
+    items from a multinomial distribution. `source_N` numbers the source of each item. An undefined precision, recall or
+    F1 of a label counts as 0.
     """
-    kinds_K3, counts_K = np.unique(np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_counts=True)
-    n = len(truth_N)
-    draws_RK = np.random.default_rng(seed).multinomial(n, counts_K / n, size=resamples)
+    kinds_K3, kind_N, counts_K = np.unique(
+        np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_inverse=True, return_counts=True
+    )
+    chance, n = np.random.default_rng(seed), len(truth_N)
+    sources = n if source_N is None else len(np.unique(source_N))
+    if source_N is None or sources == n:
+        draws_RK: np.ndarray = chance.multinomial(n, counts_K / n, size=resamples)
+    else:
+        _, source_N = np.unique(source_N, return_inverse=True)
+        held_SK = np.zeros((sources, len(kinds_K3)))
+        np.add.at(held_SK, (source_N.ravel(), kind_N.ravel()), 1)
+        draws_RK = chance.multinomial(sources, np.full(sources, 1 / sources), size=resamples) @ held_SK
     base, opt = (_macro(kinds_K3[:, 0], kinds_K3[:, arm], draws_RK, labels) for arm in (1, 2))
-    return {name: opt[name] - base[name] for name in base}
+    widened = small_sample(sources)
+    drawn = {name: opt[name] - base[name] for name in base}
+    return {name: values.mean() + (values - values.mean()) * widened for name, values in drawn.items()}
+
+
+def small_sample(units: int) -> float:
+    """Return by how much the deviations of a bootstrap over few units are too small: √(n/(n−1)) and Student's quantile
+    over the normal one (Hesterberg 2015, What teachers should know about the bootstrap).
+    """
+    if units < 2:
+        return math.inf
+    return math.sqrt(units / (units - 1)) * float(stdtrit(units - 1, 1 - ONE_SIDED / 2)) / NORMAL
 
 
 def _macro(truth_K: np.ndarray, chosen_K: np.ndarray, draws_RK: np.ndarray, labels: int) -> dict[str, np.ndarray]:
@@ -51,6 +89,44 @@ def _macro(truth_K: np.ndarray, chosen_K: np.ndarray, draws_RK: np.ndarray, labe
     }
 
 
+def class_counts(truth_N: np.ndarray, chosen_N: np.ndarray, labels: int) -> list[int]:
+    """Return for each class that occurs how many items its score rests on: those that are of it, or those that were
+    given its label, whichever are fewer. An unseen flip in it costs about one in that many.
+    """
+    true_L, chosen_L = (np.bincount(values_N, minlength=labels) for values_N in (truth_N, chosen_N))
+    return [int(min(true, chosen or true)) for true, chosen in zip(true_L, chosen_L) if true]
+
+
+def unseen_loss(counts: Sequence[int], level: float) -> float:
+    """Return the largest loss of a mean over classes that no flip in any of their `counts` items rules out at `level`.
+
+    That is the largest mean of q_c under ∏(1 − q_c)^n_c ≥ level: 1 − q_c is proportional to n_c where that is below 1.
+    With one class it is Clopper and Pearson's bound of a share seen never, 1 − level^(1/n).
+    """
+    n_C = np.asarray(counts, dtype=float)
+    low, high = 0.0, 1.0 / n_C.min()
+    for _ in range(80):
+        middle = (low + high) / 2
+        within = float((n_C * np.log(np.minimum(1.0, middle * n_C))).sum()) >= math.log(level)
+        low, high = (low, middle) if within else (middle, high)
+    return float((1 - np.minimum(1.0, high * n_C)).mean())
+
+
+def _allowance(to_wrong: int, to_right: int, n: int, level: float, rarity: float) -> tuple[float, float]:
+    """Return how far below and above the difference seen the true one may lie, by the exact limits of both shares at
+    one-sided `level` and their square-and-add combination. `rarity` widens those of a few flips.
+    """
+
+    def gaps(count: int) -> tuple[float, float]:
+        low = float(beta.ppf(level, count, n - count + 1)) if count else 0.0
+        high = float(beta.ppf(1 - level, count + 1, n - count)) if count < n else 1.0
+        scale = rarity if count < FEW_FLIPS else 1.0
+        return scale * (count / n - low), scale * (high - count / n)
+
+    (wrong_low, wrong_high), (right_low, right_high) = gaps(to_wrong), gaps(to_right)
+    return math.hypot(right_low, wrong_high), math.hypot(right_high, wrong_low)
+
+
 def score(
     metric: str,
     workload: str,
@@ -60,42 +136,87 @@ def score(
     *,
     n: int,
     to_wrong: int,
+    to_right: int,
     source: str,
+    counts: Sequence[int] | None = None,
+    same: bool = False,
     identical: bool = False,
     margin: float | None = None,
 ) -> Measurement:
     """Return the verdict on a score in [0, 1] from resampled differences.
 
-    `to_wrong`: items whose right answer became wrong. `identical`: the arms' scores differ on no item, so that they are
-    one model and no number of items is too small.
+    `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
+    mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
+    answers. `identical`: the arms' scores differ on no item, so that they are one model and no number of items is too
+    small.
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
+    rarity = unseen_loss(counts, ONE_SIDED) / unseen_loss([n], ONE_SIDED) if counts else 1.0
+    common: dict[str, Any] = {
+        "baseline": baseline,
+        "optimized": optimized,
+        "ratio": optimized / baseline if baseline else None,
+    }
+    common |= {"n": n, "margin": margin, "provenance": "measured"}
+    if identical:
+        said = f"{SAME}, {n} items, and the same scores; {source}"
+        return measurement.judged(metric, workload, **common, verdict="maintained", source=said)
     difference = optimized - baseline
-    low, high = np.quantile(replicates_R, [ONE_SIDED, 1 - ONE_SIDED])
-    wide_low, wide_high = np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2])
-    if to_wrong < FEW_FLIPS and not identical:
-        unseen = paired_stats.exact_upper_share(to_wrong, n) - to_wrong / n
-        low, wide_low = min(low, difference - unseen), min(wide_low, difference - unseen)
-    sigma = float(replicates_R.std()) * math.sqrt(n)
-    verdict = judge(difference, low, high, wide_low, wide_high, margin)
+    if same:
+        return _same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}")
+    low = float(np.quantile(replicates_R, ONE_SIDED))
+    wide_low, wide_high = (float(end) for end in np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2]))
+    if min(to_wrong, to_right) < FEW_FLIPS:
+        below, _ = _allowance(to_wrong, to_right, n, ONE_SIDED, rarity)
+        wide_below, wide_above = _allowance(to_wrong, to_right, n, ONE_SIDED / 2, rarity)
+        low = min(low, difference - below)
+        wide_low, wide_high = min(wide_low, difference - wide_below), max(wide_high, difference + wide_above)
+    half = max(difference - wide_low, wide_high - difference)
+    verdict = judge(difference, low, wide_low, wide_high, margin)
     how = f"difference {difference:+.4f}, one-sided 95 % lower bound {low:+.4f}, margin {margin:g}"
     return measurement.judged(
         metric,
         workload,
-        baseline=baseline,
-        optimized=optimized,
-        ratio=optimized / baseline if baseline else None,
+        **common,
         ci=tuple((baseline + bound) / (baseline or 1) for bound in (wide_low, wide_high)),
-        n=n,
-        mde=paired_stats.MDE_FACTOR * sigma / math.sqrt(n),
-        margin=margin,
-        bound=None if identical else float(low),
+        mde=detectable(half, margin),
+        bound=low,
         verdict=verdict,
-        provenance="measured",
-        source=f"{source}; paired bootstrap, {'identical scores' if identical else how}",
-        reason=_too_few(n, sigma, difference, margin, "items") if verdict == "inconclusive" else None,
+        source=f"{source}; paired bootstrap, {how}",
+        reason=_too_few(n, half / NORMAL * math.sqrt(n), difference, margin, "items")
+        if verdict == "inconclusive"
+        else None,
     )
+
+
+def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, source: str) -> Measurement:
+    """Return the verdict on two arms that gave the same answers: no interval, and the exact bound of a loss that was
+    not seen."""
+    n, margin = common["n"], common["margin"]
+    bound = -rarity * unseen_loss([n], ONE_SIDED)
+    maintained = bound > -margin
+    needed = math.ceil(rarity * math.log(ONE_SIDED) / math.log1p(-margin))
+    return measurement.judged(
+        metric,
+        workload,
+        **common,
+        mde=detectable(rarity * unseen_loss([n], ONE_SIDED / 2), margin),
+        bound=bound,
+        verdict="maintained" if maintained else "inconclusive",
+        source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, margin {margin:g}",
+        reason=None
+        if maintained
+        else f"{n} items are too few: about {max(needed, n + 1)} would show it maintained, "
+        "were the difference what it seems",
+    )
+
+
+def detectable(half: float, margin: float) -> float:
+    """Return the loss that would be called `not_maintained` four times out of five: the interval's upper end has to lie
+    below −margin. `half` is the half-width of the two-sided 95 % interval.
+    """
+    return margin + half * MDE_FACTOR / NORMAL
 
 
 def perplexity(
@@ -106,60 +227,107 @@ def perplexity(
     margin: float | None = None,
     resamples: int = 2000,
     seed: int = 0,
+    source_N: np.ndarray | None = None,
 ) -> Measurement:
     """Return the verdict on perplexity from both arms' losses of the same windows, nats per token, [N]; the margin is
-    a share.
+    a share. `source_N` numbers the document of each window: those of one are resampled together.
     """
     margin = metric_named("perplexity").margin if margin is None else margin
     assert margin is not None, "perplexity has no margin"
     # Baseline − optimized: above 0 is a gain, as in `judge`.
     gain_N = np.asarray(baseline_N) - np.asarray(optimized_N)
     gain, n, limit = float(gain_N.mean()), len(gain_N), math.log1p(margin)
-    low, high = paired_stats.bootstrap_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed)
-    wide_low, wide_high = paired_stats.bootstrap_interval(gain_N, 1 - ONE_SIDED, resamples, seed)
-    verdict = judge(gain, low, high, wide_low, wide_high, limit) if n >= MINIMUM_WINDOWS else "inconclusive"
-    sigma = float(gain_N.std(ddof=1)) if n > 1 else math.inf
+    low, _ = mean_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed, source_N)
+    wide_low, wide_high = mean_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
+    units = n if source_N is None else len(np.unique(source_N))
+    unit = "windows" if units == n else "documents"
+    held = f"upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}"
+    verdict = judge(gain, low, wide_low, wide_high, limit) if units >= MINIMUM_WINDOWS else "inconclusive"
+    half = max(gain - wide_low, wide_high - gain)
+    known = units >= MINIMUM_WINDOWS and math.isfinite(half)  # an interval over fewer is not worth showing
     return measurement.judged(
         "perplexity",
         "prefill",
         baseline=math.exp(float(np.mean(baseline_N))),
         optimized=math.exp(float(np.mean(optimized_N))),
         ratio=math.exp(-gain),
-        ci=(math.exp(-wide_high), math.exp(-wide_low)),
+        ci=(math.exp(-wide_high), math.exp(-wide_low)) if known and half > 0 else None,
         n=n,
-        mde=paired_stats.minimum_detectable_effect(gain_N) if n > 1 else None,
+        mde=detectable(half, limit) if known else None,
         margin=margin,
-        bound=math.expm1(-low),
+        bound=math.expm1(-low) if known else None,
         verdict=verdict,
         provenance="measured",
-        source=f"{source}; paired bootstrap over windows, upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}",
-        reason=_too_few(n, sigma, gain, limit, "windows") if verdict == "inconclusive" else None,
+        source=f"{source}; paired bootstrap over {units} {unit}, {held}" if known else source,
+        reason=_too_few(units, half / NORMAL * math.sqrt(units), gain, limit, unit)
+        if verdict == "inconclusive"
+        else None,
     )
 
 
-def judge(gain: float, low: float, high: float, wide_low: float, wide_high: float, margin: float) -> str:
-    """Return better, maintained, not_maintained or inconclusive for a gain (above 0 is better) with its one-sided
-    (`low`, `high`) and two-sided (`wide_low`, `wide_high`) bounds.
+def mean_interval(
+    values_N: np.ndarray, confidence: float, resamples: int, seed: int, source_N: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean of values; over sources where `source_N` numbers them."""
+    if source_N is None or len(np.unique(source_N)) == len(values_N):
+        return paired_stats.bootstrap_interval(values_N, confidence, resamples, seed)
+    _, source_N = np.unique(source_N, return_inverse=True)
+    counts_S, sums_S = np.bincount(source_N), np.bincount(source_N, weights=values_N)
+    sources, mean = len(counts_S), float(np.mean(values_N))
+    if sources < 2:
+        return -math.inf, math.inf
+    draws_RS = np.random.default_rng(seed).multinomial(sources, np.full(sources, 1 / sources), size=resamples)
+    means_R = (draws_RS @ sums_S) / (draws_RS @ counts_S)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(mean + (means_R - mean) * small_sample(sources), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: float) -> str:
+    """Return better, maintained, not_maintained or inconclusive for a gain (above 0 is better) with its one-sided lower
+    bound `low` and its two-sided interval (`wide_low`, `wide_high`).
     """
     if wide_low > 0 and gain >= margin:
         return "better"
     if low > -margin:
         return "maintained"
-    if high < -margin:
+    if wide_high < -margin:
         return "not_maintained"
     return "inconclusive"
+
+
+def judge_again(stored: Measurement) -> str | None:
+    """Return what the fields of a stored score make of it; None where they do not hold what the verdict rests on."""
+    judged = ("better", "maintained", "not_maintained", "inconclusive")
+    if stored.dimension != "accuracy" or stored.verdict not in judged:
+        return None
+    if stored.margin is None or stored.bound is None or stored.baseline is None or stored.optimized is None:
+        return None
+    relative = stored.metric == "perplexity"
+    margin = math.log1p(stored.margin) if relative else stored.margin
+    low = -math.log1p(stored.bound) if relative else stored.bound
+    if stored.ci is None:  # the same answers, or the same losses: no interval
+        return "maintained" if low > -margin else "inconclusive"
+    if relative:
+        gain, wide_low, wide_high = (
+            -math.log(end) for end in (stored.optimized / stored.baseline, stored.ci[1], stored.ci[0])
+        )
+    else:
+        # Without a baseline above zero the interval is of `optimized` itself.
+        scale = stored.baseline or 1.0
+        gain, wide_low, wide_high = (
+            end - stored.baseline for end in (stored.optimized, *(end * scale for end in stored.ci))
+        )
+    # What was divided by the baseline and multiplied again is off by a rounding.
+    return judge(*(round(value, 12) for value in (gain, low, wide_low, wide_high, margin)))
 
 
 def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str:
     """Return the sentence on how many items would suffice, at the observed spread and difference."""
     distance = margin + min(gain, 0.0)
-    if sigma == 0:
-        # No flip at all: n with 1 − 0.05^(1/n) < margin.
-        needed: int | None = math.ceil(math.log(ONE_SIDED) / math.log1p(-margin))
-    else:
-        needed = paired_stats.items_needed(sigma, abs(distance))
+    needed = paired_stats.items_needed(sigma, abs(distance)) if math.isfinite(sigma) else MINIMUM_WINDOWS
     if needed is None or needed > 1_000_000:
         return f"{n} {unit} cannot tell: the difference seen is at the margin itself"
     direction = "maintained" if distance > 0 else "not maintained"
-    needed = max(needed, n + 1)
+    needed = max(needed, n + 1, MINIMUM_WINDOWS)
     return f"{n} {unit} are too few: about {needed} would show it {direction}, were the difference what it seems"

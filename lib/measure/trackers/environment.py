@@ -28,8 +28,9 @@ def card(
 ) -> dict[str, object]:
     """Return the card as plain JSON values; what cannot be read is None.
 
-    `model` (a torch module) adds dtype, device and backends. `weights_hash` is of the effective weights, `data_hash` of
-    the evaluation data. `at` is a directory inside the repository whose commit is stated.
+    `model` (a torch module) adds its number of parameters (tied ones once), dtype, device and backends. `weights_hash`
+    is of the effective weights, `data_hash` of the evaluation data. `at` is a directory inside the repository whose
+    commit is stated.
     """
     machine = {
         "cpu": energy_source.cpu_name(),
@@ -96,6 +97,7 @@ def _torch(model: "nn.Module | None") -> dict[str, object]:
         model_config: Any = model.config
         weight, config = next(model.parameters()), model_config.get_text_config()
         facts |= {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": str(weight.device),
             "attention_backend": getattr(config, "_attn_implementation", None),

@@ -21,13 +21,16 @@ PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a sq
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt of a task and its right label; `pixels` [H, W] uint8 where the prompt is about a picture."""
+    """A prompt of a task and its right label; `pixels` [H, W] uint8 where the prompt is about a picture, `source` the
+    document that its text comes from.
+    """
 
     id: str
     task: str
     prompt: str
     label: str
     pixels: np.ndarray | None = None
+    source: str | None = None
 
 
 def class_labels(task: str) -> list[str]:
@@ -54,7 +57,7 @@ def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> lis
         selected = [_digit_item(index) for index in digit_indices(split)]
     else:
         selected = [
-            Item(passage.id, task, prompt_of(task, passage.text), passage.label)
+            Item(passage.id, task, prompt_of(task, passage.text), passage.label, source=passage.source)
             for passage in corpus.labelled(CORPUS[task], split)
             if passage.label in labels
         ]

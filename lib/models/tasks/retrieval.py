@@ -10,6 +10,7 @@ import functools
 import string
 from typing import Any
 
+import numpy as np
 import torch
 
 from lib.models import tokenizing
@@ -35,7 +36,7 @@ def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, see
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
         return random_ids(loaded, (windows, length), random).to(loaded.device)
-    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
     own = length - len(tokenizing.prefix(loaded.tokenizer))
     rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
     rows_NT = rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]]
@@ -50,12 +51,26 @@ def with_prefix(loaded: LoadedModel, ids_NT: torch.Tensor) -> torch.Tensor:
     )
 
 
+def window_sources(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> np.ndarray | None:
+    """Return the document in which each window of `text_windows` begins, as a number; None for random ids."""
+    if loaded.tokenizer is None:
+        return None
+    random = torch.Generator().manual_seed(seed)
+    _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    own = length - len(tokenizing.prefix(loaded.tokenizer))
+    first_N = source_T[: len(source_T) // own * own : own]
+    return first_N[torch.randperm(len(first_N), generator=random)[:windows]].numpy()
+
+
 @functools.lru_cache(maxsize=8)
-def _stream(tokenizer, part: str, split: str) -> torch.Tensor:
-    ids = []
-    for passage in corpus.running_text(part, split):
-        ids += [*tokenizer(passage.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return torch.tensor(ids)
+def _stream(tokenizer, part: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of a split's text, one document after the other, and the number of each token's document."""
+    ids, sources = [], []
+    for number, passage in enumerate(corpus.running_text(part, split)):
+        tokens = [*tokenizer(passage.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids += tokens
+        sources += [number] * len(tokens)
+    return torch.tensor(ids), torch.tensor(sources)
 
 
 @functools.lru_cache(maxsize=8)
@@ -98,6 +113,17 @@ def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generat
     """Return windows of final held-out text that may overlap, each from a random place."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)
-    stream_T = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), "final")
     starts = torch.randint(len(stream_T) - length, (count,), generator=random)
     return torch.stack([stream_T[start : start + length] for start in starts.tolist()])
+
+
+def filler_sources(
+    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD
+) -> np.ndarray | None:
+    """Return the document in which the text of each prompt of `retrieval_prompts` begins; None for random ids."""
+    if loaded.tokenizer is None:
+        return None
+    random = torch.Generator().manual_seed(seed)
+    _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    return source_T[torch.randint(len(source_T) - lead - distance, (count,), generator=random)].numpy()

@@ -26,11 +26,13 @@ from lib.models.tasks.retrieval import (
     KEY,
     VALUE,
     corpus_of,
+    filler_sources,
     random_ids,
     retrieval_prompts,
     text_windows,
+    window_sources,
     with_prefix,
-)  # fmt: skip
+)
 
 __all__ = [
     "CLASSIFY",
@@ -44,12 +46,14 @@ __all__ = [
     "corpus_of",
     "digit",
     "digit_indices",
+    "filler_sources",
     "items",
     "label_ids",
     "label_scores",
     "prompt_of",
     "retrieval_prompts",
     "text_windows",
+    "window_sources",
 ]
 
 TOKENS_AT_ONCE = 4096  # of one calibration batch

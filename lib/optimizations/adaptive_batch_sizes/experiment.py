@@ -32,6 +32,13 @@ CLAIMS = (
     "On the changing traffic its goodput stays within the noise of the same trace with other jitter, or below.",
     "The simulation strays from the real server by more than a tenth.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("goodput_requests_per_second", "serve"),
+    "accuracy": ("f1_macro", "classify"),
+    "resources": ("peak_tensor_bytes", "serve"),
+    "efficiency": ("energy_joules_per_token", "serve"),
+}
 LEAST_AT_CONSTANT_RATE, LEAST_AT_CHANGING_RATE = 0.95, 1.15
 SIZES_DRAWN = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # also those of which an oracle schedule is made
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)

@@ -38,6 +38,13 @@ CLAIMS = (
     "Finding the pattern costs what it saves.",
     "Values in the middle of a prompt are lost.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("retrieval_exact_match", "generate"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 CONTEXTS = {"quick": (1024, 2048), "standard": (1024, 2048, 4096, 8192), "thorough": (1024, 2048, 4096, 8192, 16384)}
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}

@@ -144,6 +144,13 @@ def density(model: nn.Module) -> dict[str, float | None]:
     }
 
 
+def left_out(model: nn.Module) -> int:
+    """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens, together. Where
+    it does not grow, the model attended to everything and its answers are those of full attention.
+    """
+    return sum(s.causal - s.kept + s.cached_tokens - s.read_tokens for s in sparsities(model))
+
+
 def reset_counts(model: nn.Module) -> None:
     """Set the counts of a sparse model to zero."""
     for state in sparsities(model):

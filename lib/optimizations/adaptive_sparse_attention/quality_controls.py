@@ -48,7 +48,7 @@ class Quality:
 def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, quick: bool, seed: int = 0) -> Quality:
     """Return the answers of both arms to the same questions, with text and prompts of `tokens` tokens.
 
-    The value to retrieve stands in the middle of its prompt.
+    The value to retrieve stands in the middle of its prompt. Prompts of which nothing was left out are not exercised.
     """
     probe_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
     degenerate = sanity.check(optimized, probe_BT, random_weights=loaded.random_weights)
@@ -57,7 +57,9 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, q
     distance = tokens - 2 * KEY - VALUE - lead
     sizes = replace(sizes, retrieval_prompts=8 if quick else 12, retrieval_distance=distance)
     full = evaluate.evaluate(loaded, sizes, seed=seed, lead=lead)
-    sparse = evaluate.evaluate(loaded, sizes, model=optimized, seed=seed, lead=lead)
+    sparse = evaluate.evaluate(
+        loaded, sizes, model=optimized, seed=seed, lead=lead, acted=lambda: method.left_out(optimized)
+    )
     options = {"resamples": effort.resamples, "seed": seed}
     measurements = evaluate.compare(full, sparse, **options)
     if degenerate:

@@ -37,6 +37,13 @@ CLAIMS = (
     "The defaults, each component alone, are as good.",
     "On a small grid, judged whole, a quarter of the evaluations finds less than 95 % of the optimum.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
 GRID_SEEDS = 3
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of

@@ -2,6 +2,7 @@
 asks. Knows no optimization.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +29,25 @@ class Judgement:
 
 
 def judge(
-    loaded: Loaded, optimized: nn.Module, effort: Effort, seed: int, *, sample_BT: torch.Tensor | None = None
+    loaded: Loaded,
+    optimized: nn.Module,
+    effort: Effort,
+    seed: int,
+    *,
+    sample_BT: torch.Tensor | None = None,
+    acted: Callable[[], float] | None = None,
 ) -> Judgement:
     """Return the judgement of `optimized` against `loaded.model` on items and text of the split "final".
 
     `sample_BT` is the text of the gate, by default windows of the split "final". Where the output has degenerated,
-    every measurement is invalid, with that reason.
+    every measurement is invalid, with that reason. `acted` counts how often the optimization has acted: a
+    workload in which it never did is not exercised (`lib.measure.quality.evaluate.evaluate`).
     """
     if sample_BT is None:
         sample_BT = tasks.text_windows(loaded, "final", 4, 128, seed)
     degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
-    changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed)
+    changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed, acted=acted)
     measurements = evaluate.compare(answers, changed, resamples=effort.resamples, seed=seed)
     if degenerate:
         measurements = invalid(measurements, degenerate)

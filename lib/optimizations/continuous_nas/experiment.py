@@ -51,6 +51,13 @@ CLAIMS = (
     "Divergences do not add up, so the programme ranks wrongly: a rank correlation below one half.",
     "After a drift, beginning again is no slower than resuming.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 RANK_LIMIT = 0.5
 
 

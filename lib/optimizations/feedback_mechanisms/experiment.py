@@ -37,6 +37,13 @@ CLAIMS = (
     "The guard keeps a broken profile in more than one of a hundred windows.",
     "A drafted answer differs from the greedy one.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("goodput_requests_per_second", "serve, disturbed"),
+    "accuracy": ("retrieval_exact_match", "generate"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "generate"),
+}
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
 MOST_REVERSALS = 0.5  # of the moves of a limit; a course without memory reverses that often
 REQUESTS = {"quick": 400, "standard": 600, "thorough": 2000}  # in a third of a script, at capacity

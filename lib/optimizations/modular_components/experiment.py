@@ -36,6 +36,13 @@ CLAIMS = (
     "The identity pipeline is slower than the noise floor.",
     "A reverted model differs in a single bit.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 OVERHEAD_MARGIN = 0.01
 EXCHANGED_TOKENS = 12
 

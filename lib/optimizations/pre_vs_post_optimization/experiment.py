@@ -39,6 +39,13 @@ CLAIMS = (
     "Quality falls below its margin.",
     "An earlier build did better.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("generate_tokens_per_second", "generate"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 MOST_PARTS = 4
 CURVES = ["arm", "strength", "value", "low", "high"]
 DIFFERS = ("better", "worse", "not_maintained")
@@ -255,7 +262,7 @@ def refutations(
     differing, names = biased(judged), ", ".join(regressions)
     held = [m for m in quality if m.margin is not None]
     below = [m for m in held if m.verdict in ("not_maintained", "worse")]
-    unclear = [m for m in held if m.verdict in ("inconclusive", "invalid", "unavailable")]
+    unclear = [m for m in held if m.verdict in ("inconclusive", "not_exercised", "invalid", "unavailable")]
     fallen = True if below else None if unclear or not held else False
     counts = f"{len(below)} of {len(held)} metrics below their margin, {len(unclear)} undecided"
     answers = (

@@ -25,6 +25,13 @@ from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
 
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 MOST_SEQUENCES = 32  # of calibration text that choose weights, unless the width needs more
 CORNER = 48  # rows and columns of a mask that are shown
 PROXY_STEPS = 40  # of masked distillation by default

@@ -43,6 +43,13 @@ CLAIMS = (
     "Decoding is no faster than with accelerate's offloading to the disk.",
     "With sinks and a window, perplexity climbs with the length of the text.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("decode_tokens_per_second", "decode"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 AT_ONCE = 10**6  # more tokens than any prompt here: nothing is cut into chunks
 METHOD = "lib.optimizations.streaming_computation.method"
 

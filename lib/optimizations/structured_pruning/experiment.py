@@ -31,6 +31,13 @@ CLAIMS = (
     "Removing parts by the size of their weights harms no more than removing the idle ones.",
     "The gain drowns in the A/A noise although the bound predicts more than can be detected.",
 )
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 BY_WEIGHTS, BY_CHANCE = "chosen by weights", "chosen by chance"
 RANDOM_SEEDS = 3
 STRENGTHS = (0.1, 0.2, 0.3, 0.5)

@@ -22,6 +22,13 @@ from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices
 from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, spectrum_of
 
+# What carries the word of each dimension: one measurement, declared before any is taken.
+PRIMARIES = {
+    "performance": ("prefill_tokens_per_second", "prefill"),
+    "accuracy": ("perplexity", "prefill"),
+    "resources": ("peak_tensor_bytes", "generate"),
+    "efficiency": ("energy_joules_per_token", "decode"),
+}
 BARE, FITTED = "plain", "whitened"
 AUTO = "auto"  # refined on a proxy model; at real sizes refitted in closed form
 SHOWN_RANKS = 48  # points of a curve of singular values

@@ -28,6 +28,7 @@ OPTIMIZATIONS = (
 )  # fmt: skip
 SEVERAL = 2
 FASTER_OR_EQUAL = ("better", "equivalent")
+JUDGED = ("better", "worse", "equivalent", "mixed", "maintained", "not_maintained")
 
 
 @dataclass(frozen=True)
@@ -177,30 +178,40 @@ def _comparable(results: Results) -> list[tuple[str, str]]:
 
 def _performance(record: Record) -> list[str]:
     state = record.verdict.performance
-    return [] if state in FASTER_OR_EQUAL else [_evidence(record, "performance", state)]
+    well = state in FASTER_OR_EQUAL and not record.verdict.losses_of("performance")
+    return [] if well else [_evidence(record, "performance", state)]
 
 
 def _accuracy(record: Record) -> list[str]:
     state = record.verdict.accuracy
-    return [] if state == "maintained" else [_evidence(record, "accuracy", state)]
+    well = state in ("maintained", "better") and not record.verdict.losses_of("accuracy")
+    return [] if well else [_evidence(record, "accuracy", state)]
 
 
 def _evidence(record: Record, dimension: str, state: str) -> str:
-    """Return the verdict with the numbers behind it, those that are no success first."""
-    well = ("better", "equivalent", "maintained", "informative")
-    members = [m for m in record.measurements if m.dimension == dimension and m.verdict not in well]
-    named = [headlines.shown(m) for m in members[:3]] or headlines.of(record, dimension)[:2]
-    return f"{words(state)}: " + ("; ".join(f"{shown.what} {shown.text}" for shown in named) or "nothing was measured")
+    """Return the verdict with the numbers behind it: what carries it, and what was lost beside it."""
+    named = headlines.of(record, dimension)[: 1 + len(record.verdict.losses_of(dimension))]
+    but = ", but another measurement lost" if record.verdict.losses_of(dimension) else ""
+    why = record.verdict.reasons.get(dimension)
+    listed = "; ".join(f"{shown.what} {shown.text}" for shown in named) or "nothing was measured"
+    return f"{words(state)}{but}: {listed}" + (f" ({why})" if why else "")
 
 
 def _verdicts(record: Record) -> list[str]:
-    """Recompute what can be: the four words, and that each judged interval allows its verdict."""
-    again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions)
+    """Recompute what can be: the words of the dimensions, each measurement's verdict, and that the numbers agree."""
+    if not record.verdict.carried_by and any(word in JUDGED for word in record.verdict.words().values()):
+        return ["its words were reached without a primary measurement, as in earlier schemas; run it again"]
+    declared = {str(name): pair for name, pair in record.primaries.items()}
+    again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions, declared)
     faults = [
         f"{name} is recorded as {words(recorded)}, its numbers make it {words(computed)}"
         for name in DIMENSIONS
         if (recorded := getattr(record.verdict, name)) != (computed := getattr(again, name))
     ]
+    held = ("carried_by", "losses")
+    if not faults and any(getattr(record.verdict, name) != getattr(again, name) for name in held):
+        faults = ["what carries its words, or what was lost beside them, is not what its numbers make"]
+    faults += [line.split(": ", 1)[1] for line in lint.verdicts(record)]
     return faults + [
         f"{label(m.metric)} [{m.workload}]: {why}" for m in record.measurements for why in _contradiction(m)
     ]
@@ -212,26 +223,16 @@ def _contradiction(m: Measurement) -> list[str]:
     faults = []
     if low is not None and high is not None and low > high:
         faults.append(f"the interval {low:.3g} to {high:.3g} is upside down")
-    if m.verdict in ("better", "worse") and m.ratio is not None:
-        gain, least, most = verdict.gain(m)
-        if gain is not None and (gain > 1) != (m.verdict == "better"):
-            faults.append(f"{m.verdict}, yet the ratio {m.ratio:.3g} says otherwise")
-        elif least is not None and most is not None and least <= 1 <= most and m.n is not None:
-            faults.append(f"{m.verdict}, yet its interval {least:.3f} to {most:.3f} holds no change")
     if m.n is None and m.baseline and m.optimized is not None and m.ratio is not None:
         ratio = m.optimized / m.baseline
         if abs(ratio - m.ratio) > 1e-6 * abs(ratio):
             faults.append(f"the ratio is {m.ratio:.4g}, the two values give {ratio:.4g}")
-    if m.verdict == "maintained" and m.margin is not None and m.bound is not None:
-        held = m.bound > -m.margin if m.higher_is_better else m.bound < m.margin
-        if not held:
-            faults.append(f"maintained, yet its bound {m.bound:+.4f} is beyond the margin {m.margin:g}")
     return faults
 
 
 def _labels(stem: str, content: Any) -> list[tuple[str, str]]:
     """Lint a record as plain JSON, one that is damaged in other ways too."""
-    return [(stem, line.split(": ", 1)[1]) for line in lint.lint(content)] if isinstance(content, dict) else []
+    return [(stem, line.split(": ", 1)[1]) for line in lint.labels(content)] if isinstance(content, dict) else []
 
 
 def table(points: Sequence[Criterion], most: int = 4) -> list[str]:

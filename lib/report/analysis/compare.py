@@ -1,24 +1,30 @@
 """Two result sets against each other, metric by metric: what got better or worse, what stayed, what cannot be decided.
 
-Matched by optimization, model, scale, effort and environment. What is compared is the gain of each set (optimized
-against baseline, from its own paired blocks), so that a machine that is slower today cancels out; numbers without
-spread are compared as they are. Primary metrics are judged with Holm's correction over all of them, and only they make
-a regression; the others are shown. Knows no files.
+Matched by optimization and model; scale, effort, environment, parameters, the chosen stack and the jobs side by side
+must agree, or the pair is refused with the reason. What is compared is the gain of each set (optimized against
+baseline, from its own paired blocks), so that a machine that is slower today cancels out; numbers without spread are
+compared as they are. Primary metrics are judged with Holm's correction over all of them, and only they make a
+regression; the others are shown, and so is what was read once. Knows no files.
 
 A verdict needs significance, the metric's practical margin and both noise floors; `equivalent` needs the whole interval
-inside the margin; otherwise it is `inconclusive`. Holm 1979, A simple sequentially rejective multiple test procedure.
+inside the margin; otherwise it is `inconclusive`. The uncertainty of each side is that of its blocks or of its stored
+interval and noise floor, whichever is larger: the latter two hold what differs from process to process. Holm 1979, A
+simple sequentially rejective multiple test procedure.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from lib.measure.metrics import significance
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
+from lib.report.text.wording import one_line
 
 PRIMARY = (
     "prefill_tokens_per_second",
@@ -29,13 +35,19 @@ PRIMARY = (
     "perplexity",
     "weights_bytes",
     "peak_memory_bytes",
+    "peak_tensor_bytes",
     "energy_joules_per_token",
+    "cpu_seconds_per_token",
 )
 ENVIRONMENT = (
     "cpu", "cores_given", "gpu", "threads", "instructions", "dtype", "device", "attention_backend",
     "experts_backend",
 )  # fmt: skip
 LEVEL = 0.05
+NORMAL = 1.96
+# Settings that name where files lie or what is read beside the run, not what is measured.
+NOT_COMPARED = ("model", "scale", "effort", "checkpoints", "history", "studies", "stacks")
+CHOICES = ("stack", "choice")  # entries of a record's details that a search has chosen
 RESAMPLES = 4000
 FEWEST_BLOCKS = 6
 ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
@@ -44,7 +56,8 @@ ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
 @dataclass(frozen=True)
 class Change:
     """One metric of two sets. `ratio` and its interval are turned so that above 1 is better; `how` says what they are
-    made of, `p` is corrected where the metric is primary, `reason` says why nothing can be compared.
+    made of, `p` is corrected where the metric is primary, `reason` says why nothing can be compared, `once` that a side
+    is a single reading.
     """
 
     optimization: str
@@ -61,11 +74,12 @@ class Change:
     reason: str = ""
     margin: float = 0.0
     floor: float = 0.0
+    once: bool = False
 
     @property
     def regression(self) -> bool:
-        """Whether this alone makes the new set worse than the old one."""
-        return self.primary and self.verdict == "worse"
+        """Whether this alone makes the new set worse than the old one: a primary metric, of more than one reading."""
+        return self.primary and self.verdict == "worse" and not self.once
 
 
 def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
@@ -101,7 +115,36 @@ def _unlike(old: Record | None, new: Record | None) -> str:
         before, after = old.environment.get(name), new.environment.get(name)
         if before != after:
             return f"another environment: {name.replace('_', ' ')} {before}, {after}"
+    return _unlike_settings(old, new)
+
+
+def _unlike_settings(old: Record, new: Record) -> str:
+    """Return which parameter, choice or number of jobs differs between two runs, or nothing. What only one of them
+    knows cannot differ.
+    """
+    for name in sorted({*old.parameters} & {*new.parameters} - {*NOT_COMPARED}):
+        before, after = old.parameters[name], new.parameters[name]
+        if before != after:
+            return f"another parameter: {name} {before}, {after}"
+    for name in (name for name in CHOICES if name in old.details and name in new.details):
+        before, after = _value(old.details[name]), _value(new.details[name])
+        if before != after:
+            return f"another choice: {name} {_brief(before)}, {_brief(after)}"
+    jobs = [record.process.jobs_side_by_side if record.process else None for record in (old, new)]
+    if None not in jobs and jobs[0] != jobs[1]:
+        return f"another number of jobs side by side: {jobs[0]}, {jobs[1]}"
+    beside = [record.environment.get("jobs_beside") for record in (old, new)]
+    if None not in beside and beside[0] != beside[1]:
+        return f"another number of jobs beside: {beside[0]}, {beside[1]}"
     return ""
+
+
+def _value(entry: Any) -> Any:
+    return entry.get("value", entry) if isinstance(entry, Mapping) else entry
+
+
+def _brief(value: Any) -> str:
+    return one_line(str(value), 60)
 
 
 def _measurements(
@@ -114,17 +157,21 @@ def _measurements(
     margin = METRICS[name[0]].margin or 0.0
     if METRICS[name[0]].margin_kind == "absolute":
         margin /= abs(old.baseline) if old.baseline else 1.0
-    change = replace(change, margin=math.log1p(margin), floor=max(old.noise_floor or 0.0, new.noise_floor or 0.0))
+    floor = math.hypot(old.noise_floor or 0.0, new.noise_floor or 0.0)
+    change = replace(change, margin=math.log1p(margin), floor=floor, once=_read_once(old) or _read_once(new))
     sign = 1.0 if new.higher_is_better else -1.0
     before, after = _differences(old), _differences(new)
     if before is not None and after is not None:
-        return _estimated(change, sign, *_by_blocks(before, after), f"gain against gain, {len(after)} paired blocks")
+        blocks = _by_blocks(before, after)
+        spread = _at_least(blocks, old, new)
+        return _estimated(change, sign, *spread, f"gain against gain, {len(after)} paired blocks, between processes")
     if by_intervals := _by_intervals(old, new):
         return _estimated(change, sign, *by_intervals, "gain against gain, from both intervals")
-    if old.ci or new.ci or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
+    if _ends(old) or _ends(new) or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
         return replace(change, reason="there is neither a sample nor an interval on both sides")
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
-    return replace(change, ratio=ratio, low=ratio, high=ratio, how="counted, without spread", verdict="")
+    how = "read once, so without a verdict" if change.once else "counted, without spread"
+    return replace(change, ratio=ratio, low=ratio, high=ratio, how=how, verdict="")
 
 
 def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
@@ -137,6 +184,13 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
         return f"{measurement.verdict} in the {side} set: {measurement.reason}"
     if old.unit != new.unit:
         return f"another unit: {old.unit}, {new.unit}"
+    for measurement, side in ((old, "old"), (new, "new")):
+        if measurement.verdict == "not_exercised":
+            return f"not exercised in the {side} set"
+        if getattr(measurement, "disturbed", None):
+            return f"the machine was busy in the {side} set"
+    if old.provenance == new.provenance == "estimated":
+        return "an estimate is never judged"
     if old.provenance != new.provenance:
         return f"{old.provenance} in the old set, {new.provenance} in the new one"
     return ""
@@ -174,6 +228,46 @@ def _middles(*lengths: int) -> list[np.ndarray]:
     return places
 
 
+def _read_once(measurement: Measurement) -> bool:
+    """Whether a number is a single reading, of which nothing tells the scatter. What was counted is none."""
+    return measurement.n in (None, 1) and measurement.provenance != "derived"
+
+
+def _at_least(
+    blocks: tuple[float, float, float, float, int], old: Measurement, new: Measurement
+) -> tuple[float, float, float, float, int]:
+    """Return a comparison by blocks with the variance between processes: no side's error is smaller than that of its
+    stored interval or of its noise floor, which both hold it (and a stored standard deviation between processes).
+    """
+    effect, low, high, error, freedom = blocks
+    wider = math.hypot(_error(old), _error(new))
+    if wider <= error:
+        return blocks
+    return effect, min(low, effect - NORMAL * wider), max(high, effect + NORMAL * wider), wider, freedom
+
+
+def _error(measurement: Measurement) -> float:
+    """Return the standard error of a measurement's logarithm: by its interval, its noise floor, or the standard
+    deviation between processes, whichever is largest."""
+    low, high = _ends(measurement) or (1.0, 1.0)
+    by_ends = math.log(high / low) / 2 if low > 0 else 0.0
+    sigma = getattr(measurement, "process_sigma", None) or 0.0
+    sigma /= math.sqrt(getattr(measurement, "processes", None) or 1)
+    return max(by_ends / NORMAL, (measurement.noise_floor or 0.0) / NORMAL, sigma)
+
+
+def _ends(measurement: Measurement) -> tuple[float, float] | None:
+    """Return the interval of a measurement's ratio. Of two arms that gave the same answers it is what their bound
+    leaves open, in both directions; a point where they are one model.
+    """
+    if measurement.ci or measurement.dimension != "accuracy" or measurement.ratio != 1:
+        return measurement.ci
+    bound = abs(measurement.bound or 0.0)
+    if METRICS[measurement.metric].margin_kind == "absolute":
+        bound /= measurement.baseline or 1.0
+    return (max(1 - bound, 1e-9), 1 + bound)
+
+
 def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int] | None:
     """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same.
 
@@ -181,10 +275,11 @@ def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, flo
     """
     ratios, errors = [], []
     for m in (old, new):
-        if not m.ci or min(m.ci) <= 0 or not m.ratio or m.ratio <= 0:
+        ends = _ends(m)
+        if not ends or min(ends) <= 0 or not m.ratio or m.ratio <= 0:
             return None
         ratios.append(m.ratio)
-        errors.append((math.log(m.ci[1]) - math.log(m.ci[0])) / (2 * 1.96))
+        errors.append(_error(m))
     effect, error = math.log(ratios[1] / ratios[0]), math.hypot(*errors)
     return effect, effect - 1.96 * error, effect + 1.96 * error, error, max((old.n or 2) + (new.n or 2) - 2, 1)
 
@@ -201,13 +296,10 @@ def _estimated(
 
 def _holm(changes: Sequence[Change]) -> list[Change]:
     """Return the changes with the p of the primary ones corrected over all of them."""
-    ranked = sorted(
-        ((c.p, i) for i, c in enumerate(changes) if c.primary and c.p is not None), key=lambda pair: pair[0]
-    )
-    corrected, largest = list(changes), 0.0
-    for rank, (p, i) in enumerate(ranked):
-        largest = max(largest, min(1.0, p * (len(ranked) - rank)))
-        corrected[i] = replace(changes[i], p=largest)
+    tested = [(i, c.p) for i, c in enumerate(changes) if c.primary and c.p is not None]
+    corrected = list(changes)
+    for (i, _), p in zip(tested, significance.holm([p for _, p in tested])):
+        corrected[i] = replace(changes[i], p=p)
     return corrected
 
 
@@ -216,7 +308,9 @@ def _judge(change: Change) -> Change:
         return change
     effect, beyond = math.log(change.ratio), max(change.margin, change.floor)
     significant = change.p is None or change.p < LEVEL
-    if significant and abs(effect) > beyond:
+    if change.once and abs(effect) > change.margin:
+        verdict = "inconclusive"  # one reading tells nothing of its own scatter
+    elif significant and abs(effect) > beyond:
         verdict = "better" if effect > 0 else "worse"
     elif -change.margin <= math.log(change.low) and math.log(change.high) <= change.margin:
         verdict = "equivalent"

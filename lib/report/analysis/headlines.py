@@ -10,16 +10,10 @@ from dataclasses import dataclass, replace
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import verdict
 from lib.report.records.record import Record
-from lib.report.text.quantities import interval, quantity, signed, times
+from lib.report.text import sentence
+from lib.report.text.quantities import quantity, signed, with_ends
 from lib.report.text.wording import SIGNS, words
-
-CARRIED_BY = {
-    "better": ("better",),
-    "worse": ("worse",),
-    "mixed": ("better", "worse"),
-    "not_maintained": ("not_maintained",),
-    "inconclusive": ("inconclusive",),
-}
+from lib.report.text.wording import signed as signed_word
 
 
 @dataclass(frozen=True)
@@ -54,14 +48,16 @@ class Shown:
 
 def shown(measurement: Measurement) -> Shown:
     """Return a measurement in words; one without a number says why there is none."""
-    about = (verdict.subject(measurement), measurement.metric)
-    if measurement.optimized is None or (measurement.ratio is None and measurement.dimension != "accuracy"):
-        value, spread = (
-            (words(measurement.verdict), "") if measurement.optimized is None else (_absolute(measurement), "")
-        )
+    about = (sentence.subject(measurement), measurement.metric)
+    if measurement.optimized is None or measurement.verdict == "not_exercised":
+        value, spread = words(measurement.verdict), ""
+    elif measurement.ratio is None and measurement.dimension != "accuracy":
+        value, spread = _absolute(measurement), ""
     else:
         value, spread = {"performance": _speed, "accuracy": _score}.get(measurement.dimension, _amount)(measurement)
-    source = measurement.source + (f"; {measurement.reason}" if measurement.reason else "")
+    why = sentence.why(measurement)
+    reason = why if why and why != "no reason was recorded" else measurement.reason
+    source = measurement.source + (f"; {reason}" if reason else "")
     return Shown(*about, value, spread, measurement.verdict, measurement.provenance, source)
 
 
@@ -70,54 +66,54 @@ def _absolute(measurement: Measurement) -> str:
 
 
 def _speed(measurement: Measurement) -> tuple[str, str]:
-    gain, low, high = verdict.gain(measurement)
-    if gain is None:
-        return _absolute(measurement), ""
-    return times(gain), interval(low, high) if low and high else ""
+    gain, low, high = sentence.gain(measurement)
+    return (_absolute(measurement), "") if gain is None else sentence.ratio(gain, low, high)
 
 
 def _score(measurement: Measurement) -> tuple[str, str]:
     """Return the change of quality, with the bound and the margin it was held to, or else its interval."""
-    base = measurement.baseline if measurement.unit == "share" else None
-    if base is not None and measurement.optimized is not None:
-        value = f"{signed((measurement.optimized - base) * 100)} points"
-    elif measurement.ratio:
-        value = f"{signed((measurement.ratio - 1) * 100)} %"
-    else:
+    if sentence.same_answers(measurement):
+        return sentence.SAME, f"{measurement.n} items" if measurement.n else ""
+    if sentence.change(measurement) is None:
         return _absolute(measurement), ""
-    bound = ", ".join(part for part in verdict.judged_by(measurement) if part)
-    if not bound and measurement.ci and measurement.ratio:
-        scale = 100 * (1 if base is None else base)
-        low, high = ((end - 1) * scale for end in measurement.ci)
-        bound = interval(low, high, ".1f")
-    return value, bound
+    value, spread = sentence.score(measurement)
+    return value, ", ".join(spread)
 
 
 def _amount(measurement: Measurement) -> tuple[str, str]:
-    if not measurement.ratio:
+    known = sentence.change(measurement)
+    if known is None:
         return _absolute(measurement), ""
-    low, high = ((end - 1) * 100 for end in measurement.ci) if measurement.ci else (None, None)
-    ends = f"{interval(low, high, '.0f')} %" if measurement.ci else ""
-    return f"{signed((measurement.ratio - 1) * 100)} %", ends
+    value, low, high, unit = known
+    text, ends = with_ends(value, low, high, 0, signs=True)
+    return f"{text or signed(value)} {unit}", f"{ends} {unit}" if ends else ""
 
 
 def of(record: Record, dimension: str) -> list[Shown]:
-    """Return what stands for a dimension of a record, losses included; empty where nothing does.
+    """Return what stands for a dimension of a record: what carries its word, the losses beside it, then what else
+    tables show; empty where nothing does.
 
-    Two of the same kind are distinguished by their workloads. Where none of them has the dimension's verdict, the first
-    measurement that does is added: a cell that says `better` shows what is better.
+    Two of the same kind are distinguished by their workloads.
     """
-    members = chosen(record.measurements, dimension)
-    wanted = CARRIED_BY.get(getattr(record.verdict, dimension), ())
-    for state in wanted:
-        if all(m.verdict != state for m in members):
-            members += [m for m in record.measurements if m.dimension == dimension and m.verdict == state][:1]
+    named = {(m.metric, m.workload): m for m in record.measurements}
+    carrier = record.verdict.carried_by.get(dimension)
+    first = [(carrier.metric, carrier.workload)] if carrier else []
+    first += [(loss.metric, loss.workload) for loss in record.verdict.losses_of(dimension)]
+    members = [named[pair] for pair in first if pair in named]
+    rest = [m for m in chosen(record.measurements, dimension) if all(m is not member for member in members)]
+    members += rest[: max(0, verdict.SHOWN[dimension] + 1 - len(members))]
     listed = [shown(item) for item in members]
     often = Counter(item.what for item in listed)
     return [
         replace(item, what=f"{item.what}, {m.workload}") if often[item.what] > 1 else item
         for item, m in zip(listed, members)
     ]
+
+
+def state(record: Record, dimension: str) -> str:
+    """Return a dimension's word with its sign, and that it is not all: `▲ better, but …`."""
+    word = signed_word(getattr(record.verdict, dimension))
+    return f"{word}, but …" if record.verdict.losses_of(dimension) else word
 
 
 def chosen(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:

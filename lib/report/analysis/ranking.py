@@ -1,7 +1,8 @@
 """Ranks with their uncertainty: how each optimization places in a metric when every gain is drawn from its interval.
 
-A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. Numbers without an
-interval (bytes, counts) count as exact. Knows no page.
+A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. A gain is as
+uncertain as its interval or its noise floor says, whichever is wider; numbers without either (bytes, counts) count as
+exact. Knows no page.
 """
 
 import math
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import verdict
 from lib.report.records.record import Record
+from lib.report.text import sentence
 
 DRAWS = 4000
 METRICS = (
@@ -20,13 +21,18 @@ METRICS = (
     "decode_tokens_per_second",
     "f1_macro",
     "weights_bytes",
+    "peak_tensor_bytes",
+    "cpu_seconds_per_token",
     "energy_joules_per_token",
 )
+CALLS = ("better", "worse", "maintained", "not_maintained")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Where an optimization stands: its rank, the 90 % interval of the rank, the mean gain, over how many models."""
+    """Where an optimization stands: its rank, the 90 % interval of the rank, the mean gain, over how many models, and
+    for how many of them the number was called anything (of settled records: for the whole set).
+    """
 
     optimization: str
     rank: int
@@ -34,6 +40,7 @@ class Rank:
     high: int
     gain: float
     models: int
+    called: int
     provenance: str
 
 
@@ -41,7 +48,7 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     """Return the places in a metric, best first; optimizations without it have none."""
     groups: dict[str, list[Measurement]] = {}
     for record in records:
-        first = next((m for m in record.measurements if m.metric == metric and verdict.gain(m)[0]), None)
+        first = next((m for m in record.measurements if m.metric == metric and sentence.gain(m)[0]), None)
         if record.status == "ok" and first is not None:
             groups.setdefault(record.optimization, []).append(first)
     if not groups:
@@ -52,15 +59,16 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     standings = []
     for (name, members), ranks_R in zip(groups.items(), ranks_OR):
         low, high = np.quantile(ranks_R, [0.05, 0.95], method="nearest")
-        gain = geometric_mean([gain for m in members if (gain := verdict.gain(m)[0])])
+        gain = geometric_mean([gain for m in members if (gain := sentence.gain(m)[0])])
         labels = sorted({m.provenance for m in members})
-        standings.append((name, int(low), int(high), gain, len(members), ", ".join(labels)))
+        called = sum(m.verdict in CALLS for m in members)
+        standings.append((name, int(low), int(high), gain, len(members), called, ", ".join(labels)))
     standings.sort(key=lambda standing: -standing[3])
     # Equals share a rank: bytes that were counted alike are no order.
     ranks = [1 + sum(other[3] > standing[3] * (1 + 1e-9) for other in standings) for standing in standings]
     return [
-        Rank(name, rank, low, high, gain, models, labels)
-        for rank, (name, low, high, gain, models, labels) in zip(ranks, standings)
+        Rank(name, rank, low, high, gain, models, called, labels)
+        for rank, (name, low, high, gain, models, called, labels) in zip(ranks, standings)
     ]
 
 
@@ -68,10 +76,11 @@ def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.nd
     """Return draws of the mean logarithm of the gains."""
     total = np.zeros(DRAWS)
     for member in members:
-        middle, low, high = verdict.gain(member)
+        middle, low, high = sentence.gain(member)
         if middle is None:
             continue  # `places` takes only members with a gain
-        error = (math.log(high) - math.log(low)) / (2 * 1.96) if low and high and low > 0 else 0.0
+        half = (math.log(high) - math.log(low)) / 2 if low and high and low > 0 else 0.0
+        error = max(half, member.noise_floor or 0.0) / 1.96
         total += math.log(middle) + error * chance.standard_normal(DRAWS)
     return total / len(members)
 

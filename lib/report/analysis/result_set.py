@@ -4,15 +4,16 @@ Says what is there, what is missing and what failed; sums up over models; never 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
-from lib.report.analysis import headlines, ranking, strength_curves
-from lib.report.records import facts, schema, verdict
+from lib.report.analysis import discoveries, headlines, ranking, strength_curves
+from lib.report.records import facts, schema
 from lib.report.records.record import Record, read_folder, to_json
+from lib.report.text import sentence
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Results:
     @cached_property
     def _by_pair(self) -> dict[tuple[str, str], Record]:
         return {(record.optimization, record.model): record for record in reversed(self.records)}
+
+    @cached_property
+    def settled(self) -> "Results":
+        """The same results with the words that hold for the whole set (`lib.report.analysis.discoveries`)."""
+        return replace(self, records=discoveries.settled(self.records))
 
     @property
     def measured(self) -> list[Record]:
@@ -109,12 +115,14 @@ def enhanced(results: Results) -> dict[str, Any]:
 
 def master(results: Results) -> dict[str, Any]:
     """Return the runs in short, and what they amount to by optimization, over the models."""
-    return envelope("all", results) | {"runs": _runs(results), "aggregate": aggregate(results.measured)}
+    parts = {"runs": _runs(results), "cells": _cells(results), "aggregate": aggregate(results.measured)}
+    return envelope("all", results) | parts
 
 
 def complete(results: Results) -> dict[str, Any]:
     """Return all of the above in one."""
-    rest = {"runs": _runs(results), "aggregate": aggregate(results.measured), "coverage": coverage(results)}
+    rest = {"runs": _runs(results), "cells": _cells(results)}
+    rest |= {"aggregate": aggregate(results.measured), "coverage": coverage(results)}
     return envelope("complete", results) | {"records": _records(results)} | _curves(results) | rest
 
 
@@ -138,6 +146,11 @@ def _runs(results: Results) -> list[dict[str, Any]]:
     return lines
 
 
+def _cells(results: Results) -> list[dict[str, Any]]:
+    """Return a line per run and dimension: its primary, p, q, and the word that holds for the set."""
+    return [asdict(cell) for cell in discoveries.cells(results.records)]
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -150,7 +163,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list] = {}
     for record in records:
         for measurement in record.measurements:
-            if (gain := verdict.gain(measurement)[0]) is not None:
+            if (gain := sentence.gain(measurement)[0]) is not None:
                 groups.setdefault((record.optimization, measurement.metric), []).append(
                     (record.model, gain, measurement.verdict)
                 )

@@ -19,6 +19,7 @@ VERDICTS = {  # verdict: colour, marker, filled
     "not_maintained": (VERMILLION, "X", True),
     "equivalent": (INK, "o", True),
     "inconclusive": (GREY, "o", False),
+    "not_exercised": (GREY, "s", False),
     "informative": (GREY, "d", False),
 }
 

@@ -1,7 +1,7 @@
 """The execution summary as plain text: what ran, where, how long, and what failed. Knows records and no metric."""
 
 from lib.report.analysis.result_set import Results
-from lib.report.records import facts
+from lib.report.records import facts, stand_in
 from lib.report.records.record import Record
 from lib.report.text.quantities import counted, duration
 from lib.report.text.wording import one_line, words
@@ -15,6 +15,7 @@ def text(results: Results) -> str:
     failed = [record for record in records if record.status == "failed"]
     parts = [
         f"Execution of all optimization benchmarks, scale {results.scale}",
+        *([about] if (about := stand_in.several(results.scale, stand_in.sizes(results.records))) else []),
         "",
         *_facts(results, records),
         "",

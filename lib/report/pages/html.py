@@ -16,6 +16,7 @@ import nbformat
 
 from lib.files import write_atomically
 from lib.report.pages import run_page
+from lib.report.records import stand_in
 from lib.report.records.record import Process, Record
 from lib.report.text.wording import untagged
 
@@ -40,7 +41,7 @@ def render(
     """
     notebook = _read(notebook_path)
     stem = record.stem if record else Path(notebook_path or "").name.removesuffix(".ipynb")
-    view = run_page.view(record, neighbours) if record else _bare_view(notebook, stem)
+    view = run_page.view(record, neighbours) if record else _bare_view(notebook, stem, Path(out))
     view |= {"style": _style(), "figure": _process_figure(record.process) if record else None}
     out = Path(out)
     html_path = write_atomically(out / f"{stem}.html", _html(notebook, view))
@@ -68,12 +69,20 @@ def _without_scraps(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def _bare_view(notebook: nbformat.NotebookNode, stem: str) -> dict[str, Any]:
+def _bare_view(notebook: nbformat.NotebookNode, stem: str, out: Path) -> dict[str, Any]:
+    """Return the values of a page without a record: the overview of the records in `out`."""
     index = {"text": "all results", "href": "index.html", "markdown": "index.html"}
     heading = next(
         (line[2:] for cell in notebook.cells for line in cell.source.splitlines() if line.startswith("# ")), stem
     )
-    return {"record": False, "title": heading, "nav": [("Index", [index])], "footer": "This page needs no network."}
+    about = stand_in.of_folder(out)
+    return {
+        "record": False,
+        "title": f"{heading}: results on stand-ins" if about.startswith(stand_in.BEGINNING) else heading,
+        "stand_in": about,
+        "nav": [("Index", [index])],
+        "footer": "This page needs no network.",
+    }
 
 
 def _style() -> str:

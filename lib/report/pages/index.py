@@ -14,7 +14,7 @@ from lib.report.analysis import headlines, result_set
 from lib.report.analysis.result_set import Results
 from lib.report.pages import advice_page, views
 from lib.report.pages.html import TEMPLATES
-from lib.report.records import facts, reproduce
+from lib.report.records import facts, reproduce, stand_in
 from lib.report.records.record import Record
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title
@@ -23,10 +23,10 @@ KEY = (
     "better",
     "maintained",
     "equivalent",
-    "mixed",
     "inconclusive",
     "worse",
     "not_maintained",
+    "not_exercised",
     "invalid",
     "unavailable",
     "failed",
@@ -50,7 +50,8 @@ def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
 
 
 def text(folder: Path, results: Results) -> str:
-    """Return the page."""
+    """Return the page; its words are those that hold for the whole set."""
+    results = results.settled
     from jinja2 import Environment, FileSystemLoader
 
     rows = [
@@ -59,7 +60,8 @@ def text(folder: Path, results: Results) -> str:
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("matrix.html.j2").render(
-        title=f"Results at scale {_distinct(r.scale for r in results.records) or folder.resolve().name}",
+        title=_title(_distinct(r.scale for r in results.records) or folder.resolve().name),
+        stand_in=stand_in.several(results.scale, stand_in.sizes(results.records)),
         summary=_summary(results),
         facts=_facts(results.records),
         links=_links(folder),
@@ -75,6 +77,11 @@ def text(folder: Path, results: Results) -> str:
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "filter.js").read_text(encoding="utf-8"),
     )
+
+
+def _title(scale: str) -> str:
+    """Return the title; of stand-ins it says that they are."""
+    return "Results on stand-ins (scale proxy)" if scale == stand_in.PROXY else f"Results at scale {scale}"
 
 
 def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict[str, Any]:
@@ -100,9 +107,11 @@ def _status(state: str) -> dict[str, str]:
 
 
 def _part(record: Record, dimension: str) -> dict[str, Any]:
-    """Return a dimension of a cell: its verdict, and the numbers that stand for it."""
+    """Return a dimension of a cell: its verdict, why it says no more, and the numbers that stand for it."""
     state = getattr(record.verdict, dimension)
-    shown = {"state": state, "text": signed(state), "numbers": headlines.of(record, dimension)}
+    why = record.verdict.reasons.get(dimension, "")
+    shown = {"state": state, "text": headlines.state(record, dimension), "why": why}
+    shown |= {"numbers": headlines.of(record, dimension)}
     return {"name": dimension, "heading": HEADINGS[dimension]} | shown
 
 

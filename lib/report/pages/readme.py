@@ -13,6 +13,7 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics.catalogue import METRICS
+from lib.report.analysis import discoveries
 from lib.report.analysis.result_set import Results
 from lib.report.figures import trade_off_svg
 from lib.report.pages import result_tables, views
@@ -60,13 +61,14 @@ def update(root: Path, folder: Path) -> list[str]:
     scale = folder.resolve().name
     if scale not in SCALES:
         raise UserError(f"{folder}: expected a result folder named {', '.join(SCALES)}")
-    records, _ = read_folder(folder)
+    records = discoveries.settled(read_folder(folder)[0])
     parts: dict[str, dict[str, str]] = {"executed/README.md": {scale: result_tables.section(records)}}
     drawn = ""
     if scale == SHOWN:
         drawn, alt = picture(records)
         shown = f"![{alt.replace('[', '(').replace(']', ')')}]({PICTURE})" if drawn else ""
-        parts["README.md"] = {FIGURE: shown, MATRIX: result_tables.matrix(records)}
+        above = "\n\n".join(filter(None, [result_tables.about(records), shown]))
+        parts["README.md"] = {FIGURE: above, MATRIX: result_tables.matrix(records)}
     texts = {page: _replaced(root, page, names) for page, names in parts.items()}
     texts |= {PICTURE: drawn} if drawn else {}
     return [page for page, text in texts.items() if _write(root / page, text)]

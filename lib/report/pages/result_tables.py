@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines
-from lib.report.records import facts, verdict
+from lib.report.records import facts, primary, stand_in, verdict
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
 from lib.report.text.quantities import DASH
-from lib.report.text.wording import SIGNS, one_line, signed, title
+from lib.report.text.sentence import SUBJECTS
+from lib.report.text.wording import SIGNS, label, one_line, signed, title
 
 HEADS = {
     "performance": ("Speed", "The gain over the baseline: above 1× is faster."),
@@ -22,9 +23,10 @@ HEADS = {
     "efficiency": ("Efficiency", "The change against the baseline: below 0 is less."),
 }
 LEGEND = (
-    "▲ better, ▼ worse, = equivalent, ✓ maintained, ✗ not maintained, ? inconclusive, ! invalid, · described and not "
-    "judged, – not there. In parentheses: the 95 % interval, or the bound and the margin. In brackets: the workload, "
-    "where a metric stands for several."
+    "▲ better, ▼ worse, = equivalent, ✓ maintained, ✗ not maintained, ○ not exercised, ? inconclusive, ! invalid, "
+    "· described and not judged, – not there; “but …”: the primary measurement carries the word, and another one "
+    "lost. In parentheses: the 95 % interval, or the bound and the margin. In brackets: the workload, where a metric "
+    "stands for several."
 )
 
 
@@ -52,13 +54,13 @@ def cells(record: Record, metric: str) -> list[tuple[str, str]]:
 def _text(m: Measurement) -> str:
     """Return sign, change and interval; what was neither measured nor counted says so."""
     shown = headlines.shown(m)
-    about = ", ".join(part for part in (shown.spread, m.provenance if m.provenance == "estimated" else "") if part)
-    return f"{shown.sign} {shown.value}" + (f" ({about})" if about else "")
+    note = ", ".join(part for part in (shown.spread, m.provenance if m.provenance == "estimated" else "") if part)
+    return f"{shown.sign} {shown.value}" + (f" ({note})" if note else "")
 
 
 def name(metric: str) -> str:
     """Return a metric's name at the head of a column."""
-    return verdict.SUBJECTS.get(metric) or verdict.label(metric)
+    return SUBJECTS.get(metric) or label(metric)
 
 
 def _cell(record: Record, metric: str) -> str:
@@ -78,21 +80,30 @@ def section(records: Sequence[Record]) -> str:
     if not records:
         return "No results yet: run `python build.py`."
     records = ordered(records)
-    parts = [conditions(records), LEGEND, "#### Verdicts", _verdicts(records)]
+    parts = [about(records), conditions(records), LEGEND, "#### Verdicts", _verdicts(records)]
     for dimension in DIMENSIONS:
         metrics = columns(records, dimension)
         if metrics:
-            heading, about = HEADS[dimension]
-            parts += [f"#### {heading}", about, _table(records, metrics)]
+            heading, reading = HEADS[dimension]
+            parts += [f"#### {heading}", reading, _table(records, metrics)]
     sentences = [[title(r.optimization), r.model, r.verdict.sentence or r.reason or ""] for r in records]
     in_words = markdown(["optimization", "model", "in words"], sentences)
-    return "\n\n".join([*parts, f"<details><summary>Each run in words</summary>\n\n{in_words}\n\n</details>"])
+    return "\n\n".join(
+        [*filter(None, parts), f"<details><summary>Each run in words</summary>\n\n{in_words}\n\n</details>"]
+    )
+
+
+def about(records: Sequence[Record]) -> str:
+    """Return in italics what the records are results of, where that is not the model they are named after."""
+    scales = sorted({record.scale for record in records})
+    texts = [stand_in.several(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales]
+    return " ".join(f"*{text}*" for text in texts if text)
 
 
 def _verdicts(records: Sequence[Record]) -> str:
     lines = []
     for record in records:
-        words = [signed(getattr(record.verdict, dimension)) for dimension in DIMENSIONS]
+        words = [headlines.state(record, dimension) for dimension in DIMENSIONS]
         if status(record):
             words = [status(record), *[""] * (len(DIMENSIONS) - 1)]
         lines.append([title(record.optimization), record.model, *words])
@@ -131,7 +142,8 @@ def matrix(records: Sequence[Record]) -> str:
     for record in records:
         groups.setdefault(record.optimization, {})[record.model] = record
     lines = [_matrix_line(stem, runs, models) for stem, runs in groups.items()]
-    return f"{markdown(['optimization', 'speed of', *models], lines)}\n\n{one_line(conditions(records), 400)}"
+    table = markdown(["optimization", "speed of", *models], lines)
+    return f"{table}\n\n{one_line(conditions(records), 400)}"
 
 
 def _matrix_line(stem: str, runs: Mapping[str, Record], models: Sequence[str]) -> list[str]:
@@ -143,7 +155,7 @@ def _matrix_line(stem: str, runs: Mapping[str, Record], models: Sequence[str]) -
 def speeds(records: Sequence[Record]) -> list[str]:
     """Return the metrics of speed that stand for an optimization: its first two headlines that are judged at all."""
     judged = {m.metric for record in records for m in record.measurements if m.verdict != "informative"}
-    shown = [m for m in columns(records, "performance") if m in judged and m not in verdict.SAME_TIMES]
+    shown = [m for m in columns(records, "performance") if m in judged and m not in primary.TWINS]
     return shown[: verdict.SHOWN["performance"]]
 
 

@@ -6,10 +6,11 @@ Made from the record alone; knows no HTML and runs nothing.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lib.report.records import facts, refutation, reproduce, rows
+from lib.report.analysis import headlines
+from lib.report.records import facts, refutation, reproduce, rows, stand_in
 from lib.report.records.record import Process, Record
 from lib.report.text.quantities import duration
-from lib.report.text.wording import one_line, signed, title, words
+from lib.report.text.wording import label, one_line, signed, title, words
 
 Neighbour = tuple[str, str]  # optimization, model
 ENDINGS = (".html", ".md")
@@ -17,21 +18,24 @@ ENDINGS = (".html", ".md")
 
 def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]:
     """Return the values that both templates (HTML and Markdown) put on the page of one run."""
-    measured = record.measurements
+    measured, parameters = record.measurements, stand_in.size(record)
     chips = [
-        {"name": name, "state": state, "text": signed(state)}
-        for name, state in record.verdict.model_dump(exclude={"sentence"}).items()
+        {"name": name, "state": word, "text": headlines.state(record, name), "by": _carried(record, name)}
+        for name, word in record.verdict.words().items()
     ]
     if record.status != "ok":
-        chips = [{"name": "status", "state": record.status, "text": signed(record.status)}]
+        chips = [{"name": "status", "state": record.status, "text": signed(record.status), "by": ""}]
     listed, answers = _run_facts(record), refutation.rows(record.refutations)
     return {
         "record": True,
         "status": record.status,
-        "title": f"{title(record.optimization)} on {record.model}",
+        "title": f"{title(record.optimization)} on {stand_in.on(record.scale, record.model, parameters)}",
+        "stand_in": stand_in.one(record.scale, record.model, parameters),
         "sentence": record.verdict.sentence or record.reason or "No verdict was recorded.",
         "chips": chips,
-        "chips_table": rows.markdown([c["name"] for c in chips], [[c["text"] for c in chips]]),
+        "chips_table": rows.markdown(
+            [c["name"] for c in chips], [[f"{c['text']} ({c['by']})" if c["by"] else c["text"] for c in chips]]
+        ),
         "refutations": [
             {"claim": answer.claim, "state": refutation.state(answer), "text": text, "evidence": answer.evidence}
             for answer, (_, text, _) in zip(record.refutations, answers)
@@ -58,6 +62,18 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
         "nav": navigation(neighbours, record.optimization, record.model),
         "footer": f"Record {record.stem}.json, schema {record.schema_version}. This page needs no network.",
     }
+
+
+def _carried(record: Record, dimension: str) -> str:
+    """Return what carries a dimension's word, or why nothing does; what was lost beside it."""
+    carrier = record.verdict.carried_by.get(dimension)
+    reason = record.verdict.reasons.get(dimension, "")
+    parts = [f"{label(carrier.metric)}, {carrier.workload}"] if carrier else []
+    parts += [f"instead of the declared one: {carrier.reason}"] if carrier and carrier.reason else []
+    parts += [reason] if reason else []
+    lost = record.verdict.losses_of(dimension)
+    parts += ["but " + ", ".join(f"{words(m.verdict)}: {label(m.metric)}, {m.workload}" for m in lost)] if lost else []
+    return "; ".join(parts)
 
 
 def _present(groups: list[tuple[str, list]]) -> list[tuple[str, list]]:

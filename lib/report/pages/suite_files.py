@@ -41,7 +41,7 @@ def _write(kind: str, results: Results, folder: Path) -> list[Path]:
         elif name.endswith(".txt"):
             text = execution_report.text(results)
         else:
-            text, pictures = getattr(suite_pages, kind)(results, f"{name.removesuffix('.md')}_files")
+            text, pictures = getattr(suite_pages, kind)(results.settled, f"{name.removesuffix('.md')}_files")
             _pictures(folder / f"{name.removesuffix('.md')}_files", pictures)
         written.append(write_atomically(folder / name, text))
     return written

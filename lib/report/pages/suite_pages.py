@@ -14,7 +14,7 @@ from lib.report.analysis import headlines, result_set, strength_curves
 from lib.report.analysis.result_set import Results
 from lib.report.figures import small_multiples, style
 from lib.report.pages.file_names import FILES
-from lib.report.records import facts
+from lib.report.records import facts, stand_in
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
 from lib.report.text.quantities import duration, times
@@ -23,16 +23,26 @@ from lib.report.text.wording import label, one_line, signed, title, words
 
 Pictures = dict[str, bytes]
 LEGEND = (
-    "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ? inconclusive · ◆ mixed · · informative. "
+    "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ○ not exercised · ? inconclusive · "
+    "· informative. "
+    "The word is that of the dimension's primary measurement, which stands first; “but …”: another measurement lost. "
     "A change is called better or worse only where the interval excludes no change and the effect passes the margin "
-    "and the noise floor that a copy of the baseline showed."
+    "and the noise floor that a copy of the baseline showed, and if it stands over all runs of the set (at most one "
+    "false call in twenty, Benjamini and Hochberg)."
 )
 
 
 def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
     """Return the report of every optimization on every model."""
     pictures: Pictures = {}
-    parts = ["# Comprehensive optimization benchmark", _counts(results), _conditions(results), "## Verdicts", LEGEND]
+    parts = [
+        "# Comprehensive optimization benchmark",
+        _about(results),
+        _counts(results),
+        _conditions(results),
+        "## Verdicts",
+        LEGEND,
+    ]
     parts.append(_verdicts(results))
     parts += ["## Headline numbers", "The ratio is optimized against baseline; in brackets the 95 % interval, or the "
               "bound and margin that a score was held to."]  # fmt: skip
@@ -71,7 +81,7 @@ def enhanced(results: Results, folder: str) -> tuple[str, Pictures]:
     """Return the report of impact over strength: a figure and a table per optimization."""
     curves, short = strength_curves.curves(results.records), strength_curves.short(results.records)
     pictures: Pictures = {}
-    parts = ["# Impact of each optimization over its strength", _counts(results), _conditions(results)]
+    parts = ["# Impact of each optimization over its strength", _about(results), _counts(results), _conditions(results)]
     parts.append(
         f"{len(curves)} runs have an impact curve; {len(short)} measured runs have none of at least "
         f"{strength_curves.FEWEST} strengths" + (", listed at the end." if short else ".")
@@ -118,7 +128,7 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
         for name, models in result_set.comparable(results.measured).items()
     ]
     parts = [
-        "# Coverage", _counts(results), "## Which run is covered by which record",
+        "# Coverage", _about(results), _counts(results), "## Which run is covered by which record",
         markdown(head, matrix), "## Numbers in each record",
         "By dimension: metrics that have a number; by provenance: all metrics, missing ones among them.",
         markdown(columns, detail), "## What can be compared across models",
@@ -127,6 +137,12 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
         "## Again", "```sh\npython build.py coverage\n```",
     ]  # fmt: skip
     return _text(parts), {}
+
+
+def _about(results: Results) -> str:
+    """Return in italics what the runs ran on, where that is not the model they are named after."""
+    text = stand_in.several(results.scale, stand_in.sizes(results.records))
+    return f"*{text}*" if text else ""
 
 
 def _text(parts: list[str]) -> str:
@@ -178,7 +194,7 @@ def _verdicts(results: Results) -> str:
         for model in results.models:
             record = results.of(name, model)
             status = "damaged" if f"{name}--{model}" in results.damaged else record.status if record else "missing"
-            verdicts = [signed(getattr(record.verdict, d)) if record and status == "ok" else "" for d in DIMENSIONS]
+            verdicts = [headlines.state(record, d) if record and status == "ok" else "" for d in DIMENSIONS]
             where = f"[{model}]({name}--{model}.md)" if record else model
             lines.append([title(name), where, signed(status), *verdicts])
     return markdown(["optimization", "model", "status", *DIMENSIONS], lines)

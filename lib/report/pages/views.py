@@ -16,10 +16,12 @@ from lib.report.figures import trade_off_svg
 from lib.report.figures.trade_off_svg import TradeOff
 from lib.report.records import verdict
 from lib.report.records.record import Record
+from lib.report.text import sentence
 from lib.report.text.quantities import counted, times
 from lib.report.text.wording import label, one_line, signed, title
 
 KINDS = ("measured", "derived", "estimated", "unavailable")
+WORST_FIRST = ("invalid", "not_maintained", "inconclusive", "not_exercised", "unavailable")
 SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
@@ -89,7 +91,7 @@ def _other_speed(name: str, results: Results) -> str:
 
 def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
     """Return the measurements of speed and quality that make a record's point; None where one is missing."""
-    members = [m for m in record.measurements if verdict.gain(m)[0] is not None and m.verdict != "invalid"]
+    members = [m for m in record.measurements if sentence.gain(m)[0] is not None and m.verdict != "invalid"]
     timed = [m for m in members if m.dimension == "performance"]
     speed = next((m for m in timed if m.metric == SPEED), None) or next(
         (m for m in verdict.headline(timed, "performance") if m.metric in verdict.HEADLINES["performance"]), None
@@ -105,7 +107,7 @@ def _point(record: Record, marks: dict[str, str]) -> TradeOff | None:
     speed, quality = both
     scale = 100 * (quality.baseline or 1)
     y_low, y_high = ((end - 1) * scale for end in quality.ci) if quality.ci else (None, None)
-    x, x_low, x_high = verdict.gain(speed)
+    x, x_low, x_high = sentence.gain(speed)
     if x is None or quality.ratio is None:
         return None
     mark, state = marks[record.optimization], record.verdict.accuracy
@@ -122,7 +124,7 @@ def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None
     x = ranking.geometric_mean([p.x for p in points])
     y = sum(p.y for p in points) / len(points)
     states = {p.state for p in points}
-    state = next((s for s in ("invalid", "not_maintained", "inconclusive", "unavailable") if s in states), "maintained")
+    state = next((s for s in WORST_FIRST if s in states), "maintained")
     xs, ys = [p.x for p in points], [p.y for p in points]
     return TradeOff(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
 
@@ -149,7 +151,9 @@ def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
             spread = f"{place.low}–{place.high}" if place and place.low != place.high else ""
             gain = times(place.gain) if place else ""
             fewer = counted(place.models, "model") if place and place.models < models else ""
-            cells.append({"rank": place.rank if place else None, "spread": spread, "gain": gain, "models": fewer})
+            called = f"called in {place.called} of {place.models}" if place and place.called < place.models else ""
+            cell = {"rank": place.rank if place else None, "spread": spread, "gain": gain, "models": fewer}
+            cells.append(cell | {"called": called})
         rows.append((title(optimization), cells))
     heads = [
         {"text": label(metric), "provenance": ", ".join(sorted({p.provenance for p in by_metric[metric].values()}))}

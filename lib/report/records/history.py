@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.report.records import facts, migration, verdict
+from lib.report.records import facts, migration
 from lib.report.records.record import Record, from_json, to_json
+from lib.report.text import sentence
 
 NAME = "history.sqlite"
 TABLES = """
@@ -95,7 +96,7 @@ def _insert(connection: sqlite3.Connection, record: Record) -> None:
     row = [*identity, record.status, record.seconds, facts.machine(record.environment), packed]
     if not connection.execute(f"INSERT OR IGNORE INTO runs VALUES ({', '.join('?' * 10)})", row).rowcount:
         return
-    numbers = [(started, key, m.metric, m.workload, *verdict.gain(m), m.verdict) for m in record.measurements]
+    numbers = [(started, key, m.metric, m.workload, *sentence.gain(m), m.verdict) for m in record.measurements]
     connection.executemany(f"INSERT OR IGNORE INTO numbers VALUES ({', '.join('?' * 8)})", numbers)
 
 

@@ -1,14 +1,19 @@
 """Finds numbers that a reader could not trust: unlabelled, without a source, missing without a reason, against the
-list.
+list, or with a verdict that is not the one their fields make (`lib.report.records.recompute`).
 
-Works on a record as plain JSON, so that it also checks what a newer or broken version wrote. Knows no verdict.
+Works on a record as plain JSON, so that it also checks what a newer or broken version wrote.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records import recompute
 from lib.report.records.codec import TAG
 from lib.report.records.record import Record, to_json
 
@@ -17,7 +22,34 @@ VALUES = ("baseline", "optimized", "ratio", "noise_floor", "mde", "predicted", "
 
 
 def lint(record: Record | Mapping[str, Any]) -> list[str]:
-    """Return one line per fault, each with the record's stem and the place; empty where every number is labelled.
+    """Return one line per fault, each with the record's stem and the place; empty where every number is labelled and
+    every verdict follows from its numbers.
+    """
+    return labels(record) + verdicts(record)
+
+
+def verdicts(record: Record | Mapping[str, Any]) -> list[str]:
+    """Return one line per measurement whose verdict, computed again from its fields, is another than the stored one."""
+    content = to_json(record) if isinstance(record, Record) else record
+    stem = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
+    faults = recompute.differences(_sound(content.get("measurements") or []))
+    for control in content.get("controls") or []:
+        members = recompute.differences(_sound(control.get("measurements") or []))
+        faults += [f"control {control.get('name', '?')}: {fault}" for fault in members]
+    return [f"{stem}: {fault}" for fault in faults]
+
+
+def _sound(measurements: Iterable[Mapping[str, Any]]) -> Iterator[Measurement]:
+    """Yield the measurements that are such; what is malformed is named elsewhere."""
+    for fields in measurements:
+        try:
+            yield Measurement.model_validate(fields)
+        except (ValidationError, UserError, TypeError):
+            continue
+
+
+def labels(record: Record | Mapping[str, Any]) -> list[str]:
+    """Return one line per fault in the labels, each with the record's stem and the place.
 
     In `details`, an entry that holds a number must be an object with `provenance` and `source` beside it.
     """

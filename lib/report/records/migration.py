@@ -2,7 +2,9 @@
 
 `upgrade` takes a record's plain JSON of any earlier schema to the present one. Schema 2 renamed the generated task from
 `recall` to `retrieval`, the machine's `processor` to `cpu`, and the steps of training after a cut to `finetune_steps`;
-it added the answers to what would refute a claim. Renames nothing else and judges nothing.
+it added the answers to what would refute a claim. Schema 3 added the primary measurement of each dimension: words that
+an earlier record holds were reached without one, and are kept as they are (among them "mixed", which is no longer
+given). Renames nothing else and judges nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +22,11 @@ def upgrade(content: Any) -> Any:
 
     Nothing is dropped: fields of an unexpected type keep their value, for the record's own validation to name.
     """
-    if not isinstance(content, dict) or content.get("schema") != 1:
+    if not isinstance(content, dict) or content.get("schema") not in (1, 2):
         return content
-    changed = dict(content) | {"schema": 2}
+    if content["schema"] == 2:
+        return content | {"schema": 3}
+    changed = dict(content) | {"schema": 3}
     for field, renew in (
         ("parameters", _parameters),
         ("environment", lambda card: _renamed(card, _ENVIRONMENT)),

@@ -20,13 +20,13 @@ from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics import settings
 from lib.measure.metrics.busy import withhold_if_busy
-from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration
 from lib.report.records.refutation import Refutation
 from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
 
-SCHEMA: Literal[2] = 2
+SCHEMA: Literal[3] = 3
 SCRAP = "record"
 MOST_NOTEBOOKS = 400
 ADDED_BY_RUNNER = ("status", "reason", "key", "started", "seconds", "process", "log")
@@ -66,11 +66,13 @@ class Process(BaseModel):
 class Record(BaseModel):
     """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`.
 
-    `dimensions` are those that were requested; None where all four were: only such a record is complete.
+    `dimensions` are those that were requested; None where all four were: only such a record is complete. `primaries`
+    are the measurements (metric, workload) that the template declared to carry each dimension's word; what really
+    carried it stands in the verdict.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    schema_version: Literal[2] = Field(SCHEMA, alias="schema")
+    schema_version: Literal[3] = Field(SCHEMA, alias="schema")
     optimization: str
     model: str
     scale: str
@@ -83,6 +85,7 @@ class Record(BaseModel):
     seconds: float | None = None
     parameters: dict[str, Any] = {}
     environment: dict[str, Any] = {}
+    primaries: dict[Dimension, tuple[str, str]] = {}
     measurements: list[Measurement] = []
     controls: list[Control] = []
     refutations: list[Refutation] = []
@@ -109,6 +112,7 @@ def build(
     environment: Mapping[str, Any] | None = None,
     *,
     refutations: Iterable[Refutation] = (),
+    primaries: Mapping[str, tuple[str, str]] | None = None,
     status: Status = "ok",
     reason: str | None = None,
 ) -> Record:
@@ -116,11 +120,16 @@ def build(
 
     Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
     model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here. On
-    a machine that was too busy nothing timed is judged.
-    `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON.
+    a machine that was too busy nothing timed is judged. `primaries` declares which (metric, workload) carries each
+    dimension's word (`lib.report.records.primary`). `status="not_applicable"` or `"failed"` needs a `reason`. Raises
+    TypeError for a value that has no place in JSON, ValueError for a primary that is no metric of its dimension.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
+    declared = dict(primaries or {})
+    for dimension, (metric, _) in declared.items():
+        if dimension not in DIMENSIONS or (metric in METRICS and METRICS[metric].dimension != dimension):
+            raise ValueError(f"primaries: {metric} is no metric of {dimension}")
     requested = settings.requested_dimensions()
     wanted = requested or DIMENSIONS
     withheld = withhold_if_busy(withhold_if_invalid(list(measurements)))
@@ -141,9 +150,10 @@ def build(
         environment=codec.decode(codec.encode(_as_mapping(environment), "environment")),
         measurements=judged,
         controls=[control for control in all_controls if control.measurements or not requested],
+        primaries=cast(dict[Dimension, tuple[str, str]], declared),
         refutations=list(refutations),
         details=codec.decode(codec.encode(dict(details or {}), "details")),
-        verdict=judge(judged, status, reason, requested),
+        verdict=judge(judged, status, reason, requested, declared),
     )
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.measurement import Measurement
-from lib.report.text.quantities import figures, interval, times
+from lib.report.text.quantities import figures, interval
+from lib.report.text.sentence import ratio
 from lib.report.text.wording import label, signed, words
 
 Outcome = Literal["refuted", "not refuted", "cannot tell"]
@@ -60,9 +61,9 @@ def by_verdict(
         reason = measurement.reason if measurement is not None and measurement.reason else "not measured"
         return decide(claim, None, reason)
     verdict = measurement.verdict
-    low, high = measurement.ci or (None, None)
-    evidence = f"{label(measurement.metric)} [{measurement.workload}] {times(measurement.ratio)}"
-    evidence += f" ({interval(low, high)}), {words(verdict)}" if measurement.ci else f", {words(verdict)}"
+    shown, ends = ratio(measurement.ratio, *(measurement.ci or (None, None)))
+    evidence = f"{label(measurement.metric)} [{measurement.workload}] {shown}"
+    evidence += f" ({ends}), {words(verdict)}" if ends else f", {words(verdict)}"
     return decide(claim, True if verdict in refuted else False if verdict in upheld else None, evidence)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
+from lib.report.text import sentence
 from lib.report.text.quantities import DASH, interval, quantity, share, times
 from lib.report.text.wording import label, one_line, signed, untagged
 
@@ -18,7 +19,9 @@ COLUMNS = (
 
 def row(measurement: Measurement) -> dict[str, str]:
     """Return one measurement as text, by column, plus `dimension`, `name` (its stem), `source` and `reason`."""
-    form = ".3f" if measurement.ratio is not None and abs(measurement.ratio - 1) < 0.1 else ".2f"
+    ratio, ends = sentence.ratio(measurement.ratio, *(measurement.ci or (None, None)))
+    if measurement.ratio is None:  # then the interval is of the optimized value
+        ends = interval(*measurement.ci, form=".3g") if measurement.ci else ""
     return {
         "dimension": measurement.dimension,
         "metric": label(measurement.metric),
@@ -26,21 +29,26 @@ def row(measurement: Measurement) -> dict[str, str]:
         "workload": measurement.workload,
         "baseline": quantity(measurement.baseline, measurement.unit),
         "optimized": quantity(measurement.optimized, measurement.unit),
-        "ratio": times(measurement.ratio),
-        "95 % interval": interval(*measurement.ci, form=form if measurement.ratio is not None else ".3g")
-        if measurement.ci
-        else DASH,
+        "ratio": ratio,
+        "95 % interval": ends or DASH,
         "noise floor": share(measurement.noise_floor),
         "MDE": share(measurement.mde),
         "n": DASH if measurement.n is None else str(measurement.n),
         "verdict": signed(measurement.verdict),
         "provenance": measurement.provenance,
         "source": one_line(measurement.source, 400),
-        "reason": one_line(measurement.reason, 400) if measurement.reason else "",
+        "reason": one_line(_reason(measurement), 400),
         "state": measurement.verdict,
         "predicted": times(measurement.predicted) if measurement.predicted else "",
         "realised": share(measurement.realised) if measurement.realised is not None else "",
     }
+
+
+def _reason(measurement: Measurement) -> str:
+    """Return a measurement's own reason, and which gate kept an inconclusive one from being called."""
+    gate = sentence.why(measurement) if measurement.verdict == "inconclusive" else ""
+    own = measurement.reason or ""
+    return "; ".join(dict.fromkeys(part for part in (gate, own.rstrip(".") if gate else own) if part))
 
 
 def rows(measurements: Iterable[Measurement]) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from lib.report.records.record import Record
 
 PATH = Path(__file__).resolve().parent / "schemas" / "results.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-VERSION = 2  # of the result files, whose records are of `lib.report.records.record.SCHEMA`
+VERSION = 3  # of the result files, whose records are of `lib.report.records.record.SCHEMA`
 KINDS = ("comprehensive", "enhanced", "all", "complete")
 TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
 PROVENANCE = {"enum": ["measured", "derived", "estimated"]}
@@ -67,6 +67,10 @@ def document() -> dict[str, Any]:
         optimization=TEXT, model=TEXT, effort=TEXT, status=TEXT, reason=_maybe(TEXT), key=_maybe(TEXT),
         started=_maybe(TEXT), seconds=_maybe(NUMBER), verdict=_to("Verdict"), headlines=_list(headline),
     )  # fmt: skip
+    defs["Cell"] = _object(
+        optimization=TEXT, model=TEXT, dimension={"enum": list(DIMENSIONS)}, metric=_maybe(TEXT), workload=_maybe(TEXT),
+        recorded=TEXT, p=_maybe(NUMBER), q=_maybe(NUMBER), word=TEXT, reason=_maybe(TEXT),
+    )  # fmt: skip
     defs["Aggregate"] = _object(
         optimization=TEXT, metric=TEXT, dimension={"enum": list(DIMENSIONS)}, models=_list(TEXT),
         geometric_mean_gain=NUMBER, least=NUMBER, most=NUMBER, verdicts=_map(COUNT), provenance=PROVENANCE,
@@ -76,11 +80,16 @@ def document() -> dict[str, Any]:
         optimization=TEXT, model=TEXT, status=TEXT, numbers=_map(COUNT), provenance=_map(COUNT), controls=COUNT
     )
     parts = {"records": _list(_to("Record")), "curves": _list(_to("Curve")), "without_curve": _map(TEXT)}
-    parts |= {"runs": _list(_to("Run")), "aggregate": _list(_to("Aggregate")), "coverage": _list(_to("Coverage"))}
+    parts |= {
+        "runs": _list(_to("Run")),
+        "cells": _list(_to("Cell")),
+        "aggregate": _list(_to("Aggregate")),
+        "coverage": _list(_to("Coverage")),
+    }
     holds = {
         "comprehensive": ("records",),
         "enhanced": ("curves", "without_curve"),
-        "all": ("runs", "aggregate"),
+        "all": ("runs", "cells", "aggregate"),
         "complete": tuple(parts),
     }
     for kind, names in holds.items():

@@ -7,7 +7,8 @@ that the figure was drawn from. Knows no optimization; what only one of them dra
 import re
 from typing import TYPE_CHECKING
 
-from lib.report.text.quantities import counted, interval, times
+from lib.report.text.quantities import counted, times
+from lib.report.text.sentence import ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +46,9 @@ def forest(frame: "pd.DataFrame") -> str:
         return two(first, "An interval that crosses the line shows neither an effect nor that there is none.")
     largest = judged.iloc[int((judged["gain"].astype(float) - 1).abs().argmax())]
     known = largest.gain_low == largest.gain_low  # not NaN
-    spread = f" ({interval(largest.gain_low, largest.gain_high)})" if known else ""
-    return two(first, f"The largest change is {largest.label} at {times(largest.gain)}{spread}; above 1 is better.")
+    shown, ends = ratio(largest.gain, *((largest.gain_low, largest.gain_high) if known else (None, None)))
+    spread = f" ({ends})" if ends else ""
+    return two(first, f"The largest change is {largest.label} at {shown}{spread}; above 1 is better.")
 
 
 def bound(frame: "pd.DataFrame") -> str:

@@ -15,6 +15,7 @@ SIGNS = {
     "worse": "▼",
     "not_maintained": "✗",
     "invalid": "!",
+    "not_exercised": "○",
     "unavailable": "–",
     "informative": "·",
     "ok": "✓",
@@ -48,12 +49,14 @@ _LABELS = {
     "weights_bytes": "weights in memory",
     "checkpoint_bytes": "checkpoint on disk",
     "peak_memory_bytes": "peak memory",
+    "peak_tensor_bytes": "peak of live tensors",
     "peak_memory_after_load_bytes": "peak memory after load",
     "peak_memory_above_start_bytes": "peak memory above start",
     "peak_tensor_bytes": "peak of live tensors",
     "kv_cache_bytes_per_token": "KV cache",
     "energy_joules_per_token": "energy",
     "energy_above_idle_joules_per_token": "energy above idle",
+    "cpu_seconds_per_token": "processor time per token",
     "tokens_per_joule": "tokens for the energy",
     "cpu_seconds_per_token": "processor time",
     "model_flops_utilisation": "model FLOPs utilisation",
@@ -82,6 +85,14 @@ def title(stem: str) -> str:
     words = [_SPELLED.get(word, word) for word in stem.split("_")]
     words[0] = words[0][:1].upper() + words[0][1:]
     return " ".join(words)
+
+
+def model_title(stem: str) -> str:
+    """Return a model's stem as its name is written: `qwen3-coder-30b` → `Qwen3-Coder-30B`."""
+    words = [
+        _SPELLED.get(word) or (word.upper() if word[:1].isdigit() else word.capitalize()) for word in stem.split("-")
+    ]
+    return "-".join(words)
 
 
 def label(metric: str) -> str:

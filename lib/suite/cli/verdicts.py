@@ -13,9 +13,12 @@ SHOWN = 40
 def check(folder: Path, everything: bool = False) -> int:
     """Print the table of points; return 0 where all hold, 1 where one falls short."""
     from lib.report.analysis import acceptance as checks
+    from lib.report.records import stand_in
 
     if not result_folder.present(Folder(folder)):
         raise UserError(f"{folder}: holds no record; build first: python build.py")
+    if about := stand_in.of_folder(folder):
+        print(about)
     points = checks.check(folder, plan.optimizations(), plan.models(folder.name))
     for line in checks.table(points, most=10**6 if everything else 4):
         print(line)
@@ -27,12 +30,17 @@ def check(folder: Path, everything: bool = False) -> int:
 def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     """Print what changed between two result sets; return 1 where a primary metric became worse, 0 otherwise."""
     from lib.report.analysis import compare as comparing
+    from lib.report.records import stand_in
 
     (old_title, before), (new_title, after) = (
         build_history.result_set(old, folder),
         build_history.result_set(new, folder),
     )
     changes = comparing.compare(before, after)
+    known_sizes = stand_in.sizes([*before, *after])
+    for scale in sorted({run.scale for run in [*before, *after]}):
+        if about := stand_in.several(scale, known_sizes):
+            print(about)
     print(f"old: {old_title}\nnew: {new_title}")
     known = [c for c in changes if c.reason or c.verdict]
     shown = [c for c in known if everything or c.verdict in ("worse", "better", "inconclusive")]
@@ -53,15 +61,15 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
 
 
 def _line(change) -> str:
-    from lib.report.text.quantities import interval, times
+    from lib.report.text.sentence import ratio
     from lib.report.text.wording import label, signed
 
     name = f"{change.optimization}--{change.model}: {label(change.metric)} [{change.workload}]"
     if change.reason:
         return f"· not comparable  {name}: {change.reason}"
     p = "" if change.p is None else f", p {change.p:.3g}{' corrected' if change.primary else ''}"
-    spread = "" if change.low == change.high else f" ({interval(change.low, change.high, '.3f')})"
-    return f"{signed(change.verdict):15} {name}: {times(change.ratio)}{spread}{p}; {change.how}"
+    shown, ends = ratio(change.ratio, *((None, None) if change.low == change.high else (change.low, change.high)))
+    return f"{signed(change.verdict):15} {name}: {shown}{f' ({ends})' if ends else ''}{p}; {change.how}"
 
 
 def _reasons(changes) -> list[tuple[str, int]]:

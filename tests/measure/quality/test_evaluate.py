@@ -58,8 +58,9 @@ def test_resampled_scores_are_scikit_learns_on_resampled_items():
 def test_same_answers_are_maintained_with_enough_items_and_inconclusive_with_few():
     few, many = classified(48, 0.9), classified(400, 0.9)
     other_few, other_many = (replace(arm, scores_NL=arm.scores_NL + 0.01) for arm in (few, many))
-    score = by_name(evaluate.compare_classified(few, other_few))["f1_macro"]
-    assert score.verdict == "inconclusive" and "about 149" in score.reason
+    scores = by_name(evaluate.compare_classified(few, other_few))
+    assert scores["f1_macro"].verdict == scores["accuracy"].verdict == "inconclusive"
+    assert "about 149" in scores["accuracy"].reason
     assert by_name(evaluate.compare_classified(many, other_many))["f1_macro"].verdict == "maintained"
     assert by_name(evaluate.compare_classified(few, few))["accuracy"].verdict == "maintained"
 
@@ -99,6 +100,7 @@ def test_non_inferiority_errs_as_rarely_as_it_says():
             drawn,
             n=1200,
             to_wrong=int(((base_N == truth_N) & (opt_N != truth_N)).sum()),
+            to_right=int(((base_N != truth_N) & (opt_N == truth_N)).sum()),
             margin=true_loss,
             source="simulation",
         )

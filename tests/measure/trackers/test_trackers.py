@@ -53,6 +53,7 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
         assert card[name], name
     assert 0 < card["memory_given_bytes"] <= card["memory_bytes"]
     assert (card["weights_hash"], card["data_hash"], card["jobs_beside"]) == ("w", "d", 1)
+    assert card["parameters"] == sum(p.numel() for p in tiny("qwen3-coder-30b").parameters())
     assert set(card["energy"]) == {"counter", "missing"} and bool(
         card["energy"]["counter"] or card["energy"]["missing"]
     )

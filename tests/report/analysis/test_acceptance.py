@@ -97,8 +97,15 @@ DAMAGE = {
         _drop("decode_tokens_per_second"), "comparable across models", "without metrics that other models have: decode",
     ),
     "slower": (
-        _both("prefill_tokens_per_second", "performance", "worse", "mixed", ratio=0.8, ci=[0.78, 0.82]),
-        "performance maintained or improved", "mixed: prefill ▼ 0.80× (0.78–0.82)",
+        _both("prefill_tokens_per_second", "performance", "worse", "worse", ratio=0.8, ci=[0.78, 0.82]),
+        "performance maintained or improved", "worse: prefill ▼ 0.800× (0.780–0.820)",
+    ),
+    "a loss beside the gain": (
+        lambda c: c["verdict"]["losses"].append({
+            "dimension": "performance", "metric": "decode_tokens_per_second", "workload": "decode", "verdict": "worse",
+            "p": 0.01,
+        }),
+        "performance maintained or improved", "better, but another measurement lost: prefill ▲",
     ),
     "speed that cannot be told": (
         lambda c: (
@@ -112,15 +119,16 @@ DAMAGE = {
         "accuracy maintained or improved", "not maintained: F1 ✗ −0.2 points (lower bound −4.0, margin 2)",
     ),
     "quality that cannot be told": (
-        _both("retrieval_exact_match", "accuracy", "inconclusive", "inconclusive"),
-        "accuracy maintained or improved", "inconclusive: retrieval ?",
+        _both("f1_macro", "accuracy", "inconclusive", "inconclusive"),
+        "accuracy maintained or improved", "inconclusive: F1 ?",
     ),
     "a verdict that its numbers do not carry": (
         _set("prefill_tokens_per_second", verdict="worse"),
         "verdicts follow from the numbers", "performance is recorded as",
     ),
     "better, with an interval that holds no change": (
-        _set("prefill_tokens_per_second", ci=[0.9, 1.4]), "verdicts follow from the numbers", "holds no change",
+        _set("prefill_tokens_per_second", ci=[0.9, 1.4]), "verdicts follow from the numbers",
+        "stored as better, its fields make it inconclusive",
     ),
     "an interval upside down": (
         _set("prefill_tokens_per_second", ci=[1.3, 1.1]), "verdicts follow from the numbers", "upside down",
@@ -132,7 +140,15 @@ DAMAGE = {
         _verdict(resources="equivalent"), "verdicts follow from the numbers", "resources is recorded as equivalent",
     ),
     "maintained beyond the margin": (
-        _set("f1_macro", bound=-0.05), "verdicts follow from the numbers", "beyond the margin 0.02",
+        _set("f1_macro", bound=-0.05), "verdicts follow from the numbers",
+        "stored as maintained, its fields make it inconclusive",
+    ),
+    "another carrier than the numbers say": (
+        lambda c: c["verdict"]["carried_by"]["accuracy"].update(metric="retrieval_exact_match", workload="generate"),
+        "verdicts follow from the numbers", "what carries its words",
+    ),
+    "words of an earlier rule": (
+        lambda c: c["verdict"].update(carried_by={}), "verdicts follow from the numbers", "as in earlier schemas",
     ),
     "an unlabelled number": (
         _set("weights_bytes", provenance=None), "every number has its provenance", "weights_bytes [load]: provenance",

@@ -84,12 +84,65 @@ def test_counted_numbers_and_intervals():
         ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "another environment: cpu"),
         ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "another environment: threads None, 4"),
         ({"scale": "slice"}, "another scale"),
+        ({"parameters": {"model": "m", "seed": 1}}, "another parameter: seed 0, 1"),
+        ({"environment": samples.ENVIRONMENT | {"jobs_beside": 1}}, "another number of jobs beside: 0, 1"),
+        ({"process": samples.process(5).model_copy(update={"jobs_side_by_side": 2})}, "jobs side by side: 1, 2"),
+        ({"details": {"stack": {"value": ["b"]}}}, "another choice: stack ['a'], ['b']"),
         ({"status": "failed", "reason": "x"}, "failed in the new set"),
     ],
 )
 def test_what_cannot_be_compared_says_why(fields, told):
-    changes = compare.compare([_whole()], [_changed(_whole(1), **fields)])
+    stack = {"stack": {"value": ["a"]}}
+    old = _changed(_whole(), details=stack, environment=samples.ENVIRONMENT | {"jobs_beside": 0})
+    changes = compare.compare([old], [_changed(_changed(_whole(1), details=stack), **fields)])
     assert changes and all(change.verdict == "not comparable" and told in change.reason for change in changes)
+
+
+def test_what_only_one_side_knows_does_not_differ():
+    old = _changed(_whole(), parameters={"seed": 0, "new_knob": 3}, details={"stack": {"value": ["a"]}})
+    assert any(not change.reason for change in compare.compare([old], [_changed(_whole(1), details={})]))
+
+
+@pytest.mark.parametrize("n", [None, 1])
+def test_a_single_reading_is_never_a_regression(n):
+    def peak(value: float):
+        read = measurement.counted("peak_memory_bytes", "generate", 1e8, value, "VmHWM, read once", "measured")
+        return read.model_copy(update={"n": n})
+
+    change = _sets(_with(_whole(), peak(1e8)), _with(_whole(1), peak(2e8)))["peak_memory_bytes", "generate"]
+    assert change.primary and change.verdict == "inconclusive" and not change.regression and "read once" in change.how
+    better = _sets(_with(_whole(), peak(2e8)), _with(_whole(1), peak(1e8)))["peak_memory_bytes", "generate"]
+    assert better.verdict == "inconclusive"
+
+
+def test_answers_that_were_the_same_and_are_no_longer_are_compared():
+    same = samples.scored("f1_macro", 0.91, 0.91, "maintained").model_copy(update={"ci": None, "bound": -0.008})
+    lost = samples.scored("f1_macro", 0.91, 0.80, "not_maintained", 0.01)
+    key = "f1_macro", "classify"
+    assert _sets(_with(_whole(), same), _with(_whole(1), lost))[key].regression
+    assert _sets(_with(_whole(), same), _with(_whole(1), same))[key].verdict == "equivalent"
+    one_model = same.model_copy(update={"bound": None})
+    assert _sets(_with(_whole(), one_model), _with(_whole(1), one_model))[key].verdict == "equivalent"
+
+
+def test_estimates_and_what_was_not_exercised_are_not_compared():
+    energy = samples.paired("energy_joules_per_token", 1.2).model_copy(update={"provenance": "estimated"})
+    idle = samples.scored("f1_macro", 0.91, 0.91, "not_exercised").model_copy(update={"reason": "never acted"})
+    changes = _sets(_with(_with(_whole(), energy), idle), _with(_with(_whole(1), energy), idle))
+    assert changes["energy_joules_per_token", "prefill"].reason == "an estimate is never judged"
+    assert changes["f1_macro", "classify"].reason == "not exercised in the old set"
+
+
+def test_what_differs_between_processes_is_part_of_the_uncertainty():
+    """Blocks agree within a process, but the stored floor says that processes differ by more than the change."""
+    key = "prefill_tokens_per_second", "prefill"
+    old, new = _whole(spread=0.002), _whole(1, 1.14, spread=0.002)
+    assert _sets(old, new)[key].verdict == "worse"
+    for run in (old, new):
+        for m in run.measurements:
+            m.noise_floor = 0.06 if m.metric == key[0] else m.noise_floor
+    change = _sets(old, new)[key]
+    assert change.verdict == "inconclusive" and change.low < 0.9 and change.high > 1
 
 
 def test_metrics_that_cannot_be_compared_say_why():

@@ -23,7 +23,7 @@ def test_each_number_keeps_its_scale_and_label():
     (line,) = cross_scale.table(both()).values.tolist()
     assert line[:2] == ["Structured pruning", samples.MODELS[1]]
     assert "−0.4 points" in line[2].replace("-", "−") and "maintained" in line[2] and "measured" in line[2]
-    assert line[3].startswith("▲ 1.62× (") and "better" in line[3]
+    assert line[3].startswith("▲ 1.620× (") and "better" in line[3]
     assert line[4].startswith("· 1.2") and "derived" in line[4] and "informative" in line[4]
     heads = list(cross_scale.table(both()).columns)
     assert "(proxy)" in heads[2] and "(slice)" in heads[3]

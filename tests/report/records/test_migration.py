@@ -91,9 +91,10 @@ def test_the_check_does_not_call_an_old_record_unsound(folder):
 
 @pytest.mark.parametrize(
     "content",
-    [None, [], {}, {"schema": 3}, {"schema": 1, "measurements": [1, {"metric": 2}], "controls": [None, {}, 3],
+    [None, [], {}, {"schema": 4}, {"schema": 2, "verdict": 3},
+     {"schema": 1, "measurements": [1, {"metric": 2}], "controls": [None, {}, 3],
                                    "parameters": [], "environment": "x", "process": 4}],
 )  # fmt: skip
 def test_what_is_no_record_is_left_to_the_reader(content):
     upgraded = migration.upgrade(content)
-    assert upgraded == (content | {"schema": 2} if content and content.get("schema") == 1 else content)
+    assert upgraded == (content | {"schema": 3} if content and content.get("schema") in (1, 2) else content)

@@ -102,7 +102,7 @@ def test_a_notebook_without_a_record_has_none(tmp_path):
         ('{"schema": 1, "optimi', "not JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
-        ('{"schema": 3}', "schema 3, expected 2"),
+        ('{"schema": 4}', "schema 4, expected 3"),
         ('{"schema": 2}', '"optimization": field required'),
         ('{"schema": 1}', '"optimization": field required'),
         ('{"schema": 1, "measurements": [1], "controls": 2, "parameters": []}', "not a record"),

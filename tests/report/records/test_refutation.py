@@ -38,7 +38,7 @@ def test_an_interval_refutes_only_where_all_of_it_lies_below(low, high, outcome)
 def test_a_verdict_is_an_answer(verdict, outcome):
     answer = refutation.by_verdict(CLAIM, samples.timed("prefill_tokens_per_second", 1.31, verdict=verdict))
     assert answer.outcome == outcome
-    assert answer.evidence == f"prefill rate [prefill] 1.31× (1.28–1.34), {verdict}"
+    assert answer.evidence == f"prefill rate [prefill] 1.310× (1.280–1.340), {verdict}"
 
 
 def test_what_was_not_measured_cannot_tell_and_says_why():

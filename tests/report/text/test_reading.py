@@ -45,7 +45,7 @@ def test_a_forest_names_its_largest_change():
     timed = whole[whole["metric"] == "prefill_tokens_per_second"]
     assert reading.forest(timed) == (
         "1 of 1 ratio differs from 1 by more than the noise and the margin. "
-        "The largest change is prefill rate at 1.31× (1.28–1.34); above 1 is better."
+        "The largest change is prefill rate at 1.310× (1.280–1.340); above 1 is better."
     )
     assert "No ratio" in reading.forest(tables.tidy([]))
 

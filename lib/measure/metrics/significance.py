@@ -1,0 +1,92 @@
+"""How likely a stored result would be by chance: p-values from ratio, interval and number of samples, and Holm's
+correction. Knows nothing of how a number was made.
+
+A record stores intervals, not p-values; they are inverted. The standard error is the distance from the estimate to the
+end of the interval that lies nearer to the null hypothesis, in units of Student's quantile behind that interval: p is
+below 0.05 exactly where the 95 % interval excludes the null hypothesis, however lopsided it is. For a score the null
+hypothesis of a loss is the margin, as for its verdict; everywhere else it is "no change".
+"""
+
+import math
+from collections.abc import Sequence
+
+from scipy.special import stdtr, stdtrit
+
+from lib.measure.metrics.measurement import Measurement
+
+LEVEL = 0.05
+SINGLE = (None, 1)  # numbers of samples that tell nothing of chance
+
+
+def p_value(measurement: Measurement) -> float | None:
+    """Return the two-sided p of a measurement; None where it has no interval (counted, read once, equal answers) or one
+    without width.
+    """
+    known = gains(measurement)
+    if known is None or measurement.n in SINGLE:
+        return None
+    gain, low, high = known
+    if low is None or high is None or high <= low:
+        return None
+    null = 0.0
+    if measurement.dimension == "accuracy" and gain < 0:
+        null = -_margin(measurement)
+    beyond = gain - null if gain > 0 else null - gain
+    error = gain - low if gain > 0 else high - gain
+    if beyond <= 0:
+        return 1.0
+    if error <= 0 or math.isinf(error):
+        return 0.0 if error <= 0 else 1.0
+    freedom = _freedom(measurement)
+    quantile = float(stdtrit(freedom, 1 - LEVEL / 2))
+    return min(1.0, 2 * float(stdtr(freedom, -beyond / error * quantile)))
+
+
+def gains(measurement: Measurement) -> tuple[float, float | None, float | None] | None:
+    """Return (gain, low, high), above 0 is better: a logarithm of the ratio, for scores with an absolute margin the
+    difference in the metric's unit. None where there is no change to speak of.
+    """
+    base, value, ci = measurement.baseline, measurement.optimized, measurement.ci
+    sign = 1.0 if measurement.higher_is_better else -1.0
+    if measurement.dimension == "accuracy" and measurement.metric != "perplexity":
+        if base is None or value is None:
+            return None
+        # Without a baseline above zero the interval is of `optimized` itself.
+        ends = [end * (base or 1.0) - base for end in ci] if ci else [None, None]
+        return _turned(value - base, ends, sign)
+    ratio = measurement.ratio
+    if ratio is None or ratio <= 0:
+        return None
+    return _turned(
+        math.log(ratio), [math.log(end) if end > 0 else -math.inf for end in ci] if ci else [None, None], sign
+    )
+
+
+def _turned(change: float, ends: Sequence[float | None], sign: float) -> tuple[float, float | None, float | None]:
+    low, high = ends
+    if low is None or high is None:
+        return sign * change, None, None
+    turned = sorted((sign * low, sign * high))
+    return sign * change, turned[0], turned[1]
+
+
+def _margin(measurement: Measurement) -> float:
+    margin = measurement.margin or 0.0
+    return math.log1p(margin) if measurement.metric == "perplexity" else margin
+
+
+def _freedom(measurement: Measurement) -> int:
+    """Return the degrees of freedom behind the interval: processes where it is over processes, else samples."""
+    processes = getattr(measurement, "processes", None) or 1
+    return (processes if processes >= 3 else measurement.n or 2) - 1
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected over all of them (Holm 1979, A simple sequentially rejective multiple test
+    procedure)."""
+    ranked = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, at in enumerate(ranked):
+        largest = max(largest, min(1.0, p_values[at] * (len(p_values) - rank)))
+        corrected[at] = largest
+    return corrected

@@ -1,0 +1,112 @@
+"""What still stands when a whole set is looked at: the share of false discoveries among the primary measurements.
+
+Of many cells some are called better or worse by chance. In each dimension the p-values of all primaries
+(`lib.measure.metrics.significance`) are corrected by Benjamini and Hochberg's procedure (1995, Controlling the false
+discovery rate), so that among the cells called in that dimension at most one in twenty is expected to be false. A cell
+whose q lies above that is shown as inconclusive, with that reason; the run's own record keeps its word.
+
+Primaries without spread (counted, or equal answers) leave nothing to chance and are no part of a family. `maintained`
+and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lib.measure.metrics import significance
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.report.records.record import Record
+
+LEVEL = 0.05
+CALLS = ("better", "worse", "not_maintained")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A dimension of a run: what carries it, the word of its record, p and q (None: nothing left to chance), the word
+    that holds for the set, and why that is another one.
+    """
+
+    optimization: str
+    model: str
+    dimension: str
+    metric: str | None
+    workload: str | None
+    recorded: str
+    p: float | None
+    q: float | None
+    word: str
+    reason: str | None
+
+
+def cells(records: Sequence[Record]) -> list[Cell]:
+    """Return the cells of all measured records, by dimension, then in the order of the records."""
+    return [cell for dimension in DIMENSIONS for cell in _family(records, dimension)]
+
+
+def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
+    members = [record for record in records if record.status == "ok"]
+    p_values = [_p(record, dimension) for record in members]
+    tested = [p for p in p_values if p is not None]
+    corrected = iter(q_values(tested))
+    found = []
+    for record, p in zip(members, p_values):
+        q = None if p is None else next(corrected)
+        carrier = record.verdict.carried_by.get(dimension)
+        word = recorded = getattr(record.verdict, dimension)
+        reason = None
+        if q is not None and q > LEVEL and recorded in CALLS:
+            word = "inconclusive"
+            reason = f"q {q:.2g} over the {len(tested)} primaries of {dimension}: not beyond chance among so many"
+        metric, workload = (carrier.metric, carrier.workload) if carrier else (None, None)
+        about = record.optimization, record.model, dimension, metric, workload
+        found.append(Cell(*about, recorded, p, q, word, reason))
+    return found
+
+
+def _p(record: Record, dimension: str) -> float | None:
+    carrier = record.verdict.carried_by.get(dimension)
+    if carrier is None:
+        return None
+    pair = (carrier.metric, carrier.workload)
+    member = next((m for m in record.measurements if (m.metric, m.workload) == pair), None)
+    return None if member is None else significance.p_value(member)
+
+
+def q_values(p_values: Sequence[float]) -> list[float]:
+    """Return Benjamini and Hochberg's adjusted p-values, in the order given."""
+    if not p_values:
+        return []
+    from scipy.stats import false_discovery_control
+
+    return [float(q) for q in false_discovery_control(p_values, method="bh")]
+
+
+def settled(records: Sequence[Record]) -> list[Record]:
+    """Return the records with the words that hold for the set; those whose words stand are returned as they are.
+
+    Where a word is withheld, its measurement is inconclusive too, and the sentence says so.
+    """
+    withheld: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells(records):
+        if cell.word != cell.recorded:
+            withheld.setdefault((cell.optimization, cell.model), []).append(cell)
+    return [
+        _settled(record, changed) if (changed := withheld.get((record.optimization, record.model))) else record
+        for record in records
+    ]
+
+
+def _settled(record: Record, changed: Sequence[Cell]) -> Record:
+    verdict = record.verdict
+    words = {cell.dimension: cell.word for cell in changed}
+    reasons = {cell.dimension: cell.reason for cell in changed}
+    said = " ".join(f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed)
+    update = words | {"reasons": verdict.reasons | reasons, "sentence": f"{verdict.sentence} {said}".strip()}
+    carriers = {(cell.metric, cell.workload): cell.reason for cell in changed}
+    measurements = [
+        m.model_copy(update={"verdict": "inconclusive", "reason": carriers[m.metric, m.workload]})
+        if (m.metric, m.workload) in carriers
+        else m
+        for m in record.measurements
+    ]
+    return record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})

@@ -1,0 +1,104 @@
+"""Which measurement carries a dimension's word, and which losses stand beside it.
+
+A template declares one primary (metric, workload) per dimension, before anything is measured. Its verdict is the
+dimension's word. Where it cannot carry (missing, estimated, described only, not exercised), the first of `PREFERRED`
+that can takes its place, and the reason is kept. A derived number never carries where a measured one can, an estimated
+one never does.
+
+All other judged measurements are guards: a loss among them counts only where it is beyond margin and floor (its own
+verdict says so) and significant after Holm's correction over all guards of the record
+(`lib.measure.metrics.significance`). What was counted, and so has no spread, needs no correction. A gain among the
+guards never upgrades anything. Knows no files and no words.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from lib.measure.metrics import significance
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+
+Pair = tuple[str, str]  # metric, workload
+PREFERRED = {
+    "performance": (
+        "goodput_requests_per_second", "prefill_tokens_per_second", "decode_tokens_per_second",
+        "batch_decode_tokens_per_second", "generate_tokens_per_second", "requests_per_second", "attention_ms",
+        "time_to_first_token_ms", "time_per_output_token_ms",
+    ),
+    "accuracy": ("perplexity", "f1_macro", "retrieval_exact_match", "accuracy"),
+    "resources": ("peak_tensor_bytes", "peak_memory_bytes", "checkpoint_bytes", "weights_bytes",
+                  "kv_cache_bytes_per_token", "parameters"),
+    "efficiency": ("energy_joules_per_token", "cpu_seconds_per_token", "decode_bytes_per_token",
+                   "prefill_flops_per_token"),
+}  # fmt: skip
+# One quantity is judged once: the metric on the left is the one on the right, written another way.
+TWINS = {
+    "time_to_first_token_ms": "prefill_tokens_per_second",
+    "time_per_output_token_ms": "decode_tokens_per_second",
+    "tokens_per_joule": "energy_joules_per_token",
+}
+SILENT = ("unavailable", "informative", "not_exercised")
+LOSSES = ("worse", "not_maintained")
+
+
+def carrier(
+    measurements: Sequence[Measurement], dimension: str, declared: Pair | None = None
+) -> tuple[Measurement | None, str | None]:
+    """Return the measurement that carries a dimension, and why it is not the declared one (None: it is, or none was
+    declared). The measurement is None where nothing can carry.
+    """
+    members = [m for m in measurements if m.dimension == dimension]
+    able = [m for m in members if _can_carry(m)]
+    able = [m for m in able if m.provenance == "measured"] or able
+    chosen = next((m for m in able if (m.metric, m.workload) == declared), None)
+    if chosen is not None or declared is None:
+        return chosen or _first(able, dimension), None
+    same = [m for m in able if m.metric == declared[0]]
+    return _first(same or able, dimension), _why_not(members, declared, bool(able))
+
+
+def _can_carry(measurement: Measurement) -> bool:
+    if measurement.verdict in (*SILENT, "invalid") or measurement.provenance == "estimated":
+        return False
+    return measurement.ratio is not None or (measurement.dimension == "accuracy" and measurement.optimized is not None)
+
+
+def _first(members: Sequence[Measurement], dimension: str) -> Measurement | None:
+    order = {name: rank for rank, name in enumerate(PREFERRED[dimension])}
+    return min(members, key=lambda m: order.get(m.metric, len(order)), default=None)
+
+
+def _why_not(members: Sequence[Measurement], declared: Pair, others: bool) -> str:
+    member = next((m for m in members if (m.metric, m.workload) == declared), None)
+    if member is None:
+        return "it was not measured"
+    if member.provenance == "estimated":
+        return "an estimate is never judged"
+    if member.provenance == "derived" and member.verdict not in SILENT and others:
+        return "it is derived, and a measured number is there"
+    return member.reason or f"its verdict is {member.verdict.replace('_', ' ')}"
+
+
+def losses(
+    measurements: Sequence[Measurement], carriers: Mapping[str, Measurement | None]
+) -> list[tuple[Measurement, float | None]]:
+    """Return the guards' losses that count, each with its p after Holm's correction over the record (None: counted,
+    without spread), in the order of the dimensions.
+    """
+    there = {m.metric for m in measurements if m.verdict not in SILENT}
+    guards = [
+        m
+        for m in measurements
+        if _can_carry(m) and m is not carriers.get(m.dimension) and TWINS.get(m.metric) not in there
+    ]
+    tested = [(m, p) for m in guards if (p := significance.p_value(m)) is not None]
+    corrected = dict(zip((id(m) for m, _ in tested), significance.holm([p for _, p in tested])))
+    counted = [(m, corrected.get(id(m))) for m in guards if m.verdict in LOSSES]
+    found = [(m, p) for m, p in counted if (_without_spread(m) if p is None else p < significance.LEVEL)]
+    return sorted(found, key=lambda loss: DIMENSIONS.index(loss[0].dimension))
+
+
+def _without_spread(measurement: Measurement) -> bool:
+    """Whether chance has no part in a number: it was counted, or every sample of it was the same."""
+    if measurement.n in significance.SINGLE:
+        return measurement.provenance == "derived"
+    return measurement.ci is not None and measurement.ci[0] == measurement.ci[1]

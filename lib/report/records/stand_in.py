@@ -1,0 +1,114 @@
+"""What a result at scale `proxy` or `slice` is a result of, said before the result: a stand-in, not the model it is
+named after.
+
+The number of parameters is the record's own. Works on records and on their plain JSON, and loads next to nothing, so
+that the command line can say it too.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.report.text.quantities import quantity
+from lib.report.text.wording import model_title
+
+TRANSFERS = (
+    "What transfers: how a mechanism works, what it is compared with, and shares (of weights, bytes, operations). What "
+    "does not: absolute speed, and the quality of the real model."
+)
+OF_A_SLICE = (
+    "What transfers: speed and bytes of these blocks. What does not: anything about answers, and the time of the whole "
+    "model."
+)
+PROXY, SLICE = "proxy", "slice"
+BEGINNING = ("A stand-in", "Stand-ins")
+
+
+def size(record: Any) -> float | None:
+    """Return the parameters of a record's baseline, from a Record or its plain JSON; None where it does not say."""
+    content = record if isinstance(record, Mapping) else {
+        "environment": record.environment,
+        "measurements": [{"metric": m.metric, "baseline": m.baseline} for m in record.measurements],
+    }  # fmt: skip
+    known = (content.get("environment") or {}).get("parameters")
+    if known:
+        return float(known)
+    counts = (m.get("baseline") for m in content.get("measurements") or [] if m.get("metric") == "parameters")
+    return next((float(count) for count in counts if count), None)
+
+
+def sizes(records: Iterable[Any]) -> dict[str, float | None]:
+    """Return model → parameters of its baseline, for every model of the records."""
+    found: dict[str, float | None] = {}
+    for record in records:
+        model = record["model"] if isinstance(record, Mapping) else record.model
+        if found.setdefault(model, None) is None:
+            found[model] = size(record)
+    return dict(sorted(found.items()))
+
+
+def one(scale: str, model: str, parameters: float | None) -> str:
+    """Return what a run at this scale ran on, as a sentence; empty for the real model."""
+    name = model_title(model)
+    if scale == SLICE:
+        return f"The first blocks of {name} at their real dimensions, with random weights; not {name}. {OF_A_SLICE}"
+    if scale != PROXY:
+        return ""
+    of = f" of {quantity(parameters, 'parameters')} parameters" if parameters else ""
+    what = f"A stand-in{of} with {name}'s architecture, trained on a small corpus and synthetic tasks; not {name}."
+    return f"{what} {TRANSFERS}"
+
+
+def several(scale: str, known: Mapping[str, float | None]) -> str:
+    """Return what the runs of a set ran on, as sentences; empty for real models and where nothing ran.
+
+    `known` is model → parameters (`sizes`).
+    """
+    if len(known) == 1:
+        return one(scale, *next(iter(known.items())))
+    names = [model_title(model) for model in known]
+    if scale == SLICE and names:
+        return f"The first blocks at real dimensions, with random weights; not {_either(names)}. {OF_A_SLICE}"
+    if scale != PROXY or not names:
+        return ""
+    listed = [
+        model_title(model) + (f" ({quantity(count, 'parameters')} parameters)" if count else "")
+        for model, count in known.items()
+    ]
+    what = f"Stand-ins with the architectures of {_and(listed)}, trained on a small corpus and synthetic tasks"
+    return f"{what}; not the models they are named after. {TRANSFERS}"
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def on(scale: str, model: str, parameters: float | None) -> str:
+    """Return the model's name in a title: of a stand-in that it is one, and its size."""
+    if scale == SLICE:
+        return f"the first blocks of {model_title(model)}"
+    if scale != PROXY:
+        return model
+    size_of = f" ({quantity(parameters, 'parameters')} parameters)" if parameters else ""
+    return f"a stand-in for {model_title(model)}{size_of}"
+
+
+def of_folder(folder: Path) -> str:
+    """Return what the runs in a result folder ran on, from the JSON files alone; empty where there is none to read."""
+    known: dict[str, float | None] = {}
+    scale = ""
+    for path in sorted(Path(folder).glob("*--*.json")):
+        model = path.name.removesuffix(".json").split("--", 1)[1]
+        if known.get(model) is not None:
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            scale, known[model] = content["scale"], size(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return several(scale, dict(sorted(known.items())))

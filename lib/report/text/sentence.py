@@ -1,0 +1,253 @@
+"""A measurement as a clause of a sentence: by how much, with its interval, or why nothing can be said.
+
+Digits follow the interval, and the signs of an interval are those of the quantity that is named: of a reduction that is
+a reduction. Knows no record and no dimension's verdict.
+"""
+
+import math
+import re
+
+from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality.noninferiority import SAME
+from lib.report.text.quantities import figures, places, share, signed, times, with_ends
+from lib.report.text.wording import label, one_line, words
+
+# How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.
+COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
+DURATIONS = (
+    "time_to_first_token_ms", "time_per_output_token_ms", "attention_ms", "feed_forward_ms", "latency_p50_ms",
+    "latency_p95_ms", "latency_p99_ms", "first_call_ms", "load_seconds", "settling_seconds",
+    "objective_missed_seconds", "swap_ms",
+)  # fmt: skip
+PLURAL = ("weights_bytes", "parameters", "active_parameters", "tokens_per_joule", "flips", "flips_to_wrong",
+          "flips_to_right", "same_answers", "batch_rows")  # fmt: skip
+SUBJECTS = {
+    "prefill_tokens_per_second": "prefill",
+    "decode_tokens_per_second": "decode",
+    "batch_decode_tokens_per_second": "batched decode",
+    "generate_tokens_per_second": "generation",
+    "f1_macro": "F1",
+    "retrieval_exact_match": "retrieval",
+    "weights_bytes": "weights",
+    "energy_joules_per_token": "energy per token",
+    "kv_cache_bytes_per_token": "KV cache per token",
+    "decode_bytes_per_token": "memory traffic per decoded token",
+    "prefill_flops_per_token": "compute per prefill token",
+}
+FIRST_INTERVAL = re.compile(r"\((?=[−+]?\d[\d.]*(?:–| to )[^()]*\))")
+
+
+def subject(measurement: Measurement) -> str:
+    """Return what a sentence is about: `prefill` for a rate, the label otherwise."""
+    return SUBJECTS.get(measurement.metric, label(measurement.metric))
+
+
+def gain(measurement: Measurement) -> tuple[float | None, float | None, float | None]:
+    """Return ratio and interval turned so that above 1 is better; None where there is no ratio."""
+    if not measurement.ratio or measurement.ratio < 0:
+        return None, None, None
+    low, high = measurement.ci or (None, None)
+    if measurement.higher_is_better:
+        return measurement.ratio, low, high
+    return 1 / measurement.ratio, (1 / high if high else None), (1 / low if low else None)
+
+
+def change(measurement: Measurement) -> tuple[float, float | None, float | None, str] | None:
+    """Return the change against the baseline with its interval, and its unit: points for a share, else per cent.
+
+    None where nothing can be compared.
+    """
+    base, value, ci = measurement.baseline, measurement.optimized, measurement.ci
+    if measurement.dimension == "accuracy" and measurement.unit == "share" and base is not None and value is not None:
+        # Without a baseline above zero the interval is of the optimized arm itself.
+        low, high = ((end - 1) * base if base else end for end in ci) if ci else (None, None)
+        ends = (None, None) if low is None or high is None else (100 * low, 100 * high)
+        return 100 * (value - base), *ends, "points"
+    if measurement.ratio is None:
+        return None
+    low, high = ((end - 1) * 100 for end in ci) if ci else (None, None)
+    return (measurement.ratio - 1) * 100, low, high, "%"
+
+
+def clause(measurement: Measurement) -> str:
+    """Return a measurement as a clause."""
+    say = {"performance": _speed, "accuracy": _quality}.get(measurement.dimension, _amount)
+    return say(measurement)
+
+
+def same_answers(measurement: Measurement) -> bool:
+    """Whether a score is of two arms that gave the same answers to every item."""
+    return measurement.dimension == "accuracy" and measurement.source.startswith(SAME)
+
+
+def why(measurement: Measurement) -> str:
+    """Return why a measurement is inconclusive, not judged or missing; empty where it is neither.
+
+    Of an inconclusive effect that is: which gate held (interval, floor or margin), unless its own reason says more.
+    """
+    if measurement.verdict in ("better", "worse", "equivalent", "maintained", "not_maintained"):
+        return ""
+    if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
+        return clipped(measurement.reason)
+    if measurement.provenance == "estimated":
+        return "an estimate is never judged"
+    if measurement.verdict == "informative":
+        if measurement.reason:
+            return clipped(measurement.reason)
+        listed = METRICS[measurement.metric]
+        return "it describes only" if listed.margin is None else "it was read once"
+    if measurement.dimension == "accuracy" or getattr(measurement, "disturbed", None):
+        return clipped(measurement.reason)
+    return gate(measurement) or clipped(measurement.reason)  # a reason from outside: the set it stands in
+
+
+def gate(measurement: Measurement) -> str:
+    """Return which gate kept an effect from being called: the interval, the practical margin or the noise floor."""
+    if measurement.ratio is None or measurement.ratio <= 0 or measurement.margin is None:
+        return ""
+    effect, margin = abs(math.log(measurement.ratio)), math.log1p(measurement.margin)
+    low, high = measurement.ci or (measurement.ratio, measurement.ratio)
+    if low <= 1 <= high:
+        return "the interval holds no change"
+    if effect <= margin:
+        return f"within the margin of {share(measurement.margin)}, which the interval leaves"
+    if measurement.noise_floor is not None and effect <= measurement.noise_floor:
+        return f"within the noise floor of {share(measurement.noise_floor)}"
+    return ""
+
+
+def clipped(text: str | None) -> str:
+    """Return a reason on one line, without its full stop."""
+    return one_line(text or "no reason was recorded").rstrip(".")
+
+
+def _estimate(measurement: Measurement) -> list[str]:
+    return ["estimated"] if measurement.provenance == "estimated" else []
+
+
+def _noted(*parts: str) -> str:
+    """Return the parts in parentheses, or nothing."""
+    known = ", ".join(part for part in parts if part)
+    return f" ({known})" if known else ""
+
+
+def ratio(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
+    """Return a ratio as `1.31×`, and its interval; the digits are those that the interval deserves."""
+    if value is None:
+        return times(None), ""
+    text, ends = with_ends(value, low, high)
+    return (times(value) if text is None else f"{text}×"), ends
+
+
+def _speed(measurement: Measurement) -> str:
+    """Return a change of speed: by what factor, with its interval, or that it cannot be decided."""
+    name, known = subject(measurement), gain(measurement)
+    better, worse = _comparatives(measurement)
+    noun = f"{name} speed" if better == "faster" else name
+    if measurement.verdict == "worse":
+        value, low, high = known
+        turned = (1 / value if value else None, 1 / high if high else None, 1 / low if low else None)
+        text, ends = ratio(*turned)
+        return f"{name} is {text} {worse}{_noted(ends or 'no interval', *_estimate(measurement))}"
+    text, ends = ratio(*known)
+    noted = _noted(ends or "no interval", *_estimate(measurement))
+    if measurement.verdict == "better":
+        return f"{name} is {text} {better}{noted}"
+    if measurement.verdict == "equivalent":
+        return f"{noun} is equivalent at {text}{noted}"
+    if measurement.verdict == "inconclusive":
+        least = f"detectable from {share(measurement.mde)}" if measurement.mde else ""
+        noted = _noted(ends or "no interval", *_estimate(measurement), least)
+        return f"{noun} is inconclusive at {text}{noted}: {why(measurement)}"
+    return f"{noun} is at {text}, not judged{noted}: {why(measurement)}"
+
+
+def _comparatives(measurement: Measurement) -> tuple[str, str]:
+    """Return what a better and a worse value of a metric of speed are called."""
+    if measurement.metric in COUNTED_PER_SECOND:
+        return "higher", "lower"
+    return ("shorter", "longer") if measurement.metric in DURATIONS else ("faster", "slower")
+
+
+def _amount(measurement: Measurement) -> str:
+    """Return a change of an amount (bytes, joules, FLOPs): by how much it fell or rose, with the interval of that."""
+    known = change(measurement)
+    start = f"{subject(measurement)} {'are' if measurement.metric in PLURAL else 'is'}"
+    if known is None:
+        return f"{start} without a ratio"
+    value, low, high, _ = known
+    if measurement.verdict in ("inconclusive", "equivalent") or value == 0:
+        text, ends = with_ends(value, low, high, 0, signs=True)
+        shown = f"{text or signed(value)} %"
+        noted = [f"{ends} %" if ends else "", *_estimate(measurement)]
+        if measurement.verdict == "inconclusive":
+            return f"{start} inconclusive at {shown}{_noted(*noted)}: {why(measurement)}"
+        return f"{start} unchanged{_noted(shown if value or ends else '', *noted)}"
+    names = ("smaller", "larger") if measurement.unit in ("bytes", "parameters") else ("lower", "higher")
+    if value < 0:  # the interval of a reduction is that of the reduction
+        size, ends_of = -value, (None if high is None else -high, None if low is None else -low)
+    else:
+        size, ends_of = value, (low, high)
+    text, ends = with_ends(size, *ends_of, neutral=0)
+    shown = share(size / 100) if text is None else f"{text} %"
+    spread = _noted(f"{ends} %" if ends else "", *_estimate(measurement))
+    reason = f", not judged: {why(measurement)}" if measurement.verdict == "informative" else ""
+    return f"{start} {shown} {names[value > 0]}{spread}{reason}"
+
+
+def _quality(measurement: Measurement) -> str:
+    """Return whether quality was maintained: the difference, its bound or interval, and the margin."""
+    verb = "are" if measurement.metric in PLURAL else "is"
+    word = {"informative": "not judged", "equivalent": "maintained"}.get(
+        measurement.verdict, words(measurement.verdict)
+    )
+    reason = why(measurement)
+    reason = f": {reason}" if reason and reason != "no reason was recorded" else ""
+    start = f"{subject(measurement)} {verb} {word}"
+    if measurement.verdict == "not_exercised":
+        return f"{start}{reason}"
+    if same_answers(measurement):
+        items = f"{SAME}, {measurement.n} items" if measurement.n else SAME
+        return f"{start} ({items}){reason}"
+    value, spread = score(measurement)
+    return f"{start}{_noted(value, *spread)}{reason}"
+
+
+def score(measurement: Measurement) -> tuple[str, list[str]]:
+    """Return the change of a score as text, and what it is judged by: bound and margin, or else its interval."""
+    known = change(measurement)
+    if known is None:
+        return (figures(measurement.optimized) if measurement.optimized is not None else "", [])
+    value, low, high, unit = known
+    if measurement.bound is None and low is not None and high is not None:
+        text, ends = with_ends(value, low, high, 0, signs=True)
+        return f"{text} {unit}", [f"{ends} {unit}", *_margin(measurement)]
+    half = abs(value - 100 * measurement.bound) if measurement.bound is not None else 0.0
+    digits = min(places(value - half, value + half), 2) if half else 1
+    text = f"{signed(value, f'.{digits}f')} {unit}"
+    return text, [*_bound(measurement, digits), *_margin(measurement)]
+
+
+def _bound(measurement: Measurement, digits: int) -> list[str]:
+    """Return the one-sided bound in words, rounded away from the change."""
+    if measurement.bound is None:
+        return []
+    sign = "" if measurement.unit == "share" else " %"
+    side = "lower" if measurement.higher_is_better else "upper"
+    scale = 10.0**digits
+    turn = math.floor if side == "lower" else math.ceil
+    nudge = 1e-6 if side == "lower" else -1e-6
+    outer = turn(100 * measurement.bound * scale + nudge) / scale
+    return [f"{side} bound {signed(outer, f'.{digits}f')}{sign}"]
+
+
+def _margin(measurement: Measurement) -> list[str]:
+    """Return the margin in words: the measurement's own, since a run may set one that is not in the list."""
+    sign = "" if measurement.unit == "share" else " %"
+    return [] if measurement.margin is None else [f"margin {100 * measurement.margin:g}{sign}"]
+
+
+def name_first_interval(text: str) -> str:
+    """Return a sentence whose first interval in parentheses says what it is."""
+    return FIRST_INTERVAL.sub("(95 % interval ", text, count=1)

@@ -1,0 +1,132 @@
+"""The edges of a judgement of quality: no flips, few flips, rare classes, items that share a source."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from lib.measure.quality import evaluate, noninferiority
+from lib.measure.quality.evaluate import Answers, Retrieved
+from tests.measure.quality.test_evaluate import by_name, classified
+
+
+def _exact(count: int, n: int, level: float) -> float:
+    return float(beta.ppf(1 - level, count + 1, n - count))
+
+
+@pytest.mark.parametrize("n", [16, 48, 149, 400])
+def test_an_unseen_loss_of_one_class_is_clopper_and_pearsons(n):
+    assert noninferiority.unseen_loss([n], 0.05) == pytest.approx(_exact(0, n, 0.05), abs=1e-9)
+    equal = noninferiority.unseen_loss([n] * 8, 0.05)  # classes of equal size are one share
+    assert equal == pytest.approx(_exact(0, 8 * n, 0.05), abs=1e-9)
+
+
+def test_an_unseen_loss_is_the_worst_that_no_flip_rules_out():
+    """Against a search: no shares of flips that leave 5 % for seeing none cost more than the bound, some as much."""
+    counts, level = np.array([3, 40, 60]), 0.05
+    bound = noninferiority.unseen_loss(counts.tolist(), level)
+    drawn_RC = np.random.default_rng(0).dirichlet(np.ones(3), 20000) * -math.log(level)
+    losses = (1 - np.exp(-drawn_RC / counts)).mean(1)
+    assert losses.max() <= bound + 1e-9 and losses.max() == pytest.approx(bound, rel=0.02)
+    assert bound > 3 * noninferiority.unseen_loss([103], level)  # the rare class weighs more than a share would
+
+
+def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
+    common = classified(400, 1.0)
+    rare = replace(common, truth_N=np.where(np.arange(400) < 4, 7, np.arange(400) % 7))
+    rare = replace(rare, chosen_N=rare.truth_N.copy())
+    other = replace(rare, scores_NL=rare.scores_NL + 0.1)
+    scores = by_name(evaluate.compare_classified(rare, other))
+    assert scores["accuracy"].verdict == "maintained" and scores["recall_macro"].verdict == "inconclusive"
+    assert scores["recall_macro"].bound < scores["accuracy"].bound
+    even = by_name(evaluate.compare_classified(common, replace(common, scores_NL=common.scores_NL + 0.1)))
+    assert even["f1_macro"].verdict == even["accuracy"].verdict == "maintained"
+
+
+def test_same_answers_have_no_interval_and_say_how_many():
+    base = classified(48, 0.9)
+    for other, verdict in ((replace(base, scores_NL=base.scores_NL + 0.1), "inconclusive"), (base, "maintained")):
+        score = by_name(evaluate.compare_classified(base, other))["accuracy"]
+        assert score.verdict == verdict and score.ci is None and score.source.startswith("same answers, 48 items")
+        assert score.mde is None or score.mde > 0.02
+    assert "about 149 would show it maintained" in by_name(evaluate.compare_classified(base, replace(
+        base, scores_NL=base.scores_NL + 0.1)))["accuracy"].reason  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3, 20])
+def test_the_smallest_loss_that_would_be_found_is_never_zero(wrong):
+    base = classified(200, 1.0)
+    other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
+    other.chosen_N[:wrong] = (base.truth_N[:wrong] + 1) % 8
+    other.chosen_N[wrong:wrong] = 0
+    for score in evaluate.compare_classified(base, other)[:4]:
+        assert score.mde > score.margin
+
+
+def test_a_few_gains_are_as_uncertain_as_a_few_losses():
+    """Three answers that became right are no proof of a gain, as three that became wrong are none of a loss."""
+    good = classified(60, 1.0)
+    bad = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
+    bad.chosen_N[:3] = (good.truth_N[:3] + 1) % 8
+    lost, won = (by_name(evaluate.compare_classified(*pair))["accuracy"] for pair in ((good, bad), (bad, good)))
+    ends = [np.array(m.ci) * m.baseline - m.baseline for m in (lost, won)]
+    assert ends[0] == pytest.approx(-ends[1][::-1], abs=0.004)  # mirrored, but for the bootstrap's own scatter
+    assert ends[1][0] < 0.03 and won.verdict != "better"
+
+
+def test_the_two_sided_interval_has_the_two_sided_bound():
+    none, n = np.zeros(400), 60
+    options = {"n": n, "to_wrong": 0, "to_right": 0, "source": "simulation"}
+    score = noninferiority.score("accuracy", "classify", 0.9, 0.9, none, **options)
+    assert score.bound == pytest.approx(-_exact(0, n, 0.05))
+    assert score.ci[0] * 0.9 - 0.9 == pytest.approx(-_exact(0, n, 0.025))
+    assert score.ci[1] * 0.9 - 0.9 == pytest.approx(_exact(0, n, 0.025))
+
+
+def _shared(chance, sources: int, each: int, loss: float):
+    """Return (truth, baseline, optimized, source): all items of a source flip together, a share `loss` of sources."""
+    source_N = np.repeat(np.arange(sources), each)
+    truth_N = np.arange(len(source_N)) % 2
+    flips_N = (chance.random(sources) < loss)[source_N]
+    return truth_N, truth_N, np.where(flips_N, 1 - truth_N, truth_N), source_N
+
+
+def test_items_of_one_source_are_drawn_together():
+    """The true loss is the margin, all items of a source flip together: only drawing sources keeps the level."""
+    chance, wrong = np.random.default_rng(1), {"items": 0, "sources": 0}
+    for trial in range(200):
+        truth_N, base_N, opt_N, source_N = _shared(chance, 40, 20, 0.2)
+        for kind, of in (("items", None), ("sources", source_N)):
+            drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 2, 400, trial, of)["accuracy"]
+            to_wrong = int((opt_N != truth_N).sum())
+            score = noninferiority.score(
+                "accuracy", "classify", 1.0, 1 - to_wrong / len(truth_N), drawn, n=len(truth_N), to_wrong=to_wrong,
+                to_right=20, margin=0.2, source="simulation",
+            )  # fmt: skip
+            wrong[kind] += score.verdict in ("maintained", "better")
+    assert wrong["sources"] <= 20 < wrong["items"]
+
+
+def test_windows_of_one_document_are_drawn_together():
+    chance = np.random.default_rng(2)
+    document_N = np.repeat(np.arange(8), 8)
+    losses = chance.normal(4, 0.1, 64)
+    changed = losses + chance.normal(0, 0.05, 8)[document_N]
+    alone = noninferiority.perplexity(losses, changed, source="64 windows")
+    together = noninferiority.perplexity(losses, changed, source="64 windows", source_N=document_N)
+    assert together.ci[1] - together.ci[0] > 2 * (alone.ci[1] - alone.ci[0]) and "8 documents" in together.source
+    few = noninferiority.perplexity(losses[:40], changed[:40], source="40 windows", source_N=document_N[:40])
+    assert few.verdict == "inconclusive" and "5 documents are too few" in few.reason and few.ci is None
+
+
+def test_a_workload_in_which_nothing_acted_is_not_exercised():
+    base = classified(400, 0.9)
+    all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
+    answers = Answers([base], None, all_right)
+    changed = Answers([base], None, none_right, idle=frozenset({"classify"}))
+    metrics = by_name(evaluate.compare(answers, changed))
+    assert metrics["f1_macro"].verdict == metrics["accuracy"].verdict == "not_exercised"
+    assert "never acted on these prompts" in metrics["f1_macro"].reason and metrics["f1_macro"].ci is None
+    assert metrics["flips"].verdict == "informative" and metrics["retrieval_exact_match"].verdict == "not_maintained"
