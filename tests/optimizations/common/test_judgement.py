@@ -11,7 +11,7 @@ SCORE = measurement.informative("f1_macro", "classify", 0.9, 0.8, "planted")
 def test_what_has_degenerated_shows_no_number(monkeypatch):
     arms = []
 
-    def evaluate(loaded, effort, *, model=None, seed):
+    def evaluate(loaded, effort, *, seed, model=None, acted=None):
         arms.append(model)
         return model
 
