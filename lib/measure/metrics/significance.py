@@ -77,7 +77,7 @@ def _margin(measurement: Measurement) -> float:
 
 def _freedom(measurement: Measurement) -> int:
     """Return the degrees of freedom behind the interval: processes where it is over processes, else samples."""
-    processes = getattr(measurement, "processes", None) or 1
+    processes = measurement.processes or 1
     return (processes if processes >= 3 else measurement.n or 2) - 1
 
 

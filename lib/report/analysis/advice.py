@@ -14,7 +14,7 @@ from lib.errors import UserError, suggest
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import facts, reproduce
 from lib.report.records.record import Record
-from lib.report.records.verdict import gain
+from lib.report.text.sentence import gain
 
 Decision = Literal["use", "do not use", "undecided", "not applicable"]
 ORDER: tuple[Decision, ...] = ("use", "undecided", "do not use", "not applicable")

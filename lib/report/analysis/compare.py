@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lib.measure.metrics import significance
+from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.measurement import Measurement, unavailable
 from lib.report.records.record import Record
 from lib.report.text.wording import one_line
 
@@ -95,10 +96,22 @@ def _records(key: tuple[str, str], old: Record | None, new: Record | None) -> li
     reason = _unlike(old, new)
     if old and new and not reason and old.key and (old.key, old.started) == (new.key, new.started):
         return [Change(*key, "all", "", "not comparable", False, reason="the same run, kept from the older build")]
-    before, after = ({(m.metric, m.workload): m for m in (r.measurements if r else [])} for r in (old, new))
+    before, after = (_by_name(record) for record in (old, new))
     if reason and not (before or after):
         return [Change(*key, "all", "", "not comparable", False, reason=reason)]
     return [_measurements(key, name, before.get(name), after.get(name), reason) for name in {**before, **after}]
+
+
+def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
+    """Return (metric, workload) → measurement; of a busy machine, what was timed is not there to be compared."""
+    members = record.measurements if record else []
+    busy = why_busy(members)
+    timed = [m for m in members if m.noise_floor is not None and m.dimension in ("performance", "efficiency")]
+    kept = {(m.metric, m.workload): m for m in members}
+    if busy:
+        why = f"the machine was busy: {busy}"
+        kept |= {(m.metric, m.workload): unavailable(m.metric, m.workload, why) for m in timed}
+    return kept
 
 
 def _unlike(old: Record | None, new: Record | None) -> str:
@@ -187,8 +200,6 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
     for measurement, side in ((old, "old"), (new, "new")):
         if measurement.verdict == "not_exercised":
             return f"not exercised in the {side} set"
-        if getattr(measurement, "disturbed", None):
-            return f"the machine was busy in the {side} set"
     if old.provenance == new.provenance == "estimated":
         return "an estimate is never judged"
     if old.provenance != new.provenance:
@@ -251,8 +262,7 @@ def _error(measurement: Measurement) -> float:
     deviation between processes, whichever is largest."""
     low, high = _ends(measurement) or (1.0, 1.0)
     by_ends = math.log(high / low) / 2 if low > 0 else 0.0
-    sigma = getattr(measurement, "process_sigma", None) or 0.0
-    sigma /= math.sqrt(getattr(measurement, "processes", None) or 1)
+    sigma = (measurement.process_sigma or 0.0) / math.sqrt(measurement.processes or 1)
     return max(by_ends / NORMAL, (measurement.noise_floor or 0.0) / NORMAL, sigma)
 
 

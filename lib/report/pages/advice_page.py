@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import write_atomically
-from lib.report.analysis import advice
+from lib.report.analysis import advice, discoveries
 from lib.report.analysis.advice import Advice
 from lib.report.pages.html import TEMPLATES
+from lib.report.records import stand_in
 from lib.report.records.record import Record
-from lib.report.records.verdict import gain
-from lib.report.text.quantities import figures, interval, times
+from lib.report.text.quantities import figures
+from lib.report.text.sentence import gain, ratio
 from lib.report.text.wording import label, title
 
 NAME = "advice.html"
@@ -28,18 +29,22 @@ def write(folder: Path, records: Sequence[Record]) -> Path:
 
 
 def text(records: Sequence[Record]) -> str:
-    """Return the page."""
+    """Return the page; the verdicts are those that hold for all records together."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    records = discoveries.settled(records)
     models = sorted({record.model for record in records})
+    scales = sorted({record.scale for record in records})
     return environment.get_template("advice.html.j2").render(
         rows=[row for model in models for keep in MARGINS for row in rows(records, model, keep)],
         models=models,
         goals=list(advice.GOALS),
         margins=[(keep, f"{100 * keep:g} points") for keep in MARGINS],
         usual=advice.KEEP,
-        scales=sorted({record.scale for record in records}),
+        scales=scales,
+        about=" ".join(stand_in.several(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales),
+        title="What to use on which model" + (", from stand-ins" if stand_in.PROXY in scales else ""),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "advice.js").read_text(encoding="utf-8"),
     )
@@ -67,9 +72,8 @@ def _row(model: str, keep: float, item: Advice) -> dict[str, Any]:
         "quality": ", ".join(_score(m) for m in item.quality),
     }
     if item.evidence:
-        value, low, high = gain(item.evidence.measurement)
-        ends = f" ({interval(low, high)})" if low and high else ""
-        row["numbers"] = f"{label(item.evidence.measurement.metric)} {times(value)}{ends}"
+        shown, ends = ratio(*gain(item.evidence.measurement))
+        row["numbers"] = f"{label(item.evidence.measurement.metric)} {shown}" + (f" ({ends})" if ends else "")
         row["where"] = item.evidence.where
     return row
 

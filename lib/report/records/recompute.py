@@ -4,25 +4,25 @@ Uses the rules by which verdicts are reached (`lib.measure`), on the fields of a
 model.
 """
 
-import math
 from collections.abc import Iterable
 
+from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.measurement import Measurement, judge_again
 from lib.measure.quality import noninferiority
 
 SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 
 
 def differences(measurements: Iterable[Measurement]) -> list[str]:
-    """Return a line for each measurement whose stored verdict is not the one that its fields make."""
-    return [line for m in measurements if (line := difference(m))]
+    """Return a line for each of a record's measurements whose stored verdict is not the one that the fields make."""
+    members = list(measurements)
+    made = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
+    return [line for stored, again in zip(members, withhold_if_busy(made)) if (line := _line(stored, again.verdict))]
 
 
-def difference(measurement: Measurement) -> str:
-    """Return where stored and recomputed verdict differ, or nothing."""
-    again = verdict(measurement)
-    if again is None or again == measurement.verdict:
+def _line(measurement: Measurement, again: str) -> str:
+    if again == measurement.verdict:
         return ""
     name = f"{measurement.metric} [{measurement.workload}]"
     stored, made = (word.replace("_", " ") for word in (measurement.verdict, again))
@@ -39,7 +39,8 @@ def verdict(measurement: Measurement) -> str | None:
         return noninferiority.judge_again(measurement)
     if measurement.ci is None:
         return _counted(measurement)
-    return _paired(measurement)
+    ruling = judge_again(measurement)
+    return None if ruling is None else ruling.verdict
 
 
 def _counted(measurement: Measurement) -> str | None:
@@ -52,16 +53,3 @@ def _counted(measurement: Measurement) -> str | None:
     if abs(change) <= margin * scale:
         return "equivalent"
     return "better" if (change > 0) == measurement.higher_is_better else "worse"
-
-
-def _paired(measurement: Measurement) -> str | None:
-    """Return the verdict on paired samples: interval, margin and noise floor."""
-    ratio, ci, margin, floor = measurement.ratio, measurement.ci, measurement.margin, measurement.noise_floor
-    if ratio is None or ratio <= 0 or ci is None or ci[0] <= 0 or margin is None or floor is None:
-        return None
-    if getattr(measurement, "disturbed", None):
-        return "inconclusive"
-    effect, low, high, threshold = math.log(ratio), math.log(ci[0]), math.log(ci[1]), math.log1p(margin)
-    if (low > 0 or high < 0) and abs(effect) > max(threshold, floor):
-        return "better" if (effect > 0) == measurement.higher_is_better else "worse"
-    return "equivalent" if low > -threshold and high < threshold else "inconclusive"

@@ -8,7 +8,7 @@ import math
 import re
 
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.measurement import Measurement, judge_again
 from lib.measure.quality.noninferiority import SAME
 from lib.report.text.quantities import figures, places, share, signed, times, with_ends
 from lib.report.text.wording import label, one_line, words
@@ -97,24 +97,10 @@ def why(measurement: Measurement) -> str:
             return clipped(measurement.reason)
         listed = METRICS[measurement.metric]
         return "it describes only" if listed.margin is None else "it was read once"
-    if measurement.dimension == "accuracy" or getattr(measurement, "disturbed", None):
-        return clipped(measurement.reason)
-    return gate(measurement) or clipped(measurement.reason)  # a reason from outside: the set it stands in
-
-
-def gate(measurement: Measurement) -> str:
-    """Return which gate kept an effect from being called: the interval, the practical margin or the noise floor."""
-    if measurement.ratio is None or measurement.ratio <= 0 or measurement.margin is None:
-        return ""
-    effect, margin = abs(math.log(measurement.ratio)), math.log1p(measurement.margin)
-    low, high = measurement.ci or (measurement.ratio, measurement.ratio)
-    if low <= 1 <= high:
-        return "the interval holds no change"
-    if effect <= margin:
-        return f"within the margin of {share(measurement.margin)}, which the interval leaves"
-    if measurement.noise_floor is not None and effect <= measurement.noise_floor:
-        return f"within the noise floor of {share(measurement.noise_floor)}"
-    return ""
+    ruling = None if measurement.disturbed else judge_again(measurement)
+    if ruling is not None and ruling.verdict == "inconclusive":
+        return clipped(ruling.reason)
+    return clipped(measurement.reason)  # of quality, or from outside: a busy machine, the set it stands in
 
 
 def clipped(text: str | None) -> str:

@@ -13,7 +13,8 @@ from lib.suite.store.result_folder import Folder
 
 def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: float, as_json: bool = False) -> int:
     """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model."""
-    from lib.report.analysis import advice
+    from lib.report.analysis import advice, discoveries
+    from lib.report.records import stand_in
     from lib.report.records.record import read_folder
 
     if not 0 <= keep < 1:
@@ -28,10 +29,13 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
             raise UserError(
                 f'no record of "{model}" in {folder}.{suggest(model, known) or " Known: " + ", ".join(known)}'
             )
+    records = discoveries.settled(records)
     found = {model: advice.advise(records, model, wanted, keep) for model in models or known}
     if as_json:
         print(json.dumps({model: [as_plain(row) for row in rows] for model, rows in found.items()}, indent=1))
         return 0
+    if about := stand_in.several(folder.name, stand_in.sizes(r for r in records if r.model in found)):
+        print(about)
     for model, rows in found.items():
         print(f"{model}, scale {folder.name}")
         for goal, group in groupby(rows, key=lambda row: row.goal):
@@ -66,16 +70,15 @@ def as_plain(row) -> dict[str, Any]:
 
 def _lines(row) -> list[str]:
     """Return one piece of advice in two or three lines."""
-    from lib.report.records.verdict import gain
-    from lib.report.text.quantities import interval, times
+    from lib.report.text.sentence import gain, ratio
     from lib.report.text.wording import label, title
 
     lines = [f"{row.decision}: {title(row.optimization)}: {row.reason}"]
     if row.evidence:
         m = row.evidence.measurement
-        value, low, high = gain(m)
-        ends = f" ({interval(low, high)})" if low and high else ""
-        lines.append(f"  {label(m.metric)} [{m.workload}] {times(value)}{ends}, {m.verdict}; {row.evidence.where}")
+        shown, ends = ratio(*gain(m))
+        ends = f" ({ends})" if ends else ""
+        lines.append(f"  {label(m.metric)} [{m.workload}] {shown}{ends}, {m.verdict}; {row.evidence.where}")
     scores = [f"{label(m.metric)} {m.verdict.replace('_', ' ')}" for m in row.quality]
     if scores:
         lines.append(f"  {', '.join(scores)}")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import busy, measurement
 from lib.measure.quality import evaluate, noninferiority
 from lib.report.records import lint, recompute
 from tests.measure.quality.test_evaluate import classified
@@ -56,7 +56,8 @@ def test_another_verdict_is_found(made):
             continue
         for word in (word for word in (scores if m.dimension == "accuracy" else others) if word != right):
             wrong = m.model_copy(update={"verdict": word})
-            assert recompute.difference(wrong).endswith(f"its fields make it {right.replace('_', ' ')}"), (m, word)
+            [line] = recompute.differences([wrong])
+            assert line.endswith(f"its fields make it {right.replace('_', ' ')}"), (m, word)
 
 
 def test_the_lint_of_a_record_names_it():
@@ -66,3 +67,15 @@ def test_the_lint_of_a_record_names_it():
     f1.bound = -0.05
     [line] = [line for line in lint.lint(run) if "f1_macro" in line]
     assert "stored as maintained, its fields make it inconclusive" in line
+
+
+def test_on_a_busy_machine_what_was_timed_is_inconclusive():
+    """One measurement was disturbed beyond repair: the others of the run are withheld, and the lint expects that."""
+    clear = samples.paired("prefill_tokens_per_second", 1.3)
+    disturbed = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
+        update={"disturbed": 4, "reason": "the machine was busy", "verdict": "inconclusive"}
+    )
+    assert [line.split(":")[0] for line in recompute.differences([clear, disturbed])] == [
+        "prefill_tokens_per_second [prefill]"
+    ]
+    assert recompute.differences(busy.withhold_if_busy([clear, disturbed])) == []

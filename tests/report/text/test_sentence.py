@@ -21,7 +21,7 @@ def test_the_interval_of_a_reduction_is_that_of_the_reduction():
 
 def test_an_undecided_change_keeps_its_signs_and_says_which_gate_held():
     text = sentence.clause(_amount(0.997, 0.97, 1.01, "inconclusive"))
-    assert "inconclusive at −0.3 % (−3.0 to +1.0 %)" in text and text.endswith(": the interval holds no change")
+    assert "inconclusive at −0.3 % (−3.0 to +1.0 %)" in text and ": the interval includes no difference" in text
     assert "unchanged (−0.3 %, −1.0 to +0.5 %)" in sentence.clause(_amount(0.997, 0.99, 1.005, "equivalent")).replace(
         "0.30 %", "0.3 %").replace("1.00", "1.0").replace("0.50", "0.5")  # fmt: skip
 
@@ -29,9 +29,9 @@ def test_an_undecided_change_keeps_its_signs_and_says_which_gate_held():
 @pytest.mark.parametrize(
     ("ratio", "half", "floor", "reason"),
     [
-        (1.05, 0.08, 0.01, "the interval holds no change"),
-        (1.015, 0.01, 0.001, "within the margin of 2.0 %"),
-        (1.06, 0.03, 0.08, "within the noise floor of 8.0 %"),
+        (1.05, 0.08, 0.01, "the interval includes no difference"),
+        (1.015, 0.01, 0.001, "within the practical margin of 2"),
+        (1.06, 0.03, 0.08, "within the noise floor of 8 %"),
     ],
 )
 def test_every_open_question_has_its_gate(ratio, half, floor, reason):
