@@ -143,8 +143,9 @@ def paired(metric: str, gain: float, spread: float = 0.01, workload: str = "pref
     baseline = [800 * chance.lognormvariate(0, 0.05) for _ in range(12)]
     optimized = [value * turned * chance.lognormvariate(0, spread) for value in baseline]
     return measurement.from_samples(
-        metric, workload, baseline, optimized, source="12 balanced AB/BA blocks, perf_counter", floor=0.008
-    )
+        metric, workload, baseline, optimized, source="12 balanced AB/BA blocks, perf_counter", floor=0.008,
+        process_sigma=0.0,
+    )  # fmt: skip
 
 
 def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002, seed: int = 0) -> Record:
