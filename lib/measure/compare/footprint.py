@@ -31,8 +31,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
     effort = settings.read(effort) if isinstance(effort, str) else effort
     if reason := saved.lack_of_room(baseline, optimized):
         return _in_place(baseline, optimized, effort, reason)
-    with saved.saved(baseline, optimized) as arms:
-        arms = [replace(arm, prompt_tokens=effort.prompt_tokens, new_tokens=effort.new_tokens) for arm in arms]
+    with saved.saved(baseline, optimized) as places:
+        arms = [replace(arm, prompt_tokens=effort.prompt_tokens, new_tokens=effort.new_tokens) for arm in places]
         sizes = [cost_model.checkpoint_bytes(str(arm.folder)) for arm in arms]
         peaks = memory.measurements(*memory.peaks(*arms, turns=turns(effort, arms[0].device)))
     source = "sizes of the saved files"

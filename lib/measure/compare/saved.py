@@ -29,13 +29,14 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
     their `transform`. Needs room on the temporary disk for both.
     """
     weight = next(baseline.parameters())
-    options = {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
+    dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / arm for arm in ("baseline", "optimized")]
         for model, place in zip((baseline, optimized), places):
             io.save(model, place)
         with parked(*zip((baseline, optimized), places)):
-            yield Arm(folder=str(places[0]), **options), Arm(folder=str(places[1]), **options)
+            first, second = (Arm(folder=str(place), dtype=dtype, device=device) for place in places)
+            yield first, second
 
 
 def lack_of_room(*models: nn.Module) -> str | None:

@@ -215,7 +215,8 @@ def from_samples(
     elif floor is not None:
         floor = math.hypot(floor, paired_stats.NORMAL * sigma)
     reason, mde = None, None
-    if floor is None or effect.n < paired_stats.MINIMUM_BLOCKS or margin is None:
+    fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
+    if floor is None or effect.n < fewest or margin is None:
         verdict: Verdict = "informative"
         if margin is not None:
             reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"

@@ -99,10 +99,7 @@ def move_heap(seed: int) -> list[object]:
 def import_architecture(arm: Arm) -> None:
     """Build the architecture once without weights, so that importing its code is not counted as the model's memory."""
     if arm.folder is not None:
-        path = Path(arm.folder) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{arm.folder}: no config.json; expected a checkpoint folder")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(_configuration(arm.folder).read_text(encoding="utf-8"))
         architecture = config.pop("model_type")
     else:
         assert arm.load is not None, "an arm needs a folder or a model to load"
@@ -111,8 +108,17 @@ def import_architecture(arm: Arm) -> None:
     io.build(config, architecture, device="meta")
 
 
+def _configuration(folder: str) -> Path:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; expected a checkpoint folder")
+    return path
+
+
 def load(arm: Arm) -> torch.nn.Module:
-    """Return the arm's model, with every page of its weights in memory."""
+    """Return the arm's model. Raises UserError where its folder holds none."""
+    if arm.folder is not None:
+        _configuration(arm.folder)
     if arm.opener:
         return named(arm.opener)(arm.folder, **arm.arguments)
     if arm.folder is not None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.measure.timing import children
 from lib.measure.timing.children import Arm as Arm
@@ -37,7 +37,8 @@ class Peak:
     `before_load_bytes` is the interpreter with its libraries and the architecture's code: the same in every arm, and
     most of the peak of a small model. `code_bytes` is by how much the resident pages of the libraries' files grew
     meanwhile: of the process, but not of the model. `tensor_bytes` is the peak of live tensors, None where it was not
-    counted. Times are of one fresh process: seconds to load, milliseconds of the first call.
+    counted; where it was, watching every operation has made the times longer. Times are of one fresh process: seconds
+    to load, milliseconds of the first call.
     """
 
     before_load_bytes: int | None
@@ -53,7 +54,9 @@ class Peak:
 
     @property
     def above_start_bytes(self) -> int | None:
-        """The peak minus what the process held before it loaded anything, and minus pages of code since then."""
+        """The peak minus what the process held before it loaded anything, and minus pages of code since then (which
+        may have come after the peak: a model of less than a megabyte can seem to take less than nothing).
+        """
         if self.peak_bytes is None:
             return None
         return self.peak_bytes - (self.before_load_bytes or 0) - self.code_bytes
@@ -78,8 +81,8 @@ class Peaks:
 
     @property
     def tensor_bytes(self) -> int | None:
-        """The peak of live tensors; the largest where the children differ, None where it was not counted."""
-        return max((n for reading in self.readings if (n := reading.tensor_bytes) is not None), default=None)
+        """The peak of live tensors, which one child counted; None where none did."""
+        return next((n for reading in self.readings if (n := reading.tensor_bytes) is not None), None)
 
     def values(self, name: str) -> list[float] | None:
         """Return a number of every reading, in turn; None where one lacks it."""
@@ -91,16 +94,22 @@ class Peaks:
         numbers = self.values(name)
         return None if numbers is None else median(numbers)
 
+    def times(self, name: str) -> list[float] | None:
+        """Return a time of every reading that was not watched, in turn; None where there is none, or one lacks it."""
+        free = [reading for reading in self.readings if reading.tensor_bytes is None] or self.readings
+        return Peaks(free).values(name)
+
 
 def peaks(*arms: Arm, turns: int | None = None) -> list[Peaks]:
     """Run each arm in `turns` fresh child processes, the arms taking turns, on the cores and threads of this process;
-    return what they read. The reading of a child that fails has nulls and the reason.
+    return what they read. In the first turn live tensors are counted. The reading of a child that fails has nulls and
+    the reason.
     """
     if reason := children.left_out():
         return [Peaks([failed(reason)]) for _ in arms]
     on_gpu = any(arm.device.startswith("cuda") for arm in arms)
     turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)
-    jobs = [{"arms": [asdict(arm)], "first": turn == 0} for turn in range(turns) for arm in arms]
+    jobs = [{"arms": [asdict(arm)], "watched": turn == 0} for turn in range(turns) for arm in arms]
     answers = children.run("lib.measure.trackers.memory_child", jobs, environment=SETTLED)
     readings = [failed(answer["failed"]) if "failed" in answer else Peak(**answer) for answer in answers]
     return [Peaks(readings[number :: len(arms)]) for number in range(len(arms))]
@@ -171,18 +180,11 @@ def _live_tensors(baseline: Peaks, optimized: Peaks, workload: str) -> "list[Mea
     base, opt = baseline.tensor_bytes, optimized.tensor_bytes
     if base is None or opt is None:
         return []
-    source = "bytes of all live tensors at the worst moment of load and workload, every operation watched in a child"
-    spread = max(_spread(baseline), _spread(optimized))
-    source += f", children differ by up to {spread} bytes" if spread else ", equal in all children"
+    source = "bytes of all live tensors at the worst moment of load and workload, a child whose operations are watched"
     if not _large(baseline):
         return [measurement.counted("peak_tensor_bytes", workload, base, opt, source, "measured")]
     reason = "the peak of the process is judged"
     return [measurement.informative("peak_tensor_bytes", workload, base, opt, source, reason=reason)]
-
-
-def _spread(arm: Peaks) -> int:
-    counted = [reading.tensor_bytes for reading in arm.readings if reading.tensor_bytes is not None]
-    return max(counted) - min(counted)
 
 
 def _process(
@@ -200,12 +202,12 @@ def _process(
         return measurement.unavailable(metric, workload, missing, source)
     before = optimized.median("before_load_bytes")
     source += f", {before / 2**20:.0f} MiB of it before load" if before and name != "above_start_bytes" else ""
-    if min(len(base), len(opt)) < 2 or min(*base, *opt) <= 0:
-        reason = shown or "read once: no interval"
-        return measurement.informative(metric, workload, median(base), median(opt), source, n=1, reason=reason)
-    turns = range(len(base))
+    count = len(base)
+    if count < 2 or min(*base, *opt) <= 0:
+        reason = shown or ("read once: no interval" if count < 2 else "a child held no more than before it loaded")
+        return measurement.informative(metric, workload, median(base), median(opt), source, n=count, reason=reason)
     judged = measurement.from_samples(
-        metric, workload, base, opt, source=source, floor=_floor(base), process=list(turns)
+        metric, workload, base, opt, source=source, floor=_floor(base), process=range(count)
     )
     return measurement.unjudged(judged, shown) if shown else judged
 
@@ -229,11 +231,10 @@ def _source(arm: Peaks) -> str:
 def _time(metric: str, name: str, workload: str, baseline: Peaks, optimized: Peaks) -> "Measurement":
     from lib.measure.metrics import measurement
 
-    base, opt = baseline.median(name), optimized.median(name)
+    base, opt = baseline.times(name), optimized.times(name)
     if base is None or opt is None:
         missing = baseline.reason or optimized.reason or "not timed"
         return measurement.unavailable(metric, workload, missing, _source(optimized))
-    count = len(baseline.readings)
-    samples: dict[str, Any] = {"baseline": baseline.values(name), "optimized": optimized.values(name)}
-    clock = f"median of {count} fresh child processes per arm, perf_counter; the allocator keeps no large blocks"
-    return measurement.informative(metric, workload, base, opt, clock, n=count, samples=samples)
+    clock = f"median of {len(base)} fresh child processes per arm, perf_counter; the allocator keeps no large blocks"
+    samples = {"baseline": base, "optimized": opt}
+    return measurement.informative(metric, workload, median(base), median(opt), clock, n=len(base), samples=samples)

@@ -1,15 +1,12 @@
 """The program in a child process of `lib.measure.trackers.memory`: loads and runs an arm, and answers with peaks of
-memory and times. No arm inherits memory from another.
-
-The workload is called once, as a process does it that starts; a second call, whose live tensors are counted, follows
-where the first was short or the child is its arm's first.
+memory and times. No arm inherits memory from another. The workload is called once, as in a process that starts.
 """
 
 import ctypes
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from lib.measure.timing.children import Arm
 from lib.measure.trackers.live_tensors import LiveTensors
 from lib.measure.trackers.memory import LARGE_BYTES, Peak
 
-LONG_SECONDS = 1.0  # after a first call that lasts longer there is no second
 MEMORY = Path("/proc/self")
 
 
@@ -72,11 +68,14 @@ def code_bytes() -> int:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load and run the job's arm in this process and return the fields of its `Peak`."""
     (fields,) = job["arms"]
-    return asdict(read(Arm(**fields), first=job["first"]))
+    return asdict(read(Arm(**fields), watched=job["watched"]))
 
 
-def read(arm: Arm, *, first: bool = True) -> Peak:
-    """Load and run `arm` in this process and return its peaks; `first`: count live tensors however long a call is."""
+def read(arm: Arm, *, watched: bool = True) -> Peak:
+    """Load and run `arm` in this process and return its peaks; `watched`: that of live tensors too.
+
+    These cannot be counted where weights are used in a mapped file, nor need they be where CUDA's allocator counts.
+    """
     on_gpu = arm.device.startswith("cuda")
     child.import_architecture(arm)
     if on_gpu:
@@ -94,7 +93,7 @@ def read(arm: Arm, *, first: bool = True) -> Peak:
         return size, scope + (", reset before load" if reset else ", which here cannot be reset: less what was before")
 
     code, (before, scope) = code_bytes(), peak()
-    live = None if on_gpu or arm.opener else LiveTensors()
+    live = LiveTensors() if watched and not on_gpu and not arm.opener else None
     start = time.perf_counter()
     with _watched(live):
         model = child.load(arm)
@@ -107,44 +106,40 @@ def read(arm: Arm, *, first: bool = True) -> Peak:
     after_load, _ = peak()
     if not on_gpu:
         _require_all(present, after_load, before)
-    work = child.workload(model, arm)
-    if work.prepare:
-        work.prepare()
-    start = time.perf_counter()
-    work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    first_call = time.perf_counter() - start
+    with _watched(live):
+        work = child.workload(model, arm)
+        if work.prepare:
+            work.prepare()
+        start = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        first_call_ms = 1000 * (time.perf_counter() - start)
     most, _ = peak()
-    code = 0 if on_gpu else code_bytes() - code
-    counted = live is not None and (first or first_call < LONG_SECONDS)
-    if counted:
-        with _watched(live):
-            if work.prepare:
-                work.prepare()
-            work()
     return Peak(
         before,
         after_load,
         most,
         scope,
         load_seconds,
-        1000 * first_call,
+        first_call_ms,
         weights_bytes=cost_model.weights_bytes(model),
-        code_bytes=code,
-        tensor_bytes=live.peak_bytes if live and counted else None,
+        # Without a reset the peak before loading may hide pages of code that came since.
+        code_bytes=code_bytes() - code if reset and not on_gpu else 0,
+        tensor_bytes=live.peak_bytes if live else None,
     )
 
 
 @contextmanager
 def _watched(live: LiveTensors | None) -> Iterator[None]:
-    """Count live tensors within, where they are counted; garbage is collected before and not meanwhile, since when
-    that happens is chance.
-    """
+    """Count live tensors within, where they are counted; no garbage is collected then: when that happens is chance."""
+    if live is None:
+        yield
+        return
     gc.collect()
     gc.disable()
     try:
-        with live or nullcontext():
+        with live:
             yield
     finally:
         gc.enable()

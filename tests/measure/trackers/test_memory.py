@@ -63,7 +63,7 @@ def test_peaks_come_from_several_fresh_processes_in_turn(arm):
     assert failed.readings[0].peak_bytes is None and "expected a checkpoint folder" in failed.reason
     measured = by_metric(peaks, peaks)
     assert "VmHWM" in measured["peak_memory_bytes"].source and "3 fresh" in measured["peak_memory_bytes"].source
-    assert measured["load_seconds"].verdict == "informative" and measured["load_seconds"].n == 3
+    assert measured["load_seconds"].verdict == "informative" and measured["load_seconds"].n == 2
     assert measurement.lint(measured.values()) == []
     missing = memory.measurements(peaks, failed)
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
@@ -81,14 +81,15 @@ def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
         assert abs(process.optimized - process.baseline - held * MB) < MB
         # The weights are small: one of the two kinds of peak is judged.
         assert {found[name].verdict for name in PROCESS} == {"informative"}
-        assert "peak_tensor_bytes is judged" in process.reason and process.ci and process.noise_floor is not None
+        whole = found["peak_memory_bytes"]
+        assert "peak_tensor_bytes is judged" in whole.reason and whole.ci and whole.noise_floor is not None
 
 
 def test_live_tensors_are_the_same_to_the_byte_in_every_child(arm, tiny, tmp_path):
     others = [replace(arm, folder=str(io.save(tiny(name), tmp_path / name))) for name in ("qwen3-coder-30b",)]
-    for peaks in memory.peaks(arm, *others, turns=2):
-        counted = [peak.tensor_bytes for peak in peaks.readings]
-        assert None not in counted and len(set(counted)) == 1 and counted[0] > peaks.readings[0].weights_bytes
+    first, second = (memory.peaks(arm, *others, turns=1) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.tensor_bytes == other.tensor_bytes > one.readings[0].weights_bytes
 
 
 def readings(values: list[float], weights_bytes: int = 2**30) -> Peaks:
