@@ -19,6 +19,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.structure.anatomy import Block, anatomy
+from lib.models.structure.logits import logits_of
 
 
 @dataclass
@@ -135,7 +136,7 @@ def finish(model: nn.Module, batch: TextBatch, index: int) -> torch.Tensor:
         states_BTH = run(block.module, states_BTH, batch.arguments[block.index])
         if block.index in batch.added:
             states_BTH = states_BTH + batch.added[block.index]
-    return view.head(view.final_norm(states_BTH))
+    return logits_of(model, view.final_norm(states_BTH))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from lib.errors import UserError
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.logits import logits_of
 
 
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
@@ -98,8 +99,7 @@ def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object =
     cache_kwargs = {"use_cache": cache is not None} | cache_names.as_kwargs(cache)
     hidden_BTH = model.get_submodule("model")(input_ids=ids_BT, **cache_kwargs).last_hidden_state[:, :-1]
     flat = zip(hidden_BTH.flatten(0, 1).split(rows), ids_BT[:, 1:].flatten().split(rows))
-    head = model.get_submodule("lm_head")
-    per_piece = [nn.functional.cross_entropy(head(h).float(), ids, reduction="none") for h, ids in flat]
+    per_piece = [nn.functional.cross_entropy(logits_of(model, h).float(), ids, reduction="none") for h, ids in flat]
     return torch.cat(per_piece).view(ids_BT.shape[0], -1)
 
 

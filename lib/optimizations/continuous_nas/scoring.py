@@ -14,6 +14,7 @@ from torch import nn
 
 from lib.models.calibration.blockwise import Stream, streams
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.logits import logits_of
 
 
 @dataclass
@@ -61,7 +62,7 @@ def divergence(model: nn.Module, original: Probe, first: int = 0) -> float:
 def _log_probabilities(model: nn.Module, hidden_BTH: torch.Tensor, stream: Stream) -> torch.Tensor:
     view = anatomy(model)
     real_RH = view.final_norm(hidden_BTH.to(view.embeddings.weight.dtype)[stream.mask_BT.to(hidden_BTH.device)])
-    return view.head(real_RH).float().log_softmax(-1)
+    return logits_of(model, real_RH).float().log_softmax(-1)
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:

@@ -1,0 +1,69 @@
+"""Logits of hidden states as the model itself computes them: head, and whatever it does to the head's output.
+
+Some architectures divide the logits (granite) or cap them softly (gemma 2) after the head, so that a product with the
+head's weight alone is not the model's output. `logits_of` runs the model's own forward with its decoder replaced by the
+given states, so that every architecture, and every head that an optimization put in its place, is right without being
+named. Knows nothing of what the logits are used for.
+
+Shapes: B sequences, T tokens, H hidden, V vocabulary, C tokens of a chunk; `...` any leading dimensions.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK_ELEMENTS = 2**24  # logits held at a time
+
+
+class GivenStates(nn.Module):
+    """Stands where a decoder stood: returns the hidden states that it is given, whatever the decoder is asked."""
+
+    def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "Outputs":
+        """Return `inputs_embeds` as the last hidden states."""
+        return Outputs(inputs_embeds)
+
+
+class Outputs:
+    """The outputs of a decoder of which only the last hidden states are known; every other one is None."""
+
+    def __init__(self, hidden_BTH: torch.Tensor):
+        self.last_hidden_state = hidden_BTH
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
+def without_decoder(model: nn.Module) -> Any:
+    """Return a copy of the outermost module alone, sharing all parts, whose decoder returns the states given to it."""
+    shell: Any = copy.copy(model)
+    shell.__dict__.pop("forward", None)  # one that was put in its place is bound to the model
+    shell.__dict__["_modules"] = dict(model._modules) | {"model": GivenStates()}
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        shell.__dict__[name] = type(getattr(model, name))()
+    return shell
+
+
+def logits_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [..., V] of last hidden states [..., H] (after the final norm), in the model's dtype."""
+    head: Any = model.get_submodule("lm_head")
+    flat_1CH = hidden.reshape(1, -1, hidden.shape[-1]).to(head.weight.device)
+    output = without_decoder(model)(inputs_embeds=flat_1CH, use_cache=False)
+    return output.logits.reshape(*hidden.shape[:-1], -1)
+
+
+def in_chunks(model: nn.Module, hidden_TH: torch.Tensor, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
+    """Yield the logits of hidden_TH in chunks of rows [C, V], in float32, at most about `elements` at a time."""
+    for hidden_CH in hidden_TH.split(rows_at_once(model, elements)):
+        yield logits_of(model, hidden_CH).float()
+
+
+def rows_at_once(model: nn.Module, elements: int = CHUNK_ELEMENTS) -> int:
+    """Return how many rows of logits hold about `elements` numbers: at least one."""
+    head: Any = model.get_submodule("lm_head")
+    return max(1, elements // head.weight.shape[0])
