@@ -27,7 +27,7 @@ MAY = {
 FLOORS = {
     "models": (
         {"sources", "yaml_file", "dimensions"}, {"parameters"}, {"structure", "tokenizing"},
-        {"checkpoints", "calibration", "decoding", "tasks"}, {"offload"}, {"loading"}, {"proxies"},
+        {"checkpoints", "calibration", "decoding"}, {"tasks"}, {"offload"}, {"loading"}, {"proxies"},
     ),
     "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
     "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages"}),

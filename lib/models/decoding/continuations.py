@@ -1,0 +1,220 @@
+"""Log-likelihoods of continuations after their contexts, with everything that prompts share computed once.
+
+What lm-evaluation-harness asks of a model with `loglikelihood` (Gao et al. 2021): the summed log-probability of a
+continuation after a context, and whether greedy decoding would give it. The harness reads context and continuation anew
+for every choice. Here the tokens that all contexts begin with (the examples of a few-shot prompt) are read once, then
+each distinct context once, and every continuation over a copy of its context's cache. The result is the same up to
+rounding. Contexts of about one length share a batch, padded on the left where they differ.
+
+Knows token ids only: no tokenizer, no task.
+
+Shapes: B contexts, N continuations, T tokens, K tokens of a continuation but its last, V vocabulary.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.models.decoding import cache_names
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # read in one pass
+ROWS_AT_ONCE = 64
+LOGITS_AT_ONCE = 2**25  # elements
+CACHE_AT_ONCE = 2**29  # bytes of the copies of a cache
+SHARED_TOKENS = 16  # least that contexts must begin with alike to be read apart
+PADDING = 8  # most tokens by which contexts of one batch differ
+DEFAULT_POSITIONS = 2048  # of a model that does not state how many it has, as in the harness
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ReadContexts:
+    """B contexts that were read: log-probabilities of the next token, their cache, its padding (None: there is none)
+    and the position of the next token.
+    """
+
+    next_BV: torch.Tensor
+    cache: Any
+    mask_BT: torch.Tensor | None
+    position_B: torch.Tensor
+
+
+def positions(model: nn.Module) -> int:
+    """Return how many tokens the model can read."""
+    config = anatomy(model).config
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    return next((value for name in names if (value := getattr(config, name, None))), DEFAULT_POSITIONS)
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    model: nn.Module, pairs: Sequence[Pair], *, tokens_at_once: int | None = None
+) -> list[tuple[float, bool]]:
+    """Return for each (context, continuation) in token ids the log-likelihood of the continuation, in nats, float32,
+    and whether each of its tokens is the likeliest one.
+
+    A context that is too long for the model loses tokens on its left, as in the harness. Raises ValueError where a
+    context or a continuation is empty, or a continuation alone is too long.
+    """
+    if not all(len(context) and len(continuation) for context, continuation in pairs):
+        raise ValueError("every context and every continuation needs at least one token")
+    if (most := max((len(continuation) for _, continuation in pairs), default=0)) > positions(model):
+        raise ValueError(f"a continuation of {most} tokens is longer than the model's {positions(model)} positions")
+    device = next(model.parameters()).device
+    budget = tokens_at_once or TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cpu"])
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_context.setdefault(_clipped(*pair, positions(model)), []).append(index)
+    shared = _shared(list(by_context))
+    reset_rope_deltas(model)
+    start = _read_shared(model, next(iter(by_context))[:shared], device) if shared else None
+    answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for contexts in _batches(list(by_context), shared, budget):
+        after = [by_context[context] for context in contexts]
+        several = any(len(pairs[index][1]) > 1 for members in after for index in members)
+        read = _read(model, [context[shared:] for context in contexts], start, device, several)
+        for index, answer in _scored(model, read, after, pairs):
+            answers[index] = answer
+    return answers
+
+
+def _clipped(context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[int, ...]:
+    """Return the context without the tokens on its left for which the model has no position."""
+    return tuple(context[max(0, len(context) + len(continuation) - longest - 1) :])
+
+
+def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
+    """Return how many tokens all contexts begin with alike, but one less than the shortest holds; 0 where too few."""
+    if len(contexts) < 2:
+        return 0
+    first, last = min(contexts), max(contexts)  # in lexical order, what these two share all share
+    same = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    same = min(same, min(map(len, contexts)) - 1)
+    return same if same >= SHARED_TOKENS else 0
+
+
+def _batches(contexts: Sequence[tuple[int, ...]], shared: int, budget: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the contexts in batches of about one length, the shortest first.
+
+    Behind shared tokens all have one length: padding between tokens would be no prompt that a model was made for.
+    """
+    allowed = 0 if shared else PADDING
+    batch: list[tuple[int, ...]] = []
+    for context in sorted(contexts, key=len):
+        full = len(batch) == ROWS_AT_ONCE or (len(batch) + 1) * len(context) > budget
+        if batch and (full or len(context) - len(batch[0]) > allowed):
+            yield batch
+            batch = []
+        batch.append(context)
+    if batch:
+        yield batch
+
+
+def _read_shared(model: nn.Module, context: Sequence[int], device: torch.device) -> Any:
+    """Return the cache [1, T] of the tokens with which all contexts begin."""
+    output = model(input_ids=torch.tensor([context], device=device), use_cache=True, logits_to_keep=1)
+    return cache_names.of(output)
+
+
+def _read(
+    model: nn.Module, contexts: list[tuple[int, ...]], start: Any, device: torch.device, keep_cache: bool
+) -> ReadContexts:
+    """Read contexts, padded on the left where their lengths differ, behind the shared cache `start` if there is one."""
+    longest = max(map(len, contexts))
+    ids_BT = torch.zeros(len(contexts), longest, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, context in enumerate(contexts):
+        ids_BT[row, longest - len(context) :] = torch.tensor(context)
+        mask_BT[row, longest - len(context) :] = 1
+    inputs = {"input_ids": ids_BT.to(device), "logits_to_keep": 1, "use_cache": keep_cache or start is not None}
+    before = 0
+    if start is not None:
+        before = start.get_seq_length()
+        inputs |= cache_names.as_kwargs(_select(start, torch.zeros(len(contexts), dtype=torch.long, device=device)))
+    padded = None if bool(mask_BT.all()) else mask_BT.to(device)
+    if padded is not None:
+        inputs |= {"attention_mask": padded, "position_ids": (padded.cumsum(1) - 1).clamp_min(0)}
+    output = model(**inputs)
+    next_BV = output.logits[:, -1].float().log_softmax(-1)
+    cache = cache_names.of(output) if keep_cache else None
+    return ReadContexts(next_BV, cache, padded, before + mask_BT.sum(1).to(device))
+
+
+def _scored(
+    model: nn.Module, read: ReadContexts, after: list[list[int]], pairs: Sequence[Pair]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Yield (index of the pair, its answer) for the continuations of contexts that were read."""
+    longer: list[tuple[int, int]] = []  # row, index of the pair
+    first: dict[int, tuple[float, bool]] = {}
+    likeliest = read.next_BV.argmax(-1).tolist()
+    for row, members in enumerate(after):
+        for index in members:
+            token = pairs[index][1][0]
+            first[index] = (read.next_BV[row, token].item(), likeliest[row] == token)
+            if len(pairs[index][1]) > 1:
+                longer.append((row, index))
+    rest: dict[int, tuple[float, bool]] = {}
+    for part in _pieces(longer, read, pairs):
+        rest |= _rest(model, read, part, pairs)
+    for index, (score, greedy) in first.items():
+        more, also = rest.get(index, (0.0, True))
+        yield index, (score + more, greedy and also)
+
+
+def _pieces(
+    longer: list[tuple[int, int]], read: ReadContexts, pairs: Sequence[Pair]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield the continuations in parts whose logits and copies of the cache fit into memory."""
+    if not longer:
+        return
+    most = max(len(pairs[index][1]) for _, index in longer) - 1
+    cached = sum(part.numel() * part.element_size() for part in _tensors(read.cache)) // len(read.next_BV)
+    rows = min(LOGITS_AT_ONCE // (most * read.next_BV.shape[-1]), CACHE_AT_ONCE // max(1, cached))
+    for start in range(0, len(longer), max(1, rows)):
+        yield longer[start : start + max(1, rows)]
+
+
+def _rest(
+    model: nn.Module, read: ReadContexts, part: list[tuple[int, int]], pairs: Sequence[Pair]
+) -> dict[int, tuple[float, bool]]:
+    """Return the answers of the tokens behind the first one of each continuation, by the index of the pair."""
+    device = read.next_BV.device
+    row_N = torch.tensor([row for row, _ in part], device=device)
+    most = max(len(pairs[index][1]) for _, index in part) - 1
+    given_NK = torch.zeros(len(part), most, dtype=torch.long)
+    target_NK = torch.full((len(part), most), -1)
+    for place, (_, index) in enumerate(part):
+        tokens = torch.tensor(pairs[index][1])
+        given_NK[place, : len(tokens) - 1], target_NK[place, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+    inputs: dict[str, Any] = {"input_ids": given_NK.to(device), "use_cache": True}
+    inputs |= cache_names.as_kwargs(_select(read.cache, row_N))
+    if read.mask_BT is not None:
+        mask_NT = torch.cat([read.mask_BT[row_N], read.mask_BT.new_ones(given_NK.shape)], 1)
+        position_NK = read.position_B[row_N, None] + torch.arange(most, device=device)
+        inputs |= {"attention_mask": mask_NT, "position_ids": position_NK}
+    scores_NKV = model(**inputs).logits.float().log_softmax(-1)
+    target_NK = target_NK.to(device)
+    real_NK = target_NK >= 0
+    chosen_NK = scores_NKV.gather(-1, target_NK.clamp_min(0)[..., None])[..., 0]
+    sums = torch.where(real_NK, chosen_NK, 0.0).sum(1).tolist()
+    greedy = ((scores_NKV.argmax(-1) == target_NK) | ~real_NK).all(1).tolist()
+    return {index: (sums[place], greedy[place]) for place, (_, index) in enumerate(part)}
+
+
+def _select(cache: Any, row_N: torch.Tensor) -> Any:
+    """Return a cache of copies of some rows of `cache`, which is left as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(row_N)
+    return selected
+
+
+def _tensors(cache: Any) -> Iterator[torch.Tensor]:
+    for layer in cache.layers:
+        yield from (value for value in (layer.keys, layer.values) if torch.is_tensor(value))

@@ -1,0 +1,86 @@
+"""Sharing what prompts begin with changes no score: each equals that of the whole sequence read by itself."""
+
+import random
+
+import pytest
+import torch
+
+from lib.models.decoding import continuations
+from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
+
+
+def alone(model, context, continuation) -> tuple[float, bool]:
+    """Return the answer from one pass over the whole sequence."""
+    logits_TV = model(torch.tensor([[*context, *continuation]])).logits[0].float().log_softmax(-1)
+    rows = logits_TV[len(context) - 1 : -1]
+    score = rows.gather(-1, torch.tensor(continuation)[:, None]).sum().item()
+    return score, rows.argmax(-1).tolist() == list(continuation)
+
+
+def drawn(contexts: int, shared: int = 0, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Return pairs whose contexts differ in length, with continuations of one to five tokens."""
+    draw = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(8, 96) for _ in range(count)]
+
+    common = tokens(shared)
+    groups = [common + tokens(draw.randrange(3, 30)) for _ in range(contexts)]
+    return [(context, tokens(length)) for context in groups for length in (1, 2, 5, 1)]
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+def test_every_score_is_that_of_the_sequence_read_alone(tiny, name, shared):
+    model = tiny(name)
+    pairs = drawn(6, shared)
+    answers = continuations.loglikelihoods(model, pairs, tokens_at_once=256)
+    expected = [alone(model, *pair) for pair in pairs]
+    assert [score for score, _ in answers] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
+
+
+def test_a_greedy_continuation_is_called_greedy(tiny):
+    model, context = tiny("qwen3-4b-instruct-2507"), [9, 17, 33, 21]
+    made = context[:]
+    for _ in range(4):
+        made.append(int(model(torch.tensor([made])).logits[0, -1].argmax()))
+    right, wrong = made[4:], [*made[4:7], (made[7] + 1) % 96]
+    answers = continuations.loglikelihoods(model, [(context, right), (context, wrong)])
+    assert [greedy for _, greedy in answers] == [True, False]
+
+
+def test_what_is_shared_is_read_once(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    pairs = drawn(5, shared=50)
+    continuations.loglikelihoods(model, pairs)
+    contexts = {tuple(context) for context, _ in pairs}
+    longer = [continuation for _, continuation in pairs if len(continuation) > 1]
+    assert seen[0] == 50
+    assert sum(seen) <= 50 + sum(len(context) - 50 for context in contexts) + 4 * len(longer)
+
+
+def test_a_context_that_is_too_long_loses_its_left_end(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    model.config.max_position_embeddings = 20
+    context, continuation = [8 + n % 80 for n in range(40)], [11, 12, 13]
+    (answer,) = continuations.loglikelihoods(model, [(context, continuation)])
+    assert answer[0] == pytest.approx(alone(model, context[-18:], continuation)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], [])])
+def test_nothing_to_read_is_refused(tiny, pair):
+    with pytest.raises(ValueError, match="at least one token"):
+        continuations.loglikelihoods(tiny("qwen3-4b-instruct-2507"), [pair])
+
+
+def test_an_arm_with_a_cache_of_its_own_is_scored(tiny, name):
+    """Everything kept, sparse attention is full attention: its paged cache must give the same scores."""
+    model, pairs = tiny(name), drawn(4, 20)
+    if reason := sparse_attention.applies_to(model):
+        pytest.skip(reason)
+    arm = sparse_attention.apply(model, tau=1.0, block_size=16, stride=4, pages=0)
+    expected = continuations.loglikelihoods(model, pairs)
+    scores = [score for score, _ in continuations.loglikelihoods(arm, pairs)]
+    assert scores == pytest.approx([score for score, _ in expected], abs=1e-3)
