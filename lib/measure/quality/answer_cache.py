@@ -30,7 +30,7 @@ from lib.models.checkpoints import io
 from lib.models.loading import Loaded
 from lib.models.structure import architecture
 from lib.models.structure.anatomy import anatomy
-from lib.models.tasks import corpus
+from lib.models.tasks import corpus, encoding
 
 LIB = Path(__file__).resolve().parents[2]
 CODE_FOLDERS = ("models", "measure")  # of `lib`, whose code may determine an answer
@@ -85,11 +85,8 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
 def _prompts(loaded: Loaded) -> list[object]:
     """Return what shapes a prompt: vocabulary, splits, merges, special tokens, chat template, pictures' processor."""
     tokenizer, processor = loaded.tokenizer, loaded.image_processor
-    backend = getattr(tokenizer, "backend_tokenizer", None)
     return [
-        backend.to_str() if backend is not None else repr(tokenizer),
-        str(getattr(tokenizer, "special_tokens_map", "")),
-        getattr(tokenizer, "chat_template", None),
+        None if tokenizer is None else encoding.fingerprint(tokenizer),
         processor.to_json_string() if hasattr(processor, "to_json_string") else repr(processor),
         loaded.tasks,
     ]

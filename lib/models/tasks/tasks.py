@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from lib.models import tokenizing
-from lib.models.structure.anatomy import anatomy
+from lib.models.decoding import continuations
 from lib.models.structure.loaded_model import LoadedModel
+from lib.models.structure.logits import logits_of
 from lib.models.tasks import prompting
 from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.tasks.prompting import PICTURE_TOKENS
@@ -127,9 +128,15 @@ def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
 def label_scores(loaded: LoadedModel, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
     """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the CPU.
 
-    Items of similar length share a batch, so that little of it is padding.
+    Items of similar length share a batch, so that little of it is padding. Where a label has several tokens, what the
+    prompts share is read once (`lib.models.decoding.continuations`); not so with pictures.
     """
     labels = label_ids(loaded, task)
+    if any(len(label) > 1 for label in labels) and all(item.pixels is None for item in items):
+        contexts = [prompting.prompt_ids(loaded, prompting.shown(loaded, item)) for item in items]
+        pairs = [(context, label) for context in contexts for label in labels]
+        scores_P = torch.tensor([score for score, _ in continuations.loglikelihoods(loaded.model, pairs)])
+        return scores_P.view(len(items), len(labels))
     order_N = torch.tensor(sorted(range(len(items)), key=lambda n: len(items[n].prompt)))
     scores = []
     for inputs, last_B in batches(loaded, [items[n] for n in order_N], batch_size):
@@ -161,7 +168,7 @@ def _continuation(
 def _logits(model: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Return the logits of some positions only: those of all positions would take gigabytes with a real vocabulary."""
     hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
-    return anatomy(model).head(hidden_BTH[rows, at])
+    return logits_of(model, hidden_BTH[rows, at])
 
 
 def calibration(

@@ -1,0 +1,81 @@
+"""Prompts, windows, retrieval and calibration begin as the model's sequences do; nothing that shapes them is missed."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from lib.models import parameters, tokenizing
+from lib.models.proxies import tokenizer as tokenizers
+from lib.models.tasks import encoding, items, prompting, retrieval, tasks
+
+BEGINS = ["<|im_start|>", "<|vision_start|>"]  # any two special tokens
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return tokenizers.train(2048)
+
+
+@pytest.fixture(scope="module")
+def begun(plain):
+    """A tokenizer that puts two tokens before every text, as GLM's does, and one behind it."""
+    changed = copy.deepcopy(plain)
+    ends = [(name, changed.convert_tokens_to_ids(name)) for name in (*BEGINS, "<|im_end|>")]
+    whole = TemplateProcessing(single=f"{BEGINS[0]} {BEGINS[1]} $A <|im_end|>", special_tokens=ends)
+    changed.backend_tokenizer.post_processor = whole
+    return changed
+
+
+def loaded(tokenizer, scale: str = "full"):
+    described = parameters.read("qwen3-4b-instruct-2507")
+    fields = {"model": None, "image_processor": None, "device": "cpu"}
+    return SimpleNamespace(tokenizer=tokenizer, parameters=described, scale=scale, **fields)
+
+
+def test_the_prefix_is_found_and_what_stands_behind_is_left_out(plain, begun):
+    before = plain.convert_tokens_to_ids(BEGINS)
+    assert tokenizing.prefix(plain) == () and tokenizing.prefix(begun) == tuple(before)
+    assert encoding.ids(plain, "def f") == plain("def f").input_ids
+    assert encoding.ids(begun, "def f") == before + plain("def f").input_ids
+    stated = "".join(BEGINS) + "def f"
+    assert encoding.ids(begun, stated) == before + plain("def f").input_ids
+
+
+def test_pairs_are_split_as_in_the_harness(plain, begun):
+    context, continuation = encoding.pair(plain, "The module: ", "json")
+    assert context == plain("The module:").input_ids and context + continuation == plain("The module: json").input_ids
+    assert encoding.pair(begun, "The module:", " json")[0][:2] == [*tokenizing.prefix(begun)]
+    assert encoding.pair(plain, "", " json") == ([plain.eos_token_id], plain(" json").input_ids)
+
+
+def test_prompts_windows_retrieval_and_calibration_carry_the_prefix(begun):
+    before = [*tokenizing.prefix(begun)]
+    model = loaded(begun)
+    assert retrieval.text_windows(model, "final", 4, 64)[:, :2].tolist() == [before] * 4
+    assert retrieval.text_windows(model, "final", 4, 64).shape == (4, 64)
+    ids_BT, _ = retrieval.retrieval_prompts(model, 32, 3)
+    assert ids_BT[:, :2].tolist() == [before] * 3 and ids_BT.shape[1] == 2 + 8 + 2 * retrieval.KEY + 8 + 32
+    for batch in tasks.calibration(model, 6, 128):
+        assert batch["input_ids"][:, :2].tolist() == [before] * len(batch["input_ids"])
+        assert batch["input_ids"].shape[1] == 128
+    (asked,) = items.items("topic", "final", 1)
+    assert prompting.prompt_ids(model, [asked])[:2] == before
+
+
+@pytest.mark.parametrize("change", ["template", "processor", "special", "vocabulary"])
+def test_everything_that_shapes_a_prompt_is_in_the_fingerprint(plain, begun, change):
+    before = encoding.fingerprint(plain)
+    plain(["a", "a longer text"], padding=True)  # leaves no trace
+    assert encoding.fingerprint(plain) == before
+    changed = copy.deepcopy(plain)
+    if change == "template":
+        changed.chat_template = "{{ messages }}"
+    elif change == "processor":
+        changed = begun
+    elif change == "special":
+        changed.add_special_tokens({"bos_token": "<|im_start|>"})
+    else:
+        changed.add_tokens(["zyxw"])
+    assert encoding.fingerprint(changed) != before
