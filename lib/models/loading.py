@@ -47,6 +47,7 @@ class Loaded:
     random_weights: bool
     seconds: float
     chosen_tasks: tuple[str, ...] = ()
+    text: str = ""  # a file of the user's own on which perplexity is measured
     original: Callable[[], nn.Module | None] | None = None
 
     @property
@@ -69,6 +70,7 @@ def load(
     checkpoints: str | Path | None = None,
     random_weights: bool = False,
     tasks: Sequence[str] = (),
+    text: str = "",
     seed: int = 0,
 ) -> Loaded:
     """Load model `name` at `scale` for inference.
@@ -77,8 +79,8 @@ def load(
     full: `<checkpoints>/<name>`, else what `checkpoint` of the parameter file refers to, or random weights. dtype:
     "float32", "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its
     widths), else bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their
-    own dtype. `tasks` replace those of the parameter file. Raises UserError for an invalid scale, dtype, device,
-    checkpoint or task.
+    own dtype. `tasks` replace those of the parameter file; `text` is a file on which perplexity is measured instead of
+    held-out text. Raises UserError for an invalid scale, dtype, device, checkpoint, task or text.
     """
     start = time.perf_counter()
     if scale not in parameter_files.SCALES:
@@ -121,6 +123,7 @@ def load(
         random_weights=random_weights,
         seconds=time.perf_counter() - start,
         chosen_tasks=tuple(tasks),
+        text=text,
         original=weakref.ref(model),
     )
 

@@ -76,6 +76,8 @@ METRICS: dict[str, Metric] = {
     "precision_macro": _score(),
     "recall_macro": _score(),
     "accuracy": _score(),
+    "accuracy_norm": _score(),  # of public tasks: the choice that is likeliest per character
+    "exact_match": _score(),
     "retrieval_exact_match": _score(),
     "perplexity": Metric("perplexity", "accuracy", False, PERPLEXITY_MARGIN),
     "kl_divergence_nats": _score(None, "nats/token", False),

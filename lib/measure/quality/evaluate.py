@@ -8,22 +8,30 @@ are computed again in chunks. Knows no optimization.
 Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import answer_cache, lm_eval, noninferiority
+from lib.measure.quality import answer_cache, benchmarks, lm_eval, noninferiority
+from lib.measure.quality.answers import Answers, Classified, Retrieved, Rolled, Text
 from lib.measure.timing import workloads
+from lib.models.decoding import continuations
 from lib.models.loading import Loaded
+from lib.models.structure import logits
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as task_list
+from lib.models.tasks import text_file
+from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.models.tasks.registry import HARNESS, classifies
 from lib.models.tasks.retrieval import LEAD
 
@@ -33,70 +41,10 @@ WORKLOAD_OF = {  # the metrics of `compare`
     "retrieval_exact_match": "generate",
     **dict.fromkeys(("perplexity", "kl_divergence_nats", "top1_agreement"), "prefill"),
 }
+__all__ = ["Answers", "Classified", "Retrieved", "Rolled", "Text"]  # and the functions below
 CHUNK_ELEMENTS = 2**24  # logits held at a time
 WINDOWS_AT_ONCE = 4
 PROMPTS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class Classified:
-    """Answers to a classification task: ids of the items, the indices of the true and of the chosen label, all label
-    scores in nats. `answered` is the day of the answers where they are older than this run, `source_N` the document of
-    each item (None: each is its own).
-    """
-
-    task: str
-    labels: list[str]
-    ids: list[str]
-    truth_N: np.ndarray
-    chosen_N: np.ndarray
-    scores_NL: np.ndarray
-    answered: str | None = None
-    source_N: np.ndarray | None = None
-
-    @property
-    def right_N(self) -> np.ndarray:
-        """Whether the chosen label is the true one."""
-        return self.truth_N == self.chosen_N
-
-
-@dataclass(frozen=True)
-class Text:
-    """How a model read held-out windows: nats per token of each window, and what its logits are computed from.
-
-    `source_N` is the document of each window (None: each is its own).
-    """
-
-    ids_NT: torch.Tensor
-    loss_N: np.ndarray
-    hidden_NTH: torch.Tensor = field(repr=False)
-    head: nn.Linear = field(repr=False)
-    source_N: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """Which values were repeated exactly over a distance in tokens; `answered` and `source_N`, the document of the text
-    between, as in `Classified`.
-    """
-
-    distance: int
-    right_N: np.ndarray
-    answered: str | None = None
-    source_N: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All answers of one arm. `reason` says why there are none (for random weights), `idle` names the workloads in
-    which the optimization never acted.
-    """
-
-    classified: list[Classified]
-    text: Text | None
-    retrieved: Retrieved | None
-    reason: str | None = None
-    idle: frozenset[str] = frozenset()
 
 
 def evaluate(
@@ -124,34 +72,61 @@ def evaluate(
     effort = settings.read(effort) if isinstance(effort, str) else effort
     arm = loaded if model is None else replace(loaded, model=model)
     if split == "final" and not settings.wants("accuracy"):  # controls need the text
-        ids_NT = task_list.text_windows(loaded, split, effort.windows, effort.window_tokens, seed)
-        return Answers([], read(arm.model, ids_NT), None, settings.why_left_out())
+        return Answers([], _read_text(arm, split, effort, seed), None, settings.why_left_out())
     names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
-    window = effort.windows, effort.window_tokens, seed
-    ids_NT = task_list.text_windows(loaded, split, *window)
     idle: set[str] = set()
 
-    def watched(workload: str, ask: Callable[[], Any]) -> Any:
+    def watched(workload: str, ask_now: Callable[[], Any]) -> Any:
         before = acted() if acted else None
-        answers = ask()
+        answers = ask_now()
         if acted and acted() == before:
             idle.add(workload)
         return answers
 
-    classified = watched("classify", lambda: [classify(arm, name, split, effort.items, seed) for name in names])
-    text = watched("prefill", lambda: read(arm.model, ids_NT))
-    text = replace(text, source_N=task_list.window_sources(loaded, split, *window))
-    asked = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
-    return Answers(classified, text, watched("generate", lambda: retrieval(arm, *asked)), idle=frozenset(idle))
+    asked: list[Classified | Rolled] = []
+    for name in names:
+        workload = "classify" if name in task_list.CLASSIFY else name
+        asked.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
+    text = watched("prefill", lambda: _read_text(arm, split, effort, seed))
+    sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
+    retrieved = watched("generate", lambda: retrieval(arm, *sizes))
+    chosen = [answers for answers in asked if isinstance(answers, Classified)]
+    rolled = [answers for answers in asked if isinstance(answers, Rolled)]
+    return Answers(chosen, text, retrieved, idle=frozenset(idle), rolled=rolled)
+
+
+def _read_text(arm: Loaded, split: str, effort: Effort, seed: int) -> Text:
+    """Return how an arm reads the text that perplexity is measured on: the user's own file, or held-out text."""
+    if arm.text and split == "final" and arm.tokenizer is not None:
+        length = min(text_file.WINDOW_TOKENS, continuations.positions(arm.model))
+        ids_NT = text_file.windows(arm.tokenizer, arm.text, max(text_file.LEAST_WINDOWS, effort.windows // 2), length)
+        return replace(read(arm.model, ids_NT.to(arm.device)), name=Path(arm.text).name)
+    window = effort.windows, effort.window_tokens, seed
+    text = read(arm.model, task_list.text_windows(arm, split, *window))
+    return replace(text, source_N=task_list.window_sources(arm, split, *window))
+
+
+def ask(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified | Rolled:
+    """Return the answers to at most `limit` items of a split of one task: of a public task those that its name alone
+    chooses (`lib.models.tasks.splits`), of another those that `seed` chooses.
+    """
+    if task.startswith(HARNESS):
+        return lm_eval.answers(loaded, task, split, limit, seed)
+    return classify(loaded, task, split, limit, seed)
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
-    """Return the label of highest log-likelihood for each of at most `limit` items of a split. How a task of the
-    harness is split is described in `lib.measure.quality.lm_eval`.
+    """Return the label of highest log-likelihood for each of at most `limit` items of a split.
+
+    Raises UserError for a task of the harness whose items are not right or wrong.
     """
     if task.startswith(HARNESS):
-        labels, ids, truth_N, scores_NL = lm_eval.scores(loaded, task, split, limit, seed)
-        return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL)
+        answers = lm_eval.answers(loaded, task, split, limit, seed)
+        if isinstance(answers, Rolled):
+            raise UserError(f"{task}: measures perplexity, and has no items that are right or wrong")
+        return answers
+    if task in BENCHMARKS:
+        return benchmarks.answers(loaded, task, split, limit)
     items = task_list.items(task, split, limit, seed)
     labels = task_list.class_labels(task)
     vocabulary = anatomy(loaded.model).vocabulary
@@ -170,16 +145,17 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
 @torch.inference_mode()
 def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
     """Return how `model` reads the windows ids_NT: the loss of each, and its last hidden states (on the CPU)."""
-    head = anatomy(model).head
+    head = logits.without_decoder(model)
     backbone: Any = model.model
     ids_NT = ids_NT.to(next(model.parameters()).device)
     losses, hidden = [], []
     for ids_BT in ids_NT.split(WINDOWS_AT_ONCE):
         hidden_BTH = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         for ids_T, hidden_TH in zip(ids_BT, hidden_BTH):
+            pieces = zip(_logits(head, hidden_TH[:-1]), ids_T[1:].split(logits.rows_at_once(head, CHUNK_ELEMENTS)))
             loss = sum(
                 nn.functional.cross_entropy(logits_CV, target_C, reduction="sum").item()
-                for logits_CV, target_C in zip(_logits(head, hidden_TH[:-1]), ids_T[1:].split(_rows(head)))
+                for logits_CV, target_C in pieces
             )
             losses.append(loss / (len(ids_T) - 1))
         hidden.append(hidden_BTH.cpu())
@@ -227,14 +203,9 @@ def divergence(baseline: Text, optimized: Text) -> tuple[np.ndarray, np.ndarray]
     return np.array(kl_N), np.array(agree_N)
 
 
-def _rows(head: nn.Linear) -> int:
-    return max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-
-
-def _logits(head: nn.Linear, hidden_TH: torch.Tensor) -> Iterator[torch.Tensor]:
+def _logits(head: nn.Module, hidden_TH: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the logits of hidden_TH in chunks of rows, in float32."""
-    for hidden_CH in hidden_TH.split(_rows(head)):
-        yield head(hidden_CH.to(head.weight.device)).float()
+    return logits.in_chunks(head, hidden_TH, CHUNK_ELEMENTS)
 
 
 def compare(
@@ -256,6 +227,8 @@ def compare(
     measurements = []
     for base, opt in zip(baseline.classified, optimized.classified, strict=True):
         measurements += compare_classified(base, opt, margin=margin, **options)
+    for read_before, read_after in zip(baseline.rolled, optimized.rolled, strict=True):
+        measurements.append(benchmarks.compare_rolled(read_before, read_after, margin=perplexity_margin, **options))
     if baseline.retrieved and optimized.retrieved:
         measurements.append(compare_retrieved(baseline.retrieved, optimized.retrieved, margin=margin, **options))
     if baseline.text and optimized.text:
@@ -278,6 +251,8 @@ def compare_classified(
     """Return macro F1, precision, recall, accuracy and the flips of one task. Raises ValueError unless both arms
     answered the same items.
     """
+    if baseline.metric:  # of a public task
+        return benchmarks.compare(baseline, optimized, margin=margin, resamples=resamples, seed=seed)
     if baseline.ids != optimized.ids or baseline.task != optimized.task:
         raise ValueError("the arms answered different items")
     truth_N, labels = baseline.truth_N, len(baseline.labels)
@@ -362,7 +337,7 @@ def compare_text(
     """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token."""
     kl_N, agree_N = divergence(baseline, optimized)
     windows, tokens = baseline.ids_NT.shape
-    source = f"{windows} held-out windows of {tokens} tokens"
+    source = f"{windows} {baseline.name} windows of {tokens} tokens"
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "source_N": baseline.source_N}
     perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
 

@@ -1,76 +1,184 @@
-"""Multiple-choice tasks of lm-evaluation-harness, run on the same model in the same process through its Python API.
+"""Tasks of lm-evaluation-harness, run on the same model in the same process through its Python API.
 
-`lm_eval:NAME` names a task of the harness, `lm_eval:PATH.yaml` a task described in a file. Prompts, examples and
-choices are the harness's own; it returns the log-likelihood of every choice per item, so that arms are compared as in
-any other task. All caches of the harness are off: they are named after the model, and an optimized model must never
-inherit the results of its baseline (issues 2715 and 4063 there). An optional extra:
-`pip install "lm-eval>=0.4.13,<0.5"`. Knows nothing of verdicts.
+`lm_eval:NAME` names a task or a group of tasks of the harness, `lm_eval:PATH.yaml` a task described in a file. Prompts,
+examples, choices, stop sequences and scores are the harness's own; what it asks with `loglikelihood` is answered by
+`lib.models.decoding.continuations`, so that prefixes are shared, and every item's score is that of the harness run by
+itself. Choices, single continuations and generated answers end in `Classified`, rolling perplexity in `Rolled`.
+
+All caches of the harness are off: they are named after the model, and an optimized model must never inherit the results
+of its baseline (issues 2715 and 4063 there); `lib.measure.quality.answer_cache` keeps those of unchanged models.
+Knows nothing of verdicts.
 
 Shapes: N items, L choices, as many as the item with the most has.
 """
 
+import json
 import logging
+import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.errors import UserError
+from lib.measure.quality import answer_cache
+from lib.measure.quality.answers import Classified, Rolled
+from lib.measure.quality.benchmarks import NO_CHOICE
+from lib.models.decoding import continuations
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import splits
+from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.models.tasks.registry import HARNESS
 
-EXTRA = 'pip install "lm-eval>=0.4.13,<0.5"'
-CHUNK_ELEMENTS = 2**26  # logits held at a time; the harness holds those of all tokens of a batch
+INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
+CHUNK_ELEMENTS = 2**26  # logits held at a time while answers are generated
 TOKENS = 256  # of an item, about
-NO_CHOICE = -1e9  # the log-likelihood of a choice that an item does not have
+SCORES = {"acc": "accuracy", "acc_norm": "accuracy_norm", "exact_match": "exact_match"}  # the harness's names and ours
+ROLLING = {"word_perplexity": ("word", 1.0), "byte_perplexity": ("byte", 1.0), "bits_per_byte": ("byte", 1.0)}
+CHOICES = "multiple_choice"
 
 
-def scores(
-    loaded: Loaded, task: str, split: str, limit: int, seed: int = 0
-) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """Return (names of the choices, ids of the items, truth_N the right choice's index, scores_NL log-likelihoods).
+def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified | Rolled:
+    """Return the answers to at most `limit` items of a task's split, of a group's tasks together.
 
-    Choices that an item lacks score NO_CHOICE. Of the task's items every second one belongs to the split "final", the
-    others to every other split; at most `limit` are used. Raises UserError where the harness is not installed, or the
-    task cannot be loaded or is not multiple choice.
+    Which items belong to a split is drawn by the task's name (`lib.models.tasks.splits`). Raises UserError where the
+    harness is not installed, the task cannot be loaded, or its scores are not right or wrong item by item.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError(f"{task}: lm-evaluation-harness is not installed ({error.name}); {EXTRA}") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    harness_task = _task(task)
-    batch = max(1, min(16, CHUNK_ELEMENTS // (anatomy(loaded.model).vocabulary * TOKENS)))
-    wrapped = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch, device=loaded.device)
+    harness_tasks, manager = _tasks(task)
+    each = max(1, math.ceil(limit / len(harness_tasks)))
+    asked = {
+        name: splits.chosen(f"{task}/{name}" if len(harness_tasks) > 1 else task, len(member.eval_docs), split, each)
+        for name, member in harness_tasks.items()
+    }
+    docs = {name: [harness_tasks[name].eval_docs[index] for index in chosen] for name, chosen in asked.items()}
+    question: dict[str, object] = {
+        "harness": [task, version("lm_eval"), seed],
+        "items": asked,
+        "docs": json.dumps(docs, default=str),
+        "configurations": {name: json.dumps(_plain(member.dump_config())) for name, member in harness_tasks.items()},
+    }
+    kinds = {member.OUTPUT_TYPE for member in harness_tasks.values()}
+    if len(kinds) > 1:
+        raise UserError(f"{task}: mixes tasks of kinds {', '.join(sorted(kinds))}; name the tasks one by one")
+    about = f"{task}, {len(harness_tasks)} tasks" if len(harness_tasks) > 1 else task
+    found, day = answer_cache.known_or(
+        loaded, question, lambda: _arrays(task, _samples(loaded, harness_tasks, manager, asked, seed))
+    )
+    ids = found["ids_N"].tolist()
+    if "loss_N" in found:
+        return Rolled(task, ids, found["loss_N"], str(found["unit"]), about)
+    scores = {name.removeprefix("right:"): right for name, right in found.items() if name.startswith("right:")}
+    metric = _judged(task, scores)
+    others = {name: right.astype(bool) for name, right in scores.items() if name != metric}
+    fields: dict[str, Any] = {"metric": metric, "others": others, "about": about, "answered": day}
+    if kinds == {CHOICES}:
+        fields["chance"] = float(found["chance"])
+    right_N = scores[metric].astype(int)
+    return Classified(task, ["wrong", "right"], ids, np.ones_like(right_N), right_N, found["scores_NL"], **fields)
+
+
+def _judged(task: str, scores: dict[str, np.ndarray]) -> str:
+    """Return the score that is judged: the one usually stated, where that is known, else the normalised one."""
+    known = BENCHMARKS.get(task.removeprefix(HARNESS))
+    preferred = [known.metric] if known else []
+    return next(name for name in (*preferred, "accuracy_norm", "accuracy", *scores) if name in scores)
+
+
+def _samples(
+    loaded: Loaded, harness_tasks: dict[str, Any], manager: Any, asked: dict[str, list[int]], seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what the harness logs of every item, by task, in the order of its items."""
+    import lm_eval
+
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     caches = {"use_cache": None, "cache_requests": False}
-    chosen = range(0 if split == "final" else 1, len(harness_task.eval_docs), 2)[:limit]
-    if not chosen:
-        raise UserError(f'{task}: holds {len(harness_task.eval_docs)} items, none for the split "{split}"')
     results = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=[harness_task],
-        samples={harness_task.config.task: [*chosen]},
+        model=wrapped(loaded),
+        tasks=[*harness_tasks.values()],
+        task_manager=manager,
+        samples=asked,
         log_samples=True,
         bootstrap_iters=0,
         **caches,
         **seeds,
     )
-    [samples] = results["samples"].values()
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    values = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
-    most = max(map(len, values))
-    scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in values])
-    truth_N = np.array([_index(harness_task, sample) for sample in samples])
-    return [str(choice) for choice in range(most)], [f"{task}-{s['doc_id']}" for s in samples], truth_N, scores_NL
+    first: dict[str, list[dict[str, Any]]] = {}
+    for name, samples in results["samples"].items():
+        filters = [sample["filter"] for sample in samples]
+        of_first = [sample for sample in samples if sample["filter"] == filters[0]]
+        first[name] = sorted(of_first, key=lambda sample: sample["doc_id"])
+    return first
 
 
-def _task(task: str) -> Any:
-    """Return the harness's task object."""
-    from lm_eval.tasks import TaskManager, get_task_dict
+def wrapped(loaded: Loaded, shared: bool = True) -> Any:
+    """Return the model as the harness drives it; `shared` answers log-likelihoods with shared prefixes.
 
+    Raises UserError where the harness is not installed.
+    """
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(f"lm-evaluation-harness is not installed ({error.name}); {INSTALL}") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    class SharedPrefixes(HFLM):
+        """The harness's own wrapper, whose token log-likelihoods are computed with shared prefixes."""
+
+        def _loglikelihood_tokens(
+            self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            return continuations.loglikelihoods(self.model, [(context, text) for _, context, text in requests])
+
+    batch = max(1, min(16, CHUNK_ELEMENTS // (anatomy(loaded.model).vocabulary * TOKENS)))
+    options = {"tokenizer": loaded.tokenizer, "batch_size": batch, "device": loaded.device}
+    return (SharedPrefixes if shared else HFLM)(pretrained=loaded.model, **options)
+
+
+def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np.ndarray]:
+    """Return what is kept of the samples: ids, scores, and what each score calls right, or the losses of documents."""
+    every = [(f"{name}-{sample['doc_id']}", sample) for name, members in samples.items() for sample in members]
+    ids_N = np.array([identity for identity, _ in every])
+    kept = every[0][1]["metrics"]
+    rolling = next((name for name in ROLLING if name in kept), None)
+    if rolling:
+        pairs_N2 = np.array([sample[rolling] for _, sample in every], dtype=float)
+        loss_N = -pairs_N2[:, 0] / pairs_N2[:, 1].mean()
+        return {"ids_N": ids_N, "loss_N": loss_N, "unit": np.array(ROLLING[rolling][0])}
+    scores = {ours: [sample.get(theirs) for _, sample in every] for theirs, ours in SCORES.items() if theirs in kept}
+    right = {f"right:{name}": np.array(values, dtype=float) for name, values in scores.items() if _binary(values)}
+    if not right:
+        raise UserError(f"{task}: none of its scores ({', '.join(kept)}) says right or wrong item by item")
+    choices = [_likelihoods(sample) for _, sample in every]
+    most = max(map(len, choices))
+    scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in choices])
+    chance = float(np.mean([1 / max(1, len(row)) for row in choices]))
+    return {"ids_N": ids_N, "scores_NL": scores_NL, "chance": np.array(chance)} | right
+
+
+def _binary(values: list[Any]) -> bool:
+    return all(value in (0, 1) for value in values)
+
+
+def _likelihoods(sample: dict[str, Any]) -> list[float]:
+    """Return the log-likelihoods of an item's choices; 0 for a generated answer, which has none."""
+    answers = sample["filtered_resps"]
+    return [float(answer[0]) for answer in answers if isinstance(answer, (tuple, list))] or [0.0]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, str]:
+    """Return a task's configuration as text, functions by their names: their addresses change."""
+    return {key: getattr(value, "__qualname__", str(value)) for key, value in config.items()}
+
+
+def _tasks(task: str) -> tuple[dict[str, Any], Any]:
+    """Return the harness's task objects by name (several of a group), and the manager that made them."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"{task}: lm-evaluation-harness is not installed ({error.name}); {INSTALL}") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name = task.removeprefix(HARNESS)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and not path.is_file():
@@ -81,18 +189,10 @@ def _task(task: str) -> Any:
             name = next(iter(manager.all_tasks)) if len(manager.all_tasks) == 1 else path.stem
         else:
             manager = TaskManager()
-        [harness_task] = get_task_dict([name], manager).values()
+        members = manager.load([name])["tasks"]
     except Exception as error:  # an unknown name or a data set that cannot be fetched: every library has its own class
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{task}: the harness cannot load this task ({why})") from None
-    if getattr(harness_task, "OUTPUT_TYPE", None) != "multiple_choice":
-        raise UserError(f"{task}: answers are compared by log-likelihood; expected a task of multiple choice")
-    return harness_task
-
-
-def _index(task: Any, sample: dict[str, Any]) -> int:
-    """Return the index of the right choice of an item."""
-    target = sample["target"]
-    if isinstance(target, str) and not target.lstrip("-").isdigit():
-        return [str(choice) for choice in task.doc_to_choice(sample["doc"])].index(target)
-    return int(target)
+    if not members:
+        raise UserError(f"{task}: names no task of the harness")
+    return members, manager

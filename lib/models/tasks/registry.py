@@ -8,6 +8,9 @@ import logging
 from collections.abc import Iterable
 
 from lib.errors import UserError, suggest
+from lib.models.tasks import harness_names
+from lib.models.tasks.benchmarks import BENCHMARKS
+from lib.models.tasks.harness_names import HARNESS
 
 CLASSIFY = {
     "topic": "which module a passage of documentation is about",
@@ -15,7 +18,6 @@ CLASSIFY = {
     "digits": "the handwritten digit in a picture",
 }
 GENERATE = {"retrieval": "the value that followed a key many tokens ago"}
-HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness (`lib.measure.quality.lm_eval`)
 # Former names and the present ones; `lib.report.records.migration.TASKS` holds the same for stored records.
 RENAMED = {"recall": "retrieval"}
 
@@ -23,15 +25,18 @@ log = logging.getLogger(__name__)
 
 
 def check_tasks(names: Iterable[str]) -> list[str]:
-    """Return the present names of the tasks, in order. A former name is accepted, with one log line per process.
+    """Return the present names of the tasks, in order, the paths of files absolute. A former name is accepted, with one
+    log line per process.
 
-    Raises UserError for a name that is not a task.
+    Raises UserError for a name that is not a task, of the harness either.
     """
-    known = [*CLASSIFY, *GENERATE]
+    known = [*CLASSIFY, *GENERATE, *BENCHMARKS]
     present = []
     for name in names:
         name = _present(name)
-        if name not in known and not name.startswith(HARNESS):
+        if name.startswith(HARNESS):
+            name = harness_names.check(name)
+        elif name not in known:
             raise UserError(
                 f'unknown task "{name}"; expected one of {", ".join(known)}, or {HARNESS}NAME.{suggest(name, known)}'
             )
@@ -40,8 +45,8 @@ def check_tasks(names: Iterable[str]) -> list[str]:
 
 
 def classifies(name: str) -> bool:
-    """Return whether a task is answered by the likeliest of several labels."""
-    return name in CLASSIFY or name.startswith(HARNESS)
+    """Return whether a task is put item by item, with answers that are right or wrong (of the harness: mostly)."""
+    return name in CLASSIFY or name in BENCHMARKS or name.startswith(HARNESS)
 
 
 @functools.cache

@@ -26,12 +26,15 @@ SIGNS = {
     "refuted": "✗",
     "not_refuted": "✓",
     "cannot_tell": "?",
+    "held": "✓",
+    "not_held": "✗",
 }
 _SPELLED = {"nas": "NAS", "automl": "AutoML", "glm": "GLM", "vl": "VL", "qwen3": "Qwen3"}
 _LABELS = {
     "f1_macro": "F1 (macro)",
     "precision_macro": "precision (macro)",
     "recall_macro": "recall (macro)",
+    "accuracy_norm": "accuracy, per character",
     "retrieval_exact_match": "key-value retrieval, exact match",
     "kl_divergence_nats": "KL divergence from the baseline",
     "top1_agreement": "top-1 agreement with the baseline",

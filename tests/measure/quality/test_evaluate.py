@@ -1,9 +1,6 @@
 """Answers are paired per item, judged for non-inferiority, and compared with little memory."""
 
-import json
 import math
-import os
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -206,50 +203,10 @@ def test_different_items_are_refused():
         evaluate.compare_classified(classified(40, 1.0), classified(48, 1.0))
 
 
-def test_a_task_of_the_harness_is_scored_by_choices(tiny, tmp_path):
-    """Skipped where the extra is not installed; `.ci/run` installs it."""
-    if os.environ.get("WORKBENCH_HARNESS") != "required":
-        pytest.importorskip("lm_eval")
-    words = ["one", "two", "three", "four"]
-    lines = [
-        {"question": f"What is {n} plus one", "choices": words[: 3 + n // 2 % 2], "answer": n % 3} for n in range(6)
-    ]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    task = {
-        "task": "sums", "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
-        "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "answer", "doc_to_choice": "{{choices}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "sums.yaml").write_text(json.dumps(task))
-    proxy = loaded(tiny, random_weights=False)
-    answers = evaluate.classify(proxy, f"lm_eval:{tmp_path / 'sums.yaml'}", "final", 5)
-    assert answers.truth_N.tolist() == [0, 2, 1] and answers.scores_NL.shape == (3, 4)
-    other = evaluate.classify(proxy, f"lm_eval:{tmp_path / 'sums.yaml'}", "search", 5)
-    assert other.truth_N.tolist() == [1, 0, 2] and not set(other.ids) & set(answers.ids)
-    prompt = proxy.tokenizer("Question: What is 0 plus one\nAnswer:").input_ids
-    for choice, score in zip(lines[0]["choices"], answers.scores_NL[0]):
-        ids = proxy.tokenizer(f"Question: What is 0 plus one\nAnswer: {choice}").input_ids
-        logits_TV = proxy.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        by_hand = sum(logits_TV[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
-        assert score == pytest.approx(by_hand, abs=1e-3)
-    assert answers.scores_NL[0, 3] < -1e8  # a choice that the item does not have
-    same = by_name(evaluate.compare_classified(answers, answers))
-    assert same["flips"].optimized == 0
-    with pytest.raises(UserError, match="there is no such file"):
-        evaluate.classify(proxy, "lm_eval:nowhere.yaml", "final", 5)
-
-
-def test_without_the_extra_the_harness_says_how_to_get_it(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"lm-evaluation-harness is not installed.*pip install"):
-        evaluate.classify(loaded(tiny, random_weights=False), "lm_eval:arc_easy", "final", 5)
-
-
 def test_tasks_may_be_chosen_and_unknown_ones_are_named():
     from lib.models.tasks.registry import check_tasks
 
-    check_tasks(["topic", "retrieval", "lm_eval:arc_easy"])
+    check_tasks(["topic", "retrieval", "arc_easy", "hellaswag"])
     with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
         check_tasks(["topics"])
 

@@ -1,0 +1,77 @@
+"""Which tasks of lm-evaluation-harness there are, read from its files: importing it takes seconds, and loads torch.
+
+Knows nothing of what a task asks.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from lib.errors import UserError, suggest
+
+HARNESS = "lm_eval:"  # before the name of a task or a group of the harness, or of a file that describes one
+INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
+FILES = (".yaml", ".yml")
+NAME = re.compile(
+    r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$|^[ \t]*-[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.M
+)
+
+
+def check(task: str) -> str:
+    """Return `task` (with HARNESS before it), a file's path absolute. Raises UserError where there is no such file, the
+    harness is not installed, or has no task of this name.
+    """
+    name = task.removeprefix(HARNESS)
+    if name.endswith(FILES):
+        path = Path(os.path.abspath(Path(name).expanduser()))
+        if not path.is_file():
+            raise UserError(f"{task}: there is no such file")
+        return f"{HARNESS}{path}"
+    known = names()
+    if known is None:
+        raise UserError(f"{task}: lm-evaluation-harness is not installed; {INSTALL}")
+    if name not in known:
+        raise UserError(f'{task}: lm-evaluation-harness has no task "{name}".{suggest(name, known)}')
+    return task
+
+
+def files(task: str) -> list[Path]:
+    """Return the files on which a task described in a file depends: itself, and every file that it names.
+
+    Empty for a task of the harness's own. Paths in it begin at its folder or at the working directory, as there.
+    """
+    path = Path(task.removeprefix(HARNESS))
+    if path.suffix not in FILES or not path.is_file():
+        return []
+    named = [path]
+    for word in re.findall(r"[^\s\"',\[\]{}:]+", path.read_text(encoding="utf-8", errors="replace")):
+        beside = next((place for place in (path.parent / word, Path(word)) if _is_file(place)), None)
+        if beside is not None and beside not in named:
+            named.append(beside)
+    return named
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
+@functools.cache
+def names() -> frozenset[str] | None:
+    """Return the names of all tasks, groups and tags of the installed harness, None where there is none."""
+    try:
+        found = importlib.util.find_spec("lm_eval")
+    except ValueError:  # blocked, as tests do
+        return None
+    if found is None or not found.submodule_search_locations:
+        return None
+    known: set[str] = set()
+    for path in Path(next(iter(found.submodule_search_locations)), "tasks").rglob("*.yaml"):
+        known.update(
+            first or second for first, second in NAME.findall(path.read_text(encoding="utf-8", errors="replace"))
+        )
+    return frozenset(known)

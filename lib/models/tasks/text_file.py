@@ -1,0 +1,73 @@
+"""A file of the user's own as the text on which perplexity is measured: `-p text=PATH`.
+
+It is read as UTF-8 and has to fill a few windows; `check` finds that out before anything runs, without torch. Knows the
+tokenizer; knows no model.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW_TOKENS = 2048
+LEAST_WINDOWS = 6  # fewer cannot be judged (`lib.measure.quality.noninferiority`)
+EXPECTED = "expected a text file in UTF-8"
+
+
+def read(path: str | Path) -> str:
+    """Return the text of a file. Raises UserError where there is none, or it is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start:,}); {EXPECTED}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {EXPECTED}") from None
+
+
+def check(path: str | Path, folder: Path | None = None) -> None:
+    """Raise UserError for a file that cannot be read, or does not fill LEAST_WINDOWS windows.
+
+    `folder` is the checkpoint whose tokenizer counts; without one, a token is taken to be a byte at least.
+    """
+    text, vocabulary = read(path), None if folder is None else folder / "tokenizer.json"
+    if vocabulary is None or not vocabulary.is_file():
+        tokens = len(text.encode())
+    else:
+        from tokenizers import Tokenizer  # only where a file is given
+
+        try:
+            tokens = len(Tokenizer.from_file(str(vocabulary)).encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the library has no class of its own for what it cannot read
+            why = " ".join(str(error).split())[:120]
+            raise UserError(f"{vocabulary}: no tokenizer can be made of it ({why})") from None
+    if tokens < LEAST_WINDOWS * WINDOW_TOKENS:
+        raise UserError(too_short(path, tokens))
+
+
+def too_short(path: str | Path, tokens: int) -> str:
+    """Return what is wrong with a file of at most so many tokens."""
+    return (
+        f"{path}: holds at most {tokens:,} tokens; expected at least {LEAST_WINDOWS * WINDOW_TOKENS:,}: "
+        f"{LEAST_WINDOWS} windows of {WINDOW_TOKENS:,}, the fewest that can be judged"
+    )
+
+
+def windows(tokenizer: Any, path: str | Path, most: int, length: int = WINDOW_TOKENS) -> "torch.Tensor":
+    """Return at most `most` disjoint windows [N, length] of the file's tokens, spread evenly over it.
+
+    Raises UserError for a file that cannot be read or fills too few windows.
+    """
+    import torch  # `check` runs where torch is not loaded
+
+    from lib.models.tasks import encoding
+    from lib.models.tasks.retrieval import windows_of
+
+    stream_T = torch.tensor(encoding.ids_without(tokenizer, read(path)))
+    rows_NT = windows_of(tokenizer, stream_T, length)
+    if len(rows_NT) < LEAST_WINDOWS:
+        raise UserError(too_short(path, len(stream_T)))
+    spread = torch.linspace(0, len(rows_NT) - 1, min(most, len(rows_NT))).round().long()
+    return rows_NT[spread.unique()]

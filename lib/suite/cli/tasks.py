@@ -1,0 +1,49 @@
+"""The command `list tasks`: what a model can be asked, how many items there are, where they come from. Runs nothing."""
+
+from lib.models.tasks import benchmarks, registry
+from lib.models.tasks.benchmarks import BENCHMARKS
+
+FROZEN = "Python's documentation and library, frozen in parameters/evaluation"
+OWN = {
+    "topic": ("accuracy, F1", FROZEN, "PSF-2.0"),
+    "code_origin": ("accuracy, F1", FROZEN, "PSF-2.0"),
+    "digits": ("accuracy, F1", "scikit-learn's handwritten digits", "CC BY 4.0"),
+    "retrieval": ("exact match", "drawn anew, in frozen text", "PSF-2.0"),
+}
+COLUMNS = ("task", "items", "score", "what is asked", "data", "licence", "here")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """Return a row for each task, in the order of COLUMNS."""
+    about = {**registry.CLASSIFY, **registry.GENERATE}
+    own = [
+        (name, "any" if name == "retrieval" else "", score, about[name], data, licence, "yes")
+        for name, (score, data, licence) in OWN.items()
+    ]
+    public = [
+        (
+            name,
+            f"{benchmark.items:,}",
+            benchmark.metric.replace("_norm", " per character"),
+            benchmark.about,
+            benchmark.data,
+            benchmark.licence,
+            "yes" if benchmarks.present(name) else "fetched by the first run",
+        )
+        for name, benchmark in BENCHMARKS.items()
+    ]
+    return own + public
+
+
+def show() -> int:
+    """Print the tasks as a table, and what else may be named; return the exit code."""
+    table = [COLUMNS, *rows()]
+    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print()
+    print(f"Also {registry.HARNESS}NAME, a task or group of lm-evaluation-harness, or {registry.HARNESS}FILE.yaml.")
+    print("Ask others than a model's own: -p tasks=arc_easy,hellaswag. Perplexity on a file of your own: -p text=PATH.")
+    packages = ", ".join(sorted({BENCHMARKS[name].reference.text.split("/")[0] for name in BENCHMARKS}))
+    print(f"The public tasks are files of {packages}.")
+    return 0

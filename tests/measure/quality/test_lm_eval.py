@@ -1,0 +1,191 @@
+"""Tasks of lm-evaluation-harness: every item's score is that of the harness run by itself, prefixes shared or not.
+
+Skipped where the harness is not installed; `.ci/run` installs it.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.quality import evaluate, lm_eval
+from lib.measure.quality.answers import Classified, Rolled
+from lib.models.loading import Loaded
+from lib.models.parameters import read as read_parameters
+from lib.models.proxies import tokenizer as tokenizers
+from lib.models.tasks import harness_names
+
+NAME = "qwen3-4b-instruct-2507"
+WORDS = ["one", "two", "three", "four or five"]
+
+
+@pytest.fixture
+def harness():
+    if os.environ.get("WORKBENCH_HARNESS") != "required":
+        pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizers.train(2048)
+
+
+@pytest.fixture
+def loaded(tiny, vocabulary):
+    model = tiny(NAME)
+    model.resize_token_embeddings(2048, mean_resizing=False)
+    model.requires_grad_(False)
+    fields = {"model": model, "tokenizer": vocabulary, "image_processor": None, "parameters": read_parameters(NAME)}
+    place = {"name": NAME, "scale": "proxy", "device": "cpu", "dtype": torch.float32, "folder": None}
+    return Loaded(**fields, **place, random_weights=False, seconds=0.0)
+
+
+def task(folder, name: str, lines: list[dict], **fields) -> str:
+    """Write a task of the harness and its items; return how it is named here."""
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
+    described = {"task": name, **data, "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:"} | fields
+    (folder / f"{name}.yaml").write_text(json.dumps(described))
+    return f"lm_eval:{folder / f'{name}.yaml'}"
+
+
+def sums(count: int = 20) -> list[dict]:
+    return [
+        {"question": f"What is {n} plus one", "choices": WORDS[: 3 + n // 2 % 2], "answer": n % 3, "word": WORDS[n % 3]}
+        for n in range(count)
+    ]
+
+
+def choices(folder, **fields) -> str:
+    options = {"doc_to_target": "answer", "doc_to_choice": "{{choices}}", "output_type": "multiple_choice"}
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    return task(folder, "sums", sums(), **options, metric_list=metrics, **fields)
+
+
+def by_itself(loaded: Loaded, name: str) -> dict[int, dict]:
+    """Return what the harness logs of every item, run directly with its own wrapper."""
+    import lm_eval as package
+
+    members, manager = lm_eval._tasks(name)
+    model = lm_eval.wrapped(loaded, shared=False)
+    options = {"log_samples": True, "bootstrap_iters": 0, "task_manager": manager}
+    results = package.simple_evaluate(model=model, tasks=[*members.values()], **options)
+    return {sample["doc_id"]: sample for samples in results["samples"].values() for sample in samples}
+
+
+def items(answers: Classified | Rolled) -> list[int]:
+    return [int(identity.rsplit("-", 1)[1]) for identity in answers.ids]
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_choices_are_those_of_the_harness_item_by_item(harness, loaded, tmp_path, shots):
+    examples = {"num_fewshot": shots, "fewshot_split": "test"} if shots else {}
+    name = choices(tmp_path, **examples)
+    answers, direct = evaluate.ask(loaded, name, "final", 99), by_itself(loaded, name)
+    assert isinstance(answers, Classified) and len(answers.ids) == 14
+    for row, doc in enumerate(items(answers)):
+        expected = [score for score, _ in direct[doc]["filtered_resps"]]
+        assert answers.scores_NL[row, : len(expected)] == pytest.approx(expected, abs=1e-4)
+        assert (answers.scores_NL[row, len(expected) :] < -1e8).all()
+        assert answers.right_N[row] == direct[doc]["acc_norm"] and answers.others["accuracy"][row] == direct[doc]["acc"]
+    assert answers.metric == "accuracy_norm" and 0.25 < answers.chance < 0.34
+    same = {m.metric: m for m in evaluate.compare_classified(answers, answers)}
+    assert same["flips"].optimized == 0 and same["accuracy_norm"].workload == name
+    other = evaluate.ask(loaded, name, "search", 5)
+    assert not set(other.ids) & set(answers.ids)
+
+
+def test_single_continuations_generated_answers_and_documents(harness, loaded, tmp_path):
+    word = task(
+        tmp_path,
+        "word",
+        sums(),
+        output_type="loglikelihood",
+        doc_to_target=" {{word}}",
+        metric_list=[{"metric": "acc"}],
+    )
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    until = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    exact = {"output_type": "generate_until", "doc_to_target": "{{word}}", "generation_kwargs": until}
+    generated = task(folder, "generated", sums(8), **exact, metric_list=[{"metric": "exact_match"}])
+    folder = tmp_path / "rolled"
+    folder.mkdir()
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"}
+    rolled = task(folder, "rolled", sums(12), **rolling, metric_list=[{"metric": "word_perplexity"}])
+    answers, direct = evaluate.ask(loaded, word, "final", 99), by_itself(loaded, word)
+    for row, doc in enumerate(items(answers)):
+        assert answers.scores_NL[row, 0] == pytest.approx(direct[doc]["filtered_resps"][0][0], abs=1e-4)
+        assert answers.right_N[row] == direct[doc]["acc"]
+    answers, direct = evaluate.ask(loaded, generated, "final", 99), by_itself(loaded, generated)
+    assert answers.metric == "exact_match" and answers.right_N.tolist() == [
+        direct[d]["exact_match"] for d in items(answers)
+    ]
+    documents, direct = evaluate.ask(loaded, rolled, "final", 99), by_itself(loaded, rolled)
+    assert isinstance(documents, Rolled) and documents.unit == "word"
+    sums_of = np.array([direct[doc]["word_perplexity"] for doc in items(documents)])
+    assert documents.loss_N.mean() == pytest.approx(-sums_of[:, 0].sum() / sums_of[:, 1].sum(), rel=1e-5)
+    with pytest.raises(UserError, match="no items that are right or wrong"):
+        evaluate.classify(loaded, rolled, "final", 99)
+
+
+def test_the_harness_reads_a_prompt_once_where_it_read_it_for_every_choice(harness, loaded, tmp_path):
+    name = choices(tmp_path)
+    read = []
+    loaded.model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    evaluate.ask(loaded, name, "final", 99)
+    ours = sum(read)
+    read.clear()
+    by_itself(loaded, name)
+    assert ours < 0.5 * sum(read) * 14 / 20  # of as many items
+
+
+def test_what_cannot_be_loaded_is_one_line(harness, loaded, tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        evaluate.ask(loaded, "lm_eval:nowhere.yaml", "final", 5)
+    (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: nowhere}\n")
+    with pytest.raises(UserError, match="the harness cannot load this task"):
+        evaluate.ask(loaded, f"lm_eval:{tmp_path / 'broken.yaml'}", "final", 5)
+    assert harness_names.check("lm_eval:arc_easy") == "lm_eval:arc_easy"
+    assert {"ai2_arc", "mmlu", "hellaswag"} <= harness_names.names()
+    with pytest.raises(UserError, match=r'has no task "arc_eazy".*Did you mean "arc_easy"'):
+        harness_names.check("lm_eval:arc_eazy")
+
+
+def test_without_the_harness_the_way_to_get_it_is_said(loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    harness_names.names.cache_clear()
+    try:
+        for ask in (
+            lambda: evaluate.ask(loaded, "lm_eval:arc_easy", "final", 5),
+            lambda: harness_names.check("lm_eval:x"),
+        ):
+            with pytest.raises(UserError, match=r"lm-evaluation-harness is not installed.*pip install"):
+                ask()
+        with pytest.raises(UserError, match="not installed"):
+            lm_eval.wrapped(SimpleNamespace())
+    finally:
+        harness_names.names.cache_clear()
+
+
+def test_a_file_is_named_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    monkeypatch.chdir(tmp_path)
+    assert harness_names.check("lm_eval:mine.yaml") == f"lm_eval:{tmp_path / 'mine.yaml'}"
+    with pytest.raises(UserError, match="there is no such file"):
+        harness_names.check("lm_eval:other.yaml")
+
+
+def test_a_task_depends_on_the_files_it_names(tmp_path):
+    (tmp_path / "items.jsonl").write_text("{}")
+    (tmp_path / "base.yaml").write_text("task: base")
+    described = f"include: base.yaml\ntask: mine\ndataset_kwargs: {{data_files: {{test: '{tmp_path}/items.jsonl'}}}}\n"
+    (tmp_path / "mine.yaml").write_text(described)
+    found = harness_names.files(f"lm_eval:{tmp_path / 'mine.yaml'}")
+    assert {path.name for path in found} == {"mine.yaml", "base.yaml", "items.jsonl"}
+    assert harness_names.files("lm_eval:arc_easy") == []

@@ -1,0 +1,65 @@
+"""A file of the user's own: read in windows, refused in one line before anything runs."""
+
+import pytest
+
+from lib.errors import UserError
+from lib.models.proxies import tokenizer as tokenizers
+from lib.models.tasks import text_file
+
+LINE = "The quick brown fox jumps over the lazy dog, again and again.\n"
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return tokenizers.train(2048)
+
+
+@pytest.fixture
+def long(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(LINE * 1500, encoding="utf-8")
+    return path
+
+
+def test_windows_are_disjoint_and_spread_over_the_file(vocabulary, long):
+    every = text_file.windows(vocabulary, long, 1000)
+    assert every.shape[1] == text_file.WINDOW_TOKENS and len(every) >= text_file.LEAST_WINDOWS
+    stream = vocabulary(long.read_text()).input_ids
+    assert every.flatten().tolist() == stream[: every.numel()]
+    some = text_file.windows(vocabulary, long, 6)
+    assert len(some) == 6 and (some[0] == every[0]).all() and (some[-1] == every[-1]).all()
+    text_file.check(long)
+
+
+def test_the_tokenizer_of_the_checkpoint_counts(vocabulary, tmp_path):
+    vocabulary.save_pretrained(tmp_path)
+    short = tmp_path / "short.txt"
+    short.write_text(LINE * 210, encoding="utf-8")  # bytes enough, tokens too few
+    text_file.check(short)
+    with pytest.raises(UserError, match=r"holds at most [\d,]+ tokens; expected at least 12,288: 6 windows of 2,048"):
+        text_file.check(short, tmp_path)
+    with pytest.raises(UserError, match="expected at least 12,288"):
+        text_file.windows(vocabulary, short, 6)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer.json: no tokenizer can be made of it"):
+        text_file.check(short, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b"caf\xe9 " * 9000, r"not UTF-8 \(byte 3\)"), (b"", "holds at most 0 tokens"), (None, "cannot be read")],
+)
+def test_what_cannot_be_used_is_one_line(tmp_path, content, fault):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=fault) as caught:
+        text_file.check(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        text_file.check(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert text_file.read(tmp_path / "a.txt") == "abc"
