@@ -14,7 +14,7 @@ import pandas as pd
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import discoveries, headlines
-from lib.report.records import refutation, rows
+from lib.report.records import refutation, relation, rows
 from lib.report.records.record import Control, Record
 from lib.report.records.refutation import Refutation
 from lib.report.text.quantities import duration
@@ -229,6 +229,15 @@ def answers(records: Iterable[Record]) -> pd.DataFrame:
     pairs.sort(key=lambda pair: order.index(pair[1].outcome))
     lines = [(title(r.optimization), r.model, *row) for r, answer in pairs for row in refutation.rows([answer])]
     return pd.DataFrame(lines, columns=["optimization", "model", *refutation.COLUMNS])
+
+
+def relations(records: Iterable[Record]) -> pd.DataFrame:
+    """Return every published relation with its outcome: optimization, model and `relation.COLUMNS`; not held first."""
+    order = ("not held", "cannot tell", "held")
+    pairs = [(r, line) for r in records for line in r.relations]
+    pairs.sort(key=lambda pair: order.index(pair[1].outcome))
+    lines = [(title(r.optimization), r.model, *row) for r, line in pairs for row in relation.rows([line])]
+    return pd.DataFrame(lines, columns=["optimization", "model", *relation.COLUMNS])
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lib.report.analysis import headlines
-from lib.report.records import facts, refutation, reproduce, rows, stand_in
+from lib.report.records import facts, refutation, relation, reproduce, rows, stand_in
 from lib.report.records.record import Process, Record
 from lib.report.text.quantities import duration
 from lib.report.text.wording import label, one_line, signed, title, words
@@ -41,6 +41,11 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
             for answer, (_, text, _) in zip(record.refutations, answers)
         ],
         "refutations_table": rows.markdown(refutation.COLUMNS, answers),
+        "relations": [
+            line.model_dump() | {"state": relation.state(line), "text": signed(relation.state(line))}
+            for line in record.relations
+        ],
+        "relations_table": rows.markdown(relation.COLUMNS, relation.rows(record.relations)),
         "facts": listed,
         "facts_table": rows.markdown(["", ""], listed),
         "measurements": rows.groups(measured) if measured else [],

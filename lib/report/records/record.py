@@ -24,6 +24,7 @@ from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration
 from lib.report.records.refutation import Refutation
+from lib.report.records.relation import Relation
 from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
 
 SCHEMA: Literal[3] = 3
@@ -89,6 +90,7 @@ class Record(BaseModel):
     measurements: list[Measurement] = []
     controls: list[Control] = []
     refutations: list[Refutation] = []
+    relations: list[Relation] = []
     details: dict[str, Any] = {}
     verdict: Verdict = Verdict()
     process: Process | None = None
@@ -112,6 +114,7 @@ def build(
     environment: Mapping[str, Any] | None = None,
     *,
     refutations: Iterable[Refutation] = (),
+    relations: Iterable[Relation] = (),
     primaries: Mapping[str, tuple[str, str]] | None = None,
     status: Status = "ok",
     reason: str | None = None,
@@ -152,6 +155,7 @@ def build(
         controls=[control for control in all_controls if control.measurements or not requested],
         primaries=cast(dict[Dimension, tuple[str, str]], declared),
         refutations=list(refutations),
+        relations=list(relations),
         details=codec.decode(codec.encode(dict(details or {}), "details")),
         verdict=judge(judged, status, reason, requested, declared),
     )

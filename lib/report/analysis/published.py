@@ -1,0 +1,68 @@
+"""Scores of unchanged models beside those that others published, with the difference in standard errors.
+
+A difference of a few points between two protocols is ordinary (prompt, normalisation, quantized weights); one of many
+standard errors to the same protocol means that something is measured wrongly. The published scores stand in
+`published_scores.json`, each with its source. Knows nothing of how a score is made.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records.record import Record
+from lib.report.text.wording import label
+
+PATH = Path(__file__).with_name("published_scores.json")
+COLUMNS = (
+    "model", "task", "score", "here", "items", "standard error", "published", "difference in standard errors", "source",
+)  # fmt: skip
+
+
+class PublishedScore(NamedTuple):
+    """A score in [0, 1] that others state for a model, and where."""
+
+    model: str
+    task: str
+    metric: str
+    score: float
+    source: str
+
+
+@cache
+def scores() -> tuple[PublishedScore, ...]:
+    """Return the published scores, in the order of the file."""
+    return tuple(PublishedScore(**entry) for entry in json.loads(PATH.read_text(encoding="utf-8")))
+
+
+def standard_error(share: float, n: int) -> float:
+    """Return the standard error of a share of n items, √(p(1 − p) ÷ n)."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def table(records: Iterable[Record]) -> pd.DataFrame:
+    """Return a row for each published score of a model that was measured: COLUMNS.
+
+    Of several records of a model the one with the most items stands for it; they ask the same baseline.
+    """
+    measured: dict[tuple[str, str, str], Measurement] = {}
+    for record in records:
+        for member in record.measurements:
+            key = (record.model, member.workload, member.metric)
+            if member.baseline is not None and (member.n or 0) > (measured[key].n or 0 if key in measured else 0):
+                measured[key] = member
+    lines = []
+    for known in scores():
+        found = measured.get((known.model, known.task, known.metric))
+        if found is None or found.baseline is None or not found.n:
+            continue
+        error = standard_error(found.baseline, found.n)
+        apart = (found.baseline - known.score) / error if error else None
+        line = (known.model, known.task, label(known.metric), found.baseline, found.n, error, known.score, apart)
+        lines.append((*line, known.source))
+    return pd.DataFrame(lines, columns=list(COLUMNS))
