@@ -5,11 +5,11 @@ Knows nothing of what a task asks.
 
 import functools
 import importlib.util
-import os
 import re
 from pathlib import Path
 
 from lib.errors import UserError, suggest
+from lib.files import expanded
 
 HARNESS = "lm_eval:"  # before the name of a task or a group of the harness, or of a file that describes one
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
@@ -25,7 +25,7 @@ def check(task: str) -> str:
     """
     name = task.removeprefix(HARNESS)
     if name.endswith(FILES):
-        path = Path(os.path.abspath(Path(name).expanduser()))
+        path = expanded(name)
         if not path.is_file():
             raise UserError(f"{task}: there is no such file")
         return f"{HARNESS}{path}"
@@ -35,29 +35,6 @@ def check(task: str) -> str:
     if name not in known:
         raise UserError(f'{task}: lm-evaluation-harness has no task "{name}".{suggest(name, known)}')
     return task
-
-
-def files(task: str) -> list[Path]:
-    """Return the files on which a task described in a file depends: itself, and every file that it names.
-
-    Empty for a task of the harness's own. Paths in it begin at its folder or at the working directory, as there.
-    """
-    path = Path(task.removeprefix(HARNESS))
-    if path.suffix not in FILES or not path.is_file():
-        return []
-    named = [path]
-    for word in re.findall(r"[^\s\"',\[\]{}:]+", path.read_text(encoding="utf-8", errors="replace")):
-        beside = next((place for place in (path.parent / word, Path(word)) if _is_file(place)), None)
-        if beside is not None and beside not in named:
-            named.append(beside)
-    return named
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no path at all
-        return False
 
 
 @functools.cache

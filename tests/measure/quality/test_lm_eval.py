@@ -179,13 +179,3 @@ def test_a_file_is_named_from_anywhere(tmp_path, monkeypatch):
     assert harness_names.check("lm_eval:mine.yaml") == f"lm_eval:{tmp_path / 'mine.yaml'}"
     with pytest.raises(UserError, match="there is no such file"):
         harness_names.check("lm_eval:other.yaml")
-
-
-def test_a_task_depends_on_the_files_it_names(tmp_path):
-    (tmp_path / "items.jsonl").write_text("{}")
-    (tmp_path / "base.yaml").write_text("task: base")
-    described = f"include: base.yaml\ntask: mine\ndataset_kwargs: {{data_files: {{test: '{tmp_path}/items.jsonl'}}}}\n"
-    (tmp_path / "mine.yaml").write_text(described)
-    found = harness_names.files(f"lm_eval:{tmp_path / 'mine.yaml'}")
-    assert {path.name for path in found} == {"mine.yaml", "base.yaml", "items.jsonl"}
-    assert harness_names.files("lm_eval:arc_easy") == []
