@@ -95,7 +95,7 @@ def compare(
     to_wrong, to_right = int((old_N > new_N).sum()), int((old_N < new_N).sum())
     identical = bool(baseline.scores_NL.any() and np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     day = f"; the baseline's answers of {baseline.answered}" if baseline.answered else ""
-    source = f"{baseline.about or baseline.task}, {n} items, zero-shot as in lm-evaluation-harness{day}"
+    source = f"{baseline.about or baseline.task}, {n} items, asked as lm-evaluation-harness does{day}"
     replicates = noninferiority.resampled_scores(np.ones(n, dtype=int), old_N, new_N, 2, resamples, seed)["accuracy"]
     judged = noninferiority.score(
         baseline.metric,

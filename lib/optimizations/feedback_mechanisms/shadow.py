@@ -155,7 +155,7 @@ def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed:
         draw_N = random.random(len(full.ids)) < share
         chosen_N = np.where(draw_N, quick.chosen_N, full.chosen_N)
         scores_NL = np.where(draw_N[:, None], quick.scores_NL, full.scores_NL)
-        mixed = replace(full, chosen_N=chosen_N, scores_NL=scores_NL)
+        mixed = replace(full, chosen_N=chosen_N, scores_NL=scores_NL, others={})
         compared += evaluate.compare_classified(full, mixed, **options)
     distance, prompts = effort.retrieval_distance, effort.retrieval_prompts
     all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
