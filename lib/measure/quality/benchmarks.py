@@ -41,7 +41,7 @@ def answers(loaded: Loaded, name: str, split: str, limit: int) -> Classified:
         right_N = scores["greedy_NL"][:, 0].astype(int)
         fields: dict[str, Any] = {"metric": metric, "chance": chance, "about": about, "answered": day}
         return Classified(name, ["other", "given"], ids, np.ones_like(right_N), right_N, scores["scores_NL"], **fields)
-    lengths_NL = choice_lengths([[text.lstrip(" ") for text in item.continuations] for item in items])
+    lengths_NL = choice_lengths([[text.removeprefix(" ") for text in item.continuations] for item in items])
     right = np.array([item.right for item in items])
     return chosen(name, ids, right, scores["scores_NL"], lengths_NL, metric, chance=chance, about=about, answered=day)
 

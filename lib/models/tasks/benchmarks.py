@@ -60,24 +60,28 @@ class Question:
     right: int
 
 
+def _without_examples(line: dict[str, Any]) -> str:
+    return str(line["doc"]["query"])
+
+
 def _goal_as_question(line: dict[str, Any]) -> str:
     return str(line["request"]["context"]).replace("Goal: ", "Question: ", 1)
 
 
 BENCHMARKS = {
     "arc_easy": Benchmark(
-        "grade-school science, the easier questions", "arc_easy/rc_0shot", "ARC-Easy, test", 2376, "CC BY-SA 4.0",
-        chance=0.25,
+        "grade-school science, the easier questions", "arc_easy/test_rc_5shot", "ARC-Easy, test", 2376, "CC BY-SA 4.0",
+        chance=0.25, worded=_without_examples,
     ),
     "arc_challenge": Benchmark(
-        "grade-school science, the harder questions", "arc_challenge/rc_0shot", "ARC-Challenge, test", 1172,
-        "CC BY-SA 4.0", "accuracy_norm", 0.25,
+        "grade-school science, the harder questions", "arc_challenge/test_rc_5shot", "ARC-Challenge, test", 1172,
+        "CC BY-SA 4.0", "accuracy_norm", 0.25, _without_examples,
     ),
     "hellaswag": Benchmark(
         "which sentence goes on", "hellaswag/rc_0shot", "HellaSwag, validation", 10042, "MIT", "accuracy_norm", 0.25,
     ),
     "piqa": Benchmark(
-        "which of two ways works", "piqa/rc_0shot", "PIQA, validation", 1838, "AFL 3.0", "accuracy_norm", 0.5,
+        "which of two ways works", "piqa/rc_0shot", "PIQA, validation", 1838, "not stated", "accuracy_norm", 0.5,
         _goal_as_question,
     ),
     "lambada": Benchmark(

@@ -84,7 +84,9 @@ def items(answers: Classified | Rolled) -> list[int]:
 
 @pytest.mark.parametrize("shots", [0, 3])
 def test_choices_are_those_of_the_harness_item_by_item(harness, loaded, tmp_path, shots):
-    examples = {"num_fewshot": shots, "fewshot_split": "test"} if shots else {}
+    examples = (
+        {"num_fewshot": shots, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}} if shots else {}
+    )
     name = choices(tmp_path, **examples)
     answers, direct = evaluate.ask(loaded, name, "final", 99), by_itself(loaded, name)
     assert isinstance(answers, Classified) and len(answers.ids) == 14
@@ -158,7 +160,8 @@ def test_what_cannot_be_loaded_is_one_line(harness, loaded, tmp_path):
 
 
 def test_without_the_harness_the_way_to_get_it_is_said(loaded, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
     harness_names.names.cache_clear()
     try:
         for ask in (

@@ -65,7 +65,7 @@ def test_ends_and_layers():
     assert relations.layers([0.2, 0.1, 0.9, 0.8]).held and relations.layers([0.2, 0.9, 0.1, 0.8]).held is False
 
 
-def score(name: str, before: float, after: float, width: float = 0.02) -> measurement.Measurement:
+def score(name: str, before: float, after: float, width: float = 0.015) -> measurement.Measurement:
     ends = ((after - width) / before, (after + width) / before)
     fields = {"ratio": after / before, "ci": ends, "n": 400, "provenance": "measured"}
     return measurement.informative(name, "classify", before, after, "test", **fields)
