@@ -25,6 +25,7 @@ from lib.models.offload import streamer
 from lib.models.sources import fetch as sources
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.support import unsupported
 from lib.models.tasks.registry import check_tasks
 
 
@@ -110,6 +111,8 @@ def load(
         model = io.load_folder(folder, dtype=DTYPES[dtype], device=device)
     else:
         model = streamer.open_streamed(folder, allowance_bytes=allowance, device=device)
+    if reason := unsupported(model):
+        raise UserError(f"{name}: {reason}")
     return Loaded(
         model=model,
         tokenizer=None if folder is None else _tokenizer(folder, model),

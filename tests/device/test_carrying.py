@@ -1,4 +1,4 @@
-"""Wheels and pieces: what a bare machine lacks is found, fetched below a limit and unpacked; files come apart, and join."""
+"""Wheels and pieces: what a bare machine lacks is found, fetched and unpacked; files come apart and join again."""
 
 import importlib.metadata
 import json

@@ -296,7 +296,7 @@ def resources(
         "weights_bytes": ("load", plain(cost_model.weights_bytes), "parameters and buffers as stored"),
         "kv_cache_bytes_per_token": (
             "decode",
-            plain(cost_model.kv_cache_bytes_per_token),
+            plain(lambda model: cost_model.kv_cache_bytes_per_token(model, tokens)),
             "by formula from the cache's shapes",
         ),
         "prefill_flops_per_token": (

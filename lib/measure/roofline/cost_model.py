@@ -18,7 +18,7 @@ from torch import nn
 
 from lib.measure.roofline import expert_usage
 from lib.measure.timing.workloads import Workload
-from lib.models.structure.anatomy import Anatomy, Block, Experts, anatomy, feed_forward
+from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, feed_forward
 from lib.models.structure.sparse import is_dense
 
 
@@ -160,10 +160,23 @@ def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
     return round(sum(size.active for size in sizes) + _head_size(view, skip_zeros).dense)
 
 
-def kv_cache_bytes_per_token(model: nn.Module) -> int:
-    """Return the bytes of cache per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents."""
+def kv_cache_bytes_per_token(model: nn.Module, context: int | None = None) -> float:
+    """Return the bytes of cache per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents.
+
+    With a `context` it is the mean over that many tokens, of which a block with a sliding window holds its last ones
+    only; without one, what a token adds while it is within every window.
+    """
     element = next(model.parameters()).element_size()
-    return element * sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
+    if context is None:
+        return element * sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
+    return kv_cache_bytes(model, context) / context
+
+
+def kv_cache_bytes(model: nn.Module, context: float) -> float:
+    """Return the bytes that the cache of one sequence of `context` tokens takes; sliding windows hold the last."""
+    element = next(model.parameters()).element_size()
+    parts = (block.attention for block in anatomy(model).blocks)
+    return element * sum(part.cache_elements_per_token * part.cached_tokens(context) for part in parts)
 
 
 def prefill_flops(
@@ -185,9 +198,18 @@ def prefill_flops(
     view = anatomy(model)
     head = _head_size(view, skip_zeros).dense * (tokens if logits is None else logits)
     matrices = sum(_block_size(block, skip_zeros).active for block in view.blocks) * tokens + head
-    attention = sum(b.attention.heads * (b.attention.head_dim + b.attention.value_dim) for b in view.blocks)
+    attention = sum(
+        b.attention.heads * (b.attention.head_dim + b.attention.value_dim) * _causal_pairs(b.attention, tokens)
+        for b in view.blocks
+    )
     search = sum(b.attention.heads * b.attention.head_dim for b in view.blocks) / stride if stride else 0.0
-    return batch * (2 * matrices + (density * attention + search) * tokens**2)
+    return batch * (2 * matrices + density * attention + search * tokens**2)
+
+
+def _causal_pairs(attention: Attention, tokens: int) -> float:
+    """Return twice the pairs of query and key: T², or 2·T·w − w² with a window of w < T tokens."""
+    window = attention.attended_tokens(tokens)
+    return 2 * tokens * window - window**2
 
 
 def decode_flops(
@@ -214,7 +236,7 @@ def decode_flops(
         elif attention.kind == "latent":
             expansion = sum(_elements(p, skip_zeros)[0] for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
             flops += 2 * expansion * (context - 1)
-        flops += 2 * attention.heads * width * read
+        flops += 2 * attention.heads * width * min(read, attention.attended_tokens(context))
     return flops
 
 
@@ -237,7 +259,7 @@ def step_bytes(
     """
     view = anatomy(model)
     read = context if attended is None else min(context, attended)
-    total = _head_size(view, skip_zeros).dense_bytes + overhead + batch * read * kv_cache_bytes_per_token(model)
+    total = _head_size(view, skip_zeros).dense_bytes + overhead + batch * kv_cache_bytes(model, read)
     for block in view.blocks:
         size = _block_size(block, skip_zeros)
         total += size.dense_bytes

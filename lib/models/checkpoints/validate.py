@@ -48,6 +48,7 @@ def fault(folder: Path | str) -> str | None:
     from lib.models.checkpoints import quantization, tokenizer_check
     from lib.models.checkpoints.weight_file import DTYPES
     from lib.models.structure.architecture import auto_class
+    from lib.models.structure.support import unsupported
 
     folder = Path(folder)
     places = tensor_places(folder)
@@ -69,10 +70,12 @@ def fault(folder: Path | str) -> str | None:
         auto: Any = auto_class(configuration)
         model_class = auto._model_mapping[type(configuration)]
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
-        _, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
+        model, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
     except Exception as error:  # a configuration may ask for anything: packages, kernels, classes that are not here
         why = " ".join(str(error).split())[:200] or type(error).__name__
         return f"{folder}: transformers cannot build its model ({why})"
+    if reason := unsupported(model):
+        return f"{folder}: {reason}"
     for name, shape, expected in sorted(report["mismatched_keys"]):
         return f"{folder}: {name} has the shape {tuple(shape)}, expected {tuple(expected)} by config.json"
     for name in sorted(report["missing_keys"]):

@@ -49,7 +49,7 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
     length = prompt.shape[1]
     _check_context(decoder.config, length + (0 if cache is None else cache.get_seq_length()))
     mask = arguments.pop("attention_mask", None)
-    if length <= tokens or (mask is not None and mask.ndim != 2):
+    if length <= tokens or (mask is not None and (isinstance(mask, dict) or mask.ndim != 2)):
         return stock(**{name: prompt}, attention_mask=mask, **cache_names.as_kwargs(cache), **arguments)
     use_cache = arguments.pop("use_cache", None)
     cache = DynamicCache(config=decoder.config) if cache is None else cache

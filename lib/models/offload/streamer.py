@@ -93,12 +93,17 @@ class StreamedHead(nn.Module):
 
 
 class StreamedEmbedding(nn.Module):
-    """Embeddings read row by row: ids [B, T] to vectors [B, T, H]; each distinct row is read once."""
+    """Embeddings read row by row: ids [B, T] to vectors [B, T, H]; each distinct row is read once.
 
-    def __init__(self, weight: torch.Tensor, file: WeightFile, place: TensorPlace):
+    The rows pass through the architecture's own module, which may scale them (Gemma).
+    """
+
+    def __init__(self, stock: nn.Embedding, file: WeightFile, place: TensorPlace):
         super().__init__()
-        self.weight, self.file, self.place = weight, file, place
-        self.num_embeddings, self.embedding_dim = weight.shape
+        self.weight, self.file, self.place = stock.weight, file, place
+        self.num_embeddings, self.embedding_dim = stock.weight.shape
+        stock.padding_idx = None  # matters to gradients alone, and counts rows that are not in memory
+        self._stock = [stock]  # not a part: its weight is this module's
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         rows, where_BT = ids_BT.unique(return_inverse=True)
@@ -107,7 +112,12 @@ class StreamedEmbedding(nn.Module):
         places = [self.place.rows(at, at + 1) for at in rows.tolist()]
         self.file.read(zip(places, memory.split(row)))
         table = memory.view(self.place.dtype).view(len(rows), -1).to(ids_BT.device)
-        return nn.functional.embedding(where_BT, table)
+        (stock,) = self._stock
+        stock.weight = nn.Parameter(table, requires_grad=False)
+        try:
+            return stock(where_BT)
+        finally:
+            stock.weight = self.weight
 
 
 def _load(model: nn.Module, name: str, file: WeightFile, device: str) -> None:
@@ -148,7 +158,7 @@ def _attach_units(model: Any, view: Anatomy, unit_streamer: Streamer, embeddings
             rows = parts[0].place.shape[0]
             pieces.append((name, first, first + rows))
             first += rows
-    view.decoder.embed_tokens = StreamedEmbedding(view.embeddings.weight, unit_streamer.file, embeddings)
+    view.decoder.embed_tokens = StreamedEmbedding(view.embeddings, unit_streamer.file, embeddings)
     model.lm_head = StreamedHead(view.head.weight, unit_streamer, pieces)
     model.register_state_dict_pre_hook(unit_streamer.refuse)
     model.weights_in_memory_bytes = unit_streamer.in_memory_bytes

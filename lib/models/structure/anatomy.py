@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
+
+SHARED = ("shared_experts", "shared_expert")  # what architectures call experts that every token passes through
+POSITION = "block_position"  # of a decoder block: where it stood when the configuration was last written
+# Lists of the configuration with an entry for every block.
+BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Attention:
 
     `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
     `latent`: queries and key-values are expanded from latents, one slice per head; the cache stores the latents.
-    `none`: the block has no attention (`lib.models.structure.no_op`): every count is 0.
+    `none`: the block has no attention (`lib.models.structure.no_op`): every count is 0. `window`: how many tokens, its
+    own included, a token attends to; None where it attends to all before it.
     """
 
     module: Any
@@ -37,6 +43,7 @@ class Attention:
     value_dim: int
     latent_dim: int
     rope_dim: int
+    window: int | None = None
 
     @property
     def output(self) -> nn.Linear:
@@ -49,6 +56,16 @@ class Attention:
         if self.kind == "latent":
             return self.latent_dim + self.rope_dim
         return self.key_value_heads * (self.head_dim + self.value_dim)
+
+    def cached_tokens(self, context: float) -> float:
+        """Return how many tokens of a context the cache of this block holds: with a window all but one of its tokens,
+        since the token that attends brings its own.
+        """
+        return context if self.window is None else min(context, self.window - 1)
+
+    def attended_tokens(self, context: float) -> float:
+        """Return how many tokens the last token of a context attends to, its own included."""
+        return context if self.window is None else min(context, self.window)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,20 @@ class Experts:
     def correction_bias(self) -> torch.Tensor | None:
         """Bias [E] added to the router's scores for selection only, or None."""
         return getattr(self.router, "e_score_correction_bias", None)
+
+    @property
+    def groups(self) -> int:
+        """Groups of equal size in which the router chooses first groups, then experts (DeepSeek-V3); 1 without."""
+        return getattr(self.router, "num_group", None) or getattr(self.router, "n_group", None) or 1
+
+    @property
+    def least_per_group(self) -> int:
+        """The fewest experts of a group with which the router works: it adds a group's two best scores, and the chosen
+        groups must hold `top_k` experts.
+        """
+        if self.groups == 1:
+            return self.top_k
+        return max(2, -(-self.top_k // self.router.topk_group))
 
 
 @dataclass(frozen=True)
@@ -202,7 +233,21 @@ def attention(module: Any) -> Attention:
         value_dim=size,
         latent_dim=0,
         rope_dim=size,
+        window=_window(module),
     )
+
+
+def _window(module: Any) -> int | None:
+    """Return the sliding window of an attention module: its own; else the configuration's, where this lists no kinds of
+    blocks, or lists this one as sliding.
+    """
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[min(module.layer_idx, len(kinds) - 1)] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def feed_forward(module: Any) -> FeedForward:
@@ -210,9 +255,8 @@ def feed_forward(module: Any) -> FeedForward:
     if getattr(module, "absent", False):
         return FeedForward(module, "none", None, None)
     if hasattr(module, "experts"):
-        return FeedForward(
-            module, "experts", getattr(module, "shared_experts", None), Experts(module.experts, module.gate)
-        )
+        shared = next((getattr(module, name) for name in SHARED if getattr(module, name, None) is not None), None)
+        return FeedForward(module, "experts", shared, Experts(module.experts, module.gate))
     return FeedForward(module, "dense", module, None)
 
 
@@ -244,9 +288,11 @@ def synchronise(model: nn.Module) -> nn.Module:
     """Make the counts stored in modules and configuration agree with the shapes of the tensors; return the model.
 
     Where widths differ between blocks, the configuration states the largest; `lib.models.checkpoints.io.save` writes
-    each block's own into its manifest.
+    each block's own into its manifest. Blocks that remain keep their entries in lists of the configuration. Raises
+    NotApplicable where blocks without attention would shift the kinds of the others' caches.
     """
     view = anatomy(model)
+    _keep_entries(view)
     with_attention = 0  # only these fill a layer of the cache
     for block in view.blocks:
         if block.attention.kind != "none":
@@ -257,6 +303,23 @@ def synchronise(model: nn.Module) -> nn.Module:
         _synchronise_block(block)
     _state_in_config(view)
     return model
+
+
+def _keep_entries(view: Anatomy) -> None:
+    """Cut the configuration's lists of blocks to those that are left, each with its own entry."""
+    positions = []
+    for block in view.blocks:
+        usual = getattr(block.attention.module, "layer_idx", block.index)
+        positions.append(getattr(block.module, POSITION, usual))
+        setattr(block.module, POSITION, block.index)
+    for name in BY_BLOCK:
+        entries = getattr(view.config, name, None)
+        if entries:
+            setattr(view.config, name, [entries[min(position, len(entries) - 1)] for position in positions])
+    kinds = getattr(view.config, "layer_types", None) or []
+    filled = [kind for kind, block in zip(kinds, view.blocks) if block.attention.kind != "none"]
+    if filled != kinds[: len(filled)]:  # a cache's layers have the kinds of as many first blocks
+        raise NotApplicable("its blocks attend in different ways (sliding, full): a block's attention cannot go alone")
 
 
 def _synchronise_block(block: Block) -> None:
@@ -290,11 +353,17 @@ def _state_in_config(view: Anatomy) -> None:
     if routed:
         name = "n_routed_experts" if hasattr(config, "n_routed_experts") else "num_experts"
         setattr(config, name, max(part.count for part in routed))
-        config.moe_intermediate_size = max(part.channels for part in routed)
+        width = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+        setattr(config, width, max(part.channels for part in routed))
+        shared = [block.feed_forward.channels for block in blocks if block.feed_forward.experts]
+        if hasattr(config, "shared_expert_intermediate_size") and any(shared):
+            config.shared_expert_intermediate_size = max(shared)
     if getattr(config, "mlp_layer_types", None) is not None:
         config.mlp_layer_types = ["sparse" if block.feed_forward.kind == "experts" else "dense" for block in blocks]
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = next(
+            (block.index for block in blocks if block.feed_forward.experts), len(blocks)
+        )
     if hasattr(config, "mlp_only_layers"):
         config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind != "experts"]
         config.decoder_sparse_step = 1  # the list alone says which blocks are dense
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[: len(blocks)]

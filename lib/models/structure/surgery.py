@@ -9,6 +9,7 @@ Shapes: E experts, I width of one expert, J kept channels of each, H hidden.
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.models.structure.anatomy import Attention, Block, Experts, resize_linear
 
 
@@ -23,8 +24,17 @@ def head_projections(attention: Attention) -> list[nn.Linear]:
 
 
 def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
-    """Keep the experts `indices` (ascending) in place: tensors, router rows and correction bias."""
+    """Keep the experts `indices` (ascending) in place: tensors, router rows and correction bias.
+
+    Raises UserError where the router chooses among groups and these would not stay of equal size (`best_experts`).
+    """
     module, router = experts.module, experts.router
+    members = torch.bincount(indices.cpu() // (experts.count // experts.groups), minlength=experts.groups)
+    if experts.groups > 1 and len(set(members.tolist())) > 1:
+        raise UserError(
+            f"the router chooses among {experts.groups} groups of experts of equal size: each must keep as many, not "
+            f"{', '.join(map(str, members.tolist()))}"
+        )
     for owner, name in ((module, "gate_up_proj"), (module, "down_proj"), (router, "weight")):
         tensor = getattr(owner, name)
         setattr(owner, name, nn.Parameter(tensor[indices].contiguous(), requires_grad=tensor.requires_grad))
@@ -33,13 +43,26 @@ def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
     module.num_experts = router.num_experts = len(indices)
 
 
+def best_experts(experts: Experts, scores_E: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices (ascending) of about `count` experts with the highest scores: as many of every group of the
+    router, and enough for it to choose `top_k`.
+    """
+    per_group = max(experts.least_per_group, round(count / experts.groups))
+    grouped = scores_E.unflatten(0, (experts.groups, -1))
+    size = grouped.shape[1]
+    first = torch.arange(experts.groups, device=scores_E.device)[:, None] * size
+    return (grouped.topk(min(per_group, size), dim=1).indices + first).flatten().sort().values
+
+
 def keep_channels(block: Block, indices: torch.Tensor) -> None:
-    """Keep the channels `indices` of the dense part (or shared expert) in place."""
+    """Keep the channels `indices` of the dense part (or shared expert) in place, with their biases."""
     part = block.feed_forward
     assert part.gate is not None and part.up is not None and part.down is not None, "the block has no dense part"
     resize_linear(part.down, part.down.weight[:, indices])
     for linear in (part.gate, part.up):
         resize_linear(linear, linear.weight[indices])
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias[indices], requires_grad=linear.bias.requires_grad)
 
 
 def keep_expert_channels(experts: Experts, indices_EJ: torch.Tensor) -> None:
@@ -53,9 +76,17 @@ def keep_expert_channels(experts: Experts, indices_EJ: torch.Tensor) -> None:
 
 
 def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
-    """Keep the key-value groups `indices`, each with its query heads, in place; for latent attention, heads."""
+    """Keep the key-value groups `indices`, each with its query heads, in place; for latent attention, heads.
+
+    Norms over all queries or keys at once (OLMoE) lose the same channels.
+    """
     per_group = attention.heads // attention.key_value_heads
     *inputs, output = head_projections(attention)
+    for name, heads in (("q_norm", attention.heads), ("k_norm", attention.key_value_heads)):
+        norm = getattr(attention.module, name, None)
+        if norm is not None and heads > 1 and norm.weight.numel() == heads * attention.head_dim:
+            kept = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
+            norm.weight = nn.Parameter(kept, requires_grad=norm.weight.requires_grad)
     for linear in inputs:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
         resize_linear(linear, groups[indices].flatten(0, 1))

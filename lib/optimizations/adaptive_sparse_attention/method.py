@@ -45,8 +45,8 @@ COMPOSES = {
 
 def applies_to(model: nn.Module) -> str | None:
     """Return None, or why not: blocks that attend to a sliding window are sparse already."""
-    kinds = getattr(anatomy(model).config, "layer_types", None) or []
-    return "its blocks attend to a sliding window already" if "sliding_attention" in kinds else None
+    windows = any(block.attention.window is not None for block in anatomy(model).blocks)
+    return "its blocks attend to a sliding window already" if windows else None
 
 
 def apply(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models.offload import expert_cache
 
 Closed = Literal["both", "low", "high", "neither"]  # which ends of a range belong to it
@@ -47,12 +47,12 @@ def at_least(where: str, name: str, value: float, low: float, meaning: str = "")
 
 
 def applies(where: str, model: nn.Module, applies_to: Callable[[nn.Module], str | None]) -> None:
-    """Raise UserError with the reason where `applies_to` names one for this model, NotApplicable where its weights
-    stream from a file.
+    """Raise NotApplicable with the reason where `applies_to` names one for this model, or its weights stream from a
+    file.
     """
     changeable(model)
     if reason := applies_to(model):
-        raise UserError(f"{where}: {reason}")
+        raise NotApplicable(f"{where}: {reason}")
 
 
 def changeable(model: nn.Module) -> None:

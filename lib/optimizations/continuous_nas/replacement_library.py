@@ -20,7 +20,7 @@ from lib.models.structure.anatomy import Block, anatomy, synchronise
 from lib.models.structure.anatomy import attention as view_attention
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
 from lib.models.structure.no_op import NoAttention, NoFeedForward, place
-from lib.models.structure.surgery import keep_channels, keep_experts, keep_groups
+from lib.models.structure.surgery import best_experts, keep_channels, keep_experts, keep_groups
 
 WHOLE = "whole"
 ATTENTION = (WHOLE, "groups_50", "none")
@@ -119,9 +119,10 @@ def _replacement(block: Block, part: str, option: str, scores: Mapping) -> nn.Mo
         if name == "channels" or experts is None:
             keep_channels(view, _most(scores["channels"], share, CHANNEL_MULTIPLE))
         elif name == "experts":
-            indices = _most(scores["experts"], share)
-            if len(indices) < experts.top_k:
+            count = round(experts.count * share)
+            if count < experts.least_per_group * experts.groups:
                 return None
+            indices = best_experts(experts, scores["experts"], count)
             keep_experts(experts, indices)
         elif max(1, round(share * experts.top_k)) == experts.top_k:
             return None

@@ -85,16 +85,19 @@ def time_table(times: BlockTimes, profile: RequestProfile) -> CostTable:
 def memory_table(model: nn.Module, library: Library, profile: RequestProfile) -> CostTable:
     """Return the bytes of weights and cache while a request is answered."""
     element = next(model.parameters()).element_size()
-    tokens = profile.batch * (profile.prompt_tokens + profile.new_tokens)
+    context = profile.prompt_tokens + profile.new_tokens
     values: dict[str, dict[str, float]] = {}
     for slot, options in library.modules.items():
         values[slot] = {}
         for name, module in options.items():
-            cached = view_attention(module).cache_elements_per_token if slot.endswith(".attention") else 0
+            cached = 0.0
+            if slot.endswith(".attention"):
+                attention = view_attention(module)
+                cached = attention.cache_elements_per_token * attention.cached_tokens(context)
             weights = sum(cost_model.tensor_bytes(tensor) for tensor in [*module.parameters(), *module.buffers()])
-            values[slot][name] = float(weights + cached * tokens * element)
+            values[slot][name] = float(weights + profile.batch * cached * element)
     whole = sum(options[WHOLE] for options in values.values())
-    cache = tokens * cost_model.kv_cache_bytes_per_token(model)
+    cache = profile.batch * cost_model.kv_cache_bytes(model, context)
     return CostTable("memory", values, cost_model.weights_bytes(model) + cache - whole, "bytes")
 
 

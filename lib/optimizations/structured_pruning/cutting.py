@@ -2,7 +2,7 @@
 
 Knows nothing of how salient a part is, or of how much has to go.
 
-Shapes: E experts, G groups of experts, J kept of each group or of each expert's channels.
+Shapes: E experts, J kept of each expert's channels.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,14 @@ from torch import nn
 
 from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
 from lib.models.calibration.walk import Walk, require_finite
-from lib.models.structure.anatomy import Block, Experts, anatomy, resize_linear, synchronise
-from lib.models.structure.surgery import keep_channels, keep_expert_channels, keep_experts, keep_groups
+from lib.models.structure.anatomy import Block, anatomy, resize_linear, synchronise
+from lib.models.structure.surgery import (
+    best_experts,
+    keep_channels,
+    keep_expert_channels,
+    keep_experts,
+    keep_groups,
+)
 from lib.optimizations.structured_pruning.compensation import compensated
 from lib.optimizations.structured_pruning.saliency import Scores
 
@@ -79,7 +85,8 @@ def prune_block(
             fitted = torch.stack([compensated(*each) for each in zip(down, gram, kept_EJ)])
             part.experts.module.down_proj = nn.Parameter(fitted, requires_grad=False)
     if shares["experts"] and part.experts is not None:
-        keep_experts(part.experts, _kept_experts(part.experts, scores["experts"], shares["experts"]))
+        count = round(part.experts.count * (1 - shares["experts"]))
+        keep_experts(part.experts, best_experts(part.experts, scores["experts"], count))
 
 
 def _fitted(
@@ -97,25 +104,8 @@ def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:
     return torch.arange(inputs, device=kept.device).view(groups, -1)[kept].flatten()
 
 
-def _kept(scores: torch.Tensor, share: float, multiple: int = 1, least: int = 1) -> torch.Tensor:
+def _kept(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor:
     """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
     size = scores.shape[-1]
-    count = min(size, max(least, multiple, round(size * (1 - share) / multiple) * multiple))
+    count = min(size, max(1, multiple, round(size * (1 - share) / multiple) * multiple))
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values
-
-
-def groups_of(experts: Experts) -> int:
-    """Return among how many groups of experts the router chooses first; 1 where it knows none."""
-    return getattr(experts.router, "num_group", 1) or 1
-
-
-def _kept_experts(experts: Experts, scores_E: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the experts to keep: of a router that chooses among groups first, equally many of each group."""
-    groups = groups_of(experts)
-    if groups == 1:
-        return _kept(scores_E, share, least=experts.top_k)
-    chosen_groups = getattr(experts.router, "topk_group", groups)
-    least = -(-experts.top_k // chosen_groups)
-    kept_GJ = _kept(scores_E.view(groups, -1), share, least=least)
-    first_G1 = torch.arange(groups, device=kept_GJ.device)[:, None] * (experts.count // groups)
-    return (kept_GJ + first_G1).flatten()

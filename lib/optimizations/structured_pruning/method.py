@@ -197,7 +197,7 @@ def _whole(view: Anatomy, granularity: str, share: float) -> float:
     }.get(granularity)
     if counts is None or share <= 0:
         return share
-    at_once = cutting.groups_of(routed[0]) if granularity == "experts" else 1  # one of each group of experts
+    at_once = routed[0].groups if granularity == "experts" else 1  # one of each group of experts
     return at_once * max(1, round(share * counts[0] / at_once)) / counts[0]
 
 
@@ -231,7 +231,7 @@ def _most(view: Anatomy, granularity: str) -> float:
     """Return the largest share that may go: top-k experts, one group, a few channels, one block stay."""
     if granularity == "experts":
         routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
-        return min(1 - experts.top_k / experts.count for experts in routed)
+        return min(1 - experts.least_per_group * experts.groups / experts.count for experts in routed)
     if granularity == "heads":
         return min(1 - 1 / b.attention.key_value_heads for b in view.blocks if b.attention.kind != "none")
     if granularity == "depth":

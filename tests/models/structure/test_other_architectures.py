@@ -1,0 +1,239 @@
+"""Architectures that users bring: changed, saved, loaded, streamed and replayed, each equals the model itself, or is
+refused in one line that says what is supported.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lib.errors import NotApplicable, UserError
+from lib.measure.roofline import cost_model
+from lib.models.calibration import blockwise
+from lib.models.checkpoints import io, validate
+from lib.models.decoding import cache_names
+from lib.models.offload import streamer
+from lib.models.structure import no_op, support, surgery
+from lib.models.structure.anatomy import anatomy, synchronise
+from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
+from lib.optimizations.structured_pruning import method as pruning
+from tests.models import architectures
+from tests.models.architectures import MODELS, OTHERS, build
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+EVERY = pytest.mark.parametrize("name", sorted(MODELS))
+
+
+def _logits(model, ids=None):
+    with torch.inference_mode():
+        return model(architectures.prompt() if ids is None else ids).logits
+
+
+def _reloaded(model, folder):
+    return io.load_folder(io.save(model, folder / "checkpoint"), dtype=torch.float32)
+
+
+def _calibration():
+    return [{"input_ids": architectures.prompt(seed=seed)} for seed in (5, 6)]
+
+
+def _without(model, *indices):
+    pruning.remove_blocks(model, indices)
+    return synchronise(model)
+
+
+@EVERY
+def test_the_view_knows_every_matrix_of_a_block(name):
+    model = build(name)
+    assert support.unsupported(model) is None and name in support.SUPPORTED
+    for block in anatomy(model).blocks:
+        part = block.feed_forward
+        known = {id(parameter) for parameter in block.attention.module.parameters()}
+        for linear in (part.gate, part.up, part.down):
+            known |= {id(parameter) for parameter in linear.parameters()} if linear is not None else set()
+        if part.experts is not None:
+            known |= {id(part.experts.gate_up), id(part.experts.down), id(part.experts.router.weight)}
+        matrices = [(key, one) for key, one in block.module.named_parameters() if one.ndim > 1 and id(one) not in known]
+        assert [key for key, _ in matrices if key != "mlp.shared_expert_gate.weight"] == []
+
+
+@EVERY
+def test_a_synchronised_model_is_saved_and_loaded_with_equal_logits(name, tmp_path):
+    model = build(name)
+    expected = _logits(model)
+    assert torch.equal(_logits(synchronise(model)), expected)
+    torch.testing.assert_close(_logits(_reloaded(model, tmp_path)), expected, **CLOSE)
+
+
+@EVERY
+@pytest.mark.parametrize("page_cache", ["keep", "copy"])
+def test_streamed_weights_give_the_logits_of_the_model(name, page_cache, tmp_path):
+    model = build(name)
+    folder = io.save(model, tmp_path / "checkpoint")
+    streamed = streamer.open_streamed(folder, memory_ratio=0.9, page_cache=page_cache)
+    for ids in (architectures.prompt(), architectures.prompt(1, 9, seed=8)):
+        torch.testing.assert_close(_logits(streamed, ids), _logits(model, ids), **CLOSE)
+    streamer.streamer(streamed).close()
+
+
+@EVERY
+def test_blocks_replayed_one_by_one_give_the_logits_of_the_model(name):
+    model, ids = build(name), architectures.prompt()
+    (stream,) = blockwise.streams(model, [{"input_ids": ids}], in_float32=False)
+    for index in range(5):
+        with torch.inference_mode():
+            torch.testing.assert_close(blockwise.rest(model, stream, index), _logits(model, ids), **CLOSE)
+
+
+@EVERY
+def test_nothing_is_refined_where_nothing_was_changed(name):
+    model = build(name)
+    errors = blockwise.refine(copy.deepcopy(model), model, _calibration(), steps=0)
+    assert max(max(pair) for pair in errors) < 1e-8
+
+
+@EVERY
+@pytest.mark.parametrize("removed", [(0,), (1,), (0, 3)])
+def test_removed_blocks_leave_the_others_as_they_were(name, removed, tmp_path):
+    model = build(name)
+    silenced = copy.deepcopy(model)
+    for index in removed:  # blocks that pass their input on, in a model that was never told of it
+        layer = anatomy(silenced).blocks[index].module
+        layer.forward = lambda hidden_states, **_: hidden_states
+    expected = _logits(silenced)
+    shorter = _without(model, *removed)
+    torch.testing.assert_close(_logits(shorter), expected, **CLOSE)
+    torch.testing.assert_close(_logits(_reloaded(shorter, tmp_path)), expected, **CLOSE)
+
+
+@EVERY
+def test_removed_blocks_decode_as_they_read(name):
+    model, ids = _without(build(name), 0), architectures.prompt(1, 20)
+    expected, cache = _logits(model, ids), DynamicCache(config=model.config)
+    steps = []
+    with torch.inference_mode():
+        for at in range(ids.shape[1]):
+            output = model(ids[:, at : at + 1], use_cache=True, **cache_names.as_kwargs(cache))
+            cache = cache_names.of(output)
+            steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, **CLOSE)
+
+
+def test_kinds_of_blocks_stay_with_their_blocks():
+    model = _without(build("gemma3_text"), 0)
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    assert [block.attention.window for block in anatomy(model).blocks] == [None, 8, None]
+    assert _without(model, 1).config.layer_types == ["full_attention", "full_attention"]
+
+
+def test_attention_of_one_block_cannot_go_where_kinds_alternate():
+    with pytest.raises(NotApplicable, match="attend in different ways"):
+        no_op.remove(build("gemma2"), 1, "attention")
+    no_op.remove(build("qwen2"), 1, "attention")
+
+
+@EVERY
+@pytest.mark.parametrize("granularity", ["heads", "channels", "experts"])
+def test_pruned_parts_are_saved_and_loaded_with_equal_logits(name, granularity, tmp_path):
+    model = build(name)
+    routed = any(block.feed_forward.experts for block in anatomy(model).blocks)
+    if granularity == "experts" and not routed:
+        pytest.skip("no experts")
+    before = _logits(model)
+    ratio = {"heads": 0.05, "channels": 0.2, "experts": 0.2}[granularity]
+    pruned = pruning.apply(model, _calibration(), ratio=ratio, granularity=granularity)
+    assert pruning.decoder_parameters(pruned) < pruning.decoder_parameters(model)
+    assert torch.equal(_logits(model), before), "the caller's model is left alone"
+    torch.testing.assert_close(_logits(_reloaded(pruned, tmp_path)), _logits(pruned), **CLOSE)
+
+
+@EVERY
+def test_heads_that_go_equal_heads_that_are_silent(name):
+    """All but the norms over full width, whose mean is over what is left: there the norms are cut with the heads."""
+    model = build(name)
+    kept = torch.tensor([0, 2, 3])
+    cut, silent = copy.deepcopy(model), copy.deepcopy(model)
+    for block in anatomy(cut).blocks:
+        surgery.keep_groups(block.attention, kept)
+    for block in anatomy(silent).blocks:
+        attention = block.attention
+        if attention.kind == "latent":
+            pytest.skip("single heads are cut, the view's own tests hold it")
+        columns = attention.output.weight.unflatten(1, (attention.key_value_heads, -1))
+        columns[:, 1] = 0
+    synchronise(cut)
+    if name == "olmoe":
+        norms = [block.attention.module.k_norm.weight for block in anatomy(cut).blocks]
+        assert {len(norm) for norm in norms} == {3 * 8} and torch.isfinite(_logits(cut)).all()
+    else:
+        torch.testing.assert_close(_logits(cut), _logits(silent), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gemma2"])
+def test_channels_that_go_equal_channels_that_are_silent(name):
+    model = build(name)
+    cut, silent = copy.deepcopy(model), copy.deepcopy(model)
+    kept = torch.arange(anatomy(model).blocks[0].feed_forward.channels)[::2]
+    for block, other in zip(anatomy(cut).blocks, anatomy(silent).blocks):
+        surgery.keep_channels(block, kept)
+        other.feed_forward.down.weight[:, 1::2] = 0
+    torch.testing.assert_close(_logits(synchronise(cut)), _logits(silent), **CLOSE)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
+def test_groups_of_experts_stay_equal_and_later_tokens_change_nothing(ratio):
+    model = build("glm4_moe_lite")
+    pruned = pruning.apply(model, _calibration(), ratio=ratio, granularity="experts")
+    for block in anatomy(pruned).blocks:
+        if experts := block.feed_forward.experts:
+            assert experts.count % experts.groups == 0 and experts.count // experts.groups >= experts.least_per_group
+    ids = architectures.prompt()
+    torch.testing.assert_close(_logits(pruned, ids[:, :12]), _logits(pruned, ids)[:, :12], **CLOSE)
+
+
+def test_unequal_groups_of_experts_are_refused():
+    experts = anatomy(build("glm4_moe_lite")).blocks[1].feed_forward.experts
+    with pytest.raises(UserError, match=r"2 groups .* not 4, 2"):
+        surgery.keep_experts(experts, torch.tensor([0, 1, 2, 3, 5, 6]))
+
+
+def test_the_shared_expert_is_seen_under_either_name():
+    for name in ("qwen2_moe", "glm4_moe_lite"):
+        assert anatomy(build(name)).blocks[1].feed_forward.down is not None
+
+
+@EVERY
+@pytest.mark.parametrize("context", [5, 24])
+def test_the_cache_takes_what_the_formula_says(name, context):
+    model = build(name)
+    with torch.inference_mode():
+        output = model(architectures.prompt(1, context), use_cache=True)
+    stored = sum(tensor.nbytes for layer in cache_names.of(output).layers for tensor in (layer.keys, layer.values))
+    assert cost_model.kv_cache_bytes(model, context) == stored
+    assert cost_model.kv_cache_bytes_per_token(model, context) == stored / context
+
+
+def test_windows_bound_what_decoding_reads_and_computes():
+    windowed, full = build("mistral"), build("mistral", sliding_window=None)
+    assert cost_model.decode_flops(windowed, 8) == cost_model.decode_flops(full, 8)
+    assert cost_model.decode_flops(windowed, 200) == cost_model.decode_flops(windowed, 100)
+    assert cost_model.step_bytes(windowed, 1, 200) < cost_model.step_bytes(full, 1, 200)
+    assert cost_model.prefill_flops(windowed, 8) == cost_model.prefill_flops(full, 8)
+    assert cost_model.prefill_flops(windowed, 200) < cost_model.prefill_flops(full, 200)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])
+def test_sparse_attention_does_not_apply_to_windows_and_says_so(name):
+    assert "sliding window" in sparse_attention.applies_to(build(name))
+    with pytest.raises(NotApplicable, match="sliding window"):
+        sparse_attention.apply(build(name))
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(name, tmp_path):
+    model = build(name)
+    said = support.unsupported(model)
+    assert said.startswith(f'architecture "{name}" is not supported: ') and "\n" not in said and "llama" in said
+    model.save_pretrained(tmp_path)
+    assert validate.fault(tmp_path) == f"{tmp_path}: {said}"
