@@ -15,6 +15,7 @@ are there. Nothing of the device's settings is changed.
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -92,13 +93,14 @@ def session(
     dimensions = ALL if chosen.energy else ALL[:3]
     kept = results.Results(chosen.out, _about(chosen.seconds, device, unpacked))
     executor = Processes(kept.log, device, lambda: free_bytes(device), dimensions, kept=2)
-    real = _checkpoints(chosen.weights)
+    real = _checkpoints(chosen.weights, kept.log)
     wanted = {name: parameters for name, parameters in optimizations.items() if _among(name, chosen.optimization)}
     models = [name for group in schedule.MODELS for name in group if _among(name, chosen.model)] + [*real]
     sizes = {name: weights_bytes(name) for name in models}
     margin = schedule.MARGIN_BYTES if device == "cuda" else 2**28
     options = {"energy": chosen.energy, "optimizations": wanted, "checkpoints": real, "margin_bytes": margin}
-    planned = schedule.steps(sizes, **options)
+    positions = {model: _positions(Path(folder) / model) for model, folder in real.items()}
+    planned = schedule.steps(sizes, context_bytes=context_bytes, positions=positions, **options)
 
     def keep(ended: schedule.Ended) -> None:
         kept.keep(ended)
@@ -191,10 +193,21 @@ def weights_bytes(name: str) -> float:
     return 2.0 * parameters.about_slice_parameters(whole)
 
 
-def _checkpoints(named: Sequence[str]) -> dict[str, str]:
+def context_bytes(name: str, tokens: int) -> float:
+    """Return the bytes of the queries, keys and values of every block of a model for a prompt, in bfloat16."""
+    from lib.models import parameters
+
+    whole = parameters.read(name).config("full")
+    config = whole.get("text_config", whole)
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config.get("head_dim") or config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    return 2.0 * config["num_hidden_layers"] * tokens * (heads + 2 * groups) * size
+
+
+def _checkpoints(named: Sequence[str], log: Path) -> dict[str, str]:
     """Join the pieces of checkpoints and unpack them; return model → the folder that holds its checkpoint folder.
 
-    What was split is an archive (.zip) of a folder in the hub's layout. Raises UserError.
+    What was split is an archive (.zip) of a folder in the hub's layout, or a GGUF file. Raises UserError.
     """
     folders = {}
     for entry in named:
@@ -202,10 +215,27 @@ def _checkpoints(named: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise UserError(f"--weights {entry}: expected MODEL=DIR")
         place = Path(tempfile.mkdtemp(prefix="weights-"))
-        archive = pieces.join(Path(folder), place)
-        pieces.unpack(archive, place / model)
+        joined = pieces.join(Path(folder), place)
+        if joined.suffix == ".gguf":
+            _convert(joined, place / model, log)
+        else:
+            pieces.unpack(joined, place / model)
         folders[model] = str(place)
     return folders
+
+
+def _convert(file: Path, folder: Path, log: Path) -> None:
+    """Make a checkpoint folder of a GGUF file, in a process of its own: this one loads no library of models."""
+    command = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(folder)]
+    with log.open("ab") as output:
+        if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False).returncode:
+            raise UserError(f"{file.name}: could not be converted into a checkpoint folder; {log} says why")
+
+
+def _positions(folder: Path) -> int:
+    """Return the longest context that a checkpoint allows."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("text_config", config)["max_position_embeddings"])
 
 
 if __name__ == "__main__":

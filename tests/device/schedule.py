@@ -26,7 +26,7 @@ OPTIMIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "adaptive_batch_sizes": {"replay_seconds": 2.0},
 }
 # Memory that a run takes on the device, in sizes of the model's weights: the baseline, the copy that is changed, what
-# both hold while they run. Attention and batching change no weight; 32,768 tokens hold keys, values and scores.
+# both hold while they run. Attention and batching change no weight.
 COPIES = {
     "structured_pruning": 2.1,
     "adaptive_sparse_attention": 1.3,
@@ -111,11 +111,15 @@ def steps(
     optimizations: Mapping[str, Mapping[str, Any]] = OPTIMIZATIONS,
     checkpoints: Mapping[str, str] | None = None,
     margin_bytes: float = MARGIN_BYTES,
+    context_bytes: Callable[[str, int], float] = lambda model, tokens: 0.0,
+    positions: Mapping[str, int] | None = None,
 ) -> list[Step]:
     """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
     the models of `checkpoints` (name → folder of checkpoints) with their own weights.
 
-    `weights_bytes` by model; a model that it does not name has no step.
+    `weights_bytes` by model; a model that it does not name has no step. `context_bytes` of a model and a number of
+    tokens: what the queries, keys and values of all blocks take, where a step asks for a context; `positions`: the
+    longest context by model, where it is less than what is asked for.
     """
     planned = [Step(TESTS, TESTS_SECONDS)]
     seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
@@ -125,16 +129,18 @@ def steps(
             for model in group:
                 if model not in weights_bytes:
                     continue
-                size = weights_bytes[model]
+                size, context = weights_bytes[model], int(parameters.get("context", 0))
+                context = min(context, (positions or {}).get(model, context))
+                own = {**parameters, "context": context} if context else parameters
                 planned.append(
                     Step(
                         f"{optimization}--{model}",
                         seconds,
                         model,
                         optimization,
-                        parameters,
+                        own,
                         size,
-                        COPIES.get(optimization, 2.5) * size + margin_bytes,
+                        COPIES.get(optimization, 2.5) * size + margin_bytes + context_bytes(model, context),
                         checkpoints=real.get(model, ""),
                     )
                 )

@@ -120,7 +120,7 @@ def test_a_checkpoint_in_pieces_becomes_a_folder_of_its_model(tmp_path):
         opened.writestr("any-name/config.json", "{}")
         opened.writestr("any-name/model.safetensors", "weights")
     pieces.split(archive, tmp_path / "pieces", 64)
-    folders = full_size._checkpoints([f"small={tmp_path / 'pieces'}"])
+    folders = full_size._checkpoints([f"small={tmp_path / 'pieces'}"], tmp_path / "log")
     folder = Path(folders["small"]) / "small"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 

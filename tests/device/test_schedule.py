@@ -118,3 +118,18 @@ def test_an_interrupt_ends_the_session_with_what_was_kept():
     with pytest.raises(KeyboardInterrupt):
         schedule.run(schedule.steps(SIZES), played.clock(570.0), played, kept.append)
     assert [ended.step.name for ended in kept] == names[:2]
+
+
+def test_a_context_needs_memory_beside_the_weights():
+    def needs(bytes_per_token: float) -> dict[str, float]:
+        planned = schedule.steps(SIZES, context_bytes=lambda model, tokens: bytes_per_token * tokens)
+        return {step.name: step.needs_bytes for step in planned}
+
+    without, beside = needs(0.0), needs(1.0)
+    more = {name for name in without if beside[name] > without[name]}
+    assert more == {name for name in without if name.startswith("adaptive_sparse_attention")}
+
+
+def test_no_context_is_longer_than_a_model_allows():
+    planned = schedule.steps({"small": GIGA}, checkpoints={"small": "/weights"}, positions={"small": 8192})
+    assert [step.parameters["context"] for step in planned if "context" in step.parameters] == [8192]

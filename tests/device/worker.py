@@ -62,6 +62,8 @@ def _free() -> None:
 
 def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
     """Execute the notebook of a request and tell of its record, or of its failure."""
+    import IPython.display
+
     from lib.errors import NotApplicable
     from lib.models import loading, parameters
     from lib.report.records import record as records
@@ -81,6 +83,7 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
     glued: list[Any] = []
     stock = loading.load, records.glue
     loading.load, records.glue = held, glued.append  # type: ignore[assignment]
+    IPython.display.display = show
     os.environ["WORKBENCH_DIMENSIONS"] = ",".join(request["dimensions"])
     began, start = datetime.datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     try:
@@ -95,6 +98,11 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
     seconds = round(time.perf_counter() - start, 2)
     result = result.model_copy(update={"started": began, "seconds": seconds, "parameters": dict(values)})
     tell(event="record", record=records.to_json(result))
+
+
+def show(data: Any, **_: Any) -> None:
+    """Print what a notebook displays, as text: takes the place of IPython's `display`."""
+    print(data.get("text/plain", "") if isinstance(data, dict) else data, flush=True)
 
 
 def _execute(notebook: Any, values: dict[str, Any], tell: Tell) -> None:
