@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +94,10 @@ class Processes:
         """Return why a step has no room on the device, or None. Other models' processes make room first."""
         if not step.needs_bytes:
             return None
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if step.disk_bytes > free:
+            needed = step.disk_bytes / 2**30
+            return f"needs about {needed:.0f} GiB of the temporary disk, {free / 2**30:.0f} GiB are free"
         while (reason := self._no_room(step)) and (others := self._others(step)):
             self.workers.pop(others[0]).end()
         return reason

@@ -15,8 +15,9 @@ BYTES_PER_SECOND = 2e9  # at which random weights are made on the device: an ass
 ASIDE_SECONDS = 4.0  # of the time given: to end processes and to write the index
 TESTS = "tests"
 
-# In order of value. A model of thirty billion parameters comes last: it takes as long as four small ones.
-MODELS = (("qwen3-vl-2b", "qwen3-4b-instruct-2507"), ("glm-4.7-flash", "qwen3-coder-30b"))
+# In order of value; the models of a group are kept beside each other. One of thirty billion parameters comes last and
+# alone: loading it takes as long as a run.
+MODELS = (("qwen3-vl-2b", "qwen3-4b-instruct-2507"), ("glm-4.7-flash",), ("qwen3-coder-30b",))
 OPTIMIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "structured_pruning": {"finetune_steps": 0},
     "adaptive_sparse_attention": {"context": 32768},
@@ -35,13 +36,15 @@ COPIES = {
     "streaming_computation": 2.1,
     "adaptive_batch_sizes": 1.3,
 }
+# Room on the temporary disk, in sizes of the weights.
+ON_DISK = {"streaming_computation": 1.05}
 MARGIN_BYTES = 6 * 2**30  # context of the driver, activations, workspaces
 
 
 @dataclass(frozen=True)
 class Step:
     """One thing to do. `seconds`: what it may take, without loading; `weights_bytes` of its model, `needs_bytes` of
-    memory on the device, loading included; both 0 where it has no model.
+    memory on the device, loading included, `disk_bytes` of the temporary disk; all 0 where it has no model.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Step:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights_bytes: float = 0.0
     needs_bytes: float = 0.0
+    disk_bytes: float = 0.0
     scale: str = "full"
     checkpoints: str = ""
 
@@ -141,6 +145,7 @@ def steps(
                         own,
                         size,
                         COPIES.get(optimization, 2.5) * size + margin_bytes + context_bytes(model, context),
+                        ON_DISK.get(optimization, 0.0) * size,
                         checkpoints=real.get(model, ""),
                     )
                 )

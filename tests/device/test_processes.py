@@ -97,6 +97,11 @@ def test_weights_that_are_held_already_are_not_asked_for_twice(executor):
     assert made.workers
 
 
+def test_a_checkpoint_that_has_no_room_on_the_disk_is_not_written(executor):
+    said = executor().hindrance(_step("a", needs_bytes=1.0, disk_bytes=1e18))
+    assert "of the temporary disk" in said
+
+
 def test_no_more_models_are_kept_than_asked(executor):
     made = executor(kept=1)
     for model in "ab":
