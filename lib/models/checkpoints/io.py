@@ -7,9 +7,9 @@ parameter files, tasks, measuring or optimizations. Offline unless a hub id is g
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
     factored or sparse, transformers reads the folder too.
     """
     folder, described = Path(folder), manifest.describe(model)
-    model.save_pretrained(folder, state_dict={})  # configurations only; the weights are written aligned below
+    with _accepted(anatomy(model).config):
+        model.save_pretrained(folder, state_dict={})  # configurations only; the weights are written aligned below
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     weight_file.write(folder / WEIGHTS, stored)
@@ -82,6 +83,24 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
         if part is not None:
             part.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _accepted(config: Any) -> Iterator[None]:
+    """Within, the configuration states a number of heads that its class accepts.
+
+    Some accept only divisors of the hidden size, which models that lost heads need not have. The manifest's tensors
+    have their own shapes, and tell the number of heads when they are loaded.
+    """
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    try:
+        config.validate_architecture()
+    except ValueError:
+        config.num_attention_heads = next(count for count in range(heads, hidden + 1) if hidden % count == 0)
+    try:
+        yield
+    finally:
+        config.num_attention_heads = heads
 
 
 def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
