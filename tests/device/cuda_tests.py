@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+from tests.device.processes import end_with_parent
+
 FILE = "tests/test_cuda.py"
 FIRST = (
     "test_weights_executed_sparse_equal_masked_ones",
@@ -63,6 +65,7 @@ def main() -> int:
     """Run the tests; return pytest's exit code."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    end_with_parent()
     import pytest
 
     def tell(entry: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,7 @@ def session(
         kept.keep(ended)
         print(f"{clock.spent:6.0f} s  {ended.status:14}  {ended.step.name}  {ended.reason or ''}".rstrip(), flush=True)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was finished is kept, and no process stays behind
     try:
         outcomes = schedule.run(planned, clock, executor, keep)
     finally:

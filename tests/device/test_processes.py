@@ -3,9 +3,12 @@ rehearsed whole on the processor leaves records, an index and a page.
 """
 
 import json
+import subprocess
+import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 from tests.device import cuda_tests, full_size, processes, results, schedule
@@ -107,6 +110,21 @@ def test_no_more_models_are_kept_than_asked(executor):
     for model in "ab":
         made.execute(_step(model), 20.0)
     assert [model for model, _ in made.workers] == ["b"]
+
+
+def test_a_process_ends_with_its_parent():
+    program = "from tests.device.processes import end_with_parent; end_with_parent(); import time; time.sleep(600)"
+    starter = f"""
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", {program!r}], start_new_session=True, stdout=-3).pid, flush=True)
+time.sleep(2)
+"""
+    ended = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True)
+    process = int(ended.stdout)
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the process outlived its parent"
+        time.sleep(0.1)
 
 
 def test_one_case_of_every_function_comes_first_those_that_never_ran_at_the_head():

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.device.processes import end_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 Tell = Callable[..., None]
 
@@ -121,6 +123,7 @@ def main() -> None:
     """Answer requests until standard input closes."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints belongs in the log
+    end_with_parent()
     os.chdir(ROOT / "notebooks")
     os.environ.setdefault("MPLBACKEND", "agg")
 
