@@ -33,6 +33,7 @@ from tests.device.processes import ALL, Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 570.0
+PATIENCE = 20.0  # of a rehearsal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +100,8 @@ def session(
     models = [name for group in schedule.MODELS for name in group if _among(name, chosen.model)] + [*real]
     sizes = {name: weights_bytes(name) for name in models}
     margin = schedule.MARGIN_BYTES if device == "cuda" else 2**28
-    options = {"energy": chosen.energy, "optimizations": wanted, "checkpoints": real, "margin_bytes": margin}
+    options: dict[str, Any] = {"patience": 1.0 if device == "cuda" else PATIENCE, "energy": chosen.energy}
+    options |= {"optimizations": wanted, "checkpoints": real, "margin_bytes": margin}
     positions = {model: _positions(Path(folder) / model) for model, folder in real.items()}
     planned = schedule.steps(sizes, context_bytes=context_bytes, positions=positions, **options)
 

@@ -117,16 +117,18 @@ def steps(
     margin_bytes: float = MARGIN_BYTES,
     context_bytes: Callable[[str, int], float] = lambda model, tokens: 0.0,
     positions: Mapping[str, int] | None = None,
+    patience: float = 1.0,
 ) -> list[Step]:
     """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
     the models of `checkpoints` (name → folder of checkpoints) with their own weights.
 
     `weights_bytes` by model; a model that it does not name has no step. `context_bytes` of a model and a number of
     tokens: what the queries, keys and values of all blocks take, where a step asks for a context; `positions`: the
-    longest context by model, where it is less than what is asked for.
+    longest context by model, where it is less than what is asked for. `patience`: how many times as long a step may
+    take; a rehearsal's processor is slower than the device, and may be busy.
     """
-    planned = [Step(TESTS, TESTS_SECONDS)]
-    seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
+    planned = [Step(TESTS, patience * TESTS_SECONDS)]
+    seconds = patience * (RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0))
     real = checkpoints or {}
     for group in (*groups, tuple(real)):
         for optimization, parameters in optimizations.items():

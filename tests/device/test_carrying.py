@@ -22,13 +22,14 @@ def _version(name: str) -> str:
 
 def _wheel(folder: Path, name: str, needs=(), size: int = 100) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+    stem = name.replace("-", "_")
+    path = folder / f"{stem}-1.0-py3-none-any.whl"
     lines = "".join(f"Requires-Dist: {need}\n" for need in needs)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
-            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}"
+            f"{stem}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}"
         )
-        archive.writestr(f"{name.replace('-', '_')}/__init__.py", "#" * size)
+        archive.writestr(f"{stem}/__init__.py", "#" * size)
     return path
 
 

@@ -153,11 +153,11 @@ def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():
 
 
 def test_one_optimization_is_rehearsed_whole(tmp_path, capsys):
-    chosen = ["--seconds", "400", "--out", str(tmp_path), "--optimization", "structured_pruning"]
-    code = full_size.main([*chosen, "--model", "qwen3-vl-2b", "--model", "glm-4.7-flash", "rehearse"])
+    chosen = ["--seconds", "100000", "--out", str(tmp_path), "--optimization", "structured_pruning"]
+    code = full_size.main([*chosen, "--model", "glm-4.7-flash", "rehearse"])
     index = json.loads((tmp_path / results.INDEX).read_text())
     assert code == 0, index["steps"]
-    assert [step["status"] for step in index["steps"]] == ["finished"] * 3
-    assert len((tmp_path / results.RECORDS).read_text().splitlines()) == 2
+    assert [step["status"] for step in index["steps"]] == ["finished"] * 2
+    assert len((tmp_path / results.RECORDS).read_text().splitlines()) == 1
     assert {test["outcome"] for test in index["steps"][0]["tests"]} <= {"skipped", "passed"}
-    assert "3 finished" in capsys.readouterr().out
+    assert "2 finished" in capsys.readouterr().out
