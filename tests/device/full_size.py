@@ -97,8 +97,10 @@ def session(
     executor = Processes(kept.log, device, lambda: free_bytes(device), dimensions, kept=2)
     real = _checkpoints(chosen.weights, kept.log)
     wanted = {name: parameters for name, parameters in optimizations.items() if _among(name, chosen.optimization)}
-    models = [name for group in schedule.MODELS for name in group if _among(name, chosen.model)] + [*real]
+    models = [name for group in schedule.MODELS for name in group if _among(name, chosen.model)]
     sizes = {name: weights_bytes(name) for name in models}
+    for model, folder in real.items():
+        sizes[model] = float(sum(file.stat().st_size for file in (Path(folder) / model).glob("*.safetensors")))
     margin = schedule.MARGIN_BYTES if device == "cuda" else 2**28
     options: dict[str, Any] = {"patience": 1.0 if device == "cuda" else PATIENCE, "energy": chosen.energy}
     options |= {"optimizations": wanted, "checkpoints": real, "margin_bytes": margin}
@@ -190,18 +192,19 @@ def weights_bytes(name: str) -> float:
     """Return the bytes of a model's weights in bfloat16, from its configuration, to within about a tenth."""
     from lib.models import parameters
 
-    description = parameters.read(name)
-    config = description.config("full")
-    layers = config.get("text_config", config)["num_hidden_layers"]
-    whole = description.model_copy(update={"slice": parameters.Slice(layers=layers)})
+    whole = parameters.read(name).model_copy(update={"slice": None})
     return 2.0 * parameters.about_slice_parameters(whole)
 
 
 def context_bytes(name: str, tokens: int) -> float:
-    """Return the bytes of the queries, keys and values of every block of a model for a prompt, in bfloat16."""
+    """Return the bytes of the queries, keys and values of every block of a model for a prompt, in bfloat16; 0 where its
+    configuration comes with its checkpoint, which is small enough to be carried.
+    """
     from lib.models import parameters
 
-    whole = parameters.read(name).config("full")
+    whole = parameters.read(name).full
+    if not whole:
+        return 0.0
     config = whole.get("text_config", whole)
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim") or config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)

@@ -143,13 +143,12 @@ def test_sizes_follow_from_the_configuration():
 
 
 def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():
-    from lib.suite.plan import plan, template
+    from lib.suite.plan import plan
 
     for name, parameters in schedule.OPTIMIZATIONS.items():
-        notebook = template.read(plan.NOTEBOOKS / f"{name}.ipynb")
-        request = plan.Request(scale="full", random_weights=True, device="cuda", parameters=parameters)
-        values = plan.resolve(notebook, "qwen3-4b-instruct-2507", {}, request)
-        assert all(values[key] == value for key, value in parameters.items())
+        about = {"scale": "full", "random_weights": True, "device": "cuda", "parameters": parameters}
+        for job in plan.plan(plan.Request((name,), tuple(schedule.MODELS[0]), **about), to_run=False):
+            assert all(job.parameters[key] == value for key, value in parameters.items())
 
 
 def test_one_optimization_is_rehearsed_whole(tmp_path, capsys):

@@ -22,7 +22,7 @@ from lib.suite.bootstrap import REQUIREMENTS, requirements, satisfies
 MOST_BYTES = 64 * 2**20
 # What the tests and the notebooks of a session import, of what stands in requirements.txt or is needed by it.
 NEEDED = (
-    "accelerate", "filelock", "ipython", "matplotlib", "numpy", "nvidia-ml-py", "packaging", "pandas", "pillow",
+    "accelerate", "filelock", "gguf", "ipython", "matplotlib", "numpy", "nvidia-ml-py", "packaging", "pandas", "pillow",
     "psutil", "pydantic", "pytest", "pyyaml", "rich", "safetensors", "scikit-learn", "scipy", "seaborn", "tokenizers",
     "torch", "transformers", "zeus",
 )  # fmt: skip

@@ -67,12 +67,14 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
     import IPython.display
 
     from lib.errors import NotApplicable
-    from lib.models import loading, parameters
+    from lib.models import loading
     from lib.report.records import record as records
-    from lib.suite.plan import plan, template
+    from lib.suite.plan import plan
 
     stem, model = request["optimization"], request["model"]
     asked = plan.Request(
+        optimizations=(stem,),
+        models=(model,),
         scale=request["scale"],
         effort="quick",
         device=request["device"],
@@ -80,25 +82,25 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
         random_weights=request["scale"] == "full" and not request["checkpoints"],
         parameters=request["parameters"],
     )
-    notebook = template.read(plan.NOTEBOOKS / f"{stem}.ipynb")
-    values = plan.resolve(notebook, model, parameters.read(model).optimizations, asked)
+    (job,) = plan.plan(asked, to_run=False)
+    values = dict(job.parameters)
     glued: list[Any] = []
     stock = loading.load, records.glue
-    loading.load, records.glue = held, glued.append  # type: ignore[assignment]
+    loading.load, records.glue = held, glued.append
     IPython.display.display = show
     os.environ["WORKBENCH_DIMENSIONS"] = ",".join(request["dimensions"])
     began, start = datetime.datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     try:
-        _execute(notebook, values, tell)
+        _execute(job.template, values, tell)
         result = glued[-1]
     except NotApplicable as reason:
         about = {"status": "not_applicable", "reason": " ".join(str(reason).split())}
-        result = records.build(stem, model, request["scale"], "quick", values, **about)  # type: ignore[arg-type]
+        result = records.build(stem, model, request["scale"], "quick", values, **about)
     finally:
         loading.load, records.glue = stock
         _free()
     seconds = round(time.perf_counter() - start, 2)
-    result = result.model_copy(update={"started": began, "seconds": seconds, "parameters": dict(values)})
+    result = result.model_copy(update={"started": began, "seconds": seconds, "parameters": values})
     tell(event="record", record=records.to_json(result))
 
 
