@@ -91,7 +91,7 @@ def session(
     clock = schedule.Clock(chosen.seconds)
     target = tempfile.mkdtemp(prefix="packages-")
     unpacked = _packages(chosen.wheels, Path(target))
-    os.environ.update(environment | {"PYTHONPATH": os.pathsep.join(_paths(target)), "WORKBENCH_PEAKS": "in_process"})
+    os.environ.update(environment | {"PYTHONPATH": os.pathsep.join(_paths(target)), "WORKBENCH_CHILDREN": "none"})
     dimensions = ALL if chosen.energy else ALL[:3]
     kept = results.Results(chosen.out, _about(chosen.seconds, device, unpacked))
     executor = Processes(kept.log, device, lambda: free_bytes(device), dimensions, kept=2)
