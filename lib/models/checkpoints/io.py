@@ -26,7 +26,7 @@ from lib.models.checkpoints import finite, quantization, tying, weight_file
 from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
 from lib.models.structure import factored, manifest, no_op, sparse
-from lib.models.structure.anatomy import synchronise
+from lib.models.structure.anatomy import anatomy, synchronise
 from lib.models.structure.architecture import auto_class, ready
 
 transformers_logging.disable_progress_bar()
