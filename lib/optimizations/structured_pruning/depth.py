@@ -16,7 +16,6 @@ from lib.models.structure.sharing import sharing
 
 CRITERIA = ("influence", "divergence", "span")
 CANDIDATES = 8  # blocks of least influence that a greedy step tries: more would make it quadratic in depth
-PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of a configuration, an entry for each block
 
 
 def least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
@@ -25,14 +24,9 @@ def least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
 
 
 def remove_blocks(model: nn.Module, removed: Iterable[int]) -> None:
-    """Remove whole blocks in place, and their entries in the configuration; `synchronise` must follow."""
-    view, gone = anatomy(model), set(removed)
-    kept = [index for index in range(len(view.blocks)) if index not in gone]
-    for name in PER_BLOCK:
-        entries = getattr(view.config, name, None)
-        if isinstance(entries, list) and len(entries) == len(view.blocks):
-            setattr(view.config, name, [entries[index] for index in kept])
-    view.decoder.layers = nn.ModuleList(view.decoder.layers[index] for index in kept)
+    """Remove whole blocks in place; `synchronise` must follow, which removes their entries in the configuration."""
+    decoder, gone = anatomy(model).decoder, set(removed)
+    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in gone)
 
 
 def without_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
