@@ -3,8 +3,10 @@
 Weights alone are quantized, rounded to nearest: int8 symmetric with a scale per output row; int4 asymmetric with scale
 and zero point per group of 128 inputs (of the largest of 64, 32, 16 that divides the width where 128 does not). No text
 is needed. Products run in torch's own packed kernels (`_weight_int8pack_mm`, `_weight_int4pack_mm`), which read the
-small weights; where no kernel takes the shape or type, or for so many tokens that arithmetic is the limit, the matrix
-is restored for the product. Runs forward only. Knows nothing of which matrices are quantized.
+small weights. The kernels are quick in bfloat16 alone (on a CPU, those of float32 take a hundred times as long), so
+scales are bfloat16, and so are inputs while a kernel runs. Where no kernel takes the shape, and in int8 for so many
+tokens that arithmetic is the limit, the matrix is restored for the product. Runs forward only. Knows nothing of which
+matrices are quantized.
 
 Shapes: T tokens, O outputs, I inputs, G inputs of a group, E experts, K experts per token.
 """
@@ -21,6 +23,7 @@ BITS = (8, 4)
 GROUPS = (128, 64, 32, 16)  # the first that divides the width
 KERNEL_GROUPS = (32, 64, 128, 256)
 FEW_TOKENS = 32  # up to here reading the weights is the limit
+SCALES = torch.bfloat16
 TILES = 8  # of the int4 kernel's layout on CUDA
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -38,27 +41,27 @@ def has_kernel(weight_OI: torch.Tensor, bits: int) -> bool:
     if group_size(inputs) not in KERNEL_GROUPS:
         return False
     if weight_OI.is_cuda:
-        return weight_OI.dtype == torch.bfloat16 and outputs % 8 == 0 and inputs % (TILES * 16) == 0
+        return outputs % 8 == 0 and inputs % (TILES * 16) == 0
     return outputs % 16 == 0
 
 
 def pack(weight_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (packed values, scales in the dtype of the weight): int8 [O, I] and [O]; int4 in the layout of its kernel,
-    else two to a byte [O, I/2], with scale and zero point [I/G, O, 2].
+    """Return (packed values, scales): int8 [O, I] and [O]; int4 in the layout of its kernel, else two to a byte
+    [O, I/2], with scale and zero point [I/G, O, 2].
 
     Raises UserError for an odd width in int4.
     """
     weight = weight_OI.detach().float()
     if bits == 8:
-        scale_O = (weight.abs().amax(-1) / 127).clamp_min(1e-12).to(weight_OI.dtype)
+        scale_O = (weight.abs().amax(-1) / 127).clamp_min(1e-12).to(SCALES)
         return (weight / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale_O
     outputs, inputs = weight.shape
     if inputs % 2:
         raise UserError(f"int4 packs two weights to a byte, but this matrix has {inputs} inputs")
     grouped = weight.view(outputs, -1, group_size(inputs))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale = ((high - low) / 15).clamp_min(1e-12).to(weight_OI.dtype)
-    zero = (low + 8 * scale.float()).to(weight_OI.dtype)
+    scale = ((high - low) / 15).clamp_min(1e-12).to(SCALES)
+    zero = (low + 8 * scale.float()).to(SCALES)
     steps = (grouped - zero.float()[..., None]) / scale.float()[..., None] + 8
     values_OI = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
     scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
@@ -74,14 +77,14 @@ def _two_to_a_byte(values_OI: torch.Tensor) -> torch.Tensor:
 
 
 def restored(values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], kernel: bool) -> torch.Tensor:
-    """Return the matrix [O, I] that packed values stand for, in the dtype of the scales."""
+    """Return the matrix [O, I] that packed values stand for, float32."""
     if values.dtype == torch.int8:
-        return values.to(scales.dtype) * scales[:, None]
+        return values.float() * scales.float()[:, None]
     if kernel:  # only the kernel knows its layout: the rows of the identity give the columns of the matrix
         eye_II = torch.eye(shape[1], dtype=scales.dtype, device=scales.device)
-        return _int4_product(values, scales, eye_II).T
-    both = torch.stack([values >> 4, values & 15], -1).view(shape[0], scales.shape[0], -1).to(scales.dtype)
-    scale, zero = scales.transpose(0, 1).unbind(-1)
+        return _int4_product(values, scales, eye_II).float().T
+    both = torch.stack([values >> 4, values & 15], -1).view(shape[0], scales.shape[0], -1).float()
+    scale, zero = scales.float().transpose(0, 1).unbind(-1)
     return ((both - 8) * scale[..., None] + zero[..., None]).view(shape)
 
 
@@ -89,14 +92,13 @@ def product(
     x_TI: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], kernel: bool
 ) -> torch.Tensor:
     """Return x·Wᵀ [T, O] in the dtype of x for packed values of a matrix of `shape`."""
-    x = x_TI.to(scales.dtype).contiguous()
-    if not len(x):
+    if not len(x_TI):
         return x_TI.new_zeros(0, shape[0])
     if kernel and values.dtype != torch.int8:
-        return _int4_product(values, scales, x).to(x_TI.dtype)
-    if kernel and len(x) <= FEW_TOKENS:
-        return torch._weight_int8pack_mm(x, values, scales).to(x_TI.dtype)
-    return nn.functional.linear(x, restored(values, scales, shape, kernel)).to(x_TI.dtype)
+        return _int4_product(values, scales, x_TI.to(SCALES).contiguous()).to(x_TI.dtype)
+    if kernel and len(x_TI) <= FEW_TOKENS:
+        return torch._weight_int8pack_mm(x_TI.to(SCALES).contiguous(), values, scales).to(x_TI.dtype)
+    return nn.functional.linear(x_TI, restored(values, scales, shape, kernel).to(x_TI.dtype))
 
 
 def _int4_product(values: torch.Tensor, scales: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
