@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import verdict
+from lib.report.records.primary import LOSSES
 from lib.report.records.record import Record
 from lib.report.text import sentence
 from lib.report.text.quantities import quantity, signed, with_ends
 from lib.report.text.wording import SIGNS, words
 from lib.report.text.wording import signed as signed_word
+
+JUDGED = ("better", "worse", "equivalent", "inconclusive")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ def shown(measurement: Measurement) -> Shown:
     why = sentence.why(measurement)
     reason = why if why and why != "no reason was recorded" else measurement.reason
     source = measurement.source + (f"; {reason}" if reason else "")
-    return Shown(*about, value, spread, measurement.verdict, measurement.provenance, source)
+    estimated = measurement.provenance == "estimated" and measurement.verdict in JUDGED
+    state = "informative" if estimated else measurement.verdict  # an estimate is never judged
+    return Shown(*about, value, spread, state, measurement.provenance, source)
 
 
 def _absolute(measurement: Measurement) -> str:
@@ -111,9 +116,10 @@ def of(record: Record, dimension: str) -> list[Shown]:
 
 
 def state(record: Record, dimension: str) -> str:
-    """Return a dimension's word with its sign, and that it is not all: `▲ better, but …`."""
-    word = signed_word(getattr(record.verdict, dimension))
-    return f"{word}, but …" if record.verdict.losses_of(dimension) else word
+    """Return a dimension's word with its sign, and that a loss stands beside it: `▲ better, but …`."""
+    word = getattr(record.verdict, dimension)
+    lost = record.verdict.losses_of(dimension) and word not in LOSSES
+    return f"{signed_word(word)}, but …" if lost else signed_word(word)
 
 
 def chosen(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:

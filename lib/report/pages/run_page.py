@@ -72,12 +72,15 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
 def _carried(record: Record, dimension: str) -> str:
     """Return what carries a dimension's word, or why nothing does; what was lost beside it."""
     carrier = record.verdict.carried_by.get(dimension)
-    reason = record.verdict.reasons.get(dimension, "")
+    declared = {str(name): pair for name, pair in record.primaries.items()}.get(dimension)
     parts = [f"{label(carrier.metric)}, {carrier.workload}"] if carrier else []
-    parts += [f"instead of the declared one: {carrier.reason}"] if carrier and carrier.reason else []
-    parts += [reason] if reason else []
+    if carrier and carrier.reason and declared:
+        parts.append(f"instead of {label(declared[0])}, {declared[1]}: {carrier.reason}")
+    parts += [reason] if (reason := record.verdict.reasons.get(dimension, "")) else []
     lost = record.verdict.losses_of(dimension)
-    parts += ["but " + ", ".join(f"{words(m.verdict)}: {label(m.metric)}, {m.workload}" for m in lost)] if lost else []
+    parts += (
+        ["beside it " + ", ".join(f"{words(m.verdict)}: {label(m.metric)}, {m.workload}" for m in lost)] if lost else []
+    )
     return "; ".join(parts)
 
 

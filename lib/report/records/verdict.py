@@ -26,6 +26,7 @@ HEADLINES = {
     "resources": ("weights_bytes", "peak_tensor_bytes", "peak_memory_bytes", "kv_cache_bytes_per_token", "parameters"),
     "efficiency": primary.PREFERRED["efficiency"],
 }
+MOST_LOSSES = 2  # that a sentence names in a dimension; the verdict holds them all
 SHOWN = {"performance": 2, "accuracy": 2, "resources": 1, "efficiency": 1}
 
 
@@ -156,9 +157,12 @@ def _word(dimension: str, members: Sequence[Measurement], carrier: Measurement |
         return "not_exercised", clipped(silent.reason)
     described = next((m for m in members if m.verdict not in ("unavailable", "not_exercised")), None)
     if described is not None:
-        estimated = any(m.provenance == "estimated" for m in members)
-        nothing = "nothing was measured that can be judged"
-        return "inconclusive", f"{nothing}: {'an estimate never is' if estimated else 'all of it describes only'}"
+        estimated = next((m for m in members if m.provenance == "estimated"), None)
+        name = sentence.subject(estimated or described)
+        return (
+            "inconclusive",
+            f"{name} is estimated, and no estimate is judged" if estimated else f"{name} describes only",
+        )
     missing = next((m.reason for m in members if m.reason), None)
     return "unavailable", clipped(missing or "nothing was measured")
 
@@ -185,7 +189,9 @@ def _sentence(
             continue
         text = sentence.clause(carrier) + _workload(carrier, beside)
         lost = [sentence.clause(m) + _workload(m, beside) for m in losses if m.dimension == name]
-        parts.append(f"{text}, but {' and '.join(lost)}" if lost else text)
+        more = [f"{len(lost) - MOST_LOSSES} more lost"] if len(lost) > MOST_LOSSES else []
+        link = "and" if carrier.verdict in primary.LOSSES else "but"
+        parts.append(f"{text}, {link} {' and '.join(lost[:MOST_LOSSES] + more)}" if lost else text)
     left_out = [name for name in DIMENSIONS if name not in requested]
     parts += [f"not asked for: {', '.join(left_out)}"] if left_out else []
     text = sentence.name_first_interval("; ".join(parts))
