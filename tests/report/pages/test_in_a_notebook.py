@@ -72,7 +72,7 @@ def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks
     assert f"{count + 1} records in {tmp_path.name}: {count} measured, 1 without a result, 1 damaged" in output
     assert "Damaged: a--b: a--b.json: not a record" in output
     assert len(names["points"]) == count
-    assert ("No record has" in output) == (count == 0)
+    assert ("No record has prefill rate." in output) == (count == 0)
 
 
 def test_the_overview_of_records_without_a_result(tmp_path, in_notebooks, capsys):
