@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "time_to_first_token_ms": _performance("ms", False),
     "decode_tokens_per_second": _performance("tokens/s", True),
     "time_per_output_token_ms": _performance("ms", False),
+    "time_between_tokens_p99_ms": _performance("ms", False, None),
     "batch_decode_tokens_per_second": _performance("tokens/s", True),
     "generate_tokens_per_second": _performance("tokens/s", True),
     # A slice's rates, scaled to the number of blocks of the whole model: derived, never judged.

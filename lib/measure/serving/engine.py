@@ -37,37 +37,62 @@ class ModelEngine:
     def clear(self) -> None:
         """Forget all rows and all output."""
         self.rows: batch_cache.Rows | None = None
+        self.reading: dict[int, batch_cache.Rows] = {}
         self.ids: list[int] = []
         self.output: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache holds now."""
-        return self.rows.bytes if self.rows is not None else 0
+        """Bytes that the cache holds now, that of prompts which are read in parts included."""
+        return (self.rows.bytes if self.rows is not None else 0) + sum(row.bytes for row in self.reading.values())
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
         """Read the prompts together and let their rows join; return the seconds it took."""
         prompts = [self.prompt_of(request) for request in requests]
         start = time.perf_counter()
-        joining = batch_cache.prefill(self.model, prompts)
+        self._join(requests, batch_cache.prefill(self.model, prompts))
+        return self._since(start)
+
+    def _join(self, requests: Sequence[ServingRequest], joining: batch_cache.Rows) -> None:
+        """Let rows whose prompts have been read join those under way."""
         first = joining.token_B.tolist()
         self.rows = joining if self.rows is None else batch_cache.join(self.rows, joining)
         for request, token in zip(requests, first):
             self.ids.append(request.id)
             self.output[request.id] = [token]
             self.lengths[request.id] = request.new_tokens
-        return self._since(start)
 
     def decode(self) -> float:
         """Produce one token of every row; return the seconds it took. Raises RuntimeError where there are no rows."""
         if self.rows is None:
             raise RuntimeError("there are no rows to decode")
         start = time.perf_counter()
-        tokens = batch_cache.step(self.model, self.rows).tolist()
-        for request, token in zip(self.ids, tokens):
+        self._step(self.rows)
+        return self._since(start)
+
+    def _step(self, rows: batch_cache.Rows) -> None:
+        for request, token in zip(self.ids, batch_cache.step(self.model, rows).tolist()):
             if len(self.output[request]) < self.lengths[request]:
                 self.output[request].append(token)
+
+    def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
+        """Decode a token of every row and read so many further tokens of each prompt; return the seconds it took.
+
+        The two are passes of their own, one behind the other: a padded cache has no room for both in one.
+        """
+        prompts = [self.prompt_of(request) for request, _ in parts]
+        start = time.perf_counter()
+        if self.rows is not None:
+            self._step(self.rows)
+        for (request, count), prompt_T in zip(parts, prompts):
+            row = self.reading.pop(request.id, None)
+            done = 0 if row is None else row.length
+            row = batch_cache.read_on(self.model, row, prompt_T[done : done + count])
+            if row.length == len(prompt_T):
+                self._join([request], row)
+            else:
+                self.reading[request.id] = row
         return self._since(start)
 
     def leave(self, ids: Sequence[int]) -> float:

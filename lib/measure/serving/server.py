@@ -2,8 +2,10 @@
 so the same loop serves a real model in real time, a simulation, and the tests.
 
 The loop alone keeps the memory bound: a request is admitted only if the cache fits even when every row under way
-reaches its full length, so no policy can run out of memory. Every run ends: requests that still wait when the drain
-time is over stay unserved, and the run counts as saturated. Knows nothing of how a policy decides, nor of tokens.
+reaches its full length, so no policy can run out of memory. A prompt is read at once, while the rows stand still, or,
+where the policy says so, in parts that share steps with decoding (chunked prefill: Agrawal et al. 2024, Sarathi-Serve,
+OSDI, section 4). Every run ends: requests that still wait when the drain time is over stay unserved, and the run counts
+as saturated. Knows nothing of how a policy decides, nor of tokens.
 """
 
 import math
@@ -11,143 +13,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
 from lib.errors import UserError
+from lib.measure.serving.protocol import (
+    BATCHINGS,
+    Clock,
+    Decision,
+    Engine,
+    Limits,
+    Policy,
+    RequestOutcome,
+    Served,
+    ServerStep,
+    View,
+)
 from lib.measure.serving.traffic import ServingRequest, Trace
-
-BATCHINGS = ("iteration", "request")
-MOST_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server can hold, and for how long a request keeps its place in the queue; the same for every policy.
-
-    rows: at once; cache_bytes: of cache at `bytes_per_token` (None: no bound). A request that has waited for more than
-    `patience_seconds` is served after all others (None: never), as by a server whose clients have given up (Triton's
-    queue policy, time-out action DELAY).
-    """
-
-    rows: int = MOST_ROWS
-    cache_bytes: float | None = None
-    bytes_per_token: float = 0
-    patience_seconds: float | None = None
-
-
-@dataclass
-class RequestOutcome:
-    """What became of a request; times in seconds of the trace, None for a stage that was not reached."""
-
-    request: ServingRequest
-    admitted: float | None = None
-    first: float | None = None
-    finished: float | None = None
-    produced: int = 0
-
-    @property
-    def first_token_seconds(self) -> float | None:
-        """Seconds from arrival to the first token."""
-        return None if self.first is None else self.first - self.request.arrival
-
-    @property
-    def latency_seconds(self) -> float | None:
-        """Seconds from arrival to the last token."""
-        return None if self.finished is None else self.finished - self.request.arrival
-
-    @property
-    def token_seconds(self) -> float | None:
-        """Mean seconds per output token behind the first; None while unfinished, 0 for an answer of one token."""
-        if self.first is None or self.finished is None:
-            return None
-        return (self.finished - self.first) / max(1, self.request.new_tokens - 1)
-
-
-class ServerStep(NamedTuple):
-    """One call of the engine: `prefill`, `decode` or `leave` of `batch` rows.
-
-    `tokens` is the longest prompt of a prefill, else the longest context. `waiting`, `running`: rows then.
-    """
-
-    start: float
-    kind: str
-    batch: int
-    tokens: int
-    seconds: float
-    waiting: int
-    running: int
-
-
-@dataclass(frozen=True)
-class View:
-    """What a policy sees. `waiting`: the requests still in time, or the late ones where there are no others; `room`:
-    how many from its head the limits would admit now; `context`: the longest of the rows under way, in tokens.
-    """
-
-    now: float
-    waiting: Sequence[ServingRequest]
-    running: Sequence[RequestOutcome]
-    room: int
-    context: int
-    batching: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How many to admit from the head of the queue; with 0 and nothing running, decide again at `wait_until`."""
-
-    admit: int
-    wait_until: float | None = None
-
-
-class Policy(Protocol):
-    """Decides while requests wait and rows may join (`decide`), and is shown every step (`observe`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    def decide(self, view: View) -> Decision: ...
-
-    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None: ...
-
-
-class Engine(Protocol):
-    """Serves rows; `prefill`, `decode` and `leave` return the seconds they took, `bytes` is what the cache holds."""
-
-    @property
-    def bytes(self) -> float: ...
-
-    def clear(self) -> None: ...
-
-    def prefill(self, requests: Sequence[ServingRequest]) -> float: ...
-
-    def decode(self) -> float: ...
-
-    def leave(self, ids: Sequence[int]) -> float: ...
-
-
-class Clock(Protocol):
-    """Tells the second of the trace; `advance` is for the seconds of work, `wait_until` for idle time."""
-
-    def now(self) -> float: ...
-
-    def advance(self, seconds: float) -> None: ...
-
-    def wait_until(self, second: float) -> None: ...
-
-
-@dataclass
-class Served:
-    """One run: an outcome per request, every step, and whether the server fell behind for good (`saturated`)."""
-
-    trace: Trace
-    policy: str
-    outcomes: list[RequestOutcome]
-    steps: list[ServerStep] = field(default_factory=list)
-    refused: list[int] = field(default_factory=list)
-    saturated: bool = False
-    end: float = 0.0
-    peak_bytes: float = 0.0
 
 
 class VirtualClock:
@@ -203,7 +83,7 @@ def serve(
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
     outcomes = [RequestOutcome(request) for request in trace.requests]
     loop = _Loop(Served(trace, policy.name, outcomes), policy, engine, clock, batching)
-    served, running = loop.served, loop.running
+    served, running, reading = loop.served, loop.running, loop.reading
     arriving, prompt, late = deque(trace.requests), deque[ServingRequest](), deque[ServingRequest]()
     patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
     last = trace.seconds + (max(1.0, trace.seconds / 2) if drain_seconds is None else drain_seconds)
@@ -219,25 +99,30 @@ def serve(
         while prompt and now - prompt[0].arrival > patience:
             late.append(prompt.popleft())
         waiting = prompt or late
+        under_way = bool(running or reading)
         if now > last:
-            served.saturated = bool(waiting or running or arriving)
+            served.saturated = bool(waiting or under_way or arriving)
             break
-        if not waiting and not running:
+        if not waiting and not under_way:
             if not arriving:
                 break
             clock.wait_until(arriving[0].arrival)
             continue
         decision = Decision(0)
-        if waiting and not (batching == "request" and running):
-            room = fits(limits, running, waiting, batching)
+        if waiting and not (batching == "request" and under_way):
+            room = fits(limits, [*running, *reading], waiting, batching)
             if room:
                 context = max((row.request.prompt_tokens + row.produced for row in running), default=0)
-                decision = policy.decide(View(now, waiting, running, room, context, batching))
+                decision = policy.decide(View(now, waiting, running, room, context, batching, reading))
+                loop.chunk = decision.chunk
             count = min(decision.admit, room)
             if count > 0:
                 chosen = [outcomes[waiting.popleft().id] for _ in range(count)]
                 loop.admit(chosen, len(prompt) + len(late))
                 continue
+        if reading:
+            loop.shared(len(prompt) + len(late))
+            continue
         if running:
             loop.decode(len(prompt) + len(late))
             continue
@@ -283,7 +168,9 @@ def fits(
 
 @dataclass
 class _Loop:
-    """A run under way. `done` counts rows of a request-level batch that are over but still hold their place."""
+    """A run under way. `done` counts rows of a request-level batch that are over but still hold their place; `reading`
+    are the admitted whose prompts are read `chunk` tokens at a time.
+    """
 
     served: Served
     policy: Policy
@@ -291,17 +178,21 @@ class _Loop:
     clock: Clock
     batching: str
     running: list[RequestOutcome] = field(default_factory=list)
+    reading: list[RequestOutcome] = field(default_factory=list)
+    chunk: int | None = None
     done: int = 0
 
     def admit(self, chosen: list[RequestOutcome], waiting: int) -> None:
-        """Read the prompts of `chosen`; each gets its first token."""
+        """Read the prompts of `chosen`, each of which gets its first token; or begin to read them in parts."""
         start = self.clock.now()
+        for outcome in chosen:
+            outcome.admitted = start
+        if self.reading or (self.chunk and self.running and self.batching == "iteration"):
+            self.reading.extend(chosen)
+            return
         seconds = self.engine.prefill([outcome.request for outcome in chosen])
         self.clock.advance(seconds)
-        now = self.clock.now()
-        for outcome in chosen:
-            outcome.admitted, outcome.first, outcome.produced = start, now, 1
-        self.running.extend(chosen)
+        self._begun(chosen)
         longest = max(outcome.request.prompt_tokens for outcome in chosen)
         step = ServerStep(start, "prefill", len(chosen), longest, seconds, waiting, len(self.running))
         self._after(step, chosen)
@@ -311,11 +202,52 @@ class _Loop:
         start = self.clock.now()
         seconds = self.engine.decode()
         self.clock.advance(seconds)
-        for row in self.running:
-            row.produced += 1
+        self._produced(self.running)
         context = max(row.request.prompt_tokens + row.produced for row in self.running)
         rows = len(self.running)
         self._after(ServerStep(start, "decode", rows, context, seconds, waiting, rows), self.running)
+
+    def shared(self, waiting: int) -> None:
+        """Read the next part of the prompts, first come, first served, and produce one token of every row, if any."""
+        left = self.chunk if self.chunk and self.running else math.inf
+        parts: list[tuple[RequestOutcome, int]] = []
+        for outcome in self.reading:
+            if left <= 0:
+                break
+            count = int(min(left, outcome.request.prompt_tokens - outcome.read))
+            parts.append((outcome, count))
+            left -= count
+        start, decoding = self.clock.now(), list(self.running)
+        seconds = self.engine.shared([(outcome.request, count) for outcome, count in parts])
+        self.clock.advance(seconds)
+        self._produced(decoding)
+        for outcome, count in parts:
+            outcome.read += count
+        through = [outcome for outcome, _ in parts if outcome.read >= outcome.request.prompt_tokens]
+        self.reading[:] = [outcome for outcome in self.reading if outcome.read < outcome.request.prompt_tokens]
+        self._begun(through)
+        context = max((row.request.prompt_tokens + row.produced for row in decoding), default=0)
+        read = sum(count for _, count in parts)
+        step = ServerStep(start, "shared", len(decoding), context, seconds, waiting, len(self.running), read)
+        self._after(step, [*decoding, *through])
+
+    def _begun(self, chosen: Sequence[RequestOutcome]) -> None:
+        """Note the first token of `chosen`, which join the rows."""
+        now = self.clock.now()
+        for outcome in chosen:
+            outcome.first = outcome.last = now
+            outcome.produced, outcome.read = 1, outcome.request.prompt_tokens
+        self.running.extend(chosen)
+
+    def _produced(self, rows: Sequence[RequestOutcome]) -> None:
+        """Note one more token of `rows`, and how long after the one before it came."""
+        now, warm_up = self.clock.now(), self.served.trace.warm_up
+        for row in rows:
+            row.produced += 1
+            if row.finished is None:
+                if row.last is not None and row.request.arrival >= warm_up:
+                    self.served.gaps.append(now - row.last)
+                row.last = now
 
     def _after(self, step: ServerStep, touched: Sequence[RequestOutcome]) -> None:
         """Note the step and let finished rows go: at once, or, in request-level batching, when all are over."""

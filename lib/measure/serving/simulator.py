@@ -1,21 +1,22 @@
 """The server loop without a model: steps take the time that was measured (`lib.measure.serving.step_times`), with its
 jitter.
 
-The engine here keeps the same padded cache as the real one, in numbers only, so hours of traffic take seconds.
-All draws are seeded. Knows no policy.
+The engine here keeps the same padded cache as the real one, in numbers only, so hours of traffic take seconds; a test
+holds the two against each other, call by call. All draws are seeded. Knows no policy.
 """
 
 import random
 from collections.abc import Sequence
 from typing import Any
 
-from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
+from lib.measure.serving.protocol import Limits, Policy, Served
+from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class SimulatedEngine:
-    """Returns the measured time of each call. Without `jitter` the medians, the same every time."""
+    """Returns the measured time of each call. Without `jitter` the means, the same every time."""
 
     def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True):
         self.times, self.jitter = times, jitter
@@ -28,10 +29,15 @@ class SimulatedEngine:
         self.steps = 0
         self.longest = 0
         self.columns = 0
+        self.reading: dict[int, int] = {}  # tokens read so far of prompts that are read in parts
 
     @property
     def bytes(self) -> float:
-        """Bytes the padded cache would hold now."""
+        """Bytes the padded cache would hold now, and those of prompts that are read in parts."""
+        return self._rows_bytes + sum(self.reading.values()) * self.times.bytes_per_token
+
+    @property
+    def _rows_bytes(self) -> float:
         return len(self.base) * self.columns * self.times.bytes_per_token
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
@@ -42,7 +48,7 @@ class SimulatedEngine:
             self.base[request.id] = request.prompt_tokens - self.steps
         self._widen()
         seconds = self.times.prefill(len(requests), tokens) * self._deviation(self.times.prefill_ratios)
-        return seconds + (self.times.move(self.bytes) if joining else 0.0)
+        return seconds + (self.times.move(self._rows_bytes) if joining else 0.0)
 
     def decode(self) -> float:
         """Make every row one token longer; return the seconds of a step."""
@@ -50,12 +56,27 @@ class SimulatedEngine:
         self.columns = self.longest + self.steps
         return self.times.decode(len(self.base), self.columns) * self._deviation(self.times.decode_ratios)
 
+    def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
+        """Make every row one token longer and read further tokens of each prompt; return the seconds of both."""
+        seconds = self.decode() if self.base else 0.0
+        for request, count in parts:
+            done = self.reading.pop(request.id, 0)
+            seconds += self.times.part(done, count) * self._deviation(self.times.prefill_ratios)
+            if done + count < request.prompt_tokens:
+                self.reading[request.id] = done + count
+                continue
+            joining = bool(self.base)
+            self.base[request.id] = request.prompt_tokens - self.steps
+            self._widen()
+            seconds += self.times.move(self._rows_bytes) if joining else 0.0
+        return seconds
+
     def leave(self, ids: Sequence[int]) -> float:
         """Take rows out; return the seconds of moving the cache."""
         for request in ids:
             del self.base[request]
         self._widen()
-        return self.times.move(self.bytes) if self.base else 0.0
+        return self.times.move(self._rows_bytes) if self.base else 0.0
 
     def _widen(self) -> None:
         self.longest = max(self.base.values(), default=0)

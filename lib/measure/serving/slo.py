@@ -1,8 +1,10 @@
 """Service-level objectives: what a request may take, whether a request met that, and goodput.
 
-Both objectives (time to first token, time per output token) are multiples of what one request takes alone, fixed before
-anything is served. Goodput counts the requests that meet both (Zhong et al. 2024, DistServe, OSDI, section 2): a mean
-would hide the tail. Requests that were refused or never finished count as missed. Knows no policy.
+Both objectives (time to first token, time per output token) are stated in milliseconds or as multiples of what one
+request takes alone, and fixed before anything is served. Goodput counts the requests that meet both (Zhong et al. 2024,
+DistServe, OSDI, section 2): a mean would hide the tail. Requests of the warm-up are not counted. One that was refused
+or never finished is none of the good; it has no latency and enters no mean of them, and is counted as `unfinished`.
+Knows no policy.
 """
 
 from collections.abc import Sequence
@@ -12,13 +14,14 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.measure.metrics import paired_stats
-from lib.measure.serving.server import RequestOutcome, Served
+from lib.measure.serving.protocol import RequestOutcome, Served
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
 
 FACTORS = (1.0, 100.0)  # of the objectives over the times of a request alone
+MILLISECONDS = (0.0, 1e6)  # of an objective that is stated; 0: by its factor
 SETTLED_SHARE, SETTLED_REQUESTS = 0.9, 10
-COMPARED = ("goodput share", "latency p50", "latency p95", "time per output token", "output tokens/s")
+ATTAINED = 0.9  # share of the requests within both objectives at which a rate counts as served
 
 Summary = dict[str, float | None]
 
@@ -53,15 +56,25 @@ class Single:
         return cls(times.prefill(1, lengths.prompt_tokens), step, lengths.prompt_tokens)
 
 
-def objectives(single: Single, first_token_factor: float, token_factor: float) -> Objectives:
-    """Return the objectives as multiples of what a request takes alone.
+def objectives(
+    single: Single,
+    first_token_factor: float,
+    token_factor: float,
+    first_token_ms: float = 0.0,
+    token_ms: float = 0.0,
+) -> Objectives:
+    """Return the objectives: those stated in milliseconds, else multiples of what a request takes alone.
 
-    Raises UserError where a factor is below 1: not even an idle server meets that.
+    Raises UserError where a factor is below 1 (not even an idle server meets that) or a time is out of range.
     """
+    for name, value in (("first_token_ms", first_token_ms), ("token_ms", token_ms)):
+        if not MILLISECONDS[0] <= value <= MILLISECONDS[1]:
+            raise UserError(f"objectives: {name} {value}; expected 0 (by its factor) to {MILLISECONDS[1]:g} ms")
     for name, value in (("first_token_factor", first_token_factor), ("token_factor", token_factor)):
         if not FACTORS[0] <= value <= FACTORS[1]:
             raise UserError(f"objectives: {name} {value}; expected a value in [{FACTORS[0]:g}, {FACTORS[1]:g}]")
-    return Objectives(single.prefill_seconds * first_token_factor, single.step_seconds * token_factor)
+    first = first_token_ms / 1000 or single.prefill_seconds * first_token_factor
+    return Objectives(first, token_ms / 1000 or single.step_seconds * token_factor)
 
 
 def patience_seconds(objective: Objectives, single: Single) -> float:
@@ -94,33 +107,36 @@ def met(outcome: RequestOutcome, objective: Objectives) -> bool:
 
 
 def goodput(served: Served, objective: Objectives) -> float:
-    """Return the requests per second of the trace that met both objectives."""
-    return sum(met(outcome, objective) for outcome in served.outcomes) / served.trace.seconds
+    """Return the requests per second behind the warm-up that met both objectives."""
+    return sum(met(outcome, objective) for outcome in served.counted) / served.trace.counted_seconds
 
 
 def goodput_share(served: Served, objective: Objectives) -> float | None:
-    """Return the share of all requests that met both objectives; None for a trace without requests."""
-    if not served.outcomes:
-        return None
-    return sum(met(outcome, objective) for outcome in served.outcomes) / len(served.outcomes)
+    """Return the share of the counted requests that met both objectives; None where there are none."""
+    counted = served.counted
+    return sum(met(outcome, objective) for outcome in counted) / len(counted) if counted else None
 
 
 def summary(served: Served, objective: Objectives) -> Summary:
     """Return counts, goodput and latencies of a run (seconds); None for a quantity without enough requests.
 
-    Latency percentiles are of finished requests: read them beside `unfinished`.
+    Latencies are of finished requests: read them beside `unfinished`, which holds the refused too. `late` are shares of
+    the requests whose time was known when the run ended: those that got so far, and those that waited longer than the
+    objective without getting there.
     """
-    finished = [outcome for outcome in served.outcomes if outcome.finished is not None]
+    counted = served.counted
+    finished = [outcome for outcome in counted if outcome.finished is not None]
     latencies = [outcome.latency_seconds for outcome in finished if outcome.latency_seconds is not None]
-    first_tokens = [outcome.first_token_seconds for outcome in finished if outcome.first_token_seconds is not None]
+    first_tokens = [outcome.first_token_seconds for outcome in counted if outcome.first_token_seconds is not None]
     token_times = [outcome.token_seconds for outcome in finished if outcome.token_seconds is not None]
     whole = paired_stats.percentiles(latencies) if finished else {}
-    first = paired_stats.percentiles(first_tokens) if finished else {}
+    first = paired_stats.percentiles(first_tokens) if first_tokens else {}
+    between = paired_stats.percentiles(served.gaps) if served.gaps else {}
     tokens = sum(outcome.produced for outcome in served.outcomes)
-    decoding = [step for step in served.steps if step.kind == "decode"]
+    decoding = [step for step in served.steps if step.kind in ("decode", "shared") and step.batch]
     return {
-        "requests": len(served.outcomes),
-        "unfinished": len(served.outcomes) - len(finished),
+        "requests": len(counted),
+        "unfinished": len(counted) - len(finished),
         "refused": len(served.refused),
         "saturated": served.saturated,
         "goodput": goodput(served, objective),
@@ -130,6 +146,7 @@ def summary(served: Served, objective: Objectives) -> Summary:
         **{f"latency {name}": whole.get(name) for name in ("p50", "p95", "p99")},
         **{f"first token {name}": first.get(name) for name in ("p50", "p95", "p99")},
         "time per output token": float(np.mean(token_times)) if finished else None,
+        "between tokens p99": between.get("p99"),
         "output tokens/s": tokens / served.end if served.end else None,
         "batch": float(np.mean([step.batch for step in decoding])) if decoding else None,
         "largest batch": max((step.batch for step in decoding), default=0),
@@ -138,9 +155,33 @@ def summary(served: Served, objective: Objectives) -> Summary:
 
 
 def _late(served: Served, name: str, most: float) -> float | None:
-    """Return the share of requests that missed one objective or never got that far; None without requests."""
-    values = [getattr(outcome, name) for outcome in served.outcomes]
-    return sum(value is None or value > most for value in values) / len(values) if values else None
+    """Return the share of requests that missed one objective, of those of which it is known; None without any."""
+    missed = []
+    for outcome in served.counted:
+        value = getattr(outcome, name)
+        if value is not None:
+            missed.append(value > most)
+        elif name == "first_token_seconds" and served.end - outcome.request.arrival > most:
+            missed.append(True)
+    return sum(missed) / len(missed) if missed else None
+
+
+def attained_rate(offered: Sequence[float], shares: Sequence[float | None], least: float = ATTAINED) -> float | None:
+    """Return the highest rate, requests/s, at which a share of `least` is still within the objectives.
+
+    `offered` ascends; between two of them the share is taken as linear, and what lies behind the first rate that falls
+    short does not count. None where not even the lowest rate is attained; the highest one where all are.
+    """
+    attained, before = None, None
+    for rate, share in zip(offered, shares):
+        if share is None:
+            continue
+        if share < least:
+            if before is not None:
+                attained = before[0] + (rate - before[0]) * (before[1] - least) / (before[1] - share)
+            break
+        attained, before = rate, (rate, share)
+    return attained
 
 
 def settling_seconds(served: Served, objective: Objectives, since: float, until: float | None = None) -> float | None:
@@ -150,7 +191,7 @@ def settling_seconds(served: Served, objective: Objectives, since: float, until:
     ones. 0 means that nothing was disturbed at all.
     """
     until = served.trace.seconds if until is None else until
-    inside = [outcome for outcome in served.outcomes if since <= outcome.request.arrival < until]
+    inside = [outcome for outcome in served.counted if since <= outcome.request.arrival < until]
     good = np.array([met(outcome, objective) for outcome in inside], dtype=float)
     if len(good) < SETTLED_REQUESTS:
         return None
@@ -161,21 +202,3 @@ def settling_seconds(served: Served, objective: Objectives, since: float, until:
     if bad[-1] == len(shares) - 1:
         return None
     return inside[int(bad[-1]) + SETTLED_REQUESTS - 1].request.arrival - since
-
-
-def errors(simulated: Sequence[Served] | Served, real: Served, objective: Objectives) -> Summary:
-    """Return |simulated − real| ÷ real of the quantities `COMPARED`; several simulations are averaged first.
-
-    None where one side has no such number.
-    """
-    runs = [simulated] if isinstance(simulated, Served) else list(simulated)
-    summaries, measured = [summary(run, objective) for run in runs], summary(real, objective)
-    relative: Summary = {}
-    for name in COMPARED:
-        values = [known for row in summaries if (known := row[name]) is not None]
-        truth = measured[name]
-        if len(values) < len(summaries) or not truth:
-            relative[name] = None
-        else:
-            relative[name] = abs(float(np.mean(values)) - truth) / truth
-    return relative

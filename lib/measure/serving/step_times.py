@@ -1,52 +1,61 @@
-"""How long a step takes, measured on the real engine: decode by rows and context, prefill by prompts and length, moving
-rows by bytes. The simulation draws from this, and capacity is derived from it. Knows no policy.
+"""How long a step takes: decode by rows and context, prefill by prompts and length, moving rows by bytes. The
+simulation draws from this, and capacity is derived from it; `lib.measure.serving.step_timing` measures it. Knows no
+policy.
 
-Decode times are a table (medians over a grid, linear between its points), since kernels change with the number of rows.
-Prefill and moving are non-negative least squares in relative error; measured ÷ fitted prefill is a table too, since a
-core's caches hold short prompts and not long ones. Ratios of single calls to their median are stored, so that the
-simulation has the machine's own jitter. As in a server, every timed step follows another of its own rows (the first
-after other work is slower), and rows and prompts differ (or all would go to the same experts).
+All times are means. What a server can sustain follows from the mean of a call, which on a disturbed machine lies far
+above the median. A point of the grid is the median of its few calls times the mean of measured ÷ median over all
+points, so that a slow spell at one point does not bend the table there. Ratios of single calls to that mean are stored,
+so that the simulation has the machine's own jitter around the same mean.
+
+Decode times are a table, linear between its points, since kernels change with the number of rows. Prefill and moving
+are non-negative least squares in relative error; measured ÷ fitted prefill is a table too, since a core's caches hold
+short prompts and not long ones.
 
 Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 """
 
 import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
-import torch
 from scipy.interpolate import RegularGridInterpolator
 from scipy.optimize import nnls
-from torch import nn
 
-from lib.errors import UserError
-from lib.measure.serving.server import MOST_ROWS
+from lib.measure.serving.protocol import MOST_ROWS
 from lib.measure.serving.traffic import Lengths
-from lib.measure.timing import workloads
-from lib.models.decoding import batch_cache
 
-ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
 COLUMN_STEP = 16  # columns between entries of the dense table
-PROMPTS_MEASURED = (1, 2, 4, 8)
-DISTINCT = 8  # prompts whose rows are repeated to make larger batches
-MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 
-Result = TypeVar("Result")
-Point = TypeVar("Point")
 Grid = dict[tuple[int, int], list[float]]  # seconds of the calls at each (rows or prompts, tokens)
 Moves = dict[float, list[float]]  # seconds of the moves of so many bytes
 
 
 @dataclass(frozen=True)
+class Calls:
+    """Seconds of every timed call: decode steps and prefills by point, moves by bytes; and the cache's bytes per token
+    of one row.
+    """
+
+    decoded: Grid
+    read: Grid
+    moved: Moves
+    bytes_per_token: float
+
+    @property
+    def count(self) -> int:
+        """How many calls were timed."""
+        return sum(len(times) for part in (self.decoded, self.read, self.moved) for times in part.values())
+
+
+@dataclass(frozen=True)
 class StepTimes:
-    """Measured step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]`: b rows, l columns of context.
+    """Mean step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]`: b rows, l columns of context.
 
     `prefill_fit`: seconds = a + b·n·T + c·n·T², times `prefill_BT[n - 1][T // COLUMN_STEP]` where there is such a table
-    (beyond its edges the edge's); `move_fit`: seconds = a + b·bytes, of joining or leaving. `ratios`: measured ÷ median
-    of single calls. `samples`: how many calls were timed.
+    (beyond its edges the edge's); `move_fit`: seconds = a + b·bytes, of joining or leaving. `ratios`: single calls ÷
+    mean. `samples`: how many calls were timed; `calls` are they.
     """
 
     decode_BL: tuple[tuple[float, ...], ...]
@@ -58,15 +67,25 @@ class StepTimes:
     samples: int
     measured: tuple[tuple[int, int, float], ...] = ()
     prefill_BT: tuple[tuple[float, ...], ...] = ((1.0,),)
+    calls: Calls | None = field(default=None, repr=False, compare=False)
 
     def decode(self, batch: int, context: float) -> float:
-        """Return the median seconds of one step of `batch` rows at `context` columns."""
+        """Return the mean seconds of one step of `batch` rows at `context` columns."""
         return _at(self.decode_BL, batch, context)
 
     def prefill(self, count: int, tokens: float) -> float:
-        """Return the seconds of reading `count` prompts of `tokens` tokens in one pass."""
+        """Return the mean seconds of reading `count` prompts of `tokens` tokens in one pass."""
         fixed, linear, square = self.prefill_fit
         return (fixed + linear * count * tokens + square * count * tokens**2) * _at(self.prefill_BT, count, tokens)
+
+    def part(self, done: int, tokens: int) -> float:
+        """Return the mean seconds of reading `tokens` further tokens of a prompt behind the `done` ones in its cache.
+
+        Derived from whole prefills: a part costs a call of its own, and attends to everything before it.
+        """
+        fixed, linear, square = self.prefill_fit
+        seconds = fixed + linear * tokens + square * ((done + tokens) ** 2 - done**2)
+        return seconds * _at(self.prefill_BT, 1, done + tokens)
 
     def move(self, size: float) -> float:
         """Return the seconds of copying a cache of `size` bytes, as joining and leaving do."""
@@ -88,6 +107,52 @@ class StepTimes:
         rates = [(self.sustained(batch, lengths), batch) for batch in range(1, most + 1)]
         return max(((rate, batch) for (per, rate), batch in rates if per <= token_seconds), default=(0.0, 0))
 
+    def resampled(self, seed: int) -> "StepTimes":
+        """Return the step times of calls drawn again, with replacement at every point: what another calibration of the
+        same length might have measured. Times without their calls come back as they are.
+        """
+        if self.calls is None:
+            return self
+        random = np.random.default_rng([seed, 0x57E9])
+
+        def drawn(seconds: Sequence[float]) -> list[float]:
+            return random.choice(np.asarray(seconds), len(seconds)).tolist()
+
+        decoded = {point: drawn(seconds) for point, seconds in self.calls.decoded.items()}
+        read = {point: drawn(seconds) for point, seconds in self.calls.read.items()}
+        moved = {size: drawn(seconds) for size, seconds in self.calls.moved.items()}
+        return assembled(Calls(decoded, read, moved, self.calls.bytes_per_token))
+
+
+@lru_cache(maxsize=256)
+def drawn_again(times: StepTimes, seed: int) -> StepTimes:
+    """Return `times.resampled(seed)`, kept: many runs share a seed."""
+    return times.resampled(seed)
+
+
+def assembled(calls: Calls) -> StepTimes:
+    """Return the step times that follow from timed calls."""
+    counts, contexts = (sorted({point[axis] for point in calls.decoded}) for axis in (0, 1))
+    means = _means(calls.decoded)
+    grid = np.array([[means[count, context] for context in contexts] for count in counts])
+    read, moved = _means(calls.read), _means(calls.moved)
+    fixed, linear, square = _fit([(1, n * t, n * t**2) for n, t in read], list(read.values()))
+    fit = fixed, linear, square
+    fixed_move, per_byte = _fit([(1, size) for size in moved], list(moved.values()))
+    points = itertools.product(enumerate(counts), enumerate(contexts))
+    return StepTimes(
+        _dense(grid, counts, contexts),
+        fit,
+        (fixed_move, per_byte),
+        _ratios(calls.decoded, means),
+        _ratios(calls.read, read),
+        calls.bytes_per_token,
+        calls.count,
+        tuple((count, context, float(grid[i, j])) for (i, count), (j, context) in points),
+        _beside_fit(read, fit),
+        calls,
+    )
+
 
 def _at(table: tuple[tuple[float, ...], ...], count: int, tokens: float) -> float:
     """Return the entry of a dense table, its edge's beyond it."""
@@ -95,150 +160,21 @@ def _at(table: tuple[tuple[float, ...], ...], count: int, tokens: float) -> floa
     return row[min(int(tokens / COLUMN_STEP + 0.5), len(row) - 1)]
 
 
-def measure(
-    model: nn.Module,
-    prompt_T: torch.Tensor,
-    contexts: Sequence[int],
-    *,
-    repeats: int = 5,
-    most: int = MOST_ROWS,
-    rows_measured: Sequence[int] = ROWS_MEASURED,
-    prompt_tokens: int = MOST_PROMPT_TOKENS,
-) -> StepTimes:
-    """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
-
-    `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
-    warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
-    not fall on one point alone.
-    """
-    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    decoded, read, moved, per_token = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    return _assembled(decoded, read, moved, per_token, counts, contexts)
+def _means(calls: Mapping) -> dict:
+    """Return the mean seconds of every point: its median times the mean of measured ÷ median over all points."""
+    medians = {point: float(np.median(seconds)) for point, seconds in calls.items()}
+    ratios = [value / medians[point] for point, seconds in calls.items() for value in seconds]
+    factor = float(np.mean(ratios))
+    return {point: factor * value for point, value in medians.items()}
 
 
-def with_bracketing_step_times(
-    model: nn.Module,
-    prompt_T: torch.Tensor,
-    contexts: Sequence[int],
-    run: Callable[[], Result],
-    *,
-    repeats: int = 2,
-    most: int = MOST_ROWS,
-    rows_measured: Sequence[int] = ROWS_MEASURED,
-    prompt_tokens: int = MOST_PROMPT_TOKENS,
-) -> tuple[StepTimes, Result]:
-    """Return the step times of the model directly before and after `run()`, all calls taken together, and what it
-    returned: a machine's speed drifts, and a run is compared with the times that held while it ran.
-    """
-    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    before = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    result = run()
-    after = _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens)
-    decoded, read, moved = _both(before[0], after[0]), _both(before[1], after[1]), _both(before[2], after[2])
-    return _assembled(decoded, read, moved, after[3], counts, contexts), result
+def _ratios(calls: Grid, means: Mapping[tuple[int, int], float]) -> tuple[float, ...]:
+    return tuple(float(value / means[point]) for point, seconds in calls.items() for value in seconds)
 
 
-def _both(before: Mapping[Point, list[float]], after: Mapping[Point, list[float]]) -> dict[Point, list[float]]:
-    """Return the calls of every point of `before`, those of `after` behind them."""
-    return {point: before[point] + after[point] for point in before}
-
-
-def _calls(
-    model: nn.Module,
-    prompt_T: torch.Tensor,
-    contexts: Sequence[int],
-    counts: Sequence[int],
-    repeats: int,
-    prompt_tokens: int = MOST_PROMPT_TOKENS,
-) -> tuple[Grid, Grid, Moves, float]:
-    """Return the seconds of single calls (decoding, prefills, moves), and the cache's bytes per token."""
-    decoded = _decode(model, prompt_T, contexts, counts, repeats)
-    read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens)
-    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
-    return decoded, read, moved, per_token
-
-
-def measure_together(
-    models: Sequence[nn.Module],
-    prompt_T: torch.Tensor,
-    contexts: Sequence[int],
-    *,
-    rounds: int = 3,
-    most: int = MOST_ROWS,
-) -> tuple[StepTimes, ...]:
-    """Return `measure` of several models whose calls take turns, round by round in alternating order, so that a slow
-    spell of the machine falls on all of them.
-    """
-    contexts, counts = _grid(prompt_T, contexts, most)
-    calls: list[tuple[Grid, Grid, Moves]] = [({}, {}, {}) for _ in models]
-    per_token = [0.0] * len(models)
-    for turn in range(rounds):
-        order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
-        for index in order:
-            decoded, read, moved = calls[index]
-            latest = _calls(models[index], prompt_T, contexts, counts, 1)
-            _extend(decoded, latest[0])
-            _extend(read, latest[1])
-            _extend(moved, latest[2])
-            per_token[index] = latest[3]
-    return tuple(_assembled(*parts, size, counts, contexts) for parts, size in zip(calls, per_token))
-
-
-def _extend(calls: dict[Point, list[float]], latest: Mapping[Point, list[float]]) -> None:
-    """Add the latest calls of every point, in place."""
-    for point, seconds in latest.items():
-        calls.setdefault(point, []).extend(seconds)
-
-
-def by_mean(times: StepTimes) -> StepTimes:
-    """Return the same times by means: tables of medians times the mean ratio, and ratios that are 1 on average.
-
-    What a server can sustain follows from the mean of a call, which on a disturbed machine lies far above the median.
-    """
-    decode, prefill = (float(np.mean(ratios)) for ratios in (times.decode_ratios, times.prefill_ratios))
-    return replace(
-        times,
-        decode_BL=tuple(tuple(decode * value for value in row) for row in times.decode_BL),
-        prefill_fit=(prefill * times.prefill_fit[0], prefill * times.prefill_fit[1], prefill * times.prefill_fit[2]),
-        decode_ratios=tuple(value / decode for value in times.decode_ratios),
-        prefill_ratios=tuple(value / prefill for value in times.prefill_ratios),
-    )
-
-
-def _grid(
-    prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int] = ROWS_MEASURED
-) -> tuple[list[int], list[int]]:
-    """Return the contexts and row counts to time, checked."""
-    contexts = sorted(set(int(context) for context in contexts))
-    if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
-        raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
-    counts = [count for count in rows_measured if count <= most] or [1]
-    return contexts, counts + ([most] if most not in counts else [])
-
-
-def _assembled(
-    decoded: Grid, read: Grid, moved: Moves, per_token: float, counts: Sequence[int], contexts: Sequence[int]
-) -> StepTimes:
-    grid = np.array([[np.median(decoded[count, context]) for context in contexts] for count in counts])
-    fixed, linear, square = _fit([(1, n * t, n * t**2) for n, t in read], _medians(read))
-    fit = fixed, linear, square
-    fixed_move, per_byte = _fit([(1, size) for size in moved], _medians(moved))
-    return StepTimes(
-        _dense(grid, counts, contexts),
-        fit,
-        (fixed_move, per_byte),
-        _ratios(decoded),
-        _ratios(read),
-        per_token,
-        sum(len(times) for part in (decoded, read, moved) for times in part.values()),
-        tuple(
-            (count, context, float(grid[i, j])) for i, count in enumerate(counts) for j, context in enumerate(contexts)
-        ),
-        _beside_fit(read, fit),
-    )
-
-
-def _beside_fit(read: Grid, fit: tuple[float, float, float]) -> tuple[tuple[float, ...], ...]:
+def _beside_fit(
+    read: Mapping[tuple[int, int], float], fit: tuple[float, float, float]
+) -> tuple[tuple[float, ...], ...]:
     """Return measured ÷ fitted prefill, a dense table by prompts and tokens. Points too large to be measured have the
     ratio of the next fewer prompts of that length.
     """
@@ -246,79 +182,10 @@ def _beside_fit(read: Grid, fit: tuple[float, float, float]) -> tuple[tuple[floa
     grid = np.ones((len(counts), len(lengths)))
     for (row, n), (column, t) in itertools.product(enumerate(counts), enumerate(lengths)):
         if (n, t) in read:
-            grid[row, column] = np.median(read[n, t]) / (fit[0] + fit[1] * n * t + fit[2] * n * t**2)
+            grid[row, column] = read[n, t] / (fit[0] + fit[1] * n * t + fit[2] * n * t**2)
         elif row:
             grid[row, column] = grid[row - 1, column]
     return _dense(grid, counts, lengths, beyond=False)
-
-
-def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
-    synchronize = workloads.barrier(model)
-    if synchronize:
-        synchronize()
-    start = time.perf_counter()
-    call(*arguments)
-    if synchronize:
-        synchronize()
-    return time.perf_counter() - start
-
-
-def _decode(
-    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
-) -> Grid:
-    """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
-    another token.
-    """
-    seconds_at: Grid = {}
-    token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
-    longest = batch_cache.prefill(model, [_part(prompt_T, at, contexts[-1] - 1) for at in range(DISTINCT)])
-    for context in contexts:
-        rows = batch_cache.first(longest, context - 1)
-        many = {
-            count: batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count)) for count in counts
-        }
-        for turn in range(repeats):
-            for count in counts:
-                for timed in (False, True):
-                    many[count].token_B = token_T[turn : turn + count].clone()
-                    seconds = _timed(model, batch_cache.step, model, many[count])
-                    if timed:
-                        seconds_at.setdefault((count, context), []).append(seconds)
-    return seconds_at
-
-
-def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
-    """Return the part of the text, `length` tokens long, that begins behind `index` such parts (round the end)."""
-    return prompt_T.roll(-length * index)[:length]
-
-
-def _prefill(model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], repeats: int, most: int) -> Grid:
-    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
-    points = [
-        (count, length) for count in PROMPTS_MEASURED for length in contexts if count * length <= most or count == 1
-    ]
-    seconds_at: Grid = {}
-    for turn in range(repeats + 1):
-        for count, length in points:
-            prompts = [_part(prompt_T, index, length) for index in range(count)]
-            seconds = _timed(model, batch_cache.prefill, model, prompts)
-            if turn:
-                seconds_at.setdefault((count, length), []).append(seconds)
-    return seconds_at
-
-
-def _move(
-    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
-) -> tuple[Moves, float]:
-    """Seconds of taking one row out, by the bytes left; and the cache's bytes per token of one row."""
-    seconds_at: Moves = {}
-    single = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
-    for count in (counts[len(counts) // 2], counts[-1]):
-        for _ in range(repeats):
-            many = batch_cache.repeat(single, count)
-            seconds = _timed(model, batch_cache.keep, many, range(max(1, count - 1)))
-            seconds_at.setdefault(float(many.bytes), []).append(seconds)
-    return seconds_at, single.bytes / single.length
 
 
 def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
@@ -346,11 +213,3 @@ def _dense(
     inside = columns if beyond else columns.clip(contexts[0], contexts[-1])
     points = np.stack(np.meshgrid(batches, inside, indexing="ij"), -1)
     return tuple(tuple(float(max(least, value)) for value in row) for row in table(points))
-
-
-def _ratios(calls: Grid) -> tuple[float, ...]:
-    return tuple(float(value / np.median(times)) for times in calls.values() for value in times)
-
-
-def _medians(calls: Grid | Moves) -> list[float]:
-    return [float(np.median(times)) for times in calls.values()]

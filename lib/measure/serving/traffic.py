@@ -51,16 +51,26 @@ class ServingRequest:
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order of arrival, made from `phases` with `seed`; `describe` returns what a record stores of it."""
+    """Requests in order of arrival, made from `phases` with `seed`; `describe` returns what a record stores of it.
+
+    Requests that arrive before second `warm_up` are served but not counted: a server starts empty, and so better off
+    than one that has been at work.
+    """
 
     name: str
     seed: int
     phases: tuple[Phase, ...]
     requests: tuple[ServingRequest, ...]
+    warm_up: float = 0.0
 
     @property
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def counted_seconds(self) -> float:
+        """Seconds behind the warm-up."""
+        return self.seconds - self.warm_up
 
     @property
     def starts(self) -> list[float]:
@@ -74,6 +84,7 @@ class Trace:
             "seed": self.seed,
             "requests": len(self.requests),
             "new_tokens": sum(request.new_tokens for request in self.requests),
+            "warm_up_seconds": self.warm_up,
             "phases": [
                 {
                     "seconds": phase.seconds,
@@ -87,15 +98,18 @@ class Trace:
         }
 
 
-def make(name: str, phases: Sequence[Phase], seed: int = 0) -> Trace:
-    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence.
+def make(name: str, phases: Sequence[Phase], seed: int = 0, warm_up: float = 0.0) -> Trace:
+    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence; the first `warm_up` seconds do not count.
 
-    Raises UserError for no phase, a negative or infinite number, lengths below one token, or no burstiness.
+    Raises UserError for no phase, a negative or infinite number, lengths below one token, no burstiness, or a warm-up
+    that leaves nothing to count.
     """
     if not phases:
         raise UserError("traffic: a trace needs at least one phase")
     for index, phase in enumerate(phases):
         _check(index, phase)
+    if not 0 <= warm_up < sum(phase.seconds for phase in phases):
+        raise UserError(f"traffic: a warm-up of {warm_up} s; expected at least 0 s, and less than the whole trace")
     random = np.random.default_rng([seed, 0x7AFF1C])
     requests: list[ServingRequest] = []
     start = 0.0
@@ -104,7 +118,7 @@ def make(name: str, phases: Sequence[Phase], seed: int = 0) -> Trace:
             prompt, new = (_length(mean, random) for mean in (phase.lengths.prompt_tokens, phase.lengths.new_tokens))
             requests.append(ServingRequest(len(requests), start + arrival, prompt, new))
         start += phase.seconds
-    return Trace(name, seed, tuple(phases), tuple(requests))
+    return Trace(name, seed, tuple(phases), tuple(requests), warm_up)
 
 
 def _check(index: int, phase: Phase) -> None:

@@ -113,6 +113,28 @@ def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device
 
 
 @torch.inference_mode()
+def read_on(model: nn.Module, row: Rows | None, part_T: torch.Tensor) -> Rows:
+    """Read the next part of one prompt into its cache, in place (None: begin one); return its row, whose newest token
+    is the greedy one behind what has been read so far.
+    """
+    if row is None:
+        return prefill(model, [part_T])
+    device, behind = row.mask_BL.device, row.length + len(part_T)
+    mask_1L = torch.ones(1, behind, dtype=row.mask_BL.dtype, device=device)
+    output = model(
+        input_ids=part_T[None].to(device),
+        attention_mask=mask_1L,
+        position_ids=torch.arange(row.length, behind, device=device)[None],
+        past_key_values=row.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    row.mask_BL, row.position_B = mask_1L, torch.full_like(row.position_B, behind)
+    row.token_B = output.logits[:, -1].argmax(-1)
+    return row
+
+
+@torch.inference_mode()
 def step(model: nn.Module, rows: Rows) -> torch.Tensor:
     """Decode one token of every row greedily, in place; return the new tokens [B]."""
     rows.mask_BL = torch.cat([rows.mask_BL, rows.mask_BL.new_ones(len(rows), 1)], 1)

@@ -1,94 +1,138 @@
-"""The adaptive policy and a fixed size on the real model in real time, beside simulations of the same requests.
+"""The fixed size and the adaptive policy on the real model in real time, arms in turn: the headline, and the test of
+the simulation, which serves the same traces.
 
 Tells how far the simulation strays from the replays. Knows the study that it belongs to, and no figure.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.serving import engine, policy_comparison, replay, slo
+from lib.measure.serving import engine, policy_comparison, replay, slo, validation
 from lib.measure.serving.policy_comparison import PolicyFactory
-from lib.measure.serving.replay import PromptOf, Replayed
-from lib.measure.serving.server import Served
+from lib.measure.serving.protocol import Served
+from lib.measure.serving.replay import Replayed, ServingRounds
 from lib.measure.serving.traffic import Trace
+from lib.measure.serving.validation import MOST_ERROR
 from lib.models.loading import Loaded
-from lib.optimizations.adaptive_batch_sizes.method import FixedSize
-from lib.optimizations.adaptive_batch_sizes.study import TrafficStudy
+from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
-JITTERS = 20  # simulations beside one replay
-MOST_SIMULATION_ERROR = 0.10
+JITTERS = 10  # simulations of every trace beside its replay
+ROUNDS = {"quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+LONGER = {"quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+FIXED, AGAIN = "fixed", "fixed again"
+SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
 
 
 @dataclass(frozen=True)
 class RealTimeTrial:
-    """One replay of each policy (fixed size, adaptive), and simulations of the same requests beside them.
-
-    `rows` and `error` use the step times directly before and after the replays, `earlier` those of the beginning.
+    """Replays of the fixed `size`, of the same once more, and of the adaptive policy, a trace per round; simulations of
+    the same requests beside them (`rows`), and their mean `error`.
     """
 
-    trace: Trace
-    prompt_of: PromptOf
-    replays: tuple[Replayed, Replayed]
-    rows: list[dict]
+    size: int
+    rounds: ServingRounds
+    rows: list[dict[str, Any]]
     error: Measurement
-    earlier: Measurement
+    headline: Measurement
     measurements: list[Measurement]
 
     @property
-    def disturbed(self) -> str:
-        """What disturbed the machine meanwhile."""
-        return "; ".join(sorted({run.disturbed for run in self.replays if run.disturbed})) or "nothing"
+    def workload(self) -> str:
+        """The workload of the measurements, which names the size that was chosen."""
+        return workload(self.size)
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """The traces of the rounds."""
+        return self.rounds.traces
 
     @property
     def served(self) -> Served:
-        """The run of the adaptive policy."""
-        return self.replays[1].served
+        """The first run of the adaptive policy."""
+        return self.rounds.served(ADAPTIVE)[0]
+
+    @property
+    def replays(self) -> tuple[list[Replayed], list[Replayed]]:
+        """The replays of both arms."""
+        return self.rounds.runs[FIXED], self.rounds.runs[ADAPTIVE]
+
+    @property
+    def caption(self) -> str:
+        """How many requests were served, how much longer steps took than tabled, and what disturbed the machine."""
+        requests = sum(len(trace.requests) for trace in self.traces)
+        return f"{requests} requests, every arm in every round; disturbed by: {self.rounds.disturbed}"
+
+    def carried(self, simulated: Measurement) -> Measurement:
+        """Return a simulated measurement with this trial's error (`validation.carried`)."""
+        return validation.carried(simulated, validation.error_of(self.error))
 
 
-def serve(loaded: Loaded, traffic: TrafficStudy, size: int, seconds: float) -> RealTimeTrial:
-    """Serve a shorter changing trace with the real model under both policies. Raises AssertionError where the cache
-    outgrew its bound.
+def workload(size: int) -> str:
+    """Return the name of the replays' workload: the baseline is the fixed size that was chosen."""
+    return f"{replay.WORKLOAD}, fixed {size}"
+
+
+def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
+    """Return the changing traces to replay, each about `seconds` long at effort quick."""
+    each = policy_comparison.requests_in(study.setup, "changing", LONGER[effort] * seconds)
+    seeds = [study.seeds[0] + SEEDS_FROM + index for index in range(ROUNDS[effort])]
+    return policy_comparison.traces(study.setup, "changing", each, seeds)
+
+
+def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float) -> RealTimeTrial:
+    """Serve short changing traces with the real model, arms in turn. Raises AssertionError where the cache outgrew its
+    bound.
     """
-    setup, seed = traffic.setup, traffic.seeds[0]
-    policies: tuple[PolicyFactory, ...] = (lambda: FixedSize(size), traffic.adaptive)
-    rates = [phase.rate for phase in traffic.changing[0].phases]
-    each = seconds / sum(1 / rate for rate in rates) if all(rates) else seconds
-    trace = policy_comparison.trace(setup, "changing", each, seed + 1000)
-    prompt_of = engine.prompts(loaded, policy_comparison.CONTEXTS[-1], seed)
-    bracketed, replays = policy_comparison.with_bracketing_step_times(
-        loaded,
-        setup,
-        lambda: [
-            replay.replay(loaded.model, trace, make(), setup.limits, prompt_of, setup.batching) for make in policies
-        ],
-        seed,
-    )
+    setup, seed = study.setup, study.seeds[0]
+    arms: dict[str, PolicyFactory] = {FIXED: lambda: FixedSize(size)}
+    arms |= {AGAIN: arms[FIXED], ADAPTIVE: study.adaptive}
+    replayed = traces(study, effort, seconds)
+    prompt_of = engine.prompts(loaded, setup.longest, seed)
+    options: dict[str, Any] = {"batching": setup.batching, "device": loaded.device, "seed": seed}
+    rounds = replay.in_turn(loaded.model, replayed, arms, setup.limits, prompt_of, **options)
     bound = setup.limits.cache_bytes
-    assert bound is None or all(run.served.peak_bytes <= bound for run in replays), "the memory bound was broken"
-    rows, earlier = (
-        replay.beside(
-            [[times.run(trace, make(), jitter) for jitter in range(JITTERS)] for make in policies],
-            replays,
-            setup.objective,
-        )
-        for times in (bracketed, setup)
-    )
-    error = replay.simulation_error(rows)
-    measurements = [error, *replay.measurements(replays[0], replays[1], setup.objective)]
-    pair = replays[0], replays[1]
-    return RealTimeTrial(trace, prompt_of, pair, rows, error, replay.simulation_error(earlier), measurements)
+    peaks = [run.served.peak_bytes for runs in rounds.runs.values() for run in runs]
+    assert bound is None or max(peaks) <= bound, "the memory bound was broken"
+    simulated = {
+        name: [[setup.run(trace, arms[name](), jitter) for trace in replayed] for jitter in range(JITTERS)]
+        for name in (FIXED, ADAPTIVE)
+    }
+    real = {name: rounds.served(name) for name in (FIXED, ADAPTIVE)}
+    rows = validation.beside(simulated, real, setup.objective)
+    error = validation.simulation_error(rows, f"simulation against {rounds.source}")
+    names = (rounds, setup.objective, FIXED, AGAIN, ADAPTIVE, workload(size))
+    headline = replay.goodput(*names)
+    measurements = [
+        headline,
+        error,
+        *replay.described(rounds, setup.objective, FIXED, ADAPTIVE, workload(size)),
+        *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
+    ]
+    return RealTimeTrial(size, rounds, rows, error, headline, measurements)
+
+
+def control(study: TrafficStudy, trial: RealTimeTrial) -> Measurement:
+    """Return the baseline against its own second replay, judged by the margin alone: a control that has its own
+    difference as a floor could not fail.
+    """
+    return replay.control(trial.rounds, study.setup.objective, FIXED, AGAIN, trial.workload)
 
 
 def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
     """Return two sentences on how to read the timeline of a run."""
     numbers = slo.summary(served, objective)
-    if not served.outcomes:
+    if not served.counted:
         return "No request was served.", "Without requests the timeline says nothing."
-    good = sum(slo.met(outcome, objective) for outcome in served.outcomes)
+    good = sum(slo.met(outcome, objective) for outcome in served.counted)
     longest = max((step.waiting for step in served.steps), default=0)
     first = (
-        f"{good} of {len(served.outcomes)} requests met both objectives, at most {longest} waited at once, and the "
-        f"largest batch had {numbers['largest batch']} rows."
+        f"{good} of {len(served.counted)} counted requests met both objectives, at most {longest} waited at once, and "
+        f"the largest batch had {numbers['largest batch']} rows."
     )
     late, slow = numbers["first token late"] or 0.0, numbers["tokens late"] or 0.0
     cause = "the queue cost more than the batch" if late > slow else "the batch cost more than the queue"
@@ -97,21 +141,31 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
 
 
 def simulation_refuted(trial: RealTimeTrial) -> tuple[bool | None, str]:
-    """Return whether the simulation strays from the replay of the adaptive policy, and the evidence.
+    """Return whether the simulation strays from the replays of the adaptive policy, and the evidence.
 
     Not where the mean error is small. Where it is large, only if most quantities lie outside the range of the jitters
-    and nothing disturbed the replay: else one replay cannot tell.
+    and nothing disturbed the replays: else they cannot tell.
     """
-    name = trial.served.policy
-    rows = [row for row in trial.rows if row["policy"] == name and row["error"] is not None]
-    error = trial.error.optimized
+    rows = [row for row in trial.rows if row["policy"] == ADAPTIVE and row["error"] is not None]
+    error, disturbed = trial.error.optimized, trial.rounds.disturbed
     if error is None or not rows:
         return None, "nothing was served in real time"
     outside = sum(not row["least"] <= row["real"] <= row["most"] for row in rows)
     evidence = (
-        f"mean relative error {error:.3f}, limit {MOST_SIMULATION_ERROR}; {outside} of {len(rows)} quantities outside "
-        f"the range of {JITTERS} jitters; disturbed by: {trial.disturbed}"
+        f"mean relative error {error:.3f}, limit {MOST_ERROR}; {outside} of {len(rows)} quantities outside the range "
+        f"of {JITTERS} jitters; disturbed by: {disturbed}"
     )
-    if error <= MOST_SIMULATION_ERROR:
+    if error <= MOST_ERROR:
         return False, evidence
-    return (True if 2 * outside > len(rows) and trial.disturbed == "nothing" else None), evidence
+    return (True if 2 * outside > len(rows) and disturbed == "nothing" else None), evidence
+
+
+def slowness(study: TrafficStudy, served: Sequence[Served]) -> float | None:
+    """Return how many times as long as tabled the decode steps of some runs took, on average; None without a step."""
+    ratios = [
+        step.seconds / study.setup.times.decode(step.batch, step.tokens)
+        for run in served
+        for step in run.steps
+        if step.kind == "decode"
+    ]
+    return float(np.mean(ratios)) if ratios else None

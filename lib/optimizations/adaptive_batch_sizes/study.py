@@ -1,67 +1,124 @@
-"""What every part of the adaptive batch size's protocol shares: the measured setup, the seeds, the changing traces.
+"""What every part of the adaptive batch size's protocol shares: the measured setup, the seeds, the policies, and what
+each of them did on each kind of traffic, served once and kept.
 
-Makes the policies to compare and finds the best fixed size. Knows no figure and no claim.
+The fixed size is chosen on traces of other seeds than those on which it is judged. Knows no figure and no claim.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from lib.measure.serving import policy_comparison
-from lib.measure.serving.policy_comparison import PolicyFactory, ServingSetup
-from lib.measure.serving.server import MOST_ROWS
+from lib.measure.serving import policy_comparison, slo
+from lib.measure.serving.policy_comparison import NEW_JITTER, PolicyFactory, ServingSetup
+from lib.measure.serving.protocol import Served
 from lib.measure.serving.traffic import Trace
 from lib.models.loading import Loaded
-from lib.optimizations.adaptive_batch_sizes.method import Adaptive, best_fixed, rivals
+from lib.optimizations.adaptive_batch_sizes.method import Adaptive
+from lib.optimizations.adaptive_batch_sizes.rivals import CHUNK, AimdSize, Chunked, FixedSize, Timeout, best_fixed
 
-REQUESTS = {"quick": 30, "standard": 60, "thorough": 200}  # in each phase of a trace
-SIZES = range(1, MOST_ROWS + 1)
+REQUESTS = {"quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
+SEEDS = {"quick": 6, "standard": 6, "thorough": 20}  # on which policies are judged
+CHOOSING = range(5000, 5003)  # added to the seed: traces on which the fixed size is chosen
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # fixed sizes that are tried, up to the rows
+ADAPTIVE, BLIND = "adaptive", "adaptive, blind"
+PARTS = ("cap alone", "admission alone", "adaptive, whole prompts")  # the adaptive policy with one part less or two
 
 
 @dataclass(frozen=True)
 class TrafficStudy:
-    """The setup, the policy's headroom, requests per phase, the seeds, and the changing trace of each seed."""
+    """The setup, the policy's headroom, the tokens per step of chunked prefill, requests per phase, and the seeds."""
 
     setup: ServingSetup
     headroom: float
     requests: int
     seeds: tuple[int, ...]
-    changing: tuple[Trace, ...]
+    chunk: int = CHUNK
+    kept: dict[tuple, list[Served]] = field(default_factory=dict, compare=False, repr=False)
 
-    def adaptive(self) -> Adaptive:
-        """Return a new policy that has learned nothing yet."""
-        return Adaptive(self.setup.objective, self.setup.single, headroom=self.headroom)
+    @property
+    def sizes(self) -> list[int]:
+        """The fixed sizes that are tried."""
+        most = self.setup.limits.rows
+        return [size for size in SIZES if size < most] + [most]
 
-    def best_fixed(self, traces: Sequence[Trace], setup: ServingSetup | None = None) -> tuple[int, dict[int, float]]:
-        """Return the best fixed size on `traces` in hindsight, and the goodput of every size."""
+    def traces(self, name: str, count: int | None = None) -> list[Trace]:
+        """Return the traces of one kind of traffic, a seed each (the first `count` seeds)."""
+        return policy_comparison.traces(self.setup, name, self.requests, self.seeds[:count])
+
+    def adaptive(self, **parts: Any) -> Adaptive:
+        """Return a new policy that has learned nothing yet; `parts` as in `Adaptive`."""
+        most = self.setup.limits.rows
+        return Adaptive(self.setup.objective, self.setup.single, headroom=self.headroom, most=most, **parts)
+
+    def choose(self, name: str, setup: ServingSetup | None = None, count: int | None = None) -> tuple[int, dict]:
+        """Return the best fixed size for one kind of traffic, and the goodput of every size, on seeds kept for that."""
         setup = setup or self.setup
-        return best_fixed(traces, setup.objective, setup.run, SIZES)
+        seeds = [self.seeds[0] + more for more in CHOOSING][:count]
+        traces = policy_comparison.traces(setup, name, self.requests, seeds)
+        return best_fixed(traces, setup.objective, setup.run, self.sizes)
 
-    def rivals(self, size: int) -> dict[str, PolicyFactory]:
-        """Return the policies to compare: the fixed `size` first, ours last."""
-        return rivals(size, self.adaptive, self.setup.objective)
+    def policies(self, size: int) -> dict[str, PolicyFactory]:
+        """Return the policies to compare: the fixed `size` first, ours last.
+
+        The time-out policy gathers up to four requests for at most a quarter of the first-token objective.
+        """
+        objective, most = self.setup.objective, self.setup.limits.rows
+        return {
+            f"fixed {size}": lambda: FixedSize(size),
+            "time-out": lambda: Timeout(size, min(4, size), objective.first_token_seconds / 4),
+            "AIMD": lambda: AimdSize(objective, most),
+            f"chunked {self.chunk}": lambda: Chunked(self.chunk, most),
+            BLIND: lambda: self.adaptive(blind=True, name=BLIND),
+            ADAPTIVE: self.adaptive,
+        }
+
+    def parts(self) -> dict[str, PolicyFactory]:
+        """Return the adaptive policy with one part less, or two."""
+        return {
+            "cap alone": lambda: self.adaptive(admission=False, chunked=False, name="cap alone"),
+            "admission alone": lambda: self.adaptive(cap=False, chunked=False, name="admission alone"),
+            "adaptive, whole prompts": lambda: self.adaptive(chunked=False, name="adaptive, whole prompts"),
+        }
+
+    def served(
+        self, traffic: str, policy: str, make: PolicyFactory, *, again: bool = False, count: int | None = None
+    ) -> list[Served]:
+        """Return what a policy did on the traces of one kind of traffic, simulated once and kept; `again`: with other
+        jitter and step times.
+        """
+        key = traffic, policy, again, count
+        if key not in self.kept:
+            jitter = NEW_JITTER if again else 0
+            self.kept[key] = [self.setup.run(trace, make(), jitter) for trace in self.traces(traffic, count)]
+        return self.kept[key]
+
+    def goodputs(self, traffic: str, policy: str, make: PolicyFactory, **options: Any) -> list[float]:
+        """Return the goodput, requests/s, of each of `served`."""
+        return [slo.goodput(run, self.setup.objective) for run in self.served(traffic, policy, make, **options)]
+
+    def other_batching(self) -> "TrafficStudy":
+        """Return the same study with the other kind of batching."""
+        setup = replace(self.setup, batching="request" if self.setup.batching == "iteration" else "iteration")
+        return TrafficStudy(setup, self.headroom, self.requests, self.seeds, self.chunk)
 
 
-def calibrate(
-    loaded: Loaded, effort: str, *, first_token_factor: float, token_factor: float, cache_share: float, batching: str,
-    seed: int = 0,
-) -> tuple[ServingSetup, float]:  # fmt: skip
-    """Return the setup that all policies share, and the seconds that measuring the step times took."""
+def calibrate(loaded: Loaded, effort: str, *, seed: int = 0, **options: Any) -> tuple[ServingSetup, float]:
+    """Return the setup that all policies share, and the seconds that measuring the step times took; `options` are those
+    of `policy_comparison.prepare`.
+    """
     start = time.perf_counter()
-    setup = policy_comparison.prepare(
-        loaded,
-        first_token_factor=first_token_factor,
-        token_factor=token_factor,
-        cache_share=cache_share,
-        batching=batching,
-        repeats=5 if effort != "quick" else 3 if loaded.scale == "proxy" else 2,
-        seed=seed,
-    )
+    repeats = 4 if effort != "quick" else 3 if loaded.scale == "proxy" else 2
+    setup = policy_comparison.prepare(loaded, repeats=repeats, seed=seed, **options)
     return setup, time.perf_counter() - start
 
 
-def prepare(setup: ServingSetup, headroom: float, effort: str, count: int, seed: int = 0) -> TrafficStudy:
-    """Return the study of `count` seeds from `seed` on."""
-    seeds = tuple(range(seed, seed + count))
-    changing = tuple(policy_comparison.traces(setup, "changing", REQUESTS[effort], seeds))
-    return TrafficStudy(setup, headroom, REQUESTS[effort], seeds, changing)
+def prepare(setup: ServingSetup, headroom: float, effort: str, chunk: int = CHUNK, seed: int = 0) -> TrafficStudy:
+    """Return the study whose seeds begin at `seed`."""
+    return TrafficStudy(setup, headroom, REQUESTS[effort], tuple(range(seed, seed + SEEDS[effort])), chunk)
+
+
+def mean_goodput(study: TrafficStudy, traces: Sequence[Trace], make: PolicyFactory) -> float:
+    """Return the mean simulated goodput of a policy on some traces, requests/s."""
+    values = study.setup.goodputs(traces, make)
+    return sum(values) / len(values)

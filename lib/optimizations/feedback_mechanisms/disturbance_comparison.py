@@ -1,12 +1,13 @@
 """A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
 
 Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions from a scenario to a new policy; this module knows the static ones only. Profile 0 is the full one, 1 the fast
-one. What it shares with every comparison of policies is in `lib.measure.serving.policy_comparison`.
+functions from a scenario to a new policy; this module knows those that do not look at what they cause: a static limit,
+the oracle, and routing a fixed share. Profile 0 is the full one, 1 the fast one. What is shared with every comparison
+of policies is in `lib.measure.serving.policy_comparison`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,11 @@ from lib.errors import UserError
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
-from lib.measure.serving import policy_comparison, slo, step_times
-from lib.measure.serving.server import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
+from lib.measure.serving import policy_comparison, slo, step_timing
+from lib.measure.serving.policy_comparison import NEW_JITTER
+from lib.measure.serving.protocol import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives, Single
-from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.step_times import StepTimes, drawn_again
 from lib.measure.serving.traffic import Lengths
 from lib.measure.timing import disturbance
 from lib.models.loading import Loaded
@@ -29,9 +31,14 @@ from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 LENGTHS = Lengths(48, 16)
 CONTEXTS = (32, 96, 256)  # columns at which steps are timed
+KEYS = (
+    "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "reversals", "moves",
+    "changes",
+)  # fmt: skip
 
 PolicyFactory = Callable[[Scenario], Policy]
 Row = dict[str, object]
+Ran = dict[str, float | None]  # what one run came to, by KEYS
 
 
 @dataclass
@@ -59,10 +66,39 @@ class Static:
         """Learn nothing."""
 
 
+@dataclass
+class Routed:
+    """At most `size` rows; `share` of the requests go to the fast profile, whatever happens: what a loop is worth
+    beyond the answers it gives away is seen against this.
+    """
+
+    size: int
+    share: float
+    profile: int = 0
+    routed: int = 0
+    fast: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the setting is called in tables."""
+        return f"routed {self.share:.2f}"
+
+    def decide(self, view: View) -> Decision:
+        """Admit every request that fits below the size, with the profile that is behind its share."""
+        count = max(0, min(self.size - len(view.running), view.room))
+        self.profile = int(self.fast + 0.5 * count < self.share * (self.routed + count)) if count else self.profile
+        self.routed, self.fast = self.routed + count, self.fast + count * self.profile
+        return Decision(count)
+
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
+        """Learn nothing."""
+
+
 @dataclass(frozen=True)
 class TwoProfileSetup:
-    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script;
-    and what disturbed the machine while the steps were timed (None: nothing noticed).
+    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
+    the share of the fast profile's answers that the full one reads again; and what disturbed the machine while the
+    steps were timed (None: nothing noticed).
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -70,6 +106,13 @@ class TwoProfileSetup:
     limits: Limits
     seconds: float
     disturbed: str | None = None
+    shadow_share: float = 0.0
+    kept: dict[tuple, Ran] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no fast profile: the same times stand for both."""
+        return self.times[0] is self.times[1]
 
     @property
     def rate(self) -> float:
@@ -82,20 +125,25 @@ class TwoProfileSetup:
         full, fast = (times.sustained(8, LENGTHS)[0] for times in self.times)
         return full / fast
 
-    def play(self, scenario: Scenario, policy: Policy, jitter: int = 0) -> Played:
-        """Serve a scenario in virtual time; the jitter follows from the trace's seed, so settings meet the same one."""
-        return scenarios.play(scenario, policy, self.times, self.limits, scenario.trace.seed + jitter)
-
-    def goodputs(self, scripts: Sequence[Scenario], make_policy: PolicyFactory, jitter: int = 0) -> list[float]:
-        """Return the simulated goodput of a new policy on each script, requests/s."""
-        return [
-            slo.goodput(self.play(script, make_policy(script), jitter).served, self.objective) for script in scripts
-        ]
-
     @property
     def samples(self) -> int:
         """How many calls were timed."""
         return sum(times.samples for times in self.times)
+
+    def play(self, scenario: Scenario, policy: Policy, jitter: int = 0) -> Played:
+        """Serve a scenario in virtual time. Step times are drawn again for each seed, and so is the jitter: settings
+        meet the same ones.
+        """
+        seed = scenario.trace.seed + jitter
+        times = [drawn_again(each, seed) for each in (self.times[:1] if self.alone else self.times)]
+        return scenarios.play(scenario, policy, times, self.limits, seed, self.shadow_share)
+
+    def ran(self, scenario: Scenario, setting: str, make_policy: PolicyFactory, jitter: int = 0) -> Ran:
+        """Return what a setting came to on a scenario, played once and kept."""
+        key = scenario.name, scenario.trace.seed, setting, jitter
+        if key not in self.kept:
+            self.kept[key] = _ran(self, scenario, make_policy(scenario), jitter)
+        return self.kept[key]
 
 
 def prepare(
@@ -106,6 +154,7 @@ def prepare(
     token_factor: float,
     requests: int,
     rounds: int = 3,
+    shadow_share: float = 0.0,
     seed: int = 0,
 ) -> TwoProfileSetup:
     """Time the steps of both profiles in turn and return the setup that all settings share.
@@ -115,16 +164,19 @@ def prepare(
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
     close = disturbance.watch()
-    times = step_times.measure_together((loaded.model, fast), text_T, CONTEXTS, rounds=rounds)
+    same = fast is loaded.model
+    models = (loaded.model,) if same else (loaded.model, fast)
+    times = step_timing.measure_together(models, text_T, CONTEXTS, rounds=rounds)
     disturbed = close()
-    full_times, fast_times = (step_times.by_mean(profile) for profile in times)
+    full_times, fast_times = times[0], times[-1]
     single = Single.of(full_times, LENGTHS)
     objective = slo.objectives(single, first_token_factor, token_factor)
     rate, _ = full_times.capacity(LENGTHS, objective.token_seconds)
     if not rate:
         raise UserError("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
     limits = Limits(MOST_ROWS, patience_seconds=slo.patience_seconds(objective, single))
-    return TwoProfileSetup((full_times, fast_times), objective, limits, 3 * requests / rate, disturbed)
+    seconds = 3 * requests / rate
+    return TwoProfileSetup((full_times, fast_times), objective, limits, seconds, disturbed, shadow_share)
 
 
 def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
@@ -136,41 +188,40 @@ def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
     ]
 
 
+def _ran(setup: TwoProfileSetup, scenario: Scenario, policy: Policy, jitter: int) -> Ran:
+    played = setup.play(scenario, policy, jitter)
+    limits = [limit for _, limit, _ in getattr(policy, "course", [])]
+    since, until = scenario.thirds[1:3]
+    switch = getattr(policy, "switch", None)
+    return {
+        "missed s": scenarios.seconds_beyond(played.served, setup.objective),
+        "goodput": slo.goodput(played.served, setup.objective),
+        "goodput share": slo.goodput_share(played.served, setup.objective),
+        "fast share": played.share(1),
+        "shadow s": played.shadow_seconds,
+        "settled s": slo.settling_seconds(played.served, setup.objective, since, until),
+        "overshoot": scenarios.overshoot(played.served, setup.objective),
+        "reversals": float(scenarios.reversals(limits)) if limits else None,
+        "moves": float(np.count_nonzero(np.diff(limits))) if limits else None,
+        "changes": float(len(switch.course)) if switch else None,
+    }
+
+
 def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping[str, PolicyFactory]) -> list[Row]:
     """Return a row per scenario and setting: means over the seeds of that scenario.
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
-    given by the fast profile; `settled s`: from the disturbance until served well for good, of the seeds that settle.
+    given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
+    disturbance until served well for good, of the seeds that settle.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
         chosen = [scenario for scenario in every if scenario.name == name]
         for setting, make_policy in settings.items():
-            rows.append({"scenario": name, "setting": setting} | _row(setup, chosen, make_policy))
+            runs = [setup.ran(scenario, setting, make_policy) for scenario in chosen]
+            row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
+            rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
-
-
-def _row(setup: TwoProfileSetup, chosen: Sequence[Scenario], make_policy: PolicyFactory) -> Row:
-    runs = []
-    for scenario in chosen:
-        policy = make_policy(scenario)
-        played = setup.play(scenario, policy)
-        limits = [limit for _, limit, _ in getattr(policy, "course", [])]
-        third = scenario.trace.seconds / 3
-        switch = getattr(policy, "switch", None)
-        runs.append(
-            {
-                "missed s": scenarios.seconds_beyond(played.served, setup.objective),
-                "goodput share": slo.goodput_share(played.served, setup.objective),
-                "fast share": played.share(1),
-                "settled s": slo.settling_seconds(played.served, setup.objective, third, 2 * third),
-                "overshoot": scenarios.overshoot(played.served, setup.objective),
-                "reversals": float(scenarios.reversals(limits)) if limits else None,
-                "changes": float(len(switch.course)) if switch else None,
-            }
-        )
-    row: Row = dict(policy_comparison.averaged(runs, list(runs[0])))
-    return row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)}
 
 
 def totals(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -186,18 +237,25 @@ def totals(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def goodput(
     setup: TwoProfileSetup,
     every: Sequence[Scenario],
-    baseline: PolicyFactory,
-    optimized: PolicyFactory,
-    workload: str = "serve, disturbed",
+    baseline: tuple[str, PolicyFactory],
+    optimized: tuple[str, PolicyFactory],
+    workload: str,
 ) -> Measurement:
-    """Return the goodput of two settings, script by script, simulated; floor: the baseline with other jitter."""
-    source = f"simulated: {len(every)} scripts, step times from {setup.samples} timed calls of this run"
-    return policy_comparison.goodput_of(
-        lambda make_policy, jitter: setup.goodputs(every, make_policy, jitter), baseline, optimized, workload, source
-    )
+    """Return the goodput of two settings (name, factory) on the seeds of one scenario, simulated; floor: the baseline
+    with other jitter and step times.
+    """
+    source = f"simulated: {len(every)} seeds, step times drawn again for each from {setup.samples} timed calls"
+
+    def goodputs(arm: tuple[str, PolicyFactory], jitter: int) -> list[float]:
+        runs = [setup.ran(script, *arm, jitter=NEW_JITTER if jitter else 0) for script in every]
+        return [float(run["goodput"] or 0.0) for run in runs]
+
+    return policy_comparison.goodput_of(goodputs, baseline, optimized, workload, source)
 
 
-def measurements(setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, optimized: str) -> list[Measurement]:
+def measurements(
+    setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, optimized: str, workload: str
+) -> list[Measurement]:
     """Return the rows of `compare` for two settings as measurements, over all scenarios, not judged."""
     names = {
         "objective_missed_seconds": "missed s",
@@ -213,7 +271,7 @@ def measurements(setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, opt
         missing = sum(value is None for arm in arms for value in arm)
         source = f"simulated: mean of {len(arms[0])} scenarios, step times from {setup.samples} timed calls"
         source += f"; {missing} of {2 * len(arms[0])} have no such number" if missing else ""
-        results.append(policy_comparison.mean_measurement(metric, "serve", arms, source, reasons))
+        results.append(policy_comparison.mean_measurement(metric, workload, arms, source, reasons))
     return results
 
 
@@ -224,11 +282,12 @@ def _number(value: object) -> float | None:
 def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
     """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
     weights = [float(cost_model.weights_bytes(model)) for model in (full, fast)]
+    both = weights[0] if fast is full else sum(weights)
     cache = [float(cost_model.kv_cache_bytes_per_token(model)) for model in (full, fast)]
     mixed = (1 - share) * cache[0] + share * cache[1]
     by = "by formula from the caches' shapes, blend of both profiles"
     return [
-        measurement.counted("weights_bytes", "load", weights[0], sum(weights), "full alone; full and fast, as stored"),
+        measurement.counted("weights_bytes", "load", weights[0], both, "full alone; full and fast, as stored"),
         measurement.counted("kv_cache_bytes_per_token", "decode", cache[0], mixed, by),
         measurement.informative("apply_seconds", "calibrate", 0.0, apply_seconds, "perf_counter, once", ratio=None),
     ]

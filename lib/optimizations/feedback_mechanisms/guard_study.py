@@ -17,7 +17,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
-from lib.optimizations.feedback_mechanisms.method import Guard
+from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, Guard
 from lib.optimizations.feedback_mechanisms.shadow import Watched
 
 PROMPTS = {"quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
@@ -26,14 +26,8 @@ PROMPT_TOKENS, NEW_TOKENS = 48, 16
 WINDOW_ANSWERS = 100  # shadowed answers in a window
 STREAM_ANSWERS = 600  # in the scripted stream
 STRENGTHS = (1.0, 2.0, 4.0)  # of the noise, × the standard deviation of the weights
-SOUND, ANOTHER_DOMAIN, AT_THE_MARGIN = "sound", "sound, text of another domain", "sound, exactly at the margin"
+SOUND, ANOTHER_DOMAIN, AT_THE_BOUND = "sound", "sound, text of another domain", "exactly at the bound"
 BROKEN = f"noise {STRENGTHS[-1]}"
-
-
-def usual_disagreement(loaded: Loaded, fast: nn.Module, effort: str, seed: int) -> float:
-    """Return the fast profile's mean disagreement on calibration text, which the guard takes as usual."""
-    prompts = list(tasks.text_windows(loaded, "calibration", PROMPTS[effort], PROMPT_TOKENS, seed))
-    return float(np.mean(_losses(loaded.model, fast, prompts)))
 
 
 def _losses(full: nn.Module, profile: nn.Module, prompts: list[torch.Tensor]) -> list[float]:
@@ -44,11 +38,11 @@ def _losses(full: nn.Module, profile: nn.Module, prompts: list[torch.Tensor]) ->
 class GuardStudy:
     """Real losses of each profile (`pools`), the guard's settings, and a row per profile of many windows (`rows`).
 
-    rate: answers per second of the server; shadow_seconds: of reading one answer again.
+    bound: the most that a profile may lose, whatever it lost when it was chosen. rate: answers per second of the
+    server; shadow_seconds: of reading one answer again.
     """
 
-    usual: float
-    margin: float
+    bound: float
     share: float
     rate: float
     pools: dict[str, list[float]]
@@ -79,20 +73,20 @@ class GuardStudy:
     @property
     def shadow_cost(self) -> str:
         """What reading one answer again takes, as one line."""
-        return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer, beside the server's work"
+        return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer, charged to the server"
 
-    def guard(self, index: int = 0, usual: float | None = None) -> Guard:
+    def guard(self, index: int = 0, bound: float | None = None) -> Guard:
         """Return a new guard; `index` moves its seed."""
-        usual = self.usual if usual is None else usual
-        return Guard(usual, self.margin, self.share, cool_down=self.seconds / 10, seed=self.seed + index)
+        bound = self.bound if bound is None else bound
+        return Guard(bound, self.share, cool_down=self.seconds / 10, seed=self.seed + index)
 
     def disagreement(self, profile: str) -> float:
         """Return the mean loss of a profile."""
         return float(np.mean(self.pools[profile]))
 
     def excess(self, profile: str) -> float:
-        """Return by how much a profile's mean loss exceeds what is allowed; negative within the margin."""
-        return self.disagreement(profile) - self.usual - self.margin
+        """Return by how much a profile's mean loss exceeds what is allowed; negative within the bound."""
+        return self.disagreement(profile) - self.bound
 
     def taken_back(self, profile: str) -> float:
         """Return the share of windows in which a profile was taken back."""
@@ -112,8 +106,7 @@ def prepare(
     another_domain: list[torch.Tensor],
     effort: str,
     *,
-    usual: float,
-    quality_margin: float,
+    quality_bound: float,
     shadow_share: float,
     capacity: float,
     seed: int,
@@ -135,7 +128,7 @@ def prepare(
     pools[ANOTHER_DOMAIN] = _losses(full, fast, another_domain)
     rate = scenarios.CALM * capacity
     counts = PROMPTS[effort], WINDOWS[effort]
-    study = GuardStudy(usual, quality_margin, shadow_share, rate, pools, shadow_seconds, *counts, seed)
+    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed)
     study.rows.extend(_watch_windows(study))
     return study
 
@@ -143,7 +136,7 @@ def prepare(
 def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
     """Return a row per profile: how often it is taken back, how soon, and what a plain test, looked at often, does.
 
-    The last row is a loss exactly at the margin.
+    The last row is a loss exactly at the bound.
     """
     rows: list[dict[str, object]] = []
     windows, seed = study.windows, study.seed
@@ -151,16 +144,28 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
         trial = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed)
         delays = trial["delays"]
         row: dict[str, object] = {"profile": profile, "disagreement": study.disagreement(profile)}
-        row |= {"beyond the margin": study.excess(profile), "taken back": trial["caught"]}
+        row |= {"beyond the bound": study.excess(profile), "taken back": trial["caught"]}
         row |= {"shadowed answers until then": float(np.median(delays)) if delays else None}
-        row["plain test"] = shadow.peeking(study.usual + study.margin, pool, windows, WINDOW_ANSWERS, seed=seed)
+        row["plain test"] = shadow.peeking(study.bound, pool, windows, WINDOW_ANSWERS, seed=seed)
         rows.append(row | {"estimate's error": trial["error"]})
-    mean, pool = study.disagreement(SOUND), study.pools[SOUND]
-    at_the_margin = max(0.0, mean - study.margin)
-    trial = shadow.trials(lambda index: study.guard(index, at_the_margin), pool, windows, WINDOW_ANSWERS, seed)
-    row = {"profile": AT_THE_MARGIN, "disagreement": mean, "beyond the margin": 0.0, "taken back": trial["caught"]}
+    mean, pool = _at_the_bound(study)
+    trial = shadow.trials(lambda index: study.guard(index, mean), pool, windows, WINDOW_ANSWERS, seed)
+    row = {"profile": AT_THE_BOUND, "disagreement": mean, "beyond the bound": 0.0, "taken back": trial["caught"]}
     row["plain test"] = shadow.peeking(mean, pool, windows, WINDOW_ANSWERS, seed=seed)
     return [*rows, row | {"shadowed answers until then": None, "estimate's error": trial["error"]}]
+
+
+def _at_the_bound(study: GuardStudy) -> tuple[float, list[float]]:
+    """Return a bound and losses whose mean is that bound: the sound profile's; or, where it loses too little or too
+    much for a bound, the most broken one's, scaled to the study's own bound.
+    """
+    low, high = SEARCH_SPACE["quality_bound"]["range"]
+    mean, pool = study.disagreement(SOUND), study.pools[SOUND]
+    if low <= mean <= high:
+        return mean, pool
+    scale = study.bound / max(study.disagreement(BROKEN), study.bound)
+    scaled = [scale * loss for loss in study.pools[BROKEN]]
+    return min(high, max(low, float(np.mean(scaled)))), scaled
 
 
 def scripted_stream(study: GuardStudy) -> Watched:
@@ -178,8 +183,7 @@ def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFram
     frame = pd.DataFrame(watched.course, columns=["seconds", "trusted", "estimate", "truth"])
     curves = pd.concat([frame.assign(value=frame[name], arm=name) for name in ("estimate", "truth")])
     in_use = frame.assign(value=frame.trusted.astype(float))
-    bound = study.usual + study.margin
-    return [(curves, "disagreement", "line", bound), (in_use, "fast in use", "steps", None)]
+    return [(curves, "disagreement", "line", study.bound), (in_use, "fast in use", "steps", None)]
 
 
 def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:

@@ -1,40 +1,48 @@
-"""Two profiles of the real model serve a trace in real time while a core is really stolen in its middle third.
+"""Two profiles of the real model serve traces in real time while a core is really stolen in the middle third, settings
+in turn.
 
-How much slower the machine then was is read from the static run, so that the simulation gets the same slowness and can
-be compared with both runs. Policies come in as functions; this module knows none.
+How much slower the machine then was is read from the static runs, so that the simulation gets the same slowness and can
+be compared with both settings. Policies come in as functions; this module knows none.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.serving import engine, replay
+from lib.measure.serving import engine, replay, validation
 from lib.measure.serving.engine import ModelEngine
-from lib.measure.serving.replay import PromptOf, Replayed
-from lib.measure.serving.server import Limits, Policy, RealClock, Served, serve
+from lib.measure.serving.protocol import Policy, Served
+from lib.measure.serving.replay import PromptOf, Replayed, ServingRounds
+from lib.measure.serving.server import RealClock, serve
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.timing import disturbance
+from lib.measure.trackers import energy_source
+from lib.measure.trackers.energy_source import Counter
 from lib.models.loading import Loaded
-from lib.optimizations.feedback_mechanisms import scenarios
+from lib.optimizations.feedback_mechanisms import scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     CONTEXTS,
     LENGTHS,
     PolicyFactory,
     TwoProfileSetup,
 )
-from lib.optimizations.feedback_mechanisms.profiles import Profiles
-from lib.optimizations.feedback_mechanisms.scenarios import CALM, Scenario, Spinner
+from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scenario, Spinner
 
-JITTERS = 5  # simulations beside one replay
-LONGER = 3  # times the seconds of a quick replay, beyond quick
-PHASES = ("calm", "stolen core", "calm")
+JITTERS = 5  # simulations beside every replay
+ROUNDS = {"quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+LONGER = {"quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+PHASES = ("warm-up", "calm", "stolen core", "calm")
+LEAST_REQUESTS, MOST_STRETCHED = 5, 2  # in a third; times that a replay is made longer for them, at most
+STATIC, AGAIN, LOOP = "static", "static again", "loop"
 
 
 @dataclass(frozen=True)
@@ -75,94 +83,125 @@ class Stealing:
         self._look()
         return self.engine.decode()
 
+    def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
+        self._look()
+        return self.engine.shared(parts)
+
     def leave(self, ids: Sequence[int]) -> float:
         return self.engine.leave(ids)
 
 
 def trace(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
-    """Return the trace to replay: the calm share of `rate`, in three thirds."""
-    return make("stolen core, live", [Phase(seconds / 3, CALM * rate, lengths)] * 3, seed)
+    """Return the trace to replay: the calm share of `rate`, a warm-up and three thirds."""
+    calm, lead = Phase(seconds / 3, CALM * rate, lengths), WARM_UP * seconds / 3
+    return make("stolen core, live", [Phase(lead, CALM * rate, lengths), *[calm] * 3], seed, lead)
 
 
 def serve_stolen(
-    models: Sequence[nn.Module], trace: Trace, policy: Policy, limits: Limits, prompt_of: PromptOf
+    models: Sequence[nn.Module],
+    trace: Trace,
+    policy: Policy,
+    setup: TwoProfileSetup,
+    prompt_of: PromptOf,
+    counter: Counter | None = None,
 ) -> Stolen:
-    """Serve `trace` with the real models in real time; a busy process shares the cores in its middle third."""
+    """Serve `trace` with the real models in real time; a busy process shares the cores in its middle third.
+
+    The share of the fast profile's answers that the setup says is read again by the full one, in the server's time.
+    """
     engines = [ModelEngine(model, prompt_of) for model in models]
     for profile in engines:
-        for request in trace.requests[:2]:
-            profile.prefill([request])
-        for _ in range(3 if trace.requests else 0):
-            profile.decode()
-    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0))
+        replay.warm_up(profile, trace)
+
+    def read(request: ServingRequest) -> float:
+        start, answer = time.perf_counter(), torch.tensor(engines[-1].output[request.id])
+        shadow.disagreement(models[0], prompt_of(request), answer)
+        return time.perf_counter() - start
+
+    reads = ShadowReads(setup.shadow_share, read, trace.seed) if setup.shadow_share else None
+    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0), reads)
     with Spinner() as spinner:
-        close, busy, start = disturbance.watch(), time.process_time(), time.perf_counter()
-        clock = RealClock()
-        stealing = Stealing(profiles, spinner, clock, trace.seconds / 3, 2 * trace.seconds / 3)
-        served = serve(trace, policy, stealing, clock, limits)
-        wall = time.perf_counter() - start
-        share = (time.process_time() - busy) / (wall * len(disturbance.cores()))
+        close, joules = disturbance.watch(), counter.joules() if counter else None
+        busy, start = time.process_time(), time.perf_counter()
+        clock, span = RealClock(), trace.starts[2:4]
+        served = serve(trace, policy, Stealing(profiles, spinner, clock, *span), clock, setup.limits)
+        wall, busy = time.perf_counter() - start, time.process_time() - busy
+        spent = counter.joules() - joules if counter and joules is not None else None
         disturbed = close()
     output = {request: ids for profile in engines for request, ids in profile.output.items()}
-    return Stolen(Replayed(served, output, share, disturbed), dict(profiles.owner))
+    share = busy / (wall * len(disturbance.cores()))
+    return Stolen(Replayed(served, output, share, disturbed, busy, spent), dict(profiles.owner))
+
+
+def workload(size: int) -> str:
+    """Return the name of the replays' workload: the baseline is the static limit that was chosen."""
+    return f"{replay.WORKLOAD}, static {size}"
 
 
 def slowness(run: Stolen, times: StepTimes) -> tuple[tuple[float, float], ...]:
-    """Return (second, factor) of each third: median of measured ÷ tabled decode seconds. For runs of one profile."""
-    third, factors = run.served.trace.seconds / 3, []
-    for index in range(3):
+    """Return (second, factor) of the warm-up and of each third: mean of measured ÷ tabled decode seconds. For runs of
+    one profile.
+    """
+    starts, factors = run.served.trace.starts, []
+    for start, end in zip(starts, [*starts[1:], run.served.trace.seconds]):
         inside = [
             step.seconds / times.decode(step.batch, step.tokens)
             for step in run.served.steps
-            if step.kind == "decode" and index * third <= step.start < (index + 1) * third
+            if step.kind == "decode" and start <= step.start < end
         ]
-        factors.append((index * third, float(np.median(inside)) if inside else 1.0))
+        factors.append((start, float(np.mean(inside)) if inside else 1.0))
     return tuple(factors)
 
 
 @dataclass(frozen=True)
 class LiveTrial:
-    """Two replays while a core is stolen (static, loop), the policies that served, simulations of both (`rows`) and
-    the seconds each missed.
+    """Replays of a static setting, of the same again, and of the loop, a trace per round, while a core is stolen; the
+    policy that served the loop's first round, simulations of both (`rows`) and their mean `error`, the seconds that
+    static and loop missed (means), and which profile answered each request of the loop's runs.
 
-    slowness: (second, factor) of each third, read from the static run.
+    slowness: (second, factor) of warm-up and thirds, read from the first static run.
     """
 
-    runs: tuple[Stolen, Stolen]
-    policies: tuple[Policy, Policy]
+    rounds: ServingRounds
+    policy: Policy
+    profile_of: list[dict[int, int]]
     slowness: tuple[tuple[float, float], ...]
     rows: list[dict]
-    missed: list[float]
+    error: Measurement
+    missed: tuple[float, float]
+    headline: Measurement
     measurements: list[Measurement]
 
     @property
-    def replays(self) -> tuple[Replayed, Replayed]:
-        """Both replays."""
-        return self.runs[0].replayed, self.runs[1].replayed
+    def replays(self) -> tuple[list[Replayed], list[Replayed]]:
+        """The replays of both arms."""
+        return self.rounds.runs[STATIC], self.rounds.runs[LOOP]
 
     @property
     def served(self) -> Served:
-        """The run of the loop."""
-        return self.runs[1].served
+        """The first run of the loop."""
+        return self.rounds.served(LOOP)[0]
 
     @property
     def courses(self) -> tuple[list, list]:
-        """The course of the loop that served: its decisions, and its changes of the profile."""
-        loop = self.policies[1]
-        return getattr(loop, "course", []), getattr(getattr(loop, "switch", None), "course", [])
+        """The course of the loop in that run: its decisions, and its changes of the profile."""
+        return getattr(self.policy, "course", []), getattr(getattr(self.policy, "switch", None), "course", [])
 
     @property
     def marks(self) -> list[tuple[float, str]]:
-        """The second at which each third begins."""
+        """The second at which each phase begins."""
         return list(zip(self.served.trace.starts, PHASES))
 
     @property
     def conditions(self) -> str:
-        """Slowness of each third, what else disturbed the machine, and the seconds missed, as one line."""
-        disturbed = "; ".join(sorted({run.disturbed for run in self.replays if run.disturbed})) or "nothing else"
+        """Slowness of each phase, what else disturbed the machine, and the seconds missed, as one line."""
         factors = ", ".join(f"{factor:.2f}" for _, factor in self.slowness)
-        missed = f"seconds missed: {self.missed[0]:.1f} static, {self.missed[1]:.1f} loop"
-        return f"Slowed by {factors} (thirds); disturbed by: {disturbed}; {missed}"
+        missed = f"seconds missed: {self.missed[0]:.2f} static, {self.missed[1]:.2f} loop"
+        return f"Slowed by {factors} (warm-up and thirds); disturbed by: {self.rounds.disturbed}; {missed}"
+
+    def carried(self, simulated: Measurement) -> Measurement:
+        """Return a simulated measurement with this trial's error (`validation.carried`)."""
+        return validation.carried(simulated, validation.error_of(self.error))
 
 
 def compare(
@@ -172,44 +211,70 @@ def compare(
     static: PolicyFactory,
     loop: PolicyFactory,
     *,
+    size: int,
     effort: str,
     seconds: float,
     seed: int,
 ) -> LiveTrial:
-    """Replay a calm trace with a stolen core under both policies, and simulate the same with the slowness it had."""
-    seconds *= 1 if effort == "quick" else LONGER
-    live = trace(setup.rate, seconds, LENGTHS, seed + 1000)
-    prompt_of = engine.prompts(loaded, CONTEXTS[-1], seed)
-    planned = Scenario(live)
-    policies = static(planned), loop(planned)
-    first, second = (serve_stolen((loaded.model, fast), live, policy, setup.limits, prompt_of) for policy in policies)
-    factors = slowness(first, setup.times[0])
-    again = Scenario(live, factors)
-    simulated = [
-        [setup.play(again, make_policy(again), jitter).served for jitter in range(JITTERS)]
-        for make_policy in (static, loop)
+    """Replay calm traces with a stolen core under both settings in turn, and simulate the same with the slowness that
+    the static run of each round had. `size` is that of the static setting, named in the workload.
+    """
+    seconds *= LONGER[effort]
+    seconds = min(max(seconds, 3 * LEAST_REQUESTS / (CALM * setup.rate)), MOST_STRETCHED * seconds)
+    live = [trace(setup.rate, seconds, LENGTHS, seed + 1000 + at) for at in range(ROUNDS[effort])]
+    models = (loaded.model,) if setup.alone else (loaded.model, fast)
+    prompt_of, counter = engine.prompts(loaded, CONTEXTS[-1], seed), energy_source.counter(loaded.device)
+    makers: Mapping[str, PolicyFactory] = {STATIC: static, AGAIN: static, LOOP: loop}
+    runs: dict[str, list[Stolen]] = {name: [] for name in makers}
+    policies: list[Policy] = []
+    names = list(makers)
+    for index, each in enumerate(live):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            policy = makers[name](Scenario(each))
+            policies += [policy] if name == LOOP else []
+            runs[name].append(serve_stolen(models, each, policy, setup, prompt_of, counter))
+    factors = [slowness(run, setup.times[0]) for run in runs[STATIC]]
+    again = [Scenario(each, slow) for each, slow in zip(live, factors)]
+    simulated = {
+        name: [
+            [setup.play(scenario, makers[name](scenario), jitter).served for scenario in again]
+            for jitter in range(JITTERS)
+        ]
+        for name in (STATIC, LOOP)
+    }
+    replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
+    rounds = ServingRounds(tuple(live), replayed, counter)
+    rows = validation.beside(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
+    error = validation.simulation_error(rows, f"simulation against {rounds.source}")
+    headline = replay.goodput(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size))
+    means = [
+        float(np.mean([scenarios.seconds_beyond(run, setup.objective) for run in rounds.served(name)]))
+        for name in (STATIC, LOOP)
     ]
-    rows = replay.beside(simulated, [first.replayed, second.replayed], setup.objective)
     measurements = [
-        replay.simulation_error(rows),
-        *replay.measurements(first.replayed, second.replayed, setup.objective),
+        headline,
+        error,
+        *replay.described(rounds, setup.objective, STATIC, LOOP, workload(size)),
+        *replay.costs(rounds, STATIC, AGAIN, LOOP, workload(size)),
     ]
-    missed = [scenarios.seconds_beyond(run.served, setup.objective) for run in (first, second)]
-    return LiveTrial((first, second), policies, factors, rows, missed, measurements)
+    owners = [run.profile_of for run in runs[LOOP]]
+    missed = means[0], means[1]
+    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements)
 
 
 def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
-    """Return two sentences on how to read the timeline of the loop's replay."""
+    """Return two sentences on how to read the timeline of the loop's first replay."""
     decisions, changes = live.courses
     course = pd.DataFrame(decisions, columns=["second", "limit", "signal"])
-    third = live.served.trace.seconds / 3
-    stolen = course[course.second.between(third, 2 * third)].signal
-    calm = course[course.second < third].signal
+    start, end = live.served.trace.starts[2:4]
+    stolen = course[course.second.between(start, end)].signal
+    calm = course[course.second < start].signal
     target = objective.token_seconds
     ratios = [f"{signal.median() / target:.2f}" if len(signal) else "an unknown share" for signal in (calm, stolen)]
     first = (
         f"The signal's median is {ratios[0]} of the objective before the core is stolen, and {ratios[1]} while it is."
     )
-    profiles = list(live.runs[1].profile_of.values())
+    profiles = [profile for owner in live.profile_of for profile in owner.values()]
     share = sum(profile == 1 for profile in profiles) / max(1, len(profiles))
-    return first, f"Changes of the profile: {len(changes)}; the fast one gave {share:.0%} of the answers."
+    return first, f"Changes of the profile: {len(changes)}; in all rounds the fast one gave {share:.0%} of the answers."

@@ -1,15 +1,14 @@
 """Feedback: a running model is measured and adjusted while it serves: signal → filter → law → actuator.
 
-Three loops, each of which stands alone:
+Three loops, each of which stands alone; the third one, the length of a draft, is in `draft_length`:
 
 - `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
   by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989); where the limit is
   not enough, a `Switch` lets a faster profile answer newcomers; a return to the full one that does not last delays the
   next one.
-- `DraftLength` and `Bandit`: how many tokens a pruned draft proposes follows the measured acceptance and the measured
-  times (Leviathan et al. 2023, section 3.5), or is found by trying (discounted UCB: Garivier and Moulines 2011).
-- `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile answers worse
-  than it may, then the last good profile comes back, and each further trial of the faulty one waits longer.
+- `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile differs from
+  it by more than an absolute bound, then the last good profile comes back, and each further trial of the faulty one
+  waits longer.
 
 No weight is changed; there is no `apply`. Knows neither clock nor engine, and no other optimization: profiles and
 drafts are models that the caller has made.
@@ -17,18 +16,17 @@ drafts are models that the caller has made.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.serving.server import MOST_ROWS, Decision, RequestOutcome, ServerStep, View
+from lib.measure.serving.protocol import MOST_ROWS, Decision, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives
 from lib.models.decoding import batch_cache
 from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
-from lib.optimizations.feedback_mechanisms.speculative import Round
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "setpoint": {
@@ -43,11 +41,11 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
         "default": 0.25,
         "help": "share of the answers that the baseline reads again",
     },
-    "quality_margin": {
+    "quality_bound": {
         "type": "float",
         "range": (0.01, 0.5),
         "default": 0.1,
-        "help": "share of tokens by which a profile may differ from the baseline more than it did when it was chosen",
+        "help": "most share of tokens in which a profile may differ from the baseline",
     },
 }
 PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rate of the actuator
@@ -58,9 +56,6 @@ HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile st
 FULL, FAST = 0, 1  # profiles
 START_ROWS, LEAST_ROWS = 16.0, 4.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
-LONGEST_DRAFT = 8
-REMEMBERED = 0.97  # of earlier rounds, per round
-PROBE_EVERY = 16  # plain steps after which a single token is drafted, to see whether drafting pays again
 
 
 def applies_to(model: nn.Module) -> str | None:
@@ -218,116 +213,18 @@ class LatencyLoop:
         self.limit = min(max(self.limit * math.exp(move), LEAST_ROWS), float(self.most))
 
 
-# --- loop 2: speculation by the draft's length -----------------------------------------------------------------------
-
-
-class DraftLength:
-    """Draft as many tokens as promise the most tokens per second, by the acceptance and the times measured so far.
-
-    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier
-    rounds fade, so that another kind of text is noticed; while nothing is drafted, a single token is, now and then.
-    """
-
-    name = "measured acceptance"
-
-    def __init__(self, most: int = LONGEST_DRAFT):
-        self.most, self.learned, self.plain = most, 0, 0
-        self.accepted, self.tried = 1.0, 2.0
-        self.draft_seconds, self.drafted = 0.0, 0.0
-        self.check_seconds: dict[int, float] = {}
-        self.course: list[tuple[int, float]] = []
-
-    @property
-    def acceptance(self) -> float:
-        """Share of drafted tokens that were accepted, of those that were compared."""
-        return self.accepted / self.tried
-
-    def __call__(self, rounds: Sequence[Round]) -> int:
-        """Return how many tokens to draft next. `rounds` are those of the present answer."""
-        if len(rounds) < self.learned:
-            self.learned = 0  # another answer has begun
-        for done in rounds[self.learned :]:
-            self._learn(done)
-        self.learned = len(rounds)
-        count = max(range(self.most + 1), key=self.promise)
-        self.plain = self.plain + 1 if count == 0 else 0
-        if not self.drafted or self.plain >= PROBE_EVERY:
-            count, self.plain = 1, 0
-        self.course.append((count, self.acceptance))
-        return count
-
-    def promise(self, count: int) -> float:
-        """Return the expected tokens per second of rounds with `count` drafted tokens; -1 where nothing is known."""
-        if not self.check_seconds or (count and not self.drafted):
-            return -1.0
-        near = min(self.check_seconds, key=lambda known: abs(known - count))
-        each = self.draft_seconds / self.drafted if count else 0.0
-        a = min(self.acceptance, 0.999)
-        return (1 - a ** (count + 1)) / (1 - a) / (self.check_seconds[near] + count * each)
-
-    def _learn(self, done: Round) -> None:
-        old = self.check_seconds.get(done.drafted, done.check_seconds)
-        self.check_seconds[done.drafted] = old + 0.2 * (min(done.check_seconds, 3 * old) - old)
-        if done.drafted:
-            checked = done.accepted + (done.accepted < done.drafted)
-            self.accepted = REMEMBERED * self.accepted + done.accepted
-            self.tried = REMEMBERED * self.tried + checked
-            self.draft_seconds = REMEMBERED * self.draft_seconds + done.draft_seconds
-            self.drafted = REMEMBERED * self.drafted + done.drafted
-
-
-class Bandit:
-    """Draft as many tokens as have paid best lately, each length tried often enough to know: discounted UCB."""
-
-    name = "bandit"
-
-    def __init__(self, arms: Sequence[int] = (0, 1, 2, 4, 8), curiosity: float = 0.15):
-        if not arms:
-            raise UserError("feedback_mechanisms: a bandit needs at least one draft length to choose from")
-        self.arms, self.curiosity, self.learned = list(arms), curiosity, 0
-        self.reward, self.weight = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
-        self.chosen: list[int] = []
-
-    def __call__(self, rounds: Sequence[Round]) -> int:
-        """Return how many tokens to draft next. `rounds` are those of the present answer."""
-        if len(rounds) < self.learned:
-            self.learned = 0
-        new = rounds[self.learned :]
-        for drafted, done in zip(self.chosen[len(self.chosen) - len(new) :], new):
-            for arm in self.arms:
-                self.reward[arm] *= REMEMBERED
-                self.weight[arm] *= REMEMBERED
-            self.reward[drafted] += (done.accepted + 1) / max(done.seconds, 1e-9)
-            self.weight[drafted] += 1
-        self.learned = len(rounds)
-        choice = next((arm for arm in self.arms if self.weight[arm] == 0), None)
-        if choice is None:
-            mean = {arm: self.reward[arm] / self.weight[arm] for arm in self.arms}
-            best, total = max(mean.values()), sum(self.weight.values())
-            bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in self.arms}
-            choice = max(self.arms, key=lambda arm: mean[arm] / best + bonus[arm])
-        self.chosen.append(choice)
-        return choice
-
-
-def fixed(count: int) -> Callable[[Sequence[Round]], int]:
-    """Return the static setting: always draft `count` tokens."""
-    return lambda rounds: count
-
-
-# --- loop 3: quality by shadow runs ----------------------------------------------------------------------------------
+# --- loop 2: quality by shadow runs ----------------------------------------------------------------------------------
 
 
 @dataclass
 class Guard:
     """Watches a profile by the losses of its shadowed answers; decides when to fall back and when to try it again.
 
-    usual: the profile's loss when it was chosen; margin: by how much more it may lose. cool_down: seconds until it is
-    tried again, doubled by every further breach. `events` keeps (second, what).
+    bound: the most that it may lose, whatever it lost when it was chosen. cool_down: seconds until it is tried again,
+    doubled by every further breach. `events` keeps (second, what).
     """
 
-    usual: float
-    margin: float
+    bound: float
     share: float
     cool_down: float
     seed: int = 0
@@ -338,12 +235,12 @@ class Guard:
     losses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check(shadow_share=self.share, quality_margin=self.margin)
+        check(shadow_share=self.share, quality_bound=self.bound)
         self.random = random.Random(self.seed)
         self.test = self._watch()
 
     def _watch(self) -> BreachTest:
-        return BreachTest(min(0.99, self.usual + self.margin), FALSE_ALARM)
+        return BreachTest(self.bound, FALSE_ALARM)
 
     @property
     def estimate(self) -> float | None:

@@ -14,17 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from lib.measure.serving.server import Limits, Policy, Served, VirtualClock, serve
+from lib.measure.serving.protocol import Limits, Policy, Served
+from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives, met
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.timing import disturbance
-from lib.optimizations.feedback_mechanisms.profiles import Profiles
+from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
 
-WINDOWS = 60  # into which a trace is cut to count the seconds beyond an objective
+WINDOWS = 30  # into which a trace is cut to count the seconds beyond an objective
 GOOD_SHARE = 0.9  # of the requests arriving in a window that must be served well
 CALM, BUSY = 0.45, 1.15  # shares of what the full profile can serve within the objectives
+WARM_UP = 0.2  # of a third, before the script begins
 STOLEN = 2.0  # how much slower a machine is whose core is shared with one other process
 
 
@@ -39,6 +41,11 @@ class Scenario:
     def name(self) -> str:
         return self.trace.name
 
+    @property
+    def thirds(self) -> list[float]:
+        """The second at which each third begins, and the last one ends."""
+        return [*self.trace.starts[-3:], self.trace.seconds]
+
     def factor(self, second: float) -> float:
         """Return how much slower than measured the machine is at `second`."""
         return next((factor for start, factor in reversed(self.slowness) if start <= second), 1.0)
@@ -47,28 +54,33 @@ class Scenario:
 def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: float, seed: int = 0) -> list[Scenario]:
     """Return the four scenarios of one length: quiet, load step, longer prompts, stolen core.
 
-    The middle third is disturbed: the load steps beyond capacity; prompts get three times as long, beyond *their*
-    capacity; the machine slows down under an unchanged calm load.
+    Behind a warm-up that does not count the middle third is disturbed: the load steps beyond capacity; prompts get
+    three times as long, beyond *their* capacity; the machine slows down under an unchanged calm load.
     """
     third = seconds / 3
+    lead = WARM_UP * third
     long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
     rate, _ = times.capacity(lengths, objective.token_seconds)
     long_rate, _ = times.capacity(long, objective.token_seconds)
-    calm = Phase(third, CALM * rate, lengths)
+    calm, first = Phase(third, CALM * rate, lengths), Phase(lead, CALM * rate, lengths)
     busy, longer = Phase(third, BUSY * rate, lengths), Phase(third, BUSY * long_rate, long)
+    slower = ((0.0, 1.0), (lead + third, STOLEN), (lead + 2 * third, 1.0))
     return [
-        Scenario(make("quiet", [calm] * 3, seed)),
-        Scenario(make("load step", [calm, busy, calm], seed)),
-        Scenario(make("longer prompts", [calm, longer, calm], seed)),
-        Scenario(make("stolen core", [calm] * 3, seed), ((0.0, 1.0), (third, STOLEN), (2 * third, 1.0))),
+        Scenario(make("quiet", [first, *[calm] * 3], seed, lead)),
+        Scenario(make("load step", [first, calm, busy, calm], seed, lead)),
+        Scenario(make("longer prompts", [first, calm, longer, calm], seed, lead)),
+        Scenario(make("stolen core", [first, *[calm] * 3], seed, lead), slower),
     ]
 
 
 class Played(NamedTuple):
-    """A run, and which profile answered each request that was admitted (request id → index)."""
+    """A run, which profile answered each request that was admitted (request id → index), and the seconds that reading
+    answers again took.
+    """
 
     served: Served
     profile_of: dict[int, int]
+    shadow_seconds: float = 0.0
 
     def share(self, profile: int) -> float:
         """Return the share of the answered requests that `profile` answered."""
@@ -93,15 +105,28 @@ class SlowedEngine(SimulatedEngine):
 
 
 def play(
-    scenario: Scenario, policy: Policy, times: StepTimes | Sequence[StepTimes], limits: Limits, seed: int = 0
+    scenario: Scenario,
+    policy: Policy,
+    times: StepTimes | Sequence[StepTimes],
+    limits: Limits,
+    seed: int = 0,
+    shadow_share: float = 0.0,
 ) -> Played:
-    """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile."""
+    """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile.
+
+    `shadow_share` of the fast profile's answers are read again by the full one, in one pass over prompt and answer.
+    """
     clock = VirtualClock()
     each = [times] if isinstance(times, StepTimes) else times
     engines = [SlowedEngine(profile, scenario, clock.now, seed) for profile in each]
-    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0))
+
+    def read(request: ServingRequest) -> float:
+        return each[0].prefill(1, request.prompt_tokens + request.new_tokens) * scenario.factor(clock.now())
+
+    shadow = ShadowReads(shadow_share, read, seed) if shadow_share else None
+    profiles = Profiles(engines, lambda: getattr(policy, "profile", 0), shadow)
     served = serve(scenario.trace, policy, profiles, clock, limits)
-    return Played(served, dict(profiles.owner))
+    return Played(served, dict(profiles.owner), shadow.seconds if shadow else 0.0)
 
 
 def seconds_beyond(served: Served, objectives: Objectives) -> float:
@@ -110,14 +135,16 @@ def seconds_beyond(served: Served, objectives: Objectives) -> float:
 
 
 def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, float | None]]:
-    """Return (start, seconds, share of well-served requests) of each window; None where nobody arrived."""
-    width = served.trace.seconds / WINDOWS
+    """Return (start, seconds, share of well-served requests) of each window behind the warm-up; None where nobody
+    arrived.
+    """
+    start, width = served.trace.warm_up, served.trace.counted_seconds / WINDOWS
     counts, good = np.zeros(WINDOWS), np.zeros(WINDOWS)
-    for outcome in served.outcomes:
-        window = min(WINDOWS - 1, int(outcome.request.arrival / width))
+    for outcome in served.counted:
+        window = min(WINDOWS - 1, int((outcome.request.arrival - start) / width))
         counts[window] += 1
         good[window] += met(outcome, objectives)
-    return [(i * width, width, float(good[i] / counts[i]) if counts[i] else None) for i in range(WINDOWS)]
+    return [(start + i * width, width, float(good[i] / counts[i]) if counts[i] else None) for i in range(WINDOWS)]
 
 
 def overshoot(served: Served, objectives: Objectives) -> float:

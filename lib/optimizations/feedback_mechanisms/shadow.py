@@ -138,27 +138,37 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
     return float(((mean - bound) / spread > z)[:, 4:].any(1).mean())
 
 
-def blended(loaded: Loaded, fast: nn.Module, share: float, effort: Effort, seed: int = 0) -> list[Measurement]:
-    """Return the quality of the full profile (baseline) against that of a blend with `share` of `fast` answers.
+def blended(
+    loaded: Loaded, fast: nn.Module, shares: Sequence[float], effort: Effort, seed: int = 0
+) -> list[list[Measurement]]:
+    """Return, for each share, the quality of the full profile (baseline) against that of a blend with so many `fast`
+    answers.
 
     Classification and key-value retrieval; which profile answers an item is drawn beforehand.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
-        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
-    random = np.random.default_rng([seed, 0xB1E])
+        return [
+            [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
+            for _ in shares
+        ]
     options = {"resamples": effort.resamples, "seed": seed}
     arms = loaded, replace(loaded, model=fast)
-    compared: list[Measurement] = []
-    for task in filter(classifies, loaded.tasks):
-        full, quick = (evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms)
-        draw_N = random.random(len(full.ids)) < share
-        chosen_N = np.where(draw_N, quick.chosen_N, full.chosen_N)
-        scores_NL = np.where(draw_N[:, None], quick.scores_NL, full.scores_NL)
-        mixed = replace(full, chosen_N=chosen_N, scores_NL=scores_NL, others={})
-        compared += evaluate.compare_classified(full, mixed, **options)
+    names = [task for task in loaded.tasks if classifies(task)]
+    classified = [[evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms] for task in names]
     distance, prompts = effort.retrieval_distance, effort.retrieval_prompts
     all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
-    draw_N = random.random(len(all_full.right_N)) < share
-    blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
-    return [*compared, evaluate.compare_retrieved(all_full, blend, **options)]
+    compared: list[list[Measurement]] = []
+    for share in shares:
+        random, results = np.random.default_rng([seed, 0xB1E]), []
+        for full, quick in classified:
+            draw_N = random.random(len(full.ids)) < share
+            chosen_N = np.where(draw_N, quick.chosen_N, full.chosen_N)
+            scores_NL = np.where(draw_N[:, None], quick.scores_NL, full.scores_NL)
+            results += evaluate.compare_classified(
+                full, replace(full, chosen_N=chosen_N, scores_NL=scores_NL, others={}), **options
+            )
+        draw_N = random.random(len(all_full.right_N)) < share
+        blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
+        compared.append([*results, evaluate.compare_retrieved(all_full, blend, **options)])
+    return compared

@@ -17,8 +17,8 @@ from lib.report.text.wording import label, one_line, words
 COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
 DURATIONS = (
     "time_to_first_token_ms", "time_per_output_token_ms", "attention_ms", "feed_forward_ms", "latency_p50_ms",
-    "latency_p95_ms", "latency_p99_ms", "first_call_ms", "load_seconds", "settling_seconds",
-    "objective_missed_seconds", "swap_ms",
+    "latency_p95_ms", "latency_p99_ms", "time_between_tokens_p99_ms", "first_call_ms", "load_seconds",
+    "settling_seconds", "objective_missed_seconds", "swap_ms",
 )  # fmt: skip
 PLURAL = ("weights_bytes", "parameters", "active_parameters", "tokens_per_joule", "flips", "flips_to_wrong",
           "flips_to_right", "same_answers", "batch_rows")  # fmt: skip

@@ -43,6 +43,7 @@ _LABELS = {
     "flips_to_right": "answers flipped to right",
     "time_to_first_token_ms": "time to first token",
     "time_per_output_token_ms": "time per output token",
+    "time_between_tokens_p99_ms": "time between tokens p99",
     "prefill_tokens_per_second": "prefill rate",
     "decode_tokens_per_second": "decode rate",
     "batch_decode_tokens_per_second": "decode rate, batched",

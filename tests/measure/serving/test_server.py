@@ -5,8 +5,9 @@ import random
 import pytest
 
 from lib.errors import UserError
-from lib.measure.serving import server, slo, traffic
-from lib.measure.serving.server import Decision, Limits, VirtualClock
+from lib.measure.serving import protocol, server, slo, traffic
+from lib.measure.serving.protocol import Decision, Limits
+from lib.measure.serving.server import VirtualClock
 from lib.measure.serving.simulator import SimulatedEngine, simulate
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
@@ -35,9 +36,20 @@ class Greedy:
         pass
 
 
-def trace_of(*requests, seconds=100.0):
+class InParts(Greedy):
+    """The same, with prompts that are read `chunk` tokens at a time."""
+
+    def __init__(self, chunk, most=32):
+        super().__init__(most)
+        self.chunk = chunk
+
+    def decide(self, view):
+        return Decision(super().decide(view).admit, chunk=self.chunk)
+
+
+def trace_of(*requests, seconds=100.0, warm_up=0.0):
     listed = tuple(ServingRequest(index, *request) for index, request in enumerate(requests))
-    return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), listed)
+    return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), listed, warm_up)
 
 
 def test_times_of_a_trace_counted_by_hand():
@@ -62,7 +74,7 @@ def test_request_level_batches_wait_for_the_one_before_and_keep_their_width():
         simulate(trace, Greedy(), stub_times(), Limits(), batching="token")
 
 
-@pytest.mark.parametrize("batching", server.BATCHINGS)
+@pytest.mark.parametrize("batching", protocol.BATCHINGS)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_cache_never_outgrows_its_bound_and_nobody_is_lost(batching, seed):
     draw = random.Random(seed)
@@ -153,13 +165,65 @@ def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch()
     assert slo.settling_seconds(served, objective, 35.0, 40.0) is None
 
 
-def test_errors_of_a_simulation_are_zero_against_itself_and_seen_when_planted():
-    trace = traffic.constant(1.0, 60, Lengths(4, 8), 3)
-    served = simulate(trace, Greedy(), stub_times(0.1, read=0.001), Limits())
-    slower = simulate(trace, Greedy(), stub_times(0.2, read=0.001), Limits())
-    objective = Objectives(5, 5)
-    assert set(slo.errors([served, served], served, objective).values()) == {0.0}
-    assert slo.errors(slower, served, objective)["time per output token"] == pytest.approx(1.0, rel=0.2)
+def test_a_prompt_read_in_parts_shares_steps_with_decoding():
+    # The first is alone, so it is read at once, 0.5 s. The second, ten tokens, arrives meanwhile: parts of 4, 4 and 2,
+    # each with a token of the first (1 s) and a call of its own (0.5 s).
+    trace = trace_of((0.0, 4, 9), (0.2, 10, 2))
+    served = simulate(trace, InParts(4), stub_times(), Limits())
+    first, second = served.outcomes
+    kinds = [(step.kind, step.batch, step.read) for step in served.steps[:4]]
+    assert kinds == [("prefill", 1, 0), ("shared", 1, 4), ("shared", 1, 4), ("shared", 1, 2)]
+    assert second.admitted == 0.5 and second.first == pytest.approx(0.5 + 3 * 1.5)
+    assert second.finished == pytest.approx(6.0) and first.produced == 9
+    assert served.gaps[:3] == pytest.approx([1.5] * 3)  # of the first row; at once it would have waited for the whole
+    whole = simulate(trace, Greedy(), stub_times(), Limits())
+    assert whole.outcomes[1].first == pytest.approx(1.0)
+
+
+def test_rows_that_leave_do_not_strand_a_prompt_that_is_read_in_parts():
+    served = simulate(trace_of((0.0, 4, 2), (0.2, 20, 2)), InParts(4), stub_times(), Limits())
+    assert all(outcome.finished is not None for outcome in served.outcomes)
+    # One part beside the only step of the first row; then nobody decodes, and the rest is read in one go.
+    assert [step.read for step in served.steps if step.kind == "shared"] == [4, 16]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_read_in_parts_stay_within_the_cache_and_all_get_their_tokens(seed):
+    draw = random.Random(seed)
+    trace = trace_of(*sorted((draw.uniform(0, 20), draw.randint(1, 60), draw.randint(1, 20)) for _ in range(60)))
+    limits = Limits(8, 10.0 * 300, 10.0)
+    served = simulate(trace, InParts(16), stub_times(0.1, 0.01, 0.02), limits, drain_seconds=1000)
+    assert 0 < served.peak_bytes <= limits.cache_bytes
+    assert sum(step.read for step in served.steps) > 0
+    for outcome in served.outcomes:
+        assert outcome.finished is not None and outcome.produced == outcome.request.new_tokens
+
+
+def test_the_warm_up_is_served_and_not_counted():
+    requests = [(float(second), 4, 2) for second in range(20)]
+    served = simulate(trace_of(*requests, seconds=20.0, warm_up=5.0), Greedy(), stub_times(0.1), Limits())
+    objective = Objectives(10, 10)
+    assert all(outcome.finished is not None for outcome in served.outcomes)
+    assert slo.summary(served, objective)["requests"] == len(served.counted) == 15
+    assert slo.goodput(served, objective) == 15 / 15 and len(served.gaps) == 15
+
+
+def test_unfinished_requests_are_counted_as_such_and_have_no_latency():
+    # One row at a time, ten seconds each; the run ends at 25 s: two are done, the third is under way, two wait.
+    requests = [(float(second), 4, 10) for second in range(4)] + [(19.0, 4, 10)]
+    served = simulate(trace_of(*requests, seconds=20.0), Greedy(1), stub_times(), Limits(), drain_seconds=5)
+    numbers = slo.summary(served, Objectives(12.0, 2.0))
+    assert numbers["unfinished"] == 3 and numbers["latency p50"] is not None and numbers["latency p50"] < 25
+    # Of the last one nobody knows yet: it has waited for less than the objective.
+    assert numbers["first token late"] == pytest.approx(2 / 4)
+    assert numbers["goodput share"] == pytest.approx(2 / 5)
+
+
+def test_the_highest_rate_with_nine_in_ten_in_time():
+    assert slo.attained_rate([1.0, 2.0, 3.0], [1.0, 0.95, 0.85]) == pytest.approx(2.5)
+    assert slo.attained_rate([1.0, 2.0], [1.0, 0.9]) == 2.0
+    assert slo.attained_rate([1.0, 2.0, 3.0], [0.5, 0.95, 0.95]) is None
+    assert slo.attained_rate([], []) is None
 
 
 def test_the_virtual_clock_never_goes_back():

@@ -70,3 +70,11 @@ def test_impossible_phases_are_refused(phase, says):
         traffic.make("bad", [phase])
     with pytest.raises(UserError, match="at least one phase"):
         traffic.make("empty", [])
+
+
+def test_a_warm_up_is_part_of_the_trace_and_leaves_something_to_count():
+    trace = traffic.make("warm", [Phase(5, 4, CHAT), Phase(20, 4, CHAT)], 1, 5.0)
+    assert trace.counted_seconds == 20 and trace.describe()["warm_up_seconds"] == 5.0
+    assert trace.requests == traffic.make("warm", [Phase(5, 4, CHAT), Phase(20, 4, CHAT)], 1).requests
+    with pytest.raises(UserError, match="a warm-up of 25 s"):
+        traffic.make("warm", [Phase(25, 4, CHAT)], 1, 25)

@@ -9,10 +9,11 @@ import pytest
 
 from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
-from lib.measure.serving.server import Limits
+from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
-from lib.optimizations.adaptive_batch_sizes import experiment, real_time, study
+from lib.optimizations.adaptive_batch_sizes import experiment, real_time, simulated, study
+from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.report.text import reading
 
 
@@ -22,29 +23,57 @@ def traffic():
     times = StepTimes(dense, (5e-3, 1.2e-4, 2e-8), (1e-4, 2e-10), (0.95, 1.0, 1.05), (1.0,), 6144.0, 0)
     single = Single.of(times, DOCUMENTS)
     setup = ServingSetup(times, slo.objectives(single, 8.0, 3.0), single, Limits(32, None, 6144.0, 1.0))
-    changing = tuple(policy_comparison.traces(setup, "changing", 5, (0, 1)))
-    return study.TrafficStudy(setup, 0.1, 5, (0, 1), changing)
+    return study.TrafficStudy(setup, 0.1, 8, (0, 1, 2, 3, 4, 5))
 
 
 def test_sizes_are_read_in_two_sentences_and_the_oracle_is_no_worse_than_its_start(traffic):
-    oracle = experiment.oracle_goodput(traffic, 4)
-    frame = experiment.over_sizes(traffic, 4, oracle)
-    assert set(frame.arm) == {"fixed size", "time-out", "AIMD", "adaptive", "oracle"}
-    assert oracle >= float(frame[(frame.arm == "fixed size") & (frame.strength == 4)].value.iloc[0])
-    reading.two(*experiment.read_sizes(frame))
-    reading.two(*experiment.read_sizes(frame.assign(value=0.0)))
+    best, by_size = traffic.choose("changing")
+    oracle = simulated.oracle_goodput(traffic, best)
+    frame = simulated.over_sizes(traffic, best, by_size, oracle)
+    assert set(frame.arm) == {"fixed size", "chunked 64", "AIMD", "adaptive", "adaptive, blind", "oracle"}
+    first = policy_comparison.trace(traffic.setup, "changing", 8, study.CHOOSING[0])
+    assert oracle >= slo.goodput(traffic.setup.run(first, FixedSize(best)), traffic.setup.objective)
+    reading.two(*simulated.read_sizes(frame))
+    reading.two(*simulated.read_sizes(frame.assign(value=0.0)))
+
+
+def test_choosing_and_judging_use_different_seeds(traffic):
+    assert not {traffic.seeds[0] + more for more in study.CHOOSING} & set(traffic.seeds)
+    replayed = {trace.seed for trace in real_time.traces(traffic, "quick", 2.0)}
+    assert not replayed & (set(traffic.seeds) | {traffic.seeds[0] + more for more in study.CHOOSING})
+
+
+def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(traffic):
+    every = simulated.every_traffic(traffic, 8)
+    assert [row["traffic"] for row in every] == list(policy_comparison.NAMES)
+    assert all(row["best size"] in traffic.sizes for row in every)
+    frame, attained = simulated.over_rates(traffic, every)
+    assert len(frame) == 4 * 6 and set(attained) == set(frame.arm)
+    reading.two(*simulated.read_rates(attained))
+    reading.two(*simulated.read_rates(dict.fromkeys(attained)))
+
+
+def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic):
+    seen = []
+    results = simulated.comparison(traffic, 8, {"fixed size": 9.0, "adaptive": 10.0}, lambda m: seen.append(m) or m)
+    goodputs = [item for item in results if item.metric == "goodput_requests_per_second"]
+    assert goodputs == seen and goodputs[0].workload == "serve, simulated, fixed 8" and goodputs[0].n == 6
+    assert all(item.provenance == "estimated" for item in results if item.baseline is not None)
+    again = traffic.served("changing", "adaptive", traffic.adaptive)
+    assert again is traffic.served("changing", "adaptive", traffic.adaptive)
 
 
 def test_a_run_is_read_in_two_sentences(traffic):
-    served = traffic.setup.run(traffic.changing[0], traffic.adaptive())
+    served = traffic.setup.run(traffic.traces("changing", 1)[0], traffic.adaptive())
     reading.two(*real_time.read_timeline(served, traffic.setup.objective))
 
 
 def test_the_interval_at_constant_rates_is_one_where_both_arms_serve_alike(traffic, monkeypatch):
-    monkeypatch.setattr(study.TrafficStudy, "adaptive", lambda self: experiment.FixedSize(8))
+    monkeypatch.setattr(study.TrafficStudy, "adaptive", lambda self: FixedSize(8))
+    alone = study.TrafficStudy(traffic.setup, 0.1, 8, traffic.seeds)
     rows = [{"traffic": name, "best size": 8} for name in policy_comparison.CONSTANT]
-    assert experiment.constant_interval(traffic, rows) == pytest.approx((1.0, 1.0))
-    assert experiment.constant_interval(traffic, rows[:2]) == (None, None)
+    assert experiment.constant_interval(alone, rows) == pytest.approx((1.0, 1.0))
+    assert experiment.constant_interval(alone, rows[:1]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +83,15 @@ def test_the_interval_at_constant_rates_is_one_where_both_arms_serve_alike(traff
 def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, refuted):
     row = {"policy": "adaptive", "error": error, "least": 1.0, "most": 3.0, "real": real}
     trial = SimpleNamespace(
-        rows=[row] * 5,
-        served=SimpleNamespace(policy="adaptive"),
-        error=SimpleNamespace(optimized=error),
-        disturbed=disturbed,
+        rows=[row] * 5, error=SimpleNamespace(optimized=error), rounds=SimpleNamespace(disturbed=disturbed)
     )
     decided, evidence = real_time.simulation_refuted(trial)
     assert decided is refuted and f"{error:.3f}" in evidence
 
 
 def test_targets_without_a_number_are_unknown():
-    trial = SimpleNamespace(error=SimpleNamespace(optimized=None), earlier=SimpleNamespace(optimized=0.05))
-    rows = [{"traffic": "constant 0.4", "adaptive ÷ best": 0.97}]
-    frame = pd.DataFrame(experiment.targets(rows, SimpleNamespace(ratio=1.1), trial))
-    assert list(frame.reached) == [True, False, "unknown", True]
+    trial = SimpleNamespace(error=SimpleNamespace(optimized=None), headline=SimpleNamespace(ratio=1.1))
+    rows = [{"traffic": "constant 0.4", "adaptive ÷ best fixed": 0.97}]
+    rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
+    frame = pd.DataFrame(experiment.targets(rows, trial))
+    assert list(frame.reached) == [False, True, True, "unknown"]

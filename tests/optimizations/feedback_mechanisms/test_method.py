@@ -1,23 +1,25 @@
 """The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.serving.server import Limits
+from lib.measure.serving.protocol import Limits
 from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives
-from lib.measure.serving.step_times import COLUMN_STEP, StepTimes, by_mean
+from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
 from lib.measure.serving.traffic import Lengths, ServingRequest
 from lib.measure.timing import disturbance
-from lib.optimizations.adaptive_batch_sizes.method import FixedSize
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, scenarios, shadow
+from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms import method as feedback
-from lib.optimizations.feedback_mechanisms.profiles import Profiles
-from lib.optimizations.feedback_mechanisms.speculative import Round
+from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.speculation import draft_length as lengths
+from lib.optimizations.feedback_mechanisms.speculation import speculative
+from lib.optimizations.feedback_mechanisms.speculation.speculative import Round
 
 LENGTHS = Lengths(32, 16)
 LIMITS = Limits(rows=32)
@@ -41,9 +43,11 @@ def test_seconds_beyond_counts_the_disturbed_seconds_alone():
     _, batch = times().capacity(LENGTHS, OBJECTIVES.token_seconds)
     played = scenarios.play(stolen, FixedSize(batch), times(), LIMITS).served
     bad = [start for start, _, good in scenarios.windows(played, OBJECTIVES) if good is not None and good < 0.9]
-    assert scenarios.seconds_beyond(played, OBJECTIVES) == pytest.approx(len(bad) * 1.0)
+    width = 60.0 / scenarios.WINDOWS
+    assert scenarios.seconds_beyond(played, OBJECTIVES) == pytest.approx(len(bad) * width)
+    assert bad and min(bad) >= stolen.thirds[1] - width
     quiet = scenarios.play(script()["quiet"], FixedSize(batch), times(), LIMITS).served
-    assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= 1.0
+    assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= width
 
 
 @pytest.mark.parametrize("law", [feedback.PI, feedback.Aimd])
@@ -71,7 +75,7 @@ def test_pi_in_velocity_form_removes_a_constant_error():
     assert level == pytest.approx(1.5, abs=0.01)
 
 
-def play_rounds(law, acceptance, rounds, draft=0.2, check=1.0, seed=0):
+def play_rounds(law, acceptance, rounds, draft=0.2, check=1.0, seed=0, read=0.0):
     """Rounds of one long answer in which every drafted token is accepted with a probability of its own."""
     random, done = np.random.default_rng(seed), []
     for _ in range(rounds):
@@ -86,15 +90,26 @@ def tokens_per_second(rounds):
 
 
 @pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.9])
-@pytest.mark.parametrize("make", [feedback.DraftLength, feedback.Bandit])
+@pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
 def test_draft_lengths_come_near_the_best_static_one(make, acceptance):
     adaptive = tokens_per_second(play_rounds(make(), acceptance, 600)[100:])
-    static = [tokens_per_second(play_rounds(feedback.fixed(count), acceptance, 600)) for count in range(9)]
+    static = [tokens_per_second(play_rounds(lengths.fixed(count), acceptance, 600)) for count in range(9)]
     assert adaptive > 0.9 * max(static)
 
 
+@pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
+def test_where_drafting_never_pays_it_is_tried_ever_more_rarely(make):
+    # A draft that costs as much as the model and is never right.
+    done = play_rounds(make(), 0.0, 3000, draft=1.0)
+    tried = [index for index, round_ in enumerate(done) if round_.drafted]
+    early, late = sum(index < 300 for index in tried), sum(index >= 2000 for index in tried)
+    assert early >= 3 and late <= 3
+    plain = tokens_per_second(play_rounds(lengths.fixed(0), 0.0, 3000))
+    assert tokens_per_second(done[300:]) > 0.99 * plain
+
+
 def test_the_draft_length_follows_a_change_of_text():
-    law, done = feedback.DraftLength(), []
+    law, done = lengths.DraftLength(), []
     random = np.random.default_rng(1)
     for at in range(800):
         acceptance = 0.95 if at < 400 else 0.1
@@ -105,8 +120,34 @@ def test_the_draft_length_follows_a_change_of_text():
     assert np.mean([count for count, _ in law.course[700:]]) < 1
 
 
+@pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
+def test_a_law_credits_what_was_drafted_not_what_it_asked_for(make):
+    # Whatever is asked for, one token comes back at most, and it is always right.
+    law, done = make(), []
+    for _ in range(300):
+        count = min(1, law(done))
+        done.append(Round(count, count, 0.05 * count, 1.0))
+    if isinstance(law, lengths.Bandit):
+        assert law.reward[1] > 0 and law.weight[2] == law.weight[4] == law.weight[8] == 0
+    else:
+        assert law.acceptance > 0.9 and set(law.check_seconds) == {0, 1}
+
+
+@pytest.mark.parametrize("reading, pays", [(0.5, True), (30.0, False)])
+def test_a_prompt_that_takes_longer_to_read_than_drafting_saves_is_not_read(reading, pays):
+    law, drafted = lengths.DraftLength(), []
+    for _ in range(30):  # answers of 20 tokens; a drafted token costs a tenth of a step and is always right
+        done, read = [], False
+        while sum(r.accepted + 1 for r in done) < 20:
+            count = law(done)
+            done.append(Round(count, count, 0.1 * count, 1.0, 0.0 if read or not count else reading))
+            read |= count > 0
+        drafted.append(sum(r.drafted for r in done))
+    assert bool(np.mean(drafted[5:]) > 5) is pays
+
+
 def guard(**options):
-    return feedback.Guard(**({"usual": 0.05, "margin": 0.1, "share": 0.5, "cool_down": 10.0} | options))
+    return feedback.Guard(**({"bound": 0.15, "share": 0.5, "cool_down": 10.0} | options))
 
 
 def test_a_broken_profile_is_taken_back_and_tried_again_ever_later():
@@ -132,22 +173,28 @@ def test_a_quiet_profile_is_left_alone():
     assert false <= 300 * feedback.FALSE_ALARM + 3
 
 
+def test_the_bound_is_absolute_whatever_a_profile_lost_when_it_was_chosen():
+    random = np.random.default_rng(6)
+    watch = guard(share=1.0)
+    for second in range(300):
+        watch.add(second, float(random.random() < 0.4))
+    assert watch.breaches == 1 and watch.test.bound == 0.15
+
+
 def test_the_shadowed_share_is_kept():
     watch = guard(share=0.25)
     assert 0.2 < np.mean([watch.wants() for _ in range(2000)]) < 0.3
 
 
 def test_disagreement_is_zero_for_the_baselines_own_answer_and_large_for_another(tiny, name):
-    from lib.optimizations.feedback_mechanisms import speculative
-
     model = tiny(name)
     prompt_T = torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(1))
-    own, _ = speculative.generate(model, model, prompt_T, 12, feedback.fixed(0))
+    own, _ = speculative.generate(model, model, prompt_T, 12, lengths.fixed(0))
     assert shadow.disagreement(model, prompt_T, own) == 0
     assert shadow.disagreement(model, prompt_T, (own + 1) % 96) > 0.5
 
 
-@pytest.mark.parametrize("knob", [{"setpoint": 0.0}, {"setpoint": 1.2}, {"shadow_share": 0.0}, {"quality_margin": 0.9}])
+@pytest.mark.parametrize("knob", [{"setpoint": 0.0}, {"setpoint": 1.2}, {"shadow_share": 0.0}, {"quality_bound": 0.9}])
 def test_knobs_out_of_range_are_refused(knob):
     with pytest.raises(UserError, match=rf"feedback_mechanisms: {next(iter(knob))} .*; expected a value in"):
         feedback.check(**knob)
@@ -228,24 +275,56 @@ def test_rows_end_in_the_profile_where_they_began():
     assert both.decode() == pytest.approx(alone[1])
 
 
-def test_times_by_mean_keep_the_mean_of_every_call():
-    skewed = replace(times(), decode_ratios=(1.0, 1.0, 4.0), prefill_ratios=(0.5, 1.0))
-    averaged = by_mean(skewed)
-    assert averaged.decode(4, 32) * np.mean(averaged.decode_ratios) == pytest.approx(skewed.decode(4, 32) * 2)
-    assert np.mean(averaged.decode_ratios) == pytest.approx(1) and averaged.prefill(1, 32) < skewed.prefill(1, 32)
-    assert averaged.capacity(LENGTHS, 0.03)[0] < skewed.capacity(LENGTHS, 0.03)[0]
+def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone():
+    scenario, both = script()["load step"], (times(), faster())
+    free, charged = (scenarios.play(scenario, two_profiles(), both, LIMITS, 0, share) for share in (0.0, 0.5))
+    assert free.shadow_seconds == 0 < charged.shadow_seconds
+    always = disturbance_comparison.Static(16, always=1)
+    runs = [scenarios.play(scenario, always, both, LIMITS, 0, share) for share in (0.0, 0.5, 1.0)]
+    seconds = [sum(step.seconds for step in run.served.steps) for run in runs]
+    assert seconds[0] < seconds[1] < seconds[2]
+    reads = [ShadowReads(0.25, lambda request: 1.0, seed) for seed in (0, 0, 1)]
+    drawn = [[read(ServingRequest(i, 0.0, 8, 4)) for i in range(400)] for read in reads]
+    assert drawn[0] == drawn[1] != drawn[2] and 60 < sum(drawn[0]) < 140 and reads[0].count == sum(drawn[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+def test_routing_keeps_its_share_whatever_happens(share):
+    for name in ("quiet", "load step"):
+        played = scenarios.play(script()[name], disturbance_comparison.Routed(16, share), (times(), faster()), LIMITS)
+        assert played.share(feedback.FAST) == pytest.approx(share, abs=0.05)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model without a tokenizer, which is asked random text and no questions."""
+
+    model: torch.nn.Module
+    tokenizer: None = None
+    device: str = "cpu"
+    parameters: None = None
+    tasks: tuple = ()
+
+
+def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(tiny):
+    loaded = Asked(tiny("qwen3-4b-instruct-2507"))
+    broken = shadow.broken(loaded.model, 4.0)
+    seen = profiles.first_admitted(loaded, [("broken", broken), ("same", loaded.model)], 0.1, 6)
+    assert [candidate.name for candidate in seen] == ["broken", "same"]
+    assert "disagreement" in seen[0].refused and seen[1].refused is None
+    assert seen[1].disagreement == 0 and seen[1].perplexity == pytest.approx(1)
+    alone = profiles.first_admitted(loaded, [("broken", broken)], 0.1, 6)
+    assert alone[-1].model is loaded.model and alone[-1].refused is None
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
 
 
 def test_answers_together_are_the_greedy_ones(tiny, name):
-    from lib.optimizations.feedback_mechanisms import speculative
-
     model = tiny(name)
     prompts = [torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 12)]
     together = shadow.answers(model, prompts, 6)
-    alone = [speculative.generate(model, model, prompt_T, 6, feedback.fixed(0))[0] for prompt_T in prompts]
+    alone = [speculative.generate(model, model, prompt_T, 6, lengths.fixed(0))[0] for prompt_T in prompts]
     assert all(torch.equal(a, b) for a, b in zip(together, alone))
 
 
@@ -268,7 +347,7 @@ def test_trials_of_a_guard_find_a_planted_fault_and_spare_a_sound_profile():
 def test_looking_often_with_a_plain_test_raises_false_alarms_and_the_guard_does_not():
     pool, windows = [0.0, 0.1, 0.2, 0.3, 0.4], 500
     plain = shadow.peeking(0.2, pool, windows, 100)
-    ours = shadow.trials(lambda i: guard(usual=0.1, margin=0.1, seed=i), pool, windows, 100)
+    ours = shadow.trials(lambda i: guard(bound=0.2, seed=i), pool, windows, 100)
     assert plain > 0.03 and ours["caught"] <= 0.015
 
 

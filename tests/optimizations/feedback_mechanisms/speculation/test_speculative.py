@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from lib.errors import UserError
-from lib.optimizations.feedback_mechanisms import speculative
+from lib.optimizations.feedback_mechanisms.speculation import speculative
 
 
 @torch.inference_mode()
@@ -42,6 +42,39 @@ def test_a_draft_that_is_the_model_needs_few_rounds(tiny, prompt_T):
     model = tiny("qwen3-4b-instruct-2507")
     _, rounds = speculative.generate(model, model, prompt_T, 21, lambda rounds: 4)
     assert len(rounds) == 4
+
+
+def test_a_draft_reads_nothing_before_it_is_asked_for_a_token(tiny, prompt_T):
+    model, draft = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=9)
+    read = []
+    draft.register_forward_pre_hook(lambda _m, _a, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True)
+    _, plain_rounds = speculative.generate(model, draft, prompt_T, 10, lambda rounds: 0)
+    assert read == [] and all(done.catch_up_seconds == done.drafted == 0 for done in plain_rounds)
+    lengths = iter([0, 0, 2, 0, 0])
+    _, rounds = speculative.generate(model, draft, prompt_T, 6, lambda rounds: next(lengths, 0))
+    # The prompt and two tokens at once, which is catching up; then two tokens, one by one.
+    assert read == [len(prompt_T) + 2, 1, 1]
+    assert [done.catch_up_seconds > 0 for done in rounds[:3]] == [False, False, True]
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_ngrams_draft_what_followed_before_and_the_answer_stays_the_models_own(tiny, name, prompt_T, longest):
+    model = tiny(name)
+    twice_T = torch.cat([prompt_T, prompt_T])
+    tokens_N, rounds = speculative.generate(model, speculative.Ngram(longest), twice_T, 24, lambda rounds: 4)
+    assert torch.equal(tokens_N, plain(model, twice_T, 24))
+    assert all(done.catch_up_seconds == 0 and done.drafted <= 4 for done in rounds)
+
+
+def test_ngrams_take_the_longest_and_latest_place_and_nothing_where_there_is_none():
+    propose = speculative.Ngram(2).propose
+    ids = torch.tensor
+    assert propose(ids([1, 2, 3, 9, 1, 2, 4, 5, 1, 2]), 3)[0].tolist() == [4, 5, 1]
+    assert propose(ids([7, 5, 6, 8, 5]), 2)[0].tolist() == [6, 8]
+    assert propose(ids([1, 2, 3]), 2)[0].tolist() == []
+    assert propose(ids([4]), 2)[0].tolist() == []
+    with pytest.raises(UserError, match="n-gram of 0 tokens"):
+        speculative.Ngram(0)
 
 
 def test_another_vocabulary_is_refused(tiny, prompt_T):

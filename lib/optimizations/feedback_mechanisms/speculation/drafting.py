@@ -6,7 +6,7 @@ the rounds of the present answer and returns how many tokens to draft.
 Shapes: T prompt tokens, N new tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,15 +18,14 @@ from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
-from lib.optimizations.feedback_mechanisms import speculative
-from lib.optimizations.feedback_mechanisms.method import Bandit, DraftLength, fixed
-from lib.optimizations.feedback_mechanisms.speculative import Round
+from lib.optimizations.feedback_mechanisms.speculation import speculative
+from lib.optimizations.feedback_mechanisms.speculation.draft_length import Bandit, DraftLength, Law, fixed
+from lib.optimizations.feedback_mechanisms.speculation.speculative import Drafter, Ngram, Round
 
-Law = Callable[[Sequence[Round]], int]
-ANSWERS = {"quick": 8, "standard": 24, "thorough": 64}  # half of them of the model's own domain
+ANSWERS = {"quick": 6, "standard": 24, "thorough": 64}  # half of them of the model's own domain
 PROMPT_TOKENS = 48
 STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
-PLAIN, AGAIN, ADAPTIVE = "plain", "plain again", "measured acceptance"
+PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "n-gram, measured acceptance"
 
 
 @dataclass
@@ -41,16 +40,6 @@ class Drafted:
         return [(len(ids) - 1) / sum(r.seconds for r in rounds) for ids, rounds in zip(self.output, self.rounds)]
 
 
-class Answer:
-    """One prompt answered once per call: the workload of the energy reading. `tokens` are those of one call."""
-
-    def __init__(self, model: nn.Module, draft: nn.Module, prompt_T: torch.Tensor, new_tokens: int, law: Law):
-        self.model, self.draft, self.prompt_T, self.tokens, self.law = model, draft, prompt_T, new_tokens, law
-
-    def __call__(self) -> None:
-        speculative.generate(self.model, self.draft, self.prompt_T, self.tokens, self.law)
-
-
 def two_domains(loaded: Loaded, count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
     """Return `count` prompts [T]: the first half held-out text of the model's own domain, the rest random
     characters."""
@@ -60,16 +49,21 @@ def two_domains(loaded: Loaded, count: int, length: int, seed: int = 0) -> list[
 
 
 def compare(
-    model: nn.Module, draft: nn.Module, prompts: Sequence[torch.Tensor], laws: dict[str, Law], new_tokens: int
+    model: nn.Module,
+    prompts: Sequence[torch.Tensor],
+    laws: Mapping[str, tuple[nn.Module | Drafter, Law]],
+    new_tokens: int,
 ) -> dict[str, Drafted]:
-    """Answer every prompt under every law, in an order that moves on by one with every prompt."""
+    """Answer every prompt under every law with its drafter, in an order that moves on by one with every prompt."""
     drafted = {name: Drafted() for name in laws}
     names = list(laws)
-    speculative.generate(model, draft, prompts[0], 4, lambda rounds: 1)
+    for drafter, _ in laws.values():
+        speculative.generate(model, drafter, prompts[0], 4, lambda rounds: 1)
     for index, prompt_T in enumerate(prompts):
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            ids_N, rounds = speculative.generate(model, draft, prompt_T, new_tokens, laws[name])
+            drafter, law = laws[name]
+            ids_N, rounds = speculative.generate(model, drafter, prompt_T, new_tokens, law)
             drafted[name].output.append(ids_N.cpu())
             drafted[name].rounds.append(rounds)
     return drafted
@@ -110,7 +104,9 @@ def course(answers: Drafted) -> pd.DataFrame:
     return frame.assign(acceptance=sums.accepted / sums.drafted.clip(lower=1e-9))
 
 
-def measurements(drafted: dict[str, Drafted], plain: str, law: str, again: str) -> list[Measurement]:
+def measurements(
+    drafted: dict[str, Drafted], plain: str, law: str, again: str, workload: str = "generate, speculative"
+) -> list[Measurement]:
     """Return generation speed of plain against adaptive speculative decoding, answer by answer, and the acceptance.
 
     `again` is plain decoding a second time: the noise floor.
@@ -118,15 +114,10 @@ def measurements(drafted: dict[str, Drafted], plain: str, law: str, again: str) 
     rates = [drafted[name].rates() for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
     source = f"{len(rates[0])} answers under each law in turn, perf_counter"
-    results = [
-        measurement.from_samples(
-            "generate_tokens_per_second", "generate, speculative", *rates[:2], source=source, floor=floor
-        )
-    ]
+    results = [measurement.from_samples("generate_tokens_per_second", workload, *rates[:2], source=source, floor=floor)]
     rounds = [r for answer in drafted[law].rounds for r in answer if r.drafted]
     tried = sum(r.drafted for r in rounds)
     equal = [bool((a == b).all()) for a, b in zip(drafted[law].output, drafted[plain].output)]
-    workload = "generate, speculative"
     results.append(measurement.informative("same_answers", workload, 1.0, float(np.mean(equal)), source, n=len(equal)))
     if tried:
         share = sum(r.accepted for r in rounds) / tried
@@ -173,8 +164,9 @@ class DraftingStudy:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """Speed of plain against adaptive drafting, equality, acceptance."""
-        return measurements(self.drafted, PLAIN, ADAPTIVE, AGAIN)
+        """Speed of plain against adaptive drafting, equality, acceptance: by a draft model, and by n-grams."""
+        by_ngram = measurements(self.drafted, PLAIN, NGRAM, AGAIN, "generate, n-gram")
+        return [*measurements(self.drafted, PLAIN, ADAPTIVE, AGAIN), *by_ngram]
 
     def curve(self) -> list[dict[str, object]]:
         """Return the points of the record's impact curve: speed against plain decoding over tokens drafted."""
@@ -190,10 +182,10 @@ def study(loaded: Loaded, draft: nn.Module, effort: str, seed: int) -> DraftingS
     """Answer prompts of two domains under every law, the laws taking turns."""
     count = ANSWERS[effort]
     prompts = two_domains(loaded, count, PROMPT_TOKENS, seed)
-    laws: dict[str, Law] = {PLAIN: fixed(0), AGAIN: fixed(0)}
-    laws |= {name: fixed(tokens) for name, tokens in STATIC.items() if tokens}
-    laws |= {ADAPTIVE: DraftLength(), "bandit": Bandit()}
-    drafted = compare(loaded.model, draft, prompts, laws, new_tokens=16 if effort == "quick" else 24)
+    laws: dict[str, tuple[nn.Module | Drafter, Law]] = {PLAIN: (draft, fixed(0)), AGAIN: (draft, fixed(0))}
+    laws |= {name: (draft, fixed(tokens)) for name, tokens in STATIC.items() if tokens}
+    laws |= {ADAPTIVE: (draft, DraftLength()), "bandit": (draft, Bandit()), NGRAM: (Ngram(), DraftLength())}
+    drafted = compare(loaded.model, prompts, laws, new_tokens=16 if effort == "quick" else 24)
     return DraftingStudy(prompts, drafted, pd.DataFrame(table(drafted, PLAIN, count // 2)))
 
 

@@ -1,0 +1,173 @@
+"""Times the steps of a server on the real model: decode by rows and context, prefill by prompts and length, moving rows
+by bytes (`lib.measure.serving.step_times` holds the result). Knows no policy.
+
+As in a server, every timed step follows another of its own rows (the first after other work is slower), and rows and
+prompts differ (or all would go to the same experts).
+
+Shapes: B rows or prompts, T prompt tokens.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.serving.protocol import MOST_ROWS
+from lib.measure.serving.step_times import Calls, Grid, Moves, StepTimes, assembled
+from lib.measure.timing import workloads
+from lib.models.decoding import batch_cache
+
+ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
+PROMPTS_MEASURED = (1, 2, 4, 8)
+DISTINCT = 8  # prompts whose rows are repeated to make larger batches
+MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
+
+Point = TypeVar("Point")
+
+
+def measure(
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    *,
+    repeats: int = 5,
+    most: int = MOST_ROWS,
+    rows_measured: Sequence[int] = ROWS_MEASURED,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
+) -> StepTimes:
+    """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
+
+    `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
+    warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
+    not fall on one point alone.
+    """
+    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
+    return assembled(_calls(model, prompt_T, contexts, counts, repeats, prompt_tokens))
+
+
+def measure_together(
+    models: Sequence[nn.Module],
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    *,
+    rounds: int = 3,
+    most: int = MOST_ROWS,
+) -> tuple[StepTimes, ...]:
+    """Return `measure` of several models whose calls take turns, round by round in alternating order, so that a slow
+    spell of the machine falls on all of them.
+    """
+    contexts, counts = _grid(prompt_T, contexts, most)
+    calls = [Calls({}, {}, {}, 0.0) for _ in models]
+    for turn in range(rounds):
+        order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
+        for index in order:
+            latest = _calls(models[index], prompt_T, contexts, counts, 1)
+            _extend(calls[index].decoded, latest.decoded)
+            _extend(calls[index].read, latest.read)
+            _extend(calls[index].moved, latest.moved)
+            calls[index] = Calls(calls[index].decoded, calls[index].read, calls[index].moved, latest.bytes_per_token)
+    return tuple(assembled(part) for part in calls)
+
+
+def _calls(
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    counts: Sequence[int],
+    repeats: int,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
+) -> Calls:
+    """Return the seconds of single calls, and the cache's bytes per token."""
+    decoded = _decode(model, prompt_T, contexts, counts, repeats)
+    read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens)
+    moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
+    return Calls(decoded, read, moved, per_token)
+
+
+def _extend(calls: dict[Point, list[float]], latest: Mapping[Point, list[float]]) -> None:
+    """Add the latest calls of every point, in place."""
+    for point, seconds in latest.items():
+        calls.setdefault(point, []).extend(seconds)
+
+
+def _grid(
+    prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int] = ROWS_MEASURED
+) -> tuple[list[int], list[int]]:
+    """Return the contexts and row counts to time, checked."""
+    contexts = sorted(set(int(context) for context in contexts))
+    if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
+        raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
+    counts = [count for count in rows_measured if count <= most] or [1]
+    return contexts, counts + ([most] if most not in counts else [])
+
+
+def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
+    synchronize = workloads.barrier(model)
+    if synchronize:
+        synchronize()
+    start = time.perf_counter()
+    call(*arguments)
+    if synchronize:
+        synchronize()
+    return time.perf_counter() - start
+
+
+def _decode(
+    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
+) -> Grid:
+    """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
+    another token.
+    """
+    seconds_at: Grid = {}
+    token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
+    longest = batch_cache.prefill(model, [_part(prompt_T, at, contexts[-1] - 1) for at in range(DISTINCT)])
+    for context in contexts:
+        rows = batch_cache.first(longest, context - 1)
+        many = {
+            count: batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count)) for count in counts
+        }
+        for turn in range(repeats):
+            for count in counts:
+                for timed in (False, True):
+                    many[count].token_B = token_T[turn : turn + count].clone()
+                    seconds = _timed(model, batch_cache.step, model, many[count])
+                    if timed:
+                        seconds_at.setdefault((count, context), []).append(seconds)
+    return seconds_at
+
+
+def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
+    """Return the part of the text, `length` tokens long, that begins behind `index` such parts (round the end)."""
+    return prompt_T.roll(-length * index)[:length]
+
+
+def _prefill(model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], repeats: int, most: int) -> Grid:
+    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
+    points = [
+        (count, length) for count in PROMPTS_MEASURED for length in contexts if count * length <= most or count == 1
+    ]
+    seconds_at: Grid = {}
+    for turn in range(repeats + 1):
+        for count, length in points:
+            prompts = [_part(prompt_T, index, length) for index in range(count)]
+            seconds = _timed(model, batch_cache.prefill, model, prompts)
+            if turn:
+                seconds_at.setdefault((count, length), []).append(seconds)
+    return seconds_at
+
+
+def _move(
+    model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
+) -> tuple[Moves, float]:
+    """Seconds of taking one row out, by the bytes left; and the cache's bytes per token of one row."""
+    seconds_at: Moves = {}
+    single = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
+    for count in (counts[len(counts) // 2], counts[-1]):
+        for _ in range(repeats):
+            many = batch_cache.repeat(single, count)
+            seconds = _timed(model, batch_cache.keep, many, range(max(1, count - 1)))
+            seconds_at.setdefault(float(many.bytes), []).append(seconds)
+    return seconds_at, single.bytes / single.length

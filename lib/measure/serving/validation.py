@@ -1,0 +1,121 @@
+"""How far the simulation strays from the real server, and what follows for a number that is simulated.
+
+The same traces are served by the real model and in simulation; the relative error of the means over the traces is what
+a simulated number carries: it widens the interval in quadrature, and where it exceeds a tenth nothing simulated
+is judged. Knows no policy.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lib.measure.metrics import decision, measurement, paired_stats
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.serving import slo
+from lib.measure.serving.protocol import Served
+from lib.measure.serving.slo import Objectives
+
+COMPARED = ("goodput share", "latency p50", "latency p95", "time per output token", "output tokens/s")
+MOST_ERROR = 0.10  # above it nothing simulated is judged
+WHAT = "the simulation's error against the real server"
+
+Row = dict[str, Any]
+
+
+def beside(
+    simulated: Mapping[str, Sequence[Sequence[Served]]], real: Mapping[str, Sequence[Served]], objective: Objectives
+) -> list[Row]:
+    """Return a row per policy and compared quantity: real (mean over the traces), simulated (mean, least and most of
+    the jitters, each a mean over the traces), relative error of the mean.
+
+    `real[policy]` has a run per trace; `simulated[policy]` has, per jitter, a run per trace. Where least and most lie
+    far apart the quantity depends on single requests, and the replays tell as little of it.
+    """
+    rows = []
+    for policy, replays in real.items():
+        for name in COMPARED:
+            truth = _mean(replays, name, objective)
+            values = [_mean(runs, name, objective) for runs in simulated[policy]]
+            known = [value for value in values if value is not None]
+            row: Row = {"policy": policy, "quantity": name, "real": truth, "error": None}
+            row |= dict.fromkeys(("simulated", "least", "most"))
+            if known and len(known) == len(values):
+                row |= {"simulated": float(np.mean(known)), "least": min(known), "most": max(known)}
+                row["error"] = abs(row["simulated"] - truth) / truth if truth else None
+            rows.append(row)
+    return rows
+
+
+def _mean(runs: Sequence[Served], name: str, objective: Objectives) -> float | None:
+    """Return the mean of a quantity over the runs; None where a run has no such number."""
+    values = [slo.summary(run, objective)[name] for run in runs]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
+    """Return the mean relative error of the simulation for the first policy and the last, from rows of `beside`."""
+    source = f"{source}; mean error of {', '.join(COMPARED)}"
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])] if names else []
+    known = [[error for error in arm if error is not None] for arm in arms]
+    if not known or not all(known):
+        return measurement.unavailable("simulation_error", "serve, real time", "nothing to compare", source)
+    first, last = (float(np.mean(arm)) for arm in known)
+    return measurement.informative("simulation_error", "serve, real time", first, last, source)
+
+
+def error_of(simulation: Measurement) -> float | None:
+    """Return the error that simulated numbers carry: the larger of both arms; None where it is unknown."""
+    errors = (simulation.baseline, simulation.optimized)
+    return None if errors[0] is None or errors[1] is None else max(errors[0], errors[1])
+
+
+def carried(simulated: Measurement, error: float | None) -> Measurement:
+    """Return a simulated measurement that carries the relative `error` of the simulation.
+
+    The half-widths of its interval (natural logarithm) and the error add in quadrature, and the verdict follows from
+    the wider interval. Where the error exceeds MOST_ERROR, or is unknown, it is not judged, and says why.
+    """
+    if simulated.ratio is None or simulated.verdict in ("unavailable", "invalid"):
+        return simulated
+    if error is None:
+        return measurement.unjudged(simulated, f"not judged: {WHAT} is unknown")
+    wider = _widened(simulated, error)
+    carried = simulated.model_copy(update={"ci": wider})
+    if error > MOST_ERROR:
+        return measurement.unjudged(carried, f"not judged: {WHAT} is {error:.0%}, the limit {MOST_ERROR:.0%}")
+    if wider is None or simulated.margin is None or simulated.noise_floor is None:
+        return carried
+    low, high = (math.log(end) for end in wider)
+    rule: dict[str, Any] = {"floor": simulated.noise_floor, "margin": simulated.margin}
+    ruling = decision.decide(
+        math.log(simulated.ratio),
+        low,
+        high,
+        n=simulated.n or 0,
+        higher_is_better=simulated.higher_is_better,
+        **rule,
+    )
+    half = (high - low) / 2
+    return carried.model_copy(
+        update={
+            "verdict": ruling.verdict,
+            "reason": ruling.reason,
+            "source": f"{simulated.source}; the interval holds {WHAT}, {error:.1%}",
+            "mde": decision.detectable(half, half / paired_stats.NORMAL, **rule),
+        }
+    )
+
+
+def _widened(simulated: Measurement, error: float) -> tuple[float, float] | None:
+    if simulated.ci is None or simulated.ratio is None or simulated.ci[0] <= 0:
+        return None
+    middle = math.log(simulated.ratio)
+    low, high = (math.log(end) for end in simulated.ci)
+    return (
+        math.exp(middle - math.hypot(max(0.0, middle - low), error)),
+        math.exp(middle + math.hypot(max(0.0, high - middle), error)),
+    )

@@ -1,0 +1,87 @@
+"""Whether answers that are computed together with others equal those computed alone, as accuracy on held-out items.
+
+Another batch size rounds differently; that is all that a batch may change. Knows no policy: the caller brings it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Classified, Retrieved
+from lib.measure.serving.engine import ModelEngine
+from lib.measure.serving.protocol import Limits, Policy, Served
+from lib.measure.serving.server import VirtualClock, serve
+from lib.measure.serving.traffic import ServingRequest, Trace
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks
+
+ALONE = 160  # items that are answered one at a time
+
+
+def retrieved_among_chats(
+    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+) -> tuple[Retrieved, Served]:
+    """Return which values of key-value retrieval come back right when their prompts are served among others, and the
+    run.
+
+    Every second request is a chat of another length, so rows join, are padded and leave all the time. Times of the
+    engine are real, idle time is skipped.
+    """
+    ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
+    text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
+    random = np.random.default_rng(seed)
+    arrivals = np.cumsum(random.exponential(1 / rate, 2 * len(ids_BT)))
+    requests, answer_tokens = [], target_BV.shape[1]
+    for index, arrival in enumerate(arrivals.tolist()):
+        length, new = int(random.integers(8, 96)), int(random.integers(4, 3 * answer_tokens))
+        length, new = (length, new) if index % 2 else (ids_BT.shape[1], answer_tokens)
+        requests.append(ServingRequest(index, arrival, length, new))
+    trace = Trace("retrieval among chats", seed, (), tuple(requests))
+
+    def prompt_of(request: ServingRequest) -> torch.Tensor:
+        if request.id % 2:
+            return text_T[request.id : request.id + request.prompt_tokens]
+        return ids_BT[request.id // 2].cpu()
+
+    engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
+    limits = replace(limits, patience_seconds=None)
+    served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
+    right = [engine.output.get(2 * index) == target.tolist() for index, target in enumerate(target_BV)]
+    return Retrieved(effort.retrieval_distance, np.array(right)), served
+
+
+def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
+    """Return the answers to the model's classification tasks, `batch` prompts read together."""
+    answers = []
+    for task in (name for name in loaded.tasks if name in tasks.CLASSIFY):
+        items, labels = tasks.items(task, "final", effort.items, seed), tasks.class_labels(task)
+        scores_NL = tasks.label_scores(loaded, task, items, batch).numpy()
+        truth_N = np.array([labels.index(item.label) for item in items])
+        answers.append(Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL))
+    return answers
+
+
+def alone_and_together(
+    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+) -> list[Measurement]:
+    """Return the accuracy of answers computed one at a time (baseline) against those computed together (optimized).
+
+    Classification: one prompt per pass against 32, of at most ALONE items. Key-value retrieval: alone against
+    served among others with `policy`.
+    """
+    if loaded.random_weights:
+        reason = "random weights: answers carry no information"
+        return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
+    options = {"resamples": effort.resamples, "seed": seed}
+    effort = replace(effort, items=min(effort.items, ALONE))
+    compared = []
+    for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
+        compared += evaluate.compare_classified(single, batched, **options)
+    alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
+    together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed)
+    return [*compared, evaluate.compare_retrieved(alone, together, **options)]

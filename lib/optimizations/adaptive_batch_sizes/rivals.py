@@ -1,0 +1,154 @@
+"""The policies that the adaptive one is held against, and what hindsight can do. All are first come, first served.
+
+- `FixedSize`: admit up to a size at once; the baseline is the best such size, chosen on other traffic.
+- `Timeout`: gather a group first, but let nobody wait longer than a delay (NVIDIA Triton's dynamic batcher).
+- `AimdSize`: one row more while batches keep the objective, a tenth fewer after one that did not (Crankshaw et al.
+  2017, Clipper, NSDI, section 4.3.1).
+- `Chunked`: admit whoever fits, and read prompts in parts that share steps with decoding, at most so many tokens a step
+  (Agrawal et al. 2024, Sarathi-Serve, OSDI; the default of vLLM).
+- `Scheduled`: sizes by the clock; with sizes found in hindsight it is the oracle.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lib.errors import UserError
+from lib.measure.metrics import catalogue
+from lib.measure.serving.protocol import MOST_ROWS, Decision, Policy, RequestOutcome, Served, ServerStep, View
+from lib.measure.serving.slo import Objectives, goodput
+from lib.measure.serving.traffic import Trace
+
+BACKOFF, START = 0.9, 8  # AIMD: factor after a miss; rows to begin with
+CHUNK = 64  # prompt tokens that share a step
+MARGIN = catalogue.metric("goodput_requests_per_second").margin or 0.0  # of goodput, within which sizes are near-ties
+
+Run = Callable[[Trace, Policy], Served]
+
+
+class FixedSize:
+    """Admit at once every request that fits below `size`."""
+
+    def __init__(self, size: int, name: str | None = None):
+        _check_size(size)
+        self.size, self.name = size, name or f"fixed {size}"
+
+    def decide(self, view: View) -> Decision:
+        return Decision(max(0, min(self.size - view.rows, view.room)))
+
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
+        pass
+
+
+class Timeout(FixedSize):
+    """Admit when `group` requests wait, or the oldest has waited for `delay` seconds; at most `size` rows."""
+
+    def __init__(self, size: int, group: int, delay: float):
+        super().__init__(size, f"time-out {group} of {size}")
+        if not 1 <= group <= size or delay < 0:
+            raise UserError(f"time-out policy: group {group}, delay {delay} s; expected 1 <= group <= size, delay >= 0")
+        self.group, self.delay = group, delay
+
+    def decide(self, view: View) -> Decision:
+        due = view.waiting[0].arrival + self.delay
+        if len(view.waiting) < self.group and view.now < due:
+            return Decision(0, due)
+        return super().decide(view)
+
+
+class AimdSize(FixedSize):
+    """One row more after rows that left in time, a tenth fewer after rows that did not, batch by batch.
+
+    A batch is the rows that leave together. The size grows only while it is what keeps requests waiting, or it would
+    wind up in calm hours.
+    """
+
+    def __init__(self, objectives: Objectives, most: int = MOST_ROWS):
+        super().__init__(min(START, most), "AIMD")
+        self.objectives, self.most, self.exact, self.bound = objectives, most, float(self.size), False
+
+    def decide(self, view: View) -> Decision:
+        self.bound |= self.size - view.rows < len(view.waiting)
+        return super().decide(view)
+
+    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
+        if not finished:
+            return
+        if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in finished):
+            self.exact = max(1.0, self.exact * BACKOFF)
+        elif self.bound:
+            self.exact = min(float(self.most), self.exact + 1)
+        self.size, self.bound = math.floor(self.exact), False
+
+
+class Chunked(FixedSize):
+    """Admit whoever fits; prompts are read `chunk` tokens at a time, in steps shared with decoding."""
+
+    def __init__(self, chunk: int = CHUNK, size: int = MOST_ROWS):
+        super().__init__(size, f"chunked {chunk}")
+        if not (isinstance(chunk, int) and chunk >= 1):
+            raise UserError(f"chunked prefill: {chunk} tokens; expected a whole number of at least 1")
+        self.chunk = chunk
+
+    def decide(self, view: View) -> Decision:
+        return Decision(super().decide(view).admit, chunk=self.chunk)
+
+
+class Scheduled(FixedSize):
+    """Size `sizes[i]` from second `starts[i]` on."""
+
+    def __init__(self, starts: Sequence[float], sizes: Sequence[int], name: str = "oracle schedule"):
+        super().__init__(sizes[0], name)
+        for size in sizes:
+            _check_size(size)
+        self.starts, self.sizes = list(starts), list(sizes)
+
+    def decide(self, view: View) -> Decision:
+        self.size = self.sizes[max(0, sum(start <= view.now for start in self.starts) - 1)]
+        return super().decide(view)
+
+
+def _check_size(size: int) -> None:
+    if not (isinstance(size, int) and 1 <= size <= 4096):
+        raise UserError(f"batch size {size}; expected a whole number of at least 1")
+
+
+# --- hindsight --------------------------------------------------------------------------------------------------------
+
+
+def best_fixed(
+    traces: Sequence[Trace], objective: Objectives, run: Run, sizes: Sequence[int], margin: float = MARGIN
+) -> tuple[int, dict[int, float]]:
+    """Return the best fixed size on `traces`, and the mean goodput of every size.
+
+    Of sizes whose goodput lies within `margin` of the highest the smallest is taken: a difference of that size means
+    nothing, and a smaller batch holds less memory. So noise among near-ties does not choose.
+    """
+    means = {
+        size: float(np.mean([goodput(run(trace, FixedSize(size)), objective) for trace in traces])) for size in sizes
+    }
+    least = (1 - margin) * max(means.values())
+    return min(size for size, value in means.items() if value >= least), means
+
+
+def best_schedule(
+    trace: Trace, objective: Objectives, run: Run, sizes: Sequence[int], start: int, rounds: int = 2
+) -> tuple[Scheduled, float]:
+    """Return the oracle: a size for each phase, found in hindsight by coordinate ascent from the fixed size `start`.
+
+    It knows the phases and the future; being a search, it is a lower bound of what an oracle could do.
+    """
+    chosen = [start] * len(trace.phases)
+    best = goodput(run(trace, Scheduled(trace.starts, chosen)), objective)
+    for _ in range(rounds):
+        before = best
+        for phase in range(len(chosen)):
+            for size in sizes:
+                tried = [*chosen[:phase], size, *chosen[phase + 1 :]]
+                value = goodput(run(trace, Scheduled(trace.starts, tried)), objective)
+                if value > best:
+                    best, chosen = value, tried
+        if best == before:
+            break
+    return Scheduled(trace.starts, chosen), best

@@ -1,0 +1,270 @@
+"""The policies in simulation, on every kind of traffic: rows for tables, frames for figures, measurements.
+
+What is simulated is served on step times that are drawn again for each seed; measurements carry the error that the
+replays in real time have shown (`lib.measure.serving.validation`). Knows the study that it belongs to.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.serving import policy_comparison, slo
+from lib.measure.serving.policy_comparison import CONSTANT, CONSTANT_SHARES, PolicyFactory, averaged
+from lib.measure.serving.protocol import Served
+from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize, best_schedule
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy, mean_goodput
+
+ORACLE_SIZES = (1, 2, 4, 8, 16, 32)
+SHOWN = (
+    "goodput", "goodput share", "first token late", "tokens late", "latency p95", "between tokens p99", "batch",
+    "unfinished",
+)  # fmt: skip
+FEW = 3  # seeds of the kinds of traffic that are not judged
+
+Row = dict[str, Any]
+Carry = Callable[[Measurement], Measurement]
+
+
+def compare(study: TrafficStudy, traffic: str, policies: Mapping[str, PolicyFactory], **options: Any) -> list[Row]:
+    """Return a row per policy on one kind of traffic: means over its traces."""
+    rows = []
+    for name, make in policies.items():
+        runs = study.served(traffic, name, make, **options)
+        row: Row = {"trace": traffic, "policy": name}
+        row |= averaged([slo.summary(run, study.setup.objective) for run in runs], SHOWN)
+        rows.append(row | {"saturated": sum(run.saturated for run in runs)})
+    return rows
+
+
+def changing_rows(study: TrafficStudy, size: int) -> list[Row]:
+    """Return a row per policy on the changing traces: the rivals, the policy's parts, the policy."""
+    policies = study.policies(size)
+    ours = {ADAPTIVE: policies.pop(ADAPTIVE)}
+    return compare(study, "changing", policies | study.parts() | ours)
+
+
+def oracle_goodput(study: TrafficStudy, size: int) -> float:
+    """Return the goodput of a schedule of sizes found in hindsight from `size`, on one trace of the choosing seeds."""
+    trace = _choosing(study)[0]
+    sizes = [candidate for candidate in ORACLE_SIZES if candidate <= study.setup.limits.rows]
+    return best_schedule(trace, study.setup.objective, study.setup.run, sizes, size, 1)[1]
+
+
+def _choosing(study: TrafficStudy) -> list:
+    from_seed = study.seeds[0] + 5000
+    return policy_comparison.traces(study.setup, "changing", study.requests, range(from_seed, from_seed + FEW))
+
+
+def over_sizes(study: TrafficStudy, size: int, by_size: Mapping[int, float], oracle: float) -> pd.DataFrame:
+    """Return goodput over the fixed sizes, on the traces on which one was chosen; policies without a size are levels
+    (`arm`) on the same traces.
+    """
+    traces = _choosing(study)
+    shown = {name: make for name, make in study.policies(size).items() if name not in (f"fixed {size}", "time-out")}
+    levels = {name: mean_goodput(study, traces, make) for name, make in shown.items()} | {"oracle": oracle}
+    points = [{"strength": rows, "value": value, "arm": "fixed size"} for rows, value in by_size.items()]
+    ends = (min(by_size), max(by_size))
+    points += [{"strength": rows, "value": value, "arm": name} for name, value in levels.items() for rows in ends]
+    return pd.DataFrame(points)
+
+
+def read_sizes(frame: pd.DataFrame) -> tuple[str, str]:
+    """Return two sentences on how to read `over_sizes`."""
+    fixed = frame[frame.arm == "fixed size"]
+    peak = fixed.loc[fixed.value.idxmax()]
+    levels = frame[frame.arm != "fixed size"].groupby("arm").value.first()
+    if not peak.value > 0:
+        return "No fixed size serves a request in time.", "Where goodput is zero there is nothing to choose."
+    near = fixed[fixed.value >= 0.95 * peak.value].strength
+    first = (
+        f"Of the sizes drawn {peak.strength:.0f} serves the most in time, {peak.value:.3g} requests/s, and "
+        f"{near.min():.0f} to {near.max():.0f} come within a twentieth of it."
+    )
+    second = (
+        f"In simulation the adaptive policy reaches {levels[ADAPTIVE] / peak.value:.2f} of that peak, blind "
+        f"{levels[BLIND] / peak.value:.2f}, and the oracle schedule, on one of the traces, "
+        f"{levels['oracle'] / peak.value:.2f}."
+    )
+    return first, second
+
+
+# --- every kind of traffic --------------------------------------------------------------------------------------------
+
+
+def every_traffic(study: TrafficStudy, size: int) -> list[Row]:
+    """Return a row per kind of traffic: goodput of each policy against the fixed size chosen for that traffic."""
+    rows = []
+    for name in policy_comparison.NAMES:
+        changing = name == "changing"
+        own = size if changing else study.choose(name, count=1)[0]
+        goodputs, count = {}, None if changing else FEW
+        for policy, make in study.policies(own).items():
+            goodputs[policy] = float(np.mean(study.goodputs(name, policy, make, count=count)))
+        fixed, ours = goodputs.pop(f"fixed {own}"), goodputs[ADAPTIVE]
+        traces = study.traces(name, count)
+        offered = sum(sum(r.arrival >= t.warm_up for r in t.requests) / t.counted_seconds for t in traces) / len(traces)
+        row: Row = {"traffic": name, "offered/s": offered, "best size": own, "best fixed": fixed} | goodputs
+        best = max(fixed, *(value for policy, value in goodputs.items() if policy not in (ADAPTIVE, BLIND)))
+        row |= {"adaptive ÷ best fixed": ours / fixed if fixed else None}
+        rows.append(row | {"adaptive ÷ best rival": ours / best if best else None})
+    return rows
+
+
+def over_rates(study: TrafficStudy, rows: Sequence[Row]) -> tuple[pd.DataFrame, dict[str, float | None]]:
+    """Return goodput over the offered rate of chats for each policy, and the highest rate that each one attains.
+
+    A rate is attained where nine in ten requests keep both objectives; the fixed size is the one chosen at 0.9 of
+    capacity.
+    """
+    named = f"constant {CONSTANT_SHARES[-2]:g}"
+    size = next(int(row["best size"]) for row in rows if row["traffic"] == named)
+    points, attained = [], {}
+    names = [name for name in CONSTANT if name != "constant documents"]
+    for policy, make in study.policies(size).items():
+        arm = "fixed size" if policy == f"fixed {size}" else policy
+        offered, shares = [], []
+        for name in names:
+            runs = study.served(name, policy, make, count=FEW)
+            offered.append(float(np.mean([len(run.counted) / run.trace.counted_seconds for run in runs])))
+            shares.append(_mean_share(study, runs))
+            value = float(np.mean([slo.goodput(run, study.setup.objective) for run in runs]))
+            points.append({"strength": offered[-1], "value": value, "arm": arm})
+        attained[arm] = slo.attained_rate(offered, shares)
+    return pd.DataFrame(points), attained
+
+
+def _mean_share(study: TrafficStudy, runs: Sequence[Served]) -> float | None:
+    shares = [slo.goodput_share(run, study.setup.objective) for run in runs]
+    known = [share for share in shares if share is not None]
+    return float(np.mean(known)) if known else None
+
+
+def read_rates(attained: Mapping[str, float | None]) -> tuple[str, str]:
+    """Return two sentences on how to read `over_rates`."""
+    known = {name: rate for name, rate in attained.items() if rate}
+    if "fixed size" not in known or ADAPTIVE not in known:
+        return "No policy keeps nine in ten in time at the lowest rate.", "Below it there is no rate to compare."
+    best = max(known, key=lambda name: known[name])
+    first = (
+        f"With nine in ten requests in time the fixed size serves {known['fixed size']:.3g} requests/s, the adaptive "
+        f"policy {known[ADAPTIVE]:.3g}."
+    )
+    return first, f"The highest such rate is that of: {best}, {known[best]:.3g} requests/s."
+
+
+def other_batching(study: TrafficStudy) -> tuple[list[Row], str]:
+    """Return the rows of the changing trace with the other kind of batching, two seeds, and a caption."""
+    other = study.other_batching()
+    size, _ = other.choose("changing", count=1)
+    caption = f"The changing trace with {other.setup.batching}-level batching; best fixed size there: {size}"
+    return compare(other, "changing", other.policies(size), count=2), caption
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def goodput(
+    study: TrafficStudy, traffic: str, size: int, policy: str, make: PolicyFactory, workload: str
+) -> Measurement:
+    """Return the simulated goodput of a policy against the fixed `size` on one kind of traffic, seed by seed."""
+    arms: dict[str, tuple[str, PolicyFactory]] = {
+        "baseline": (f"fixed {size}", partial(FixedSize, size)),
+        "optimized": (policy, make),
+    }
+
+    def goodputs(arm: str, jitter: int) -> list[float]:
+        return study.goodputs(traffic, *arms[arm], again=bool(jitter))
+
+    source = (
+        f"simulated: {len(study.seeds)} seeds of one trace, step times drawn again for each from "
+        f"{study.setup.times.samples} timed calls of this run"
+    )
+    return policy_comparison.goodput_of(goodputs, "baseline", "optimized", workload, source)
+
+
+def comparison(study: TrafficStudy, size: int, attained: Mapping[str, float | None], carry: Carry) -> list[Measurement]:
+    """Return goodput on the changing trace and within capacity, the tail of latency, settling time, and the highest
+    rate attained; `carry` adds the simulation's error.
+
+    The baseline is the fixed `size`; within capacity it is the size chosen for that traffic.
+    """
+    within = "changing, within capacity"
+    own, _ = study.choose(within)
+    arms = (ADAPTIVE, study.adaptive)
+    results = [
+        carry(goodput(study, "changing", size, *arms, f"serve, simulated, fixed {size}")),
+        carry(goodput(study, within, own, *arms, f"serve, simulated, within capacity, fixed {own}")),
+        *_tails(study, size),
+        _settling(study, size),
+    ]
+    source = f"simulated on {study.setup.times.samples} timed calls; nine in ten requests within both objectives"
+    rates = attained.get("fixed size"), attained.get(ADAPTIVE)
+    missing = None if all(rates) else "an arm does not keep nine in ten in time even at the lowest rate"
+    metric, workload = "requests_per_second", "serve, nine in ten in time"
+    if rates == (None, None):
+        return [*results, measurement.unavailable(metric, workload, str(missing), source)]
+    return [*results, measurement.informative(metric, workload, *rates, source, "estimated", reason=missing)]
+
+
+def _tails(study: TrafficStudy, size: int) -> list[Measurement]:
+    """Return tail latencies of both arms on the changing traces, not judged."""
+    names = {
+        "latency_p95_ms": "latency p95",
+        "latency_p99_ms": "latency p99",
+        "time_between_tokens_p99_ms": "between tokens p99",
+    }
+    policies = ((f"fixed {size}", partial(FixedSize, size)), (ADAPTIVE, study.adaptive))
+    runs = [study.served("changing", *policy) for policy in policies]
+    arms = [[slo.summary(run, study.setup.objective) for run in each] for each in runs]
+    unfinished = [int(sum(row["unfinished"] or 0 for row in arm)) for arm in arms]
+    source = f"simulated: mean of {len(study.seeds)} seeds; unfinished, and in no latency: {unfinished[0]} and "
+    source += f"{unfinished[1]} requests"
+    workload = f"serve, simulated, fixed {size}"
+    return [
+        policy_comparison.mean_measurement(
+            metric,
+            workload,
+            [[None if row[key] is None else 1000 * float(row[key] or 0) for row in arm] for arm in arms],
+            source,
+            ("too few requests finished", "too few requests of one arm finished"),
+            n=len(study.seeds),
+        )
+        for metric, key in names.items()
+    ]
+
+
+def _settling(study: TrafficStudy, size: int) -> Measurement:
+    """Return the seconds from the load step until requests are served well for good; means of the seeds that settle."""
+    policies = ((f"fixed {size}", partial(FixedSize, size)), (ADAPTIVE, study.adaptive))
+    arms = [[_settled(study, run) for run in study.served("load step", *policy)] for policy in policies]
+    unsettled = [sum(value is None for value in arm) for arm in arms]
+    count = len(study.seeds)
+    source = f"simulated: {count} seeds of the load step; never settled: {unsettled[0]} and {unsettled[1]} of them"
+    reasons = "no run settled", "one arm never settled"
+    return policy_comparison.mean_measurement("settling_seconds", "serve, load step", arms, source, reasons, n=count)
+
+
+def _settled(study: TrafficStudy, served: Served) -> float | None:
+    """Return the settling time of a run after its load stepped up: behind the warm-up and a calm phase."""
+    starts = served.trace.starts
+    return slo.settling_seconds(served, study.setup.objective, starts[2], starts[3])
+
+
+def controls(study: TrafficStudy, size: int, carry: Carry) -> list[tuple[str, str, list[Measurement]]]:
+    """Return (name, purpose, measurements) of the other policies on the same simulated traces."""
+    policies = {name: make for name, make in study.policies(size).items() if name not in (f"fixed {size}", ADAPTIVE)}
+    policies |= study.parts()
+    workload = f"serve, simulated, fixed {size}"
+    return [
+        (
+            name,
+            "another policy on the same simulated traces",
+            [carry(goodput(study, "changing", size, name, make, workload))],
+        )
+        for name, make in policies.items()
+    ]

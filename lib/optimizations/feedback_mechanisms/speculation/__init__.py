@@ -1,0 +1,1 @@
+"""Speculative decoding of one stream: drafters, laws for the draft's length, and the laws side by side."""

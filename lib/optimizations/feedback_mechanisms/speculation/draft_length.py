@@ -1,0 +1,160 @@
+"""How many tokens to draft: laws that are called with the rounds of the present answer and return a count.
+
+`DraftLength` follows the measured acceptance and times (Leviathan et al. 2023, section 3.5), `Bandit` finds out by
+trying (discounted UCB: Garivier and Moulines 2011). Both credit what was drafted, which may be less than was asked for,
+and back off exponentially where drafting never pays: a look every so often costs, and the longer it has not paid the
+rarer it is. One law serves one stream of answers. Knows no model.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from lib.errors import UserError
+from lib.optimizations.feedback_mechanisms.speculation.speculative import Round
+
+LONGEST_DRAFT = 8
+REMEMBERED = 0.97  # of earlier rounds, per round
+PROBE_AFTER, MOST_PROBE_AFTER = 16, 1024  # plain steps before drafting is tried again, at first and at most
+LEARNED = 0.2  # weight of a new time
+
+Law = Callable[[Sequence[Round]], int]
+
+
+def fixed(count: int) -> Law:
+    """Return the static setting: always draft `count` tokens."""
+    return lambda rounds: count
+
+
+class _Backoff:
+    """Counts plain steps; `due` says when to try drafting again, each time later until drafting pays."""
+
+    def __init__(self) -> None:
+        self.plain, self.after = 0, PROBE_AFTER
+
+    def due(self, pays: bool) -> bool:
+        """Take in whether drafting now promises to pay; return whether to try although it does not."""
+        if pays:
+            self.plain, self.after = 0, PROBE_AFTER
+            return False
+        self.plain += 1
+        if self.plain <= self.after:
+            return False
+        self.plain, self.after = 0, min(2 * self.after, MOST_PROBE_AFTER)
+        return True
+
+
+class DraftLength:
+    """Draft as many tokens as promise the most tokens per second, by the acceptance and the times measured so far.
+
+    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier rounds
+    fade, so that another kind of text is noticed. Where the drafter has not read the answer's prompt yet, what that
+    takes is set against what the rest of an answer of usual length can save.
+    """
+
+    name = "measured acceptance"
+
+    def __init__(self, most: int = LONGEST_DRAFT):
+        self.most, self.learned, self.backoff = most, 0, _Backoff()
+        self.accepted, self.tried = 1.0, 2.0
+        self.draft_seconds, self.drafted = 0.0, 0.0
+        self.check_seconds: dict[int, float] = {}
+        self.catch_up_seconds, self.answer_tokens = 0.0, 0.0
+        self.produced, self.looking = 0, False  # tokens of this answer; whether its prompt was read for a look only
+        self.course: list[tuple[int, float]] = []
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that were accepted, of those that were compared."""
+        return self.accepted / self.tried
+
+    def __call__(self, rounds: Sequence[Round]) -> int:
+        """Return how many tokens to draft next. `rounds` are those of the present answer."""
+        if len(rounds) < self.learned or not rounds:
+            if self.produced:  # another answer has begun
+                first = not self.answer_tokens
+                self.answer_tokens += (1.0 if first else LEARNED) * (self.produced - self.answer_tokens)
+            self.learned, self.produced, self.looking = 0, 0, False
+        for done in rounds[self.learned :]:
+            self._learn(done)
+        self.learned = len(rounds)
+        count = max(range(self.most + 1), key=self.promise)
+        if count and not any(done.drafted for done in rounds) and not self._worth_catching_up(count):
+            count = 0
+        if not self.drafted:
+            count = 1 if self.check_seconds else 0  # a plain step first, then a look at drafting
+        elif not (self.looking and count) and self.backoff.due(count > 0):
+            count, self.looking = 1, True
+        self.course.append((count, self.acceptance))
+        return count
+
+    def promise(self, count: int) -> float:
+        """Return the expected tokens per second of rounds with `count` drafted tokens; -1 where nothing is known."""
+        if not self.check_seconds or (count and not self.drafted):
+            return -1.0
+        near = min(self.check_seconds, key=lambda known: abs(known - count))
+        each = self.draft_seconds / self.drafted if count else 0.0
+        a = min(self.acceptance, 0.999)
+        return (1 - a ** (count + 1)) / (1 - a) / (self.check_seconds[near] + count * each)
+
+    def _worth_catching_up(self, count: int) -> bool:
+        """Return whether the rest of the answer, drafted, is done sooner than without, the reading included."""
+        left = max(1.0, self.answer_tokens - self.produced)
+        return self.catch_up_seconds + left / self.promise(count) < left / self.promise(0)
+
+    def _learn(self, done: Round) -> None:
+        self.produced += done.accepted + 1
+        old = self.check_seconds.get(done.drafted, done.check_seconds)
+        self.check_seconds[done.drafted] = old + LEARNED * (min(done.check_seconds, 3 * old) - old)
+        if done.catch_up_seconds:
+            first = not self.catch_up_seconds
+            change = done.catch_up_seconds - self.catch_up_seconds
+            self.catch_up_seconds += (1.0 if first else LEARNED) * change
+        if done.drafted:
+            checked = done.accepted + (done.accepted < done.drafted)
+            self.accepted = REMEMBERED * self.accepted + done.accepted
+            self.tried = REMEMBERED * self.tried + checked
+            self.draft_seconds = REMEMBERED * self.draft_seconds + done.draft_seconds
+            self.drafted = REMEMBERED * self.drafted + done.drafted
+
+
+class Bandit:
+    """Draft as many tokens as have paid best lately, each length tried often enough to know: discounted UCB.
+
+    A round is credited to the length that was drafted, whatever was asked for. While not to draft pays best, lengths
+    are tried ever more rarely.
+    """
+
+    name = "bandit"
+
+    def __init__(self, arms: Sequence[int] = (0, 1, 2, 4, 8), curiosity: float = 0.15):
+        if not arms:
+            raise UserError("feedback_mechanisms: a bandit needs at least one draft length to choose from")
+        self.arms, self.curiosity, self.learned, self.backoff = sorted(arms), curiosity, 0, _Backoff()
+        self.reward, self.weight = dict.fromkeys(self.arms, 0.0), dict.fromkeys(self.arms, 0.0)
+
+    def __call__(self, rounds: Sequence[Round]) -> int:
+        """Return how many tokens to draft next. `rounds` are those of the present answer."""
+        if len(rounds) < self.learned:
+            self.learned = 0
+        for done in rounds[self.learned :]:
+            self._learn(done)
+        self.learned = len(rounds)
+        untried = next((arm for arm in self.arms if self.weight[arm] == 0), None)
+        if untried is not None:
+            return untried
+        mean = {arm: self.reward[arm] / self.weight[arm] for arm in self.arms}
+        best = max(self.arms, key=lambda arm: mean[arm])
+        if not self.backoff.due(best > 0) and best == 0:
+            return 0
+        total = sum(self.weight.values())
+        bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in self.arms}
+        tried = [arm for arm in self.arms if arm or best]  # a look at drafting is one at a length above 0
+        return max(tried or self.arms, key=lambda arm: mean[arm] / mean[best] + bonus[arm])
+
+    def _learn(self, done: Round) -> None:
+        for arm in self.arms:
+            self.reward[arm] *= REMEMBERED
+            self.weight[arm] *= REMEMBERED
+        arm = max((arm for arm in self.arms if arm <= done.drafted), default=self.arms[0])
+        self.reward[arm] += (done.accepted + 1) / max(done.seconds, 1e-9)
+        self.weight[arm] += 1

@@ -1,0 +1,138 @@
+"""The simulated server against the real one on the same trace: the same cache call by call, and, on a clock whose costs
+are known, the same times of every request.
+"""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure.serving import engine as engines
+from lib.measure.serving import step_timing, traffic
+from lib.measure.serving.engine import ModelEngine
+from lib.measure.serving.protocol import Decision, Limits
+from lib.measure.serving.server import VirtualClock, serve
+from lib.measure.serving.simulator import SimulatedEngine, simulate
+from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
+
+TEXT_T = torch.randint(8, 96, (400,), generator=torch.Generator().manual_seed(3))
+
+
+class Upto:
+    """At most `most` rows; prompts in parts of `chunk` tokens, where there is a chunk."""
+
+    name = "by hand"
+
+    def __init__(self, most, chunk=None):
+        self.most, self.chunk = most, chunk
+
+    def decide(self, view):
+        return Decision(max(0, min(view.room, self.most - view.rows)), chunk=self.chunk)
+
+    def observe(self, step, finished):
+        pass
+
+
+POLICIES = {"one": lambda: Upto(1), "five": lambda: Upto(5), "in parts": lambda: Upto(5, 6)}
+
+
+def trace(seed=0, spacing=0.01):
+    draw = random.Random(seed)
+    requests = [ServingRequest(i, spacing * i, draw.randint(3, 40), draw.randint(1, 9)) for i in range(16)]
+    return Trace("by hand", seed, (traffic.Phase(1.0, 1.0, Lengths(20, 5)),), tuple(requests))
+
+
+def prompt_of(request):
+    return TEXT_T[request.id : request.id + request.prompt_tokens]
+
+
+class Both:
+    """The real engine and the simulated one on the same calls: real work, simulated seconds, bytes compared."""
+
+    def __init__(self, real, simulated):
+        self.real, self.simulated, self.compared = real, simulated, 0
+
+    @property
+    def bytes(self):
+        assert self.real.bytes == self.simulated.bytes
+        self.compared += 1
+        return self.simulated.bytes
+
+    def clear(self):
+        self.real.clear()
+        self.simulated.clear()
+
+    def _both(self, name, *arguments):
+        getattr(self.real, name)(*arguments)
+        return getattr(self.simulated, name)(*arguments)
+
+    def prefill(self, requests):
+        return self._both("prefill", requests)
+
+    def decode(self):
+        return self._both("decode")
+
+    def shared(self, parts):
+        return self._both("shared", parts)
+
+    def leave(self, ids):
+        return self._both("leave", ids)
+
+
+@pytest.fixture
+def planted_clock(tiny, monkeypatch):
+    """A machine on which a pass takes 1 ms and 0.2 ms per token, whatever the tokens are; its model and step times."""
+    now = [0.0]
+
+    def clock():
+        now[0] += 1e-9
+        return now[0]
+
+    def pass_time(_model, _args, inputs):
+        now[0] += 1e-3 + 2e-4 * inputs["input_ids"].numel()
+
+    model = tiny("qwen3-4b-instruct-2507")
+    handle = model.register_forward_pre_hook(pass_time, with_kwargs=True)
+    for module in (step_timing, engines):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock))
+    yield model, step_timing.measure(model, TEXT_T, (16, 32, 48), repeats=2, most=8)
+    handle.remove()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batching", ["iteration", "request"])
+def test_the_simulated_cache_is_the_real_one_call_by_call(tiny, name, policy, batching):
+    model = tiny(name)
+    real = ModelEngine(model, prompt_of)
+    times = step_timing.measure(model, TEXT_T, (16, 48), repeats=1, most=4, rows_measured=(1, 4))
+    both = Both(real, SimulatedEngine(times, jitter=False))
+    served = serve(
+        trace(), POLICIES[policy](), both, VirtualClock(), Limits(8), batching=batching, drain_seconds=float("inf")
+    )
+    assert both.compared > 20 and all(outcome.finished is not None for outcome in served.outcomes)
+    assert all(len(real.output[request.id]) == request.new_tokens for request in served.trace.requests)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("spacing", [0.002, 0.03])
+def test_real_server_and_simulation_give_every_request_the_same_times(planted_clock, policy, spacing):
+    model, times = planted_clock
+    requests = trace(spacing=spacing)
+    make = POLICIES[policy]
+    real = serve(requests, make(), ModelEngine(model, prompt_of), VirtualClock(), Limits(8), drain_seconds=100.0)
+    simulated = simulate(requests, make(), times, Limits(8), drain_seconds=100.0)
+    assert [step.kind for step in real.steps] == [step.kind for step in simulated.steps]
+    for one, other in zip(real.outcomes, simulated.outcomes):
+        assert other.first == pytest.approx(one.first, rel=0.01, abs=2e-4)
+        assert other.finished == pytest.approx(one.finished, rel=0.01, abs=2e-4)
+    assert simulated.gaps == pytest.approx(real.gaps, rel=0.02, abs=2e-4)
+
+
+def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, name):
+    model, outputs = tiny(name), []
+    for policy in POLICIES.values():
+        engine = ModelEngine(model, prompt_of)
+        serve(trace(1), policy(), engine, VirtualClock(), Limits(8), drain_seconds=float("inf"))
+        outputs.append(engine.output)
+    assert outputs[0] == outputs[1] == outputs[2]

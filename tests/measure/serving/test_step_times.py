@@ -1,0 +1,72 @@
+"""Step times are means: of skewed calls too, in tables, fits and draws; calls drawn again give other times."""
+
+import numpy as np
+import pytest
+
+from lib.measure.serving.step_times import Calls, assembled
+from lib.measure.serving.traffic import Lengths
+
+
+def calls(decode=lambda b, c: 0.01 + 1e-3 * b, ratios=(1.0,), read=lambda n, t: 1e-4 * n * t):
+    points = [(count, context) for count in (1, 4, 8) for context in (32, 128, 512)]
+    return Calls(
+        {point: [decode(*point) * ratio for ratio in ratios] for point in points},
+        {(n, t): [read(n, t) * ratio for ratio in ratios] for n in (1, 4) for t in (32, 128, 512)},
+        {1e5: [1e-4 * ratio for ratio in ratios], 1e6: [1e-3 * ratio for ratio in ratios]},
+        10.0,
+    )
+
+
+def test_a_table_holds_the_mean_of_skewed_calls_and_the_draws_have_that_mean():
+    # Nine calls of ten take 1, one stands still: the mean is 1.36 times the median.
+    skewed = assembled(calls(ratios=(1.0,) * 9 + (4.6,)))
+    plain = assembled(calls())
+    assert skewed.decode(4, 128) == pytest.approx(1.36 * plain.decode(4, 128))
+    assert skewed.prefill(1, 128) == pytest.approx(1.36 * plain.prefill(1, 128), rel=0.01)
+    assert np.mean(skewed.decode_ratios) == pytest.approx(1) and np.mean(skewed.prefill_ratios) == pytest.approx(1)
+    lengths = Lengths(64, 32)
+    assert skewed.capacity(lengths, 1.0, 8)[0] == pytest.approx(plain.capacity(lengths, 1.0, 8)[0] / 1.36, rel=0.02)
+
+
+def test_a_slow_spell_at_one_point_does_not_bend_the_table_there():
+    spell = calls(ratios=(1.0, 1.0, 1.0))
+    spell.decoded[4, 128][0] *= 30
+    times, plain = assembled(spell), assembled(calls())
+    bent = times.decode(4, 128) / plain.decode(4, 128)
+    assert bent == pytest.approx(times.decode(8, 512) / plain.decode(8, 512)) and bent == pytest.approx(2.07, rel=0.01)
+
+
+def test_calls_drawn_again_give_other_times_of_the_same_mean():
+    times = assembled(calls(ratios=(0.7, 0.9, 1.0, 1.1, 1.3)))
+    drawn = [times.resampled(seed).decode(4, 128) for seed in range(40)]
+    assert times.resampled(3) == times.resampled(3) != times.resampled(4)
+    assert 0.02 < np.std(drawn) / np.mean(drawn) < 0.3
+    assert np.mean(drawn) == pytest.approx(times.decode(4, 128), rel=0.08)
+
+
+def test_times_without_their_calls_come_back_as_they_are():
+    from dataclasses import replace
+
+    times = replace(assembled(calls()), calls=None)
+    assert times.resampled(1) is times
+
+
+def test_parts_of_a_prompt_cost_a_call_each_and_attend_to_what_is_before():
+    times = assembled(calls(read=lambda n, t: 2e-3 + 1e-4 * n * t + 1e-7 * n * t**2))
+    whole = times.prefill(1, 512)
+    parts = sum(times.part(done, 128) for done in range(0, 512, 128))
+    assert times.part(0, 128) == pytest.approx(times.prefill(1, 128), rel=0.02)
+    assert parts == pytest.approx(whole + 3 * 2e-3, rel=0.05)
+    assert times.part(384, 128) > times.part(0, 128)
+
+
+def test_prefill_times_are_those_measured_and_its_edges_beyond():
+    # A core whose caches hold short prompts: what lies beyond 300 tokens takes half as long again.
+    read = {(n, t): [n * t * (1.5e-4 if t > 300 else 1e-4)] * 2 for n in (1, 4) for t in (32, 128, 320, 600)}
+    del read[4, 600]
+    decoded = {(count, context): [0.01] for count in (1, 4) for context in (32, 600)}
+    times = assembled(Calls(decoded, read, {1.0: [1e-4]}, 1.0))
+    for (n, t), seconds in read.items():
+        assert times.prefill(n, t) == pytest.approx(seconds[0], rel=0.01)
+    for n, t in ((4, 600), (8, 600), (2, 32), (3, 600)):
+        assert times.prefill(n, t) == pytest.approx(n * t * (1.5e-4 if t > 300 else 1e-4), rel=0.15)
