@@ -176,6 +176,11 @@ class LatencyLoop:
         return max(1, min(self.most, math.floor(self.limit + 1e-9)))
 
     @property
+    def changes(self) -> list[tuple[float, int]]:
+        """The (second, profile) of every change of the profile."""
+        return self.switch.course if self.switch else []
+
+    @property
     def profile(self) -> int:
         """The profile that answers whoever is admitted now."""
         return self.switch.profile if self.switch else FULL

@@ -113,8 +113,8 @@ class ShadowReads:
 class Profiles:
     """Serves with `engines`; `current()` is the index of the one that reads the next prompts.
 
-    With one engine there is nothing to choose. `owner` maps the id of every request admitted so far to the index of its engine. `shadow`: what is charged when an
-    answer of the fast profile is done (None: nothing).
+    With one engine there is nothing to choose. `owner` maps the id of every request admitted so far to the index of its
+    engine. `shadow`: what is charged when an answer of the fast profile is done (None: nothing).
     """
 
     def __init__(self, engines: Sequence[Engine], current: Callable[[], int], shadow: ShadowReads | None = None):
