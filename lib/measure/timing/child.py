@@ -2,6 +2,7 @@
 process of its own by one line of JSON. Knows nothing of what is measured; `lib.measure.timing.children` starts them.
 """
 
+import gc
 import importlib
 import json
 import math
@@ -42,6 +43,8 @@ def serve(run: Run) -> None:
                 named(name)
         with suppress(Exception):
             import_architecture(arm)
+    gc.collect()
+    gc.freeze()  # so that no child walks through what was imported, or copies its pages, to collect its own garbage
     for job in jobs:
         answer = _forked(run, job, request["limit_seconds"]) if request["fork"] else _answer(run, job)
         print(json.dumps(answer), flush=True)
@@ -97,7 +100,11 @@ def move_heap(seed: int) -> list[object]:
 
 
 def import_architecture(arm: Arm) -> None:
-    """Build the architecture once without weights, so that importing its code is not counted as the model's memory."""
+    """Build the architecture once without weights, so that importing its code is not counted as the model's memory;
+    nothing more where the process that this one was forked from has done so.
+    """
+    if (origin := f"{arm.folder} {arm.load}") in _IMPORTED:
+        return
     if arm.folder is not None:
         config = json.loads(_configuration(arm.folder).read_text(encoding="utf-8"))
         architecture = config.pop("model_type")
@@ -106,6 +113,10 @@ def import_architecture(arm: Arm) -> None:
         description = parameters.read(arm.load["name"])
         config, architecture = description.config(arm.load.get("scale", "proxy")), description.architecture
     io.build(config, architecture, device="meta")
+    _IMPORTED.add(origin)
+
+
+_IMPORTED: set[str] = set()
 
 
 def _configuration(folder: str) -> Path:

@@ -27,7 +27,13 @@ TURNS_ON_GPU = 2  # its allocator hardly scatters, and no process there can be f
 # Weights of fewer bytes could fit into memory that was held and freed before they were loaded.
 LARGE_BYTES = 2**28
 # glibc's settings: one arena for all threads, and large blocks are mapped and given back at once, whatever came before.
-SETTLED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+# Python's: sets and dictionaries in the same order in every child.
+SETTLED = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "PYTHONHASHSEED": "0",
+}
 
 
 @dataclass(frozen=True)

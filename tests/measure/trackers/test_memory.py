@@ -138,6 +138,7 @@ def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, mo
     request = {"jobs": [{"arms": [asdict(arm)]} for arm in arms], "fork": True, "limit_seconds": 1}
     monkeypatch.setattr("sys.stdin", StringIO(json.dumps(request)))
     monkeypatch.setattr(child, "_forked", lambda run, job, limit: {"known": "heavy_transform" in sys.modules})
+    monkeypatch.setattr(child.gc, "freeze", lambda: None)  # of this process, which goes on
     child.serve(memory_child.run)
     assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
 
