@@ -9,6 +9,7 @@ from lib.suite.plan import template
 
 ROOT = Path(__file__).resolve().parents[2]
 STEMS = discovery.stems()
+BY_SCALE, BY_SCALE_NUMBER = "auto", -1  # of a template alone: the default of the scale; a search names what it tries
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -20,11 +21,14 @@ def test_knobs_agree_with_the_template(stem):
     for name, knob in shared.items():
         if "choices" in knob:
             assert knob["default"] in knob["choices"]
-            assert tuple(map(str, knob["choices"])) == declared[name].choices, name
+            own = {BY_SCALE} - {*knob["choices"]} if declared[name].default == BY_SCALE else set()
+            offered = tuple(choice for choice in declared[name].choices if choice not in own)
+            assert tuple(map(str, knob["choices"])) == offered, name
         else:
             low, high = knob["range"]
             assert low <= knob["default"] <= high
-            assert declared[name].interval[:2] == (low, high), name
+            least = BY_SCALE_NUMBER if declared[name].default == BY_SCALE_NUMBER else low
+            assert declared[name].interval[:2] == (least, high), name
             levels = knob.get("levels", (knob["default"],))  # what a search tries, where not every number is worth it
             assert knob["default"] in levels and all(low <= level <= high for level in levels), name
 
