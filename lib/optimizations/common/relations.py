@@ -35,8 +35,8 @@ class Judged(NamedTuple):
 # Relation, published figures (perplexity on WikiText-2 unless it says otherwise), source.
 STATEMENTS = {
     "methods": (
-        "At 50 % of all matrices, pruned in sequence: SparseGPT no worse than Wanda, Wanda far better than magnitude.",
-        "LLaMA-7B 5.68 → 7.22, 7.26, 17.3; OPT-125M 27.7 → 36.9, 39.3, 193",
+        "At one share of zeros in all matrices: SparseGPT no worse than Wanda, Wanda far better than magnitude.",
+        "at 50 %, in sequence: LLaMA-7B 5.68 → 7.22, 7.26, 17.3; OPT-125M 27.7 → 36.9, 39.3, 193",
         "Frantar & Alistarh 2023; Sun et al. 2024; Mozaffari et al. 2025, tables 13 and 14",
     ),
     "patterns": (

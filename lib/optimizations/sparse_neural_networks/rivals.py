@@ -20,7 +20,7 @@ from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices
-from lib.optimizations.common import claims, rival_arms, weight_only
+from lib.optimizations.common import claims, relations, rival_arms, weight_only
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import MatrixMasks, SparseModel, SparsitySetup
@@ -210,6 +210,30 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
         for claim, (chosen, challenger) in zip(CLAIMS, pairs)
     ]
     return [*answers, _fast_enough(CLAIMS[4], points)]
+
+
+def found_again(setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm]) -> list[relations.Judged]:
+    """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
+
+    2:4 is held against unstructured zeros only where that run has half of its weights zero as well.
+    """
+    by_row = [claims.interval(in_order, [_order_name(method, "row")]) for method in COMPARED]
+    name, half = setup.method, setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
+    free = claims.interval(arms, [name]) if half else None
+    at_bytes = f"{name} {AT_BYTES[INT4]}"
+    rounded = next((m for arm in arms if arm.name == INT8 for m in arm.measurements if m.metric == "perplexity"), None)
+    ratio = None
+    if rounded is not None and rounded.ratio is not None and rounded.ci is not None:
+        ratio = claims.Interval(rounded.ratio, *rounded.ci)
+    share = f"{100 * ORDER['sparsity']:.0f} % zeros, chosen at once, KL: "
+    judged = [
+        relations.methods(*by_row),
+        relations.rows(by_row[1], claims.interval(in_order, [_order_name("wanda", "matrix")])),
+        relations.patterns({name: {"unstructured": free, "2:4": claims.interval(arms, [f"{name}, 2:4"])}}),
+        relations.int8(ratio),
+        relations.int4(claims.interval(arms, [INT4]), {at_bytes: claims.interval(arms, [at_bytes])}),
+    ]
+    return [one._replace(evidence=share + one.evidence) if number < 2 else one for number, one in enumerate(judged)]
 
 
 def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:

@@ -121,3 +121,20 @@ def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(set
     assert rivals.impact(contest, [50]).empty
     assert rivals.order_holds([]) is None and rivals.read_order([])[0].startswith("The methods were not")
     assert [refuted for _, refuted, _ in rivals.refutations(untrained, [], [])] == [None] * 5
+
+
+def test_what_others_published_is_judged_by_this_runs_arms():
+    def arm(name: str, kl: float) -> rivals.ThirdArm:
+        ends = {"ci": (kl * 0.99, kl * 1.01), "ratio": None}
+        value = measurement.informative("kl_divergence_nats", "prefill", 0.0, kl, "test", **ends)
+        return rivals.ThirdArm(name, "test", [value])
+
+    setup = SimpleNamespace(method="sparsegpt", options={"sparsity": 0.5, "pattern": "unstructured"})
+    order = {"sparsegpt": 0.2, "wanda, per row": 0.3, "magnitude, per row": 3.0, "wanda, per matrix": 0.2}
+    in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
+    arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
+    methods, rows, patterns, int8, int4 = rivals.found_again(setup, arms, in_order)
+    assert (methods.held, rows.held, patterns.held, int8.held, int4.held) == (True, False, True, None, None)
+    assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
+    setup.options["sparsity"] = 0.9
+    assert rivals.found_again(setup, arms, in_order)[2].held is None

@@ -105,7 +105,7 @@ def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeyp
     task, data, text = tmp_path / "mine.yaml", tmp_path / "mine.jsonl", tmp_path / "mine.txt"
     task.write_text("task: mine\ndataset_kwargs: {data_files: {test: mine.jsonl}}\ndoc_to_text: !function x.y\n")
     data.write_text("{}\n")
-    text.write_text("some text")
+    text.write_text("some text " * 2000)
     values = {"tasks": f"topic,lm_eval:{task}", "text": str(text)}
     request = plan.Request(models=("gamma",), scale="full", parameters=values)
 
