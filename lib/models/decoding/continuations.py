@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 64
 LOGITS_AT_ONCE = 2**25  # elements
 CACHE_AT_ONCE = 2**29  # bytes of the copies of a cache
 SHARED_TOKENS = 16  # least that contexts must begin with alike to be read apart
-PADDING = 8  # most tokens by which contexts of one batch differ
+PADDING = 16  # most tokens by which contexts of one batch differ
 DEFAULT_POSITIONS = 2048  # of a model that does not state how many it has, as in the harness
 
 Pair = tuple[Sequence[int], Sequence[int]]
