@@ -1,26 +1,30 @@
 """A schedule of the simulation, made again on the real model: the same calls, the same cache."""
 
 import pytest
+import torch
 
-from lib.measure.serving import policy_comparison, slo, step_timing
+from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.policy_comparison import ServingSetup
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
+from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
+from lib.models.decoding import batch_cache
 from lib.optimizations.adaptive_batch_sizes import schedule
 from lib.optimizations.adaptive_batch_sizes.rivals import Chunked, FixedSize
 
 
 @pytest.fixture
 def setup(tiny):
-    import torch
-
-    text_T = torch.randint(8, 96, (64,), generator=torch.Generator().manual_seed(2))
-    times = step_timing.measure(tiny("qwen3-4b-instruct-2507"), text_T, (16, 48), repeats=1, most=4)
+    """A made-up machine whose cache is that of the tiny model; at this load prompts arrive while rows are under way."""
+    row = batch_cache.prefill(tiny("qwen3-4b-instruct-2507"), [torch.arange(8, 24)])
+    dense = tuple((4e-3 + 1e-3 * rows,) * 20 for rows in range(1, 5))
+    per_token = row.bytes / row.length
+    times = StepTimes(dense, (1e-3, 1e-4, 0.0), (0.0, 0.0), (1.0,), (1.0,), per_token, 0)
     chat, documents = Lengths(8, 6), Lengths(24, 4)
     single = Single.of(times, documents)
-    limits = Limits(4, None, times.bytes_per_token, None)
+    limits = Limits(4, None, per_token, None)
     return ServingSetup(times, slo.objectives(single, 20.0, 20.0), single, limits, "iteration", chat, documents)
 
 
