@@ -5,7 +5,6 @@ copy of it, and are chosen by the end of the interval that is against them; of n
 taken. All of it on text and items that never judge.
 """
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
 from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.control import separate_copy
 from lib.optimizations.automl_components.method import nothing, promote
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
 from lib.optimizations.common import choice, shapley
@@ -62,7 +62,7 @@ def judge(
 ) -> list[Finalist]:
     """Return the `count` best, timed again and asked; the empty stack first, if the budget allows it."""
     best = promote(bench, outcomes, count)
-    arms: dict[str, Any] = {"baseline": bench.model, "copy": copy.deepcopy(bench.model)}
+    arms: dict[str, Any] = {"baseline": bench.model, "copy": separate_copy(bench.model)[0]}
     arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
     works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
     count_calls = interleaved.iterations_for(works["baseline"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.quality import evaluate
 from lib.optimizations.automl_components import controls, finalists
 from lib.optimizations.automl_components import method as automl
@@ -226,7 +226,7 @@ def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
 
 def test_a_budget_of_memory_that_nothing_meets_is_named():
     with pytest.raises(
-        UserError, match=r"memory budget of 0\.01 of the baseline's; the smallest .* takes 0\.62"
+        NotApplicable, match=r"memory budget of 0\.01 of the baseline's; the smallest .* takes 0\.62"
     ) as told:
         finalists.choose([], 0.02, memory_budget=0.01, smallest=0.62)
     assert "\n" not in str(told.value)
