@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 from torch import nn
+from transformers import DynamicCache
 
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate, noninferiority
@@ -25,11 +26,13 @@ from lib.measure.quality.evaluate import Retrieved
 from lib.measure.roofline import cost_model
 from lib.models.decoding import cache_names
 from lib.models.loading import Loaded
-from lib.models.structure.anatomy import reset_rope_deltas
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, LEAD, VALUE, random_ids
+from lib.optimizations.adaptive_sparse_attention.paged_cache import PagedLayer
 
-QUESTIONS = 20  # to each prompt
+QUESTIONS = 25  # to each prompt
+PAGE = 16  # tokens, of a cache whose pages nobody chooses
 COPIED_BYTES = 2**31  # of cache, for questions asked side by side
 PLACES = ("start", "middle", "end")  # thirds of a prompt
 
@@ -46,6 +49,10 @@ class LongPrompts:
     def tokens(self) -> int:
         return self.ids_NT.shape[1]
 
+    def first(self, prompts: int) -> "LongPrompts":
+        """Return the first prompts."""
+        return LongPrompts(self.ids_NT[:prompts], self.key_NQK[:prompts], self.value_NQV[:prompts])
+
 
 @dataclass(frozen=True)
 class LongAnswers:
@@ -59,6 +66,10 @@ class LongAnswers:
     def retrieved(self) -> Retrieved:
         """All values as answers to one task."""
         return Retrieved(self.tokens, self.right_NQ.flatten())
+
+    def first(self, prompts: int) -> "LongAnswers":
+        """Return the answers to the first prompts."""
+        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts])
 
     def at(self, place: str) -> np.ndarray:
         """Return which values of one of PLACES were repeated, [X]."""
@@ -79,7 +90,7 @@ def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS,
 
 
 @torch.inference_mode()
-def ask(model: nn.Module, asked: LongPrompts) -> LongAnswers:
+def ask(model: Any, asked: LongPrompts) -> LongAnswers:
     """Return how `model` answers: every prompt is read once, and all its questions are answered from copies of the
     cache.
     """
@@ -88,7 +99,8 @@ def ask(model: nn.Module, asked: LongPrompts) -> LongAnswers:
     right, loss = [], []
     for ids_T, key_QK, value_QV in zip(asked.ids_NT, asked.key_NQK, asked.value_NQV):
         reset_rope_deltas(model)
-        output: Any = model(input_ids=ids_T[None], use_cache=True, logits_to_keep=1)
+        inputs = {"input_ids": ids_T[None], "use_cache": True, "logits_to_keep": 1}
+        output = model(**inputs, **cache_names.as_kwargs(_appending(model)))
         cache = cache_names.of(output)
         cache.batch_repeat_interleave(rows)
         for key_BK, value_BV in zip(key_QK.split(rows), value_QV.split(rows)):
@@ -97,6 +109,16 @@ def ask(model: nn.Module, asked: LongPrompts) -> LongAnswers:
             loss.append(loss_B)
     shape = len(asked.ids_NT), questions
     return LongAnswers(asked.tokens, np.concatenate(right).reshape(shape), np.concatenate(loss).reshape(shape))
+
+
+def _appending(model: nn.Module) -> DynamicCache:
+    """Return an empty cache that appends in place: the stock one copies all it holds for every token of every copy."""
+    cache = DynamicCache()
+    blocks = [block.attention.module for block in anatomy(model).blocks]
+    latent = ["expand_kv" in vars(module) for module in blocks]
+    sizes = [getattr(getattr(module, "sparsity", None), "page_size", PAGE) for module in blocks]
+    cache.layers = [PagedLayer(*each) for each in zip(sizes, latent)]
+    return cache
 
 
 def _side_by_side(model: nn.Module, tokens: int, questions: int) -> int:

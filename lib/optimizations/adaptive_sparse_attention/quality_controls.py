@@ -36,10 +36,11 @@ PAGE_PURPOSES = {
     "observed": "what the prompt's end attended to",
 }
 AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, nats/token"}
-PROMPTS = {"quick": 8, "standard": 8, "thorough": 16}  # long ones, each with many questions
-INSIDE = 16  # questions that stand inside their prompt
+PROMPTS = {"quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
+CONTROL_PROMPTS = 2  # of these, for arms that only inform
+INSIDE = 4  # questions that stand inside their prompt
 WINDOWS = 6  # the fewest that carry a verdict
-CONTROL_WINDOWS = 3  # of these, for arms that only inform
+CONTROL_WINDOWS = 2  # of these, for arms that only inform
 UNTOUCHED = "not exercised: these prompts were read whole, so that no answer could change"
 
 
@@ -142,13 +143,15 @@ def over_tau(
 
 
 def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> dict[str, LongAnswers]:
-    """Return the answers of both arms and of arms that read as many pages, chosen otherwise; empty where none means
-    anything.
+    """Return the answers of both arms and of arms that read as many pages, chosen otherwise, to a few of the prompts;
+    empty where none means anything.
     """
     if judged.asked is None or judged.answers is None:
         return {}
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
-    return judged.answers | {name: long_answers.ask(model, judged.asked) for name, model in arms.items()}
+    few = judged.asked.first(CONTROL_PROMPTS)
+    answers = {name: given.first(CONTROL_PROMPTS) for name, given in judged.answers.items()}
+    return answers | {name: long_answers.ask(model, few) for name, model in arms.items()}
 
 
 def place_bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
