@@ -167,7 +167,7 @@ def density(model: nn.Module) -> dict[str, float | None]:
     }
 
 
-def left_out(model: nn.Module) -> int:
+def left_out(model: nn.Module) -> float:
     """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens, together. Where
     it does not grow, the model attended to everything and its answers are those of full attention.
     """

@@ -14,10 +14,9 @@ from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate, sanity
-from lib.measure.quality.evaluate import Answers, Text
+from lib.measure.quality.evaluate import Answers
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list
-from lib.models.tasks.registry import classifies
 from lib.models.tasks.retrieval import KEY, VALUE
 from lib.optimizations.adaptive_sparse_attention import long_answers, method
 from lib.optimizations.adaptive_sparse_attention.long_answers import LongAnswers, LongPrompts
@@ -41,7 +40,6 @@ CONTROL_PROMPTS = 2  # of these, for arms that only inform
 INSIDE = 4  # questions that stand inside their prompt
 WINDOWS = 6  # the fewest that carry a verdict
 CONTROL_WINDOWS = 2  # of these, for arms that only inform
-UNTOUCHED = "not exercised: these prompts were read whole, so that no answer could change"
 
 
 @dataclass(frozen=True)
@@ -64,44 +62,28 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     """Return the answers of both arms: text and long prompts (PROMPTS, by effort `level`) of `tokens` tokens, and the
     model's own tasks.
 
-    Scores of prompts that were read whole by the sparse arm are not judged: they cannot change. Latent attention is
-    decoded absorbed in both arms.
+    Prompts that the sparse arm reads whole are not exercised: their answers cannot change. Latent attention is decoded
+    absorbed in both arms.
     """
     options = {"resamples": effort.resamples, "seed": seed}
     probe_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
     degenerate = sanity.check(optimized, probe_BT, random_weights=loaded.random_weights)
-    if loaded.random_weights or not settings.wants("accuracy"):
-        few = replace(effort, windows=WINDOWS, window_tokens=tokens)
-        full, sparse = (evaluate.evaluate(loaded, few, model=model, seed=seed) for model in (None, optimized))
-        return Quality(full, sparse, evaluate.compare(full, sparse, **options), degenerate, options)
-    ids_NT = task_list.text_windows(loaded, "final", WINDOWS, tokens, seed)
-    names = [task for task in loaded.tasks if classifies(task)]
-    changed, items = replace(loaded, model=optimized), min(effort.items, 96)
-    method.reset_counts(optimized)
-    classified = [[evaluate.classify(arm, name, "final", items, seed) for name in names] for arm in (loaded, changed)]
-    untouched = whole(optimized)
-    full = Answers(classified[0], evaluate.read(loaded.model, ids_NT), None)
-    sparse = Answers(classified[1], evaluate.read(optimized, ids_NT), None)
+    sizes = replace(effort, windows=WINDOWS, window_tokens=tokens, items=min(effort.items, 96), retrieval_prompts=1)
+    full = evaluate.evaluate(loaded, sizes, seed=seed)
+    sparse = evaluate.evaluate(
+        loaded, sizes, model=optimized, seed=seed, acted=lambda: float(method.left_out(optimized))
+    )
+    measurements = evaluate.compare(full, sparse, **options)
+    if full.reason:
+        return Quality(full, sparse, measurements, degenerate, options)
     asked = long_answers.prompts(loaded, tokens, PROMPTS[level], seed=seed)
     arms = {"full": absorbed_baseline.absorbed_baseline(loaded.model), "sparse": optimized}
     answers = {name: long_answers.ask(model, asked) for name, model in arms.items()}
-    measurements = evaluate.compare(full, sparse, **options)
-    if untouched:
-        measurements = [not_exercised(m) if m.workload == "classify" else m for m in measurements]
+    measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
     measurements += long_answers.compare(answers["full"], answers["sparse"], **options)
     if degenerate:
         measurements = [measurement.invalid(m.metric, m.workload, degenerate) for m in measurements]
     return Quality(full, sparse, measurements, degenerate, options, asked, answers)
-
-
-def whole(optimized: nn.Module) -> bool:
-    """Return whether since `method.reset_counts` no block of a prompt and no page of a cache was left out."""
-    return all(share is None or share >= 1 for share in method.density(optimized).values())
-
-
-def not_exercised(score: Measurement) -> Measurement:
-    """Return a score that could not have changed: shown, and not judged."""
-    return score.model_copy(update={"verdict": "informative", "margin": None, "bound": None, "reason": UNTOUCHED})
 
 
 def patterns(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> list[dict[str, Any]]:
@@ -121,7 +103,9 @@ def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
     if text is None:
         raise ValueError("the baseline has read no text")
     few = slice(None, CONTROL_WINDOWS)
-    fewer = Text(text.ids_NT[few], text.loss_N[few], text.hidden_NTH[few], text.head)
+    sources = None if text.source_N is None else text.source_N[few]
+    fewer = replace(text, ids_NT=text.ids_NT[few], loss_N=text.loss_N[few], hidden_NTH=text.hidden_NTH[few])
+    fewer = replace(fewer, source_N=sources)
     return evaluate.compare_text(fewer, evaluate.read(arm, fewer.ids_NT), **judged.options)
 
 

@@ -47,7 +47,7 @@ CLAIMS = (
 )
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
-    "performance": ("decode_tokens_per_second", "decode"),
+    "performance": ("decode_tokens_per_second", limited_decoding.WORKLOAD),
     "accuracy": ("perplexity", "prefill"),
     "resources": ("peak_memory_above_start_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
