@@ -7,7 +7,7 @@ Shapes: H query heads, G key-value heads, T tokens, D and V head sizes.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,23 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def watch(model: nn.Module, ids_1T: torch.Tensor, indices: Collection[int] | None = None) -> list[Heads]:
-    """Run one prompt through `model` (stock attention); return the heads of its blocks, or of those in `indices`."""
+def watch(
+    model: nn.Module,
+    ids_1T: torch.Tensor,
+    indices: Collection[int] | None = None,
+    visit: Callable[[Heads], object] | None = None,
+) -> list[Heads]:
+    """Run one prompt through `model` (stock attention); return the heads of its blocks, or of those in `indices`.
+
+    With `visit`, each block's heads are handed to it while the prompt passes, and none is kept: the list is empty.
+    """
     watched: Any = sharing(model)
     heads: list[Heads] = []
+    visit = heads.append if visit is None else visit
     watched.set_attn_implementation(NAME)
     for block in anatomy(watched).blocks:
         observed_block = indices is None or block.index in indices
-        block.attention.module.observed_heads = (block.index, heads) if observed_block else None
+        block.attention.module.observed_heads = (block.index, visit) if observed_block else None
     reset_rope_deltas(watched)
     watched(input_ids=ids_1T.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     return heads
@@ -70,8 +79,8 @@ def watch(model: nn.Module, ids_1T: torch.Tensor, indices: Collection[int] | Non
 
 def _watching(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
     if observed := getattr(module, "observed_heads", None):
-        index, heads = observed
-        heads.append(Heads(index, query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), scaling))
+        index, visit = observed
+        visit(Heads(index, query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 

@@ -17,12 +17,15 @@ from torch import nn
 
 from lib.models.decoding import cache_names, latent_products
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.sparse import is_dense
 
 
 def absorb(model: nn.Module) -> nn.Module:
-    """Make every latent attention of `model` decode absorbed, in place; return the model. Others are unchanged."""
+    """Make every latent attention of `model` decode absorbed, in place; return the model. Others are unchanged, and
+    those whose expansion was replaced: they decode in the latent space already.
+    """
     for block in anatomy(model).blocks:
-        if block.attention.kind == "latent":
+        if block.attention.kind == "latent" and "expand_kv" not in vars(block.attention.module):
             block.attention.module.forward = types.MethodType(_forward, block.attention.module)
     return model
 
@@ -59,7 +62,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Replace the forward of latent attention: hidden [B, T, H] to (output [B, T, H], None)."""
     new, cache = hidden_states.shape[1], cache_names.pop_from(kwargs)
-    if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
+    stored_sparse = not is_dense(module.kv_b_proj.weight)  # it has no slices for queries and values then
+    if cache is None or stored_sparse or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
         kwargs |= cache_names.as_kwargs(cache)
         return type(module).forward(module, hidden_states, position_embeddings, attention_mask, **kwargs)
     q_nope_BQTN, q_rope_BQTP, c_B1TR, k_rope_B1TP = _projections(module, hidden_states, position_embeddings)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from lib.models.decoding.attention_inputs import Heads
+from lib.models.decoding.attention_inputs import Heads, watch
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 
 SAMPLED_ROWS = 12  # blocks of queries whose exact mass is computed, spread evenly over the prompt
@@ -75,12 +76,11 @@ class Finder:
     block: int
     stride: int
     most: float = 1.0
-    last: int = 0
 
     @torch.inference_mode()
     def __call__(self, heads: Heads) -> torch.Tensor:
         share_HNM = blocks.scores(heads.query_HTD, heads.key_GTD, heads.scaling, self.block, self.stride)
-        return blocks.choose(share_HNM, self.tau, self.most, self.last)
+        return blocks.choose(share_HNM, self.tau, self.most)
 
 
 def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
@@ -152,6 +152,15 @@ def survey(
             row |= {"oracle": _oracle(kept_HNM, mass_HRM), "density_of_heads": pattern.density_H.tolist()}
             rows.append(row)
     return rows
+
+
+def survey_model(
+    model: nn.Module, ids_1T: torch.Tensor, find: Finder, lengths: Sequence[int], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return `survey` of every block of `model` while it reads a prompt; one block's heads are held at a time."""
+    rows: list[dict[str, Any]] = []
+    watch(model, ids_1T, visit=lambda heads: rows.extend(survey([heads], find, lengths, seed=seed)))
+    return sorted(rows, key=lambda row: (row["length"], row["block"]))
 
 
 def _oracle(kept_HNM: torch.Tensor, mass_HRM: torch.Tensor) -> float:

@@ -160,11 +160,18 @@ def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[s
     return {"density": 1.0 if density is None else density, "stride": stride}
 
 
+def every_page(baseline: nn.Module, knobs: Mapping[str, Any]) -> nn.Module:
+    """Return `baseline` with the same cache in pages, of which a new token reads all: what sparsity alone is held
+    against. Latent attention is decoded in its latent space, as in the sparse arm.
+    """
+    return method.apply(baseline, **{**knobs, "pages": 0})
+
+
 def whole_model(
     baseline: nn.Module,
     optimized: nn.Module,
-    longest_1T: torch.Tensor,
-    prompt_tokens: int,
+    knobs: Mapping[str, Any],
+    prompt_1T: torch.Tensor,
     effort: Effort,
     prefill_costs: Mapping[str, Any],
     formula: Mapping[str, Mapping[str, Any]],
@@ -172,21 +179,19 @@ def whole_model(
     invalid: str | None = None,
     seed: int = 0,
 ) -> tuple[Compared, Compared]:
-    """Return a prompt of `prompt_tokens` tokens read up to its first token, and decoding behind the longest context.
+    """Return a prompt read up to its first token, and decoding behind it: the chosen pages against all pages.
 
-    Latent attention is decoded absorbed in both arms. `prefill_costs` and `formula` (of decoding: "costs" and
-    "baseline_costs") are options of `cost_model`.
+    `prefill_costs` and `formula` (of decoding: "costs" and "baseline_costs") are options of `cost_model`.
     """
-    effort = replace(effort, blocks=min(effort.blocks, 12) if prompt_tokens < LONG_PROMPT else FEW_BLOCKS)
+    few = FEW_BLOCKS if prompt_1T.shape[1] >= LONG_PROMPT else min(effort.blocks, 12)
+    effort = replace(effort, blocks=few)
     options: dict[str, Any] = {"invalid": invalid, "except_for": ("attention",), "seed": seed}
     prefill: dict[str, Any] = {"names": ("prefill",), "costs": dict(prefill_costs), "with_energy": False}
-    prompt_1T = longest_1T[:, :prompt_tokens]
     reading_prompt = speed.compare(baseline, optimized, prompt_1T, effort, **prefill, **options)
     costs = {name: value for name, value in formula["costs"].items() if name not in prefill_costs}
     decode: dict[str, Any] = {"names": ("decode",), "costs": costs}
     decode |= {"baseline_costs": dict(formula["baseline_costs"])}
-    fair = absorbed_baseline.absorbed_baseline(baseline)
-    return reading_prompt, speed.compare(fair, optimized, longest_1T, effort, **decode, **options)
+    return reading_prompt, speed.compare(every_page(baseline, knobs), optimized, prompt_1T, effort, **decode, **options)
 
 
 def bounds(prefill: Compared, decode: Compared) -> pd.DataFrame:
@@ -233,27 +238,28 @@ def decode_apart(
     invalid: str | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return name, purpose and measurements of decoding taken apart: the paged cache alone, sparsity alone, and for
-    latent attention the stock path, which expands its cache at every token.
+    """Return name, purpose and measurements of what decoding gains beside sparsity: the paged cache alone, cache and
+    sparsity together, and for latent attention what is gained over the stock path, which expands its cache at every
+    token.
 
     The first arm of each pair is called baseline, the second optimized. Empty where the output is `invalid`.
     Works of `timed` are used again where they are as long; the long prompt is read once for each arm.
     """
     if invalid:
         return []
-    fair = timed.timed["decode"].baseline if timed.timed else None
+    every = timed.timed["decode"].baseline if timed.timed else None
     count = min(new_tokens, FEW_STEPS)
     works: dict[str, Workload] = {}
-    if fair is not None and new_tokens == count:
-        works = {"fair": fair, "sparse": timed.timed["decode"].optimized}
+    if every is not None and new_tokens == count:
+        works = {"every": every, "sparse": timed.timed["decode"].optimized}
     arms: dict[str, Callable[[], nn.Module]] = {
         "fair": lambda: absorbed_baseline.absorbed_baseline(baseline),
-        "every": lambda: method.apply(baseline, **{**knobs, "pages": 0}),
+        "every": lambda: every_page(baseline, knobs),
         "sparse": lambda: optimized,
         "stock": lambda: baseline,
     }
-    versus = [("all pages", "fair", "every", "the cache alone, nothing left out")]
-    versus += [("chosen against all pages", "every", "sparse", "sparsity alone")]
+    versus = [("all pages against the stock cache", "fair", "every", "the cache alone, nothing left out")]
+    versus += [("chosen pages against the stock cache", "fair", "sparse", "cache and sparsity together")]
     if absorbed_baseline.has_latents(baseline):
         versus += [("stock path", "stock", "sparse", "expands its cache at every token")]
     parts = []

@@ -48,8 +48,10 @@ def causal_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -
 def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block: int, stride: int) -> torch.Tensor:
     """Return the estimated share of attention mass of every block, float32 [H, N, M]; each row sums to 1.
 
-    Queries begin at a block's edge: K − T is a multiple of `block`, and `block` one of `stride`.
+    Queries begin at a block's edge: K − T is a multiple of `block`, and `block` one of `stride`. In the last block,
+    rows of the small matrix that hold no query are left out of its mean.
     """
+    real_rows = -(-query_HTD.shape[1] // stride)
     query_HTD, key_GKD = whole(query_HTD, block), whole(key_GKD, block)
     heads, tokens, width = query_HTD.shape
     groups, length, _ = key_GKD.shape
@@ -67,19 +69,20 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
         own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
         logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
         share_HTK = torch.softmax(logits_HTK * (scaling / stride), dim=-1)
-        share_HNM = share_HTK.view(heads, (last - first) // small, small, visible // small, small).sum((2, 4)) / small
+        share_HTK[:, max(0, real_rows - first) :] = 0.0
+        share_HNM = share_HTK.view(heads, (last - first) // small, small, visible // small, small).sum((2, 4))
+        share_HNM /= (real_rows - torch.arange(first, last, small, device=share_HNM.device)).clamp(1, small)[:, None]
         estimate_HNM[:, first // small : last // small, : visible // small] = share_HNM
     return estimate_HNM
 
 
-def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0) -> torch.Tensor:
+def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tensor:
     """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
 
     The first, the diagonal block and the one before it are always kept and count towards τ: the first token of a block
     often reads the token just before it, which weighs next to nothing in the mass of a whole row. `most` limits the
-    kept share of the blocks that a row may see (at least these three). The `last` blocks of queries keep all
-    regardless of `most`: a question at the end of a prompt is a few queries of a block, and what they alone look for
-    weighs little in its mean. τ = 1 keeps every block that the causal mask leaves.
+    kept share of the blocks that a row may see (at least these three). τ = 1 keeps every block that the causal mask
+    leaves.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -97,7 +100,6 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0, last: int = 0
     limit_N1 = ((diagonal_N + 1) * most).ceil().clamp_min(ALWAYS)[:, None]
     place_M = torch.arange(columns, device=share_HNM.device)
     kept_HNM = enough_HNM & (place_M < limit_N1) | (place_M < ALWAYS)
-    kept_HNM[:, max(0, rows - last) :] = True
     return torch.zeros_like(kept_HNM).scatter(-1, order_HNM, kept_HNM) & causal_NM
 
 
@@ -164,6 +166,15 @@ def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) 
                 scale=scaling,
             )[:, 0]
     return out_PBD.view(heads, padded, width)[:, :tokens, :value_width]
+
+
+def attend_all(query_HTD, key_GKD, value_GKV, scaling: float) -> torch.Tensor:
+    """Return full causal attention [H, T, V]; the last T of the K keys are the queries' own."""
+    tokens, length = query_HTD.shape[1], key_GKD.shape[1]
+    causal_TK = torch.ones(tokens, length, dtype=torch.bool, device=query_HTD.device).tril(length - tokens)
+    parts = (part[None] for part in (query_HTD, key_GKD, value_GKV))
+    grouped = query_HTD.shape[0] != key_GKD.shape[0]
+    return scaled_dot_product_attention(*parts, attn_mask=causal_TK, scale=scaling, enable_gqa=grouped)[0]
 
 
 def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -45,23 +45,24 @@ PRIMARIES = {
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-CONTEXTS = {"quick": (1024, 2048), "standard": (1024, 2048, 4096, 8192), "thorough": (1024, 2048, 4096, 8192, 16384)}
+CONTEXTS = {"quick": (1024, 2048), "standard": (1024, 2048, 4096), "thorough": (1024, 2048, 4096, 8192, 16384)}
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
-TIMED_PROMPT = {"quick": 1024, "standard": 2048, "thorough": 8192}
+TIMED_PROMPT = {"quick": 2048, "standard": 4096, "thorough": 8192}
 
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of this run's prompts: of the curves over context, of the timed prompt, of the judged prompts."""
+    """Tokens of this run's prompts: of the curves over context, and of the prompt that is timed, behind which tokens
+    are decoded, and at which answers are judged.
+    """
 
     curves: list[int]
     timed: int
-    judged: int
 
     @property
     def longest(self) -> int:
-        """The longest of the curves, behind which tokens are decoded."""
+        """The longest of the curves."""
         return self.curves[-1]
 
 
@@ -69,7 +70,7 @@ def lengths_of(effort: str, scale: str, longest: int = 0) -> PromptLengths:
     """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt."""
     curves = contexts(effort, scale, longest)
     timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
-    return PromptLengths(curves, timed, min(curves[-1], 1024 if effort == "quick" else 1536))
+    return PromptLengths(curves, timed)
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
@@ -85,24 +86,24 @@ def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
     rows: dict[str, object] = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
     rows |= {"blocks": len(blocks)}
     rows |= {"attention": blocks[0].attention.kind, "heads": blocks[0].attention.heads}
-    rows |= {"lengths of the curves": lengths.curves, "timed prompt": lengths.timed, "judged prompts": lengths.judged}
+    rows |= {"lengths of the curves": lengths.curves, "timed and judged prompts": lengths.timed}
     return pd.DataFrame([(name, str(value)) for name, value in rows.items()], columns=["", "value"])
 
 
 def sizes(effort: str, scale: str, knobs: Mapping[str, Any]) -> Effort:
     """Return the sizes of this run. Raises UserError for a knob out of range, before anything is loaded."""
-    method.check(**knobs, pattern="antidiagonal")
+    method.check(**knobs)
     return settings.read(effort, scale)
 
 
-def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, list[Heads]]:
-    """Return a held-out text [1, T] of `tokens` tokens, and the heads of every block that read it.
+def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, Heads]:
+    """Return a held-out text [1, T] of `tokens` tokens, and the heads of the middle block that read it.
 
     Raises UserError where the model allows no such context.
     """
     kernels.check_context(loaded.model, tokens)
     ids_1T = task_list.text_windows(loaded, "final", 1, tokens, seed)
-    return ids_1T, watch(loaded.model, ids_1T)
+    return ids_1T, watch(loaded.model, ids_1T, {len(anatomy(loaded.model).blocks) // 2})[0]
 
 
 def applied(baseline: nn.Module, knobs: Mapping[str, Any]) -> tuple[nn.Module, float]:
@@ -150,13 +151,34 @@ def exactness_table(differences: Mapping[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "largest difference ÷ spread of the logits"])
 
 
-def formulas(loaded: Loaded, prefill_costs: Mapping[str, Any], knobs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding attends to, and whether latent
-    attention is absorbed, as it is in both.
+def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
+    """Return how many tokens' worth of the cache a new token reads behind `context` tokens, as a mean over blocks.
+
+    The chosen pages, and the bounds of all full pages: a minimum and a maximum of the page's keys, which are half of a
+    token each where keys are half of what is cached, and a whole one for latents. The first `dense_blocks` read all.
+    """
+    blocks, pages = anatomy(model).blocks, context // knobs["page_size"]
+    read = knobs["pages"] * knobs["page_size"]
+    if not knobs["pages"] or read >= context:
+        return float(context)
+    tokens = 0.0
+    for block in blocks:
+        view = block.attention
+        keys = 1.0 if view.kind == "latent" else view.head_dim / (view.head_dim + view.value_dim)
+        sparse = block.index >= knobs["dense_blocks"]
+        tokens += min(context, read + 2 * keys * pages) if sparse else context
+    return tokens / len(blocks)
+
+
+def formulas(
+    loaded: Loaded, prefill_costs: Mapping[str, Any], knobs: Mapping[str, Any], context: int
+) -> dict[str, dict[str, Any]]:
+    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding behind `context` tokens attends
+    to, and whether latent attention is absorbed, as it is in both.
     """
     latent = absorbed_baseline.has_latents(loaded.model)
-    attended = {"attended": knobs["pages"] * knobs["page_size"]} if knobs["pages"] else {}
-    return {"costs": {**prefill_costs, **attended, "absorbed": latent}, "baseline_costs": {"absorbed": latent}}
+    read = {"attended": attended(loaded.model, knobs, context), "absorbed": latent}
+    return {"costs": {**prefill_costs, **read}, "baseline_costs": {"absorbed": latent}}
 
 
 def origin(loaded: Loaded, checkpoints: str, seed: int) -> dict[str, Any]:
@@ -203,7 +225,7 @@ def shares(
     tokens = next(row["length"] for row in reversed(survey) if row["length"] <= lengths.timed)
     recall = float(np.mean([row["recall"] for row in survey if row["length"] == tokens]))
     kept = f"blocks kept, prompt of {lengths.timed} tokens"
-    read = f"tokens read of {lengths.longest} cached"
+    read = f"tokens read of {lengths.timed} cached"
     sampled = f"exact, sampled queries of {tokens} tokens, mean of blocks"
     return [
         measurement.informative("attention_density", "prefill", 1.0, density, kept),

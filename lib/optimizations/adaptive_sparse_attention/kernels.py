@@ -24,6 +24,7 @@ from lib.errors import UserError
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
+from lib.optimizations.adaptive_sparse_attention import page_controls
 from lib.optimizations.adaptive_sparse_attention import paged_cache as paged
 
 NAME = "adaptive_sparse"
@@ -33,7 +34,9 @@ NAME = "adaptive_sparse"
 class Sparsity:
     """The knobs of one attention module, and counts: blocks of prompts kept of the causal ones, cached tokens read.
 
-    `watch`, where set, is called while decoding with (index, exact share of mass [B, H] that the pages read hold).
+    `observed_BGK` is what the end of the last prompt attended to, where `page_choice` asks for it
+    (`page_controls.observe`). `watch`, where set, is called while decoding with (index, exact share of mass [B, H] that
+    the pages read hold).
     """
 
     index: int
@@ -44,12 +47,14 @@ class Sparsity:
     full_last: int
     pages: int
     page_size: int
+    page_choice: str
     pattern: str
     seed: int
-    kept: int = 0
+    kept: float = 0.0
     causal: int = 0
     read_tokens: int = 0
     cached_tokens: int = 0
+    observed_BGK: torch.Tensor | None = None
     watch: Callable[[int, torch.Tensor], object] | None = None
 
 
@@ -122,18 +127,21 @@ def attention(
         padding = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
         weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.cached()[0].shape[-1])
         _count_read(state, layer, query, scale, weight_HEL)
+        padding["rank"] = _rank(state)
         return paged.decode_latent(query[:, :, 0], layer, scale, pages, weight_HEL, **padding)[:, None], None
     if state is None or not causal or square or dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
     if query.shape[2] == 1 and layer is not None:
         _count_read(state, layer, query, scale)
         if state.pages and layer.full_pages > state.pages:
-            return paged.decode(query[:, :, 0], layer, scale, state.pages, _start(attention_mask))[:, None], None
+            chosen = {"start_B": _start(attention_mask), "rank": _rank(state)}
+            return paged.decode(query[:, :, 0], layer, scale, state.pages, **chosen)[:, None], None
     elif query.shape[2] > 1:
-        start_B = _start(attention_mask)
-        starts = [0] * len(query) if start_B is None else start_B.tolist()
-        if _fits(state, query.shape[2], key.shape[2], starts):
-            return _sparse(state, query, key, value, scale, starts).transpose(1, 2).contiguous(), None
+        if state.page_choice == "observed":
+            state.observed_BGK = page_controls.observe(query, key, scale)
+        spans = _spans(attention_mask, len(query), key.shape[2])
+        if _fits(state, query.shape[2], key.shape[2], spans):
+            return _sparse(state, query, key, value, scale, spans).transpose(1, 2).contiguous(), None
     full = _square(attention_mask, query.shape[2], key.shape[2], query.device)
     return sdpa_attention_forward(module, query, key, value, full, dropout, scaling, causal, **kwargs)
 
@@ -142,29 +150,68 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
 
-def _fits(state: Sparsity, tokens: int, length: int, starts: list[int]) -> bool:
+def _spans(real_BK: torch.Tensor | None, batch: int, length: int) -> list[tuple[int, int]]:
+    """Return where the real tokens of each sequence begin and end."""
+    if real_BK is None:
+        return [(0, length)] * batch
+    starts = real_BK.int().argmax(1).tolist()
+    return [(start, start + count) for start, count in zip(starts, real_BK.sum(1).tolist())]
+
+
+def _fits(state: Sparsity, tokens: int, length: int, spans: list[tuple[int, int]]) -> bool:
     """Return whether a pattern applies to these queries: they start at a block's edge, and see more than two blocks."""
-    aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start in starts)
-    return aligned and length - min(starts) > 2 * state.block_size
+    aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start, _ in spans)
+    return aligned and max(end - start for start, end in spans) > 2 * state.block_size
 
 
-def _sparse(state: Sparsity, query, key, value, scaling: float, starts: list[int]) -> torch.Tensor:
-    """Return sparse attention [B, H, T, V], sequence by sequence, without the padding before `starts`."""
+def _sparse(state: Sparsity, query, key, value, scaling: float, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """Return sparse attention [B, H, T, V], sequence by sequence, without the padding outside of `spans`.
+
+    The last `full_last` real queries, the question, attend to all: what they alone look for weighs little in the mean
+    of their block.
+    """
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     before = key.shape[2] - query.shape[2]
-    for row, start in enumerate(starts):
-        skip = max(0, start - before)
-        parts = query[row, :, skip:], key[row, :, start:], value[row, :, start:]
+    for row, (start, end) in enumerate(spans):
+        first, last = max(0, start - before), end - before
+        if last <= first:
+            continue
+        parts = query[row, :, first:last], key[row, :, start:end], value[row, :, start:end]
         kept_HNM = pattern(state, *parts[:2], scaling)
-        out[row, :, skip:] = blocks.attend(*parts, kept_HNM, scaling, state.block_size)
+        out[row, :, first:last] = blocks.attend(*parts, kept_HNM, scaling, state.block_size)
+        asked = min(state.full_last, last - first)
+        if asked and _leaves_out(kept_HNM, blocks.blocks_of(asked, state.block_size) + 1):
+            out[row, :, last - asked : last] = blocks.attend_all(parts[0][:, -asked:], *parts[1:], scaling)
+            state.kept += _more_kept(kept_HNM, last - first, asked, state.block_size)
     return out
+
+
+def _leaves_out(kept_HNM: torch.Tensor, rows: int) -> bool:
+    """Return whether the last `rows` blocks of queries leave out a block that they may see."""
+    causal_NM = blocks.causal_blocks(*kept_HNM.shape[1:], device=kept_HNM.device)
+    return not bool(torch.equal(kept_HNM[:, -rows:], causal_NM[-rows:].expand_as(kept_HNM[:, -rows:])))
+
+
+def _more_kept(kept_HNM: torch.Tensor, tokens: int, asked: int, size: int) -> float:
+    """Return how many blocks more are read because the last `asked` of `tokens` queries attend to all."""
+    causal_N = blocks.causal_blocks(*kept_HNM.shape[1:]).sum(1)
+    more = 0.0
+    for row in range(max(0, (tokens - asked) // size), kept_HNM.shape[1]):
+        begin, end = row * size, min((row + 1) * size, tokens)
+        share = (end - max(begin, tokens - asked)) / (end - begin)
+        more += share * (len(kept_HNM) * int(causal_N[row]) - int(kept_HNM[:, row].sum()))
+    return more
+
+
+def _rank(state: Sparsity) -> paged.Rank:
+    return page_controls.rank_of(state.page_choice, state.seed + state.index, state.observed_BGK)
 
 
 def pattern(state: Sparsity, query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the kept blocks [H, N, M] of one sequence, and count them."""
     size = state.block_size
     share_HNM = blocks.scores(query_HTD, key_GKD, scaling, size, state.stride)
-    kept_HNM = blocks.choose(share_HNM, state.tau, state.max_density, state.full_last)
+    kept_HNM = blocks.choose(share_HNM, state.tau, state.max_density)
     if state.pattern != "antidiagonal":
         mass = blocks.exact_mass(query_HTD, key_GKD, scaling, size) if state.pattern == "oracle" else None
         kept_HNM = blocks.same_budget(kept_HNM, state.pattern, mass, state.seed + state.index)
@@ -180,7 +227,8 @@ def _count_read(state: Sparsity, layer: paged.PagedLayer, query, scaling: float,
     state.read_tokens += cached - left_out
     state.cached_tokens += cached
     if state.watch is not None:
-        state.watch(state.index, paged.mass_read(query[:, :, 0], layer, scaling, state.pages, weight_HEL))
+        held_BH = paged.mass_read(query[:, :, 0], layer, scaling, state.pages, weight_HEL, _rank(state))
+        state.watch(state.index, held_BH)
 
 
 def _start(real_BK: torch.Tensor | None) -> torch.Tensor | None:

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.models.decoding import mla_absorption
 from lib.models.decoding.attention_inputs import sharing
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
+from lib.optimizations.adaptive_sparse_attention.page_controls import PAGE_CHOICES
 from lib.optimizations.common import options
 
 WHERE = "adaptive_sparse_attention"
@@ -29,9 +31,17 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
     "stride": {"type": "int", "range": (2, 64), "default": 16, "levels": (8, 16)},  # side of the squares scored
     "max_density": {"type": "float", "range": (0.05, 1.0), "default": 1.0, "help": "most blocks a row may keep"},
-    "full_last": {"type": "int", "range": (0, 64), "default": 1, "levels": (0, 1, 2)},  # blocks that attend to all
+    "full_last": {"type": "int", "range": (0, 4096), "default": 64, "levels": (0, 16, 64)},  # queries that read all
     "pages": {"type": "int", "range": (0, 4096), "default": 64, "levels": (0, 16, 64)},  # of a new token; 0: all
     "page_size": {"type": "int", "range": (4, 64), "default": 16, "levels": (8, 16)},
+    "dense_blocks": {
+        "type": "int",
+        "range": (0, 64),
+        "default": 2,
+        "levels": (0, 2),
+        "help": "first blocks, all pages",
+    },
+    "page_choice": {"type": "categorical", "choices": PAGE_CHOICES, "default": "bounds"},
     "pattern": {"type": "categorical", "choices": blocks.PATTERNS, "default": "antidiagonal"},
 }
 
@@ -39,6 +49,7 @@ COMPOSES = {
     "touches": ("attention", "cache"),
     "needs": ("stock attention",),
     "invalidates": ("stock attention",),
+    "mildest": {"tau": 1.0},
     "trial": {"block_size": 64},  # so that prompts of a few hundred tokens have blocks to leave out
 }
 
@@ -57,25 +68,31 @@ def apply(
     block_size: int = 128,
     stride: int = 16,
     max_density: float = 1.0,
-    full_last: int = 1,
+    full_last: int = 64,
     pages: int = 64,
     page_size: int = 16,
+    dense_blocks: int = 2,
+    page_choice: str = "bounds",
     pattern: str = "antidiagonal",
     seed: int = 0,
 ) -> nn.Module:
     """Return a model with the same weights (shared, not copied) that attends sparsely.
 
-    The pattern is computed from each input, so `calibration` is not used. Values of `pattern` other than "antidiagonal"
-    are controls with as many blocks in every row, chosen otherwise. Raises UserError for a knob out of range.
+    The pattern is computed from each input, so `calibration` is not used. `full_last` queries at the end of a prompt
+    attend to all; the first `dense_blocks` blocks of the model read all pages when they decode, as Quest has it. Values
+    of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls with as many blocks
+    in every row, or as many pages, chosen otherwise. Raises UserError for a knob out of range.
     """
-    check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern)
+    check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern, dense_blocks, page_choice)
     options.applies(WHERE, model, applies_to)
     sparse: Any = sharing(revert(model) if is_sparse(model) else model)  # Any: a model of transformers
     view = anatomy(sparse)
-    knobs = (tau, block_size, stride, max_density, full_last, pages, page_size, pattern, seed)
+    view.decoder.stock_decoding = mla_absorption.is_absorbed(sparse)
+    mla_absorption.expand(sparse)  # sparse attention decodes latents in their own space by itself
+    knobs = (tau, block_size, stride, max_density, full_last)
     for block in view.blocks:
-        module = block.attention.module
-        module.sparsity = Sparsity(block.index, *knobs)
+        module, read = block.attention.module, 0 if block.index < dense_blocks else pages
+        module.sparsity = Sparsity(block.index, *knobs, read, page_size, page_choice, pattern, seed)
         if block.attention.kind == "latent" and isinstance(module.kv_b_proj, nn.Linear):
             module.expand_kv = types.MethodType(expand_or_not, module)
     view.decoder.stock_attention = view.config._attn_implementation
@@ -94,6 +111,8 @@ def revert(model: nn.Module) -> nn.Module:
     if hook := view.decoder.__dict__.pop("sparse_hook", None):
         view.decoder._forward_pre_hooks.pop(hook.id, None)
         view.decoder._forward_pre_hooks_with_kwargs.pop(hook.id, None)
+    if view.decoder.__dict__.pop("stock_decoding", False):
+        mla_absorption.absorb(stock)
     if before := view.decoder.__dict__.pop("stock_attention", None):
         stock.set_attn_implementation(before)
     return stock
@@ -112,7 +131,9 @@ def check(
     full_last: int,
     pages: int,
     page_size: int,
-    pattern: str,
+    pattern: str = "antidiagonal",
+    dense_blocks: int = 2,
+    page_choice: str = "bounds",
 ) -> None:
     """Raise UserError, one line, for the first knob that is out of range."""
     for name, share in (("tau", tau), ("max_density", max_density)):
@@ -126,6 +147,8 @@ def check(
         )
     options.at_least(WHERE, "pages", pages, 0, "all pages")
     options.at_least(WHERE, "full_last", full_last, 0, "none")
+    options.at_least(WHERE, "dense_blocks", dense_blocks, 0, "none")
+    options.one_of(WHERE, "page_choice", page_choice, PAGE_CHOICES)
     options.one_of(WHERE, "pattern", pattern, blocks.PATTERNS)
 
 
@@ -144,7 +167,7 @@ def density(model: nn.Module) -> dict[str, float | None]:
     }
 
 
-def left_out(model: nn.Module) -> int:
+def left_out(model: nn.Module) -> float:
     """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens, together. Where
     it does not grow, the model attended to everything and its answers are those of full attention.
     """
@@ -154,4 +177,4 @@ def left_out(model: nn.Module) -> int:
 def reset_counts(model: nn.Module) -> None:
     """Set the counts of a sparse model to zero."""
     for state in sparsities(model):
-        state.kept = state.causal = state.read_tokens = state.cached_tokens = 0
+        state.kept, state.causal, state.read_tokens, state.cached_tokens = 0.0, 0, 0, 0

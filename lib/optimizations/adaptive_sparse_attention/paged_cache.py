@@ -13,6 +13,7 @@ Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C toke
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from lib.models.decoding import latent_products
 
 ROOM_TOKENS = 256  # least room left behind the tokens when a buffer grows
+Rank = Callable[[torch.Tensor, "PagedLayer"], torch.Tensor]  # queries and cache → scores of the full pages
 
 
 class PagedLayer(DynamicLayer):
@@ -132,12 +134,20 @@ def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Te
     )
 
 
-def best_pages(query_BGRD, layer: PagedLayer, pages: int, start_B: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the `pages` best full pages, ascending, [B, G, N]; the first page with real tokens is always among them.
+def by_bounds(query_BGRD: torch.Tensor, layer: PagedLayer) -> torch.Tensor:
+    """Return the scores of every full page, [B, G, R, P], by the bounds of their keys."""
+    return page_scores(query_BGRD, layer.bounds())
+
+
+def best_pages(
+    query_BGRD, layer: PagedLayer, pages: int, start_B: torch.Tensor | None = None, rank: Rank = by_bounds
+) -> torch.Tensor:
+    """Return the `pages` best full pages by `rank`, ascending, [B, G, N]; the first page with real tokens is always
+    among them.
 
     `start_B` is the first real token of each sequence, where sequences are padded on the left.
     """
-    score_BGRP = page_scores(query_BGRD, layer.bounds()).float()
+    score_BGRP = rank(query_BGRD, layer).float()
     first_B = torch.zeros(len(score_BGRP), dtype=torch.long, device=score_BGRP.device)
     if start_B is not None:
         first_B = (start_B // layer.page_size).clamp_max(layer.full_pages - 1)
@@ -159,11 +169,18 @@ def real_tokens(page_BGN: torch.Tensor, layer: PagedLayer, start_B: torch.Tensor
     return (place_BGX >= start_B.view(-1, 1, 1))[:, :, None]
 
 
-def decode(query_BHD, layer: PagedLayer, scaling: float, pages: int, start_B: torch.Tensor | None = None):
+def decode(
+    query_BHD,
+    layer: PagedLayer,
+    scaling: float,
+    pages: int,
+    start_B: torch.Tensor | None = None,
+    rank: Rank = by_bounds,
+) -> torch.Tensor:
     """Return attention [B, H, V] of one new token to the best `pages` pages and the part-filled last one."""
     groups = layer.cached()[0].shape[1]
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
-    page_BGN = best_pages(query_BGRD, layer, pages, start_B)
+    page_BGN = best_pages(query_BGRD, layer, pages, start_B, rank)
     key_BGXD, value_BGXV = layer.gather(page_BGN)
     mask = real_tokens(page_BGN, layer, start_B)
     return scaled_dot_product_attention(query_BGRD, key_BGXD, value_BGXV, attn_mask=mask, scale=scaling).flatten(1, 2)
@@ -177,6 +194,7 @@ def decode_latent(
     weight_HEL: torch.Tensor,
     start_B: torch.Tensor | None = None,
     square: torch.Tensor | None = None,
+    rank: Rank = by_bounds,
 ) -> torch.Tensor:
     """Return attention [B, H, V] of one new token over latents: only the chosen pages are read, and none is expanded.
 
@@ -191,7 +209,7 @@ def decode_latent(
     query_BHL = latent_products.into(query_BHD[..., None, :nope], up_HDL)[:, :, 0]
     query_B1HL = torch.cat([query_BHL, query_BHD[..., nope:]], dim=-1)[:, None]
     if pages and layer.full_pages > pages:
-        page_B1N = best_pages(query_B1HL, layer, pages, start_B)
+        page_B1N = best_pages(query_B1HL, layer, pages, start_B, rank)
         latent_B1XL, rope_B1XE = layer.gather(page_B1N)
         mask = real_tokens(page_B1N, layer, start_B)
     else:
@@ -209,7 +227,9 @@ def decode_latent(
     return latent_products.out_of(mixed_BHL[:, :, None], down_HVL)[:, :, 0]
 
 
-def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None) -> torch.Tensor:
+def mass_read(
+    query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None, rank: Rank = by_bounds
+) -> torch.Tensor:
     """Return the exact share of attention mass [B, H] that the chosen pages and the part-filled last one hold.
 
     From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
@@ -225,7 +245,7 @@ def mass_read(query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_H
     share_BGRC = ((query_BGRD @ key_BGCD.transpose(-1, -2)).float() * scaling).softmax(-1)
     if not pages or layer.full_pages <= pages:
         return torch.ones_like(query_BHD[..., 0], dtype=torch.float32)
-    page_BGN = best_pages(query_BGRD, layer, pages)
+    page_BGN = best_pages(query_BGRD, layer, pages, rank=rank)
     edge = layer.full_pages * layer.page_size
     share_BGRP = share_BGRC[..., :edge].unflatten(-1, (layer.full_pages, layer.page_size)).sum(-1)
     chosen_BGR = share_BGRP.gather(-1, page_BGN[:, :, None].expand(-1, -1, share_BGRP.shape[2], -1)).sum(-1)

@@ -32,12 +32,16 @@ from lib.optimizations.common.recipe import RecipeStep
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
 
 
-def at_random(bench: Bench, parts: Sequence[Component], seconds: float, seed: int) -> list[JudgedStack]:
-    """Return outcomes of random configurations, as many as take `seconds`, at least one."""
+def at_random(
+    bench: Bench, parts: Sequence[Component], seconds: float, seed: int, first: Sequence[JudgedStack] = ()
+) -> list[JudgedStack]:
+    """Return outcomes of configurations, as many as take `seconds`: `first`, with which the search began too, then
+    random ones, at least one.
+    """
     draw = np.random.default_rng(seed)
     every = space(parts)
-    judged: list[JudgedStack] = []
-    while not judged or sum(outcome.seconds for outcome in judged) < seconds:
+    judged = list(first)
+    while len(judged) == len(first) or sum(outcome.seconds for outcome in judged) < seconds:
         params = {name: drawn(distribution, draw) for name, distribution in every.items()}
         judged.append(bench.judge(stack_of(params, parts)))
     return judged
@@ -117,7 +121,9 @@ def seconds(outcomes: Sequence[JudgedStack]) -> float:
 
 @dataclass(frozen=True)
 class EqualSeconds:
-    """Outcomes of the search, of random arms with the search's seconds, and of the defaults among its first trials."""
+    """Outcomes of the search, of random arms with its first trials and its seconds, and of the defaults among these
+    trials.
+    """
 
     arms: dict[str, list[JudgedStack]]
 
@@ -177,16 +183,17 @@ class EqualSeconds:
             source = f"time and KL on search text, reference {REFERENCE}, baseline: {arm}"
             values = (volumes[arm], volumes["search"], source)
             volume = measurement.informative("front_hypervolume", "search", *values)
-            rows.append(ThirdArm(arm, "equal seconds" if "random" in arm else "no search", [volume]))
+            rows.append(ThirdArm(arm, "same start, equal seconds" if "random" in arm else "no search", [volume]))
         return rows
 
     def reading(self) -> str:
         """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
         own, timed = self.volumes["search"], len(self.points())
-        others = ", ".join(f"{volume:.3f}" for volume in self.random_volumes)
+        others = ", ".join(f"{volume:.4f}" for volume in self.random_volumes)
         return (
-            f"{timed} configurations were timed, and those of the search dominate {own:.3f} of time × divergence. "
-            f"Random ones in the same seconds dominate {others}, the defaults {self.volumes['defaults']:.3f}."
+            f"{timed} configurations were timed, and those of the search dominate {own:.4f} of time × divergence. "
+            f"Random ones from the same start in the same seconds dominate {others}, the defaults "
+            f"{self.volumes['defaults']:.4f}."
         )
 
     def random_refuted(self) -> tuple[bool | None, str]:
@@ -194,7 +201,7 @@ class EqualSeconds:
         where the search lies among several.
         """
         own, others = self.volumes["search"], self.random_volumes
-        evidence = f"hypervolume {own:.3f}, random {', '.join(f'{volume:.3f}' for volume in others)}"
+        evidence = f"hypervolume {own:.4f}, random {', '.join(f'{volume:.4f}' for volume in others)}"
         if len(others) < 2:
             return None, f"{evidence}; one draw has no spread"
         return (False if own > max(others) else True if own < min(others) else None), evidence
@@ -202,7 +209,7 @@ class EqualSeconds:
     def defaults_refuted(self) -> tuple[bool, str]:
         """Return whether the defaults dominate as much as the search, which judged them first, and both areas."""
         own, defaults = self.volumes["search"], self.volumes["defaults"]
-        return own <= defaults, f"hypervolume {own:.3f}, defaults {defaults:.3f}"
+        return own <= defaults, f"hypervolume {own:.4f}, defaults {defaults:.4f}"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ declare come as names.
 """
 
 import contextlib
+import copy
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,15 +21,17 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
-from lib.optimizations.automl_components import controls, method, successive_filtering
+from lib.optimizations.automl_components import controls, finalists, method, successive_filtering
 from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSeconds, SmallGrid, seconds
-from lib.optimizations.automl_components.method import Component, Finalist
+from lib.optimizations.automl_components.finalists import Finalist
+from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common import study
+from lib.optimizations.common import search_quality, study
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.study import Study
 
@@ -46,8 +49,15 @@ PRIMARIES = {
 }
 FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
 GRID_SEEDS = 3
-KEPT_SCORES = ("f1_macro", "retrieval_exact_match")  # that a finalist may lose at most a margin of
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
+
+
+class TimedRequest(NamedTuple):
+    """The request whose time the search sees: `batch` prompts of `prompt_tokens`, each answered by `new_tokens`."""
+
+    prompt_tokens: int = 256
+    new_tokens: int = 8
+    batch: int = 1
 
 
 @dataclass
@@ -56,6 +66,7 @@ class SearchBench:
 
     loaded: Loaded
     effort: Effort
+    level: str
     factor: int
     seed: int
     parts: list[Component]
@@ -72,19 +83,25 @@ def prepare(
     effort: Effort,
     level: str,
     declared: Mapping[str, Collection[str]],
+    request: TimedRequest,
     memory_budget: float,
     seed: int,
 ) -> SearchBench:
-    """Return the bench of a search at effort `level`. `declared`: stem → parameters that its template declares."""
+    """Return the bench of a search at effort `level`. `declared`: stem → parameters that its template declares.
+
+    Raises NotApplicable where memory has no room for the models that are held at once.
+    """
+    placement.require_room(loaded.model, Bench.largest_store + 2, "a search over configurations")
     factor = FACTORS[level]
     parts = method.components(declared, most_steps=16 if level == "thorough" else 4)
     method.space(parts)
     few = tasks.calibration(loaded, 2 * factor, 256, seed)
     texts = [tasks.text_windows(loaded, "search", windows, 64, seed) for windows in (16, min(128, 64 * factor))]
     rungs = [evaluate.read(loaded.model, ids_NT) for ids_NT in texts]
-    prompt_BT = tasks.text_windows(loaded, "search", 1, 256, seed)
-    bench = Bench(loaded.model, few, rungs, prompt_BT, method.modules(parts), memory_budget=memory_budget)
-    return SearchBench(loaded, effort, factor, seed, parts, bench)
+    prompt_BT = tasks.text_windows(loaded, "search", 1, request.prompt_tokens, seed).repeat(request.batch, 1)
+    limits: dict[str, Any] = {"memory_budget": memory_budget, "new_tokens": request.new_tokens}
+    bench = Bench(loaded.model, few, rungs, prompt_BT, method.modules(parts), **limits)
+    return SearchBench(loaded, effort, level, factor, seed, parts, bench)
 
 
 @dataclass
@@ -116,8 +133,11 @@ class SearchStudy:
             yield stored
 
 
-def begin(setup: SearchBench, folder: Path | str, name: str, settings: Sequence[object]) -> SearchStudy:
-    """Open the study `name` in `folder` for the first time and return it.
+def begin(
+    setup: SearchBench, folder: Path | str, stacks: Path | str, name: str, settings: Sequence[object]
+) -> SearchStudy:
+    """Open the study `name` in `folder` for the first time and return it; it begins with the recipes of other models in
+    `stacks`.
 
     It belongs to these weights, this code, this space and these settings.
     """
@@ -130,8 +150,8 @@ def begin(setup: SearchBench, folder: Path | str, name: str, settings: Sequence[
     }
     file = SearchStudy(Path(folder) / f"{name}.db", space, [], 0, [])
     with file.opened() as stored:
-        stacks = method.elsewhere(Path(folder), name, setup.parts)
-        served = [[step.model_dump() for step in stack] for stack in stacks]
+        others = method.elsewhere(Path(stacks), setup.loaded.name, setup.parts)
+        served = [[step.model_dump() for step in stack] for stack in others]
         file.served = stored.fact("served others", lambda: served)
         file.notes, file.trials = stored.notes, len(stored.trials)
     return file
@@ -178,48 +198,64 @@ def rows(outcomes: Sequence[JudgedStack]) -> pd.DataFrame:
 
 
 def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: int) -> list[Finalist]:
-    """Return the `count` best on more text and on tasks of the split "search"; the empty stack first if allowed."""
-    loaded, factor, seed = setup.loaded, setup.factor, setup.seed
-    size = replace(
-        setup.effort, items=min(200, 48 * factor), windows=4, window_tokens=128, retrieval_prompts=8 * factor
+    """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed."""
+    quality = search_quality.prepare(setup.loaded, setup.effort, setup.seed)
+    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed)
+
+
+def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[Finalist], margin: float) -> JudgedStack:
+    """Return the outcome that the fixed rule takes; see `finalists.choose`."""
+    shares = [judged.memory_share for judged in outcomes if judged.memory_share is not None]
+    budget: dict[str, Any] = {"memory_budget": setup.bench.memory_budget, "smallest": min(shares, default=None)}
+    return finalists.choose(best, margin, **budget).outcome
+
+
+def stored(
+    setup: SearchBench, file: SearchStudy, stack: Sequence[RecipeStep], optimized: nn.Module, judged: Judgement
+) -> Recipe:
+    """Return the recipe of a stack that was judged, with hashes of the weights before and behind it and its verdict."""
+    words = {m.verdict for m in judged.measurements if m.dimension == "accuracy"}
+    order = ("invalid", "not_maintained", "worse", "inconclusive", "maintained", "better")
+    accuracy = "invalid" if judged.degenerate else next((word for word in order if word in words), "")
+    return Recipe(
+        model=setup.loaded.name,
+        scale=setup.loaded.scale,
+        effort=setup.level,
+        study=file.name,
+        chosen_by=method.STEM,
+        stack=list(stack),
+        weights=io.weights_hash(setup.loaded.model),
+        optimized=io.weights_hash(optimized),
+        accuracy={"worse": "not_maintained", "better": "maintained"}.get(accuracy, accuracy),
     )
-    baseline = evaluate.evaluate(loaded, size, split="search", seed=seed)
-    finalists = []
-    if setup.bench.memory_budget >= 1:
-        finalists.append(Finalist(method.nothing(setup.bench), 0.0, 0.0, 0.0))
-    for judged, divergence in method.promote(setup.bench, outcomes, count):
-        arm = evaluate.evaluate(loaded, size, model=setup.bench.apply(judged.stack), split="search", seed=seed)
-        scores = evaluate.compare(baseline, arm, resamples=200, seed=seed)
-        lost = [
-            m.baseline - m.optimized
-            for m in scores
-            if m.metric in KEPT_SCORES and m.baseline is not None and m.optimized is not None
-        ]
-        worse = [m.ratio - 1 for m in scores if m.metric == "perplexity" and m.ratio is not None]
-        finalists.append(Finalist(judged, divergence, max(lost, default=0.0), max(worse, default=0.0)))
-    return finalists
 
 
-def applied(setup: SearchBench, recipe: Recipe) -> tuple[nn.Module, float]:
-    """Return the model with the recipe applied, with all of the effort's calibration text, and the seconds it took."""
+def applied(setup: SearchBench, stack: Sequence[RecipeStep]) -> tuple[nn.Module, float]:
+    """Return the model with a stack applied, with all of the effort's calibration text, and the seconds it took; a copy
+    where the stack is empty.
+    """
     sequences, length = setup.effort.calibration_sequences, setup.effort.calibration_tokens
     calibration = tasks.calibration(setup.loaded, sequences, length, setup.seed)
     start = time.perf_counter()
-    optimized = replace(setup.bench, calibration=calibration, applied={}).apply(recipe.stack)
-    return optimized, time.perf_counter() - start
+    optimized = replace(setup.bench, calibration=calibration, applied={}).apply(stack)
+    seconds = time.perf_counter() - start
+    return (copy.deepcopy(optimized) if optimized is setup.bench.model else optimized), seconds
 
 
-def commands(recipe: Recipe) -> list[str]:
-    """Return the recipe as commands, a line per step."""
-    lines = [" ".join(["python build.py run", *step.request(), "--model", recipe.model]) for step in recipe.stack]
-    return lines or ["nothing: no configuration keeps the scores and is faster"]
+def commands(model: str, stack: Sequence[RecipeStep]) -> list[str]:
+    """Return a stack as commands, a line per step."""
+    lines = [" ".join(["python build.py run", *step.request(), "--model", model]) for step in stack]
+    return lines or ["nothing: no configuration keeps the scores and is surely faster"]
 
 
-def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack]) -> EqualSeconds:
-    """Give random configurations the search's seconds: once at effort quick, with three seeds elsewhere."""
+def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack], begun: int = 0) -> EqualSeconds:
+    """Give random configurations the search's first trials and its seconds: once at effort quick, with three seeds
+    elsewhere. `begun`: how many stacks of other models the search began with.
+    """
     arms, allowed = {"search": outcomes}, seconds(outcomes)
+    first = outcomes[: begun + len(setup.parts)]
     for seed in range(setup.seed, setup.seed + (1 if setup.factor == 1 else 3)):
-        arms[f"random {seed + 1}"] = controls.at_random(setup.bench, setup.parts, allowed, seed)
+        arms[f"random {seed + 1}"] = controls.at_random(setup.bench, setup.parts, allowed, seed, first)
     alone = {part.stem: part.defaults for part in setup.parts}
     arms["defaults"] = [
         judged
@@ -270,17 +306,19 @@ def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[ClaimAnswer]:
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
 
 
-def arms(compared: Compared, equal: EqualSeconds, beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
-    """Return the controls of a record: A/A, absorbed decoding where it was measured, chance and the defaults."""
-    arms = [ThirdArm("A/A", "a copy of the baseline", compared.control())]
-    if beyond_absorbed:
-        exact = "exact, and asks for no search: what the stack gains beyond it"
-        arms.append(ThirdArm("absorbed decoding", exact, beyond_absorbed))
-    return arms + equal.controls()
+def arms(compared: Compared, equal: EqualSeconds) -> list[ThirdArm]:
+    """Return the controls of a record: A/A, chance and the defaults."""
+    return [ThirdArm("A/A", "a copy of the baseline", compared.control()), *equal.controls()]
 
 
 def details(
-    file: SearchStudy, recipe: Recipe, equal: EqualSeconds, grid: SmallGrid, reached: pd.DataFrame, automation: float
+    file: SearchStudy,
+    recipe: Recipe,
+    best: pd.DataFrame,
+    equal: EqualSeconds,
+    grid: SmallGrid,
+    reached: pd.DataFrame,
+    automation: float,
 ) -> dict[str, tuple[object, str, str, dict[str, str]]]:
     """Return what a record keeps beside measurements: name → (value, provenance, source, names of axes)."""
     took = f"{seconds(equal.arms['search']):.1f} s each"
@@ -290,6 +328,7 @@ def details(
     timed, curves = equal.points().to_dict("records"), {"search": grid.curves, "chance": grid.chance}
     return {
         "stack": (steps, "derived", "chosen by the rule", {}),
+        "finalists": (best.to_dict("records"), "measured", "timed again in common rounds; split search", {}),
         "study": (begun, "derived", "its file; trials it began with", {}),
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers", {}),
         "hypervolumes": (equal.volumes, "measured", took, {}),

@@ -6,7 +6,7 @@ small as can be, under a budget of memory; in rungs: bytes, then divergence on l
 text; the best of those on tasks. What fails a rung costs no more. Proposals come from Optuna's tree of Parzen
 estimators after the defaults of each component and what served other models; all of it lies in a study that survives.
 
-The rule that takes one point is fixed beforehand: `choose`. Knows nothing of what an optimization does.
+The rule that takes one point is fixed beforehand: `finalists`. Knows nothing of what an optimization does.
 """
 
 import json
@@ -22,19 +22,18 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
-from lib.errors import NotApplicable, UserError
+from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, utility
-from lib.optimizations.common import discovery
+from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.study import Study
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STEM = "automl_components"
-STARTUP = 8  # configurations, the first ones included, that are drawn at random before the sampler follows what it saw
+STARTUP = 4  # configurations, the first ones included, before the sampler follows what it saw
 PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
 PROPOSALS = 8  # looked at before something is judged a second time
-LEAST_GAIN = 0.02  # of the time of a request: what a few pairs of times can tell from nothing
 STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
 
 
@@ -209,85 +208,36 @@ def outcomes(study: Study) -> list[JudgedStack]:
     return [JudgedStack(**facts | {"stack": [RecipeStep(**step) for step in facts["stack"]]}) for facts in stored]
 
 
-def elsewhere(folder: Path, name: str, parts: Sequence[Component], most: int = 2) -> list[list[RecipeStep]]:
-    """Return stacks that served other models: of every other study of this search in `folder`, the nearest to the best.
+def elsewhere(stacks: Path, model: str, parts: Sequence[Component], most: int = 2) -> list[list[RecipeStep]]:
+    """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose.
 
-    `name` is this study's: "<search>--<model>--<effort>". Studies that cannot be read, and stacks of components that
-    are not among `parts`, are passed over.
+    Recipes that cannot be read or are empty, and stacks of components that are not among `parts`, are passed over.
     """
-    search, model, effort = name.split("--")
     known = {part.stem: set(part.knobs) for part in parts}
-    stacks: list[list[RecipeStep]] = []
-    for path in sorted(Path(folder).glob(f"{search}--*--{effort}.db")):
-        if path.stem == name or f"--{model}--" in path.name:
+    served: list[list[RecipeStep]] = []
+    for path in sorted(Path(stacks).glob("*.yaml")):
+        if path.stem == model:
             continue
         try:
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-            loaded = optuna.load_study(study_name=path.stem, storage=storage)
-            there = outcomes(Study(loaded, None, path))
-            storage.remove_session()
-        except Exception:  # whatever is wrong with another model's file, it is no reason not to search here
+            found = recipe.read(path)
+        except UserError:  # whatever is wrong with another model's file, it is no reason not to search here
             continue
-        fit = [judged for judged in there if judged.reason is None and judged.stack]
-        fit = [j for j in fit if all(set(s.knobs) <= known.get(s.optimization, set()) for s in j.stack)]
-        if fit:
-            stacks.append(max(fit, key=utility).stack)
-    return stacks[:most]
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """An outcome judged on more text, and on tasks: `lost` is the largest drop of any score, as a share of one,
-    `perplexity` how much that of held-out text grew, as a share of the baseline's.
-    """
-
-    outcome: JudgedStack
-    divergence: float
-    lost: float
-    perplexity: float
+        fit = all(set(step.knobs) <= known.get(step.optimization, set()) for step in found.stack)
+        if found.stack and fit and found.accuracy not in recipe.LOSING:
+            served.append(found.stack)
+    return served[:most]
 
 
 def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tuple[JudgedStack, float]]:
     """Return the `keep` best outcomes with their divergence on the next rung's text: first the fastest of those that
     little text already shows within the margin of perplexity, then those that dominate most.
     """
-    fit = [judged for judged in outcomes if judged.reason is None]
+    fit = [judged for judged in outcomes if judged.reason is None and judged.stack]
     within = [judged for judged in fit if judged.point[1] <= math.log(1 + PERPLEXITY_MARGIN)]
     rest = sorted((judged for judged in fit if judged not in within), key=utility, reverse=True)
     ranked = sorted(within, key=lambda judged: judged.point[0]) + rest
     last = len(bench.texts) - 1
     return [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in ranked[:keep]]
-
-
-def choose(
-    finalists: Sequence[Finalist],
-    margin: float,
-    perplexity_margin: float = PERPLEXITY_MARGIN,
-    memory_budget: float = 1.0,
-) -> Finalist:
-    """Return the fastest finalist whose scores lose at most `margin` and whose perplexity grows at most by its margin,
-    by divergence among equals; the rule is fixed. A stack has to save LEAST_GAIN of the time: less is noise.
-
-    The empty stack must be among them: it is what is chosen where nothing else qualifies. Raises UserError where
-    nothing qualifies at all, with the nearest; NotApplicable, with the memory budget, where nothing was within it.
-    """
-    fit = [f for f in finalists if f.lost <= margin and f.perplexity <= perplexity_margin]
-    if not fit:
-        nearest = min(finalists, key=lambda finalist: (finalist.lost, finalist.perplexity), default=None)
-        closest = (
-            f"the nearest loses {nearest.lost:.3g}, its perplexity grows {nearest.perplexity:.1%}" if nearest else ""
-        )
-        if nearest is None and memory_budget < 1:
-            raise NotApplicable(
-                f"automl_components: nothing that was tried is within memory_budget={memory_budget:g} of the "
-                "baseline's weights; raise the budget or the number of trials"
-            )
-        raise UserError(
-            f"automl_components: no stack loses at most {margin:.3g} of any score and {perplexity_margin:.1%} of "
-            f"perplexity; {closest}"
-        )
-    worth = [f for f in fit if not f.outcome.stack or f.outcome.point[0] <= 1 - LEAST_GAIN]
-    return min(worth or fit, key=lambda finalist: (finalist.outcome.point[0], finalist.divergence))
 
 
 def nothing(bench: Bench) -> JudgedStack:

@@ -24,8 +24,8 @@ from lib.measure.timing import interleaved, workloads
 from lib.optimizations.common import pareto
 from lib.optimizations.common.recipe import RecipeStep
 
-REFERENCE = (1.0, 1.0)  # of hypervolumes: the baseline's time, and one nat per token
-MAX_DIVERGENCE = 2.0  # nats per token on little text; beyond it nothing is timed
+REFERENCE = (1.0, 0.1)  # of hypervolumes: the baseline's time, and a tenth of a nat per token: 10 % of perplexity
+MAX_DIVERGENCE = 0.5  # nats per token on little text; beyond it nothing is timed
 INFEASIBLE_POINT = (2.0, 10.0)  # objectives of a stack that was cut
 
 
@@ -50,8 +50,8 @@ class JudgedStack:
 
 @dataclass
 class Bench:
-    """What stacks are judged with: a baseline, text to calibrate on, text to judge on, a prompt to be timed, and the
-    modules that the steps of a stack name: each with `applies_to` and `apply`.
+    """What stacks are judged with: a baseline, text to calibrate on, text to judge on, prompts [B, T] of the request
+    that is timed, and the modules that the steps of a stack name: each with `applies_to` and `apply`.
 
     `texts` are the rungs of text: few windows, then more. `applied` keeps the models of recent prefixes of stacks,
     for many stacks share them.

@@ -1,21 +1,17 @@
-"""The second baseline of latent attention: the same weights, decoded absorbed, which is exact and changes no answer.
+"""The baseline of latent attention: the same weights, decoded absorbed, which is exact and changes no answer.
 
-Stock latent attention expands its whole cache for every new token, so against it any other decoding looks fast. What is
-gained beyond the absorbed baseline is the optimization's own. Knows nothing of the optimization that is compared.
+Stock latent attention expands its whole cache for every new token, so against it any other decoding looks fast; engines
+decode absorbed. What is gained beyond the absorbed baseline is the optimization's own. Knows nothing of the
+optimization that is compared.
 """
 
-from typing import Any
+from dataclasses import replace
 
-import torch
 from torch import nn
 
-from lib.measure.compare import speed
-from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import Effort
 from lib.models.decoding import attention_inputs, mla_absorption
+from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
-
-DECODED = ("decode_tokens_per_second", "time_per_output_token_ms")
 
 
 def has_latents(model: nn.Module) -> bool:
@@ -23,29 +19,17 @@ def has_latents(model: nn.Module) -> bool:
     return any(block.attention.kind == "latent" for block in anatomy(model).blocks)
 
 
+def of(loaded: Loaded) -> Loaded:
+    """Return `loaded` with the absorbed baseline as its model; what is made of it decodes absorbed as well."""
+    return replace(loaded, model=absorbed_baseline(loaded.model)) if has_latents(loaded.model) else loaded
+
+
+def formula(model: nn.Module) -> dict[str, dict[str, bool]]:
+    """Return the options of `speed.compare` for two arms that both decode absorbed where there are latents."""
+    absorbed = {"absorbed": has_latents(model)}
+    return {"costs": absorbed, "baseline_costs": absorbed}
+
+
 def absorbed_baseline(model: nn.Module) -> nn.Module:
     """Return a copy of `model` that shares its weights and decodes absorbed; `model` itself where it has no latents."""
     return mla_absorption.absorb(attention_inputs.sharing(model)) if has_latents(model) else model
-
-
-def against_absorbed(
-    baseline: nn.Module, optimized: nn.Module, prompt_BT: torch.Tensor, effort: Effort, **options: Any
-) -> list[Measurement]:
-    """Return decoding of `optimized` against the absorbed baseline; empty where `baseline` has no latents.
-
-    `options` go to `speed.compare`. Only rates and latencies are returned: the other metrics rest on operation counts
-    that may differ between the arms.
-    """
-    if not has_latents(baseline):
-        return []
-    compared = speed.compare(
-        absorbed_baseline(baseline),
-        optimized,
-        prompt_BT,
-        effort,
-        names=("decode",),
-        baseline_costs={"absorbed": True},
-        with_energy=False,
-        **options,
-    )
-    return [measurement for measurement in compared.measurements if measurement.metric in DECODED]

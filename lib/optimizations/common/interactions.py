@@ -4,22 +4,20 @@ An arm is a model under a name; a pair's name is made by `named`. Effects are in
 faster) and in nats of loss per token (above 0 is worse). Knows nothing of what the parts are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import paired_stats
 from lib.measure.quality import evaluate
 from lib.measure.timing import disturbance, interleaved, workloads
-from lib.measure.timing.control import separate_copy
 from lib.measure.timing.interleaved import Rounds, rounds
 from lib.optimizations.common import shapley
 from lib.optimizations.common.shapley import Estimate
 
-BASELINE, AGAIN = "baseline", "baseline again"
+BASELINE = "baseline"
 DECODE_PROMPT, DECODE_TOKENS = 64, 4
 Arm = TypeVar("Arm", str, tuple[str, str])
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
@@ -31,17 +29,12 @@ def named(*stems: str) -> str:
     return " → ".join(stems) if stems else BASELINE
 
 
-def time_arms(
-    models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0, control: bool = True
-) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode of all arms; a copy of the arm BASELINE too, as A/A control, unless
-    nothing is judged by it.
-    """
-    arms = {**models, AGAIN: separate_copy(models[BASELINE])[0]} if control else dict(models)
+def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0) -> dict[str, Rounds]:
+    """Time prefill of the prompt and a short decode of all arms, of which one is BASELINE."""
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
-        "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in arms.items()},
-        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in arms.items()},
+        "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
+        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in models.items()},
     }
     timed = {}
     for name, calls in works.items():
@@ -67,14 +60,20 @@ def effects(
     return estimates
 
 
-def floor(timed: Rounds) -> float:
-    """Return the noise floor of the rounds: what the baseline differs from itself."""
-    return paired_stats.noise_floor(timed.contrast({AGAIN: 1, BASELINE: -1}))
-
-
-def singles(timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
-    """Return a row per part: its effects alone against the baseline."""
-    return [{"part": stem, **_flat(effects(timed, lost, {stem: 1, BASELINE: -1}))} for stem in stems]
+def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
+    """Return a row per part: its effects alone against the baseline, over all the rounds in which it had a turn."""
+    timed, rows = list(timed), []
+    for stem in stems:
+        estimates: dict[str, Estimate] = {}
+        for name in dict.fromkeys(work for one in timed for work in one):
+            of_work = [one[name] for one in timed if name in one]
+            contrasts = [-r.contrast({stem: 1, BASELINE: -1}) for r in of_work if stem in r.seconds]
+            if contrasts:
+                estimates[name] = shapley.over_rounds(np.concatenate(contrasts))
+        if stem in lost:
+            estimates["loss"] = shapley.over_items(lost[stem] - lost[BASELINE])
+        rows.append({"part": stem, **_flat(estimates)})
+    return rows
 
 
 def interactions(
@@ -91,6 +90,11 @@ def interactions(
             row |= _flat(effects(timed, lost, weights))
         rows.append(row)
     return rows
+
+
+def unmeasured(states: States) -> list[dict]:
+    """Return a row per ordered pair: state and reason alone."""
+    return [{"first": a, "second": b, "state": state, "reason": why or ""} for (a, b), (state, why) in states.items()]
 
 
 def order_effects(

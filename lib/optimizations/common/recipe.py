@@ -6,6 +6,8 @@ A recipe is a YAML file, `executed/<scale>/stacks/<model>.yaml`, that a search w
     scale: proxy
     effort: standard
     chosen_by: automl_components
+    weights: 3f2a…  # hash of the weights that it was chosen for
+    accuracy: maintained  # the verdict on items that chose nothing
     study: automl_components--qwen3-4b-instruct-2507--standard
     stack:
       - optimization: structured_pruning
@@ -26,6 +28,7 @@ from lib.models.parameters import ROOT, SCALES
 
 EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # what they are called now
 Knob = bool | int | float | str
+LOSING = ("not_maintained", "invalid")  # verdicts of accuracy with which no stack is passed on
 EFFORTS = ("", "quick", "standard", "thorough")  # from the least trusted on; empty: not stated
 
 
@@ -50,7 +53,10 @@ class RecipeStep(BaseModel):
 
 
 class Recipe(BaseModel):
-    """What the file holds. `chosen_by` names the search, `study` its trials, `effort` how much was measured."""
+    """What the file holds. `chosen_by` names the search, `study` its trials, `effort` how much was measured; `weights`
+    is the hash of the weights that it was chosen for, `optimized` that of the weights behind it, and `accuracy` the
+    word of the verdict that it got afterwards.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = Field(min_length=1)
@@ -59,6 +65,9 @@ class Recipe(BaseModel):
     chosen_by: str = Field(min_length=1)
     study: str = ""
     effort: str = ""
+    weights: str = ""
+    optimized: str = ""
+    accuracy: str = ""
 
     def settings(self) -> list[tuple[str, str, Knob]]:
         """Return (stem, knob, value) of every knob of the stack, in order."""
@@ -119,10 +128,23 @@ def find(model: str, scale: str, folder: Path | str | None = None) -> Recipe | N
     return checked
 
 
+def unfit(stored: Recipe, weights: str) -> str | None:
+    """Return why a stored recipe must not be taken for weights of this hash, or None: it is of other weights, or was
+    judged to lose more than the margins.
+    """
+    if stored.weights != weights:
+        known = f"for weights {stored.weights[:8]}" if stored.weights else "for weights that it does not name"
+        return f"its stack was chosen {known}, not for {weights[:8] or 'these'}; run {stored.chosen_by} again"
+    if stored.accuracy in LOSING:
+        return f"its stack was judged {stored.accuracy.replace('_', ' ')}"
+    return None
+
+
 def write(chosen: Recipe, folder: Path | str | None = None, *, replace_better: bool = False) -> Path:
     """Write a recipe where `path_of` says, atomically; return the path.
 
-    A recipe chosen with more effort stays, unless `replace_better`: then the path is returned and nothing is written.
+    A recipe of the same weights chosen with more effort stays, unless `replace_better`: then the path is returned and
+    nothing is written.
     A damaged file is kept aside under another name.
     """
     path = path_of(chosen.model, chosen.scale, folder)
@@ -131,6 +153,7 @@ def write(chosen: Recipe, folder: Path | str | None = None, *, replace_better: b
     except UserError:
         stored = None
         path.rename(aside(path))
-    if stored and EFFORTS.index(stored.effort) > EFFORTS.index(chosen.effort) and not replace_better:
+    better = stored and EFFORTS.index(stored.effort) > EFFORTS.index(chosen.effort)
+    if stored and better and stored.weights == chosen.weights and not replace_better:
         return path
     return write_atomically(path, yaml.safe_dump(chosen.model_dump(), sort_keys=False, allow_unicode=True))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
 
 from lib.measure.metrics import paired_stats
 
@@ -39,6 +40,16 @@ def over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
     """Return the median of timed contrasts with its order-statistic interval."""
     effect = paired_stats.effect(np.asarray(values_S, dtype=float).tolist())
     return Estimate(effect.median, effect.low, effect.high, effect.n)
+
+
+def mean_over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
+    """Return the mean of timed contrasts with Student's interval: means of parts add up to that of the whole."""
+    samples_S = np.asarray(values_S, dtype=float)
+    mean, n = float(samples_S.mean()), len(samples_S)
+    if n < 2:
+        return Estimate(mean, -math.inf, math.inf, n)
+    half = float(student.ppf(0.975, n - 1) * samples_S.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def over_items(values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:

@@ -122,6 +122,9 @@ def follow(
 ) -> Drifts:
     """Drift from `workload` to the two other profiles, one after the other.
 
+    Budgets are of what the new profile leaves to choose: where a share cannot be met (a short request spends more
+    outside of all parts, and so does a busy machine), the nearest with room is taken, and said
+    (`RequestCosts.relative`).
     `costs_of` returns the costs of a profile by name, stored in the search's study. The live model is left at the last
     winner.
     """
@@ -133,7 +136,8 @@ def follow(
         start = time.perf_counter()
         costs = costs_of(name, search.study)
         measured = time.perf_counter() - start
-        time_share, memory_share = limits[costs.profile.limit]
+        asked = limits[costs.profile.limit]
+        time_share, memory_share = (costs.relative(t, s) for t, s in zip((costs.time, costs.memory), asked))
         start = time.perf_counter()
         method.candidates(scores, costs, time_share, memory_share, count=1)
         solved = time.perf_counter() - start
@@ -148,6 +152,8 @@ def follow(
             "solved again, s": solved,
             "swapped in, ms": swapped,
         }
+        used = time_share if costs.profile.limit == "time" else memory_share
+        row |= {"budget asked": asked[costs.profile.limit != "time"], "budget within reach": used}
         row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": len(followed.cold)}
         rows.append(row | {"share of the scarce": costs.share(followed.best.choice), "KL": followed.best.divergence})
     return Drifts(adaptations, rows)

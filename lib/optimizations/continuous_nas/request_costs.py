@@ -18,6 +18,8 @@ from lib.optimizations.continuous_nas.mip import Budget, CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate
 from lib.optimizations.continuous_nas.subblock_costs import BlockTimes
 
+ROOM = 0.25  # of the way from the cheapest choice to the whole model, that a budget leaves at least after a drift
+
 
 @dataclass(frozen=True)
 class RequestProfile:
@@ -66,6 +68,18 @@ class RequestCosts:
         """Return the cost of a choice as a share of the whole model's, by default of what is scarce."""
         table = table or self.scarce
         return table.of(choice) / table.of(self.whole)
+
+    def reach(self, table: CostTable) -> float:
+        """Return the least share of the whole model's cost that any choice has."""
+        cheapest = {slot: min(options, key=lambda name: options[name]) for slot, options in table.values.items()}
+        return self.share(cheapest, table)
+
+    def relative(self, table: CostTable, share: float) -> float:
+        """Return a budget that some choices meet: `share`, or where that is out of reach (or nearly), what leaves ROOM
+        of the way from the cheapest choice to the whole model.
+        """
+        reach = self.reach(table)
+        return max(share, reach + ROOM * (1 - reach))
 
     def budgets(self, time_share: float = 1.0, memory_share: float = 1.0) -> list[Budget]:
         """Return budgets from shares of the whole model's costs."""

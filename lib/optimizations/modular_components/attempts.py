@@ -14,10 +14,10 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.quality import sanity
-from lib.models.calibration.activations import observe
+from lib.models.calibration.activations import Observation, observe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import traits
-from lib.optimizations.modular_components.method import compose, module_of, refusal
+from lib.optimizations.modular_components.method import compose, described, module_of, refusal
 
 STATES = ("works", "refused", "invalid", "crashed")
 
@@ -67,22 +67,18 @@ def attempt(
     return Attempt(steps, state, broken, composed, time.perf_counter() - start)
 
 
-def ordered_pairs(
+def both(
     model: nn.Module,
     calibration: Sequence[dict[str, torch.Tensor]],
-    singles: dict[str, Attempt],
+    first: Attempt,
+    second: Attempt,
     sample_BT: torch.Tensor,
     **options: Any,
-) -> dict[tuple[str, str], Attempt]:
-    """Return the outcome of every ordered pair of different parts; `singles` are those of the parts alone."""
-    outcomes = {}
-    for first, begun in singles.items():
-        for second in singles:
-            if first != second:
-                steps = [*begun.steps, *singles[second].steps]
-                start = begun if begun.model is not None else None
-                outcomes[first, second] = attempt(model, calibration, steps, sample_BT, begun=start, **options)
-    return outcomes
+) -> Attempt:
+    """Return the outcome of the steps of `first`, then those of `second`; the model of `first` is gone on from."""
+    steps = [*first.steps, *second.steps]
+    start = first if first.model is not None else None
+    return attempt(model, calibration, steps, sample_BT, begun=start, **options)
 
 
 def stale(
@@ -90,20 +86,22 @@ def stale(
     calibration: Sequence[dict[str, torch.Tensor]],
     pairs: dict[tuple[str, str], Attempt],
     *,
+    before: Observation | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, str], nn.Module]:
     """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
 
-    Left out are pairs that can do nothing with old statistics: their shapes no longer fit.
+    Left out are pairs that can do nothing with old statistics: their shapes no longer fit. `before`: the statistics of
+    `model`, where they are known already.
     """
     models = {}
     for (first, second), outcome in pairs.items():
         takes = "observation" in inspect.signature(module_of(second).apply).parameters
-        outdated = traits.STATISTICS in module_of(first).COMPOSES["invalidates"]
+        outdated = traits.STATISTICS in described(outcome.steps[0])["invalidates"]
         if outcome.state != "works" or not (takes and outdated):
             continue
         begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
-        before, last = observe(model, calibration), outcome.steps[1]
+        before, last = before or observe(model, calibration), outcome.steps[1]
         try:
             models[first, second] = module_of(second).apply(begun, calibration, **last.knobs, observation=before)
         except (RuntimeError, IndexError):

@@ -3,8 +3,7 @@
 Parts are found in the folder of optimizations; none is named here.
 """
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,17 @@ from torch import nn
 
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import Effort
-from lib.models.checkpoints import io, placement
-from lib.models.loading import Loaded
+from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
-from lib.models.tasks import tasks
-from lib.optimizations.common import interactions
+from lib.optimizations.common import search_quality
 from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.modular_components import attempts, hot_swap, maintenance, method, traits
-from lib.optimizations.modular_components.method import Composed
-from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy
+from lib.optimizations.modular_components import hot_swap, maintenance, method, pair_rounds, strength, traits
+from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
+from lib.optimizations.modular_components.parts_setup import PartsSetup
+from lib.optimizations.modular_components.strength import Weakened
 
 CLAIMS = (
     "A pair crashes instead of being refused with a reason.",
@@ -45,62 +42,6 @@ PRIMARIES = {
 }
 OVERHEAD_MARGIN = 0.01
 EXCHANGED_TOKENS = 12
-
-
-@dataclass(frozen=True)
-class PartsSetup:
-    """A model, the stems of the parts that apply to it in pipeline order, why the others do not, and what they are
-    tried with. `weights` is the hash of the baseline's weights.
-    """
-
-    loaded: Loaded
-    effort: Effort
-    quick: Effort
-    seed: int
-    fitting: list[str]
-    unfit: dict[str, str]
-    calibration: list[dict[str, torch.Tensor]]
-    sample_BT: torch.Tensor
-    weights: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of every attempt."""
-        return {"random_weights": self.loaded.random_weights, "seed": self.seed}
-
-    def described(self) -> pd.DataFrame:
-        """Return what each part states of itself, and whether it applies to this model."""
-        rows = []
-        for stem, module in method.parts().items():
-            composes = module.COMPOSES
-            row = {"part": stem, "touches": ", ".join(composes["touches"]), "needs": ", ".join(composes["needs"])}
-            row |= {"takes away": ", ".join(composes["invalidates"])}
-            row |= {"tried with": str(composes["trial"] or "defaults")}
-            rows.append(row | {"on this model": self.unfit.get(stem, "applies")})
-        return pd.DataFrame(rows)
-
-    def rules(self) -> pd.DataFrame:
-        """Return which part must come before which on this model, and because of which trait."""
-        concerning = traits.concerning(self.loaded.model)
-        rows = [
-            {"first": second, "then": first, "because": f"{first} takes away {lost}, which {second} needs"}
-            for first in self.fitting
-            for second in self.fitting
-            if first != second and (lost := method.conflict(first, second, concerning))
-        ]
-        return pd.DataFrame(rows, columns=["first", "then", "because"])
-
-
-def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup. Raises UserError where memory has no room for every ordered pair."""
-    quick = settings.read("quick")
-    fitting, unfit = method.applicable(loaded.model)
-    assert len(fitting) > 1, method.applies_to(loaded.model)
-    placement.require_room(loaded.model, len(fitting) * (len(fitting) + 1), "measuring every ordered pair")
-    weights = io.weights_hash(loaded.model)
-    calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
-    sample_BT = tasks.text_windows(loaded, "search", 4, 128, seed)
-    return PartsSetup(loaded, effort, quick, seed, fitting, unfit, calibration, sample_BT, weights)
 
 
 def arranged(setup: PartsSetup, steps: str) -> tuple[list[RecipeStep], dict[str, str]]:
@@ -124,62 +65,29 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
     return pd.DataFrame(columns).fillna("–").rename_axis("tensor").reset_index()
 
 
-def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Composed, nn.Module, float]:
-    """Return the whole pipeline, the identity pipeline's model, and the seconds of the whole.
+def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list[Weakened]]:
+    """Return the strongest stack of these steps within the margins, and every strength that was looked at.
 
     Asserts that composing changed no weight of the baseline.
     """
-    model = setup.loaded.model
-    start = time.perf_counter()
-    whole = method.compose(model, setup.calibration, steps, arrange=False, seed=setup.seed)
-    seconds = time.perf_counter() - start
-    identity = method.compose(model, setup.calibration, []).model
-    assert io.weights_hash(model) == setup.weights == io.weights_hash(identity), "composing changed the baseline"
-    return whole, identity, seconds
+    quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
+    chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed)
+    assert io.weights_hash(setup.loaded.model) == setup.weights, "composing changed the baseline"
+    return chosen, levels
 
 
-def study_pairs(setup: PartsSetup) -> PairStudy:
-    """Try each part alone, then every ordered pair, then force each refused pair through, unchecked."""
-    model, calibration, sample_BT, options = setup.loaded.model, setup.calibration, setup.sample_BT, setup.options
-    singles = {
-        stem: attempts.attempt(model, calibration, [method.trial(stem)], sample_BT, **options) for stem in setup.fitting
-    }
-    pairs = attempts.ordered_pairs(model, calibration, singles, sample_BT, **options)
-    forced = {
-        key: attempts.attempt(
-            model, calibration, pair.steps, sample_BT, begun=singles[key[0]], checked=False, **options
-        )
-        for key, pair in pairs.items()
-        if pair.state == "refused" and singles[key[0]].model is not None
-    }
-    return PairStudy(singles, pairs, forced)
+def stack_table(chosen: Weakened) -> pd.DataFrame:
+    """Return a row per step of the stack, and one per part that was left out of it, with the reason."""
+    rows = [{"step": step.optimization, "knobs": str(step.knobs or "defaults")} for step in chosen.steps]
+    rows += [{"step": stem, "knobs": f"left out: {why}"} for stem, why in chosen.left_out.items()]
+    return pd.DataFrame(rows, columns=["step", "knobs"])
 
 
-def contrast(setup: PartsSetup, study: PairStudy, identity: nn.Module, prompt_BT: torch.Tensor) -> Contrasts:
-    """Time all arms that work in common rounds, and read the same held-out windows with each."""
-    loaded, effort, seed = setup.loaded, setup.effort, setup.seed
-    arms = {"baseline": loaded.model, "identity": identity, **study.models()}
-    outdated = attempts.stale(loaded.model, setup.calibration, study.pairs, seed=seed)
-    timed = interactions.time_arms(arms, prompt_BT, effort.blocks, seed)
-    count, length = 2 * setup.quick.windows, setup.quick.window_tokens
-    windows_NT = tasks.text_windows(loaded, "final", count, length, seed + 1)
-    losses: dict[str, np.ndarray] = {}
-    stale_losses: dict[Pair, np.ndarray] = {}
-    if not loaded.random_weights:
-        losses = interactions.losses(arms, windows_NT)
-        stale_losses = interactions.losses(outdated, windows_NT)
-    stems = [stem for stem in setup.fitting if stem in arms]
-    return Contrasts(
-        timed,
-        losses,
-        alone=pd.DataFrame(interactions.singles(timed, losses, stems)),
-        pairs=pd.DataFrame(interactions.interactions(timed, losses, study.states)),
-        orders=pd.DataFrame(interactions.order_effects(timed, losses, study.states)),
-        stale=pd.DataFrame(
-            interactions.staleness(losses, stale_losses), columns=["pair", "loss", "loss_low", "loss_high"]
-        ),
-        source=f"{effort.blocks} common rounds of {len(arms) + 1} arms, {len(windows_NT)} windows",
-    )
+def identity(setup: PartsSetup) -> nn.Module:
+    """Return the identity pipeline's model, composed of no step. Asserts that its weights are the baseline's."""
+    copied = method.compose(setup.loaded.model, setup.calibration, []).model
+    assert io.weights_hash(copied) == setup.weights, "the identity pipeline changed a weight"
+    return copied
 
 
 def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) -> list[Measurement]:
@@ -220,7 +128,8 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
     expected, logits = live.generate(question_BT, EXCHANGED_TOKENS), model(input_ids=question_BT).logits
     waits: list[float] = []
     rows: list[dict[str, object]] = []
-    for stem, attempt in study.singles.items():
+    for stem, single in study.singles.items():
+        attempt = pair_rounds.with_model(setup, single)
         if attempt.model is not None:
             report = hot_swap.trial(live, attempt.model, question_BT, EXCHANGED_TOKENS)
             waits += report.waits
@@ -253,14 +162,14 @@ def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addit
 def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[dict[str, object]]:
     """Return the gain of prefill over the number of parts together: mean, least and most of one, of two, of all.
 
-    `whole` is the prefill rate of the whole pipeline, of `steps` parts.
+    `whole` is the prefill rate of the stack that is judged, of `steps` parts; left out where these are two or fewer.
     """
     alone = contrasts.alone.set_index("part")["prefill"]
     works = contrasts.pairs[contrasts.pairs.state == "works"]
     both = [works[name].map(alone) for name in ("first", "second")]
     together: dict[int, list[float]] = {1: list(alone)}
     together[2] = list(works["prefill"] + sum(both)) if len(works) else []
-    if whole is not None and whole.ratio:
+    if whole is not None and whole.ratio and steps > 2:
         together[steps] = [float(np.log(whole.ratio))]
     return [
         {"arm": "mean, least and most", "strength": parts, "value": float(np.exp(np.mean(logs)))}
@@ -299,7 +208,11 @@ def arms(compared: Compared, measured_overhead: list[Measurement]) -> list[Third
 
 
 def details(
-    whole: Composed, study: PairStudy, contrasts: Contrasts, exchanged: LiveExchange
+    whole: Weakened,
+    levels: Sequence[Weakened],
+    study: PairStudy,
+    contrasts: Contrasts,
+    exchanged: LiveExchange,
 ) -> dict[str, tuple[object, str, str]]:
     """Return what a record keeps beside measurements: name → (value, provenance, source)."""
     how = contrasts.source
@@ -310,21 +223,29 @@ def details(
         "stale_statistics": contrasts.stale,
     }
     return {
-        "order": ([step.model_dump() for step in whole.steps], "derived", "descriptors of the parts"),
+        "order": (
+            [step.model_dump() for step in whole.steps],
+            "derived",
+            "descriptors of the parts, strongest in margin",
+        ),
+        "strengths": ([level.row() for level in levels], "measured", "text and items of the split search"),
+        "left_out": (whole.left_out, "derived", "counts of bytes, and what parts refuse"),
         **{name: (frame.to_dict("records"), "measured", how) for name, frame in tables.items()},
         "refusals_forced": (study.audit(), "measured", "each refused pair applied unchecked"),
-        "noise_floors": (contrasts.floors, "measured", "the baseline twice in each round"),
         "reverted_bit_identical": (exchanged.identical, "measured", "hash of all weights, and logits compared"),
         "hot_swaps": (exchanged.rows, "measured", "12 tokens each, exchanged in the middle"),
     }
 
 
-def sentence(study: PairStudy, measured_overhead: list[Measurement], exchanged: LiveExchange) -> str:
-    """Return what became of the pairs, the identity pipeline and the exchanges, in one sentence."""
+def sentence(
+    study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
+) -> str:
+    """Return what became of the pairs, the identity pipeline, the exchanges and the interactions, in one sentence."""
     refused, crashed = len(study.named("refused")), len(study.named("crashed"))
     text = f"{study.score:.2f} of {len(study.pairs)} ordered pairs work, {refused} are refused with a reason, "
     text += f"{crashed} crash; "
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))
         text += f"the identity pipeline runs at {worst.ratio:.3f} of the {worst.workload} rate, {worst.verdict}; "
-    return text + f"a revert is bit by bit {'identical' if exchanged.identical else 'different'}."
+    text += f"a revert is bit by bit {'identical' if exchanged.identical else 'different'}; "
+    return text + f"interactions: {contrasts.refuted()[1]}."

@@ -2,17 +2,20 @@
 
 A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: which
 aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
-is tried where time is short. A pipeline puts what invalidates behind what needs, refuses what cannot be ordered, asks
-the real model before every step, and takes calibration statistics anew once they are out of date. The caller's model is
-never changed; `hot_swap` changes and reverts a live one. Names no optimization, knows none.
+is tried where time is short. It may name more: `mildest`, the knobs at which it does next to nothing, towards which it
+can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A pipeline puts what invalidates
+behind what needs, refuses what cannot be ordered, asks the real model before every step, and takes calibration
+statistics anew once they are out of date. The caller's model is never changed; `hot_swap` changes and reverts a live
+one. Names no optimization, knows none.
 """
 
 import copy
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +29,7 @@ from lib.optimizations.modular_components import traits
 
 NAME = "modular_components"
 KEYS = ("touches", "needs", "invalidates", "trial")
+FURTHER = ("mildest", "at")
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,30 @@ def check(stem: str, module: ModuleType) -> None:
         if not hasattr(module, name):
             raise UserError(f"{discovery.source(stem)}: it has COMPOSES, but no {name}; a part needs both")
     described = module.COMPOSES
-    if set(described) != set(KEYS):
-        odd = sorted(set(described) ^ set(KEYS))[0]
+    if set(described) - set(FURTHER) != set(KEYS):
+        odd = sorted(set(described) - set(FURTHER) ^ set(KEYS))[0]
         raise UserError(f'{discovery.source(stem)}: COMPOSES: unknown or missing key "{odd}"; expected {KEYS}')
     valid = {"touches": traits.ASPECTS, "needs": tuple(traits.TRAITS)}
-    valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": tuple(module.SEARCH_SPACE)}
-    for key, names in described.items():
+    knobs = tuple(module.SEARCH_SPACE)
+    valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": knobs, "mildest": knobs, "knobs": knobs}
+    listed = [(key, names) for key, names in described.items() if key != "at"]
+    for special in described.get("at", ()):
+        listed += special.items()
+    for key, names in listed:
         for name in names:
             if name not in valid[key]:
                 hint = suggest(name, valid[key])
                 raise UserError(f'{discovery.source(stem)}: COMPOSES, {key}: unknown "{name}".{hint}')
+
+
+def described(step: RecipeStep) -> Mapping[str, Any]:
+    """Return what a part says of itself at the knobs of `step`."""
+    module = module_of(step.optimization)
+    knobs = {name: knob.get("default") for name, knob in module.SEARCH_SPACE.items()} | dict(step.knobs)
+    for special in module.COMPOSES.get("at", ()):
+        if all(knobs.get(name) == value for name, value in special["knobs"].items()):
+            return {**module.COMPOSES, **special}
+    return module.COMPOSES
 
 
 def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -98,9 +116,9 @@ def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:
     return min(touched, default=len(traits.ASPECTS)), step.optimization
 
 
-def conflict(first: str, second: str, concerning: set[str]) -> str | None:
+def conflict(first: RecipeStep, second: RecipeStep, concerning: set[str]) -> str | None:
     """Return the trait among `concerning` that `first` invalidates though `second` needs it, or None."""
-    invalidated, needed = module_of(first).COMPOSES["invalidates"], module_of(second).COMPOSES["needs"]
+    invalidated, needed = described(first)["invalidates"], described(second)["needs"]
     return next((name for name in needed if name in invalidated and name in concerning), None)
 
 
@@ -116,9 +134,7 @@ def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
         free = [
             step
             for step in waiting
-            if not any(
-                conflict(step.optimization, rival.optimization, concerning) for rival in waiting if rival is not step
-            )
+            if not any(conflict(step, rival, concerning) for rival in waiting if rival is not step)
         ]
         if not free:
             raise UserError(_knot(waiting, concerning))
@@ -146,8 +162,8 @@ def orderable(steps: Sequence[RecipeStep], model: nn.Module) -> tuple[list[Recip
 def _knot(waiting: Sequence[RecipeStep], concerning: set[str]) -> str:
     clashes = []
     for step in waiting:
-        rival = next(o for o in waiting if o is not step and conflict(step.optimization, o.optimization, concerning))
-        lost = conflict(step.optimization, rival.optimization, concerning)
+        rival = next(o for o in waiting if o is not step and conflict(step, o, concerning))
+        lost = conflict(step, rival, concerning)
         clashes.append(f"{step.optimization} takes away {lost}, which {rival.optimization} needs")
     return f"{NAME}: these steps cannot be ordered: {'; '.join(dict.fromkeys(clashes))}. Leave one of them out"
 
@@ -157,7 +173,7 @@ def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
     concerning = traits.concerning(model)
     for index, step in enumerate(steps):
         for before in steps[:index]:
-            if lost := conflict(before.optimization, step.optimization, concerning):
+            if lost := conflict(before, step, concerning):
                 return (
                     f"{step.optimization} needs {lost}, which {before.optimization} takes away; "
                     f"put {step.optimization} first"
@@ -191,7 +207,7 @@ def compose(
     current, seconds, observation, observations = model, [], None, 0
     for step in steps:
         module, start = module_of(step.optimization), time.perf_counter()
-        if checked and (reason := _unfit(module, current)):
+        if checked and (reason := traits.lacking(current, described(step)["needs"]) or module.applies_to(current)):
             raise UserError(f"{NAME}: {step.optimization} cannot be applied here: {reason}")
         options: dict[str, object] = dict(step.knobs)
         accepted = inspect.signature(module.apply).parameters
@@ -202,7 +218,7 @@ def compose(
                 observation, observations = observe(current, calibration), observations + 1
             options["observation"] = observation
         current = module.apply(current, calibration, **options)
-        if recalibrate and traits.STATISTICS in module.COMPOSES["invalidates"]:
+        if recalibrate and traits.STATISTICS in described(step)["invalidates"]:
             observation = None
         seconds.append(time.perf_counter() - start)
     return Composed(_copy(model) if current is model else current, steps, seconds, observations)
@@ -212,10 +228,6 @@ def _copy(model: nn.Module) -> nn.Module:
     """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as behind any pipeline."""
     view = anatomy(model)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (view.embeddings.weight, view.head.weight)})
-
-
-def _unfit(module: ModuleType, model: nn.Module) -> str | None:
-    return traits.lacking(model, module.COMPOSES["needs"]) or module.applies_to(model)
 
 
 def _check_knobs(step: RecipeStep) -> None:

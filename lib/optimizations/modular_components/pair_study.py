@@ -1,4 +1,4 @@
-"""What was found of the parts: attempts of every ordered pair, and contrasts of arms timed in common rounds.
+"""What was found of the parts: attempts of every ordered pair, and contrasts of arms timed in the same rounds.
 
 Answers questions on them as frames and sentences. Names no part.
 """
@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from scipy.stats import binom
-from torch import nn
 
-from lib.measure.timing.interleaved import Rounds
 from lib.optimizations.common import interactions
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components.attempts import Attempt
@@ -60,29 +58,17 @@ class PairStudy:
             for key, attempt in self.forced.items()
         ]
 
-    def models(self) -> dict[str, nn.Module]:
-        """Return the models of all parts and pairs that work, by name."""
-        tried = {stem: attempt for stem, attempt in self.singles.items()}
-        tried |= {interactions.named(*key): pair for key, pair in self.pairs.items() if pair.state == "works"}
-        return {name: attempt.model for name, attempt in tried.items() if attempt.model is not None}
-
 
 @dataclass(frozen=True)
 class Contrasts:
-    """Arms timed in common rounds, and losses per window [N]: parts alone, pairs, either order, outdated statistics."""
+    """Losses per window [N] of every arm, and contrasts: parts alone, pairs, either order, outdated statistics."""
 
-    timed: dict[str, Rounds]
     losses: dict[str, np.ndarray]
     alone: pd.DataFrame
     pairs: pd.DataFrame
     orders: pd.DataFrame
     stale: pd.DataFrame
     source: str
-
-    @property
-    def floors(self) -> dict[str, float]:
-        """Noise floor of each timed workload: a copy of the baseline."""
-        return {name: interactions.floor(rounds) for name, rounds in self.timed.items()}
 
     @property
     def headings(self) -> dict[str, str]:

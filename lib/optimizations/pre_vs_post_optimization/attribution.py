@@ -86,7 +86,8 @@ def attribute(
 ) -> list[dict]:
     """Return a row per part and for the whole: Shapley value in log-speed of each workload and in loss, with intervals.
 
-    Arms are named by `interactions.named(*subset)`. The parts' values add up to the whole in every round and window.
+    Arms are named by `interactions.named(*subset)`. The parts' values add up to the whole in every round and window,
+    and so do the means that are returned.
     """
     subsets = shapley.subsets(list(names))
     values = {
@@ -100,7 +101,6 @@ def attribute(
         shares = shapley.shapley(list(names), of_subset)
         shares[WHOLE] = of_subset[tuple(names)] - of_subset[()]
         for part, values_S in shares.items():
-            share = shapley.over_items(values_S, seed=seed) if what == "loss" else shapley.over_rounds(values_S)
-            row = {"what": what, "part": part, "value": share.value, "low": share.low, "high": share.high}
-            rows.append(row | {"mean": float(np.mean(values_S))})
+            share = shapley.over_items(values_S, seed=seed) if what == "loss" else shapley.mean_over_rounds(values_S)
+            rows.append({"what": what, "part": part, "value": share.value, "low": share.low, "high": share.high})
     return rows

@@ -48,6 +48,7 @@ PRIMARIES = {
 }
 MOST_PARTS = 4
 CURVES = ["arm", "strength", "value", "low", "high"]
+SHARES = ["what", "part", "value", "low", "high"]
 DIFFERS = ("better", "worse", "not_maintained")
 
 
@@ -63,20 +64,34 @@ class StackSetup:
     stack: ChosenStack
     weights: str
 
+    @property
+    def pays(self) -> bool:
+        """Whether there is a stack: nothing pays here where it is empty, and the optimized model is a copy."""
+        return bool(self.stack.steps)
+
+    @property
+    def in_words(self) -> str:
+        """The stack and who chose it."""
+        order = " → ".join(step.optimization for step in self.stack.steps) or "nothing pays here"
+        return f"The stack: {order}; chosen by {self.stack.origin}."
+
     def table(self) -> pd.DataFrame:
-        """Return a row per step of the stack; where the default rule chose, a row per part that it considered."""
+        """Return a row per step of the stack; where the default rule chose, a row per part that it considered, kept or
+        rejected.
+        """
         if self.stack.considered:
             return pd.DataFrame(self.stack.considered)
         rows = [{"step": step.optimization, "knobs": str(step.knobs or "defaults")} for step in self.stack.steps]
         return pd.DataFrame(rows)
 
 
-def prepare(loaded: Loaded, effort: Effort, seed: int, most_loss: float) -> StackSetup:
+def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float) -> StackSetup:
     """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`."""
     quick = settings.read("quick", loaded.scale)
     weights = io.weights_hash(loaded.model)
     calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
-    stack = method.chosen(loaded, calibration, most_loss=most_loss, seed=seed)
+    options: dict[str, Any] = {"weights": weights, "perplexity_margin": perplexity_margin, "seed": seed}
+    stack = method.chosen(loaded, calibration, **options)
     return StackSetup(loaded, effort, quick, seed, calibration, stack, weights)
 
 
@@ -144,10 +159,14 @@ def judge(setup: StackSetup, optimized: nn.Module, distances: Sequence[int]) -> 
     return replace(judged, measurements=[*judged.measurements, *further])
 
 
-def identity_control(setup: StackSetup, prompt_BT: torch.Tensor) -> list[Measurement]:
+def identity_control(
+    setup: StackSetup, prompt_BT: torch.Tensor, judged: Judgement, compared: Compared
+) -> list[Measurement]:
     """Return what the identity transform shows, a copy of the model in which nothing was changed: answers at effort
-    quick, then prefill and decode.
+    quick, then prefill and decode. An empty stack is that transform: then it is what was `judged` and `compared`.
     """
+    if not setup.pays:
+        return [*judged.measurements, *(m for m in compared.measurements if m.dimension == "performance")]
     baseline, seed = setup.loaded.model, setup.seed
     identity = composing.compose(baseline, setup.calibration, []).model
     assert io.weights_hash(identity) == setup.weights, "the identity transform changed a weight"
@@ -180,14 +199,14 @@ def sweep(
 ) -> GainSweep:
     """Time prefill over prompt length and decode over batch size; what was timed before is not timed again.
 
-    `skip`: measure nothing, for the output has degenerated.
+    `skip`: measure nothing, for the output has degenerated. Nor is anything measured where nothing pays.
     """
     effort = setup.effort
     lengths = sorted({64, 256, effort.prompt_tokens * 2} - {effort.prompt_tokens})
     batches = sorted({4, effort.batch * 2} - {effort.batch})
     points: dict[str, Any] = {"lengths": lengths, "batches": batches, "new_tokens": min(effort.new_tokens, 8)}
     baseline = setup.loaded.model
-    measured = [] if skip else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
+    measured = [] if skip or not setup.pays else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
     known = sweeps.points_known(compared.measurements, effort.prompt_tokens, effort.batch)
     return GainSweep(measured, pd.DataFrame(sweeps.gains([*known, *measured]), columns=CURVES))
 
@@ -215,6 +234,8 @@ class Attribution:
 
     def reading(self) -> str:
         """Return two sentences: the whole gain in prefill, and the part to thank for most of it."""
+        if self.shares.empty:
+            return "Nothing pays here, so the stack is empty. There is no gain to share out."
         rows = self.shares[self.shares["what"] == "prefill"]
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
@@ -232,6 +253,8 @@ def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compa
     A stack of one part needs no rounds of its own: what was timed before is attributed. Asserts that shares add up.
     """
     effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, every.parts
+    if not parts:
+        return Attribution(pd.DataFrame(columns=SHARES), "an empty stack")
     if len(parts) == 1 and compared.timed:
         timed = attribution.one_part(next(iter(parts)), compared.timed)
     else:
@@ -239,8 +262,8 @@ def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compa
     windows_NT = tasks.text_windows(setup.loaded, "final", 2 * quick.windows, quick.window_tokens, seed + 1)
     losses = {} if setup.loaded.random_weights else interactions.losses(every.models, windows_NT)
     shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed))
-    whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["mean"]
-    summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["mean"].sum()
+    whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
+    summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()
     assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
     source = f"{effort.blocks} common rounds, {len(windows_NT)} windows, every subset of {len(parts)} parts"
     return Attribution(shares, source)
@@ -276,14 +299,18 @@ def refutations(
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
 
 
-def controls(compared: Compared, identity: list[Measurement], beyond_absorbed: list[Measurement]) -> list[ThirdArm]:
-    """Return the controls of a record: A/A, the identity transform, and absorbed decoding where it was measured."""
+def controls(compared: Compared, identity: list[Measurement]) -> list[ThirdArm]:
+    """Return the controls of a record: A/A and the identity transform."""
     arms = [ThirdArm("A/A", "a copy of the baseline", compared.control())]
-    arms.append(ThirdArm("identity transform", "everything but a change", identity))
-    if beyond_absorbed:
-        exact = "exact, and asks for no stack: what the stack gains beyond it"
-        arms.append(ThirdArm("absorbed decoding", exact, beyond_absorbed))
-    return arms
+    return [*arms, ThirdArm("identity transform", "everything but a change", identity)]
+
+
+def sentence(setup: StackSetup, verdict: str) -> str:
+    """Return the sentence of the verdict; where nothing pays, that first, and how many candidates were rejected."""
+    if setup.pays:
+        return verdict
+    tried = len(setup.stack.considered)
+    return f"Nothing pays here: of {tried} candidates none is within the margins and faster or smaller. {verdict}"
 
 
 def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[str, tuple[object, str, str]]:
@@ -291,7 +318,7 @@ def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[st
     stack, points = setup.stack, swept.curves.to_dict("records")
     return {
         "stack": ([step.model_dump() for step in stack.steps], "derived", stack.origin),
-        "considered": (stack.considered, "measured", "search text, six rounds"),
+        "considered": (stack.considered, "measured", "search text and items; rounds until an interval tells"),
         "attribution": (shared.shares.to_dict("records"), "measured", shared.source),
         "sweep": (points, "measured", "paired blocks at every length and batch size"),
     }

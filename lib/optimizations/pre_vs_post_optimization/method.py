@@ -6,6 +6,7 @@ optimization.
 """
 
 import gc
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,28 +16,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.errors import UserError
-from lib.measure.metrics.catalogue import SPEED_MARGIN
+from lib.measure.metrics import settings
+from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SIZE_MARGIN, SPEED_MARGIN
 from lib.measure.metrics.measurement import Provenance
-from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.trackers import energy
 from lib.models.loading import Loaded
 from lib.models.tasks.tasks import text_windows
-from lib.optimizations.common import interactions, recipe
+from lib.optimizations.common import interactions, recipe, search_quality, shapley
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.shapley import Estimate
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
-MOST_LOSS = 0.1  # nats per token that the default stack may lose on search text
 SEARCH_WINDOWS, WINDOW_TOKENS = 8, 256
-ROUNDS = 6
+ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: as many more as it takes to tell, at most
 
 
 @dataclass(frozen=True)
 class ChosenStack:
-    """A stack in pipeline order, who chose it, and a row per step that was considered (empty for a stored stack)."""
+    """A stack in pipeline order (empty: nothing pays), who chose it, and a row per step that was considered, kept or
+    rejected (none for a stored stack).
+    """
 
     steps: list[RecipeStep]
     origin: str
@@ -61,41 +63,53 @@ def applies_to(model: nn.Module) -> str | None:
 
 
 def chosen(
-    loaded: Loaded, calibration: Sequence[dict[str, torch.Tensor]], *, most_loss: float = MOST_LOSS, seed: int = 0
+    loaded: Loaded,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    weights: str = "",
+    perplexity_margin: float = PERPLEXITY_MARGIN,
+    seed: int = 0,
 ) -> ChosenStack:
-    """Return the stack that a search stored for this model at this scale, or else the default stack.
+    """Return the stack that a search stored for this model at this scale, or else the one that the default rule finds,
+    which may be empty: nothing pays here.
 
-    Where the search chose to change nothing there is no after to compare; then it is the default stack too, and
-    `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model, or cannot be
-    ordered.
+    A stored stack is refused where it was chosen for other weights than `weights` (a hash), or was found to lose more
+    than the margins; `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model,
+    or cannot be ordered.
     """
     composing.parts()  # imported before models are tried: what an import leaves may hold the frames that led to it
-    stored = recipe.find(loaded.name, loaded.scale)
-    if stored is not None and stored.stack:
-        origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
-        return ChosenStack(composing.order(stored.stack, loaded.model), origin)
-    default = default_stack(loaded, calibration, most_loss=most_loss, seed=seed)
+    stored, refused = recipe.find(loaded.name, loaded.scale), ""
+    if stored is not None:
+        refused = recipe.unfit(stored, weights) or ("" if stored.stack else "it chose to change nothing")
+        if not refused:
+            origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
+            return ChosenStack(composing.order(stored.stack, loaded.model), origin)
+    default = default_stack(loaded, calibration, perplexity_margin=perplexity_margin, seed=seed)
     gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
     if stored is not None:
-        return replace(default, origin=f"{stored.chosen_by} chose to change nothing; instead {default.origin}")
+        return replace(default, origin=f"{default.origin} (of {stored.chosen_by}: {refused})")
     return default
 
 
 def default_stack(
-    loaded: Loaded, calibration: Sequence[dict[str, torch.Tensor]], *, most_loss: float = MOST_LOSS, seed: int = 0
+    loaded: Loaded,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    perplexity_margin: float = PERPLEXITY_MARGIN,
+    seed: int = 0,
 ) -> ChosenStack:
     """Return the parts, at their trial knobs and in pipeline order, that each pay on what stands before them.
 
-    A part pays if with it the loss on search text stays within `most_loss` nats of the baseline, and it is either
-    faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that
-    margin. Where none pays, the one that loses least is taken, so that there is something to compare.
+    A part pays if with it no score and no perplexity on the split "search" passes the margins of the verdict, and it is
+    either faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that
+    margin. The lower end of the interval decides, over more rounds where six cannot tell: what stays undecided is left
+    out. Where none pays, the stack is empty.
     """
-    ids_NT = text_windows(loaded, "search", SEARCH_WINDOWS, WINDOW_TOKENS, seed)
-    sample_BT, prompt_BT = ids_NT[:4, :128], ids_NT[:1]
-    known = None if loaded.random_weights else float(evaluate.read(loaded.model, ids_NT).loss_N.mean())
+    sample_BT = text_windows(loaded, "search", 4, 128, seed)
+    prompt_BT = text_windows(loaded, "search", 1, WINDOW_TOKENS, seed)
+    quality = search_quality.prepare(loaded, settings.read("quick", loaded.scale), seed)
     wanted = [composing.trial(stem) for stem in composing.applicable(loaded.model)[0]]
     stack: list[RecipeStep] = []
-    fallback: tuple[float, list[RecipeStep]] | None = None
     current = loaded.model
     arranged, left_out = composing.orderable(wanted, loaded.model)
     rows: list[dict[str, Any]] = [
@@ -104,41 +118,45 @@ def default_stack(
     for step in arranged:
         options: dict[str, Any] = {"random_weights": loaded.random_weights, "seed": seed}
         tried = attempts.attempt(current, calibration, [step], sample_BT, **options)
-        row: dict[str, Any] = {
-            "step": step.optimization,
-            "state": tried.state,
-            "kept": False,
-            "why": tried.reason or "",
-        }
+        row: dict[str, Any] = {"step": step.optimization, "state": tried.state, "kept": False}
+        row["why"] = tried.reason or ""
         rows.append(row)
         if tried.state != "works" or tried.model is None:
             continue
-        loss = None if known is None else float(evaluate.read(tried.model, ids_NT).loss_N.mean()) - known
-        faster = _faster(current, tried.model, prompt_BT, seed)
+        lost = quality.of(tried.model)
         smaller = 1 - cost_model.weights_bytes(tried.model) / cost_model.weights_bytes(current)
-        row |= {"loss more, nats": loss, "log-speed": faster, "bytes less": smaller}
-        within = loss is None or loss <= most_loss
-        if fallback is None or (loss or 0) < fallback[0]:
-            fallback = (loss or 0, [step]) if not stack else fallback
-        if within and (faster > SPEED_MARGIN or (smaller > 0.01 and faster > -SPEED_MARGIN)):
+        row |= {"most lost of a score": lost.lost, "perplexity grows": lost.perplexity, "bytes less": smaller}
+        if beyond := lost.why_not(perplexity_margin=perplexity_margin):
+            row["why"] = beyond
+            continue
+        faster = _faster(current, tried.model, prompt_BT, seed)
+        row |= {"log-speed": faster.value, "at least": _finite(faster.low)}
+        if faster.low > SPEED_MARGIN or (smaller > SIZE_MARGIN and faster.low > -SPEED_MARGIN):
             row["kept"], current = True, tried.model
             stack.append(step)
         else:
-            row["why"] = "loses too much" if not within else "neither faster, nor smaller at the same speed"
-    if fallback is None:
-        raise UserError(f"{NAME}: no part works alone on this model; there is no stack to compare")
-    rule = f"the default rule: within {most_loss} nats, and faster or smaller"
-    if stack:
-        return ChosenStack(stack, rule, rows)
-    return ChosenStack(fallback[1], "the part that loses least; none pays by the default rule", rows)
+            row["why"] = "neither faster, nor smaller at the same speed, as far as can be told"
+    rule = f"the default rule: within the margins (perplexity {100 * perplexity_margin:g} %), and faster or smaller"
+    return ChosenStack(stack, rule if stack else f"{rule}; nothing pays", rows)
 
 
-def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: int) -> float:
-    """Return the mean over prefill and decode of the median log-speed of `after` against `before`."""
-    arms = {interactions.BASELINE: before, "after": after}
-    timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed, control=False)
-    weights = {"after": 1, interactions.BASELINE: -1}
-    return float(np.mean([-np.median(rounds.contrast(weights)) for rounds in timed.values()]))
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: int) -> Estimate:
+    """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, as
+    long as the interval holds a practical margin, so that noise does not decide.
+    """
+    arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
+    gains: list[float] = []
+    while True:
+        timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed + len(gains))
+        gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
+        gain = shapley.over_rounds(gains)
+        undecided = any(gain.low <= limit <= gain.high for limit in (-SPEED_MARGIN, SPEED_MARGIN))
+        if not undecided or len(gains) >= MOST_ROUNDS:
+            return gain
 
 
 def apply_stack(

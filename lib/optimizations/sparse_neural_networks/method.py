@@ -66,6 +66,7 @@ COMPOSES = {
         "dense storage",
         "statistics",
     ),
+    "mildest": {"sparsity": 0.0},
     "trial": {},
 }
 

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
@@ -34,7 +35,8 @@ from lib.models.offload.streamer import Streamer
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
 from lib.optimizations.common import absorbed_baseline
-from lib.optimizations.streaming_computation import method, read_bound
+from lib.optimizations.streaming_computation import limited_decoding, method, read_bound
+from lib.optimizations.streaming_computation.limited_decoding import LimitedDecoding
 from lib.optimizations.streaming_computation.window_quality import LongTexts, does_perplexity_climb
 
 CLAIMS = (
@@ -45,7 +47,7 @@ CLAIMS = (
 )
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
-    "performance": ("decode_tokens_per_second", "decode"),
+    "performance": ("decode_tokens_per_second", limited_decoding.WORKLOAD),
     "accuracy": ("perplexity", "prefill"),
     "resources": ("peak_memory_above_start_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
@@ -182,9 +184,52 @@ def quality(
     return judged, degenerate
 
 
-def formula(baseline: nn.Module, absorbed: bool) -> dict[str, bool]:
-    """Return the options of `cost_model` for the streamed model."""
-    return {"absorbed": absorbed and absorbed_baseline.has_latents(baseline)}
+def within_allowance(
+    folder: Path, prompt_1T: torch.Tensor, steps: int, memory_ratio: float, options: Mapping[str, Any], exact: bool
+) -> LimitedDecoding:
+    """Return decoding in control groups that hold the allowance; see `limited_decoding.compare`.
+
+    Asserts that both arms decode the same tokens, where the model is `exact`.
+    """
+    limited = limited_decoding.compare(folder, prompt_1T, steps, memory_ratio, options)
+    assert limited.same_tokens is not False or not exact, "streamed and mapped weights decode different tokens"
+    return limited
+
+
+def _formulas(baseline: nn.Module, absorbed: bool) -> dict[str, dict[str, bool]]:
+    """Return the options of `cost_model` for the streamed model and for the baseline, which is decoded absorbed."""
+    latents = absorbed_baseline.has_latents(baseline)
+    return {"costs": {"absorbed": absorbed and latents}, "baseline_costs": {"absorbed": latents}}
+
+
+def compared(
+    baseline: nn.Module,
+    optimized: nn.Module,
+    prompt_1T: torch.Tensor,
+    effort: Effort,
+    absorbed: bool,
+    proxy: bool,
+    invalid: str | None,
+    seed: int = 0,
+) -> Compared:
+    """Return the workloads of the streamed model against the resident one, whose latents are decoded absorbed.
+
+    All standard ones and energy of a `proxy`; at real dimensions a prompt and decoding. `invalid`: see `speed.compare`.
+    """
+    asked: dict[str, Any] = {"names": speed.STANDARD if proxy else ("prefill", "decode"), "with_energy": proxy}
+    asked |= {"invalid": invalid, "except_for": ("experts",), "seed": seed}
+    fair = absorbed_baseline.absorbed_baseline(baseline)
+    return speed.compare(fair, optimized, prompt_1T, effort, **_formulas(baseline, absorbed), **asked)
+
+
+def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:
+    """Return what opening the file took, and after how many prompt tokens it has paid."""
+    return speed.break_even(apply_seconds, next(m for m in costs if m.metric.startswith("prefill")))
+
+
+def counted(baseline: nn.Module, optimized: nn.Module, effort: Effort, absorbed: bool) -> list[Measurement]:
+    """Return what is counted of both models; see `speed.resources`."""
+    return speed.resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
 
 
 def card(baseline: nn.Module) -> dict[str, object]:
@@ -299,12 +344,14 @@ def details(
     plan: Plan,
     folder: Path,
     texts: LongTexts,
+    limited: LimitedDecoding,
 ) -> dict[str, tuple[object, str, str]]:
     """Return value, provenance and source of every detail of the record."""
     least, total = streamer.smallest(folder)
     window = {"curves": texts.curves.to_dict("records"), "late_over_early": texts.late_over_early}
     return {
         "equality": (equal, "measured", "difference ÷ spread of the logits; share of equal top tokens"),
+        "limited": (limited.details, "measured", "memory control groups, and the system's count of reads"),
         "trade": (trade, "measured", "decode, paired with the resident model; bound by reading alone"),
         "absorbed": (latent, "measured", "paired blocks on one filled cache; operations by formula"),
         "plan": (planned_bytes(plan) | {"total": total, "smallest": least}, "derived", "bytes by the plan"),

@@ -56,6 +56,8 @@ COMPOSES = {
     # From then on the weights are in a file: nothing that reads or changes them can follow.
     "invalidates": ("whole channels", "stacked experts", "whole matrices", "dense matrices", "statistics"),
     "trial": {"memory_ratio": 1.0},  # in memory: reading weights from a file at every step takes long
+    # There the weights stay where they are, and anything may precede or follow.
+    "at": ({"knobs": {"memory_ratio": 1.0}, "needs": (), "invalidates": ()},),
 }
 
 

@@ -58,6 +58,7 @@ COMPOSES = {
     "touches": ("shapes",),
     "needs": ("whole channels", "stacked experts"),
     "invalidates": ("statistics",),
+    "mildest": {"ratio": 0.0},
     "trial": {},
 }
 

@@ -54,6 +54,7 @@ COMPOSES = {
     "touches": ("weights", "storage"),
     "needs": ("whole matrices",),
     "invalidates": ("whole matrices", "whole channels", "statistics"),
+    "mildest": {"compression": 0.0},
     "trial": {"method": "whitened", "budget": "uniform"},
 }
 

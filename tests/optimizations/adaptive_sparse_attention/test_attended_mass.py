@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lib.models.decoding.attention_inputs import Heads
+from lib.models.decoding.attention_inputs import Heads, watch
 from lib.optimizations.adaptive_sparse_attention import attended_mass
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 
-FIND = attended_mass.Finder(0.9, 16, 4, last=1)
+FIND = attended_mass.Finder(0.9, 16, 4)
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,16 @@ def test_the_oracle_of_a_survey_is_the_heaviest_blocks_of_each_row(noise):
 def test_the_reading_of_a_survey_is_two_sentences(noise):
     text = attended_mass.reading(attended_mass.survey([attended_mass.planted(noise, 16)], FIND, [256]))
     assert text.count(". ") == 1 and text.endswith(".") and "256 tokens" in text
+
+
+def test_a_model_is_surveyed_block_by_block_with_the_same_rows(tiny, monkeypatch):
+    """The same rows as of heads that are all held, and never two blocks' heads at a time."""
+    model, ids = tiny("qwen3-coder-30b"), torch.randint(8, 96, (1, 128), generator=torch.Generator().manual_seed(4))
+    held = attended_mass.survey(watch(model, ids), FIND, [64, 128])
+    seen = []
+    survey = attended_mass.survey
+    monkeypatch.setattr(
+        attended_mass, "survey", lambda heads, *rest, **o: seen.append(len(heads)) or survey(heads, *rest, **o)
+    )
+    assert attended_mass.survey_model(model, ids, FIND, [64, 128]) == held
+    assert seen == [1] * 4

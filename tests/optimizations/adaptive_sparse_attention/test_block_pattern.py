@@ -92,13 +92,24 @@ def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
         assert int(pattern.sum()) == 1 + 2 + 7 * blocks.ALWAYS
 
 
-def test_the_last_blocks_of_queries_keep_all_whatever_the_budget():
-    share = torch.zeros(2, 6, 8)
-    share[:, :, 0] = 1.0
-    chosen = blocks.choose(share, 0.5, 0.3, last=2)
-    causal = blocks.causal_blocks(6, 8)
-    assert torch.equal(chosen[0, 4:], causal[4:]) and (chosen[0, 1:4].sum(-1) < causal[1:4].sum(-1)).all()
-    assert torch.equal(blocks.choose(share, 0.5, 0.3, last=9)[0], causal)
+def test_rows_that_hold_no_query_stay_out_of_the_last_blocks_mean():
+    """Four queries in the last block: its scores are those of these four alone, not of twelve zeros beside them."""
+    query, key, _ = _heads(tokens=BLOCK * 3 + 4, queries=BLOCK * 3 + 4)
+    estimate = blocks.scores(query, key, 0.3, BLOCK, 4)
+    torch.testing.assert_close(estimate.sum(-1), torch.ones(estimate.shape[:2]))
+    grouped = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
+    whole_key = torch.nn.functional.pad(grouped, (0, 0, 0, BLOCK - 4))
+    flipped = whole_key.unflatten(1, (-1, 4)).flip(2).flatten(2)
+    logits = torch.einsum("hs,hks->hk", query[:, BLOCK * 3 :].flatten(1), flipped[:, : 3 * BLOCK // 4 + 1])
+    share = (logits * (0.3 / 4)).softmax(-1)
+    torch.testing.assert_close(estimate[:, 3, 0], share[:, : BLOCK // 4].sum(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_full_attention_of_the_last_queries_is_that_of_all():
+    query, key, value = _heads(tokens=40, queries=40)
+    every = torch.ones(4, 3, 3).bool()
+    full = _dense(query, key, value, every, 0.3, BLOCK)
+    torch.testing.assert_close(blocks.attend_all(query[:, -7:], key, value, 0.3), full[:, -7:], atol=1e-5, rtol=1e-4)
 
 
 def test_tau_of_one_keeps_blocks_without_any_mass():

@@ -29,9 +29,19 @@ def test_nothing_is_told_of_random_weights_or_where_all_is_kept():
 
 
 def test_lengths_follow_effort_and_scale():
-    assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 1024, 1024)
-    assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096, 1536)
-    assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000, 1024)
+    assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 2048)
+    assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096)
+    assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
+
+
+def test_the_bounds_of_pages_are_read_as_well(tiny):
+    """Chosen pages, and a minimum and a maximum of every page: half a token each where keys are half of the cache."""
+    knobs = {"pages": 64, "page_size": 16, "dense_blocks": 0}
+    model = tiny("qwen3-4b-instruct-2507")
+    assert experiment.attended(model, knobs, 8192) == 1024 + 512
+    assert experiment.attended(model, knobs | {"dense_blocks": 2}, 8192) == (2 * 8192 + 2 * 1536) / 4
+    assert experiment.attended(tiny("glm-4.7-flash"), knobs, 8192) == 1024 + 2 * 512
+    assert experiment.attended(model, knobs, 1000) == experiment.attended(model, knobs | {"pages": 0}, 1000) == 1000
 
 
 def test_a_knob_out_of_range_is_named_before_anything_is_loaded():

@@ -10,7 +10,7 @@ from lib.models.decoding import cache_names
 from lib.models.decoding.attention_inputs import watch
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 
-SMALL = {"block_size": 16, "stride": 4, "page_size": 4}
+SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 0, "dense_blocks": 0}
 PAD = 21
 
 
@@ -50,11 +50,43 @@ def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(t
 @torch.inference_mode()
 def test_the_question_reads_all_and_is_counted(tiny, prompts):
     model = tiny("qwen3-4b-instruct-2507")
-    bare, reading = (sparse.apply(model, tau=0.3, full_last=last, **SMALL) for last in (0, 1))
+    bare, reading = (sparse.apply(model, tau=0.3, **SMALL | {"full_last": last}) for last in (0, 5))
     answers = [arm(input_ids=prompts["input_ids"]).logits for arm in (bare, reading)]
-    torch.testing.assert_close(answers[0][:, :80], answers[1][:, :80], atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(answers[0][:, 80:], answers[1][:, 80:], atol=1e-3)
+    torch.testing.assert_close(answers[0][:, :85], answers[1][:, :85], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(answers[0][:, 85:], answers[1][:, 85:], atol=1e-3)
     assert sparse.density(bare)["blocks"] < sparse.density(reading)["blocks"]
+
+
+@torch.inference_mode()
+def test_the_question_is_counted_in_tokens_without_padding(tiny, prompts):
+    """Padded on the right, a sequence's question is its own last tokens: as if it stood alone."""
+    model = sparse.apply(tiny("qwen3-4b-instruct-2507"), tau=0.3, **SMALL | {"full_last": 6})
+    ids = prompts["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 70:] = 0
+    together = model(input_ids=ids, attention_mask=mask).logits
+    alone = model(input_ids=ids[1:, :70]).logits
+    torch.testing.assert_close(together[1, :70], alone[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_first_blocks_read_all_pages(tiny, prompts):
+    model = sparse.apply(tiny("qwen3-4b-instruct-2507"), tau=1.0, pages=5, **SMALL | {"dense_blocks": 3})
+    _steps(model, {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])})
+    read = [state.read_tokens / state.cached_tokens for state in sparse.sparsities(model)]
+    assert read[:3] == [1.0, 1.0, 1.0] and read[3] < 0.5
+
+
+@torch.inference_mode()
+def test_pages_of_equal_number_chosen_otherwise(tiny, name, prompts):
+    plain = {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])}
+    answers, read = [], []
+    for choice in sparse.SEARCH_SPACE["page_choice"]["choices"]:
+        arm = sparse.apply(tiny(name), tau=1.0, pages=5, page_choice=choice, **SMALL)
+        answers.append(_steps(arm, plain)[-6:])
+        read.append(sparse.density(arm)["tokens"])
+    assert len(set(read)) == 1
+    assert all(not torch.equal(answers[0], answer) for answer in answers[1:])
 
 
 @torch.inference_mode()
@@ -154,6 +186,8 @@ def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
         ({"block_size": 8}, "block_size 8 is out of range; expected 16 to 512"),
         ({"pages": -1}, "pages -1 is out of range"),
         ({"full_last": -1}, "full_last -1 is out of range; expected 0 (none) or more"),
+        ({"dense_blocks": -1}, "dense_blocks -1 is out of range"),
+        ({"page_choice": "stars"}, 'page_choice "stars"; expected one of'),
         ({"pattern": "stars"}, 'pattern "stars"; expected one of'),
     ],
 )

@@ -1,28 +1,72 @@
-"""Values to be retrieved from three places of a prompt: the same prompts for every arm, known answers used again."""
+"""Answers behind long prompts against greedy generation, and scores that no sparsity touched."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
-from lib.optimizations.adaptive_sparse_attention import quality_controls
+from lib.measure.timing import workloads
+from lib.optimizations.adaptive_sparse_attention import long_answers, method
+from lib.optimizations.common import absorbed_baseline
+
+SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 8}
 
 
-def test_values_are_asked_for_at_three_places_of_prompts_of_one_length(monkeypatch):
-    prompts = []
+def _prompts(count: int = 2, questions: int = 4, tokens: int = 96) -> long_answers.LongPrompts:
+    random = torch.Generator().manual_seed(1)
+    shapes = (count, tokens), (count, questions, long_answers.KEY), (count, questions, long_answers.VALUE)
+    return long_answers.LongPrompts(*(torch.randint(8, 96, shape, generator=random) for shape in shapes))
 
-    def retrieve(loaded, distance, count, seed, lead):
-        prompts.append((loaded.model, lead, lead + distance + 16))
-        return quality_controls.Retrieved(distance, torch.tensor([True, True, False, True]).numpy())
 
-    monkeypatch.setattr(quality_controls.evaluate, "retrieval", retrieve)
-    monkeypatch.setattr(quality_controls, "_with", lambda loaded, model: type("Arm", (), {"model": model}))
-    retrieved = quality_controls.at_places(None, {"full": "a", "sparse": "b"}, 512, 4)
-    assert {length for *_, length in prompts} == {512} and [lead for _, lead, _ in prompts[:3]] == [8, 248, 432]
-    bars = quality_controls.place_bars(retrieved)
-    assert list(bars["arm"][:2]) == ["start, full", "start, sparse"] and (bars["value"] == 0.75).all()
-    assert (bars["low"] > 0.2).all() and (bars["high"] < 1).all()
-    middle = retrieved["full"]["middle"]
-    prompts.clear()
-    quality_controls.at_places(None, {"full": "a"}, 512, 4, 0, {"full": {"middle": middle}})
-    assert [lead for _, lead, _ in prompts] == [8, 432]
-    with pytest.raises(ValueError, match="not to prompts of 256 tokens"):
-        quality_controls.at_places(None, {"full": "a"}, 256, 4, 0, {"full": {"middle": middle}})
+@torch.inference_mode()
+def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monkeypatch):
+    """The values asked for are what the model itself generates, but for one token of one of them."""
+    model, asked = tiny(name), _prompts()
+    for prompt, (ids_T, key_QK) in enumerate(zip(asked.ids_NT, asked.key_NQK)):
+        for question, key_K in enumerate(key_QK):
+            work = workloads.generate(model, torch.cat([ids_T, key_K])[None], long_answers.VALUE)
+            work()
+            asked.value_NQV[prompt, question] = work.output_BN[0]
+    asked.value_NQV[1, 2, 3] = (asked.value_NQV[1, 2, 3] + 1) % 96
+    arm = absorbed_baseline.absorbed_baseline(model)
+    answers = long_answers.ask(arm, asked)
+    expected = np.ones((2, 4), dtype=bool)
+    expected[1, 2] = False
+    assert np.array_equal(answers.right_NQ, expected) and (answers.loss_NQ > 0).all()
+    monkeypatch.setattr(long_answers, "_side_by_side", lambda *_: 2)
+    again = long_answers.ask(arm, asked)
+    np.testing.assert_allclose(again.loss_NQ, answers.loss_NQ, atol=1e-4)
+    sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), asked)
+    np.testing.assert_allclose(sparse.loss_NQ, answers.loss_NQ, atol=1e-4)
+    assert set(long_answers.bars({"full": answers})["arm"]) == {f"{place}, full" for place in long_answers.PLACES}
+
+
+def test_keys_and_values_stand_in_the_prompt_without_overlap(monkeypatch):
+    filler = torch.zeros(3, 400, dtype=torch.long)
+    monkeypatch.setattr(long_answers.task_list, "retrieval_prompts", lambda *_: (filler, None))
+    monkeypatch.setattr(
+        long_answers, "random_ids", lambda _, shape, random: torch.randint(1, 90, shape, generator=random)
+    )
+    asked = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
+    assert asked.tokens == 396 and int((asked.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
+    text = asked.ids_NT[1].tolist()
+    for key, value in zip(asked.key_NQK[1].tolist(), asked.value_NQV[1].tolist()):
+        assert any(text[at : at + 12] == key + value for at in range(len(text)))
+
+
+def test_loss_of_a_likelier_answer_is_judged_beside_exact_match():
+    right = np.ones((8, 20), dtype=bool)
+    base = long_answers.LongAnswers(512, right, np.full((8, 20), 0.1))
+    worse = long_answers.LongAnswers(512, right, np.full((8, 20), 0.3))
+    match, likelihood = long_answers.compare(base, worse, resamples=200, seed=0)
+    assert match.verdict == "maintained" and match.n == 160
+    assert likelihood.verdict == "not_maintained" and likelihood.workload == "answers behind a long prompt"
+
+
+@pytest.mark.parametrize("tokens, untouched", [(30, True), (90, False)])
+@torch.inference_mode()
+def test_what_is_left_out_grows_only_where_prompts_are_long_enough(tiny, tokens, untouched):
+    model = method.apply(tiny("qwen3-4b-instruct-2507"), tau=0.3, **SMALL)
+    model(input_ids=torch.randint(8, 96, (1, tokens), generator=torch.Generator().manual_seed(1)))
+    assert (method.left_out(model) == 0) == untouched

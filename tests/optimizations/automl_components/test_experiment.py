@@ -1,17 +1,28 @@
 """What the experiment concludes from outcomes that are planted: chance, defaults, and a small grid."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from lib.measure.metrics import measurement
+from lib.models.checkpoints import io
 from lib.optimizations.automl_components import experiment
 from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid
-from lib.optimizations.automl_components.successive_filtering import JudgedStack
+from lib.optimizations.automl_components.successive_filtering import REFERENCE, JudgedStack
+from lib.optimizations.common import recipe
+from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.report.text import reading
 
 
 def _judged(level: float, reason: str | None = None) -> JudgedStack:
-    return JudgedStack([RecipeStep(optimization="one")], level, level, 1.0, reason, 2.0)
+    """Time and divergence at the same share of the reference."""
+    return JudgedStack([RecipeStep(optimization="one")], level, level * REFERENCE[1], 1.0, reason, 2.0)
+
+
+def _area(level: float) -> float:
+    return (1 - level) ** 2 * REFERENCE[1]
 
 
 def _equal(search: float, *others: float, defaults: float = 0.8) -> EqualSeconds:
@@ -26,16 +37,16 @@ def _equal(search: float, *others: float, defaults: float = 0.8) -> EqualSeconds
 )
 def test_chance_is_judged_by_several_draws(search, others, outcome):
     refuted, evidence = _equal(search, *others).random_refuted()
-    assert refuted is outcome and f"{(1 - search) ** 2:.3f}" in evidence
+    assert refuted is outcome and f"{_area(search):.4f}" in evidence
 
 
 def test_what_was_cut_dominates_nothing_and_is_counted():
     equal = _equal(0.5, 0.4)
-    assert equal.volumes["search"] == pytest.approx(0.25) and equal.crashed == 1
+    assert equal.volumes["search"] == pytest.approx(_area(0.5)) and equal.crashed == 1
     assert len(equal.points()) == 3, "the one that crashed is no point, the defaults are one already"
     assert list(equal.table()["cut"]) == [1, 0, 0] and equal.table()["seconds"][0] == 6.0
     assert equal.defaults_refuted()[0] is False and _equal(0.9, 0.4, defaults=0.8).defaults_refuted()[0] is True
-    assert [arm.purpose for arm in equal.controls()] == ["equal seconds", "no search"]
+    assert [arm.purpose for arm in equal.controls()] == ["same start, equal seconds", "no search"]
     assert [row["strength"] for row in equal.impact()] == [1, 2, 3, 1]
     first, second = equal.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
@@ -57,4 +68,26 @@ def test_every_claim_has_its_answer():
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     chosen = Recipe(model="m", scale="proxy", stack=[RecipeStep(optimization="one")], chosen_by="a search")
     assert experiment.targets(equal, grid, chosen).reached.all()
-    assert experiment.commands(chosen) == ["python build.py run one --model m"]
+    assert experiment.commands("m", chosen.stack) == ["python build.py run one --model m"]
+    assert experiment.commands("m", [])[0].startswith("nothing: ")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "degenerate", "word"),
+    [
+        (["maintained", "informative"], None, "maintained"),
+        (["better", "inconclusive"], None, "inconclusive"),
+        (["maintained", "worse"], None, "not_maintained"),
+        (["maintained"], "it repeats one token", "invalid"),
+    ],
+)
+def test_a_stack_is_stored_with_its_verdict_and_hashes(tiny, verdicts, degenerate, word):
+    model, changed = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    score = measurement.counted("f1_macro", "classify", 0.9, 0.9, "planted")
+    judged = Judgement(None, [score.model_copy(update={"verdict": verdict}) for verdict in verdicts], degenerate)
+    setup = SimpleNamespace(loaded=SimpleNamespace(name="m", scale="proxy", model=model), level="quick")
+    steps = [RecipeStep(optimization="one")]
+    stored = experiment.stored(setup, SimpleNamespace(name="a study"), steps, changed, judged)
+    assert stored.accuracy == word and stored.weights == io.weights_hash(model) != stored.optimized
+    assert (recipe.unfit(stored, stored.weights) is None) == (word in ("maintained", "inconclusive"))
+    assert "chosen for weights" in recipe.unfit(stored, "others")

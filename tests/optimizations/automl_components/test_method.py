@@ -1,20 +1,22 @@
 """Components are found by looking; spaces are checked; what is infeasible is cut and said; a stop changes no answer."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.quality import evaluate
-from lib.optimizations.automl_components import controls
+from lib.optimizations.automl_components import controls, finalists
 from lib.optimizations.automl_components import method as automl
 from lib.optimizations.automl_components import successive_filtering as bench_module
-from lib.optimizations.automl_components.method import Component, Finalist
+from lib.optimizations.automl_components.finalists import Finalist
+from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common import study
+from lib.optimizations.common import recipe, search_quality, shapley, study
 from lib.optimizations.common.recipe import RecipeStep
 
 
@@ -154,43 +156,98 @@ def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
     assert any(len(judged.stack) == 2 for judged in whole)
 
 
-def test_other_models_findings_come_first(tiny, monkeypatch, tmp_path):
+def test_what_served_other_models_comes_first(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
-    name = "automl_components--glm--quick"
-    with study.opened(tmp_path / f"{name}.db", name, {}, 2) as stored:
-        outcomes = automl.run(bench, parts, stored, 6)
-    (tmp_path / "automl_components--coder--quick.db").write_text("damaged")
-    first = automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts)
-    assert first == [
-        max((judged for judged in outcomes if judged.stack and not judged.reason), key=automl.utility).stack
-    ]
-    assert automl.elsewhere(tmp_path, name, parts) == [], "its own study is no other model's"
-    assert automl.elsewhere(tmp_path, "automl_components--qwen--quick", parts[:0]) == []
+
+    def store(model: str, stem: str, accuracy: str = "maintained") -> None:
+        steps = [RecipeStep(optimization=stem, knobs={"share": 0.3})]
+        about = {"model": model, "scale": "proxy", "chosen_by": "automl_components", "weights": "w"}
+        recipe.write(recipe.Recipe(**about, stack=steps, accuracy=accuracy), tmp_path)
+
+    store("glm", "two")
+    store("lossy", "one", "not_maintained")
+    store("own", "one")
+    store("strange", "three")
+    (tmp_path / "coder.yaml").write_text("stack: [")
+    first = automl.elsewhere(tmp_path, "own", parts)
+    assert [[step.optimization for step in stack] for stack in first] == [["two"]], (
+        "not the one that was judged to lose"
+    )
+    assert automl.elsewhere(tmp_path, "own", parts[:0]) == []
     with study.opened(None, "s", {}, 2) as memory:
         assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
 
 
-def _finalist(time: float, lost: float, kl: float = 0.1, perplexity: float = 0.0) -> Finalist:
-    return Finalist(JudgedStack([], time, kl, 1.0, None, 0.0), kl, lost, perplexity)
+def test_chance_begins_where_the_search_began(tiny, monkeypatch):
+    parts = [_fake("one", _scale, share=SHARE)]
+    bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
+    first = [JudgedStack([RecipeStep(optimization="one")], 0.5, 0.05, 1.0, None, 3.0)]
+    judged = controls.at_random(bench, parts, 3.0, 0, first)
+    assert judged[0] is first[0] and len(judged) == 2, "its seconds are counted, and at least one more is drawn"
 
 
-def test_the_rule_takes_the_fastest_that_keeps_its_scores():
-    finalists = [_finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.7, 0.0, 0.05), _finalist(1.0, 0.0, 0.0)]
-    assert automl.choose(finalists, 0.02) is finalists[2]
-    assert automl.choose([_finalist(0.3, 0.0, 0.4, 0.5), *finalists], 0.02) is finalists[2], "its text fell apart"
-    with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* the nearest loses 0\.1"):
-        automl.choose(finalists[:1], 0.02)
-    with pytest.raises(UserError, match=r"nothing that was tried is within memory_budget=0\.01"):
-        automl.choose([], 0.02, memory_budget=0.01)
+def _finalist(time: float, lost: float = 0.0, growth: float = 0.0, spread: float = 0.005, steps: int = 1) -> Finalist:
+    stack = [RecipeStep(optimization="one")] * steps
+    estimate = shapley.Estimate(np.log(time), np.log(time) - spread, np.log(time) + spread, 8)
+    outcome = JudgedStack(stack, time, 0.1, 1.0, None, 0.0)
+    return Finalist(outcome, estimate, 0.0, 0.1, search_quality.QualityLoss(lost, growth, growth))
+
+
+def test_the_rule_takes_what_surely_saves_most_and_keeps_its_scores():
+    fast, kept, slower = _finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.8)
+    nothing = _finalist(1.0, spread=0.0, steps=0)
+    assert finalists.choose([fast, slower, kept, nothing], 0.02) is kept
+    assert finalists.choose([_finalist(0.3, 0.0, 0.5), slower, nothing], 0.02) is slower, "its text fell apart"
+    lucky = _finalist(0.6, spread=0.3)
+    assert finalists.choose([lucky, kept, nothing], 0.02) is kept, "fastest at the median, not by its interval"
+    with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* a score loses 10\.0 points"):
+        finalists.choose([fast], 0.02)
+
+
+def test_near_ties_go_to_the_stack_that_does_least():
+    """Noise of less than the practical margin changes nothing of what is chosen."""
+    random = np.random.default_rng(0)
+    chosen = set()
+    for _ in range(50):
+        noise = np.exp(random.uniform(-0.009, 0.009, 3))
+        three = [_finalist(0.7 * factor, steps=steps) for factor, steps in zip(noise, (3, 1, 2))]
+        chosen.add(len(finalists.choose([*three, _finalist(1.0, spread=0.0, steps=0)], 0.02).outcome.stack))
+    assert chosen == {1}
 
 
 def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
-    stack = [RecipeStep(optimization="one", knobs={})]
-    nothing = _finalist(1.0, 0.0, 0.0)
-    noise, better = (Finalist(JudgedStack(stack, time, 0.1, 1.0, None, 0.0), 0.1, 0.0, 0.0) for time in (0.985, 0.95))
-    assert automl.choose([nothing, noise], 0.02) is nothing
-    assert automl.choose([nothing, noise, better], 0.02) is better
+    nothing, noise, better = _finalist(1.0, spread=0.0, steps=0), _finalist(0.985), _finalist(0.95)
+    assert finalists.choose([nothing, noise], 0.02) is nothing
+    assert finalists.choose([nothing, noise, better], 0.02) is better
+    unsteady = replace(better, floor=0.1)
+    assert finalists.choose([nothing, unsteady], 0.02) is nothing, "two copies of the baseline differ by more"
+
+
+def test_a_budget_of_memory_that_nothing_meets_is_named():
+    with pytest.raises(
+        NotApplicable, match=r"memory budget of 0\.01 of the baseline's; the smallest .* takes 0\.62"
+    ) as told:
+        finalists.choose([], 0.02, memory_budget=0.01, smallest=0.62)
+    assert "\n" not in str(told.value)
+
+
+def test_finalists_are_timed_again_with_a_copy_of_the_baseline(tiny, monkeypatch):
+    parts = [_fake("one", _scale, share=SHARE)]
+    bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
+    outcome = JudgedStack([RecipeStep(optimization="one", knobs={"share": 0.1})], 0.9, 0.01, 1.0, None, 0.0)
+    asked = []
+
+    class Quality:
+        def of(self, model):
+            asked.append(model)
+            return search_quality.NOTHING_LOST
+
+    idle, found = finalists.judge(bench, [outcome], 2, Quality(), 0)
+    assert idle.outcome.stack == [] and idle.at_most == 1.0 and found.outcome is outcome
+    assert found.time.n == finalists.ROUNDS and found.floor == idle.floor >= 0 and len(asked) == 1
+    frame = finalists.table([idle, found], 0.02)
+    assert list(frame["stack"]) == ["nothing", "one"] and frame["high"][0] == 1.0
 
 
 def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):

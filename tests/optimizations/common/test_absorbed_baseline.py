@@ -1,45 +1,59 @@
-"""The absorbed baseline of latent attention: what is compared with it, and models that have none."""
+"""The absorbed baseline of latent attention: the same weights and answers, and models that have no latents."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from lib.measure.metrics import settings
+from lib.measure.timing import workloads
 from lib.models.decoding import mla_absorption
+from lib.optimizations.adaptive_sparse_attention import method as sparse
 from lib.optimizations.common import absorbed_baseline
+from lib.optimizations.structured_pruning import method as pruning
 
-QUICK = settings.read("quick")
 PROMPT = torch.randint(8, 96, (1, 20), generator=torch.Generator().manual_seed(2))
 
 
 @dataclass
-class _Compared:
-    measurements: list
+class _Loaded:
+    model: torch.nn.Module
 
 
-@dataclass
-class _Measurement:
-    metric: str
+def _tokens(model) -> torch.Tensor:
+    work = workloads.generate(model, PROMPT, 6)
+    work()
+    return work.output_BN
 
 
-def test_decoding_is_held_against_the_absorbed_baseline(tiny, monkeypatch):
-    base, other, seen = tiny("glm-4.7-flash"), tiny("glm-4.7-flash", seed=1), {}
+def test_the_baseline_decodes_absorbed_with_the_same_weights_and_answers(tiny):
+    model = tiny("glm-4.7-flash")
+    loaded = absorbed_baseline.of(_Loaded(model))
+    assert mla_absorption.is_absorbed(loaded.model) and not mla_absorption.is_absorbed(model)
+    assert next(loaded.model.parameters()) is next(model.parameters()), "weights were copied"
+    assert torch.equal(_tokens(loaded.model), _tokens(model))
+    assert absorbed_baseline.formula(model) == {"costs": {"absorbed": True}, "baseline_costs": {"absorbed": True}}
 
-    def compare(first, second, prompt, effort, **options):
-        seen.update(options, first=first, second=second)
-        return _Compared([_Measurement("decode_tokens_per_second"), _Measurement("model_flops_utilisation")])
 
-    monkeypatch.setattr(absorbed_baseline.speed, "compare", compare)
-    measurements = absorbed_baseline.against_absorbed(base, other, PROMPT, QUICK, seed=3)
-    assert [measurement.metric for measurement in measurements] == ["decode_tokens_per_second"]
-    assert mla_absorption.is_absorbed(seen["first"]) and not mla_absorption.is_absorbed(base)
-    assert seen["second"] is other and seen["names"] == ("decode",) and seen["seed"] == 3
-    assert next(seen["first"].parameters()) is next(base.parameters()), "weights were copied"
+def test_what_is_made_of_it_decodes_absorbed_as_well(tiny, batch):
+    model = absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash"))
+    pruned = pruning.apply(model, [batch], ratio=0.2)
+    assert mla_absorption.is_absorbed(pruned)
+    assert torch.equal(_tokens(pruned), _tokens(mla_absorption.expand(pruned)))
+
+
+def test_sparse_attention_keeps_its_own_decoding_in_either_order(tiny):
+    """Pages are read in the latent space already: absorbing neither before nor after may bypass them."""
+    model = tiny("glm-4.7-flash")
+    options = {"block_size": 16, "stride": 4, "page_size": 4, "pages": 1, "dense_blocks": 0, "tau": 1.0}
+    before = sparse.apply(absorbed_baseline.absorbed_baseline(model), **options)
+    after = mla_absorption.absorb(sparse.apply(model, **options))
+    assert torch.equal(_tokens(before), _tokens(after)) and not mla_absorption.is_absorbed(after)
+    assert sparse.density(before)["tokens"] < 0.5
+    assert mla_absorption.is_absorbed(sparse.revert(before)) and not mla_absorption.is_absorbed(sparse.revert(after))
 
 
 @pytest.mark.parametrize("plain", ["qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b"])
-def test_without_latents_there_is_nothing_to_hold_it_against(tiny, plain):
-    model = tiny(plain)
-    assert absorbed_baseline.against_absorbed(model, model, PROMPT, QUICK) == []
-    assert absorbed_baseline.absorbed_baseline(model) is model
+def test_without_latents_there_is_nothing_to_absorb(tiny, plain):
+    loaded = _Loaded(tiny(plain))
+    assert absorbed_baseline.of(loaded) is loaded
+    assert absorbed_baseline.absorbed_baseline(loaded.model) is loaded.model

@@ -56,7 +56,7 @@ def test_shapley_is_the_mean_over_all_orders_of_joining():
 
 def test_interactions_of_timed_arms_and_losses():
     shared = np.random.default_rng(2).normal(size=12)
-    logs = {"baseline": 0.0, "baseline again": 0.0, "x": -0.2, "y": -0.1, "x → y": -0.5, "y → x": -0.3}
+    logs = {"baseline": 0.0, "x": -0.2, "y": -0.1, "x → y": -0.5, "y → x": -0.3}
     seconds = {arm: list(np.exp(value + shared)) for arm, value in logs.items()}
     timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [list(logs)] * 12)}
     lost = {
@@ -68,5 +68,5 @@ def test_interactions_of_timed_arms_and_losses():
     assert [round(row.get("loss", 0), 6) for row in rows] == [0.3, 0.0, 0] and rows[2]["reason"] == "no"
     (order,) = interactions.order_effects(timed, lost, states)
     assert round(order["prefill"], 6) == 0.2 and round(order["loss"], 6) == 0.3
-    assert interactions.floor(timed["prefill"]) == 0.0
-    assert interactions.singles(timed, lost, ["x"])[0]["prefill_low"] == pytest.approx(0.2)
+    (alone,) = interactions.singles([timed, timed], lost, ["x"])
+    assert alone["prefill_low"] == pytest.approx(0.2) and alone["loss"] == pytest.approx(0.1)

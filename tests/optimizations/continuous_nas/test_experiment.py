@@ -12,15 +12,22 @@ from lib.optimizations.continuous_nas import drift, experiment
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
 from lib.optimizations.continuous_nas.experiment import Additivity
+from lib.optimizations.continuous_nas.method import REFERENCE
 from lib.optimizations.continuous_nas.request_costs import PROFILES
 from lib.optimizations.continuous_nas.rivals import RivalComparison
 from lib.report.text import reading
 
 
 def _effort(search: float, *others: float) -> EqualEffort:
-    points = {"search": [(search, search)], "uniform": [(0.6, 0.6)]}
-    points |= {f"random {n}": [(value, value)] for n, value in enumerate(others, start=1)}
-    return EqualEffort(points, 9, None, None)
+    """Arms of one point each, at the same share of both references."""
+    one = lambda share: [(share, share * REFERENCE[1])]  # noqa: E731
+    points = {"search": one(search), "programme": one(0.65), "greedy": one(0.7), "uniform": one(0.6)}
+    points |= {f"random {n}": one(value) for n, value in enumerate(others, start=1)}
+    return EqualEffort(points, one(0.95), 9, None, None)
+
+
+def _area(share: float) -> float:
+    return (1 - share) ** 2 * REFERENCE[1]
 
 
 def _sentences(text: str) -> None:
@@ -32,10 +39,14 @@ def _sentences(text: str) -> None:
 def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_them(search, outcome):
     equal = _effort(search, 0.4, 0.5, 0.7)
     refuted, evidence = equal.refuted()
-    assert refuted is outcome and f"{(1 - search) ** 2:.3f}" in evidence and "3 draws" in evidence
+    assert refuted is outcome and f"{_area(search):.4f}" in evidence and "3 draws" in evidence
     assert equal.gain == pytest.approx((1 - search) ** 2 / np.mean([0.36, 0.25, 0.09]))
     _sentences(equal.reading())
-    assert [arm.name for arm in equal.controls()] == ["uniform", "random 1", "random 2", "random 3"]
+    assert [arm.name for arm in equal.controls()] == [
+        "programme", "greedy", "uniform", "random 1", "random 2", "random 3",
+    ]  # fmt: skip
+    assert list(equal.credits.values()) == pytest.approx([_area(0.95), _area(0.65), _area(search), _area(0.7)])
+    assert _effort(search, 1.2).gain is None, "chance that dominates nothing is no divisor"
 
 
 @pytest.mark.parametrize(

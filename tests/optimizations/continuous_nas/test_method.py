@@ -117,6 +117,44 @@ def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
     assert costs.scarce.unit == "s" and drifted.scarce.unit == "bytes"
 
 
+def test_a_budget_out_of_reach_after_a_drift_is_made_relative(tiny, batch):
+    """A request of which the parts are a tenth, as on a busy machine: no share of 0.8 can be met, and none fails."""
+    model = tiny("qwen3-coder-30b")
+    search, costs = _begin(model, batch)
+    nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
+
+    def costs_of(name, study):
+        times = _times(search.library)
+        whole = sum(options[WHOLE] for options in times["prefill"].values())
+        rest = {"prefill_rest": 9 * whole, "decode_rest": 9 * whole}
+        return request_costs.tables(model, search.library, request_costs.PROFILES[name], times | rest)
+
+    hard = costs_of("decode_heavy", None)
+    assert hard.reach(hard.time) > 0.85
+    with pytest.raises(UserError, match="no choice has time"):
+        nas.candidates(nas.score(search), hard, 0.8, 1.0)
+    relative = hard.relative(hard.time, 0.8)
+    assert hard.reach(hard.time) < relative < 1 and nas.candidates(nas.score(search), hard, relative, 1.0)
+    assert costs.relative(costs.time, 0.8) == 0.8, "what can be met stays as it was asked"
+
+
+def test_greedy_choices_replace_least_divergence_per_cost_first(tiny, batch):
+    search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch)
+    scores = nas.score(search)
+    path = nas.greedy(scores, costs, 1000)
+    shares = [costs.share(choice) for choice in path]
+    assert shares == sorted(shares, reverse=True) and shares[-1] == pytest.approx(costs.reach(costs.scarce))
+    rates = {
+        (slot, option): scores[slot][option] / (costs.scarce.values[slot][WHOLE] - costs.scarce.values[slot][option])
+        for slot, options in search.library.space.items()
+        for option in options
+        if option != WHOLE
+    }
+    slot, option = min(rates, key=rates.__getitem__)
+    assert path[0] == search.library.whole | {slot: option}
+    assert len(nas.greedy(scores, costs, 3)) == 3 and nas.greedy(scores, costs, 3)[-1] == path[-1]
+
+
 def test_memory_is_counted_as_the_model_holds_it(tiny, name, batch):
     from lib.measure.roofline import cost_model
 

@@ -1,5 +1,7 @@
 """Replacements against slow, obvious references: silenced parts, whole divergences, exact swaps back, disk."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import divergence as whole_divergence
 from lib.models.checkpoints import io
 from lib.models.structure import no_op
-from lib.models.structure.anatomy import anatomy
+from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.surgery import keep_groups
 from lib.optimizations.continuous_nas import replacement_library
 from lib.optimizations.continuous_nas.scoring import divergence, probe
 from lib.optimizations.structured_pruning.method import saliency_scores
@@ -76,6 +79,41 @@ def test_every_option_runs_survives_the_disk_and_goes_back_exactly(built, batch,
 def test_the_student_shares_every_tensor(built):
     model, shelf = built
     assert {id(tensor) for tensor in shelf.student.parameters()} == {id(tensor) for tensor in model.parameters()}
+
+
+def _storages(modules) -> dict[int, int]:
+    """Bytes of every storage that the modules' tensors lie in, by address."""
+    tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def test_a_library_takes_the_memory_of_one_more_model_and_a_finer_one_nothing_more(built, batch):
+    model, shelf = built
+    scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
+    own = _storages([model])
+    held = _storages([module for options in shelf.modules.values() for module in options.values()])
+    added = sum(size for address, size in held.items() if address not in own)
+    assert added <= 1.2 * sum(own.values())
+    finer = replacement_library.build(model, scores, replacement_library.UNIFORM, shelf.ordered)
+    more = _storages([module for options in finer.modules.values() for module in options.values()])
+    assert not set(more) - set(held) - set(own), "the finer library copied something"
+
+
+def test_a_cut_keeps_the_most_salient_pieces(built, batch):
+    """Against pruning in place: the same pieces, copied."""
+    model, shelf = built
+    scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
+    for slot, options in shelf.modules.items():
+        index, part = replacement_library.locate(slot)
+        if part == "attention" and "groups_50" in options:
+            reference = copy.deepcopy(model)
+            block = anatomy(reference).blocks[index]
+            count = block.attention.key_value_heads // 2
+            keep_groups(block.attention, scores[index]["heads"].topk(count).indices.sort().values)
+            synchronise(reference)
+            cut = replacement_library.swap(shelf, shelf.whole | {slot: "groups_50"})
+            assert close(cut(**batch).logits, reference(**batch).logits)
+    replacement_library.swap(shelf, shelf.whole)
 
 
 def test_options_are_what_they_say(built):

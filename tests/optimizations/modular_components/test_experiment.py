@@ -23,7 +23,7 @@ def _contrasts(*intervals: tuple[float, float]) -> Contrasts:
         for low, high in intervals
     ]
     nothing = pd.DataFrame()
-    return Contrasts({}, {}, nothing, pd.DataFrame(rows, columns=None), nothing, nothing, "planted")
+    return Contrasts({}, nothing, pd.DataFrame(rows, columns=None), nothing, nothing, "planted")
 
 
 @pytest.mark.parametrize(("clear", "total", "outcome"), [(0, 10, False), (1, 10, None), (9, 10, True), (0, 0, None)])
@@ -53,7 +53,8 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     answers = experiment.refutations(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
-    assert "0.50 of 2 ordered pairs work" in experiment.sentence(_study(forced), _overhead(verdict), exchanged)
+    said = experiment.sentence(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
+    assert "0.50 of 2 ordered pairs work" in said and "0 of 1 intervals exclude zero" in said
 
 
 def test_what_did_not_happen_tells_nothing():

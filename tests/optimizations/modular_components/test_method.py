@@ -1,11 +1,13 @@
 """Parts found in the folder, their order and refusals; the caller is left alone; a live model gets everything back."""
 
+import itertools
 import types
 
 import pytest
 import torch
 
 from lib.errors import UserError
+from lib.measure.timing import workloads
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
@@ -43,6 +45,9 @@ def test_parts_are_found_by_walking_the_folder():
         ({"touches": ("souls",)}, 'touches: unknown "souls"'),
         ({"trial": {"speed": 3}}, 'trial: unknown "speed"'),
         ({"wants": ()}, 'key "wants"'),
+        ({"mildest": {"speed": 0}}, 'mildest: unknown "speed"'),
+        ({"at": ({"knobs": {"speed": 1}},)}, 'knobs: unknown "speed"'),
+        ({"at": ({"needs": ("whole chanels",)},)}, 'needs: unknown "whole chanels"'),
     ],
 )
 def test_a_faulty_descriptor_is_named(change, says):
@@ -133,7 +138,10 @@ def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
     options = {"random_weights": True}
     singles = {s: attempts.attempt(model, [batch], [step(s)], sample, **options) for s in (PRUNING, FACTORS, SPARSE)}
     assert {attempt.state for attempt in singles.values()} == {"works"}
-    pairs = attempts.ordered_pairs(model, [batch], singles, sample, **options)
+    pairs = {
+        (first, second): attempts.both(model, [batch], singles[first], singles[second], sample, **options)
+        for first, second in itertools.permutations(singles, 2)
+    }
     assert len(pairs) == 6 and {attempt.state for attempt in pairs.values()} <= {"works", "refused"}
     assert all(attempt.reason for attempt in pairs.values() if attempt.state == "refused")
     works = [key for key, attempt in pairs.items() if attempt.state == "works"]
@@ -141,6 +149,32 @@ def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
     forced = attempts.attempt(model, [batch], pairs[SPARSE, PRUNING].steps, sample, checked=False, **options)
     assert forced.state in ("refused", "crashed"), "the refusal was right"
     assert attempts.stale(model, [batch], pairs).keys() <= set(works)
+
+
+def test_what_is_needed_may_depend_on_the_knobs(tiny, name, batch):
+    """Weights that stay in memory may be changed afterwards; those that were moved to a file may not."""
+    model, stem = tiny(name), "streaming_computation"
+    here, away = (RecipeStep(optimization=stem, knobs={"memory_ratio": ratio}) for ratio in (1.0, 0.6))
+    for part in (PRUNING, FACTORS, SPARSE):
+        assert composing.refusal([here, step(part)], model) is None
+        assert (composing.refusal([away, step(part)], model) is None) == (
+            not set(composing.described(away)["invalidates"])
+            & set(composing.described(step(part))["needs"])
+            & traits.concerning(model)
+        )
+    assert composing.refusal([away, step(SPARSE)], model)
+    for pair in ([here, step(SPARSE)], [step(SPARSE), here]):
+        both = composing.compose(model, [batch], pair, arrange=False).model
+        alone = composing.compose(model, [batch], [step(SPARSE)]).model
+        ids = batch["input_ids"][:1, :20]
+        tokens = [_generated(arm, ids) for arm in (both, alone)]
+        assert torch.equal(*tokens)
+
+
+def _generated(model, ids):
+    work = workloads.generate(model, ids, 4)
+    work()
+    return work.output_BN
 
 
 def test_a_crash_and_a_broken_output_are_outcomes(tiny, batch, monkeypatch):

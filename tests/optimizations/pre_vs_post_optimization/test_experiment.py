@@ -3,8 +3,11 @@
 import pandas as pd
 import pytest
 
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
-from lib.optimizations.pre_vs_post_optimization import attribution, experiment, returns
+from lib.optimizations.common import judgement
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, returns
 from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, GainSweep
 from lib.report.text import reading
 
@@ -34,7 +37,7 @@ def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
 def test_shares_are_read_from_the_largest():
     names = (("a", 0.1), ("b", 0.3), (attribution.WHOLE, 0.4))
     rows = [
-        {"what": what, "part": part, "value": value, "low": value - 0.1, "high": value + 0.1, "mean": value}
+        {"what": what, "part": part, "value": value, "low": value - 0.1, "high": value + 0.1}
         for what in ("prefill", "decode", "loss")
         for part, value in names
     ]
@@ -42,6 +45,28 @@ def test_shares_are_read_from_the_largest():
     first, second = shared.reading().split(". ", 1)
     assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
     assert list(shared.speeds().arm)[:2] == ["a, prefill", "b, prefill"] and len(shared.losses()) == 3
+
+
+def _setup(*steps: str, considered=()) -> experiment.StackSetup:
+    stack = method.ChosenStack([RecipeStep(optimization=step) for step in steps], "the default rule", [*considered])
+    return experiment.StackSetup(None, None, None, 0, [], stack, "")
+
+
+def test_nothing_pays_is_an_answer():
+    """The empty stack: said first, its rejected candidates in the table, its own comparison the identity's."""
+    nothing = _setup(considered=[{"step": "a", "kept": False, "why": "perplexity grows"}])
+    assert not nothing.pays and "nothing pays here" in nothing.in_words and list(nothing.table()["why"])
+    text = experiment.sentence(nothing, "Prefill speed equivalent.")
+    assert text.startswith("Nothing pays here: of 1 candidates") and text.endswith("Prefill speed equivalent.")
+    assert experiment.sentence(_setup("a"), "Faster.") == "Faster."
+    speed = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
+    judged = judgement.Judgement(None, [_verdict("maintained")], None)
+    own = experiment.identity_control(nothing, None, judged, Compared([speed]))
+    assert [m.metric for m in own] == ["f1_macro", "prefill_tokens_per_second"]
+    shares = experiment.attributed(_setup(), experiment.Subsets({}, {}, 0.0), None, Compared([]))
+    assert len(shares.speeds()) == len(shares.losses()) == 0
+    first, second = shares.reading().split(". ", 1)
+    assert reading.two(f"{first}.", second)
 
 
 def test_a_sweep_without_points_is_empty():

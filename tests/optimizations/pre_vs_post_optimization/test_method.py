@@ -19,7 +19,7 @@ from lib.measure.trackers import energy
 from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.parameters import read
-from lib.optimizations.common import interactions, recipe, shapley
+from lib.optimizations.common import interactions, recipe, search_quality, shapley
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
@@ -41,22 +41,35 @@ def _loaded(model, name: str) -> loading.Loaded:
     )
 
 
+def _stored(**fields) -> recipe.Recipe:
+    about = {"model": "m", "scale": "proxy", "stack": STEPS[::-1], "chosen_by": "a search", "weights": "w"}
+    return recipe.Recipe(**about | fields)
+
+
 def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
-    stored = recipe.Recipe(model=model.name_or_path or "m", scale="proxy", stack=STEPS[::-1], chosen_by="a search")
-    monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
-    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
+    monkeypatch.setattr(recipe, "find", lambda name, scale: _stored(accuracy="inconclusive"))
+    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [], weights="w")
     assert stack.steps == STEPS and stack.origin.startswith("a search") and stack.considered == []
 
 
-def test_where_a_search_changed_nothing_the_default_stack_is_compared(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"stack": []}, "it chose to change nothing"),
+        ({"weights": "other"}, "chosen for weights other, not for w"),
+        ({"weights": ""}, "weights that it does not name"),
+        ({"accuracy": "not_maintained"}, "judged not maintained"),
+    ],
+)
+def test_a_stored_stack_that_does_not_fit_is_refused_with_its_reason(tiny, monkeypatch, fields, says):
     model = tiny("qwen3-4b-instruct-2507")
-    stored = recipe.Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
-    monkeypatch.setattr(recipe, "find", lambda name, scale: stored)
-    default = comparing.ChosenStack(STEPS, "the default rule")
+    monkeypatch.setattr(recipe, "find", lambda name, scale: _stored(**fields))
+    default = comparing.ChosenStack([], "the default rule; nothing pays")
     monkeypatch.setattr(comparing, "default_stack", lambda *_, **__: default)
-    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [])
-    assert stack.steps == STEPS and stack.origin == "a search chose to change nothing; instead the default rule"
+    stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [], weights="w")
+    assert stack.steps == [] and stack.origin.startswith("the default rule; nothing pays (of a search: ")
+    assert says in stack.origin
 
 
 def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):
@@ -82,37 +95,65 @@ def _copy(model, calibration):
     return composing.copy.deepcopy(model)
 
 
+def _gain(value: float, spread: float = 0.01) -> shapley.Estimate:
+    return shapley.Estimate(value, value - spread, value + spread, 6)
+
+
 def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeypatch):
-    """Speeds are planted: a part that is faster stays; one that is slower, or refuses, goes."""
+    """Speeds are planted: what is surely faster stays; what is slower, refuses, or cannot be told, goes."""
 
     def refuse(model, calibration):
         raise UserError("not today")
 
-    monkeypatch.setattr(composing, "parts", lambda: _parts(brisk=_copy, idle=_copy, tardy=_copy, unwilling=refuse))
-    planted = iter([0.3, 0.0, -0.5])
-    monkeypatch.setattr(comparing, "_faster", lambda *arguments: next(planted))
+    planted = {"brisk": _gain(0.3), "idle": _gain(0.0), "maybe": _gain(0.05, 0.2), "tardy": _gain(-0.5)}
+    parts = _parts(**dict.fromkeys(planted, _copy), unwilling=refuse)
+    monkeypatch.setattr(composing, "parts", lambda: parts)
+    gains = iter(planted.values())
+    monkeypatch.setattr(comparing, "_faster", lambda *arguments: next(gains))
     name = "qwen3-4b-instruct-2507"
     stack = comparing.default_stack(_loaded(tiny(name), name), [batch])
     assert [step.optimization for step in stack.steps] == ["brisk"]
     assert [(row["step"], row["kept"]) for row in stack.considered] == [
-        ("brisk", True), ("idle", False), ("tardy", False), ("unwilling", False),
+        ("brisk", True), ("idle", False), ("maybe", False), ("tardy", False), ("unwilling", False),
     ]  # fmt: skip
-    assert "neither faster" in stack.considered[1]["why"] and "not today" in stack.considered[3]["why"]
+    assert "neither faster" in stack.considered[1]["why"] and "not today" in stack.considered[4]["why"]
 
 
-def test_where_nothing_pays_the_least_harmful_part_is_taken(tiny, batch, monkeypatch):
+def test_what_loses_more_than_the_margins_is_rejected_before_it_is_timed(tiny, batch, monkeypatch):
+    name = "qwen3-4b-instruct-2507"
+    monkeypatch.setattr(composing, "parts", lambda: _parts(lossy=_copy))
+    monkeypatch.setattr(comparing, "_faster", lambda *_: pytest.fail("a rejected candidate was timed"))
+    lost = search_quality.QualityLoss(0.0, 0.04, 0.05)
+    monkeypatch.setattr(search_quality.SearchQuality, "of", lambda *_: lost)
+    stack = comparing.default_stack(_loaded(tiny(name), name), [batch])
+    assert stack.steps == [] and stack.considered[0]["why"] == "perplexity grows 4.0 % (up to 5.0 %)"
+    assert lost.within(perplexity_margin=0.06) and not lost.within()
+
+
+def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     monkeypatch.setattr(composing, "parts", lambda: _parts(one=_copy, two=_copy))
-    monkeypatch.setattr(comparing, "_faster", lambda *arguments: -0.5)
+    monkeypatch.setattr(comparing, "_faster", lambda *arguments: _gain(-0.5))
     stack = comparing.default_stack(_loaded(tiny(name), name), [batch])
-    assert len(stack.steps) == 1 and "none pays" in stack.origin
+    assert stack.steps == [] and "nothing pays" in stack.origin and len(stack.considered) == 2
 
-    def refuse(model, calibration):
-        raise UserError("never")
 
-    monkeypatch.setattr(composing, "parts", lambda: _parts(one=refuse))
-    with pytest.raises(UserError, match="no part works alone"):
-        comparing.default_stack(_loaded(tiny(name), name), [batch])
+def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
+    """Planted rounds whose interval holds the margin at first; six are enough for a large effect."""
+    draws = iter([np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6), *[np.full(6, 0.05)] * 2])
+    asked = []
+
+    def timed(arms, prompt, count, seed):
+        asked.append(seed)
+        gain = next(draws)
+        seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
+
+    monkeypatch.setattr(interactions, "time_arms", timed)
+    first = comparing._faster(None, None, None, 0)
+    assert asked == [0, 6, 12] and first.n == 18
+    draws = iter([np.full(6, 0.3)])
+    assert comparing._faster(None, None, None, 0).n == 6
 
 
 def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
@@ -165,7 +206,7 @@ def test_attribution_adds_up_to_the_whole():
     timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [names] * 12)}
     rows = attribution.attribute(["x", "y"], timed, {name: random.normal(size=8) for name in names})
     for what in ("prefill", "loss"):
-        of = {row["part"]: row["mean"] for row in rows if row["what"] == what}
+        of = {row["part"]: row["value"] for row in rows if row["what"] == what}
         assert of["x"] + of["y"] == pytest.approx(of["the whole stack"])
 
 
@@ -182,7 +223,7 @@ def test_the_only_part_has_the_whole_gain(tiny, batch):
     assert pairs.order == compared.timed["decode"].pairs.order
     for row in attribution.attribute([PRUNING], timed, {}):
         gain = -float(np.mean(compared.timed[row["what"]].pairs.differences))
-        assert row["mean"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
+        assert row["value"] == pytest.approx(gain) and row["part"] in (PRUNING, "the whole stack")
 
 
 def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch, monkeypatch):

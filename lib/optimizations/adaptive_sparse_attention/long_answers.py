@@ -1,0 +1,168 @@
+"""Many values asked for behind one long prompt: enough answers to judge, at the length that is timed.
+
+Keys and values stand all over a prompt of held-out text. It is read once; then each key is given token by token, behind
+a copy of the cache, and the model's probability of the value's tokens is read off: the log-likelihood of the answer,
+and whether greedy generation would have repeated it exactly (it would where every token of the value is the most likely
+one behind those before it). So prompts are read through the pattern, and questions are decoded from the chosen pages.
+Knows nothing of sparsity.
+
+Shapes: N prompts, T tokens, Q questions to each prompt, B of them asked side by side, K tokens of a key, V of a value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from torch import nn
+from transformers import DynamicCache
+
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import evaluate, noninferiority
+from lib.measure.quality.evaluate import Retrieved
+from lib.measure.roofline import cost_model
+from lib.models.decoding import cache_names
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.tasks import tasks as task_list
+from lib.models.tasks.retrieval import KEY, LEAD, VALUE, random_ids
+from lib.optimizations.adaptive_sparse_attention.paged_cache import PagedLayer
+
+QUESTIONS = 25  # to each prompt
+PAGE = 16  # tokens, of a cache whose pages nobody chooses
+COPIED_BYTES = 2**31  # of cache, for questions asked side by side
+PLACES = ("start", "middle", "end")  # thirds of a prompt
+
+
+@dataclass(frozen=True)
+class LongPrompts:
+    """Prompts [N, T] with the keys [N, Q, K] and values [N, Q, V] that stand in them, the first key first."""
+
+    ids_NT: torch.Tensor
+    key_NQK: torch.Tensor
+    value_NQV: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_NT.shape[1]
+
+    def first(self, prompts: int) -> "LongPrompts":
+        """Return the first prompts."""
+        return LongPrompts(self.ids_NT[:prompts], self.key_NQK[:prompts], self.value_NQV[:prompts])
+
+
+@dataclass(frozen=True)
+class LongAnswers:
+    """Answers of one arm, prompt by prompt: whether each value was repeated exactly, and its nats per token, [N, Q]."""
+
+    tokens: int
+    right_NQ: np.ndarray
+    loss_NQ: np.ndarray
+
+    @property
+    def retrieved(self) -> Retrieved:
+        """All values as answers to one task."""
+        return Retrieved(self.tokens, self.right_NQ.flatten())
+
+    def first(self, prompts: int) -> "LongAnswers":
+        """Return the answers to the first prompts."""
+        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts])
+
+    def at(self, place: str) -> np.ndarray:
+        """Return which values of one of PLACES were repeated, [X]."""
+        return np.array_split(self.right_NQ, len(PLACES), axis=1)[PLACES.index(place)].flatten()
+
+
+def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS, seed: int = 0) -> LongPrompts:
+    """Return `count` prompts of `tokens` tokens of held-out text, with `questions` keys and values spread evenly."""
+    filler_NX, _ = task_list.retrieval_prompts(loaded, tokens - LEAD - KEY - VALUE, count, seed)
+    ids_NT, random = filler_NX[:, :tokens].cpu().clone(), torch.Generator().manual_seed(seed + 1)
+    key_NQK = random_ids(loaded, (count, questions, KEY), random)
+    value_NQV = random_ids(loaded, (count, questions, VALUE), random)
+    place_Q = torch.linspace(LEAD, tokens - 2 * (KEY + VALUE), questions).long().tolist()
+    for question, place in enumerate(place_Q):
+        ids_NT[:, place : place + KEY] = key_NQK[:, question]
+        ids_NT[:, place + KEY : place + KEY + VALUE] = value_NQV[:, question]
+    return LongPrompts(*(ids.to(loaded.device) for ids in (ids_NT, key_NQK, value_NQV)))
+
+
+@torch.inference_mode()
+def ask(model: Any, asked: LongPrompts) -> LongAnswers:
+    """Return how `model` answers: every prompt is read once, and all its questions are answered from copies of the
+    cache.
+    """
+    questions = asked.key_NQK.shape[1]
+    rows = _side_by_side(model, asked.tokens, questions)
+    right, loss = [], []
+    for ids_T, key_QK, value_QV in zip(asked.ids_NT, asked.key_NQK, asked.value_NQV):
+        reset_rope_deltas(model)
+        inputs = {"input_ids": ids_T[None], "use_cache": True, "logits_to_keep": 1}
+        output = model(**inputs, **cache_names.as_kwargs(_appending(model)))
+        cache = cache_names.of(output)
+        cache.batch_repeat_interleave(rows)
+        for key_BK, value_BV in zip(key_QK.split(rows), value_QV.split(rows)):
+            right_B, loss_B = _answer(model, cache, key_BK, value_BV)
+            right.append(right_B)
+            loss.append(loss_B)
+    shape = len(asked.ids_NT), questions
+    return LongAnswers(asked.tokens, np.concatenate(right).reshape(shape), np.concatenate(loss).reshape(shape))
+
+
+def _appending(model: nn.Module) -> DynamicCache:
+    """Return an empty cache that appends in place: the stock one copies all it holds for every token of every copy."""
+    cache = DynamicCache()
+    blocks = [block.attention.module for block in anatomy(model).blocks]
+    latent = ["expand_kv" in vars(module) for module in blocks]
+    sizes = [getattr(getattr(module, "sparsity", None), "page_size", PAGE) for module in blocks]
+    cache.layers = [PagedLayer(*each) for each in zip(sizes, latent)]
+    return cache
+
+
+def _side_by_side(model: nn.Module, tokens: int, questions: int) -> int:
+    """Return how many questions are asked at once: a divisor of all, whose copies of the cache stay small."""
+    each = tokens * cost_model.kv_cache_bytes_per_token(model)
+    fitting = [rows for rows in range(1, questions + 1) if questions % rows == 0 and rows * each <= COPIED_BYTES]
+    return max(fitting, default=1)
+
+
+def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each value is the most likely answer, and its nats per token, [B]; the cache is as before."""
+    fed_BX, likely, nats = torch.cat([key_BK, value_BV[:, :-1]], dim=1), [], []
+    for step in range(fed_BX.shape[1]):
+        inputs = {"input_ids": fed_BX[:, step : step + 1], "use_cache": True, "logits_to_keep": 1}
+        logits_BX = model(**inputs, **cache_names.as_kwargs(cache)).logits[:, -1].float()
+        place = step - KEY + 1
+        if place >= 0:
+            target_B = value_BV[:, place]
+            likely.append(logits_BX.argmax(-1) == target_B)
+            nats.append(nn.functional.cross_entropy(logits_BX, target_B, reduction="none"))
+    cache.crop(-fed_BX.shape[1])
+    return torch.stack(likely, 1).all(1).cpu().numpy(), torch.stack(nats, 1).mean(1).cpu().numpy()
+
+
+def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> list[Measurement]:
+    """Return exact match over all values, and the perplexity of the answers over prompts; both are judged.
+
+    `options` are those of `evaluate.compare`: resamples, seed.
+    """
+    match = evaluate.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
+    count, questions = baseline.loss_NQ.shape
+    source = f"{questions} answers behind each of {count} prompts of {baseline.tokens} tokens, means of prompts"
+    means = baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1)
+    likelihood = noninferiority.perplexity(*means, source=source, **options)
+    return [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]
+
+
+def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
+    """Return the shares repeated for `style.bars`: a bar for each third of a prompt and arm, with Wilson's interval."""
+    rows = []
+    for place in PLACES:
+        for arm, given in answers.items():
+            right_X = given.at(place)
+            spread = binomtest(int(right_X.sum()), len(right_X)).proportion_ci(method="wilson")
+            row = {"arm": f"{place}, {arm}", "value": float(right_X.mean()), "low": spread.low, "high": spread.high}
+            rows.append(row)
+    return pd.DataFrame(rows)

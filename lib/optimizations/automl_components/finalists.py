@@ -1,0 +1,121 @@
+"""The last round of the search: the best configurations are timed anew and asked enough, and a fixed rule takes one.
+
+What was fastest of many by a few times is partly luck. So finalists are timed again, in rounds with the baseline and a
+copy of it, and are chosen by the end of the interval that is against them; of near-ties the one that does least is
+taken. All of it on text and items that never judge.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from lib.errors import NotApplicable, UserError
+from lib.measure.metrics import paired_stats
+from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
+from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.control import separate_copy
+from lib.optimizations.automl_components.method import nothing, promote
+from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
+from lib.optimizations.common import choice, shapley
+from lib.optimizations.common.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
+from lib.optimizations.common.shapley import Estimate
+
+WHERE = "automl_components"
+ROUNDS = 8  # of timing the finalists
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """An outcome, timed again and asked: `time` is ln(its time ÷ the baseline's), `floor` what a copy of the baseline
+    differs from it, `divergence` nats per token on more text, `lost` what its answers lose.
+    """
+
+    outcome: JudgedStack
+    time: Estimate
+    floor: float
+    divergence: float
+    lost: QualityLoss
+
+    @property
+    def at_most(self) -> float:
+        """The share of the baseline's time that it takes at most, by its interval."""
+        return math.exp(self.time.high)
+
+    @property
+    def saves(self) -> bool:
+        """Whether it surely takes less time, by more than the practical margin and than two copies differ."""
+        return self.time.high < -max(SPEED_MARGIN, self.floor)
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """What decides between near-ties, without a clock: fewest steps, fewest bytes, then by name."""
+        named = json.dumps([step.model_dump() for step in self.outcome.stack], sort_keys=True)
+        return len(self.outcome.stack), self.outcome.memory_share or 1.0, named
+
+
+def judge(
+    bench: Bench, outcomes: Sequence[JudgedStack], count: int, quality: SearchQuality, seed: int
+) -> list[Finalist]:
+    """Return the `count` best, timed again and asked; the empty stack first, if the budget allows it."""
+    best = promote(bench, outcomes, count)
+    arms: dict[str, Any] = {"baseline": bench.model, "copy": separate_copy(bench.model)[0]}
+    arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
+    works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
+    count_calls = interleaved.iterations_for(works["baseline"])
+    timed = interleaved.rounds(works, ROUNDS, iterations=count_calls, seed=seed, disturbance=disturbance.watch)
+    floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
+    found = []
+    if bench.memory_budget >= 1:
+        found.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, ROUNDS), floor, 0.0, NOTHING_LOST))
+    for at, (judged, divergence) in enumerate(best):
+        time = shapley.over_rounds(timed.contrast({str(at): 1, "baseline": -1}))
+        found.append(Finalist(judged, time, floor, divergence, quality.of(arms[str(at)])))
+    return found
+
+
+def choose(
+    finalists: Sequence[Finalist],
+    margin: float,
+    perplexity_margin: float = PERPLEXITY_MARGIN,
+    *,
+    memory_budget: float = 1.0,
+    smallest: float | None = None,
+) -> Finalist:
+    """Return the finalist that surely saves most time within the margins; the rule is fixed. The empty stack must be
+    among them: it is what is chosen where nothing surely saves time.
+
+    Raises UserError where nothing qualifies, with the nearest; NotApplicable, with the budget of memory, where nothing
+    met it; `smallest` is the least share of memory that any configuration had.
+    """
+    if not finalists:
+        had = f"; the smallest that was tried takes {smallest:.3g}" if smallest is not None else ""
+        raise NotApplicable(
+            f"{WHERE}: no configuration meets the memory budget of {memory_budget:g} of the baseline's{had}; raise "
+            "memory_budget, or try more with trials"
+        )
+    fit = [finalist for finalist in finalists if finalist.lost.within(margin, perplexity_margin)]
+    if not fit:
+        nearest = min(finalists, key=lambda finalist: (finalist.lost.lost, finalist.lost.bound)).lost
+        raise UserError(
+            f"{WHERE}: within the memory budget of {memory_budget:g} no stack loses at most {margin:.3g} of any score "
+            f"and {perplexity_margin:.1%} of perplexity; of the nearest {nearest.why_not(margin, perplexity_margin)}"
+        )
+    saving = [finalist for finalist in fit if finalist.outcome.stack and finalist.saves]
+    idle = [finalist for finalist in fit if not finalist.outcome.stack]
+    return choice.steady(saving or idle or fit, lambda finalist: finalist.at_most, lambda finalist: finalist.order)
+
+
+def table(finalists: Sequence[Finalist], margin: float) -> pd.DataFrame:
+    """Return a row per finalist: its stack, time with its interval, and what it loses."""
+    rows = []
+    for finalist in finalists:
+        time, lost = finalist.time, finalist.lost
+        row: dict[str, Any] = {"stack": " → ".join(step.optimization for step in finalist.outcome.stack) or "nothing"}
+        row |= {"time": math.exp(time.value), "low": math.exp(time.low), "high": math.exp(time.high)}
+        row |= {"most lost of a score": lost.lost, "perplexity grows": lost.perplexity}
+        rows.append(row | {"surely faster": finalist.saves, "beyond a margin": lost.why_not(margin) or "no"})
+    return pd.DataFrame(rows)

@@ -1,0 +1,31 @@
+"""Choosing where times are noisy: near-ties go by a rule that noise does not reach.
+
+Two candidates whose times differ by less than the practical margin are as good as each other, and which of them
+happened to be timed faster says nothing. So of all within the margin of the best the first is taken, in an order that
+was fixed before anything was timed: the one that does least, then the smallest, then by name. Knows nothing of what is
+chosen.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from lib.measure.metrics.catalogue import SPEED_MARGIN
+
+Candidate = TypeVar("Candidate")
+
+
+def steady(
+    candidates: Sequence[Candidate],
+    time: Callable[[Candidate], float],
+    order: Callable[[Candidate], Any],
+    margin: float = SPEED_MARGIN,
+) -> Candidate:
+    """Return, of the candidates whose time is within `margin` (a share) of the least, the first by `order`.
+
+    Times are positive. Raises ValueError where there is no candidate.
+    """
+    if not candidates:
+        raise ValueError("there is no candidate to choose from")
+    limit = min(math.log(time(candidate)) for candidate in candidates) + math.log1p(margin)
+    return min((c for c in candidates if math.log(time(c)) <= limit), key=order)

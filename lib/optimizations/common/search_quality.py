@@ -1,0 +1,84 @@
+"""Whether a candidate stays within the margins of the verdict, asked while choosing: on text and items of the split
+"search", and on values of another draw than those that judge. Choosing and judging share no item. Knows no
+optimization.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
+from lib.measure.metrics.settings import Effort
+from lib.measure.quality import evaluate
+from lib.measure.quality.evaluate import Answers
+from lib.models.loading import Loaded
+
+KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
+SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
+RESAMPLES = 200
+ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin
+
+
+@dataclass(frozen=True)
+class QualityLoss:
+    """What a candidate loses: `lost`, the largest drop of any score, as a share of one; `perplexity`, by how much that
+    of text grows, as a share, and `bound`, the upper 95 % bound of this growth.
+    """
+
+    lost: float
+    perplexity: float
+    bound: float
+
+    def within(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> bool:
+        """Whether no score loses more than `margin`, and the bound of the perplexity's growth passes no margin."""
+        return self.lost <= margin and self.bound <= perplexity_margin
+
+    def why_not(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> str:
+        """Return what is lost beyond the margins, in words; empty where nothing is."""
+        said = []
+        if not self.lost <= margin:
+            said.append(f"a score loses {100 * self.lost:.1f} points")
+        if not self.bound <= perplexity_margin:
+            said.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
+        return ", ".join(said)
+
+
+NOTHING_LOST = QualityLoss(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class SearchQuality:
+    """The baseline's answers on the split "search", and the sizes with which candidates are asked."""
+
+    loaded: Loaded
+    size: Effort
+    seed: int
+    baseline: Answers
+
+    def of(self, model: nn.Module) -> QualityLoss:
+        """Return what `model` loses; NOTHING_LOST with random weights, whose answers mean nothing."""
+        if self.loaded.random_weights:
+            return NOTHING_LOST
+        answers = evaluate.evaluate(self.loaded, self.size, model=model, split="search", seed=self.seed)
+        judged = evaluate.compare(self.baseline, answers, resamples=RESAMPLES, seed=self.seed)
+        drops = [
+            m.baseline - m.optimized
+            for m in judged
+            if m.metric in KEPT_SCORES and m.baseline is not None and m.optimized is not None
+        ]
+        grown = [(m.ratio - 1, m.bound) for m in judged if m.metric == "perplexity" and m.ratio is not None]
+        growth, bound = max(grown, key=lambda pair: pair[0], default=(0.0, 0.0))
+        bound = growth if bound is None else bound
+        return QualityLoss(_finite(max(drops, default=0.0)), _finite(growth), _finite(bound))
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, values: int = VALUES) -> SearchQuality:
+    """Return what candidates are asked, with the baseline's answers."""
+    size = replace(effort, items=items, windows=WINDOWS, window_tokens=256, retrieval_prompts=values)
+    seed += SEED_STEP
+    return SearchQuality(loaded, size, seed, evaluate.evaluate(loaded, size, split="search", seed=seed))

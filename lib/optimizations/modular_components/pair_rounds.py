@@ -1,0 +1,113 @@
+"""Every pair of parts in rounds of its own: the baseline, each part alone, and both in either order.
+
+So few models are in memory at once that real checkpoints can be measured; a part's effect alone is taken over the
+rounds of all its pairs. Names no part.
+"""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.measure.timing.interleaved import Rounds
+from lib.models.calibration.activations import observe
+from lib.models.tasks import tasks
+from lib.optimizations.common import interactions
+from lib.optimizations.modular_components import attempts, method
+from lib.optimizations.modular_components.attempts import Attempt
+from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy
+from lib.optimizations.modular_components.parts_setup import PartsSetup
+
+MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
+
+
+def alone(setup: PartsSetup, stem: str) -> Attempt:
+    """Try one part alone."""
+    steps = [method.trial(stem)]
+    return attempts.attempt(setup.loaded.model, setup.calibration, steps, setup.sample_BT, **setup.options)
+
+
+def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
+    """Return the attempt with its model, made again where it works and was not kept."""
+    if single.model is not None or single.state != "works":
+        return single
+    return alone(setup, single.steps[0].optimization)
+
+
+def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrasts]:
+    """Try each part alone and every ordered pair, force refused pairs through unchecked, and time each pair in rounds
+    of baseline, both parts and both orders; all read the same held-out windows. No pair's model is kept.
+    """
+    loaded, seed = setup.loaded, setup.seed
+    singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
+    count, length = 2 * setup.quick.windows, setup.quick.window_tokens
+    windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, "final", count, length, seed + 1)
+    before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
+    pairs: dict[Pair, Attempt] = {}
+    forced: dict[Pair, Attempt] = {}
+    lost: dict[str, np.ndarray] = {}
+    outdated: dict[Pair, np.ndarray] = {}
+    timed: dict[frozenset[str], dict[str, Rounds]] = {}
+    blocks = min(setup.effort.blocks, MOST_BLOCKS)
+    for both in itertools.combinations(setup.fitting, 2):
+        parts = {stem: with_model(setup, singles[stem]) for stem in both}
+        arms = {interactions.BASELINE: loaded.model}
+        arms |= {stem: part.model for stem, part in parts.items() if part.model is not None}
+        for first, second in (both, both[::-1]):
+            pair, anyway = _tried(setup, parts[first], parts[second])
+            pairs[first, second] = replace(pair, model=None)
+            if anyway is not None:
+                forced[first, second] = replace(anyway, model=None)
+            if pair.model is not None and windows_NT is not None:
+                known = {"before": before, "seed": seed}
+                stale = attempts.stale(loaded.model, setup.calibration, {(first, second): pair}, **known)
+                outdated |= interactions.losses(stale, windows_NT)
+            if pair.model is not None:
+                arms[interactions.named(first, second)] = pair.model
+        timed[frozenset(both)] = interactions.time_arms(arms, prompt_BT, blocks, seed)
+        if windows_NT is not None:
+            lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
+    study = PairStudy(singles, pairs, forced)
+    source = f"{blocks} rounds of each pair: baseline, both parts, both orders"
+    return study, _contrasts(setup, study, timed, lost, outdated, source)
+
+
+def _kept(setup: PartsSetup, single: Attempt) -> Attempt:
+    return single if setup.keeps_singles else replace(single, model=None)
+
+
+def _tried(setup: PartsSetup, first: Attempt, second: Attempt) -> tuple[Attempt, Attempt | None]:
+    """Return the attempt of one order, and, where it was refused, that without checks."""
+    arguments = (setup.loaded.model, setup.calibration, first, second, setup.sample_BT)
+    pair = attempts.both(*arguments, **setup.options)
+    refused = pair.state == "refused" and first.model is not None
+    return pair, attempts.both(*arguments, checked=False, **setup.options) if refused else None
+
+
+def _contrasts(
+    setup: PartsSetup,
+    study: PairStudy,
+    timed: dict[frozenset[str], dict[str, Rounds]],
+    lost: dict[str, np.ndarray],
+    outdated: dict[Pair, np.ndarray],
+    source: str,
+) -> Contrasts:
+    works = [stem for stem, single in study.singles.items() if single.state == "works"]
+    rows: list[dict] = []
+    orders: list[dict] = []
+    for both, rounds in timed.items():
+        states = {key: state for key, state in study.states.items() if set(key) == both}
+        measured = both <= set(works)
+        rows += interactions.interactions(rounds, lost, states) if measured else interactions.unmeasured(states)
+        orders += interactions.order_effects(rounds, lost, states)
+    stale = interactions.staleness(lost, outdated)
+    return Contrasts(
+        lost,
+        alone=pd.DataFrame(interactions.singles(timed.values(), lost, works)),
+        pairs=pd.DataFrame(rows),
+        orders=pd.DataFrame(orders),
+        stale=pd.DataFrame(stale, columns=["pair", "loss", "loss_low", "loss_high"]),
+        source=f"{source}; {len(next(iter(lost.values()), []))} windows",
+    )

@@ -1,0 +1,83 @@
+"""What parts are tried on: a model, the parts that apply to it, calibration text, and room in memory.
+
+Parts are found in the folder of optimizations; none is named here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from lib.errors import NotApplicable
+from lib.measure.metrics import settings
+from lib.measure.metrics.settings import Effort
+from lib.models.checkpoints import io, placement
+from lib.models.loading import Loaded
+from lib.models.tasks import tasks
+from lib.optimizations.modular_components import method, traits
+
+PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with outdated statistics
+
+
+@dataclass(frozen=True)
+class PartsSetup:
+    """A model, the stems of the parts that apply to it in pipeline order, why the others do not, and what they are
+    tried with. `weights` is the hash of the baseline's weights; `keeps_singles` says whether there is room for the
+    models of all parts at once.
+    """
+
+    loaded: Loaded
+    effort: Effort
+    quick: Effort
+    seed: int
+    fitting: list[str]
+    unfit: dict[str, str]
+    calibration: list[dict[str, torch.Tensor]]
+    sample_BT: torch.Tensor
+    weights: str
+    keeps_singles: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of every attempt."""
+        return {"random_weights": self.loaded.random_weights, "seed": self.seed}
+
+    def described(self) -> pd.DataFrame:
+        """Return what each part states of itself, and whether it applies to this model."""
+        rows = []
+        for stem, module in method.parts().items():
+            composes = module.COMPOSES
+            row = {"part": stem, "touches": ", ".join(composes["touches"]), "needs": ", ".join(composes["needs"])}
+            row |= {"takes away": ", ".join(composes["invalidates"])}
+            row |= {"tried with": str(composes["trial"] or "defaults")}
+            rows.append(row | {"on this model": self.unfit.get(stem, "applies")})
+        return pd.DataFrame(rows)
+
+    def rules(self) -> pd.DataFrame:
+        """Return which part must come before which on this model, and because of which trait."""
+        concerning = traits.concerning(self.loaded.model)
+        rows = [
+            {"first": second, "then": first, "because": f"{first} takes away {lost}, which {second} needs"}
+            for first in self.fitting
+            for second in self.fitting
+            if first != second and (lost := method.conflict(method.trial(first), method.trial(second), concerning))
+        ]
+        return pd.DataFrame(rows, columns=["first", "then", "because"])
+
+
+def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
+    """Return the setup. Raises NotApplicable where memory has no room for one pair in both orders."""
+    quick = settings.read("quick", loaded.scale)
+    fitting, unfit = method.applicable(loaded.model)
+    assert len(fitting) > 1, method.applies_to(loaded.model)
+    placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
+    weights = io.weights_hash(loaded.model)
+    calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
+    sample_BT = tasks.text_windows(loaded, "search", 4, 128, seed)
+    try:
+        placement.require_room(loaded.model, PAIR_COPIES + len(fitting), "keeping every part")
+        keeps_singles = True
+    except NotApplicable:
+        keeps_singles = False
+    return PartsSetup(loaded, effort, quick, seed, fitting, unfit, calibration, sample_BT, weights, keeps_singles)

@@ -1,0 +1,154 @@
+"""The strongest stack that stays within the margins: all parts weakened alike, found by bisection.
+
+A part's strength runs from its `mildest` knobs (level 0: it is left out) to those at which it stands alone (LEVELS).
+Parts without `mildest` change no answer and stay. A part that at its strength makes the model no smaller although it
+touches what is stored is left out: a count decides that, no clock. Quality is read on text and items that never judge,
+and is the same at every run, so the level found does not depend on noise. Names no part.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.quality import sanity
+from lib.measure.roofline import cost_model
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search_quality import QualityLoss, SearchQuality
+from lib.optimizations.modular_components import method
+
+LEVELS = 8
+STORED = ("shapes", "storage")  # aspects of a part that should make a model smaller
+
+
+@dataclass(frozen=True)
+class Weakened:
+    """A stack at one level: its steps, the model behind them, by stem why a part was left out, what is lost, and the
+    seconds of applying it.
+    """
+
+    level: int
+    steps: list[RecipeStep]
+    model: nn.Module = field(repr=False)
+    left_out: dict[str, str]
+    lost: QualityLoss
+    seconds: float
+    broken: str | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the output is sound and no margin is passed."""
+        return self.broken is None and self.lost.within()
+
+    def row(self) -> dict[str, object]:
+        """Return the level as a row of a table."""
+        knobs = " → ".join(f"{step.optimization} {step.knobs or ''}".strip() for step in self.steps) or "nothing"
+        row: dict[str, object] = {"strength": self.level / LEVELS, "stack": knobs}
+        row |= {"most lost of a score": self.lost.lost, "perplexity grows": self.lost.perplexity}
+        return row | {"within the margins": self.broken or self.lost.why_not() or "yes"}
+
+
+def weakened(step: RecipeStep, level: int) -> RecipeStep | None:
+    """Return a step at `level` of LEVELS of its strength; None at level 0, where it is left out."""
+    module = method.module_of(step.optimization)
+    mildest = module.COMPOSES.get("mildest")
+    if not mildest or level == LEVELS:
+        return step
+    if level == 0:
+        return None
+    knobs = dict(step.knobs)
+    for name, mild in mildest.items():
+        full = knobs.get(name, module.SEARCH_SPACE[name]["default"])
+        value = mild + (full - mild) * level / LEVELS
+        knobs[name] = round(value) if module.SEARCH_SPACE[name]["type"] == "int" else round(value, 4)
+    return step.model_copy(update={"knobs": knobs})
+
+
+def stack_at(
+    model: nn.Module,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    steps: Sequence[RecipeStep],
+    level: int,
+    seed: int = 0,
+) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
+    """Return the steps kept at `level`, the model behind them, and by stem why the others were left out.
+
+    A part that refuses at this strength is left out, with its reason.
+    """
+    kept: list[RecipeStep] = []
+    left_out: dict[str, str] = {}
+    current = model
+    for step in steps:
+        weak = weakened(step, level)
+        if weak is None:
+            left_out[step.optimization] = "no strength is left"
+            continue
+        try:
+            changed = method.compose(current, calibration, [weak], arrange=False, seed=seed).model
+        except UserError as refusal:
+            left_out[step.optimization] = str(refusal)
+            continue
+        stored = set(STORED) & set(method.module_of(step.optimization).COMPOSES["touches"])
+        if stored and cost_model.weights_bytes(changed) >= cost_model.weights_bytes(current):
+            left_out[step.optimization] = "at this strength it makes the model no smaller"
+            continue
+        kept.append(weak)
+        current = changed
+    if current is model:
+        current = method.compose(model, calibration, []).model
+    return kept, current, left_out
+
+
+def strongest(within: Callable[[int], bool], levels: int = LEVELS) -> int:
+    """Return the highest level that is within the margins, by bisection; 0 where none above it is found to be."""
+    if within(levels):
+        return levels
+    low, high = 0, levels
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low
+
+
+def find(
+    quality: SearchQuality,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    steps: Sequence[RecipeStep],
+    sample_BT: torch.Tensor,
+    seed: int = 0,
+) -> tuple[Weakened, list[Weakened]]:
+    """Return the strongest stack within the margins, and every level that was looked at, by strength.
+
+    Only the models of the best so far and of the level under test are held.
+    """
+    loaded = quality.loaded
+    seen: dict[int, Weakened] = {}
+
+    def look(level: int) -> Weakened:
+        start = time.perf_counter()
+        kept, model, left_out = stack_at(loaded.model, calibration, steps, level, seed)
+        seconds = time.perf_counter() - start
+        broken = sanity.check(model, sample_BT, new_tokens=4, random_weights=loaded.random_weights)
+        return Weakened(level, kept, model, left_out, quality.of(model), seconds, broken)
+
+    best: list[Weakened] = []
+
+    def within(level: int) -> bool:
+        found = look(level)
+        seen[level] = _without_model(found)
+        if found.within:
+            best[:] = [found]
+        return found.within
+
+    level = strongest(within)
+    if not best or best[0].level != level:
+        best = [look(level)]
+        seen[level] = _without_model(best[0])
+    return best[0], [seen[at] for at in sorted(seen)]
+
+
+def _without_model(found: Weakened) -> Weakened:
+    return replace(found, model=nn.Identity())

@@ -1,0 +1,67 @@
+"""Pairs in rounds of their own, on a tiny model: every pair has its outcome, and few models are held at a time."""
+
+import gc
+import types
+import weakref
+
+from lib.measure.metrics import settings
+from lib.optimizations.common import interactions
+from lib.optimizations.modular_components import attempts, experiment, method, pair_rounds
+from lib.optimizations.modular_components.parts_setup import PartsSetup
+
+
+def _setup(model, batch, keeps: bool) -> PartsSetup:
+    loaded = types.SimpleNamespace(model=model, random_weights=True)
+    quick = settings.read("quick")
+    sample = batch["input_ids"]
+    return PartsSetup(loaded, quick, quick, 0, ["copy", "other", "third"], {}, [batch], sample, "", keeps)
+
+
+def _copies(monkeypatch):
+    described = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
+
+    def copy(model, calibration):
+        return method.copy.deepcopy(model)
+
+    modules = {
+        stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=copy, applies_to=lambda model: None)
+        for stem in ("copy", "other", "third")
+    }
+    monkeypatch.setattr(method, "parts", lambda: modules)
+
+
+def test_each_pair_is_timed_with_its_parts_and_nothing_is_kept(tiny, batch, monkeypatch):
+    _copies(monkeypatch)
+    made, timed, attempt = [], [], attempts.attempt
+
+    def watched(*arguments, **options):
+        outcome = attempt(*arguments, **options)
+        made.append(weakref.ref(outcome.model))
+        return outcome
+
+    def counted(models, *arguments):
+        gc.collect()
+        timed.append((set(models), sum(model() is not None for model in made)))
+        return rounds(models, *arguments)
+
+    rounds = interactions.time_arms
+    monkeypatch.setattr(attempts, "attempt", watched)
+    monkeypatch.setattr(interactions, "time_arms", counted)
+    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=False)
+    study, contrasts = pair_rounds.run(setup, batch["input_ids"][:1])
+    assert study.score == 1.0 and len(study.pairs) == 6 and study.forced == {}
+    assert timed[0][0] == {"baseline", "copy", "other", "copy → other", "other → copy"}
+    assert len(timed) == 3 and max(held for _, held in timed) <= 4
+    assert all(attempt.model is None for attempt in [*study.pairs.values(), *study.singles.values()])
+    assert len(contrasts.alone) == 3 and len(contrasts.pairs) == 6 and len(contrasts.orders) == 3
+    assert set(contrasts.headings) == {"prefill", "decode"} and contrasts.reading()
+    rows = experiment.impact(contrasts, None, 0)
+    assert [row["strength"] for row in rows] == [1, 2]
+    assert pair_rounds.with_model(setup, study.singles["copy"]).model is not None
+
+
+def test_parts_are_kept_where_there_is_room(tiny, batch, monkeypatch):
+    _copies(monkeypatch)
+    study, _ = pair_rounds.run(_setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=True), batch["input_ids"][:1])
+    assert all(single.model is not None for single in study.singles.values())
+    assert pair_rounds.with_model(None, study.singles["copy"]) is study.singles["copy"]

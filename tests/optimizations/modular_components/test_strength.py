@@ -1,0 +1,90 @@
+"""Strengths between nothing and a part's own, and the strongest of them that is within planted margins."""
+
+import types
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.roofline import cost_model
+from lib.models.checkpoints import io
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search_quality import QualityLoss
+from lib.optimizations.modular_components import method, strength
+
+PRUNING, EXACT = "structured_pruning", "streaming_computation"
+
+
+def _step(stem: str, **knobs) -> RecipeStep:
+    return RecipeStep(optimization=stem, knobs=knobs)
+
+
+def test_a_step_is_weakened_from_its_own_knob_to_next_to_nothing():
+    whole = _step(PRUNING, ratio=0.4, granularity="heads")
+    assert strength.weakened(whole, strength.LEVELS) == whole
+    half = strength.weakened(whole, strength.LEVELS // 2)
+    assert half.knobs == {"ratio": 0.2, "granularity": "heads"} and strength.weakened(whole, 0) is None
+    default = method.module_of(PRUNING).SEARCH_SPACE["ratio"]["default"]
+    assert strength.weakened(_step(PRUNING), 4).knobs["ratio"] == pytest.approx(default / 2)
+    attention = strength.weakened(_step("adaptive_sparse_attention", tau=0.6), 2)
+    assert attention.knobs["tau"] == pytest.approx(0.9)
+    exact = _step(EXACT, memory_ratio=1.0)
+    assert strength.weakened(exact, 0) == exact
+
+
+@pytest.mark.parametrize("truth", range(strength.LEVELS + 1))
+def test_bisection_finds_the_highest_level_within(truth):
+    asked = []
+
+    def within(level: int) -> bool:
+        asked.append(level)
+        return level <= truth
+
+    assert strength.strongest(within) == truth and len(asked) <= 4 and 0 not in asked
+
+
+def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, batch, monkeypatch):
+    described = {"touches": ("storage",), "needs": (), "invalidates": (), "trial": {}}
+
+    def refuse(model, calibration):
+        raise UserError("not today")
+
+    def copy(model, calibration):
+        return method.copy.deepcopy(model)
+
+    modules = {
+        stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=apply, applies_to=lambda model: None)
+        for stem, apply in (("idle", copy), ("unwilling", refuse))
+    }
+    monkeypatch.setattr(method, "parts", lambda: modules)
+    model = tiny("qwen3-4b-instruct-2507")
+    kept, behind, why = strength.stack_at(model, [batch], [_step("idle"), _step("unwilling")], strength.LEVELS)
+    assert kept == [] and "no smaller" in why["idle"] and "not today" in why["unwilling"]
+    assert behind is not model and io.weights_hash(behind) == io.weights_hash(model)
+
+
+class _Planted:
+    """Loses in proportion to the channels that were removed."""
+
+    def __init__(self, model):
+        self.loaded = types.SimpleNamespace(model=model, random_weights=True)
+        self.whole = cost_model.weights_bytes(model)
+
+    def of(self, model) -> QualityLoss:
+        removed = 1 - cost_model.weights_bytes(model) / self.whole
+        return QualityLoss(0.0, removed, removed)
+
+
+def test_the_strongest_stack_within_the_margins_is_found(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    before = io.weights_hash(model)
+    steps = [_step(PRUNING, ratio=0.6), _step(EXACT, memory_ratio=1.0)]
+    planted = _Planted(model)
+    best, levels = strength.find(planted, [batch], steps, batch["input_ids"])
+    assert best.within and [row.level for row in levels] == sorted({row.level for row in levels})
+    assert [step.optimization for step in best.steps][-1] == EXACT and io.weights_hash(model) == before
+    worse = strength.stack_at(model, [batch], steps, best.level + 1)[1]
+    assert best.level == strength.LEVELS or not planted.of(worse).within()
+    assert all("within the margins" in row.row() for row in levels)
+    assert torch.isfinite(best.model(**batch).logits).all() and anatomy(best.model).blocks
