@@ -342,7 +342,8 @@ def compare_text(
     perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
 
     def mean(metric: str, of_equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
-        ci = noninferiority.mean_interval(values_N, paired_stats.CONFIDENCE, **options)
+        low, high = noninferiority.mean_interval(values_N, paired_stats.CONFIDENCE, **options)
+        ci = max(low, 0.0), high if of_equal_arms == 0 else min(high, of_equal_arms)  # no lower, no larger is possible
         value = float(values_N.mean())
         return measurement.informative(
             metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, **fields
