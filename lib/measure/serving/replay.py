@@ -30,6 +30,7 @@ from lib.measure.trackers.energy_source import Counter
 
 PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real time"
+LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,19 @@ def warm_up(engine: ModelEngine, trace: Trace) -> None:
 @dataclass(frozen=True)
 class ServingRounds:
     """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
-    read from.
+    read from; `planned`: the machine is disturbed on purpose.
     """
 
     traces: tuple[Trace, ...]
     runs: dict[str, list[Replayed]]
     counter: Counter
+    planned: bool = False
+
+    @property
+    def busy(self) -> list[str]:
+        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it."""
+        each = (next((run.disturbed for run in round_ if run.disturbed), None) for round_ in zip(*self.runs.values()))
+        return [] if self.planned else [reason for reason in each if reason]
 
     @property
     def disturbed(self) -> str:
@@ -150,7 +158,12 @@ def goodput(
     the noise floor.
     """
     arms = [[slo.goodput(run, objective) for run in rounds.served(name)] for name in (baseline, optimized, again)]
-    return _judged("goodput_requests_per_second", workload, arms, rounds.source)
+    judged = _judged("goodput_requests_per_second", workload, arms, rounds.source, disturbed=rounds.busy)
+    counted = float(np.mean([len(run.counted) for run in rounds.served(baseline)]))
+    if counted >= LEAST_COUNTED:
+        return judged
+    reason = f"{counted:.1f} requests counted in a replay, fewer than {LEAST_COUNTED}: two policies that differ may tie"
+    return measurement.unjudged(judged, reason)
 
 
 def control(

@@ -1,6 +1,7 @@
 """Policies: the online model finds a planted truth, sizes follow the load, bad values are refused; the real engine."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -407,6 +408,14 @@ def test_replays_of_a_worse_policy_are_found_worse_and_the_control_may_fail(setu
     assert judged.verdict == "worse" and judged.n == 6 and judged.noise_floor > 0
     assert replay.control(rounds, setup.objective, "fixed", "again").verdict in ("equivalent", "inconclusive")
     assert replay.control(rounds, setup.objective, "fixed", "slow").verdict == "worse"
+    shorter = tuple(replace(run, served=replace(run.served, outcomes=[])) for run in rounds.runs["fixed"])
+    few = replace(rounds, runs=rounds.runs | {"fixed": list(shorter)})
+    assert replay.goodput(few, setup.objective, "fixed", "again", "slow").verdict == "informative"
+    noticed = [replace(run, disturbed="a neighbour") for run in rounds.runs["slow"]]
+    busy = replace(rounds, runs=rounds.runs | {"slow": noticed})
+    assert replay.goodput(busy, setup.objective, "fixed", "again", "slow").verdict == "inconclusive"
+    planned = replace(busy, planned=True)
+    assert replay.goodput(planned, setup.objective, "fixed", "again", "slow").verdict == "worse"
     spent = replay.costs(rounds, "fixed", "again", "slow")
     energy = next(item for item in spent if item.metric == "energy_joules_per_token")
     assert energy.verdict == "informative" and energy.provenance == "estimated"
