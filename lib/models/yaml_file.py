@@ -16,13 +16,14 @@ class Loader(yaml.SafeLoader):
     """YAML in which `1e-6` and `1e6` are numbers; version 1.1 takes them for text."""
 
 
-def _number(text: str) -> int | float:
+def _number(_: yaml.SafeLoader, node: yaml.Node) -> int | float:
     """Return `1e6` as 1000000, since it may be a count, and `1e-6` or `1.5e3` as a float."""
+    text = str(node.value)
     return int(float(text)) if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", text) else float(text)
 
 
 Loader.add_implicit_resolver(EXPONENT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-Loader.add_constructor(EXPONENT, lambda loader, node: _number(str(loader.construct_scalar(node))))
+Loader.add_constructor(EXPONENT, _number)
 
 
 def content_of(path: Path, keys: Iterable[str]) -> dict[str, Any]:
