@@ -31,7 +31,7 @@ def convert(file: Path, folder: Path) -> None:
     header = _header(file)
     tokenizer = _tokenizer(file, header)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     except (ValueError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(
             f'architecture "{header("general.architecture")}" cannot be read ({" ".join(str(error).split())[:160]}); '
@@ -46,7 +46,7 @@ def convert(file: Path, folder: Path) -> None:
     for name in ("bos", "eos", "pad"):
         if (identity := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             setattr(config, f"{name}_token_id", identity)
-    ordinary = type(model)(config).to(torch.bfloat16)  # the loaded one refuses to be saved: it was quantized
+    ordinary: Any = type(model)(config).to(torch.bfloat16)  # the loaded one refuses to be saved: it was quantized
     ordinary.load_state_dict(model.state_dict())
     del model
     ordinary.generation_config = _generation(tokenizer, header)
