@@ -23,6 +23,7 @@ BITS = (8, 4)
 GROUPS = (128, 64, 32, 16)  # the first that divides the width
 KERNEL_GROUPS = (32, 64, 128, 256)
 FEW_TOKENS = 32  # up to here reading the weights is the limit
+LANES = 32  # inputs that a kernel of int8 takes at a time; it reads beyond the end of narrower rows
 SCALES = torch.bfloat16
 TILES = 8  # of the int4 kernel's layout on CUDA
 STACKS = ("gate_up_proj", "down_proj")
@@ -37,7 +38,7 @@ def has_kernel(weight_OI: torch.Tensor, bits: int) -> bool:
     """Return whether torch multiplies with this matrix as it is packed."""
     outputs, inputs = weight_OI.shape
     if bits == 8:
-        return not weight_OI.is_cuda or (outputs % 16 == 0 and inputs % 16 == 0)
+        return outputs % 16 == 0 and inputs % LANES == 0
     if group_size(inputs) not in KERNEL_GROUPS:
         return False
     if weight_OI.is_cuda:
