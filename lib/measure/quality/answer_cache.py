@@ -84,7 +84,8 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
 
 def _prompts(loaded: Loaded) -> list[object]:
     """Return what shapes a prompt: vocabulary, splits, merges, special tokens, chat template, pictures' processor."""
-    tokenizer, processor = loaded.tokenizer, loaded.image_processor
+    tokenizer = loaded.tokenizer
+    processor: Any = loaded.image_processor
     return [
         None if tokenizer is None else encoding.fingerprint(tokenizer),
         processor.to_json_string() if hasattr(processor, "to_json_string") else repr(processor),

@@ -172,9 +172,9 @@ def attend_all(query_HTD, key_GKD, value_GKV, scaling: float) -> torch.Tensor:
     """Return full causal attention [H, T, V]; the last T of the K keys are the queries' own."""
     tokens, length = query_HTD.shape[1], key_GKD.shape[1]
     causal_TK = torch.ones(tokens, length, dtype=torch.bool, device=query_HTD.device).tril(length - tokens)
-    parts = (part[None] for part in (query_HTD, key_GKD, value_GKV))
+    query, key, value = (part[None] for part in (query_HTD, key_GKD, value_GKV))
     grouped = query_HTD.shape[0] != key_GKD.shape[0]
-    return scaled_dot_product_attention(*parts, attn_mask=causal_TK, scale=scaling, enable_gqa=grouped)[0]
+    return scaled_dot_product_attention(query, key, value, attn_mask=causal_TK, scale=scaling, enable_gqa=grouped)[0]
 
 
 def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

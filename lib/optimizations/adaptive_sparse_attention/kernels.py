@@ -124,7 +124,7 @@ def attention(
     if layer is not None and layer.latent:
         assert state is not None, "only the attention of a sparse model makes paged caches"
         pages = 0 if square else state.pages
-        padding = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
+        padding: dict[str, Any] = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
         weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.cached()[0].shape[-1])
         _count_read(state, layer, query, scale, weight_HEL)
         padding["rank"] = _rank(state)
@@ -134,7 +134,7 @@ def attention(
     if query.shape[2] == 1 and layer is not None:
         _count_read(state, layer, query, scale)
         if state.pages and layer.full_pages > state.pages:
-            chosen = {"start_B": _start(attention_mask), "rank": _rank(state)}
+            chosen: dict[str, Any] = {"start_B": _start(attention_mask), "rank": _rank(state)}
             return paged.decode(query[:, :, 0], layer, scale, state.pages, **chosen)[:, None], None
     elif query.shape[2] > 1:
         if state.page_choice == "observed":
@@ -188,7 +188,7 @@ def _sparse(state: Sparsity, query, key, value, scaling: float, spans: list[tupl
 
 def _leaves_out(kept_HNM: torch.Tensor, rows: int) -> bool:
     """Return whether the last `rows` blocks of queries leave out a block that they may see."""
-    causal_NM = blocks.causal_blocks(*kept_HNM.shape[1:], device=kept_HNM.device)
+    causal_NM = blocks.causal_blocks(kept_HNM.shape[1], kept_HNM.shape[2], device=kept_HNM.device)
     return not bool(torch.equal(kept_HNM[:, -rows:], causal_NM[-rows:].expand_as(kept_HNM[:, -rows:])))
 
 

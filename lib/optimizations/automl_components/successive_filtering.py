@@ -109,7 +109,7 @@ class Bench:
         shares["time_share"] = math.exp(float(np.median(pairs.differences)))
         return None
 
-    def _cache(self, model: nn.Module) -> int:
+    def _cache(self, model: nn.Module) -> float:
         return (self.prompt_BT.numel() + self.new_tokens) * cost_model.kv_cache_bytes_per_token(model)
 
     def divergence(self, model: nn.Module, rung: int) -> float:

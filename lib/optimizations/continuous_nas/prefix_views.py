@@ -8,6 +8,7 @@ Sorting changes no answer but by rounding. Knows nothing of which cuts are wante
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,8 +57,9 @@ def first_groups(module: nn.Module, count: int) -> None:
     for linear in inputs:
         _cut(linear, rows=linear.weight.shape[0] // share * count)
     _cut(output, columns=output.weight.shape[1] // share * count)
+    counted: Any = module
     if hasattr(module, "num_heads"):
-        module.num_heads = view_attention(module).heads
+        counted.num_heads = view_attention(module).heads
 
 
 def first_channels(block: Block, count: int) -> None:

@@ -6,6 +6,7 @@ rounds of all its pairs. Names no part.
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
             if anyway is not None:
                 forced[first, second] = replace(anyway, model=None)
             if pair.model is not None and windows_NT is not None:
-                known = {"before": before, "seed": seed}
+                known: dict[str, Any] = {"before": before, "seed": seed}
                 stale = attempts.stale(loaded.model, setup.calibration, {(first, second): pair}, **known)
                 outdated |= interactions.losses(stale, windows_NT)
             if pair.model is not None:

@@ -79,7 +79,8 @@ def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
     if signature(again) != signature(optimized):
         raise UserError("the optimized model is more than a checkpoint can hold (hooks, another attention or cache)")
     if loaded.tokenizer is None:
-        ids_BT = torch.randint(0, optimized.config.get_text_config().vocab_size, (WINDOWS, TOKENS))
+        config: Any = optimized.config
+        ids_BT = torch.randint(0, config.get_text_config().vocab_size, (WINDOWS, TOKENS))
     else:
         ids_BT = tasks.text_windows(loaded, "final", WINDOWS, TOKENS, 0)
     expected = _logits(optimized, ids_BT)

@@ -17,10 +17,10 @@ COLUMNS = ("task", "items", "score", "what is asked", "data", "licence", "here")
 def rows() -> list[tuple[str, ...]]:
     """Return a row for each task, in the order of COLUMNS."""
     about = {**registry.CLASSIFY, **registry.GENERATE}
-    own = [
+    own: list[tuple[str, ...]] = [
         (name, _items(name), score, about[name], data, licence, "yes") for name, (score, data, licence) in OWN.items()
     ]
-    public = [
+    public: list[tuple[str, ...]] = [
         (
             name,
             f"{benchmark.items:,}",
