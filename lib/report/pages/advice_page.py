@@ -4,7 +4,7 @@ The decisions are those of `lib.report.analysis.advice`, computed here for sever
 needs no rule of its own and works from a disk. Without script every decision at the usual margin is shown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ DECISIONS = {"use": "better", "undecided": "inconclusive", "do not use": "worse"
 
 def write(folder: Path, records: Sequence[Record]) -> Path:
     """Write the page from the records; return its path. Raises OSError."""
-    return write_atomically(Path(folder) / NAME, text(records))
+    pages = {path.name for path in Path(folder).glob("*--*.html")}
+    return write_atomically(Path(folder) / NAME, text(records, pages))
 
 
-def text(records: Sequence[Record]) -> str:
+def text(records: Sequence[Record], pages: Collection[str] = ()) -> str:
     """Return the page; the verdicts are those that hold for all records together."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -42,6 +43,7 @@ def text(records: Sequence[Record]) -> str:
         goals=list(advice.GOALS),
         margins=[(keep, f"{100 * keep:g} points") for keep in MARGINS],
         usual=advice.KEEP,
+        pages=pages,
         scales=scales,
         about=" ".join(stand_in.several(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales),
         title="What to use on which model" + (", from stand-ins" if stand_in.PROXY in scales else ""),
