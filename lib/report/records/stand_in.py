@@ -106,6 +106,8 @@ def of_folder(folder: Path) -> str:
         model = path.name.removesuffix(".json").split("--", 1)[1]
         if known.get(model) is not None:
             continue
+        if not path.is_file():  # a pipe would be waited for
+            continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             scale, known[model] = content["scale"], size(content)

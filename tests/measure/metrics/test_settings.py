@@ -73,7 +73,7 @@ def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
         monkeypatch.setattr(evaluate, name, asked)
     monkeypatch.setattr(evaluate.task_list, "text_windows", lambda *_, **__: "ids")
     monkeypatch.setattr(evaluate, "read", lambda model, ids: ids)
-    loaded = type("Loaded", (), {"random_weights": False, "model": None})()
+    loaded = type("Loaded", (), {"random_weights": False, "model": None, "text": "", "tokenizer": None})()
     answers = evaluate.evaluate(loaded, settings.read("quick"))
     assert answers.text == "ids" and answers.reason == "left out: only performance was asked for"
     assert {m.verdict for m in evaluate.compare(answers, answers)} == {"unavailable"}
