@@ -5,6 +5,7 @@ By the project's own loader always, by plain transformers where it can read the 
 with {"loads": class or null, "steps": stems} or {"refused": why}.
 """
 
+import importlib
 import inspect
 import json
 import sys
@@ -65,8 +66,19 @@ def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[
     if reason := module.applies_to(loaded.model):
         raise UserError(f"{steps[0].optimization}: {reason}")
     accepted = inspect.signature(module.apply).parameters
-    known = {name: value for name, value in parameters.items() if name in accepted and name != "model"}
+    own = {name: value for name, value in parameters.items() if name in accepted and name != "model"}
+    known = {name: _settled(steps[0].optimization, name, value, loaded) for name, value in own.items()}
     return module.apply(loaded.model, calibration, **known)
+
+
+def _settled(stem: str, name: str, value: Any, loaded: Loaded) -> Any:
+    """Return a parameter's value; where it is -1, "by scale", what the notebook's protocol makes of it."""
+    if isinstance(value, bool) or value != -1:
+        return value
+    protocol = importlib.import_module(f"lib.optimizations.{stem}.experiment")
+    if name == "finetune_steps":
+        return protocol.steps_of(loaded, value)
+    return getattr(protocol, f"default_{name}")(loaded.scale)
 
 
 @torch.inference_mode()
