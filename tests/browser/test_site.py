@@ -73,7 +73,9 @@ def open_page(browser):
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_open_from_disk_and_fit_the_window(site, open_page, tmp_path, name, width):
     page = open_page(site / name, viewport={"width": width, "height": 900})
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True, path=tmp_path / f"{name}-{width}.png", timeout=180_000)))
+    picture = Image.open(
+        io.BytesIO(page.screenshot(full_page=True, path=tmp_path / f"{name}-{width}.png", timeout=180_000))
+    )
     assert len(picture.convert("RGB").getcolors(2**24)) > 20  # something is drawn
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.faults == []
