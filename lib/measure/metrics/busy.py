@@ -1,9 +1,10 @@
-"""What a busy machine does to a record: where foreign load was seen in more blocks than could be repeated, nothing that
-was timed in the same run is a verdict.
+"""What a busy machine does to a record: where foreign load was seen in more blocks than could be repeated, or a model
+differed from its own copy by more than a tenth in how fast it produces tokens, nothing timed in that run is a verdict.
 """
 
 from collections.abc import Iterable
 
+from lib.measure.metrics.decision import BUSY_FLOOR
 from lib.measure.metrics.measurement import Measurement
 
 JUDGED = ("better", "worse", "equivalent")
@@ -22,7 +23,14 @@ def withhold_if_busy(measurements: list[Measurement]) -> list[Measurement]:
 
 def why_busy(measurements: Iterable[Measurement]) -> str | None:
     """Return why nothing timed is judged, or None where the machine was quiet enough."""
-    return next((m.reason for m in measurements if m.disturbed and m.reason), None)
+    return next((m.reason for m in measurements if m.reason and (m.disturbed or _unsteady(m))), None)
+
+
+def _unsteady(measurement: Measurement) -> bool:
+    """Whether two equal arms differed by too much in a rate of tokens; single kernels may, for being short."""
+    if measurement.provenance != "measured" or not measurement.metric.endswith("tokens_per_second"):
+        return False
+    return measurement.noise_floor is not None and measurement.noise_floor > BUSY_FLOOR
 
 
 def _timed(measurement: Measurement) -> bool:

@@ -1,0 +1,31 @@
+"""On a busy machine nothing timed of a record is judged; what was counted stands."""
+
+import pytest
+
+from lib.measure.metrics import busy, measurement
+
+LOADED = ("other processes took 50% of our cores",)
+
+
+def timed(metric: str = "prefill_tokens_per_second", floor: float = 0.01, disturbed=(), workload: str = "prefill"):
+    """A measurement whose optimized arm is a fifth faster."""
+    values = [1.2 * (1 + 0.001 * (number % 3)) for number in range(12)]
+    return measurement.from_samples(
+        metric, workload, [1.0] * 12, values, source="test", floor=floor, process_sigma=0.0, disturbed=disturbed
+    )
+
+
+@pytest.mark.parametrize("unsettling", [{"disturbed": LOADED}, {"floor": 0.48}])
+def test_one_workload_on_a_busy_machine_withholds_all_that_was_timed(unsettling):
+    counted = measurement.counted("weights_bytes", "load", 100, 70, "count")
+    quiet, loaded = timed(workload="decode"), timed(**unsettling)
+    assert quiet.verdict == "better"
+    judged = busy.withhold_if_busy([quiet, loaded, counted])
+    assert [one.verdict for one in judged] == ["inconclusive", "inconclusive", "better"]
+    assert judged[0].reason == loaded.reason == busy.why_busy(judged)
+
+
+def test_a_quiet_machine_and_a_short_kernel_withhold_nothing():
+    kernel = timed("attention_ms", floor=0.3)
+    judged = busy.withhold_if_busy([timed(), kernel])
+    assert judged[0].verdict == "better" and kernel.verdict == "inconclusive" and busy.why_busy(judged) is None
