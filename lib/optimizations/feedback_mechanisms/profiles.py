@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
 from lib.measure.quality import evaluate
 from lib.measure.serving.protocol import Engine
@@ -147,8 +148,8 @@ class Profiles:
         return sum(engine.decode() for engine, ids in zip(self.engines, self.running) if ids)
 
     def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
-        """Prompts are read at once here. Raises NotImplementedError."""
-        raise NotImplementedError("profiles read prompts at once: give no policy that asks for chunks")
+        """Prompts are read at once here. Raises UserError for a policy that asks for chunks."""
+        raise UserError("feedback: profiles read prompts at once; expected a policy that asks for no chunks")
 
     def leave(self, ids: Sequence[int]) -> float:
         """Take rows out of their batches, and read again what is to be read again; return the seconds it took."""
