@@ -35,7 +35,15 @@ def test_a_context_is_worded_as_the_harness_does(tmp_path):
     assert item.context == "Question: open it\nAnswer:"
 
 
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b"{}\n"), gzip.compress(b"not json"), b""])
+DAMAGED = {
+    "no archive": b"no archive",
+    "no request": gzip.compress(b"{}\n"),
+    "no JSON": gzip.compress(b"not json"),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damage_is_one_line(tmp_path, content):
     (tmp_path / "requests.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"requests.jsonl.gz: (damaged, or no file of requests|holds 0 items)"):
