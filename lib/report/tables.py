@@ -13,7 +13,8 @@ import pandas as pd
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.analysis import discoveries, headlines
+from lib.report.analysis import headlines
+from lib.report.analysis.noise import discoveries
 from lib.report.records import refutation, relation, rows
 from lib.report.records.record import Control, Record
 from lib.report.records.refutation import Refutation
@@ -97,7 +98,7 @@ def provenance(records: Iterable[Record]) -> pd.DataFrame:
 def matrix(records: Iterable[Record]) -> pd.DataFrame:
     """Return a line per record: status or the four verdicts in signs and words, duration, day.
 
-    The words are those that hold for all these records together (`lib.report.analysis.discoveries`).
+    The words are those that hold for all these records together (`lib.report.analysis.noise.discoveries`).
     """
     lines = []
     for record in discoveries.settled(list(records)):

@@ -16,7 +16,7 @@ from typing import Any
 from lib.errors import ClusterLost, UserError
 from lib.files import Held, locked
 from lib.models import parameters as parameter_files
-from lib.report.pages import file_names
+from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run import cpu_affinity, kernel_process
@@ -144,7 +144,7 @@ def _build(
 
 def _pool_process_variance(folder: Folder) -> None:
     """Tell the runs what earlier ones on this machine showed of the variance between processes."""
-    from lib.report.analysis import process_draws
+    from lib.report.analysis.noise import process_draws
 
     with contextlib.suppress(UserError):  # a history that cannot be read is reported when the build ends
         process_draws.publish(folder.path, build_history.store_of(folder.path))
@@ -216,7 +216,7 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
 
 def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
     """Return stem → why nothing timed is judged, of the finished runs that were measured on a busy machine."""
-    from lib.report.analysis import busy_runs
+    from lib.report.analysis.noise import busy_runs
 
     reasons = busy_runs.reasons(folder.path, stems)
     return {stem: f"{reason} (--busy runs it again)" for stem, reason in reasons.items()}

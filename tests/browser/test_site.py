@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from lib.report.analysis import discoveries
+from lib.report.analysis.noise import discoveries
 from lib.report.pages import archive, html, index
 from lib.report.records import record
 from tests.report import samples

@@ -19,7 +19,7 @@ from torch import nn
 from lib.measure.roofline import expert_usage
 from lib.measure.timing.workloads import Workload
 from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, feed_forward
-from lib.models.structure.sparse import is_dense
+from lib.models.structure.replacements.sparse import is_dense
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lib.measure.timing import workloads
 from lib.measure.timing.children import Arm
 from lib.models import loading, parameters
 from lib.models.checkpoints import io
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 
 
 class LiveTensors(TorchDispatchMode):

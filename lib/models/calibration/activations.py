@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lib.models.calibration.walk import Walk
 from lib.models.structure.anatomy import Block
-from lib.models.structure.factored import FactoredExperts
+from lib.models.structure.replacements.factored import FactoredExperts
 
 
 @dataclass

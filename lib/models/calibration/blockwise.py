@@ -19,7 +19,7 @@ from torch import nn
 from lib.models.calibration.distillation import rate_for, split
 from lib.models.calibration.walk import TextBatch, Walk, run
 from lib.models.structure.anatomy import Block
-from lib.models.structure.factored import FactoredExperts, FactoredLinear
+from lib.models.structure.replacements.factored import FactoredExperts, FactoredLinear
 
 DAMPING = 1e-4  # of the mean diagonal of a refit's normal equations
 

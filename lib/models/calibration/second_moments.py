@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lib.models.calibration.walk import Walk
 from lib.models.structure.anatomy import FeedForward, anatomy
-from lib.models.structure.factored import FactoredLinear, shared_factors
-from lib.models.structure.sparse import is_dense
+from lib.models.structure.replacements.factored import FactoredLinear, shared_factors
+from lib.models.structure.replacements.sparse import is_dense
 
 PARTS = ("attention", "feed_forward", "experts")
 WEIGHTINGS = ("tokens", "router")

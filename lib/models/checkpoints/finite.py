@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 
 
 def require(model: nn.Module, where: object) -> None:

@@ -25,9 +25,10 @@ from lib.errors import UserError
 from lib.models.checkpoints import finite, quantization, tying, weight_file
 from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
-from lib.models.structure import factored, manifest, no_op, sparse
+from lib.models.structure import manifest
 from lib.models.structure.anatomy import anatomy, synchronise
 from lib.models.structure.architecture import auto_class, ready
+from lib.models.structure.replacements import factored, no_op, sparse
 
 transformers_logging.disable_progress_bar()
 

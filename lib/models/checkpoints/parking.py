@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 
 from lib.models.decoding import cache_names, latent_products
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.sparse import is_dense
+from lib.models.structure.replacements.sparse import is_dense
 
 
 def absorb(model: nn.Module) -> nn.Module:

@@ -24,8 +24,9 @@ from lib.models.calibration.walk import Walk
 from lib.models.checkpoints import weight_file
 from lib.models.checkpoints.folder import MANIFEST
 from lib.models.offload.layout import layout
-from lib.models.structure import factored, manifest, sparse
+from lib.models.structure import manifest
 from lib.models.structure.anatomy import Block, anatomy, synchronise
+from lib.models.structure.replacements import factored, sparse
 
 REST = "model-rest.safetensors"  # what is no decoder block
 BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that the target takes over

@@ -21,8 +21,9 @@ from lib.models.checkpoints import tying
 from lib.models.checkpoints.folder import MANIFEST
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned
 from lib.models.offload import expert_cache
-from lib.models.structure import architecture, factored
+from lib.models.structure import architecture
 from lib.models.structure.anatomy import Anatomy, Experts, anatomy, synchronise
+from lib.models.structure.replacements import factored
 
 HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
 

@@ -31,8 +31,8 @@ class Attention:
 
     `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
     `latent`: queries and key-values are expanded from latents, one slice per head; the cache stores the latents.
-    `none`: the block has no attention (`lib.models.structure.no_op`): every count is 0. `window`: how many tokens, its
-    own included, a token attends to; None where it attends to all before it.
+    `none`: the block has no attention (`lib.models.structure.replacements.no_op`): every count is 0. `window`: how many
+    tokens, its own included, a token attends to; None where it attends to all before it.
     """
 
     module: Any

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure import factored, no_op, sparse
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.quantized import QuantizedExperts, QuantizedLinear
+from lib.models.structure.replacements import factored, no_op, sparse
+from lib.models.structure.replacements.quantized import QuantizedExperts, QuantizedLinear
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
 from lib.optimizations.adaptive_sparse_attention.page_controls import PAGE_CHOICES
-from lib.optimizations.common import options
+from lib.optimizations.common.compression import options
 
 WHERE = "adaptive_sparse_attention"
 SEARCH_SPACE: dict[str, dict[str, Any]] = {

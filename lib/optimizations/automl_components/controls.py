@@ -25,9 +25,9 @@ from lib.optimizations.automl_components.method import (
     stack_of,
 )
 from lib.optimizations.automl_components.successive_filtering import REFERENCE, Bench, JudgedStack, utility
-from lib.optimizations.common import pareto
-from lib.optimizations.common.claims import ThirdArm
+from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search import pareto
 
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
 

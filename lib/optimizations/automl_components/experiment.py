@@ -29,11 +29,11 @@ from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSec
 from lib.optimizations.automl_components.finalists import Finalist
 from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common import search_quality, study
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
-from lib.optimizations.common.study import Study
+from lib.optimizations.common.search import search_quality, study
+from lib.optimizations.common.search.study import Study
 
 CLAIMS = (
     "Random configurations are as good in the same time.",

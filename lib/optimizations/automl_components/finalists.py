@@ -20,9 +20,10 @@ from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.control import separate_copy
 from lib.optimizations.automl_components.method import nothing, promote
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common import choice, shapley
-from lib.optimizations.common.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
-from lib.optimizations.common.shapley import Estimate
+from lib.optimizations.common.evidence import shapley
+from lib.optimizations.common.evidence.shapley import Estimate
+from lib.optimizations.common.search import choice
+from lib.optimizations.common.search.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
 
 WHERE = "automl_components"
 ROUNDS = 8  # of timing the finalists

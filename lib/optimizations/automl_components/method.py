@@ -27,7 +27,7 @@ from lib.measure.metrics.catalogue import METRICS
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, utility
 from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.common.study import Study
+from lib.optimizations.common.search.study import Study
 
 INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
 STEM = "automl_components"

@@ -21,8 +21,8 @@ from lib.errors import UserError
 from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.timing import interleaved, workloads
-from lib.optimizations.common import pareto
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search import pareto
 
 REFERENCE = (1.0, 0.1)  # of hypervolumes: the baseline's time, and a tenth of a nat per token: 10 % of perplexity
 MAX_DIVERGENCE = 0.5  # nats per token on little text; beyond it nothing is timed

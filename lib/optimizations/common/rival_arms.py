@@ -16,8 +16,8 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
-from lib.optimizations.common import weight_only
-from lib.optimizations.common.claims import ThirdArm
+from lib.optimizations.common.compression import weight_only
+from lib.optimizations.common.evidence.claims import ThirdArm
 
 TIMED = ("prefill", "decode")
 EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.optimizations.common import pareto
-from lib.optimizations.common.study import Study
+from lib.optimizations.common.search import pareto
+from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import method, replacement_library
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
 from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts

@@ -14,8 +14,8 @@ from torch import nn
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.models.calibration.activations import Observation
-from lib.optimizations.common import pareto
-from lib.optimizations.common.claims import ThirdArm
+from lib.optimizations.common.evidence.claims import ThirdArm
+from lib.optimizations.common.search import pareto
 from lib.optimizations.continuous_nas import method, replacement_library, request_costs
 from lib.optimizations.continuous_nas.method import Search
 from lib.optimizations.continuous_nas.request_costs import RequestCosts

@@ -25,9 +25,9 @@ from lib.models.calibration.activations import Observation, observe
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
-from lib.optimizations.common import pareto, study
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
-from lib.optimizations.common.study import Study
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.search import pareto, study
+from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import (
     drift,
     equal_effort,

@@ -18,8 +18,8 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.calibration.activations import Observation
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.common import pareto
-from lib.optimizations.common.study import Study
+from lib.optimizations.common.search import pareto
+from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import mip
 from lib.optimizations.continuous_nas import replacement_library as libraries
 from lib.optimizations.continuous_nas.mip import Budget

@@ -19,7 +19,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.structure.anatomy import Block, anatomy, synchronise
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
-from lib.models.structure.no_op import NoAttention, NoFeedForward, place
+from lib.models.structure.replacements.no_op import NoAttention, NoFeedForward, place
 from lib.models.structure.surgery import best_experts, keep_experts
 from lib.optimizations.continuous_nas import prefix_views
 

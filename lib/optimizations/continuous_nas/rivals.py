@@ -17,8 +17,8 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
-from lib.optimizations.common import pareto
-from lib.optimizations.common.claims import ThirdArm
+from lib.optimizations.common.evidence.claims import ThirdArm
+from lib.optimizations.common.search import pareto
 from lib.optimizations.continuous_nas.request_costs import RequestProfile
 
 Point = tuple[float, float]  # predicted share of the baseline's time, nats per token

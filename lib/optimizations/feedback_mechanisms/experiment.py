@@ -22,7 +22,7 @@ from lib.measure.serving import replay
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
-from lib.optimizations.common import weight_only
+from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,

@@ -18,9 +18,9 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.common import search_quality
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search import search_quality
 from lib.optimizations.modular_components import hot_swap, maintenance, method, pair_rounds, strength, traits
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup

@@ -15,7 +15,7 @@ import torch
 from lib.measure.timing.interleaved import Rounds
 from lib.models.calibration.activations import observe
 from lib.models.tasks import tasks
-from lib.optimizations.common import interactions
+from lib.optimizations.common.evidence import interactions
 from lib.optimizations.modular_components import attempts, method
 from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
-from lib.optimizations.common import interactions
+from lib.optimizations.common.evidence import interactions
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components.attempts import Attempt
 

@@ -17,7 +17,7 @@ from lib.errors import UserError
 from lib.measure.quality import sanity
 from lib.measure.roofline import cost_model
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.common.search_quality import QualityLoss, SearchQuality
+from lib.optimizations.common.search.search_quality import QualityLoss, SearchQuality
 from lib.optimizations.modular_components import method
 
 LEVELS = 8

@@ -14,8 +14,8 @@ from torch import nn
 from lib.errors import UserError, suggest
 from lib.models.calibration.second_moments import matrices
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.factored import FactoredLinear
-from lib.models.structure.sparse import is_dense, stored
+from lib.models.structure.replacements.factored import FactoredLinear
+from lib.models.structure.replacements.sparse import is_dense, stored
 
 STATISTICS = "statistics"  # what was observed on calibration text: never a fault of a model, only out of date
 ASPECTS = ("shapes", "weights", "storage", "attention", "cache", "execution")  # what an optimization may touch

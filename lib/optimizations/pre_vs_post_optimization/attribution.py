@@ -12,7 +12,7 @@ from torch import nn
 from lib.measure.compare.speed import Timed
 from lib.measure.timing import interleaved
 from lib.measure.timing.interleaved import Rounds
-from lib.optimizations.common import interactions, shapley
+from lib.optimizations.common.evidence import interactions, shapley
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
 

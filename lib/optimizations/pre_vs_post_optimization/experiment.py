@@ -25,8 +25,9 @@ from lib.models.checkpoints import io
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
-from lib.optimizations.common import interactions, judgement
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common import judgement
+from lib.optimizations.common.evidence import interactions
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing

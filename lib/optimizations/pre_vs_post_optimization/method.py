@@ -23,9 +23,11 @@ from lib.measure.roofline import cost_model
 from lib.measure.trackers import energy
 from lib.models.loading import Loaded
 from lib.models.tasks.tasks import text_windows
-from lib.optimizations.common import interactions, recipe, search_quality, shapley
+from lib.optimizations.common import recipe
+from lib.optimizations.common.evidence import interactions, shapley
+from lib.optimizations.common.evidence.shapley import Estimate
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.common.shapley import Estimate
+from lib.optimizations.common.search import search_quality
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 

@@ -15,7 +15,7 @@ from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
 from lib.models.calibration.walk import Walk, require_finite
 from lib.models.structure import anatomy
-from lib.models.structure.sparse import store
+from lib.models.structure.replacements.sparse import store
 from lib.optimizations.sparse_neural_networks.matrix_pruning import (
     PruningRule,
     prune_matrix,

@@ -7,7 +7,7 @@ from torch import nn
 
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import matrices
-from lib.optimizations.common.budgets import OUTLIER, by_outliers
+from lib.optimizations.common.compression.budgets import OUTLIER, by_outliers
 from lib.optimizations.sparse_neural_networks.masks import score
 
 

@@ -20,7 +20,7 @@ from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import calibration_text, facts
+from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens

@@ -11,7 +11,7 @@ import torch
 
 from lib.errors import UserError
 from lib.models.calibration.second_moments import Matrix, Moments
-from lib.models.structure.sparse import compress
+from lib.models.structure.replacements.sparse import compress
 from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, score, sparsegpt
 
 MOST_FACTORS = 2**26  # elements of inverses that are held at a time

@@ -28,10 +28,10 @@ from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import PARTS, feed_forward_matrices, matrices
 from lib.models.calibration.walk import require_finite
 from lib.models.structure import anatomy
+from lib.models.structure.replacements.sparse import is_dense, store, stored
 from lib.models.structure.sharing import sharing
-from lib.models.structure.sparse import is_dense, store, stored
-from lib.optimizations.common import options as checks
-from lib.optimizations.common.budgets import BUDGETS
+from lib.optimizations.common.compression import options as checks
+from lib.optimizations.common.compression.budgets import BUDGETS
 from lib.optimizations.sparse_neural_networks import budgets
 from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, statistics_of, store_block
 from lib.optimizations.sparse_neural_networks.masks import METHODS, PATTERNS, STEP, WITHIN, block_shape

@@ -20,8 +20,10 @@ from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices
-from lib.optimizations.common import claims, relations, rival_arms, weight_only
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common import rival_arms
+from lib.optimizations.common.compression import weight_only
+from lib.optimizations.common.evidence import claims, relations
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import MatrixMasks, SparseModel, SparsitySetup
 from lib.optimizations.sparse_neural_networks.masks import METHODS, WITHIN

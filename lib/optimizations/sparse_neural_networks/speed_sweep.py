@@ -15,7 +15,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.common.claims import ThirdArm
+from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks import part_speed
 from lib.optimizations.sparse_neural_networks.part_speed import DenseForm

@@ -28,7 +28,7 @@ from torch import nn
 from lib.models.checkpoints import io
 from lib.models.decoding import chunked, mla_absorption
 from lib.models.offload import streamer
-from lib.optimizations.common import options
+from lib.optimizations.common.compression import options
 
 WHERE = "streaming_computation"
 SEARCH_SPACE: dict[str, dict[str, Any]] = {

@@ -21,8 +21,10 @@ from lib.models.calibration.activations import Observation, observe
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import calibration_text, claims, facts, rival_arms, weight_only
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common import rival_arms
+from lib.optimizations.common.compression import calibration_text, facts, weight_only
+from lib.optimizations.common.evidence import claims
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.structured_pruning import method
 from lib.optimizations.structured_pruning.saliency import OF_EXPERTS
 

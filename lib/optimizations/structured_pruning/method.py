@@ -29,11 +29,11 @@ from lib.errors import NotApplicable, UserError
 from lib.models.calibration.activations import Observation, observe
 from lib.models.calibration.distillation import distil
 from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
+from lib.models.structure.replacements.sparse import stored
 from lib.models.structure.sharing import sharing
-from lib.models.structure.sparse import stored
 from lib.models.structure.surgery import head_projections
-from lib.optimizations.common import options
-from lib.optimizations.common.budgets import BUDGETS, OUTLIER, by_outliers
+from lib.optimizations.common.compression import options
+from lib.optimizations.common.compression.budgets import BUDGETS, OUTLIER, by_outliers
 from lib.optimizations.structured_pruning import cutting, depth
 from lib.optimizations.structured_pruning.saliency import OF_EXPERTS, SALIENCIES, Scores, saliency_scores
 

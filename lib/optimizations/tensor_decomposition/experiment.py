@@ -13,10 +13,10 @@ from torch import nn
 
 from lib.measure.metrics.settings import Effort
 from lib.models.loading import Loaded
-from lib.models.structure import factored
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import calibration_text, facts
+from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices

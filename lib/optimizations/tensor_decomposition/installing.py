@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure import factored as factors
+from lib.models.structure.replacements import factored as factors
 from lib.optimizations.tensor_decomposition.low_rank import Spectrum, factorise
 
 SIDES = {"weight": "linear", "gate_up_proj": "input", "down_proj": "output"}  # by the attribute of the module

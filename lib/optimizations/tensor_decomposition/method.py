@@ -28,7 +28,7 @@ from torch import nn
 
 from lib.models.calibration import blockwise
 from lib.models.structure.sharing import sharing
-from lib.optimizations.common import options as checks
+from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices
 from lib.optimizations.tensor_decomposition.installing import install

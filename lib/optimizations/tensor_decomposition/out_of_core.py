@@ -14,7 +14,7 @@ from torch import nn
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks, rewrite
 from lib.models.structure.anatomy import Block
-from lib.optimizations.common import options as checks
+from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate
 from lib.optimizations.tensor_decomposition.analysis import Spectra, block_spectra
 from lib.optimizations.tensor_decomposition.installing import install

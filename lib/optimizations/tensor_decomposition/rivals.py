@@ -20,11 +20,13 @@ from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
 from lib.models.calibration.activations import observe
-from lib.models.structure import factored
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import claims, rival_arms, weight_only
-from lib.optimizations.common.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common import rival_arms
+from lib.optimizations.common.compression import weight_only
+from lib.optimizations.common.evidence import claims
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.experiment import (

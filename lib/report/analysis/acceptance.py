@@ -16,8 +16,10 @@ from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines, result_set
 from lib.report.analysis.result_set import Results
-from lib.report.records import lint, migration, schema, verdict
+from lib.report.records import migration, schema
+from lib.report.records.checks import lint
 from lib.report.records.record import Record
+from lib.report.records.verdicts import verdict
 from lib.report.text.wording import SIGNS, label, one_line, words
 
 MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import verdict
-from lib.report.records.primary import LOSSES
 from lib.report.records.record import Record
+from lib.report.records.verdicts import verdict
+from lib.report.records.verdicts.primary import LOSSES
 from lib.report.text import sentence
 from lib.report.text.quantities import quantity, signed, with_ends
 from lib.report.text.wording import SIGNS, words

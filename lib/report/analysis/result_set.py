@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
-from lib.report.analysis import discoveries, headlines, ranking, strength_curves
+from lib.report.analysis import headlines, ranking, strength_curves
+from lib.report.analysis.noise import discoveries
 from lib.report.records import facts, schema
 from lib.report.records.record import Record, read_folder, to_json
 from lib.report.text import sentence
@@ -36,7 +37,7 @@ class Results:
 
     @cached_property
     def settled(self) -> "Results":
-        """The same results with the words that hold for the whole set (`lib.report.analysis.discoveries`)."""
+        """The same results with the words that hold for the whole set (`lib.report.analysis.noise.discoveries`)."""
         return replace(self, records=discoveries.settled(self.records))
 
     @property

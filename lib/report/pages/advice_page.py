@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import write_atomically
-from lib.report.analysis import advice, discoveries
+from lib.report.analysis import advice
 from lib.report.analysis.advice import Advice
+from lib.report.analysis.noise import discoveries
 from lib.report.pages.html import TEMPLATES
 from lib.report.records import stand_in
 from lib.report.records.record import Record

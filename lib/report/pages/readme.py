@@ -13,7 +13,7 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics.catalogue import METRICS
-from lib.report.analysis import discoveries
+from lib.report.analysis.noise import discoveries
 from lib.report.analysis.result_set import Results
 from lib.report.figures import trade_off_svg
 from lib.report.pages import result_tables, views

@@ -14,8 +14,8 @@ from lib.report.analysis import headlines, ranking
 from lib.report.analysis.result_set import Results
 from lib.report.figures import trade_off_svg
 from lib.report.figures.trade_off_svg import TradeOff
-from lib.report.records import verdict
 from lib.report.records.record import Record
+from lib.report.records.verdicts import verdict
 from lib.report.text import sentence
 from lib.report.text.quantities import counted, times
 from lib.report.text.wording import label, one_line, signed, title

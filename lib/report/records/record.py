@@ -3,7 +3,7 @@
 Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook
 reads NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON
 (`lib.report.records.codec`). Knows nothing of how a number is made (`lib.measure`), how it is judged
-(`lib.report.records.verdict`) or how it is shown.
+(`lib.report.records.verdicts.verdict`) or how it is shown.
 """
 
 import gc
@@ -25,7 +25,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration
 from lib.report.records.refutation import Refutation
 from lib.report.records.relation import Relation
-from lib.report.records.verdict import Verdict, judge, withhold_if_invalid
+from lib.report.records.verdicts.verdict import Verdict, judge, withhold_if_invalid
 
 SCHEMA: Literal[3] = 3
 SCRAP = "record"
@@ -124,8 +124,8 @@ def build(
     Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
     model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here. On
     a machine that was too busy nothing timed is judged. `primaries` declares which (metric, workload) carries each
-    dimension's word (`lib.report.records.primary`). `status="not_applicable"` or `"failed"` needs a `reason`. Raises
-    TypeError for a value that has no place in JSON, ValueError for a primary that is no metric of its dimension.
+    dimension's word (`lib.report.records.verdicts.primary`). `status="not_applicable"` or `"failed"` needs a `reason`.
+    Raises TypeError for a value that has no place in JSON, ValueError for a primary that is no metric of its dimension.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')

@@ -1,5 +1,5 @@
 """What others published and this run should find again: each relation with its outcome, *held*, *not held* or *cannot
-tell*, and the numbers behind it. Judged in `lib.optimizations.common.relations`; knows no optimization.
+tell*, and the numbers behind it. Judged in `lib.optimizations.common.evidence.relations`; knows no optimization.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """The published JSON Schema of records and result files, `schemas/results.schema.json`, and validation against it.
 
 `python -m lib.report.records.schema` writes the file again from the record's definition and what stands here; a test
-holds that it is up to date. Knows no numbers: what they must be is `lib.report.records.lint`'s and
+holds that it is up to date. Knows no numbers: what they must be is `lib.report.records.checks.lint`'s and
 `lib.report.analysis.acceptance`'s business.
 """
 

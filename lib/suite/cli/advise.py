@@ -13,7 +13,8 @@ from lib.suite.store.result_folder import Folder
 
 def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: float, as_json: bool = False) -> int:
     """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model."""
-    from lib.report.analysis import advice, discoveries
+    from lib.report.analysis import advice
+    from lib.report.analysis.noise import discoveries
     from lib.report.records import stand_in
     from lib.report.records.record import read_folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.report.pages import file_names
+from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, plan
 from lib.suite.store.result_folder import Folder
 
@@ -84,7 +84,7 @@ def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], No
 
 
 def _suite(folder: Folder, kind: str) -> None:
-    from lib.report.pages import suite_files
+    from lib.report.pages.suites import suite_files
 
     suite_files.write(kind, folder.path, plan.optimizations(), plan.models(folder.path.name))
 

@@ -8,7 +8,7 @@ import torch
 from lib.measure.roofline import cost_model
 from lib.measure.timing import workloads
 from lib.measure.trackers.live_tensors import LiveTensors
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 
 KB = 1024
 F32 = 4  # bytes

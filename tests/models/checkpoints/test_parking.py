@@ -9,7 +9,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.checkpoints import io
 from lib.models.checkpoints.parking import parked
-from lib.models.structure import sparse
+from lib.models.structure.replacements import sparse
 from lib.optimizations.sparse_neural_networks import method
 
 

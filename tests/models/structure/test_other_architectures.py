@@ -14,8 +14,9 @@ from lib.models.calibration import blockwise, walk
 from lib.models.checkpoints import io, validate
 from lib.models.decoding import cache_names
 from lib.models.offload import streamer
-from lib.models.structure import no_op, support, surgery
+from lib.models.structure import support, surgery
 from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
 from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning

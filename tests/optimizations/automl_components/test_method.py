@@ -16,8 +16,10 @@ from lib.optimizations.automl_components import successive_filtering as bench_mo
 from lib.optimizations.automl_components.finalists import Finalist
 from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common import recipe, search_quality, shapley, study
+from lib.optimizations.common import recipe
+from lib.optimizations.common.evidence import shapley
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search import search_quality, study
 
 
 def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:

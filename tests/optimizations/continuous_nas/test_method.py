@@ -8,7 +8,7 @@ import torch
 from lib.errors import UserError
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.common import study
+from lib.optimizations.common.search import study
 from lib.optimizations.continuous_nas import drift, replacement_library, request_costs, rivals
 from lib.optimizations.continuous_nas import method as nas
 from lib.optimizations.continuous_nas.mip import CostTable

@@ -9,8 +9,8 @@ from lib.errors import UserError
 from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import divergence as whole_divergence
 from lib.models.checkpoints import io
-from lib.models.structure import no_op
 from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.replacements import no_op
 from lib.models.structure.surgery import keep_groups
 from lib.optimizations.continuous_nas import replacement_library
 from lib.optimizations.continuous_nas.scoring import divergence, probe

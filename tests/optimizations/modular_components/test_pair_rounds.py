@@ -5,7 +5,7 @@ import types
 import weakref
 
 from lib.measure.metrics import settings
-from lib.optimizations.common import interactions
+from lib.optimizations.common.evidence import interactions
 from lib.optimizations.modular_components import attempts, experiment, method, pair_rounds
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 

@@ -10,7 +10,7 @@ from lib.measure.roofline import cost_model
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.common.search_quality import QualityLoss
+from lib.optimizations.common.search.search_quality import QualityLoss
 from lib.optimizations.modular_components import method, strength
 
 PRUNING, EXACT = "structured_pruning", "streaming_computation"

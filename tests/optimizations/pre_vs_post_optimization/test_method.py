@@ -19,8 +19,10 @@ from lib.measure.trackers import energy
 from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.parameters import read
-from lib.optimizations.common import interactions, recipe, search_quality, shapley
+from lib.optimizations.common import recipe
+from lib.optimizations.common.evidence import interactions, shapley
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search import search_quality
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
 from lib.optimizations.pre_vs_post_optimization import attribution, returns, sweeps

@@ -11,7 +11,7 @@ from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices, moments
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.sparse import SparseExperts, SparseLinear, compress, product, slices, stored
+from lib.models.structure.replacements.sparse import SparseExperts, SparseLinear, compress, product, slices, stored
 from lib.optimizations.sparse_neural_networks import masks, matrix_pruning
 from lib.optimizations.sparse_neural_networks import method as sparse
 

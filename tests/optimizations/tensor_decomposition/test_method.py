@@ -10,8 +10,8 @@ from lib.errors import UserError
 from lib.models.calibration import blockwise
 from lib.models.calibration.distillation import divergence
 from lib.models.checkpoints import io
-from lib.models.structure import factored
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import factored
 from lib.optimizations.tensor_decomposition import allocation, analysis, low_rank
 from lib.optimizations.tensor_decomposition import method as td
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lib.report.analysis import acceptance
-from lib.report.pages import file_names, suite_files
+from lib.report.pages.suites import file_names, suite_files
 from tests.report import samples
 
 FEW = samples.OPTIMIZATIONS[:2]

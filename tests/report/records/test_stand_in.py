@@ -1,7 +1,8 @@
 """What a result is a result of is said first, with the record's own number of parameters."""
 
 from lib.report.analysis import result_set
-from lib.report.pages import index, result_tables, run_page, suite_pages
+from lib.report.pages import index, result_tables, run_page
+from lib.report.pages.suites import suite_pages
 from lib.report.records import record, stand_in
 from lib.report.text.wording import model_title
 from tests.report import samples

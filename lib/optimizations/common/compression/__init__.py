@@ -1,0 +1,1 @@
+"""What the compressions share: options, budgets, calibration, yardsticks at equal bytes."""

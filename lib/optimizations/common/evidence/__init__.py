@@ -1,0 +1,1 @@
+"""What a notebook's conclusions rest on: claims, published relations, contributions of parts."""

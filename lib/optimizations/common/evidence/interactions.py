@@ -1,0 +1,134 @@
+"""What parts of a pipeline do alone, in pairs and in either order: timed in common rounds, losses on the same windows.
+
+An arm is a model under a name; a pair's name is made by `named`. Effects are in natural logarithms of speed (above 0 is
+faster) and in nats of loss per token (above 0 is worse). Knows nothing of what the parts are.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.measure.quality import evaluate
+from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing.interleaved import Rounds, rounds
+from lib.optimizations.common.evidence import shapley
+from lib.optimizations.common.evidence.shapley import Estimate
+
+BASELINE = "baseline"
+DECODE_PROMPT, DECODE_TOKENS = 64, 4
+Arm = TypeVar("Arm", str, tuple[str, str])
+States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
+AXIS_LABELS = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
+
+
+def named(*stems: str) -> str:
+    """Return the name of the arm that has the steps `stems`, in this order."""
+    return " → ".join(stems) if stems else BASELINE
+
+
+def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0) -> dict[str, Rounds]:
+    """Time prefill of the prompt and a short decode of all arms, of which one is BASELINE."""
+    short_BT = prompt_BT[:, :DECODE_PROMPT]
+    works = {
+        "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
+        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in models.items()},
+    }
+    timed = {}
+    for name, calls in works.items():
+        iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
+        timed[name] = rounds(calls, count, iterations=iterations, seed=seed, disturbance=disturbance.watch)
+    return timed
+
+
+def losses(models: Mapping[Arm, nn.Module], ids_NT: torch.Tensor) -> dict[Arm, np.ndarray]:
+    """Return how every arm reads held-out windows: nats per token of each window, [N]."""
+    return {name: evaluate.read(model, ids_NT).loss_N for name, model in models.items()}
+
+
+def effects(
+    timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int = 0
+) -> dict[str, Estimate]:
+    """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats)."""
+    estimates = {name: shapley.over_rounds(-times.contrast(weights)) for name, times in timed.items()}
+    if lost:
+        weighted = (weight * lost[arm] for arm, weight in weights.items())
+        loss_N = sum(weighted, np.zeros_like(next(iter(lost.values()))))
+        estimates["loss"] = shapley.over_items(loss_N, seed=seed)
+    return estimates
+
+
+def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
+    """Return a row per part: its effects alone against the baseline, over all the rounds in which it had a turn."""
+    timed, rows = list(timed), []
+    for stem in stems:
+        estimates: dict[str, Estimate] = {}
+        for name in dict.fromkeys(work for one in timed for work in one):
+            of_work = [one[name] for one in timed if name in one]
+            contrasts = [-r.contrast({stem: 1, BASELINE: -1}) for r in of_work if stem in r.seconds]
+            if contrasts:
+                estimates[name] = shapley.over_rounds(np.concatenate(contrasts))
+        if stem in lost:
+            estimates["loss"] = shapley.over_items(lost[stem] - lost[BASELINE])
+        rows.append({"part": stem, **_flat(estimates)})
+    return rows
+
+
+def interactions(
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    states: States,
+) -> list[dict]:
+    """Return a row per ordered pair: state, reason, and where it works the effect of both − the sum of each."""
+    rows = []
+    for (first, second), (state, reason) in states.items():
+        row: dict[str, object] = {"first": first, "second": second, "state": state, "reason": reason or ""}
+        if state == "works":
+            weights = {named(first, second): 1, first: -1, second: -1, BASELINE: 1}
+            row |= _flat(effects(timed, lost, weights))
+        rows.append(row)
+    return rows
+
+
+def unmeasured(states: States) -> list[dict]:
+    """Return a row per ordered pair: state and reason alone."""
+    return [{"first": a, "second": b, "state": state, "reason": why or ""} for (a, b), (state, why) in states.items()]
+
+
+def order_effects(
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    states: States,
+) -> list[dict]:
+    """Return a row per pair that works both ways: the effect of one order − that of the other."""
+    rows = []
+    for (first, second), (state, _) in states.items():
+        if first < second and state == states.get((second, first), ("", None))[0] == "works":
+            weights = {named(first, second): 1, named(second, first): -1}
+            row: dict[str, object] = {"order": named(first, second), "against": named(second, first)}
+            rows.append(row | _flat(effects(timed, lost, weights)))
+    return rows
+
+
+def staleness(
+    lost: Mapping[str, np.ndarray], outdated: Mapping[tuple[str, str], np.ndarray], seed: int = 0
+) -> list[dict]:
+    """Return a row per pair made with outdated statistics (its losses [N]): what they add to the loss, nats/token."""
+    rows = []
+    for pair, loss_N in outdated.items():
+        cost = shapley.over_items(loss_N - lost[named(*pair)], seed=seed)
+        rows.append({"pair": named(*pair), **_flat({"loss": cost})})
+    return rows
+
+
+def _flat(estimates: Mapping[str, Estimate]) -> dict[str, float | None]:
+    """Return estimates as columns `<name>`, `<name>_low`, `<name>_high`; an interval that is not finite is None."""
+    flat: dict[str, float | None] = {}
+    for name, estimate in estimates.items():
+        ends: tuple[float | None, float | None] = (None, None)
+        if np.isfinite([estimate.low, estimate.high]).all():
+            ends = estimate.low, estimate.high
+        flat |= {name: estimate.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    return flat

@@ -1,0 +1,1 @@
+"""What the searches share: studies that survive, fronts, choices under noise, quality while choosing."""

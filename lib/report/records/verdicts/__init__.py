@@ -1,0 +1,1 @@
+"""From a record's numbers to its words: which measurement carries a dimension, and the verdict."""

@@ -1,0 +1,25 @@
+"""Near-ties: noise within the practical margin changes nothing of what is chosen."""
+
+import numpy as np
+import pytest
+
+from lib.optimizations.common.search import choice
+
+
+def test_noise_among_near_ties_does_not_reach_the_choice():
+    """Three that are equally fast and one that is slower: 200 noisy timings choose the same one each time."""
+    random = np.random.default_rng(0)
+    true = {"one step": 0.8, "two steps": 0.8, "three steps": 0.8, "nothing": 1.0}
+    chosen = set()
+    for _ in range(200):
+        timed = {name: value * float(np.exp(random.uniform(-0.009, 0.009))) for name, value in true.items()}
+        chosen.add(choice.steady(list(timed), timed.__getitem__, list(true).index))
+    assert chosen == {"one step"}
+
+
+def test_what_is_faster_by_more_than_the_margin_is_taken():
+    timed = {"first": 1.0, "second": 0.97}
+    assert choice.steady(list(timed), timed.__getitem__, list(timed).index) == "second"
+    assert choice.steady(list(timed), timed.__getitem__, list(timed).index, margin=0.05) == "first"
+    with pytest.raises(ValueError, match="no candidate"):
+        choice.steady([], float, str)

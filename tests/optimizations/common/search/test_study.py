@@ -1,0 +1,110 @@
+"""Studies are resumed; damaged files and those of another space are renamed; a kill changes no answer."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from lib.errors import UserError
+from lib.optimizations.common.search import study
+
+ROOT = Path(__file__).resolve().parents[4]
+SPACE = {"a": ["x", "y", "z"], "weights": "1"}
+CHOICES = {name: optuna.distributions.CategoricalDistribution(("x", "y", "z")) for name in "abcde"}
+
+
+def _value(params: dict) -> tuple[float, float]:
+    total = sum(("xyz".index(value) + 1) * (at + 1) for at, value in enumerate(params.values()))
+    return float(total), float(15 / total)
+
+
+def _search(path, until: int, name: str = "s") -> list[dict]:
+    with study.opened(path, name, SPACE, 2) as stored:
+        while len(stored.trials) < until:
+            params = stored.propose(CHOICES, lambda n: optuna.samplers.TPESampler(seed=n, n_startup_trials=4))
+            stored.add(params, CHOICES, _value(params))
+        return [trial.params for trial in stored.trials]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
+    whole = _search(tmp_path / "whole.db", 14)
+    _search(tmp_path / "parts.db", 5)
+    assert _search(tmp_path / "parts.db", 14) == whole == _search(None, 14)
+
+
+def test_killed_in_the_middle_and_started_again(tmp_path):
+    path = tmp_path / "killed.db"
+    program = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
+import test_study as t
+from lib.optimizations.common.search import study
+add = study.Study.add
+def dying(self, *rest):
+    if len(self.trials) == 6:
+        print("ready", flush=True); import time; time.sleep(60)
+    add(self, *rest)
+study.Study.add = dying
+t._search({str(path)!r}, 12)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.stdout.readline() == "ready\n"
+    says = rf"another run is searching in it \(process {child.pid}, since"
+    with pytest.raises(UserError, match=says), study.opened(path, "s", SPACE, 2):
+        pass
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert _search(path, 12) == _search(None, 12)
+
+
+def test_facts_are_made_once(tmp_path):
+    values = iter([{"b0": [0.1]}, {"b0": [0.2]}])
+    for _ in range(2):
+        with study.opened(tmp_path / "s.db", "s", SPACE, 1) as stored:
+            assert stored.fact("costs", lambda: next(values)) == {"b0": [0.1]}
+
+
+def test_another_space_is_kept_aside(tmp_path):
+    path = tmp_path / "s.db"
+    _search(path, 3)
+    with study.opened(path, "s", SPACE | {"weights": "2"}, 2) as stored:
+        assert stored.trials == [] and "belongs to another search space; kept as s.db.aside-1" in stored.notes[0]
+    with study.opened(path, "s", SPACE, 2) as stored:
+        assert stored.trials == []
+    assert {file.name for file in tmp_path.glob("s.db*")} == {"s.db", "s.db.aside-1", "s.db.aside-2"}
+    with study.opened(tmp_path / "s.db.aside-1", "s", SPACE, 2) as stored:
+        assert len(stored.trials) == 3, "nothing of it was lost"
+
+
+def _table(path: Path) -> bytes:
+    with sqlite3.connect(path) as file:
+        file.execute("create table t (a)")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "overwritten", "other tables"])
+def test_damaged_files_are_kept_aside(tmp_path, kind):
+    path = tmp_path / "s.db"
+    _search(path, 3)
+    whole = path.read_bytes()
+    damaged = {
+        "text": lambda: b"no database",
+        "cut": lambda: whole[: len(whole) // 2],
+        "empty": lambda: b"",
+        "overwritten": lambda: whole[:4096] + b"\xff" * 8192 + whole[12288:],
+        "other tables": lambda: _table(tmp_path / "other.db"),
+    }[kind]()
+    path.write_bytes(damaged)
+    with study.opened(path, "s", SPACE, 2) as stored:
+        assert stored.trials == [] and "kept as s.db.aside-1" in stored.notes[0]
+    assert (tmp_path / "s.db.aside-1").read_bytes() == damaged
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another folder"), study.opened(tmp_path / "file" / "s.db", "s", {}, 1):
+        pass

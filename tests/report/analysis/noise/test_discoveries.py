@@ -1,0 +1,66 @@
+"""Over a whole set, calls that chance explains are withheld, and those that it does not are kept."""
+
+import random
+
+import pytest
+
+from lib.report.analysis import ranking, result_set
+from lib.report.analysis.noise import discoveries
+from lib.report.records import record, schema
+from tests.report import samples
+
+
+def _run(name: str, gain: float, seed: int = 0, spread: float = 0.02):
+    members = [samples.paired("prefill_tokens_per_second", gain, spread, seed=seed)]
+    return record.build(name, samples.MODELS[0], "proxy", "quick", {}, members, primaries=samples.PRIMARIES)
+
+
+def test_q_values_are_benjamini_and_hochbergs():
+    assert discoveries.q_values([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.0533, 0.0533, 0.5], abs=1e-3)
+    assert discoveries.q_values([]) == []
+
+
+def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
+    strong = [_run(f"strong_{n}", 1.3) for n in range(2)]
+    weak = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
+    weak = record.build("weak", samples.MODELS[0], "proxy", "quick", {}, [weak], primaries=samples.PRIMARIES)
+    nothing = [_run(f"nothing_{n}", 1.0, n) for n in range(20)]
+    alone = {cell.optimization: cell for cell in discoveries.cells([weak]) if cell.dimension == "performance"}
+    assert alone["weak"].p < 0.05 and alone["weak"].word == "better"
+    found = {c.optimization: c for c in discoveries.cells([*strong, weak, *nothing]) if c.dimension == "performance"}
+    assert found["weak"].q > 0.05 and found["weak"].word == "inconclusive" and found["weak"].recorded == "better"
+    assert all(found[f"strong_{n}"].word == "better" for n in range(2))
+    settled = {r.optimization: r for r in discoveries.settled([*strong, weak, *nothing])}
+    assert settled["weak"].verdict.performance == settled["weak"].measurements[0].verdict == "inconclusive"
+    assert "23 primaries" in settled["weak"].verdict.reasons["performance"]
+    assert settled["weak"].verdict.sentence.endswith("not beyond chance among so many.")
+    assert settled["strong_0"] is strong[0] and weak.verdict.performance == "better"  # the record keeps its word
+    assert discoveries.settled([*settled.values()]) == [*settled.values()]
+
+
+def test_without_any_effect_hardly_a_set_has_a_call():
+    """Sets of 44 cells without an effect: a call that stands may occur in about one set of twenty."""
+    chance, called = random.Random(5), 0
+    for _ in range(40):
+        runs = [_run(f"r{n}", 1.0, chance.randrange(10**9), 0.05) for n in range(44)]
+        called += any(cell.word in discoveries.CALLS for cell in discoveries.cells(runs))
+    assert called <= 5
+
+
+def test_counted_primaries_leave_nothing_to_chance():
+    [cell] = [c for c in discoveries.cells([samples.whole("a", samples.MODELS[0])]) if c.dimension == "efficiency"]
+    assert (cell.metric, cell.p, cell.q, cell.word) == ("prefill_flops_per_token", None, None, "better")
+
+
+def test_the_sets_files_hold_the_cells(tmp_path):
+    results = result_set.read(samples.good(tmp_path, samples.OPTIMIZATIONS[:2]))
+    for content in (result_set.master(results), result_set.complete(results)):
+        assert len(content["cells"]) == 2 * len(samples.MODELS) * 4
+        assert schema.faults(content) == []
+    assert results.settled.records == results.records
+
+
+def test_the_ranking_says_for_how_many_models_a_number_was_called():
+    runs = [samples.whole("a", model, 1.3) for model in samples.MODELS[:3]] + [samples.whole("a", samples.MODELS[3], 1)]
+    [place] = ranking.places(discoveries.settled(runs), "prefill_tokens_per_second")
+    assert (place.models, place.called) == (4, 3)

@@ -1,0 +1,160 @@
+"""The suites leave exactly their eight files; JSON by the published schema, Markdown whose links lead somewhere."""
+
+import json
+import re
+
+import pytest
+
+from lib.report.analysis import result_set, strength_curves
+from lib.report.pages import archive
+from lib.report.pages.suites import file_names, suite_files
+from lib.report.records import record, schema
+from lib.suite.store import site
+from lib.suite.store.result_folder import Folder
+from tests.report import samples
+
+EIGHT = {
+    "comprehensive_optimization_benchmark_results.json",
+    "comprehensive_optimization_benchmark_report.md",
+    "enhanced_optimization_impact_benchmark_results.json",
+    "enhanced_optimization_impact_benchmark_report.md",
+    "optimization_coverage_report.md",
+    "master_benchmark_results_all_optimizations.json",
+    "benchmark_execution_report_all_optimizations.txt",
+    "complete_benchmark_suite_results.json",
+}
+FEW = ("structured_pruning", "continuous_nas")
+LINK = re.compile(r"\]\(([^)#]+)\)")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with two optimizations on four models, one of them failed and one not there, and all suites' files."""
+    folder = tmp_path_factory.mktemp("executed")
+    samples.good(folder, FEW)
+    failed = samples.without_result("failed", "cell 3: MemoryError | too much", FEW[1], samples.MODELS[0])
+    record.write(failed, folder / f"{failed.stem}.json")
+    (folder / f"{FEW[1]}--{samples.MODELS[1]}.json").unlink()
+    for path in folder.glob("*--*.json"):
+        (folder / f"{path.name.removesuffix('.json')}.md").write_text("report")
+    (folder / "index.html").write_text("index")
+    return folder, suite_files.write("complete", folder, FEW, samples.MODELS)
+
+
+def test_the_complete_suite_leaves_the_eight_files(written):
+    folder, paths = written
+    assert {path.name for path in paths} == EIGHT == set(file_names.files("complete"))
+    assert {path.name for path in folder.iterdir() if "--" not in path.name} - {"index.html"} == EIGHT | {
+        "comprehensive_optimization_benchmark_report_files",
+        "enhanced_optimization_impact_benchmark_report_files",
+    }
+
+
+def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
+    samples.good(tmp_path, FEW)
+    folder = Folder(tmp_path)
+    assert site.finish(folder, "complete") == []
+    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()}
+    assert set(first) >= {*EIGHT, "index.html", "report.zip"}
+    for kind in ("complete", "enhanced", None):
+        assert site.finish(folder, kind) == []
+        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == first
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
+def test_results_are_by_the_schema(written, name):
+    content = json.loads((written[0] / name).read_text())
+    assert schema.faults(content) == [] and content["schema"] == schema.VERSION
+    summary = content["summary"]
+    assert (summary["ok"], summary["failed"], summary["expected"]) == (6, 1, 8)
+    assert summary["missing"] == [f"{FEW[1]}--{samples.MODELS[1]}"] and "MemoryError" in json.dumps(summary["reasons"])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
+def test_the_schema_refuses_what_is_damaged(written, name):
+    content = json.loads((written[0] / name).read_text())
+    assert schema.faults(content | {"schema": 1}) and schema.faults(content | {"more": 1})
+    assert schema.faults({key: value for key, value in content.items() if key != "summary"})
+    assert schema.faults(content | {"kind": "other"})
+
+
+def test_the_published_schema_is_up_to_date():
+    assert schema.PATH.read_text(encoding="utf-8") == schema.text()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_record_is_by_the_schema(seed):
+    content = json.loads(json.dumps(record.to_json(samples.by_chance(seed))))
+    assert schema.faults(content) == []
+    assert schema.faults(content | {"status": "well"})
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".md")))
+def test_markdown_links_lead_somewhere_and_tables_are_whole(written, name):
+    folder, _ = written
+    text = (folder / name).read_text()
+    links = LINK.findall(text)
+    assert links and all((folder / link).is_file() for link in links), links
+    assert text.startswith("# ") and text.count("\n# ") == 0
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+    assert all(alt for alt in re.findall(r"!\[(.*?)\]", text))
+
+
+def test_the_execution_summary_tells_what_ran_where_how_long_and_what_failed(written):
+    text = (written[0] / "benchmark_execution_report_all_optimizations.txt").read_text()
+    counted = ("measured             6", "failed               1", "never run            1")
+    failed = "continuous_nas--glm-4.7-flash: cell 3: MemoryError"
+    for fact in (*counted, failed, "61.5 s", "2 cores", "Example Processor 9000", "torch 2.13.0"):
+        assert fact in text, fact
+
+
+def test_coverage_shows_every_expected_run(written):
+    text = (written[0] / "optimization_coverage_report.md").read_text()
+    assert "| Continuous NAS | [✗ failed](continuous_nas--glm-4.7-flash.md) | · missing |" in text
+
+
+def test_a_curve_has_three_strengths_or_is_named():
+    whole = samples.whole("structured_pruning", samples.MODELS[0])
+    [curve] = strength_curves.curves([whole])
+    assert strength_curves.strengths(curve) == [10, 30, 50] and curve["arms"]["random"][0]["more"] == {
+        "prefill speed-up": 1.1
+    }
+    assert strength_curves.short([whole]) == {}
+    rows = whole.details["impact"]["value"]
+    two = whole.model_copy(update={"details": {"impact": whole.details["impact"] | {"value": rows[:2]}}})
+    assert "2 strengths" in strength_curves.short([two])[two.stem]
+    none = whole.model_copy(update={"details": {"impact": {"value": rows}}})  # unlabelled: no curve to trust
+    assert "no impact curve" in strength_curves.short([none])[none.stem]
+    speed_alone = none.model_copy(update={"dimensions": ["performance"]})
+    assert strength_curves.short([speed_alone, samples.without_result("failed", "x")]) == {}
+
+
+def test_the_aggregate_is_the_geometric_mean():
+    runs = [samples.made(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
+    [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "prefill_tokens_per_second"]
+    assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
+
+
+def test_the_archive_holds_pages_and_files_and_no_log(written, tmp_path):
+    import shutil
+    import zipfile
+
+    folder = shutil.copytree(written[0], tmp_path / "proxy")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "a--b.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    names = set(zipfile.ZipFile(archive.write(folder)).namelist())
+    assert {f"report/{name}" for name in EIGHT} | {"report/index.html"} <= names
+    assert f"report/{FEW[0]}--{samples.MODELS[0]}.json" in names
+    assert not [name for name in names if "logs" in name or "/." in name or name.endswith("flash.md")]
+    assert any(name.endswith("_files/structured_pruning.png") for name in names)
+
+
+def test_nothing_at_all_makes_files_too(tmp_path):
+    for path in suite_files.write("complete", tmp_path, FEW, samples.MODELS):
+        assert path.stat().st_size
+        if path.suffix == ".json":
+            assert schema.faults(json.loads(path.read_text())) == []

@@ -1,0 +1,81 @@
+"""Every stored verdict follows from its stored fields, and one that does not is found."""
+
+import numpy as np
+import pytest
+
+from lib.measure.metrics import busy, measurement
+from lib.measure.quality import evaluate, noninferiority
+from lib.report.records.checks import lint, recompute
+from tests.measure.quality.test_evaluate import classified
+from tests.report import samples
+
+
+def _scores():
+    chance, found = np.random.default_rng(3), []
+    for n, lost in ((48, 0), (48, 3), (400, 0), (400, 5), (400, 40), (800, 4)):
+        base = classified(n, 0.9)
+        other = classified(n, 0.9, wrong=lost) if lost else base
+        found += evaluate.compare_classified(base, other)
+        found += evaluate.compare_classified(other, base)
+    for loss in (0.0, 0.01, 0.03, 0.2, -0.2):
+        losses = chance.normal(4, 0.3, 32)
+        changed = losses + loss + chance.normal(0, 0.02, 32)
+        found.append(noninferiority.perplexity(losses, changed, source="32 windows"))
+        found.append(noninferiority.perplexity(losses[:4], changed[:4], source="4 windows"))
+    return found
+
+
+def _speeds():
+    gains = (0.7, 0.95, 0.98, 1.0, 1.005, 1.03, 1.2)
+    metrics = ("prefill_tokens_per_second", "time_per_output_token_ms", "energy_joules_per_token")
+    return [
+        samples.paired(metric, gain, spread) for metric in metrics for gain in gains for spread in (0.001, 0.02, 0.1)
+    ]
+
+
+def _counts():
+    pairs = ((100.0, 100.5), (100.0, 90.0), (100.0, 120.0), (0.0, 3.0))
+    return [measurement.counted("weights_bytes", "load", *pair, "counted") for pair in pairs]
+
+
+@pytest.mark.parametrize("made", [_scores, _speeds, _counts])
+def test_what_is_made_is_what_its_fields_make(made):
+    members = made()
+    assert recompute.differences(members) == []
+    again = [recompute.verdict(m) for m in members]
+    assert len({word for word in again if word}) >= 2  # and they are not all alike
+
+
+@pytest.mark.parametrize("made", [_scores, _speeds, _counts])
+def test_another_verdict_is_found(made):
+    scores = ("better", "inconclusive", "maintained", "not_maintained")
+    others = ("better", "worse", "equivalent", "inconclusive")
+    for m in made():
+        right = recompute.verdict(m)
+        if right is None:
+            continue
+        for word in (word for word in (scores if m.dimension == "accuracy" else others) if word != right):
+            wrong = m.model_copy(update={"verdict": word})
+            [line] = recompute.differences([wrong])
+            assert line.endswith(f"its fields make it {right.replace('_', ' ')}"), (m, word)
+
+
+def test_the_lint_of_a_record_names_it():
+    run = samples.made()
+    assert lint.verdicts(run) == []
+    [f1] = [m for m in run.measurements if m.metric == "f1_macro"]
+    f1.bound = -0.05
+    [line] = [line for line in lint.lint(run) if "f1_macro" in line]
+    assert "stored as maintained, its fields make it inconclusive" in line
+
+
+def test_on_a_busy_machine_what_was_timed_is_inconclusive():
+    """One measurement was disturbed beyond repair: the others of the run are withheld, and the lint expects that."""
+    clear = samples.paired("prefill_tokens_per_second", 1.3)
+    disturbed = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
+        update={"disturbed": 4, "reason": "the machine was busy", "verdict": "inconclusive"}
+    )
+    assert [line.split(":")[0] for line in recompute.differences([clear, disturbed])] == [
+        "prefill_tokens_per_second [prefill]"
+    ]
+    assert recompute.differences(busy.withhold_if_busy([clear, disturbed])) == []

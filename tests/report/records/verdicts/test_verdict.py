@@ -1,0 +1,114 @@
+"""The verdict and its sentence: a gain never hides a loss, and nothing is claimed that was not found."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.measure.quality import noninferiority
+from lib.report.records import record
+from lib.report.records.verdicts.verdict import judge
+from lib.report.text import sentence
+from tests.report import samples
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [("better", "better"), ("worse", "worse"), ("equivalent", "equivalent"), ("inconclusive", "inconclusive")],
+)
+def test_a_dimension_has_the_word_of_its_primary(verdict, expected):
+    members = [samples.timed("prefill_tokens_per_second", 1.2, verdict=verdict)]
+    assert judge(members).performance == expected
+    assert judge([samples.timed("decode_tokens_per_second", 1.2), *members]).performance == expected  # a gain beside it
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        ("maintained", "maintained"), ("better", "better"), ("not_maintained", "not_maintained"),
+        ("inconclusive", "inconclusive"), ("not_exercised", "not_exercised"), ("informative", "inconclusive"),
+    ],
+)  # fmt: skip
+def test_accuracy_has_the_word_of_its_primary(verdict, expected):
+    assert judge([samples.scored("f1_macro", 0.9, 0.9, verdict)]).accuracy == expected
+    assert judge([]).accuracy == judge([]).performance == "unavailable"
+
+
+def test_the_sentence_names_what_carries_each_dimension_with_its_interval():
+    verdict = samples.made(accuracy="not_maintained").verdict
+    assert verdict.accuracy == "not_maintained"
+    sentence = verdict.sentence
+    assert sentence.startswith("Prefill is 1.310× faster (95 % interval 1.280–1.340);")
+    assert "F1 is not maintained (−4.1 points, lower bound −5.4, margin 2)" in sentence
+    assert "peak memory is 7.0 % smaller (6.0–8.0 %)" in sentence
+    assert "compute per prefill token is 28 % lower" in sentence  # the estimate of energy does not carry
+    assert "energy" not in sentence and "weights" not in sentence
+
+
+def test_bound_and_margin_are_those_that_were_judged_by():
+    chance = np.random.default_rng(0)
+    replicates = chance.normal(-0.041, 0.01, 2000)
+    options = {"n": 400, "to_wrong": 24, "to_right": 8, "source": "400 items", "margin": 0.03}
+    score = noninferiority.score("f1_macro", "classify", 0.91, 0.869, replicates, **options)
+    low = math.floor(np.quantile(replicates, 0.05) * 1000) / 10
+    assert f"(−4.1 points, lower bound −{abs(low):.1f}, margin 3)" in judge([score]).sentence
+    losses = chance.normal(3.7, 0.2, 40)
+    text = noninferiority.perplexity(losses, losses + chance.normal(0.05, 0.01, 40), source="40 windows", margin=0.04)
+    assert re.search(
+        r"perplexity is not maintained \(\+5\.\d\d %, upper bound \+5\.\d\d %, margin 4 %\)", judge([text]).sentence
+    )
+
+
+def test_slower_is_said_as_slower():
+    sentence = samples.made(speed="worse", ratio=0.8).verdict.sentence
+    assert "Prefill is 1.250× slower (95 % interval 1.204–1.299)" in sentence
+
+
+def test_a_loss_outside_the_headlines_is_said_too():
+    measurements = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
+    assert ", but latency p99 is 1.500× longer (1.470–1.530)" in judge(measurements).sentence
+
+
+def test_a_broken_model_shows_no_gain():
+    broken = [m for m in samples.measurements() if m.metric != "f1_macro"]
+    broken.append(measurement.invalid("f1_macro", "classify", "it answers every prompt with one repeated token (3)"))
+    run = record.build("x", "m", "proxy", "quick", {}, broken)
+    assert run.verdict.accuracy == run.verdict.performance == run.verdict.efficiency == "invalid"
+    assert "faster" not in run.verdict.sentence
+    assert "one repeated token" in run.verdict.sentence
+    withheld = [m for m in run.measurements if m.dimension in ("performance", "efficiency")]
+    assert withheld and all(m.optimized is None and m.ratio is None for m in withheld)
+
+
+def test_failed_and_not_applicable_claim_nothing():
+    assert judge([], "failed", "cell 4: MemoryError").sentence == "Failed, so nothing is claimed: cell 4: MemoryError."
+    assert judge([], "not_applicable", "no experts").sentence == "Not applicable: no experts."
+    assert judge([], "failed", "x\ny" * 400).sentence.count("\n") == 0
+
+
+def test_what_is_missing_is_said_with_its_reason():
+    measurements = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
+    assert "accuracy is unavailable (random weights have no quality to lose)" in judge(measurements).sentence
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_record_gets_a_sentence(seed):
+    run = samples.by_chance(seed)
+    sentence = run.verdict.sentence
+    assert sentence.endswith(".") and sentence[0] == sentence[0].upper()
+    assert not re.search(r"\bnan\b|\binf\b|None|\(\)", sentence)
+
+
+def test_an_open_word_has_its_reason():
+    wide = samples.timed("prefill_tokens_per_second", 1.05, 0.08, "inconclusive")
+    verdict = judge([wide.model_copy(update={"margin": 0.02})])
+    assert verdict.reasons["performance"].startswith("the interval includes no difference")
+    assert "inconclusive at 1.050× (95 % interval 0.970–1.130, detectable from 2.1 %): the interval" in verdict.sentence
+
+
+def test_gain_turns_a_time_so_that_more_is_better():
+    low, middle, high = 0.73, 0.76, 0.79
+    timed = samples.timed("time_to_first_token_ms", middle, 0.03)
+    assert sentence.gain(timed) == pytest.approx((1 / middle, 1 / high, 1 / low))
