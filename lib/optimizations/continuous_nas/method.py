@@ -18,6 +18,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.calibration.activations import Observation
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.search import choice as near_ties
 from lib.optimizations.common.search import pareto
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import mip
@@ -29,6 +30,7 @@ from lib.optimizations.continuous_nas.scoring import Probe, divergence
 from lib.optimizations.structured_pruning import method as pruning
 
 LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
+NEAR = 0.05  # two divergences that differ by less than this share are as good as each other
 REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
 
 SEARCH_SPACE = {
@@ -241,7 +243,11 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
 
 
 def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_share: float = 1.0) -> ChoiceEvaluation:
-    """Return the evaluated choice of least divergence within the budgets. Raises UserError where there is none."""
+    """Return the evaluated choice of least divergence within the budgets; of near-ties, the one that replaces least.
+
+    What is within the budgets hangs on measured times, and two choices of nearly the same divergence would take turns
+    from run to run. Raises UserError where there is none.
+    """
     budgets = costs.budgets(time_share, memory_share)
     within = [
         evaluation
@@ -250,7 +256,11 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
     ]
     if not within:
         raise UserError("continuous_nas: nothing that was evaluated is within the budgets")
-    return min(within, key=lambda evaluation: (evaluation.divergence, _key(evaluation.choice)))
+    return near_ties.steady(within, lambda evaluation: evaluation.divergence, _least_replaced, NEAR)
+
+
+def _least_replaced(evaluation: ChoiceEvaluation) -> tuple:
+    return sum(option != WHOLE for option in evaluation.choice.values()), _key(evaluation.choice)
 
 
 def run(

@@ -1,8 +1,8 @@
 """Writes the results into README.md (a matrix and a picture) and executed/README.md (full tables), from records.
 
-`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/slice` writes
-the tables of another scale, which the README does not show. Both files keep everything outside their markers. Nobody
-types a number into them.
+`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/full` writes
+the tables of another scale. The README shows the stand-ins and, below them, real models; slices it does not show. Both
+files keep everything outside their markers. Nobody types a number into them.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from lib.report.records.record import Record, read_folder
 ROOT = Path(__file__).resolve().parents[3]
 PICTURE = ".github/results.svg"
 SCALES = ("proxy", "slice", "full")
-SHOWN = "proxy"  # the scale that the README shows
-MATRIX, FIGURE = "results", "picture"
+SHOWN = "proxy"  # the scale that the README shows with a picture
+REAL = "full"  # and the one below it, without
+MATRIX, REAL_MATRIX, FIGURE = "results", "real results", "picture"
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -69,6 +70,8 @@ def update(root: Path, folder: Path) -> list[str]:
         shown = f"![{alt.replace('[', '(').replace(']', ')')}]({PICTURE})" if drawn else ""
         above = "\n\n".join(filter(None, [result_tables.about(records), shown]))
         parts["README.md"] = {FIGURE: above, MATRIX: result_tables.matrix(records)}
+    if scale == REAL:
+        parts["README.md"] = {REAL_MATRIX: result_tables.matrix(records)}
     texts = {page: _replaced(root, page, names) for page, names in parts.items()}
     texts |= {PICTURE: drawn} if drawn else {}
     return [page for page, text in texts.items() if _write(root / page, text)]

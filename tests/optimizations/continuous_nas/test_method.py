@@ -57,7 +57,7 @@ def test_answers_are_within_the_budgets(tiny, name, batch):
         for evaluation in search.evaluations
         if costs.share(evaluation.choice, costs.time) <= 0.7 and costs.share(evaluation.choice, costs.memory) <= 0.8
     ]
-    assert best.divergence == min(within)
+    assert best.divergence <= min(within) * (1 + nas.NEAR)
 
 
 def test_scores_add_up_best_where_little_changes(tiny, batch):

@@ -25,7 +25,9 @@ def _part(name: str, text: str = "old") -> str:
 def root(tmp_path):
     """Both pages, with markers, around nothing."""
     (tmp_path / "executed").mkdir()
-    (tmp_path / "README.md").write_text(f"# Workbench\n\n{_part('picture')}\n\n{_part('results')}\n\nAfter.\n")
+    (tmp_path / "README.md").write_text(
+        "\n\n".join(["# Workbench", *map(_part, ("picture", "results", "real results")), "After.\n"])
+    )
     scales = "\n\n".join(_part(scale) for scale in readme.SCALES)
     (tmp_path / "executed" / "README.md").write_text(f"# Executed\n\n{scales}\n\nAfter.\n")
     return tmp_path
@@ -79,7 +81,7 @@ def test_both_pages_change_between_their_markers_alone(root):
     folder = _results(root)
     assert readme.update(root, folder) == ["executed/README.md", "README.md", readme.PICTURE]
     page, full = _texts(root)
-    assert page.startswith("# Workbench\n\n") and page.endswith("\nAfter.\n") and "old" not in page
+    assert page.startswith("# Workbench\n\n") and page.endswith("\nAfter.\n") and page.count("\nold\n") == 1
     assert full.startswith("# Executed\n\n") and full.endswith("\nAfter.\n") and full.count("\nold\n") == 2
     assert "machine: Example Processor 9000, 2 cores given; measured: 2026-01-31" in page
     assert f"({readme.PICTURE})" in page and (root / readme.PICTURE).is_file()
@@ -108,6 +110,13 @@ def test_another_scale_changes_its_own_tables_alone(root):
     assert readme.update(root, _results(root, "slice")) == ["executed/README.md"]
     page, full = _texts(root)
     assert page == before and readme.between(full, "proxy") == "old" and "Scale proxy" in readme.between(full, "slice")
+
+
+def test_real_models_have_a_matrix_of_their_own(root):
+    assert readme.update(root, _results(root, "full")) == ["executed/README.md", "README.md"]
+    page, full = _texts(root)
+    assert disagreements(readme.between(page, "real results"), readme.between(full, "full")) == []
+    assert readme.between(page, "results") == readme.between(page, "picture") == "old"
 
 
 def test_without_records_it_says_so(root):
@@ -151,8 +160,9 @@ def test_the_command(root, capsys):
 def test_the_readme_is_short_and_agrees_with_the_full_tables():
     page, full = _texts(ROOT)
     assert len(page.encode()) <= MOST_BYTES
-    proxy = readme.between(full, "proxy")
-    assert (disagreements(readme.between(page, "results"), proxy) if "#### Verdicts" in proxy else []) == []
+    for part, scale in (("results", "proxy"), ("real results", "full")):
+        tables = readme.between(full, scale)
+        assert (disagreements(readme.between(page, part), tables) if "#### Verdicts" in tables else []) == []
 
 
 def test_the_picture_stands_alone():

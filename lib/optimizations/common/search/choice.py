@@ -6,7 +6,6 @@ was fixed before anything was timed: the one that does least, then the smallest,
 chosen.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,15 +16,15 @@ Candidate = TypeVar("Candidate")
 
 def steady(
     candidates: Sequence[Candidate],
-    time: Callable[[Candidate], float],
+    cost: Callable[[Candidate], float],
     order: Callable[[Candidate], Any],
     margin: float = SPEED_MARGIN,
 ) -> Candidate:
-    """Return, of the candidates whose time is within `margin` (a share) of the least, the first by `order`.
+    """Return, of the candidates whose cost is within `margin` (a share) of the least, the first by `order`.
 
-    Times are positive. Raises ValueError where there is no candidate.
+    Costs are not negative: times, or what else is to be small. Raises ValueError where there is no candidate.
     """
     if not candidates:
         raise ValueError("there is no candidate to choose from")
-    limit = min(math.log(time(candidate)) for candidate in candidates) + math.log1p(margin)
-    return min((c for c in candidates if math.log(time(c)) <= limit), key=order)
+    limit = min(cost(candidate) for candidate in candidates) * (1 + margin)
+    return min((c for c in candidates if cost(c) <= limit), key=order)

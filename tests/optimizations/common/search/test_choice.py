@@ -23,3 +23,8 @@ def test_what_is_faster_by_more_than_the_margin_is_taken():
     assert choice.steady(list(timed), timed.__getitem__, list(timed).index, margin=0.05) == "first"
     with pytest.raises(ValueError, match="no candidate"):
         choice.steady([], float, str)
+
+
+def test_costs_of_nothing_are_costs():
+    cost = {"much changed": 0.0, "little changed": 0.0, "dear": 0.1}
+    assert choice.steady(list(cost), cost.__getitem__, list(reversed(cost)).index) == "little changed"
