@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from lib.errors import UserError
 from lib.models import parameters as parameter_files
 from lib.models import tokenizing
-from lib.models.checkpoints import io, placement
+from lib.models.checkpoints import fastest_dtype, io, placement
 from lib.models.checkpoints.folder import check_checkpoint, folder_of
 from lib.models.checkpoints.io import DTYPES
 from lib.models.offload import streamer
@@ -79,9 +79,10 @@ def load(
     proxy: the proxy model in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
     full: `<checkpoints>/<name>`, else what `checkpoint` of the parameter file refers to, or random weights. dtype:
     "float32", "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its
-    widths), else bfloat16. A checkpoint that does not fit into the device's memory is streamed from its files, in their
-    own dtype. `tasks` replace those of the parameter file; `text` is a file on which perplexity is measured instead of
-    held-out text. Raises UserError for an invalid scale, dtype, device, checkpoint, task or text.
+    widths), on a GPU bfloat16, else what is quickest on this machine (`checkpoints.fastest_dtype`). A checkpoint that
+    does not fit into the device's memory is streamed from its files, in their own dtype. `tasks` replace those of the
+    parameter file; `text` is a file on which perplexity is measured instead of held-out text. Raises UserError for an
+    invalid scale, dtype, device, checkpoint, task or text.
     """
     start = time.perf_counter()
     if scale not in parameter_files.SCALES:
@@ -93,7 +94,7 @@ def load(
     folder = None if random_weights else source(name, scale, checkpoints)
     description = parameter_files.completed(parameter_files.read(name), folder)
     description = description.model_copy(update={"tasks": check_tasks(description.tasks)})
-    dtype = dtype or ("float32" if scale == "proxy" and device == "cpu" else "bfloat16")
+    dtype = dtype or _default_dtype(description, scale, device)
     if dtype not in DTYPES:
         raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')
     if folder is None:
@@ -129,6 +130,12 @@ def load(
         text=text,
         original=weakref.ref(model),
     )
+
+
+def _default_dtype(description: parameter_files.ModelParameters, scale: str, device: str) -> str:
+    if device != "cpu":
+        return "bfloat16"
+    return "float32" if scale == "proxy" else fastest_dtype.fastest(description.full)
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:

@@ -89,6 +89,8 @@ def _jobs_beside() -> int | None:
 def _torch(model: "nn.Module | None") -> dict[str, object]:
     import torch
 
+    from lib.models.checkpoints import fastest_dtype
+
     facts: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -99,6 +101,7 @@ def _torch(model: "nn.Module | None") -> dict[str, object]:
         facts |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype_because": fastest_dtype.reason(config.to_dict()) if weight.device.type == "cpu" else None,
             "device": str(weight.device),
             "attention_backend": getattr(config, "_attn_implementation", None),
             "experts_backend": getattr(config, "_experts_implementation", None),
