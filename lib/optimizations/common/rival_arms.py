@@ -2,6 +2,7 @@
 weight-only int8 and int4. Knows no optimization.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -70,6 +71,22 @@ def yardsticks(
     return arms
 
 
+def by_gptq(
+    baseline: nn.Module,
+    reference: Text,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    part: str = "all",
+) -> list[ThirdArm]:
+    """Return int4 chosen by GPTQ: quality and bytes. Its speed is that of int4 rounded to nearest: the same kernel on
+    as many bytes. Nothing for a width that int4 cannot pack.
+    """
+    try:
+        model = weight_only.weight_only(baseline, 4, part, calibration)
+    except UserError:
+        return []
+    return [judged(baseline, reference, weight_only.BY_GPTQ, weight_only.GPTQ_PURPOSE, model)]
+
+
 def removed_bytes(arm: ThirdArm) -> float:
     """Return by how many bytes the weights of an arm are smaller than the baseline's."""
     sizes = next(m for m in arm.measurements if m.metric == "weights_bytes")
@@ -78,7 +95,7 @@ def removed_bytes(arm: ThirdArm) -> float:
 
 def at_yardsticks(arms: list[ThirdArm]) -> list[ThirdArm]:
     """Return the yardsticks among some arms, and the arms of equal bytes."""
-    return [arm for arm in arms if arm.purpose == EQUAL_BYTES or arm.purpose.startswith(weight_only.PURPOSE)]
+    return [arm for arm in arms if arm.purpose == EQUAL_BYTES or arm.purpose.startswith("weight-only")]
 
 
 def table(arms: list[ThirdArm]) -> pd.DataFrame:

@@ -10,11 +10,11 @@ import re
 import torch
 
 from lib.errors import UserError
+from lib.models.calibration.inverse_factor import DAMPING, inverse_factor
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "random")
 WITHIN = ("row", "matrix")
 PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
-DAMPING = 0.01  # of the mean diagonal, Frantar & Alistarh 2023, section 4
 STEP = 128  # columns chosen at a time
 
 
@@ -79,7 +79,7 @@ def sparsegpt(
     token has H = 1: it is pruned by magnitude.
     """
     weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
-    factor = _inverse_factor(gram_EII, damping)
+    factor = inverse_factor(gram_EII, damping)
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, inputs, STEP):
         end = min(start + STEP, inputs)
@@ -100,20 +100,6 @@ def sparsegpt(
             mask[..., start:end] = chosen
         weight[..., end:] -= errors @ factor[..., start:end, end:]
     return weight.to(weight_EOI.dtype), mask
-
-
-def _inverse_factor(gram_EII: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Gram matrix, [E, I, I].
-
-    In float64: one input far larger than the others, or fewer tokens than inputs, leave a condition number near that of
-    the damping, which the inverse of float32 does not survive.
-    """
-    damped = gram_EII.to(torch.float64, copy=True)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    mean_E1 = diagonal.mean(-1, keepdim=True)
-    diagonal += torch.where(mean_E1 > 0, damping * mean_E1, 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _keep_in_step(

@@ -112,6 +112,7 @@ def controls(
         arms.judge(f"{name}, in order", "block after block", model.pruned.model),
         arms.judge(f"{name}, taught", "after fine-tuning", model.optimized),
         *yardsticks,
+        *rival_arms.by_gptq(setup.baseline, arms.reference, setup.calibration, setup.options["parts"]),
         *at_equal_bytes,
     ]
 
@@ -233,6 +234,7 @@ def found_again(setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequen
         relations.rows(by_row[1], claims.interval(in_order, [_order_name("wanda", "matrix")])),
         relations.patterns({name: {"unstructured": free, "2:4": claims.interval(arms, [f"{name}, 2:4"])}}),
         relations.int8(ratio),
+        relations.gptq(claims.interval(arms, [weight_only.BY_GPTQ]), claims.interval(arms, [INT4])),
         relations.int4(claims.interval(arms, [INT4]), {at_bytes: claims.interval(arms, [at_bytes])}),
     ]
     return [one._replace(evidence=share + one.evidence) if number < 2 else one for number, one in enumerate(judged)]

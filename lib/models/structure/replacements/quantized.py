@@ -11,7 +11,7 @@ matrices are quantized.
 Shapes: T tokens, O outputs, I inputs, G inputs of a group, E experts, K experts per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ LANES = 32  # inputs that a kernel of int8 takes at a time; it reads beyond the 
 SCALES = torch.bfloat16
 TILES = 8  # of the int4 kernel's layout on CUDA
 STACKS = ("gate_up_proj", "down_proj")
+Packed = tuple[torch.Tensor, torch.Tensor]  # values and scales, as `pack` returns them
 
 
 def group_size(inputs: int) -> int:
@@ -57,18 +58,44 @@ def pack(weight_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
         scale_O = (weight.abs().amax(-1) / 127).clamp_min(1e-12).to(SCALES)
         return (weight / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale_O
     outputs, inputs = weight.shape
+    require_pairs(inputs)
+    grouped = weight.view(outputs, -1, group_size(inputs))
+    scale_OG, zero_OG = grid(grouped)
+    return pack_steps(steps(grouped, scale_OG, zero_OG).view(outputs, inputs), scale_OG, zero_OG)
+
+
+def require_pairs(inputs: int) -> None:
+    """Raise UserError for a width that int4 cannot pack."""
     if inputs % 2:
         raise UserError(f"int4 packs two weights to a byte, but this matrix has {inputs} inputs")
-    grouped = weight.view(outputs, -1, group_size(inputs))
-    low, high = grouped.amin(-1), grouped.amax(-1)
+
+
+def grid(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scale, zero point) [...] of the 16 values that stand for a group of weights [..., I] in int4."""
+    low, high = weights.amin(-1), weights.amax(-1)
     scale = ((high - low) / 15).clamp_min(1e-12).to(SCALES)
-    zero = (low + 8 * scale.float()).to(SCALES)
-    steps = (grouped - zero.float()[..., None]) / scale.float()[..., None] + 8
-    values_OI = steps.round().clamp(0, 15).to(torch.int32).view(outputs, inputs)
-    scales = torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
-    if not has_kernel(weight_OI, 4):
+    return scale, (low + 8 * scale.float()).to(SCALES)
+
+
+def steps(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return for weights [..., I] the nearest step 0 to 15 of their group's grid, float32."""
+    return ((weights - zero.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
+
+
+def at_steps(steps: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return the weights [..., I] that these steps of a group's grid stand for, float32."""
+    return (steps - 8) * scale.float()[..., None] + zero.float()[..., None]
+
+
+def pack_steps(
+    steps_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int4 (packed values, scales), as `pack` does, of steps that were chosen already."""
+    values_OI = steps_OI.to(torch.int32)
+    scales = torch.stack([scale_OG, zero_OG], -1).transpose(0, 1).contiguous()
+    if not has_kernel(values_OI, 4):
         return _two_to_a_byte(values_OI), scales
-    if weight_OI.is_cuda:
+    if values_OI.is_cuda:
         return torch._convert_weight_to_int4pack(_two_to_a_byte(values_OI), TILES), scales
     return torch._convert_weight_to_int4pack_for_cpu(values_OI, TILES), scales
 
@@ -112,13 +139,16 @@ def _fixed(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is packed in `bits`; the bias stays as it was."""
+    """A linear layer whose weight is packed in `bits`; the bias stays as it was.
 
-    def __init__(self, dense: nn.Linear, bits: int) -> None:
+    `packed` are values and scales that were chosen otherwise than by rounding to nearest.
+    """
+
+    def __init__(self, dense: nn.Linear, bits: int, packed: Packed | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = dense.weight.shape
         self.bits, self.kernel = bits, has_kernel(dense.weight, bits)
-        values, scales = pack(dense.weight, bits)
+        values, scales = packed or pack(dense.weight, bits)
         self.weight, self.scales, self.bias = _fixed(values), _fixed(scales), dense.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,11 +162,14 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedExperts(nn.Module):
-    """Routed experts whose matrices are packed in `bits`; they run one after the other, each on its own tokens."""
+    """Routed experts whose matrices are packed in `bits`; they run one after the other, each on its own tokens.
+
+    `packed`: by stack, the values and scales of each expert, where they were chosen otherwise than by rounding.
+    """
 
     act_fn: Callable[[torch.Tensor], torch.Tensor]
 
-    def __init__(self, dense: Any, bits: int) -> None:
+    def __init__(self, dense: Any, bits: int, packed: Mapping[str, Sequence[Packed]] | None = None) -> None:
         super().__init__()
         self.act_fn, self.num_experts, self.bits = dense.act_fn, len(dense.down_proj), bits
         self.intermediate_dim = dense.down_proj.shape[2]
@@ -146,10 +179,10 @@ class QuantizedExperts(nn.Module):
         self.kernels: dict[str, bool] = {}
         for name in STACKS:
             stack = getattr(dense, name).data
-            packed = [pack(weight, bits) for weight in stack]
+            chosen = packed[name] if packed else [pack(weight, bits) for weight in stack]
             self.shapes[name], self.kernels[name] = tuple(stack.shape[1:]), has_kernel(stack[0], bits)
-            setattr(self, name, _fixed(torch.stack([values for values, _ in packed])))
-            setattr(self, f"{name}_scales", _fixed(torch.stack([scales for _, scales in packed])))
+            setattr(self, name, _fixed(torch.stack([values for values, _ in chosen])))
+            setattr(self, f"{name}_scales", _fixed(torch.stack([scales for _, scales in chosen])))
 
     def forward(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         entering_TH = hidden_TH if self.input_factor is None else self.input_factor(hidden_TH)

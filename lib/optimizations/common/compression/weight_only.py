@@ -1,33 +1,63 @@
-"""Weight-only int8 and int4 as a yardstick: what everyone uses, at its bytes, without choosing anything.
+"""Weight-only int8 and int4 as a yardstick: what everyone uses, at its bytes, rounded to nearest or by GPTQ.
 
 Knows nothing of measuring, and nothing of the optimization that it is held against.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import nn
 
-from lib.models.calibration.second_moments import matrices
+from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
+from lib.models.calibration.walk import Walk
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.replacements.quantized import BITS, QuantizedExperts, QuantizedLinear, has_kernel
+from lib.models.structure.replacements.quantized import BITS, Packed, QuantizedExperts, QuantizedLinear, has_kernel
 from lib.models.structure.sharing import sharing
+from lib.optimizations.common.compression import gptq
 
 NAMES = {8: "int8", 4: "int4, groups of 128"}  # what the arms are called
 PURPOSE = "weight-only, round to nearest"
+BY_GPTQ, GPTQ_PURPOSE = "int4, GPTQ", "weight-only, errors made up for"
 
 
-def weight_only(model: nn.Module, bits: int, part: str = "all") -> nn.Module:
+def weight_only(
+    model: nn.Module,
+    bits: int,
+    part: str = "all",
+    calibration: Sequence[dict[str, torch.Tensor]] | None = None,
+) -> nn.Module:
     """Return a model whose decoder matrices of `part` (see `second_moments.matrices`) are stored in 8 or 4 bits.
 
-    What is not quantized is shared with `model`. Raises UserError for a width that cannot be packed.
+    With calibration text int4 is chosen by GPTQ, block by block on what the quantized blocks before give; without it
+    every weight is rounded to nearest. What is not quantized is shared with `model`. Raises UserError for a width that
+    cannot be packed.
     """
-    if bits not in BITS:
-        raise ValueError(f"{bits} bits; expected one of {BITS}")
+    if bits not in BITS or (calibration is not None and bits != 4):
+        raise ValueError(f"{bits} bits; expected one of {BITS}, and 4 for GPTQ")
     changed = sharing(model)
     names = {module: name for name, module in changed.named_modules()}
-    for block in anatomy(model).blocks:
-        for owner in {matrix.owner: None for matrix in matrices(changed, part, block.index)}:
-            packed = QuantizedLinear(owner, bits) if isinstance(owner, nn.Linear) else QuantizedExperts(owner, bits)
-            changed.set_submodule(names[owner], packed)
+    walk = None if calibration is None else Walk(changed, calibration)
+    for block in walk or anatomy(changed).blocks:
+        of_block = matrices(changed, part, block.index)
+        moments = {} if walk is None else block_moments(walk, of_block, gram=True, unchanged=False)
+        by_owner: dict[nn.Module, list[Matrix]] = {}
+        for matrix in of_block:
+            by_owner.setdefault(matrix.owner, []).append(matrix)
+        for owner, members in by_owner.items():
+            changed.set_submodule(names[owner], _quantized(owner, bits, members, moments))
     return changed
+
+
+def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: dict[str, Moments]) -> nn.Module:
+    """Return the module in 8 or 4 bits; by GPTQ where there are moments of its matrices."""
+    chosen: dict[str, list[Packed]] = {}
+    for matrix in members if moments else ():
+        gram = moments[matrix.name].gram
+        assert gram is not None
+        chosen[matrix.attribute] = gptq.packed(matrix.weight.data, gram)
+    if isinstance(owner, nn.Linear):
+        return QuantizedLinear(owner, bits, chosen["weight"][0] if chosen else None)
+    return QuantizedExperts(owner, bits, chosen or None)
 
 
 def without_kernel(model: nn.Module, bits: int, part: str = "all") -> int:
