@@ -19,7 +19,7 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import traits
 from lib.optimizations.modular_components.method import compose, described, module_of, refusal
 
-STATES = ("works", "refused", "invalid", "crashed")
+STATES = ("works", "refused", "invalid", "crashed", "not tried")
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,6 @@ def stale(
 
 
 def modularity(pairs: dict[tuple[str, str], Attempt]) -> float | None:
-    """Return working ordered pairs ÷ all ordered pairs, or None where there is no pair."""
-    return sum(outcome.state == "works" for outcome in pairs.values()) / len(pairs) if pairs else None
+    """Return working ordered pairs ÷ all ordered pairs that were tried, or None where there is none."""
+    tried = [outcome.state for outcome in pairs.values() if outcome.state != "not tried"]
+    return tried.count("works") / len(tried) if tried else None

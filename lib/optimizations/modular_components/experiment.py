@@ -145,8 +145,8 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
 def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addition | None) -> list[Measurement]:
     """Return the modularity score, the longest wait of an exchange, and what a further part costs its author."""
     informative = measurement.informative
-    count: dict[str, Any] = {"n": len(study.pairs), "reason": "the baseline is one part"}
-    source = "working ordered pairs ÷ all"
+    count: dict[str, Any] = {"n": study.count, "reason": "the baseline is one part"}
+    source = "working ordered pairs ÷ all that were tried"
     rows = [informative("modularity_score", "compose", None, study.score, source, "derived", **count)]
     if exchanged.waits:
         source = "perf_counter around each exchange, while a request was under way or just over"
@@ -183,7 +183,7 @@ def refutations(
     study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
 ) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
-    crashed, strict, count = study.named("crashed"), study.too_strict, len(study.pairs)
+    crashed, strict, count = study.named("crashed"), study.too_strict, study.count
     verdicts = {m.verdict for m in measured_overhead}
     slower = True if "worse" in verdicts else False if verdicts <= {"equivalent", "better"} else None
     rates = ", ".join(f"{m.workload} at {m.ratio:.3f} of the rate, {m.verdict}" for m in measured_overhead)
@@ -242,7 +242,7 @@ def sentence(
 ) -> str:
     """Return what became of the pairs, the identity pipeline, the exchanges and the interactions, in one sentence."""
     refused, crashed = len(study.named("refused")), len(study.named("crashed"))
-    text = f"{study.score:.2f} of {len(study.pairs)} ordered pairs work, {refused} are refused with a reason, "
+    text = f"{study.score:.2f} of {study.count} ordered pairs work, {refused} are refused with a reason, "
     text += f"{crashed} crash; "
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))

@@ -22,6 +22,7 @@ from lib.optimizations.modular_components.pair_study import Contrasts, Pair, Pai
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
+NOT_TRIED = "at real size effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
 
 
 def alone(setup: PartsSetup, stem: str) -> Attempt:
@@ -37,9 +38,19 @@ def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
     return alone(setup, single.steps[0].optimization)
 
 
+def chosen(setup: PartsSetup) -> list[Pair]:
+    """Return the pairs that are tried, unordered: all, or on a real model at effort quick the neighbours in the
+    pipeline. Applying a part to a real model takes a minute, and there are dozens of pairs.
+    """
+    if setup.loaded.scale == "full" and setup.effort.blocks <= setup.quick.blocks:
+        return list(itertools.pairwise(setup.fitting))
+    return list(itertools.combinations(setup.fitting, 2))
+
+
 def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrasts]:
     """Try each part alone and every ordered pair, force refused pairs through unchecked, and time each pair in rounds
-    of baseline, both parts and both orders; all read the same held-out windows. No pair's model is kept.
+    of baseline, both parts and both orders; all read the same held-out windows. No pair's model is kept. Pairs that are
+    not `chosen` are listed as not tried.
     """
     loaded, seed = setup.loaded, setup.seed
     singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
@@ -52,7 +63,11 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     outdated: dict[Pair, np.ndarray] = {}
     timed: dict[frozenset[str], dict[str, Rounds]] = {}
     blocks = min(setup.effort.blocks, MOST_BLOCKS)
+    tried = chosen(setup)
     for both in itertools.combinations(setup.fitting, 2):
+        if both not in tried:
+            pairs |= {pair: _not_tried(singles, pair) for pair in (both, both[::-1])}
+            continue
         parts = {stem: with_model(setup, singles[stem]) for stem in both}
         arms = {interactions.BASELINE: loaded.model}
         arms |= {stem: part.model for stem, part in parts.items() if part.model is not None}
@@ -73,6 +88,10 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     study = PairStudy(singles, pairs, forced)
     source = f"{blocks} rounds of each pair: baseline, both parts, both orders"
     return study, _contrasts(setup, study, timed, lost, outdated, source)
+
+
+def _not_tried(singles: dict[str, Attempt], pair: Pair) -> Attempt:
+    return Attempt([*singles[pair[0]].steps, *singles[pair[1]].steps], "not tried", NOT_TRIED)
 
 
 def _kept(setup: PartsSetup, single: Attempt) -> Attempt:
@@ -103,6 +122,7 @@ def _contrasts(
         measured = both <= set(works)
         rows += interactions.interactions(rounds, lost, states) if measured else interactions.unmeasured(states)
         orders += interactions.order_effects(rounds, lost, states)
+    rows += interactions.unmeasured({key: state for key, state in study.states.items() if state[0] == "not tried"})
     stale = interactions.staleness(lost, outdated)
     return Contrasts(
         lost,

@@ -31,8 +31,13 @@ class PairStudy:
 
     @property
     def score(self) -> float | None:
-        """The modularity score: working ordered pairs ÷ all."""
+        """The modularity score: working ordered pairs ÷ all that were tried."""
         return attempts.modularity(self.pairs)
+
+    @property
+    def count(self) -> int:
+        """How many ordered pairs were tried."""
+        return sum(attempt.state != "not tried" for attempt in self.pairs.values())
 
     def named(self, state: str) -> list[str]:
         """Return the names of the pairs in a state."""

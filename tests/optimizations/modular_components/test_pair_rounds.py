@@ -10,11 +10,13 @@ from lib.optimizations.modular_components import attempts, experiment, method, p
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 
-def _setup(model, batch, keeps: bool) -> PartsSetup:
-    loaded = types.SimpleNamespace(model=model, random_weights=True)
+def _setup(model, batch, keeps: bool, scale: str = "proxy", effort: str = "quick") -> PartsSetup:
+    loaded = types.SimpleNamespace(model=model, random_weights=True, scale=scale)
     quick = settings.read("quick")
     sample = batch["input_ids"]
-    return PartsSetup(loaded, quick, quick, 0, ["copy", "other", "third"], {}, [batch], sample, "", keeps)
+    return PartsSetup(
+        loaded, settings.read(effort), quick, 0, ["copy", "other", "third"], {}, [batch], sample, "", keeps
+    )
 
 
 def _copies(monkeypatch):
@@ -65,3 +67,14 @@ def test_parts_are_kept_where_there_is_room(tiny, batch, monkeypatch):
     study, _ = pair_rounds.run(_setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=True), batch["input_ids"][:1])
     assert all(single.model is not None for single in study.singles.values())
     assert pair_rounds.with_model(None, study.singles["copy"]) is study.singles["copy"]
+
+
+def test_at_real_size_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
+    _copies(monkeypatch)
+    model = tiny("qwen3-4b-instruct-2507")
+    study, contrasts = pair_rounds.run(_setup(model, batch, True, scale="full"), batch["input_ids"][:1])
+    assert study.count == 4 and study.score == 1.0 and len(study.pairs) == 6
+    assert study.named("not tried") == ["copy → third", "third → copy"]
+    assert study.pairs["copy", "third"].reason == pair_rounds.NOT_TRIED
+    assert len(contrasts.pairs) == 6 and len(contrasts.orders) == 2
+    assert len(pair_rounds.chosen(_setup(model, batch, True, "full", "standard"))) == 3
