@@ -1,6 +1,7 @@
 """Shared by all tests: tiny random models of each architecture, offline, one thread."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,6 +33,20 @@ TINY = {
         | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     },
 }
+
+
+SECONDS_OF_ROUNDS = (
+    ("lib.measure.compare.replication", "BLOCK_SECONDS"),
+    ("lib.optimizations.pre_vs_post_optimization.sweeps", "POINT_SECONDS"),
+)
+
+
+@pytest.fixture(autouse=True)
+def fewest_rounds(monkeypatch):
+    """Time as few rounds as there must be: no test needs their precision."""
+    for module, name in SECONDS_OF_ROUNDS:
+        if module in sys.modules:
+            monkeypatch.setattr(sys.modules[module], name, 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,14 @@ from lib.measure.metrics import pairs
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
-from lib.measure.timing import child, children, processes, workloads
+from lib.measure.timing import child, children, interleaved, processes, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.structure.signature import signature
 
 LARGEST_BYTES = 2**30  # of one model: each process loads three
 ROUNDS = 2  # in each process; of many blocks three
 MANY_BLOCKS = 24
+BLOCK_SECONDS = 0.5  # that the rounds of a workload take for each block of the effort, where that makes more of them
 
 Arms = tuple[Workload, Workload]
 
@@ -44,6 +45,7 @@ def in_processes(
     if reason := _unfit(models):
         return {}, reason
     expected_models = [signature(model) for model in models]
+    counts = {name: _count(works, effort) for name, works in arms.items()}
     try:
         with saved(*models) as places:
             for place, expected_model in zip(places, expected_models):
@@ -55,7 +57,7 @@ def in_processes(
                 prompt_BT=prompt_BT,
                 new_tokens=effort.new_tokens,
                 batch=effort.batch,
-                rounds=rounds(effort),
+                rounds=counts,
                 processes=effort.blocks // rounds(effort),
                 seed=seed,
                 except_for=except_for,
@@ -70,8 +72,14 @@ def in_processes(
     return {name: _joined(parts) for name, parts in replicates.items()}, None
 
 
+def _count(works: Arms, effort: Effort) -> int:
+    """Return the rounds of a workload in each process: the same in all of them, by calls in this one."""
+    arms = {"baseline": works[0], "optimized": works[1], "copy": works[0]}
+    return interleaved.rounds_for(arms, BLOCK_SECONDS * rounds(effort), rounds(effort))[0]
+
+
 def rounds(effort: Effort) -> int:
-    """Return the rounds in each process."""
+    """Return the fewest rounds in each process."""
     return ROUNDS if effort.blocks < MANY_BLOCKS else ROUNDS + 1
 
 

@@ -179,7 +179,11 @@ def _pairs(
     for name, works in arms.items():
         third = _workload(name, again, prompt_BT, effort)
         third()
-        pairs[name] = with_control(*works, third, blocks=effort.blocks, seed=seed, disturbance=disturbance.watch)
+        for work in works:
+            if work.restart:
+                work.restart()
+        length: dict[str, Any] = {"blocks": effort.blocks, "total": replication.BLOCK_SECONDS * effort.blocks}
+        pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
     return pairs, details
 
 
@@ -193,6 +197,8 @@ def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any] | None) -
     """
     with expert_usage.counted(model) as usage:
         use = cpu.use(work, 0.0)
+        for _ in range(work.turns - 1):
+            work()
     work.step_seconds.clear()
     return cost_model.of(model, work, hit=usage.mean(work.batch), **(options or {})), use
 

@@ -251,13 +251,28 @@ def from_samples(
         provenance=provenance,
         source=f"{source}; {between.source}" if between and between.sigma else source,
         reason=reason,
-        samples={"baseline": [float(v) for v in baseline], "optimized": [float(v) for v in optimized]}
+        samples={"baseline": _grouped(baseline, process), "optimized": _grouped(optimized, process)}
         if samples
         else None,
         process_sigma=sigma if between else effect.scatter * math.sqrt(effect.processes),
         processes=effect.processes,
         disturbed=len(disturbed) or None,
     )
+
+
+MOST_SAMPLES = 60  # that a record keeps of a measurement
+
+
+def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[float]:
+    """Return the samples; of more than MOST_SAMPLES the means of neighbours, as many of every process."""
+    if len(values) <= MOST_SAMPLES:
+        return [float(value) for value in values]
+    processes = len(set(process or [0]))
+    each = len(values) // processes
+    if each * processes != len(values):
+        return [float(value) for value in values]
+    groups = next(n for n in range(max(2, MOST_SAMPLES // processes), 0, -1) if each % n == 0)
+    return np.asarray(values, dtype=float).reshape(processes * groups, -1).mean(1).tolist()
 
 
 def _load() -> str:

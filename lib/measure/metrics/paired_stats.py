@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, binom, bootstrap, t
+from scipy.stats import beta, binom, bootstrap, t, trim_mean
 
 from lib.measure.metrics.decision import MEDIAN_FACTOR
 
@@ -26,6 +26,7 @@ NON_INFERIORITY_FACTOR = 2.487
 MDE_FACTOR = 2.80
 MINIMUM_BLOCKS = 6
 MINIMUM_PROCESSES = 3
+TRIMMED = 0.2  # of the pairs of a process, at either end
 NORMAL = 1.96  # the standard normal's 97.5 % quantile
 
 Samples = Sequence[float] | np.ndarray  # of one dimension
@@ -125,9 +126,11 @@ def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: floa
 
 
 def process_means(d: Samples, process: Sequence[int]) -> np.ndarray:
-    """Return the mean d of every process, [P], in the order of their numbers."""
+    """Return the mean d of every process, [P], in the order of their numbers: trimmed by a fifth at either end where
+    there are enough pairs for that, so that a single interruption does not speak for a process.
+    """
     d_N, process_N = np.asarray(d, dtype=float), np.asarray(process)
-    return np.asarray([d_N[process_N == number].mean() for number in np.unique(process_N)])
+    return np.asarray([trim_mean(d_N[process_N == number], TRIMMED) for number in np.unique(process_N)])
 
 
 def student_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[float, float]:

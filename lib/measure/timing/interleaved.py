@@ -29,6 +29,8 @@ Clock = Callable[[], float]
 Watch = Callable[[], Callable[[], str | None]]  # as `lib.measure.timing.disturbance.watch`
 
 BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
+TURN_SECONDS = 0.01  # what a turn lasts at least
+MOST_ROUNDS, STEP = 200, 4  # numbers of rounds are multiples of STEP, so that they can be drawn together in groups
 LONG_SECONDS = 0.2  # a call that lasts longer is warm after one, and no further call is made that can be spared
 
 
@@ -177,22 +179,40 @@ def with_control(
     copy: Arm,
     *,
     blocks: int,
-    seconds: float = 0.03,
+    seconds: float = TURN_SECONDS,
+    total: float = 0.0,
     seed: int = 0,
     disturbance: Watch | None = None,
 ) -> tuple[Pairs, Pairs]:
     """Time two warm arms and, as the third arm of the same rounds, the A/A control: `copy`, the baseline's work on a
     separately allocated copy of it. Return the pairs of (baseline, optimized) and of (baseline, copy).
 
-    A turn is as many calls as last `seconds`. The same object twice cannot show what differs between two copies.
+    A turn is as many calls as last `seconds`; there are more than `blocks` where that many last less than `total`
+    seconds. The same object twice cannot show what differs between two copies.
     """
-    iterations = iterations_for(baseline, seconds, warm=True)
     arms = {"baseline": baseline, "optimized": optimized, "copy": copy}
-    warmup = 0 if iterations == 1 else 1
-    timed = rounds(
-        arms, blocks, iterations=iterations, warmup=warmup, seed=seed, repeats=blocks, disturbance=disturbance
-    )
+    count, iterations = rounds_for(arms, total, blocks, seconds)
+    timed = rounds(arms, count, iterations=iterations, warmup=0, seed=seed, repeats=count, disturbance=disturbance)
     return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "copy")
+
+
+def rounds_for(
+    arms: Mapping[str, Arm],
+    total: float = 0.0,
+    least: int = 1,
+    turn_seconds: float = TURN_SECONDS,
+    clock: Clock = time.perf_counter,
+) -> tuple[int, int]:
+    """Return (rounds, calls a turn) of warm arms: turns of `turn_seconds`, and a multiple of STEP rounds that take
+    about `total` seconds together, at least `least` and at most MOST_ROUNDS.
+
+    Many short rounds tell more than few long ones of the same time: a machine's speed drifts within a second, and only
+    what changes between neighbouring turns is noise.
+    """
+    seconds = {name: _turn(arm, 1, clock)[0] for name, arm in arms.items()}
+    iterations = max(1, math.ceil(turn_seconds / max(min(seconds.values()), 1e-9)))
+    count = math.ceil(total / max(iterations * sum(seconds.values()), 1e-9))
+    return least if count <= least else min(STEP * math.ceil(count / STEP), MOST_ROUNDS), iterations
 
 
 def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock: Clock = time.perf_counter) -> int:

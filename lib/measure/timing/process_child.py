@@ -10,9 +10,6 @@ from torch import nn
 
 from lib.measure.timing import child, disturbance, interleaved, workloads
 from lib.measure.timing.children import Arm
-from lib.measure.timing.workloads import Workload
-
-TURN_SECONDS = 0.03  # what a turn lasts at least
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -38,13 +35,19 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
         for arm, model in models.items()
     }
     workloads.assert_same_conditions(works["baseline"], works["optimized"], except_for=tuple(job["except_for"]))
+    if interleaved.warm_up(*works.values()) < interleaved.LONG_SECONDS:
+        interleaved.warm_up(*works.values())
+    count, iterations = job["rounds"][name], interleaved.rounds_for(works)[1]
+    for work in works.values():
+        if work.restart:
+            work.restart()
     timed = interleaved.rounds(
         works,
-        job["rounds"],
-        iterations=_iterations(works),
+        count,
+        iterations=iterations,
         warmup=0,
         seed=seed,
-        repeats=job["rounds"],
+        repeats=count,
         fewest=1,
         disturbance=disturbance.watch,
     )
@@ -57,13 +60,6 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
         "set_aside": timed.set_aside,
         "outputs": {arm: workloads.output_hash(work) for arm, work in works.items()},
     }
-
-
-def _iterations(works: dict[str, Workload]) -> int:
-    """Call every arm once to warm up; return how many calls make a turn of TURN_SECONDS."""
-    if interleaved.warm_up(*works.values()) > interleaved.LONG_SECONDS:
-        return 1
-    return max(interleaved.iterations_for(works[arm], TURN_SECONDS, warm=True) for arm in ("baseline", "optimized"))
 
 
 def _address(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ them. Knows nothing of how the arms differ.
 Shapes: B batch, T prompt tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -64,16 +64,17 @@ def replicate(
     new_tokens: int,
     batch: int,
     processes: int = PROCESSES,
-    rounds: int = ROUNDS,
+    rounds: int | Mapping[str, int] = ROUNDS,
     seed: int = 0,
     except_for: Sequence[str] = (),
     limit_seconds: float = children.LIMIT_SECONDS,
 ) -> dict[str, list[Replicate]]:
     """Time the workloads `names` (see `workloads.standard`) of two arms and of a copy of the first in each of
-    `processes` fresh processes, `rounds` balanced rounds each; return the processes of every workload.
+    `processes` fresh processes, `rounds` balanced rounds each (a number, or one for each workload); return the
+    processes of every workload.
 
-    A process moves its heap, loads the three in an order of its own, calls each once to warm up, and repeats at most
-    `rounds` disturbed rounds. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are those of `standard`.
+    A process moves its heap, loads the three in an order of its own, warms each up, and repeats at most as many
+    disturbed rounds as it has. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are those of `standard`.
     `except_for`: conditions in which the arms may differ (`workloads.assert_same_conditions`). Raises ChildFailed with
     the reason where a process fails or runs past `limit_seconds`.
     """
@@ -83,7 +84,7 @@ def replicate(
         "prompt": prompt_BT.tolist(),
         "new_tokens": new_tokens,
         "batch": batch,
-        "rounds": rounds,
+        "rounds": dict(rounds) if isinstance(rounds, Mapping) else dict.fromkeys(names, rounds),
         "seed": seed,
         "except_for": list(except_for),
     }

@@ -23,6 +23,7 @@ from lib.models.structure.anatomy import reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 BATCH_PROMPT_TOKENS = 128
+TURN_STEPS = 2  # of decoding in one timed call: the faster arms take turns, the less a machine changes between them
 
 
 @dataclass
@@ -30,8 +31,9 @@ class Workload:
     """A timed piece of work. `tokens` is what one call processes (prefill) or produces (decode, generate), all
     sequences together.
 
-    `output_BN` holds the token ids of the last call, `step_seconds` the time of every decoded step (on CUDA between
-    events in the device's stream). `conditions` must be equal in both arms.
+    `output_BN` holds the token ids of the last call (of `steps`, of its first turn), `step_seconds` the time of every
+    decoded step (on CUDA between events in the device's stream). `conditions` must be equal in both arms. `turns` calls
+    make up the whole work, and `restart` goes back to the first of them.
     """
 
     name: str
@@ -45,6 +47,15 @@ class Workload:
     synchronize: Callable[[], object] | None = None
     output_BN: torch.Tensor | None = None
     step_seconds: list[float] = field(default_factory=list)
+    turns: int = 1
+    restart: Callable[[], object] | None = None
+
+    def whole(self) -> None:
+        """Do the whole work once, from its first turn."""
+        if self.restart:
+            self.restart()
+        for _ in range(self.turns):
+            self()
 
     def __call__(self) -> object:
         return self.call(self)
@@ -91,20 +102,37 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
     )
 
 
-def steps(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
-    """Return the work of `decode` at a fixed context: the prompt is read once, now, and every call removes its own
-    tokens from the cache again. For long prompts, whose prefill would take most of the time.
+def steps(model: nn.Module, prompt: Prompt, new_tokens: int, at_once: int | None = None) -> Workload:
+    """Return the work of `decode` at a fixed context: the prompt is read once, now, and when `new_tokens` have been
+    decoded they are removed from the cache again. For long prompts, whose prefill would take most of the time.
+
+    One call decodes `at_once` tokens (default: all) and goes on where the last one stopped, so that arms can take turns
+    within an answer. `at_once` is brought down to a divisor of `new_tokens`.
     """
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
     first_B1, cache = _first(model, inputs)
+    count = next(n for n in range(min(at_once or new_tokens, new_tokens), 0, -1) if new_tokens % n == 0)
+    state: dict[str, Any] = {"token_B1": first_B1, "done": 0}
+
+    def restart() -> None:
+        if state["done"]:
+            cache.crop(-state["done"])
+        state.update(token_B1=first_B1, done=0)
 
     def call(work: Workload) -> None:
-        work.output_BN = _steps(model, first_B1, cache, new_tokens, work)
-        cache.crop(-new_tokens)
+        produced_BN = _steps(model, state["token_B1"], cache, count, work)
+        if not state["done"]:
+            work.output_BN = produced_BN
+        state.update(token_B1=produced_BN[:, -1:], done=state["done"] + count)
+        if state["done"] == new_tokens:
+            restart()
 
-    conditions = _conditions(model, inputs)
-    return Workload("decode", call, batch * new_tokens, batch, length, new_tokens, conditions, None, barrier(model))
+    work = Workload(
+        "decode", call, batch * count, batch, length, count, _conditions(model, inputs), None, barrier(model)
+    )
+    work.turns, work.restart = new_tokens // count, restart
+    return work
 
 
 def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
@@ -133,20 +161,21 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 def standard(name: str, model: nn.Module, prompt_1T: torch.Tensor, new_tokens: int, batch: int) -> Workload:
     """Return one of the workloads by which models are compared: prefill, decode, batch_decode or generate.
 
-    Decoding is at a fixed context (`steps`). For `batch_decode` the prompt's beginning is repeated, rolled: `batch`
-    different prompts of one length, short since only decoding is timed. Raises ValueError for another name.
+    Decoding is at a fixed context, a few tokens a call (`steps`). For `batch_decode` the prompt's beginning is
+    repeated, rolled: `batch` different prompts of one length, short since only decoding is timed. Raises ValueError for
+    another name.
     """
     if name == "prefill":
         return prefill(model, prompt_1T)
     if name == "decode":
-        return steps(model, prompt_1T, new_tokens)
+        return steps(model, prompt_1T, new_tokens, TURN_STEPS)
     if name == "generate":
         return generate(model, prompt_1T, new_tokens)
     if name != "batch_decode":
         raise ValueError(f'unknown workload "{name}": expected prefill, decode, batch_decode or generate')
     short_1T = prompt_1T[:1, :BATCH_PROMPT_TOKENS]
     rolled_BT = torch.cat([short_1T.roll(shift, 1) for shift in range(batch)])
-    return steps(model, rolled_BT, new_tokens)
+    return steps(model, rolled_BT, new_tokens, TURN_STEPS)
 
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -21,6 +21,8 @@ from lib.measure.timing.control import separate_copy
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
 
+POINT_SECONDS = 1.5  # that the rounds of one length or one batch size take, where six last less
+
 
 def sweep(
     baseline: nn.Module,
@@ -47,14 +49,14 @@ def sweep(
     for batch in batches:
         short_BT = prompt_BT[:1, :128]
         rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(batch)])
-        arms = [workloads.steps(model, rolled_BT, new_tokens) for model in models]
+        arms = [workloads.steps(model, rolled_BT, new_tokens, workloads.TURN_STEPS) for model in models]
         rates.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, blocks, seed))
     return rates
 
 
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
     warm_up(*arms)
-    options: dict[str, Any] = {"blocks": blocks, "seconds": 0.02, "disturbance": disturbance.watch}
+    options: dict[str, Any] = {"blocks": blocks, "total": POINT_SECONDS, "disturbance": disturbance.watch}
     pairs, control = with_control(*arms, seed=seed, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
 

@@ -39,7 +39,7 @@ def test_one_call_fills_performance_and_efficiency(tiny, name):
     assert {"energy_joules_per_token", "tokens_per_joule"} <= metrics
     assert measurement.lint(compared.measurements) == []
     rates = [measured for measured in compared.measurements if measured.metric in speed.METRICS_OF["prefill"]]
-    assert all(rate.n == 6 and rate.noise_floor and rate.predicted == pytest.approx(1, rel=0.2) for rate in rates)
+    assert all(rate.n >= 6 and rate.noise_floor and rate.predicted == pytest.approx(1, rel=0.2) for rate in rates)
     steps = compared.details["step_milliseconds"]["value"]["decode"]["baseline"]
     assert steps["p50"] == pytest.approx(1000 * np.median(compared.timed["decode"].baseline.step_seconds))
     assert all(entry["provenance"] and entry["source"] for entry in compared.details.values())
@@ -65,7 +65,7 @@ def test_the_control_is_a_copy_in_the_same_rounds(tiny, monkeypatch):
     other = tiny("qwen3-4b-instruct-2507", seed=1)
     for arm, model in (("base", base), ("other", other)):
         model.register_forward_hook(lambda *_, arm=arm: calls.append(arm))
-    monkeypatch.setattr(interleaved, "iterations_for", lambda *_, **__: 1)
+    monkeypatch.setattr(interleaved, "rounds_for", lambda *_, **__: (6, 1))
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
     # One call of each, for the experts and the processor that it uses; then six rounds of three. The copy has the

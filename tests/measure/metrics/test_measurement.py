@@ -102,3 +102,18 @@ def test_what_reports_import_does_not_import_torch():
     imports = ", ".join(f"lib.measure.{name}" for name in modules)
     code = f"import sys; import {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_record_keeps_means_of_neighbours_of_many_samples_as_many_of_every_process():
+    count = 3 * 40
+    seconds = [1.0 + 0.001 * (i % 7) for i in range(count)]
+    pairs = Pairs(
+        seconds, seconds, ["AB", "BA"] * (count // 2), [None] * count, 1, process=[i // 40 for i in range(count)]
+    )
+    kept = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, pairs)
+    assert kept.n == count and len(kept.samples["baseline"]) == 60
+    assert kept.samples["baseline"][0] == pytest.approx(1000 * (seconds[0] + seconds[1]) / 2)
+    few = measurement.from_pairs(
+        "time_to_first_token_ms", "prefill", Pairs([1.0] * 6, [1.0] * 6, ["AB"] * 6, [None] * 6, 1), 1, 0.0
+    )
+    assert len(few.samples["baseline"]) == 6

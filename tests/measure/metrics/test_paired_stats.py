@@ -146,3 +146,9 @@ def test_sizes_of_effects_and_samples():
     assert paired_stats.items_needed(math.sqrt(0.10), 0.03) == pytest.approx(690, rel=0.01)
     assert paired_stats.exact_upper_share(0, 149) == pytest.approx(0.02, rel=0.01)
     assert paired_stats.percentiles(range(30)) == {"p50": 14.5, "p95": pytest.approx(27.55), "p99": None}
+
+
+def test_one_interruption_does_not_speak_for_its_process():
+    d = [0.01] * 9 + [5.0] + [0.02] * 10
+    assert paired_stats.process_means(d, [0] * 10 + [1] * 10) == pytest.approx([0.01, 0.02])
+    assert paired_stats.process_means([0.0, 1.0], [0, 0]) == pytest.approx([0.5])

@@ -123,3 +123,34 @@ def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits(
     timed = interleaved.rounds({"busy": busy, "idle": lambda: time.sleep(0.01)}, 2, fewest=2)
     assert [len(timed.cpu_seconds[name]) for name in ("busy", "idle")] == [2, 2]
     assert min(timed.cpu_seconds["busy"]) > max(timed.cpu_seconds["idle"])
+
+
+def test_short_work_gets_many_short_rounds_and_long_work_the_fewest():
+    clock = Clock()
+
+    def asked(seconds: float, **options) -> tuple[int, int]:
+        arms = dict.fromkeys(("baseline", "optimized", "copy"), clock.arm(seconds))
+        return interleaved.rounds_for(arms, clock=clock, **options)
+
+    assert asked(0.0101, total=3.0, least=6) == (100, 1)
+    assert asked(0.004, total=3.0, least=6) == (84, 3)  # three calls a turn
+    assert asked(1.0, total=3.0, least=6) == (6, 1)
+    assert asked(0.0001, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 100)
+    assert asked(0.01, least=6) == (6, 1)
+
+
+def test_short_turns_see_less_of_a_machine_whose_speed_wanders():
+    """Speed that wanders within a second, as on a shared machine: the same seconds, in turns of 100 ms and of 10 ms."""
+
+    def half_width(turn: float, seed: int) -> float:
+        random, clock, level = np.random.default_rng(seed), Clock(), [0.0]
+
+        def call():
+            for _ in range(round(turn / 0.01)):  # the level forgets itself in a few tenths of a second
+                level[0] = 0.95 * level[0] + 0.05 * random.normal()
+                clock.now += 0.01 * np.exp(level[0])
+
+        return interleaved.paired(call, call, blocks=round(3 / turn), clock=clock, seed=seed).effect().half_width
+
+    short, long = (np.mean([half_width(turn, seed) for seed in range(20)]) for turn in (0.01, 0.1))
+    assert short < 0.6 * long

@@ -94,3 +94,26 @@ def test_a_picture_seen_before_does_not_move_a_text_prompt(tiny):
         again = workloads.generate(model, ids_BT, 6)
         again()
         assert torch.equal(again.output_BN, fresh.output_BN)
+
+
+@torch.inference_mode()
+def test_an_answer_in_turns_is_the_same_answer(tiny, name):
+    model = tiny(name)
+    prompt_BT = workloads.random_prompt(model, 2, 12)
+    expected_BN = greedy(model, prompt_BT, 7)[:, 13:]
+    work, produced = workloads.steps(model, prompt_BT, 6, at_once=2), []
+    assert (work.tokens, work.new_tokens, work.turns) == (4, 2, 3)
+    for _ in range(3):
+        work()
+        assert torch.equal(work.output_BN, expected_BN[:, :2])  # of the first turn, whatever came since
+        produced.append(len(work.step_seconds))
+    assert produced == [2, 4, 6]
+    work()
+    work.restart()
+    work.whole()
+    assert torch.equal(work.output_BN, expected_BN[:, :2])
+    whole = workloads.steps(model, prompt_BT, 6)
+    for _ in range(2):  # what was decoded has left the cache
+        whole()
+        assert torch.equal(whole.output_BN, expected_BN)
+    assert workloads.steps(model, prompt_BT, 5, at_once=2).new_tokens == 1  # a divisor
