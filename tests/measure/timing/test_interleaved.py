@@ -135,7 +135,7 @@ def test_short_work_gets_many_short_rounds_and_long_work_the_fewest():
     assert asked(0.0101, total=3.0, least=6) == (100, 1)
     assert asked(0.004, total=3.0, least=6) == (84, 3)  # three calls a turn
     assert asked(1.0, total=3.0, least=6) == (6, 1)
-    assert asked(0.0001, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 100)
+    assert asked(0.00011, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 91)
     assert asked(0.01, least=6) == (6, 1)
 
 
