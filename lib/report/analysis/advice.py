@@ -5,19 +5,25 @@ or informative; says of every piece of evidence at which scale it was measured, 
 nothing from one scale or model to another.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lib.errors import UserError, suggest
+from lib.measure.metrics import settings
+from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import facts, reproduce
 from lib.report.records.record import Record
-from lib.report.text.sentence import gain
+from lib.report.records.verdicts import primary
+from lib.report.text import brief
+from lib.report.text.sentence import gain, subject
 
-Decision = Literal["use", "do not use", "undecided", "not applicable"]
-ORDER: tuple[Decision, ...] = ("use", "undecided", "do not use", "not applicable")
+Decision = Literal["use", "use if", "undecided", "do not use", "not applicable"]
+ORDER: tuple[Decision, ...] = ("use", "use if", "undecided", "do not use", "not applicable")
 # Goal → the metrics that serve it, the one that counts most first. A decision rests on the first one that is judged.
 GOALS: dict[str, tuple[str, ...]] = {
     "latency": ("decode_tokens_per_second", "time_per_output_token_ms", "prefill_tokens_per_second",
@@ -64,7 +70,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Advice:
-    """One optimization, one goal: the decision, why, what it rests on, and the command that would tell more."""
+    """One optimization, one goal: the decision, why, what it rests on, and the command that would tell more, with the
+    seconds that it may take.
+
+    "use if" is a gain with kept quality beside which something else was lost: `reason` names what.
+    """
 
     optimization: str
     goal: str
@@ -73,6 +83,7 @@ class Advice:
     evidence: Evidence | None = None
     quality: list[Measurement] = field(default_factory=list)
     command: str | None = None
+    seconds: float | None = None
 
     @property
     def gain(self) -> float:
@@ -117,31 +128,38 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     """Return the advice that one record gives on one goal."""
 
     def result(decision: Decision, reason: str, **fields) -> Advice:
-        return Advice(record.optimization, goal.name, decision, reason, **fields)
+        return Advice(record.optimization, goal.name, decision, brief.clipped(reason), **fields)
+
+    def undecided(reason: str, **fields) -> Advice:
+        command, seconds = _again(record)
+        return result("undecided", reason, command=command, seconds=seconds, **fields)
 
     if record.status == "not_applicable":
         return result("not applicable", record.reason or "no reason was recorded")
     if record.status == "failed":
-        return result("undecided", f"the run failed: {record.reason}", command=reproduce.command(record))
+        again = reproduce.command(record)
+        return result("undecided", f"the run failed: {record.reason}", command=again, seconds=record.seconds)
     served = _serving(record, goal)
     if served is None:
-        return result("undecided", f"nothing was measured that serves {goal.name}", command=_again(record))
+        return undecided(f"nothing was measured that serves {goal.name}")
     evidence = Evidence(served, record)
     lost, open_question, judged = _quality(record, keep)
-    about = {"evidence": evidence, "quality": judged}
+    about: dict[str, Any] = {"evidence": evidence, "quality": judged}
     if lost:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
-        word = "worse" if served.verdict == "worse" else "no gain"
-        return result("do not use", f"{word} in what serves {goal.name}", **about)
+        return result("do not use", f"no gain: {brief.phrase(served)}", **about)
     if served.verdict != "better":
         why = served.reason or f"the number is {served.verdict.replace('_', ' ')}"
-        return result("undecided", why, **about, command=_again(record))
+        return undecided(why, **about)
     if open_question:
-        return result("undecided", open_question, **about, command=_again(record))
+        return undecided(open_question, **about)
     if goal.limit_bytes is not None and (reason := _beyond(record, goal)):
         return result("do not use", reason, **about)
-    return result("use", "a gain beyond noise and margin, and quality is kept", **about)
+    if paid := _paid(record, served):
+        more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
+        return result("use if", f"{' and '.join(map(brief.phrase, paid[:2]))} is acceptable{more}", **about)
+    return result("use", f"{brief.phrase(served)}, and quality is kept", **about)
 
 
 def _serving(record: Record, goal: Goal) -> Measurement | None:
@@ -169,10 +187,10 @@ def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[
     words = {id(m): judged_with(m, keep) for m in scores}
     lost = next((m for m in scores if words[id(m)] == "not_maintained"), None)
     if lost:
-        return f"{lost.metric} loses more than may be lost", None, scores
+        return f"{subject(lost)} {brief.change(lost)}, more than may be lost", None, scores
     undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)
     if undecided:
-        return None, f"{undecided.metric}: {undecided.reason or 'too few items to tell'}", scores
+        return None, f"{subject(undecided)}: {undecided.reason or 'too few items to tell'}", scores
     if len(unexercised) == len(scores):
         return None, "the optimization never acted on the questions that were asked", scores
     return None, None, scores
@@ -205,7 +223,27 @@ def _beyond(record: Record, goal: Goal) -> str | None:
     return None
 
 
-def _again(record: Record) -> str:
-    """Return the one command that would tell more: the same run with more effort."""
+def _paid(record: Record, served: Measurement) -> list[Measurement]:
+    """Return what was lost beside a gain, other than quality: losses that count, and primaries that became worse."""
+    named = {(m.metric, m.workload): m for m in record.measurements}
+    carriers = [named.get((c.metric, c.workload)) for c in record.verdict.carried_by.values()]
+    losses = [named.get((loss.metric, loss.workload)) for loss in record.verdict.losses]
+    if not record.verdict.carried_by:  # a record from before there were primaries
+        known = {name: primary.carrier(record.measurements, name)[0] for name in DIMENSIONS}
+        carriers, losses = [*known.values()], [m for m, _ in primary.losses(record.measurements, known)]
+    lost = [m for m in (*carriers, *losses) if m is not None and m.verdict == "worse" and m.dimension != "accuracy"]
+    return [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
+
+
+def _again(record: Record) -> tuple[str, float | None]:
+    """Return the one command that would tell more, the same run with more effort, and about how many seconds it takes:
+    this run's, times the geometric mean of how many more blocks and items the effort asks for. What was measured on a
+    busy machine is measured again as it was.
+    """
+    if why_busy(record.measurements):
+        return reproduce.command(record), record.seconds
     more = {"quick": "standard", "standard": "thorough", "thorough": "thorough"}[record.effort]
-    return reproduce.command(record.model_copy(update={"effort": more}))
+    small, large = settings.EFFORTS[record.effort], settings.EFFORTS[more]
+    factor = math.sqrt(large.blocks / small.blocks * large.items / small.items)
+    seconds = None if record.seconds is None else record.seconds * factor
+    return reproduce.command(record.model_copy(update={"effort": more})), seconds

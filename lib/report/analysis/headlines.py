@@ -94,24 +94,30 @@ def _amount(measurement: Measurement) -> tuple[str, str]:
     return f"{text or signed(value)} {unit}", f"{ends} {unit}" if ends else ""
 
 
-def of(record: Record, dimension: str) -> list[Shown]:
-    """Return what stands for a dimension of a record: what carries its word, the losses beside it, then what else
-    tables show; empty where nothing does.
-
-    Two of the same kind are distinguished by their workloads.
+def members(record: Record, dimension: str) -> list[Measurement]:
+    """Return the measurements that stand for a dimension of a record: what carries its word, the losses beside it, then
+    what else tables show; empty where nothing does.
     """
     named = {(m.metric, m.workload): m for m in record.measurements}
     carrier = record.verdict.carried_by.get(dimension)
     first = [(carrier.metric, carrier.workload)] if carrier else []
     first += [(loss.metric, loss.workload) for loss in record.verdict.losses_of(dimension)]
-    members = [named[pair] for pair in first if pair in named]
-    rest = [m for m in chosen(record.measurements, dimension) if all(m is not member for member in members)]
-    members += rest[: max(0, verdict.SHOWN[dimension] + 1 - len(members))]
-    listed = [shown(item) for item in members]
+    listed = [named[pair] for pair in first if pair in named]
+    rest = [m for m in chosen(record.measurements, dimension) if all(m is not member for member in listed)]
+    return listed + rest[: max(0, verdict.SHOWN[dimension] + 1 - len(listed))]
+
+
+def of(record: Record, dimension: str) -> list[Shown]:
+    """Return what stands for a dimension of a record (`members`) in words.
+
+    Two of the same kind are distinguished by their workloads.
+    """
+    measurements = members(record, dimension)
+    listed = [shown(item) for item in measurements]
     often = Counter(item.what for item in listed)
     return [
         replace(item, what=f"{item.what}, {m.workload}") if often[item.what] > 1 else item
-        for item, m in zip(listed, members)
+        for item, m in zip(listed, measurements)
     ]
 
 

@@ -41,7 +41,7 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
 @dataclass(frozen=True)
 class TradeOff:
     """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
-    is written beside it, `name` who it is, `state` the verdict on quality.
+    is written beside it, `name` who it is, `state` the verdict on quality; `own` marks the one that a page is about.
     """
 
     mark: str
@@ -53,6 +53,7 @@ class TradeOff:
     y_low: float | None
     y_high: float | None
     state: str
+    own: bool = False
 
 
 def front(points: Sequence[TradeOff]) -> list[TradeOff]:
@@ -67,7 +68,8 @@ def words(points: Sequence[TradeOff], title: str) -> str:
         return f"{title}: no run has both numbers."
     named = ", ".join(f"{p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points))
     lost = sum(p.state == "not_maintained" for p in points)
-    return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}."
+    own = next((f" This run: {p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})." for p in points if p.own), "")
+    return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}.{own}"
 
 
 def trade_off(points: Sequence[TradeOff], title: str, margin: float, y_label: str = "F1, change in points") -> str:
@@ -220,7 +222,8 @@ def _point(p: TradeOff, x: float, y: float, placed: list[tuple[float, float]]) -
     placed.append((x + dx, y + dy))
     leader = _line("leader", x, y, x + dx, y + dy)
     label = f'<text class="mark" x="{x + dx:.1f}" y="{y + dy + 4:.1f}" text-anchor="middle">{escape(p.mark)}</text>'
-    return [leader if math.hypot(dx, dy) > 18 else "", _shape(p.state, x, y), label]
+    ring = f'<circle class="own" cx="{x:.1f}" cy="{y:.1f}" r="10"/>' if p.own else ""
+    return [leader if math.hypot(dx, dy) > 18 else "", ring, _shape(p.state, x, y), label]
 
 
 def _shape(state: str, x: float, y: float) -> str:

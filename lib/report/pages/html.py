@@ -41,7 +41,7 @@ def render(
     """
     notebook = _read(notebook_path)
     stem = record.stem if record else Path(notebook_path or "").name.removesuffix(".ipynb")
-    view = run_page.view(record, neighbours) if record else _bare_view(notebook, stem, Path(out))
+    view = run_page.view(record, neighbours, Path(out)) if record else _bare_view(notebook, stem, Path(out))
     view |= {"style": _style(), "figure": _process_figure(record.process) if record else None}
     out = Path(out)
     html_path = write_atomically(out / f"{stem}.html", _html(notebook, view))

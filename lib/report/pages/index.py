@@ -1,21 +1,25 @@
-"""Writes `index.html` of a result folder: the matrix of optimizations and models and all that compares runs.
+"""Writes `index.html` of a result folder: what to use on which model, and behind tabs all that compares runs.
 
 Computed from the records on disk. A damaged record appears as damaged, with one line; an expected run without a record
 appears as missing. The caller names what is expected; whatever else lies in the folder is shown too.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 from lib.files import write_atomically
+from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.report.analysis import headlines, result_set
+from lib.report.analysis import advice, flips, headlines, result_set
 from lib.report.analysis.result_set import Results
-from lib.report.pages import advice_page, views
+from lib.report.pages import decisions, views
 from lib.report.pages.html import TEMPLATES
 from lib.report.records import facts, reproduce, stand_in
 from lib.report.records.record import Record
+from lib.report.text import brief
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title
 
@@ -34,54 +38,68 @@ KEY = (
     "not_applicable",
     "missing",
 )
-HEADINGS = {"performance": "Speed", "accuracy": "Quality", "resources": "Memory", "efficiency": "Efficiency"}
 
 
 def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
-    """Write `<folder>/index.html`, and `advice.html`, from every `*--*.json` in it; return its path. Raises OSError.
+    """Write `<folder>/index.html` from every `*--*.json` in it; return its path. Raises OSError.
 
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
     folder = Path(folder)
-    results = result_set.read(folder, optimizations, models)
-    if results.records:
-        advice_page.write(folder, results.records)
-    return write_atomically(folder / "index.html", text(folder, results))
+    return write_atomically(folder / "index.html", text(folder, result_set.read(folder, optimizations, models)))
 
 
 def text(folder: Path, results: Results) -> str:
     """Return the page; its words are those that hold for the whole set."""
-    results = results.settled
     from jinja2 import Environment, FileSystemLoader
 
+    changed: dict[str, dict[str, tuple[str, str]]] = {}
+    with suppress(UserError):  # a history that cannot be read is reported when the build ends
+        changed = flips.since_last(folder, results.measured)
+    results = results.settled
     rows = [
         (title(name), [_cell(folder, name, model, results) for model in results.models])
         for name in results.optimizations
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("matrix.html.j2").render(
+    return environment.get_template("index.html.j2").render(
         title=_title(_distinct(r.scale for r in results.records) or folder.resolve().name),
         stand_in=stand_in.several(results.scale, stand_in.sizes(results.records)),
         summary=_summary(results),
+        efforts=efforts(results.records),
         facts=_facts(results.records),
         links=_links(folder),
+        decisions=decisions.rows(results.records, changed, folder),
+        goals=list(advice.GOALS),
+        margins=[(f"{keep:g}", f"{100 * keep:g} points") for keep in decisions.MARGINS],
+        usual=f"{advice.KEEP:g}",
         rows=rows,
         models=results.models,
-        dimensions=[(name, HEADINGS[name]) for name in DIMENSIONS],
+        dimensions=DIMENSIONS,
         verdicts=[(state, signed(state)) for state in KEY],
-        by_dimension=[views.dimension(results, name) for name in DIMENSIONS] if results.measured else [],
         pareto=views.pareto(results),
         rankings=views.rankings(results),
         provenance=views.provenance(results),
         curves=views.curves(folder),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
-        script=(TEMPLATES / "filter.js").read_text(encoding="utf-8"),
+        script=(TEMPLATES / "index.js").read_text(encoding="utf-8"),
     )
 
 
 def _title(scale: str) -> str:
     """Return the title; of stand-ins it says that they are."""
     return "Results on stand-ins (scale proxy)" if scale == stand_in.PROXY else f"Results at scale {scale}"
+
+
+def efforts(records: Sequence[Record]) -> str:
+    """Return which runs are of which effort, where a first pass has not been replaced everywhere; empty where all are
+    alike.
+    """
+    counts = {effort: sum(r.effort == effort for r in records) for effort in dict.fromkeys(r.effort for r in records)}
+    if len(counts) < 2:
+        return ""
+    listed = ", ".join(f"{number} at {effort}" for effort, number in sorted(counts.items(), key=lambda c: c[1]))
+    return f"Runs of different effort: {listed}; each line names its own, and they are not compared with each other."
 
 
 def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict[str, Any]:
@@ -98,8 +116,10 @@ def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict
     if record.status != "ok":
         return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
     parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
-    partial = f", {' and '.join(record.dimensions)} only" if record.dimensions else ""
-    return cell | {"parts": parts, "note": f"{record.effort}, {facts.day(record.started) or 'no date'}{partial}"}
+    notes = [record.effort, facts.day(record.started)[:10] or "no date"]
+    notes += [f"{' and '.join(record.dimensions)} only"] if record.dimensions else []
+    notes += ["busy machine"] if why_busy(record.measurements) else []
+    return cell | {"parts": parts, "note": ", ".join(notes)}
 
 
 def _status(state: str) -> dict[str, str]:
@@ -107,12 +127,33 @@ def _status(state: str) -> dict[str, str]:
 
 
 def _part(record: Record, dimension: str) -> dict[str, Any]:
-    """Return a dimension of a cell: its verdict, why it says no more, and the numbers that stand for it."""
+    """Return a dimension of a cell: its verdict, the number that carries it, why it says no more, and the others."""
     state = getattr(record.verdict, dimension)
-    why = record.verdict.reasons.get(dimension, "")
-    shown = {"state": state, "text": headlines.state(record, dimension), "why": why}
-    shown |= {"numbers": headlines.of(record, dimension)}
-    return {"name": dimension, "heading": HEADINGS[dimension]} | shown
+    members, numbers = headlines.members(record, dimension), headlines.of(record, dimension)
+    carried = dimension in record.verdict.carried_by and members
+    return {
+        "name": dimension,
+        "state": state,
+        "text": headlines.state(record, dimension),
+        "by": _by(members[0]) if carried else "",
+        "why": record.verdict.reasons.get(dimension, ""),
+        "numbers": [_number(shown, member) for shown, member in zip(numbers, members)],
+    }
+
+
+def _by(member: Any) -> str:
+    """Return what carries a word, in a few words."""
+    said = brief.phrase(member)
+    shown = brief.number(member) if member.verdict == "inconclusive" else ""
+    return f"{said} ({shown})" if shown else said
+
+
+def _number(shown: headlines.Shown, member: Any) -> dict[str, Any]:
+    """Return a number of a cell in words, with its interval or bound, provenance and source."""
+    value = brief.change(member) or shown.value
+    about = {"value": value if shown.value != "same answers" else shown.value, "spread": brief.spread(member)}
+    keep = {"what": shown.what, "state": shown.state, "sign": shown.sign, "verdict": shown.verdict}
+    return keep | about | {"provenance": shown.provenance, "source": shown.source}
 
 
 def _summary(results: Results) -> str:
@@ -132,13 +173,14 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     machines = _distinct(facts.machine(r.environment) for r in records)
     days = sorted({facts.day(r.started)[:10] for r in records} - {""})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
-    efforts = _distinct(r.effort for r in records)
     took = sum(r.seconds or 0 for r in records)
+    busy = sum(bool(why_busy(r.measurements)) for r in records)
     rows = [
         ("Machine", machines),
         ("Measured", span),
-        ("Effort", efforts),
+        ("Effort", _distinct(r.effort for r in records)),
         ("Runs took together", duration(took) if took else ""),
+        ("On a busy machine", f"{busy} runs: nothing timed in them is judged" if busy else ""),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -149,7 +191,6 @@ def _distinct(values: Iterable[str]) -> str:
 
 def _links(folder: Path) -> list[tuple[str, str]]:
     """Return the links to the overview and to the suites' files."""
-    pages = (("What to use on which model", advice_page.NAME), ("Overview", "overview.html"))
-    overview = [(text, name) for text, name in pages if (folder / name).is_file()]
+    overview = [("Overview", "overview.html")] if (folder / "overview.html").is_file() else []
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".md", ".txt", ".json") and "--" not in p.name)
     return overview + [(name, name) for name in names if "_report" in name or "_results" in name]

@@ -4,20 +4,23 @@ Made from the record alone; knows no HTML and runs nothing.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lib.report.analysis import headlines
-from lib.report.records import facts, refutation, relation, reproduce, rows, stand_in
+from lib.report.pages import first_screen
+from lib.report.records import refutation, relation, reproduce, rows, stand_in
 from lib.report.records.record import Process, Record
 from lib.report.text.quantities import duration
 from lib.report.text.wording import label, one_line, signed, title, words
 
 Neighbour = tuple[str, str]  # optimization, model
 ENDINGS = (".html", ".md")
+UNJUDGED = ("informative", "unavailable")  # folded on the page: they carry nothing
 
 
-def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]:
-    """Return the values that both templates (HTML and Markdown) put on the page of one run."""
+def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(".")) -> dict[str, Any]:
+    """Return the values that both templates (HTML and Markdown) put on the page of one run, which lies in `out`."""
     measured, parameters = record.measurements, stand_in.size(record)
     chips = [
         {"name": name, "state": word, "text": headlines.state(record, name), "by": _carried(record, name)}
@@ -25,13 +28,15 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
     ]
     if record.status != "ok":
         chips = [{"name": "status", "state": record.status, "text": signed(record.status), "by": ""}]
-    listed, answers = _run_facts(record), refutation.rows(record.refutations)
-    return {
+    answers = refutation.rows(record.refutations)
+    judged = [m for m in measured if m.verdict not in UNJUDGED]
+    described = [m for m in measured if m.verdict in UNJUDGED]
+    first = first_screen.of(record, out)
+    return first | {
         "record": True,
         "status": record.status,
         "title": f"{title(record.optimization)} on {stand_in.on(record.scale, record.model, parameters)}",
         "stand_in": stand_in.one(record.scale, record.model, parameters),
-        "sentence": record.verdict.sentence or record.reason or "No verdict was recorded.",
         "chips": chips,
         "chips_table": rows.markdown(
             [c["name"] for c in chips], [[f"{c['text']} ({c['by']})" if c["by"] else c["text"] for c in chips]]
@@ -46,9 +51,13 @@ def view(record: Record, neighbours: Iterable[Neighbour] = ()) -> dict[str, Any]
             for line in record.relations
         ],
         "relations_table": rows.markdown(relation.COLUMNS, relation.rows(record.relations)),
-        "facts": listed,
-        "facts_table": rows.markdown(["", ""], listed),
-        "measurements": rows.groups(measured) if measured else [],
+        "facts_table": rows.markdown(["", ""], [*first["setting"], *first["machine"]]),
+        "decisions_table": rows.markdown(
+            ["goal", "decision", "why"], [[d["goal"], d["decision"], d["reason"]] for d in first["decisions"]]
+        ),
+        "measurements": _present(rows.groups(judged)),
+        "described": _present(rows.groups(described)),
+        "described_count": len(described),
         "measurements_table": _table(measured),
         "sources_table": _sources(measured),
         "provenance": _provenance(record),
@@ -104,19 +113,6 @@ def _provenance(record: Record) -> str:
         f"{kinds.count(kind)} {kind}" for kind in ("measured", "derived", "estimated", "unavailable") if kind in kinds
     ]
     return f"{len(kinds)} numbers: {', '.join(parts)}."
-
-
-def _run_facts(record: Record) -> list[tuple[str, str]]:
-    """Return what a reader must know to weigh the numbers: status, scale, effort, machine, date, duration."""
-    listed = [("Status", words(record.status)), ("Scale", record.scale), ("Effort", record.effort)]
-    listed += [
-        ("Machine", facts.machine(record.environment)),
-        ("Measured", facts.day(record.started)),
-        ("Took", duration(record.seconds)),
-    ]
-    if record.process and record.process.jobs_side_by_side:
-        listed.append(("Jobs side by side", str(record.process.jobs_side_by_side)))
-    return [(name, value) for name, value in listed if value]
 
 
 def flatten(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the index shows below its matrix: each dimension, quality against speed, ranks, where numbers come from.
+"""What the index shows behind its tabs: quality against speed, ranks, curves, where numbers come from.
 
 Plain values for the template, computed from a result set. Knows no HTML but the charts it passes on.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.analysis import headlines, ranking
+from lib.report.analysis import ranking
 from lib.report.analysis.result_set import Results
 from lib.report.figures import trade_off_svg
 from lib.report.figures.trade_off_svg import TradeOff
@@ -18,28 +18,12 @@ from lib.report.records.record import Record
 from lib.report.records.verdicts import verdict
 from lib.report.text import sentence
 from lib.report.text.quantities import counted, times
-from lib.report.text.wording import label, one_line, signed, title
+from lib.report.text.wording import label, one_line, title
 
 KINDS = ("measured", "derived", "estimated", "unavailable")
 WORST_FIRST = ("invalid", "not_maintained", "inconclusive", "not_exercised", "unavailable")
 SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
-
-
-def dimension(results: Results, name: str) -> dict[str, Any]:
-    """Return a dimension's own table: per run all headline numbers with their labels, by optimization and model."""
-    rows = []
-    for optimization in results.optimizations:
-        cells = []
-        for model in results.models:
-            record = results.of(optimization, model)
-            stem = f"{optimization}--{model}"
-            status = "damaged" if stem in results.damaged else record.status if record else "missing"
-            numbers = headlines.of(record, name) if record and status == "ok" else []
-            why = "" if status == "ok" else signed(status)
-            cells.append({"model": model, "stem": stem, "status": status, "numbers": numbers, "why": why})
-        rows.append((title(optimization), cells))
-    return {"name": name, "rows": rows}
 
 
 def pareto(results: Results) -> dict[str, Any] | None:
@@ -50,7 +34,7 @@ def pareto(results: Results) -> dict[str, Any] | None:
     """
     marks = _marks(results)
     single = {
-        model: [p for r in results.measured if r.model == model and (p := _point(r, marks))] for model in results.models
+        model: [p for r in results.measured if r.model == model and (p := point(r, marks))] for model in results.models
     }
     if not any(single.values()):
         return None
@@ -100,7 +84,8 @@ def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
     return None if speed is None or quality is None else (speed, quality)
 
 
-def _point(record: Record, marks: dict[str, str]) -> TradeOff | None:
+def point(record: Record, marks: dict[str, str], own: bool = False) -> TradeOff | None:
+    """Return a record's point, None where speed or quality is missing; `own` marks the run that a page is about."""
     both = _numbers(record)
     if both is None:
         return None
@@ -112,13 +97,13 @@ def _point(record: Record, marks: dict[str, str]) -> TradeOff | None:
         return None
     mark, state = marks[record.optimization], record.verdict.accuracy
     return TradeOff(
-        mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, y_low, y_high, state
+        mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, y_low, y_high, state, own
     )
 
 
 def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
     """Return the mean over the models; its spread is from the least to the most of them, its state the worst."""
-    points = [p for r in results.measured if r.optimization == name and (p := _point(r, marks))]
+    points = [p for r in results.measured if r.optimization == name and (p := point(r, marks))]
     if not points:
         return None
     x = ranking.geometric_mean([p.x for p in points])

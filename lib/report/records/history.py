@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.report.records import facts, migration
 from lib.report.records.record import Record, from_json, to_json
 from lib.report.text import sentence
@@ -133,6 +134,32 @@ def records(path: Path, build: Build) -> list[Record]:
         rows = connection.execute(query, [build.id]).fetchall()
     stored = [from_json(json.loads(zlib.decompress(packed)), path.name) for (packed,) in rows]
     return sorted(stored, key=lambda record: record.stem)
+
+
+def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, dict[str, str]]]:
+    """Return stem → (start, dimension → word) of the newest earlier run of the same optimization, model, scale and
+    effort that a build ended with; runs without one are left out.
+    """
+    if not path.is_file():
+        return {}
+    with _open(path) as connection:
+        known = connection.execute(
+            "SELECT DISTINCT optimization, model, scale, effort, started, key FROM runs JOIN kept USING (started, key) "
+            "WHERE status = 'ok' ORDER BY started"
+        ).fetchall()
+        earlier: dict[str, tuple[str, str]] = {}
+        by_name = {(r.optimization, r.model, r.scale, r.effort): r for r in records if r.status == "ok"}
+        for *name, started, key in known:
+            record = by_name.get(tuple(name))
+            if record and started < (record.started or "") and key:
+                earlier[record.stem] = (started, key)
+        query = "SELECT record FROM runs WHERE started = ? AND key = ?"
+        packed = {stem: connection.execute(query, identity).fetchone()[0] for stem, identity in earlier.items()}
+    verdicts = {stem: json.loads(zlib.decompress(blob)).get("verdict") or {} for stem, blob in packed.items()}
+    return {
+        stem: (earlier[stem][0], {name: found[name] for name in DIMENSIONS if name in found})
+        for stem, found in verdicts.items()
+    }
 
 
 def over_time(path: Path, scale: str) -> list[dict]:

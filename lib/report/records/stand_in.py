@@ -72,12 +72,13 @@ def several(scale: str, known: Mapping[str, float | None]) -> str:
         return f"The first blocks at real dimensions, with random weights; not {_either(names)}. {OF_A_SLICE}"
     if scale != PROXY or not names:
         return ""
+    unit = " parameters"  # of the last one; the others are understood
     listed = [
-        model_title(model) + (f" ({quantity(count, 'parameters')} parameters)" if count else "")
-        for model, count in known.items()
+        model_title(model) + (f" ({quantity(count, 'parameters')}{unit if at == len(known) else ''})" if count else "")
+        for at, (model, count) in enumerate(known.items(), 1)
     ]
-    what = f"Stand-ins with the architectures of {_and(listed)}, trained on a small corpus and synthetic tasks"
-    return f"{what}; not the models they are named after. {TRANSFERS}"
+    what = f"Stand-ins with the architectures of {_and(listed)}; not the models they are named after."
+    return f"{what} They were trained on a small corpus and synthetic tasks. {TRANSFERS}"
 
 
 def _and(names: list[str]) -> str:

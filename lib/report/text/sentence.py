@@ -1,27 +1,18 @@
-"""A measurement as a clause of a sentence: by how much, with its interval, or why nothing can be said.
+"""The parts of what is said of a measurement: its subject, its change with interval or bound, and why it is open.
 
-Digits follow the interval, and the signs of an interval are those of the quantity that is named: of a reduction that is
-a reduction. Knows no record and no dimension's verdict.
+Digits follow the interval. `lib.report.text.brief` makes phrases of them. Knows no record and no dimension's verdict.
 """
 
 import math
-import re
 
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement, judge_again
 from lib.measure.quality.noninferiority import SAME
-from lib.report.text.quantities import figures, places, share, signed, times, with_ends
-from lib.report.text.wording import label, one_line, words
+from lib.report.text.quantities import figures, places, signed, times, with_ends
+from lib.report.text.wording import label, one_line
 
 # How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.
 COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
-DURATIONS = (
-    "time_to_first_token_ms", "time_per_output_token_ms", "attention_ms", "feed_forward_ms", "latency_p50_ms",
-    "latency_p95_ms", "latency_p99_ms", "time_between_tokens_p99_ms", "first_call_ms", "load_seconds",
-    "settling_seconds", "objective_missed_seconds", "swap_ms",
-)  # fmt: skip
-PLURAL = ("weights_bytes", "parameters", "active_parameters", "tokens_per_joule", "flips", "flips_to_wrong",
-          "flips_to_right", "same_answers", "batch_rows")  # fmt: skip
 SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
     "decode_tokens_per_second": "decode",
@@ -35,7 +26,6 @@ SUBJECTS = {
     "decode_bytes_per_token": "memory traffic per decoded token",
     "prefill_flops_per_token": "compute per prefill token",
 }
-FIRST_INTERVAL = re.compile(r"\((?=[−+]?\d[\d.]*(?:–| to )[^()]*\))")
 
 
 def subject(measurement: Measurement) -> str:
@@ -70,12 +60,6 @@ def change(measurement: Measurement) -> tuple[float, float | None, float | None,
     return (measurement.ratio - 1) * 100, low, high, "%"
 
 
-def clause(measurement: Measurement) -> str:
-    """Return a measurement as a clause."""
-    say = {"performance": _speed, "accuracy": _quality}.get(measurement.dimension, _amount)
-    return say(measurement)
-
-
 def same_answers(measurement: Measurement) -> bool:
     """Whether a score is of two arms that gave the same answers to every item."""
     return measurement.dimension == "accuracy" and measurement.source.startswith(SAME)
@@ -108,16 +92,6 @@ def clipped(text: str | None) -> str:
     return one_line(text or "no reason was recorded").rstrip(".")
 
 
-def _estimate(measurement: Measurement) -> list[str]:
-    return ["estimated"] if measurement.provenance == "estimated" else []
-
-
-def _noted(*parts: str) -> str:
-    """Return the parts in parentheses, or nothing."""
-    known = ", ".join(part for part in parts if part)
-    return f" ({known})" if known else ""
-
-
 def ratio(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
     """Return a ratio as `1.31×`, and its interval; the digits are those that the interval deserves."""
     if value is None:
@@ -126,78 +100,11 @@ def ratio(value: float | None, low: float | None, high: float | None) -> tuple[s
     return (times(value) if text is None else f"{text}×"), ends
 
 
-def _speed(measurement: Measurement) -> str:
-    """Return a change of speed: by what factor, with its interval, or that it cannot be decided."""
-    name, known = subject(measurement), gain(measurement)
-    better, worse = _comparatives(measurement)
-    noun = f"{name} speed" if better == "faster" else name
-    if measurement.verdict == "worse":
-        value, low, high = known
-        turned = (1 / value if value else None, 1 / high if high else None, 1 / low if low else None)
-        text, ends = ratio(*turned)
-        return f"{name} is {text} {worse}{_noted(ends or 'no interval', *_estimate(measurement))}"
-    text, ends = ratio(*known)
-    noted = _noted(ends or "no interval", *_estimate(measurement))
-    if measurement.verdict == "better":
-        return f"{name} is {text} {better}{noted}"
-    if measurement.verdict == "equivalent":
-        return f"{noun} is equivalent at {text}{noted}"
-    if measurement.verdict == "inconclusive":
-        least = f"detectable from {share(measurement.mde)}" if measurement.mde else ""
-        noted = _noted(ends or "no interval", *_estimate(measurement), least)
-        return f"{noun} is inconclusive at {text}{noted}: {why(measurement)}"
-    return f"{noun} is at {text}, not judged{noted}: {why(measurement)}"
-
-
-def _comparatives(measurement: Measurement) -> tuple[str, str]:
+def comparatives(measurement: Measurement) -> tuple[str, str]:
     """Return what a better and a worse value of a metric of speed are called."""
     if measurement.metric in COUNTED_PER_SECOND:
         return "higher", "lower"
-    return ("shorter", "longer") if measurement.metric in DURATIONS else ("faster", "slower")
-
-
-def _amount(measurement: Measurement) -> str:
-    """Return a change of an amount (bytes, joules, FLOPs): by how much it fell or rose, with the interval of that."""
-    known = change(measurement)
-    start = f"{subject(measurement)} {'are' if measurement.metric in PLURAL else 'is'}"
-    if known is None:
-        return f"{start} without a ratio"
-    value, low, high, _ = known
-    if measurement.verdict in ("inconclusive", "equivalent") or value == 0:
-        text, ends = with_ends(value, low, high, 0, signs=True)
-        shown = f"{text or signed(value)} %"
-        noted = [f"{ends} %" if ends else "", *_estimate(measurement)]
-        if measurement.verdict == "inconclusive":
-            return f"{start} inconclusive at {shown}{_noted(*noted)}: {why(measurement)}"
-        return f"{start} unchanged{_noted(shown if value or ends else '', *noted)}"
-    names = ("smaller", "larger") if measurement.unit in ("bytes", "parameters") else ("lower", "higher")
-    if value < 0:  # the interval of a reduction is that of the reduction
-        size, ends_of = -value, (None if high is None else -high, None if low is None else -low)
-    else:
-        size, ends_of = value, (low, high)
-    text, ends = with_ends(size, *ends_of, neutral=0)
-    shown = share(size / 100) if text is None else f"{text} %"
-    spread = _noted(f"{ends} %" if ends else "", *_estimate(measurement))
-    reason = f", not judged: {why(measurement)}" if measurement.verdict == "informative" else ""
-    return f"{start} {shown} {names[value > 0]}{spread}{reason}"
-
-
-def _quality(measurement: Measurement) -> str:
-    """Return whether quality was maintained: the difference, its bound or interval, and the margin."""
-    verb = "are" if measurement.metric in PLURAL else "is"
-    word = {"informative": "not judged", "equivalent": "maintained"}.get(
-        measurement.verdict, words(measurement.verdict)
-    )
-    reason = why(measurement)
-    reason = f": {reason}" if reason and reason != "no reason was recorded" else ""
-    start = f"{subject(measurement)} {verb} {word}"
-    if measurement.verdict == "not_exercised":
-        return f"{start}{reason}"
-    if same_answers(measurement):
-        items = f"{SAME}, {measurement.n} items" if measurement.n else SAME
-        return f"{start} ({items}){reason}"
-    value, spread = score(measurement)
-    return f"{start}{_noted(value, *spread)}{reason}"
+    return ("shorter", "longer") if measurement.unit in ("ms", "s") else ("faster", "slower")
 
 
 def score(measurement: Measurement) -> tuple[str, list[str]]:
@@ -232,8 +139,3 @@ def _margin(measurement: Measurement) -> list[str]:
     """Return the margin in words: the measurement's own, since a run may set one that is not in the list."""
     sign = "" if measurement.unit == "share" else " %"
     return [] if measurement.margin is None else [f"margin {100 * measurement.margin:g}{sign}"]
-
-
-def name_first_interval(text: str) -> str:
-    """Return a sentence whose first interval in parentheses says what it is."""
-    return FIRST_INTERVAL.sub("(95 % interval ", text, count=1)

@@ -41,7 +41,7 @@ def made_from(folder: Folder) -> str:
 def _others(folder: Folder) -> str:
     """Return a fingerprint of what is linked or archived beside the records: pages and the suites' files."""
     files = [*folder.path.glob("*.html"), *folder.path.glob("*.md"), *REPORT.rglob("*.js")]
-    return cache_key.digest(_marks(path for path in files if path.name not in ("index.html", "advice.html")))
+    return cache_key.digest(_marks(path for path in files if path.name != "index.html"))
 
 
 def _marks(files: Iterable[Path]) -> list:

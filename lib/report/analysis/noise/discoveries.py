@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from lib.measure.metrics import significance
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.report.records.record import Record
+from lib.report.records.verdicts import in_words
 
 LEVEL = 0.05
 CALLS = ("better", "worse", "not_maintained")
@@ -100,8 +101,6 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     verdict = record.verdict
     words = {cell.dimension: cell.word for cell in changed}
     reasons = {cell.dimension: cell.reason for cell in changed}
-    said = " ".join(f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed)
-    update = words | {"reasons": verdict.reasons | reasons, "sentence": f"{verdict.sentence} {said}".strip()}
     carriers = {(cell.metric, cell.workload): cell.reason for cell in changed}
     measurements = [
         m.model_copy(update={"verdict": "inconclusive", "reason": carriers[m.metric, m.workload]})
@@ -109,4 +108,8 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
         else m
         for m in record.measurements
     ]
-    return record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})
+    update = words | {"reasons": verdict.reasons | reasons}
+    settled = record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})
+    said = [f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed]
+    text = " ".join([in_words.of_record(settled), *said])
+    return settled.model_copy(update={"verdict": settled.verdict.model_copy(update={"sentence": text})})

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement, invalid
-from lib.report.records.verdicts import primary
+from lib.report.records.verdicts import in_words, primary
 from lib.report.records.verdicts.primary import Pair
 from lib.report.text import sentence
 from lib.report.text.sentence import clipped
@@ -26,7 +26,6 @@ HEADLINES = {
     "resources": ("weights_bytes", "peak_tensor_bytes", "peak_memory_bytes", "kv_cache_bytes_per_token", "parameters"),
     "efficiency": primary.PREFERRED["efficiency"],
 }
-MOST_LOSSES = 2  # that a sentence names in a dimension; the verdict holds them all
 SHOWN = {"performance": 2, "accuracy": 2, "resources": 1, "efficiency": 1}
 
 
@@ -96,9 +95,9 @@ def judge(
     sentence says so. `primaries` are the declared (metric, workload) by dimension.
     """
     if status == "failed":
-        return Verdict(sentence=f"Failed, so nothing is claimed: {clipped(reason)}.")
+        return Verdict(sentence=in_words.without_result("Failed, so nothing is claimed", reason))
     if status == "not_applicable":
-        return Verdict(sentence=f"Not applicable: {clipped(reason)}.")
+        return Verdict(sentence=in_words.without_result("Not applicable", reason))
     carried = {name: primary.carrier(measurements, name, (primaries or {}).get(name)) for name in DIMENSIONS}
     carriers = {name: member for name, (member, _) in carried.items()}
     losses = primary.losses(measurements, carriers)
@@ -111,7 +110,7 @@ def judge(
     return Verdict.model_validate(
         words
         | {
-            "sentence": _sentence(by_dimension, requested or DIMENSIONS, carriers, [m for m, _ in losses], reasons),
+            "sentence": in_words.sentences(measurements, carriers, [m for m, _ in losses], reasons, requested),
             "carried_by": {
                 name: Carrier(metric=member.metric, workload=member.workload, reason=why)
                 for name, (member, why) in carried.items()
@@ -165,58 +164,3 @@ def _word(dimension: str, members: Sequence[Measurement], carrier: Measurement |
         )
     missing = next((m.reason for m in members if m.reason), None)
     return "unavailable", clipped(missing or "nothing was measured")
-
-
-def _sentence(
-    by_dimension: Mapping[str, Sequence[Measurement]],
-    requested: Sequence[str],
-    carriers: Mapping[str, Measurement | None],
-    losses: Sequence[Measurement],
-    reasons: Mapping[str, str],
-) -> str:
-    broken = next((m for m in by_dimension["accuracy"] if m.verdict == "invalid"), None)
-    parts = []
-    if broken:
-        parts.append(
-            f"invalid: the optimized model's output has degenerated ({clipped(broken.reason)}), so no gain is shown"
-        )
-    for name in DIMENSIONS:
-        if name not in requested or (broken and name != "resources"):
-            continue
-        beside, carrier = by_dimension[name], carriers[name]
-        if carrier is None:
-            parts.append(f"{name} is {_silent(name, beside)} ({reasons.get(name, 'nothing was measured')})")
-            continue
-        text = sentence.clause(carrier) + _workload(carrier, beside)
-        lost = [sentence.clause(m) + _workload(m, beside) for m in losses if m.dimension == name]
-        more = [f"{len(lost) - MOST_LOSSES} more lost"] if len(lost) > MOST_LOSSES else []
-        link = "and" if carrier.verdict in primary.LOSSES else "but"
-        parts.append(f"{text}, {link} {' and '.join(lost[:MOST_LOSSES] + more)}" if lost else text)
-    left_out = [name for name in DIMENSIONS if name not in requested]
-    parts += [f"not asked for: {', '.join(left_out)}"] if left_out else []
-    text = sentence.name_first_interval("; ".join(parts))
-    return text[:1].upper() + text[1:] + "."
-
-
-def _silent(dimension: str, members: Sequence[Measurement]) -> str:
-    """Return how a dimension is called that nothing carries."""
-    verdicts = {m.verdict for m in members}
-    if "not_exercised" in verdicts:
-        return "not exercised"
-    return "not judged" if verdicts - {"unavailable", "invalid"} else "unavailable"
-
-
-def _workload(measurement: Measurement, beside: Sequence[Measurement]) -> str:
-    """Name the workload where a metric stands for more than one."""
-    return f" [{measurement.workload}]" if sum(m.metric == measurement.metric for m in beside) > 1 else ""
-
-
-def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
-    """Return the measurements that tables show of a dimension: the first known ones of `HEADLINES` (or any other,
-    where there is none). What carries the verdict and what it lost stand in the record's verdict.
-    """
-    order = {name: rank for rank, name in enumerate(HEADLINES[dimension])}
-    known = [m for m in measurements if m.verdict not in ("unavailable", "invalid")]
-    known = [m for m in known if m.ratio or (dimension == "accuracy" and m.optimized is not None)]
-    known.sort(key=lambda m: (order.get(m.metric, len(order)), m.verdict == "informative"))
-    return [m for m in known if m.metric in order][: SHOWN[dimension]] or known[:1]

@@ -1,0 +1,130 @@
+"""A run for a reader in a hurry: its verdict in words, its decisions, six numbers, the machine's noise and load.
+
+Everything is taken from the record alone; what holds for a whole set is the index's business. Knows no HTML.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import advice, headlines
+from lib.report.analysis.advice import Advice
+from lib.report.records.record import Record
+from lib.report.records.verdicts import in_words, primary
+from lib.report.text import brief
+from lib.report.text.quantities import DASH, figures, quantity, share
+from lib.report.text.sentence import subject
+from lib.report.text.wording import signed
+
+NUMBERS = 6
+# What a reader expects to find, behind what carries each dimension.
+EXPECTED = (
+    "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
+    "peak_memory_bytes", "retrieval_exact_match", "cpu_seconds_per_token", "decode_bytes_per_token",
+)  # fmt: skip
+CONTROL = "A/A"
+PRICED = {"use if": "use at a price"}  # as it is said before a list of goals
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as the first screen shows it: its name, the change in words, interval or bound, both arms, the verdict
+    with its sign, and where it comes from.
+    """
+
+    name: str
+    metric: str
+    change: str
+    spread: str
+    arms: str
+    state: str
+    verdict: str
+    provenance: str
+
+
+def sentence(record: Record) -> str:
+    """Return the verdict of a run in sentences of at most 25 words."""
+    return in_words.of_record(record)
+
+
+def decisions(record: Record, keep: float = advice.KEEP) -> list[Advice]:
+    """Return what this run alone advises, goal by goal."""
+    goals = [advice.Goal(name) for name in advice.GOALS]
+    by_goal = {row.goal: row for row in advice.advise([record], record.model, goals, keep)}
+    return [by_goal[name] for name in advice.GOALS]
+
+
+def decision(record: Record) -> str:
+    """Return the decisions as a sentence: `Use for latency, size; undecided for memory.`"""
+    groups: dict[str, list[str]] = {}
+    for row in decisions(record):
+        groups.setdefault(row.decision, []).append(row.goal)
+    if [*groups] == ["not applicable"]:
+        return "Not applicable."
+    ordered = [f"{PRICED.get(name, name)} for {', '.join(groups[name])}" for name in advice.ORDER if name in groups]
+    text = "; ".join(ordered)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def chosen(record: Record) -> list[Measurement]:
+    """Return the six measurements that a reader should see first, in the order of the dimensions."""
+    carriers = [headlines.members(record, name)[:1] for name in DIMENSIONS]
+    listed = [m for members in carriers for m in members]
+    rest = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
+    rest += [m for m in record.measurements if m.verdict not in primary.SILENT and m.metric not in primary.TWINS]
+    for member in rest:
+        known = {(m.metric, m.workload) for m in listed}
+        if len(listed) < NUMBERS and (member.metric, member.workload) not in known and member.optimized is not None:
+            listed.append(member)
+    return sorted(listed, key=lambda m: DIMENSIONS.index(m.dimension))
+
+
+def numbers(record: Record) -> list[Number]:
+    """Return six numbers of a run, fewer where it has fewer."""
+    measurements = chosen(record)
+    names = [subject(m) for m in measurements]
+    return [
+        number(m, f"{name}, {m.workload}" if names.count(name) > 1 else name) for m, name in zip(measurements, names)
+    ]
+
+
+def number(measurement: Measurement, name: str) -> Number:
+    """Return a measurement as the first screen shows it."""
+    m = measurement
+    estimated = m.provenance == "estimated" and m.verdict in headlines.JUDGED
+    state = "informative" if estimated else m.verdict  # an estimate is never judged
+    arms = f"{quantity(m.baseline, m.unit)} → {quantity(m.optimized, m.unit)}" if m.optimized is not None else ""
+    said = brief.change(m) or (quantity(m.optimized, m.unit) if m.optimized is not None else DASH)
+    said = "answers unchanged" if brief.phrase(m) == "answers unchanged" else said
+    return Number(name, m.metric, said, brief.spread(m), arms, state, signed(state), m.provenance)
+
+
+def machine(record: Record) -> list[tuple[str, str]]:
+    """Return what the machine did to the numbers: how far a copy of the baseline lay from it, the noise floors, the
+    load, and what ran beside.
+    """
+    timed = [m for m in record.measurements if m.noise_floor is not None and m.metric.endswith("tokens_per_second")]
+    rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in _first_of_each(timed)))]
+    copies = [m for c in record.controls if c.name == CONTROL for m in c.measurements if m.ratio]
+    rates = _first_of_each([m for m in copies if m.metric.endswith("tokens_per_second")])
+    rows += [("Copy of the baseline", ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
+    load = record.environment.get("load_at_start")
+    rows += [("Load at start", figures(float(load), 2) if isinstance(load, (int, float)) else "")]
+    disturbed = sum(m.disturbed or 0 for m in record.measurements)
+    rows += [("Disturbed pairs", str(disturbed) if disturbed else "")]
+    if record.process and record.process.jobs_side_by_side:
+        rows += [("Jobs side by side", str(record.process.jobs_side_by_side))]
+    return [(name, value) for name, value in rows if value]
+
+
+def _first_of_each(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the first measurement of each metric, three at most."""
+    return [*{m.metric: m for m in reversed(measurements)}.values()][::-1][:3]
+
+
+def busy(record: Record) -> str:
+    """Return why nothing timed is judged, as a sentence; empty where the machine was quiet."""
+    reason = why_busy(record.measurements)
+    return in_words.without_result("The machine was busy, so nothing timed is judged", reason) if reason else ""

@@ -1,0 +1,118 @@
+"""The index's first table: a line per run with its quality, prefill, decode and weights, and what to do with it, for
+every goal and every margin of quality.
+
+The decisions are those of `lib.report.analysis.advice`, computed here for several margins, so that the page needs no
+rule of its own and works from a disk. Without script every goal at the usual margin is shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import advice
+from lib.report.analysis.advice import Advice
+from lib.report.pages.first_screen import DECISIONS, about_minutes, shown_flip
+from lib.report.records.record import Record
+from lib.report.text import brief
+from lib.report.text.wording import SIGNS, title, words
+
+MARGINS = (0.01, 0.02, 0.05, 0.10)
+QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "perplexity")
+COLUMNS = {
+    "quality": QUALITY,
+    "prefill": ("prefill_tokens_per_second",),
+    "decode": ("decode_tokens_per_second",),
+    "weights": ("weights_bytes",),
+}
+Flips = Mapping[str, Mapping[str, tuple[str, str]]]
+
+
+def rows(records: Sequence[Record], flips: Flips, folder: Path) -> list[dict[str, Any]]:
+    """Return a line per record, by model, what to use first for latency at the usual margin first."""
+    lines = []
+    for model in sorted({record.model for record in records}):
+        own = {record.optimization: record for record in records if record.model == model}
+        by_name = _decisions([*own.values()], model)
+        lines += [_row(own[name], by_name[name], flips.get(own[name].stem, {}), folder) for name in by_name]
+    return lines
+
+
+def _decisions(records: Sequence[Record], model: str) -> dict[str, list[dict[str, Any]]]:
+    """Return optimization → its decisions, the ones that are equal at several margins as one, in the order of use."""
+    goals = [advice.Goal(name) for name in advice.GOALS]
+    at_margin = {keep: advice.advise(records, model, goals, keep) for keep in MARGINS}
+    order = [row.optimization for row in at_margin[advice.KEEP] if row.goal == goals[0].name]
+    return {
+        name: [line for goal in goals for line in _merged(name, goal.name, at_margin)] for name in dict.fromkeys(order)
+    }
+
+
+def _merged(name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]]) -> list[dict[str, Any]]:
+    """Return the decisions on one optimization for one goal, each with the margins that it holds for."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    for keep, advised in at_margin.items():
+        row = next(row for row in advised if (row.optimization, row.goal) == (name, goal))
+        line = lines.setdefault((row.decision, row.reason), _decision(row))
+        line["keeps"].append(f"{keep:g}")
+    return [line | {"keeps": " ".join(line["keeps"])} for line in lines.values()]
+
+
+def _decision(row: Advice) -> dict[str, Any]:
+    return {
+        "goal": row.goal,
+        "keeps": [],
+        "decision": row.decision,
+        "class": DECISIONS[row.decision],
+        "reason": row.reason,
+        "command": row.command,
+        "took": about_minutes(row.seconds) if row.command else "",
+        "where": row.evidence.where if row.evidence else "",
+        "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # what gains most stands first
+    }
+
+
+def _row(
+    record: Record, decided: list[dict[str, Any]], changed: Mapping[str, tuple[str, str]], folder: Path
+) -> dict[str, Any]:
+    page = f"{record.stem}.html"
+    now = record.verdict.words()
+    return {
+        "optimization": title(record.optimization),
+        "model": record.model,
+        "href": page if (folder / page).is_file() else f"#{record.stem}",
+        "effort": record.effort,
+        "busy": bool(why_busy(record.measurements)),
+        "flips": [shown_flip(name, *change, now[name]) for name, change in changed.items()],
+        "status": words(record.status) if record.status != "ok" else "",
+        "cells": [_cell(name, _measured(record, metrics)) for name, metrics in COLUMNS.items()],
+        "decisions": decided,
+    }
+
+
+def _measured(record: Record, metrics: Sequence[str]) -> Measurement | None:
+    """Return the measurement that a column shows: of quality what carries its word, else the first that is there."""
+    carrier = record.verdict.carried_by.get("accuracy") if metrics is QUALITY else None
+    pairs = {(m.metric, m.workload): m for m in record.measurements}
+    if carrier and (carrier.metric, carrier.workload) in pairs:
+        return pairs[carrier.metric, carrier.workload]
+    known = [m for metric in metrics for m in record.measurements if m.metric == metric and m.optimized is not None]
+    return known[0] if known else None
+
+
+def _cell(name: str, measurement: Measurement | None) -> dict[str, Any]:
+    """Return a cell: the change in words with its interval or bound, its verdict, and the value that it sorts by."""
+    if measurement is None:
+        return {"name": name, "text": "–", "spread": "", "state": "unavailable", "sign": "", "verdict": "", "value": ""}
+    said = brief.phrase(measurement) if name == "quality" else brief.change(measurement) or brief.outcome(measurement)
+    value = (measurement.ratio - 1) * (1 if measurement.higher_is_better else -1) if measurement.ratio else ""
+    return {
+        "name": name,
+        "text": said,
+        "spread": brief.spread(measurement),
+        "state": measurement.verdict,
+        "sign": SIGNS[measurement.verdict],
+        "verdict": words(measurement.verdict),
+        "value": f"{value:.6g}" if value != "" else "",
+    }

@@ -1,0 +1,145 @@
+"""The first screen of a run's page: decision, setting, six numbers, a forest plot, the trade-off among its neighbours,
+and what the machine did to the numbers. Plain values and two small charts for the template.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis import flips, summary
+from lib.report.analysis.advice import Advice
+from lib.report.figures import forest_svg, trade_off_svg
+from lib.report.figures.forest_svg import Change
+from lib.report.pages import views
+from lib.report.records import facts
+from lib.report.records import record as records
+from lib.report.records.record import Record
+from lib.report.text import brief
+from lib.report.text.quantities import duration
+from lib.report.text.sentence import subject
+from lib.report.text.wording import signed, words
+
+DECISIONS = {
+    "use": "better",
+    "use if": "mixed",
+    "undecided": "inconclusive",
+    "do not use": "worse",
+    "not applicable": "unavailable",
+}
+HIDDEN = ("model", "scale", "effort", "device", "checkpoints", "random_weights", "text", "results", "history")
+
+
+def of(record: Record, out: Path) -> dict[str, Any]:
+    """Return the first screen of a run whose page lies in `out`, among the records of the same model there."""
+    measured = record.status == "ok"
+    near = _of_model(out, record) if measured else []
+    return {
+        "sentence": summary.sentence(record),
+        "decision": summary.decision(record) if measured else "",
+        "decisions": [_decision(row) for row in summary.decisions(record)] if measured else [],
+        "setting": setting(record),
+        "numbers": summary.numbers(record) if measured else [],
+        "forest": forest(record) if measured else "",
+        "trade_off": trade_off(record, near) if measured else None,
+        "machine": summary.machine(record) if measured else [],
+        "busy": summary.busy(record),
+        "flips": flipped(record, out),
+    }
+
+
+def _decision(row: Advice) -> dict[str, Any]:
+    about = {"goal": row.goal, "decision": row.decision, "class": DECISIONS[row.decision], "reason": row.reason}
+    return about | {"command": row.command, "took": about_minutes(row.seconds) if row.command else ""}
+
+
+def about_minutes(seconds: float | None) -> str:
+    """Return an estimate of a run's time: `about 4 min`; empty where nothing is known."""
+    if seconds is None:
+        return ""
+    return f"about {max(round(seconds / 60), 1)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def setting(record: Record) -> list[tuple[str, str]]:
+    """Return the setting of a run in a line: parameters, scale and effort, machine, date, duration."""
+    own = {
+        name: value for name, value in record.parameters.items() if name not in HIDDEN and value not in ("", [], None)
+    }
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items())
+    rows = [
+        ("Setting", shown),
+        ("Scale, effort", f"{record.scale}, {record.effort}"),
+        ("Machine", facts.machine(record.environment)),
+        ("Measured", facts.day(record.started)),
+        ("Took", duration(record.seconds) if record.seconds else ""),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def forest(record: Record) -> str:
+    """Return the forest plot of the six numbers; empty where none has a ratio."""
+    return forest_svg.forest([line for m in summary.chosen(record) if (line := _line(m))], "Changes")
+
+
+def _line(measurement: Measurement) -> Change | None:
+    """Return a measurement as a line of the forest plot; None where there is no ratio."""
+    if measurement.ratio is None:
+        return None
+    turn = 100.0 if measurement.higher_is_better else -100.0
+    low, high = sorted((end - 1) * turn for end in measurement.ci) if measurement.ci else (None, None)
+    floor = 100 * measurement.noise_floor if measurement.noise_floor else None
+    value, state = (measurement.ratio - 1) * turn, measurement.verdict
+    return Change(subject(measurement), brief.outcome(measurement), value, low, high, floor, state)
+
+
+def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
+    """Return the chart of quality against speed on this model with this run's point, and its legend; None where this
+    run has no point.
+    """
+    known = sorted({r.optimization: r for r in [*near, record]}.items())
+    marks = {name: str(number) for number, (name, _) in enumerate(known, 1)}
+    points = [point for name, run in known if (point := views.point(run, marks, own=name == record.optimization))]
+    if not any(point.own for point in points):
+        return None
+    margin = 100 * (METRICS[views.QUALITY].margin or 0)
+    svg = trade_off_svg.trade_off(points, f"Quality against speed, {record.model}", margin)
+    drawn = {point.mark for point in points}
+    return {
+        "svg": svg,
+        "own": marks[record.optimization],
+        "legend": [(m, title(n)) for n, m in marks.items() if m in drawn],
+    }
+
+
+def _of_model(out: Path, record: Record) -> list[Record]:
+    """Return the other measured runs of a model at the same scale."""
+    others = [path for path in sorted(out.glob(f"*--{record.model}.json")) if path.name != f"{record.stem}.json"]
+    runs = [run for path in others if path.is_file() and (run := _read(path, path.stat().st_mtime_ns))]
+    return [run for run in runs if run.status == "ok" and run.scale == record.scale]
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, modified_ns: int) -> Record | None:
+    """Return a record, read once as long as it is unchanged; None where it is damaged."""
+    try:
+        return records.read(path)
+    except UserError:
+        return None
+
+
+def flipped(record: Record, out: Path) -> list[dict[str, Any]]:
+    """Return which words are others than in the build before."""
+    try:
+        changed = flips.since_last(out, [record]).get(record.stem, {})
+    except UserError:
+        return []  # a history that cannot be read is reported when the build ends
+    return [shown_flip(name, *change, record.verdict.words()[name]) for name, change in changed.items()]
+
+
+def shown_flip(name: str, before: str, day: str, now: str) -> dict[str, Any]:
+    """Return a changed word for the template."""
+    text = f"{name} was {words(before)} on {day}, now {words(now)}"
+    return {"name": name, "text": text, "before": signed(before), "contradicts": flips.contradicts(before, now)}

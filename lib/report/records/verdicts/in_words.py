@@ -1,0 +1,101 @@
+"""The verdict of a run in sentences of at most 25 words: what carries each dimension, what was lost beside it, what was
+not measured.
+
+"Prefill 19 % faster, decode 13 % faster, answers unchanged, weights 26 % smaller." Intervals and bounds stand in tables
+and figures. Knows which measurements carry and which losses count (`lib.report.records.verdicts.primary`), not why.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.measurement import Measurement
+from lib.report.records.verdicts import primary
+from lib.report.text import brief
+from lib.report.text.sentence import clipped
+
+MOST_LOSSES = 3  # that are named; the verdict holds them all
+DECODE = "decode_tokens_per_second"
+SAID = ("better", "worse", "equivalent", "inconclusive")
+
+
+def sentences(
+    measurements: Sequence[Measurement],
+    carriers: Mapping[str, Measurement | None],
+    losses: Sequence[Measurement],
+    reasons: Mapping[str, str],
+    requested: Sequence[str] | None = None,
+) -> str:
+    """Return the verdict of a run in words. `reasons` says why a dimension has no carrier; `requested` are the
+    dimensions that were to be measured, None where all were.
+    """
+    wanted = [name for name in DIMENSIONS if name in (requested or DIMENSIONS)]
+    broken = next((m for m in measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
+    parts = []
+    if broken:
+        parts += [without_result("Invalid, the output has degenerated and no gain is shown", broken.reason)]
+        wanted = [name for name in wanted if name == "resources"]
+    said = [m for name in wanted for m in _of_dimension(name, measurements, carriers[name], losses)]
+    parts += [brief.joined(map(phrase, said))] if said else []
+    lost = [phrase(m) for m in losses if m.dimension in wanted]
+    more = [f"{len(lost) - MOST_LOSSES} more lost"] if len(lost) > MOST_LOSSES else []
+    parts += [brief.joined([*lost[:MOST_LOSSES], *more], "But")] if lost else []
+    silent = [name for name in wanted if carriers[name] is None]
+    parts += [_silent(name, measurements, reasons.get(name, "nothing was measured")) for name in silent]
+    parts += ["The machine was busy: nothing timed is judged."] if why_busy(measurements) else []
+    left_out = [name for name in DIMENSIONS if name not in (requested or DIMENSIONS)]
+    parts += [f"Not asked for: {', '.join(left_out)}."] if left_out else []
+    return " ".join(parts)
+
+
+def phrase(measurement: Measurement) -> str:
+    """Return what is said of a measurement, and that it is estimated where it is."""
+    return brief.phrase(measurement) + (" (estimated)" if measurement.provenance == "estimated" else "")
+
+
+def without_result(what: str, reason: str | None) -> str:
+    """Return a sentence on a run without a result, its reason cut to what a sentence holds."""
+    return f"{what}: {brief.clipped(clipped(reason), brief.MOST_WORDS - brief.count(what))}."
+
+
+def _of_dimension(
+    name: str, measurements: Sequence[Measurement], carrier: Measurement | None, losses: Sequence[Measurement]
+) -> list[Measurement]:
+    """Return the carrier of a dimension; beside the rate of prefill that of decode, which a reader expects."""
+    if carrier is None:
+        return []
+    beside = [m for m in measurements if m.metric == DECODE and m.verdict in SAID and m not in losses]
+    return [carrier, *beside[:1]] if name == "performance" and carrier.metric.startswith("prefill") else [carrier]
+
+
+def _silent(name: str, measurements: Sequence[Measurement], reason: str) -> str:
+    """Return how a dimension is called that nothing carries, and why."""
+    verdicts = {m.verdict for m in measurements if m.dimension == name}
+    word = "not judged" if verdicts - {"unavailable", "invalid"} else "unavailable"
+    word = "not exercised" if "not_exercised" in verdicts else word
+    return without_result(f"{name.capitalize()} {word}", reason)
+
+
+def of_record(record: Any) -> str:
+    """Return the verdict of a stored record in words, made from its measurements, whatever its own sentence says.
+
+    `record` is a `lib.report.records.record.Record`. Records from before there were primaries have none that carries:
+    the first that can takes its place.
+    """
+    if record.status != "ok":
+        what = "Failed, so nothing is claimed" if record.status == "failed" else "Not applicable"
+        return without_result(what, record.reason)
+    members = list(record.measurements)
+    named = {(m.metric, m.workload): m for m in members}
+    carried = record.verdict.carried_by
+    carriers: dict[str, Measurement | None] = {
+        name: named.get((carried[name].metric, carried[name].workload))
+        if name in carried
+        else (None if carried else primary.carrier(members, name)[0])
+        for name in DIMENSIONS
+    }
+    losses = [named[pair] for loss in record.verdict.losses if (pair := (loss.metric, loss.workload)) in named]
+    if not carried:
+        losses = [m for m, _ in primary.losses(members, carriers)]
+    return sentences(members, carriers, losses, record.verdict.reasons, record.dimensions)

@@ -1,0 +1,117 @@
+"""A measurement in as few words as a reader in a hurry needs, in one notation: "prefill 19 % faster", "answers
+unchanged", "weights 26 % smaller".
+
+A change is that of the metric itself, in per cent of the baseline or in points of a score, never a reciprocal. A number
+that is not judged claims no direction. Knows no record and no page.
+"""
+
+import re
+from collections.abc import Iterable
+
+from lib.measure.metrics.measurement import Measurement
+from lib.report.text import sentence
+from lib.report.text.quantities import MINUS, share, signed, with_ends
+from lib.report.text.wording import words
+
+MOST_WORDS = 25
+WORD = re.compile(r"[^\W_]\S*")  # a sign alone, such as "%" or "×", is no word
+SENTENCE_END = re.compile(r"(?<=[.!?…])\s+(?=[A-Z])")
+CALLED = ("better", "worse", "not_maintained")
+OPEN = {"inconclusive": "undecided", "informative": "not judged", "unavailable": "not measured", "invalid": "invalid"}
+
+
+def phrase(measurement: Measurement) -> str:
+    """Return what is said of a measurement: its name, and by how much it changed or that this cannot be told."""
+    if sentence.same_answers(measurement):
+        return "answers unchanged"
+    return f"{sentence.subject(measurement)} {outcome(measurement)}"
+
+
+def outcome(measurement: Measurement) -> str:
+    """Return a phrase without its name: `19 % faster`, `unchanged`, `undecided`."""
+    if sentence.same_answers(measurement):
+        return "unchanged"
+    if measurement.verdict in CALLED and (said := change(measurement)):
+        return said
+    if measurement.verdict in ("equivalent", "better", "worse"):
+        return "unchanged" if measurement.verdict == "equivalent" else measurement.verdict
+    return OPEN.get(measurement.verdict, words(measurement.verdict))
+
+
+def change(measurement: Measurement) -> str:
+    """Return by how much the metric itself changed, in words: `19 % faster`, `4.1 points lower`; empty where nothing
+    can be compared.
+    """
+    known = sentence.change(measurement)
+    if known is None:
+        return ""
+    value, _, _, unit = known
+    size = share(abs(value) / 100) if unit == "%" else f"{abs(value):.1f} {unit}"
+    if value == 0:
+        return "unchanged"
+    return f"{size} {_direction(measurement)[value > 0]}"
+
+
+def _direction(measurement: Measurement) -> tuple[str, str]:
+    """Return what a fall and a rise of a metric are called."""
+    if measurement.dimension == "performance":
+        better, worse = sentence.comparatives(measurement)
+        return (worse, better) if measurement.higher_is_better else (better, worse)
+    if measurement.unit in ("bytes", "parameters"):
+        return "smaller", "larger"
+    return "lower", "higher"
+
+
+def number(measurement: Measurement) -> str:
+    """Return the change with its sign: `+19 %`, `−0.4 points`; empty where nothing can be compared."""
+    known = sentence.change(measurement)
+    if known is None:
+        return ""
+    value, _, _, unit = known
+    if unit != "%":
+        return f"{signed(value)} {unit}"
+    return f"{'+' if value > 0 else MINUS if value < 0 else ''}{share(abs(value) / 100)}"
+
+
+def spread(measurement: Measurement) -> str:
+    """Return what a change is known by: the interval of the change, or of a score its bound; empty where there is
+    neither.
+    """
+    if measurement.dimension == "accuracy" and measurement.bound is not None:
+        return sentence.score(measurement)[1][0]
+    known = sentence.change(measurement)
+    if known is None:
+        return ""
+    value, low, high, unit = known
+    _, ends = with_ends(value, low, high, 0, signs=True)
+    return f"{ends} {unit}" if ends else ""
+
+
+def count(text: str) -> int:
+    """Return how many words a text has; numbers count, signs that stand alone do not."""
+    return len(WORD.findall(text))
+
+
+def split(text: str) -> list[str]:
+    """Return the sentences of a text."""
+    return [part for part in SENTENCE_END.split(text.strip()) if part]
+
+
+def clipped(text: str, most: int = MOST_WORDS) -> str:
+    """Return a text of at most so many words, cut with an ellipsis."""
+    ends = [match.end() for match in WORD.finditer(text)]
+    return text if len(ends) <= most else f"{text[: ends[most - 1]].rstrip(' ,;:(')} …"
+
+
+def joined(phrases: Iterable[str], opening: str = "") -> str:
+    """Return phrases as sentences of at most MOST_WORDS words, each opened by `opening`."""
+    sentences: list[list[str]] = []
+    for text in phrases:
+        room = MOST_WORDS - count(opening)
+        text = clipped(text, room)
+        if sentences and count(", ".join([*sentences[-1], text])) <= room:
+            sentences[-1].append(text)
+        else:
+            sentences.append([text])
+    texts = [f"{opening} {', '.join(members)}".strip() for members in sentences]
+    return " ".join(f"{text[:1].upper()}{text[1:]}." for text in texts)
