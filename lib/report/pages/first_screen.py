@@ -106,12 +106,7 @@ def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
         return None
     margin = 100 * (METRICS[views.QUALITY].margin or 0)
     svg = trade_off_svg.trade_off(points, f"Quality against speed, {record.model}", margin)
-    drawn = {point.mark for point in points}
-    return {
-        "svg": svg,
-        "own": marks[record.optimization],
-        "legend": [(m, title(n)) for n, m in marks.items() if m in drawn],
-    }
+    return {"svg": svg, "own": marks[record.optimization]}
 
 
 def _of_model(out: Path, record: Record) -> list[Record]:

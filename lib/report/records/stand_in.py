@@ -72,12 +72,13 @@ def several(scale: str, known: Mapping[str, float | None]) -> str:
         return f"The first blocks at real dimensions, with random weights; not {_either(names)}. {OF_A_SLICE}"
     if scale != PROXY or not names:
         return ""
-    unit = " parameters"  # of the last one; the others are understood
+    last = [model for model, count in known.items() if count][-1:]  # names the unit for all
+    unit = {model: " parameters" for model in last}
     listed = [
-        model_title(model) + (f" ({quantity(count, 'parameters')}{unit if at == len(known) else ''})" if count else "")
-        for at, (model, count) in enumerate(known.items(), 1)
+        model_title(model) + (f" ({quantity(count, 'parameters')}{unit.get(model, '')})" if count else "")
+        for model, count in known.items()
     ]
-    what = f"Stand-ins with the architectures of {_and(listed)}; not the models they are named after."
+    what = f"Stand-ins with the architectures of {_and(listed)}; not the models themselves."
     return f"{what} They were trained on a small corpus and synthetic tasks. {TRANSFERS}"
 
 
