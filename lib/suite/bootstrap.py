@@ -248,7 +248,7 @@ def _step(arguments: list, what: str, handle: int) -> None:
             process.kill()
             process.wait()
             _say("stopped; the next call sets .venv up anew")
-            sys.exit(2)
+            sys.exit(130)
     if code:
         _say(f"{what} failed: {_reason()} (all of it: {LOG.name})")
         sys.exit(2)

@@ -1,13 +1,12 @@
 """One build from beginning to end: plan, keys, runs, pages, overview and index. Knows no command line.
 
-Returns the exit code: 0 if every run succeeded, 1 if one failed or the build was stopped. A wrong request raises
-UserError before anything has run.
+Returns the exit code: 0 if every run succeeded, 1 if one failed, 128 and the signal's number if the build was stopped
+(130 for Ctrl-C). A wrong request raises UserError before anything has run.
 """
 
 import contextlib
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from lib.errors import ClusterLost, UserError
 from lib.files import Held, locked
-from lib.models import parameters as parameter_files
 from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
@@ -24,9 +22,16 @@ from lib.suite.run.progress import Progress, duration
 from lib.suite.store import build_history, result_folder, site
 from lib.suite.store.result_folder import Folder, State
 
+MOST_TOLD = 4  # runs whose verdicts a build prints
+REFRESH_SECONDS = 120.0  # how old the index may become while the runs of a first pass are replaced
+
 
 class BuildStopped(BaseException):
     """The build was asked to end: Ctrl-C, SIGTERM or a closed terminal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 @contextlib.contextmanager
@@ -34,10 +39,10 @@ def stoppable() -> Iterator[None]:
     """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def stop(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         for name in names:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-        raise BuildStopped
+        raise BuildStopped(number)
 
     before = {name: signal.signal(getattr(signal, name), stop) for name in names}
     try:
@@ -73,21 +78,25 @@ def build(
     """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code.
 
     `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the
-    Dask scheduler whose workers run it; without one, this machine does.
+    Dask scheduler whose workers run it; without one, this machine does. A whole build (suite `complete`) at effort
+    standard makes a first pass at effort quick over what has no result yet, so that the site is complete early.
     """
     planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
     shares = cpu_affinity.share_out(side_by_side)
     for kind in ("cell", "run"):
         kernel_process.limit(kind, request.effort)  # a wrong variable is a wrong request
+    first_pass = suite == "complete" and request.effort == "standard"
     folder = result_folder.open_folder(out)
     try:
         with _locked(folder), stoppable():
             busy = set(_busy(folder, [job.stem for job in planned])) if again_if_busy else set()
-            return _build(folder, planned, shares, force, suite, cluster, busy)
-    except BuildStopped:
+            return _build(folder, planned, shares, force, suite, cluster, busy, first_pass)
+    except BuildStopped as stopped:
+        if first_pass and result_folder.present(folder):
+            site.refresh_index(folder)
         print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
-        return 1
+        return stopped.exit_code
     except ClusterLost as lost:
         print(f"build.py: {lost}; what was finished is kept, and the same command goes on from there")
         return 1
@@ -117,6 +126,7 @@ def _build(
     suite: str | None,
     cluster: str | None,
     busy: Collection[str],
+    first_pass: bool,
 ) -> int:
     surveyed = survey(folder, planned)
     _tidy(folder)
@@ -128,8 +138,9 @@ def _build(
     finished = len(planned) - len(to_run)
     if finished:
         print(f"{finished} of {len(planned)} runs are finished already and kept")
-    expected = {job.stem: state.seconds for job, _, state in surveyed if state.seconds}
-    results = _run(folder, to_run, shares, planned, expected, cluster) if to_run else []
+    began = first_pass and _first_pass(folder, surveyed, shares, cluster)
+    refresh = REFRESH_SECONDS if began else None
+    results = _run(folder, to_run, shares, planned, _expected(surveyed), cluster, refresh) if to_run else []
     faults = _render(folder, to_render, planned)
     faults += build_history.keep(folder, suite or "run")
     faults += _overview(folder, shares)
@@ -139,27 +150,71 @@ def _build(
         print(f"SHORT {line}")
     for stem, reason in _busy(folder, [job.stem for job in planned]).items():
         print(f"BUSY {stem}: {reason}")
-    return _summary(folder, len(planned), results, faults) or bool(short)
+    return _summary(folder, [job.stem for job in planned], results, faults) or int(bool(short))
 
 
-def _pool_process_variance(folder: Folder) -> None:
+def _expected(surveyed: Sequence[tuple[Job, dict, State]]) -> dict[str, float]:
+    """Return stem → seconds that a run took before, at the effort that it is planned at."""
+    return {job.stem: state.seconds for job, _, state in surveyed if state.seconds and state.effort == job.effort}
+
+
+def _first_pass(
+    folder: Folder, surveyed: Sequence[tuple[Job, dict, State]], shares: Sequence[Sequence[int]], cluster: str | None
+) -> bool:
+    """Run at effort quick what has no result at the planned effort, and make the whole site; return whether there was
+    anything to do.
+
+    What ran at the planned effort and has become stale, or failed, stays on the site until it runs again. The records
+    of this pass name their effort and carry keys of their own: none of them counts as finished for the pass that
+    follows, and no build of the history ends with them.
+    """
+    lacking = [
+        plan.at_effort(job, plan.FIRST_PASS)
+        for job, _, state in surveyed
+        if state.must_run and not (state.kind in ("stale", "failed") and state.effort == job.effort)
+    ]
+    if not lacking:
+        return False
+    quick = survey(folder, lacking)
+    to_run = [(job, parts) for job, parts, state in quick if state.must_run]
+    planned = [job for job, _, _ in surveyed]
+    effort = planned[0].effort
+    if to_run:
+        print(f"first pass: {len(to_run)} runs at effort {plan.FIRST_PASS}; those at effort {effort} replace them")
+        _run(folder, to_run, shares, planned, _expected(quick), cluster)
+    faults = _render(folder, [job.stem for job, _, state in quick if state.kind == "unrendered"], planned)
+    faults += _overview(folder, shares) + site.finish(folder, "complete")
+    for fault in faults:
+        print(f"FAILED {fault}")
+    index = shown(folder.path / "index.html")
+    print(f"first pass complete: {index}; Ctrl-C keeps it, effort {effort} goes on", flush=True)
+    return True
+
+
+def _pool_process_variance(folder: Folder, effort: str) -> None:
     """Tell the runs what earlier ones on this machine showed of the variance between processes."""
     from lib.report.analysis.noise import process_draws
 
     with contextlib.suppress(UserError):  # a history that cannot be read is reported when the build ends
-        process_draws.publish(folder.path, build_history.store_of(folder.path))
+        process_draws.publish(folder.path, build_history.store_of(folder.path), effort)
 
 
 def _run(
-    folder: Folder, to_run: list, shares: Sequence, planned: Sequence[Job], expected: dict, address: str | None
+    folder: Folder,
+    to_run: list,
+    shares: Sequence,
+    planned: Sequence[Job],
+    expected: dict,
+    address: str | None,
+    refresh_seconds: float | None = None,
 ) -> list:
     from lib.suite.run import schedule
 
-    _pool_process_variance(folder)
+    _pool_process_variance(folder, to_run[0][0].effort)
     neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
     with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
-        shared = schedule.BuildContext(folder, shares, temporary, neighbours, progress)
+        shared = schedule.BuildContext(folder, shares, temporary, neighbours, progress, refresh_seconds=refresh_seconds)
         if address:
             from lib.suite.cluster import dask
 
@@ -222,21 +277,25 @@ def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
     return {stem: f"{reason} (--busy runs it again)" for stem, reason in reasons.items()}
 
 
-def _summary(folder: Folder, total: int, results: Sequence, faults: Sequence[str]) -> int:
-    """Print the last lines; return the exit code."""
+def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Sequence[str]) -> int:
+    """Print the last lines: what failed, of a few runs what they found, the index; return the exit code."""
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         print(f"FAILED {result.stem}: {result.reason}" + (f" (notebook: {result.notebook})" if result.notebook else ""))
     for fault in faults:
         print(f"FAILED {fault}")
-    _say_what_ran(folder.path)
-    took = sum(result.seconds for result in results)
+    say_what_ran(folder.path)
+    if len(stems) <= MOST_TOLD:
+        from lib.suite.store import in_short
+
+        print(*(line for stem in stems for line in in_short.lines(folder, stem, shown)), sep="\n")
+    took, total = sum(result.seconds for result in results), len(stems)
     ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
-    print(f"{total - len(failed)} of {total} well, {len(failed)} failed; {ran}; {_shown(folder.path / 'index.html')}")
+    print(f"{total - len(failed)} of {total} well, {len(failed)} failed; {ran}; {shown(folder.path / 'index.html')}")
     return 1 if failed or faults else 0
 
 
-def _say_what_ran(folder: Path) -> None:
+def say_what_ran(folder: Path) -> None:
     """Print what the results of a folder are results of, where that is not the model they are named after."""
     from lib.report.records import stand_in
 
@@ -244,7 +303,8 @@ def _say_what_ran(folder: Path) -> None:
         print(about)
 
 
-def _shown(path: Path) -> Path:
+def shown(path: Path) -> Path:
+    """Return a path as it is seen from here."""
     with contextlib.suppress(ValueError):
         return path.relative_to(Path.cwd())
     return path
@@ -255,15 +315,15 @@ def report(out: Path) -> int:
     from lib.suite.store import render
 
     if not result_folder.present(Folder(out)):
-        raise UserError(f"{_shown(out)}: holds no record; build first: python build.py")
+        raise UserError(f"{shown(out)}: holds no record; build first: python build.py")
     folder = result_folder.open_folder(out)
     with _locked(folder):
         try:
             faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
         except OSError as error:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
-    _say_what_ran(folder.path)
-    print(f"{len(faults)} failed; {_shown(folder.path / 'index.html')}")
+    say_what_ran(folder.path)
+    print(f"{len(faults)} failed; {shown(folder.path / 'index.html')}")
     return 1 if faults else 0
 
 
@@ -277,30 +337,6 @@ def cover(out: Path) -> int:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
     for fault in faults:
         print(f"FAILED {fault}")
-    _say_what_ran(folder.path)
-    print(_shown(folder.path / file_names.FILES["coverage"][0]))
+    say_what_ran(folder.path)
+    print(shown(folder.path / file_names.FILES["coverage"][0]))
     return 1 if faults else 0
-
-
-def show(request: Request, out: Path) -> int:
-    """Print models, optimizations and the state of every job with the reason; return the exit code.
-
-    What is wrong with a model's file is named, after the others: 2 then.
-    """
-    planned, faults = plan.plan_each(request)
-    surveyed = survey(Folder(out), planned)
-    print("models:")
-    known = [*plan.models(), *parameter_files.registered()]
-    width = max(map(len, known), default=0)
-    for name, scales in parameter_files.takes_part(known).items():
-        print(f"  {name:{width}}  {' '.join(scales)}".rstrip())
-    print("optimizations: " + "  ".join(plan.optimizations()))
-    print(f"results:       {_shown(out)}")
-    _say_what_ran(out)
-    width = max((len(job.stem) for job, _, _ in surveyed), default=0)
-    for job, _, state in surveyed:
-        word = state.status if state.kind in ("finished", "unrendered") else state.kind
-        print(f"  {word:14}  {job.stem:{width}}  {state.why}".rstrip())
-    for fault in faults:
-        print(f"build.py: {fault}", file=sys.stderr)
-    return 2 if faults else 0

@@ -62,7 +62,7 @@ def _finished(root: Path) -> dict[str, str]:
 
 
 def _run(root: Path, real: list[str], kills: int, chance: random.Random) -> int:
-    arguments = ["run", "--effort", "quick"] if real else []
+    arguments = ["run", *(["--effort", "quick"] if real else [])]
     models = [path.stem for path in (root / "parameters").glob("*.yaml")]
     expected = {f"{name}--{model}" for name in real or TEMPLATES for model in models}
     faults, finished = [], {}

@@ -172,11 +172,11 @@ def test_the_lock_of_a_dead_process_is_none(tmp_path):
 def test_overview_runs_last_and_only_when_a_record_changed(project):
     code = "from pathlib import Path\nprint(sorted(p.name for p in Path(folder).glob('*--*.json')))"
     workbench.notebook(project / "notebooks/overview.ipynb", [("Records", code)], 'folder: str = ""  # records')
-    ended = workbench.build(project, "--model", "beta-2")
+    ended = workbench.build(project, "run", "--model", "beta-2")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     folder = project / "executed/proxy"
     assert "well--beta-2.json" in (folder / "overview.ipynb").read_text(encoding="utf-8")
     assert (folder / "overview.html").is_file() and (folder / "overview.md").is_file()
     before = (folder / "overview.ipynb").stat().st_mtime_ns
-    assert workbench.build(project, "--model", "beta-2").returncode == 0
+    assert workbench.build(project, "run", "--model", "beta-2").returncode == 0
     assert (folder / "overview.ipynb").stat().st_mtime_ns == before

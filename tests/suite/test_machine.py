@@ -19,7 +19,7 @@ from lib.suite.run import execute
 
 @pytest.mark.parametrize("out", ["r{1}", "r{model} {"])
 def test_braces_in_a_path_are_literal(project, out):
-    ended = workbench.build(project, "--model", "alpha-1.5", "--out", out)
+    ended = workbench.build(project, "run", "--model", "alpha-1.5", "--out", out)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert workbench.record(project, "well--alpha-1.5", f"{out}/proxy")["status"] == "not_applicable"
     assert execute._literal("a{b}").format() == "a{b}"

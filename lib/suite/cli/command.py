@@ -1,6 +1,7 @@
 """The commands and options of `build.py`: reads the command line, calls what does the work, returns the exit code.
 
-0: all well. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected.
+0: all well. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected. 130: it
+was stopped by Ctrl-C.
 Knows nothing of how anything is done.
 """
 
@@ -20,10 +21,11 @@ from lib.suite.plan import plan
 ROOT = plan.ROOT
 DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
-    "Without a command the complete suite runs: every optimization on every model, then all reports. Finished runs are "
-    "kept, and a build that was stopped goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit "
-    "how long a cell and a run may take, WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
-    "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong."
+    "Without a command the complete suite runs: every optimization on every model, then all reports. At effort "
+    "standard a first pass at effort quick makes the site early. Finished runs are kept, and a build that was stopped "
+    "goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit how long a cell and a run may take, "
+    "WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
+    "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong; 130 stopped by Ctrl-C."
 )
 
 
@@ -142,6 +144,7 @@ SUITES = {
     "all": "run every optimization on every model; aggregated results, and a summary of the execution",
 }
 PASSING_ON = ("proxies", "lab", "test")
+STOPPED = 130  # as a shell says of what Ctrl-C has ended
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -159,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("\nbuild.py: stopped", file=sys.stderr)
-        return 1
+        return STOPPED
 
 
 def _main(arguments: list[str]) -> int:
@@ -308,6 +311,6 @@ def _list(options: argparse.Namespace) -> int:
         if options.what != "tasks":
             raise UserError(f'list {options.what}: expected "list" or "list tasks".{suggest(options.what, ["tasks"])}')
         return tasks.show()
-    from lib.suite import build
+    from lib.suite.cli import listing
 
-    return build.show(_request(options, ()), _folder(options))
+    return listing.show(_request(options, ()), _folder(options))

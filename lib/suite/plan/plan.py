@@ -30,6 +30,7 @@ SCALES = parameter_files.SCALES
 EFFORTS = ("quick", "standard", "thorough")
 # At real dimensions one call takes as long as many calls of a proxy model, and is as informative.
 DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
+FIRST_PASS = "quick"  # of a whole build at a larger effort: the site is complete early
 DEVICES = ("cpu", "cuda")
 # As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
@@ -70,6 +71,11 @@ class Job:
     def stem(self) -> str:
         """The name of this job's files, without ending."""
         return f"{self.optimization}--{self.model}"
+
+
+def at_effort(job: Job, effort: str) -> Job:
+    """Return the same job at another effort: another key, so that neither counts as the other."""
+    return replace(job, effort=effort, parameters={**job.parameters, "effort": effort})
 
 
 def optimizations() -> list[str]:

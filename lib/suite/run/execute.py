@@ -164,9 +164,13 @@ def _glued(path: Path) -> dict:
 
 
 def _render(command: dict) -> dict:
-    from lib.suite.store import render
+    from lib.suite.store import render, result_folder, site
 
-    return {"error": render.render(Path(command["folder"]), command["render"], command["neighbours"])}
+    folder = Path(command["folder"])
+    error = render.render(folder, command["render"], command["neighbours"])
+    if command.get("refresh_seconds") is not None:
+        site.refresh_index(result_folder.Folder(folder), command["refresh_seconds"])
+    return {"error": error}
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class CoreSlot:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's."""
+    """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's.
+    `refresh_seconds`: how old the index may become while runs are replaced one by one; None: it is left alone.
+    """
 
     folder: Folder
     shares: Sequence[Sequence[int]]
@@ -62,6 +64,7 @@ class BuildContext:
     neighbours: Sequence[tuple[str, str]]
     progress: Reporter
     side_by_side: int | None = None
+    refresh_seconds: float | None = None
 
 
 def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
@@ -154,6 +157,7 @@ def _settle(build: BuildContext, run: EntryRun, outcome: ExecutionOutcome) -> Re
     job = run.entry.job
     run.result = settle.settle(build.folder, job, run.entry.parts, run.entry.key, run.worker.task, outcome)
     order = {"render": job.stem, "folder": str(build.folder.path), "neighbours": list(build.neighbours)}
+    order |= {"refresh_seconds": build.refresh_seconds}
     if outcome.alive and kernel_process.send(run.worker, order):
         run.rendering_since = time.monotonic()
         return None

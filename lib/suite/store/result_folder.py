@@ -59,12 +59,15 @@ class Folder:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged."""
+    """The state of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged; `effort`
+    that of the record which lies there.
+    """
 
     kind: str
     why: str = ""
     seconds: float | None = None
     status: str = ""
+    effort: str = ""
 
     @property
     def must_run(self) -> bool:
@@ -109,19 +112,19 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
         return State("damaged", f"{path.name} is not JSON")
     if not isinstance(content, dict) or "status" not in content or "key" not in content:
         return State("damaged", f"{path.name} is not a record")
-    status, seconds = content["status"], content.get("seconds")
+    status, about = content["status"], (content.get("seconds"), content["status"], str(content.get("effort") or ""))
     if status not in FINISHED:
-        return State("failed", str(content.get("reason") or "no reason given"), seconds, status)
+        return State("failed", str(content.get("reason") or "no reason given"), *about)
     if content["key"] != keys.of(parts):
-        return State("stale", _difference(folder, stem, parts), seconds, status)
+        return State("stale", _difference(folder, stem, parts), *about)
     if not folder.of(stem, ".ipynb").is_file():
-        return State("stale", f"{stem}.ipynb is gone", seconds, status)
+        return State("stale", f"{stem}.ipynb is gone", *about)
     written = path.stat().st_mtime_ns
     for ending in (".html", ".md"):
         page = folder.of(stem, ending)
         if not page.is_file() or page.stat().st_mtime_ns < written:
-            return State("unrendered", f"{page.name} is missing or older than its record", seconds, status)
-    return State("finished", "", seconds, status)
+            return State("unrendered", f"{page.name} is missing or older than its record", *about)
+    return State("finished", "", *about)
 
 
 def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> str:

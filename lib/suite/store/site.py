@@ -5,6 +5,7 @@ Each is rewritten only if a record, the expected runs, or the code that makes it
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def _index(folder: Folder, _: str) -> None:
     from lib.report.pages import index
 
     index.write(folder.path, plan.optimizations(), plan.models(folder.path.name))
+
+
+def refresh_index(folder: Folder, every_seconds: float = 0.0) -> None:
+    """Write the index again, unless it was written less than `every_seconds` ago; what goes wrong is logged.
+
+    For a build that replaces the runs of a first pass one by one, or is stopped meanwhile; `finish` has the last word.
+    """
+    path = folder.path / "index.html"
+    try:
+        if not path.is_file() or time.time() - path.stat().st_mtime >= every_seconds:
+            _index(folder, path.name)
+    except Exception:
+        log.exception("making %s", path.name)
 
 
 def _archive(folder: Folder, _: str) -> None:

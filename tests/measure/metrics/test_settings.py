@@ -39,7 +39,7 @@ def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
     assert recorded.dimensions == [name] and {m.dimension for m in recorded.measurements} == {name}
     assert all(m.dimension == name for control in recorded.controls for m in control.measurements)
     others = [other for other in DIMENSIONS if other != name]
-    assert f"not asked for: {', '.join(others)}." in recorded.verdict.sentence
+    assert f"Not asked for: {', '.join(others)}." in recorded.verdict.sentence
     assert {getattr(recorded.verdict, other) for other in others} == {"unavailable"}
     assert record.from_json(record.to_json(recorded), "x") == recorded
 

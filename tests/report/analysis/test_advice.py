@@ -48,7 +48,7 @@ def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
 
 def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
-    assert one(lost).decision == "do not use" and "f1_macro" in one(lost).reason
+    assert one(lost).decision == "do not use" and "F1 5.0 points lower, more than may be lost" in one(lost).reason
     assert one(lost, keep=0.2).decision == "use"
     strict = one(samples.whole("structured_pruning", MODEL, gain=2.0), keep=0.0001)
     assert strict.decision != "use"
@@ -61,6 +61,28 @@ def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open
     blind = record.build(made.optimization, MODEL, "slice", "quick", {}, no_scores, environment=samples.ENVIRONMENT)
     row = one(blind)
     assert row.decision == "undecided" and "random weights" in row.reason and "--effort standard" in row.command
+
+
+def test_a_gain_beside_which_something_was_lost_has_a_price():
+    made = samples.whole("structured_pruning", MODEL, gain=1.4)
+    lost = samples.paired("latency_p99_ms", 0.7, workload="serve")
+    again = record.build(
+        made.optimization, MODEL, "proxy", "quick", {}, [*made.measurements, lost], environment=samples.ENVIRONMENT
+    )
+    row = one(again)
+    assert row.decision == "use if" and "latency p99" in row.reason and "longer is acceptable" in row.reason
+    assert row.command is None
+
+
+def test_an_open_question_has_a_command_and_about_how_long_it_takes():
+    made = samples.whole("structured_pruning", MODEL)
+    row = one(made, "energy")
+    assert row.decision == "undecided" and "--effort standard" in row.command
+    assert 2 * made.seconds < row.seconds < 20 * made.seconds
+    busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
+        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
+    again = record.build(made.optimization, MODEL, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
+    assert one(again).decision == "undecided" and "--effort quick" in one(again).command
 
 
 def test_estimated_energy_never_recommends():

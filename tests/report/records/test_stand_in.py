@@ -4,6 +4,7 @@ from lib.report.analysis import result_set
 from lib.report.pages import index, result_tables, run_page
 from lib.report.pages.suites import suite_pages
 from lib.report.records import record, stand_in
+from lib.report.text import brief
 from lib.report.text.wording import model_title
 from tests.report import samples
 
@@ -19,6 +20,9 @@ def test_one_and_several_say_what_they_are_and_what_transfers():
     assert "not Qwen3-Coder-30B." in text and "What transfers:" in text and "absolute speed" in text
     both = stand_in.several("proxy", {"glm-4.7-flash": None, "qwen3-coder-30b": 4_346_688})
     assert "GLM-4.7-Flash and Qwen3-Coder-30B (4.35 M parameters)" in both and "not the models" in both
+    four = stand_in.several("proxy", dict.fromkeys(samples.MODELS, 4_346_688))
+    assert four.count("parameters") == 1
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(f"{text} {four}"))
     assert stand_in.one("full", "qwen3-coder-30b", 3e10) == stand_in.several("full", {"a": None, "b": None}) == ""
     assert "random weights" in stand_in.one("slice", "qwen3-coder-30b", None)
 

@@ -84,7 +84,9 @@ def grown(tmp_path_factory):
 def test_both_are_listed(grown):
     root, _ = grown
     lines = workbench.build(root, "list").stdout.splitlines()
-    optimizations = next(line for line in lines if line.startswith("optimizations:")).split()[1:]
+    start = lines.index("optimizations:") + 1
+    end = next(at for at, line in enumerate(lines) if line.startswith("results:"))
+    optimizations = [line.split()[0] for line in lines[start:end]]
     assert any(line.split()[:1] == ["fifth"] for line in lines) and "twelfth" in optimizations
     assert sum("--fifth" in line for line in lines) == len(optimizations)
 

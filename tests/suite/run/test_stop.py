@@ -40,7 +40,7 @@ def _runs(root):
 
 def test_killed_build_goes_on_where_it_was(slow):
     root, marks = slow
-    arguments = ("--model", "alpha-1.5", "--jobs", "1")
+    arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
     kernel = _kernel(marks)
     before = _runs(root)
@@ -63,7 +63,7 @@ def test_stopped_build_ends_its_kernels(slow, how):
     process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="600")
     kernel = _kernel(marks)
     workbench.kill(process, how)
-    assert process.returncode == 1
+    assert process.returncode == 128 + how
     assert "stopped; what was finished is kept" in process.stdout.read()
     assert not is_alive(kernel)
     workbench.wait_for(lambda: not workbench.running(root), 15)

@@ -40,7 +40,7 @@ def test_full_from_the_start(project, disk):
 def test_full_in_the_middle(project, disk):
     workbench.notebook(project / "notebooks" / "z_fills.ipynb", [("Fill", FILL), ("Record", workbench.RECORD)])
     arguments = ("--model", "alpha-1.5", "--jobs", "1", "--out", str(disk))
-    ended = workbench.build(project, *arguments, FILL=str(disk))
+    ended = workbench.build(project, "run", *arguments, FILL=str(disk))
     said = ended.stdout + ended.stderr
     assert ended.returncode == 1 and "No space left on device" in said and "Traceback" not in said, said
     assert workbench.record(project, "well--alpha-1.5", disk / "proxy")["status"] == "not_applicable"

@@ -21,25 +21,31 @@ CONTROL = "A/A"
 SUFFIX = "tokens_per_second"  # latencies are the same times once more
 BUILDS = 3  # of the history
 
+QUICK = "quick"
 
-def publish(folder: Path, store: Path) -> None:
-    """Pool what this machine showed, and name the pool's file in the environment of the runs to come."""
+
+def publish(folder: Path, store: Path, effort: str) -> None:
+    """Pool what this machine showed, and name the pool's file in the environment of the runs to come, which are of this
+    effort.
+    """
     os.environ.pop(process_variance.VARIABLE, None)
-    path = refresh(folder, store, {"cpu": energy_source.cpu_name()})
+    path = refresh(folder, store, {"cpu": energy_source.cpu_name()}, effort)
     if path:
         os.environ[process_variance.VARIABLE] = str(path.resolve())
 
 
-def refresh(folder: Path, store: Path, machine: Mapping[str, Any]) -> Path | None:
+def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str = QUICK) -> Path | None:
     """Pool the controls of a result folder and of the last builds in its history, as far as they were made on
     `machine` (fields of the environment card), and write the pool into the folder; return its path, None where there is
     no control.
+
+    Quick runs time shorter workloads under the same names: their controls tell other quick runs alone.
     """
     records = read_folder(folder)[0] if folder.is_dir() else []
     for build in history.builds(store, folder.name)[-BUILDS:]:
         records += history.records(store, build)
     unique = {(record.started, record.key or record.stem): record for record in records}
-    own = [record for record in unique.values() if _made_on(record, machine)]
+    own = [r for r in unique.values() if _made_on(r, machine) and (r.effort != QUICK or effort == QUICK)]
     pooled = process_variance.table(draw for record in own for draw in draws(record))
     return process_variance.write(folder / process_variance.NAME, pooled) if pooled else None
 

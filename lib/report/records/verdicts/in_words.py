@@ -65,7 +65,8 @@ def _of_dimension(
     """Return the carrier of a dimension; beside the rate of prefill that of decode, which a reader expects."""
     if carrier is None:
         return []
-    beside = [m for m in measurements if m.metric == DECODE and m.verdict in SAID and m not in losses]
+    lost = {id(loss) for loss in losses}
+    beside = [m for m in measurements if m.metric == DECODE and m.verdict in SAID and id(m) not in lost]
     return [carrier, *beside[:1]] if name == "performance" and carrier.metric.startswith("prefill") else [carrier]
 
 

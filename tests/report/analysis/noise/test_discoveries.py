@@ -33,7 +33,8 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     settled = {r.optimization: r for r in discoveries.settled([*strong, weak, *nothing])}
     assert settled["weak"].verdict.performance == settled["weak"].measurements[0].verdict == "inconclusive"
     assert "23 primaries" in settled["weak"].verdict.reasons["performance"]
-    assert settled["weak"].verdict.sentence.endswith("not beyond chance among so many.")
+    sentence = settled["weak"].verdict.sentence
+    assert sentence.startswith("Prefill undecided.") and sentence.endswith("not beyond chance among so many.")
     assert settled["strong_0"] is strong[0] and weak.verdict.performance == "better"  # the record keeps its word
     assert discoveries.settled([*settled.values()]) == [*settled.values()]
 

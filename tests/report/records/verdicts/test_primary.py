@@ -31,7 +31,7 @@ def test_a_guards_loss_stands_beside_the_word():
     assert judged.performance == "better"
     [loss] = judged.losses_of("performance")
     assert (loss.metric, loss.verdict) == (DECODE[0], "worse") and loss.p < 0.05
-    assert "prefill is 1.2" in judged.sentence.lower() and ", but decode is 1.2" in judged.sentence
+    assert judged.sentence.startswith("Prefill 20 % faster. But decode 20 % slower.")
 
 
 def test_a_loss_must_stand_after_holms_correction():
@@ -91,7 +91,7 @@ def test_what_was_not_exercised_carries_nothing():
     )
     only = judge([idle])
     assert only.accuracy == "not_exercised" and "never acted" in only.reasons["accuracy"]
-    assert "accuracy is not exercised (never acted on these prompts)" in only.sentence
+    assert "Accuracy not exercised: never acted on these prompts." in only.sentence
     both = judge([idle, samples.scored("perplexity", 41.0, 47.0, "not_maintained", 0.01, "text")])
     assert both.accuracy == "not_maintained"
 

@@ -1,0 +1,37 @@
+"""What a finished run found, in a few lines for a terminal: its verdict, three numbers, the path of its report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.suite.store.result_folder import Folder
+
+NUMBERS = 3
+
+
+def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]:
+    """Return the lines of one run; of one that failed there are none, as it is named elsewhere.
+
+    `shown` says how a path is written.
+    """
+    from lib.report.analysis import summary
+    from lib.report.records import record as records
+
+    try:
+        record = records.read(folder.of(stem, ".json"))
+    except UserError:
+        return []
+    if record.status == "failed":
+        return []
+    told = [f"{stem}: {summary.sentence(record)}"]
+    first = {m.dimension: m for m in reversed(summary.chosen(record))} if record.status == "ok" else {}
+    by_dimension = [first[name] for name in ("performance", "accuracy", "resources", "efficiency") if name in first]
+    numbers = [summary.number(m, "") for m in by_dimension[:NUMBERS]]
+    names = [summary.subject(m) for m in by_dimension]
+    told += [f"  {' · '.join(_number(name, number) for name, number in zip(names, numbers))}"] if numbers else []
+    return [*told, f"  {shown(folder.of(stem, '.html'))}"]
+
+
+def _number(name: str, number) -> str:
+    said = f"{name} {number.change}" if not number.change.startswith("answers") else number.change
+    return f"{said} ({number.spread})" if number.spread else said

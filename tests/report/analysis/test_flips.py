@@ -1,0 +1,48 @@
+"""A word that is another than in the build before is found, of the same effort alone."""
+
+import pytest
+
+from lib.report.analysis import flips
+from lib.report.pages import index, run_page
+from lib.report.records import history, record
+from tests.report import samples
+
+
+def _with_word(word: str, started: str, effort: str = "quick"):
+    made = samples.whole("structured_pruning", samples.MODELS[0])
+    verdict = made.verdict.model_copy(update={"performance": word})
+    about = {"verdict": verdict, "started": started, "key": f"sha256:{started}", "effort": effort}
+    return made.model_copy(update=about)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A result folder beside a history with two builds."""
+    store = tmp_path / history.NAME
+    history.keep(store, [_with_word("inconclusive", "2026-01-29T10:00:00+00:00")], "proxy", "run")
+    history.keep(store, [_with_word("better", "2026-01-30T10:00:00+00:00")], "proxy", "run")
+    (tmp_path / "proxy").mkdir()
+    return tmp_path / "proxy"
+
+
+def test_the_newest_earlier_run_counts(folder):
+    now = _with_word("worse", "2026-01-31T10:00:00+00:00")
+    assert flips.since_last(folder, [now]) == {now.stem: {"performance": ("better", "2026-01-30")}}
+    assert flips.contradicts("better", "worse") and not flips.contradicts("better", "inconclusive")
+    before = _with_word("worse", "2026-01-30T09:00:00+00:00")
+    assert flips.since_last(folder, [before])[now.stem]["performance"] == ("inconclusive", "2026-01-29")
+
+
+def test_nothing_flipped_where_the_word_stands_or_nothing_is_like_it(folder):
+    assert flips.since_last(folder, [_with_word("better", "2026-01-31T10:00:00+00:00")]) == {}
+    assert flips.since_last(folder, [_with_word("worse", "2026-01-31T10:00:00+00:00", "standard")]) == {}
+    assert flips.since_last(folder.parent / "nowhere" / "proxy", [_with_word("worse", "2026-01-31T10:00:00")]) == {}
+
+
+def test_a_flip_is_marked_on_the_index_and_on_the_page(folder):
+    now = _with_word("worse", "2026-01-31T10:00:00+00:00")
+    record.write(now, folder / f"{now.stem}.json")
+    text = "performance was better on 2026-01-30, now worse"
+    page = index.write(folder).read_text(encoding="utf-8")
+    assert f'class="flip contradicts">changed: {text}' in page
+    assert [flip["text"] for flip in run_page.view(now, (), folder)["flips"]] == [text]

@@ -1,0 +1,79 @@
+"""The index's first table says what `advise` decides, at every margin, in short sentences; it needs no network."""
+
+from bs4 import BeautifulSoup
+
+from lib.report.analysis import advice
+from lib.report.analysis.noise import discoveries
+from lib.report.pages import decisions, index
+from lib.report.records import record
+from lib.report.text import brief
+from tests.report import samples
+
+
+def _rows(folder):
+    soup = BeautifulSoup(index.write(folder, samples.OPTIMIZATIONS, samples.MODELS).read_text(), "html.parser")
+    return soup.select("#decisions tbody tr")
+
+
+def test_every_decision_of_every_margin_is_on_the_page(tmp_path):
+    samples.mixed(tmp_path)
+    rows = _rows(tmp_path)
+    records = discoveries.settled(record.read_folder(tmp_path)[0])
+    assert len(rows) == len(records)
+    goals = [advice.Goal(name) for name in advice.GOALS]
+    for model in samples.MODELS:
+        own = {row.th.a["aria-label"].split(" on ")[0]: row for row in rows if row["data-model"] == model}
+        for keep in decisions.MARGINS:
+            for advised in advice.advise(records, model, goals, keep):
+                items = own[decisions.title(advised.optimization)].select(f'li[data-goal="{advised.goal}"]')
+                [item] = [item for item in items if f"{keep:g}" in item["data-keeps"].split()]
+                assert item["data-decision"] == advised.decision and advised.reason in item.get_text()
+                assert bool(item.select("pre")) == (advised.command is not None)
+
+
+def test_the_columns_are_quality_prefill_decode_and_weights(tmp_path):
+    run = samples.whole("structured_pruning", samples.MODELS[0], 1.2)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    cells = {td["data-label"]: td.get_text(" ", strip=True) for td in row.select("td[data-value]")}
+    assert [*cells] == ["Quality", "Prefill", "Decode", "Weights"]
+    assert cells["Weights"] == "▲ better: 28 % smaller" and "% faster" in cells["Prefill"] and "F1" in cells["Quality"]
+    values = {td["data-label"]: float(td["data-value"]) for td in row.select("td[data-value]")}
+    assert values["Weights"] > 0 and values["Prefill"] > 0 > values["Quality"]  # larger is better
+    assert "quick" in row.th.get_text()  # which pass it is of
+
+
+def test_no_sentence_is_long(tmp_path):
+    samples.mixed(tmp_path)
+    for row in _rows(tmp_path):
+        for item in row.select("li"):
+            item.details and item.details.decompose()
+            item.select_one(".goal").decompose()
+            assert all(
+                brief.count(part) <= brief.MOST_WORDS + 3 for part in brief.split(item.get_text(" ", strip=True))
+            )
+
+
+def test_runs_of_different_effort_are_told_apart(tmp_path):
+    samples.good(tmp_path, samples.OPTIMIZATIONS[:2])
+    alike = (index.write(tmp_path)).read_text()
+    assert "Runs of different effort" not in alike
+    run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0]).model_copy(update={"effort": "standard"})
+    record.write(run, tmp_path / f"{run.stem}.json")
+    text = index.write(tmp_path).read_text()
+    assert "Runs of different effort: 1 at standard, 7 at quick" in text
+
+
+def test_a_busy_machine_is_named_on_the_index(tmp_path):
+    made = samples.whole("structured_pruning", samples.MODELS[0])
+    busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
+        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
+    record.write(made.model_copy(update={"measurements": busy}), tmp_path / f"{made.stem}.json")
+    [row] = _rows(tmp_path)
+    assert "busy machine" in row.th.get_text()
+
+
+def test_names_are_escaped(tmp_path):
+    made = samples.whole("structured_pruning", "<b>model</b>")
+    record.write(made, tmp_path / "structured_pruning--x.json")
+    assert "<b>model</b>" not in index.write(tmp_path).read_text()

@@ -1,0 +1,96 @@
+"""The first screen of a report: decision, setting, six numbers, two charts, the machine; no sentence is long."""
+
+import xml.etree.ElementTree as xml
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.report.figures import forest_svg
+from lib.report.figures.forest_svg import Change
+from lib.report.pages import first_screen, html, run_page
+from lib.report.records import record
+from lib.report.text import brief
+from tests.report import samples
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A result folder of three optimizations on every model."""
+    return samples.good(tmp_path, samples.OPTIMIZATIONS[:3])
+
+
+def test_it_holds_what_a_reader_needs(folder):
+    run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0], 1.2)
+    view = first_screen.of(run, folder)
+    assert view["decision"].startswith("Use for ") and "undecided for energy" in view["decision"]
+    assert len(view["numbers"]) == 6 and {n.name for n in view["numbers"]} >= {"prefill", "decode", "F1", "weights"}
+    assert dict(view["setting"])["Scale, effort"] == "proxy, quick"
+    assert "prefill" in dict(view["machine"])["Noise floor"] and "Copy of the baseline" in dict(view["machine"])
+    assert view["busy"] == "" and view["flips"] == []
+    assert view["trade_off"]["svg"].count('class="own"') == 1 and "This run: 3" in view["trade_off"]["svg"]
+    assert view["trade_off"]["svg"].count('class="kept"') == 3  # with the other two on this model
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_sentence_of_any_record_is_long(seed, tmp_path):
+    view = run_page.view(samples.by_chance(seed), (), tmp_path)
+    texts = [view["sentence"], view["decision"], view["busy"], view["stand_in"]]
+    texts += [item["reason"] for item in view["decisions"]]
+    assert all(brief.count(part) <= brief.MOST_WORDS for text in texts for part in brief.split(text))
+
+
+def test_a_busy_machine_says_so_before_any_number(tmp_path):
+    made = samples.whole("structured_pruning", samples.MODELS[0])
+    busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
+        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
+    again = record.build(made.optimization, made.model, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
+    page, text = (path.read_text() for path in html.render(None, again, (), tmp_path))
+    assert page.index("The machine was busy, so nothing timed is judged") < page.index('class="six"')
+    assert "The machine was busy" in text
+
+
+def test_what_describes_only_is_folded(tmp_path):
+    from bs4 import BeautifulSoup
+
+    page, _ = html.render(None, samples.made(), (), tmp_path)
+    soup = BeautifulSoup(page.read_text(), "html.parser")
+    judged, described = soup.select("section[aria-labelledby=measurements] table.measurements")
+    assert described.find_parent("details") and not judged.find_parent("details")
+    assert "answers flipped" in described.get_text() and "answers flipped" not in judged.get_text()
+
+
+def test_limits_stand_once_in_a_section_of_their_own(tmp_path):
+    import nbformat
+
+    v = nbformat.v4
+    cells = [v.new_markdown_cell("# Title"), v.new_markdown_cell("## Limits\n\n- Only one machine.")]
+    nbformat.write(v.new_notebook(cells=cells), tmp_path / "run.ipynb")
+    page, _ = html.render(tmp_path / "run.ipynb", samples.made(), (), tmp_path)
+    text = page.read_text()
+    assert text.count("Only one machine.") == 1 and text.index("Only one machine.") < text.index('id="notebook"')
+    assert 'href="#limits-section"' in text
+
+
+def test_a_forest_plot_is_sound_and_turned_so_that_right_is_better():
+    changes = [
+        Change("prefill", "19 % faster", 19.0, 11.0, 27.0, 2.0, "better"),
+        Change("weights <b>", "26 % smaller", 26.0, None, None, None, "better"),
+        Change("F1", "undecided", -1.0, -3.0, 1.0, None, "inconclusive"),
+        Change("perplexity", "900 % higher", -900.0, -950.0, -850.0, None, "not_maintained"),
+    ]
+    root = xml.fromstring(forest_svg.forest(changes, "Changes"))
+    assert root.get("role") == "img" and "prefill 19 % faster" in root.get("aria-label")
+    zero = next(float(line.get("x1")) for line in root.iter("line") if line.get("class") == "zero")
+    kept = [float(mark.get("cx")) for mark in root.iter("circle") if mark.get("class") == "kept"]
+    assert len(kept) == 2 and all(x > zero for x in kept)
+    for element in root.iter():
+        for name in ("x", "x1", "x2", "cx"):
+            if element.get(name):
+                assert 0 <= float(element.get(name)) <= forest_svg.WIDTH
+    assert forest_svg.forest([], "Changes") == ""
+
+
+def test_a_smaller_amount_lies_to_the_right():
+    made = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
+    run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, made)
+    assert first_screen._line(run.measurements[0]).value == pytest.approx(26.0)

@@ -1,0 +1,58 @@
+"""One notation in few words: the metric's own change, no reciprocal, no direction without a verdict."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.report.text import brief
+from tests.report import samples
+
+
+def _amount(ratio: float, low: float, high: float, verdict: str, metric: str = "energy_joules_per_token"):
+    return measurement.judged(
+        metric, "decode", baseline=1.0, optimized=ratio, ratio=ratio, ci=(low, high), n=12, noise_floor=0.01,
+        margin=0.03, verdict=verdict, provenance="measured", source="NVML counter",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict", "metric", "said"),
+    [
+        (1.19, "better", "prefill_tokens_per_second", "prefill 19 % faster"),
+        (0.8, "worse", "prefill_tokens_per_second", "prefill 20 % slower"),
+        (0.8, "better", "time_to_first_token_ms", "time to first token 20 % shorter"),
+        (1.5, "worse", "latency_p99_ms", "latency p99 50 % longer"),
+        (1.3, "better", "goodput_requests_per_second", "goodput 30 % higher"),
+        (1.02, "inconclusive", "decode_tokens_per_second", "decode undecided"),
+        (1.0, "equivalent", "decode_tokens_per_second", "decode unchanged"),
+    ],
+)
+def test_a_speed_is_its_own_change(ratio, verdict, metric, said):
+    assert brief.phrase(samples.timed(metric, ratio, verdict=verdict)) == said
+
+
+def test_amounts_and_scores():
+    weights = measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")
+    assert brief.phrase(weights) == "weights 26 % smaller" and brief.number(weights) == "−26 %"
+    assert brief.phrase(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "F1 4.1 points lower"
+    assert brief.phrase(samples.scored("f1_macro", 0.91, 0.905, "maintained")) == "F1 maintained"
+    assert brief.phrase(samples.scored("perplexity", 41.0, 55.0, "not_maintained")) == "perplexity 34 % higher"
+    same = samples.scored("f1_macro", 0.9, 0.9, "maintained").model_copy(
+        update={"source": "same answers, 400 items; topic", "ci": None}
+    )
+    assert brief.phrase(same) == "answers unchanged"
+    assert brief.phrase(measurement.unavailable("f1_macro", "classify", "random weights")) == "F1 not measured"
+
+
+def test_the_interval_is_that_of_the_change_and_of_a_score_its_bound():
+    assert brief.spread(_amount(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
+    assert brief.spread(samples.timed("prefill_tokens_per_second", 1.31)) == "+28.0 to +34.0 %"
+    assert brief.spread(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "lower bound −5.8"
+
+
+def test_no_sentence_has_more_words_than_it_may():
+    phrases = [f"metric number {number} is 12 % larger" for number in range(12)]
+    text = brief.joined(phrases, "But")
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)) and len(brief.split(text)) > 1
+    assert all(phrase in text for phrase in phrases) and text.startswith("But metric")
+    assert brief.count("prefill 19 % faster, answers unchanged") == 5
+    assert brief.clipped("a " * 40, 3) == "a a a …" and brief.clipped("a b") == "a b"

@@ -1,0 +1,90 @@
+"""A whole build at effort standard makes a complete site early, at effort quick, and then replaces it run by run."""
+
+import signal
+
+import psutil
+import pytest
+import workbench
+
+from lib.report.records import history
+from lib.suite.run.sampling import is_alive
+
+MARK = """import os, time
+from pathlib import Path
+
+with Path(os.environ["MARKS"], "order").open("a") as order:
+    order.write(f"{NAME} {effort}\\n")
+if effort == "standard" and NAME == "z_slow":
+    Path(os.environ["MARKS"], "pid").write_text(str(os.getpid()))
+    time.sleep(float(os.environ["SLOW"]))"""
+
+
+@pytest.fixture
+def marked(project, tmp_path):
+    """Return a project with two templates that tell when they run, and the folder where they do."""
+    for name in ("well", "z_slow"):
+        workbench.notebook(project / "notebooks" / f"{name}.ipynb", [("Mark", MARK), ("Record", workbench.RECORD)])
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    return project, marks
+
+
+def _order(marks):
+    return (marks / "order").read_text().splitlines()
+
+
+def _efforts(root):
+    return [workbench.record(root, f"{name}--alpha-1.5")["effort"] for name in ("well", "z_slow")]
+
+
+def test_every_run_is_quick_before_any_is_standard(marked):
+    root, marks = marked
+    arguments = ("--model", "alpha-1.5", "--jobs", "1")
+    ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert _order(marks) == ["well quick", "z_slow quick", "well standard", "z_slow standard"]
+    assert "first pass: 2 runs at effort quick" in ended.stdout and "first pass complete: executed" in ended.stdout
+    assert _efforts(root) == ["standard", "standard"]
+    [build] = history.builds(root / "executed" / history.NAME)
+    assert {run.effort for run in history.records(root / "executed" / history.NAME, build)} == {"standard"}
+    again = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
+    assert "nothing had to be run" in again.stdout and "first pass" not in again.stdout and len(_order(marks)) == 4
+
+
+def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
+    root, marks = marked
+    arguments = ("--model", "alpha-1.5", "--jobs", "1")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
+    path = marks / "pid"
+    kernel = psutil.Process(int(workbench.wait_for(lambda: path.is_file() and path.read_text(), 120)))
+    assert _efforts(root) == ["standard", "quick"]
+    folder = root / "executed" / "proxy"
+    assert all((folder / f"{name}--alpha-1.5.html").is_file() for name in ("well", "z_slow"))
+    workbench.kill(process, signal.SIGINT)
+    assert process.returncode == 130 and not is_alive(kernel)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "1 at quick, 1 at standard" in page or "1 at standard, 1 at quick" in page
+    assert not (root / "executed" / history.NAME).exists()  # no build has ended
+    listed = workbench.build(root, "list", "--model", "alpha-1.5").stdout
+    assert any("z_slow--" in line and "at effort quick so far" in line for line in listed.splitlines())
+    ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "1 of 2 runs are finished already and kept" in ended.stdout
+    assert _order(marks).count("z_slow quick") == 1 and _efforts(root) == ["standard", "standard"]
+
+
+def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked):
+    root, marks = marked
+    for arguments in (("run", "well"), ("--effort", "quick", "--out", "quick")):
+        ended = workbench.build(root, *arguments, "--model", "alpha-1.5", MARKS=str(marks), SLOW="0")
+        assert ended.returncode == 0 and "first pass" not in ended.stdout, ended.stdout + ended.stderr
+    assert _order(marks)[0] == "well standard" and set(_order(marks)[1:]) == {"well quick", "z_slow quick"}
+
+
+def test_a_stale_result_stays_until_its_own_run_replaces_it(marked):
+    root, marks = marked
+    arguments = ("--model", "alpha-1.5", "--jobs", "1")
+    workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
+    ended = workbench.build(root, *arguments, "-p", "ratio=0.5", MARKS=str(marks), SLOW="0")
+    assert ended.returncode == 0 and "first pass" not in ended.stdout, ended.stdout + ended.stderr
+    assert _order(marks)[4:] == ["well standard", "z_slow standard"]
