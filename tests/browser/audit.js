@@ -36,7 +36,7 @@
   for (const element of all("[aria-labelledby], [aria-controls], [aria-describedby]"))
     for (const attribute of ["aria-labelledby", "aria-controls", "aria-describedby"])
       for (const id of (element.getAttribute(attribute) || "").split(" ").filter(Boolean)) want(document.getElementById(id), `${attribute} leads nowhere: ${id}`);
-  const roles = ["table", "rowgroup", "row", "cell", "columnheader", "rowheader", "img", "region", "status", "table"];
+  const roles = ["table", "rowgroup", "row", "cell", "columnheader", "rowheader", "img", "region", "status", "tablist", "tab", "tabpanel"];
   for (const element of all("[role]")) want(roles.includes(element.getAttribute("role")), `unknown role: ${told(element)}`);
   for (const table of all("table")) {
     want(all("th", table).length > 0, `table without headers: ${told(table)}`);
@@ -47,6 +47,13 @@
   for (const element of all("body *").filter(seen)) {
     const scrolls = ["auto", "scroll"].includes(getComputedStyle(element).overflowX) && element.scrollWidth > element.clientWidth + 1;
     want(!scrolls || element.tabIndex >= 0, `scrolls but not by keyboard: ${told(element)}`);
+  }
+
+  // A target within a line of text may be as high as the line (WCAG 2.5.8); what stands alone is large enough for a finger.
+  for (const element of all("a[href], button, select, input, summary").filter(seen)) {
+    const alone = !element.closest(".notebook, .prose, p.note") && !element.closest(".skip");
+    const { width, height } = element.getBoundingClientRect();
+    want(!alone || (width >= 23.9 && height >= 23.9), `target of ${width.toFixed(0)} × ${height.toFixed(0)}: ${told(element)}`);
   }
 
   const parse = (text) => { const parts = (text.match(/[\d.]+/g) || []).map(Number); return text.startsWith("rgb") ? [...parts.slice(0, 3), parts[3] ?? 1] : null; };

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from PIL import Image
 
+from lib.report.analysis import advice
 from lib.report.analysis.noise import discoveries
 from lib.report.pages import archive, html, index
 from lib.report.records import record
@@ -86,7 +87,10 @@ def test_pages_open_from_disk_and_fit_the_window(site, open_page, tmp_path, name
 def test_pages_are_accessible(site, open_page, name, scheme):
     page = open_page(site / name, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    assert page.evaluate(AUDIT) == []
+    for tab in page.get_by_role("tab").all() or [None]:
+        if tab:
+            tab.click()
+        assert page.evaluate(AUDIT) == []
     page.set_viewport_size({"width": 390, "height": 900})
     assert page.evaluate(AUDIT) == []
 
@@ -131,6 +135,7 @@ def _dead(folder, open_page):
 def test_every_link_leads_somewhere_and_back(site, open_page):
     assert _dead(site, open_page) == []
     page = open_page(site / "index.html")
+    _tab(page, "Matrix")
     page.get_by_role("link", name="Report: Structured pruning on qwen3-vl-2b").click()
     assert (
         page.get_by_role("heading", level=1).inner_text()
@@ -149,30 +154,141 @@ def test_what_is_sent_opens_too(site, open_page, tmp_path):
 
 
 def _shown(page):
-    return page.locator("#matrix ~ table.matrix td[id] > .inside:visible").count()
+    return page.locator("#matrix td[id] > .inside:visible").count()
+
+
+def _tab(page, name):
+    page.get_by_role("tab", name=name).click()
 
 
 def test_filters(site, open_page):
     page = open_page(site / "index.html")
+    _tab(page, "Matrix")
     total = len(samples.OPTIMIZATIONS) * len(samples.MODELS)
-    status = page.get_by_role("status")
+    status = page.locator("#filter output")
     assert _shown(page) == total and status.inner_text() == f"{total} of {total} cells shown"
-    page.get_by_role("combobox", name="Model").select_option("qwen3-vl-2b")
-    assert _shown(page) == 11 and page.locator("th[data-model]:visible").all_inner_texts() == ["qwen3-vl-2b"] * 5
+    page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
+    assert _shown(page) == 11
+    assert page.locator("#matrix th[data-model]:visible").all_inner_texts() == ["qwen3-vl-2b"]
     page.get_by_role("combobox", name="Dimension").select_option("accuracy")
-    heads = set(page.locator("#matrix ~ table.matrix .part:visible .head > span:first-child").all_inner_texts())
-    assert heads == {"Quality"} and page.locator("section[data-dimension]:visible h3").all_inner_texts() == ["Accuracy"]
+    shown = page.locator("#matrix .part:visible").evaluate_all("(all) => all.map((one) => one.dataset.dimension)")
+    assert set(shown) == {"accuracy"}
     page.get_by_role("combobox", name="Verdict").select_option("maintained")
     cells = discoveries.cells(record.read_folder(site)[0])  # the words that hold for the set
     on_it = [cell for cell in cells if cell.model == "qwen3-vl-2b" and cell.dimension == "accuracy"]
     kept = sum(cell.word == "maintained" for cell in on_it)
     assert 0 < kept < 11 and _shown(page) == kept and status.inner_text() == f"{kept} of {total} cells shown"
     page.get_by_role("button", name="Show all").click()
-    page.wait_for_function("document.querySelector('output').value.startsWith('44 of 44')")
+    page.wait_for_function("document.querySelector('#filter output').value.startsWith('44 of 44')")
     assert _shown(page) == total
     page.get_by_role("combobox", name="Verdict").select_option("failed")
     assert _shown(page) == 1 and "MemoryError" in page.locator("td[id][data-status=failed]").inner_text()
     assert page.faults == []
+
+
+def _rows(page):
+    return page.locator("#decisions tbody tr:visible")
+
+
+def test_the_choice_shows_one_line_per_optimization(site, open_page):
+    page = open_page(site / "index.html")
+    records = discoveries.settled(record.read_folder(site)[0])
+    for model, goal, keep in ((samples.MODELS[3], "size", 0.02), (samples.MODELS[0], "latency", 0.1)):
+        page.get_by_role("combobox", name="Model").select_option(model)
+        page.get_by_role("combobox", name="Goal").select_option(goal)
+        page.get_by_role("combobox", name="may lose").select_option(f"{keep:g}")
+        advised = advice.advise(records, model, [advice.Goal(goal)], keep)
+        states = page.locator("#decisions .decided .state:visible").all_inner_texts()
+        assert sorted(states) == sorted(row.decision for row in advised) and _rows(page).count() == len(advised)
+        places = [advice.ORDER.index(state) for state in states]
+        assert places == sorted(places)  # what to use stands first
+        counted = page.locator("#choice output").inner_text()
+        assert f"{states.count(states[0])} {states[0]}" in counted
+    assert page.faults == []
+
+
+def test_the_table_sorts_by_every_column(site, open_page):
+    page = open_page(site / "index.html")
+    values = "(all) => all.map((row) => row.querySelector(`td[data-label=Prefill]`).dataset.value).filter(Boolean)"
+    page.get_by_role("button", name="Prefill").click()
+    sorted_down = [float(text) for text in _rows(page).evaluate_all(values)]
+    assert len(sorted_down) > 5 and sorted_down == sorted(sorted_down, reverse=True)
+    assert page.locator("th[aria-sort=descending]").inner_text().startswith("Prefill")
+    page.get_by_role("button", name="Prefill").click()
+    assert [float(text) for text in _rows(page).evaluate_all(values)] == sorted_down[::-1]
+    page.get_by_role("button", name="Optimization").click()
+    names = _rows(page).locator("th a").all_inner_texts()
+    assert names == sorted(names)
+    for name in ("Quality", "Decode", "Weights", "Decision"):
+        page.get_by_role("button", name=name, exact=True).click()
+        assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").inner_text().startswith(name)
+    assert page.faults == []
+
+
+def test_what_was_chosen_stands_in_the_address(site, open_page):
+    page = open_page(site / "index.html")
+    page.get_by_role("combobox", name="Model").select_option("qwen3-vl-2b")
+    page.get_by_role("combobox", name="Goal").select_option("memory")
+    page.get_by_role("combobox", name="may lose").select_option("0.05")
+    page.get_by_role("button", name="Weights").click()
+    names, address = _rows(page).locator("th a").all_inner_texts(), page.url
+    again = open_page(site / "index.html")
+    again.goto(address)
+    again.reload()
+    chosen = again.evaluate("[...document.querySelectorAll('#choice select')].map((one) => one.value)")
+    assert chosen == ["qwen3-vl-2b", "memory", "0.05"] and _rows(again).locator("th a").all_inner_texts() == names
+    _tab(again, "Trade-offs")
+    third = open_page(site / "index.html")
+    third.goto(again.url)
+    third.reload()
+    assert third.locator("#trade-offs").is_visible() and not third.locator("#decide").is_visible()
+    odd = open_page(site / "index.html")
+    odd.goto(f"{(site / 'index.html').as_uri()}#model=nobody&goal=beauty&sort=age&view=nowhere")
+    odd.reload()
+    assert odd.locator("#decide").is_visible() and _rows(odd).count() > 5 and odd.faults == []
+
+
+def test_every_view_of_the_index_is_at_most_three_screens_high(site, open_page):
+    page = open_page(site / "index.html", viewport={"width": 1280, "height": 800})
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        height = page.evaluate("document.documentElement.scrollHeight")
+        assert height <= 3 * 800, f"{tab.inner_text()}: {height} pixels"
+
+
+def test_the_first_screen_of_the_index_is_the_choice_and_the_first_decisions(site, open_page):
+    page = open_page(site / "index.html", viewport={"width": 1280, "height": 800})
+    assert _rows(page).nth(3).bounding_box()["y"] < 800
+    assert page.locator(".stand-in").bounding_box()["y"] < page.locator("#choice").bounding_box()["y"] < 400
+
+
+def test_the_first_screen_of_a_report_is_the_answer(site, open_page):
+    page = open_page(site / PAGES[1], viewport={"width": 1280, "height": 800})
+    for name in (
+        ".stand-in",
+        ".decision",
+        ".sentence",
+        ".setting",
+        ".six",
+        ".forest svg",
+        ".trade-off svg",
+        ".machine",
+    ):
+        box = page.locator(name).first.bounding_box()
+        assert box and box["y"] + box["height"] <= 800, f"{name}: {box}"
+    assert page.locator(".six li").count() == 6
+    top = page.locator(".contents").bounding_box()["y"]
+    assert all(page.locator(name).bounding_box()["y"] > top for name in ("#measurements", "#controls"))
+
+
+@pytest.mark.parametrize(("name", "first"), [("index.html", "#decisions th a"), (PAGES[1], ".contents a")])
+def test_few_tab_stops_lie_before_the_first_result(site, open_page, name, first):
+    page = open_page(site / name)
+    for stops in range(1, 26):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"document.activeElement.matches({first!r})"):
+            return
+    raise AssertionError(f"{stops} tab stops, and the focus is at {page.evaluate('document.activeElement.outerHTML')}")
 
 
 def test_the_keyboard_is_enough(site, open_page):
@@ -181,23 +297,40 @@ def test_the_keyboard_is_enough(site, open_page):
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     assert page.locator(".skip").bounding_box()["x"] >= 0  # seen once it has the focus
     page.keyboard.press("Enter")
-    page.get_by_role("combobox", name="Model").focus()
+    page.get_by_role("tab", name="Decide").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#matrix").is_visible() and page.evaluate("document.activeElement.textContent") == "Matrix"
+    page.get_by_role("combobox", name="Column").focus()
     page.keyboard.type("qwen3-vl")
-    page.wait_for_function("document.querySelector('output').value.startsWith('11 of')")
+    page.wait_for_function("document.querySelector('#filter output').value.startsWith('11 of')")
     cell = page.locator("#structured_pruning--qwen3-vl-2b")
     cell.locator("summary").focus()
     page.keyboard.press("Enter")
     assert "python build.py run structured_pruning --model qwen3-vl-2b" in cell.locator("pre").inner_text()
-    assert "balanced AB/BA blocks" in cell.locator("dl").inner_text()
+    assert "balanced AB/BA blocks" in cell.locator(".numbers").first.inner_text()
 
 
 def test_without_scripts_everything_is_shown(site, open_page):
     page = open_page(site / "index.html", java_script_enabled=False)
-    assert page.locator("#filter").is_hidden() and _shown(page) == 44
+    assert page.locator("#filter").is_hidden() and page.locator("#choice").is_hidden() and _shown(page) == 44
+    assert all(page.locator(name).is_visible() for name in ("#decide", "#matrix", "#trade-offs", "#sources"))
+    items = page.locator("#decisions .decided li")
+    assert _rows(page).count() == 42 and items.locator("visible=true").count() == items.count()
+    assert "latency" in items.first.inner_text()
+
+
+def test_figures_follow_the_dark_scheme(site, open_page):
+    page = open_page(site / PAGES[1], color_scheme="dark", viewport={"width": 1280, "height": 900})
+    figures = page.locator("figure img, figure svg")
+    assert figures.count() >= 3
+    for figure in figures.all():
+        shown = Image.open(io.BytesIO(figure.screenshot())).convert("L").resize((1, 1)).getpixel((0, 0))
+        assert shown < 110, f"as bright as {shown} of 255"
 
 
 def test_print(site, open_page):
     page = open_page(site / "index.html")
     page.emulate_media(media="print")
-    assert page.locator("#filter").is_hidden() and page.locator("nav.sections").is_hidden()
+    assert page.locator("#filter").is_hidden() and page.locator("nav.tabs").is_hidden()
+    assert page.locator("#matrix").is_visible() and page.locator("#sources").is_visible()  # every tab is on paper
     assert page.pdf(format="A4")[:5] == b"%PDF-"

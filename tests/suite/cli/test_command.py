@@ -7,7 +7,9 @@ import sys
 import pytest
 import workbench
 
-from lib.suite.cli import command
+from lib.suite.cli import command, listing
+from lib.suite.plan import plan
+from lib.suite.plan import template as templates
 
 
 def _build(*arguments, **more):
@@ -24,7 +26,24 @@ def test_help_names_every_command_and_every_exit_code():
     ended = _build("--help")
     top, commands = command.parser()
     assert ended.returncode == 0 and all(f"    {name}" in ended.stdout for name in commands)
-    assert all(f"{code} " in top.epilog for code in (0, 1, 2))
+    assert all(f"{code} " in top.epilog for code in (0, 1, 2, 130))
+
+
+def test_a_stop_has_the_exit_code_of_a_stop(monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_main", stop)
+    assert command.main(["list"]) == 130 and "stopped" in capsys.readouterr().err
+
+
+def test_the_list_says_in_a_line_what_each_optimization_is():
+    template = templates.read(plan.NOTEBOOKS / "structured_pruning.ipynb")
+    said = listing.about(template)
+    assert said.startswith("Whole parts of a model are removed") and len(said) <= listing.WIDTH
+    for path in plan.NOTEBOOKS.glob("*.ipynb"):
+        said = listing.about(templates.read(path))
+        assert said and "\n" not in said and len(said) <= listing.WIDTH, path.name
 
 
 def test_the_network_is_not_used_unasked(monkeypatch):
