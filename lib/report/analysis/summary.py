@@ -14,7 +14,7 @@ from lib.report.analysis.advice import Advice
 from lib.report.records.record import Record
 from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
-from lib.report.text.quantities import DASH, figures, quantity, share
+from lib.report.text.quantities import figures, quantity, share
 from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
@@ -96,9 +96,7 @@ def number(measurement: Measurement, name: str) -> Number:
     estimated = m.provenance == "estimated" and m.verdict in headlines.JUDGED
     state = "informative" if estimated else m.verdict  # an estimate is never judged
     arms = f"{quantity(m.baseline, m.unit)} → {quantity(m.optimized, m.unit)}" if m.optimized is not None else ""
-    said = brief.change(m) or (quantity(m.optimized, m.unit) if m.optimized is not None else DASH)
-    said = "answers unchanged" if brief.phrase(m) == "answers unchanged" else said
-    return Number(name, m.metric, said, brief.spread(m), arms, state, signed(state), m.provenance)
+    return Number(name, m.metric, brief.value(m), brief.spread(m), arms, state, signed(state), m.provenance)
 
 
 def machine(record: Record) -> list[tuple[str, str]]:

@@ -116,7 +116,7 @@ def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict
     if record.status != "ok":
         return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
     parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
-    notes = [record.effort, facts.day(record.started)[:10] or "no date"]
+    notes = [record.effort]
     notes += [f"{' and '.join(record.dimensions)} only"] if record.dimensions else []
     notes += ["busy machine"] if why_busy(record.measurements) else []
     return cell | {"parts": parts, "note": ", ".join(notes)}
@@ -150,10 +150,9 @@ def _by(member: Any) -> str:
 
 def _number(shown: headlines.Shown, member: Any) -> dict[str, Any]:
     """Return a number of a cell in words, with its interval or bound, provenance and source."""
-    value = brief.change(member) or shown.value
-    about = {"value": value if shown.value != "same answers" else shown.value, "spread": brief.spread(member)}
     keep = {"what": shown.what, "state": shown.state, "sign": shown.sign, "verdict": shown.verdict}
-    return keep | about | {"provenance": shown.provenance, "source": shown.source}
+    keep |= {"provenance": shown.provenance, "source": shown.source}
+    return keep | {"value": brief.value(member), "spread": brief.spread(member)}
 
 
 def _summary(results: Results) -> str:

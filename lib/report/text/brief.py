@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text import sentence
-from lib.report.text.quantities import MINUS, share, signed, with_ends
+from lib.report.text.quantities import MINUS, quantity, share, signed, with_ends
 from lib.report.text.wording import words
 
 MOST_WORDS = 25
@@ -36,6 +36,17 @@ def outcome(measurement: Measurement) -> str:
     if measurement.verdict in ("equivalent", "better", "worse"):
         return "unchanged" if measurement.verdict == "equivalent" else measurement.verdict
     return OPEN.get(measurement.verdict, words(measurement.verdict))
+
+
+def value(measurement: Measurement) -> str:
+    """Return what a table shows of a measurement: the change in words where it was called, with its sign where not."""
+    if sentence.same_answers(measurement):
+        return "answers unchanged"
+    if measurement.verdict in CALLED and (said := change(measurement)):
+        return said
+    if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
+        return words(measurement.verdict)
+    return number(measurement) or quantity(measurement.optimized, measurement.unit)
 
 
 def change(measurement: Measurement) -> str:

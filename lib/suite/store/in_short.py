@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.suite.store.result_folder import Folder
@@ -16,6 +17,7 @@ def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]
     """
     from lib.report.analysis import summary
     from lib.report.records import record as records
+    from lib.report.text import sentence
 
     try:
         record = records.read(folder.of(stem, ".json"))
@@ -26,12 +28,11 @@ def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]
     told = [f"{stem}: {summary.sentence(record)}"]
     first = {m.dimension: m for m in reversed(summary.chosen(record))} if record.status == "ok" else {}
     by_dimension = [first[name] for name in ("performance", "accuracy", "resources", "efficiency") if name in first]
-    numbers = [summary.number(m, "") for m in by_dimension[:NUMBERS]]
-    names = [summary.subject(m) for m in by_dimension]
-    told += [f"  {' · '.join(_number(name, number) for name, number in zip(names, numbers))}"] if numbers else []
+    numbers = [summary.number(m, sentence.subject(m)) for m in by_dimension[:NUMBERS]]
+    told += [f"  {' · '.join(map(_number, numbers))}"] if numbers else []
     return [*told, f"  {shown(folder.of(stem, '.html'))}"]
 
 
-def _number(name: str, number) -> str:
-    said = f"{name} {number.change}" if not number.change.startswith("answers") else number.change
+def _number(number: Any) -> str:
+    said = number.change if number.change.startswith("answers") else f"{number.name} {number.change}"
     return f"{said} ({number.spread})" if number.spread else said

@@ -77,3 +77,12 @@ def test_names_are_escaped(tmp_path):
     made = samples.whole("structured_pruning", "<b>model</b>")
     record.write(made, tmp_path / "structured_pruning--x.json")
     assert "<b>model</b>" not in index.write(tmp_path).read_text()
+
+
+def test_no_sentence_of_the_index_is_long(tmp_path):
+    samples.mixed(tmp_path)
+    soup = BeautifulSoup(index.write(tmp_path, samples.OPTIMIZATIONS, samples.MODELS).read_text(), "html.parser")
+    texts = [p.get_text(" ", strip=True) for p in soup.select("p.note:not(.listed), p.stand-in, .reading li, footer p")]
+    assert len(texts) > 10
+    long = [part for text in texts for part in brief.split(text) if brief.count(part) > brief.MOST_WORDS]
+    assert long == []

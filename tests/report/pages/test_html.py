@@ -205,9 +205,9 @@ def test_the_matrix_shows_every_state(tmp_path):
     }
     whole = cell["Structured pruning", "qwen3-4b-instruct-2507"]
     assert "performance: ▲ ▲ better: prefill 31 % faster" in whole  # the chip names what carries it
-    assert "F1 ✓ maintained: 0.4 points lower (lower bound −1.7" in whole
+    assert "F1 ✓ maintained: −0.4 points (lower bound −1.7" in whole
     assert "prefill ▲ better: 31 % faster (+28.0 to +34.0 %)" in whole
-    assert "energy per token · informative: 19 % lower (−21.0 to −15.0 %) estimated" in whole
+    assert "energy per token · informative: −19 % (−21.0 to −15.0 %) estimated" in whole
     assert "processor time × 6.5 W per core" in whole  # the source, on demand
     assert "✗ not maintained" in cell["Structured pruning", "qwen3-coder-30b"]
     assert "✗ failed" in cell["Structured pruning", "glm-4.7-flash"]

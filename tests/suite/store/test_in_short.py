@@ -15,7 +15,7 @@ def test_a_measured_run_is_told_in_three_lines(tmp_path):
     run = samples.made()
     first, numbers, path = _lines(tmp_path, run)
     assert first == f"{run.stem}: {run.verdict.sentence}"
-    assert numbers.count(" · ") == 2 and numbers.startswith("  prefill 31 % faster (+28.0 to +34.0 %) · F1 0.4 points")
+    assert numbers.count(" · ") == 2 and numbers.startswith("  prefill 31 % faster (+28.0 to +34.0 %) · F1 −0.4 points")
     assert path == f"  {run.stem}.html"
 
 
