@@ -288,7 +288,8 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
     if len(stems) <= MOST_TOLD:
         from lib.suite.store import in_short
 
-        print(*(line for stem in stems for line in in_short.lines(folder, stem, shown)), sep="\n")
+        for line in (line for stem in stems for line in in_short.lines(folder, stem, shown)):
+            print(line)
     took, total = sum(result.seconds for result in results), len(stems)
     ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
     print(f"{total - len(failed)} of {total} well, {len(failed)} failed; {ran}; {shown(folder.path / 'index.html')}")

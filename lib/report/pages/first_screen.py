@@ -10,10 +10,11 @@ from typing import Any
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.analysis import flips, summary
+from lib.report.analysis import summary
 from lib.report.analysis.advice import Advice
-from lib.report.figures import forest_svg, trade_off_svg
-from lib.report.figures.forest_svg import Change
+from lib.report.analysis.noise import flips
+from lib.report.figures.inline import forest_svg, trade_off_svg
+from lib.report.figures.inline.forest_svg import Change
 from lib.report.pages import views
 from lib.report.records import facts
 from lib.report.records import record as records

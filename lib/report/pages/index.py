@@ -13,7 +13,8 @@ from lib.errors import UserError
 from lib.files import write_atomically
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.report.analysis import advice, flips, headlines, result_set
+from lib.report.analysis import advice, headlines, result_set
+from lib.report.analysis.noise import flips
 from lib.report.analysis.result_set import Results
 from lib.report.pages import decisions, views
 from lib.report.pages.html import TEMPLATES

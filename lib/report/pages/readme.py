@@ -15,7 +15,7 @@ from lib.files import write_atomically
 from lib.measure.metrics.catalogue import METRICS
 from lib.report.analysis.noise import discoveries
 from lib.report.analysis.result_set import Results
-from lib.report.figures import trade_off_svg
+from lib.report.figures.inline import trade_off_svg
 from lib.report.pages import result_tables, views
 from lib.report.records.record import Record, read_folder
 

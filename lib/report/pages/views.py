@@ -12,8 +12,8 @@ from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import ranking
 from lib.report.analysis.result_set import Results
-from lib.report.figures import trade_off_svg
-from lib.report.figures.trade_off_svg import TradeOff
+from lib.report.figures.inline import trade_off_svg
+from lib.report.figures.inline.trade_off_svg import TradeOff
 from lib.report.records.record import Record
 from lib.report.records.verdicts import verdict
 from lib.report.text import sentence

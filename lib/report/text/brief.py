@@ -89,7 +89,7 @@ def spread(measurement: Measurement) -> str:
     neither.
     """
     if measurement.dimension == "accuracy" and measurement.bound is not None:
-        return sentence.score(measurement)[1][0]
+        return next(iter(sentence.score(measurement)[1]), "")
     known = sentence.change(measurement)
     if known is None:
         return ""

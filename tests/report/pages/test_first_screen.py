@@ -5,8 +5,8 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from lib.measure.metrics import measurement
-from lib.report.figures import forest_svg
-from lib.report.figures.forest_svg import Change
+from lib.report.figures.inline import forest_svg
+from lib.report.figures.inline.forest_svg import Change
 from lib.report.pages import first_screen, html, run_page
 from lib.report.records import record
 from lib.report.text import brief

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from lib.report.analysis import headlines, ranking, result_set
-from lib.report.figures import trade_off_svg
-from lib.report.figures.trade_off_svg import TradeOff
+from lib.report.figures.inline import trade_off_svg
+from lib.report.figures.inline.trade_off_svg import TradeOff
 from lib.report.pages import views
 from lib.report.records import record, reproduce
 from lib.suite.cli import command

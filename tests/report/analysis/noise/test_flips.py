@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.report.analysis import flips
+from lib.report.analysis.noise import flips
 from lib.report.pages import index, run_page
 from lib.report.records import history, record
 from tests.report import samples
