@@ -13,9 +13,10 @@ from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import advice
 from lib.report.analysis.advice import Advice
-from lib.report.pages.first_screen import DECISIONS, about_minutes, shown_flip
+from lib.report.pages.first_screen import DECISIONS, shown_flip
 from lib.report.records.record import Record
 from lib.report.text import brief
+from lib.report.text.quantities import about
 from lib.report.text.wording import SIGNS, title, words
 
 MARGINS = (0.01, 0.02, 0.05, 0.10)
@@ -67,7 +68,7 @@ def _decision(row: Advice) -> dict[str, Any]:
         "class": DECISIONS[row.decision],
         "reason": row.reason,
         "command": row.command,
-        "took": about_minutes(row.seconds) if row.command else "",
+        "took": about(row.seconds) if row.command else "",
         "where": row.evidence.where if row.evidence else "",
         "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # what gains most stands first
     }

@@ -20,7 +20,7 @@ from lib.report.records import facts
 from lib.report.records import record as records
 from lib.report.records.record import Record
 from lib.report.text import brief
-from lib.report.text.quantities import duration
+from lib.report.text.quantities import about, duration
 from lib.report.text.sentence import subject
 from lib.report.text.wording import signed, words
 
@@ -53,15 +53,8 @@ def of(record: Record, out: Path) -> dict[str, Any]:
 
 
 def _decision(row: Advice) -> dict[str, Any]:
-    about = {"goal": row.goal, "decision": row.decision, "class": DECISIONS[row.decision], "reason": row.reason}
-    return about | {"command": row.command, "took": about_minutes(row.seconds) if row.command else ""}
-
-
-def about_minutes(seconds: float | None) -> str:
-    """Return an estimate of a run's time: `about 4 min`; empty where nothing is known."""
-    if seconds is None:
-        return ""
-    return f"about {max(round(seconds / 60), 1)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    item = {"goal": row.goal, "decision": row.decision, "class": DECISIONS[row.decision], "reason": row.reason}
+    return item | {"command": row.command, "took": about(row.seconds) if row.command else ""}
 
 
 def setting(record: Record) -> list[tuple[str, str]]:

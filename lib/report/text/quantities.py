@@ -142,3 +142,10 @@ def duration(seconds: float | None) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def about(seconds: float | None) -> str:
+    """Return an estimate of a time: `about 4 min`, `about 2.5 h`; empty where nothing is known."""
+    if seconds is None:
+        return ""
+    return f"about {max(round(seconds / 60), 1)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

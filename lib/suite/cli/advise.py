@@ -55,6 +55,7 @@ def as_plain(row) -> dict[str, Any]:
         "decision": row.decision,
         "reason": row.reason,
         "command": row.command,
+        "seconds": row.seconds,
     }
     if row.evidence:
         m = row.evidence.measurement
@@ -71,6 +72,7 @@ def as_plain(row) -> dict[str, Any]:
 
 def _lines(row) -> list[str]:
     """Return one piece of advice in two or three lines."""
+    from lib.report.text import quantities
     from lib.report.text.sentence import gain, ratio
     from lib.report.text.wording import label, title
 
@@ -84,5 +86,6 @@ def _lines(row) -> list[str]:
     if scores:
         lines.append(f"  {', '.join(scores)}")
     if row.command:
-        lines.append(f"  would tell: {row.command}")
+        took = quantities.about(row.seconds)
+        lines.append(f"  would tell{f', {took}' if took else ''}: {row.command}")
     return lines

@@ -42,3 +42,7 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
     if not low <= 1 <= high and digits < 6:
         assert 1.0 not in (below, above)
     assert math.isfinite(digits)
+
+
+def test_an_estimate_of_a_time_is_round():
+    assert [quantities.about(s) for s in (None, 5, 250, 9000)] == ["", "about 1 min", "about 4 min", "about 2.5 h"]
