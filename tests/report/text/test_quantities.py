@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lib.report.text.quantities import interval, outward, places, with_ends
+from lib.report.text.quantities import about, interval, outward, places, with_ends
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
 
 
 def test_an_estimate_of_a_time_is_round():
-    assert [quantities.about(s) for s in (None, 5, 250, 9000)] == ["", "about 1 min", "about 4 min", "about 2.5 h"]
+    assert [about(s) for s in (None, 5, 250, 9000)] == ["", "about 1 min", "about 4 min", "about 2.5 h"]
