@@ -22,7 +22,7 @@ from lib.report.records.record import Record
 from lib.report.text import brief
 from lib.report.text.quantities import about, duration
 from lib.report.text.sentence import subject
-from lib.report.text.wording import signed, words
+from lib.report.text.wording import one_line, signed, words
 
 DECISIONS = {
     "use": "better",
@@ -59,12 +59,10 @@ def _decision(row: Advice) -> dict[str, Any]:
 
 def setting(record: Record) -> list[tuple[str, str]]:
     """Return the setting of a run in a line: parameters, scale and effort, machine, date, duration."""
-    own = {
-        name: value for name, value in record.parameters.items() if name not in HIDDEN and value not in ("", [], None)
-    }
-    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items())
+    own = [(name, value) for name, value in record.parameters.items() if name not in HIDDEN]
+    shown = ", ".join(f"{words(name)} {value}" for name, value in own if value not in ("", [], None))
     rows = [
-        ("Setting", shown),
+        ("Setting", one_line(shown, 160)),
         ("Scale, effort", f"{record.scale}, {record.effort}"),
         ("Machine", facts.machine(record.environment)),
         ("Measured", facts.day(record.started)),

@@ -22,7 +22,7 @@ def folder(tmp_path):
 def test_it_holds_what_a_reader_needs(folder):
     run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0], 1.2)
     view = first_screen.of(run, folder)
-    assert view["decision"].startswith("Use for ") and "undecided for energy" in view["decision"]
+    assert view["decision"].startswith("Use for latency") and "undecided for throughput, energy" in view["decision"]
     assert len(view["numbers"]) == 6 and {n.name for n in view["numbers"]} >= {"prefill", "decode", "F1", "weights"}
     assert dict(view["setting"])["Scale, effort"] == "proxy, quick"
     assert "prefill" in dict(view["machine"])["Noise floor"] and "Copy of the baseline" in dict(view["machine"])
