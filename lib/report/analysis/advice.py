@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from lib.errors import UserError, suggest
 from lib.measure.metrics import settings
-from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import facts, reproduce
 from lib.report.records.record import Record
 from lib.report.records.verdicts import primary
 from lib.report.text import brief
-from lib.report.text.sentence import gain, subject
+from lib.report.text.sentence import gain, subject, why
 
 Decision = Literal["use", "use if", "undecided", "do not use", "not applicable"]
 ORDER: tuple[Decision, ...] = ("use", "use if", "undecided", "do not use", "not applicable")
@@ -139,6 +139,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if record.status == "failed":
         again = reproduce.command(record)
         return result("undecided", f"the run failed: {record.reason}", command=again, seconds=record.seconds)
+    if why_busy(record.measurements):  # a record of an earlier schema may call what was timed then
+        record = record.model_copy(update={"measurements": withhold_if_busy(record.measurements)})
     served = _serving(record, goal)
     if served is None:
         return undecided(f"nothing was measured that serves {goal.name}")
@@ -149,9 +151,9 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
         return result("do not use", f"no gain: {brief.phrase(served)}", **about)
-    if served.verdict != "better":
-        why = served.reason or f"the number is {served.verdict.replace('_', ' ')}"
-        return undecided(why, **about)
+    if served.verdict != "better" or served.provenance == "estimated":
+        reason = why(served) or "an estimate is never judged"
+        return undecided(f"{subject(served)} {brief.number(served)}: {reason}", **about)
     if open_question:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and (reason := _beyond(record, goal)):

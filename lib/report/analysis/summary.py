@@ -92,11 +92,15 @@ def numbers(record: Record) -> list[Number]:
 
 def number(measurement: Measurement, name: str) -> Number:
     """Return a measurement as the first screen shows it."""
-    m = measurement
-    estimated = m.provenance == "estimated" and m.verdict in headlines.JUDGED
-    state = "informative" if estimated else m.verdict  # an estimate is never judged
+    m, judged_as = measurement, state(measurement)
     arms = f"{quantity(m.baseline, m.unit)} → {quantity(m.optimized, m.unit)}" if m.optimized is not None else ""
-    return Number(name, m.metric, brief.value(m), brief.spread(m), arms, state, signed(state), m.provenance)
+    return Number(name, m.metric, brief.value(m), brief.spread(m), arms, judged_as, signed(judged_as), m.provenance)
+
+
+def state(measurement: Measurement) -> str:
+    """Return a measurement's verdict; an estimate is never judged."""
+    estimated = measurement.provenance == "estimated" and measurement.verdict in headlines.JUDGED
+    return "informative" if estimated else measurement.verdict
 
 
 def machine(record: Record) -> list[tuple[str, str]]:

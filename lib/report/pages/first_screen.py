@@ -14,7 +14,7 @@ from lib.report.analysis import summary
 from lib.report.analysis.advice import Advice
 from lib.report.analysis.noise import flips
 from lib.report.figures.inline import forest_svg, trade_off_svg
-from lib.report.figures.inline.forest_svg import Change
+from lib.report.figures.inline.forest_svg import ForestLine
 from lib.report.pages import views
 from lib.report.records import facts
 from lib.report.records import record as records
@@ -76,15 +76,15 @@ def forest(record: Record) -> str:
     return forest_svg.forest([line for m in summary.chosen(record) if (line := _line(m))], "Changes")
 
 
-def _line(measurement: Measurement) -> Change | None:
+def _line(measurement: Measurement) -> ForestLine | None:
     """Return a measurement as a line of the forest plot; None where there is no ratio."""
     if measurement.ratio is None:
         return None
     turn = 100.0 if measurement.higher_is_better else -100.0
     low, high = sorted((end - 1) * turn for end in measurement.ci) if measurement.ci else (None, None)
     floor = 100 * measurement.noise_floor if measurement.noise_floor else None
-    value, state = (measurement.ratio - 1) * turn, measurement.verdict
-    return Change(subject(measurement), brief.outcome(measurement), value, low, high, floor, state)
+    value, state = (measurement.ratio - 1) * turn, summary.state(measurement)
+    return ForestLine(subject(measurement), brief.outcome(measurement), value, low, high, floor, state)
 
 
 def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:

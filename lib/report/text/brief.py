@@ -46,6 +46,8 @@ def value(measurement: Measurement) -> str:
         return said
     if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
         return words(measurement.verdict)
+    if measurement.verdict == "equivalent":
+        return "unchanged"
     return number(measurement) or quantity(measurement.optimized, measurement.unit)
 
 
@@ -79,6 +81,8 @@ def number(measurement: Measurement) -> str:
     if known is None:
         return ""
     value, _, _, unit = known
+    if value == 0:
+        return "unchanged"
     if unit != "%":
         return f"{signed(value)} {unit}"
     return f"{'+' if value > 0 else MINUS if value < 0 else ''}{share(abs(value) / 100)}"
@@ -95,7 +99,7 @@ def spread(measurement: Measurement) -> str:
         return ""
     value, low, high, unit = known
     _, ends = with_ends(value, low, high, 0, signs=True)
-    return f"{ends} {unit}" if ends else ""
+    return f"{ends} {unit}" if ends and not low == high == 0 else ""
 
 
 def count(text: str) -> int:

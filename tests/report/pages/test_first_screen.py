@@ -6,7 +6,7 @@ import pytest
 
 from lib.measure.metrics import measurement
 from lib.report.figures.inline import forest_svg
-from lib.report.figures.inline.forest_svg import Change
+from lib.report.figures.inline.forest_svg import ForestLine
 from lib.report.pages import first_screen, html, run_page
 from lib.report.records import record
 from lib.report.text import brief
@@ -73,10 +73,10 @@ def test_limits_stand_once_in_a_section_of_their_own(tmp_path):
 
 def test_a_forest_plot_is_sound_and_turned_so_that_right_is_better():
     changes = [
-        Change("prefill", "19 % faster", 19.0, 11.0, 27.0, 2.0, "better"),
-        Change("weights <b>", "26 % smaller", 26.0, None, None, None, "better"),
-        Change("F1", "undecided", -1.0, -3.0, 1.0, None, "inconclusive"),
-        Change("perplexity", "900 % higher", -900.0, -950.0, -850.0, None, "not_maintained"),
+        ForestLine("prefill", "19 % faster", 19.0, 11.0, 27.0, 2.0, "better"),
+        ForestLine("weights <b>", "26 % smaller", 26.0, None, None, None, "better"),
+        ForestLine("F1", "undecided", -1.0, -3.0, 1.0, None, "inconclusive"),
+        ForestLine("perplexity", "900 % higher", -900.0, -950.0, -850.0, None, "not_maintained"),
     ]
     root = xml.fromstring(forest_svg.forest(changes, "Changes"))
     assert root.get("role") == "img" and "prefill 19 % faster" in root.get("aria-label")

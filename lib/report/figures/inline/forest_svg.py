@@ -16,7 +16,7 @@ KEPT, LOST = ("better", "maintained"), ("worse", "not_maintained", "invalid")
 
 
 @dataclass(frozen=True)
-class Change:
+class ForestLine:
     """A line of the plot, in per cent and turned so that above 0 is better. `text` says the change in words; `floor` is
     the noise floor in per cent.
     """
@@ -30,7 +30,7 @@ class Change:
     state: str
 
 
-def forest(changes: Sequence[Change], title: str) -> str:
+def forest(changes: Sequence[ForestLine], title: str) -> str:
     """Return the plot as an SVG element with a text for those who do not see it; empty where there is nothing."""
     if not changes:
         return ""
@@ -59,7 +59,7 @@ def forest(changes: Sequence[Change], title: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _line(change: Change, y: float, across) -> list[str]:
+def _line(change: ForestLine, y: float, across) -> list[str]:
     """Return name, noise band, interval and mark of one metric."""
     parts = [f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(change.name)}</text>']
     if change.floor:

@@ -189,7 +189,8 @@ def _grid(across: _Axis, down: Callable[[float], float], low: float, high: float
     for tick in across.ticks():
         parts.append(_line("zero" if tick == 1 else "grid", across(tick), TOP, across(tick), floor))
         parts.append(f'<text x="{across(tick):.1f}" y="{floor + 17}" text-anchor="middle">{tick:g}×</text>')
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (high - low) / s <= 7)
+    widest = 10 ** math.ceil(math.log10((high - low) / 7))
+    step = next((s for s in (0.5, 1, 2, 5, 10, 20, 50) if (high - low) / s <= 7), widest)
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         at, text = down(number * step), f"{number * step:+g}".replace("-", "−") if number else "0"
         parts.append(_line("grid" if number else "zero", LEFT, at, end, at))

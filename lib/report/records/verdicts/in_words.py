@@ -8,7 +8,7 @@ and figures. Knows which measurements carry and which losses count (`lib.report.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.verdicts import primary
@@ -37,8 +37,8 @@ def sentences(
         parts += [without_result("Invalid, the output has degenerated and no gain is shown", broken.reason)]
         wanted = [name for name in wanted if name == "resources"]
     said = [m for name in wanted for m in _of_dimension(name, measurements, carriers[name], losses)]
-    parts += [brief.joined(map(phrase, said))] if said else []
-    lost = [phrase(m) for m in losses if m.dimension in wanted]
+    parts += [brief.joined(phrase(m, measurements) for m in said)] if said else []
+    lost = [phrase(m, measurements) for m in losses if m.dimension in wanted]
     more = [f"{len(lost) - MOST_LOSSES} more lost"] if len(lost) > MOST_LOSSES else []
     parts += [brief.joined([*lost[:MOST_LOSSES], *more], "But")] if lost else []
     silent = [name for name in wanted if carriers[name] is None]
@@ -49,9 +49,14 @@ def sentences(
     return " ".join(parts)
 
 
-def phrase(measurement: Measurement) -> str:
-    """Return what is said of a measurement, and that it is estimated where it is."""
-    return brief.phrase(measurement) + (" (estimated)" if measurement.provenance == "estimated" else "")
+def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
+    """Return what is said of a measurement, with its workload where its metric is judged for more than one, and that it
+    is estimated where it is.
+    """
+    judged = sum(m.metric == measurement.metric and m.verdict not in primary.SILENT for m in beside)
+    notes = [measurement.workload] if judged > 1 else []
+    notes += ["estimated"] if measurement.provenance == "estimated" else []
+    return brief.phrase(measurement) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def without_result(what: str, reason: str | None) -> str:
@@ -87,7 +92,7 @@ def of_record(record: Any) -> str:
     if record.status != "ok":
         what = "Failed, so nothing is claimed" if record.status == "failed" else "Not applicable"
         return without_result(what, record.reason)
-    members = list(record.measurements)
+    members = withhold_if_busy(list(record.measurements))  # records of an earlier schema are not yet
     named = {(m.metric, m.workload): m for m in members}
     carried = record.verdict.carried_by
     carriers: dict[str, Measurement | None] = {

@@ -164,3 +164,14 @@ def _word(dimension: str, members: Sequence[Measurement], carrier: Measurement |
         )
     missing = next((m.reason for m in members if m.reason), None)
     return "unavailable", clipped(missing or "nothing was measured")
+
+
+def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
+    """Return the measurements that tables show of a dimension: the first known ones of `HEADLINES` (or any other,
+    where there is none). What carries the verdict and what it lost stand in the record's verdict.
+    """
+    order = {name: rank for rank, name in enumerate(HEADLINES[dimension])}
+    known = [m for m in measurements if m.verdict not in ("unavailable", "invalid")]
+    known = [m for m in known if m.ratio or (dimension == "accuracy" and m.optimized is not None)]
+    known.sort(key=lambda m: (order.get(m.metric, len(order)), m.verdict == "informative"))
+    return [m for m in known if m.metric in order][: SHOWN[dimension]] or known[:1]
