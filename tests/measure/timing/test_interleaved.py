@@ -136,7 +136,7 @@ def test_short_work_gets_many_short_rounds_and_long_work_the_fewest():
     assert asked(0.004, total=3.0, least=6) == (84, 3)  # three calls a turn
     assert asked(1.0, total=3.0, least=6) == (6, 1)
     assert asked(0.00011, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 91)
-    assert asked(0.01, least=6) == (6, 1)
+    assert asked(0.0101, least=6) == (6, 1)
 
 
 def test_short_turns_see_less_of_a_machine_whose_speed_wanders():
