@@ -4,7 +4,8 @@ What lm-evaluation-harness asks of a model with `loglikelihood` (Gao et al. 2021
 continuation after a context, and whether greedy decoding would give it. The harness reads context and continuation anew
 for every choice. Here the tokens that all contexts begin with (the examples of a few-shot prompt) are read once, then
 each distinct context once, and every continuation over a copy of its context's cache. The result is the same up to
-rounding. Contexts of about one length share a batch, padded on the left where they differ.
+rounding. Contexts of about one length share a pass, padded on the left where they differ, and so do continuations,
+padded on the right: a pass holds no more padding than what another pass would cost.
 
 Knows token ids only: no tokenizer, no task.
 
@@ -12,9 +13,9 @@ Shapes: B contexts, N continuations, T tokens, K tokens of a continuation but it
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,10 +28,11 @@ ROWS_AT_ONCE = 64
 LOGITS_AT_ONCE = 2**25  # elements
 CACHE_AT_ONCE = 2**29  # bytes of the copies of a cache
 SHARED_TOKENS = 16  # least that contexts must begin with alike to be read apart
-PADDING = 16  # most tokens by which contexts of one batch differ
+PADDING = {"cpu": 64, "cuda": 1024}  # tokens of it in one pass, of the order of what a pass costs besides its tokens
 DEFAULT_POSITIONS = 2048  # of a model that does not state how many it has, as in the harness
 
 Pair = tuple[Sequence[int], Sequence[int]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def loglikelihoods(
         raise ValueError(f"a continuation of {most} tokens is longer than the model's {positions(model)} positions")
     device = next(model.parameters()).device
     budget = tokens_at_once or TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cpu"])
+    padding = PADDING.get(device.type, PADDING["cpu"])
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         by_context.setdefault(_clipped(*pair, positions(model)), []).append(index)
@@ -75,11 +78,14 @@ def loglikelihoods(
     reset_rope_deltas(model)
     start = _read_shared(model, next(iter(by_context))[:shared], device) if shared else None
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for contexts in _batches(list(by_context), shared, budget):
+    # Behind shared tokens all have one length: padding between tokens would be no prompt that a model was made for.
+    for contexts in _alike(
+        by_context, len, lambda longest: min(ROWS_AT_ONCE, budget // longest), padding * (not shared)
+    ):
         after = [by_context[context] for context in contexts]
         several = any(len(pairs[index][1]) > 1 for members in after for index in members)
         read = _read(model, [context[shared:] for context in contexts], start, device, several)
-        for index, answer in _scored(model, read, after, pairs):
+        for index, answer in _scored(model, read, after, pairs, padding):
             answers[index] = answer
     return answers
 
@@ -99,21 +105,24 @@ def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
     return same if same >= SHARED_TOKENS else 0
 
 
-def _batches(contexts: Sequence[tuple[int, ...]], shared: int, budget: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield the contexts in batches of about one length, the shortest first.
-
-    Behind shared tokens all have one length: padding between tokens would be no prompt that a model was made for.
+def _alike(
+    items: Iterable[Item], length: Callable[[Item], int], rows: Callable[[int], int], padding: int
+) -> Iterator[list[Item]]:
+    """Yield the items in parts of about one length, the longest first: at most `rows(longest)` of them (one at least),
+    with at most `padding` tokens of padding in all.
     """
-    allowed = 0 if shared else PADDING
-    batch: list[tuple[int, ...]] = []
-    for context in sorted(contexts, key=len):
-        full = len(batch) == ROWS_AT_ONCE or (len(batch) + 1) * len(context) > budget
-        if batch and (full or len(context) - len(batch[0]) > allowed):
-            yield batch
-            batch = []
-        batch.append(context)
-    if batch:
-        yield batch
+    part: list[Item] = []
+    held = 0
+    for item in sorted(items, key=length, reverse=True):
+        longest = length(part[0]) if part else length(item)
+        padded = longest * (len(part) + 1) - held - length(item)
+        if part and (len(part) >= rows(longest) or padded > padding):
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += length(item)
+    if part:
+        yield part
 
 
 def _read_shared(model: nn.Module, context: Sequence[int], device: torch.device) -> Any:
@@ -147,7 +156,7 @@ def _read(
 
 
 def _scored(
-    model: nn.Module, read: ReadContexts, after: list[list[int]], pairs: Sequence[Pair]
+    model: nn.Module, read: ReadContexts, after: list[list[int]], pairs: Sequence[Pair], padding: int
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Yield (index of the pair, its answer) for the continuations of contexts that were read."""
     longer: list[tuple[int, int]] = []  # row, index of the pair
@@ -160,7 +169,7 @@ def _scored(
             if len(pairs[index][1]) > 1:
                 longer.append((row, index))
     rest: dict[int, tuple[float, bool]] = {}
-    for part in _pieces(longer, read, pairs):
+    for part in _pieces(longer, read, pairs, padding):
         rest |= _rest(model, read, part, pairs)
     for index, (score, greedy) in first.items():
         more, also = rest.get(index, (0.0, True))
@@ -168,16 +177,18 @@ def _scored(
 
 
 def _pieces(
-    longer: list[tuple[int, int]], read: ReadContexts, pairs: Sequence[Pair]
+    longer: list[tuple[int, int]], read: ReadContexts, pairs: Sequence[Pair], padding: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield the continuations in parts whose logits and copies of the cache fit into memory."""
+    """Yield the continuations in parts of about one length, whose logits and copies of the cache fit into memory."""
     if not longer:
         return
-    most = max(len(pairs[index][1]) for _, index in longer) - 1
-    cached = sum(part.numel() * part.element_size() for part in _tensors(read.cache)) // len(read.next_BV)
-    rows = min(LOGITS_AT_ONCE // (most * read.next_BV.shape[-1]), CACHE_AT_ONCE // max(1, cached))
-    for start in range(0, len(longer), max(1, rows)):
-        yield longer[start : start + max(1, rows)]
+    contexts, vocabulary = read.next_BV.shape
+    cached = sum(part.numel() * part.element_size() for part in _tensors(read.cache)) // contexts
+
+    def rows(most: int) -> int:
+        return min(LOGITS_AT_ONCE // (most * vocabulary), CACHE_AT_ONCE // max(1, cached))
+
+    yield from _alike(longer, lambda place: len(pairs[place[1]][1]) - 1, rows, padding)
 
 
 def _rest(

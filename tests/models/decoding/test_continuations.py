@@ -61,6 +61,30 @@ def test_what_is_shared_is_read_once(tiny):
     assert sum(seen) <= 50 + sum(len(context) - 50 for context in contexts) + 4 * len(longer)
 
 
+def test_texts_of_different_lengths_are_not_padded_to_the_longest(tiny):
+    """As in a benchmark of two long answers to a short question: fewer tokens than every sequence by itself."""
+    model, draw = tiny("qwen3-4b-instruct-2507"), random.Random(0)
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    contexts = [[draw.randrange(8, 96) for _ in range(draw.randrange(6, 40))] for _ in range(60)]
+    pairs = [(context, [9] * draw.randrange(2, 70)) for context in contexts for _ in range(2)]
+    continuations.loglikelihoods(model, pairs)
+    needed = sum(map(len, contexts)) + sum(len(continuation) - 1 for _, continuation in pairs)
+    alone = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
+    assert needed <= sum(seen) <= needed + len(seen) * continuations.PADDING["cpu"] and sum(seen) < alone
+    assert len(seen) < len(pairs) / 2
+
+
+def test_parts_hold_few_rows_and_little_padding():
+    lengths = [1, 1, 2, 3, 3, 8, 9, 30, 31, 31]
+    parts = list(continuations._alike(lengths, int, lambda longest: 90 // longest, 4))
+    assert sorted(length for part in parts for length in part) == lengths and parts[0] == [31, 31]
+    for part in parts:
+        assert len(part) * part[0] <= 90 and len(part) * part[0] - sum(part) <= 4
+    assert [len(part) for part in continuations._alike([5, 5, 6, 6], int, lambda _: 9, 0)] == [2, 2]
+    assert len(list(continuations._alike([7, 7], int, lambda _: 0, 9))) == 2  # one at least
+
+
 def test_a_context_that_is_too_long_loses_its_left_end(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     model.config.max_position_embeddings = 20
