@@ -1,0 +1,51 @@
+"""llama.cpp on the same GGUF file, through xllamacpp's own server: its clock, its rates.
+
+A prompt is never served from a warm prefix. llama.cpp's clock of decoding starts with the first token, which the prompt
+has given already: one step less than tokens.
+"""
+
+import json
+import statistics
+import urllib.request
+
+import probe
+import xllamacpp
+
+setting, _ = probe.read()
+if not setting["gguf"]:
+    raise SystemExit(f"{setting['model']}: the checkpoint comes from no GGUF file")
+params = xllamacpp.CommonParams()
+params.model.path = setting["gguf"]
+params.n_ctx = 2 * (len(setting["prompt"]) + setting["new_tokens"])
+params.n_parallel = 1
+params.warmup = False
+for threads in (params.cpuparams, params.cpuparams_batch):
+    threads.n_threads = setting["threads"]
+server = xllamacpp.Server(params)
+
+asked = {"prompt": setting["prompt"], "n_predict": setting["new_tokens"] + 1, "ignore_eos": True, "cache_prompt": False}
+body = json.dumps(asked | {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}).encode()
+
+
+def completion() -> dict:
+    """Return llama.cpp's timings of one prompt and its answer."""
+    address = f"{server.listening_address}/completion"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        timings = json.loads(answer.read())["timings"]
+    if (timings["prompt_n"], timings["predicted_n"]) != (len(setting["prompt"]), setting["new_tokens"] + 1):
+        raise SystemExit(f"llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}")
+    return timings
+
+
+completion()
+rounds = [completion() for _ in range(setting["rounds"])]
+prompt_ms = statistics.median(timings["prompt_ms"] for timings in rounds)
+predicted_ms = statistics.median(timings["predicted_ms"] for timings in rounds)
+values = {
+    "prefill_tokens_per_second": 1000 * len(setting["prompt"]) / prompt_ms,
+    "decode_tokens_per_second": 1000 * setting["new_tokens"] / predicted_ms,
+    "bits_per_weight": 8 * setting["gguf_bytes"] / setting["parameters"],
+    "peak_mb": probe.peak_megabytes(),
+}
+probe.write(values, ["xllamacpp"], "the index's wheel is built for any x86-64, without AVX-512")

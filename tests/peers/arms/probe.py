@@ -1,0 +1,112 @@
+"""What every arm does alike: read the setting, load stock models, time, read the peak, score windows, write the result.
+
+An arm is a script `ARM.py SETTING.json RESULT.json [KEY=VALUE …]` that runs in an environment of its own. This file has
+to run in each of them: it knows nothing of the workbench, of any peer, and of the release of transformers.
+"""
+
+import importlib.metadata
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read() -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the setting and the options KEY=VALUE of the command line, threads set."""
+    setting = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    return setting, dict(option.split("=", 1) for option in sys.argv[3:])
+
+
+def write(values: dict[str, float], packages: Sequence[str], note: str = "") -> None:
+    """Write the arm's result: one number per metric, the versions that made them, and what a reader must know."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    result = {"values": values, "versions": versions, "note": note}
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with `count` threads, whatever the environment says."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def load(setting: dict[str, Any], **options: Any) -> Any:
+    """Return the checkpoint as stock transformers loads it, in the setting's dtype."""
+    import torch
+    import transformers
+
+    folder = setting["folder"]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    theta = stored.get("rope_parameters", {}).get("rope_theta")
+    if theta and not hasattr(config, "rope_parameters"):  # before transformers 5 it had a key of its own
+        config.rope_theta = theta
+    dtype = getattr(torch, setting["dtype"])  # releases call the argument by different names
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **options).to(dtype).eval()
+
+
+def median_seconds(call: Callable[[], object], rounds: int, warmup: int = 1) -> float:
+    """Return the median seconds of `rounds` calls, after `warmup` calls that are not timed."""
+    seconds = []
+    for turn in range(warmup + rounds):
+        start = time.perf_counter()
+        call()
+        if turn >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_megabytes() -> float:
+    """Return the most memory that this process has held so far, in MB (10⁶ bytes): its resident set, libraries too."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")) / 1e6
+    except (OSError, StopIteration):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """Return the perplexity of windows of token ids, each read by itself, losses in float32."""
+    import torch
+
+    losses = []
+    with torch.inference_mode():
+        for window in windows:
+            ids_1T = torch.tensor([window])
+            logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits_TV[:-1], ids_1T[0, 1:]).item())
+    return math.exp(sum(losses) / len(losses))
+
+
+def sample_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """Return the perplexity of two short pieces of the windows: what shows that two environments load one model, and
+    holds so few logits that no peak is made by it.
+    """
+    return perplexity(model, [window[:64] for window in windows[:2]])
+
+
+def decoder_matrices(model: Any) -> list[Any]:
+    """Return the weights of all linear layers but the head."""
+    import torch
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [module.weight for name, module in linear if not name.endswith("lm_head")]
+
+
+def zeros(model: Any) -> float:
+    """Return the share of zeros among the weights of the decoder's matrices."""
+    weights = decoder_matrices(model)
+    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def stored_bytes(model: Any) -> int:
+    """Return the bytes of all parameters and buffers, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())

@@ -1,0 +1,39 @@
+"""Torch-Pruning's channels: the same share of every feed-forward part's, chosen by its group magnitude, nothing else.
+
+It follows the graph of autograd to what hangs together: a channel goes from gate, up and down projection at once.
+"""
+
+import time
+
+import probe
+import torch
+import torch_pruning
+from torch import nn
+
+setting, _ = probe.read()
+probe.use_threads(setting["threads"])
+model = probe.load(setting, attn_implementation="eager")
+model.requires_grad_(True)
+start = time.perf_counter()
+others = [
+    module
+    for name, module in model.named_modules()
+    if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(("gate_proj", "up_proj"))
+]
+pruner = torch_pruning.pruner.MetaPruner(
+    model,
+    example_inputs=torch.tensor([setting["windows"][0][:16]]),
+    importance=torch_pruning.importance.MagnitudeImportance(p=2),
+    pruning_ratio=setting["channels"],
+    ignored_layers=others,
+    forward_fn=lambda whole, ids_1T: whole(input_ids=ids_1T, use_cache=False).logits,
+)
+pruner.step()
+values = {"minutes": (time.perf_counter() - start) / 60, "peak_mb": probe.peak_megabytes()}
+left = sum(module.out_features for name, module in model.named_modules() if name.endswith("gate_proj"))
+values |= {
+    "channels_left": left,
+    "weights_mb": probe.stored_bytes(model) / 1e6,
+    "perplexity": probe.perplexity(model, setting["windows"]),
+}
+probe.write(values, ["torch-pruning", "torch", "transformers"], "by magnitude: reads no calibration text")

@@ -1,0 +1,81 @@
+"""Environments of the peers: each its own, made once, outside the tree, and found again by what was asked for.
+
+A peer's pins may not go with the workbench's torch or transformers, so that there are several ways to install it, tried
+in turn. The release of torch is the workbench's in each of them. Knows no peer.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.files import write_atomically
+
+READY = "ready.json"
+SECONDS = 1800  # for one call of pip
+REASON_CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to install a peer: requirements, and packages without their dependencies, whose pins are overruled."""
+
+    requirements: tuple[str, ...]
+    bare: tuple[str, ...] = ()
+
+
+class Impossible(Exception):
+    """An environment cannot be made, or an arm does not run; the text says why, in one line."""
+
+
+def release(package: str) -> str:
+    """Return the installed release of a package as a requirement, without the name of its build (`+cpu`)."""
+    return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
+
+
+def place(folder: Path, name: str, way: Way) -> Path:
+    """Return where the environment of a peer lies: one for each way and each Python."""
+    identity = json.dumps([way.requirements, way.bare, sys.version])
+    return folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+
+def python(environment: Path) -> Path:
+    """Return the interpreter of an environment."""
+    return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def made(folder: Path, name: str, way: Way) -> Path:
+    """Return the interpreter of a peer's environment, which is made where it is not there yet. Raises Impossible."""
+    environment = place(folder, name, way)
+    interpreter = python(environment)
+    if (environment / READY).is_file():
+        return interpreter
+    _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary"]
+    constraints = write_atomically(environment / "constraints.txt", release("torch") + "\n")
+    if way.requirements:
+        _run([*pip, "--constraint", str(constraints), *way.requirements])
+    if way.bare:
+        _run([*pip, "--no-deps", *way.bare])
+    write_atomically(environment / READY, json.dumps([way.requirements, way.bare]) + "\n")
+    return interpreter
+
+
+def _run(command: list[str]) -> None:
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Impossible(f"{command[-1]}: {type(error).__name__}") from None
+    if ended.returncode:
+        raise Impossible(reason(ended.stderr or ended.stdout))
+
+
+def reason(output: str) -> str:
+    """Return the line of a failed command's output that says most: the first error, else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if line.lower().startswith(("error:", "because ", "the conflict"))]
+    chosen = (said or lines[-1:] or ["it gives no reason"])[0]
+    return chosen[:REASON_CHARACTERS]

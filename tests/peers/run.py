@@ -1,0 +1,148 @@
+"""Peers on the same file, in one run: `python tests/peers/run.py [PEER …] --out DIR`.
+
+Each peer runs in an environment of its own, made once outside the tree, on the same checkpoint, prompt, windows and
+calibration text as the workbench beside it, with the same threads. Leaves `peers.md`, `peers.json` and the arms' own
+results and logs in DIR. A peer that cannot be installed, or does not run, is a line of the table with the reason.
+Times are worth something on a quiet machine alone.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lib.errors import UserError, suggest  # noqa: E402
+from lib.files import cache_folder, write_atomically  # noqa: E402
+from lib.measure.timing import disturbance  # noqa: E402
+from lib.measure.trackers import energy_source  # noqa: E402
+from lib.suite.plan import plan  # noqa: E402
+from tests.peers import running, table  # noqa: E402
+from tests.peers.comparisons import COMPARISONS, Comparison  # noqa: E402
+from tests.peers.environments import Way  # noqa: E402
+from tests.peers.running import Places, Result  # noqa: E402
+
+PEERS = tuple(dict.fromkeys(comparison.peer for comparison in COMPARISONS))
+IDS = ("prompt", "windows", "calibration")  # of the setting, too long to be shown
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Peers: {', '.join(PEERS)}.")
+    made.add_argument("peers", nargs="*", metavar="PEER", help="by default all of them")
+    made.add_argument("--out", type=Path, required=True, help="folder of the table, the results and the logs")
+    made.add_argument("--model", default="smollm2-135m-instruct", help="by name or by its checkpoint")
+    made.add_argument("--environments", type=Path, default=cache_folder() / "peers", help="where environments are kept")
+    made.add_argument("--threads", type=int, default=len(disturbance.cores()))
+    made.add_argument("--dtype", default="bfloat16", help="of every arm but the GGUF file's own")
+    made.add_argument(
+        "--turns", type=int, default=4, help="processes of each arm whose speed is read; even, to be fair"
+    )
+    made.add_argument("--rounds", type=int, default=5, help="timed calls in each process, whose median counts")
+    made.add_argument("--prompt-tokens", type=int, default=512)
+    made.add_argument("--new-tokens", type=int, default=64)
+    made.add_argument("--windows", type=int, default=32, help="of held-out text, for perplexity")
+    made.add_argument("--window-tokens", type=int, default=512, help="of a window and of a calibration sequence")
+    made.add_argument("--sequences", type=int, default=64, help="of calibration text")
+    made.add_argument("--sparsity", type=float, default=0.5)
+    made.add_argument("--channels", type=float, default=0.25, help="share of feed-forward channels removed")
+    made.add_argument("--note", default="", help="what else has to be known of this run, for the table")
+    return made
+
+
+def chosen(peers: list[str]) -> list[Comparison]:
+    """Return the comparisons of the peers, all without any. Raises UserError for an unknown one."""
+    for peer in peers:
+        if peer not in PEERS:
+            raise UserError(f'unknown peer "{peer}".{suggest(peer, PEERS)} Known: {", ".join(PEERS)}')
+    return [comparison for comparison in COMPARISONS if not peers or comparison.peer in peers]
+
+
+def make_setting(given: argparse.Namespace, out: Path) -> Path:
+    """Write what all arms share to a file; return it. Raises UserError where the model cannot be loaded."""
+    choices = {
+        name: value for name, value in vars(given).items() if name not in ("peers", "out", "environments", "note")
+    }
+    choices["model"] = plan.model_named(given.model)
+    asked, setting = write_atomically(out / "choices.json", json.dumps(choices)), out / "setting.json"
+    setting.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.peers.setting", str(asked), str(setting)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode or not setting.is_file():
+        lines = ended.stderr.strip().splitlines() or ["it gives no reason"]
+        raise UserError(f"{given.model}: no setting could be made of it: {lines[-1][:200]}")
+    return setting
+
+
+def facts(setting: dict[str, Any], results: list[Result], load: list[str], note: str) -> dict[str, str]:
+    """Return what stands above the table: when, where, with what."""
+    shown = {name: value for name, value in setting.items() if name not in (*IDS, "folder", "gguf")}
+    digest = hashlib.sha256(json.dumps([setting[name] for name in IDS]).encode()).hexdigest()[:12]
+    versions = sorted({f"{name} {release}" for result in results for name, release in result.versions.items()})
+    told = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{energy_source.cpu_name() or platform.machine()}, {len(disturbance.cores())} cores given",
+        "load (one minute) before and after": ", ".join(load),
+        "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
+        "setting": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()),
+        "token ids of prompt, windows and calibration": digest,
+    }
+    return told | ({"note": note} if note else {})
+
+
+def load_now() -> str:
+    """Return the load average of the last minute, or "unknown"."""
+    try:
+        return f"{os.getloadavg()[0]:.2f}"
+    except (OSError, AttributeError):
+        return "unknown"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the comparisons and write the table; return the exit code: 1 where a peer gave nothing."""
+    given = parser().parse_args(arguments)
+    comparisons = chosen(given.peers)
+    out = given.out.absolute()
+    (out / "arms").mkdir(parents=True, exist_ok=True)
+    load, made, results = [load_now()], [], []
+    setting = make_setting(given, out)
+    places = Places(setting, given.environments.absolute(), out / "arms", given.threads)
+    known: dict[str, Way] = {}
+    for comparison in comparisons:
+        of_this = running.in_turns(comparison, places, given.turns, known, tell=lambda line: print(line, flush=True))
+        results += of_this
+        made += table.rows(comparison, of_this)
+        _write(out, json.loads(setting.read_text(encoding="utf-8")), made, results, [*load, load_now()], given.note)
+    print((out / "peers.md").read_text(encoding="utf-8"))
+    return 1 if any(row.reason for row in made) else 0
+
+
+def _write(
+    out: Path, setting: dict[str, Any], made: list[table.Row], results: list[Result], load: list[str], note: str
+) -> None:
+    """Write the table of what is there so far: a run that is broken off leaves what it has."""
+    about = facts(setting, results, load, note)
+    notes = [f"{result.arm.title}: {result.note}" for result in results if result.note]
+    write_atomically(out / "peers.md", table.markdown(made, about, notes))
+    arms = [
+        {"arm": r.arm.title, "turn": r.turn, "values": dict(r.values), "versions": dict(r.versions), "reason": r.reason}
+        for r in results
+    ]
+    content = {"facts": about, "rows": table.plain(made), "arms": arms}
+    write_atomically(out / "peers.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        sys.exit(2)

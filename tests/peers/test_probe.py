@@ -1,0 +1,59 @@
+"""What all arms measure with: perplexity, shares of zeros and bytes by hand; and the setting that they share."""
+
+import math
+
+import pytest
+import torch
+
+from lib.measure.quality import evaluate
+from lib.models import loading, parameters
+from lib.models.sources import reference
+from tests.peers import setting
+from tests.peers.arms import probe
+
+NAME = "qwen3-4b-instruct-2507"
+CHOICES = {"model": NAME, "dtype": "float32", "threads": 1, "prompt_tokens": 24, "windows": 3, "window_tokens": 32}
+
+
+def test_perplexity_is_the_workbench_s_own(tiny):
+    model = tiny(NAME)
+    ids_NT = torch.randint(8, 96, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected = math.exp(evaluate.read(model, ids_NT).loss_N.mean())
+    assert probe.perplexity(model, ids_NT.tolist()) == pytest.approx(expected, rel=1e-5)
+    few = probe.sample_perplexity(model, ids_NT.tolist())
+    assert few == pytest.approx(math.exp(evaluate.read(model, ids_NT[:2]).loss_N.mean()), rel=1e-5)
+
+
+def test_zeros_are_counted_in_the_decoder_and_tied_weights_once(tiny):
+    model = tiny(NAME)
+    matrices = probe.decoder_matrices(model)
+    assert len(matrices) == 4 * 7 and probe.zeros(model) == 0
+    with torch.no_grad():
+        for weight in matrices:
+            weight[:, ::2] = 0
+    assert probe.zeros(model) == pytest.approx(0.5)
+    own = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    assert probe.stored_bytes(model) == sum(own.values())
+
+
+def test_the_median_of_the_timed_rounds_counts_and_the_peak_is_read():
+    calls = []
+    assert probe.median_seconds(lambda: calls.append(1), 5, warmup=2) >= 0 and len(calls) == 7
+    assert probe.peak_megabytes() > 1
+
+
+def test_the_setting_holds_text_of_three_kinds(monkeypatch):
+    loaded = loading.load(NAME, dtype="float32")
+    monkeypatch.setattr(setting.loading, "load", lambda name, scale, dtype: loaded)
+    made = setting.made(CHOICES | {"sequences": 4})
+    assert len(made["prompt"]) == 24 and [len(window) for window in made["windows"]] == [32] * 3
+    assert [len(row) for row in made["calibration"]] == [32] * 4 and made["gguf"] == "" and made["gguf_bytes"] == 0
+    assert not {tuple(row) for row in made["windows"]} & {tuple(row) for row in made["calibration"]}
+    assert made["parameters"] > 1e6 and made["folder"].endswith(NAME)
+
+
+def test_the_gguf_file_of_a_checkpoint_is_known():
+    file = setting.gguf_file(parameters.read("smollm2-135m-instruct").source)
+    assert file is not None and file.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert setting.gguf_file(reference.parse("/models/folder")) is None
+    assert str(setting.gguf_file(reference.parse("/models/x.gguf"))) == "/models/x.gguf"
