@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="smollm2-135m-instruct", help="by name or by its checkpoint")
     made.add_argument("--environments", type=Path, default=cache_folder() / "peers", help="where environments are kept")
     made.add_argument("--threads", type=int, default=len(disturbance.cores()))
-    made.add_argument("--dtype", default="bfloat16", help="of every arm but the GGUF file's own")
+    made.add_argument("--dtype", default="", help="of every arm but llama.cpp's; default: the workbench's choice here")
     made.add_argument(
         "--turns", type=int, default=4, help="processes of each arm whose speed is read; even, to be fair"
     )

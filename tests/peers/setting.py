@@ -22,10 +22,11 @@ from lib.models.tasks.retrieval import text_windows
 def made(choices: dict[str, Any]) -> dict[str, Any]:
     """Return the setting for the choices of `tests.peers.run`: token ids are lists, paths are text."""
     torch.set_num_threads(choices["threads"])
-    loaded = loading.load(choices["model"], "full", dtype=choices["dtype"])
+    loaded = loading.load(choices["model"], "full", dtype=choices["dtype"] or None)
     file = gguf_file(parameter_files.read(choices["model"]).source)
     length = choices["window_tokens"]
     return choices | {
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "folder": str(loaded.folder),
         "gguf": str(file or ""),
         "gguf_bytes": 0 if file is None else weight_bytes(file),

@@ -12,7 +12,7 @@ from tests.peers import setting
 from tests.peers.arms import probe
 
 NAME = "qwen3-4b-instruct-2507"
-CHOICES = {"model": NAME, "dtype": "float32", "threads": 1, "prompt_tokens": 24, "windows": 3, "window_tokens": 32}
+CHOICES = {"model": NAME, "dtype": "", "threads": 1, "prompt_tokens": 24, "windows": 3, "window_tokens": 32}
 
 
 def test_perplexity_is_the_workbench_s_own(tiny):
@@ -49,7 +49,7 @@ def test_the_setting_holds_text_of_three_kinds(monkeypatch):
     assert len(made["prompt"]) == 24 and [len(window) for window in made["windows"]] == [32] * 3
     assert [len(row) for row in made["calibration"]] == [32] * 4 and made["gguf"] == "" and made["gguf_bytes"] == 0
     assert not {tuple(row) for row in made["windows"]} & {tuple(row) for row in made["calibration"]}
-    assert made["parameters"] > 1e6 and made["folder"].endswith(NAME)
+    assert made["dtype"] == "float32" and made["parameters"] > 1e6 and made["folder"].endswith(NAME)
 
 
 def test_the_gguf_file_of_a_checkpoint_is_known():
