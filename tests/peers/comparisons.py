@@ -74,6 +74,7 @@ def _pruning(method: str, title: str) -> Comparison:
     arms = (
         Arm(f"llm-compressor, {title}", "llm_compressor", (f"method={method}",)),
         Arm(f"workbench, {title}", "workbench_pruning", (f"method={method}",), own=False),
+        Arm(f"workbench, {title}, file to file", "workbench_pruning", (f"method={method}", "from=file"), own=False),
     )
     return Comparison("llm-compressor", f"{title}, half of all weights, the same calibration text", arms, PRUNED, True)
 

@@ -85,6 +85,7 @@ def make_setting(given: argparse.Namespace, out: Path) -> Path:
 def facts(setting: dict[str, Any], results: list[Result], load: list[str], note: str) -> dict[str, str]:
     """Return what stands above the table: when, where, with what."""
     shown = {name: value for name, value in setting.items() if name not in (*IDS, "folder", "gguf")}
+    shown |= {name: len(setting[name]) for name in ("windows", "calibration")}
     digest = hashlib.sha256(json.dumps([setting[name] for name in IDS]).encode()).hexdigest()[:12]
     versions = sorted({f"{name} {release}" for result in results for name, release in result.versions.items()})
     told = {
