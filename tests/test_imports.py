@@ -30,8 +30,8 @@ FLOORS = {
         {"checkpoints", "calibration", "decoding"}, {"tasks"}, {"offload"}, {"loading"}, {"proxies"},
     ),
     "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
-    "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages"}),
-    "suite": ({"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster"}, {"build"}, {"cli"}),
+    "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages", "choosing"}),
+    "suite": ({"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster", "lab"}, {"build"}, {"cli"}),
 }  # fmt: skip
 EVERYWHERE = {"errors", "memory_limits", "files"}
 ABOUT_OTHERS = {"modular_components", "automl_components", "continuous_nas", "pre_vs_post_optimization"}

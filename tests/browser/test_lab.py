@@ -1,4 +1,6 @@
-"""JupyterLab itself: `python build.py lab` serves, a template opens, Run All finishes, its figures appear."""
+"""JupyterLab itself: `python build.py lab` opens on the start page, Run All finishes a template with its figures, shows
+how far it is and how the run compares to the last one, and writes into no template; in the overview a person chooses.
+"""
 
 import json
 import shutil
@@ -54,6 +56,7 @@ def lab(browser, tmp_path):
         cwd=root, env=workbench.surroundings(**own), stdout=log, stderr=log,
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
+    templates = {path: path.read_bytes() for path in (root / "notebooks").iterdir()}
 
     def answers():
         assert process.poll() is None, (tmp_path / "lab.log").read_text()
@@ -65,6 +68,7 @@ def lab(browser, tmp_path):
     try:
         workbench.wait_for(answers, seconds=120)
         yield address
+        assert {path: path.read_bytes() for path in (root / "notebooks").iterdir()} == templates
     finally:
         started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
@@ -75,6 +79,21 @@ def lab(browser, tmp_path):
         for one in psutil.wait_procs(started, timeout=5)[1]:
             one.kill()
         log.close()
+
+
+def test_it_opens_on_the_start_page(lab, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(90_000)
+    page.goto(f"{lab}/?token={TOKEN}")
+    table = page.locator(".jp-RenderedMarkdown table").first
+    table.wait_for()
+    assert table.locator("tbody tr").count() == len(TEMPLATES) - 1
+    page.screenshot(path=tmp_path / "start.png")
+    row = table.locator("tbody tr").first.inner_text()
+    assert "Structured pruning" in row and " min" in row and "(2026-" in row, row
+    table.get_by_role("link", name="Structured pruning").click()
+    page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
+    page.close()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -102,7 +121,37 @@ def test_a_template_runs_in_jupyterlab(name, lab, browser, tmp_path):
     # JupyterLab does not show an image's `alt`.
     assert figures.count() == TEMPLATES[name] if name == "overview" else figures.count() >= TEMPLATES[name]
     assert all(width > 600 for width in figures.evaluate_all("(all) => all.map((one) => one.naturalWidth)"))
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator("table.dataframe").count() > 2
     figures.last.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "lab.png")
-    assert page.locator("table.dataframe").count() > 2
+    if name == "overview":
+        _choose(page, figures, tmp_path)
+    else:
+        _followed(page, tmp_path)
     page.close()
+
+
+def _followed(page, tmp_path):
+    """A slow cell has its place and its time; behind the last one this run stands beside the last build's."""
+    lines = page.locator(".jp-OutputArea small").all_inner_texts()
+    assert any(line.strip().startswith("cell ") and " · " in line for line in lines), lines
+    beside = page.locator("table.dataframe").last
+    assert "this run" in beside.inner_text() and "last build" in beside.inner_text()
+    beside.scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path / "beside.png")
+
+
+def _choose(page, figures, tmp_path):
+    """What is chosen is drawn below the widgets, and the margin decides who keeps quality."""
+    before = figures.count()
+    model = page.locator(".widget-dropdown select").first
+    model.select_option(index=1)
+    page.wait_for_function("(count) => document.querySelectorAll('.jp-RenderedImage img').length > count", arg=before)
+    margin = page.locator(".widget-text input[type=number]").first
+    margin.fill("50")
+    margin.press("Enter")
+    said = page.get_by_text("within 50 points")
+    said.wait_for()
+    said.scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path / "chosen.png")

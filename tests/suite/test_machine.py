@@ -1,6 +1,5 @@
 """Machines, terminals and paths that nobody planned for: literal paths, any encoding, no home, pipes for records."""
 
-import json
 import os
 import pathlib
 import subprocess
@@ -13,7 +12,6 @@ from lib import files
 from lib.errors import UserError
 from lib.report.records import record, rows
 from lib.report.text.wording import untagged
-from lib.suite.cli import working_copies
 from lib.suite.run import execute
 
 
@@ -93,25 +91,3 @@ def test_a_full_disk_while_reporting_is_one_line(built, tmp_path):
         "build.py: report.zip: cannot be written (No space left on device)"
     )
     assert not list((root / "executed" / "proxy").glob(".*.part"))
-
-
-def test_jupyterlab_gets_copies(tmp_path):
-    templates, copies = tmp_path / "notebooks", tmp_path / ".lab"
-    templates.mkdir()
-    template = workbench.notebook(templates / "a.ipynb", [("Code", "x = 1")])
-    before = template.read_bytes()
-    assert working_copies.refresh(templates, copies) == []
-    copy = copies / "a.ipynb"
-    content = json.loads(copy.read_text())
-    content["cells"][-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
-    copy.write_text(json.dumps(content))
-    assert working_copies.refresh(templates, copies) == [] and "stdout" in copy.read_text(), "a run copy stays"
-    workbench.notebook(template, [("Code", "x = 2")])
-    assert working_copies.refresh(templates, copies) == [] and "x = 2" in copy.read_text(), "outputs are no edits"
-    content["cells"][-1]["source"] = "x = 'mine'"
-    copy.write_text(json.dumps(content))
-    assert working_copies.refresh(templates, copies) == [] and "mine" in copy.read_text()
-    template.write_bytes(before)
-    [said] = working_copies.refresh(templates, copies)
-    assert "a.ipynb has changed; your edited copy is .lab/a.ipynb.aside-1" in said and copy.read_bytes() == before
-    assert "mine" in (copies / "a.ipynb.aside-1").read_text()

@@ -104,8 +104,13 @@ def surroundings(**more: str) -> dict[str, str]:
 
 def build(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subprocess.CompletedProcess:
     """Run `build.py` of a copy with this interpreter; return how it ended."""
+    return run(root, str(root / "build.py"), *arguments, timeout=timeout, **more)
+
+
+def run(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subprocess.CompletedProcess:
+    """Run this interpreter in a copy; return how it ended."""
     return subprocess.run(
-        [sys.executable, str(root / "build.py"), *arguments],
+        [sys.executable, *arguments],
         cwd=root,
         env=surroundings(**more),
         capture_output=True,

@@ -133,7 +133,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         "proxies",
         "train the proxy models again; further arguments go to lib.models.proxies.train (--help: its options)",
     )
-    add("lab", "JupyterLab on working copies of the notebooks; further arguments go to JupyterLab")
+    add("lab", "JupyterLab on copies of the notebooks (--help: its options); further arguments go to JupyterLab")
     add("test", "the whole test suite; further arguments go to pytest")
     return top, parsers
 

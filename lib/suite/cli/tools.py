@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.suite.cli import working_copies
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
@@ -69,21 +68,29 @@ def test(arguments: Sequence[str], description: str) -> int:
 
 
 def lab(arguments: Sequence[str], description: str) -> int:
-    """Start JupyterLab on working copies of the templates, with this environment's kernel and `lib` within reach."""
-    from lib.suite.run.kernel_process import write_kernel
+    """Start JupyterLab on working copies of the templates, with this environment's kernel and `lib` within reach.
 
+    With `--model` there are copies that are set to that model. Raises UserError for a wrong option of our own.
+    """
+    from lib.suite.lab import jupyterlab, request, start_page, working_copies
+
+    parser = request.parser(description)
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: build.py lab [JUPYTERLAB ARGUMENT …]\n\n{description}")
+        parser.print_help()
         return 0
+    options, passed_on = parser.parse_known_args(arguments)
+    jobs = request.jobs(options)
     try:
-        kept = working_copies.refresh()
+        kept = working_copies.refresh(jobs=jobs)
+        start_page.write(start_page.entries(jobs), request.results(options), working_copies.COPIES)
     except OSError as error:
         raise UserError(f"{working_copies.COPIES}: cannot be written to ({error.strerror})") from None
     for line in [f"working copies of the templates: {working_copies.COPIES}", *kept]:
         print(f"build.py: {line}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
-        environment = {"PYTHONPATH": _python_path(), "JUPYTER_PATH": str(write_kernel(Path(folder)))}
-        return 1 if _call(["jupyterlab", str(working_copies.COPIES), *arguments], environment) else 0
+        own = jupyterlab.environment(Path(folder), request.results(options))
+        called = ["jupyterlab", *jupyterlab.arguments(working_copies.COPIES, Path(folder)), *passed_on]
+        return 1 if _call(called, {"PYTHONPATH": _python_path(), **own}) else 0
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:

@@ -8,6 +8,7 @@ import ast
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,29 @@ def _declared(path: Path, source: str) -> dict[str, Parameter]:
             match["name"], match["type"].strip("\"' "), default, help_text, _interval(help_text), _choices(help_text)
         )
     return declared
+
+
+def with_values(source: str, values: Mapping[str, Any]) -> str:
+    """Return the source of a cell of parameters with other values; lines that declare none of them stay as they are."""
+    lines = []
+    for line in source.splitlines():
+        match = LINE.match(line.strip())
+        if match and match["name"] in values:
+            text, help_text = _split_comment(match["rest"])
+            if ast.literal_eval(text) != values[match["name"]]:
+                line = f"{match['name']}: {match['type']} = {_as_source(values[match['name']])}"
+                line += f"  # {help_text}" if help_text else ""
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _as_source(value: Any) -> str:
+    """Return a plain value as Python writes it, with texts in double quotation marks as the formatter has them."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_source, value))}]"
+    return repr(value)
 
 
 def _split_comment(rest: str) -> tuple[str, str]:

@@ -25,6 +25,8 @@ from lib.suite.run.sampling import Samples, Tree
 CELL_SECONDS = {"quick": 1200, "standard": 7200, "thorough": 43200}
 RUN_SECONDS = {"quick": 3600, "standard": 21600, "thorough": 172800}
 GRACE_SECONDS = 20
+# What a build that is started from a notebook inherits, and its own notebooks must not take for theirs.
+OF_A_SESSION = ("MPLBACKEND", "JPY_SESSION_NAME")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -96,14 +98,16 @@ def seconds_from(variable: str, default: float) -> float:
     return seconds
 
 
-def write_kernel(folder: Path) -> Path:
+def write_kernel(folder: Path, extension: str | None = None) -> Path:
     """Describe the kernel `python3` as this environment's own in `folder`; return what JUPYTER_PATH has to name.
 
-    Without it a `python3` that the user once installed for another environment would be taken.
+    Without it a `python3` that the user once installed for another environment would be taken. `extension` is a module
+    that the kernel loads as an extension of IPython when it starts.
     """
     place = folder / "jupyter" / "kernels" / "python3"
     place.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command += [f"--ext={extension}"] if extension else []
     kernel = {"argv": command, "display_name": "Python 3 (workbench)", "language": "python"}
     (place / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
     return folder / "jupyter"
@@ -111,7 +115,7 @@ def write_kernel(folder: Path) -> Path:
 
 def surroundings(folder: Path) -> dict[str, str]:
     """Return the environment variables of a notebook whose own files go to `folder`."""
-    inherited = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SESSION}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return inherited | {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -1,0 +1,28 @@
+"""How JupyterLab is started: on the start page, with the kernel of this environment, asking nobody for news.
+
+Writes what JupyterLab reads into a temporary folder; the user's own settings go before these defaults.
+"""
+
+import json
+from pathlib import Path
+
+from lib.suite.lab import kernel, start_page
+from lib.suite.run.kernel_process import write_kernel
+
+SETTINGS = {
+    "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+def arguments(root: Path, folder: Path) -> list[str]:
+    """Return JupyterLab's arguments: `root` is what it shows, `folder` takes the defaults of its settings."""
+    settings = folder / "settings"
+    settings.mkdir(parents=True, exist_ok=True)
+    (settings / "overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
+    return [str(root), f"--LabApp.app_settings_dir={settings}", f"--LabApp.default_url=/lab/tree/{start_page.NAME}"]
+
+
+def environment(folder: Path, results: Path) -> dict[str, str]:
+    """Return the environment variables of JupyterLab and its kernels, which know where the results lie."""
+    return {"JUPYTER_PATH": str(write_kernel(folder, kernel.__name__)), kernel.RESULTS: str(results)}

@@ -1,0 +1,116 @@
+"""The extension of IPython that the kernels of `build.py lab` load: libraries are quiet, a running cell says how far
+the run is, and behind the last cell this run stands beside the last one.
+
+A build's kernels do not load it, and no template knows of it.
+"""
+
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lib.suite.lab import notebook_cells
+from lib.suite.lab.cell_progress import Place, ProgressLine
+from lib.suite.lab.notebook_cells import LAST, CodeCell
+
+RESULTS = "WORKBENCH_RESULTS"  # names the folder of results
+RUNS = ".runs"  # beside the copies: the last run of each
+OURS = r"(__main__|lib)(\.|$)"
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Make libraries quiet, and follow the cells of the notebook that this kernel was started for."""
+    silence()
+    path = notebook_cells.notebook()
+    if path is not None:
+        followed = CellFollower(shell, path, Path(os.environ.get(RESULTS) or "executed"))
+        shell.events.register("pre_run_cell", followed.before)
+        shell.events.register("post_run_cell", followed.after)
+
+
+def silence() -> None:
+    """Show the warnings of the notebook and of this project alone, and of what libraries log the errors."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module=OURS)
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(lambda r: r.levelno >= logging.ERROR or r.name.startswith(("lib.", "__main__")))
+
+
+class CellFollower:
+    """Follows the cells that a person runs in one notebook."""
+
+    def __init__(self, shell: Any, path: Path, results: Path):
+        self.shell, self.path, self.results = shell, path, results
+        self.cells: list[CodeCell] = []
+        self.at: int | None = None
+        self.line: ProgressLine | None = None
+        self.began = 0.0
+        self.took: dict[int, float] = {}
+        self.shown: tuple[Any, Any] = (None, None)  # a record that has been kept, and the one before it
+
+    def before(self, info: Any) -> None:
+        """Begin a cell: find it in the notebook, and show how far the run is once it takes longer than a second."""
+        source, behind = info.raw_cell or "", -1 if self.at is None else self.at
+        self.at = notebook_cells.find(self.cells, source, behind)
+        if self.at is None:  # the first cell, or one that was edited since
+            self.cells = notebook_cells.read(self.path)
+            self.at = notebook_cells.find(self.cells, source, behind)
+        self.began = time.monotonic()
+        self.line = ProgressLine(self._place())
+        self.line.start()
+
+    def after(self, outcome: Any) -> None:
+        """End a cell; behind the last one that succeeds, show this run beside the last."""
+        if self.line is None:
+            return
+        seconds = self.line.finish()
+        self.line = None
+        if self.at is None or not outcome.success:
+            return
+        self.took[self.at] = seconds
+        if LAST in self.cells[self.at].tags:
+            self._beside()
+
+    def _place(self) -> Place:
+        if self.at is None:
+            return Place(None, len(self.cells), "", None, None)
+        namespace = self.shell.user_ns
+        seconds = notebook_cells.expected(self.cells, self._stored(namespace), namespace.get("effort"))
+        behind = [one for one in seconds[self.at + 1 :] if one is not None]
+        return Place(
+            self.at + 1,
+            len(self.cells),
+            self.cells[self.at].heading,
+            seconds[self.at],
+            sum(behind) if any(one is not None for one in seconds) else None,
+        )
+
+    def _stored(self, about: Any) -> list[Path]:
+        """Return where the last records of the notebook's run lie: that of a run here, that of the last build."""
+        stem = self.path.name.removesuffix(".ipynb").partition("--")[0]
+        scale, model = about.get("scale"), about.get("model")
+        if not isinstance(scale, str) or not isinstance(model, str):
+            return []  # the cell of parameters has not run
+        name = f"{stem}--{model}.json"
+        return [self.path.parent / RUNS / scale / name, self.results / scale / name]
+
+    def _beside(self) -> None:
+        from lib.suite.lab import beside  # what reads records takes long to import
+
+        run = beside.record_of(self.shell.user_ns)
+        if run is None:
+            return
+        here, built = self._stored({"scale": run.scale, "model": run.model})
+        if self.shown[0] is not run:
+            seconds = {self.cells[place].executed: seconds for place, seconds in self.took.items()}
+            self.shown = (run, beside.keep(run, here, seconds))
+        beside.show(run, self.shown[1], beside.stored(built))

@@ -1,0 +1,79 @@
+"""The code cells of the notebook that a kernel of JupyterLab runs, and how long each took before.
+
+Reads the notebook and the records as plain JSON, so that a kernel starts quickly. Knows nothing of what is shown.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.suite.plan import template as templates
+
+PARAMETERS, LAST = "parameters", "environment"  # tags
+
+
+@dataclass(frozen=True)
+class CodeCell:
+    """A code cell: its source, the heading above it, its tags, and its index in an executed notebook."""
+
+    source: str
+    heading: str
+    tags: tuple[str, ...]
+    executed: int
+
+
+def notebook() -> Path | None:
+    """Return the notebook that this kernel was started for, None where no server says so."""
+    name = os.environ.get("JPY_SESSION_NAME")
+    if not name:
+        return None
+    return next((path for path in (Path(name), Path(Path(name).name)) if path.is_file()), None)
+
+
+def read(path: Path) -> list[CodeCell]:
+    """Return the code cells of a notebook; none where it cannot be read.
+
+    Papermill puts a cell of parameters behind the one tagged so: the cells after it are counted as it counts them.
+    """
+    try:
+        cells = templates.read_cells(path)
+    except UserError:
+        return []
+    found: list[CodeCell] = []
+    heading, behind = "", 0
+    for index, (kind, source, tags) in enumerate(cells):
+        if kind == "code":
+            found.append(CodeCell(source.strip(), heading, tags, index + behind))
+            behind += PARAMETERS in tags
+        for line in source.splitlines() if kind == "markdown" else ():
+            if line.startswith("#"):
+                heading = line.lstrip("# ").strip()
+    return found
+
+
+def find(cells: Sequence[CodeCell], source: str, after: int) -> int | None:
+    """Return the place of the cell with this source: the next one behind the place `after`, else any; else None."""
+    places = [place for place, cell in enumerate(cells) if cell.source == source.strip()]
+    return next((place for place in places if place > after), places[0] if places else None)
+
+
+def expected(cells: Sequence[CodeCell], stored: Iterable[Path], effort: Any) -> list[float | None]:
+    """Return the seconds of each cell in the first of the records `stored` with this effort; None where unknown."""
+    for path in stored:
+        record = _plain(path)
+        took = (record.get("process") or {}).get("cell_seconds") or {}
+        if record.get("effort") == effort and took:
+            return [took.get(str(cell.executed)) for cell in cells]
+    return [None] * len(cells)
+
+
+def _plain(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,131 @@
+"""The page on which JupyterLab opens: what there is, how many minutes it takes, and what the last result was.
+
+Markdown from the templates and from the records of a result folder; what was never run says so. Runs nothing.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from lib.errors import UserError
+from lib.files import write_atomically
+from lib.report.analysis.noise import discoveries
+from lib.report.records import facts, stand_in
+from lib.report.records.record import Record, read_folder
+from lib.report.text.wording import one_line, title, untagged, words
+from lib.suite.plan import plan
+from lib.suite.plan import template as templates
+from lib.suite.plan.plan import Job
+from lib.suite.plan.template import Template
+from lib.suite.run.kernel_process import RUN_SECONDS
+
+NAME = "start.md"
+LONGEST = 260  # characters of a result in the table
+INTRODUCTION = """# Model optimizations, to take apart
+
+These notebooks are copies: edit them, run them, break them. The templates and the results of builds stay as they are,
+and a copy in which you edited cells is never overwritten.
+
+Open a notebook below, change a parameter in its first code cell, then *Run → Run All Cells*. A cell that takes longer
+than a second says how far the run is; behind the last cell this run stands beside the last one."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A notebook on the page: the copy's file name, its template, and the run that it makes as it stands."""
+
+    file: str
+    template: Template
+    model: str
+    scale: str
+    effort: str
+
+
+def entries(jobs: Sequence[Job]) -> list[Entry]:
+    """Return an entry for each job, or, without jobs, for each template with its defaults."""
+    if jobs:
+        return [Entry(f"{job.stem}.ipynb", job.template, job.model, job.scale, job.effort) for job in jobs]
+    listed = []
+    for stem in plan.optimizations():
+        with contextlib.suppress(UserError, KeyError):  # one that is being written is no notebook yet
+            template = templates.read(plan.NOTEBOOKS / f"{stem}.ipynb")
+            model, scale, effort = (str(template.parameters[name].default) for name in ("model", "scale", "effort"))
+            listed.append(Entry(template.path.name, template, model, scale, effort))
+    return listed
+
+
+def write(listed: Sequence[Entry], results: Path, folder: Path) -> Path:
+    """Write the page of these entries into `folder`; return its path. `results` holds a result folder per scale."""
+    known = {scale: read_folder(results / scale)[0] for scale in {entry.scale for entry in listed}}
+    return write_atomically(folder / NAME, text(listed, {scale: discoveries.settled(r) for scale, r in known.items()}))
+
+
+def text(listed: Sequence[Entry], records: dict[str, list[Record]]) -> str:
+    """Return the page as Markdown; `records` by scale, with the words that hold for the set."""
+    parts = [INTRODUCTION]
+    for scale, model in dict.fromkeys((entry.scale, entry.model) for entry in listed):
+        own = [entry for entry in listed if (entry.scale, entry.model) == (scale, model)]
+        parts += _section(own, records.get(scale, []), scale, model)
+    others = [name for name in plan.models() if name not in {entry.model for entry in listed}]
+    parts.append(
+        "## Another model\n\n`python build.py lab --model M` makes copies that are set to it: "
+        + ", ".join(f"`{name}`" for name in others)
+        + ", or a checkpoint: a folder, a `.gguf` file, a hub id."
+    )
+    if (plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb").is_file():
+        parts.append(
+            f"## All results\n\n[{title(plan.OVERVIEW)}]({plan.OVERVIEW}.ipynb) reads the records of all builds; there "
+            "you choose model, metric and margin."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(listed: Sequence[Entry], records: Sequence[Record], scale: str, model: str) -> list[str]:
+    sizes = stand_in.sizes(record for record in records if record.model == model)
+    about = stand_in.one(scale, model, sizes.get(model))
+    lines = ["| notebook | what it does | takes | last result |", "| --- | --- | --- | --- |"]
+    for entry in listed:
+        name = f"[{title(entry.template.stem)}]({entry.file})"
+        cells = (name, what_it_does(entry.template), _takes(entry, records), _last(entry, records))
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return [f"## {model}, scale {scale}", *([f"> {untagged(about)}"] if about else []), "\n".join(lines)]
+
+
+def _cell(text: str) -> str:
+    return untagged(text.replace("|", "\\|"))
+
+
+def what_it_does(template: Template) -> str:
+    """Return the first sentence below a template's title; empty where there is none."""
+    prose = (source for kind, source, _ in template.cells if kind == "markdown")
+    paragraphs = [part for part in next(prose, "").split("\n\n") if not part.startswith("#")]
+    first = " ".join(paragraphs[0].split()) if paragraphs else ""
+    sentence, stop, _ = first.partition(". ")
+    return sentence + stop.strip()
+
+
+def _takes(entry: Entry, records: Sequence[Record]) -> str:
+    """Return how long a run takes: from its own record, from those of other models, or at most, by its limit."""
+    alike = [r for r in records if r.optimization == entry.template.stem and r.seconds and r.status == "ok"]
+    same = [r for r in alike if r.effort == entry.effort] or alike
+    own = [r for r in same if r.model == entry.model] or same
+    if not own:
+        return f"no run yet; its limit is {_minutes(RUN_SECONDS[entry.effort])}"
+    about = "" if own[0].model == entry.model else ", on other models"
+    return f"{_minutes(median(r.seconds for r in own if r.seconds))} at {own[0].effort}{about}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
+
+
+def _last(entry: Entry, records: Iterable[Record]) -> str:
+    run = next((r for r in records if (r.optimization, r.model) == (entry.template.stem, entry.model)), None)
+    if run is None:
+        return "not run yet"
+    said = run.verdict.sentence if run.status == "ok" else f"{words(run.status)}: {run.reason}"
+    when = ", ".join(part for part in (facts.day(run.started)[:10], run.effort) if part)
+    return f"{one_line(said or 'no verdict', LONGEST)} ({when})"

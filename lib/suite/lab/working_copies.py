@@ -1,0 +1,71 @@
+"""Copies of the templates for JupyterLab, which saves outputs and edits into what it opens: the product stays as it is.
+
+They lie in `.lab/`, as deep as the templates, so that relative paths mean the same. A copy in which cells were edited
+is never overwritten. Knows no JupyterLab.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lib.files import aside, write_atomically
+from lib.suite.plan import template as templates
+from lib.suite.plan.cache_key import digest
+from lib.suite.plan.plan import NOTEBOOKS, ROOT, Job
+
+COPIES = ROOT / ".lab"
+MADE_FROM = ".templates.json"
+
+
+def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Iterable[Job] = ()) -> list[str]:
+    """Copy every template that is new or has changed; return a line for each edited copy that was put aside for it.
+
+    A job gets a copy of its own, `<optimization>--<model>.ipynb`, with its parameters set in the cell of that name.
+    """
+    copies.mkdir(exist_ok=True)
+    made_from = _read(copies / MADE_FROM)
+    said = []
+    contents = {path.name: path.read_text(encoding="utf-8") for path in sorted(templates_folder.glob("*.ipynb"))}
+    for name, text in {**contents, **{f"{job.stem}.ipynb": _with_parameters(job) for job in jobs}}.items():
+        copy, cells = copies / name, _cells(text)
+        if copy.is_file() and made_from.get(name) == cells:
+            continue
+        if copy.is_file() and _cells_of(copy) not in (made_from.get(name), cells):
+            kept = aside(copy)
+            copy.rename(kept)
+            said.append(f"{name} has changed; your edited copy is {kept.relative_to(copies.parent)}")
+        write_atomically(copy, text)
+        made_from[name] = cells
+    write_atomically(copies / MADE_FROM, json.dumps(made_from, indent=1) + "\n")
+    return said
+
+
+def _with_parameters(job: Job) -> str:
+    """Return the text of a job's template with the job's parameters in place of the defaults."""
+    content = json.loads(job.template.path.read_text(encoding="utf-8"))
+    cell = next(cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", ()))
+    cell["source"] = templates.with_values("".join(cell["source"]), job.parameters).splitlines(keepends=True)
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> dict[str, str | None]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _cells_of(path: Path) -> str | None:
+    try:
+        return _cells(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _cells(text: str) -> str | None:
+    """Return a hash of a notebook's cells without their outputs, None where the text is no notebook."""
+    try:
+        return digest([[cell["cell_type"], "".join(cell["source"])] for cell in json.loads(text)["cells"]])
+    except (ValueError, KeyError, TypeError):
+        return None

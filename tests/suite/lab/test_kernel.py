@@ -1,0 +1,160 @@
+"""The kernels of JupyterLab: quiet libraries, progress of a slow cell, this run beside the last one; and no other
+kernel has any of it.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import workbench
+
+from lib.report.records import record
+from lib.suite.lab import beside, cell_progress, jupyterlab, notebook_cells
+from lib.suite.lab.cell_progress import Place
+from lib.suite.run import kernel_process
+from tests.report import samples
+
+ROOT = Path(__file__).resolve().parents[3]
+PARAMETERS = f"""model: str = "{samples.MODELS[1]}"  # the model
+scale: str = "proxy"  # the scale
+effort: str = "quick"  # the effort"""
+NOISE = """import logging, sys, warnings
+warnings.warn_explicit("of a library", FutureWarning, "torch.py", 1, "torch.nn")
+warnings.warn_explicit("of a library", UserWarning, "torch.py", 1, "torch.nn")
+logging.getLogger("transformers.utils").warning("of a library")
+warnings.warn("of mine")
+logging.getLogger("lib.models").warning("of the project")"""
+CELLS = [
+    ("Noise", NOISE),
+    ("Slow", "import time\ntime.sleep(2.5)"),
+    ("Record", "from tests.report import samples\nresult = samples.made(ratio=float(1.5))"),
+    ("Environment", "card = 1"),
+]
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """Return a notebook like a template's copy; its last cell is tagged."""
+    (tmp_path / ".lab").mkdir()
+    path = workbench.notebook(tmp_path / ".lab" / "structured_pruning.ipynb", CELLS, PARAMETERS)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["cells"][-1]["metadata"]["tags"] = ["environment"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def in_jupyterlab(path: Path, folder: Path, results: Path) -> dict[str, str]:
+    """Return the environment of a kernel that JupyterLab starts for a notebook."""
+    return {"JPY_SESSION_NAME": str(path), **jupyterlab.environment(folder, results)}
+
+
+def in_a_build(folder: Path) -> dict[str, str]:
+    """Return the environment of a build's kernel."""
+    return {"JUPYTER_PATH": str(kernel_process.write_kernel(folder))}
+
+
+def played(path: Path, folder: Path, environment: dict[str, str]) -> list[list[str]]:
+    """Run all code cells; return what each displayed, as text, the last state of what changed."""
+    from jupyter_client.manager import KernelManager
+
+    environment = workbench.surroundings(PYTHONPATH=str(ROOT), **environment)
+    environment |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
+    described = Path(environment["JUPYTER_PATH"]) / "kernels" / "python3" / "kernel.json"
+    manager = KernelManager()
+    assert manager.kernel_spec is not None
+    manager.kernel_spec.argv = json.loads(described.read_text(encoding="utf-8"))["argv"]
+    manager.start_kernel(env=environment, cwd=str(path.parent))
+    client = manager.client()
+    client.start_channels()
+    shown: list[list[str]] = []
+    try:
+        client.wait_for_ready(timeout=60)
+        for cell in notebook_cells.read(path):
+            outputs: dict[str, str] = {}
+
+            def collect(message, outputs=outputs):
+                content = message["content"]
+                if message["msg_type"] == "stream":
+                    outputs[f"stream {len(outputs)}"] = content["text"]
+                elif message["msg_type"] in ("display_data", "update_display_data"):
+                    name = content.get("transient", {}).get("display_id") or f"display {len(outputs)}"
+                    outputs[name] = content["data"]["text/plain"]
+                elif message["msg_type"] == "error":
+                    outputs["error"] = "\n".join(content["traceback"])
+
+            client.execute_interactive(cell.source, output_hook=collect, timeout=60)
+            shown.append(list(outputs.values()))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    return shown
+
+
+def test_a_run_in_jupyterlab(notebook, tmp_path):
+    results = tmp_path / "executed"
+    built = samples.made(ratio=1.2)
+    record.write(built, results / "proxy" / f"{built.stem}.json")
+    session = in_jupyterlab(notebook, tmp_path / "session", results)
+    parameters, noise, slow, made, last = played(notebook, tmp_path / "first", session)
+    assert parameters == [] and made == [], "nothing is shown where nothing is to be said"
+    assert "of mine" in "".join(noise) and "of the project" in "".join(noise)
+    assert "of a library" not in "".join(noise)
+    [line] = slow
+    assert line.startswith("cell 3 of 5 · Slow · ") and line.endswith(" s"), line
+    [table] = last
+    assert "this run" in table and "last build" in table and "last run here" not in table
+    assert "▲ 1.50×" in table and "▲ 1.20×" in table
+    kept = record.read(notebook.parent / ".runs" / "proxy" / f"{built.stem}.json")
+    assert kept.process is not None and kept.process.cell_seconds["6"] >= 2.5
+    [table] = played(notebook, tmp_path / "second", session)[-1]
+    assert "last run here" in table and "last build" in table
+
+
+def test_a_build_has_none_of_it(notebook, tmp_path, monkeypatch):
+    shown = played(notebook, tmp_path / "plain", in_a_build(tmp_path / "build"))
+    assert shown[2] == [] == shown[4] and "of a library" in "".join(shown[1])
+    assert not (notebook.parent / ".runs").exists()
+    monkeypatch.setenv("JPY_SESSION_NAME", "the notebook in which somebody started a build")
+    assert "JPY_SESSION_NAME" not in kernel_process.surroundings(tmp_path)
+
+
+def test_cells_are_found_where_they_stand(notebook):
+    cells = notebook_cells.read(notebook)
+    assert [cell.heading for cell in cells] == ["structured_pruning", "Noise", "Slow", "Record", "Environment"]
+    assert [cell.executed for cell in cells] == [1, 4, 6, 8, 10]
+    twice = [cells[0], cells[1], cells[0]]
+    assert notebook_cells.find(twice, cells[0].source + "\n", 0) == 2
+    assert notebook_cells.find(twice, cells[0].source, 2) == 0
+    assert notebook_cells.find(twice, "edited since", 0) is None
+    assert notebook_cells.read(notebook.with_name("gone.ipynb")) == []
+
+
+def test_what_a_line_says():
+    place = Place(3, 9, "Apply", 40.0, 100.0)
+    said = "cell 3 of 9 · Apply · 12 s of about 40 s · about 2 min 08 s to the end"
+    assert cell_progress.text(place, 12.0, False) == said
+    assert cell_progress.text(place, 50.0, False) == "cell 3 of 9 · Apply · 50 s · about 1 min 40 s to the end"
+    assert cell_progress.text(place, 50.0, True) == "cell 3 of 9 · Apply · 50 s"
+    assert cell_progress.text(Place(None, 0, "", None, None), 3.0, False) == "cell · 3 s"
+    bar = cell_progress.as_html(place, "<b>")
+    assert 'value="2" max="9"' in bar and "<b>" not in bar
+
+
+def test_times_are_taken_from_a_run_of_the_same_effort(notebook, tmp_path):
+    run = samples.made()
+    paths = [record.write(run.model_copy(update={"effort": "standard"}), tmp_path / "a.json"), tmp_path / "b.json"]
+    process = samples.process().model_copy(update={"cell_seconds": {"4": 7.0}})
+    record.write(run.model_copy(update={"process": process}), paths[1])
+    cells = notebook_cells.read(notebook)
+    assert notebook_cells.expected(cells, paths, "quick") == [None, 7.0, None, None, None]
+    assert notebook_cells.expected(cells, [tmp_path / "c.json"], "quick") == [None] * 5
+
+
+def test_what_the_other_run_did_otherwise_is_said():
+    run, other = samples.made(), samples.made()
+    assert beside.difference("last build", run, other) == "Last build (2026-01-31 14:05), set alike."
+    changed = other.model_copy(update={"effort": "standard", "parameters": other.parameters | {"ratio": 0.5}})
+    said = beside.difference("last build", run, changed)
+    assert "effort standard (now quick), ratio 0.5 (now 0.3)" in said
+    frame = beside.table(run, [("last build", changed.model_copy(update={"measurements": []}))])
+    assert set(frame["last build"]) == {"–"} and len(frame) > 3

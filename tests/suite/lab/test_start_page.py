@@ -1,0 +1,82 @@
+"""The page on which JupyterLab opens: a line for each optimization, its minutes and its last result from records."""
+
+import pytest
+import workbench
+
+from lib.errors import UserError
+from lib.report.records import record
+from lib.suite.lab import request, start_page
+from lib.suite.plan import plan
+from lib.suite.plan import template as templates
+from tests.report import samples
+
+MODEL = samples.MODELS[1]
+
+
+def _rows(page: str) -> dict[str, list[str]]:
+    rows = [line.replace("\\|", "¦").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_row_for_every_optimization_with_its_last_result(tmp_path):
+    run = samples.made()
+    folder = tmp_path / "proxy"
+    record.write(run, folder / f"{run.stem}.json")
+    other = samples.made("tensor_decomposition", samples.MODELS[0]).model_copy(update={"seconds": 120.0})
+    record.write(other, folder / f"{other.stem}.json")
+    failed = samples.without_result("failed", "cell 3 | raised <b>", "automl_components", MODEL)
+    record.write(failed, folder / f"{failed.stem}.json")
+    page = start_page.write(start_page.entries([]), tmp_path, tmp_path / ".lab").read_text(encoding="utf-8")
+    rows = _rows(page)
+    assert len(rows) == len(plan.optimizations())
+    about, takes, last = rows["[Structured pruning](structured_pruning.ipynb)"]
+    assert about.startswith("Whole parts of a model are removed") and about.endswith(".") and about.count(". ") == 0
+    assert takes == f"{run.seconds / 60:.1f} min at quick"
+    assert "(2026-01-31, quick)" in last and last.split(" ")[0] in run.verdict.sentence
+    assert rows["[Tensor decomposition](tensor_decomposition.ipynb)"][1] == "2.0 min at quick, on other models"
+    assert rows["[AutoML components](automl_components.ipynb)"][2].startswith("failed: cell 3 ¦ raised \\<b>")
+    _, takes, last = rows["[Continuous NAS](continuous_nas.ipynb)"]
+    assert takes == "no run yet; its limit is 60 min" and last == "not run yet"
+    assert "stand-in" in page.split("| notebook")[0] and "3.62 M parameters" in page
+    assert "(overview.ipynb)" in page and "`smollm2-135m-instruct`" in page and f"`{MODEL}`" not in page
+
+
+def test_without_a_record_it_is_a_page_all_the_same(tmp_path):
+    page = start_page.write(start_page.entries([]), tmp_path / "none", tmp_path).read_text(encoding="utf-8")
+    assert all(row[2] == "not run yet" for row in _rows(page).values())
+
+
+def test_what_it_does_is_the_first_sentence(tmp_path):
+    path = workbench.notebook(tmp_path / "a.ipynb", [])
+    assert start_page.what_it_does(templates.read(path)) == ""
+    text = path.read_text(encoding="utf-8").replace('"# a"', '"# a\\n\\nIt cuts\\n1.5 of them. It may lose."')
+    path.write_text(text, encoding="utf-8")
+    assert start_page.what_it_does(templates.read(path)) == "It cuts 1.5 of them."
+
+
+def _asked(*arguments: str):
+    return request.parser("").parse_known_args(arguments)
+
+
+def test_options_are_ours_or_jupyterlabs():
+    options, passed_on = _asked("--no-browser", "--model", MODEL, "--port=8899", "--out", "here")
+    assert passed_on == ["--no-browser", "--port=8899"] and request.results(options).name == "here"
+    jobs = request.jobs(options)
+    assert [job.optimization for job in jobs] == plan.optimizations()
+    assert {(job.model, job.scale, job.effort) for job in jobs} == {(MODEL, "proxy", "quick")}
+    assert request.jobs(_asked("--no-browser")[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "qwen3-4b-instruct"), "Did you mean"),
+        (("--model", MODEL, "--scale", "slize"), "Did you mean"),
+        (("--effort", "thorough"), "give --model too"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, said):
+    with pytest.raises(UserError, match=said):
+        request.jobs(_asked(*arguments)[0])
+    with pytest.raises(UserError, match="expected one argument"):
+        _asked("--model")
