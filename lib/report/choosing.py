@@ -1,0 +1,169 @@
+"""Figures of a result set that a person chooses: model, metrics, and the margin within which quality counts as kept.
+
+An executed notebook has nobody to choose: it shows each figure once, of all models, with the metrics that it was given.
+Where somebody has the notebook open, widgets stand below that figure, and below them what they choose is drawn.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lib.measure.metrics.catalogue import METRICS, metric
+from lib.measure.metrics.measurement import Measurement
+from lib.report import tables
+from lib.report.analysis import advice
+from lib.report.analysis.noise import discoveries
+from lib.report.figures import small_multiples, style
+from lib.report.records.record import Record
+from lib.report.text.quantities import counted
+from lib.report.text.wording import label, title
+
+ALL = "all models"
+MOST_NAMED = 6  # runs in a sentence
+
+
+def person_present() -> bool:
+    """Return whether somebody has this kernel's notebook open: a Jupyter server tells its kernels so, papermill and
+    nbconvert do not.
+    """
+    return bool(os.environ.get("JPY_SESSION_NAME"))
+
+
+def forest(records: Sequence[Record], name: str) -> None:
+    """Display the metric `name` of all records with its intervals; let a person choose model and metric below."""
+    draw = functools.partial(draw_forest, records)
+    draw(ALL, name)
+    if person_present():
+        offer(draw, model=_models(records), metric=_metrics(_judged(records), name))
+
+
+def trade_offs(records: Sequence[Record], speed: str, quality: str) -> None:
+    """Display quality against speed for all records; let a person choose model, both metrics and the margin below."""
+    draw_trade_offs(records, ALL, speed, quality, None)
+    if not person_present():
+        return
+    scores = [name for name in _in_order(records) if METRICS[name].unit == "share" and METRICS[name].margin]
+    judged = [name for name in _judged(records) if METRICS[name].dimension != "accuracy"]
+    metrics = {"speed": _metrics(judged, speed, "gain"), "quality": _metrics(scores, quality, "quality")}
+    draw = functools.partial(_chosen_trade_offs, records)
+    offer(draw, model=_models(records), **metrics, margin=_margin(quality))
+
+
+def draw_forest(records: Sequence[Record], model: str, metric: str) -> None:
+    """Display one metric of the records of a model, or of all models, with its intervals and noise floors."""
+    frame = tables.across(_of(records, model), metric)
+    shown = tables.extremes(frame)
+    if frame.empty:
+        tables.show_text(f"No record has {label(metric)}.")
+        return
+    figure = style.forest(shown, group="model", title=label(metric))
+    better = (frame["verdict"] == "better").sum()
+    drawn = f"{label(metric)} of {len(shown)} of {len(frame)} runs"
+    style.show(figure, f"{drawn}; {better} of all are better.")
+
+
+def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float | None) -> None:
+    """Display quality against speed; `margin` is in points for a share, else in per cent, None for the metric's own."""
+    points = tables.speed_and_quality(_of(records, model), speed, quality)
+    if points.empty:
+        tables.show_text(f"No record has both {speed} and {quality}.")
+        return
+    own = metric(quality)
+    width = 100 * own.margin if margin is None and own.margin else margin
+    unit = "points" if own.unit == "share" else "%"
+    shown, rest = tables.few(points, "label")
+    y_label = f"{label(quality)}: change ({unit})"
+    figure = small_multiples.trade_offs(
+        shown,
+        x_label=f"{label(speed)}: gain (×)",
+        y_label=y_label,
+        margin=(-width, width) if width else None,
+    )
+    style.show(figure, f"{y_label} against speed of {len(points)} runs.{rest}")
+
+
+def _chosen_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float) -> None:
+    draw_trade_offs(records, model, speed, quality, margin)
+    tables.show_text(kept(_of(discoveries.settled(records), model), speed, quality, margin))
+
+
+def kept(records: Iterable[Record], speed: str, quality: str, margin: float) -> str:
+    """Return which runs keep `quality` within `margin` points, and which of these are better in `speed`.
+
+    A run keeps it where the one-sided 95 % bound of its change lies within the margin, as in its own verdict.
+    """
+    words, better = [], []
+    for run in records:
+        gained, score = first(run, speed), first(run, quality)
+        if gained is None or score is None:
+            continue
+        words.append(advice.judged_with(score, margin / 100))
+        if words[-1] == "maintained" and gained.verdict == "better":
+            better.append(f"{title(run.optimization)} on {run.model}")
+    lost, maintained = words.count("not_maintained"), words.count("maintained")
+    told = f"{label(quality)} within {margin:g} points: {maintained} of {counted(len(words), 'run')} keep it; "
+    told += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
+    if not better:
+        return f"{told} None that keeps it is better in {label(speed)}."
+    more = f" and {len(better) - MOST_NAMED} more" if len(better) > MOST_NAMED else ""
+    return f"{told} Kept, and better in {label(speed)}: {', '.join(better[:MOST_NAMED])}{more}."
+
+
+def first(run: Record, name: str) -> Measurement | None:
+    """Return the first measurement of a metric that has a ratio and is valid."""
+    return next((m for m in run.measurements if m.metric == name and m.ratio and m.verdict != "invalid"), None)
+
+
+def offer(draw: Callable[..., None], **controls: Any) -> Any:
+    """Display widgets, and below them what `draw` displays for their values whenever one changes; return the box."""
+    import ipywidgets  # takes long to import, and only a person needs it
+    from IPython.display import display
+
+    drawn = ipywidgets.Output()
+
+    def redraw(_: Any) -> None:
+        with drawn:
+            drawn.clear_output(wait=True)
+            draw(**{name: control.value for name, control in controls.items()})
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    box = ipywidgets.VBox([ipywidgets.HTML("Choose for yourself:"), ipywidgets.HBox([*controls.values()]), drawn])
+    box.children[1].layout.flex_flow = "row wrap"
+    display(box)
+    return box
+
+
+def _models(records: Sequence[Record]) -> Any:
+    import ipywidgets
+
+    return ipywidgets.Dropdown(options=[ALL, *sorted({run.model for run in records})], value=ALL, description="model")
+
+
+def _metrics(names: Sequence[str], chosen: str, description: str = "metric") -> Any:
+    import ipywidgets
+
+    listed = [*names] if chosen in names else [chosen, *names]
+    return ipywidgets.Dropdown(options=[(label(name), name) for name in listed], value=chosen, description=description)
+
+
+def _margin(quality: str) -> Any:
+    import ipywidgets
+
+    value = 100 * (metric(quality).margin or 0)
+    return ipywidgets.BoundedFloatText(value=value, min=0, max=100, step=0.5, description="margin, pts")
+
+
+def _of(records: Iterable[Record], model: str) -> list[Record]:
+    return [run for run in records if model in (ALL, run.model)]
+
+
+def _in_order(records: Iterable[Record]) -> list[str]:
+    """Return the metrics that some record has a ratio of, in the catalogue's order."""
+    known = {m.metric for run in records for m in run.measurements if m.ratio}
+    return [name for name in METRICS if name in known]
+
+
+def _judged(records: Iterable[Record]) -> list[str]:
+    return [name for name in _in_order(records) if METRICS[name].margin is not None]

@@ -1,0 +1,82 @@
+"""Figures that a person chooses: static where nobody is there, the same figure and widgets where somebody is."""
+
+import pytest
+
+from lib.report import choosing, tables
+from lib.report.figures import style
+from lib.report.records import record
+from tests.report import samples
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """Return what is displayed, as words, and without anybody in front."""
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    said: list[str] = []
+    monkeypatch.setattr(style, "show", lambda figure, alt: said.append(alt))
+    monkeypatch.setattr(tables, "show_text", said.append)
+    return said
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Return the boxes of widgets that are offered to a person who is there."""
+    monkeypatch.setenv("JPY_SESSION_NAME", "overview.ipynb")
+    boxes: list = []
+    offer = choosing.offer
+    monkeypatch.setattr(choosing, "offer", lambda draw, **controls: boxes.append(offer(draw, **controls)))
+    return boxes
+
+
+def _records():
+    known = [samples.made(name, model) for name in samples.OPTIMIZATIONS[:3] for model in samples.MODELS[:2]]
+    return [*known, samples.made(samples.OPTIMIZATIONS[3], samples.MODELS[0], accuracy="not_maintained")]
+
+
+def test_with_nobody_there_each_figure_is_shown_once(displayed, monkeypatch):
+    monkeypatch.setattr(choosing, "offer", lambda *_, **__: pytest.fail("nobody is there to choose"))
+    choosing.forest(_records(), "prefill_tokens_per_second")
+    choosing.trade_offs(_records(), "prefill_tokens_per_second", "f1_macro")
+    choosing.forest([], "prefill_tokens_per_second")
+    choosing.trade_offs([], "prefill_tokens_per_second", "f1_macro")
+    assert displayed == [
+        "prefill rate of 7 of 7 runs; 7 of all are better.",
+        "F1 (macro): change (points) against speed of 7 runs.",
+        "No record has prefill rate.",
+        "No record has both prefill_tokens_per_second and f1_macro.",
+    ]
+
+
+def test_a_person_chooses_model_metric_and_margin(displayed, offered):
+    choosing.forest(_records(), "prefill_tokens_per_second")
+    choosing.trade_offs(_records(), "prefill_tokens_per_second", "f1_macro")
+    assert len(displayed) == 2, "the figure that a report has stands there before anything is chosen"
+    (model, metric), (_, speed, quality, margin) = (box.children[1].children for box in offered)
+    assert list(model.options) == [choosing.ALL, *sorted(samples.MODELS[:2])]
+    model.value = samples.MODELS[1]
+    assert displayed[-1].startswith("prefill rate of 3 of 3 runs")
+    metric.value = "weights_bytes"
+    assert displayed[-1].startswith("weights in memory of 3 of 3 runs")
+    assert margin.value == pytest.approx(2) and "f1_macro" not in dict(speed.options).values()
+    speed.value = "weights_bytes"
+    assert displayed[-2].startswith("F1 (macro): change (points) against speed of 7 runs")
+    assert displayed[-1].startswith("F1 (macro) within 2 points: 6 of 7 runs keep it; lost: 1, cannot tell: 0.")
+    margin.value = 50.0
+    assert displayed[-1].startswith("F1 (macro) within 50 points: 7 of 7 runs keep it")
+    quality.value = "retrieval_exact_match"
+    assert displayed[-1].startswith("key-value retrieval, exact match within 50 points: ")
+
+
+def test_a_tighter_margin_keeps_fewer():
+    records = _records()
+    kept = [
+        int(choosing.kept(records, "prefill_tokens_per_second", "f1_macro", margin).split(": ")[1].split(" ")[0])
+        for margin in (0.0, 1.0, 2.0, 5.0, 50.0)
+    ]
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == len(records)
+    said = choosing.kept(records, "decode_tokens_per_second", "f1_macro", 50.0)
+    assert said.endswith("None that keeps it is better in decode rate.")
+    slow = record.build("x", "m", "proxy", "quick", {}, samples.measurements())
+    assert "Kept, and better in prefill rate: X on m." in choosing.kept(
+        [slow], "prefill_tokens_per_second", "f1_macro", 5.0
+    )
