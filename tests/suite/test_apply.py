@@ -14,7 +14,7 @@ from lib.suite.plan import plan
 MODEL = "qwen3-4b-instruct-2507"
 QUICKLY = {
     "structured_pruning": {"finetune_steps": "0"},
-    "tensor_decomposition": {"method": "whitened"},
+    "tensor_decomposition": {"refine_steps": "1"},
     "sparse_neural_networks": {"method": "wanda", "finetune_steps": "0"},
 }
 

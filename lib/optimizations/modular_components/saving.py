@@ -2,16 +2,19 @@
 
 By the project's own loader always, by plain transformers where it can read the folder. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
-with {"loads": class or null, "steps": stems} or {"refused": why}.
+with {"loads": class or null, "tokenizer": whether, "weights_hash": …, "steps": stems, "chosen_for": [model, scale] or
+null} or {"refused": why}.
 """
 
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,55 +33,104 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
 
 WINDOWS, TOKENS = 2, 64  # of text, on which what was saved is compared
-NEAR = 1e-4  # relative difference of logits that another order of sums explains
+# Relative difference of logits that another order of sums explains, by the bits of the weights' dtype.
+NEAR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an optimization touches
 
 
-def save(model: str, steps: Sequence[RecipeStep], parameters: Mapping[str, Any], place: Path) -> str | None:
-    """Apply `steps` to `model` and save it in the folder `place`; return the class by which plain transformers reads
-    it, or None where only `lib.models.checkpoints.io.load_folder` does.
+class SavedModel(NamedTuple):
+    """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
+    tokenizer, and the hash of its weights.
+    """
 
-    `parameters` are those of a run: scale, effort, device and so on; a single step takes from them every one that it
-    knows, a stack its own. Raises UserError where no weights change, a step is refused, or the model is more than a
+    loads: str | None
+    tokenizer: bool
+    weights_hash: str
+
+
+def save(
+    model: str, optimization: str, stack: Sequence[RecipeStep] | None, parameters: Mapping[str, Any], place: Path
+) -> SavedModel:
+    """Apply `optimization`, or the steps of `stack` in its place, to `model` and save it in the folder `place`.
+
+    `parameters` are those of a run: scale, effort, device and so on; without a stack the model is the one that a run
+    with them measures. Raises UserError where no weights change, a step is refused, or the model is more than a
     checkpoint can hold.
     """
+    stems = [optimization] if stack is None else [step.optimization for step in stack]
+    if not stems:
+        raise UserError("the stack has no step, so there is nothing to save")
+    parts = {stem: _part(stem, model, parameters["scale"]) for stem in stems}
+    for stem, part in parts.items():
+        if not HELD & set(part.COMPOSES["touches"]):
+            advice = "" if stack is None else "; leave it out of the stack"
+            raise UserError(f"{stem}: changes how a model computes, which no checkpoint holds{advice}")
     loaded = loading.load(
         model,
         parameters["scale"],
         device=parameters["device"],
         checkpoints=parameters["checkpoints"] or None,
         random_weights=parameters["random_weights"],
+        seed=int(parameters.get("seed", 0)),
     )
-    optimized = _optimized(loaded, steps, parameters)
-    if signature(optimized) == signature(loaded.model) and io.weights_hash(optimized) == io.weights_hash(loaded.model):
-        stems = ", ".join(step.optimization for step in steps)
-        raise UserError(f"{stems}: changes no weights of {model} with these parameters, so there is nothing to save")
+    optimized = _composed(loaded, stack, parameters) if stack is not None else _alone(loaded, optimization, parameters)
+    weights_hash = io.weights_hash(optimized)
+    if signature(optimized) == signature(loaded.model) and weights_hash == io.weights_hash(loaded.model):
+        raise UserError(
+            f"{', '.join(stems)}: changes no weights of {model} with these parameters, so there is nothing to save"
+        )
     io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
-    return _check(optimized, place, loaded)
+    return SavedModel(_check(optimized, place, loaded), loaded.tokenizer is not None, weights_hash)
 
 
-def _optimized(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any]) -> nn.Module:
+def _part(stem: str, model: str, scale: str) -> ModuleType:
+    """Return the module of an optimization that can be applied by itself. Raises UserError for one that chooses among
+    others, or changes a server.
+    """
+    parts = composing.parts()
+    if stem not in parts:
+        raise UserError(
+            f"{stem}: is applied through others ({', '.join(parts)}); give one of them, or the stack that a search "
+            f"wrote: --stack {recipe.path_of(model, scale).relative_to(recipe.ROOT)}"
+        )
+    return parts[stem]
+
+
+def _composed(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any]) -> nn.Module:
+    seed = int(parameters.get("seed", 0))
+    return composing.compose(loaded.model, _calibration(loaded, parameters), steps, seed=seed).model
+
+
+def _calibration(loaded: Loaded, parameters: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
     size = settings.read(parameters["effort"], loaded.scale)
     seed = int(parameters.get("seed", 0))
-    calibration = tasks.calibration(loaded, size.calibration_sequences, size.calibration_tokens, seed)
-    if len(steps) != 1 or steps[0].knobs:
-        return composing.compose(loaded.model, calibration, steps, seed=seed).model
-    module = composing.module_of(steps[0].optimization)
+    return tasks.calibration(loaded, size.calibration_sequences, size.calibration_tokens, seed)
+
+
+def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Module:
+    """Return the model that a run of one optimization measures, by its protocol's `optimize` where it has one."""
+    module = composing.module_of(stem)
     if reason := module.applies_to(loaded.model):
-        raise UserError(f"{steps[0].optimization}: {reason}")
-    accepted = inspect.signature(module.apply).parameters
-    own = {name: value for name, value in parameters.items() if name in accepted and name != "model"}
-    known = {name: _settled(steps[0].optimization, name, value, loaded) for name, value in own.items()}
-    return module.apply(loaded.model, calibration, **known)
+        raise UserError(f"{stem}: {reason}")
+    optimize = getattr(_protocol(stem), "optimize", None)
+    if optimize is not None:
+        size = settings.read(parameters["effort"], loaded.scale)
+        return optimize(loaded, size, **_accepted(optimize, parameters))
+    return module.apply(loaded.model, _calibration(loaded, parameters), **_accepted(module.apply, parameters))
 
 
-def _settled(stem: str, name: str, value: Any, loaded: Loaded) -> Any:
-    """Return a parameter's value; where it is -1, "by scale", what the notebook's protocol makes of it."""
-    if isinstance(value, bool) or value != -1:
-        return value
-    protocol = importlib.import_module(f"lib.optimizations.{stem}.experiment")
-    if name == "finetune_steps":
-        return protocol.steps_of(loaded, value)
-    return getattr(protocol, f"default_{name}")(loaded.scale)
+def _protocol(stem: str) -> ModuleType | None:
+    name = f"lib.optimizations.{stem}.experiment"
+    try:
+        there = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # an optimization of one file
+        return None
+    return importlib.import_module(name) if there else None
+
+
+def _accepted(function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    accepted = inspect.signature(function).parameters
+    return {name: value for name, value in parameters.items() if name in accepted and name != "model"}
 
 
 @torch.inference_mode()
@@ -96,8 +148,9 @@ def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
     else:
         ids_BT = tasks.text_windows(loaded, "final", WINDOWS, TOKENS, 0)
     expected = _logits(optimized, ids_BT)
-    if not _near(_logits(again, ids_BT), expected):
+    if not _near(_logits(again, ids_BT), expected, NEAR[torch.float32]):
         raise UserError("what was saved answers otherwise when it is loaded again; nothing was kept")
+    del again
     return _plain(place, dtype, ids_BT, expected)
 
 
@@ -110,7 +163,7 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
         if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
             return None
-        return kind.__name__ if _near(_logits(model.eval(), ids_BT), expected) else None
+        return kind.__name__ if _near(_logits(model.eval(), ids_BT), expected, NEAR[dtype]) else None
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError):
         return None  # another architecture than transformers knows: factors, sparse matrices, uneven blocks
 
@@ -119,18 +172,22 @@ def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
 
 
-def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).abs().max() <= NEAR * other.abs().max())
+def _near(one: torch.Tensor, other: torch.Tensor, share: float) -> bool:
+    return bool((one - other).abs().max() <= share * other.abs().max())
 
 
 def main() -> None:
     """Answer one request: model, optimization, stack (a recipe's path, or null), parameters, place."""
     request = json.load(sys.stdin)
     try:
-        stack = request["stack"]
-        steps = recipe.read(stack).stack if stack else [RecipeStep(optimization=request["optimization"])]
-        loads = save(request["model"], steps, request["parameters"], Path(request["place"]))
-        answer: dict[str, Any] = {"loads": loads, "steps": [step.optimization for step in steps]}
+        chosen = recipe.read(request["stack"]) if request["stack"] else None
+        steps = chosen.stack if chosen else None
+        saved = save(request["model"], request["optimization"], steps, request["parameters"], Path(request["place"]))
+        answer: dict[str, Any] = {
+            **saved._asdict(),
+            "steps": [step.optimization for step in steps or [RecipeStep(optimization=request["optimization"])]],
+            "chosen_for": [chosen.model, chosen.scale] if chosen else None,
+        }
     except UserError as error:
         answer = {"refused": str(error)}
     print(json.dumps(answer))

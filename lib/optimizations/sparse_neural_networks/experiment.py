@@ -261,6 +261,23 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
     return SparseModel(optimized, pruned, tuned, losses, finetune_steps, time.perf_counter() - start)
 
 
+def optimize(
+    loaded: Loaded,
+    effort: Effort,
+    *,
+    sparsity: float,
+    method: str,
+    pattern: str,
+    within: str,
+    parts: str,
+    finetune_steps: int,
+    seed: int,
+) -> nn.Module:
+    """Return the model that a run with these parameters measures."""
+    options = {"sparsity": sparsity, "pattern": pattern, "within": within, "parts": parts}
+    return sparsify(set_up(loaded, effort, method, options, seed), finetune_steps).optimized
+
+
 def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
     """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back."""
     sparsity = setup.options["sparsity"]

@@ -171,6 +171,13 @@ def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int
     return PrunedModel(pruned, optimized, losses, removed, seconds)
 
 
+def optimize(
+    loaded: Loaded, effort: Effort, *, ratio: float, granularity: str, finetune_steps: int, seed: int
+) -> nn.Module:
+    """Return the model that a run with these parameters measures."""
+    return cut(set_up(loaded, effort, seed), ratio, granularity, steps_of(loaded, finetune_steps)).optimized
+
+
 def shapes(baseline: nn.Module, optimized: nn.Module, index: int) -> pd.DataFrame:
     """Return the shapes of the matrices of block `index`, or of the last block left, in both arms."""
     last = len(anatomy(optimized).blocks) - 1

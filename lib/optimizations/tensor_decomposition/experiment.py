@@ -228,6 +228,13 @@ def factors(setup: FactoringSetup, compression: float, method: str, budget: str)
     )
 
 
+def optimize(
+    loaded: Loaded, effort: Effort, *, compression: float, method: str, budget: str, refine_steps: int, seed: int
+) -> nn.Module:
+    """Return the model that a run with these parameters measures."""
+    return factor(set_up(loaded, effort, method, budget, refine_steps, seed), compression).optimized
+
+
 def removed_share(setup: FactoringSetup, model: nn.Module) -> float:
     """Return the share of the decoder's bytes that `model` lacks."""
     return 1 - allocation.decoder_bytes(model) / allocation.decoder_bytes(setup.baseline)

@@ -1,6 +1,6 @@
 """The model card of an optimized checkpoint: what was done to which model, what was measured of it, how to load it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,24 @@ from lib.report.records import facts, record, reproduce
 from lib.report.text.wording import title
 
 
-def text(name: str, job: Any, stems: Sequence[str], usage: str, results: Path) -> str:
-    """Return the card as Markdown. `job` names model, scale and parameters, `stems` are the steps, `usage` is the
-    Python that loads the folder, `results` the result folder of the record that is quoted.
+def text(job: Any, stack: str | None, made: Mapping[str, Any], folder: str, results: Path) -> str:
+    """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
+    there is one, `made` tells `steps`, `loads`, `tokenizer`, `weights_hash` and `chosen_for`, `folder` is the
+    checkpoint's name, and `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
         "",
-        f"Made from `{job.model}` at scale `{job.scale}` by {_done(name, stems)}.",
+        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, made)}.",
         "",
         "## What was measured",
         "",
-        *_measured(job, results),
+        *_measured(job, stack, made["weights_hash"], results),
         "",
         "## How to load it",
         "",
         "```python",
-        usage,
+        usage(folder, made["loads"], made["tokenizer"]),
         "```",
         "",
         "## Parameters",
@@ -35,42 +36,51 @@ def text(name: str, job: Any, stems: Sequence[str], usage: str, results: Path) -
     return "\n".join(lines) + "\n"
 
 
-def usage(folder: str, plain: str | None) -> str:
-    """Return three lines of Python that load the folder; `plain` is the class of transformers that reads it, if any."""
+def usage(folder: str, plain: str | None, tokenizer: bool) -> str:
+    """Return the Python that loads the folder; `plain` is the class of transformers that reads it, if any, `tokenizer`
+    whether there is one.
+    """
+    more = ", AutoTokenizer" if tokenizer else ""
     if plain:
-        return (
-            f"from transformers import {plain}, AutoTokenizer\n"
-            f'model = {plain}.from_pretrained("{folder}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-        )
-    return (
-        "from lib.models.checkpoints import io  # transformers alone does not know what this folder holds\n"
-        "from transformers import AutoTokenizer\n"
-        f'model, tokenizer = io.load_folder("{folder}"), AutoTokenizer.from_pretrained("{folder}")'
-    )
+        lines = [f"from transformers import {plain}{more}", f'model = {plain}.from_pretrained("{folder}")']
+    else:
+        lines = ["from lib.models.checkpoints import io  # transformers alone does not know what this folder holds"]
+        lines += ["from transformers import AutoTokenizer"] if tokenizer else []
+        lines += [f'model = io.load_folder("{folder}")']
+    return "\n".join([*lines, *([f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'] if tokenizer else [])])
 
 
-def _done(name: str, stems: Sequence[str]) -> str:
-    return f"`{name}`" if len(stems) < 2 else f"the stack {' → '.join(stems)} of `{name}`"
+def _done(job: Any, stack: str | None, made: Mapping[str, Any]) -> str:
+    if stack is None:
+        return f"`{job.optimization}`"
+    elsewhere = list(made["chosen_for"]) != [job.model, job.scale]
+    of = f", which was chosen for {made['chosen_for'][0]} at scale {made['chosen_for'][1]}" if elsewhere else ""
+    return f"the stack {' → '.join(made['steps'])} of `{Path(stack).name}`{of}"
 
 
-def _measured(job: Any, results: Path) -> list[str]:
-    """Return what the record of the same run says, or how to make one."""
+def _measured(job: Any, stack: str | None, weights_hash: str, results: Path) -> list[str]:
+    """Return what the record of the same run says of these weights, or how to make one."""
     path = results / f"{job.stem}.json"
-    command = f"`python build.py run {job.optimization} --model {job.model} --scale {job.scale}`"
+    options = f"--model {job.model} --scale {job.scale} --effort {job.effort}"
+    command = f"`python build.py run {job.optimization} {options}`"
     try:
         stored = record.read(path)
     except UserError:
         return [f"Nothing was measured yet; {command} does."]
+    where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
+    quoted = [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
+    if stored.environment.get("weights_hash") == weights_hash:
+        return [*quoted, "These are the weights that it measured: their hashes are equal."]
     differing = sorted(
         key
         for key, value in job.parameters.items()
         if key not in reproduce.OPTIONS and key in stored.parameters and stored.parameters[key] != value
     )
-    where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
-    if differing:
+    differing += ["effort"] if stored.effort != job.effort else []
+    if differing or stack:
+        how = f"with other parameters ({', '.join(differing)})" if differing else "of other weights"
         return [
-            f"The record `{path.name}` ({where}) was made with other parameters ({', '.join(differing)}), so nothing "
-            f"is claimed of this checkpoint; {command} with the parameters below does."
+            f"The record `{path.name}` ({where}) was made {how}, so nothing is claimed of this checkpoint; {command} "
+            "with the parameters below measures it."
         ]
-    return [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
+    return [*quoted, "It measured weights that were made in the same way; their last digits differ."]

@@ -38,19 +38,19 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     (job,) = plan.plan(replace(request, dimensions=()))
     from lib.report.pages import model_card
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        place = Path(folder) / "checkpoint"
-        answer = _made(job, stack, place)
-        usage = model_card.usage(target.name, answer["loads"])
-        name = Path(stack).name if stack else job.optimization
-        card = model_card.text(name, job, answer["steps"], usage, results)
-        (place / "README.md").write_text(card, encoding="utf-8")
-        if target.is_dir():
-            target.rmdir()  # empty, as checked above
-        shutil.move(place, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            place = Path(folder) / "checkpoint"
+            answer = _made(job, stack, place)
+            (place / "README.md").write_text(model_card.text(job, stack, answer, target.name, results), "utf-8")
+            if target.is_dir():
+                target.rmdir()  # empty, as checked above
+            shutil.move(place, target)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from None
     print(f"{out}: saved, loaded again, and equal to what was applied")
-    print(model_card.usage(out, answer["loads"]))
+    print(model_card.usage(out, answer["loads"], answer["tokenizer"]))
     return 0
 
 

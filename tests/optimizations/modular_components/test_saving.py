@@ -1,0 +1,149 @@
+"""Optimized checkpoints of every architecture: loaded again with equal logits, by transformers alone where said so."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from lib.errors import UserError
+from lib.measure.metrics import settings
+from lib.models import loading, parameters
+from lib.models.checkpoints import io
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.architecture import auto_class
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import saving
+from lib.optimizations.structured_pruning import experiment as pruning
+from tests.models import architectures
+from tests.models.sources import gguf_files
+
+SMALL = {"calibration_sequences": 4, "calibration_tokens": 48}
+STEPS = {
+    "structured_pruning": {"ratio": 0.3, "granularity": "auto", "finetune_steps": 2},
+    "tensor_decomposition": {"compression": 0.2, "method": "auto", "budget": "global", "refine_steps": 2},
+    "sparse_neural_networks": {
+        "sparsity": -1.0, "method": "sparsegpt", "pattern": "unstructured", "within": "row", "parts": "all",
+        "finetune_steps": 2,
+    },
+}  # fmt: skip
+COMMON = {"scale": "full", "effort": "quick", "device": "cpu", "checkpoints": "", "random_weights": False, "seed": 0}
+PICTURES = "qwen3_vl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=gguf_files.tokenizer(), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    made.chat_template = gguf_files.CHAT
+    return made
+
+
+@pytest.fixture(autouse=True)
+def little(tmp_path, monkeypatch):
+    """Look at little text, and register checkpoints in a folder of this test."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    read = settings.read
+    monkeypatch.setattr(settings, "read", lambda *given: replace(read(*given), **SMALL))
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """Return a function that writes a tiny checkpoint of an architecture, as its maker would, and names the model."""
+
+    def make(name: str) -> str:
+        rows = len(tokenizer)
+        if name == PICTURES:
+            from tests.conftest import TINY
+
+            described = parameters.read("qwen3-vl-2b")
+            config = parameters.merge(described.full, TINY["qwen3-vl-2b"])
+            config = parameters.merge(config, {"text_config": {"vocab_size": rows}})
+            made = io.build(config, described.architecture)
+        else:
+            made = architectures.build(name, vocab_size=rows)
+        made.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        if name == PICTURES:
+            io.load_image_processor(parameters.PARAMETERS / "proxies" / "qwen3-vl-2b").save_pretrained(tmp_path / name)
+        return parameters.register(str(tmp_path / name))
+
+    return make
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=architectures.prompt(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("optimization", sorted(STEPS))
+@pytest.mark.parametrize("name", [*sorted(architectures.MODELS), PICTURES])
+def test_what_was_saved_is_the_optimized_model(name, optimization, checkpoint, tmp_path):
+    model = checkpoint(name)
+    place = tmp_path / "saved"
+    saved = saving.save(model, optimization, None, COMMON | STEPS[optimization], place)
+    again = io.load_folder(place, torch.float32)
+    assert not torch.allclose(logits(again), logits(loading.load(model, "full", dtype="float32").model), atol=1e-3)
+    if saved.loads is not None:
+        kind = auto_class(AutoConfig.from_pretrained(place))
+        assert kind.__name__ == saved.loads
+        plain, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        torch.testing.assert_close(logits(plain), logits(again), atol=1e-4, rtol=1e-4)
+    if optimization == "structured_pruning":  # blocks stay alike, so that the configuration describes them
+        assert saved.loads is not None
+    else:  # no configuration of transformers has factors or sparse matrices
+        assert saved.loads is None
+
+
+@pytest.mark.parametrize("granularity", ["channels", "heads", "depth", "experts"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "glm4_moe_lite", "qwen3_moe", PICTURES])
+def test_every_granularity_is_loaded_again(name, granularity, checkpoint, tmp_path):
+    model = checkpoint(name)
+    wanted = COMMON | STEPS["structured_pruning"] | {"granularity": granularity, "finetune_steps": 0, "ratio": 0.1}
+    make = partial(saving.save, model, "structured_pruning", None, wanted, tmp_path / "saved")
+    try:
+        saved = make()
+    except UserError as error:
+        assert "experts" in str(error) or "reach" in str(error) or "at most" in str(error), error
+        return
+    assert len(saved.weights_hash) == 64 and (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_it_is_the_model_that_a_run_measures(checkpoint, tmp_path):
+    model = checkpoint("llama")
+    wanted = COMMON | STEPS["structured_pruning"] | {"finetune_steps": -1}
+    saved = saving.save(model, "structured_pruning", None, wanted, tmp_path / "saved")
+    loaded = loading.load(model, "full")
+    setup = pruning.set_up(loaded, settings.read("quick", "full"), 0)
+    cut = pruning.cut(setup, 0.3, "auto", pruning.steps_of(loaded, -1))
+    assert io.weights_hash(cut.optimized) == saved.weights_hash
+
+
+def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
+    model = checkpoint("qwen2")
+    stack = [
+        RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2}),
+        RecipeStep(optimization="tensor_decomposition", knobs={"method": "whitened"}),
+    ]
+    saved = saving.save(model, "automl_components", stack, COMMON, tmp_path / "saved")
+    again = io.load_folder(tmp_path / "saved")
+    assert saved.loads is None and anatomy(again).blocks[0].feed_forward.channels < 96
+
+
+@pytest.mark.parametrize(
+    ("optimization", "stack", "said"),
+    [
+        ("adaptive_sparse_attention", None, "changes how a model computes, which no checkpoint holds"),
+        ("streaming_computation", None, "changes how a model computes, which no checkpoint holds"),
+        ("continuous_nas", None, "is applied through others .*--stack executed/full/stacks/"),
+        ("automl_components", [], "has no step"),
+        ("automl_components", [RecipeStep(optimization="adaptive_sparse_attention")], "leave it out of the stack"),
+    ],
+)
+def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimization, stack, said, tmp_path):
+    with pytest.raises(UserError, match=said) as refused:
+        saving.save("no-such-model", optimization, stack, COMMON, tmp_path / "saved")
+    assert "\n" not in str(refused.value) and not (tmp_path / "saved").exists()
