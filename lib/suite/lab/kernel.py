@@ -104,7 +104,7 @@ class CellFollower:
         return [self.path.parent / RUNS / scale / name, self.results / scale / name]
 
     def _beside(self) -> None:
-        from lib.suite.lab import beside  # what reads records takes long to import
+        from lib.report import beside  # what reads records takes long to import
 
         run = beside.record_of(self.shell.user_ns)
         if run is None:

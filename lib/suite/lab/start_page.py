@@ -33,7 +33,7 @@ than a second says how far the run is; behind the last cell this run stands besi
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedNotebook:
     """A notebook on the page: the copy's file name, its template, and the run that it makes as it stands."""
 
     file: str
@@ -43,26 +43,26 @@ class Entry:
     effort: str
 
 
-def entries(jobs: Sequence[Job]) -> list[Entry]:
+def entries(jobs: Sequence[Job]) -> list[ListedNotebook]:
     """Return an entry for each job, or, without jobs, for each template with its defaults."""
     if jobs:
-        return [Entry(f"{job.stem}.ipynb", job.template, job.model, job.scale, job.effort) for job in jobs]
+        return [ListedNotebook(f"{job.stem}.ipynb", job.template, job.model, job.scale, job.effort) for job in jobs]
     listed = []
     for stem in plan.optimizations():
         with contextlib.suppress(UserError, KeyError):  # one that is being written is no notebook yet
             template = templates.read(plan.NOTEBOOKS / f"{stem}.ipynb")
             model, scale, effort = (str(template.parameters[name].default) for name in ("model", "scale", "effort"))
-            listed.append(Entry(template.path.name, template, model, scale, effort))
+            listed.append(ListedNotebook(template.path.name, template, model, scale, effort))
     return listed
 
 
-def write(listed: Sequence[Entry], results: Path, folder: Path) -> Path:
+def write(listed: Sequence[ListedNotebook], results: Path, folder: Path) -> Path:
     """Write the page of these entries into `folder`; return its path. `results` holds a result folder per scale."""
     known = {scale: read_folder(results / scale)[0] for scale in {entry.scale for entry in listed}}
     return write_atomically(folder / NAME, text(listed, {scale: discoveries.settled(r) for scale, r in known.items()}))
 
 
-def text(listed: Sequence[Entry], records: dict[str, list[Record]]) -> str:
+def text(listed: Sequence[ListedNotebook], records: dict[str, list[Record]]) -> str:
     """Return the page as Markdown; `records` by scale, with the words that hold for the set."""
     parts = [INTRODUCTION]
     for scale, model in dict.fromkeys((entry.scale, entry.model) for entry in listed):
@@ -82,7 +82,7 @@ def text(listed: Sequence[Entry], records: dict[str, list[Record]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section(listed: Sequence[Entry], records: Sequence[Record], scale: str, model: str) -> list[str]:
+def _section(listed: Sequence[ListedNotebook], records: Sequence[Record], scale: str, model: str) -> list[str]:
     sizes = stand_in.sizes(record for record in records if record.model == model)
     about = stand_in.one(scale, model, sizes.get(model))
     lines = ["| notebook | what it does | takes | last result |", "| --- | --- | --- | --- |"]
@@ -106,7 +106,7 @@ def what_it_does(template: Template) -> str:
     return sentence + stop.strip()
 
 
-def _takes(entry: Entry, records: Sequence[Record]) -> str:
+def _takes(entry: ListedNotebook, records: Sequence[Record]) -> str:
     """Return how long a run takes: from its own record, from those of other models, or at most, by its limit."""
     alike = [r for r in records if r.optimization == entry.template.stem and r.seconds and r.status == "ok"]
     same = [r for r in alike if r.effort == entry.effort] or alike
@@ -122,7 +122,7 @@ def _minutes(seconds: float) -> str:
     return f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
 
 
-def _last(entry: Entry, records: Iterable[Record]) -> str:
+def _last(entry: ListedNotebook, records: Iterable[Record]) -> str:
     run = next((r for r in records if (r.optimization, r.model) == (entry.template.stem, entry.model)), None)
     if run is None:
         return "not run yet"

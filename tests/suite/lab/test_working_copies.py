@@ -90,7 +90,7 @@ def test_nothing_is_stale_after_a_session(project):
     content = json.loads(copy.read_text())
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
-            cell.update(source=cell["source"] + "\n# mine", outputs=[], execution_count=3)
+            cell.update(source=[*cell["source"], "\n# mine"], outputs=[], execution_count=3)
     copy.write_text(json.dumps(content))
     (project / ".lab" / ".runs" / "proxy").mkdir(parents=True)
     (project / ".lab" / ".runs" / "proxy" / "well--alpha-1.5.json").write_text("{}")
