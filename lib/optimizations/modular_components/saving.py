@@ -129,8 +129,9 @@ def _protocol(stem: str) -> ModuleType | None:
 
 
 def _accepted(function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    accepted = inspect.signature(function).parameters
-    return {name: value for name, value in parameters.items() if name in accepted and name != "model"}
+    """Return those of a run's parameters that a function takes by keyword alone."""
+    knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: value for name, value in parameters.items() if name in knobs}
 
 
 @torch.inference_mode()
