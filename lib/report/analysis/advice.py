@@ -152,8 +152,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if served.verdict in ("worse", "equivalent"):
         return result("do not use", f"no gain: {brief.phrase(served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
-        reason = why(served) or "an estimate is never judged"
-        return undecided(f"{subject(served)} {brief.number(served)}: {reason}", **about)
+        gate = why(served) or "an estimate is never judged"
+        return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
     if open_question:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and (reason := _beyond(record, goal)):
@@ -227,13 +227,15 @@ def _beyond(record: Record, goal: Goal) -> str | None:
 
 def _paid(record: Record, served: Measurement) -> list[Measurement]:
     """Return what was lost beside a gain, other than quality: losses that count, and primaries that became worse."""
-    named = {(m.metric, m.workload): m for m in record.measurements}
-    carriers = [named.get((c.metric, c.workload)) for c in record.verdict.carried_by.values()]
-    losses = [named.get((loss.metric, loss.workload)) for loss in record.verdict.losses]
-    if not record.verdict.carried_by:  # a record from before there were primaries
-        known = {name: primary.carrier(record.measurements, name)[0] for name in DIMENSIONS}
-        carriers, losses = [*known.values()], [m for m, _ in primary.losses(record.measurements, known)]
-    lost = [m for m in (*carriers, *losses) if m is not None and m.verdict == "worse" and m.dimension != "accuracy"]
+    if record.verdict.carried_by:
+        named = {(m.metric, m.workload): m for m in record.measurements}
+        pairs = [(c.metric, c.workload) for c in record.verdict.carried_by.values()]
+        pairs += [(loss.metric, loss.workload) for loss in record.verdict.losses]
+        known = [named[pair] for pair in pairs if pair in named]
+    else:  # a record from before there were primaries
+        carriers = {name: primary.carrier(record.measurements, name)[0] for name in DIMENSIONS}
+        known = [m for m in carriers.values() if m] + [m for m, _ in primary.losses(record.measurements, carriers)]
+    lost = [m for m in known if m.verdict == "worse" and m.dimension != "accuracy"]
     return [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
 
 

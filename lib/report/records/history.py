@@ -149,8 +149,8 @@ def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, 
         ).fetchall()
         earlier: dict[str, tuple[str, str]] = {}
         by_name = {(r.optimization, r.model, r.scale, r.effort): r for r in records if r.status == "ok"}
-        for *name, started, key in known:
-            record = by_name.get(tuple(name))
+        for optimization, model, scale, effort, started, key in known:
+            record = by_name.get((optimization, model, scale, effort))
             if record and started < (record.started or "") and key:
                 earlier[record.stem] = (started, key)
         query = "SELECT record FROM runs WHERE started = ? AND key = ?"

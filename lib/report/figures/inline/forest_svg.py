@@ -5,7 +5,7 @@ both lie to the right. Takes plain values and returns text; the colours are the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -59,7 +59,7 @@ def forest(changes: Sequence[ForestLine], title: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _line(change: ForestLine, y: float, across) -> list[str]:
+def _line(change: ForestLine, y: float, across: Callable[[float], float]) -> list[str]:
     """Return name, noise band, interval and mark of one metric."""
     parts = [f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(change.name)}</text>']
     if change.floor:
