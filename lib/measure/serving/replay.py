@@ -1,13 +1,13 @@
-"""The real model behind the server loop: traces replayed in real time, arms in turn, and what follows from them.
+"""The real model behind the server loop: traces replayed step by step, arms in turn, and what follows from them.
 
-Every round serves one trace with every arm, in an order that changes, so that a slow spell of the machine falls on all
-of them; the rounds have different traces. Goodput, latency, energy and the cache's peak are all read on these replays,
+Every round serves one trace with every arm. The model makes every step, and a step takes the time that it took;
+waiting takes none. The arms take turns within the trace, so that a slow spell of the machine falls on all of them; the
+rounds have different traces. Goodput, latency, energy and the cache's peak are all read on these replays,
 so they speak of the same traffic. Knows no policy: the caller brings functions that make a new one.
 """
 
 import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,10 @@ from torch import nn
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.serving import slo
+from lib.measure.serving import slo, turns
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Limits, Policy, Served
-from lib.measure.serving.server import RealClock, serve
+from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.traffic import ServingRequest, Trace
 from lib.measure.timing import disturbance
@@ -29,7 +29,7 @@ from lib.measure.trackers import energy, energy_source
 from lib.measure.trackers.energy_source import Counter
 
 PromptOf = Callable[[ServingRequest], torch.Tensor]
-WORKLOAD = "serve, real time"
+WORKLOAD = "serve, real model"
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
 
 
@@ -51,27 +51,6 @@ class Replayed:
     def tokens(self) -> int:
         """Tokens that were generated."""
         return sum(len(ids) for ids in self.output.values())
-
-
-def replay(
-    model: nn.Module,
-    trace: Trace,
-    policy: Policy,
-    limits: Limits,
-    prompt_of: PromptOf,
-    batching: str = "iteration",
-    counter: Counter | None = None,
-) -> Replayed:
-    """Serve `trace` with the real model in real time. Raises RuntimeError if the cache ever outgrows its bound."""
-    engine = ModelEngine(model, prompt_of, limits.cache_bytes)
-    warm_up(engine, trace)
-    close, joules = disturbance.watch(), counter.joules() if counter else None
-    busy, start = time.process_time(), time.perf_counter()
-    served = serve(trace, policy, engine, RealClock(), limits, batching=batching)
-    wall, busy = time.perf_counter() - start, time.process_time() - busy
-    spent = counter.joules() - joules if counter and joules is not None else None
-    share = busy / (wall * len(disturbance.cores()))
-    return Replayed(served, engine.output, share, close(), busy, spent)
 
 
 def warm_up(engine: ModelEngine, trace: Trace) -> None:
@@ -112,7 +91,8 @@ class ServingRounds:
         """How the numbers came about, as a record states it."""
         requests = sum(len(trace.requests) for trace in self.traces)
         disturbed = sum(bool(run.disturbed) for runs in self.runs.values() for run in runs)
-        text = f"real model in real time, {len(self.traces)} rounds of {len(self.runs)} arms in turn, a trace per round"
+        text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
+        text += "a trace per round, waiting left out"
         text += f", {requests} requests in all, warm-up not counted"
         return text + (f"; {disturbed} of {len(self.traces) * len(self.runs)} replays disturbed" if disturbed else "")
 
@@ -132,20 +112,55 @@ def in_turn(
     device: str = "cpu",
     seed: int = 0,
 ) -> ServingRounds:
-    """Replay every trace under every arm, a new policy each time.
-
-    The first round's order is drawn with `seed`; from round to round it moves on by one, so that every arm comes first
-    equally often.
+    """Replay every trace under every arm, a new policy each time, all arms at the same moment of the trace
+    (`lib.measure.serving.turns`). Raises RuntimeError if a cache ever outgrows its bound.
     """
-    counter, names = energy_source.counter(device), list(arms)
-    random.Random(seed).shuffle(names)
+    counter = energy_source.counter(device)
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
     for index, trace in enumerate(traces):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            run = replay(model, trace, arms[name](), limits, prompt_of, batching, counter)
+        names = list(arms)
+        random.Random(seed + index).shuffle(names)
+        engines = {name: ModelEngine(model, prompt_of, limits.cache_bytes) for name in names}
+        policies = {name: arms[name]() for name in names}
+        for name, run in _together(trace, engines, policies, limits, batching, counter).items():
             runs[name].append(run)
     return ServingRounds(tuple(traces), runs, counter)
+
+
+def _together(
+    trace: Trace,
+    engines: Mapping[str, ModelEngine],
+    policies: Mapping[str, Policy],
+    limits: Limits,
+    batching: str,
+    counter: Counter,
+) -> dict[str, Replayed]:
+    """Serve one trace with every arm, in turns."""
+    for engine in engines.values():
+        warm_up(engine, trace)
+    clocks = {name: VirtualClock() for name in engines}
+    in_turn_of = turns.Turns(clocks)
+    timed = {name: turns.EngineInTurn(engine, in_turn_of, name, counter.joules) for name, engine in engines.items()}
+
+    def server(name: str) -> Callable[[], Served]:
+        policy = turns.ChargedPolicy(policies[name], clocks[name])
+        return lambda: serve(trace, policy, timed[name], clocks[name], limits, batching=batching)
+
+    threads, close = torch.get_num_threads(), disturbance.watch()
+    served = turns.run({name: server(name) for name in engines}, in_turn_of, lambda: torch.set_num_threads(threads))
+    disturbed = close()
+    cores = len(disturbance.cores())
+    return {
+        name: Replayed(
+            served[name],
+            engines[name].output,
+            timed[name].cpu_seconds / max(timed[name].wall_seconds * cores, 1e-9),
+            disturbed,
+            timed[name].cpu_seconds,
+            timed[name].joules,
+        )
+        for name in engines
+    }
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------

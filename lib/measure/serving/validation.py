@@ -62,9 +62,9 @@ def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
     arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])] if names else []
     known = [[error for error in arm if error is not None] for arm in arms]
     if not known or not all(known):
-        return measurement.unavailable("simulation_error", "serve, real time", "nothing to compare", source)
+        return measurement.unavailable("simulation_error", "serve, real model", "nothing to compare", source)
     first, last = (float(np.mean(arm)) for arm in known)
-    return measurement.informative("simulation_error", "serve, real time", first, last, source)
+    return measurement.informative("simulation_error", "serve, real model", first, last, source)
 
 
 def error_of(simulation: Measurement) -> float | None:

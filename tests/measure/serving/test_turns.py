@@ -1,0 +1,156 @@
+"""Servers in turn: the one furthest behind goes first, one at a time, and a wandering machine is the same for all."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lib.measure.serving import turns
+from lib.measure.serving.protocol import Decision, Limits
+from lib.measure.serving.server import VirtualClock, serve
+from lib.measure.serving.traffic import Phase, ServingRequest, Trace
+
+
+class Machine:
+    """Steps of 10 ms of a machine whose speed wanders from step to step, whoever makes the step."""
+
+    def __init__(self, seed: int = 0, spread: float = 0.1):
+        self.random, self.level, self.spread = np.random.default_rng(seed), 0.0, spread
+
+    def seconds(self) -> float:
+        self.level = 0.98 * self.level + self.spread * self.random.normal()
+        return 0.01 * float(np.exp(self.level))
+
+
+class Engine:
+    """Serves as long as the machine takes; notes every call, and whether another was under way."""
+
+    bytes = 0.0
+
+    def __init__(self, machine: Machine, name: str = "", calls: list | None = None, clocks=None):
+        self.machine, self.name, self.calls, self.clocks = machine, name, calls if calls is not None else [], clocks
+
+    def clear(self) -> None:
+        pass
+
+    def _step(self, *_) -> float:
+        if self.clocks:
+            self.calls.append((self.name, {name: clock.now() for name, clock in self.clocks.items()}))
+        return self.machine.seconds()
+
+    prefill = decode = shared = leave = _step
+
+
+class Admits:
+    name = "admits"
+
+    def decide(self, view) -> Decision:
+        return Decision(view.room)
+
+    def observe(self, step, finished) -> None:
+        pass
+
+
+def _trace(count: int = 20) -> Trace:
+    from lib.measure.serving.policy_comparison import CHAT
+
+    requests = tuple(ServingRequest(i, 0.02 * i, 8, 5) for i in range(count))
+    return Trace("by hand", 0, (Phase(0.02 * count, 50.0, CHAT),), requests)
+
+
+def _together(machine: Machine, names=("a", "b"), calls: list | None = None):
+    clocks = {name: VirtualClock() for name in names}
+    order = turns.Turns(clocks)
+    noted = dict(clocks)
+    engines = {n: turns.EngineInTurn(Engine(machine, n, calls, noted), order, n) for n in names}
+    servers = {n: lambda n=n: serve(_trace(), Admits(), engines[n], clocks[n], Limits(8)) for n in names}
+    return turns.run(servers, order, lambda: None), engines
+
+
+def test_the_server_furthest_behind_makes_the_next_step():
+    calls: list = []
+    served, engines = _together(Machine(), ("a", "b", "c"), calls)
+    assert set(served) == {"a", "b", "c"}
+    ends = {name: run.end for name, run in served.items()}
+    for name, clocks in calls:
+        active = [now for other, now in clocks.items() if now < ends[other]]
+        assert clocks[name] <= min(active, default=clocks[name]) + 1e-12
+    assert all(engine.wall_seconds > 0 and engine.joules is None for engine in engines.values())
+    assert all(all(row.finished for row in run.outcomes) for run in served.values())
+
+
+def test_alone_it_is_what_a_server_without_turns_does():
+    served, _ = _together(Machine(3), ("only",))
+    plain = serve(_trace(), Admits(), Engine(Machine(3)), VirtualClock(), Limits(8))
+    assert [step[:6] for step in served["only"].steps] == [step[:6] for step in plain.steps]
+
+
+def test_one_runs_at_a_time():
+    running, most = [0], [0]
+
+    class Slow(Engine):
+        def _step(self, *_) -> float:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.0005)
+            running[0] -= 1
+            return 0.01
+
+        prefill = decode = shared = leave = _step
+
+    clocks = {name: VirtualClock() for name in "ab"}
+    order = turns.Turns(clocks)
+    engines = {name: turns.EngineInTurn(Slow(Machine()), order, name) for name in clocks}
+    servers = {n: lambda n=n: serve(_trace(6), Admits(), engines[n], clocks[n], Limits(8)) for n in clocks}
+    turns.run(servers, order, lambda: None)
+    assert most[0] == 1 and threading.active_count() < 20
+
+
+def test_a_wandering_machine_is_the_same_for_both():
+    """Two equal policies end together where they take turns, and apart where one follows the other."""
+
+    def apart(seed: int, in_turn: bool) -> float:
+        machine = Machine(seed)
+        if in_turn:
+            first, second = (run.end for run in _together(machine)[0].values())
+        else:
+            first, second = (
+                serve(_trace(), Admits(), Engine(machine), VirtualClock(), Limits(8)).end for _ in range(2)
+            )
+        return abs(np.log(first / second))
+
+    in_turn, one_by_one = (np.mean([apart(seed, kind) for seed in range(12)]) for kind in (True, False))
+    assert in_turn < 0.5 * one_by_one
+
+
+def test_a_server_that_fails_stops_no_other():
+    class Broken(Engine):
+        def decode(self) -> float:
+            raise RuntimeError("the cache outgrew its bound")
+
+    clocks = {name: VirtualClock() for name in "ab"}
+    order, done = turns.Turns(clocks), []
+    engines = {"a": Broken(Machine()), "b": Engine(Machine())}
+
+    def server(name: str):
+        engine = turns.EngineInTurn(engines[name], order, name)
+        done.append((name, serve(_trace(), Admits(), engine, clocks[name], Limits(8))))
+
+    with pytest.raises(RuntimeError, match="outgrew"):
+        turns.run({name: lambda name=name: server(name) for name in clocks}, order, lambda: None)
+    assert [name for name, _ in done] == ["b"]
+
+
+def test_thinking_takes_time():
+    class Slow(Admits):
+        def decide(self, view) -> Decision:
+            time.sleep(0.002)
+            return Decision(1)
+
+    clock = VirtualClock()
+    policy = turns.ChargedPolicy(Slow(), clock)
+    assert policy.name == "admits" and policy.decide(None) == Decision(1) and clock.now() >= 0.002
+    before = clock.now()
+    policy.observe(None, [])
+    assert clock.now() >= before
