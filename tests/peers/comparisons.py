@@ -79,6 +79,15 @@ def _pruning(method: str, title: str) -> Comparison:
     return Comparison("llm-compressor", f"{title}, half of all weights, the same calibration text", arms, PRUNED, True)
 
 
+def _channels(rule: str, *beside: str) -> Comparison:
+    arms = [Arm(f"Torch-Pruning, by {rule}", "torch_pruning_channels", (f"rule={rule}",))]
+    for name in beside:
+        title = "activation, refitted" if name == "refitted" else name
+        arms.append(Arm(f"workbench, by {title}", "workbench_pruning", (f"channels={name}",), own=False))
+    about = "the same share of feed-forward channels removed, nothing trained afterwards"
+    return Comparison("torch-pruning", about, tuple(arms), CUT, once=True)
+
+
 COMPARISONS = (
     Comparison(
         "llama.cpp",
@@ -93,18 +102,8 @@ COMPARISONS = (
     ),
     _pruning("sparsegpt", "SparseGPT"),
     _pruning("wanda", "Wanda"),
-    Comparison(
-        "torch-pruning",
-        "the same share of feed-forward channels removed, nothing trained afterwards",
-        (
-            Arm("Torch-Pruning, by magnitude", "torch_pruning_channels"),
-            Arm("workbench, by magnitude", "workbench_pruning", ("channels=magnitude",), own=False),
-            Arm("workbench, by activation", "workbench_pruning", ("channels=activation",), own=False),
-            Arm("workbench, by activation, refitted", "workbench_pruning", ("channels=refitted",), own=False),
-        ),
-        CUT,
-        once=True,
-    ),
+    _channels("magnitude", "magnitude"),
+    _channels("taylor", "activation", "refitted"),
     Comparison(
         "optimum-benchmark",
         "time to the first token of the same checkpoint, the same prompt length",

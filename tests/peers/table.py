@@ -13,6 +13,7 @@ from lib.measure.metrics import paired_stats
 from tests.peers.comparisons import Arm, Comparison, Metric
 from tests.peers.running import Result
 
+SAME = 5e-4  # as far as a ratio is shown
 COLUMNS = ("peer", "beside it", "number", "peer's", "the other's", "ratio, other / peer", "better")
 
 
@@ -20,8 +21,8 @@ COLUMNS = ("peer", "beside it", "number", "peer's", "the other's", "ratio, other
 class Row:
     """One number of the peer and of an arm beside it; `reason` instead of numbers where there are none.
 
-    `ratio` is the arm's over the peer's, `ci` its 95 % interval, `better` who is: "peer", "other", "cannot tell", or
-    None where neither way is better.
+    `ratio` is the arm's over the peer's, `ci` its 95 % interval, `better` who is: "peer", "other", "equal" (as far as a
+    ratio is shown), "cannot tell", or None where neither way is better.
     """
 
     peer: str
@@ -95,6 +96,8 @@ def _better(metric: Metric, ratio: float, ci: tuple[float, float] | None) -> str
     if metric.higher_is_better is None:
         return None
     low, high = ci or (ratio, ratio)
+    if abs(low - 1) < SAME and abs(high - 1) < SAME:
+        return "equal"
     if low <= 1 <= high:
         return "cannot tell"
     return "other" if (ratio > 1) == metric.higher_is_better else "peer"
@@ -127,6 +130,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.ci is not None:
         ratio += f" ({_ratio(row.ci[0])} to {_ratio(row.ci[1])}, {row.turns} turns)"
     better = {None: "–", "peer": row.peer, "other": row.beside.partition(",")[0]}.get(row.better, row.better or "")
+    better += ", one turn" if row.better in ("peer", "other") and row.turns == 1 else ""
     return row.peer, row.beside, row.metric + unit, number(row.theirs), number(row.others), ratio, better
 
 

@@ -57,6 +57,13 @@ def test_turns_are_paired_and_one_turn_has_no_interval():
     assert row.theirs == pytest.approx(100)
 
 
+def test_what_is_equal_as_far_as_it_is_shown_is_called_equal():
+    (row,) = table.rows(PAIR, results([{"min": 1.0}], [{"min": 1.0001}]))
+    assert row.better == "equal"
+    (row,) = table.rows(PAIR, results([{"min": 1.0}], [{"min": 1.01}]))
+    assert row.better == "peer" and "| peer, one turn |" in table.markdown([row], {}, [])
+
+
 def test_zero_has_no_ratio():
     (row,) = table.rows(PAIR, results([{"b": 0.0}], [{"b": 0.5}]))
     assert row.ratio is None and row.theirs == 0 and row.better is None

@@ -1,4 +1,5 @@
-"""Torch-Pruning's channels: the same share of every feed-forward part's, chosen by its group magnitude, nothing else.
+"""Torch-Pruning's channels: the same share of every feed-forward part's, chosen by its group magnitude
+(`rule=magnitude`) or by its Taylor expansion of the loss on the calibration text (`rule=taylor`).
 
 It follows the graph of autograd to what hangs together: a channel goes from gate, up and down projection at once.
 """
@@ -10,7 +11,9 @@ import torch
 import torch_pruning
 from torch import nn
 
-setting, _ = probe.read()
+RULES = {"magnitude": "MagnitudeImportance", "taylor": "TaylorImportance"}
+
+setting, options = probe.read()
 probe.use_threads(setting["threads"])
 model = probe.load(setting, attn_implementation="eager")
 model.requires_grad_(True)
@@ -20,15 +23,20 @@ others = [
     for name, module in model.named_modules()
     if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(("gate_proj", "up_proj"))
 ]
-pruner = torch_pruning.pruner.MetaPruner(
+pruner = torch_pruning.pruner.BasePruner(
     model,
     example_inputs=torch.tensor([setting["windows"][0][:16]]),
-    importance=torch_pruning.importance.MagnitudeImportance(p=2),
+    importance=getattr(torch_pruning.importance, RULES[options["rule"]])(),
     pruning_ratio=setting["channels"],
     ignored_layers=others,
     forward_fn=lambda whole, ids_1T: whole(input_ids=ids_1T, use_cache=False).logits,
 )
+if options["rule"] == "taylor":
+    for row in setting["calibration"]:
+        ids_1T = torch.tensor([row])
+        model(input_ids=ids_1T, labels=ids_1T, use_cache=False).loss.backward()
 pruner.step()
+model.zero_grad(set_to_none=True)
 values = {"minutes": (time.perf_counter() - start) / 60, "peak_mb": probe.peak_megabytes()}
 left = sum(module.out_features for name, module in model.named_modules() if name.endswith("gate_proj"))
 values |= {
@@ -36,4 +44,8 @@ values |= {
     "weights_mb": probe.stored_bytes(model) / 1e6,
     "perplexity": probe.perplexity(model, setting["windows"]),
 }
-probe.write(values, ["torch-pruning", "torch", "transformers"], "by magnitude: reads no calibration text")
+probe.write(
+    values,
+    ["torch-pruning", "torch", "transformers"],
+    "reads no text" if options["rule"] == "magnitude" else "reads the calibration text",
+)
