@@ -2,8 +2,9 @@
 
 Each peer runs in an environment of its own, made once outside the tree, on the same checkpoint, prompt, windows and
 calibration text as the workbench beside it, with the same threads. Leaves `peers.md`, `peers.json` and the arms' own
-results and logs in DIR. A peer that cannot be installed, or does not run, is a line of the table with the reason.
-Times are worth something on a quiet machine alone.
+results and logs in DIR; the same command goes on where it was broken off, in another DIR it begins anew. A peer that
+cannot be installed, or does not run, is a line of the table with the reason. Times are worth something on a quiet
+machine alone.
 """
 
 import argparse
@@ -66,20 +67,26 @@ def chosen(peers: list[str]) -> list[Comparison]:
     return [comparison for comparison in COMPARISONS if not peers or comparison.peer in peers]
 
 
-def make_setting(given: argparse.Namespace, out: Path) -> Path:
-    """Write what all arms share to a file; return it. Raises UserError where the model cannot be loaded."""
+def make_setting(given: argparse.Namespace, out: Path) -> tuple[Path, bool]:
+    """Write what all arms share to a file; return it, and whether it was there, made by the same choices.
+
+    Raises UserError where the model cannot be loaded.
+    """
     choices = {
         name: value for name, value in vars(given).items() if name not in ("peers", "out", "environments", "note")
     }
     choices["model"] = plan.model_named(given.model)
-    asked, setting = write_atomically(out / "choices.json", json.dumps(choices)), out / "setting.json"
+    asked, setting, text = out / "choices.json", out / "setting.json", json.dumps(choices)
+    if setting.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == text:
+        return setting, True
     setting.unlink(missing_ok=True)
+    write_atomically(asked, text)
     command = [sys.executable, "-m", "tests.peers.setting", str(asked), str(setting)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode or not setting.is_file():
         lines = ended.stderr.strip().splitlines() or ["it gives no reason"]
         raise UserError(f"{given.model}: no setting could be made of it: {lines[-1][:200]}")
-    return setting
+    return setting, False
 
 
 def facts(setting: dict[str, Any], results: list[Result], load: list[str], note: str) -> dict[str, str]:
@@ -114,8 +121,8 @@ def main(arguments: list[str]) -> int:
     out = given.out.absolute()
     (out / "arms").mkdir(parents=True, exist_ok=True)
     load, made, results = [load_now()], [], []
-    setting = make_setting(given, out)
-    places = Places(setting, given.environments.absolute(), out / "arms", given.threads)
+    setting, resumed = make_setting(given, out)
+    places = Places(setting, given.environments.absolute(), out / "arms", given.threads, resumed)
     known: dict[str, Way] = {}
     for comparison in comparisons:
         of_this = running.in_turns(comparison, places, given.turns, known, tell=lambda line: print(line, flush=True))

@@ -36,12 +36,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run reads and writes: the setting, the folder of the environments, and that of results and logs."""
+    """Where a run reads and writes: the setting, the folder of the environments, and that of results and logs.
+
+    `resumed`: the setting is that of a run that was broken off, and what its arms have written stands.
+    """
 
     setting: Path
     environments: Path
     results: Path
     threads: int
+    resumed: bool = False
 
 
 Tell = Callable[[str], None]
@@ -50,9 +54,14 @@ Make = Callable[[Path, str, Way], Path]
 
 
 def run_arm(arm: Arm, turn: int, interpreter: Path, places: Places) -> Result:
-    """Run an arm in a fresh process and return its result. Raises Impossible where it ends without one."""
+    """Run an arm in a fresh process and return its result, or the one that is there already.
+
+    Raises Impossible where it ends without one.
+    """
     stem = "-".join([arm.script, *(option.replace("=", "-") for option in arm.options), str(turn)])
     written, log = places.results / f"{stem}.json", places.results / f"{stem}.log"
+    if places.resumed and written.is_file():
+        return read(arm, turn, written, log)
     written.unlink(missing_ok=True)
     command = [str(interpreter), str(ARMS / f"{arm.script}.py"), str(places.setting), str(written), *arm.arguments]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,33 @@ Path(sys.argv[2]).write_text(json.dumps({"values": {"threads": threads}, "versio
     assert result.values == {"threads": 1.0} and result.note == "a=b"
     with pytest.raises(Impossible, match=r"does not run \(1\): no such file"):
         running.run_arm(Arm("ill", "ill"), 0, Path(sys.executable), places)
+
+
+def test_a_run_that_was_broken_off_goes_on(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "ARMS", tmp_path / "arms")  # holds no script: nothing could be run
+    (tmp_path / "arm-0.json").write_text(json.dumps({"values": {"x": 1}, "versions": {}}))
+    resumed = replace(places, resumed=True)
+    assert running.run_arm(Arm("arm", "arm"), 0, Path(sys.executable), resumed).values == {"x": 1.0}
+    with pytest.raises(Impossible, match="does not run"):
+        running.run_arm(Arm("arm", "arm"), 1, Path(sys.executable), resumed)
+    with pytest.raises(Impossible, match="does not run"):
+        running.run_arm(Arm("arm", "arm"), 0, Path(sys.executable), places)
+
+
+def test_a_setting_is_kept_only_for_the_same_choices(tmp_path, monkeypatch):
+    made = []
+
+    def make(command, **_):
+        made.append(command)
+        Path(command[-1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(run.subprocess, "run", make)
+    given = run.parser().parse_args(["--out", str(tmp_path)])
+    assert run.make_setting(given, tmp_path) == (tmp_path / "setting.json", False)
+    assert run.make_setting(given, tmp_path) == (tmp_path / "setting.json", True) and len(made) == 1
+    given.sparsity = 0.6
+    assert run.make_setting(given, tmp_path)[1] is False and len(made) == 2
 
 
 def test_an_environment_is_found_again_and_each_way_has_its_own(tmp_path, monkeypatch):
