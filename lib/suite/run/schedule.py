@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.models import parameters
 from lib.suite.plan.plan import Job
@@ -156,8 +157,8 @@ def _settle(build: BuildContext, run: EntryRun, outcome: ExecutionOutcome) -> Re
     """Write the record of a run that has ended and have its pages made; return the result if they are made already."""
     job = run.entry.job
     run.result = settle.settle(build.folder, job, run.entry.parts, run.entry.key, run.worker.task, outcome)
-    order = {"render": job.stem, "folder": str(build.folder.path), "neighbours": list(build.neighbours)}
-    order |= {"refresh_seconds": build.refresh_seconds}
+    order: dict[str, Any] = {"render": job.stem, "folder": str(build.folder.path)}
+    order |= {"neighbours": list(build.neighbours), "refresh_seconds": build.refresh_seconds}
     if outcome.alive and kernel_process.send(run.worker, order):
         run.rendering_since = time.monotonic()
         return None

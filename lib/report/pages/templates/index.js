@@ -8,6 +8,7 @@
   const tabs = all("nav.tabs a");
   const panelOf = (tab) => document.getElementById(tab.hash.slice(1));
   const CHOSEN = ["model", "goal", "keep"];
+  const asMade = table ? all("tbody tr", table) : [];
   const order = { key: "", down: false };
   let open = tabs[0];
   document.documentElement.classList.add("js");
@@ -55,7 +56,7 @@
   function sort() {
     const key = order.key || "decision";
     const turn = order.down ? -1 : 1;
-    const rows = all("tbody tr", table).map((row) => [valueOf(row, key), row]);
+    const rows = asMade.map((row) => [valueOf(row, key), row]); // among equals the order is always the same
     rows.sort(([a], [b]) => {
       if (a === null || b === null) return Number(a === null) - Number(b === null); // what is missing stands last
       return turn * (a < b ? -1 : a > b ? 1 : 0);
