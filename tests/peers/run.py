@@ -32,6 +32,7 @@ from tests.peers.environments import Way  # noqa: E402
 from tests.peers.running import Places, Result  # noqa: E402
 
 PEERS = tuple(dict.fromkeys(comparison.peer for comparison in COMPARISONS))
+NOT_SHARED = ("peers", "out", "environments", "note", "turns")  # more turns go on from fewer
 IDS = ("prompt", "windows", "calibration")  # of the setting, too long to be shown
 
 
@@ -72,9 +73,7 @@ def make_setting(given: argparse.Namespace, out: Path) -> tuple[Path, bool]:
 
     Raises UserError where the model cannot be loaded.
     """
-    choices = {
-        name: value for name, value in vars(given).items() if name not in ("peers", "out", "environments", "note")
-    }
+    choices = {name: value for name, value in vars(given).items() if name not in NOT_SHARED}
     choices["model"] = plan.model_named(given.model)
     asked, setting, text = out / "choices.json", out / "setting.json", json.dumps(choices)
     if setting.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == text:
