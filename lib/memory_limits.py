@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+LEAST_KEPT, MOST_KEPT = 2**28, 2**31
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 VERSIONS = {  # controllers in OWN_GROUPS → folder, limit, usage, and the entries of memory.stat that are page cache
@@ -27,6 +28,13 @@ def memory_bytes() -> int:
 def free_memory_bytes() -> int:
     """Return the memory, in bytes, that is free for this process now."""
     return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())]))
+
+
+def room_to_keep() -> int:
+    """Return how many bytes may be kept only to save computing them again: an eighth of what is free, between 256 MiB
+    and 2 GiB, however large a model is.
+    """
+    return max(LEAST_KEPT, min(MOST_KEPT, free_memory_bytes() // 8))
 
 
 def _limits() -> Iterator[tuple[int, int]]:

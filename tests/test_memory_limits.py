@@ -63,3 +63,11 @@ def test_in_a_container_the_limit_stands_at_the_top(groups):
     assert memory_limits.memory_bytes() == 4 * GIB
     group(".", 4 * GIB, "no number")
     assert memory_limits.memory_bytes() == 64 * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"), [(0, 2**28), (2**32, 2**29), (2**40, 2**31)], ids=["none is free", "an eighth", "at most"]
+)
+def test_what_is_kept_only_to_save_time_is_bounded(monkeypatch, free, kept):
+    monkeypatch.setattr(memory_limits, "free_memory_bytes", lambda: free)
+    assert memory_limits.room_to_keep() == kept

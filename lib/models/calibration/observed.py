@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib import memory_limits
 from lib.models.calibration.second_moments import Moments, block_moments, matrices
 from lib.models.calibration.walk import Walk
-
-KEPT_BYTES = 2**28  # of moments that are kept for another reading; beyond, they are summed again
 
 
 @dataclass
@@ -21,7 +20,8 @@ class Observed:
     """The moments of the matrices in `part` of an unchanged model: iterate to get (block index, moments by name).
 
     Each reading is one pass over the text and holds one block's moments at a time; only where those of all blocks fit
-    into `room` bytes together they are kept for the next reading. Options as of `block_moments` and `matrices`.
+    into `room` bytes together (`lib.memory_limits.room_to_keep`) they are kept for the next reading. Options as of
+    `block_moments` and `matrices`.
     """
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Observed:
     dtype: torch.dtype = torch.float32
     weighting: str = "tokens"
     inside_factors: bool = True
-    room: int = KEPT_BYTES
+    room: int = field(default_factory=memory_limits.room_to_keep)
     _kept: dict[int, dict[str, Moments]] | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Moments]]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib import memory_limits
 from lib.errors import NotApplicable
 from lib.models.calibration import second_moments
 from lib.models.calibration.second_moments import Moments
@@ -40,7 +41,6 @@ from lib.optimizations.tensor_decomposition.low_rank import (
     spectrum_of,
 )
 
-KEPT_BYTES = 2**28  # of spectra that are kept for another reading; beyond, they are computed again
 WEIGHED_BLOCKS = 8
 
 
@@ -65,7 +65,7 @@ class Spectra:
     method: str = "whitened"
     weighed: bool = True
     seed: int = 0
-    room: int = KEPT_BYTES
+    room: int = field(default_factory=memory_limits.room_to_keep)
     store: BlockStore | None = None
     _kept: list[Spectrum] | None = field(default=None, repr=False)
     _curves: list[Spectrum] | None = field(default=None, repr=False)
