@@ -21,7 +21,7 @@ from lib.report.records import facts, record
 from lib.report.records.record import Process, Record
 from lib.report.text.wording import label, title
 
-NOT_COMPARED = "Side by side, not compared; `python build.py compare` judges two builds."
+NOT_COMPARED = "Side by side, not compared: build.py compare judges two builds."
 
 
 def record_of(namespace: Mapping[str, Any]) -> Record | None:

@@ -2,8 +2,8 @@
 
 By the project's own loader always, by plain transformers where it can read the folder. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
-with {"loads": class or null, "tokenizer": whether, "weights_hash": …, "steps": stems, "chosen_for": [model, scale] or
-null} or {"refused": why}.
+with the fields of `SavedModel`, `steps` (stems) and `chosen_for` ([model, scale] of a stack's recipe, else null), or
+with {"refused": why}.
 """
 
 import importlib
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.models import loading
 from lib.models.checkpoints import io
+from lib.models.checkpoints.folder import MANIFEST
 from lib.models.loading import Loaded
 from lib.models.structure.architecture import auto_class
 from lib.models.structure.signature import signature
@@ -40,11 +42,12 @@ HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an
 
 class SavedModel(NamedTuple):
     """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
-    tokenizer, and the hash of its weights.
+    tokenizer, the dtype of its weights, and their hash.
     """
 
     loads: str | None
     tokenizer: bool
+    dtype: str
     weights_hash: str
 
 
@@ -80,7 +83,8 @@ def save(
             f"{', '.join(stems)}: changes no weights of {model} with these parameters, so there is nothing to save"
         )
     io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
-    return SavedModel(_check(optimized, place, loaded), loaded.tokenizer is not None, weights_hash)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return SavedModel(_check(optimized, place, loaded), loaded.tokenizer is not None, dtype, weights_hash)
 
 
 def _part(stem: str, model: str, scale: str) -> ModuleType:
@@ -159,6 +163,11 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
     """Return the class by which transformers alone loads the folder, without a missing or unexpected tensor, to equal
     logits; None where there is none.
     """
+    described = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    if {"factors", "sparse"} & set(described):
+        return None  # no class of transformers has such matrices
+    loud = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what does not fit is the answer here, no fault to be told of
     try:
         kind = auto_class(AutoConfig.from_pretrained(place))
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
@@ -166,7 +175,9 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
             return None
         return kind.__name__ if _near(_logits(model.eval(), ids_BT), expected, NEAR[dtype]) else None
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError):
-        return None  # another architecture than transformers knows: factors, sparse matrices, uneven blocks
+        return None  # another architecture than transformers knows, such as uneven blocks
+    finally:
+        transformers_logging.set_verbosity(loud)
 
 
 def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:

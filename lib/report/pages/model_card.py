@@ -11,13 +11,14 @@ from lib.report.text.wording import title
 
 def text(job: Any, stack: str | None, made: Mapping[str, Any], folder: str, results: Path) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `made` tells `steps`, `loads`, `tokenizer`, `weights_hash` and `chosen_for`, `folder` is the
+    there is one, `made` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash` and `chosen_for`, `folder` is the
     checkpoint's name, and `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
         "",
-        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, made)}.",
+        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, made)}. "
+        f"The weights are stored as they were applied, in `{made['dtype']}`.",
         "",
         "## What was measured",
         "",

@@ -13,6 +13,7 @@ MODEL = samples.MODELS[1]
 MADE = {
     "loads": "AutoModelForCausalLM",
     "tokenizer": True,
+    "dtype": "float32",
     "steps": ["structured_pruning"],
     "weights_hash": HASH,
     "chosen_for": None,
