@@ -1,7 +1,7 @@
 """The protocol of the adaptive batch size: what the notebook shows, from the calibration to the answers.
 
 The functions take a `TrafficStudy` and return plain data (rows, measurements, frames); nothing is displayed and no
-policy is tuned here. The policies in simulation are in `simulated`, the replays in real time in `real_time`.
+policy is tuned here. The policies in simulation are in `simulated`, the replays on the real model in `real_model`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ from lib.measure.serving.slo import Objectives
 from lib.measure.serving.validation import MOST_ERROR
 from lib.measure.trackers import memory
 from lib.models.loading import Loaded
-from lib.optimizations.adaptive_batch_sizes import real_time, schedule, simulated
+from lib.optimizations.adaptive_batch_sizes import real_model, schedule, simulated
 from lib.optimizations.adaptive_batch_sizes.method import Adaptive
-from lib.optimizations.adaptive_batch_sizes.real_time import RealTimeTrial
+from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.simulated import FEW
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
@@ -45,7 +45,7 @@ def primaries(size: int) -> dict[str, tuple[str, str]]:
     """Return what carries the word of each dimension: one measurement of the replays against the fixed `size`, which
     was chosen on other traffic, declared before any of them is served.
     """
-    workload = real_time.workload(size)
+    workload = real_model.workload(size)
     return {
         "performance": ("goodput_requests_per_second", workload),
         "accuracy": ("f1_macro", "classify"),
@@ -78,9 +78,9 @@ def step_curves(setup: ServingSetup, learned: Adaptive) -> pd.DataFrame:
     return pd.DataFrame(points)
 
 
-def controls(study: TrafficStudy, trial: RealTimeTrial) -> list[tuple[str, str, list[Measurement]]]:
+def controls(study: TrafficStudy, trial: RealModelTrial) -> list[tuple[str, str, list[Measurement]]]:
     """Return (name, purpose, measurements): the best fixed size against itself, and the other policies."""
-    own = ("A/A", "the best fixed size replayed a second time in every round", [real_time.control(study, trial)])
+    own = ("A/A", "the best fixed size replayed a second time in every round", [real_model.control(study, trial)])
     return [own, *simulated.controls(study, trial.size, trial.carried)]
 
 
@@ -106,7 +106,7 @@ def constant_interval(study: TrafficStudy, rows: Sequence[Row]) -> tuple[float, 
 
 
 def costs(
-    loaded: Loaded, study: TrafficStudy, trial: RealTimeTrial, calibration_seconds: float, tokens: int
+    loaded: Loaded, study: TrafficStudy, trial: RealModelTrial, calibration_seconds: float, tokens: int
 ) -> list[Measurement]:
     """Return weights, cache per token, peaks of memory, and the seconds of the calibration.
 
@@ -123,7 +123,7 @@ def costs(
     return [*results, measurement.informative("apply_seconds", "calibrate", 0.0, calibration_seconds, by, ratio=None)]
 
 
-def peaks(loaded: Loaded, study: TrafficStudy, trial: RealTimeTrial) -> list[Measurement]:
+def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Measurement]:
     """Return peaks of memory of fresh child processes, which serve what each policy makes of that trace of the replays
     on which its cache grows largest: the server's own prompts and batches, the same in every child.
     """
@@ -142,7 +142,7 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealTimeTrial) -> list[Mea
     return memory.measurements(baseline, optimized, workload=trial.workload)
 
 
-def targets(rows: Sequence[Row], trial: RealTimeTrial) -> list[Row]:
+def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
     """Return a row per figure to reach: what was measured, and whether it was reached."""
     within = [f"constant {share:g}" for share in policy_comparison.WITHIN_CAPACITY] + ["constant documents"]
     constant = [row["adaptive ÷ best fixed"] for row in rows if row["traffic"] in within]
@@ -167,7 +167,7 @@ def _reached(value: float | None, how: str, goal: float) -> bool | str:
 
 
 def details(
-    study: TrafficStudy, trial: RealTimeTrial, by_size: Mapping[int, float], oracle: float, rows: Sequence[Row],
+    study: TrafficStudy, trial: RealModelTrial, by_size: Mapping[int, float], oracle: float, rows: Sequence[Row],
     attained: Mapping[str, float | None], reached: Sequence[Row],
 ) -> dict[str, tuple[Any, str, str]]:  # fmt: skip
     """Return the record's details: name → (value, provenance, source)."""
@@ -182,7 +182,7 @@ def details(
         "oracle_goodput": (oracle, "estimated", f"{by}; schedule in hindsight, one seed"),
         "traffic": (list(rows), "estimated", by),
         "rate_attained": (dict(attained), "estimated", by),
-        "simulation": (trial.rows, "measured", "against the replays in real time"),
+        "simulation": (trial.rows, "measured", "against the replays on the real model"),
         "figures": (list(reached), "estimated", by),
     }
 

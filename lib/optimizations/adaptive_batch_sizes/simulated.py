@@ -1,7 +1,7 @@
 """The policies in simulation, on every kind of traffic: rows for tables, frames for figures, measurements.
 
 What is simulated is served on step times that are drawn again for each seed; measurements carry the error that the
-replays in real time have shown (`lib.measure.serving.validation`). Knows the study that it belongs to.
+replays on the real model have shown (`lib.measure.serving.validation`). Knows the study that it belongs to.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -12,7 +12,7 @@ from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
-from lib.optimizations.adaptive_batch_sizes import experiment, real_time, simulated, study
+from lib.optimizations.adaptive_batch_sizes import experiment, real_model, simulated, study
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.report.text import reading
 
@@ -39,7 +39,7 @@ def test_sizes_are_read_in_two_sentences_and_the_oracle_is_no_worse_than_its_sta
 
 def test_choosing_and_judging_use_different_seeds(traffic):
     assert not {traffic.seeds[0] + more for more in study.CHOOSING} & set(traffic.seeds)
-    replayed = {trace.seed for trace in real_time.traces(traffic, "quick", 2.0)}
+    replayed = {trace.seed for trace in real_model.traces(traffic, "quick", 2.0)}
     assert not replayed & (set(traffic.seeds) | {traffic.seeds[0] + more for more in study.CHOOSING})
 
 
@@ -65,7 +65,7 @@ def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic)
 
 def test_a_run_is_read_in_two_sentences(traffic):
     served = traffic.setup.run(traffic.traces("changing", 1)[0], traffic.adaptive())
-    reading.two(*real_time.read_timeline(served, traffic.setup.objective))
+    reading.two(*real_model.read_timeline(served, traffic.setup.objective))
 
 
 def test_the_interval_at_constant_rates_is_one_where_both_arms_serve_alike(traffic, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
     trial = SimpleNamespace(
         rows=[row] * 5, error=SimpleNamespace(optimized=error), rounds=SimpleNamespace(disturbed=disturbed)
     )
-    decided, evidence = real_time.simulation_refuted(trial)
+    decided, evidence = real_model.simulation_refuted(trial)
     assert decided is refuted and f"{error:.3f}" in evidence
 
 

@@ -1,4 +1,4 @@
-"""The fixed size and the adaptive policy on the real model in real time, arms in turn: the headline, and the test of
+"""The fixed size and the adaptive policy on the real model, arms in turn step by step: the headline, and the test of
 the simulation, which serves the same traces.
 
 Tells how far the simulation strays from the replays. Knows the study that it belongs to, and no figure.
@@ -29,7 +29,7 @@ SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chos
 
 
 @dataclass(frozen=True)
-class RealTimeTrial:
+class RealModelTrial:
     """Replays of the fixed `size`, of the same once more, and of the adaptive policy, a trace per round; simulations of
     the same requests beside them (`rows`), and their mean `error`.
     """
@@ -84,7 +84,7 @@ def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
     return policy_comparison.traces(study.setup, "changing", each, seeds)
 
 
-def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float) -> RealTimeTrial:
+def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float) -> RealModelTrial:
     """Serve short changing traces with the real model, arms in turn. Raises AssertionError where the cache outgrew its
     bound.
     """
@@ -113,10 +113,10 @@ def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: 
         *replay.described(rounds, setup.objective, FIXED, ADAPTIVE, workload(size)),
         *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
     ]
-    return RealTimeTrial(size, rounds, rows, error, headline, measurements)
+    return RealModelTrial(size, rounds, rows, error, headline, measurements)
 
 
-def control(study: TrafficStudy, trial: RealTimeTrial) -> Measurement:
+def control(study: TrafficStudy, trial: RealModelTrial) -> Measurement:
     """Return the baseline against its own second replay, judged by the margin alone: a control that has its own
     difference as a floor could not fail.
     """
@@ -140,7 +140,7 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
     return first, f"The first token was late for {late:.0%} and the tokens behind it for {slow:.0%}: {cause}."
 
 
-def simulation_refuted(trial: RealTimeTrial) -> tuple[bool | None, str]:
+def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
     """Return whether the simulation strays from the replays of the adaptive policy, and the evidence.
 
     Not where the mean error is small. Where it is large, only if most quantities lie outside the range of the jitters
@@ -149,7 +149,7 @@ def simulation_refuted(trial: RealTimeTrial) -> tuple[bool | None, str]:
     rows = [row for row in trial.rows if row["policy"] == ADAPTIVE and row["error"] is not None]
     error, disturbed = trial.error.optimized, trial.rounds.disturbed
     if error is None or not rows:
-        return None, "nothing was served in real time"
+        return None, "nothing was served"
     outside = sum(not row["least"] <= row["real"] <= row["most"] for row in rows)
     evidence = (
         f"mean relative error {error:.3f}, limit {MOST_ERROR}; {outside} of {len(rows)} quantities outside the range "
