@@ -29,9 +29,11 @@ from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
 from lib.models.tasks import tasks as task_list
-from lib.optimizations.adaptive_sparse_attention import kernels, method
+from lib.optimizations.adaptive_sparse_attention import attended_mass, kernels, method
 from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
 from lib.optimizations.common import absorbed_baseline
+from lib.optimizations.common.evidence import relations
+from lib.optimizations.common.evidence.claims import Interval
 
 CLAIMS = (
     "Windows or random blocks of the same number hold as much of the attention's mass.",
@@ -232,6 +234,26 @@ def shares(
         _mass(loaded, "prefill", recall, sampled),
         measurement.informative("cache_read_share", "decode", 1.0, pages.share, read),
         _mass(loaded, "decode", pages.mass, "exact, pages read by a new token"),
+    ]
+
+
+def found_again(
+    survey: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    prefill: Sequence[Measurement],
+    pages: PagesRead,
+) -> list[relations.Judged]:
+    """Return what others published of sparse attention, judged by this run. `times`: rows of `attention_alone`."""
+    density = attended_mass.by_length(survey).set_index("length")["density"].to_dict()
+    own = [row for row in times if row["heads"] == "of the model" and row["gain_ci"]]
+    gains = {row["length"]: Interval(row["gain"], *(1 / end for end in reversed(row["gain_ci"]))) for row in own}
+    rate = next((m for m in prefill if m.metric == "prefill_tokens_per_second" and m.ratio and m.ci), None)
+    whole = None if rate is None or rate.ratio is None or rate.ci is None else Interval(rate.ratio, *rate.ci)
+    return [
+        relations.density(density),
+        relations.short(gains),
+        relations.layers(list(pages.by_block["mass held"])),
+        relations.kernel(gains.get(max(gains, default=0)), whole),
     ]
 
 

@@ -23,7 +23,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import rival_arms
 from lib.optimizations.common.compression import calibration_text, facts, weight_only
-from lib.optimizations.common.evidence import claims
+from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.structured_pruning import method
 from lib.optimizations.structured_pruning.saliency import OF_EXPERTS
@@ -308,6 +308,18 @@ def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[C
         claims.harms_less(CLAIMS[1], chosen, by_weights, ("the idle ones", "by weights")),
         claims.gain_drowns(CLAIMS[2], measurements),
     ]
+
+
+def found_again(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:
+    """Return what others published of pruning, judged by this run: the influence of blocks, accuracy beside perplexity,
+    and, where whole blocks went, generation beside multiple choice.
+    """
+    named = {m.metric: m for m in measurements if m.workload in ("prefill", "generate")}
+    scores = [m for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
+    judged = [relations.ends(setup.influence), relations.accuracy(named.get("perplexity"), scores)]
+    if granularity == "depth" and scores:
+        judged.append(relations.generation(named.get("retrieval_exact_match"), scores[0]))
+    return judged
 
 
 def details(

@@ -25,7 +25,7 @@ from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import rival_arms
 from lib.optimizations.common.compression import weight_only
-from lib.optimizations.common.evidence import claims
+from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
@@ -48,6 +48,7 @@ CLAIMS = (
 PRUNED, EVEN = "structured pruning", "whitened, uniform ranks"
 AT_BYTES = {weight_only.NAMES[8]: "at int8's bytes", weight_only.NAMES[4]: "at int4's bytes"}
 STRENGTHS, STRENGTHS_OF_RANDOM_WEIGHTS = (0.2, 0.4, 0.6), (0.6,)
+PUBLISHED_AT = 0.2  # of the parameters
 WINDOWS = 8  # of held-out text, on which rivals are judged
 SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
 
@@ -124,6 +125,16 @@ def sweep(
             del model
     _add_yardsticks(setup, reference, prompt_BT, result)
     return result
+
+
+def found_again(result: Sweep, compression: float) -> list[relations.Judged]:
+    """Return what was published of plain and of whitened factors at 20 %, judged where this run removes as much."""
+    if compression != PUBLISHED_AT:
+        return []
+    read = {arm.name: m for arm in result.arms for m in arm.measurements if m.metric == "perplexity"}
+    dense = next((m.baseline for m in read.values()), None)
+    plain, whitened = (relations.perplexity_of(read.get(name)) for name in ("plain", "whitened"))
+    return [relations.svd(dense, plain, whitened)]
 
 
 def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: torch.Tensor, result: Sweep) -> None:

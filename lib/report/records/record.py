@@ -22,7 +22,7 @@ from lib.measure.metrics import settings
 from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import codec, grammars, migration
+from lib.report.records import codec, grammars, migration, relation
 from lib.report.records.refutation import Refutation
 from lib.report.records.relation import Relation
 from lib.report.records.verdicts.verdict import Verdict, judge, withhold_if_invalid
@@ -114,7 +114,7 @@ def build(
     environment: Mapping[str, Any] | None = None,
     *,
     refutations: Iterable[Refutation] = (),
-    relations: Iterable[Relation] = (),
+    relations: Iterable[Relation | tuple[str, str, str, bool | None, str]] = (),
     primaries: Mapping[str, tuple[str, str]] | None = None,
     status: Status = "ok",
     reason: str | None = None,
@@ -155,7 +155,7 @@ def build(
         controls=[control for control in all_controls if control.measurements or not requested],
         primaries=cast(dict[Dimension, tuple[str, str]], declared),
         refutations=list(refutations),
-        relations=list(relations),
+        relations=[one if isinstance(one, Relation) else relation.decide(*one) for one in relations],
         details=codec.decode(codec.encode(dict(details or {}), "details")),
         verdict=judge(judged, status, reason, requested, declared),
     )

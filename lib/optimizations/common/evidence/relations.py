@@ -189,6 +189,13 @@ def gptq(by_gptq: Interval | None, to_nearest: Interval | None) -> Judged:
     return _judged("gptq", below(by_gptq, to_nearest), evidence)
 
 
+def perplexity_of(measurement: Measurement | None) -> Interval | None:
+    """Return the perplexity of an optimized model with its interval; None where it has none."""
+    if measurement is None or measurement.optimized is None or not measurement.baseline or not measurement.ci:
+        return None
+    return Interval(measurement.optimized, *(measurement.baseline * end for end in measurement.ci))
+
+
 def ends(influence: Sequence[float]) -> Judged:
     """Judge the influence of the blocks, in order: the two highest must be the first and the last."""
     if len(influence) < 4:

@@ -1,0 +1,34 @@
+"""What others published of sparse attention, judged by the rows that a run has."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+
+from lib.measure.metrics import measurement
+from lib.optimizations.adaptive_sparse_attention import experiment
+
+SURVEY = [
+    {"length": length, "block": block, "density": density, "recall": 0.96, "oracle": 1, "window": 0, "random": 0}
+    | {"needed": 0.1}
+    for length, density in ((1024, 0.8), (2048, 0.5), (4096, 0.3))
+    for block in range(4)
+]
+
+
+def _row(length: int, gain: float, heads: str = "of the model") -> dict:
+    return {"heads": heads, "length": length, "gain": gain, "gain_ci": (0.98 / gain, 1.02 / gain)}
+
+
+def _prefill(ratio: float) -> list:
+    rate = measurement.informative("prefill_tokens_per_second", "prefill", 100.0, 100 * ratio, "by hand", ratio=ratio)
+    return [rate.model_copy(update={"ci": (0.99 * ratio, 1.01 * ratio)})]
+
+
+def test_each_relation_has_its_answer():
+    pages = SimpleNamespace(by_block=pd.DataFrame({"block": range(5), "mass held": [0.5, 0.6, 0.9, 0.95, 0.9]}))
+    times = [_row(1024, 0.8), _row(4096, 1.9), _row(4096, 9.0, "planted")]
+    judged = experiment.found_again(SURVEY, times, _prefill(1.2), pages)
+    assert [one.held for one in judged] == [True, True, True, True]
+    assert "1,024 tokens 0.80" in judged[0].evidence and "kernel 1.9" in judged[3].evidence
+    short = experiment.found_again(SURVEY, times[1:2], [], pages)
+    assert [one.held for one in short] == [True, None, True, None]

@@ -1,0 +1,23 @@
+"""What others published of pruning, judged by a run's measurements."""
+
+from types import SimpleNamespace
+
+from lib.measure.metrics import measurement
+from lib.optimizations.structured_pruning import experiment
+
+
+def _measured(metric: str, workload: str, ratio: float, width: float, margin: float | None = 0.02):
+    made = measurement.informative(metric, workload, 0.5, 0.5 * ratio, "by hand", ratio=ratio)
+    return made.model_copy(update={"ci": (ratio - width, ratio + width), "margin": margin})
+
+
+def test_relations_of_pruning():
+    setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.1, 0.8])
+    perplexity, chosen = _measured("perplexity", "prefill", 1.5, 0.05), _measured("accuracy", "arc_easy", 0.99, 0.02)
+    generated = _measured("retrieval_exact_match", "generate", 0.2, 0.05)
+    ends, accuracy = experiment.found_again(setup, [perplexity, chosen, generated], "channels")
+    assert ends.held and accuracy.held
+    *_, generation = experiment.found_again(setup, [perplexity, chosen, generated], "depth")
+    assert generation.held and "generated 0.8" in generation.evidence
+    setup.influence = [0.1, 0.9, 0.1, 0.1, 0.8]
+    assert [one.held for one in experiment.found_again(setup, [], "depth")] == [False, None]
