@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lib.models.calibration.inverse_factor import inverse_factor
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
 from lib.models.calibration.walk import Walk, require_finite
@@ -64,15 +65,22 @@ def prune_block(
     rule: PruningRule,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Prune the matrices of one block of `pruned.model`, in place, and note their masks."""
+    """Prune the matrices of one block of `pruned.model`, in place, and note their masks.
+
+    Neighbours that read the same input (queries, keys, values) share its Gram matrix, and here what is made of it.
+    """
+    gram, factor_1II = None, None
     for matrix in of_block:
         sums = statistics.get(matrix.name)
+        if rule.method == "sparsegpt" and sums is not None and sums.gram is not gram:
+            gram = sums.gram
+            factor_1II = inverse_factor(gram[None]) if gram is not None and gram.dim() == 2 else None
         if sums is not None:
             thin = short_of_tokens(sums, matrix.weight.shape[-1]) if rule.method == "sparsegpt" else 0
             unseen = without_tokens(sums)
             pruned.thin.update({matrix.name: thin} if thin else {})
             pruned.unseen.update({matrix.name: unseen} if unseen else {})
-        weight, pruned.masks[matrix.name] = prune_matrix(matrix, sums, rule, generator)
+        weight, pruned.masks[matrix.name] = prune_matrix(matrix, sums, rule, generator, factor_1II)
         setattr(matrix.owner, matrix.attribute, nn.Parameter(weight, requires_grad=False))
 
 

@@ -70,16 +70,21 @@ def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sparsegpt(
-    weight_EOI: torch.Tensor, gram_EII: torch.Tensor, sparsity: float, pattern: str, damping: float = DAMPING
+    weight_EOI: torch.Tensor,
+    gram_EII: torch.Tensor,
+    sparsity: float,
+    pattern: str,
+    damping: float = DAMPING,
+    factor_EII: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (weights with zeros and the rest corrected, the mask of what is kept) by SparseGPT, each [E, O, I].
 
     `gram_EII` is Σ x·xᵀ. Columns go in order; what dropping one does to the output is made up by the columns behind it,
     through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
-    token has H = 1: it is pruned by magnitude.
+    token has H = 1: it is pruned by magnitude. `factor_EII`: that of `gram_EII`, where another matrix had it too.
     """
     weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
-    factor = inverse_factor(gram_EII, damping)
+    factor = inverse_factor(gram_EII, damping) if factor_EII is None else factor_EII
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, inputs, STEP):
         end = min(start + STEP, inputs)

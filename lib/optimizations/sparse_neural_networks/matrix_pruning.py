@@ -29,11 +29,16 @@ class PruningRule:
 
 
 def prune_matrix(
-    matrix: Matrix, moments: Moments | None, rule: PruningRule, generator: torch.Generator | None = None
+    matrix: Matrix,
+    moments: Moments | None,
+    rule: PruningRule,
+    generator: torch.Generator | None = None,
+    factor_1II: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weight with the dropped ones set to zero, and what is kept, bool; both in the weight's shape.
 
-    The weight itself stays as it is. Raises ValueError where SparseGPT lacks the Gram matrix of the inputs.
+    `factor_1II`: see `masks.sparsegpt`; of a single matrix. The weight itself stays as it is. Raises ValueError where
+    SparseGPT lacks the Gram matrix of the inputs.
     """
     weight = matrix.weight.data
     if rule.method != "sparsegpt":
@@ -47,7 +52,9 @@ def prune_matrix(
     at_once = max(1, MOST_FACTORS // gram_EII[0].numel())
     for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
         part = slice(first, first + at_once)
-        pruned_EOI[part], mask_EOI[part] = sparsegpt(stack_EOI[part], gram_EII[part], rule.sparsity, rule.pattern)
+        pruned_EOI[part], mask_EOI[part] = sparsegpt(
+            stack_EOI[part], gram_EII[part], rule.sparsity, rule.pattern, factor_EII=factor_1II
+        )
     return pruned_EOI.view(weight.shape), mask_EOI.view(weight.shape)
 
 

@@ -68,7 +68,9 @@ def test_every_claim_is_answered(setup):
     contest = rivals.contest(setup, evaluate.read(setup.baseline, ids_NT))
     arms = rivals.controls(setup, contest, experiment.sparsify(setup, 0), ids_NT[:1], EFFORT)
     names = [arm.name for arm in arms]
-    assert names[-4:] == ["int8", "int4, groups of 128", "sparsegpt at int8's bytes", "sparsegpt at int4's bytes"]
+    assert names[-5:] == [
+        "int8", "int4, groups of 128", "int4, GPTQ", "sparsegpt at int8's bytes", "sparsegpt at int4's bytes"
+    ]  # fmt: skip
     sizes = {arm.name: m.optimized for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
     for bits in ("int8", "int4"):
         yardstick = next(name for name in names if name.startswith(bits))
@@ -133,8 +135,9 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     order = {"sparsegpt": 0.2, "wanda, per row": 0.3, "magnitude, per row": 3.0, "wanda, per matrix": 0.2}
     in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
     arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
-    methods, rows, patterns, int8, int4 = rivals.found_again(setup, arms, in_order)
-    assert (methods.held, rows.held, patterns.held, int8.held, int4.held) == (True, False, True, None, None)
+    methods, rows, patterns, int8, gptq, int4 = rivals.found_again(setup, arms, in_order)
+    assert (methods.held, rows.held, patterns.held) == (True, False, True)
+    assert (int8.held, gptq.held, int4.held) == (None, None, None)
     assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
     setup.options["sparsity"] = 0.9
     assert rivals.found_again(setup, arms, in_order)[2].held is None
