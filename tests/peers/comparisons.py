@@ -140,7 +140,6 @@ def ways(peer: str) -> tuple[Way, ...]:
         package = "optimum-benchmark>=0.6,<0.7"
         return (
             Way((torch, transformers, package)),
-            Way((torch, package)),
             Way((torch, "transformers<5", package)),
             Way((torch, "transformers<4.54", package)),
         )
