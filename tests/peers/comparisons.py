@@ -54,18 +54,22 @@ class Comparison:
 PEAK = Metric("peak_mb", "peak memory of the process", "MB", False)
 PERPLEXITY = Metric("perplexity", "perplexity", "", False)
 MINUTES = Metric("minutes", "time to prune", "min", False)
+CPU_MINUTES = Metric("cpu_minutes", "processor time to prune", "min", False)
 RATES = (
     Metric("prefill_tokens_per_second", "prefill", "tokens/s", True),
     Metric("decode_tokens_per_second", "decode", "tokens/s", True),
+    Metric("prefill_tokens_per_cpu_second", "prefill, by processor time", "tokens/s", True),
+    Metric("decode_tokens_per_cpu_second", "decode, by processor time", "tokens/s", True),
     Metric("bits_per_weight", "bits per weight", "bits", None),
     PEAK,
 )
-PRUNED = (PERPLEXITY, Metric("zeros", "zeros in the decoder's matrices", "share", None), MINUTES, PEAK)
+PRUNED = (PERPLEXITY, Metric("zeros", "zeros in the decoder's matrices", "share", None), MINUTES, CPU_MINUTES, PEAK)
 CUT = (
     PERPLEXITY,
     Metric("channels_left", "channels left, all blocks", "", None),
     Metric("weights_mb", "weights", "MB", False),
     MINUTES,
+    CPU_MINUTES,
     PEAK,
 )
 

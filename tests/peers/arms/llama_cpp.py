@@ -6,6 +6,7 @@ has given already: one step less than tokens.
 
 import json
 import statistics
+import time
 import urllib.request
 
 import probe
@@ -23,28 +24,33 @@ for threads in (params.cpuparams, params.cpuparams_batch):
     threads.n_threads = setting["threads"]
 server = xllamacpp.Server(params)
 
-asked = {"prompt": setting["prompt"], "n_predict": setting["new_tokens"] + 1, "ignore_eos": True, "cache_prompt": False}
-body = json.dumps(asked | {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}).encode()
+asked = {"prompt": setting["prompt"], "ignore_eos": True, "cache_prompt": False}
+asked |= {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}
 
 
-def completion() -> dict:
-    """Return llama.cpp's timings of one prompt and its answer."""
-    address = f"{server.listening_address}/completion"
+def completion(tokens: int) -> dict:
+    """Return llama.cpp's timings of one prompt and an answer of so many tokens, and its processor seconds for both."""
+    address, busy = f"{server.listening_address}/completion", time.process_time()
+    body = json.dumps(asked | {"n_predict": tokens}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         timings = json.loads(answer.read())["timings"]
-    if (timings["prompt_n"], timings["predicted_n"]) != (len(setting["prompt"]), setting["new_tokens"] + 1):
+    if (timings["prompt_n"], timings["predicted_n"]) != (len(setting["prompt"]), tokens):
         raise SystemExit(f"llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}")
-    return timings
+    return timings | {"busy": time.process_time() - busy}
 
 
-completion()
-rounds = [completion() for _ in range(setting["rounds"])]
+completion(1)
+firsts, rounds = zip(*[(completion(1), completion(setting["new_tokens"] + 1)) for _ in range(setting["rounds"])])
+prompt_busy = statistics.median(timings["busy"] for timings in firsts)
+decode_busy = statistics.median(both["busy"] - first["busy"] for first, both in zip(firsts, rounds))
 prompt_ms = statistics.median(timings["prompt_ms"] for timings in rounds)
 predicted_ms = statistics.median(timings["predicted_ms"] for timings in rounds)
 values = {
     "prefill_tokens_per_second": 1000 * len(setting["prompt"]) / prompt_ms,
     "decode_tokens_per_second": 1000 * setting["new_tokens"] / predicted_ms,
+    "prefill_tokens_per_cpu_second": len(setting["prompt"]) / prompt_busy,
+    "decode_tokens_per_cpu_second": setting["new_tokens"] / decode_busy,
     "bits_per_weight": 8 * setting["gguf_bytes"] / setting["parameters"],
     "peak_mb": probe.peak_megabytes(),
 }

@@ -3,8 +3,6 @@
 Its defaults but for what the setting fixes: every linear layer of the decoder, `sparsity` of each, unstructured.
 """
 
-import time
-
 import probe
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -23,7 +21,7 @@ recipe = getattr(pruning, METHODS[options["method"]])(
     sparsity=setting["sparsity"], mask_structure="0:0", targets=[r"re:model.layers.\d*$"], ignore=["re:.*lm_head"]
 )
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{setting['folder']}/tokenizer.json")  # asked for, and not used
-start = time.perf_counter()
+watch = probe.Stopwatch()
 oneshot(
     model=model,
     processor=tokenizer,
@@ -33,7 +31,7 @@ oneshot(
     max_seq_length=len(rows[0]),
     shuffle_calibration_samples=False,
 )
-values = {"minutes": (time.perf_counter() - start) / 60, "peak_mb": probe.peak_megabytes()}
+values = watch.read() | {"peak_mb": probe.peak_megabytes()}
 values |= {"zeros": probe.zeros(model), "perplexity": probe.perplexity(model, setting["windows"])}
 probe.write(
     values, ["llmcompressor", "torch", "transformers"], f"dense in its environment {dense:.3f} on a short sample"

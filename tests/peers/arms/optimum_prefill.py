@@ -21,4 +21,6 @@ scenario = InferenceConfig(
 config = BenchmarkConfig(name="prefill", launcher=InlineConfig(), scenario=scenario, backend=backend)
 latency = Benchmark.launch(config).prefill.latency
 values = {"prefill_ms": 1000 * sorted(latency.values)[len(latency.values) // 2], "peak_mb": probe.peak_megabytes()}
-probe.write(values, ["optimum-benchmark", "torch", "transformers"], "its own random prompt of the same length")
+probe.write(
+    values, ["optimum-benchmark", "torch", "transformers"], "inline, in the arm's own process; its own random prompt"
+)

@@ -51,6 +51,20 @@ def load(setting: dict[str, Any], **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **options).to(dtype).eval()
 
 
+class Stopwatch:
+    """Minutes since it was made, by the clock and of this process's processor time (all threads): on a machine that is
+    busy with other work the second says more.
+    """
+
+    def __init__(self) -> None:
+        self.start, self.busy = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """Return both, as values of a result."""
+        wall, busy = time.perf_counter() - self.start, time.process_time() - self.busy
+        return {"minutes": wall / 60, "cpu_minutes": busy / 60}
+
+
 def median_seconds(call: Callable[[], object], rounds: int, warmup: int = 1) -> float:
     """Return the median seconds of `rounds` calls, after `warmup` calls that are not timed."""
     seconds = []

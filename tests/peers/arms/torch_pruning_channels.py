@@ -4,8 +4,6 @@
 It follows the graph of autograd to what hangs together: a channel goes from gate, up and down projection at once.
 """
 
-import time
-
 import probe
 import torch
 import torch_pruning
@@ -17,7 +15,7 @@ setting, options = probe.read()
 probe.use_threads(setting["threads"])
 model = probe.load(setting, attn_implementation="eager")
 model.requires_grad_(True)
-start = time.perf_counter()
+watch = probe.Stopwatch()
 others = [
     module
     for name, module in model.named_modules()
@@ -37,7 +35,7 @@ if options["rule"] == "taylor":
         model(input_ids=ids_1T, labels=ids_1T, use_cache=False).loss.backward()
 pruner.step()
 model.zero_grad(set_to_none=True)
-values = {"minutes": (time.perf_counter() - start) / 60, "peak_mb": probe.peak_megabytes()}
+values = watch.read() | {"peak_mb": probe.peak_megabytes()}
 left = sum(module.out_features for name, module in model.named_modules() if name.endswith("gate_proj"))
 values |= {
     "channels_left": left,

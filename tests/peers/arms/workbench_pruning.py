@@ -4,7 +4,6 @@ block from file to file; or `channels=RULE`: `activation`, `magnitude`, or `refi
 
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,13 @@ def loaded() -> Any:
 if options.get("from") == "file":
     target = Path(sys.argv[2]).with_suffix(".pruned")
     shutil.rmtree(target, ignore_errors=True)
-    start = time.perf_counter()
+    watch = probe.Stopwatch()
     out_of_core.apply_to_file(setting["folder"], target, text, **kept)
 else:
     model = loaded()
-    start = time.perf_counter()
+    watch = probe.Stopwatch()
     pruned = sparse.apply(model, text, **kept) if "method" in options else channels(model, options["channels"])
-values = {"minutes": (time.perf_counter() - start) / 60, "peak_mb": probe.peak_megabytes()}
+values = watch.read() | {"peak_mb": probe.peak_megabytes()}
 if options.get("from") == "file":
     model, pruned = loaded(), probe.load(setting | {"folder": str(target)})
     shutil.rmtree(target)

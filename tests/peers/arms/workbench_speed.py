@@ -22,7 +22,9 @@ work = {
 }
 timed = interleaved.rounds(work, setting["rounds"], fewest=1, repeats=0)
 seconds = {name: statistics.median(values) for name, values in timed.seconds.items()}
-values = {f"{name}_tokens_per_second": work[name].tokens / seconds[name] for name in work}
+busy = {name: statistics.median(values) for name, values in timed.cpu_seconds.items()}
+values = {f"{name}_tokens_per_cpu_second": work[name].tokens / busy[name] for name in work}
+values |= {f"{name}_tokens_per_second": work[name].tokens / seconds[name] for name in work}
 values |= {
     "prefill_ms": 1000 * seconds["prefill"],
     "bits_per_weight": 8 * probe.stored_bytes(model) / setting["parameters"],
