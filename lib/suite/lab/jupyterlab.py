@@ -9,8 +9,11 @@ from pathlib import Path
 from lib.suite.lab import kernel, start_page
 from lib.suite.run.kernel_process import write_kernel
 
+# "Run All" leaves a person at the last cell: the status bar counts the cells, and its button leads to the running one.
+PROGRESS = {"showOnStatusBar": True, "showProgress": True, "showJumpToRecentExecutionButton": True}
 SETTINGS = {
     "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},
+    "@jupyterlab/notebook-extension:tracker": {"kernelStatus": PROGRESS},
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 

@@ -28,8 +28,9 @@ INTRODUCTION = """# Model optimizations, to take apart
 These notebooks are copies: edit them, run them, break them. The templates and the results of builds stay as they are,
 and a copy in which you edited cells is never overwritten.
 
-Open a notebook below, change a parameter in its first code cell, then *Run → Run All Cells*. A cell that takes longer
-than a second says how far the run is; behind the last cell this run stands beside the last one."""
+Open a notebook below, change a parameter in its first code cell, then *Run → Run All Cells*. The status bar counts the
+cells, and its button leads to the running one, which says how far the run is; behind the last cell this run stands
+beside the last one."""
 
 
 @dataclass(frozen=True)
