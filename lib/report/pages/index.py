@@ -47,6 +47,7 @@ def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
     """
     folder = Path(folder)
+    (folder / "advice.html").unlink(missing_ok=True)  # of an earlier version: the index says what it said
     return write_atomically(folder / "index.html", text(folder, result_set.read(folder, optimizations, models)))
 
 
