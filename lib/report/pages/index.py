@@ -77,6 +77,7 @@ def text(folder: Path, results: Results) -> str:
         usual=f"{advice.KEEP:g}",
         rows=rows,
         models=results.models,
+        measured=sorted({r.model for r in results.records}) or results.models,
         dimensions=DIMENSIONS,
         verdicts=[(state, signed(state)) for state in KEY],
         pareto=views.pareto(results),

@@ -86,3 +86,12 @@ def test_no_sentence_of_the_index_is_long(tmp_path):
     assert len(texts) > 10
     long = [part for text in texts for part in brief.split(text) if brief.count(part) > brief.MOST_WORDS]
     assert long == []
+
+
+def test_only_models_with_results_are_offered(tmp_path):
+    folder = samples.mixed(tmp_path / "proxy")
+    models = ("a-model-without-results", *samples.MODELS)
+    soup = BeautifulSoup(index.write(folder, samples.OPTIMIZATIONS, models).read_text(), "html.parser")
+    offered = [option.text for option in soup.select_one("select[name=model]").select("option")]
+    assert offered[0] == sorted(samples.MODELS)[0] and "a-model-without-results" not in offered
+    assert "a-model-without-results" in soup.select_one("#matrix").text
