@@ -141,3 +141,9 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
     setup.options["sparsity"] = 0.9
     assert rivals.found_again(setup, arms, in_order)[2].held is None
+
+
+def test_real_models_at_effort_quick_are_cut_at_two_shares():
+    assert speed_sweep.strengths("full", "quick") == [50, 80]
+    assert len(speed_sweep.strengths("full", "standard")) == 3
+    assert speed_sweep.strengths("proxy", "quick") == speed_sweep.strengths("proxy", "standard")
