@@ -96,7 +96,7 @@ def facts(setting: dict[str, Any], results: list[Result], load: list[str], note:
     versions = sorted({f"{name} {release}" for result in results for name, release in result.versions.items()})
     told = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{energy_source.cpu_name() or platform.machine()}, {len(disturbance.cores())} cores given",
+        "machine": f"{energy_source.cpu_name() or platform.machine()}, cores given: {len(disturbance.cores())}",
         "load (one minute) before and after": ", ".join(load),
         "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
         "setting": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()),

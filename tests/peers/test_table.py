@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from scipy.stats import t
@@ -87,6 +88,12 @@ def test_the_page_holds_every_row_and_json_keeps_every_number():
     assert len(lines) == 2 and "2.000× (2.000 to 2.000, 2 turns)" in lines[0] and "1,234" in lines[0]
     assert lines[0].endswith("| workbench |") and page.count("built without") == 1
     assert json.loads(json.dumps(table.plain(made)))[0]["others"] == pytest.approx(2468.4)
+
+
+def test_the_table_that_is_kept_has_these_columns_and_every_peer():
+    page = (Path(__file__).resolve().parents[2] / ".github" / "PEERS.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(table.COLUMNS)} |" in page and "- date: " in page
+    assert {comparison.peer for comparison in COMPARISONS} <= {line.split(" | ")[0][2:] for line in page.splitlines()}
 
 
 def test_every_comparison_can_be_told_apart_and_every_peer_installed():
