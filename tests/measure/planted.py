@@ -72,7 +72,7 @@ def nothing_removed(size: Size, model: str) -> list[Finding]:
         seen = ", ".join(f"{count} {word}" for word, count in words.most_common())
         findings.append(Finding(metric, f"at most {most(total)} of {total} called", seen, called <= most(total)))
     scores = [row for rows in runs for row in rows if row["dimension"] == "accuracy" and row["optimized"] is not None]
-    equal = sum(row["verdict"] in ("maintained", "equivalent", "informative") for row in scores)
+    equal = sum(math.isclose(row["optimized"], row["baseline"], rel_tol=1e-6, abs_tol=1e-6) for row in scores)
     return [*findings, Finding("quality", "identical", f"{equal} of {len(scores)} the same", equal == len(scores))]
 
 
