@@ -131,6 +131,7 @@ def _subset(answers: evaluate.Classified, chosen: np.ndarray) -> evaluate.Classi
         truth_N=answers.truth_N[chosen],
         chosen_N=answers.chosen_N[chosen],
         scores_NL=answers.scores_NL[chosen],
+        source_N=None if answers.source_N is None else answers.source_N[chosen],
     )
 
 
