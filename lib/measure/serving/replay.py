@@ -146,8 +146,8 @@ def _together(
         policy = turns.ChargedPolicy(policies[name], clocks[name])
         return lambda: serve(trace, policy, timed[name], clocks[name], limits, batching=batching)
 
-    threads, close = torch.get_num_threads(), disturbance.watch()
-    served = turns.run({name: server(name) for name in engines}, in_turn_of, lambda: torch.set_num_threads(threads))
+    close = disturbance.watch()
+    served = turns.run({name: server(name) for name in engines}, in_turn_of)
     disturbed = close()
     cores = len(disturbance.cores())
     return {

@@ -3,9 +3,11 @@ makes the next step.
 
 A machine's speed wanders within a second. Servers that each run a whole trace meet different spells of it, and near
 saturation a queue makes much of a little. In turns, step by step, the same spell falls on the same part of the trace
-under every policy. Each server has a thread of its own, of which only one ever runs. Knows nothing of models.
+under every policy. Each server has a thread of its own, which thinks while all others sleep; every step of an engine
+is made in the caller's thread, so that no pool of threads waits for another. Knows nothing of models.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,32 +17,62 @@ from lib.measure.serving.protocol import Clock, Decision, Engine, Policy, Reques
 from lib.measure.serving.traffic import ServingRequest
 
 Result = TypeVar("Result")
+Work = Callable[[], Any]
 
 
 class Turns:
-    """Passes the right to run between servers: to the one whose clock is furthest behind, by name among equals."""
+    """Does the servers' work one piece at a time: that of the server whose clock is furthest behind, by name among
+    equals.
+    """
 
     def __init__(self, clocks: Mapping[str, Clock]) -> None:
-        self.clocks, self.owner = dict(clocks), ""
-        self.changed = threading.Condition()
+        self.clocks = dict(clocks)
+        self._asked: queue.SimpleQueue[tuple[str, Work | None]] = queue.SimpleQueue()
+        self._answers: dict[str, queue.SimpleQueue[tuple[Any, BaseException | None]]] = {
+            name: queue.SimpleQueue() for name in clocks
+        }
 
-    def take(self, name: str) -> None:
-        """Let go, and return when it is this server's turn; nothing else runs until it asks again or has finished."""
-        with self.changed:
-            self.owner = ""
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.owner and name == self._behind())
-            self.owner = name
+    def take(self, name: str, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns, done when it is this server's turn; called in the server's thread."""
+        self._asked.put((name, work))
+        result, error = self._answers[name].get()
+        if error is not None:
+            raise error
+        return result
 
     def finished(self, name: str) -> None:
         """Leave the others to themselves."""
-        with self.changed:
-            self.clocks.pop(name, None)
-            self.owner = ""
-            self.changed.notify_all()
+        self._asked.put((name, None))
 
-    def _behind(self) -> str:
-        return min(self.clocks, key=lambda name: (self.clocks[name].now(), name))
+    def lead(self) -> None:
+        """Do the work of all servers, in the caller's thread, until all have finished. What a piece of work raises is
+        raised in its server; an interruption ends them all.
+        """
+        waiting: dict[str, Work] = {}
+        thinking = set(self.clocks)
+        try:
+            while thinking or waiting:
+                while thinking:
+                    name, work = self._asked.get()
+                    thinking.remove(name)
+                    if work is not None:
+                        waiting[name] = work
+                if waiting:
+                    name = min(waiting, key=lambda each: (self.clocks[each].now(), each))
+                    answer = _done(waiting.pop(name))
+                    thinking.add(name)
+                    self._answers[name].put(answer)
+        except BaseException as error:
+            for answers in self._answers.values():
+                answers.put((None, error))
+            raise
+
+
+def _done(work: Work) -> tuple[Any, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 class EngineInTurn:
@@ -76,7 +108,9 @@ class EngineInTurn:
         return self._call(self.engine.leave, ids)
 
     def _call(self, work: Callable[..., float], *arguments: Any) -> float:
-        self.turns.take(self.name)
+        return self.turns.take(self.name, lambda: self._timed(work, *arguments))
+
+    def _timed(self, work: Callable[..., float], *arguments: Any) -> float:
         before = self.read_joules() if self.read_joules else None
         busy = time.process_time()
         seconds = work(*arguments)
@@ -114,28 +148,27 @@ class ChargedPolicy:
         return result
 
 
-def run(servers: Mapping[str, Callable[[], Result]], turns: Turns, prepare: Callable[[], object]) -> dict[str, Result]:
-    """Run every server in its own thread until all have ended; return what they returned, by name.
+def run(servers: Mapping[str, Callable[[], Result]], turns: Turns) -> dict[str, Result]:
+    """Run every server to its end, in turns; return what they returned, by name.
 
-    `prepare` is called first in each thread, for what belongs to a thread. A server that raises ends alone; the first
-    such exception is raised when all have ended.
+    A server that raises ends alone; the first such exception is raised when all have ended.
     """
     results: dict[str, Result] = {}
     raised: list[BaseException] = []
 
-    def work(name: str) -> None:
+    def serve(name: str) -> None:
         try:
-            prepare()
-            turns.take(name)
+            turns.take(name, lambda: None)
             results[name] = servers[name]()
         except BaseException as error:
             raised.append(error)
         finally:
             turns.finished(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in servers]
+    threads = [threading.Thread(target=serve, args=(name,), daemon=True) for name in servers]
     for thread in threads:
         thread.start()
+    turns.lead()
     for thread in threads:
         thread.join()
     if raised:

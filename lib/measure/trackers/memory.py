@@ -106,16 +106,16 @@ class Peaks:
         return Peaks(free).values(name)
 
 
-def peaks(*arms: Arm, turns: int | None = None) -> list[Peaks]:
+def peaks(*arms: Arm, turns: int | None = None, watched: bool = True) -> list[Peaks]:
     """Run each arm in `turns` fresh child processes, the arms taking turns, on the cores and threads of this process;
-    return what they read. In the first turn live tensors are counted. The reading of a child that fails has nulls and
-    the reason.
+    return what they read. In the first turn live tensors are counted, where `watched`: it makes small steps several
+    times slower. The reading of a child that fails has nulls and the reason.
     """
     if reason := children.left_out():
         return [Peaks([failed(reason)]) for _ in arms]
     on_gpu = any(arm.device.startswith("cuda") for arm in arms)
     turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)
-    jobs = [{"arms": [asdict(arm)], "watched": turn == 0} for turn in range(turns) for arm in arms]
+    jobs = [{"arms": [asdict(arm)], "watched": watched and turn == 0} for turn in range(turns) for arm in arms]
     answers = children.run("lib.measure.trackers.memory_child", jobs, environment=SETTLED)
     readings = [failed(answer["failed"]) if "failed" in answer else Peak(**answer) for answer in answers]
     return [Peaks(readings[number :: len(arms)]) for number in range(len(arms))]

@@ -35,6 +35,9 @@ CLAIMS = (
     "The simulation strays from the real server by more than a tenth.",
 )
 LEAST_AT_CONSTANT_RATE, LEAST_AT_CHANGING_RATE = 0.95, 1.15
+ONE_SCHEDULE = (
+    "one trace's schedule, which other step times would make another: kv_cache_peak_bytes is judged, over all replays"
+)
 SERVED = f"{schedule.__name__}:workload"  # what the memory children do
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 
@@ -49,7 +52,7 @@ def primaries(size: int) -> dict[str, tuple[str, str]]:
     return {
         "performance": ("goodput_requests_per_second", workload),
         "accuracy": ("f1_macro", "classify"),
-        "resources": ("peak_tensor_bytes", workload),
+        "resources": ("kv_cache_peak_bytes", workload),
         "efficiency": ("energy_joules_per_token", workload),
     }
 
@@ -125,7 +128,8 @@ def costs(
 
 def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Measurement]:
     """Return peaks of memory of fresh child processes, which serve what each policy makes of that trace of the replays
-    on which its cache grows largest: the server's own prompts and batches, the same in every child.
+    on which its cache grows largest: the server's own prompts and batches, the same in every child. Not judged: another
+    run measures other step times, and makes another schedule of them.
     """
     weight = next(loaded.model.parameters())
     where = {"folder": str(loaded.folder)} if loaded.folder else {}
@@ -137,9 +141,9 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
         arm |= {} if where else {"load": named}
         arm |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": loaded.device}
         arms.append(memory.Arm(**arm))
-    turns = 1 if cost_model.weights_bytes(loaded.model) < memory.LARGE_BYTES else None  # there live tensors are judged
-    baseline, optimized = memory.peaks(*arms, turns=turns)
-    return memory.measurements(baseline, optimized, workload=trial.workload)
+    read = memory.measurements(*memory.peaks(*arms, turns=1, watched=False), workload=trial.workload)
+    known = [item for item in read if item.verdict != "unavailable"]
+    return [measurement.unjudged(item, ONE_SCHEDULE) if item in known else item for item in read]
 
 
 def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:

@@ -65,7 +65,7 @@ def _together(machine: Machine, names=("a", "b"), calls: list | None = None):
     noted = dict(clocks)
     engines = {n: turns.EngineInTurn(Engine(machine, n, calls, noted), order, n) for n in names}
     servers = {n: lambda n=n: serve(_trace(), Admits(), engines[n], clocks[n], Limits(8)) for n in names}
-    return turns.run(servers, order, lambda: None), engines
+    return turns.run(servers, order), engines
 
 
 def test_the_server_furthest_behind_makes_the_next_step():
@@ -103,7 +103,7 @@ def test_one_runs_at_a_time():
     order = turns.Turns(clocks)
     engines = {name: turns.EngineInTurn(Slow(Machine()), order, name) for name in clocks}
     servers = {n: lambda n=n: serve(_trace(6), Admits(), engines[n], clocks[n], Limits(8)) for n in clocks}
-    turns.run(servers, order, lambda: None)
+    turns.run(servers, order)
     assert most[0] == 1 and threading.active_count() < 20
 
 
@@ -138,7 +138,7 @@ def test_a_server_that_fails_stops_no_other():
         done.append((name, serve(_trace(), Admits(), engine, clocks[name], Limits(8))))
 
     with pytest.raises(RuntimeError, match="outgrew"):
-        turns.run({name: lambda name=name: server(name) for name in clocks}, order, lambda: None)
+        turns.run({name: lambda name=name: server(name) for name in clocks}, order)
     assert [name for name, _ in done] == ["b"]
 
 
@@ -154,3 +154,29 @@ def test_thinking_takes_time():
     before = clock.now()
     policy.observe(None, [])
     assert clock.now() >= before
+
+
+def test_work_is_done_where_the_run_was_begun_and_an_interruption_ends_all():
+    """A pool of threads belongs to the thread that works: one for all. Ctrl-C leaves no server waiting."""
+    seen: set[int] = set()
+
+    class Notes(Engine):
+        def _step(self, *_) -> float:
+            seen.add(threading.get_ident())
+            if len(self.calls) == 5:
+                raise KeyboardInterrupt
+            return super()._step()
+
+        prefill = decode = shared = leave = _step
+
+    clocks = {name: VirtualClock() for name in "ab"}
+    order, calls = turns.Turns(clocks), []
+    engines = {n: turns.EngineInTurn(Notes(Machine(), n, calls, dict(clocks)), order, n) for n in clocks}
+    servers = {n: lambda n=n: serve(_trace(), Admits(), engines[n], clocks[n], Limits(8)) for n in clocks}
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        turns.run(servers, order)
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen == {threading.get_ident()} and threading.active_count() == before
