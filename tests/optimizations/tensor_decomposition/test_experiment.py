@@ -23,7 +23,7 @@ def setup(tiny):
     text = [{"input_ids": part} for part in ids]
     spectra = {kind: decomposition.analyse(model, text, kind) for kind in ("plain", "whitened")}
     spectra["refined"] = spectra["whitened"]
-    loaded = SimpleNamespace(model=model, random_weights=False)
+    loaded = SimpleNamespace(model=model, random_weights=False, scale="proxy")
     options = {"method": "whitened", "budget": "global", "refine_steps": 1, "seconds": 1.0, "seed": 0}
     return experiment.FactoringSetup(
         loaded, EFFORT, calibration=text, finetune_batches=text, spectra=spectra, **options
@@ -72,10 +72,20 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     assert [refuted for _, refuted, _ in rivals.refutations([])] == [None, None]
 
 
+def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_out(setup):
+    setup.loaded.scale = "full"
+    hurried = replace(setup, effort=settings.read("quick", "full"))
+    chosen = experiment.factor(hurried, 0.2)
+    sweep = rivals.sweep(hurried, chosen, None, torch.randint(8, 96, (1, 16)), 0.2, pruning.apply)
+    assert {row["strength"] for row in sweep.rows} == {20.0, 40.0}
+    domains, why = rivals.domains(hurried, 0.2)
+    assert domains.empty and "effort quick" in why
+
+
 def test_random_weights_are_factored_at_random_and_only_timed(setup):
     model = setup.baseline
     spectra = {"random": decomposition.analyse(model, [], "random")}
-    loaded = SimpleNamespace(model=model, random_weights=True)
+    loaded = SimpleNamespace(model=model, random_weights=True, scale="slice", quality_unavailable="random weights")
     options = {"method": "random", "budget": "uniform", "refine_steps": 0, "seconds": 0.0, "seed": 0}
     untrained = experiment.FactoringSetup(
         loaded, EFFORT, calibration=[], finetune_batches=[], spectra=spectra, **options
@@ -84,7 +94,8 @@ def test_random_weights_are_factored_at_random_and_only_timed(setup):
     ranks = experiment.allocations(untrained, 0.2)
     assert set(experiment.rank_table(untrained, ranks).columns) == {"matrix", "shape", "break-even", "random"}
     assert experiment.expected_divergence(untrained, ranks) is None
-    assert rivals.domains(untrained, 0.2).empty
+    domains, why = rivals.domains(untrained, 0.2)
+    assert domains.empty and "random weights" in why
     sweep = rivals.sweep(untrained, chosen, None, torch.zeros(1, 16, dtype=torch.long), 0.2, pruning.apply)
     assert sweep.arms == sweep.yardsticks and len(sweep.arms) == 2 and sweep.divergence().empty
     assert set(sweep.speed().arm) == {"random", "structured pruning"}
