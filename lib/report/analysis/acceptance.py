@@ -193,7 +193,7 @@ def _accuracy(record: Record) -> list[str]:
 def _evidence(record: Record, dimension: str, state: str) -> str:
     """Return the verdict with the numbers behind it: what carries it, and what was lost beside it."""
     named = headlines.of(record, dimension)[: 1 + len(record.verdict.losses_of(dimension))]
-    but = ", but another measurement lost" if record.verdict.losses_of(dimension) else ""
+    but = ", but another measurement got worse" if record.verdict.losses_of(dimension) else ""
     why = record.verdict.reasons.get(dimension)
     listed = "; ".join(f"{shown.what} {shown.text}" for shown in named) or "nothing was measured"
     return f"{words(state)}{but}: {listed}" + (f" ({why})" if why else "")
@@ -202,7 +202,7 @@ def _evidence(record: Record, dimension: str, state: str) -> str:
 def _verdicts(record: Record) -> list[str]:
     """Recompute what can be: the words of the dimensions, each measurement's verdict, and that the numbers agree."""
     if not record.verdict.carried_by and any(word in JUDGED for word in record.verdict.words().values()):
-        return ["its words were reached without a primary measurement, as in earlier schemas; run it again"]
+        return ["its verdicts were reached without a primary measurement, as in earlier schemas; run it again"]
     declared = {str(name): pair for name, pair in record.primaries.items()}
     again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions, declared)
     faults = [
@@ -212,7 +212,7 @@ def _verdicts(record: Record) -> list[str]:
     ]
     held = ("carried_by", "losses")
     if not faults and any(getattr(record.verdict, name) != getattr(again, name) for name in held):
-        faults = ["what carries its words, or what was lost beside them, is not what its numbers make"]
+        faults = ["its primary measurements, or the losses beside them, do not follow from its numbers"]
     faults += [line.split(": ", 1)[1] for line in lint.verdicts(record)]
     return faults + [
         f"{label(m.metric)} [{m.workload}]: {why}" for m in record.measurements for why in _contradiction(m)

@@ -123,11 +123,11 @@ def _unlike(old: Record | None, new: Record | None) -> str:
             return f"{record.status.replace('_', ' ')} in the {side} set"
     for name in ("scale", "effort"):
         if getattr(old, name) != getattr(new, name):
-            return f"another {name}: {getattr(old, name)}, {getattr(new, name)}"
+            return f"different {name}: {getattr(old, name)}, {getattr(new, name)}"
     for name in ENVIRONMENT:
         before, after = old.environment.get(name), new.environment.get(name)
         if before != after:
-            return f"another environment: {name.replace('_', ' ')} {before}, {after}"
+            return f"different environment: {name.replace('_', ' ')} {before}, {after}"
     return _unlike_settings(old, new)
 
 
@@ -138,17 +138,17 @@ def _unlike_settings(old: Record, new: Record) -> str:
     for name in sorted({*old.parameters} & {*new.parameters} - {*NOT_COMPARED}):
         before, after = old.parameters[name], new.parameters[name]
         if before != after:
-            return f"another parameter: {name} {before}, {after}"
+            return f"different parameter: {name} {before}, {after}"
     for name in (name for name in CHOICES if name in old.details and name in new.details):
         before, after = _value(old.details[name]), _value(new.details[name])
         if before != after:
-            return f"another choice: {name} {_brief(before)}, {_brief(after)}"
+            return f"different choice: {name} {_brief(before)}, {_brief(after)}"
     jobs = [record.process.jobs_side_by_side if record.process else None for record in (old, new)]
     if None not in jobs and jobs[0] != jobs[1]:
-        return f"another number of jobs side by side: {jobs[0]}, {jobs[1]}"
+        return f"different number of jobs side by side: {jobs[0]}, {jobs[1]}"
     beside = [record.environment.get("jobs_beside") for record in (old, new)]
     if None not in beside and beside[0] != beside[1]:
-        return f"another number of jobs beside: {beside[0]}, {beside[1]}"
+        return f"different number of other jobs: {beside[0]}, {beside[1]}"
     return ""
 
 
@@ -181,7 +181,7 @@ def _measurements(
     if by_intervals := _by_intervals(old, new):
         return _estimated(change, sign, *by_intervals, "gain against gain, from both intervals")
     if _ends(old) or _ends(new) or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
-        return replace(change, reason="there is neither a sample nor an interval on both sides")
+        return replace(change, reason="neither samples nor an interval on both sides")
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
     how = "read once, so without a verdict" if change.once else "counted, without spread"
     return replace(change, ratio=ratio, low=ratio, high=ratio, how=how, verdict="")
@@ -191,12 +191,12 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
     if old is None or new is None:
         return f"not measured in the {'old' if old is None else 'new'} set"
     if METRICS.get(old.metric) is None or METRICS[old.metric].margin is None:
-        return "describes only: it has no margin"
+        return "informative only: it has no margin"
     if old.optimized is None or new.optimized is None:
         side, measurement = ("old", old) if old.optimized is None else ("new", new)
         return f"{measurement.verdict} in the {side} set: {measurement.reason}"
     if old.unit != new.unit:
-        return f"another unit: {old.unit}, {new.unit}"
+        return f"different unit: {old.unit}, {new.unit}"
     for measurement, side in ((old, "old"), (new, "new")):
         if measurement.verdict == "not_exercised":
             return f"not exercised in the {side} set"

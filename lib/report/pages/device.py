@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
         try:
             content = json.loads(line)
         except ValueError:
-            raise UserError(f"{lines}: line {number} is not JSON: remove it, or bring the file home again") from None
+            raise UserError(f"{lines}: line {number} is not JSON: remove it, or copy the file here again") from None
         read_records.append(records.from_json(content, f"{lines.name}, line {number}"))
     return index, read_records
 
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lib.report.pages.device", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("folder", type=Path, help="what the session brought home")
+    parser.add_argument("folder", type=Path, help="the folder that came back from the device")
     parser.add_argument("--records", type=Path, help="also write the records there, a file each")
     parser.add_argument("--root", type=Path, default=readme.ROOT, help="where executed/README.md is")
     chosen = parser.parse_args(arguments)

@@ -78,7 +78,7 @@ def _bare_view(notebook: nbformat.NotebookNode, stem: str, out: Path) -> dict[st
     about = stand_in.of_folder(out)
     return {
         "record": False,
-        "title": f"{heading}: results on stand-ins" if about.startswith(stand_in.BEGINNING) else heading,
+        "title": f"{heading}: results on proxy models (stand-ins)" if about.startswith(stand_in.BEGINNING) else heading,
         "stand_in": about,
         "nav": [("Index", [index])],
         "footer": "This page needs no network.",

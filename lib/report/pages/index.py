@@ -90,8 +90,8 @@ def text(folder: Path, results: Results) -> str:
 
 
 def _title(scale: str) -> str:
-    """Return the title; of stand-ins it says that they are."""
-    return "Results on stand-ins (scale proxy)" if scale == stand_in.PROXY else f"Results at scale {scale}"
+    """Return the title, which says so where the models are stand-ins."""
+    return "Results on proxy models (stand-ins)" if scale == stand_in.PROXY else f"Results at scale {scale}"
 
 
 def efforts(records: Sequence[Record]) -> str:
@@ -102,7 +102,7 @@ def efforts(records: Sequence[Record]) -> str:
     if len(counts) < 2:
         return ""
     listed = ", ".join(f"{number} at {effort}" for effort, number in sorted(counts.items(), key=lambda c: c[1]))
-    return f"Runs of different effort: {listed}; each line names its own, and they are not compared with each other."
+    return f"Runs of different effort: {listed}; each line names its own, and they are not compared."
 
 
 def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _number(shown: headlines.Shown, member: Any) -> dict[str, Any]:
 def _summary(results: Results) -> str:
     records, damaged = results.records, results.damaged
     if not records and not damaged:
-        return "No run has left a record here yet."
+        return "There is no record here yet."
     count = {status: sum(r.status == status for r in records) for status in ("ok", "failed", "not_applicable")}
     parts = [f"{count['ok']} of {len(results.optimizations) * len(results.models)} runs measured"]
     parts += [f"{count['failed']} failed"] if count["failed"] else []
@@ -181,8 +181,8 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("Machine", machines),
         ("Measured", span),
         ("Effort", _distinct(r.effort for r in records)),
-        ("Runs took together", duration(took) if took else ""),
-        ("On a busy machine", f"{busy} runs: nothing timed in them is judged" if busy else ""),
+        ("Run time in total", duration(took) if took else ""),
+        ("On a busy machine", f"{busy} runs: none of their timings is judged" if busy else ""),
     ]
     return [(name, value) for name, value in rows if value]
 

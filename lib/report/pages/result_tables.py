@@ -19,15 +19,15 @@ from lib.report.text.wording import SIGNS, label, one_line, signed, title
 
 HEADS = {
     "performance": ("Speed", "The gain over the baseline: above 1× is faster."),
-    "accuracy": ("Quality", "The change against the baseline, with the bound and the margin that it was held to."),
+    "accuracy": ("Quality", "The change against the baseline, with its bound and the margin."),
     "resources": ("Resources", "The change against the baseline: below 0 is less."),
     "efficiency": ("Efficiency", "The change against the baseline: below 0 is less."),
 }
 LEGEND = (
     "▲ better, ▼ worse, = equivalent, ✓ maintained, ✗ not maintained, ○ not exercised, ? inconclusive, ! invalid, "
-    "· described and not judged, – not there; “but …”: the primary measurement carries the word, and another one "
-    "lost. In parentheses: the 95 % interval, or the bound and the margin. In brackets: the workload, where a metric "
-    "stands for several."
+    "· informative, not judged, – not available; “but …”: the verdict is the primary measurement's, and another "
+    "one got worse. In parentheses: the 95 % interval, or the bound and the margin. In brackets: the workload, where "
+    "a metric has several."
 )
 
 

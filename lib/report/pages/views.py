@@ -136,7 +136,7 @@ def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
             spread = f"{place.low}–{place.high}" if place and place.low != place.high else ""
             gain = times(place.gain) if place else ""
             fewer = counted(place.models, "model") if place and place.models < models else ""
-            called = f"called in {place.called} of {place.models}" if place and place.called < place.models else ""
+            called = f"judged in {place.called} of {place.models}" if place and place.called < place.models else ""
             cell = {"rank": place.rank if place else None, "spread": spread, "gain": gain, "models": fewer}
             cells.append(cell | {"called": called})
         rows.append((title(optimization), cells))

@@ -56,13 +56,13 @@ def bound(frame: "pd.DataFrame") -> str:
     known = frame[frame["time"].notna() & frame["bound"].notna()]
     factors = known["time"].astype(float) / known["bound"].astype(float)
     if not len(factors):
-        return two("No bound could be computed.", "So nothing is known of what the machine would allow.")
+        return two("No bound could be computed.", "So what the machine would allow is not known.")
     far, near = known.iloc[int(factors.argmax())], known.iloc[int(factors.argmin())]
     first = f"The {near.arm} arm of {near.workload} takes {times(factors.min())} as long as its physical bound"
     if len(factors) > 1:
         first += f", the {far.arm} arm of {far.workload} {times(factors.max())}"
     return two(
-        f"{first}.", "Far above its bound a workload waits for something else, and fewer operations need not save time."
+        f"{first}.", "Far above its bound a workload waits for something else, and fewer operations may not save time."
     )
 
 

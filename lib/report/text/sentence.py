@@ -80,7 +80,7 @@ def why(measurement: Measurement) -> str:
         if measurement.reason:
             return clipped(measurement.reason)
         listed = METRICS[measurement.metric]
-        return "it describes only" if listed.margin is None else "it was read once"
+        return "it is informative only" if listed.margin is None else "it was read once"
     ruling = None if measurement.disturbed else judge_again(measurement)
     if ruling is not None and ruling.verdict == "inconclusive":
         return clipped(ruling.reason)

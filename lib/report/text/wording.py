@@ -59,7 +59,7 @@ _LABELS = {
     "kv_cache_bytes_per_token": "KV cache",
     "energy_joules_per_token": "energy",
     "energy_above_idle_joules_per_token": "energy above idle",
-    "tokens_per_joule": "tokens for the energy",
+    "tokens_per_joule": "tokens per joule",
     "cpu_seconds_per_token": "processor time per token",
     "model_flops_utilisation": "model FLOPs utilisation",
     "memory_bandwidth_utilisation": "memory bandwidth utilisation",

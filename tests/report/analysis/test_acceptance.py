@@ -105,7 +105,7 @@ DAMAGE = {
             "dimension": "performance", "metric": "decode_tokens_per_second", "workload": "decode", "verdict": "worse",
             "p": 0.01,
         }),
-        "performance maintained or improved", "better, but another measurement lost: prefill ▲",
+        "performance maintained or improved", "better, but another measurement got worse: prefill ▲",
     ),
     "speed that cannot be told": (
         lambda c: (

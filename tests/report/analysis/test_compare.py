@@ -80,14 +80,14 @@ def test_counted_numbers_and_intervals():
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"effort": "thorough"}, "another effort: quick, thorough"),
-        ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "another environment: cpu"),
-        ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "another environment: threads None, 4"),
-        ({"scale": "slice"}, "another scale"),
-        ({"parameters": {"model": "m", "seed": 1}}, "another parameter: seed 0, 1"),
-        ({"environment": samples.ENVIRONMENT | {"jobs_beside": 1}}, "another number of jobs beside: 0, 1"),
+        ({"effort": "thorough"}, "different effort: quick, thorough"),
+        ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "different environment: cpu"),
+        ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "different environment: threads None, 4"),
+        ({"scale": "slice"}, "different scale"),
+        ({"parameters": {"model": "m", "seed": 1}}, "different parameter: seed 0, 1"),
+        ({"environment": samples.ENVIRONMENT | {"jobs_beside": 1}}, "different number of other jobs: 0, 1"),
         ({"process": samples.process(5).model_copy(update={"jobs_side_by_side": 2})}, "jobs side by side: 1, 2"),
-        ({"details": {"stack": {"value": ["b"]}}}, "another choice: stack ['a'], ['b']"),
+        ({"details": {"stack": {"value": ["b"]}}}, "different choice: stack ['a'], ['b']"),
         ({"status": "failed", "reason": "x"}, "failed in the new set"),
     ],
 )

@@ -29,16 +29,16 @@ def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert history.keep(path, [elsewhere], "proxy", "run", "bbbb2222")
     earlier = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
     assert "aaaa1111" in earlier.against and len(earlier.builds) == 2
-    assert "1 newer ones are not comparable (another environment: cpu" in earlier.summary
+    assert "1 newer ones are not comparable (different environment: cpu" in earlier.summary
     assert earlier.rows() and all(row["verdict"] != "not comparable" for row in earlier.rows())
 
 
 def test_another_scale_effort_or_machine_is_not_compared(path):
     history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run")
     for change, says in (
-        ({"scale": "slice"}, "another scale: proxy, slice"),
-        ({"effort": "thorough"}, "another effort"),
-        ({"environment": samples.ENVIRONMENT | {"cores_given": 64}}, "another environment: cores given"),
+        ({"scale": "slice"}, "different scale: proxy, slice"),
+        ({"effort": "thorough"}, "different effort"),
+        ({"environment": samples.ENVIRONMENT | {"cores_given": 64}}, "different environment: cores given"),
     ):
         earlier = regression.against(_record(started="2026-01-02T00:00:00", key="b", **change), path)
         assert earlier.against is None and says in earlier.summary and earlier.rows() == []

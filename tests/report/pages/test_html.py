@@ -224,7 +224,7 @@ def test_the_matrix_shows_every_state(tmp_path):
 
 
 def test_the_matrix_of_nothing_says_so(tmp_path):
-    assert "No run has left a record here yet." in index.write(tmp_path).read_text()
+    assert "There is no record here yet." in index.write(tmp_path).read_text()
 
 
 def _contrast(first: str, second: str) -> float:

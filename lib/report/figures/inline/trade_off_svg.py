@@ -145,7 +145,7 @@ def _legend(names: Sequence[tuple[str, str]], margin: float, x: float, y: float)
         parts += [_shape(state, x - 16, at - 5), f'<text class="name" x="{x}" y="{at:.0f}">{name}</text>']
         at += 24
     strokes = {
-        "spread": "least to most of the models",
+        "spread": "range over the models",
         "front": "the best trade-offs",
         "band": f"less than the margin of {margin:g} points",
     }

@@ -25,10 +25,10 @@ Pictures = dict[str, bytes]
 LEGEND = (
     "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ○ not exercised · ? inconclusive · "
     "· informative. "
-    "The word is that of the dimension's primary measurement, which stands first; “but …”: another measurement lost. "
-    "A change is called better or worse only where the interval excludes no change and the effect passes the margin "
-    "and the noise floor that a copy of the baseline showed, and if it stands over all runs of the set (at most one "
-    "false call in twenty, Benjamini and Hochberg)."
+    "The verdict is that of the dimension's primary measurement, which stands first; “but …”: another one got worse. "
+    "A change is called better or worse only where its interval excludes zero, the effect exceeds both the margin and "
+    "the noise floor that a copy of the baseline showed, and it survives the correction over all runs of the set (at "
+    "most one false call in twenty, Benjamini and Hochberg)."
 )
 
 
@@ -44,8 +44,8 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         LEGEND,
     ]
     parts.append(_verdicts(results))
-    parts += ["## Headline numbers", "The ratio is optimized against baseline; in brackets the 95 % interval, or the "
-              "bound and margin that a score was held to."]  # fmt: skip
+    parts += ["## Headline numbers", "The ratio is optimized ÷ baseline; in brackets the 95 % interval, or a score's "
+              "bound and margin."]  # fmt: skip
     parts.append(_headlines(results.measured))
     frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
@@ -175,7 +175,7 @@ def _conditions(results: Results) -> str:
     span = first if first == last else f"{first} to {last}"
     lines = [
         ("scale", results.scale), ("effort", ", ".join(summary["efforts"])),
-        ("machine", "; ".join(summary["machines"])), ("measured", span), ("work in all", duration(summary["seconds"])),
+        ("machine", "; ".join(summary["machines"])), ("measured", span), ("total run time", duration(summary["seconds"])),
     ]  # fmt: skip
     return markdown(["", ""], [line for line in lines if line[1]])
 
@@ -225,7 +225,7 @@ def _aggregate(results: Results) -> str:
         for line in result_set.aggregate(results.measured)
         if METRICS[line["metric"]].margin is not None
     ]  # fmt: skip
-    table = markdown(["optimization", "metric", "models", "mean gain", "least to most", "verdicts"], lines)
+    table = markdown(["optimization", "metric", "models", "mean gain", "range", "verdicts"], lines)
     return f"Geometric means over the models, derived; a gain above 1 is better.\n\n{table}"
 
 
@@ -234,7 +234,7 @@ def _failures(results: Results) -> list[str]:
     lines += [[stem, "damaged", fault] for stem, fault in results.damaged.items()]
     lines += [[stem, "never run", ""] for stem in results.missing]
     lines += [[r.stem, "measured in part", ", ".join(r.dimensions)] for r in results.records if r.dimensions]
-    return ["## What is not there", markdown(["run", "state", "why"], lines)] if lines else []
+    return ["## What is missing", markdown(["run", "state", "why"], lines)] if lines else []
 
 
 def _drawn(members: list[dict]) -> pd.DataFrame:

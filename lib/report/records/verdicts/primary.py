@@ -74,7 +74,7 @@ def _why_not(members: Sequence[Measurement], declared: Pair, others: bool) -> st
     if member.provenance == "estimated":
         return "an estimate is never judged"
     if member.provenance == "derived" and member.verdict not in SILENT and others:
-        return "it is derived, and a measured number is there"
+        return "it is derived, and a measured number exists"
     return member.reason or f"its verdict is {member.verdict.replace('_', ' ')}"
 
 
