@@ -47,7 +47,7 @@ def _facts(results: Results, records: list[Record]) -> list[str]:
         f"failed               {count['failed']}",
         f"damaged              {len(results.damaged)}",
         f"never run            {len(results.missing)}",
-        f"total run time       {duration(sum(record.seconds or 0 for record in records))}",
+        f"run time in total    {duration(sum(record.seconds or 0 for record in records))}",
         f"first run started    {facts.day(days[0]) if days else 'unknown'}",
         f"last run started     {facts.day(days[-1]) if days else 'unknown'}",
     ]

@@ -175,7 +175,7 @@ def _conditions(results: Results) -> str:
     span = first if first == last else f"{first} to {last}"
     lines = [
         ("scale", results.scale), ("effort", ", ".join(summary["efforts"])),
-        ("machine", "; ".join(summary["machines"])), ("measured", span), ("total run time", duration(summary["seconds"])),
+        ("machine", "; ".join(summary["machines"])), ("measured", span), ("run time", duration(summary["seconds"])),
     ]  # fmt: skip
     return markdown(["", ""], [line for line in lines if line[1]])
 
