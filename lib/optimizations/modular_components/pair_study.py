@@ -59,7 +59,7 @@ class PairStudy:
     def audit(self) -> list[dict[str, str]]:
         """Return a row per refused pair: what became of it when it was forced through."""
         return [
-            {"refused pair": interactions.named(*key), "forced through": attempt.state, "said": attempt.reason or ""}
+            {"refused pair": interactions.named(*key), "forced through": attempt.state, "why": attempt.reason or ""}
             for key, attempt in self.forced.items()
         ]
 
