@@ -95,10 +95,10 @@ def build(
     except BuildStopped as stopped:
         if first_pass and result_folder.present(folder):
             site.refresh_index(folder)
-        print("\nbuild.py: stopped; what was finished is kept, and the same command goes on from there")
+        print("\nbuild.py: stopped; what was finished is kept, and the same command resumes")
         return stopped.exit_code
     except ClusterLost as lost:
-        print(f"build.py: {lost}; what was finished is kept, and the same command goes on from there")
+        print(f"build.py: {lost}; what was finished is kept, and the same command resumes")
         return 1
     except OSError as error:
         where = error.filename or folder.path
@@ -114,7 +114,7 @@ def _locked(folder: Folder) -> Iterator[None]:
             yield
     except Held as holder:
         raise UserError(
-            f"{folder.path}: another build is at work there ({holder}); wait for it or give another folder with --out"
+            f"{folder.path}: another build is running there ({holder}); wait for it or give another folder with --out"
         ) from None
 
 
@@ -187,7 +187,7 @@ def _first_pass(
     for fault in faults:
         print(f"FAILED {fault}")
     index = shown(folder.path / "index.html")
-    print(f"first pass complete: {index}; Ctrl-C keeps it, effort {effort} goes on", flush=True)
+    print(f"first pass complete: {index}; Ctrl-C keeps it, effort {effort} follows", flush=True)
     return True
 
 

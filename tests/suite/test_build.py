@@ -23,7 +23,7 @@ def test_one_failure_stops_nothing(built):
     ("name", "told"),
     [
         ("raises", "cell 6 under “Sums” (`y = x / 0`): ZeroDivisionError: division by zero"),
-        ("hangs", "cell 4 under “Endless” (`import time`): it ran past its limit of time"),
+        ("hangs", "cell 4 under “Endless” (`import time`): it exceeded its time limit"),
         ("killed", "cell 4 under “Gone” (`import os`): the kernel was killed or died"),
         ("silent", "the notebook glued no record"),
     ],
@@ -154,7 +154,7 @@ def test_two_builds_at_once_in_one_folder(built):
     root, _ = built
     with files.locked(root / "executed/proxy/.lock"):
         ended = workbench.build(root, "run", "well")
-    assert ended.returncode == 2 and "another build is at work there" in ended.stderr
+    assert ended.returncode == 2 and "another build is running there" in ended.stderr
     assert str(os.getpid()) in ended.stderr and "Traceback" not in ended.stderr
 
 

@@ -93,7 +93,7 @@ def _unfit(models: Sequence[nn.Module]) -> str | None:
     if reason := children.left_out():
         return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
-        return "only models in a processor's memory are timed in processes of their own"
+        return "only models in CPU memory are timed in separate processes"
     if max(cost_model.weights_bytes(model) for model in models) > LARGEST_BYTES:
         return f"models of more than {LARGEST_BYTES / 2**30:.0f} GiB are timed in one process"
     return None

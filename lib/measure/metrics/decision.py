@@ -64,11 +64,11 @@ def decide(
 def _gate(effect: float, excludes: bool, threshold: float, floor: float, margin: float) -> str:
     """Return which gate held."""
     if not excludes:
-        return "the interval includes no difference, and is too wide to be called equivalent"
+        return "the interval includes zero difference, and is too wide to be called equivalent"
     if abs(effect) <= floor:
         return f"the effect lies within the noise floor of {100 * floor:.2g} %"
     assert abs(effect) <= threshold
-    return f"an effect that lies within the practical margin of {margin:.0%}, not all of its interval does"
+    return f"the effect lies within the practical margin of {margin:.0%}, but its whole interval does not"
 
 
 def detectable(half_width: float, scatter: float, *, floor: float, margin: float) -> float:

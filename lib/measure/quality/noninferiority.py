@@ -208,7 +208,7 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
         reason=None
         if maintained
         else f"{n} items are too few: about {max(needed, n + 1)} would show it maintained, "
-        "were the difference what it seems",
+        "if the difference is as seen",
     )
 
 
@@ -330,4 +330,4 @@ def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str
         return f"{n} {unit} cannot tell: the difference seen is at the margin itself"
     direction = "maintained" if distance > 0 else "not maintained"
     needed = max(needed, n + 1, MINIMUM_WINDOWS)
-    return f"{n} {unit} are too few: about {needed} would show it {direction}, were the difference what it seems"
+    return f"{n} {unit} are too few: about {needed} would show it {direction}, if the difference is as seen"

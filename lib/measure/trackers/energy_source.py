@@ -68,7 +68,7 @@ def _why_none(device: str, error: str | None) -> str | None:
     if closed := [file for file in files if not os.access(file, os.R_OK)]:
         return (
             f"not permitted: {closed[0]} is readable by root alone; "
-            f"`sudo chmod o+r {POWERCAP}/intel-rapl*/energy_uj` permits it until the next start"
+            f"`sudo chmod o+r {POWERCAP}/intel-rapl*/energy_uj` permits it until the next boot"
         )
     return f"RAPL could not be read ({error})" if error else None
 

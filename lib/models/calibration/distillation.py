@@ -41,7 +41,7 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
             return [*batches[:index], taught, *batches[index + 1 :]], [rest]
     if len(batches) > 1:
         return batches[1:], batches[:1]
-    raise UserError("calibration: one sequence only; teaching holds text out, give at least two sequences")
+    raise UserError("calibration: one sequence only; distillation sets some text aside, give at least two sequences")
 
 
 def rate_for(model: nn.Module, learning_rate: float) -> float:

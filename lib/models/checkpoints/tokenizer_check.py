@@ -37,7 +37,7 @@ def fault(folder: Path, rows: int) -> str | None:
     used = {token for text in texts for token in tokenizer(text).input_ids}
     used |= {end for end in (tokenizer.bos_token_id, tokenizer.eos_token_id) if end is not None}
     if max(used) >= rows:
-        return f"{folder}: its tokenizer makes the id {max(used)} of a text, {where}"
+        return f"{folder}: its tokenizer turns a text into the id {max(used)}, {where}"
     return None
 
 

@@ -50,7 +50,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     if file.suffix.lower() != ".gguf":
         return file
     if reference.kind == "gguf" and sha256 and store.sha256(file) != sha256:
-        raise UserError(f"{file}: another file than was meant: its SHA-256 is not {sha256[:12]}…")
+        raise UserError(f"{file}: not the expected file: its SHA-256 is not {sha256[:12]}…")
     return gguf_file.convert(file, _identity(reference), tell)
 
 

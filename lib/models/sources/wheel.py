@@ -67,7 +67,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     if sha256 and taken.is_file() and (actual := store.sha256(taken)) != sha256:
         shutil.rmtree(_folder(reference), ignore_errors=True)
         raise UserError(
-            f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the file that was meant"
+            f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the expected file"
         )
     return taken
 
@@ -171,7 +171,7 @@ def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
         store.sign(_marks(reference), reference=reference.text, taken={name: hashes[name] for name in names})
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError):
         wheel.unlink()
-        raise UserError(f"{what}: the download is damaged (another hash than its list says); call again") from None
+        raise UserError(f"{what}: the download is damaged (its hash is not the one listed); call again") from None
     except OSError as error:
         raise store.explained(error, what) from None
 

@@ -78,7 +78,7 @@ BENCHMARKS = {
         "CC BY-SA 4.0", "accuracy_norm", 0.25, _without_examples,
     ),
     "hellaswag": Benchmark(
-        "which sentence goes on", "hellaswag/rc_0shot", "HellaSwag, validation", 10042, "MIT", "accuracy_norm", 0.25,
+        "which sentence comes next", "hellaswag/rc_0shot", "HellaSwag, validation", 10042, "MIT", "accuracy_norm", 0.25,
     ),
     "piqa": Benchmark(
         "which of two ways works", "piqa/rc_0shot", "PIQA, validation", 1838, "not stated", "accuracy_norm", 0.5,

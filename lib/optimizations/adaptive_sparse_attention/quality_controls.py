@@ -26,13 +26,13 @@ DIVERGENCE = "kl_divergence_nats"
 PURPOSES = {
     "antidiagonal": "found from each input",
     "window": "first and latest blocks",
-    "random": "blocks by chance",
-    "oracle": "blocks of most exact mass",
+    "random": "random blocks",
+    "oracle": "blocks with the most exact mass",
 }
 PAGE_PURPOSES = {
     "recent": "first and latest pages",
-    "random": "pages by chance",
-    "observed": "what the prompt's end attended to",
+    "random": "random pages",
+    "observed": "pages that the prompt's end attended to",
 }
 AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, nats/token"}
 PROMPTS = {"quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions

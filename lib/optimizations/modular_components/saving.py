@@ -154,7 +154,7 @@ def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
         ids_BT = tasks.text_windows(loaded, "final", WINDOWS, TOKENS, 0)
     expected = _logits(optimized, ids_BT)
     if not _near(_logits(again, ids_BT), expected, NEAR[torch.float32]):
-        raise UserError("what was saved answers otherwise when it is loaded again; nothing was kept")
+        raise UserError("the saved model gives different answers when it is loaded again; nothing was kept")
     del again
     return _plain(place, dtype, ids_BT, expected)
 

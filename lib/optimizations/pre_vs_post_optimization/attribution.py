@@ -1,4 +1,4 @@
-"""which part of a stack contributes what: every subset is made once, and gains are shared out by Shapley values.
+"""Which part of a stack contributes what: every subset is made once, and gains are shared out by Shapley values.
 
 Names no optimization.
 """

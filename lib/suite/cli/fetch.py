@@ -35,7 +35,7 @@ def fetch(texts: Sequence[str]) -> int:
     checked = {item: _checked(item) for item in wanted}
     for item in wanted:
         began, there = time.monotonic(), sources.local(item.source)
-        how = "was here, every file as it came" if there is not None else "fetched"
+        how = "already here, every file unchanged" if there is not None else "fetched"
         place = there or fetching.bring(item.source, item.sha256)
         seconds = checked[item] + time.monotonic() - began
         print(f"{item.title}: {how}, {_bytes(place) / 1e6:,.1f} MB, {seconds:.1f} s: {place}", flush=True)

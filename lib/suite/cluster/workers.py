@@ -196,4 +196,4 @@ def differing(mine: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mappin
         elif names:
             rest = f" and {len(names) - most} more" if len(names) > most else ""
             differences.append(f"{part}: {', '.join(names[:most])}{rest} {'differ' if len(names) > 1 else 'differs'}")
-    return "; ".join(differences) or "its key is another"
+    return "; ".join(differences) or "its cache key differs"

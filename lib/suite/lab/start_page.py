@@ -29,8 +29,8 @@ These notebooks are copies: edit them, run them, break them. The templates and t
 and a copy in which you edited cells is never overwritten.
 
 Open a notebook below, change a parameter in its first code cell, then *Run → Run All Cells*. The status bar counts the
-cells, and its button leads to the running one, which says how far the run is; behind the last cell this run stands
-beside the last one."""
+cells, and its button leads to the running one, which shows the run's progress; after the last cell, this run is shown
+beside the previous one."""
 
 
 @dataclass(frozen=True)

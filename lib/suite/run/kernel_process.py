@@ -244,9 +244,9 @@ def _enforce(worker: Worker) -> None:
     if worker.over is None:
         run, cell = limit("run", worker.task.effort), limit("cell", worker.task.effort)
         if worker.seconds > run:
-            worker.over = f"the run went past its limit of {run:g} s"
+            worker.over = f"the run exceeded its limit of {run:g} s"
         elif worker.cell not in (None, *worker.cell_seconds) and now - worker.cell_began > cell + GRACE_SECONDS:
-            worker.over = f"went past its limit of {cell:g} s"
+            worker.over = f"exceeded its limit of {cell:g} s"
         if worker.over:
             worker.over_since = now
             worker.tree.end_descendants()

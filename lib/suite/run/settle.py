@@ -124,7 +124,7 @@ def fault(template: Template, outcome: ExecutionOutcome, error: Mapping[str, Any
     """Return in one line which cell failed and why."""
     kind, text = error["kind"], " ".join(error["text"].split())
     if kind == "CellTimeoutError":
-        what = "it ran past its limit of time"
+        what = "it exceeded its time limit"
     elif kind == "TimeLimit":
         what = text
     elif kind == "DeadKernelError":

@@ -130,9 +130,9 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
 def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> str:
     try:
         before = json.loads(folder.parts(stem).read_text(encoding="utf-8"))
-        return keys.difference(before, parts) or "its key is another"
+        return keys.difference(before, parts) or "its cache key differs"
     except (OSError, ValueError, AttributeError):
-        return "its key is another (what it was made from is not known any more)"
+        return "its cache key differs (what it was made from is no longer known)"
 
 
 def keep_parts(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> None:

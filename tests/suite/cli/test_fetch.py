@@ -51,7 +51,7 @@ def test_a_model_comes_with_the_benchmarks_that_it_is_asked(index, capsys):
     assert len(benchmarks.questions("piqa")) == 3  # no network any more
     assert command.main(["fetch", MODEL]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all("was here, every file as it came" in line for line in lines)
+    assert len(lines) == 3 and all("already here, every file unchanged" in line for line in lines)
 
 
 def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_path, capsys):

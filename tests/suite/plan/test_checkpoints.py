@@ -147,7 +147,7 @@ def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
         assert "is not here yet: fetching it, once" in captured.err and ": fetched, 0.0 MB" in captured.out
         assert command.main(["fetch", text]) == 0
         captured = capsys.readouterr()
-        assert "was here, every file as it came" in captured.out and not captured.err and index.starts == [0]
+        assert "already here, every file unchanged" in captured.out and not captured.err and index.starts == [0]
         [place] = (tmp_path / "cache").rglob("one.txt")
         place.write_text("changed")
         assert command.main(["fetch", text]) == 0

@@ -17,7 +17,7 @@ from lib.optimizations.common.compression import gptq
 
 NAMES = {8: "int8", 4: "int4, groups of 128"}  # what the arms are called
 PURPOSE = "weight-only, round to nearest"
-BY_GPTQ, GPTQ_PURPOSE = "int4, GPTQ", "weight-only, errors made up for"
+BY_GPTQ, GPTQ_PURPOSE = "int4, GPTQ", "weight-only, errors compensated"
 
 
 def weight_only(

@@ -115,7 +115,7 @@ def test_a_record_without_primaries_is_put_into_words_too():
 def test_an_open_word_has_its_reason():
     wide = samples.timed("prefill_tokens_per_second", 1.05, 0.08, "inconclusive")
     verdict = judge([wide.model_copy(update={"margin": 0.02})])
-    assert verdict.reasons["performance"].startswith("the interval includes no difference")
+    assert verdict.reasons["performance"].startswith("the interval includes zero difference")
     assert verdict.sentence.startswith("Prefill undecided.")
 
 
