@@ -135,9 +135,7 @@ def at_chance(right_N: np.ndarray, chance: float | None) -> str | None:
     hits, n = int(right_N.sum()), len(right_N)
     if binom.sf(hits - 1, n, chance) <= AT_CHANCE:
         return None
-    return (
-        f"the baseline is right on {hits} of {n}, which guessing ({chance:.0%}) does too: there is nothing to lose or to keep"
-    )
+    return f"the baseline is right on {hits} of {n}, which guessing ({chance:.0%}) does too: nothing to lose or to keep"
 
 
 def compare_rolled(

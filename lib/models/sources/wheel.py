@@ -66,9 +66,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     taken = place(reference)
     if sha256 and taken.is_file() and (actual := store.sha256(taken)) != sha256:
         shutil.rmtree(_folder(reference), ignore_errors=True)
-        raise UserError(
-            f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the expected file"
-        )
+        raise UserError(f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the expected file")
     return taken
 
 

@@ -50,7 +50,7 @@ def show() -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     print()
     print(f"Also {registry.HARNESS}NAME, a task or group of lm-evaluation-harness, or {registry.HARNESS}FILE.yaml.")
-    print("To use other tasks than a model's own: -p tasks=arc_easy,hellaswag. Perplexity on your own file: -p text=PATH.")
+    print("Other tasks than a model's own: -p tasks=arc_easy,hellaswag. Perplexity on your own file: -p text=PATH.")
     packages = ", ".join(sorted({BENCHMARKS[name].reference.text.split("/")[0] for name in BENCHMARKS}))
     print(f"The public tasks come as files of {packages}.")
     return 0
