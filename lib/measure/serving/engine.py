@@ -79,7 +79,7 @@ class ModelEngine:
     def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
         """Decode a token of every row and read so many further tokens of each prompt; return the seconds it took.
 
-        The two are passes of their own, one behind the other: a padded cache has no room for both in one.
+        The two are passes of their own, one after the other: a padded cache has no room for both in one.
         """
         prompts = [self.prompt_of(request) for request, _ in parts]
         start = time.perf_counter()

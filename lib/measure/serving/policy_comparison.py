@@ -159,7 +159,7 @@ NAMES = (*CONSTANT, "bursty", "load step", "change of lengths", "changing", "cha
 
 
 def trace(setup: ServingSetup, name: str, requests: float, seed: int) -> Trace:
-    """Return one of the traces `NAMES`, about `requests` requests in each phase behind the warm-up. Rates follow from
+    """Return one of the traces `NAMES`, about `requests` requests in each phase after the warm-up. Rates follow from
     the capacity.
     """
     chat, documents = setup.capacity(setup.chat)[0], setup.capacity(setup.documents)[0]

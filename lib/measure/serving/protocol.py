@@ -54,7 +54,7 @@ class RequestOutcome:
 
     @property
     def token_seconds(self) -> float | None:
-        """Mean seconds per output token behind the first; None while unfinished, 0 for an answer of one token."""
+        """Mean seconds per output token after the first; None while unfinished, 0 for an answer of one token."""
         if self.first is None or self.finished is None:
             return None
         return (self.finished - self.first) / max(1, self.request.new_tokens - 1)
@@ -172,5 +172,5 @@ class Served:
 
     @property
     def counted(self) -> list[RequestOutcome]:
-        """The outcomes of the requests that arrived behind the warm-up."""
+        """The outcomes of the requests that arrived after the warm-up."""
         return [outcome for outcome in self.outcomes if outcome.request.arrival >= self.trace.warm_up]

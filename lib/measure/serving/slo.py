@@ -30,7 +30,7 @@ Summary = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Objectives:
-    """Most seconds to the first token (queueing included), and most seconds per output token behind it (mean)."""
+    """Most seconds to the first token (queueing included), and most seconds per output token after it (mean)."""
 
     first_token_seconds: float
     token_seconds: float
@@ -107,7 +107,7 @@ def met(outcome: RequestOutcome, objective: Objectives) -> bool:
 
 
 def goodput(served: Served, objective: Objectives) -> float:
-    """Return the requests per second behind the warm-up that met both objectives."""
+    """Return the requests per second after the warm-up that met both objectives."""
     return sum(met(outcome, objective) for outcome in served.counted) / served.trace.counted_seconds
 
 
@@ -169,7 +169,7 @@ def _late(served: Served, name: str, most: float) -> float | None:
 def attained_rate(offered: Sequence[float], shares: Sequence[float | None], least: float = ATTAINED) -> float | None:
     """Return the highest rate, requests/s, at which a share of `least` is still within the objectives.
 
-    `offered` ascends; between two of them the share is taken as linear, and what lies behind the first rate that falls
+    `offered` ascends; between two of them the share is taken as linear, and what lies after the first rate that falls
     short does not count. None where not even the lowest rate is attained; the highest one where all are.
     """
     attained, before = None, None

@@ -79,7 +79,7 @@ class StepTimes:
         return (fixed + linear * count * tokens + square * count * tokens**2) * _at(self.prefill_BT, count, tokens)
 
     def part(self, done: int, tokens: int) -> float:
-        """Return the mean seconds of reading `tokens` further tokens of a prompt behind the `done` ones in its cache.
+        """Return the mean seconds of reading `tokens` further tokens of a prompt after the `done` ones in its cache.
 
         Derived from whole prefills: a part costs a call of its own, and attends to everything before it.
         """

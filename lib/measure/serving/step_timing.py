@@ -140,7 +140,7 @@ def _decode(
 
 
 def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
-    """Return the part of the text, `length` tokens long, that begins behind `index` such parts (round the end)."""
+    """Return the part of the text, `length` tokens long, that begins after `index` such parts (round the end)."""
     return prompt_T.roll(-length * index)[:length]
 
 

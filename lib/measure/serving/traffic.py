@@ -69,7 +69,7 @@ class Trace:
 
     @property
     def counted_seconds(self) -> float:
-        """Seconds behind the warm-up."""
+        """Seconds after the warm-up."""
         return self.seconds - self.warm_up
 
     @property

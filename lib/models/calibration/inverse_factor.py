@@ -1,4 +1,4 @@
-"""What changing one input of a matrix does to the best values of the inputs behind it, from the Gram matrix of its
+"""What changing one input of a matrix does to the best values of the inputs after it, from the Gram matrix of its
 inputs: the rows of a Cholesky factor, which SparseGPT and GPTQ both read.
 
 Shapes: E experts (1 for a single matrix), I inputs.

@@ -152,7 +152,7 @@ def block_moments(
     """Return the moments of matrices of the block in front of which `walk` stands, by name; the block runs once.
 
     gram: also sum x·xᵀ, which takes I² numbers per input. dtype: of the sums over batches (the products of one batch
-    are float32). weighting, for experts: "tokens" sums for each expert the tokens that are routed to it, behind the
+    are float32). weighting, for experts: "tokens" sums for each expert the tokens that are routed to it, after the
     input factor where experts share one; "router" weighs every token by its router weight, and gives `gate_up_proj` one
     sum over all experts, [I] and [I, I]. unchanged: the block stays as it is, so that its outputs are carried on.
     """

@@ -3,7 +3,7 @@
 `Walk` is one pass over the blocks. Whoever goes along sees each block with the text that reaches it, may change or
 replace the block, and what the block then gives is carried on to the next. Only the states in front of one block are
 held, so memory does not grow with depth, and a block need not be in memory before its turn. The blocks' other arguments
-(masks, positions) and what a vision tower adds behind the first blocks are taken from the model itself, which runs once
+(masks, positions) and what a vision tower adds after the first blocks are taken from the model itself, which runs once
 with blocks that return zeros.
 
 Shapes: B sequences, T tokens, H hidden.

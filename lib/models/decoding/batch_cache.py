@@ -115,7 +115,7 @@ def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device
 @torch.inference_mode()
 def read_on(model: nn.Module, row: Rows | None, part_T: torch.Tensor) -> Rows:
     """Read the next part of one prompt into its cache, in place (None: begin one); return its row, whose newest token
-    is the greedy one behind what has been read so far.
+    is the greedy one after what has been read so far.
     """
     if row is None:
         return prefill(model, [part_T])

@@ -134,7 +134,7 @@ def _read_shared(model: nn.Module, context: Sequence[int], device: torch.device)
 def _read(
     model: nn.Module, contexts: list[tuple[int, ...]], start: Any, device: torch.device, keep_cache: bool
 ) -> ReadContexts:
-    """Read contexts, padded on the left where their lengths differ, behind the shared cache `start` if there is one."""
+    """Read contexts, padded on the left where their lengths differ, after the shared cache `start` if there is one."""
     longest = max(map(len, contexts))
     ids_BT = torch.zeros(len(contexts), longest, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -194,7 +194,7 @@ def _pieces(
 def _rest(
     model: nn.Module, read: ReadContexts, part: list[tuple[int, int]], pairs: Sequence[Pair]
 ) -> dict[int, tuple[float, bool]]:
-    """Return the answers of the tokens behind the first one of each continuation, by the index of the pair."""
+    """Return the answers of the tokens after the first one of each continuation, by the index of the pair."""
     device = read.next_BV.device
     row_N = torch.tensor([row for row, _ in part], device=device)
     most = max(len(pairs[index][1]) for _, index in part) - 1

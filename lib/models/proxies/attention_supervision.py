@@ -1,7 +1,7 @@
 """Supervise the attention of a few heads, so that copying is learned in tens of steps instead of many hundreds.
 
 Copying what followed an earlier occurrence of the present token takes two heads in a row (Olsson et al., 2022): one
-attends to the previous token, a later one to the tokens behind earlier occurrences of the present one (an induction
+attends to the previous token, a later one to the tokens after earlier occurrences of the present one (an induction
 head). Small models discover the pair late and abruptly. While rows repeat one span, the right attention of both is
 known, and its negative log-likelihood is added to the loss. Used in training only.
 

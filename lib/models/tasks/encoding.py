@@ -1,6 +1,6 @@
 """A context and its continuation as token ids, by the convention of lm-evaluation-harness, and what shapes both.
 
-The context opens with what the tokenizer puts before every text (`lib.models.tokenizing`). Tokens that it puts behind a
+The context opens with what the tokenizer puts before every text (`lib.models.tokenizing`). Tokens that it puts after a
 text are left out: no text ends where a prompt does. Knows no task.
 """
 

@@ -57,7 +57,7 @@ def too_short(path: str | Path, tokens: int) -> str:
 
 
 def windows(tokenizer: Any, path: str | Path, most: int, length: int = WINDOW_TOKENS) -> "torch.Tensor":
-    """Return at most `most` disjoint windows [N, length] of the file's tokens, spread evenly over it, each behind what
+    """Return at most `most` disjoint windows [N, length] of the file's tokens, spread evenly over it, each after what
     the tokenizer puts before every text.
 
     Raises UserError for a file that cannot be read or fills too few windows.

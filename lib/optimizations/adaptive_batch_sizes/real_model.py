@@ -137,7 +137,7 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
     late, slow = numbers["first token late"] or 0.0, numbers["tokens late"] or 0.0
     cause = "the queue cost more than the batch" if late > slow else "the batch cost more than the queue"
     cause = "neither cost more than the other" if late == slow else cause
-    return first, f"The first token was late for {late:.0%} and the tokens behind it for {slow:.0%}: {cause}."
+    return first, f"The first token was late for {late:.0%} and the tokens after it for {slow:.0%}: {cause}."
 
 
 def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:

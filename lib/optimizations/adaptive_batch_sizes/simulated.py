@@ -250,7 +250,7 @@ def _settling(study: TrafficStudy, size: int) -> Measurement:
 
 
 def _settled(study: TrafficStudy, served: Served) -> float | None:
-    """Return the settling time of a run after its load stepped up: behind the warm-up and a calm phase."""
+    """Return the settling time of a run after its load stepped up: after the warm-up and a calm phase."""
     starts = served.trace.starts
     return slo.settling_seconds(served, study.setup.objective, starts[2], starts[3])
 

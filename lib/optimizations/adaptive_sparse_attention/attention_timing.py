@@ -179,7 +179,7 @@ def whole_model(
     invalid: str | None = None,
     seed: int = 0,
 ) -> tuple[Compared, Compared]:
-    """Return a prompt read up to its first token, and decoding behind it: the chosen pages against all pages.
+    """Return a prompt read up to its first token, and decoding after it: the chosen pages against all pages.
 
     `prefill_costs` and `formula` (of decoding: "costs" and "baseline_costs") are options of `cost_model`.
     """
@@ -213,7 +213,7 @@ class PagesRead:
 
 
 def pages_read(optimized: nn.Module, timed: Compared, context_1T: torch.Tensor) -> PagesRead:
-    """Return what the pages read by new tokens behind `context_1T` hold of the exact mass.
+    """Return what the pages read by new tokens after `context_1T` hold of the exact mass.
 
     The workload is that of `timed`, where decoding was timed.
     """

@@ -35,7 +35,7 @@ def blocks_of(tokens: int, block: int) -> int:
 
 
 def whole(tensor_HTD: torch.Tensor, block: int) -> torch.Tensor:
-    """Return the tensor with zeros behind its tokens, so that they fill whole blocks."""
+    """Return the tensor with zeros after its tokens, so that they fill whole blocks."""
     missing = -tensor_HTD.shape[-2] % block
     return pad(tensor_HTD, (0, 0, 0, missing)) if missing else tensor_HTD
 
@@ -184,7 +184,7 @@ def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def wide(tensor_HTD: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the tensor with zeros behind the numbers of each token, so that there are at least `width`."""
+    """Return the tensor with zeros after the numbers of each token, so that there are at least `width`."""
     missing = width - tensor_HTD.shape[-1]
     return pad(tensor_HTD, (0, missing)) if missing > 0 else tensor_HTD
 

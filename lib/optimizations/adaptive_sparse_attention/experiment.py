@@ -55,7 +55,7 @@ TIMED_PROMPT = {"quick": 2048, "standard": 4096, "thorough": 8192}
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of this run's prompts: of the curves over context, and of the prompt that is timed, behind which tokens
+    """Tokens of this run's prompts: of the curves over context, and of the prompt that is timed, after which tokens
     are decoded, and at which answers are judged.
     """
 
@@ -154,7 +154,7 @@ def exactness_table(differences: Mapping[str, float]) -> pd.DataFrame:
 
 
 def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
-    """Return how many tokens' worth of the cache a new token reads behind `context` tokens, as a mean over blocks.
+    """Return how many tokens' worth of the cache a new token reads after `context` tokens, as a mean over blocks.
 
     The chosen pages, and the bounds of all full pages: a minimum and a maximum of the page's keys, which are half of a
     token each where keys are half of what is cached, and a whole one for latents. The first `dense_blocks` read all.
@@ -175,7 +175,7 @@ def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
 def formulas(
     loaded: Loaded, prefill_costs: Mapping[str, Any], knobs: Mapping[str, Any], context: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding behind `context` tokens attends
+    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding after `context` tokens attends
     to, and whether latent attention is absorbed, as it is in both.
     """
     latent = absorbed_baseline.has_latents(loaded.model)

@@ -1,9 +1,9 @@
-"""Many values asked for behind one long prompt: enough answers to judge, at the length that is timed.
+"""Many values asked for after one long prompt: enough answers to judge, at the length that is timed.
 
-Keys and values stand all over a prompt of held-out text. It is read once; then each key is given token by token, behind
+Keys and values stand all over a prompt of held-out text. It is read once; then each key is given token by token, after
 a copy of the cache, and the model's probability of the value's tokens is read off: the log-likelihood of the answer,
 and whether greedy generation would have repeated it exactly (it would where every token of the value is the most likely
-one behind those before it). So prompts are read through the pattern, and questions are decoded from the chosen pages.
+one after those before it). So prompts are read through the pattern, and questions are decoded from the chosen pages.
 Knows nothing of sparsity.
 
 Shapes: N prompts, T tokens, Q questions to each prompt, B of them asked side by side, K tokens of a key, V of a value.
@@ -150,7 +150,7 @@ def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> li
     """
     match = evaluate.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
     count, questions = baseline.loss_NQ.shape
-    source = f"{questions} answers behind each of {count} prompts of {baseline.tokens} tokens, means of prompts"
+    source = f"{questions} answers after each of {count} prompts of {baseline.tokens} tokens, means of prompts"
     asked: dict[str, Any] = {"source": source, **options}
     likelihood = noninferiority.perplexity(baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1), **asked)
     return [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]

@@ -213,7 +213,7 @@ def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[F
 def stored(
     setup: SearchBench, file: SearchStudy, stack: Sequence[RecipeStep], optimized: nn.Module, judged: Judgement
 ) -> Recipe:
-    """Return the recipe of a stack that was judged, with hashes of the weights before and behind it and its verdict."""
+    """Return the recipe of a stack that was judged, with hashes of the weights before and after it and its verdict."""
     words = {m.verdict for m in judged.measurements if m.dimension == "accuracy"}
     order = ("invalid", "not_maintained", "worse", "inconclusive", "maintained", "better")
     accuracy = "invalid" if judged.degenerate else next((word for word in order if word in words), "")

@@ -54,7 +54,7 @@ class RecipeStep(BaseModel):
 
 class Recipe(BaseModel):
     """What the file holds. `chosen_by` names the search, `study` its trials, `effort` how much was measured; `weights`
-    is the hash of the weights that it was chosen for, `optimized` that of the weights behind it, and `accuracy` the
+    is the hash of the weights that it was chosen for, `optimized` that of the weights after it, and `accuracy` the
     word of the verdict that it got afterwards.
     """
 

@@ -135,7 +135,7 @@ def seconds_beyond(served: Served, objectives: Objectives) -> float:
 
 
 def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, float | None]]:
-    """Return (start, seconds, share of well-served requests) of each window behind the warm-up; None where nobody
+    """Return (start, seconds, share of well-served requests) of each window after the warm-up; None where nobody
     arrived.
     """
     start, width = served.trace.warm_up, served.trace.counted_seconds / WINDOWS

@@ -46,7 +46,7 @@ def attempt(
 ) -> Attempt:
     """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, no error.
 
-    `begun` holds the model behind all steps but the last, so that it need not be made again. A refusal has its reason
+    `begun` holds the model after all steps but the last, so that it need not be made again. A refusal has its reason
     from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
     """
     start, steps = time.perf_counter(), list(steps)

@@ -55,7 +55,7 @@ def arranged(setup: PartsSetup, steps: str) -> tuple[list[RecipeStep], dict[str,
 
 
 def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.DataFrame:
-    """Return the shapes of the middle block's matrices behind each step, one column per step."""
+    """Return the shapes of the middle block's matrices after each step, one column per step."""
     model = setup.loaded.model
     middle = len(anatomy(model).blocks) // 2
     columns = {"baseline": traits.shapes(model, middle)}
@@ -119,7 +119,7 @@ class LiveExchange:
 
 
 def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) -> LiveExchange:
-    """Exchange the model behind each part into the live baseline in mid-request, and give it back.
+    """Exchange the model after each part into the live baseline in mid-request, and give it back.
 
     Asserts that weights and answers are afterwards what they were.
     """

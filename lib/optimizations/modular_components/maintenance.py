@@ -68,7 +68,7 @@ checkpoints: str = ""  # folder of checkpoints, for scale full
 random_weights: bool = False  # scale full without a checkpoint
 seed: int = 0  # of data and block order
 bits: int = 6  # significant bits kept of each weight, in [1, 23]"""
-# What the copy is asked: is the part there, in order with all others, and does it run behind and before each?
+# What the copy is asked: is the part there, in order with all others, and does it run after and before each?
 PROGRAM = f"""
 import json, sys
 from lib.models import loading

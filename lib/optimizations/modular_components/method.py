@@ -4,7 +4,7 @@ A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a
 aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
 is tried where time is short. It may name more: `mildest`, the knobs at which it does next to nothing, towards which it
 can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A pipeline puts what invalidates
-behind what needs, refuses what cannot be ordered, asks the real model before every step, and takes calibration
+after what needs, refuses what cannot be ordered, asks the real model before every step, and takes calibration
 statistics anew once they are out of date. The caller's model is never changed; `hot_swap` changes and reverts a live
 one. Names no optimization, knows none.
 """
@@ -34,7 +34,7 @@ FURTHER = ("mildest", "at")
 
 @dataclass(frozen=True)
 class Composed:
-    """A model behind all steps, the steps in their order, and the seconds of each; `observations`: statistics taken."""
+    """A model after all steps, the steps in their order, and the seconds of each; `observations`: statistics taken."""
 
     model: nn.Module = field(repr=False)
     steps: list[RecipeStep]
@@ -191,7 +191,7 @@ def compose(
     checked: bool = True,
     seed: int = 0,
 ) -> Composed:
-    """Return what becomes of `model` behind all steps, itself left as it was; no steps: a copy (the identity pipeline).
+    """Return what becomes of `model` after all steps, itself left as it was; no steps: a copy (the identity pipeline).
     Embeddings and head may be those of `model`: train neither in place.
 
     arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
@@ -225,7 +225,7 @@ def compose(
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as behind any pipeline."""
+    """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as after any pipeline."""
     view = anatomy(model)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (view.embeddings.weight, view.head.weight)})
 

@@ -26,7 +26,7 @@ STORED = ("shapes", "storage")  # aspects of a part that should make a model sma
 
 @dataclass(frozen=True)
 class Weakened:
-    """A stack at one level: its steps, the model behind them, by stem why a part was left out, what is lost, and the
+    """A stack at one level: its steps, the model after them, by stem why a part was left out, what is lost, and the
     seconds of applying it.
     """
 
@@ -74,7 +74,7 @@ def stack_at(
     level: int,
     seed: int = 0,
 ) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
-    """Return the steps kept at `level`, the model behind them, and by stem why the others were left out.
+    """Return the steps kept at `level`, the model after them, and by stem why the others were left out.
 
     A part that refuses at this strength is left out, with its reason.
     """

@@ -45,7 +45,7 @@ def every_subset(
     seed: int = 0,
 ) -> dict[tuple[str, ...], nn.Module]:
     """Return the model of every subset of the parts, () being `model` itself. Each is made from the subset that lacks
-    its last part, as the pipeline would. `whole`: the model behind all parts, where it was made already.
+    its last part, as the pipeline would. `whole`: the model after all parts, where it was made already.
 
     Raises UserError where a part refuses a subset: then nothing can be attributed.
     """

@@ -49,7 +49,7 @@ class ChosenStack:
 
 @dataclass(frozen=True)
 class AppliedStack:
-    """The model behind a stack, and what applying it took; `provenance` and `source` are those of the joules."""
+    """The model after a stack, and what applying it took; `provenance` and `source` are those of the joules."""
 
     model: nn.Module = field(repr=False)
     steps: list[RecipeStep]

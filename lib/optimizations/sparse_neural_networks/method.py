@@ -1,7 +1,7 @@
 """Sparse neural networks: single weights, pairs of four or blocks go, the rest is stored and executed without them.
 
 Which weights go is a question of scores: `magnitude` |W|; `wanda` |W|·‖x‖₂ (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ
-column by column, the error of each column passed on to those behind it (Frantar & Alistarh 2023); `random` as a
+column by column, the error of each column passed on to those after it (Frantar & Alistarh 2023); `random` as a
 control. For experts x are their own tokens. Scores compete within each output row, or, with `within="matrix"`, within
 the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, and blocks
 `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.

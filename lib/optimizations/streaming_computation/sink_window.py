@@ -1,7 +1,7 @@
 """A cache of constant size for endless text: the first tokens (sinks) and the most recent ones stay, the middle is cut.
 
 StreamingLLM (Xiao et al. 2024): positions count within the cache, not within the text, so they never exceed what the
-model was trained on. Keys are stored rotated; when the middle is cut, the keys behind it are rotated back by the number
+model was trained on. Keys are stored rotated; when the middle is cut, the keys after it are rotated back by the number
 of positions cut, which is exact because rotations add. The window may overrun by `slack` tokens before it is cut, so
 that rotating back is rare. What was cut is lost: such a model reads on fluently, and cannot retrieve it. Knows nothing
 of attention.

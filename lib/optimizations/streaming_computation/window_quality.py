@@ -52,8 +52,8 @@ class LongTexts:
     """How each cache reads long texts; everything is empty for a model with random weights.
 
     `curves`: perplexity by position (columns arm, strength, value, low, high). `late_over_early`: per arm, perplexity
-    of the last part ÷ that of the first part behind the window. `climb`: the 95 % interval of that ratio with sinks and
-    window, over texts. `perplexity`: behind twice the window, each arm against the whole cache.
+    of the last part ÷ that of the first part after the window. `climb`: the 95 % interval of that ratio with sinks and
+    window, over texts. `perplexity`: after twice the window, each arm against the whole cache.
     """
 
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -146,7 +146,7 @@ def climb_interval(losses_NT: np.ndarray, behind: int, parts: int = PARTS, seed:
 def described(texts: LongTexts) -> str:
     """Return the alternative text of the figure of `texts.curves`."""
     ratios = ", ".join(f"{arm} {ratio:.2f}" for arm, ratio in texts.late_over_early.items())
-    return f"Perplexity over position in the text; last part ÷ the first behind the window: {ratios}."
+    return f"Perplexity over position in the text; last part ÷ the first after the window: {ratios}."
 
 
 def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:

@@ -1,4 +1,4 @@
-"""What stays makes up for what left: the matrix behind removed channels or heads is fitted anew, by least squares.
+"""Compensation: the matrix that reads removed channels or heads is refitted by least squares.
 
 With X what enters the matrix W and K what is kept of it, W·X·X_Kᵀ·(X_K·X_Kᵀ)⁻¹ is nearest to the output W·X among all
 matrices on X_K. Closed form: the Gram matrix of one block is all it needs. Knows nothing of what is kept.

@@ -19,7 +19,7 @@ CANDIDATES = 8  # blocks of least influence that a greedy step tries: more would
 
 
 def least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
-    """Return the `count` least salient of the blocks behind the `protected` first ones."""
+    """Return the `count` least salient of the blocks after the `protected` first ones."""
     return sorted((scores[protected:].topk(int(count), largest=False).indices + protected).tolist())
 
 

@@ -59,7 +59,7 @@ def read(
     models: Iterable[str] = (),
     look: Callable[[str, Any], None] | None = None,
 ) -> Results:
-    """Return the results in a folder; names that are there but not expected are added behind the expected ones.
+    """Return the results in a folder; names that are there but not expected are added after the expected ones.
 
     `look` is shown each stem and its plain JSON.
     """

@@ -19,7 +19,7 @@ from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
 NUMBERS = 6
-# What a reader expects to find, behind what carries each dimension.
+# What a reader expects to find, after what carries each dimension.
 EXPECTED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
     "peak_memory_bytes", "retrieval_exact_match", "cpu_seconds_per_token", "decode_bytes_per_token",

@@ -124,7 +124,7 @@ def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
 def seal(text: str, deepen: bool = False) -> str:
     """Return the page without anything that would reach for the network or run: scripts, frames, foreign pictures.
 
-    A link to the web becomes its text with the address behind it. `deepen` lowers the notebook's headings by one, under
+    A link to the web becomes its text with the address after it. `deepen` lowers the notebook's headings by one, under
     the page's own title.
     """
     from bs4 import BeautifulSoup

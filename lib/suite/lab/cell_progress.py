@@ -17,7 +17,7 @@ FIRST_SECONDS, EVERY_SECONDS = 1.0, 2.0
 @dataclass(frozen=True)
 class Place:
     """Where a run is: the cell's number of so many, the heading above it, and the seconds that are expected of it and
-    of the cells behind it; None where nothing is known.
+    of the cells after it; None where nothing is known.
     """
 
     number: int | None
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def as_html(place: Place, line: str) -> str:
-    """Return the line with a bar of the cells that are behind it."""
+    """Return the line with a bar of the cells that have run."""
     said = html.escape(line)
     if not place.number:
         return f"<small>{said}</small>"

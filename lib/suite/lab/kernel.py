@@ -1,5 +1,5 @@
 """The extension of IPython that the kernels of `build.py lab` load: libraries are quiet, a running cell says how far
-the run is, and behind the last cell this run stands beside the last one.
+the run is, and after the last cell this run stands beside the last one.
 
 A build's kernels do not load it, and no template knows of it.
 """
@@ -69,7 +69,7 @@ class CellFollower:
         self.line.start()
 
     def after(self, outcome: Any) -> None:
-        """End a cell; behind the last one that succeeds, show this run beside the last."""
+        """End a cell; after the last one that succeeds, show this run beside the last."""
         if self.line is None:
             return
         seconds = self.line.finish()

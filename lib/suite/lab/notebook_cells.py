@@ -37,7 +37,7 @@ def notebook() -> Path | None:
 def read(path: Path) -> list[CodeCell]:
     """Return the code cells of a notebook; none where it cannot be read.
 
-    Papermill puts a cell of parameters behind the one tagged so: the cells after it are counted as it counts them.
+    Papermill puts a cell of parameters after the one tagged so: the cells after it are counted as it counts them.
     """
     try:
         cells = templates.read_cells(path)
@@ -56,7 +56,7 @@ def read(path: Path) -> list[CodeCell]:
 
 
 def find(cells: Sequence[CodeCell], source: str, after: int) -> int | None:
-    """Return the place of the cell with this source: the next one behind the place `after`, else any; else None."""
+    """Return the place of the cell with this source: the next one after the place `after`, else any; else None."""
     places = [place for place, cell in enumerate(cells) if cell.source == source.strip()]
     return next((place for place in places if place > after), places[0] if places else None)
 

@@ -142,7 +142,7 @@ def fault(template: Template, outcome: ExecutionOutcome, error: Mapping[str, Any
 def _cell(template: Template, executed: int) -> str:
     """Return the template's cell that was executed at this place: its number from 1, heading and first line.
 
-    Papermill puts the injected parameters behind the cell tagged `parameters`.
+    Papermill puts the injected parameters after the cell tagged `parameters`.
     """
     at = next(index for index, (_, _, tags) in enumerate(template.cells) if "parameters" in tags)
     if executed == at + 1:

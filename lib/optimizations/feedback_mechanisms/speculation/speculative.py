@@ -44,8 +44,8 @@ class Round:
 
 
 class Drafter(Protocol):
-    """Proposes what may follow. `begin` forgets the answer before; `propose` returns at most `count` tokens behind
-    `ids_T`, and the seconds of catching up; `keep` forgets whatever lies behind the first `length` tokens.
+    """Proposes what may follow. `begin` forgets the answer before; `propose` returns at most `count` tokens after
+    `ids_T`, and the seconds of catching up; `keep` forgets whatever lies after the first `length` tokens.
     """
 
     def begin(self, model: nn.Module) -> None: ...
@@ -80,7 +80,7 @@ class ModelDrafter:
         return longer_T[len(ids_T) :], caught_up
 
     def keep(self, length: int) -> None:
-        """Forget what was read behind `length` tokens."""
+        """Forget what was read after `length` tokens."""
         if (surplus := self.cache.get_seq_length() - length) > 0:
             self.cache.crop(-surplus)
 
@@ -154,7 +154,7 @@ def generate(
 def _round(
     model: nn.Module, drafter: Drafter, ids_T: torch.Tensor, count: int, cache: DynamicCache
 ) -> tuple[torch.Tensor, Round]:
-    """Draft at most `count` tokens behind `ids_T` and check them; return the longer sequence and what happened.
+    """Draft at most `count` tokens after `ids_T` and check them; return the longer sequence and what happened.
 
     The model's cache holds all of `ids_T` but its last token; the drafter may lag behind after plain steps.
     """
@@ -174,7 +174,7 @@ def _round(
 
 
 def _read(model: nn.Module, ids_T: torch.Tensor, cache: DynamicCache, keep: int = 1) -> torch.Tensor:
-    """Read tokens into the cache; return the greedy next token behind each of the last `keep`, ids [keep]."""
+    """Read tokens into the cache; return the greedy next token after each of the last `keep`, ids [keep]."""
     logits_1KV = model(input_ids=ids_T[None], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
     return logits_1KV[0, -keep:].argmax(-1)
 
