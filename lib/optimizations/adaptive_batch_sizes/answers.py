@@ -1,6 +1,6 @@
 """Whether answers that are computed together with others equal those computed alone, as accuracy on held-out items.
 
-Another batch size rounds differently; that is all that a batch may change. Knows no policy: the caller brings it.
+A different batch size rounds differently; a batch may change nothing else. Knows no policy: the caller passes it in.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ def retrieved_among_chats(
     """Return which values of key-value retrieval come back right when their prompts are served among others, and the
     run.
 
-    Every second request is a chat of another length, so rows join, are padded and leave all the time. Times of the
+    Every second request is a chat of a different length, so rows join, are padded and leave all the time. Times of the
     engine are real, idle time is skipped.
     """
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)

@@ -45,8 +45,8 @@ Row = dict[str, Any]
 
 
 def primaries(size: int) -> dict[str, tuple[str, str]]:
-    """Return what carries the word of each dimension: one measurement of the replays against the fixed `size`, which
-    was chosen on other traffic, declared before any of them is served.
+    """Return the primary measurement of each dimension: one of the replays against the fixed `size`, which was chosen
+    on other traffic. Declared before any of them is served.
     """
     workload = real_model.workload(size)
     return {
@@ -127,9 +127,9 @@ def costs(
 
 
 def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Measurement]:
-    """Return peaks of memory of fresh child processes, which serve what each policy makes of that trace of the replays
-    on which its cache grows largest: the server's own prompts and batches, the same in every child. Not judged: another
-    run measures other step times, and makes another schedule of them.
+    """Return peaks of memory of fresh child processes, which repeat each policy's schedule of the replayed trace on
+    which its cache grows largest: the server's own prompts and batches, the same in every child. Not judged: a
+    different run measures different step times, and so has a different schedule.
     """
     weight = next(loaded.model.parameters())
     where = {"folder": str(loaded.folder)} if loaded.folder else {}
@@ -147,7 +147,7 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
 
 
 def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
-    """Return a row per figure to reach: what was measured, and whether it was reached."""
+    """Return a row per target: what was measured, and whether it was reached."""
     within = [f"constant {share:g}" for share in policy_comparison.WITHIN_CAPACITY] + ["constant documents"]
     constant = [row["adaptive ÷ best fixed"] for row in rows if row["traffic"] in within]
     least = min((value for value in constant if value is not None), default=None)

@@ -1,14 +1,14 @@
 """Adaptive batch sizes: how many requests a server decodes together, decided anew at every step.
 
-A larger batch makes more tokens per second and each of them later. The right size depends on the load and on the
+A larger batch produces more tokens per second, and each of them later. The right size depends on the load and on the
 lengths, which change. The policy here has an online model of step time T(rows, context) and of prefill time, learned
-while serving; it takes the largest batch that is predicted to keep the time per token, with hysteresis (the *cap*), and
-admits nobody whose prompt would push more rows beyond their objective than it saves (the *admission rule*); where a
-prompt that is read in parts pushes fewer, it is read in parts, each sharing a step with decoding. The idea is that of
-Pang et al. 2025, arXiv 2503.05248: memory- and latency-aware dynamic batching. The other policies are in `rivals`.
+while serving; it takes the largest batch predicted to keep the time per token, with hysteresis (the *cap*), and admits
+no request whose prompt would push more rows beyond their objective than it saves (the *admission rule*). Where reading
+a prompt in parts pushes fewer, it is read in parts, each sharing a step with decoding. The idea is that of Pang et al.
+2025, arXiv 2503.05248: memory- and latency-aware dynamic batching. The other policies are in `rivals`.
 
-The model's weights are left alone: nothing is applied to them, and the same tokens come out, up to the rounding of
-another batch size. The memory bound is kept by the server loop for every policy. Knows nothing of clocks or engines.
+The model's weights do not change, and the same tokens come out, up to the rounding of a different batch size. The
+server loop enforces the memory bound for every policy. Knows nothing of clocks or engines.
 """
 
 import math
@@ -59,7 +59,7 @@ def applies_to(model: nn.Module) -> str | None:
 
 
 class Adaptive:
-    """The largest batch predicted to keep the objective per token, and no prompt that costs more than it saves.
+    """Takes the largest batch predicted to keep the objective per token, and no prompt that costs more than it saves.
 
     `single` are the times of one request alone (seconds of its prefill and of a step, prompt tokens): the first guess
     of the step-time model. `size` is the present limit. blind: an answer's length is not known before it ends, and is

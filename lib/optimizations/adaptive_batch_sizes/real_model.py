@@ -1,7 +1,7 @@
 """The fixed size and the adaptive policy on the real model, arms in turn step by step: the headline, and the test of
 the simulation, which serves the same traces.
 
-Tells how far the simulation strays from the replays. Knows the study that it belongs to, and no figure.
+Says how far the simulation strays from the replays. Knows the study that it belongs to, and no figure.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chos
 
 @dataclass(frozen=True)
 class RealModelTrial:
-    """Replays of the fixed `size`, of the same once more, and of the adaptive policy, a trace per round; simulations of
-    the same requests beside them (`rows`), and their mean `error`.
+    """Replays of the fixed `size` (twice) and of the adaptive policy, a trace per round; simulations of the same
+    requests beside them (`rows`), and their mean `error`.
     """
 
     size: int

@@ -1,11 +1,11 @@
-"""The policies that the adaptive one is held against, and what hindsight can do. All are first come, first served.
+"""The policies that the adaptive one is compared with, and the oracle. All are first come, first served.
 
 - `FixedSize`: admit up to a size at once; the baseline is the best such size, chosen on other traffic.
-- `Timeout`: gather a group first, but let nobody wait longer than a delay (NVIDIA Triton's dynamic batcher).
+- `Timeout`: gather a group first, but let no request wait longer than a delay (NVIDIA Triton's dynamic batcher).
 - `AimdSize`: one row more while batches keep the objective, a tenth fewer after one that did not (Crankshaw et al.
   2017, Clipper, NSDI, section 4.3.1).
-- `Chunked`: admit whoever fits, and read prompts in parts that share steps with decoding, at most so many tokens a step
-  (Agrawal et al. 2024, Sarathi-Serve, OSDI; the default of vLLM).
+- `Chunked`: admit every request that fits, and read prompts in parts that share steps with decoding, up to a number of
+  tokens a step (Agrawal et al. 2024, Sarathi-Serve, OSDI; the default of vLLM).
 - `Scheduled`: sizes by the clock; with sizes found in hindsight it is the oracle.
 """
 
@@ -83,7 +83,7 @@ class AimdSize(FixedSize):
 
 
 class Chunked(FixedSize):
-    """Admit whoever fits; prompts are read `chunk` tokens at a time, in steps shared with decoding."""
+    """Admit every request that fits; prompts are read `chunk` tokens at a time, in steps shared with decoding."""
 
     def __init__(self, chunk: int = CHUNK, size: int = MOST_ROWS):
         super().__init__(size, f"chunked {chunk}")

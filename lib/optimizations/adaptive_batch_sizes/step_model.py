@@ -11,9 +11,9 @@ class StepModel:
     """Mean seconds of a call: a weighted sum of its terms, times how much longer than that calls take on average.
 
     The weights are learned by least squares in relative error, forgetting (Åström and Wittenmark 2008, *Adaptive
-    control*, section 2.2, in information form), none below zero. Relative errors keep a call in which the machine stood
-    still from bending the weights, but what they give is a typical call, and a queue is served by the mean: so the sums
-    of measured and typical seconds are kept beside them, and their ratio is the factor.
+    control*, section 2.2, in information form), none below zero. Relative errors keep a call in which the machine
+    stalled from bending the weights, but they predict a typical call, and a queue depends on the mean: so the sums of
+    measured and of typical seconds are kept too, and their ratio is the factor.
 
     guess: weights to begin with; `likely`: terms of a few likely calls, at which the guess keeps counting as `TRUST`
     measured calls each, so that terms without new measurements stay near it instead of drifting off.

@@ -74,7 +74,7 @@ class TrafficStudy:
         }
 
     def parts(self) -> dict[str, PolicyFactory]:
-        """Return the adaptive policy with one part less, or two."""
+        """Return ablations of the adaptive policy: one part less, or two."""
         return {
             "cap alone": lambda: self.adaptive(admission=False, chunked=False, name="cap alone"),
             "admission alone": lambda: self.adaptive(cap=False, chunked=False, name="admission alone"),

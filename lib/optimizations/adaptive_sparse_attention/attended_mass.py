@@ -99,9 +99,9 @@ def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None
 def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:
     """Return heads of the same shapes whose mass lies, nearly all of it, in a few blocks: by construction, known.
 
-    Every block of keys points in a direction of its own; the queries of a block point along those of the first block,
-    their own, and a random `share` of the blocks that they may see (more in some heads, fewer in others), so strongly
-    that the rest is left with little mass.
+    Every block of keys points in its own direction; the queries of a block point along those of the first block, their
+    own, and a random `share` of the blocks that they may see (more in some heads, fewer in others), so strongly that
+    the rest is left with little mass.
     """
     random = torch.Generator().manual_seed(seed)
     count, tokens = heads.query_HTD.shape[0], heads.tokens
@@ -133,8 +133,8 @@ def survey(
     """Return a row per length and block: what the pattern keeps, and what others of its budget would hold.
 
     `density` and `recall` are of the pattern; `window` and `random` are the recall of as many blocks in every row,
-    chosen otherwise, `oracle` that of the blocks of most exact mass; `needed` is the least density at which an oracle
-    reaches `share` of the mass in every row. All exact, over sampled blocks of queries.
+    chosen in other ways, `oracle` that of the blocks of most exact mass; `needed` is the least density at which an
+    oracle reaches `share` of the mass in every row. All exact, over sampled blocks of queries.
     """
     rows = []
     for length in lengths:

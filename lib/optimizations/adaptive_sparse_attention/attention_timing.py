@@ -161,8 +161,8 @@ def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[s
 
 
 def every_page(baseline: nn.Module, knobs: Mapping[str, Any]) -> nn.Module:
-    """Return `baseline` with the same cache in pages, of which a new token reads all: what sparsity alone is held
-    against. Latent attention is decoded in its latent space, as in the sparse arm.
+    """Return `baseline` with the same paged cache, of which a new token reads all pages: the baseline for sparsity
+    alone. Latent attention is decoded in its latent space, as in the sparse arm.
     """
     return method.apply(baseline, **{**knobs, "pages": 0})
 

@@ -106,9 +106,9 @@ def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tens
 def same_budget(
     kept_HNM: torch.Tensor, pattern: str, mass_HNM: torch.Tensor | None = None, seed: int = 0
 ) -> torch.Tensor:
-    """Return a control, bool [H, N, M]: as many blocks in every row as `kept_HNM`, chosen otherwise.
+    """Return a control, bool [H, N, M]: as many blocks in every row as `kept_HNM`, chosen in another way.
 
-    `window`: the first block and the last ones; `random`: others by chance; `oracle`: those of most exact mass
+    `window`: the first block and the last ones; `random`: others at random; `oracle`: those with the most exact mass
     (`mass_HNM`). All of them keep what `choose` always keeps.
     """
     rows, columns = kept_HNM.shape[1:]

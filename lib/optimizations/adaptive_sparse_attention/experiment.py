@@ -243,7 +243,7 @@ def found_again(
     prefill: Sequence[Measurement],
     pages: PagesRead,
 ) -> list[relations.Judged]:
-    """Return what others published of sparse attention, judged by this run. `times`: rows of `attention_alone`."""
+    """Return the published relations on sparse attention, judged by this run. `times`: rows of `attention_alone`."""
     density = attended_mass.by_length(survey).set_index("length")["density"].to_dict()
     own = [row for row in times if row["heads"] == "of the model" and row["gain_ci"]]
     gains = {row["length"]: Interval(row["gain"], *(1 / end for end in reversed(row["gain_ci"]))) for row in own}

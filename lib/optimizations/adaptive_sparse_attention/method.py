@@ -81,7 +81,7 @@ def apply(
     The pattern is computed from each input, so `calibration` is not used. `full_last` queries at the end of a prompt
     attend to all; the first `dense_blocks` blocks of the model read all pages when they decode, as Quest has it. Values
     of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls with as many blocks
-    in every row, or as many pages, chosen otherwise. Raises UserError for a knob out of range.
+    in every row, or as many pages, chosen in other ways. Raises UserError for a knob out of range.
     """
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern, dense_blocks, page_choice)
     options.applies(WHERE, model, applies_to)
@@ -168,8 +168,8 @@ def density(model: nn.Module) -> dict[str, float | None]:
 
 
 def left_out(model: nn.Module) -> float:
-    """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens, together. Where
-    it does not grow, the model attended to everything and its answers are those of full attention.
+    """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens together. While
+    it does not grow, the model attends to everything and its answers are those of full attention.
     """
     return sum(s.causal - s.kept + s.cached_tokens - s.read_tokens for s in sparsities(model))
 

@@ -1,7 +1,7 @@
-"""Controls for the pages that a new token reads: as many of them, chosen otherwise than by the bounds of their keys.
+"""Controls for the pages that a new token reads: as many of them, not chosen by the bounds of their keys.
 
 - recent: the first page and the latest (StreamingLLM, Xiao et al. 2024);
-- random: the first page and others by chance;
+- random: the first page and others at random;
 - observed: the pages to which the prompt's last queries attended most, the same for every new token, and all that came
   after the prompt (SnapKV, Li et al. 2024).
 

@@ -1,1 +1,1 @@
-"""Automl components: what it does to a model, and how it is measured."""
+"""AutoML components: what it does to a model, and how it is measured."""

@@ -213,7 +213,7 @@ def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[F
 def stored(
     setup: SearchBench, file: SearchStudy, stack: Sequence[RecipeStep], optimized: nn.Module, judged: Judgement
 ) -> Recipe:
-    """Return the recipe of a stack that was judged, with hashes of the weights before and after it and its verdict."""
+    """Return the recipe of a stack that was judged, with its verdict and the hashes of the weights before and after."""
     words = {m.verdict for m in judged.measurements if m.dimension == "accuracy"}
     order = ("invalid", "not_maintained", "worse", "inconclusive", "maintained", "better")
     accuracy = "invalid" if judged.degenerate else next((word for word in order if word in words), "")
@@ -288,7 +288,7 @@ def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
 
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
-    """Return what was to be reached, the value reached, and whether it suffices; fixed before the first run."""
+    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
     gain, beyond = equal.gain, equal.volumes["search"] - equal.volumes["defaults"]
     share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
     lines = [

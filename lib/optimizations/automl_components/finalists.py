@@ -1,8 +1,9 @@
-"""The last round of the search: the best configurations are timed anew and asked enough, and a fixed rule takes one.
+"""The last round of the search: the best configurations are timed anew and evaluated on enough items, and a fixed rule
+picks one.
 
-What was fastest of many by a few times is partly luck. So finalists are timed again, in rounds with the baseline and a
-copy of it, and are chosen by the end of the interval that is against them; of near-ties the one that does least is
-taken. All of it on text and items that never judge.
+Being the fastest of many in a few timings is partly luck. So finalists are timed again, in rounds with the baseline and
+a copy of it, and are compared by the cautious end of their interval; of near-ties the one that changes least is taken.
+All of it on text and items that are never used for judging.
 """
 
 import json

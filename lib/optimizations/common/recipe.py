@@ -55,7 +55,7 @@ class RecipeStep(BaseModel):
 class Recipe(BaseModel):
     """What the file holds. `chosen_by` names the search, `study` its trials, `effort` how much was measured; `weights`
     is the hash of the weights that it was chosen for, `optimized` that of the weights after it, and `accuracy` the
-    word of the verdict that it got afterwards.
+    verdict that it got afterwards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -144,8 +144,7 @@ def write(chosen: Recipe, folder: Path | str | None = None, *, replace_better: b
     """Write a recipe where `path_of` says, atomically; return the path.
 
     A recipe of the same weights chosen with more effort stays, unless `replace_better`: then the path is returned and
-    nothing is written.
-    A damaged file is kept aside under another name.
+    nothing is written. A damaged file is renamed and kept.
     """
     path = path_of(chosen.model, chosen.scale, folder)
     try:

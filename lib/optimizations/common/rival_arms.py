@@ -27,7 +27,7 @@ EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
 def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str, model: nn.Module) -> ThirdArm:
     """Return an arm with the bytes of `model` and, against the baseline's `reference`, how it reads the same windows.
 
-    Read are perplexity, divergence and agreement; without a reference the bytes alone.
+    Perplexity, divergence and agreement are read; without a reference only the bytes.
     """
     quality = [] if reference is None else evaluate.compare_text(reference, evaluate.read(model, reference.ids_NT))
     return ThirdArm(name, purpose, [*quality, size(baseline, model)])

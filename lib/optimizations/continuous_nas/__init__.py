@@ -1,1 +1,1 @@
-"""Continuous nas: what it does to a model, and how it is measured."""
+"""Continuous NAS: what it does to a model, and how it is measured."""

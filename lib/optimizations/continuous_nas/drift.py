@@ -122,11 +122,10 @@ def follow(
 ) -> Drifts:
     """Drift from `workload` to the two other profiles, one after the other.
 
-    Budgets are of what the new profile leaves to choose: where a share cannot be met (a short request spends more
-    outside of all parts, and so does a busy machine), the nearest with room is taken, and said
-    (`RequestCosts.relative`).
-    `costs_of` returns the costs of a profile by name, stored in the search's study. The live model is left at the last
-    winner.
+    Budgets apply to what the new profile leaves to choose: where a share cannot be met (a short request spends more
+    time outside of all parts, and so does a busy machine), the nearest that leaves room is taken and reported
+    (`RequestCosts.relative`). `costs_of` returns the costs of a profile by name, stored in the search's study. The live
+    model is left at the last winner.
     """
     assert search.study is not None, "a search without a study keeps no costs"
     limits = {"time": (time_budget, 1.0), "memory": (1.0, min(memory_budget, 0.8))}
@@ -160,7 +159,8 @@ def follow(
 
 
 def assert_exact_swaps(search: Search, model: nn.Module, text: Mapping[str, torch.Tensor]) -> None:
-    """Assert that the live model differs from `model` on `text` now, and no more once all slots are whole again."""
+    """Assert that the live model differs from `model` on `text` now, and not any more once all slots are whole
+    again."""
     logits, live = model(**text).logits, search.library.student
     assert not (live(**text).logits == logits).all(), "the swap changed nothing"
     whole = replacement_library.swap(search.library, search.library.whole)

@@ -208,7 +208,7 @@ class Additivity:
 
 
 def additivity(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
-    """Hold the sums of divergences against those measured of every choice that was judged whole."""
+    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model."""
     table = CostTable("KL", scores)
     judged = [evaluation for evaluation in search.evaluations if evaluation.phase != "library"]
     pairs = pd.DataFrame({"x": [table.of(e.choice) for e in judged], "y": [e.divergence for e in judged]})
@@ -287,7 +287,7 @@ def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int)
 
 
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:
-    """Return what was to be reached, the value reached, and whether it suffices; fixed before the first run."""
+    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
     closer, volumes, adaptations = comparison.closer, equal.volumes, drifted.adaptations
     against_uniform = volumes["search"] / volumes["uniform"] if volumes["uniform"] else None
     slowest = max(row["solved again, s"] for row in drifted.rows)

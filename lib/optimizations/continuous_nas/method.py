@@ -2,8 +2,9 @@
 
 Puzzle's steps (Bercovich et al. 2024): a library of replacements per block; each scored once by the divergence that it
 alone causes; costs measured on this device; a mixed-integer programme picks one per slot under budgets of time and
-memory. The best choices are then evaluated whole, and refined with Optuna around them. Every evaluation lies in a study
-that survives a kill. Nothing is loaded again: the library's modules stay in memory, so a swap back is exact.
+memory. The best choices are then evaluated as whole models, and refined with Optuna around them. Every evaluation is
+stored in a study, so an interrupted search resumes. Nothing is loaded again: the library's modules stay in memory, so a
+swap back is exact.
 
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
@@ -110,7 +111,7 @@ class Search:
         return any(evaluation.choice == choice for evaluation in self.evaluations)
 
     def evaluate(self, choice: Choice, phase: str) -> float:
-        """Return the divergence of a choice, really swapped in, and store it. Raises SearchStopped."""
+        """Return the divergence of a choice, swapped into the model, and store it. Raises SearchStopped."""
         if self.stop_after is not None and len(self.evaluations) >= self.stop_after:
             raise SearchStopped
         if _key(choice) not in self.known:
@@ -245,8 +246,8 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
 def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_share: float = 1.0) -> ChoiceEvaluation:
     """Return the evaluated choice of least divergence within the budgets; of near-ties, the one that replaces least.
 
-    What is within the budgets hangs on measured times, and two choices of nearly the same divergence would take turns
-    from run to run. Raises UserError where there is none.
+    What is within the budgets depends on measured times, so two choices of nearly the same divergence would otherwise
+    win in turn from run to run. Raises UserError where there is none.
     """
     budgets = costs.budgets(time_share, memory_share)
     within = [

@@ -78,8 +78,8 @@ def build(
 
     `saliency` is of each block: heads [G], channels [C], experts [E], where it has them. `options` restricts the option
     names by kind: attention, dense, experts. `ordered` are the sorted parts of another library of the same model, which
-    are used again. The first block keeps an attention, for the cache tells by it how long the text is. Raises UserError
-    for an unknown option, and where a slot would have none.
+    are used again. The first block keeps an attention, since the cache derives the length of the text from it. Raises
+    UserError for an unknown option, and where a slot would have none.
     """
     names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}

@@ -1,7 +1,7 @@
 """The strongest rival of a searched architecture: all blocks treated alike, brought to the same measured latency.
 
-Times do not quite add up, so rivals are chosen by the clock: the nearest choice that is not faster and the nearest that
-is. At equal speed stands the line between the two.
+Times do not quite add up, so rivals are chosen by measured time: the nearest choice that is not faster and the nearest
+that is. The value at equal speed is interpolated between the two.
 """
 
 import math

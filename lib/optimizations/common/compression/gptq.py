@@ -1,4 +1,4 @@
-"""GPTQ: int4 of a matrix where what rounding one column does to the output is made up by the columns after it.
+"""GPTQ: int4 of a matrix in which later columns compensate what rounding a column does to the output.
 
 Frantar et al. 2023, without reordering columns: a group of inputs shares scale and zero point as in rounding to
 nearest, so that both take the same bytes and the same kernel. Knows nothing of models.

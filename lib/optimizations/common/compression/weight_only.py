@@ -1,6 +1,6 @@
-"""Weight-only int8 and int4 as a yardstick: what everyone uses, at its bytes, rounded to nearest or by GPTQ.
+"""Weight-only int8 and int4 as a yardstick of the usual alternative, rounded to nearest or by GPTQ.
 
-Knows nothing of measuring, and nothing of the optimization that it is held against.
+Knows nothing of measuring, nor of the optimization that it is compared with.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def weight_only(
 ) -> nn.Module:
     """Return a model whose decoder matrices of `part` (see `second_moments.matrices`) are stored in 8 or 4 bits.
 
-    With calibration text int4 is chosen by GPTQ, block by block on what the quantized blocks before give; without it
-    every weight is rounded to nearest. What is not quantized is shared with `model`. Raises UserError for a width that
-    cannot be packed.
+    With calibration text int4 is chosen by GPTQ, block by block on the outputs of the quantized blocks before; without
+    it every weight is rounded to nearest. What is not quantized is shared with `model`. Raises UserError for a width
+    that cannot be packed.
     """
     if bits not in BITS or (calibration is not None and bits != 4):
         raise ValueError(f"{bits} bits; expected one of {BITS}, and 4 for GPTQ")

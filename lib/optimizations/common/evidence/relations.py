@@ -1,4 +1,4 @@
-"""What others published and an honest run must find again: relations between numbers, judged from this run's numbers.
+"""Published relations between numbers that a sound run must reproduce, judged from this run's numbers.
 
 A relation is not a claim of a notebook but a check of it: a workbench that finds magnitude pruning ahead of SparseGPT
 on a real language model is wrong somewhere. Each function takes measured values with their intervals and returns a

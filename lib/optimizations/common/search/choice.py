@@ -1,9 +1,9 @@
-"""Choosing where times are noisy: near-ties go by a rule that noise does not reach.
+"""Choosing where times are noisy: near-ties are settled by a rule that does not depend on noise.
 
 Two candidates whose times differ by less than the practical margin are as good as each other, and which of them
 happened to be timed faster says nothing. So of all within the margin of the best the first is taken, in an order that
-was fixed before anything was timed: the one that does least, then the smallest, then by name. Knows nothing of what is
-chosen.
+was fixed before anything was timed: the one that changes least, then the smallest, then by name. Knows nothing of what
+is chosen.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
-"""Studies that survive: evaluations lie in an Optuna study in a SQLite file, and a second start resumes there.
+"""Resumable studies: evaluations are stored in an Optuna study in a SQLite file, and a second start resumes there.
 
-A study belongs to one search space, described by plain JSON. A file that is damaged, or that belongs to another space,
-is kept aside under another name and reported; it is never overwritten. Every proposal is a function of the seed and of
-the completed trials alone, so a search that was killed and started again ends with the same answer. Knows nothing of
-what is searched.
+A study belongs to one search space, described by plain JSON. A file that is damaged, or that belongs to a different
+space, is renamed, kept and reported; it is never overwritten. Every proposal is a function of the seed and of the
+completed trials alone, so an interrupted and restarted search ends with the same answer. Knows nothing of what is
+searched.
 """
 
 import hashlib
