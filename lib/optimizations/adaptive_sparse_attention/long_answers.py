@@ -1,10 +1,10 @@
 """Many values retrieved from one long prompt: enough answers to judge, at the length that is timed.
 
 Keys and values are spread all over a prompt of held-out text. It is read once; then each key is given token by token,
-after a copy of the cache, and the model's probability of the value's tokens is read off: the log-likelihood of the
-answer, and whether greedy generation would have repeated it exactly (it would where every token of the value is the
-most likely one after those before it). So prompts are read through the pattern, and questions are decoded from the
-chosen pages. Knows nothing of sparsity.
+on a copy of the cache, and the model's probability of the value's tokens is read off: the log-likelihood of the answer,
+and whether greedy generation would have repeated it exactly (it would where every token of the value is the most likely
+one after those before it). So prompts are read through the pattern, and questions are decoded from the chosen pages.
+Knows nothing of sparsity.
 
 Shapes: N prompts, T tokens, Q questions to each prompt, B of them asked side by side, K tokens of a key, V of a value.
 """

@@ -1,9 +1,9 @@
-"""A test that may be looked at after every item: has a mean loss risen above what is allowed?
+"""A test that may be consulted after every item: has a mean loss risen above what is allowed?
 
 Testing by betting (Waudby-Smith and Ramdas 2024, *Estimating means of bounded random variables by betting*, JRSSB 86,
 section 4): a gambler bets that losses in [0, 1] exceed `bound`. While their mean does not, the expected capital never
-grows, so by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however often one looks. Knows
-no model.
+grows, so by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however often the test is
+consulted. Knows no model.
 """
 
 from dataclasses import dataclass, field

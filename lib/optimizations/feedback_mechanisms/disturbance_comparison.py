@@ -1,9 +1,9 @@
 """A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
 
 Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions from a scenario to a new policy; this module knows those that do not look at what they cause: a static limit,
-the oracle, and routing a fixed share. Profile 0 is the full one, 1 the fast one. What is shared with every comparison
-of policies is in `lib.measure.serving.policy_comparison`.
+functions from a scenario to a new policy; this module has the open-loop ones: a static limit, the oracle, and routing a
+fixed share. Profile 0 is the full one, 1 the fast one. What is shared with every comparison of policies is in
+`lib.measure.serving.policy_comparison`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -68,8 +68,8 @@ class Static:
 
 @dataclass
 class Routed:
-    """At most `size` rows; `share` of the requests go to the fast profile, whatever happens: what a loop is worth
-    beyond the answers it gives away is seen against this.
+    """At most `size` rows; `share` of the requests go to the fast profile, whatever happens: compared with this, a loop
+    shows what feedback itself is worth.
     """
 
     size: int
@@ -84,7 +84,7 @@ class Routed:
         return f"routed {self.share:.2f}"
 
     def decide(self, view: View) -> Decision:
-        """Admit every request that fits below the size, with the profile that is behind its share."""
+        """Admit every request that fits below the size, with the profile that has less than its share."""
         count = max(0, min(self.size - len(view.running), view.room))
         self.profile = int(self.fast + 0.5 * count < self.share * (self.routed + count)) if count else self.profile
         self.routed, self.fast = self.routed + count, self.fast + count * self.profile

@@ -2,9 +2,9 @@
 
 The functions return plain data (rows, measurements, frames); nothing is displayed and no loop is tuned here. The parts
 that stand alone have modules of their own: `live_replay` (the real model, a core stolen), `speculation`, `guard_study`
-(the guard on real losses); `outcome` has the figures to reach and the answers. There is one baseline, the static limit
-that is chosen on scripts of other seeds, and every scenario is a measurement of its own: unlike scenarios are no
-samples of one thing.
+(the guard on real losses); `outcome` has the targets and the answers. There is one baseline, the static limit that is
+chosen on scripts of other seeds, and every scenario is a separate measurement: different scenarios are not samples of
+one quantity.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,8 @@ class Makers:
 def fast_profiles(
     loaded: Loaded, makers: Makers, ratio: float, steps: int, bound: float, effort: str, seed: int
 ) -> tuple[nn.Module, list[Candidate]]:
-    """Return the draft, which may answer anything, and the fast profiles that were looked at, the admitted one last.
+    """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
+    last.
 
     Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft), without half as many, and,
     where matrices are wide enough for that to pay, with int8 weights.
@@ -313,8 +314,8 @@ def read_trade_off(compared: ScenarioTable) -> tuple[str, str]:
 
 
 def primaries(compared: ScenarioTable) -> dict[str, tuple[str, str]]:
-    """Return what carries the word of each dimension: measurements of the replays against the static limit that was
-    chosen on scripts of other seeds, declared before any of them is served.
+    """Return the primary measurement of each dimension: those of the replays against the static limit that was chosen
+    on scripts of other seeds. Declared before any of them is served.
     """
     workload = live_replay.workload(compared.best)
     return {

@@ -1,7 +1,7 @@
-"""Two profiles of the real model serve traces in real time while a core is really stolen in the middle third, settings
-in turn.
+"""Two profiles of the real model serve traces in real time while another process takes a share of the cores in the
+middle third, settings in turn.
 
-How much slower the machine then was is read from the static runs, so that the simulation gets the same slowness and can
+How much slower the machine was then is read from the static runs, so that the simulation gets the same slowdown and can
 be compared with both settings. Policies come in as functions; this module knows none.
 """
 

@@ -4,10 +4,10 @@ Three loops, each of which stands alone; the third one, the length of a draft, i
 
 - `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
   by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989); where the limit is
-  not enough, a `Switch` lets a faster profile answer newcomers; a return to the full one that does not last delays the
-  next one.
+  not enough, a `Switch` lets a faster profile answer new requests; a return to the full one that does not last delays
+  the next one.
 - `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile differs from
-  it by more than an absolute bound, then the last good profile comes back, and each further trial of the faulty one
+  it by more than an absolute bound; then the last good profile is restored, and each further trial of the faulty one
   waits longer.
 
 No weight is changed; there is no `apply`. Knows neither clock nor engine, and no other optimization: profiles and
@@ -111,7 +111,8 @@ class Aimd:
 
 @dataclass
 class Switch:
-    """Which profile answers newcomers: FULL, or FAST once the first in the queue has waited for a fifth of what it may.
+    """Which profile answers new requests: FULL, or FAST once the first in the queue has waited for a fifth of its
+    allowance.
 
     saving: how many times as long a request takes with the full profile as with the fast one. Back to FULL after `hold`
     seconds without pressure, if the time per token would then be within the objective too; a return that does not last
@@ -182,11 +183,11 @@ class LatencyLoop:
 
     @property
     def profile(self) -> int:
-        """The profile that answers whoever is admitted now."""
+        """The profile that answers requests admitted now."""
         return self.switch.profile if self.switch else FULL
 
     def decide(self, view: View) -> Decision:
-        """Admit as many as the limit and the server's memory have room for."""
+        """Admit as many requests as the limit and the server's memory have room for."""
         self.bound |= self.size - len(view.running) < len(view.waiting)
         self.wait = view.now - view.waiting[0].arrival
         if self.switch:
@@ -257,7 +258,7 @@ class Guard:
         return self.trusted and self.random.random() < self.share
 
     def add(self, second: float, loss: float) -> bool:
-        """Take in a shadowed answer's loss; return whether the profile has to be taken back now."""
+        """Take in a shadowed answer's loss; return whether the profile has to be withdrawn now."""
         self.losses.append((second, loss))
         if not self.trusted or not self.test.add(loss):
             return False

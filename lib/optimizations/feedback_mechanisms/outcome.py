@@ -1,4 +1,4 @@
-"""What came of the feedback mechanisms: the figures to reach, the answer to each claim, and the record's details.
+"""The outcome of the feedback mechanisms: targets, the answer to each claim, and the record's details.
 
 Everything is computed from what `experiment` and the studies beside it have measured.
 """
@@ -32,7 +32,7 @@ CONFIDENCE = 0.90  # of a share's interval, so that each end alone holds at 95 %
 
 
 def targets(compared: ScenarioTable, guards: GuardStudy, laws: pd.DataFrame) -> list[Row]:
-    """Return a row per figure to reach: what was measured, and whether it was reached."""
+    """Return a row per target: what was measured, and whether it was reached."""
     goals = (
         ("seconds missed, loop ÷ static, guard charged", compared.ratio, "at most", MOST_MISSED),
         ("broken profile taken back, share of windows", guards.taken_back(BROKEN), "at least", LEAST_CAUGHT),

@@ -1,11 +1,11 @@
-"""Two profiles of a model: which faster one may answer at all, and a server that has both.
+"""Two profiles of a model: which faster one is admitted, and a server that has both.
 
-Only what keeps the margins is admitted as a fast profile: on text that is neither calibrated on nor judged on it must
-read nearly as well as the baseline, and choose nearly the same tokens. Newcomers go to the profile in charge, rows end
-where they began. Each profile is an engine of its own (`lib.measure.serving.engine` or `lib.measure.serving.simulator`)
-with its own cache; a step of the server is one step of every profile that has rows, one after another. A share of the
-fast profile's answers is read again by the full one, which takes the server's time like any other work. Knows no
-policy: a function returns the profile in charge.
+Only a model that stays within the margins is admitted as the fast profile: on text used neither for calibration nor for
+judging, it must read nearly as well as the baseline, and choose nearly the same tokens. New requests go to the profile
+in charge; rows finish on the one they began with. Each profile is an engine of its own (`lib.measure.serving.engine` or
+`lib.measure.serving.simulator`) with its own cache; a step of the server is one step of every profile that has rows,
+one after another. A share of the fast profile's answers is read again by the full one, which takes the server's time
+like any other work. Knows no policy: a function returns the profile in charge.
 """
 
 import random
@@ -78,7 +78,7 @@ def judge(loaded: Loaded, name: str, model: nn.Module, bound: float, prompts: in
 def first_admitted(
     loaded: Loaded, candidates: Iterable[tuple[str, nn.Module]], bound: float, prompts: int, seed: int = 0
 ) -> list[Candidate]:
-    """Return the candidates that were looked at, the admitted one last; they come in order, the fastest first.
+    """Return the candidates that were considered, the admitted one last; they come in order, the fastest first.
 
     Where none keeps the margins the full model itself comes last, admitted: then there is nothing to switch to.
     """

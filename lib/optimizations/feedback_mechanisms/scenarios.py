@@ -54,7 +54,7 @@ class Scenario:
 def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: float, seed: int = 0) -> list[Scenario]:
     """Return the four scenarios of one length: quiet, load step, longer prompts, stolen core.
 
-    Behind a warm-up that does not count the middle third is disturbed: the load steps beyond capacity; prompts get
+    Behind a warm-up that does not count, the middle third is disturbed: the load steps beyond capacity; prompts get
     three times as long, beyond *their* capacity; the machine slows down under an unchanged calm load.
     """
     third = seconds / 3
@@ -135,7 +135,7 @@ def seconds_beyond(served: Served, objectives: Objectives) -> float:
 
 
 def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, float | None]]:
-    """Return (start, seconds, share of well-served requests) of each window after the warm-up; None where nobody
+    """Return (start, seconds, share of well-served requests) of each window after the warm-up; None where no request
     arrived.
     """
     start, width = served.trace.warm_up, served.trace.counted_seconds / WINDOWS

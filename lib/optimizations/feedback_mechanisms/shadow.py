@@ -128,7 +128,7 @@ def trials(
 def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: float = 2.326, seed: int = 0) -> float:
     """Return the share of windows in which a naive one-sided z-test (1 %), repeated after every answer, ever rejects.
 
-    The control: what comes of looking often with a test that is meant to be looked at once.
+    The control: a test that is meant to be consulted once, consulted after every answer.
     """
     random = np.random.default_rng([seed, 0xC0DE])
     losses = random.choice(np.asarray(pool, dtype=float), (count, length))

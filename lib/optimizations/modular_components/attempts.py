@@ -1,4 +1,4 @@
-"""Attempts to apply parts, alone and in pairs: whatever happens is an outcome, no error. Names no optimization.
+"""Attempts to apply parts, alone and in pairs: whatever happens is an outcome, not an error. Names no optimization.
 
 Shapes: B batch, T tokens.
 """
@@ -44,7 +44,8 @@ def attempt(
     checked: bool = True,
     seed: int = 0,
 ) -> Attempt:
-    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, no error.
+    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, not an
+    error.
 
     `begun` holds the model after all steps but the last, so that it need not be made again. A refusal has its reason
     from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
@@ -75,7 +76,7 @@ def both(
     sample_BT: torch.Tensor,
     **options: Any,
 ) -> Attempt:
-    """Return the outcome of the steps of `first`, then those of `second`; the model of `first` is gone on from."""
+    """Return the outcome of the steps of `first`, then those of `second`, which continue from the model of `first`."""
     steps = [*first.steps, *second.steps]
     start = first if first.model is not None else None
     return attempt(model, calibration, steps, sample_BT, begun=start, **options)

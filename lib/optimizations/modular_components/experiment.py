@@ -66,7 +66,7 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
 
 
 def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack of these steps within the margins, and every strength that was looked at.
+    """Return the strongest stack of these steps within the margins, and every strength that was tried.
 
     Asserts that composing changed no weight of the baseline.
     """
@@ -119,7 +119,7 @@ class LiveExchange:
 
 
 def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) -> LiveExchange:
-    """Exchange the model after each part into the live baseline in mid-request, and give it back.
+    """Swap the model made by each part into the live baseline in mid-request, and restore the baseline.
 
     Asserts that weights and answers are afterwards what they were.
     """
@@ -240,7 +240,7 @@ def details(
 def sentence(
     study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
 ) -> str:
-    """Return what became of the pairs, the identity pipeline, the exchanges and the interactions, in one sentence."""
+    """Return the results of the pairs, the identity pipeline, the exchanges and the interactions, in one sentence."""
     refused, crashed = len(study.named("refused")), len(study.named("crashed"))
     text = f"{study.score:.2f} of {study.count} ordered pairs work, {refused} are refused with a reason, "
     text += f"{crashed} crash; "

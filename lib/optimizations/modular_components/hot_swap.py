@@ -1,9 +1,9 @@
-"""A live model whose inside is exchanged for another's while it answers, and given back bit by bit.
+"""A live model whose contents are swapped for another's while it answers, and restored bit by bit.
 
-The object that callers hold stays the same: `exchange` swaps everything inside two models of one class
-(modules, configuration, hooks) in one assignment, copies nothing, and a second call undoes it exactly. A request that
-is under way has a cache; an inside whose cache has another shape is refused until the request is over. Knows nothing of
-what the other model is or why it is wanted.
+The object that callers hold stays the same: `exchange` swaps everything inside two models of one class (modules,
+configuration, hooks) in one assignment, copies nothing, and a second call undoes it exactly. A request that is under
+way has a cache; contents whose cache has a different shape are refused until the request is over. Knows nothing of what
+the other model is or why it is wanted.
 
 Shapes: B batch, T prompt tokens, N new tokens.
 """
@@ -31,7 +31,7 @@ def exchange(first: nn.Module, second: nn.Module) -> None:
     """Swap the insides of two models of one class, in place; calling it again undoes it exactly.
 
     Raises UserError where they are of different classes, or where one holds a forward of its own or a method bound to
-    itself, which would go on reaching the wrong object.
+    itself, which would still reach the wrong object.
     """
     if type(first) is not type(second):
         raise UserError(f"live model: cannot put a {type(second).__name__} in the place of a {type(first).__name__}")

@@ -1,6 +1,6 @@
-"""What a further optimization costs whoever maintains this: one is really added to a temporary copy of the project, and
-the files and lines that it took are counted. Then the copy is asked, in a process of its own, whether it found the new
-part, put it in order beside the others and ran it. Nothing in the project itself is changed.
+"""What a further optimization costs a maintainer: one is added to a temporary copy of the project, and the files and
+lines that it took are counted. Then the copy is asked, in a separate process, whether it found the new part, ordered it
+among the others and ran it. Nothing in the project itself is changed.
 
 The optimization added is a plain one: every weight rounded to a few significant bits.
 """

@@ -3,10 +3,10 @@
 A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: which
 aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
 is tried where time is short. It may name more: `mildest`, the knobs at which it does next to nothing, towards which it
-can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A pipeline puts what invalidates
-after what needs, refuses what cannot be ordered, asks the real model before every step, and takes calibration
-statistics anew once they are out of date. The caller's model is never changed; `hot_swap` changes and reverts a live
-one. Names no optimization, knows none.
+can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A pipeline puts a part that
+invalidates a trait after those that need it, refuses what cannot be ordered, checks the real model before every step,
+and collects calibration statistics anew once they are out of date. The caller's model is never changed; `hot_swap`
+changes and reverts a live one. Names no optimization.
 """
 
 import copy
@@ -80,7 +80,7 @@ def check(stem: str, module: ModuleType) -> None:
 
 
 def described(step: RecipeStep) -> Mapping[str, Any]:
-    """Return what a part says of itself at the knobs of `step`."""
+    """Return what a part declares at the knobs of `step`."""
     module = module_of(step.optimization)
     knobs = {name: knob.get("default") for name, knob in module.SEARCH_SPACE.items()} | dict(step.knobs)
     for special in module.COMPOSES.get("at", ()):
@@ -191,8 +191,8 @@ def compose(
     checked: bool = True,
     seed: int = 0,
 ) -> Composed:
-    """Return what becomes of `model` after all steps, itself left as it was; no steps: a copy (the identity pipeline).
-    Embeddings and head may be those of `model`: train neither in place.
+    """Return the model after all steps; `model` itself is unchanged. Without steps it is a copy (the identity
+    pipeline). Embeddings and head may be those of `model`: train neither in place.
 
     arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
     again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `checked` off

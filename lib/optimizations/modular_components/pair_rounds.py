@@ -1,6 +1,6 @@
 """Every pair of parts in rounds of its own: the baseline, each part alone, and both in either order.
 
-So few models are in memory at once that real checkpoints can be measured; a part's effect alone is taken over the
+Few enough models are in memory at once for real checkpoints to be measured; a part's effect alone is taken over the
 rounds of all its pairs. Names no part.
 """
 

@@ -1,6 +1,6 @@
-"""What was found of the parts: attempts of every ordered pair, and contrasts of arms timed in the same rounds.
+"""Results on the parts: attempts of every ordered pair, and contrasts of arms timed in the same rounds.
 
-Answers questions on them as frames and sentences. Names no part.
+Presents them as frames and sentences. Names no part.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class PairStudy:
         return pd.DataFrame(rows)
 
     def audit(self) -> list[dict[str, str]]:
-        """Return a row per refused pair: what became of it when it was forced through."""
+        """Return a row per refused pair: the state and the reason when it was forced through."""
         return [
             {"refused pair": interactions.named(*key), "forced through": attempt.state, "why": attempt.reason or ""}
             for key, attempt in self.forced.items()

@@ -1,4 +1,4 @@
-"""An optimization, or a stack of them, as a checkpoint folder of its own: applied, saved, loaded again and compared.
+"""An optimization, or a stack of them, as a checkpoint folder: applied, saved, loaded again and compared.
 
 By the project's own loader always, by plain transformers where it can read the folder. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers

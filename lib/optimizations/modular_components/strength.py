@@ -1,9 +1,9 @@
-"""The strongest stack that stays within the margins: all parts weakened alike, found by bisection.
+"""The strongest stack that stays within the margins: all parts weakened by the same share, found by bisection.
 
 A part's strength runs from its `mildest` knobs (level 0: it is left out) to those at which it stands alone (LEVELS).
-Parts without `mildest` change no answer and stay. A part that at its strength makes the model no smaller although it
-touches what is stored is left out: a count decides that, no clock. Quality is read on text and items that never judge,
-and is the same at every run, so the level found does not depend on noise. Names no part.
+Parts without `mildest` change no answer and stay. A part that touches what is stored and yet makes the model no smaller
+at its strength is left out: a count decides that, not a clock. Quality is evaluated on text and items that are never
+used for judging, and is the same in every run, so the level found does not depend on noise. Names no part.
 """
 
 import time
@@ -120,7 +120,7 @@ def find(
     sample_BT: torch.Tensor,
     seed: int = 0,
 ) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack within the margins, and every level that was looked at, by strength.
+    """Return the strongest stack within the margins, and every level that was tried, by strength.
 
     Only the models of the best so far and of the level under test are held.
     """

@@ -1,6 +1,6 @@
 """The protocol of comparing before with after: the stack applied, its subsets, the identity transform, the sweeps.
 
-The identity transform goes through every step that the optimized model goes through: it tests the comparison itself.
+The identity transform goes through the same steps as the optimized model: it tests the comparison itself.
 """
 
 import time
@@ -131,7 +131,7 @@ class Subsets:
 
 def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) -> Subsets:
     """Make every subset of the stack, cut into so few parts that making them takes no longer than
-    `attribution_seconds`, as far as applying the whole tells. Asserts that the baseline was not changed.
+    `attribution_seconds`, estimated from applying the whole. Asserts that the baseline was not changed.
     """
     baseline, steps = setup.loaded.model, setup.stack.steps
     fitting = (
@@ -234,7 +234,7 @@ class Attribution:
         return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
 
     def reading(self) -> str:
-        """Return two sentences: the whole gain in prefill, and the part to thank for most of it."""
+        """Return two sentences: the whole gain in prefill, and the part that contributes most of it."""
         if self.shares.empty:
             return "Nothing pays here, so the stack is empty. There is no gain to share out."
         rows = self.shares[self.shares["what"] == "prefill"]

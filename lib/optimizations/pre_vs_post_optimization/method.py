@@ -1,8 +1,8 @@
 """Pre- against post-optimization: a model's best stack, chosen and applied.
 
 The stack is the one that a search stored (`lib.optimizations.common.recipe`), or else one chosen here by a fixed rule
-on text that never judges. Applying is timed and its joules are read. Composing itself is `modular_components`. Names no
-optimization.
+on text that is never used for judging. Applying is timed and its energy read. `modular_components` does the composing.
+Names no optimization.
 """
 
 import gc
@@ -100,7 +100,7 @@ def default_stack(
     perplexity_margin: float = PERPLEXITY_MARGIN,
     seed: int = 0,
 ) -> ChosenStack:
-    """Return the parts, at their trial knobs and in pipeline order, that each pay on what stands before them.
+    """Return the parts, at their trial knobs and in pipeline order, that each pay off on top of those before them.
 
     A part pays if with it no score and no perplexity on the split "search" passes the margins of the verdict, and it is
     either faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that

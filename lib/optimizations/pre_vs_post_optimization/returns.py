@@ -41,7 +41,7 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
 
 
 def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[dict]:
-    """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: what so many tokens take in all.
+    """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: the total time for that many tokens.
 
     The optimized arm starts with the seconds of applying. The range ends at twice the break-even, or where applying
     would be a tenth of the baseline's time.

@@ -1,7 +1,7 @@
 """The protocol of the notebook on sparse networks: one matrix by every method, and the sparse model with its sizes.
 
-What it is held against stands in `rivals`, the speed of one part over sparsity in `speed_sweep`. Returns plain data.
-Knows nothing of tables, figures or records.
+Its rivals are in `rivals`, the speed of one part over sparsity in `speed_sweep`. Returns plain data. Knows nothing of
+tables, figures or records.
 """
 
 import time
@@ -43,8 +43,8 @@ class SparsitySetup:
     """A model, what is to be pruned of it (`options` of `method.prune`), and moments of the matrices' inputs.
 
     `short` and `unseen` count experts (or single matrices) with fewer tokens than inputs, and with none; `shown` are
-    the moments of the matrix that is shown. Random weights have nothing to be calibrated for: there `method` is
-    "magnitude" and there are no moments.
+    the moments of the matrix that is shown. Calibration means nothing for random weights: there `method` is "magnitude"
+    and there are no moments.
     """
 
     loaded: Loaded

@@ -79,7 +79,7 @@ def sparsegpt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (weights with zeros and the rest corrected, the mask of what is kept) by SparseGPT, each [E, O, I].
 
-    `gram_EII` is Σ x·xᵀ. Columns go in order; what dropping one does to the output is made up by the columns after it,
+    `gram_EII` is Σ x·xᵀ. Columns go in order; the later columns compensate what dropping one does to the output,
     through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
     token has H = 1: it is pruned by magnitude. `factor_EII`: that of `gram_EII`, where another matrix had it too.
     """

@@ -7,7 +7,7 @@ the whole matrix; SparseGPT's always among all rows of a step of columns. Patter
 `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
 
 The zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
-One block is pruned after the other, on what the pruned blocks before it give to it, and the statistics of one block are
+One block is pruned after the other, on the outputs of the pruned blocks before it, and the statistics of one block are
 held at a time. `apply` never changes the caller's model; what stays as it was is shared with it. Knows nothing of
 measuring.
 
@@ -147,10 +147,10 @@ def prune(
 ) -> Pruned:
     """Return a model with zeros, and the masks; what stays as it was is shared with `model`.
 
-    Without `observed`, block after block is pruned on what the blocks before it, already pruned, give to it. With
-    `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's inputs:
-    the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more outliers lose
-    less. Warns where damping has to make up for missing calibration tokens.
+    Without `observed`, block after block is pruned on the outputs of the blocks before it, which are already pruned.
+    With `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's
+    inputs: the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more
+    outliers lose less. Warns where damping has to make up for missing calibration tokens.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     checks.one_of(NAME, "budget", budget, BUDGETS)

@@ -1,4 +1,4 @@
-"""What chosen masks are held against: other methods and patterns at the same share, weight-only int8 and int4, the
+"""What chosen masks are compared with: other methods and patterns at the same share, weight-only int8 and int4, the
 order of the methods, a sweep of shares, and from them the answers to what would refute the claims.
 
 Returns plain data. Knows nothing of tables, figures or records.
@@ -50,7 +50,7 @@ CSR_BYTES = 8  # of a stored weight: four of value, four of column
 
 @dataclass(frozen=True)
 class SparseRivals:
-    """Prunes one model in several ways; each is held against the baseline's reading of a few windows."""
+    """Prunes one model in several ways; each is compared with the baseline on a few windows."""
 
     setup: SparsitySetup
     reference: Text
@@ -218,7 +218,7 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
 def found_again(setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm]) -> list[relations.Judged]:
     """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
 
-    2:4 is held against unstructured zeros only where that run has half of its weights zero as well.
+    2:4 is compared with unstructured zeros only where those are half of the weights as well.
     """
     by_row = [claims.interval(in_order, [_order_name(method, "row")]) for method in COMPARED]
     name, half = setup.method, setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"

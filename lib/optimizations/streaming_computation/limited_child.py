@@ -1,5 +1,5 @@
 """The program in a child process of `limited_decoding`: joins a control group before it holds anything, opens a
-checkpoint, reads a prompt, and then decodes whenever it is told to, until its input ends.
+checkpoint, reads a prompt, and then decodes on request, until its input ends.
 
 Reads one line of JSON; answers with lines of JSON.
 """

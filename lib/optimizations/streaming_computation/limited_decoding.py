@@ -1,5 +1,5 @@
-"""Decoding where memory really ends: streamed weights and a plain mapping of the same file, each in a process of its
-own whose control group may hold what it needs without weights, and the allowance of weights in page cache.
+"""Decoding where memory is really limited: streamed weights and a plain mapping of the same file, each in a separate
+process whose control group may hold what it needs without weights, plus the allowance of weights in page cache.
 
 With a warm page cache the machine holds the model whatever a process is allowed; here it does not. Knows nothing of how
 weights are streamed.

@@ -1,4 +1,4 @@
-"""accelerate's offloading, the control of streaming: what one would use otherwise, timed against a streamed model.
+"""accelerate's offloading, the control of streaming: the usual alternative, timed against a streamed model.
 
 Offloading to the disk keeps every weight in a file of its own and loads it before its module runs, one after the other;
 to the CPU it keeps them in main memory behind the same hooks, which on a CPU moves nothing and shows what the hooks

@@ -1,6 +1,6 @@
-"""Takes experts, channels and heads away, block after block: the least salient ones, and the tensors shrink.
+"""Removes the least salient experts, channels and heads, block after block; the tensors shrink.
 
-Knows nothing of how salient a part is, or of how much has to go.
+Knows nothing of how salient a part is, or of how much is to be removed.
 
 Shapes: E experts, J kept of each expert's channels.
 """

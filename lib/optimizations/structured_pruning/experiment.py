@@ -145,8 +145,8 @@ class PrunedModel:
 def steps_of(loaded: Loaded, finetune_steps: int) -> int:
     """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model.
 
-    Models of real size are not trained unless it is asked for: what reads the removed parts is fitted anew, in closed
-    form. Random weights have nothing to be taught.
+    Models of real size are not trained unless requested: the matrices that read the removed parts are refitted in
+    closed form. Random weights have nothing to be taught.
     """
     if loaded.random_weights:
         return 0
@@ -156,8 +156,8 @@ def steps_of(loaded: Loaded, finetune_steps: int) -> int:
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
     """Return the model with about `ratio` of the decoder's parameters removed, then distilled for so many steps.
 
-    Without steps what reads the removed channels or heads is fitted by least squares, where there is text to fit it on.
-    `removed` is the share that is really gone.
+    Without steps, the matrices that read the removed channels or heads are refitted by least squares, where there is
+    text to fit them on. `removed` is the share actually removed.
     """
     fitted = not finetune_steps and not setup.loaded.random_weights
     options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed, "compensate": fitted}
@@ -196,7 +196,7 @@ def block_shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class RivalCuts:
-    """Prunes one model in several ways and holds each against the baseline's reading of the held-out `text`."""
+    """Prunes one model in several ways and compares each with the baseline on the held-out `text`."""
 
     setup: PruningSetup
     text: Text
@@ -227,7 +227,7 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
     """Return other choices of what to remove at the same share, and what was left out as name → reason.
 
     Without recovery: by activation (the cut itself), by weights, at random, for experts by frequency and by the norms
-    of their outputs; what stays fitted to make up for what left; shares that differ by block; each granularity alone,
+    of their outputs; remaining weights refitted to compensate; shares that differ by block; each granularity alone,
     depth also as one span. Last the cut after distillation. Empty without rivals.
     """
     if arms is None:

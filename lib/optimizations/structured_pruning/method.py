@@ -1,4 +1,4 @@
-"""Structured pruning: whole experts, feed-forward channels, heads or blocks are removed, and the tensors really shrink.
+"""Structured pruning: whole experts, feed-forward channels, heads or blocks are removed, and the tensors shrink.
 
 Four granularities, each written once against the anatomy:
 
@@ -9,8 +9,8 @@ Four granularities, each written once against the anatomy:
 - depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), greedily by what skipping a block does
   to the output, or one contiguous span (`depth`).
 
-Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. What stays can be fitted to
-make up for what left (`compensation`). Controls: `magnitude` ranks by weight norms alone, `random` by chance, for
+Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. The remaining weights can be
+refitted to compensate (`compensation`). Controls: `magnitude` ranks by weight norms alone, `random` at random, for
 experts also `frequency` and `ean`. One block is pruned after the other. Knows nothing of measuring; `apply` never
 changes the caller's model: what stays as it was is shared with it.
 
@@ -87,11 +87,11 @@ def apply(
     """Return a smaller model: about `ratio` of the decoder's parameters removed, then `finetune_steps` of distillation.
 
     granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels). budget: "uniform", or
-    "owl" for channels: blocks with more outliers among them lose fewer. compensate: fit what reads the removed channels
-    or heads anew, by least squares on the calibration text. observation: what `observe(model, calibration)` returned,
-    to prune several times from one pass; recovery: the batches to distil on (default: calibration). Raises UserError
-    for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what stays as it
-    was is shared with `model`: train neither in place.
+    "owl" for channels: blocks with more outliers among them lose fewer. compensate: refit the matrices that read the
+    removed channels or heads, by least squares on the calibration text. observation: what `observe(model, calibration)`
+    returned, to prune several times from one pass; recovery: the batches to distil on (default: calibration). Raises
+    UserError for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what
+    stays as it was is shared with `model`: train neither in place.
     """
     options.in_range(NAME, "ratio", ratio, 0, MOST_REMOVED, closed="low")
     options.one_of(NAME, "granularity", granularity, ("auto", *GRANULARITIES))
@@ -132,8 +132,8 @@ def recover(
 ) -> tuple[nn.Module, list[float]]:
     """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
 
-    A part of the batches is not trained on (`distillation.split`); the weights that do best on it are returned, be it
-    those before training. Without steps it is `pruned` itself.
+    A part of the batches is not trained on (`distillation.split`); the weights that do best on it are returned, which
+    may be those before training. Without steps it is `pruned` itself.
     """
     if not steps:
         return pruned, []

@@ -1,4 +1,4 @@
-"""How much each part of a block matters: by what passes through it on calibration text, by its weights, or by chance.
+"""How much each part of a block matters: by what passes through it on calibration text, by its weights, or at random.
 
 Knows nothing of what is removed, or how much.
 

@@ -1,6 +1,6 @@
 """The protocol of the tensor-decomposition notebook: one spectrum, the ranks, and the factored model.
 
-What it is held against stands in `rivals`. Returns plain data. Knows nothing of tables, figures or records.
+Its rivals are in `rivals`. Returns plain data. Knows nothing of tables, figures or records.
 """
 
 import time

@@ -1,16 +1,16 @@
-"""Tensor decomposition: the decoder's matrices are replaced by two thin factors each, which are really executed.
+"""Tensor decomposition: the decoder's matrices are replaced by two thin factors each, which are executed as such.
 
 - plain: the best low-rank matrix (truncated SVD).
 - whitened: the best low-rank matrix on calibration inputs X. With S the Cholesky factor of X·Xᵀ, the SVD of W·S is cut
   and S⁻¹ applied (SVD-LLM, Wang et al. 2024). Where W has fewer rows than columns the same matrix is U·Uᵀ·W, U the
   leading eigenvectors of W·X·Xᵀ·Wᵀ, which needs no inverse.
-- refitted: whitened, then block by block the outer factors of linear layers are fitted anew, by least squares in closed
-  form: to the original output on what the compressed blocks before deliver.
+- refitted: whitened, then block by block the outer factors of linear layers are refitted by least squares in closed
+  form, to the original output on the outputs of the compressed blocks before.
 - refined: whitened, then the factors of each block are trained for a few steps towards the same target (AA-SVD).
 - experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
-- random: a random subspace of the same rank, as a control, and where weights are random themselves: the shapes of any
-  other method at no cost.
+- random: a random subspace of the same rank, as a control, and for random weights: the shapes of any other method at no
+  cost.
 
 Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
 8, weighed by what losing a matrix costs (`analysis`). Plain factors use no data: there it is the share of each matrix's

@@ -1,4 +1,4 @@
-"""What factors are held against: other factors and pruned parts of equal bytes, weight-only int8 and int4, text of
+"""What factors are compared with: other factors and pruned parts of equal bytes, weight-only int8 and int4, text of
 another domain, and from them the answers to what would refute the claims.
 
 Returns plain data. Knows nothing of tables, figures or records.

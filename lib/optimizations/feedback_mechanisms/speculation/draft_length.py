@@ -1,9 +1,9 @@
 """How many tokens to draft: laws that are called with the rounds of the present answer and return a count.
 
-`DraftLength` follows the measured acceptance and times (Leviathan et al. 2023, section 3.5), `Bandit` finds out by
-trying (discounted UCB: Garivier and Moulines 2011). Both credit what was drafted, which may be less than was asked for,
-and back off exponentially where drafting never pays: a look every so often costs, and the longer it has not paid the
-rarer it is. One law serves one stream of answers. Knows no model.
+`DraftLength` follows the measured acceptance and times (Leviathan et al. 2023, section 3.5), `Bandit` learns by trying
+(discounted UCB: Garivier and Moulines 2011). Both credit what was drafted, which may be less than was requested, and
+back off exponentially where drafting never pays: every trial costs, and the longer drafting has not paid, the rarer
+trials become. One law serves one stream of answers. Knows no model.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Speculative greedy decoding: a drafter proposes some tokens, the model itself checks them in one pass.
 
-What comes out is the model's own greedy answer, whatever the drafter says (Leviathan, Kalman and Matias 2023, ICML; the
+The output is the model's own greedy answer, whatever the drafter proposes (Leviathan, Kalman and Matias 2023, ICML; the
 greedy case of their acceptance rule), up to the rounding of a pass over several tokens. How many tokens are drafted is
 decided before each round by the caller. A drafter is a smaller model, which reads the prompt when it first drafts and
 not before, or the text itself: `Ngram` proposes what followed the last words the last time (prompt lookup decoding,
