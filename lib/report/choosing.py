@@ -1,7 +1,7 @@
 """Figures of a result set that a person chooses: model, metrics, and the margin within which quality counts as kept.
 
-An executed notebook has nobody to choose: it shows each figure once, of all models, with the metrics that it was given.
-Where somebody has the notebook open, widgets stand below that figure, and below them what they choose is drawn.
+In an executed notebook nobody can choose: it shows each figure once, for all models, with the metrics that it was
+given. Where somebody has the notebook open, widgets follow that figure, and the chosen figure follows them.
 """
 
 import functools

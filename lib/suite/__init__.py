@@ -1,1 +1,1 @@
-"""Plan, cache, run, and keep: what stands behind build.py."""
+"""What build.py runs: plan, cache, run, and store."""

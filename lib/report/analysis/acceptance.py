@@ -1,9 +1,9 @@
-"""Is a result set what it should be? Criterion by criterion, with each record that falls short; nothing is rounded up.
+"""Does a result set meet its acceptance criteria? One by one, with each record that falls short; nothing is rounded up.
 
-The criteria are those of the design: all models, all optimizations, several metrics in each dimension, before and
-after, comparable across models, performance and accuracy maintained or improved, every number labelled; and that the
-files are sound and their verdicts follow from their numbers. A run that does not apply is excused, a failed one is not.
-Reads records as they lie on disk; runs nothing.
+The criteria: all models, all optimizations, several metrics in each dimension, before and after, comparable across
+models, performance and accuracy maintained or improved, every number labelled; and that the files are sound and their
+verdicts follow from their numbers. A run that does not apply is excused, a failed one is not. Reads records as they lie
+on disk; runs nothing.
 """
 
 import json
@@ -49,7 +49,7 @@ class Criterion:
 def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Criterion]:
     """Return every criterion for the result set in `folder`.
 
-    `optimizations` and `models` are expected besides those of the design.
+    `optimizations` and `models` are expected besides the ones named here.
     """
     folder = Path(folder)
     wanted_optimizations = tuple(dict.fromkeys([*OPTIMIZATIONS, *optimizations]))

@@ -1,4 +1,4 @@
-"""From records to a decision: which optimizations serve a goal on a model, which do not, and what cannot be told.
+"""From records to a decision: which optimizations serve a goal on a model, which do not, and which are undecided.
 
 Reads records alone and measures nothing. Never recommends from a number that is inconclusive, not exercised, estimated
 or informative; says of every piece of evidence at which scale it was measured, on which machine and when, and carries
@@ -70,7 +70,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Advice:
-    """One optimization, one goal: the decision, why, what it rests on, and the command that would tell more, with the
+    """One optimization, one goal: the decision, why, what it rests on, and the command that would decide, with the
     seconds that it may take.
 
     "use if" is a gain with kept quality beside which something else was lost: `reason` names what.

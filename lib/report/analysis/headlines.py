@@ -95,8 +95,8 @@ def _amount(measurement: Measurement) -> tuple[str, str]:
 
 
 def members(record: Record, dimension: str) -> list[Measurement]:
-    """Return the measurements that stand for a dimension of a record: what carries its word, the losses beside it, then
-    what else tables show; empty where nothing does.
+    """Return the measurements that stand for a dimension of a record: its primary one, the losses beside it, then what
+    else tables show; empty where nothing does.
     """
     named = {(m.metric, m.workload): m for m in record.measurements}
     carrier = record.verdict.carried_by.get(dimension)
@@ -122,7 +122,7 @@ def of(record: Record, dimension: str) -> list[Shown]:
 
 
 def state(record: Record, dimension: str) -> str:
-    """Return a dimension's word with its sign, and that a loss stands beside it: `▲ better, but …`."""
+    """Return a dimension's verdict with its sign, and whether there is a loss beside it: `▲ better, but …`."""
     word = getattr(record.verdict, dimension)
     lost = record.verdict.losses_of(dimension) and word not in LOSSES
     return f"{signed_word(word)}, but …" if lost else signed_word(word)

@@ -1,7 +1,7 @@
 """Scores of unchanged models beside those that others published, with the difference in standard errors.
 
 A difference of a few points between two protocols is ordinary (prompt, normalisation, quantized weights); one of many
-standard errors to the same protocol means that something is measured wrongly. The published scores stand in
+standard errors to the same protocol means that something is measured wrongly. The published scores are in
 `published_scores.json`, each with its source. Knows nothing of how a score is made.
 """
 

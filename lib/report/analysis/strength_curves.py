@@ -1,8 +1,8 @@
 """Impact curves: what an optimization does at several strengths, as the templates leave it in a record's details.
 
 An entry of `details` is a curve where its value is a list of rows with `strength` and at least one more number; `arm`
-names the line, `value` with `low` and `high` the metric, further numbers come along. `x` and `y` beside
-`provenance` and `source` name the axes. Knows no optimization and draws nothing.
+names the line, `value` with `low` and `high` the metric; further numbers are kept. `x` and `y` beside `provenance` and
+`source` name the axes. Knows no optimization and draws nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

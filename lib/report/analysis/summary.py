@@ -1,6 +1,6 @@
 """A run for a reader in a hurry: its verdict in words, its decisions, six numbers, the machine's noise and load.
 
-Everything is taken from the record alone; what holds for a whole set is the index's business. Knows no HTML.
+Everything is taken from the record alone; verdicts within a whole set belong to the index. Knows no HTML.
 """
 
 from collections.abc import Sequence
@@ -104,8 +104,8 @@ def state(measurement: Measurement) -> str:
 
 
 def machine(record: Record) -> list[tuple[str, str]]:
-    """Return what the machine did to the numbers: how far a copy of the baseline lay from it, the noise floors, the
-    load, and what ran beside.
+    """Return the machine's noise and load: how far a copy of the baseline lay from it, the noise floors, the load, and
+    jobs side by side.
     """
     timed = [m for m in record.measurements if m.noise_floor is not None and m.metric.endswith("tokens_per_second")]
     rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in _first_of_each(timed)))]

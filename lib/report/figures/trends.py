@@ -25,7 +25,7 @@ def read(path: Path, scale: str) -> pd.DataFrame:
     `optimization`, `model`, `metric`, `dimension`, `effort`, `machine`, `gain` (above 1 is better), `low`, `high`.
 
     Where a metric stands for several workloads, the first counts. Empty where there is no history. Raises UserError
-    where the file is npanel.
+    where the file is not a history.
     """
     frame = pd.DataFrame(history.over_time(path, scale))
     if frame.empty:

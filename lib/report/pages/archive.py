@@ -1,6 +1,6 @@
 """Packs what a reader needs into `report.zip`: every page, the suites' files with their pictures, and the records.
 
-Opens from disk as the folder does; notebooks and logs stay behind. Knows no content.
+Opens from disk as the folder does; notebooks and logs are left out. Knows no content.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Writes into executed/README.md what a session on a lent device brought home: `python -m lib.report.pages.device OUT`.
+"""Writes the results of a session on a lent device into executed/README.md: `python -m lib.report.pages.device OUT`.
 
 OUT holds `index.json` (what ran, what did not, and why), `records.jsonl` (a record a line) and `log.txt`. The section
 names the machine and the day, so that it stays true when another machine measures the same. Everything outside the

@@ -1,5 +1,5 @@
 """The first screen of a run's page: decision, setting, six numbers, a forest plot, the trade-off among its neighbours,
-and what the machine did to the numbers. Plain values and two small charts for the template.
+and the machine's noise and load. Plain values and two small charts for the template.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ def _read(path: Path, modified_ns: int) -> Record | None:
 
 
 def flipped(record: Record, out: Path) -> list[dict[str, Any]]:
-    """Return which words are others than in the build before."""
+    """Return which verdicts differ from those of the build before."""
     try:
         changed = flips.since_last(out, [record]).get(record.stem, {})
     except UserError:
@@ -127,6 +127,6 @@ def flipped(record: Record, out: Path) -> list[dict[str, Any]]:
 
 
 def shown_flip(name: str, before: str, day: str, now: str) -> dict[str, Any]:
-    """Return a changed word for the template."""
+    """Return a changed verdict for the template."""
     text = f"{name} was {words(before)} on {day}, now {words(now)}"
     return {"name": name, "text": text, "before": signed(before), "contradicts": flips.contradicts(before, now)}

@@ -1,8 +1,8 @@
 """Renders one run as HTML and Markdown through nbconvert, with the templates beside this module.
 
-The page starts with the record (verdict, measurements, sources, use of the machine) and goes on with the executed
-notebook, its code folded. Nothing on it needs a network: whatever would is removed at the end. Failed runs render
-too, with or without a notebook. Knows nothing of how runs are scheduled.
+The page starts with the record (verdict, measurements, sources, use of the machine), followed by the executed notebook
+with its code folded. Nothing on it needs a network: whatever would is removed at the end. Failed runs render too, with
+or without a notebook. Knows nothing of how runs are scheduled.
 """
 
 import base64

@@ -52,7 +52,7 @@ def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
 
 
 def text(folder: Path, results: Results) -> str:
-    """Return the page; its words are those that hold for the whole set."""
+    """Return the page; its verdicts are those that hold within the whole set."""
     from jinja2 import Environment, FileSystemLoader
 
     changed: dict[str, dict[str, tuple[str, str]]] = {}
@@ -130,7 +130,7 @@ def _status(state: str) -> dict[str, str]:
 
 
 def _part(record: Record, dimension: str) -> dict[str, Any]:
-    """Return a dimension of a cell: its verdict, the number that carries it, why it says no more, and the others."""
+    """Return a dimension of a cell: its verdict, the number behind it, why it says no more, and the others."""
     state = getattr(record.verdict, dimension)
     members, numbers = headlines.members(record, dimension), headlines.of(record, dimension)
     carried = dimension in record.verdict.carried_by and members
@@ -145,7 +145,7 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
 
 
 def _by(member: Any) -> str:
-    """Return what carries a word, in a few words."""
+    """Return the measurement behind a verdict, in a few words."""
     said = brief.phrase(member)
     shown = brief.number(member) if member.verdict == "inconclusive" else ""
     return f"{said} ({shown})" if shown else said

@@ -1,8 +1,8 @@
 """Writes the results into README.md (a matrix and a picture) and executed/README.md (full tables), from records.
 
-`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/full` writes
-the tables of another scale. The README shows the stand-ins and, below them, real models; slices it does not show. Both
-files keep everything outside their markers. Nobody types a number into them.
+`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/full` writes the
+tables of another scale. The README shows the proxy models and, below them, real models, but no slices. Both files keep
+everything outside their markers. No number is typed by hand.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
 
 
 def _carried(record: Record, dimension: str) -> str:
-    """Return what carries a dimension's word, or why nothing does; what was lost beside it."""
+    """Return a dimension's primary measurement, or why there is none; what was lost beside it."""
     carrier = record.verdict.carried_by.get(dimension)
     declared = {str(name): pair for name, pair in record.primaries.items()}.get(dimension)
     parts = [f"{label(carrier.metric)}, {carrier.workload}"] if carrier else []

@@ -29,8 +29,8 @@ PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 def pareto(results: Results) -> dict[str, Any] | None:
     """Return the charts of quality against speed: over all models (means), and each model by itself.
 
-    Speed is the prefill rate; an optimization that has none (a server's, say) stands there with its first headline, and
-    the legend says which. Who has no point at all is named too.
+    Speed is the prefill rate; an optimization that has none (a server's, say) is drawn with its first headline, and the
+    legend says which. Those without any point are named too.
     """
     marks = _marks(results)
     single = {

@@ -65,11 +65,11 @@ class Process(BaseModel):
 
 
 class Record(BaseModel):
-    """One notebook run on one model (DESIGN, "The record"). Field `schema_version` is written as `schema`.
+    """One notebook run on one model. Field `schema_version` is written as `schema`.
 
     `dimensions` are those that were requested; None where all four were: only such a record is complete. `primaries`
-    are the measurements (metric, workload) that the template declared to carry each dimension's word; what really
-    carried it stands in the verdict.
+    are the measurements (metric, workload) that the template declared to decide each dimension's verdict; those that
+    did decide it are named there.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

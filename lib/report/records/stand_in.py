@@ -1,5 +1,4 @@
-"""What a result at scale `proxy` or `slice` is a result of, said before the result: a stand-in, not the model it is
-named after.
+"""Says before a result at scale `proxy` or `slice` what it is a result of: a stand-in, not the model it is named after.
 
 The number of parameters is the record's own. Works on records and on their plain JSON, and loads next to nothing, so
 that the command line can say it too.
@@ -91,7 +90,7 @@ def _either(names: list[str]) -> str:
 
 
 def on(scale: str, model: str, parameters: float | None) -> str:
-    """Return the model's name in a title: of a stand-in that it is one, and its size."""
+    """Return the model's name in a title, which says so for a stand-in, with its size."""
     if scale == SLICE:
         return f"the first blocks of {model_title(model)}"
     if scale != PROXY:

@@ -1,6 +1,6 @@
 """The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder with a model card.
 
-A process of its own does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
+A separate process does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
 folder appears only when what was saved has been loaded again and compared. Runs no notebook and measures nothing.
 """
 

@@ -1,6 +1,4 @@
-"""The command `fetch`: brings weights, benchmarks and other data here, or checks what is here already. Runs nothing
-else.
-"""
+"""The command `fetch`: downloads weights, benchmarks and other data, or checks what is here already. Runs nothing else."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from lib.suite.plan import fetching, plan
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be here: how it is called, where it comes from, and the SHA-256 that a single file must have."""
+    """What is to be fetched: its name, where it comes from, and the SHA-256 that a single file must have."""
 
     title: str
     source: Reference

@@ -1,4 +1,4 @@
-"""The commands that judge a result set: `check` it against what it should be, `compare` two of them. Runs nothing."""
+"""The commands that judge a result set: `check` it against its criteria, `compare` two of them. Runs nothing."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SHOWN = 40
 
 
 def check(folder: Path, everything: bool = False) -> int:
-    """Print the table of points; return 0 where all hold, 1 where one falls short."""
+    """Print the table of criteria; return 0 where all hold, 1 where one falls short."""
     from lib.report.analysis import acceptance as checks
     from lib.report.records import stand_in
 

@@ -1,8 +1,8 @@
 """Runs jobs on the workers of a Dask cluster that is already there: one at a time per `device` token of a worker.
 
 The same loop as on one machine (`lib.suite.run.schedule`), over other slots: hand out what there is room for, put what
-has come back into place. A job runs on the worker as it would here, in a process and a result folder of its own; what
-comes back, over the wire and whole, is put into the build's folder here. A lost worker's job runs again elsewhere; one
+has come back into place. A job runs on the worker as it would here, in its own process and result folder; the files
+come back whole over the network and are put into the build's folder here. A lost worker's job runs again elsewhere; one
 that loses two is given up. Knows nothing of notebooks; whom it may trust is `lib.suite.cluster.workers`'s business.
 """
 

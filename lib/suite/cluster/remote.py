@@ -3,7 +3,8 @@
 Reads one line of JSON from standard input and answers with one. `hello`: whether code, environment, weights and data
 here are those of the build, and which cores there are. `run`: the same comparison, and then the job, through the very
 loop that runs jobs on one machine (`lib.suite.run.schedule`), into a result folder of its own; what lies there
-afterwards is what the build puts into place. When standard input closes, nobody wants the answer: everything is ended.
+afterwards is what the build puts into place. When standard input closes, the answer is no longer wanted: everything is
+ended.
 """
 
 import json

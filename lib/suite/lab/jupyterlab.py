@@ -1,4 +1,4 @@
-"""How JupyterLab is started: on the start page, with the kernel of this environment, asking nobody for news.
+"""How JupyterLab is started: on the start page, with the kernel of this environment, without fetching news.
 
 Writes what JupyterLab reads into a temporary folder; the user's own settings go before these defaults.
 """

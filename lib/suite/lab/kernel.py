@@ -1,5 +1,5 @@
-"""The extension of IPython that the kernels of `build.py lab` load: libraries are quiet, a running cell says how far
-the run is, and after the last cell this run stands beside the last one.
+"""The extension of IPython that the kernels of `build.py lab` load: libraries are quiet, a running cell shows the run's
+progress, and after the last cell this run is shown beside the previous one.
 
 A build's kernels do not load it, and no template knows of it.
 """

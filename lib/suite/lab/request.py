@@ -1,4 +1,4 @@
-"""What `build.py lab` was asked for: its own few options, and the arguments that JupyterLab gets."""
+"""The request of `build.py lab`: its own few options, and the arguments that JupyterLab gets."""
 
 import argparse
 from pathlib import Path

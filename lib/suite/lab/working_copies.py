@@ -18,7 +18,7 @@ MADE_FROM = ".templates.json"
 
 
 def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Iterable[Job] = ()) -> list[str]:
-    """Copy every template that is new or has changed; return a line for each edited copy that was put aside for it.
+    """Copy every template that is new or has changed; return a line for each edited copy that was set aside for it.
 
     A job gets a copy of its own, `<optimization>--<model>.ipynb`, with its parameters set in the cell of that name.
     """

@@ -2,7 +2,7 @@
 
 Reads source text; imports and runs nothing. Functions that import while they run are seen too. A notebook or an
 optimization module that finds others by name at run time (`import_module`, `iter_modules`) reaches all of
-`lib/optimizations`, because nobody can tell which.
+`lib/optimizations`, because it cannot be known which.
 """
 
 import ast

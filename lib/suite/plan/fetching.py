@@ -1,4 +1,4 @@
-"""Brings what a run needs to this machine before anything runs, and shows how far it is. Knows nothing of runs.
+"""Brings what a run needs to this machine before anything runs, and shows the progress. Knows nothing of runs.
 
 In a terminal a bar, elsewhere a line for each step; both on standard error.
 """
@@ -15,13 +15,15 @@ from lib.models.sources.store import Tell
 
 
 def weights(name: str) -> Path:
-    """Return the folder of a model's checkpoint, fetched and said so where it is not here yet. Raises UserError."""
+    """Return the folder of a model's checkpoint; fetch it, with a message, where it is not here yet. Raises
+    UserError."""
     description = parameter_files.read(name)
     return bring(description.source, description.sha256)
 
 
 def bring(source: Reference, sha256: str | None = None) -> Path:
-    """Return the place of what `source` refers to, fetched and said so where it is not here yet. Raises UserError."""
+    """Return the place of what `source` refers to; fetch it, with a message, where it is not here yet. Raises
+    UserError."""
     if (there := sources.local(source)) is not None:
         return there
     if source.kind == "folder":

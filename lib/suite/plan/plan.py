@@ -38,7 +38,7 @@ DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line. Empty `optimizations`, `models` or `dimensions` mean all of them."""
+    """What the command line requests. Empty `optimizations`, `models` or `dimensions` mean all of them."""
 
     optimizations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()

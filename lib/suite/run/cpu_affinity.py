@@ -5,7 +5,7 @@ Knows nothing of jobs beyond their number.
 
 The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two, each
 pinned to its own cores, give no more false positives and no wider intervals than one alone, and more work done. More of
-them share caches and memory bandwidth in ways that nobody has measured. At real dimensions two need memory for both;
+them share caches and memory bandwidth in ways that have not been measured. At real dimensions two need memory for both;
 at full size, on a GPU and where cores cannot be pinned it is one.
 """
 

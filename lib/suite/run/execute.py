@@ -1,10 +1,10 @@
 """The child process of one run: `python -m lib.suite.run.execute`, started by `lib.suite.run.kernel_process`, never by
 a person.
 
-Reads one line of JSON from standard input (what to run), executes the notebook through papermill, tells its progress as
-lines of JSON on standard output, and renders the pages when it is told to. When standard input closes, the build has
-died: the kernel and everything it started are ended. Everything else it says goes to standard error. It decides
-nothing: the record is written by the process that started it.
+Reads one line of JSON from standard input (what to run), executes the notebook through papermill, reports its progress
+as lines of JSON on standard output, and renders the pages on request. When standard input closes, the build has died:
+the kernel and everything it started are ended. Everything else it says goes to standard error. It decides nothing: the
+record is written by the process that started it.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The build's side of one run: starts the child process, follows what it tells, samples it, ends it past its limits.
+"""The build's side of one run: starts the child process, follows its reports, samples it, and ends it beyond its
+limits.
 
 Knows what happened to a notebook (`ExecutionOutcome`), not what that means for its record (`lib.suite.run.settle`).
 """

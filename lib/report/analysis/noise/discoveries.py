@@ -1,11 +1,11 @@
-"""What still stands when a whole set is looked at: the share of false discoveries among the primary measurements.
+"""Correction over a whole set: limits the share of false discoveries among the primary measurements.
 
-Of many cells some are called better or worse by chance. In each dimension the p-values of all primaries
+Among many cells, some are called better or worse by chance. In each dimension the p-values of all primaries
 (`lib.measure.metrics.significance`) are corrected by Benjamini and Hochberg's procedure (1995, Controlling the false
 discovery rate), so that among the cells called in that dimension at most one in twenty is expected to be false. A cell
-whose q lies above that is shown as inconclusive, with that reason; the run's own record keeps its word.
+whose q lies above that is shown as inconclusive, with that reason; the run's own record keeps its verdict.
 
-Primaries without spread (counted, or equal answers) leave nothing to chance and are no part of a family. `maintained`
+Primaries without spread (counted, or equal answers) leave nothing to chance and are not part of a family. `maintained`
 and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on.
 """
 
@@ -23,8 +23,8 @@ CALLS = ("better", "worse", "not_maintained")
 
 @dataclass(frozen=True)
 class Cell:
-    """A dimension of a run: what carries it, the word of its record, p and q (None: nothing left to chance), the word
-    that holds for the set, and why that is another one.
+    """A dimension of a run: its primary measurement, the verdict of its record, p and q (None: nothing left to chance),
+    the verdict within the set, and why that differs.
     """
 
     optimization: str
@@ -83,9 +83,10 @@ def q_values(p_values: Sequence[float]) -> list[float]:
 
 
 def settled(records: Sequence[Record]) -> list[Record]:
-    """Return the records with the words that hold for the set; those whose words stand are returned as they are.
+    """Return the records with the verdicts that hold within the set; those whose verdicts do not change are returned as
+    they are.
 
-    Where a word is withheld, its measurement is inconclusive too, and the sentence says so.
+    Where a verdict is withheld, its measurement is inconclusive too, and the sentence says so.
     """
     withheld: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells(records):

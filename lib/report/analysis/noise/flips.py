@@ -1,7 +1,7 @@
-"""Which words of a run are others than in the build before: a verdict that flipped deserves a second look.
+"""Which verdicts of a run differ from those of the build before: one that flipped deserves a second look.
 
-Compares what the records themselves say, of runs with the same optimization, model, scale and effort; the words that
-hold for a whole set (`lib.report.analysis.noise.discoveries`) depend on what else stands in it.
+Compares what the records themselves say, of runs with the same optimization, model, scale and effort; the verdicts
+within a whole set (`lib.report.analysis.noise.discoveries`) depend on its other runs.
 """
 
 from collections.abc import Sequence
@@ -35,5 +35,5 @@ def since_last(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, t
 
 
 def contradicts(before: str, now: str) -> bool:
-    """Return whether two words say the opposite of each other, rather than one of them saying less."""
+    """Return whether two verdicts contradict each other, rather than one of them saying less."""
     return {before, now} in OPPOSITE

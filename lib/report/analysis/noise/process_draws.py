@@ -39,7 +39,7 @@ def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str =
     `machine` (fields of the environment card), and write the pool into the folder; return its path, None where there is
     no control.
 
-    Quick runs time shorter workloads under the same names: their controls tell other quick runs alone.
+    Quick runs time shorter workloads under the same names: their controls serve other quick runs only.
     """
     records = read_folder(folder)[0] if folder.is_dir() else []
     for build in history.builds(store, folder.name)[-BUILDS:]:

@@ -1,7 +1,7 @@
 """The suites' reports as Markdown that reads well on a code host: tables, and figures as relative links.
 
-Each function returns the text and its pictures by name, which lie in the folder beside it. Knows records and curves
-and nothing of how they arose; `lib.report.pages.suites.suite_files` writes the files.
+Each function returns the text and its pictures by name, which lie in the folder beside it. Knows records and curves,
+and nothing of how they were made; `lib.report.pages.suites.suite_files` writes the files.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Finds numbers that a reader could not trust: unlabelled, without a source, missing without a reason, against the
-list, or with a verdict that is not the one their fields make (`lib.report.records.checks.recompute`).
+"""Finds numbers that a reader could not trust: unlabelled, without a source, missing without a reason, contradicting
+the list of metrics, or with a verdict that does not follow from their fields (`lib.report.records.checks.recompute`).
 
 Works on a record as plain JSON, so that it also checks what a newer or broken version wrote.
 """
@@ -29,7 +29,7 @@ def lint(record: Record | Mapping[str, Any]) -> list[str]:
 
 
 def verdicts(record: Record | Mapping[str, Any]) -> list[str]:
-    """Return one line per measurement whose verdict, computed again from its fields, is another than the stored one."""
+    """Return one line per measurement whose verdict, recomputed from its fields, differs from the stored one."""
     content = to_json(record) if isinstance(record, Record) else record
     stem = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
     faults = recompute.differences(_sound(content.get("measurements") or []))

@@ -1,4 +1,4 @@
-"""Every verdict once more, from what is stored of it: where the stored and the recomputed word differ, one is wrong.
+"""Recomputes every verdict from its stored fields: where the stored and the recomputed one differ, one is wrong.
 
 Uses the rules by which verdicts are reached (`lib.measure`), on the fields of a measurement alone: no samples, no
 model.
@@ -15,7 +15,7 @@ SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 
 
 def differences(measurements: Iterable[Measurement]) -> list[str]:
-    """Return a line for each of a record's measurements whose stored verdict is not the one that the fields make."""
+    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields."""
     members = list(measurements)
     made = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
     return [line for stored, again in zip(members, withhold_if_busy(made)) if (line := _line(stored, again.verdict))]

@@ -1,1 +1,1 @@
-"""From a record's numbers to its words: which measurement carries a dimension, and the verdict."""
+"""From a record's numbers to its verdict: the primary measurement of each dimension, and sentences."""

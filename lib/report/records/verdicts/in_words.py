@@ -1,5 +1,5 @@
-"""The verdict of a run in sentences of at most 25 words: what carries each dimension, what was lost beside it, what was
-not measured.
+"""The verdict of a run in sentences of at most 25 words: the primary measurement of each dimension, what was lost
+beside it, what was not measured.
 
 "Prefill 19 % faster, decode 13 % faster, answers unchanged, weights 26 % smaller." Intervals and bounds stand in tables
 and figures. Knows which measurements carry and which losses count (`lib.report.records.verdicts.primary`), not why.

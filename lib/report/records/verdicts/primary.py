@@ -1,9 +1,9 @@
-"""Which measurement carries a dimension's word, and which losses stand beside it.
+"""Which measurement decides a dimension's verdict (carries it), and which losses are named beside it.
 
 A template declares one primary (metric, workload) per dimension, before anything is measured. Its verdict is the
-dimension's word. Where it cannot carry (missing, estimated, described only, not exercised), the first of `PREFERRED`
-that can takes its place, and the reason is kept. A derived number never carries where a measured one can, an estimated
-one never does.
+dimension's. Where it cannot be used (missing, estimated, informative only, not exercised), the first of `PREFERRED`
+that can takes its place, and the reason is kept. A derived number is never used where a measured one can be, an
+estimated one never.
 
 All other judged measurements are guards: a loss among them counts only where it is beyond margin and floor (its own
 verdict says so) and significant after Holm's correction over all guards of the record

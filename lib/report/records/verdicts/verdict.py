@@ -1,8 +1,8 @@
 """The verdict of a record: a word per dimension and a sentence, both computed from its measurements.
 
-Each measurement already carries its own verdict (`lib.measure.metrics.measurement`). The word of a dimension is that of
-its primary measurement (`lib.report.records.verdicts.primary`); losses among the others are kept beside it, so that a
-gain never hides them, and are said as "better, but …". Knows nothing of files or pages.
+Each measurement already has its own verdict (`lib.measure.metrics.measurement`). The word of a dimension is that of its
+primary measurement (`lib.report.records.verdicts.primary`); losses among the others are kept beside it, so that a gain
+never hides them, and are said as "better, but …". Knows nothing of files or pages.
 """
 
 from collections.abc import Mapping, Sequence
