@@ -73,8 +73,8 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path` inside the block; raises Held where another process has it, OSError where the file
     cannot be written.
 
-    The operating system lets go of the lock when its holder dies, so a lock is never stale. The file stays behind; it
-    means nothing unless it is locked. Beside it, `<name>.holder` says who has it.
+    The operating system releases the lock when its holder dies, so a lock is never stale. The file remains; it means
+    nothing unless it is locked. Beside it, `<name>.holder` says who holds it.
     """
     lock, about = FileLock(path), path.with_name(path.name + ".holder")
     try:

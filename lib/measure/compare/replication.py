@@ -1,8 +1,8 @@
-"""Times two models in several fresh processes, by way of their saved files; says why where that cannot be done.
+"""Times two models in several fresh processes, through their saved files; where that cannot be done, says why.
 
-Only a model that a file holds whole can be timed so: one with hooks, replaced methods or another attention would be
-loaded as something else. Its files are therefore loaded once here and compared, and so are the tokens that every
-process produces. Knows nothing of how the models differ.
+Only a model that its files hold completely can be timed this way: one with hooks, replaced methods or a different
+attention would be loaded as something else. Its files are therefore loaded once here and compared, and so are the
+tokens that every process produces. Knows nothing of how the models differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def in_processes(
     """Return, for every workload of `arms`, the pairs of (baseline, optimized) and of (baseline, its copy), and None;
     or nothing, and why the models cannot be timed in processes of their own.
 
-    `arms` have been called once: their tokens are held against those of the processes.
+    `arms` have been called once: their tokens are compared with those of the processes.
     """
     if reason := _unfit(models):
         return {}, reason

@@ -1,4 +1,4 @@
-"""Two models as arms of child processes: both are saved, and their weights are nowhere else meanwhile. Knows nothing of
+"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. Knows nothing of
 how they differ, nor of what the processes do.
 """
 
@@ -25,8 +25,8 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
     """Save both models and give them as arms, with dtype and device of the baseline. Within, the models on a CPU have
     no weights and cannot run.
 
-    What is no part of a checkpoint (a patched attention, a hook) is not saved: such arms are described by hand, with
-    their `transform`. Needs room on the temporary disk for both.
+    What is not part of a checkpoint (a patched attention, a hook) is not saved: such arms are described explicitly,
+    with their `transform`. Needs room on the temporary disk for both.
     """
     weight = next(baseline.parameters())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type

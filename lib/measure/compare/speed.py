@@ -1,5 +1,6 @@
-"""Speed and efficiency of two models: times the standard workloads in paired blocks with their A/A control, compares
-the times with the machine's bound, and adds CPU use and energy. Knows no optimization.
+"""Speed and efficiency of two models: times the standard workloads in paired blocks with their A/A control, in several
+fresh processes where the models' files hold all of them, compares the times with the machine's bound, and adds CPU use
+and energy. Knows no optimization.
 """
 
 import math
@@ -85,7 +86,7 @@ class Compared:
     def control(self) -> list[Measurement]:
         """Return the A/A control as measurements: a copy of the baseline against it, through the same path.
 
-        It is judged by what other runs showed of the variance between processes, not by its own deviation: it can fail.
+        It is judged by the variance between processes that other runs showed, not by its own deviation, so it can fail.
         """
         measurements = []
         for name, timed in self.timed.items():

@@ -1,5 +1,5 @@
-"""What a busy machine does to a record: where foreign load was seen in more blocks than could be repeated, or a model
-differed from its own copy by more than a tenth in how fast it produces tokens, nothing timed in that run is a verdict.
+"""Withholds verdicts on a busy machine: where foreign load was seen in more blocks than could be repeated, or a model
+differed from its own copy by more than a tenth in tokens per second, nothing timed in that run is judged.
 """
 
 from collections.abc import Iterable

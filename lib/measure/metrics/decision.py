@@ -1,6 +1,6 @@
-"""The one rule that turns an effect, its interval and its noise floor into a word, with the reason where it is no
-verdict, and the effect that the rule would find. Works on natural logarithms; knows nothing of how they were measured,
-so that a stored measurement can be judged again from its own fields.
+"""The one rule that turns an effect, its interval and its noise floor into a verdict, with the reason where it is
+inconclusive, and the effect that the rule can detect. Works on natural logarithms; knows nothing of how they were
+measured, so that a stored measurement can be judged again from its own fields.
 """
 
 import math
@@ -18,7 +18,7 @@ MEDIAN_FACTOR = 1.25  # √(π/2): how much wider a median scatters than a mean
 
 @dataclass(frozen=True)
 class Ruling:
-    """A word, and why it is no verdict (None where it is one)."""
+    """A verdict, and why it is inconclusive (None where it is not)."""
 
     verdict: Word
     reason: str | None = None

@@ -2,9 +2,9 @@
 
 `ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for
 milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of
-`optimized`. `ratio` of paired times is the median of the blocks' ratios, which need not equal the ratio of the two
-medians shown. `noise_floor` and `mde` are shares (natural logarithms, which are the same thing while they are small). A
-number that is not available is null, with a reason.
+`optimized`. `ratio` of paired times is the median of the blocks' ratios, or the mean over processes where there are
+several; it need not equal the ratio of the two medians shown. `noise_floor` and `mde` are shares (natural logarithms,
+which are the same thing while they are small). A number that is not available is null, with a reason.
 """
 
 import math
@@ -289,8 +289,8 @@ def _between(workload: str, provenance: Provenance, process_sigma: float | None)
 
 
 def judge_again(stored: Measurement) -> Ruling | None:
-    """Return what the fields of a stored measurement say of it by the rule of paired samples; None where that rule did
-    not make its verdict (counted, informative, quality).
+    """Return the ruling on a stored measurement from its fields, by the rule of paired samples; None where its verdict
+    does not come from that rule (counted, informative, quality).
     """
     if stored.verdict not in ("better", "worse", "equivalent", "inconclusive") or stored.dimension == "accuracy":
         return None

@@ -127,7 +127,7 @@ def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: floa
 
 def process_means(d: Samples, process: Sequence[int]) -> np.ndarray:
     """Return the mean d of every process, [P], in the order of their numbers: trimmed by a fifth at either end where
-    there are enough pairs for that, so that a single interruption does not speak for a process.
+    there are enough pairs for that, so that a single interruption does not decide a process's mean.
     """
     d_N, process_N = np.asarray(d, dtype=float), np.asarray(process)
     return np.asarray([trim_mean(d_N[process_N == number], TRIMMED) for number in np.unique(process_N)])

@@ -1,12 +1,12 @@
-"""How much a paired effect differs from process to process, for timings that had one process only.
+"""How much a paired effect differs from process to process, for timings in a single process.
 
-Where memory lies and which pages are huge is fixed for the life of a process, and moves a ratio by percents that no
-repetition inside the process shows. Here that standard deviation τ is pooled, per machine, workload and kind of clock,
-from the A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each run is one
-process, and one draw. Before there are draws a stated prior holds, and it keeps the weight of a few draws afterwards.
+Memory placement and huge pages are fixed for the life of a process, and shift a ratio by percents that no repetition
+inside the process shows. Here that standard deviation τ is pooled, per machine, workload and kind of clock, from the
+A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each run is one process, and
+one draw. Before there are draws a stated prior holds, and it keeps the weight of a few draws afterwards.
 
 The suite pools the records of this machine before a build, writes the pool beside the result set and names its file in
-`WORKBENCH_PROCESS_VARIANCE`; a notebook that is played alone has the prior.
+`WORKBENCH_PROCESS_VARIANCE`; a notebook that is run alone has the prior.
 """
 
 import json
@@ -58,7 +58,7 @@ class Pooled:
 def pool(draws: Iterable[Draw]) -> Pooled:
     """Return τ by the method of moments: the mean over draws of effect² − error², the prior counted as some draws.
 
-    Effects beyond five times the prior are cut there: one disturbed run must not blind all later ones.
+    Effects beyond five times the prior are cut there: one disturbed run must not widen all later intervals.
     """
     excess = [min(abs(draw.effect), 5 * PRIOR_SIGMA) ** 2 - draw.error**2 for draw in draws]
     variance = (PRIOR_DRAWS * PRIOR_SIGMA**2 + sum(excess)) / (PRIOR_DRAWS + len(excess))

@@ -2,9 +2,9 @@
 correction. Knows nothing of how a number was made.
 
 A record stores intervals, not p-values; they are inverted. The standard error is the distance from the estimate to the
-end of the interval that lies nearer to the null hypothesis, in units of Student's quantile behind that interval: p is
-below 0.05 exactly where the 95 % interval excludes the null hypothesis, however lopsided it is. For a score the null
-hypothesis of a loss is the margin, as for its verdict; everywhere else it is "no change".
+end of the interval that is nearer to the null hypothesis, in units of that interval's Student quantile: p is below 0.05
+exactly where the 95 % interval excludes the null hypothesis, however lopsided it is. For a score the null hypothesis of
+a loss is the margin, as for its verdict; everywhere else it is "no change".
 """
 
 import math
@@ -44,7 +44,7 @@ def p_value(measurement: Measurement) -> float | None:
 
 def gains(measurement: Measurement) -> tuple[float, float | None, float | None] | None:
     """Return (gain, low, high), above 0 is better: a logarithm of the ratio, for scores with an absolute margin the
-    difference in the metric's unit. None where there is no change to speak of.
+    difference in the metric's unit. None where no change is defined.
     """
     base, value, ci = measurement.baseline, measurement.optimized, measurement.ci
     sign = 1.0 if measurement.higher_is_better else -1.0

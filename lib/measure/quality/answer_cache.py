@@ -1,11 +1,11 @@
 """A cache of answers of unchanged models on this machine, so that no baseline answers the same questions twice.
 
-Every template puts the same questions to the same baseline. Its answers are stored under a key of everything that
+Every template asks the same baseline the same questions. Its answers are stored under a key of everything that
 determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, attention,
 dtype, device, threads), the code of this workbench that asks, the evaluation data, the versions of Python, torch and
 transformers, and the questions. Only the very object that `lib.models.loading.load` returned, with no method replaced
-since, is looked up or stored, never a model that an optimization has produced. Cached answers carry their day, and so
-do measurements made of them. An unreadable file counts as none.
+since, is looked up or stored, never a model that an optimization has produced. Cached answers carry their date, and so
+do measurements made from them. An unreadable file counts as missing.
 
 Shapes: N items, L labels.
 """

@@ -1,10 +1,10 @@
-"""Answers to public benchmarks, and what becomes of them between two arms.
+"""Answers to public benchmarks, and how they differ between two arms.
 
 A choice is scored by the log-likelihood of its text after the question, as lm-evaluation-harness does it: `accuracy`
 takes the likeliest choice, `accuracy_norm` the likeliest per character. A passage with one continuation is right where
 greedy decoding would give it. Items of the files (`lib.models.tasks.benchmarks`) and of the harness
-(`lib.measure.quality.lm_eval`) end in the same `Classified`. Only the metric that is usually stated is judged, and none
-where the baseline guesses: a model at chance has nothing to lose.
+(`lib.measure.quality.lm_eval`) end in the same `Classified`. Only the metric that is usually reported is judged, and
+none where the baseline is at chance: it has nothing to lose.
 
 Shapes: N items, L choices, as many as the item with the most has.
 """

@@ -63,9 +63,9 @@ def evaluate(
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
     tasks, by default those of `loaded`. Random weights get no questions; unless accuracy is a requested dimension, only
     the final text is read. `lead` tokens of text stand before a value to retrieve. `acted` returns how often the
-    optimization has acted so far: a workload in which it did not act at all says nothing of it, and is named in
-    `Answers.idle`. Answers of a model that is unchanged
-    since it was loaded come from the cache where they are there (`lib.measure.quality.answer_cache`).
+    optimization has acted so far: a workload in which it did not act at all says nothing about it, and is named in
+    `Answers.idle`. Answers of a model that is unchanged since it was loaded come from the cache where they are there
+    (`lib.measure.quality.answer_cache`).
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")

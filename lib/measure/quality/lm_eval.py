@@ -6,8 +6,8 @@ examples, choices, stop sequences and scores are the harness's own; what it asks
 itself. Choices, single continuations and generated answers end in `Classified`, rolling perplexity in `Rolled`.
 
 All caches of the harness are off: they are named after the model, and an optimized model must never inherit the results
-of its baseline (issues 2715 and 4063 there); `lib.measure.quality.answer_cache` keeps those of unchanged models.
-Knows nothing of verdicts.
+of its baseline (its issues 2715 and 4063); `lib.measure.quality.answer_cache` keeps those of unchanged models. Knows
+nothing of verdicts.
 
 Shapes: N items, L choices, as many as the item with the most has.
 """

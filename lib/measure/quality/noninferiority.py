@@ -147,8 +147,8 @@ def score(
 
     `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
     mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
-    answers. `identical`: the arms' scores differ on no item, so that they are one model and no number of items is too
-    small.
+    answers. `identical`: the arms' scores differ on no item, so that they are the same model and any number of items
+    suffices.
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
@@ -297,7 +297,7 @@ def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: fl
 
 
 def judge_again(stored: Measurement) -> str | None:
-    """Return what the fields of a stored score make of it; None where they do not hold what the verdict rests on."""
+    """Return the verdict on a stored score from its fields; None where they do not hold what the verdict rests on."""
     judged = ("better", "maintained", "not_maintained", "inconclusive")
     if stored.dimension != "accuracy" or stored.verdict not in judged:
         return None

@@ -3,7 +3,7 @@ means the same on every machine; which shares and seeds is fixed here, before an
 
 The changing trace goes from half of the capacity for chats beyond it, to documents beyond their capacity, and back:
 only beyond capacity does it matter how many are served together. A second one stays within capacity throughout. Every
-trace begins with a warm-up at the load of its first phase, which is served and not counted. Policies come in as
+trace begins with a warm-up at the load of its first phase, which is served and not counted. Policies are passed in as
 functions that make a new one; this module knows none. `goodput_of`, `averaged` and `mean_measurement` serve every
 comparison.
 """

@@ -1,5 +1,5 @@
-"""What a server, its policy, its engine and its clock say to each other: requests and what became of them, steps,
-decisions, limits. Plain data and the methods that each side has; nothing here acts.
+"""The interface between a server, its policy, its engine and its clock: requests and their outcomes, steps, decisions,
+limits. Plain data and the methods that each side has; nothing here acts.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass
 class RequestOutcome:
-    """What became of a request; times in seconds of the trace, None for a stage that was not reached.
+    """The outcome of a request; times in seconds of the trace, None for a stage that was not reached.
 
     `last` is the second of its newest token, `read` how many tokens of its prompt have been read.
     """

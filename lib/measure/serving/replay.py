@@ -1,9 +1,9 @@
 """The real model behind the server loop: traces replayed step by step, arms in turn, and what follows from them.
 
-Every round serves one trace with every arm. The model makes every step, and a step takes the time that it took;
-waiting takes none. The arms take turns within the trace, so that a slow spell of the machine falls on all of them; the
-rounds have different traces. Goodput, latency, energy and the cache's peak are all read on these replays,
-so they speak of the same traffic. Knows no policy: the caller brings functions that make a new one.
+Every round serves one trace with every arm. The model makes every step, and a step counts the time that it took; idle
+waiting is skipped. The arms take turns within the trace, so that a slow spell of the machine falls on all of them; the
+rounds have different traces. Goodput, latency, energy and the cache's peak are all read on these replays, so they
+describe the same traffic. Knows no policy: the caller passes in functions that make a new one.
 """
 
 import math

@@ -4,8 +4,8 @@ so the same loop serves a real model in real time, a simulation, and the tests.
 The loop alone keeps the memory bound: a request is admitted only if the cache fits even when every row under way
 reaches its full length, so no policy can run out of memory. A prompt is read at once, while the rows stand still, or,
 where the policy says so, in parts that share steps with decoding (chunked prefill: Agrawal et al. 2024, Sarathi-Serve,
-OSDI, section 4). Every run ends: requests that still wait when the drain time is over stay unserved, and the run counts
-as saturated. Knows nothing of how a policy decides, nor of tokens.
+OSDI, section 4). Every run ends: requests that still wait when the drain time is over remain unserved, and the run
+counts as saturated. Knows nothing of how a policy decides, nor of tokens.
 """
 
 import math

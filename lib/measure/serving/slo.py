@@ -3,8 +3,8 @@
 Both objectives (time to first token, time per output token) are stated in milliseconds or as multiples of what one
 request takes alone, and fixed before anything is served. Goodput counts the requests that meet both (Zhong et al. 2024,
 DistServe, OSDI, section 2): a mean would hide the tail. Requests of the warm-up are not counted. One that was refused
-or never finished is none of the good; it has no latency and enters no mean of them, and is counted as `unfinished`.
-Knows no policy.
+or never finished does not count as good; it has no latency and enters no mean, and is counted as `unfinished`. Knows no
+policy.
 """
 
 from collections.abc import Sequence

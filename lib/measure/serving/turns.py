@@ -2,9 +2,9 @@
 makes the next step.
 
 A machine's speed wanders within a second. Servers that each run a whole trace meet different spells of it, and near
-saturation a queue makes much of a little. In turns, step by step, the same spell falls on the same part of the trace
-under every policy. Each server has a thread of its own, which thinks while all others sleep; every step of an engine
-is made in the caller's thread, so that no pool of threads waits for another. Knows nothing of models.
+saturation a queue amplifies small differences. In turns, step by step, the same spell falls on the same part of the
+trace under every policy. Each server has a thread of its own, which thinks while all others sleep; every step of an
+engine is made in the caller's thread, so that no pool of threads waits for another. Knows nothing of models.
 """
 
 import queue

@@ -1,4 +1,4 @@
-"""How far the simulation strays from the real server, and what follows for a number that is simulated.
+"""How far the simulation strays from the real server, and what that means for a simulated number.
 
 The same traces are served by the real model and in simulation; the relative error of the means over the traces is what
 a simulated number carries: it widens the interval in quadrature, and where it exceeds a tenth nothing simulated
@@ -30,8 +30,8 @@ def beside(
     """Return a row per policy and compared quantity: real (mean over the traces), simulated (mean, least and most of
     the jitters, each a mean over the traces), relative error of the mean.
 
-    `real[policy]` has a run per trace; `simulated[policy]` has, per jitter, a run per trace. Where least and most lie
-    far apart the quantity depends on single requests, and the replays tell as little of it.
+    `real[policy]` has a run per trace; `simulated[policy]` has, per jitter, a run per trace. Where minimum and maximum
+    are far apart, the quantity depends on single requests, and the replays say little about it either.
     """
     rows = []
     for policy, replays in real.items():

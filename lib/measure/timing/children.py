@@ -31,7 +31,7 @@ class Arm:
     "module:function", called with the loaded model and `arguments`, returns the model to measure. `opener`:
     "module:function", called with the folder and `arguments`, returns the model, which is then not loaded whole.
     `workload`: prefill, decode or generate, of `batch` random prompts; or "module:function", called with the model and
-    `workload_arguments`, returns the `Workload`. A timing child is told its workloads by its job instead.
+    `workload_arguments`, returns the `Workload`. A timing child gets its workloads from its job instead.
     """
 
     folder: str | None = None

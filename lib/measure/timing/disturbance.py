@@ -1,5 +1,5 @@
 """Watches whether the machine was disturbed while something was timed. Knows neither what was timed nor its times: a
-block is repeated for what the machine did, not for the result it gave.
+block is repeated because of what the machine did, never because of its result.
 
 Read around each block: time stolen by the hypervisor, time in which this process's threads were ready but waited for a
 core, other processes' time on its cores, thermal throttling of CPU and GPU. On systems without `/proc` only the load

@@ -1,8 +1,8 @@
 """Times arms against each other: in every round each arm has one turn, in random but balanced order. Knows nothing of
 models: an arm is anything callable.
 
-Of any two arms each comes first equally often. "Base first, then head" invents effects, and so does a fixed order
-inside the pair. Warm-up lies outside the rounds. A round during which the machine was disturbed is set aside and
+Of any two arms each comes first equally often. A fixed order (all of the baseline first, or the baseline first in every
+pair) invents effects. Warm-up lies outside the rounds. A round during which the machine was disturbed is set aside and
 repeated, a bounded number of times; which round that is never depends on its times. Two arms, baseline and optimized,
 are the usual case (`paired`); their rounds are called blocks. Any contrast of more arms (an interaction, an
 attribution) is formed within each round, where the machine was the same for all of them, and judged over the rounds by
@@ -206,8 +206,8 @@ def rounds_for(
     """Return (rounds, calls a turn) of warm arms: turns of `turn_seconds`, and a multiple of STEP rounds that take
     about `total` seconds together, at least `least` and at most MOST_ROUNDS.
 
-    Many short rounds tell more than few long ones of the same time: a machine's speed drifts within a second, and only
-    what changes between neighbouring turns is noise.
+    Many short rounds are more informative than few long ones of the same total time: a machine's speed drifts within a
+    second, and only what changes between neighbouring turns is noise.
     """
     seconds = {name: _turn(arm, 1, clock)[0] for name, arm in arms.items()}
     iterations = max(1, math.ceil(turn_seconds / max(min(seconds.values()), 1e-9)))

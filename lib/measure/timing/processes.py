@@ -1,7 +1,7 @@
 """Replication in processes: two arms that lie in saved files are timed in several fresh processes.
 
-Where memory lies, which pages are huge and what ran before is fixed for the life of a process and moves a ratio by
-percents, so the process is the unit of replication: a few rounds in each of several tell more than many rounds in one
+Memory placement, huge pages and what ran before are fixed for the life of a process and shift a ratio by percents, so
+the process is the unit of replication: a few rounds in each of several are more informative than many rounds in one
 (Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013). `lib.measure.timing.process_child` runs in
 them. Knows nothing of how the arms differ.
 

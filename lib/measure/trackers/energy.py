@@ -1,9 +1,9 @@
-"""Energy of both arms, per token, and the processor seconds that carry efficiency where no energy was counted.
+"""Energy of both arms, per token, and the processor seconds that decide efficiency where no energy was counted.
 
 Joules are judged only where they come from a counter (`lib.measure.trackers.energy_source`). An estimate is processor
-time by another name, times a table of unknown error: it is shown, labelled so, and never judged; what is judged then is
-the processor time itself, measured in the same windows. Unknown energy is never 0, and measured and estimated joules
-are never added up.
+time multiplied by a table of unknown error: it is shown with that label and never judged; the processor time itself,
+measured in the same windows, is judged instead. Unknown energy is never 0, and measured and estimated joules are never
+added up.
 
 Knows nothing of models. Loading and start-up lie outside every window.
 """

@@ -1,9 +1,9 @@
 """Bytes of the tensors that are alive, and their peak: what a model, its cache and its activations take, to the byte.
 
-A process's resident memory scatters by megabytes (the allocator's, the libraries' and the interpreter's memory), more
-than a small model weighs; the bytes of live tensors do not. Every operation of the thread is seen as it is dispatched,
-composite ones in their parts; a storage counts once, whatever views it has, from the operation that made or first used
-it until it is freed. What a kernel takes for itself, below the dispatcher, is not seen.
+A process's resident memory scatters by megabytes (from allocator, libraries and interpreter), more than a small model
+takes; the bytes of live tensors do not. Every operation of the thread is seen as it is dispatched, composite ones in
+their parts; a storage counts once, whatever views it has, from the operation that made or first used it until it is
+freed. What a kernel takes for itself, below the dispatcher, is not seen.
 """
 
 import weakref

@@ -4,7 +4,7 @@ after load and after the workload. Starts the processes and turns their answers 
 
 Two peaks are read. That of the process (resident memory, or CUDA's allocator) holds everything, and scatters: it has an
 interval over turns and a floor from the baseline's children. That of the bytes of live tensors is the same in every
-process, and is what is judged where weights are so small that the scatter would decide.
+process, and is judged where weights are so small that the scatter would decide.
 """
 
 import gc

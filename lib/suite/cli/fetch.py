@@ -1,4 +1,4 @@
-"""The command `fetch`: downloads weights, benchmarks and other data, or checks what is here already. Runs nothing else."""
+"""The command `fetch`: downloads weights, benchmarks and data, or checks what is here already. Runs nothing else."""
 
 import time
 from collections.abc import Sequence
