@@ -1,1 +1,1 @@
-"""The four models: parameter files, loading, anatomy, tasks and proxy models."""
+"""Models: parameter files, loading, anatomy, tasks and proxy models."""

@@ -150,7 +150,7 @@ def names(folder: Path | None = None) -> list[str]:
 def names_at(scale: str) -> list[str]:
     """Return the names of the models that take part at `scale`, sorted.
 
-    A damaged file counts as one of a model that does: whoever reads it is told what is wrong.
+    A damaged file counts as one that does: reading it raises the error.
     """
     return [name for name, scales in takes_part(names()).items() if scale in (scales or SCALES)]
 

@@ -1,6 +1,6 @@
 """Speed and efficiency of two models: times the standard workloads in paired blocks with their A/A control, in several
-fresh processes where the models' files hold all of them, compares the times with the machine's bound, and adds CPU use
-and energy. Knows no optimization.
+fresh processes where saved files hold each model completely, compares the times with the machine's bound, and adds CPU
+use and energy. Knows no optimization.
 """
 
 import math

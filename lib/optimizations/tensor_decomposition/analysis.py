@@ -2,7 +2,7 @@
 
 `Spectra` can be read again and again: once for the curves from which ranks are chosen, once to make the factors. Each
 reading is one pass of calibration text from block to block; the sums of one block and the spectrum of one matrix are
-held at a time. Only where those of the whole model are small they are kept for the next reading.
+held at a time. Only where those of the whole model are small are they kept for the next reading.
 
 Energies of different matrices are compared by what losing them costs: the divergence in nats that is measured when this
 matrix alone is cut to half its break-even rank and the model runs on from there. At most WEIGHED_BLOCKS blocks are
