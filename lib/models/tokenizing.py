@@ -33,12 +33,12 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
     Templates that expect the content of a turn as a list of parts get one. Raises UserError for a template that
     refuses these turns or leaves the last one out.
     """
-    asked = turns[-1]["content"].strip()
+    question = turns[-1]["content"].strip()
     text = _applied(tokenizer, turns)
-    if asked not in text:
+    if question not in text:
         parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         text = _applied(tokenizer, parts)
-    if asked not in text:
+    if question not in text:
         raise UserError("its chat template leaves out what the user says")
     for opened, closed in THINKING.items():
         if text.rfind(opened) > text.rfind(closed) and text.rstrip().endswith(opened):

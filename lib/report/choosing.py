@@ -102,12 +102,12 @@ def kept(records: Iterable[Record], speed: str, quality: str, margin: float) -> 
         if words[-1] == "maintained" and gained.verdict == "better":
             better.append(f"{title(run.optimization)} on {run.model}")
     lost, maintained = words.count("not_maintained"), words.count("maintained")
-    told = f"{label(quality)} within {margin:g} points: {maintained} of {counted(len(words), 'run')} keep it; "
-    told += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
+    summary = f"{label(quality)} within {margin:g} points: {maintained} of {counted(len(words), 'run')} keep it; "
+    summary += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
     if not better:
-        return f"{told} None that keeps it is better in {label(speed)}."
+        return f"{summary} None that keeps it is better in {label(speed)}."
     more = f" and {len(better) - MOST_NAMED} more" if len(better) > MOST_NAMED else ""
-    return f"{told} Kept, and better in {label(speed)}: {', '.join(better[:MOST_NAMED])}{more}."
+    return f"{summary} Kept, and better in {label(speed)}: {', '.join(better[:MOST_NAMED])}{more}."
 
 
 def first(run: Record, name: str) -> Measurement | None:

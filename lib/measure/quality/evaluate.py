@@ -83,15 +83,15 @@ def evaluate(
             idle.add(workload)
         return answers
 
-    asked: list[Classified | Rolled] = []
+    classified: list[Classified | Rolled] = []
     for name in names:
         workload = "classify" if name in task_list.CLASSIFY else name
-        asked.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
+        classified.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
     text = watched("prefill", lambda: _read_text(arm, split, effort, seed))
     sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
     retrieved = watched("generate", lambda: retrieval(arm, *sizes))
-    chosen = [answers for answers in asked if isinstance(answers, Classified)]
-    rolled = [answers for answers in asked if isinstance(answers, Rolled)]
+    chosen = [answers for answers in classified if isinstance(answers, Classified)]
+    rolled = [answers for answers in classified if isinstance(answers, Rolled)]
     return Answers(chosen, text, retrieved, idle=frozenset(idle), rolled=rolled)
 
 

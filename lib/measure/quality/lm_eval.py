@@ -48,14 +48,14 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
     """
     harness_tasks, manager = _tasks(task)
     each = max(1, math.ceil(limit / len(harness_tasks)))
-    asked = {
+    indices = {
         name: splits.chosen(f"{task}/{name}" if len(harness_tasks) > 1 else task, len(member.eval_docs), split, each)
         for name, member in harness_tasks.items()
     }
-    docs = {name: [harness_tasks[name].eval_docs[index] for index in chosen] for name, chosen in asked.items()}
+    docs = {name: [harness_tasks[name].eval_docs[index] for index in chosen] for name, chosen in indices.items()}
     question: dict[str, object] = {
         "harness": [task, version("lm_eval"), seed],
-        "items": asked,
+        "items": indices,
         "docs": json.dumps(docs, default=str),
         "configurations": {name: json.dumps(_plain(member.dump_config())) for name, member in harness_tasks.items()},
     }
@@ -64,7 +64,7 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
         raise UserError(f"{task}: mixes tasks of kinds {', '.join(sorted(kinds))}; name the tasks one by one")
     about = f"{task}, {len(harness_tasks)} tasks" if len(harness_tasks) > 1 else task
     found, day = answer_cache.known_or(
-        loaded, question, lambda: _arrays(task, _samples(loaded, harness_tasks, manager, asked, seed))
+        loaded, question, lambda: _arrays(task, _samples(loaded, harness_tasks, manager, indices, seed))
     )
     ids = found["ids_N"].tolist()
     if "loss_N" in found:

@@ -160,8 +160,8 @@ def score(
     }
     common |= {"n": n, "margin": margin, "provenance": "measured"}
     if identical:
-        said = f"{SAME}, {n} items, and the same scores; {source}"
-        return measurement.judged(metric, workload, **common, verdict="maintained", source=said)
+        description = f"{SAME}, {n} items, and the same scores; {source}"
+        return measurement.judged(metric, workload, **common, verdict="maintained", source=description)
     difference = optimized - baseline
     if same:
         return _same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}")

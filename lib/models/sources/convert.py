@@ -86,10 +86,10 @@ def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
     if header("tokenizer.ggml.model") == "gpt2" and (split := _split(header("tokenizer.ggml.pre"))) is not None:
         backend.pre_tokenizer = split
     special = {name: value for name in SPECIAL if (value := getattr(read, name, None)) is not None}
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    made.chat_template = header("tokenizer.chat_template") or None
-    made.padding_side = "left"
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = header("tokenizer.chat_template") or None
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def _split(name: str | None) -> Any:

@@ -135,13 +135,13 @@ def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:
     """Raise UserError in one line where pip failed."""
-    said = ended.stdout + ended.stderr
-    if NO_NETWORK.search(said):
+    output = ended.stdout + ended.stderr
+    if NO_NETWORK.search(output):
         raise UserError(f"{_wanted(reference)}: cannot be fetched: no network, or the package index does not answer")
-    if "No matching distribution" in said or "Could not find a version" in said:
+    if "No matching distribution" in output or "Could not find a version" in output:
         raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
     if ended.returncode:
-        errors = [line.strip() for line in said.splitlines() if "error" in line.lower()] or ["pip gives no reason"]
+        errors = [line.strip() for line in output.splitlines() if "error" in line.lower()] or ["pip gives no reason"]
         raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
 
 

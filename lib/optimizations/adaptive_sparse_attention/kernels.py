@@ -179,10 +179,10 @@ def _sparse(state: Sparsity, query, key, value, scaling: float, spans: list[tupl
         parts = query[row, :, first:last], key[row, :, start:end], value[row, :, start:end]
         kept_HNM = pattern(state, *parts[:2], scaling)
         out[row, :, first:last] = blocks.attend(*parts, kept_HNM, scaling, state.block_size)
-        asked = min(state.full_last, last - first)
-        if asked and _leaves_out(kept_HNM, blocks.blocks_of(asked, state.block_size) + 1):
-            out[row, :, last - asked : last] = blocks.attend_all(parts[0][:, -asked:], *parts[1:], scaling)
-            state.kept += _more_kept(kept_HNM, last - first, asked, state.block_size)
+        dense = min(state.full_last, last - first)
+        if dense and _leaves_out(kept_HNM, blocks.blocks_of(dense, state.block_size) + 1):
+            out[row, :, last - dense : last] = blocks.attend_all(parts[0][:, -dense:], *parts[1:], scaling)
+            state.kept += _more_kept(kept_HNM, last - first, dense, state.block_size)
     return out
 
 

@@ -151,8 +151,8 @@ def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> li
     match = evaluate.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
     count, questions = baseline.loss_NQ.shape
     source = f"{questions} answers after each of {count} prompts of {baseline.tokens} tokens, means of prompts"
-    asked: dict[str, Any] = {"source": source, **options}
-    likelihood = noninferiority.perplexity(baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1), **asked)
+    common: dict[str, Any] = {"source": source, **options}
+    likelihood = noninferiority.perplexity(baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1), **common)
     return [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]
 
 

@@ -135,8 +135,8 @@ def follow(
         start = time.perf_counter()
         costs = costs_of(name, search.study)
         measured = time.perf_counter() - start
-        asked = limits[costs.profile.limit]
-        time_share, memory_share = (costs.relative(t, s) for t, s in zip((costs.time, costs.memory), asked))
+        wanted = limits[costs.profile.limit]
+        time_share, memory_share = (costs.relative(t, s) for t, s in zip((costs.time, costs.memory), wanted))
         start = time.perf_counter()
         method.candidates(scores, costs, time_share, memory_share, count=1)
         solved = time.perf_counter() - start
@@ -152,7 +152,7 @@ def follow(
             "swapped in, ms": swapped,
         }
         used = time_share if costs.profile.limit == "time" else memory_share
-        row |= {"budget asked": asked[costs.profile.limit != "time"], "budget within reach": used}
+        row |= {"budget asked": wanted[costs.profile.limit != "time"], "budget within reach": used}
         row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": len(followed.cold)}
         rows.append(row | {"share of the scarce": costs.share(followed.best.choice), "KL": followed.best.divergence})
     return Drifts(adaptations, rows)

@@ -77,9 +77,9 @@ def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable, rival: str)
             for arm in (rival, experiment.LOOP)
         ]
         ends.append(paired_stats.median_interval([other - loop for other, loop in zip(*arms)]))
-    told = "; ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in zip(names, ends))
+    intervals = "; ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in zip(names, ends))
     refuted = True if all(high <= 0 for _, high in ends) else False if all(low > 0 for low, _ in ends) else None
-    return refuted, f"seconds saved by the loop in a script of each scenario: {told}"
+    return refuted, f"seconds saved by the loop in a script of each scenario: {intervals}"
 
 
 def _swinging(disturbances: DisturbanceStudy, compared: ScenarioTable) -> tuple[bool | None, str]:

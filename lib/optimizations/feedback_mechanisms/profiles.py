@@ -58,9 +58,9 @@ def judge(loaded: Loaded, name: str, model: nn.Module, bound: float, prompts: in
     text_NT = tasks.text_windows(loaded, "search", WINDOWS, WINDOW_TOKENS, seed)
     losses = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
     perplexity = float(np.exp(losses[1] - losses[0]))
-    asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
-    answered = shadow.answers(model, asked, NEW_TOKENS)
-    disagreement = float(np.mean(shadow.disagreements(loaded.model, asked, answered)))
+    windows = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
+    answered = shadow.answers(model, windows, NEW_TOKENS)
+    disagreement = float(np.mean(shadow.disagreements(loaded.model, windows, answered)))
     arms, flips = (loaded, replace(loaded, model=model)), 0.0
     for task in filter(classifies, loaded.tasks):
         full, fast = (evaluate.classify(arm, task, "search", ITEMS, seed).chosen_N for arm in arms)

@@ -100,12 +100,12 @@ def make(name: str = NAME) -> ControlGroup:
 @contextmanager
 def group(name: str = NAME) -> Iterator[ControlGroup]:
     """Yield a new group and remove it afterwards; its processes must have ended by then. Raises UserError."""
-    made = make(name)
+    created = make(name)
     try:
-        yield made
+        yield created
     finally:
         with suppress(OSError):
-            made.folder.rmdir()
+            created.folder.rmdir()
 
 
 def _lines(path: Path) -> list[str]:

@@ -216,10 +216,10 @@ def compared(
 
     All standard ones and energy of a `proxy`; at real dimensions a prompt and decoding. `invalid`: see `speed.compare`.
     """
-    asked: dict[str, Any] = {"names": speed.STANDARD if proxy else ("prefill", "decode"), "with_energy": proxy}
-    asked |= {"invalid": invalid, "except_for": ("experts",), "seed": seed, **_formulas(baseline, absorbed)}
+    timing: dict[str, Any] = {"names": speed.STANDARD if proxy else ("prefill", "decode"), "with_energy": proxy}
+    timing |= {"invalid": invalid, "except_for": ("experts",), "seed": seed, **_formulas(baseline, absorbed)}
     fair = absorbed_baseline.absorbed_baseline(baseline)
-    return speed.compare(fair, optimized, prompt_1T, effort, **asked)
+    return speed.compare(fair, optimized, prompt_1T, effort, **timing)
 
 
 def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:

@@ -12,17 +12,17 @@ from pathlib import Path
 
 def main() -> None:
     """Serve one arm."""
-    asked = json.loads(sys.stdin.readline())
-    Path(asked["members"]).write_text(str(os.getpid()), encoding="utf-8")
+    request = json.loads(sys.stdin.readline())
+    Path(request["members"]).write_text(str(os.getpid()), encoding="utf-8")
 
     import torch  # from here on everything belongs to the group
 
     from lib.measure.timing import workloads
     from lib.optimizations.streaming_computation import method, read_bound
 
-    torch.set_num_threads(asked["threads"])
-    model = method.open_folder(asked["folder"], **asked["options"])
-    work = workloads.steps(model, torch.tensor(asked["prompt"]), asked["steps"])
+    torch.set_num_threads(request["threads"])
+    model = method.open_folder(request["folder"], **request["options"])
+    work = workloads.steps(model, torch.tensor(request["prompt"]), request["steps"])
     work()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:

@@ -158,8 +158,8 @@ def _child(folder: Path, prompt_1T: torch.Tensor, steps: int, options: Mapping[s
         if _in_memory(place):
             raise UserError(f"{place} lies in memory, not on a disk; set TMPDIR to a folder on a disk")
         copied = _copy(folder, Path(place) / "checkpoint")
-        asked = {"members": str(group.members), "folder": str(copied), "options": dict(options), "steps": steps}
-        asked |= {"prompt": prompt_1T.cpu().tolist(), "threads": torch.get_num_threads()}
+        request = {"members": str(group.members), "folder": str(copied), "options": dict(options), "steps": steps}
+        request |= {"prompt": prompt_1T.cpu().tolist(), "threads": torch.get_num_threads()}
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.limited_child"],
             stdin=subprocess.PIPE,
@@ -170,7 +170,7 @@ def _child(folder: Path, prompt_1T: torch.Tensor, steps: int, options: Mapping[s
         )
         try:
             child = Child(process, group)
-            child.ask(json.dumps(asked))
+            child.ask(json.dumps(request))
             yield child
         finally:
             process.kill()

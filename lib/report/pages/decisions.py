@@ -106,11 +106,11 @@ def _cell(name: str, measurement: Measurement | None) -> dict[str, Any]:
     """Return a cell: the change in words with its interval or bound, its verdict, and the value that it sorts by."""
     if measurement is None:
         return {"name": name, "text": "–", "spread": "", "state": "unavailable", "sign": "", "verdict": "", "value": ""}
-    said = brief.phrase(measurement) if name == "quality" else brief.value(measurement)
+    text = brief.phrase(measurement) if name == "quality" else brief.value(measurement)
     value = (measurement.ratio - 1) * (1 if measurement.higher_is_better else -1) if measurement.ratio else ""
     return {
         "name": name,
-        "text": said,
+        "text": text,
         "spread": brief.spread(measurement),
         "state": measurement.verdict,
         "sign": SIGNS[measurement.verdict],

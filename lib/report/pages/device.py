@@ -100,9 +100,9 @@ def _steps(steps: Sequence[Mapping]) -> str:
 
 def _tests(tests: Sequence[Mapping]) -> str:
     counts = Counter(str(test.get("outcome")) for test in tests)
-    said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
     failed = [test for test in tests if test.get("outcome") == "failed"]
-    line = f"Tests of the device: {said}."
+    line = f"Tests of the device: {outcomes}."
     if not failed:
         return line
     rows = [[str(test.get("name")), one_line(str(test.get("reason", "")), 160)] for test in failed]

@@ -146,9 +146,9 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
 
 def _by(member: Any) -> str:
     """Return the measurement behind a verdict, in a few words."""
-    said = brief.phrase(member)
+    phrase = brief.phrase(member)
     shown = brief.number(member) if member.verdict == "inconclusive" else ""
-    return f"{said} ({shown})" if shown else said
+    return f"{phrase} ({shown})" if shown else phrase
 
 
 def _number(shown: headlines.Shown, member: Any) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def outcome(measurement: Measurement) -> str:
     """Return a phrase without its name: `19 % faster`, `unchanged`, `undecided`."""
     if sentence.same_answers(measurement):
         return "unchanged"
-    if measurement.verdict in CALLED and (said := change(measurement)):
-        return said
+    if measurement.verdict in CALLED and (changed := change(measurement)):
+        return changed
     if measurement.verdict in ("equivalent", "better", "worse"):
         return "unchanged" if measurement.verdict == "equivalent" else measurement.verdict
     return OPEN.get(measurement.verdict, words(measurement.verdict))
@@ -42,8 +42,8 @@ def value(measurement: Measurement) -> str:
     """Return what a table shows of a measurement: the change in words where it was called, with its sign where not."""
     if sentence.same_answers(measurement):
         return "answers unchanged"
-    if measurement.verdict in CALLED and (said := change(measurement)):
-        return said
+    if measurement.verdict in CALLED and (changed := change(measurement)):
+        return changed
     if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
         return words(measurement.verdict)
     if measurement.verdict == "equivalent":

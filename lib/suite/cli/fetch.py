@@ -59,8 +59,8 @@ def named(text: str) -> list[Wanted]:
     if text not in known:
         return [Wanted(text, reference.parse(text))]
     description = parameter_files.read(text)
-    asked = [_benchmark(task) for task in description.tasks if task in BENCHMARKS]
-    return [Wanted(text, description.source, description.sha256), *asked]
+    needed = [_benchmark(task) for task in description.tasks if task in BENCHMARKS]
+    return [Wanted(text, description.source, description.sha256), *needed]
 
 
 def _benchmark(name: str) -> Wanted:

@@ -48,11 +48,11 @@ def duration(seconds: float) -> str:
 
 def as_html(place: Place, line: str) -> str:
     """Return the line with a bar of the cells that have run."""
-    said = html.escape(line)
+    text = html.escape(line)
     if not place.number:
-        return f"<small>{said}</small>"
+        return f"<small>{text}</small>"
     bar = f'<progress value="{place.number - 1}" max="{place.total}" aria-label="cells that have run"></progress>'
-    return f"<small>{bar} {said}</small>"
+    return f"<small>{bar} {text}</small>"
 
 
 class ProgressLine(threading.Thread):

@@ -127,6 +127,6 @@ def _last(entry: ListedNotebook, records: Iterable[Record]) -> str:
     run = next((r for r in records if (r.optimization, r.model) == (entry.template.stem, entry.model)), None)
     if run is None:
         return "not run yet"
-    said = run.verdict.sentence if run.status == "ok" else f"{words(run.status)}: {run.reason}"
+    result = run.verdict.sentence if run.status == "ok" else f"{words(run.status)}: {run.reason}"
     when = ", ".join(part for part in (facts.day(run.started)[:10], run.effort) if part)
-    return f"{one_line(said or 'no verdict', LONGEST)} ({when})"
+    return f"{one_line(result or 'no verdict', LONGEST)} ({when})"

@@ -24,7 +24,7 @@ def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Ite
     """
     copies.mkdir(exist_ok=True)
     made_from = _read(copies / MADE_FROM)
-    said = []
+    lines = []
     contents = {path.name: path.read_text(encoding="utf-8") for path in sorted(templates_folder.glob("*.ipynb"))}
     for name, text in {**contents, **{f"{job.stem}.ipynb": _with_parameters(job) for job in jobs}}.items():
         copy, cells = copies / name, _cells(text)
@@ -33,11 +33,11 @@ def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Ite
         if copy.is_file() and _cells_of(copy) not in (made_from.get(name), cells):
             kept = aside(copy)
             copy.rename(kept)
-            said.append(f"{name} has changed; your edited copy is {kept.relative_to(copies.parent)}")
+            lines.append(f"{name} has changed; your edited copy is {kept.relative_to(copies.parent)}")
         write_atomically(copy, text)
         made_from[name] = cells
     write_atomically(copies / MADE_FROM, json.dumps(made_from, indent=1) + "\n")
-    return said
+    return lines
 
 
 def _with_parameters(job: Job) -> str:

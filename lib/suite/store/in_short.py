@@ -25,14 +25,14 @@ def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]
         return []
     if record.status == "failed":
         return []
-    told = [f"{stem}: {summary.sentence(record)}"]
+    lines = [f"{stem}: {summary.sentence(record)}"]
     first = {m.dimension: m for m in reversed(summary.chosen(record))} if record.status == "ok" else {}
     by_dimension = [first[name] for name in ("performance", "accuracy", "resources", "efficiency") if name in first]
     numbers = [summary.number(m, sentence.subject(m)) for m in by_dimension[:NUMBERS]]
-    told += [f"  {' · '.join(map(_number, numbers))}"] if numbers else []
-    return [*told, f"  {shown(folder.of(stem, '.html'))}"]
+    lines += [f"  {' · '.join(map(_number, numbers))}"] if numbers else []
+    return [*lines, f"  {shown(folder.of(stem, '.html'))}"]
 
 
 def _number(number: Any) -> str:
-    said = number.change if number.change.startswith("answers") else f"{number.name} {number.change}"
-    return f"{said} ({number.spread})" if number.spread else said
+    phrase = number.change if number.change.startswith("answers") else f"{number.name} {number.change}"
+    return f"{phrase} ({number.spread})" if number.spread else phrase

@@ -36,12 +36,12 @@ class QualityLoss:
 
     def why_not(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> str:
         """Return what is lost beyond the margins, in words; empty where nothing is."""
-        said = []
+        reasons = []
         if not self.lost <= margin:
-            said.append(f"a score loses {100 * self.lost:.1f} points")
+            reasons.append(f"a score loses {100 * self.lost:.1f} points")
         if not self.bound <= perplexity_margin:
-            said.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
-        return ", ".join(said)
+            reasons.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
+        return ", ".join(reasons)
 
 
 NOTHING_LOST = QualityLoss(0.0, 0.0, 0.0)

@@ -111,6 +111,6 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     ]
     update = words | {"reasons": verdict.reasons | reasons}
     settled = record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})
-    said = [f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed]
-    text = " ".join([in_words.of_record(settled), *said])
+    sentences = [f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed]
+    text = " ".join([in_words.of_record(settled), *sentences])
     return settled.model_copy(update={"verdict": settled.verdict.model_copy(update={"sentence": text})})

@@ -17,8 +17,8 @@ SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 def differences(measurements: Iterable[Measurement]) -> list[str]:
     """Return a line for each of a record's measurements whose stored verdict does not follow from its fields."""
     members = list(measurements)
-    made = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
-    return [line for stored, again in zip(members, withhold_if_busy(made)) if (line := _line(stored, again.verdict))]
+    judged = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
+    return [line for stored, again in zip(members, withhold_if_busy(judged)) if (line := _line(stored, again.verdict))]
 
 
 def _line(measurement: Measurement, again: str) -> str:

@@ -36,8 +36,8 @@ def sentences(
     if broken:
         parts += [without_result("Invalid, the output has degenerated and no gain is shown", broken.reason)]
         wanted = [name for name in wanted if name == "resources"]
-    said = [m for name in wanted for m in _of_dimension(name, measurements, carriers[name], losses)]
-    parts += [brief.joined(phrase(m, measurements) for m in said)] if said else []
+    mentioned = [m for name in wanted for m in _of_dimension(name, measurements, carriers[name], losses)]
+    parts += [brief.joined(phrase(m, measurements) for m in mentioned)] if mentioned else []
     lost = [phrase(m, measurements) for m in losses if m.dimension in wanted]
     more = [f"{len(lost) - MOST_LOSSES} more lost"] if len(lost) > MOST_LOSSES else []
     parts += [brief.joined([*lost[:MOST_LOSSES], *more], "But")] if lost else []
