@@ -1,4 +1,4 @@
-"""The guard on real losses of real answers: how soon it withdraws a broken profile, how often a sound one.
+"""The guard on real losses of real answers: how soon it takes back a broken profile, how often a sound one.
 
 The losses are measured once per profile; streams and windows are drawn from them. A broken profile is the fast one with
 noise on its attention outputs. Knows no server.
@@ -134,7 +134,7 @@ def prepare(
 
 
 def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
-    """Return a row per profile: how often it is withdrawn, how soon, and what a plain test does that is consulted as
+    """Return a row per profile: how often it is taken back, how soon, and what a plain test does that is consulted as
     often.
 
     The last row is a loss exactly at the bound.

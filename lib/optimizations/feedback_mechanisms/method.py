@@ -258,7 +258,7 @@ class Guard:
         return self.trusted and self.random.random() < self.share
 
     def add(self, second: float, loss: float) -> bool:
-        """Take in a shadowed answer's loss; return whether the profile has to be withdrawn now."""
+        """Take in a shadowed answer's loss; return whether the profile has to be taken back now."""
         self.losses.append((second, loss))
         if not self.trusted or not self.test.add(loss):
             return False

@@ -13,8 +13,8 @@ from lib.report.text.quantities import quantity
 from lib.report.text.wording import model_title
 
 TRANSFERS = (
-    "What transfers: how a mechanism works, what it is compared with, and shares (of weights, bytes, operations). What "
-    "does not: absolute speed, and the quality of the real model."
+    "What transfers: how a mechanism works and is tested, and shares (of weights, bytes, operations). What does not: "
+    "absolute speed, and the quality of the real model."
 )
 OF_A_SLICE = (
     "What transfers: speed and bytes of these blocks. What does not: anything about answers, and the time of the whole "
