@@ -1,10 +1,10 @@
-"""Holds two sets of records against each other where nothing may differ: scores, counts of parameters, bytes and FLOPs.
+"""Compares two sets of records where nothing may differ: scores, parameter counts, bytes and FLOPs.
 
     python tests/same_results.py OLD NEW
 
 OLD and NEW are record files, or folders of them; the records may be of different schemas. What is timed, or read from a
-process or a counter, is left out. Searches that are steered by measured times may choose otherwise in each run: such
-records are named apart. Exit code 1 where a number differs for no such reason.
+process or a counter, is left out. Searches that are steered by measured times may choose differently in each run: such
+records are listed separately. Exit code 1 if a number differs for no such reason.
 """
 
 import sys

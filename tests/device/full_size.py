@@ -1,16 +1,18 @@
-"""Real sizes on one GPU in a quarter of an hour: one command runs what is worth most until its time is over.
+"""Real sizes on one GPU in a quarter of an hour: one command runs the most valuable measurements until its time is
+over.
 
     python -m tests.device.full_size --seconds 570 --out OUT [--wheels DIR]
 
 The CUDA tests first, then the optimizations on models of real size with random weights, in the order of
-`tests.device.schedule`. It stops by itself after the seconds given; what has ended is kept. Beforehand, elsewhere:
+`tests.device.schedule`. It stops by itself after the given number of seconds; finished steps are kept. Beforehand,
+elsewhere:
 
     python -m tests.device.full_size present > PRESENT        (on such a machine: what is installed there)
     python -m tests.device.full_size wheels DIR --present PRESENT
     python -m tests.device.full_size split FILE DIR
 
-`rehearse` runs the whole of it here, on the processor, with tiny models. Needs the standard library until the packages
-are there. Nothing of the device's settings is changed.
+`rehearse` runs the whole programme here, on the CPU, with tiny models. Needs only the standard library until the
+packages are there. None of the device's settings is changed.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="stop by itself after these (default: 570)")
     parser.add_argument("--out", type=Path, help="folder for records, index and log")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of what the machine lacks")
-    parser.add_argument("--energy", action="store_true", help="energy too: windows of two seconds")
+    parser.add_argument("--energy", action="store_true", help="also measure energy, in windows of two seconds")
     parser.add_argument("--weights", action="append", default=[], metavar="MODEL=DIR", help="pieces of a checkpoint")
     parser.add_argument("--model", action="append", default=[], help="these models only")
     parser.add_argument("--optimization", action="append", default=[], help="these optimizations only")
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     splitting = commands.add_parser("split", help="split a file into pieces that can be carried")
     splitting.add_argument("file", type=Path)
     splitting.add_argument("folder", type=Path)
-    commands.add_parser("rehearse", help="the whole of it on the processor, with tiny models")
+    commands.add_parser("rehearse", help="run the whole programme on the CPU, with tiny models")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "present":

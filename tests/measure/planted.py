@@ -1,9 +1,9 @@
-"""Effects whose size is known, planted end to end in real models: does the workbench find them, and nothing else?
+"""Effects of known size, planted end to end in real models: does the workbench find them, and nothing else?
 
     python tests/measure/planted.py [NUMBER …] [--short] [--model NAME]
 
 Runs the experiments with these numbers (default: all), each repetition in a fresh process, and prints what was expected
-and what was seen. `--short` repeats less. Exit code 1 where one falls short. Run it on a machine without other work.
+and what was seen. `--short` repeats less. Exit code 1 if one falls short. Run it on a machine without other work.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Peers on the same file, in one run: `python tests/peers/run.py [PEER …] --out DIR`.
 
-Each peer runs in an environment of its own, made once outside the tree, on the same checkpoint, prompt, windows and
-calibration text as the workbench beside it, with the same threads. Leaves `peers.md`, `peers.json` and the arms' own
-results and logs in DIR; the same command goes on where it was broken off, in another DIR it begins anew. A peer that
-cannot be installed, or does not run, is a line of the table with the reason. Times are worth something on a quiet
-machine alone.
+Each peer runs in its own environment, made once outside the tree, on the same checkpoint, prompt, windows and
+calibration text as the workbench beside it, with the same threads. Writes `peers.md`, `peers.json` and the arms' own
+results and logs into DIR; the same command resumes an interrupted run, with another DIR it starts anew. A peer that
+cannot be installed, or does not run, is a line of the table with the reason. Times mean something only on a quiet
+machine.
 """
 
 import argparse
@@ -39,7 +39,7 @@ IDS = ("prompt", "windows", "calibration")  # of the setting, too long to be sho
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Peers: {', '.join(PEERS)}.")
-    made.add_argument("peers", nargs="*", metavar="PEER", help="by default all of them")
+    made.add_argument("peers", nargs="*", metavar="PEER", help="default: all")
     made.add_argument("--out", type=Path, required=True, help="folder of the table, the results and the logs")
     made.add_argument("--model", default="smollm2-135m-instruct", help="by name or by its checkpoint")
     made.add_argument("--environments", type=Path, default=cache_folder() / "peers", help="where environments are kept")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sequences", type=int, default=64, help="of calibration text")
     made.add_argument("--sparsity", type=float, default=0.5)
     made.add_argument("--channels", type=float, default=0.25, help="share of feed-forward channels removed")
-    made.add_argument("--note", default="", help="what else has to be known of this run, for the table")
+    made.add_argument("--note", default="", help="a remark on this run, for the table")
     return made
 
 
