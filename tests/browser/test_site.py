@@ -281,6 +281,55 @@ def test_the_first_screen_of_a_report_is_the_answer(site, open_page):
     assert all(page.locator(name).bounding_box()["y"] > top for name in ("#measurements", "#controls"))
 
 
+@pytest.fixture
+def long_report(tmp_path):
+    """The path of a report whose notebook has ten sections of twenty paragraphs."""
+    found = samples.made(optimization=FEW[0], model=samples.MODELS[1])
+    texts = ["# A notebook"] + [f"## Part {number}\n\n" + "Words.\n\n" * 20 for number in range(10)]
+    cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
+    page, _ = html.render(tmp_path / "in.ipynb", found, (), tmp_path)
+    return page
+
+
+def test_a_report_is_short_until_its_sections_are_opened(long_report, open_page):
+    page = open_page(long_report)
+    height = "document.documentElement.scrollHeight"
+    folded = page.evaluate(height)
+    assert page.locator("details.part").count() == 10 and page.get_by_text("Words.").first.is_hidden()
+    page.get_by_role("button", name="Open all sections").click()
+    assert page.get_by_text("Words.").last.is_visible() and page.evaluate(height) > folded + 10 * 20 * 20
+    page.get_by_role("button", name="Fold all sections").click()
+    assert page.evaluate(height) == folded
+    page.locator("details.part summary").first.focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_text("Words.").first.is_visible()
+    assert page.faults == []
+
+
+def test_links_into_folded_parts_open_them(long_report, open_page):
+    page = open_page(long_report)
+    page.locator(".contents").get_by_role("link", name="Run again").click()
+    assert page.locator("#again pre").is_visible()
+    page.goto(f"{long_report.as_uri()}#Part-3")
+    page.reload()
+    assert page.locator("details.part[open]").count() == 1 and page.locator("details.part[open] #Part-3").count() == 1
+    assert page.faults == []
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_paper_shows_what_the_screen_folds(long_report, open_page, scripts):
+    page = open_page(long_report, java_script_enabled=scripts)
+    page.emulate_media(media="print")
+    if scripts:
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.get_by_text("Words.").count() == 200
+    assert all(page.get_by_text("Words.").nth(at).bounding_box()["height"] > 0 for at in (0, 199))
+    if scripts:
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator("details.part[open], details.more[open]").count() == 0
+
+
 @pytest.mark.parametrize(("name", "first"), [("index.html", "#decisions th a"), (PAGES[1], ".contents a")])
 def test_few_tab_stops_lie_before_the_first_result(site, open_page, name, first):
     page = open_page(site / name)

@@ -1,8 +1,8 @@
 """Renders one run as HTML and Markdown through nbconvert, with the templates beside this module.
 
-The page starts with the record (verdict, measurements, sources, use of the machine), followed by the executed notebook
-with its code folded. Nothing on it needs a network: whatever would is removed at the end. Failed runs render too, with
-or without a notebook. Knows nothing of how runs are scheduled.
+The page starts with the record (verdict, measurements, sources, use of the machine), followed by the executed notebook,
+each of its sections folded under its heading, and its code folded too. Nothing on it needs a network: whatever would is
+removed at the end. Failed runs render too, with or without a notebook. Knows nothing of how runs are scheduled.
 """
 
 import base64
@@ -118,7 +118,9 @@ def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
         config=config, template_name="workbench", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
     text, _ = exporter.from_notebook_node(notebook, resources={"page": view})
-    return seal(text, deepen=bool(view["record"]))
+    sealed = fold(seal(text, deepen=bool(view["record"])), 3 if view["record"] else 2)
+    head, body_end, rest = sealed.rpartition("</body>")
+    return f"{head}<script>{(TEMPLATES / 'report.js').read_text(encoding='utf-8')}</script>\n{body_end}{rest}"
 
 
 def seal(text: str, deepen: bool = False) -> str:
@@ -150,6 +152,38 @@ def seal(text: str, deepen: bool = False) -> str:
             for heading in body.find_all(f"h{level}"):
                 heading.name = f"h{level + 1}"
     return str(soup)
+
+
+def fold(text: str, level: int) -> str:
+    """Return the page with the notebook's sections folded: every cell that begins with a heading of this level opens
+    one, which reaches to the next. What stands before the first stays open; a summary counts figures and tables.
+    """
+    from bs4 import BeautifulSoup
+    from bs4.element import Tag
+
+    soup = BeautifulSoup(text, "html.parser")
+    part: Tag | None = None
+    for child in list(body.children) if (body := soup.select_one("div.notebook")) else []:
+        first = child.find(True) if isinstance(child, Tag) and child.name == "section" else None
+        if isinstance(first, Tag) and first.name == f"h{level}":
+            part, summary = soup.new_tag("details", attrs={"class": "part"}), soup.new_tag("summary")
+            child.insert_before(part)
+            part.append(summary)
+            summary.append(first.extract())
+        if part is not None:
+            part.append(child.extract())
+    for part in soup.select("details.part"):
+        if held := _held(part):
+            note = soup.new_tag("small")
+            note.string = held
+            part.select("summary")[0].extend([" ", note])
+    return str(soup)
+
+
+def _held(part: Any) -> str:
+    """Return how many figures and tables a folded section holds, in words."""
+    counts = {"figure": len(part.select("img, svg")), "table": len(part.select("table"))}
+    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count)
 
 
 def _replace(element: Any, address: str) -> None:

@@ -67,7 +67,8 @@ def rendered(tmp_path_factory):
 def test_nothing_on_the_page_reaches_out(rendered):
     page, _, _ = rendered
     assert not REACHES_OUT.search(page)
-    assert "<script" not in page and "<iframe" not in page and "onerror" not in page
+    assert "<iframe" not in page and "onerror" not in page
+    assert page.count("<script") == 1 and "beforeprint" in page.partition("<script>")[2]  # the page's own, no other
     assert "REAP (arxiv.org/abs/2510.13999)" in page  # the reference stays, as text
     assert "alt words (example.org/picture.png)" in page
 
@@ -78,6 +79,29 @@ def test_code_is_folded_and_escaped(rendered):
     assert page.count("<details open") == 0
     assert "&lt;b&gt;1&lt;/b&gt;" in page
     assert "<details><summary>parameters</summary>" in text
+
+
+def test_each_section_of_the_notebook_is_folded_under_its_heading(tmp_path):
+    from bs4 import BeautifulSoup
+
+    v = nbformat.v4
+    picture = v.new_output("display_data", data={"image/png": PIXEL}, metadata={"image/png": {"alt": "drawn"}})
+    table = v.new_output("display_data", data={"text/html": "<table><tr><td>1</td></tr></table>"})
+    texts = ["# Title\n\nopening words", "## First\n\nfirst words", "### Deeper\n\ndeeper words", "## Second"]
+    cells = [v.new_markdown_cell(text) for text in texts]
+    cells += [v.new_code_cell("draw()", outputs=[picture, table, picture]), v.new_markdown_cell("last words")]
+    nbformat.write(v.new_notebook(cells=cells), tmp_path / "in.ipynb")
+    page, text = html.render(tmp_path / "in.ipynb", samples.made(), (), tmp_path)
+    body = BeautifulSoup(page.read_text(), "html.parser").select_one("div.notebook")
+    parts = body.select("details.part")
+    assert [part.summary.get_text(" ", strip=True) for part in parts] == ["First", "Second 2 figures, 1 table"]
+    assert [part.summary.h3["id"] for part in parts] == ["First", "Second"]
+    assert all(part.parent is body and not part.has_attr("open") for part in parts)
+    assert "first words" in parts[0].get_text() and "deeper words" in parts[0].get_text()
+    assert "last words" in parts[1].get_text() and len(parts[1].select("img")) == 2
+    opening = body.select_one("section.prose")
+    assert "opening words" in opening.get_text() and not opening.find_parent("details")
+    assert all(words in text.read_text() for words in ("first words", "deeper words", "last words"))
 
 
 def test_the_alternative_text_reaches_both_pages(rendered):
