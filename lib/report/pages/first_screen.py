@@ -16,7 +16,7 @@ from lib.report.analysis.noise import flips
 from lib.report.figures.inline import forest_svg, trade_off_svg
 from lib.report.figures.inline.forest_svg import ForestLine
 from lib.report.pages import views
-from lib.report.records import facts
+from lib.report.records import facts, stack
 from lib.report.records import record as records
 from lib.report.records.record import Record
 from lib.report.text import brief
@@ -42,6 +42,7 @@ def of(record: Record, out: Path) -> dict[str, Any]:
         "sentence": summary.sentence(record),
         "decision": summary.decision(record) if measured else "",
         "decisions": [_decision(row) for row in summary.decisions(record)] if measured else [],
+        "stack": stack.in_words(record) if measured else "",
         "setting": setting(record),
         "numbers": summary.numbers(record) if measured else [],
         "forest": forest(record) if measured else "",

@@ -1,6 +1,9 @@
-"""The command that makes a record again, from what the record itself says. Knows no default and no template."""
+"""The command that makes a record again, or the checkpoint that it measured, from what the record itself says. Knows
+no default and no template.
+"""
 
 import shlex
+from collections.abc import Sequence
 
 from lib.report.records.record import Record
 
@@ -9,15 +12,25 @@ OPTIONS = ("model", "scale", "effort", "device", "checkpoints", "random_weights"
 
 def command(record: Record) -> str:
     """Return the command line; every parameter of the run stands in it, so that defaults may change later."""
-    parts = ["python", "build.py", "run", record.optimization, "--model", record.model, "--effort", record.effort]
+    dimensions = [part for dimension in record.dimensions or () for part in ("--dimension", dimension)]
+    return shlex.join([*_parts("run", record, dimensions), "--force"])
+
+
+def applying(record: Record, stack: str = "") -> str:
+    """Return the command line that saves the checkpoint of a record: its own optimization, or the recipe `stack`."""
+    named = ["--stack", stack] if stack else []
+    return shlex.join([*_parts("apply", record, named), "--out", "DIR"])
+
+
+def _parts(verb: str, record: Record, more: Sequence[str]) -> list[str]:
+    parts = ["python", "build.py", verb, record.optimization, "--model", record.model, "--effort", record.effort]
     parameters = record.parameters
     parts += ["--scale", record.scale] if record.scale != "proxy" else []
     parts += ["--device", str(parameters["device"])] if parameters.get("device", "cpu") != "cpu" else []
     parts += ["--checkpoints", "DIR"] if parameters.get("checkpoints") else []
     parts += ["--random-weights"] if parameters.get("random_weights") else []
-    for dimension in record.dimensions or ():
-        parts += ["--dimension", dimension]
+    parts += more
     for name, value in parameters.items():
         if name not in OPTIONS:
             parts += ["-p", f"{name}={'none' if value is None else value}"]
-    return shlex.join([*parts, "--force"])
+    return parts

@@ -1,14 +1,22 @@
 """The command `advise`: what to use on a model for a goal, from the records of a result folder. Runs nothing."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import UserError, suggest
+from lib.models import yaml_file
+from lib.suite.plan import declared
 from lib.suite.store import result_folder
 from lib.suite.store.result_folder import Folder
+
+if TYPE_CHECKING:
+    from lib.report.analysis.advice import Advice
+
+RECOMMENDED = ("use", "use if")
+ALONE = "each of these was measured alone; a stack of several has a line of its own where one was measured"
 
 
 def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: float, as_json: bool = False) -> int:
@@ -33,7 +41,8 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
     records = discoveries.settled(records)
     found = {model: advice.advise(records, model, wanted, keep) for model in models or known}
     if as_json:
-        print(json.dumps({model: [as_plain(row) for row in rows] for model, rows in found.items()}, indent=1))
+        plain = {model: [as_plain(row, folder) for row in rows] for model, rows in found.items()}
+        print(json.dumps(plain, indent=1))
         return 0
     if about := stand_in.several(folder.name, stand_in.sizes(r for r in records if r.model in found)):
         print(about)
@@ -41,14 +50,17 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
         print(f"{model}, scale {folder.name}")
         for goal, group in groupby(rows, key=lambda row: row.goal):
             print(f"  {goal}")
-            for row in group:
-                for line in _lines(row):
+            of_goal = list(group)
+            for row in of_goal:
+                for line in _lines(row, folder):
                     print(f"    {line}")
+            if sum(row.decision in RECOMMENDED and not _stacked(row) for row in of_goal) > 1:
+                print(f"    {ALONE}")
     return 0
 
 
-def as_plain(row) -> dict[str, Any]:
-    """Return one piece of advice as plain JSON."""
+def as_plain(row: "Advice", folder: Path) -> dict[str, Any]:
+    """Return one piece of advice as plain JSON; `folder` is that of the records."""
     plain: dict[str, Any] = {
         "optimization": row.optimization,
         "goal": row.goal,
@@ -56,13 +68,18 @@ def as_plain(row) -> dict[str, Any]:
         "reason": row.reason,
         "command": row.command,
         "seconds": row.seconds,
+        "apply": applying(row, folder),
     }
     if row.evidence:
+        from lib.report.records import stack
+
         m = row.evidence.measurement
         plain["evidence"] = {
             "metric": m.metric, "workload": m.workload, "ratio": m.ratio, "ci": m.ci, "verdict": m.verdict,
             "provenance": m.provenance, "record": f"{row.evidence.record.stem}.json", "where": row.evidence.where,
         }  # fmt: skip
+        steps = stack.steps(row.evidence.record)
+        plain["stack"] = [{"optimization": name, "knobs": knobs} for name, knobs in steps]
     plain["quality"] = [
         {"metric": m.metric, "baseline": m.baseline, "optimized": m.optimized, "bound": m.bound, "verdict": m.verdict}
         for m in row.quality
@@ -70,8 +87,40 @@ def as_plain(row) -> dict[str, Any]:
     return plain
 
 
-def _lines(row) -> list[str]:
-    """Return one piece of advice in two or three lines."""
+def applying(row: "Advice", folder: Path) -> str | None:
+    """Return the command that saves the checkpoint of what is recommended, or None: nothing is, or no checkpoint holds
+    it. A stack needs the recipe that its search has written beside the records.
+    """
+    from lib.report.records import reproduce, stack
+
+    if row.decision not in RECOMMENDED or row.evidence is None:
+        return None
+    record = row.evidence.record
+    if not _stacked(row):
+        return reproduce.applying(record) if declared.savable(record.optimization) else None
+    written = folder / "stacks" / f"{record.model}.yaml"
+    return reproduce.applying(record, str(written)) if _holds(written, stack.steps(record)) else None
+
+
+def _holds(written: Path, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Return whether a recipe is there, has these steps, and each of them is one that a checkpoint holds."""
+    try:
+        chosen = yaml_file.content_of(written, ("stack",)).get("stack") or ()
+        same = [(step["optimization"], step.get("knobs") or {}) for step in chosen] == [(n, dict(k)) for n, k in steps]
+    except (UserError, TypeError, KeyError, AttributeError):
+        return False  # none, or none that can be read: then there is nothing to be had
+    return same and all(declared.savable(name) for name, _ in steps)
+
+
+def _stacked(row: "Advice") -> bool:
+    from lib.report.records import stack
+
+    return row.evidence is not None and bool(stack.steps(row.evidence.record))
+
+
+def _lines(row: "Advice", folder: Path) -> list[str]:
+    """Return one piece of advice in a few lines."""
+    from lib.report.records import stack
     from lib.report.text import quantities
     from lib.report.text.sentence import gain, ratio
     from lib.report.text.wording import label, title
@@ -82,10 +131,25 @@ def _lines(row) -> list[str]:
         shown, ends = ratio(*gain(m))
         ends = f" ({ends})" if ends else ""
         lines.append(f"  {label(m.metric)} [{m.workload}] {shown}{ends}, {m.verdict}; {row.evidence.where}")
-    scores = [f"{label(m.metric)} {m.verdict.replace('_', ' ')}" for m in row.quality]
-    if scores:
-        lines.append(f"  {', '.join(scores)}")
+        if steps := stack.in_words(row.evidence.record):
+            lines.append(f"  the stack: {steps}")
+    if scores := [_score(m) for m in row.quality]:
+        lines.append(f"  {'; '.join(scores)}")
+    if made := applying(row, folder):
+        lines.append(f"  to have it: {made}")
     if row.command:
         took = quantities.about(row.seconds)
         lines.append(f"  to decide{f', {took}' if took else ''}: {row.command}")
     return lines
+
+
+def _score(measurement: Any) -> str:
+    """Return a score in words: its verdict, its change, and the bound that the verdict rests on."""
+    from lib.report.text import brief
+    from lib.report.text.wording import label
+
+    said = f"{label(measurement.metric)} {measurement.verdict.replace('_', ' ')}"
+    if measurement.optimized is None or not (change := brief.number(measurement)):
+        return said
+    bound = brief.spread(measurement)
+    return f"{said}, {change}{f' ({bound})' if bound else ''}"

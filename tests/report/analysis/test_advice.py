@@ -119,6 +119,10 @@ def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
     assert command.advise(tmp_path / "proxy", [MODEL], ["latency", "size"], 0.02) == 0
     text = capsys.readouterr().out
     assert f"{MODEL}, scale proxy" in text and "use: Structured pruning" in text
+    assert "F1 maintained, " in text and "(lower bound " in text  # what the quality is known by
+    assert f"to have it: python build.py apply structured_pruning --model {MODEL} --effort quick" in text
+    assert "apply adaptive_sparse_attention" not in text  # no checkpoint holds how a model computes
+    assert command.ALONE in text
     command.advise(tmp_path / "proxy", [MODEL], ["latency"], 0.02, as_json=True)
     rows = json.loads(capsys.readouterr().out)[MODEL]
     assert {row["goal"] for row in rows} == {"latency"} and len(rows) == len(samples.OPTIMIZATIONS)
@@ -127,3 +131,52 @@ def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
         command.advise(tmp_path / "proxy", [MODEL[:-1]], ["latency"], 0.02)
     with pytest.raises(UserError, match="--keep"):
         command.advise(tmp_path / "proxy", [MODEL], ["latency"], 2.0)
+
+
+STACK = [{"optimization": "structured_pruning", "knobs": {"ratio": 0.2}}, {"optimization": "tensor_decomposition"}]
+
+
+def _stacked(folder, steps=STACK):
+    made = samples.whole("automl_components", MODEL, gain=1.4)
+    details = made.details | {"stack": record.labelled(steps, "derived", "chosen by the rule")}
+    record.write(made.model_copy(update={"details": details}), folder / f"{made.stem}.json")
+    return folder
+
+
+def _told(folder, capsys) -> str:
+    assert command.advise(folder, [MODEL], ["latency"], 0.02) == 0
+    return capsys.readouterr().out
+
+
+def test_a_stack_is_named_with_its_knobs_and_can_be_had_where_its_recipe_is(tmp_path, capsys):
+    folder = _stacked(tmp_path / "proxy")
+    text = _told(folder, capsys)
+    assert "use: AutoML components" in text
+    assert "the stack: structured pruning (ratio 0.2) → tensor decomposition\n" in text
+    assert "to have it" not in text and command.ALONE not in text  # no recipe: nothing to apply
+    recipe = folder / "stacks" / f"{MODEL}.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(json.dumps({"model": MODEL, "scale": "proxy", "stack": STACK}))  # JSON is YAML
+    assert f"apply automl_components --model {MODEL} --effort quick --stack {recipe}" in _told(folder, capsys)
+    command.advise(folder, [MODEL], ["latency"], 0.02, as_json=True)
+    [row] = json.loads(capsys.readouterr().out)[MODEL]
+    assert [step["optimization"] for step in row["stack"]] == ["structured_pruning", "tensor_decomposition"]
+    assert str(recipe) in row["apply"]
+
+
+@pytest.mark.parametrize("written", [None, "", "stack: 3", "[", "stack: [{optimization: structured_pruning}]"])
+def test_a_recipe_of_another_stack_or_none_is_not_offered(written, tmp_path, capsys):
+    folder = _stacked(tmp_path / "proxy")
+    if written is not None:
+        (folder / "stacks").mkdir()
+        (folder / "stacks" / f"{MODEL}.yaml").write_text(written)
+    assert "to have it" not in _told(folder, capsys)
+
+
+def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
+    steps = [*STACK, {"optimization": "adaptive_sparse_attention"}]
+    folder = _stacked(tmp_path / "proxy", steps)
+    (folder / "stacks").mkdir()
+    (folder / "stacks" / f"{MODEL}.yaml").write_text(json.dumps({"stack": steps}))
+    text = _told(folder, capsys)
+    assert "→ adaptive sparse attention" in text and "to have it" not in text
