@@ -51,7 +51,7 @@ def picture(records: Sequence[Record]) -> tuple[str, str]:
     heading = f"Quality against speed, means over {len(models)} proxy models"
     legend = [(mark, f"{text} ({note})" if note else text) for mark, text, note in views.legend(results)]
     margin = 100 * (METRICS[views.QUALITY].margin or 0)
-    return trade_off_svg.picture(points, heading, margin, legend), trade_off_svg.words(points, heading)
+    return trade_off_svg.picture(points, heading, margin, legend), trade_off_svg.words(points, heading, margin)
 
 
 def update(root: Path, folder: Path) -> list[str]:

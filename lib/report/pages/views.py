@@ -41,7 +41,11 @@ def pareto(results: Results) -> dict[str, Any] | None:
     margin = 100 * (METRICS[QUALITY].margin or 0)
     points_by_title = {"All models, means": means(results), **single}
     drawn = [
-        {"title": name, "svg": trade_off_svg.trade_off(points, name, margin), "front": trade_off_svg.front(points)}
+        {
+            "title": name,
+            "svg": trade_off_svg.trade_off(points, name, margin),
+            "front": trade_off_svg.front(points, margin),
+        }
         for name, points in points_by_title.items()
         if points
     ]

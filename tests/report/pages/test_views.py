@@ -41,6 +41,14 @@ def test_the_front_is_what_nothing_beats():
     )
 
 
+def test_doing_nothing_is_a_trade_off_too():
+    points = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
+            enumerate([(0.93, 0.1), (0.8, 2.5), (1.2, 0.0)])]  # fmt: skip
+    assert [p.mark for p in trade_off_svg.front(points, 2.0)] == ["1", "2"]
+    slower = points[:1]
+    assert trade_off_svg.front(slower, 2.0) == [] and "trade-offs: none" in trade_off_svg.words(slower, "T", 2.0)
+
+
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_chart_is_sound_and_says_what_it_shows(count):
     states = ("maintained", "not_maintained", "inconclusive")

@@ -56,17 +56,21 @@ class TradeOff:
     own: bool = False
 
 
-def front(points: Sequence[TradeOff]) -> list[TradeOff]:
-    """Return the points that no other one beats in both speed and quality, from slow to fast."""
-    best = [p for p in points if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in points)]
+def front(points: Sequence[TradeOff], margin: float = 0.0) -> list[TradeOff]:
+    """Return the points that no other one beats in both speed and quality, nor the baseline itself, from slow to fast.
+
+    The baseline beats what is no faster and gains no more quality than `margin` points.
+    """
+    gains = [p for p in points if p.x > 1 or p.y > margin]
+    best = [p for p in gains if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in gains)]
     return sorted(best, key=lambda p: p.x)
 
 
-def words(points: Sequence[TradeOff], title: str) -> str:
+def words(points: Sequence[TradeOff], title: str, margin: float = 0.0) -> str:
     """Return what the chart shows, for those who do not see it."""
     if not points:
         return f"{title}: no run has both numbers."
-    named = ", ".join(f"{p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points))
+    named = ", ".join(f"{p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points, margin)) or "none"
     lost = sum(p.state == "not_maintained" for p in points)
     own = next((f" This run: {p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})." for p in points if p.own), "")
     return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}.{own}"
@@ -74,7 +78,7 @@ def words(points: Sequence[TradeOff], title: str) -> str:
 
 def trade_off(points: Sequence[TradeOff], title: str, margin: float, y_label: str = "F1, change in points") -> str:
     """Return the chart as an SVG element; its title is the text for those who do not see it."""
-    alt = escape(words(points, title))
+    alt = escape(words(points, title, margin))
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>'
     return "".join([head, *_drawing(points, margin, y_label), "</svg>"])
 
@@ -95,7 +99,7 @@ def _drawing(points: Sequence[TradeOff], margin: float, y_label: str) -> list[st
         f'<rect class="band" x="{LEFT}" y="{down(margin):.1f}" width="{WIDTH - LEFT - RIGHT}" height="{band:.1f}"/>'
     ]
     parts += _grid(across, down, low, high, y_label)
-    best = front(points)
+    best = front(points, margin)
     path = " ".join(f"{across(p.x):.1f},{down(p.y):.1f}" for p in best)
     parts.append(f'<polyline class="front" points="{path}"/>')
     for p in points:
@@ -112,7 +116,7 @@ def picture(points: Sequence[TradeOff], title: str, margin: float, legend: Seque
     It needs no page around it and follows the reader's colour scheme; shapes say what colours say.
     """
     width, height, scale = 920, 540, 1.4
-    alt = escape(words(points, title))
+    alt = escape(words(points, title, margin))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
         f"<title>{alt}</title><style>{COLOURS}</style>",
