@@ -23,6 +23,7 @@ from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 JITTERS = 10  # simulations of every trace beside its replay
 ROUNDS = {"quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+LEAST_REQUESTS = 8  # in each phase
 LONGER = {"quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
 SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
@@ -78,8 +79,11 @@ def workload(size: int) -> str:
 
 
 def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
-    """Return the changing traces to replay, each about `seconds` long at effort quick."""
+    """Return the changing traces to replay, each about `seconds` long at effort quick, and longer where that is too
+    short for goodput to be counted: a large model serves few requests in a second.
+    """
     each = policy_comparison.requests_in(study.setup, "changing", LONGER[effort] * seconds)
+    each = max(each, LEAST_REQUESTS)
     seeds = [study.seeds[0] + SEEDS_FROM + index for index in range(ROUNDS[effort])]
     return policy_comparison.traces(study.setup, "changing", each, seeds)
 

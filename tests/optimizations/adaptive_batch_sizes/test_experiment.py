@@ -2,12 +2,14 @@
 sentences.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from lib.measure.serving import policy_comparison, slo
+from lib.measure.serving import policy_comparison, replay, slo
 from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
@@ -41,6 +43,21 @@ def test_choosing_and_judging_use_different_seeds(traffic):
     assert not {traffic.seeds[0] + more for more in study.CHOOSING} & set(traffic.seeds)
     replayed = {trace.seed for trace in real_model.traces(traffic, "quick", 2.0)}
     assert not replayed & (set(traffic.seeds) | {traffic.seeds[0] + more for more in study.CHOOSING})
+
+
+def test_a_replay_of_a_slow_model_is_long_enough_to_count(traffic):
+    """A model that takes fifty times as long serves a few requests in the seconds asked for: goodput would be 0 of 2."""
+    setup = traffic.setup
+    slow = replace(
+        setup.times,
+        decode_BL=tuple(tuple(50 * seconds for seconds in row) for row in setup.times.decode_BL),
+        prefill_fit=tuple(50 * factor for factor in setup.times.prefill_fit),
+    )
+    single = Single.of(slow, DOCUMENTS)
+    slower = ServingSetup(slow, slo.objectives(single, 8.0, 3.0), single, setup.limits)
+    replayed = real_model.traces(replace(traffic, setup=slower), "quick", 2.0)
+    counted = [sum(request.arrival >= trace.warm_up for request in trace.requests) for trace in replayed]
+    assert min(trace.seconds for trace in replayed) > 2.0 and np.mean(counted) >= replay.LEAST_COUNTED
 
 
 def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(traffic):
