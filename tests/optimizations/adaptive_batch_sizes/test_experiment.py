@@ -46,7 +46,7 @@ def test_choosing_and_judging_use_different_seeds(traffic):
 
 
 def test_a_replay_of_a_slow_model_is_long_enough_to_count(traffic):
-    """A model that takes fifty times as long serves a few requests in the seconds asked for: goodput would be 0 of 2."""
+    """A model that takes fifty times as long serves few requests in the seconds asked for: too few to count."""
     setup = traffic.setup
     slow = replace(
         setup.times,
