@@ -38,6 +38,7 @@ TWINS = {
 }
 SILENT = ("unavailable", "informative", "not_exercised")
 LOSSES = ("worse", "not_maintained")
+NOT_MEASURED, ESTIMATE = "it was not measured", "an estimate is never judged"
 
 
 def carrier(
@@ -70,9 +71,9 @@ def _first(members: Sequence[Measurement], dimension: str) -> Measurement | None
 def _why_not(members: Sequence[Measurement], declared: Pair, others: bool) -> str:
     member = next((m for m in members if (m.metric, m.workload) == declared), None)
     if member is None:
-        return "it was not measured"
+        return NOT_MEASURED
     if member.provenance == "estimated":
-        return "an estimate is never judged"
+        return ESTIMATE
     if member.provenance == "derived" and member.verdict not in SILENT and others:
         return "it is derived, and a measured number exists"
     return member.reason or f"its verdict is {member.verdict.replace('_', ' ')}"

@@ -105,7 +105,7 @@ def judge(
     words: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for name, members in by_dimension.items():
-        words[name], why = _word(name, members, carriers[name])
+        words[name], why = _word(name, members, *carried[name])
         reasons |= {name: why} if why else {}
     return Verdict.model_validate(
         words
@@ -139,8 +139,12 @@ def withhold_if_invalid(measurements: list[Measurement]) -> list[Measurement]:
     ]
 
 
-def _word(dimension: str, members: Sequence[Measurement], carrier: Measurement | None) -> tuple[str, str]:
-    """Return a dimension's word, and why it says no more than that where it says nothing."""
+def _word(
+    dimension: str, members: Sequence[Measurement], carrier: Measurement | None, not_declared: str | None
+) -> tuple[str, str]:
+    """Return a dimension's word, and why it says no more than that where it says nothing; `not_declared` is why the
+    declared measurement does not carry it.
+    """
     broken = next((m for m in members if m.verdict == "invalid"), None)
     if broken is not None:
         return "invalid", clipped(broken.reason)
@@ -156,6 +160,8 @@ def _word(dimension: str, members: Sequence[Measurement], carrier: Measurement |
         return "not_exercised", clipped(silent.reason)
     described = next((m for m in members if m.verdict not in ("unavailable", "not_exercised")), None)
     if described is not None:
+        if not_declared and not_declared not in (primary.ESTIMATE, primary.NOT_MEASURED):
+            return "inconclusive", clipped(not_declared)
         estimated = next((m for m in members if m.provenance == "estimated"), None)
         name = sentence.subject(estimated or described)
         return (

@@ -85,6 +85,16 @@ def test_a_primary_that_is_missing_is_replaced_and_the_reason_kept():
     assert judged.carried_by["performance"].reason == "no clock"
 
 
+def test_a_primary_that_is_not_judged_says_why_itself():
+    """Beside it stands an estimate of the same metric: that is not why."""
+    declared = ("goodput_requests_per_second", "serve, real model")
+    few = measurement.informative(*declared, 0.3, 0.3, "two requests", reason="2.0 requests counted, fewer than 15")
+    simulated = few.model_copy(update={"workload": "serve, simulated", "provenance": "estimated"})
+    judged = judge([simulated, few], primaries={"performance": declared})
+    assert judged.performance == "inconclusive" and judged.reasons["performance"] == few.reason
+    assert "2.0 requests counted" in judged.sentence and "estimate" not in judged.sentence
+
+
 def test_what_was_not_exercised_carries_nothing():
     idle = samples.scored("f1_macro", 0.9, 0.9, "maintained").model_copy(
         update={"verdict": "not_exercised", "reason": "never acted on these prompts", "ci": None, "bound": None}
