@@ -138,8 +138,8 @@ def build(
     withheld = withhold_if_busy(withhold_if_invalid(list(measurements)))
     judged = [m for m in withheld if m.dimension in wanted]
     all_controls = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
-    for control in all_controls if requested else ():
-        control.measurements = [m for m in control.measurements if m.dimension in wanted]
+    for control in all_controls:
+        control.measurements = [m for m in withhold_if_busy(control.measurements) if m.dimension in wanted]
     return Record(
         schema_version=SCHEMA,
         optimization=optimization,

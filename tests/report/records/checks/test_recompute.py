@@ -5,6 +5,7 @@ import pytest
 
 from lib.measure.metrics import busy, measurement
 from lib.measure.quality import evaluate, noninferiority
+from lib.report.records import record
 from lib.report.records.checks import lint, recompute
 from tests.measure.quality.test_evaluate import classified
 from tests.report import samples
@@ -79,3 +80,18 @@ def test_on_a_busy_machine_what_was_timed_is_inconclusive():
         "prefill_tokens_per_second [prefill]"
     ]
     assert recompute.differences(busy.withhold_if_busy([clear, disturbed])) == []
+
+
+def test_a_control_on_a_busy_machine_judges_nothing_either():
+    """What was disturbed in a control withholds that control's times, and no other's."""
+    clear = samples.paired("prefill_tokens_per_second", 1.3)
+    disturbed = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
+        update={"disturbed": 4, "reason": "the machine was busy", "verdict": "inconclusive"}
+    )
+    third_arms = [record.Control(name="loaded", measurements=[clear, disturbed])]
+    third_arms += [record.Control(name="quiet", measurements=[clear])]
+    built = record.build("x", "y", "proxy", "quick", {}, [clear], third_arms, {}, {})
+    loaded, quiet = built.controls
+    assert [m.verdict for m in loaded.measurements] == ["inconclusive"] * 2
+    assert quiet.measurements[0].verdict == built.measurements[0].verdict == "better"
+    assert lint.verdicts(built) == []
