@@ -145,7 +145,7 @@ DAMAGE = {
     ),
     "another carrier than the numbers say": (
         lambda c: c["verdict"]["carried_by"]["accuracy"].update(metric="retrieval_exact_match", workload="generate"),
-        "verdicts follow from the numbers", "what carries its words",
+        "verdicts follow from the numbers", "its primary measurements",
     ),
     "words of an earlier rule": (
         lambda c: c["verdict"].update(carried_by={}), "verdicts follow from the numbers", "as in earlier schemas",
