@@ -248,6 +248,34 @@ def test_what_was_chosen_stands_in_the_address(site, open_page):
     assert odd.locator("#decide").is_visible() and _rows(odd).count() > 5 and odd.faults == []
 
 
+def test_a_limit_that_is_typed_is_held_against_what_was_measured(site, open_page):
+    page = open_page(site / "index.html")
+    records = discoveries.settled(record.read_folder(site)[0])
+    model, limit = samples.MODELS[3], page.get_by_role("spinbutton", name="at most")
+    page.get_by_role("combobox", name="Model").select_option(model)
+    assert limit.is_hidden()  # latency has no limit
+    page.get_by_role("combobox", name="Goal").select_option("size")
+    taken = [
+        float(one.get_attribute("data-bytes"))
+        for one in page.locator(f"tr[data-model='{model}'] [data-goal=size] .limited").all()
+    ]
+    for megabytes in (min(taken) / 2e6, sorted(taken)[len(taken) // 2] / 1e6 + 1e-3, 1e6):
+        limit.fill(f"{megabytes:.6f}")
+        advised = advice.advise(records, model, [advice.Goal("size", megabytes * 1e6)])
+        states = page.locator("#decisions .decided .state:visible").all_inner_texts()
+        assert sorted(states) == sorted(row.decision for row in advised)
+        places = [advice.ORDER.index(state) for state in states]
+        assert places == sorted(places)
+    limit.fill("0.001")
+    again = open_page(site / "index.html")
+    again.goto(page.url)
+    again.reload()
+    assert again.get_by_role("spinbutton", name="at most").input_value() == "0.001"
+    assert "use" not in again.locator("#decisions .decided .state:visible").all_inner_texts()
+    page.get_by_role("combobox", name="Goal").select_option("latency")
+    assert page.locator(".limited:visible").count() == 0 and page.faults == [] and again.faults == []
+
+
 def test_every_view_of_the_index_is_at_most_three_screens_high(site, open_page):
     page = open_page(site / "index.html", viewport={"width": 1280, "height": 800})
     for tab in page.get_by_role("tab").all():

@@ -213,15 +213,22 @@ def judged_with(measurement: Measurement, keep: float) -> str:
     return "inconclusive"
 
 
+def taken(record: Record, goal: str) -> float | None:
+    """Return the most bytes that a limit of this goal is held against; None where none was measured, or for a goal
+    without limits.
+    """
+    metrics = LIMITED.get(goal, ())
+    return max((m.optimized for m in record.measurements if m.metric in metrics and m.optimized), default=None)
+
+
 def _beyond(record: Record, goal: Goal) -> str | None:
     """Return why a record does not keep a limit in bytes, or None."""
     assert goal.limit_bytes is not None
-    metrics = LIMITED[goal.name]
-    reached = [m.optimized for m in record.measurements if m.metric in metrics and m.optimized]
-    if not reached:
-        return f"{metrics[0]} was not measured, so the limit cannot be held against it"
-    if max(reached) > goal.limit_bytes:
-        return f"takes {max(reached) / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
+    reached = taken(record, goal.name)
+    if reached is None:
+        return f"{LIMITED[goal.name][0]} was not measured, so the limit cannot be held against it"
+    if reached > goal.limit_bytes:
+        return f"takes {reached / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
     return None
 
 

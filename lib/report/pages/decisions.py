@@ -16,7 +16,7 @@ from lib.report.analysis.advice import Advice
 from lib.report.pages.first_screen import DECISIONS, shown_flip
 from lib.report.records.record import Record
 from lib.report.text import brief
-from lib.report.text.quantities import about
+from lib.report.text.quantities import about, quantity
 from lib.report.text.wording import SIGNS, title, words
 
 MARGINS = (0.01, 0.02, 0.05, 0.10)
@@ -70,8 +70,21 @@ def _decision(row: Advice) -> dict[str, Any]:
         "command": row.command,
         "took": about(row.seconds) if row.command else "",
         "where": row.evidence.where if row.evidence else "",
+        "limited": _limited(row),
         "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # what gains most stands first
     }
+
+
+def _limited(row: Advice) -> dict[str, Any] | None:
+    """Return the bytes that a reader's limit is held against, and them in words; None where no limit would change the
+    decision.
+    """
+    if row.goal not in advice.LIMITED or row.decision not in ("use", "use if") or row.evidence is None:
+        return None
+    reached = advice.taken(row.evidence.record, row.goal)
+    if reached is None:
+        return {"bytes": "", "text": "how much it takes was not measured, so the limit cannot be held against it"}
+    return {"bytes": f"{reached:.0f}", "text": f"takes {quantity(reached, 'bytes')}, more than the limit"}
 
 
 def _row(

@@ -49,9 +49,27 @@ def test_no_sentence_is_long(tmp_path):
         for item in row.select("li"):
             item.details and item.details.decompose()
             item.select_one(".goal").decompose()
-            assert all(
-                brief.count(part) <= brief.MOST_WORDS + 3 for part in brief.split(item.get_text(" ", strip=True))
-            )
+            limited = item.select_one(".limited")
+            texts = [limited.extract().get_text(" ", strip=True)] if limited else []
+            for text in [*texts, item.get_text(" ", strip=True)]:
+                assert all(brief.count(part) <= brief.MOST_WORDS + 3 for part in brief.split(text))
+
+
+def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
+    run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    seen = {}
+    for item in row.select("li"):
+        if limited := item.select_one(".limited"):
+            assert limited.has_attr("hidden") and "do not use" in limited.get_text()
+            seen[item["data-goal"]] = float(limited["data-bytes"])
+            reached = advice.taken(run, item["data-goal"])
+            for limit, decision in ((reached * 0.9, "do not use"), (reached * 1.1, item["data-decision"])):
+                [advised] = advice.advise([run], run.model, [advice.Goal(item["data-goal"], limit)])
+                assert advised.decision == decision
+    assert set(seen) <= set(advice.LIMITED) and seen["size"] == advice.taken(run, "size")
+    assert advice.taken(run, "latency") is None
 
 
 def test_runs_of_different_effort_are_told_apart(tmp_path):

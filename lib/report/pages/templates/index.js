@@ -7,7 +7,9 @@
   const filter = document.getElementById("filter");
   const tabs = all("nav.tabs a");
   const panelOf = (tab) => document.getElementById(tab.hash.slice(1));
-  const CHOSEN = ["model", "goal", "keep"];
+  const CHOSEN = ["model", "goal", "keep", "limit"];
+  const LIMITED = ["memory", "size"]; // goals that may have a limit
+  const DECLINED = 3; // where "do not use" stands among the decisions
   const asMade = table ? all("tbody tr", table) : [];
   const order = { key: "", down: false };
   let open = tabs[0];
@@ -25,20 +27,34 @@
 
   function remember() {
     const state = new URLSearchParams();
-    if (choice) for (const name of CHOSEN) state.set(name, choice.elements[name].value);
+    for (const name of choice ? CHOSEN : []) {
+      if (name !== "limit" || choice.elements.limit.value) state.set(name, choice.elements[name].value);
+    }
     if (order.key) state.set("sort", (order.down ? "-" : "") + order.key);
     state.set("view", open.hash.slice(1));
     history.replaceState(null, "", "#" + state);
   }
 
+  // Whether the reader's limit, in MB, is passed by what an optimization takes, or cannot be held against it.
+  function beyond(item, limit) {
+    const limited = item.querySelector(".limited");
+    if (!limited) return false;
+    const passed = limit > 0 && !(limited.dataset.bytes && Number(limited.dataset.bytes) <= limit * 1e6);
+    limited.hidden = !passed;
+    item.querySelector(".said").hidden = passed;
+    return passed;
+  }
+
   function decide() {
-    const { model, goal, keep } = Object.fromEntries(new FormData(choice));
+    const { model, goal, keep, limit } = Object.fromEntries(new FormData(choice));
     const counts = {};
+    document.getElementById("limit").hidden = !LIMITED.includes(goal);
     for (const row of all("tbody tr", table)) {
       row.hidden = Boolean(model) && row.dataset.model !== model;
       for (const item of all("li", row)) {
         item.hidden = item.dataset.goal !== goal || !item.dataset.keeps.split(" ").includes(keep);
-        if (!item.hidden && !row.hidden) counts[item.dataset.decision] = (counts[item.dataset.decision] || 0) + 1;
+        const word = beyond(item, LIMITED.includes(goal) ? Number(limit) : 0) ? "do not use" : item.dataset.decision;
+        if (!item.hidden && !row.hidden) counts[word] = (counts[word] || 0) + 1;
       }
     }
     table.classList.toggle("one-model", Boolean(model));
@@ -48,7 +64,11 @@
 
   function valueOf(row, key) {
     if (key === "optimization") return row.querySelector("th a").textContent;
-    if (key === "decision") return Number(all("li", row).find((item) => !item.hidden)?.dataset.order ?? 99);
+    if (key === "decision") {
+      const item = all("li", row).find((other) => !other.hidden);
+      const declined = item?.querySelector(".limited:not([hidden])");
+      return declined ? DECLINED : Number(item?.dataset.order ?? 99);
+    }
     const text = all("td", row).find((cell) => cell.dataset.label.toLowerCase() === key).dataset.value;
     return text === "" ? null : Number(text);
   }
@@ -117,9 +137,8 @@
     if (choice) {
       for (const name of CHOSEN) {
         const field = choice.elements[name];
-        if (state.has(name) && [...field.options].some((option) => option.value === state.get(name))) {
-          field.value = state.get(name);
-        }
+        const known = !field.options || [...field.options].some((option) => option.value === state.get(name));
+        if (state.has(name) && known) field.value = state.get(name);
       }
       const [, minus, key] = /^(-?)(.*)$/.exec(state.get("sort") || "");
       if (all("thead th", table).some((head) => head.dataset.key === key)) {
@@ -163,10 +182,12 @@
     }
     choice.hidden = false;
     choice.addEventListener("submit", (event) => event.preventDefault());
-    choice.addEventListener("change", () => {
-      decide();
-      remember();
-    });
+    for (const event of ["change", "input"]) {
+      choice.addEventListener(event, () => {
+        decide();
+        remember();
+      });
+    }
   }
   if (filter) {
     filter.hidden = false;
