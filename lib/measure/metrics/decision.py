@@ -48,8 +48,7 @@ def decide(
     if floor > BUSY_FLOOR:
         return Ruling(
             "inconclusive",
-            f"the noise floor of {floor:.0%} is above {BUSY_FLOOR:.0%}: two equal arms differ by as much here, "
-            "so nothing timed is judged; measure again on a quiet machine",
+            f"the noise floor of {100 * floor:.3g}% is above {BUSY_FLOOR:.0%}; measure again on a quiet machine",
         )
     if n <= FEW_PAIRS and high - low >= math.log(FACTOR):
         return Ruling("inconclusive", f"{n} pairs whose interval spans a factor of {math.exp(high - low):.1f}")
