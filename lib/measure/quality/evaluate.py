@@ -72,7 +72,7 @@ def evaluate(
     effort = settings.read(effort) if isinstance(effort, str) else effort
     arm = loaded if model is None else replace(loaded, model=model)
     if split == "final" and not settings.wants("accuracy"):  # controls need the text
-        return Answers([], _read_text(arm, split, effort, seed), None, settings.why_left_out())
+        return Answers([], read_text(arm, split, effort, seed), None, settings.why_left_out())
     names = tasks if tasks is not None else [task for task in loaded.tasks if classifies(task)]
     idle: set[str] = set()
 
@@ -87,7 +87,7 @@ def evaluate(
     for name in names:
         workload = "classify" if name in task_list.CLASSIFY else name
         classified.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
-    text = watched("prefill", lambda: _read_text(arm, split, effort, seed))
+    text = watched("prefill", lambda: read_text(arm, split, effort, seed))
     sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
     retrieved = watched("generate", lambda: retrieval(arm, *sizes))
     chosen = [answers for answers in classified if isinstance(answers, Classified)]
@@ -95,7 +95,7 @@ def evaluate(
     return Answers(chosen, text, retrieved, idle=frozenset(idle), rolled=rolled)
 
 
-def _read_text(arm: Loaded, split: str, effort: Effort, seed: int) -> Text:
+def read_text(arm: Loaded, split: str, effort: Effort, seed: int) -> Text:
     """Return how an arm reads the text that perplexity is measured on: the user's own file, or held-out text."""
     if arm.text and split == "final" and arm.tokenizer is not None:
         length = min(text_file.WINDOW_TOKENS, continuations.positions(arm.model))

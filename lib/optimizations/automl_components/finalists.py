@@ -101,7 +101,7 @@ def choose(
         )
     fit = [finalist for finalist in finalists if finalist.lost.within(margin, perplexity_margin)]
     if not fit:
-        nearest = min(finalists, key=lambda finalist: (finalist.lost.lost, finalist.lost.bound)).lost
+        nearest = min((finalist.lost for finalist in finalists), key=_how_far)
         raise UserError(
             f"{WHERE}: within the memory budget of {memory_budget:g} no stack loses at most {margin:.3g} of any score "
             f"and {perplexity_margin:.1%} of perplexity; of the nearest {nearest.why_not(margin, perplexity_margin)}"
@@ -109,6 +109,10 @@ def choose(
     saving = [finalist for finalist in fit if finalist.outcome.stack and finalist.saves]
     idle = [finalist for finalist in fit if not finalist.outcome.stack]
     return choice.steady(saving or idle or fit, lambda finalist: finalist.at_most, lambda finalist: finalist.order)
+
+
+def _how_far(lost: QualityLoss) -> tuple[bool, float, float]:
+    return lost.lost is None, lost.lost or 0.0, lost.bound
 
 
 def table(finalists: Sequence[Finalist], margin: float) -> pd.DataFrame:

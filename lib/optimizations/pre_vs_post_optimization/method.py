@@ -125,7 +125,7 @@ def default_stack(
         rows.append(row)
         if tried.state != "works" or tried.model is None:
             continue
-        lost = quality.of(tried.model)
+        lost = quality.of(tried.model, perplexity_margin)
         smaller = 1 - cost_model.weights_bytes(tried.model) / cost_model.weights_bytes(current)
         row |= {"most lost of a score": lost.lost, "perplexity grows": lost.perplexity, "bytes less": smaller}
         if beyond := lost.why_not(perplexity_margin=perplexity_margin):

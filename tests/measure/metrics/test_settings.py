@@ -71,7 +71,7 @@ def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
     _ask(monkeypatch, "performance")
     for name in ("classify", "retrieval"):
         monkeypatch.setattr(evaluate, name, asked)
-    monkeypatch.setattr(evaluate, "_read_text", lambda *_: "ids")
+    monkeypatch.setattr(evaluate, "read_text", lambda *_: "ids")
     loaded = type("Loaded", (), {"random_weights": False, "model": None})()
     answers = evaluate.evaluate(loaded, settings.read("quick"))
     assert answers.text == "ids" and answers.reason == "left out: only performance was asked for"

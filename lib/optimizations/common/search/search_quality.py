@@ -4,15 +4,19 @@ optimization.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
+from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Answers
 from lib.models.loading import Loaded
+from lib.models.tasks.registry import classifies
 
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
 SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
@@ -22,22 +26,23 @@ ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost cost
 
 @dataclass(frozen=True)
 class QualityLoss:
-    """What a candidate loses: `lost`, the largest drop of any score, as a share of one; `perplexity`, by how much that
-    of text grows, as a share, and `bound`, the upper 95 % bound of this growth.
+    """What a candidate loses: `lost`, the largest drop of any score, as a share of one (None: not asked, since text
+    alone excludes it); `perplexity`, by how much that of text grows, as a share, and `bound`, the upper 95 % bound of
+    this growth.
     """
 
-    lost: float
+    lost: float | None
     perplexity: float
     bound: float
 
     def within(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> bool:
         """Whether no score loses more than `margin`, and the bound of the perplexity's growth passes no margin."""
-        return self.lost <= margin and self.bound <= perplexity_margin
+        return self.lost is not None and self.lost <= margin and self.bound <= perplexity_margin
 
     def why_not(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> str:
         """Return what is lost beyond the margins, in words; empty where nothing is."""
         reasons = []
-        if not self.lost <= margin:
+        if self.lost is not None and not self.lost <= margin:
             reasons.append(f"a score loses {100 * self.lost:.1f} points")
         if not self.bound <= perplexity_margin:
             reasons.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
@@ -56,21 +61,40 @@ class SearchQuality:
     seed: int
     baseline: Answers
 
-    def of(self, model: nn.Module) -> QualityLoss:
-        """Return what `model` loses; NOTHING_LOST with random weights, whose answers mean nothing."""
+    def of(self, model: nn.Module, perplexity_margin: float = PERPLEXITY_MARGIN) -> QualityLoss:
+        """Return what `model` loses; NOTHING_LOST with random weights, whose answers mean nothing.
+
+        Text is read first: where the bound of its growth passes `perplexity_margin`, nothing else is asked, which on a
+        real model takes minutes.
+        """
         if self.loaded.random_weights:
             return NOTHING_LOST
-        answers = evaluate.evaluate(self.loaded, self.size, model=model, split="search", seed=self.seed)
-        judged = evaluate.compare(self.baseline, answers, resamples=RESAMPLES, seed=self.seed)
+        arm = replace(self.loaded, model=model)
+        text = evaluate.read_text(arm, "search", self.size, self.seed)
+        options: dict[str, Any] = {"resamples": RESAMPLES, "seed": self.seed}
+        growth, bound = _growth(evaluate.compare_text(_text(self.baseline), text, **options))
+        if not bound <= perplexity_margin:
+            return QualityLoss(None, growth, bound)
+        answers = _asked(self.loaded, self.size, self.seed, model)
+        judged = evaluate.compare(self.baseline, answers, **options)
         drops = [
             m.baseline - m.optimized
             for m in judged
             if m.metric in KEPT_SCORES and m.baseline is not None and m.optimized is not None
         ]
-        grown = [(m.ratio - 1, m.bound) for m in judged if m.metric == "perplexity" and m.ratio is not None]
-        growth, bound = max(grown, key=lambda pair: pair[0], default=(0.0, 0.0))
-        bound = growth if bound is None else bound
-        return QualityLoss(_finite(max(drops, default=0.0)), _finite(growth), _finite(bound))
+        return QualityLoss(_finite(max(drops, default=0.0)), *_growth(judged))
+
+
+def _text(answers: Answers) -> evaluate.Text:
+    assert answers.text is not None, "the split of a search has text"
+    return answers.text
+
+
+def _growth(measurements: Sequence[Measurement]) -> tuple[float, float]:
+    """Return by how much perplexity grows at most, and the upper bound of that."""
+    grown = [(m.ratio - 1, m.bound) for m in measurements if m.metric == "perplexity" and m.ratio is not None]
+    growth, bound = max(grown, key=lambda pair: pair[0], default=(0.0, 0.0))
+    return _finite(growth), _finite(growth if bound is None else bound)
 
 
 def _finite(value: float) -> float:
@@ -81,4 +105,13 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, value
     """Return what candidates are asked, with the baseline's answers."""
     size = replace(effort, items=items, windows=WINDOWS, window_tokens=256, retrieval_prompts=values)
     seed += SEED_STEP
-    return SearchQuality(loaded, size, seed, evaluate.evaluate(loaded, size, split="search", seed=seed))
+    return SearchQuality(loaded, size, seed, _asked(loaded, size, seed, loaded.model))
+
+
+def _asked(loaded: Loaded, size: Effort, seed: int, model: nn.Module) -> Answers:
+    """Return the answers of one arm: to all tasks of a proxy model, to the first of a real one, where each of several
+    takes minutes. The verdict asks all of them.
+    """
+    names = [task for task in loaded.tasks if classifies(task)]
+    chosen = names[:1] if loaded.scale == "full" else names
+    return evaluate.evaluate(loaded, size, model=model, tasks=chosen, split="search", seed=seed)

@@ -1,0 +1,68 @@
+"""What a candidate is asked while choosing: text first, and nothing else where text excludes it."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.measure.metrics import settings
+from lib.measure.quality import evaluate
+from lib.models import loading
+from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.search import search_quality
+
+MODEL = "qwen3-4b-instruct-2507"
+
+
+@pytest.fixture(scope="module")
+def quality():
+    loaded = loading.load(MODEL, "proxy")
+    return search_quality.prepare(loaded, settings.read("quick"), 0, items=8, values=2)
+
+
+def _noisy(model, share: float):
+    changed = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in anatomy(changed).blocks:
+            for parameter in block.module.parameters():
+                parameter.add_(share * parameter.std() * torch.randn_like(parameter))
+    return changed
+
+
+def test_what_text_excludes_is_asked_nothing_else(quality, monkeypatch):
+    broken = _noisy(quality.loaded.model, 1.0)
+
+    def refuse(*_, **__):
+        raise AssertionError("asked although text excludes it")
+
+    monkeypatch.setattr(evaluate, "evaluate", refuse)
+    lost = quality.of(broken)
+    assert lost.lost is None and lost.bound > 0.03 and not lost.within()
+    assert "perplexity grows" in lost.why_not() and "score" not in lost.why_not()
+
+
+def test_what_text_admits_is_asked_everything(quality):
+    lost = quality.of(quality.loaded.model)
+    assert lost == search_quality.NOTHING_LOST or (lost.lost == 0 and abs(lost.perplexity) < 1e-6)
+    whole = evaluate.evaluate(quality.loaded, quality.size, split="search", seed=quality.seed)
+    assert [answers.task for answers in whole.classified] == [answers.task for answers in quality.baseline.classified]
+    assert np.array_equal(whole.text.loss_N, quality.baseline.text.loss_N)
+
+
+def test_a_larger_margin_of_perplexity_asks_on(quality, monkeypatch):
+    slightly = _noisy(quality.loaded.model, 0.2)
+    growth = quality.of(slightly).perplexity
+    assert growth > 0.03
+    assert quality.of(slightly, perplexity_margin=100.0).lost is not None
+
+
+def test_a_real_model_is_asked_one_task(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: asked.append(options["tasks"]))
+    for scale in ("full", "proxy"):
+        loaded = SimpleNamespace(scale=scale, tasks=["topic", "code_origin"], model=None)
+        search_quality.prepare(loaded, settings.read("quick"), 0)
+    assert asked == [["topic"], ["topic", "code_origin"]]
