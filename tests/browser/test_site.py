@@ -284,6 +284,17 @@ def test_every_view_of_the_index_is_at_most_three_screens_high(site, open_page):
         assert height <= 3 * 800, f"{tab.inner_text()}: {height} pixels"
 
 
+def test_no_cell_of_the_decisions_runs_into_the_next(site, open_page):
+    page = open_page(site / "index.html")
+    page.evaluate(
+        "document.querySelectorAll('#decisions .value').forEach(e => e.append(' retrieval 47.3 points lower'))"
+    )
+    wide = page.evaluate(
+        "[...document.querySelectorAll('#decisions td')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    )
+    assert wide == 0
+
+
 def test_the_first_screen_of_the_index_is_the_choice_and_the_first_decisions(site, open_page):
     page = open_page(site / "index.html", viewport={"width": 1280, "height": 800})
     assert _rows(page).nth(3).bounding_box()["y"] < 800

@@ -90,6 +90,13 @@ def test_a_forest_plot_is_sound_and_turned_so_that_right_is_better():
     assert forest_svg.forest([], "Changes") == ""
 
 
+def test_the_longest_name_has_room():
+    changes = [ForestLine("processor time per token", "35 % lower", 35.0, 31.0, 38.0, 2.0, "better")]
+    root = xml.fromstring(forest_svg.forest(changes, "Changes"))
+    [name] = [text for text in root.iter("text") if text.get("text-anchor") == "end"]
+    assert float(name.get("x")) >= forest_svg.LETTER * len(name.text)
+
+
 def test_a_smaller_amount_lies_to_the_right():
     made = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
     run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, made)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, ROW, TOP, BOTTOM = 420, 128, 14, 25, 8, 36
+WIDTH, RIGHT, ROW, TOP, BOTTOM = 420, 14, 25, 8, 36
+LEAST_LEFT, GAP, LETTER = 90, 8, 6.6  # room for names: at least, before the plot, for each letter
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 MOST = 300.0  # per cent; what lies further out is drawn at the edge
 KEPT, LOST = ("better", "maintained"), ("worse", "not_maintained", "invalid")
@@ -35,13 +36,14 @@ def forest(changes: Sequence[ForestLine], title: str) -> str:
     if not changes:
         return ""
     height = TOP + ROW * len(changes) + BOTTOM
+    left = max(LEAST_LEFT, GAP + LETTER * max(len(change.name) for change in changes))
     ends = [v for c in changes for v in (c.value, c.low, c.high) if v is not None]
     reach = min(max(abs(v) for v in [*ends, 5.0]), MOST)
     low, high = max(min([*ends, -0.3 * reach]), -reach) * 1.08, min(max([*ends, 0.3 * reach]), reach) * 1.08
 
     def across(value: float) -> float:
         inside = min(max(value, low), high)
-        return LEFT + (inside - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return left + (inside - low) / (high - low) * (WIDTH - left - RIGHT)
 
     alt = escape(f"{title}: {'; '.join(f'{c.name} {c.text}' for c in changes)}.")
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{alt}"><title>{alt}</title>']
@@ -53,15 +55,15 @@ def forest(changes: Sequence[ForestLine], title: str) -> str:
         parts.append(f'<line class="{kind}" x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{floor}"/>')
         parts.append(f'<text x="{at:.1f}" y="{floor + 14}" text-anchor="middle">{text}</text>')
     for at, change in enumerate(changes):
-        parts += _line(change, TOP + ROW * (at + 0.5), across)
-    middle = (LEFT + WIDTH - RIGHT) / 2
+        parts += _line(change, TOP + ROW * (at + 0.5), left, across)
+    middle = (left + WIDTH - RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle:.0f}" y="{floor + 30}" text-anchor="middle">right is better</text>')
     return "".join([*parts, "</svg>"])
 
 
-def _line(change: ForestLine, y: float, across: Callable[[float], float]) -> list[str]:
+def _line(change: ForestLine, y: float, left: float, across: Callable[[float], float]) -> list[str]:
     """Return name, noise band, interval and mark of one metric."""
-    parts = [f'<text class="axis" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(change.name)}</text>']
+    parts = [f'<text class="axis" x="{left - GAP:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(change.name)}</text>']
     if change.floor:
         start, end = across(-change.floor), across(change.floor)
         parts.append(
