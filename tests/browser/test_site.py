@@ -324,7 +324,7 @@ def test_the_first_screen_of_a_report_is_the_answer(site, open_page):
 def long_report(tmp_path):
     """The path of a report whose notebook has ten sections of twenty paragraphs."""
     found = samples.made(optimization=FEW[0], model=samples.MODELS[1])
-    texts = ["# A notebook"] + [f"## Part {number}\n\n" + "Words.\n\n" * 20 for number in range(10)]
+    texts = ["# A notebook"] + [f"## Section {number}\n\n" + "Words.\n\n" * 20 for number in range(10)]
     cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
     page, _ = html.render(tmp_path / "in.ipynb", found, (), tmp_path)
@@ -350,9 +350,9 @@ def test_links_into_folded_parts_open_them(long_report, open_page):
     page = open_page(long_report)
     page.locator(".contents").get_by_role("link", name="Run again").click()
     assert page.locator("#again pre").is_visible()
-    page.goto(f"{long_report.as_uri()}#Part-3")
+    page.goto(f"{long_report.as_uri()}#part-section-3")
     page.reload()
-    assert page.locator("details.part[open]").count() == 1 and page.locator("details.part[open] #Part-3").count() == 1
+    assert page.locator("details.part[open]").count() == page.locator("#part-section-3[open]").count() == 1
     assert page.faults == []
 
 

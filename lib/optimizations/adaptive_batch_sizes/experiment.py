@@ -14,6 +14,7 @@ import pandas as pd
 from lib.measure.compare import speed
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import ServingSetup
@@ -84,7 +85,7 @@ def step_curves(setup: ServingSetup, learned: Adaptive) -> pd.DataFrame:
 def controls(study: TrafficStudy, trial: RealModelTrial) -> list[tuple[str, str, list[Measurement]]]:
     """Return (name, purpose, measurements): the best fixed size against itself, and the other policies."""
     own = ("A/A", "the best fixed size replayed a second time in every round", [real_model.control(study, trial)])
-    return [own, *simulated.controls(study, trial.size, trial.carried)]
+    return [own, *simulated.controls(study, trial.size, trial.carried), *trial.rivals.controls()]
 
 
 def constant_interval(study: TrafficStudy, rows: Sequence[Row]) -> tuple[float, float] | tuple[None, None]:
@@ -109,14 +110,14 @@ def constant_interval(study: TrafficStudy, rows: Sequence[Row]) -> tuple[float, 
 
 
 def costs(
-    loaded: Loaded, study: TrafficStudy, trial: RealModelTrial, calibration_seconds: float, tokens: int
+    loaded: Loaded, study: TrafficStudy, trial: RealModelTrial, calibration_seconds: float, effort: Effort
 ) -> list[Measurement]:
     """Return weights, cache per token, peaks of memory, and the seconds of the calibration.
 
     Raises AssertionError where the cache does not hold what the formula gives.
     """
     model = loaded.model
-    results = [item for item in speed.resources(model, model, tokens=tokens) if "weights" in item.metric]
+    results = [item for item in speed.resources(model, model, tokens=effort.prompt_tokens) if "weights" in item.metric]
     per_token = cost_model.kv_cache_bytes_per_token(model)
     assert abs(per_token - study.setup.times.bytes_per_token) < 1, "the cache does not hold what the formula gives"
     by = "by formula from the cache's shapes"
@@ -154,6 +155,7 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
     changing = next((row["adaptive ÷ best rival"] for row in rows if row["traffic"] == "changing"), None)
     goals = (
         ("changing trace, real model: adaptive ÷ best fixed", trial.headline.ratio, "at least", LEAST_AT_CHANGING_RATE),
+        *_real_rivals(trial),
         ("changing trace, simulated: adaptive ÷ best rival", changing, "at least", LEAST_AT_CHANGING_RATE),
         ("constant rates, simulated: least adaptive ÷ best fixed", least, "at least", LEAST_AT_CONSTANT_RATE),
         ("simulation error, adaptive", trial.error.optimized, "at most", MOST_ERROR),
@@ -162,6 +164,14 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": _reached(value, how, goal)}
         for name, value, how, goal in goals
     ]
+
+
+def _real_rivals(trial: RealModelTrial) -> list[tuple[str, float | None, str, float]]:
+    """Return the target against the best rival on the real model, where the rivals were replayed."""
+    if not trial.rivals.rounds:
+        return []
+    name = "changing trace, real model: adaptive ÷ best rival"
+    return [(name, trial.rivals.gain, "at least", LEAST_AT_CHANGING_RATE)]
 
 
 def _reached(value: float | None, how: str, goal: float) -> bool | str:
@@ -187,6 +197,7 @@ def details(
         "traffic": (list(rows), "estimated", by),
         "rate_attained": (dict(attained), "estimated", by),
         "simulation": (trial.rows, "measured", "against the replays on the real model"),
+        "rivals": (trial.rivals.rows(), "measured", trial.rivals.caption),
         "figures": (list(reached), "estimated", by),
     }
 

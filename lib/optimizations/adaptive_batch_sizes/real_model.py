@@ -18,6 +18,8 @@ from lib.measure.serving.replay import Replayed, ServingRounds
 from lib.measure.serving.traffic import Trace
 from lib.measure.serving.validation import MOST_ERROR
 from lib.models.loading import Loaded
+from lib.optimizations.adaptive_batch_sizes import real_rivals
+from lib.optimizations.adaptive_batch_sizes.real_rivals import RivalReplays
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
@@ -32,7 +34,7 @@ SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chos
 @dataclass(frozen=True)
 class RealModelTrial:
     """Replays of the fixed `size` (twice) and of the adaptive policy, a trace per round; simulations of the same
-    requests beside them (`rows`), and their mean `error`.
+    requests beside them (`rows`), and their mean `error`; the `rivals` on the first of these traces.
     """
 
     size: int
@@ -41,6 +43,7 @@ class RealModelTrial:
     error: Measurement
     headline: Measurement
     measurements: list[Measurement]
+    rivals: RivalReplays
 
     @property
     def workload(self) -> str:
@@ -88,9 +91,11 @@ def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
     return policy_comparison.traces(study.setup, "changing", each, seeds)
 
 
-def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float) -> RealModelTrial:
-    """Serve short changing traces with the real model, arms in turn. Raises AssertionError where the cache outgrew its
-    bound.
+def serve(
+    loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float, rival_rounds: int = -1
+) -> RealModelTrial:
+    """Serve short changing traces with the real model, arms in turn; then the first `rival_rounds` of them (-1: by
+    effort) with every rival beside the two. Raises AssertionError where the cache outgrew its bound.
     """
     setup, seed = study.setup, study.seeds[0]
     arms: dict[str, PolicyFactory] = {FIXED: lambda: FixedSize(size)}
@@ -117,7 +122,10 @@ def serve(loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: 
         *replay.described(rounds, setup.objective, FIXED, ADAPTIVE, workload(size)),
         *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
     ]
-    return RealModelTrial(size, rounds, rows, error, headline, measurements)
+    again = replayed[: real_rivals.rounds_of(effort, rival_rounds)]
+    place: dict[str, Any] = {"workload": workload(size), "device": loaded.device}
+    rivals = real_rivals.replayed(loaded.model, study, size, again, prompt_of, **place)
+    return RealModelTrial(size, rounds, rows, error, headline, measurements, rivals)
 
 
 def control(study: TrafficStudy, trial: RealModelTrial) -> Measurement:

@@ -167,6 +167,7 @@ def fold(text: str, level: int) -> str:
         first = child.find(True) if isinstance(child, Tag) and child.name == "section" else None
         if isinstance(first, Tag) and first.name == f"h{level}":
             part, summary = soup.new_tag("details", attrs={"class": "part"}), soup.new_tag("summary")
+            part["id"] = _address(first.get_text(), soup)
             child.insert_before(part)
             part.append(summary)
             summary.append(first.extract())
@@ -178,6 +179,13 @@ def fold(text: str, level: int) -> str:
             note.string = held
             part.select("summary")[0].extend([" ", note])
     return str(soup)
+
+
+def _address(heading: str, soup: Any) -> str:
+    """Return an id for a section, from its heading, that the page does not have yet."""
+    base = "part-" + re.sub(r"\W+", "-", heading.lower()).strip("-")
+    names = [base, *(f"{base}-{number}" for number in range(2, 100))]
+    return next(name for name in names if soup.find(id=name) is None)
 
 
 def _held(part: Any) -> str:

@@ -107,8 +107,12 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
 
 
 def test_targets_without_a_number_are_unknown():
-    trial = SimpleNamespace(error=SimpleNamespace(optimized=None), headline=SimpleNamespace(ratio=1.1))
+    rivals = SimpleNamespace(rounds=None)
+    trial = SimpleNamespace(error=SimpleNamespace(optimized=None), headline=SimpleNamespace(ratio=1.1), rivals=rivals)
     rows = [{"traffic": "constant 0.4", "adaptive ÷ best fixed": 0.97}]
     rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
     frame = pd.DataFrame(experiment.targets(rows, trial))
     assert list(frame.reached) == [False, True, True, "unknown"]
+    trial.rivals = SimpleNamespace(rounds="some", gain=1.2)
+    frame = pd.DataFrame(experiment.targets(rows, trial))
+    assert list(frame.reached) == [False, True, True, True, "unknown"] and "best rival" in frame.figure[1]

@@ -119,7 +119,7 @@ def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
     assert command.advise(tmp_path / "proxy", [MODEL], ["latency", "size"], 0.02) == 0
     text = capsys.readouterr().out
     assert f"{MODEL}, scale proxy" in text and "use: Structured pruning" in text
-    assert "F1 maintained, " in text and "(lower bound " in text  # what the quality is known by
+    assert "F1 (macro) maintained, " in text and "(lower bound " in text  # what the quality is known by
     assert f"to have it: python build.py apply structured_pruning --model {MODEL} --effort quick" in text
     assert "apply adaptive_sparse_attention" not in text  # no checkpoint holds how a model computes
     assert command.ALONE in text

@@ -63,12 +63,14 @@ def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
     for item in row.select("li"):
         if limited := item.select_one(".limited"):
             assert limited.has_attr("hidden") and "do not use" in limited.get_text()
-            seen[item["data-goal"]] = float(limited["data-bytes"])
             reached = advice.taken(run, item["data-goal"])
-            for limit, decision in ((reached * 0.9, "do not use"), (reached * 1.1, item["data-decision"])):
+            seen[item["data-goal"]] = limited["data-bytes"]
+            assert limited["data-bytes"] == ("" if reached is None else f"{reached:.0f}")
+            within = item["data-decision"] if reached else "do not use"  # what was not measured holds no limit
+            for limit, decision in (((reached or 1e9) * 0.9, "do not use"), ((reached or 1e9) * 1.1, within)):
                 [advised] = advice.advise([run], run.model, [advice.Goal(item["data-goal"], limit)])
                 assert advised.decision == decision
-    assert set(seen) <= set(advice.LIMITED) and seen["size"] == advice.taken(run, "size")
+    assert set(seen) <= set(advice.LIMITED) and float(seen["size"]) == advice.taken(run, "size")
     assert advice.taken(run, "latency") is None
 
 

@@ -90,12 +90,17 @@ def test_each_section_of_the_notebook_is_folded_under_its_heading(tmp_path):
     texts = ["# Title\n\nopening words", "## First\n\nfirst words", "### Deeper\n\ndeeper words", "## Second"]
     cells = [v.new_markdown_cell(text) for text in texts]
     cells += [v.new_code_cell("draw()", outputs=[picture, table, picture]), v.new_markdown_cell("last words")]
+    cells += [v.new_markdown_cell("## Second")]
     nbformat.write(v.new_notebook(cells=cells), tmp_path / "in.ipynb")
     page, text = html.render(tmp_path / "in.ipynb", samples.made(), (), tmp_path)
     body = BeautifulSoup(page.read_text(), "html.parser").select_one("div.notebook")
     parts = body.select("details.part")
-    assert [part.summary.get_text(" ", strip=True) for part in parts] == ["First", "Second 2 figures, 1 table"]
-    assert [part.summary.h3["id"] for part in parts] == ["First", "Second"]
+    assert [part.summary.get_text(" ", strip=True) for part in parts] == [
+        "First",
+        "Second 2 figures, 1 table",
+        "Second",
+    ]
+    assert [part["id"] for part in parts] == ["part-first", "part-second", "part-second-2"]
     assert all(part.parent is body and not part.has_attr("open") for part in parts)
     assert "first words" in parts[0].get_text() and "deeper words" in parts[0].get_text()
     assert "last words" in parts[1].get_text() and len(parts[1].select("img")) == 2

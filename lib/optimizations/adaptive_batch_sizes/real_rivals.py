@@ -1,0 +1,116 @@
+"""Every rival on the real model: the fixed size (twice), the others and the adaptive policy replay the same traces, all
+in turn step by step. What simulation says of the rivals is thereby tested on the machine itself.
+
+It takes several times as long as the headline, which needs the fixed size alone; so it is done at effort thorough, or
+where rounds are asked for. Knows no figure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.serving import policy_comparison, replay, slo
+from lib.measure.serving.replay import ServingRounds
+from lib.measure.serving.slo import Objectives
+from lib.measure.serving.traffic import Trace
+from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy
+
+ROUNDS = {"quick": 0, "standard": 0, "thorough": 6}  # by effort, where none are asked for
+AGAIN = "fixed again"
+PURPOSE = "another policy on the same replays of the real model"
+
+
+@dataclass(frozen=True)
+class RivalReplays:
+    """The replays of every policy (`rounds`, None where nothing was replayed), and the name of the fixed size's arm."""
+
+    rounds: ServingRounds | None
+    objective: Objectives
+    fixed: str
+    workload: str
+
+    @property
+    def policies(self) -> list[str]:
+        """The policies that were replayed, the fixed size first; without its second replay."""
+        return [name for name in self.rounds.runs if name != AGAIN] if self.rounds else []
+
+    @property
+    def caption(self) -> str:
+        """What was replayed, or what replays it."""
+        if not self.rounds:
+            return "The rivals were not replayed; -p rival_rounds=6 does it, and so does effort thorough."
+        requests = sum(len(trace.requests) for trace in self.rounds.traces)
+        return f"{requests} requests under every policy; disturbed by: {self.rounds.disturbed}"
+
+    def goodput(self, policy: str) -> float:
+        """Return the mean goodput of a policy, requests/s."""
+        assert self.rounds is not None, "nothing was replayed"
+        return float(np.mean([slo.goodput(run, self.objective) for run in self.rounds.served(policy)]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per policy: means over its replays, and its goodput ÷ that of the fixed size."""
+        rows: list[dict[str, Any]] = []
+        for name in self.policies:
+            assert self.rounds is not None
+            summaries = [slo.summary(run, self.objective) for run in self.rounds.served(name)]
+            fixed = self.goodput(self.fixed)
+            row: dict[str, Any] = {"policy": name} | policy_comparison.averaged(summaries, SHOWN)
+            rows.append(row | {"÷ fixed": self.goodput(name) / fixed if fixed else None})
+        return rows
+
+    def table(self) -> pd.DataFrame:
+        """Return `rows` as a frame; a line that says so where nothing was replayed."""
+        return pd.DataFrame(self.rows() or [{"policy": "none was replayed"}])
+
+    @property
+    def gain(self) -> float | None:
+        """Goodput of the adaptive policy ÷ that of the best rival, the fixed size among them; None without a number."""
+        best = max((self.goodput(name) for name in self.policies if name not in (ADAPTIVE, BLIND)), default=0.0)
+        return self.goodput(ADAPTIVE) / best if best else None
+
+    def controls(self) -> list[tuple[str, str, list[Measurement]]]:
+        """Return (name, purpose, measurements): each policy but ours against the fixed size, on the same replays."""
+        return [
+            (f"{name}, real model", PURPOSE, [self._against_fixed(name)])
+            for name in self.policies
+            if name not in (self.fixed, ADAPTIVE)
+        ]
+
+    def _against_fixed(self, policy: str) -> Measurement:
+        assert self.rounds is not None
+        return replay.goodput(self.rounds, self.objective, self.fixed, AGAIN, policy, self.workload)
+
+
+def rounds_of(effort: str, requested: int) -> int:
+    """Return the rounds to replay: as many as `requested`; by effort where that is below 0."""
+    return ROUNDS[effort] if requested < 0 else requested
+
+
+def replayed(
+    model: nn.Module,
+    study: TrafficStudy,
+    size: int,
+    traces: Sequence[Trace],
+    prompt_of: replay.PromptOf,
+    *,
+    workload: str,
+    device: str = "cpu",
+) -> RivalReplays:
+    """Replay the traces under every policy, the fixed `size` twice; nothing where there is no trace.
+
+    Raises RuntimeError if a cache ever outgrows its bound.
+    """
+    setup, fixed = study.setup, f"fixed {size}"
+    if not traces:
+        return RivalReplays(None, setup.objective, fixed, workload)
+    policies: dict[str, Callable[[], Any]] = study.policies(size)
+    arms = policies | {AGAIN: policies[fixed]}
+    options: dict[str, Any] = {"batching": setup.batching, "device": device, "seed": study.seeds[0]}
+    rounds = replay.in_turn(model, traces, arms, setup.limits, prompt_of, **options)
+    return RivalReplays(rounds, setup.objective, fixed, workload)

@@ -1,0 +1,86 @@
+"""Every rival replays the same traces on a real model, all in turn; nothing is replayed where no rounds are given."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib.measure.serving import policy_comparison, slo
+from lib.measure.serving.policy_comparison import ServingSetup
+from lib.measure.serving.protocol import Limits
+from lib.measure.serving.slo import Objectives, Single
+from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.traffic import Lengths
+from lib.optimizations.adaptive_batch_sizes import real_rivals, study
+from tests.models import architectures
+
+WORKLOAD = "serve, real model, fixed 2"
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    """A study of short requests on a planted machine. The objectives are so loose that every request is in time; the
+    time-out policy waits for a quarter of the first one, less than a server waits for its last requests.
+    """
+    dense = tuple(tuple(1e-3 + 1e-4 * b for _ in range(64)) for b in range(1, 5))
+    times = StepTimes(dense, (1e-3, 1e-5, 0.0), (1e-4, 0.0), (1.0,), (1.0,), 512.0, 0)
+    chat = Lengths(6, 3)
+    setup = ServingSetup(
+        times, Objectives(2.0, 1e3), Single.of(times, chat), Limits(4, None, 512.0, 1e3), chat=chat, documents=chat
+    )
+    return study.TrafficStudy(setup, 0.1, 4, (0,))
+
+
+@pytest.fixture(scope="module")
+def replayed(traffic):
+    model = architectures.build("llama").eval()
+    traces = policy_comparison.traces(traffic.setup, "constant 0.4", 6, (0, 1))
+
+    def prompt_of(request):
+        return torch.arange(request.prompt_tokens) % 50
+
+    return real_rivals.replayed(model, traffic, 2, traces, prompt_of, workload=WORKLOAD), traces
+
+
+def test_every_policy_serves_every_request_of_every_trace(replayed, traffic):
+    rivals, traces = replayed
+    assert rivals.policies == [*traffic.policies(2)] and rivals.policies[0] == "fixed 2"
+    for name, runs in rivals.rounds.runs.items():
+        assert [len(run.served.outcomes) for run in runs] == [len(trace.requests) for trace in traces], name
+        assert all(len(run.output) == len(trace.requests) for run, trace in zip(runs, traces)), name
+    answers = [runs[0].output for runs in rivals.rounds.runs.values()]
+    assert all(set(answer) == set(answers[0]) for answer in answers)
+
+
+def test_goodput_and_gain_are_those_of_the_replays(replayed, traffic):
+    rivals, traces = replayed
+    rows = {row["policy"]: row for row in rivals.rows()}
+    offered = [
+        sum(request.arrival >= trace.warm_up for request in trace.requests) / trace.counted_seconds for trace in traces
+    ]
+    for name, row in rows.items():  # nobody is late, so every policy serves what is offered
+        assert row["goodput"] == pytest.approx(sum(offered) / len(offered)), name
+        assert row["÷ fixed"] == pytest.approx(1.0)
+    assert rivals.gain == pytest.approx(1.0) and len(rivals.table()) == len(rows)
+    nobody = replace(rivals, objective=Objectives(1e-12, 1e-12))
+    assert nobody.gain is None and all(row["÷ fixed"] is None for row in nobody.rows())
+    assert all(slo.goodput(run, nobody.objective) == 0 for run in rivals.rounds.served("AIMD"))
+
+
+def test_rivals_are_controls_against_the_fixed_size(replayed):
+    rivals, _ = replayed
+    controls = rivals.controls()
+    assert [name for name, *_ in controls] == [
+        f"{name}, real model" for name in ("time-out", "AIMD", "chunked 64", "adaptive, blind")
+    ]
+    for _, _, (measured,) in controls:
+        assert measured.workload == WORKLOAD and measured.provenance == "measured"
+        assert measured.verdict in ("informative", "inconclusive", "equivalent")  # two rounds give no interval
+
+
+def test_no_rounds_no_replay(traffic):
+    nothing = real_rivals.replayed(torch.nn.Identity(), traffic, 2, [], None, workload=WORKLOAD)
+    assert nothing.rounds is None and nothing.rows() == [] and nothing.controls() == [] and nothing.gain is None
+    assert "rival_rounds" in nothing.caption and len(nothing.table()) == 1
+    assert [real_rivals.rounds_of(effort, -1) for effort in ("quick", "standard", "thorough")] == [0, 0, 6]
+    assert real_rivals.rounds_of("quick", 3) == 3
