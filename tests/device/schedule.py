@@ -92,11 +92,14 @@ class Executor(Protocol):
 
 
 class Clock:
-    """Counts down `seconds` from its making; `now` is a monotonic clock in seconds."""
+    """Counts down `seconds` from its making; `now` is a monotonic clock in seconds. One that is `slower` so many times
+    is a rehearsal's: a processor takes longer than the device, and the programme is to be rehearsed whole.
+    """
 
-    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic):
-        self.seconds, self.now = seconds, now
-        self.start = now()
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic, slower: float = 1.0):
+        self.seconds, self.slower = seconds, slower
+        self.now = (lambda: now() / slower) if slower != 1 else now
+        self.start = self.now()
 
     @property
     def spent(self) -> float:
@@ -117,18 +120,16 @@ def steps(
     margin_bytes: float = MARGIN_BYTES,
     context_bytes: Callable[[str, int], float] = lambda model, tokens: 0.0,
     positions: Mapping[str, int] | None = None,
-    patience: float = 1.0,
 ) -> list[Step]:
     """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
     the models of `checkpoints` (name → folder of checkpoints) with their own weights.
 
     `weights_bytes` by model; a model that it does not name has no step. `context_bytes` of a model and a number of
     tokens: what the queries, keys and values of all blocks take, where a step asks for a context; `positions`: the
-    longest context by model, where it is less than what is asked for. `patience`: how many times as long a step may
-    take; a rehearsal's processor is slower than the device, and may be busy.
+    longest context by model, where it is less than what is asked for.
     """
-    planned = [Step(TESTS, patience * TESTS_SECONDS)]
-    seconds = patience * (RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0))
+    planned = [Step(TESTS, TESTS_SECONDS)]
+    seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
     real = checkpoints or {}
     for group in (*groups, tuple(real)):
         for optimization, parameters in optimizations.items():

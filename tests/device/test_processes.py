@@ -46,8 +46,8 @@ def executor(tmp_path, monkeypatch):
 
     monkeypatch.setattr(processes.subprocess, "Popen", popen)
 
-    def make(free=lambda: None, kept=2):
-        made.append(Processes(tmp_path / "log", "cpu", free, kept=kept))
+    def make(free=lambda: None, kept=2, slower=1.0):
+        made.append(Processes(tmp_path / "log", "cpu", free, kept=kept, slower=slower))
         made[-1].started = started
         return made[-1]
 
@@ -75,6 +75,12 @@ def test_what_takes_too_long_is_ended_with_its_cell_and_started_anew(executor):
     assert (ended.status, ended.reason) == ("stopped", "took longer than its limit, in cell 3")
     assert time.monotonic() - start < 60 and made.loads(_step())
     assert made.execute(_step(), 20.0).status == "finished"
+
+
+def test_limits_are_those_of_the_clock_that_gave_them(executor):
+    made = executor(slower=1e4)
+    assert made.execute(_step(), 2e-3).status == "finished"  # twenty seconds of this machine
+    assert executor().execute(_step(), 1e-3).status == "stopped"  # a process takes longer to start
 
 
 def test_a_lost_process_and_a_failed_notebook_are_told_apart(executor):
@@ -152,7 +158,7 @@ def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():
 
 
 def test_one_optimization_is_rehearsed_whole(tmp_path, capsys):
-    chosen = ["--seconds", "100000", "--out", str(tmp_path), "--optimization", "structured_pruning"]
+    chosen = ["--out", str(tmp_path), "--optimization", "structured_pruning"]
     code = full_size.main([*chosen, "--model", "glm-4.7-flash", "rehearse"])
     index = json.loads((tmp_path / results.INDEX).read_text())
     assert code == 0, index["steps"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.device import schedule
+from tests.device import full_size, schedule
 from tests.device.schedule import Clock, Ended, Step
 
 GIGA = 2.0e9
@@ -33,6 +33,17 @@ class Played:
         self.executed.append(step.name)
         self.held.add(step.model)
         return Ended(step, "finished" if takes <= limit_seconds else "stopped")
+
+
+class Slow:
+    """An executor that is given limits by a slower clock, as `Processes` is in a rehearsal."""
+
+    def __init__(self, played: Played, slower: float):
+        self.played, self.slower = played, slower
+        self.loads, self.hindrance = played.loads, played.hindrance
+
+    def execute(self, step: Step, limit_seconds: float) -> Ended:
+        return self.played.execute(step, self.slower * limit_seconds)
 
 
 def _run(played: Played, seconds: float, planned=None):
@@ -93,6 +104,17 @@ def test_loading_counts_once_for_each_model():
     needed = first.seconds + first.load_seconds + schedule.ASIDE_SECONDS
     outcomes = _run(played, needed + schedule.RECORD_SECONDS / 2, [first, second])
     assert [ended.status for ended in outcomes] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("seconds", [570, 900])
+def test_a_rehearsal_leaves_nothing_out_although_every_step_takes_minutes(seconds):
+    planned = schedule.steps(SIZES | {"qwen3-coder-30b": 61 * GIGA})
+    played = Played(dict.fromkeys([step.name for step in planned], 200.0))
+    clock = Clock(seconds, lambda: played.now, slower=full_size.SLOWER)
+    outcomes = schedule.run(planned, clock, Slow(played, full_size.SLOWER), lambda ended: None)
+    assert [ended.status for ended in outcomes] == ["finished"] * (1 + 4 * len(schedule.OPTIMIZATIONS))
+    assert clock.spent == pytest.approx(200.0 * len(planned) / full_size.SLOWER) and clock.left > 0
+    assert all(ended.seconds == pytest.approx(10.0) for ended in outcomes)
 
 
 def test_what_overruns_is_stopped_and_the_rest_goes_on():
