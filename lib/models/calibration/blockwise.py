@@ -91,12 +91,18 @@ def _pairs(
     """
     before, after = Walk(original, calibration), Walk(changed, calibration)
     for whole, block in zip(before, after):
-        outputs = list(before.outputs())
-        lessons = [
-            _lesson(old, new, output, block.index) for old, new, output in zip(before.carried, after.carried, outputs)
-        ]
-        yield block, whole, before, lessons
-        before.carry_on(outputs)
+        yield block, whole, before, lessons_of(before, after)
+
+
+def lessons_of(before: Walk, after: Walk) -> list[Lesson]:
+    """Return the lessons of a block: `before` and `after` stand in front of the original and of the changed one.
+
+    The original's outputs are carried on.
+    """
+    outputs = list(before.outputs())
+    before.carry_on(outputs)
+    each = zip(before.carried, after.carried, outputs)
+    return [_lesson(old, new, output, after.index) for old, new, output in each]
 
 
 def _lesson(old: TextBatch, new: TextBatch, output_BTH: torch.Tensor, index: int) -> Lesson:
@@ -213,20 +219,28 @@ def refit(
     gradient, no state; the sums of one block are held. Experts' factors stay as they are.
     """
     taught, held_out = split(calibration)
-    count, errors = len(taught), []
-    for block, whole, walk, lessons in _pairs(changed, original, [*taught, *held_out]):
-        worker = copy.deepcopy(block.module).float()
-        factored = {name: part for name, part in worker.named_modules() if isinstance(part, FactoredLinear)}
-        before = _error(worker, lessons[count:])
-        sums = _cross_sums(factored, worker, lessons[:count], whole, walk)
-        outers = [part.outer.weight for part in factored.values()]
-        initial = [outer.clone() for outer in outers]
-        for name, part in factored.items():
-            matrix: Any = whole.module.get_submodule(name)
-            part.outer.weight.copy_(_nearest(matrix.weight, *sums[name]))
-        errors.append((before, _kept(worker, lessons[count:], before, outers, initial)))
-        _copy_values(worker, block.module)
-    return errors
+    pairs = _pairs(changed, original, [*taught, *held_out])
+    return [refit_block(block, whole, walk, lessons, len(taught)) for block, whole, walk, lessons in pairs]
+
+
+@torch.no_grad()
+def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], taught: int) -> tuple[float, float]:
+    """Refit one block in place, see `refit`; return its error (before, after) on the lessons behind the first `taught`.
+
+    `walk` stands in front of the original block, `whole`.
+    """
+    worker = copy.deepcopy(block.module).float()
+    factored = {name: part for name, part in worker.named_modules() if isinstance(part, FactoredLinear)}
+    before = _error(worker, lessons[taught:])
+    sums = _cross_sums(factored, worker, lessons[:taught], whole, walk)
+    outers = [part.outer.weight for part in factored.values()]
+    initial = [outer.clone() for outer in outers]
+    for name, part in factored.items():
+        matrix: Any = whole.module.get_submodule(name)
+        part.outer.weight.copy_(_nearest(matrix.weight, *sums[name]))
+    after = _kept(worker, lessons[taught:], before, outers, initial)
+    _copy_values(worker, block.module)
+    return before, after
 
 
 def _cross_sums(

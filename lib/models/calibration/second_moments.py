@@ -139,7 +139,6 @@ def moments(
     return by_name
 
 
-@torch.no_grad()
 def block_moments(
     walk: Walk,
     chosen: Sequence[Matrix],
@@ -158,14 +157,32 @@ def block_moments(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f'weighting "{weighting}"; expected one of {", ".join(WEIGHTINGS)}')
-    if not chosen:
-        return {}
     collector = _Collector(gram, dtype, weighting == "router")
+    return _summed(walk, chosen, collector, len(walk.carried), unchanged)[0]
+
+
+def moments_apart(walk: Walk, chosen: Sequence[Matrix], batches: int) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """Return the moments of the first `batches` of `walk` and those of the rest, with `gram`; the block may change
+    afterwards: see `block_moments`.
+    """
+    first, rest = _summed(walk, chosen, _Collector(True, torch.float32, False), batches, False)
+    return first, rest
+
+
+@torch.no_grad()
+def _summed(
+    walk: Walk, chosen: Sequence[Matrix], collector: "_Collector", batches: int, unchanged: bool
+) -> list[dict[str, Moments]]:
+    """Return the sums over the first `batches` and those over the rest; the block runs once, if there is a matrix."""
+    if not chosen:
+        return [{}, {}]
     hooks = _hooks(chosen, collector)
-    outputs = []
+    outputs, first = [], collector.moments
     try:
         running = walk.outputs()
-        for batch in walk.carried:
+        for index, batch in enumerate(walk.carried):
+            if index == batches:
+                collector.moments = {}
             collector.start(batch.mask_T)
             output = next(running)
             if unchanged:
@@ -175,7 +192,7 @@ def block_moments(
             hook.remove()
     if unchanged:
         walk.carry_on(outputs)
-    return collector.moments
+    return [first, {} if collector.moments is first else collector.moments]
 
 
 def _hooks(chosen: Sequence[Matrix], collector: "_Collector") -> list[RemovableHandle]:

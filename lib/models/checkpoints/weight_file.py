@@ -144,6 +144,14 @@ class WeightFile:
         self._counting = threading.Lock()
         self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
 
+    def name_of(self, place: TensorPlace) -> str:
+        """Return the name of the tensor that a place lies in; with the index of the expert, if it is one of a stack."""
+        for name, whole in self.places.items():
+            if whole.file == place.file and whole.offset <= place.offset < whole.offset + whole.nbytes:
+                one = len(whole.shape) == len(place.shape) + 1
+                return f"{name}, expert {(place.offset - whole.offset) // place.nbytes}," if one else name
+        raise ValueError(f"{place.file}: no tensor at byte {place.offset}")
+
     def tensor(self, place: TensorPlace) -> torch.Tensor:
         """Read one tensor into memory of its own and return it."""
         memory = torch.empty(place.nbytes, dtype=torch.uint8)

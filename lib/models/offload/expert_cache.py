@@ -19,11 +19,15 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lib.errors import NotApplicable
+from lib.models.checkpoints import finite
 from lib.models.checkpoints.weight_file import Piece, TensorPlace, WeightFile, aligned, buffer
 from lib.models.offload.mapped_pages import FilePages, spans
 
 NAME = "streamed"
-NOT_CHANGEABLE = "the weights of this model stream from a file: it can run, but it cannot be copied or changed"
+NOT_CHANGEABLE = (
+    "the weights of this model stream from a file: it can run, but it cannot be copied or changed in memory; "
+    "build.py apply changes some checkpoints from file to file"
+)
 Key = tuple[int, int]  # block, expert
 Places = Mapping[int, Callable[[int], list[TensorPlace]]]  # block → function from an expert to its places
 
@@ -58,6 +62,7 @@ class ExpertCache:
         self._width = sum(place.shape[0] for place in gate_up)
         self._down_at = aligned(sum(place.nbytes for place in gate_up))
         self._cached: OrderedDict[Key, Any] = OrderedDict()  # slots here, pairs of views in `MappedExperts`
+        self._finite: set[Key] = set()  # experts that were looked through
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
         size = expert_bytes(parts)
         on_cpu = torch.device(device).type == "cpu"
@@ -97,7 +102,18 @@ class ExpertCache:
             except BaseException:
                 self._free.append(self._cached.pop(key))
                 raise
+            self._require_finite(key, slot.gate_up, slot.down)
             yield expert, slot.gate_up, slot.down
+
+    def _require_finite(self, key: Key, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Raise UserError that names an expert with a NaN or an infinite value; looks once at each."""
+        if key in self._finite:
+            return
+        places = self.parts[key[0]](key[1])
+        pieces = (*gate_up.split([place.shape[0] for place in places[:-1]]), down)
+        for place, tensor in zip(places, pieces):
+            finite.require_read(self.file, place, tensor)
+        self._finite.add(key)
 
     def _count(self, block: int, indices: Sequence[int]) -> tuple[list[int], list[int]]:
         """Count a request; return its experts in memory and its missing ones."""
@@ -159,9 +175,9 @@ class MappedExperts(ExpertCache):
     """
 
     def __init__(self, pages: FilePages, parts: Places, slots: int):
-        self.pages, self.parts, self.slots = pages, parts, slots
+        self.pages, self.file, self.parts, self.slots = pages, pages.file, parts, slots
         self.hits = self.misses = 0
-        self._cached = OrderedDict()
+        self._cached, self._finite = OrderedDict(), set()
         self._spans = functools.cache(lambda key: spans(parts[key[0]](key[1])))
 
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -181,6 +197,7 @@ class MappedExperts(ExpertCache):
             self.pages.hold(self._spans(key))
             gate_up, down = (self.pages.view(place) for place in self.parts[key[0]](key[1]))
             self._cached[key] = gate_up, down
+        self._require_finite(key, *self._cached[key])
         self._cached.move_to_end(key)
         return self._cached[key]
 

@@ -3,10 +3,11 @@
 `rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
 its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory. Embeddings,
 head, norms and a vision tower stay in memory. Shards are written into a folder beside the target, which becomes the
-target when all are there: an interrupted run leaves no half checkpoint, and the next one resumes after the last shard.
-Knows nothing of what is changed.
+target when all are there and were read again: a run that ends in the middle leaves no half checkpoint, and the next one
+goes on behind the last shard. Knows nothing of what is changed.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.models.calibration.walk import Walk
-from lib.models.checkpoints import weight_file
+from lib.models.checkpoints import finite, weight_file
 from lib.models.checkpoints.folder import MANIFEST
 from lib.models.offload.layout import layout
 from lib.models.structure import manifest
@@ -50,7 +51,6 @@ class FileBlocks:
         layers = anatomy(self.model).decoder.layers
         names = {id(module): name for name, module in self.model.named_modules()}
         self.prefixes = [names[id(layer)] for layer in layers]
-        self.described: dict[int, dict[str, Any]] = {}
         self._load_rest()
 
     def _in_block(self, name: str) -> bool:
@@ -72,6 +72,7 @@ class FileBlocks:
                 if id(old) not in shared:
                     stored = next(n for n in self._names_of(old) if n in self.file.places)
                     shared[id(old)] = nn.Parameter(self._read(stored), requires_grad=False)
+                    finite.require_tensor(shared[id(old)], stored, self.source)
                 module._parameters[leaf] = shared[id(old)]
             for leaf, buffer in module._buffers.items():
                 name = f"{module_name}.{leaf}"
@@ -143,14 +144,18 @@ class FileBlocks:
         for section in ("factors", "sparse"):
             own = {name: value for name, value in every.get(section, {}).items() if name.startswith(f"{prefix}.")}
             entry |= {section: own}
-        weight_file.write(shard, {f"{prefix}.{n}": t for n, t in self._module(index).state_dict().items()})
+        tensors = {f"{prefix}.{name}": tensor for name, tensor in self._module(index).state_dict().items()}
+        weight_file.write(shard, tensors)
+        with closing(_Shard(shard)) as written:
+            for name, tensor in tensors.items():
+                if not torch.equal(written.read(name), tensor.cpu()):
+                    raise UserError(f"{shard}: {name} reads otherwise than it was written; check the disk")
         write_atomically(description, json.dumps(entry))
-        self.described[index] = entry
 
     def _restore(self, index: int) -> None:
         """Read a changed block from its shard."""
         shard, description = self._paths(index)
-        entry = self.described[index] = json.loads(description.read_text(encoding="utf-8"))
+        entry = json.loads(description.read_text(encoding="utf-8"))
         factored.restore(self.model, entry["factors"])
         with closing(_Shard(shard)) as opened:
             stored: dict[str, Callable[[], torch.Tensor]] = {
@@ -189,9 +194,11 @@ class FileBlocks:
                 if path.name not in (MANIFEST, "model.safetensors.index.json"):
                     shutil.copyfile(path, self.shards / path.name)
         saving.save_pretrained(self.shards, state_dict={})
-        sections: dict[str, Any] = {"blocks": [self.described[index]["block"] for index in range(len(self.prefixes))]}
+        paths = [self._paths(index)[1] for index in range(len(self.prefixes))]
+        entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        sections: dict[str, Any] = {"blocks": [entry["block"] for entry in entries]}
         for section in ("factors", "sparse"):
-            merged = {name: value for entry in self.described.values() for name, value in entry[section].items()}
+            merged = {name: value for entry in entries for name, value in entry[section].items()}
             sections |= {section: merged} if merged else {}
         write_atomically(self.shards / MANIFEST, json.dumps(sections, indent=1) + "\n")
         for leftover in (*self.shards.glob("block-*.json"), self.shards / ABOUT):
@@ -231,25 +238,82 @@ def rewrite(
     *,
     about: dict[str, Any],
     device: str = "cpu",
+    shards: Path | None = None,
 ) -> Path:
     """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
 
     `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
-    changed, as plain JSON: an unfinished run of the same change resumes after its last block, one of a different change
-    is refused. Raises UserError for that, for an existing target, and for a block that cannot be read.
+    changed, as plain JSON: an unfinished run of the same, on the same text and source, goes on behind its last block;
+    one of something else is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
+    beside it, `.part` behind its name). Raises UserError for that, for an existing target, for a block that cannot be
+    read, and for a disk that is full: the blocks before are kept, and without one nothing is.
     """
-    target = Path(target)
+    source, target = Path(source), Path(target)
     if target.exists():
         raise UserError(f"{target}: is there already; name a new folder")
-    shards = target.with_name(f"{target.name}.part")
-    expected = json.dumps({"source": str(Path(source).resolve()), "about": about}, sort_keys=True)
-    if shards.is_dir() and (shards / ABOUT).read_text(encoding="utf-8") != expected:
-        raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
-    shards.mkdir(parents=True, exist_ok=True)
-    write_atomically(shards / ABOUT, expected)
-    with closing(FileBlocks(source, shards, device)) as store:
-        walk = Walk(store.model, calibration, store=store)
-        for block in walk:
-            if not store.done(block.index):
-                change(store.model, walk, block)
-        return store.finish(target)
+    shards = shards or target.with_name(f"{target.name}.part")
+    _begin(shards, {"about": about, "text": _digest(calibration), "source": _identity(source)})
+    try:
+        with closing(FileBlocks(source, shards, device)) as store:
+            _change_blocks(store, calibration, change)
+        del store  # and what it holds in memory
+        with closing(FileBlocks(source, shards, device)) as written:
+            _require_answers(written, calibration[:1])
+            return written.finish(target)
+    except (UserError, OSError) as error:
+        what = str(error) if isinstance(error, UserError) else _not_written(error, shards)
+        if any(shards.glob("block-*.json")):
+            what += f"; {shards} keeps the blocks before it, and the same command goes on there"
+        else:
+            shutil.rmtree(shards)
+        raise UserError(what) from None
+
+
+def _not_written(error: OSError, shards: Path) -> str:
+    return f"{error.filename or shards}: cannot be written ({error.strerror or error})"
+
+
+def _change_blocks(store: FileBlocks, calibration: Sequence[dict[str, torch.Tensor]], change: Change) -> None:
+    walk = Walk(store.model, calibration, store=store)
+    for block in walk:
+        if not store.done(block.index):
+            change(store.model, walk, block)
+
+
+def _begin(shards: Path, made_by: dict[str, Any]) -> None:
+    """Make the folder of shards, or go on in it. Raises UserError where it holds something else."""
+    expected = json.dumps(made_by, sort_keys=True)
+    if shards.is_dir() and any(shards.iterdir()):
+        kept = shards / ABOUT
+        if not kept.is_file() or kept.read_text(encoding="utf-8") != expected:
+            raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+        write_atomically(shards / ABOUT, expected)
+    except OSError as error:
+        raise UserError(_not_written(error, shards)) from None
+
+
+def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
+    """Return a hash of calibration text."""
+    whole = hashlib.sha256()
+    for batch in calibration:
+        for name, tensor in sorted(batch.items()):
+            whole.update(f"{name} {tuple(tensor.shape)}".encode())
+            whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _identity(source: Path) -> list[list[Any]]:
+    """Return what tells one state of a checkpoint from another: its path, and size and time of every weight file."""
+    files = sorted(source.resolve().glob("*.safetensors"))
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _require_answers(written: FileBlocks, text: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Raise UserError unless the blocks that were written, read again one by one, give finite states."""
+    walk = Walk(written.model, text, store=written)
+    last = len(written.prefixes) - 1
+    for block in walk:
+        if block.index == last and not all(bool(states.isfinite().all()) for states in walk.outputs()):
+            raise UserError(f"{written.shards}: what was written gives answers that are not finite; delete it")

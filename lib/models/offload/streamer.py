@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.models.checkpoints import finite
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, buffer
 from lib.models.offload import expert_cache, mapped_pages, residency
 from lib.models.offload.expert_cache import ExpertCache, MappedExperts
@@ -39,7 +40,8 @@ def open_streamed(
 
     `allowance_bytes` defaults to the share `memory_ratio` of all weights. `page_cache`: "keep", weights are used
     directly in the page cache (on a CPU, if the system supports it: `lib.models.offload.mapped_pages`); "copy", they
-    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which they are stored.
+    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which they are stored, and
+    are looked through when they are read for the first time: NaN or an infinite value is a UserError that names them.
     `streamer(model)` has counts and the plan. Raises UserError for an allowance below the smallest possible one, which
     it names, and for a damaged checkpoint.
     """
@@ -104,14 +106,19 @@ class StreamedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = stock.weight.shape
         stock.padding_idx = None  # matters to gradients alone, and counts rows that are not in memory
         self._stock = [stock]  # not a part: its weight is this module's
+        self._seen: set[int] = set()  # rows that were looked through
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         rows, where_BT = ids_BT.unique(return_inverse=True)
-        row = self.place.nbytes // self.place.shape[0]
-        memory = buffer(row * len(rows))
-        places = [self.place.rows(at, at + 1) for at in rows.tolist()]
+        row, indices = self.place.nbytes // self.place.shape[0], rows.tolist()
+        memory = buffer(row * len(indices))
+        places = [self.place.rows(at, at + 1) for at in indices]
         self.file.read(zip(places, memory.split(row)))
-        table = memory.view(self.place.dtype).view(len(rows), -1).to(ids_BT.device)
+        table = memory.view(self.place.dtype).view(len(indices), -1)
+        if not self._seen.issuperset(indices):
+            finite.require_read(self.file, self.place, table)
+            self._seen.update(indices)
+        table = table.to(ids_BT.device)
         (stock,) = self._stock
         stock.weight = nn.Parameter(table, requires_grad=False)
         try:
@@ -127,6 +134,7 @@ def _load(model: nn.Module, name: str, file: WeightFile, device: str) -> None:
     file.read([(place, memory)])
     owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     tensor = memory.view(place.dtype).view(place.shape).to(device)
+    finite.require_read(file, place, tensor)
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

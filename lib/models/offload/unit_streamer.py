@@ -3,7 +3,8 @@
 Before a unit (a decoder block, a block of a vision tower, some rows of the head) runs, a hook binds views of one of two
 slots to its modules, and a background thread starts reading the next unit into the other slot. Or, without a copy, the
 views are into the mapped file, whose pages are released afterwards. A parameter that is not in memory is NaN, never an
-old value. Knows nothing of which units stay in memory (`lib.models.offload.residency`).
+old value; one that the file holds as NaN is an error when it is read for the first time. Knows nothing of which units
+stay in memory (`lib.models.offload.residency`).
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
+from lib.models.checkpoints import finite
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned, buffer
 from lib.models.offload import expert_cache, mapped_pages, residency
 from lib.models.offload.expert_cache import ExpertCache
@@ -51,11 +53,13 @@ class Streamer:
         self._resident: dict[str, list[nn.Parameter]] = {}
         self._next = dict(zip(plan.streamed, [*plan.streamed[1:], *plan.streamed[:1]]))
         self._last: str | None = None
+        self._finite: set[str] = set()  # units that were looked through
         sizes = unit_bytes(units)
         for name in plan.resident:
             memory = self._memory(sizes[name])
             self._read(name, memory)
             self._resident[name] = self._view(name, memory)
+            self._require_finite(name, self._resident[name])
             _bind(units[name], self._resident[name])
 
     def __deepcopy__(self, memo: dict) -> "Streamer":
@@ -94,8 +98,16 @@ class Streamer:
         if (ahead := self._next[name]) != name and free_slot.unit != ahead:
             self._fill(free_slot, ahead)
         views = self._views_of(name, self.slots.index(slot))
+        self._require_finite(name, views)
         _bind(self.units[name], views)
         return views
+
+    def _require_finite(self, name: str, weights: list[nn.Parameter]) -> None:
+        """Raise UserError that names a weight of unit `name` with a NaN or an infinite value; looks once."""
+        if name not in self._finite:
+            for part, weight in zip(self.units[name], weights):
+                finite.require_read(self.file, part.place, weight)
+            self._finite.add(name)
 
     def _fill(self, slot: UnitSlot, name: str) -> None:
         """Start reading a unit into a slot; the unit that it held loses its weights first."""
@@ -196,6 +208,7 @@ class MappedStreamer(Streamer):
         self.pages.hold(self._spans[name])
         self._last = name
         self.pages.expect(self._spans[self._next[name]])
+        self._require_finite(name, self._mapped[name])
         _bind(self.units[name], self._mapped[name])
         return self._mapped[name]
 

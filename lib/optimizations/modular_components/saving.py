@@ -1,11 +1,13 @@
 """An optimization, or a stack of them, as a checkpoint folder: applied, saved, loaded again and compared.
 
-By the project's own loader always, by plain transformers where it can read the folder. Measures nothing. As a program
+By the project's own loader always, by plain transformers where it can read the folder; a model that does not fit into
+memory is written, read again and compared block by block. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
 with the fields of `SavedModel`, `steps` (stems) and `chosen_for` ([model, scale] of a stack's recipe, else null), or
 with {"refused": why}.
 """
 
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -32,6 +34,7 @@ from lib.models.structure.signature import signature
 from lib.models.tasks import tasks
 from lib.optimizations.common import recipe
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import larger_than_memory
 from lib.optimizations.modular_components import method as composing
 
 WINDOWS, TOKENS = 2, 64  # of text, on which what was saved is compared
@@ -42,23 +45,29 @@ HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an
 
 class SavedModel(NamedTuple):
     """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
-    tokenizer, the dtype of its weights, and their hash.
+    tokenizer, the dtype of its weights, and their hash; `by_blocks`: it was never whole in memory, and has no hash.
     """
 
     loads: str | None
     tokenizer: bool
     dtype: str
-    weights_hash: str
+    weights_hash: str | None
+    by_blocks: bool = False
 
 
 def save(
-    model: str, optimization: str, stack: Sequence[RecipeStep] | None, parameters: Mapping[str, Any], place: Path
+    model: str,
+    optimization: str,
+    stack: Sequence[RecipeStep] | None,
+    parameters: Mapping[str, Any],
+    place: Path,
+    unfinished: Path | None = None,
 ) -> SavedModel:
     """Apply `optimization`, or the steps of `stack` in its place, to `model` and save it in the folder `place`.
 
     `parameters` are those of a run: scale, effort, device and so on; without a stack the model is the one that a run
-    with them measures. Raises UserError where no weights change, a step is refused, or the model is more than a
-    checkpoint can hold.
+    with them measures. `unfinished`: the folder in which a model that does not fit into memory is written block by
+    block. Raises UserError where no weights change, a step is refused, or the model is more than a checkpoint can hold.
     """
     stems = [optimization] if stack is None else [step.optimization for step in stack]
     if not stems:
@@ -76,13 +85,25 @@ def save(
         random_weights=parameters["random_weights"],
         seed=int(parameters.get("seed", 0)),
     )
+    if larger_than_memory.is_streamed(loaded):
+        if stack is not None:
+            raise UserError(f"{model}: does not fit into memory; give one optimization, which goes from file to file")
+        write = larger_than_memory.writer(loaded, optimization, parameters)
+        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        del loaded
+        gc.collect()  # models refer to themselves
+        write(place, shards=unfinished)
+        return SavedModel(None, True, dtype, None, by_blocks=True)
     optimized = _composed(loaded, stack, parameters) if stack is not None else _alone(loaded, optimization, parameters)
     weights_hash = io.weights_hash(optimized)
     if signature(optimized) == signature(loaded.model) and weights_hash == io.weights_hash(loaded.model):
         raise UserError(
             f"{', '.join(stems)}: changes no weights of {model} with these parameters, so there is nothing to save"
         )
-    io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
+    try:
+        io.save(optimized, place, tokenizer=loaded.tokenizer, image_processor=loaded.image_processor)
+    except OSError as error:
+        raise UserError(f"{error.filename or place}: cannot be written ({error.strerror or error})") from None
     dtype = str(loaded.dtype).removeprefix("torch.")
     return SavedModel(_check(optimized, place, loaded), loaded.tokenizer is not None, dtype, weights_hash)
 
@@ -189,12 +210,13 @@ def _near(one: torch.Tensor, other: torch.Tensor, share: float) -> bool:
 
 
 def main() -> None:
-    """Answer one request: model, optimization, stack (a recipe's path, or null), parameters, place."""
+    """Answer one request: model, optimization, stack (a recipe's path, or null), parameters, place, unfinished."""
     request = json.load(sys.stdin)
     try:
         chosen = recipe.read(request["stack"]) if request["stack"] else None
         steps = chosen.stack if chosen else None
-        saved = save(request["model"], request["optimization"], steps, request["parameters"], Path(request["place"]))
+        place, unfinished = Path(request["place"]), Path(request["unfinished"])
+        saved = save(request["model"], request["optimization"], steps, request["parameters"], place, unfinished)
         answer: dict[str, Any] = {
             **saved._asdict(),
             "steps": [step.optimization for step in steps or [RecipeStep(optimization=request["optimization"])]],

@@ -1,17 +1,19 @@
 """Prunes the weights of a checkpoint that need not fit into memory, block by block, from file to file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.models.calibration.second_moments import block_moments, matrices
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, store_block
+from lib.optimizations.sparse_neural_networks.experiment import REAL_SPARSITY
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule
 from lib.optimizations.sparse_neural_networks.method import NAME, check
 
@@ -29,6 +31,7 @@ def apply_to_file(
     execute: str = "sparse",
     seed: int = 0,
     device: str = "cpu",
+    shards: Path | None = None,
 ) -> Path:
     """Write the checkpoint in `source` with `sparsity` of its matrices' weights zero to the new folder `target`.
 
@@ -49,4 +52,15 @@ def apply_to_file(
             store_block(model, pruned, block.index)
 
     about = {"optimization": NAME, "parts": parts, "execute": execute, "seed": seed, **options}
-    return rewrite(source, target, calibration, change, about=about, device=device)
+    return rewrite(source, target, calibration, change, about=about, device=device, shards=shards)
+
+
+def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `apply_to_file` for the parameters of a run; without a share of zeros REAL_SPARSITY.
+
+    Raises UserError where they ask for what needs the whole model in memory.
+    """
+    if parameters["finetune_steps"] > 0:
+        raise UserError(f"{NAME}: fine-tuning needs the whole model in memory; give -p finetune_steps=0")
+    chosen = {name: parameters[name] for name in ("method", "pattern", "within", "parts", "seed")}
+    return chosen | {"sparsity": parameters["sparsity"] if parameters["sparsity"] >= 0 else REAL_SPARSITY}

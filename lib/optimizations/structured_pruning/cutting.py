@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
+from lib.models.calibration.distillation import split
+from lib.models.calibration.second_moments import Matrix, Moments, matrices, moments_apart
 from lib.models.calibration.walk import Walk, require_finite
 from lib.models.structure.anatomy import Block, anatomy, resize_linear, synchronise
 from lib.models.structure.surgery import (
@@ -20,11 +21,12 @@ from lib.models.structure.surgery import (
     keep_experts,
     keep_groups,
 )
-from lib.optimizations.structured_pruning.compensation import compensated
+from lib.optimizations.structured_pruning.compensation import fitted
 from lib.optimizations.structured_pruning.saliency import Scores
 
 READING = ("o_proj", "down_proj")  # what reads heads and channels
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
+Readings = dict[int, tuple[Moments, Moments]]  # by the module that reads: of the text to fit on, of what is held out
 
 
 def prune_blocks(
@@ -43,13 +45,20 @@ def prune_blocks(
             prune_block(block, scores[block.index], shares[block.index])
         synchronise(pruned)
         return
-    walk = Walk(pruned, calibration)
+    taught, held_out = split(calibration)
+    walk = Walk(pruned, [*taught, *held_out])
     for block in walk:
-        readers = reading(pruned, block.index)
-        moments = block_moments(walk, readers, gram=True, unchanged=False)
-        by_owner = {id(matrix.owner): moments[matrix.name] for matrix in readers}
-        prune_block(block, scores[block.index], shares[block.index], by_owner)
+        prune_block(block, scores[block.index], shares[block.index], readings(walk, len(taught)))
         synchronise(pruned)
+
+
+def readings(walk: Walk, taught: int) -> Readings:
+    """Return the moments of what reads heads or channels of the block in front of which `walk` stands: of the first
+    `taught` batches, and of those held out.
+    """
+    readers = reading(walk.model, walk.index)
+    first, rest = moments_apart(walk, readers, taught)
+    return {id(matrix.owner): (first[matrix.name], rest[matrix.name]) for matrix in readers}
 
 
 def reading(model: nn.Module, block: int) -> list[Matrix]:
@@ -58,45 +67,39 @@ def reading(model: nn.Module, block: int) -> list[Matrix]:
     return [*linears, *(m for m in matrices(model, "experts", block) if m.attribute == "down_proj")]
 
 
-def prune_block(
-    block: Block, scores: Scores, shares: dict[str, float], moments: dict[int, Moments] | None = None
-) -> None:
-    """Prune one block in place; with `moments` (by the module that reads) what stays is fitted to what was."""
+def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments: Readings | None = None) -> None:
+    """Prune one block in place; with `moments` what stays is fitted to what was."""
     part, attention = block.feed_forward, block.attention
     if shares["heads"] and attention.kind != "none":
         kept = _kept(scores["heads"], shares["heads"])
         output = attention.output
-        fitted = _fitted(output.weight, moments, output, _columns(attention.key_value_heads, output.in_features, kept))
+        new = _fitted(output.weight, moments, output, _columns(attention.key_value_heads, output.in_features, kept))
         keep_groups(attention, kept)
-        if fitted is not None:
-            resize_linear(output, fitted)
+        if new is not None:
+            resize_linear(output, new)
     if shares["channels"] and part.down is not None:
         kept = _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE)
         reader = part.down
-        fitted = _fitted(reader.weight, moments, reader, kept)
+        new = _fitted(reader.weight, moments, reader, kept)
         keep_channels(block, kept)
-        if fitted is not None:
-            resize_linear(reader, fitted)
+        if new is not None:
+            resize_linear(reader, new)
     if shares["channels"] and part.experts is not None:
         kept_EJ = _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE)
-        down, gram = part.experts.down, None if moments is None else moments[id(part.experts.module)].gram
+        down = part.experts.down
         keep_expert_channels(part.experts, kept_EJ)
-        if gram is not None:
-            fitted = torch.stack([compensated(*each) for each in zip(down, gram, kept_EJ)])
-            part.experts.module.down_proj = nn.Parameter(fitted, requires_grad=False)
+        if moments is not None:
+            new = fitted(down, *moments[id(part.experts.module)], kept_EJ)
+            part.experts.module.down_proj = nn.Parameter(new, requires_grad=False)
     if shares["experts"] and part.experts is not None:
         count = round(part.experts.count * (1 - shares["experts"]))
         keep_experts(part.experts, best_experts(part.experts, scores["experts"], count))
 
 
 def _fitted(
-    weight: torch.Tensor, moments: dict[int, Moments] | None, owner: nn.Module, kept: torch.Tensor
+    weight: torch.Tensor, moments: Readings | None, owner: nn.Module, kept: torch.Tensor
 ) -> torch.Tensor | None:
-    if moments is None:
-        return None
-    gram = moments[id(owner)].gram
-    assert gram is not None
-    return compensated(weight, gram, kept)
+    return None if moments is None else fitted(weight[None], *moments[id(owner)], kept[None])[0]
 
 
 def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:

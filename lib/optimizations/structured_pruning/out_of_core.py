@@ -1,6 +1,11 @@
-"""Removes parts of a checkpoint that need not fit into memory, block by block, from file to file."""
+"""Removes parts of a checkpoint that need not fit into memory, block by block, from file to file.
 
-from collections.abc import Sequence
+Two walks: one ranks the parts of the whole model, one removes them. The text's statistics are a few numbers per part,
+so those of all blocks are held.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,13 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.calibration.activations import block_statistics
-from lib.models.calibration.second_moments import block_moments
+from lib.models.calibration.distillation import split
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import rewrite
+from lib.models.offload.file_blocks import FileBlocks, rewrite
 from lib.models.structure.anatomy import Block, synchronise
 from lib.optimizations.structured_pruning import cutting
 from lib.optimizations.structured_pruning.method import NAME, plan
-from lib.optimizations.structured_pruning.saliency import saliency_scores
+from lib.optimizations.structured_pruning.saliency import Scores, saliency_scores
 
 
 def apply_to_file(
@@ -29,27 +34,50 @@ def apply_to_file(
     compensate: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    shards: Path | None = None,
 ) -> Path:
     """Write the checkpoint in `source` without its least salient parts to the new folder `target`; return it.
 
-    Options as of `method.apply`; each block is ranked by what the pruned blocks before it give to it. Raises UserError
-    as `method.apply` and `file_blocks.rewrite` do, and for granularity "depth": which blocks go is known at the end.
+    Options and result as of `method.apply`. Raises UserError as that and `file_blocks.rewrite` do, and for granularity
+    "depth": which blocks go is known at the end.
     """
     if granularity == "depth":
         raise UserError(f"{NAME}: whole blocks cannot be removed from file to file; choose experts, channels or heads")
-    shares: dict[str, float] = {}
+    with closing(FileBlocks(source, device=device)) as store:
+        shares = plan(store.model, ratio, granularity)
+        if not any(shares.values()):
+            raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
+        scores = _scores(store, calibration, saliency, seed)
+    taught, held_out = split(calibration) if compensate else ([*calibration], [])
 
     def change(model: nn.Module, walk: Walk, block: Block) -> None:
-        shares.update(shares or plan(model, ratio, granularity))
-        if not any(shares.values()):
-            return
-        scores = saliency_scores(block, block_statistics(walk, block), saliency, seed)
-        reading = cutting.reading(model, block.index) if compensate else []
-        moments = block_moments(walk, reading, gram=True, unchanged=False) if compensate else {}
-        by_owner = {id(matrix.owner): moments[matrix.name] for matrix in reading}
-        cutting.prune_block(block, scores, shares, by_owner if compensate else None)
+        readings = cutting.readings(walk, len(taught)) if compensate else None
+        cutting.prune_block(block, scores[block.index], shares, readings)
         synchronise(model)
 
     about: dict[str, Any] = {"optimization": NAME, "ratio": ratio, "granularity": granularity, "saliency": saliency}
     about |= {"compensate": compensate, "seed": seed}
-    return rewrite(source, target, calibration, change, about=about, device=device)
+    return rewrite(source, target, [*taught, *held_out], change, about=about, device=device, shards=shards)
+
+
+def _scores(
+    store: FileBlocks, calibration: Sequence[dict[str, torch.Tensor]], saliency: str, seed: int
+) -> list[Scores]:
+    """Return the saliency of every block's parts in the model as it is."""
+    scores = []
+    walk = Walk(store.model, calibration, store=store)
+    for block in walk:
+        outputs: list[torch.Tensor] = []
+        scores.append(saliency_scores(block, block_statistics(walk, block, outputs), saliency, seed))
+        walk.carry_on(outputs)
+    return scores
+
+
+def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `apply_to_file` for the parameters of a run: what reads the removed parts is fitted anew.
+
+    Raises UserError where they ask for what needs the whole model in memory.
+    """
+    if parameters["finetune_steps"] > 0:
+        raise UserError(f"{NAME}: distillation needs the whole model in memory; give -p finetune_steps=0")
+    return {name: parameters[name] for name in ("ratio", "granularity", "seed")} | {"compensate": True}

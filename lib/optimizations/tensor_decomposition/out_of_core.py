@@ -1,9 +1,10 @@
 """Factors a checkpoint that need not fit into memory, block by block, from file to file.
 
-Two walks: one finds what every rank keeps, one puts the factors in.
+Two passes: one finds what every rank keeps, one puts the factors in. In the second one the text goes through the
+original blocks and through the factored ones side by side, as in memory, and a block of each is there at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib.errors import UserError
+from lib.models.calibration import blockwise
+from lib.models.calibration.distillation import split
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks, rewrite
 from lib.models.structure.anatomy import Block
@@ -20,6 +24,8 @@ from lib.optimizations.tensor_decomposition.analysis import Spectra, block_spect
 from lib.optimizations.tensor_decomposition.installing import install
 from lib.optimizations.tensor_decomposition.method import NAME
 
+METHODS = ("whitened", "refitted")
+
 
 def apply_to_file(
     source: Path | str,
@@ -27,25 +33,58 @@ def apply_to_file(
     calibration: Sequence[dict[str, torch.Tensor]],
     *,
     compression: float = 0.2,
+    method: str = "whitened",
     budget: str = "uniform",
     device: str = "cpu",
+    shards: Path | None = None,
 ) -> Path:
-    """Write the checkpoint in `source` with whitened factors to the new folder `target`; return it.
+    """Write the checkpoint in `source` with factors, "whitened" or "refitted", to the new folder `target`; return it.
 
     The factors are those of `method.apply` with the same options on matrices that are worth the same: the divergence
     that weighs them needs the whole model. Raises UserError as `method.apply` and `file_blocks.rewrite` do.
     """
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
-    checks.one_of(NAME, "budget", budget, ("global", "uniform"))
+    checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, ("global", "uniform"))})
+    taught, held_out = split(calibration) if method == "refitted" else ([*calibration], [])
+    text = [*taught, *held_out]
     with closing(FileBlocks(source, device=device)) as store:
-        spectra = Spectra(store.model, calibration, weighed=False, room=0, store=store)
+        spectra = Spectra(store.model, text, weighed=False, room=0, store=store)
         ranks = allocate(store.model, spectra.curves(), compression, budget)
+        original = _Original(store, text)
 
-    def change(model: nn.Module, walk: Walk, block: Block) -> None:
-        of_block = list(block_spectra(walk, block))
-        names = {spectrum.matrix.name for spectrum in of_block}
-        walk.forget()
-        install(model, of_block, {name: rank for name, rank in ranks.items() if name in names})
+        def change(model: nn.Module, walk: Walk, block: Block) -> None:
+            whole = original.at(block.index)
+            of_block = list(block_spectra(original.walk, whole))
+            names = {spectrum.matrix.name for spectrum in of_block}
+            install(model, of_block, {name: rank for name, rank in ranks.items() if name in names})
+            if method == "refitted":
+                lessons = blockwise.lessons_of(original.walk, walk)
+                blockwise.refit_block(block, whole, original.walk, lessons, len(taught))
 
-    about: dict[str, Any] = {"optimization": NAME, "compression": compression, "budget": budget}
-    return rewrite(source, target, calibration, change, about=about, device=device)
+        about: dict[str, Any] = {"optimization": NAME, "compression": compression, "method": method, "budget": budget}
+        return rewrite(source, target, text, change, about=about, device=device, shards=shards)
+
+
+class _Original:
+    """A walk through the original blocks, which goes on to the block that is to be changed when it is asked for."""
+
+    def __init__(self, store: FileBlocks, text: Sequence[dict[str, torch.Tensor]]):
+        self.walk = Walk(store.model, text, store=store)
+        self._blocks = iter(self.walk)
+
+    def at(self, index: int) -> Block:
+        """Return the block, in front of which the walk then stands; indices only grow."""
+        return next(block for block in self._blocks if block.index == index)
+
+
+def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `apply_to_file` for the parameters of a run; "auto" is "refitted".
+
+    Raises UserError where they ask for what needs the whole model in memory.
+    """
+    method = "refitted" if parameters["method"] == "auto" else parameters["method"]
+    if method not in METHODS:
+        raise UserError(
+            f'{NAME}: method "{method}" needs the whole model in memory; give -p method=whitened or refitted'
+        )
+    return {"method": method, "compression": parameters["compression"], "budget": parameters["budget"]}

@@ -11,8 +11,8 @@ from lib.report.text.wording import title
 
 def text(job: Any, stack: str | None, made: Mapping[str, Any], folder: str, results: Path) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `made` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash` and `chosen_for`, `folder` is the
-    checkpoint's name, and `results` the result folder of the record that is quoted.
+    there is one, `made` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks` and `chosen_for`,
+    `folder` is the checkpoint's name, and `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
@@ -22,7 +22,7 @@ def text(job: Any, stack: str | None, made: Mapping[str, Any], folder: str, resu
         "",
         "## What was measured",
         "",
-        *_measured(job, stack, made["weights_hash"], results),
+        *(_by_blocks() if made.get("by_blocks") else _measured(job, stack, made["weights_hash"], results)),
         "",
         "## How to load it",
         "",
@@ -57,6 +57,13 @@ def _done(job: Any, stack: str | None, made: Mapping[str, Any]) -> str:
     elsewhere = list(made["chosen_for"]) != [job.model, job.scale]
     of = f", which was chosen for {made['chosen_for'][0]} at scale {made['chosen_for'][1]}" if elsewhere else ""
     return f"the stack {' → '.join(made['steps'])} of `{Path(stack).name}`{of}"
+
+
+def _by_blocks() -> list[str]:
+    return [
+        "Nothing: the model does not fit into the memory of the machine that made it. It was changed block by block, "
+        "from file to file, and each block was read again and compared."
+    ]
 
 
 def _measured(job: Any, stack: str | None, weights_hash: str, results: Path) -> list[str]:

@@ -1,7 +1,9 @@
 """The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder with a model card.
 
-A separate process does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
-folder appears only when what was saved has been loaded again and compared. Runs no notebook and measures nothing.
+A process of its own does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
+folder appears only when what was saved has been loaded again and compared. Where a model that does not fit into memory
+is written block by block, a run that ends in the middle leaves DIR.part, and the same command goes on there. Runs no
+notebook and measures nothing.
 """
 
 import json
@@ -42,19 +44,20 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / "checkpoint"
-            answer = _made(job, stack, place)
+            answer = _made(job, stack, place, target.with_name(f"{target.name}.part"))
             (place / "README.md").write_text(model_card.text(job, stack, answer, target.name, results), "utf-8")
             if target.is_dir():
                 target.rmdir()  # empty, as checked above
             shutil.move(place, target)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from None
-    print(f"{out}: saved, loaded again, and equal to what was applied")
+    again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
+    print(f"{out}: {again}, and equal to what was applied")
     print(model_card.usage(out, answer["loads"], answer["tokenizer"]))
     return 0
 
 
-def _made(job: Job, stack: str | None, place: Path) -> dict[str, Any]:
+def _made(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[str, Any]:
     """Have the checkpoint made in a process of its own; return its answer. Raises UserError with its refusal."""
     request = {
         "model": job.model,
@@ -62,6 +65,7 @@ def _made(job: Job, stack: str | None, place: Path) -> dict[str, Any]:
         "stack": stack,
         "parameters": {**job.parameters},
         "place": str(place),
+        "unfinished": str(unfinished),
     }
     done = subprocess.run(
         [sys.executable, "-m", PROGRAM], input=json.dumps(request), stdout=subprocess.PIPE, text=True, cwd=plan.ROOT

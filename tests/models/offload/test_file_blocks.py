@@ -2,9 +2,11 @@
 
 import gc
 import json
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
 from lib.models.checkpoints import io
@@ -48,25 +50,28 @@ def test_sparse_from_file_to_file(folder, text, tmp_path, method, execute):
     assert sparse.stored_shares(written).keys() == sparse.stored_shares(expected).keys()
 
 
-@pytest.mark.parametrize("compensate", [False, True])
-def test_parts_removed_from_file_to_file(folder, text, tmp_path, compensate):
-    written = load(prune(folder, tmp_path / "pruned", text, ratio=0.2, compensate=compensate))
-    model = load(folder)
-    assert pruning.decoder_parameters(written) < 0.85 * pruning.decoder_parameters(model)
-    if not compensate:  # the first block sees what it sees in memory
-        expected = anatomy(pruning.apply(model, text, ratio=0.2)).blocks[0].module.state_dict()
-        ours = anatomy(written).blocks[0].module.state_dict()
-        assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+@pytest.mark.parametrize(
+    "options", [{}, {"compensate": True}, {"granularity": "heads"}, {"saliency": "magnitude"}], ids=str
+)
+def test_parts_removed_from_file_to_file(folder, text, tmp_path, options):
+    written = load(prune(folder, tmp_path / "pruned", text, ratio=0.1, **options))
+    expected = pruning.apply(load(folder), text, ratio=0.1, **options)
+    assert pruning.decoder_parameters(written) < 0.95 * pruning.decoder_parameters(load(folder))
+    assert_the_same(written, expected, text)
 
 
-def test_factors_from_file_to_file(folder, text, tmp_path):
-    written = load(factor(folder, tmp_path / "factored", text, compression=0.2))
+@pytest.mark.parametrize("method", ["whitened", "refitted"])
+def test_factors_from_file_to_file(folder, text, tmp_path, method):
+    written = load(factor(folder, tmp_path / "factored", text, compression=0.2, method=method))
     spectra = analysis.Spectra(load(folder), text, weighed=False)
-    expected = decomposition.apply(spectra.model, text, method="whitened", budget="uniform", spectra=spectra)
-    assert {name: tuple(t.shape) for name, t in written.state_dict().items()} == {
-        name: tuple(t.shape) for name, t in expected.state_dict().items()
-    }
-    assert torch.isfinite(written(**text[0]).logits).all()
+    options = {"compression": 0.2, "method": method, "budget": "uniform", "spectra": spectra}
+    assert_the_same(written, decomposition.apply(spectra.model, text, **options), text)
+
+
+def assert_the_same(written, expected, text):
+    shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (written, expected)]
+    assert shapes[0] == shapes[1]
+    torch.testing.assert_close(written(**text[0]).logits, expected(**text[0]).logits, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
@@ -90,31 +95,97 @@ def _in_memory(parameter: torch.Tensor) -> bool:
     return not parameter.is_meta and parameter.untyped_storage().nbytes() >= parameter.nbytes
 
 
+WRITERS = {
+    "sparse": partial(sparsify, sparsity=0.5),
+    "pruned": partial(prune, ratio=0.1, compensate=True),
+    "factored": partial(factor, compression=0.2, method="refitted"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+@pytest.mark.parametrize(
+    "fault", [UserError("cannot be read"), OSError(28, "No space left on device"), KeyboardInterrupt()]
+)
 @pytest.mark.parametrize("name", ["qwen3-coder-30b"])
-def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, tmp_path, monkeypatch):
-    target, load_block = tmp_path / "sparse", FileBlocks.load
-    expected = load(sparsify(folder, tmp_path / "at once", text))
+def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, tmp_path, monkeypatch, kind, fault):
+    write, target = WRITERS[kind], tmp_path / "made"
+    expected = load(write(folder, tmp_path / "at once", text))
+    release = FileBlocks.release
 
     def broken(self, index):
-        if index == 2:
-            raise UserError("cannot be read")
-        load_block(self, index)
+        if index == 2 and self.shards is not None:
+            raise fault
+        release(self, index)
 
-    monkeypatch.setattr(FileBlocks, "load", broken)
-    with pytest.raises(UserError, match="cannot be read"):
-        sparsify(folder, target, text)
+    monkeypatch.setattr(FileBlocks, "release", broken)
+    with pytest.raises(KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else UserError) as raised:
+        write(folder, target, text)
+    if raised.type is UserError:
+        said = str(raised.value)
+        assert "made.part keeps the blocks before it, and the same command goes on there" in said and "\n" not in said
     assert not target.exists()
-    shards = sorted(path.name for path in (tmp_path / "sparse.part").glob("model-*.safetensors"))
+    shards = sorted(path.name for path in (tmp_path / "made.part").glob("model-*.safetensors"))
     assert shards == ["model-00000.safetensors", "model-00001.safetensors"]
     with pytest.raises(UserError, match="unfinished run of something else"):
+        write(folder, target, text[:1])
+    with pytest.raises(UserError, match="unfinished run of something else"):
         sparsify(folder, target, text, sparsity=0.7)
-    monkeypatch.setattr(FileBlocks, "load", load_block)
-    changed = []
-    monkeypatch.setattr(file_blocks.FileBlocks, "_write", _counting(FileBlocks._write, changed))
-    again = load(sparsify(folder, target, text))
+    monkeypatch.setattr(FileBlocks, "release", release)
+    changed: list[int] = []
+    monkeypatch.setattr(FileBlocks, "_write", _counting(FileBlocks._write, changed))
+    again = load(write(folder, target, text))
     assert changed == [2, 3]
     assert io.weights_hash(again) == io.weights_hash(expected)
-    assert not (tmp_path / "sparse.part").exists() and not list(target.glob("block-*"))
+    assert not (tmp_path / "made.part").exists() and not list(target.glob("block-*"))
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder-30b"])
+def test_what_fails_at_once_leaves_nothing(folder, text, tmp_path):
+    poison(folder, "model.layers.0.mlp.experts", 3)
+    with pytest.raises(UserError, match=r"block 0, expert 3: .* not finite"):
+        sparsify(folder, tmp_path / "sparse", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+    (tmp_path / "sparse.part").mkdir()
+    (tmp_path / "sparse.part" / "model-00000.safetensors").write_bytes(b"of another program")
+    with pytest.raises(UserError, match="unfinished run of something else"):
+        sparsify(folder, tmp_path / "sparse", text)
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_what_is_no_block_and_no_number_is_named(folder, text, tmp_path, weight):
+    poison(folder, weight)
+    with pytest.raises(UserError, match=f"{weight} holds NaN"):
+        sparsify(folder, tmp_path / "sparse", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def poison(folder, prefix, expert=None):
+    """Put a NaN into the first stored tensor whose name begins so; of stacked or single experts into that one."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        names = sorted(name for name in tensors if name.startswith(prefix))
+        single = [name for name in names if f".{expert}." in name]
+        if names:
+            at = () if expert is None or single else (expert,)
+            tensors[(single or names)[0]][(*at, ..., 0)] = float("nan")
+            save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_a_disk_that_returns_other_bytes_is_told(folder, text, tmp_path, monkeypatch):
+    write = file_blocks.weight_file.write
+
+    def damaged(path, tensors):
+        write(path, tensors)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(file_blocks.weight_file, "write", damaged)
+    with pytest.raises(UserError, match="reads otherwise than it was written"):
+        sparsify(folder, tmp_path / "sparse", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 
 
 def _counting(write, indices):

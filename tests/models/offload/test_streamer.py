@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,37 @@ def test_a_missing_tensor_is_named(saved):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"lacks {gone}"):
         streamer.open_streamed(folder)
+
+
+KINDS = {
+    "a norm": "model.norm.weight", "a row of the embeddings": "embed_tokens.weight",
+    "a matrix of a block": "layers.2.self_attn.o_proj.weight", "an expert": "layers.2.mlp.experts.down_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", sorted(KINDS))
+@pytest.mark.parametrize("pages", ["keep", "copy"])
+@pytest.mark.parametrize("ratio", ["smallest", 1.0])
+@pytest.mark.parametrize("name", ["qwen3-coder-30b"])
+def test_what_is_no_number_is_named_before_it_is_used(saved, batch, what, pages, ratio):
+    _, folder = saved
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith(KINDS[what]))
+    rows = {"a row of the embeddings": int(batch["input_ids"][0, -1]), "an expert": (slice(None), 0, 0)}
+    tensors[key][rows.get(what, 0)] = float("nan") if pages == "keep" else float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
+    for _ in range(2):  # a second call is no way around it
+        with pytest.raises(UserError) as raised:
+            streamed = streamer.open_streamed(folder, **size, page_cache=pages)
+            for _ in range(2):
+                with pytest.raises(UserError, match="holds NaN"):
+                    streamed(**batch)
+            streamed(**batch)
+        named = rf"{key}(, expert \d+,)? holds NaN or infinite values"
+        assert re.search(named, str(raised.value)) and "\n" not in str(raised.value)
+        assert ("expert" in str(raised.value).rpartition(key)[2]) == (what == "an expert")
 
 
 def test_it_cannot_be_copied_or_saved(saved, tmp_path):

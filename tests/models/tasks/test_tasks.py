@@ -9,7 +9,7 @@ import torch
 from lib.errors import UserError
 from lib.models import parameters
 from lib.models.proxies import proxy_model, tokenizer
-from lib.models.tasks import corpus, tasks
+from lib.models.tasks import corpus, retrieval, tasks
 
 VOCABULARY = 2048
 
@@ -129,6 +129,16 @@ def test_calibration_runs_and_has_the_size_asked_for(loaded):
     assert any("pixel_values" in inputs for inputs in made) == (loaded.image_processor is not None)
     for inputs in made:
         assert loaded.model(**inputs, use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_text_shorter_than_a_window_is_made_up_for_by_questions(loaded, monkeypatch):
+    short = torch.arange(8, 48), torch.zeros(40, dtype=torch.long)
+    monkeypatch.setattr(retrieval, "_stream", lambda *_: short)
+    made = tasks.calibration(loaded, 6, 128)
+    assert sum(len(inputs["input_ids"]) for inputs in made) == 6
+    assert all(inputs["input_ids"].shape[1] == 128 for inputs in made)
+    assert len(torch.cat([inputs["input_ids"] for inputs in made]).unique()) > 40
 
 
 def test_random_weights_get_random_tokens(loaded):

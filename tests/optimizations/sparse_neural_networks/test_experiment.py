@@ -56,6 +56,12 @@ def test_defaults_are_those_of_real_models_at_real_sizes():
     assert [experiment.default_sparsity(scale) for scale in ("proxy", "slice", "full")] == [0.9, 0.5, 0.5]
 
 
+def test_what_is_not_pruned_is_not_observed(setup):
+    observed = {name for _, moments in setup.observed for name in moments}
+    assert observed == {matrix.name for matrix in setup.matrices}
+    assert all("self_attn" not in name for name in observed)
+
+
 def test_missing_zeros_are_noticed(setup):
     model = experiment.sparsify(setup, finetune_steps=0)
     setup.options["sparsity"] = 0.5

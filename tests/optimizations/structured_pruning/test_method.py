@@ -11,7 +11,6 @@ from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy, synchronise
 from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning
-from lib.optimizations.structured_pruning.compensation import compensated
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -192,32 +191,6 @@ def test_bad_requests_are_named(tiny, batch):
 
 
 # --- what stays makes up for what left, and other choices -------------------------------------------------------------
-
-
-def test_compensation_is_the_least_squares_solution():
-    random = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(400, 24, generator=random) @ torch.randn(24, 24, generator=random)
-    weight, kept = torch.randn(8, 24, generator=random), torch.arange(0, 24, 2)
-    fitted = compensated(weight, x_TI.T @ x_TI, kept)
-    best = torch.linalg.lstsq(x_TI[:, kept].double(), (x_TI @ weight.T).double()).solution.T
-    lost = [float((x_TI @ weight.T - x_TI[:, kept] @ one.float().T).norm()) for one in (fitted, best, weight[:, kept])]
-    assert lost[0] < 1.05 * lost[1] and lost[0] < 0.9 * lost[2]
-    assert torch.equal(compensated(weight, torch.zeros(24, 24), kept), weight[:, kept])
-
-
-@pytest.mark.parametrize("granularity", ["channels", "heads"])
-def test_compensated_cuts_are_as_small_and_nearer(tiny, name, granularity):
-    from lib.models.calibration.distillation import divergence
-
-    model = tiny(name)
-    text = [{"input_ids": torch.randint(8, 96, (8, 48), generator=torch.Generator().manual_seed(5))}]
-    ratio = pruning._removable(anatomy(model), granularity) / pruning.decoder_parameters(model) / 2
-    plain, fitted = (
-        pruning.apply(model, text, ratio=ratio, granularity=granularity, compensate=compensate)
-        for compensate in (False, True)
-    )
-    assert pruning.decoder_parameters(plain) == pruning.decoder_parameters(fitted)
-    assert divergence(fitted, model, text[0]) < divergence(plain, model, text[0])
 
 
 @pytest.mark.parametrize("saliency, sums", [("frequency", "expert_tokens_E"), ("ean", "expert_norm_E")])

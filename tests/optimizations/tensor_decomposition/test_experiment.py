@@ -101,3 +101,23 @@ def test_random_weights_are_factored_at_random_and_only_timed(setup):
     assert set(sweep.speed().arm) == {"random", "structured pruning"}
     curves, _ = experiment.singular_values(untrained)
     assert set(curves.arm) == {"plain"}
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("proxy", "refined"), ("full", "refitted")])
+def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, expected, monkeypatch):
+    setup.loaded.scale = scale
+    monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: setup.calibration)
+    made = experiment.set_up(setup.loaded, EFFORT, experiment.AUTO, "uniform", 1, 0)
+    assert made.method == expected and expected in made.spectra
+
+
+def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
+    seen = []
+
+    def prune(model, calibration, *, observation, **options):
+        seen.append((calibration, observation.tokens))
+        return pruning.apply(model, calibration, observation=observation, **options)
+
+    rivals.sweep(setup, experiment.factor(setup, 0.2), None, torch.randint(8, 96, (1, 16)), 0.2, prune)
+    tokens = sum(batch["input_ids"].numel() for batch in setup.calibration)
+    assert seen and all(text is setup.calibration and count == tokens for text, count in seen)

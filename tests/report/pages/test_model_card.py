@@ -48,6 +48,13 @@ def test_weights_that_were_made_in_the_same_way_are_told_apart(tmp_path):
     assert measured(HASH).verdict.sentence in said and "their last digits differ" in said
 
 
+def test_what_was_never_whole_in_memory_claims_nothing(tmp_path):
+    made = MADE | {"loads": None, "weights_hash": None, "by_blocks": True}
+    said = card(tmp_path, measured(HASH), made=made)
+    assert "from file to file" in said and measured(HASH).verdict.sentence not in said
+    assert "io.load_folder" in said
+
+
 @pytest.mark.parametrize(
     ("options", "differs"),
     [({"ratio": 0.5}, "ratio"), ({"effort": "standard"}, "effort"), ({"seed": 1, "ratio": 0.1}, "ratio, seed")],

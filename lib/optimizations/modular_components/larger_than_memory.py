@@ -1,0 +1,58 @@
+"""An optimization of a checkpoint that does not fit into memory: block by block, from file to file.
+
+Those can do it that have a module `out_of_core`: `apply_to_file(source, target, calibration, …)`, and `options` of the
+parameters of a run. Knows none of them by name.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lib.errors import UserError
+from lib.measure.metrics import settings
+from lib.models.loading import Loaded
+from lib.models.offload import streamer
+from lib.models.tasks import tasks
+from lib.optimizations.common.compression import calibration_text
+from lib.optimizations.modular_components import method as composing
+
+
+def is_streamed(loaded: Loaded) -> bool:
+    """Return whether the weights of a model did not fit into memory when it was loaded."""
+    return streamer.streamer(loaded.model) is not None
+
+
+def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable[..., Path]:
+    """Return a function of a folder's `target` (and `shards`, see `file_blocks.rewrite`) that writes the checkpoint of
+    `loaded`, changed by an optimization; it needs the streamed weights no longer, which are closed.
+
+    `parameters` are those of a run. Raises UserError for an optimization or a parameter that needs the whole model in
+    memory; the function as `apply_to_file` does.
+    """
+    module = _module(stem)
+    if module is None:
+        able = [other for other in composing.parts() if _module(other) is not None]
+        raise UserError(
+            f"{stem}: needs the whole model in memory, and {loaded.name} does not fit; from file to file work "
+            f"{', '.join(able)}"
+        )
+    options, size = module.options(parameters), settings.read(parameters["effort"], loaded.scale)
+    count = calibration_text.sequences(loaded.model, size)
+    text = tasks.calibration(loaded, count, size.calibration_tokens, int(parameters.get("seed", 0)))
+    stream = streamer.streamer(loaded.model)
+    assert stream is not None
+    stream.close()
+    return partial(module.apply_to_file, loaded.folder, calibration=text, device=loaded.device, **options)
+
+
+def _module(stem: str) -> ModuleType | None:
+    name = f"lib.optimizations.{stem}.out_of_core"
+    try:
+        there = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # an optimization of one file
+        return None
+    return importlib.import_module(name) if there else None

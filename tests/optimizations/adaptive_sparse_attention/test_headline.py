@@ -1,0 +1,48 @@
+"""The headline of decoding credits what is left out alone: both arms have the same cache in pages."""
+
+from types import SimpleNamespace
+
+import torch
+
+from lib.measure.metrics import settings
+from lib.optimizations.adaptive_sparse_attention import attention_timing, method
+
+KNOBS = {"tau": 0.9, "block_size": 16, "stride": 4, "page_size": 4, "full_last": 8, "pages": 2, "dense_blocks": 0}
+PROMPT = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+def _caches(model) -> tuple[set[str], float]:
+    """Return the kinds of cache that decoding makes, and the share of tokens that it reads."""
+    method.reset_counts(model)
+    with torch.inference_mode():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+    return {type(layer).__name__ for layer in cache.layers}, method.density(model)["tokens"]
+
+
+def test_decoding_is_held_against_all_pages_of_the_same_cache(tiny, monkeypatch):
+    baseline = tiny("qwen3-4b-instruct-2507")
+    optimized = method.apply(baseline, **KNOBS)
+    arms = []
+
+    def compare(first, second, *_, names, **__):
+        arms.append((names, first, second))
+        return SimpleNamespace()
+
+    monkeypatch.setattr(attention_timing.speed, "compare", compare)
+    formula = {"costs": {}, "baseline_costs": {}}
+    attention_timing.whole_model(baseline, optimized, KNOBS, PROMPT, settings.read("quick"), {}, formula)
+    (_, prompt_first, _), (names, first, second) = arms
+    assert prompt_first is baseline and names == ("decode",) and second is optimized and first is not baseline
+    (every, all_read), (chosen, some_read) = _caches(first), _caches(second)
+    assert every == chosen and some_read < all_read
+
+
+def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
+    baseline = tiny("qwen3-4b-instruct-2507")
+    monkeypatch.setattr(attention_timing, "FEW_BLOCKS", 6)
+    timed = SimpleNamespace(timed={})
+    parts = attention_timing.decode_apart(baseline, method.apply(baseline, **KNOBS), KNOBS, PROMPT, timed, 2)
+    assert [part["name"] for part in parts] == [
+        "all pages against the stock cache", "chosen pages against the stock cache"
+    ]  # fmt: skip

@@ -1,0 +1,129 @@
+"""A checkpoint that does not fit into memory: changed from file to file as in memory, or refused in one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.measure.metrics import settings
+from lib.models import loading, parameters
+from lib.models.checkpoints import io, placement
+from lib.models.checkpoints.folder import MANIFEST
+from lib.models.offload import streamer
+from lib.models.offload.file_blocks import FileBlocks
+from lib.models.tasks import tasks
+from lib.optimizations.common.compression import calibration_text
+from lib.optimizations.modular_components import larger_than_memory, saving
+from lib.optimizations.sparse_neural_networks import method as sparse
+from lib.optimizations.structured_pruning import method as pruning
+from lib.optimizations.tensor_decomposition import method as decomposition
+
+MODEL = "qwen3-4b-instruct-2507"
+PROXIES = parameters.PARAMETERS / "proxies"
+COMMON = {"scale": "full", "effort": "quick", "device": "cpu", "checkpoints": str(PROXIES), "random_weights": False}
+COMMON |= {"seed": 0}
+RUNS = {
+    "structured_pruning": {"ratio": 0.2, "granularity": "channels", "finetune_steps": -1},
+    "tensor_decomposition": {"compression": 0.2, "method": "auto", "budget": "uniform", "refine_steps": 20},
+    "sparse_neural_networks": {
+        "sparsity": -1.0, "method": "sparsegpt", "pattern": "unstructured", "within": "row", "parts": "feed_forward",
+        "finetune_steps": -1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def larger(monkeypatch):
+    """Let the free memory be less than the model takes."""
+    read = settings.read
+    little = {"calibration_sequences": 4, "calibration_tokens": 64}
+    monkeypatch.setattr(settings, "read", lambda *given: replace(read(*given), **little))
+    least, total = streamer.smallest(PROXIES / MODEL)
+    free = int(max(least / placement.STREAMED_SHARE, total) * 1.01)
+    monkeypatch.setattr(placement, "WEIGHTS_SHARE", 0.1)
+    monkeypatch.setattr(placement, "free_bytes", lambda _: free)
+
+
+def in_memory(optimization: str) -> torch.nn.Module:
+    model = io.load_folder(PROXIES / MODEL)
+    size = settings.read("quick", "full")
+    loaded = loading.load(MODEL)
+    count = calibration_text.sequences(model, size)
+    text = tasks.calibration(loaded, count, size.calibration_tokens, 0)
+    if optimization == "structured_pruning":
+        return pruning.apply(model, text, ratio=0.2, granularity="channels", compensate=True)
+    if optimization == "sparse_neural_networks":
+        return sparse.apply(model, text, sparsity=0.5, parts="feed_forward")
+    return decomposition.apply(model, text, compression=0.2, method="refitted", budget="uniform")
+
+
+@pytest.mark.parametrize("optimization", sorted(RUNS))
+def test_from_file_to_file_it_is_what_it_would_be_in_memory(optimization, tmp_path):
+    saved = saving.save(
+        MODEL, optimization, None, COMMON | RUNS[optimization], tmp_path / "made", tmp_path / "made.part"
+    )
+    assert saved.by_blocks and saved.weights_hash is None and not (tmp_path / "made.part").exists()
+    assert (tmp_path / "made" / "tokenizer.json").is_file() and (tmp_path / "made" / MANIFEST).is_file()
+    ids_BT = torch.arange(8, 72)[None]
+    with torch.inference_mode():
+        ours, expected = (
+            model(ids_BT).logits.float() for model in (io.load_folder(tmp_path / "made"), in_memory(optimization))
+        )
+        whole = io.load_folder(PROXIES / MODEL)(ids_BT).logits.float()
+    lost, changed = ((one - expected).norm() / expected.norm() for one in (ours, whole))
+    assert lost < 0.02 and lost < 0.2 * changed
+
+
+@pytest.mark.parametrize(
+    ("optimization", "changed", "said"),
+    [
+        ("structured_pruning", {"finetune_steps": 5}, "needs the whole model in memory; give -p finetune_steps=0"),
+        ("sparse_neural_networks", {"finetune_steps": 5}, "needs the whole model in memory; give -p finetune_steps=0"),
+        (
+            "tensor_decomposition",
+            {"method": "refined"},
+            "needs the whole model in memory; give -p method=whitened or refitted",
+        ),
+        ("structured_pruning", {"granularity": "depth"}, "whole blocks cannot be removed from file to file"),
+        ("structured_pruning", {"ratio": 0.0}, "removes nothing"),
+        ("sparse_neural_networks", {"pattern": "2:4", "parts": "experts"}, "no matrix to prune"),
+    ],
+)
+def test_what_needs_the_whole_model_is_one_line_and_leaves_nothing(optimization, changed, said, tmp_path):
+    given = COMMON | RUNS[optimization] | changed
+    with pytest.raises(UserError, match=said) as raised:
+        saving.save(MODEL, optimization, None, given, tmp_path / "made", tmp_path / "made.part")
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch):
+    module = larger_than_memory._module
+    monkeypatch.setattr(
+        larger_than_memory, "_module", lambda stem: None if stem == "structured_pruning" else module(stem)
+    )
+    with pytest.raises(UserError, match="from file to file work sparse_neural_networks, tensor_decomposition"):
+        saving.save(MODEL, "structured_pruning", None, COMMON | RUNS["structured_pruning"], tmp_path / "made")
+    steps = [saving.RecipeStep(optimization="structured_pruning")]
+    with pytest.raises(UserError, match="does not fit into memory; give one optimization"):
+        saving.save(MODEL, "structured_pruning", steps, COMMON | RUNS["structured_pruning"], tmp_path / "made")
+
+
+def test_a_run_that_ends_in_the_middle_goes_on_in_its_folder(tmp_path, monkeypatch):
+    given = COMMON | RUNS["sparse_neural_networks"]
+    place, unfinished = tmp_path / "temporary" / "checkpoint", tmp_path / "made.part"
+    place.parent.mkdir()
+    load = FileBlocks.load
+
+    def broken(self, index):
+        if index == 1:
+            raise UserError("block 1 cannot be read")
+        load(self, index)
+
+    monkeypatch.setattr(FileBlocks, "load", broken)
+    with pytest.raises(UserError, match=r"block 1 cannot be read; .*made\.part keeps the blocks before it"):
+        saving.save(MODEL, "sparse_neural_networks", None, given, place, unfinished)
+    assert [path.name for path in unfinished.glob("*.safetensors")] == ["model-00000.safetensors"]
+    monkeypatch.setattr(FileBlocks, "load", load)
+    assert saving.save(MODEL, "sparse_neural_networks", None, given, place, unfinished).by_blocks
+    assert place.is_dir() and not unfinished.exists()

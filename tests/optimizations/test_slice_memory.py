@@ -1,0 +1,46 @@
+"""What a compression holds beside the weights does not grow with the number of blocks, in memory and from a file."""
+
+import pytest
+import torch
+
+from lib.models import parameters
+from lib.models.checkpoints import io
+from lib.models.dimensions import merge
+from tests.conftest import TINY
+from tests.optimizations import slice_memory
+from tests.optimizations.slice_memory import METHODS, Reading
+
+
+def tiny_config(name: str, blocks: int) -> tuple[dict, str]:
+    described = parameters.read(name)
+    small = TINY[name] | {"num_hidden_layers": blocks, "hidden_size": 64, "vocab_size": 320}
+    return merge(described.full, small), described.architecture
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", slice_memory.MODELS)
+def test_what_is_held_beside_the_weights_does_not_grow_with_depth(name, method, from_file):
+    text = [{"input_ids": torch.randint(8, 96, (2, 48), generator=torch.Generator().manual_seed(1))} for _ in range(2)]
+    readings = [
+        slice_memory.measure(*tiny_config(name, blocks), METHODS[method], text, from_file) for blocks in (2, 4, 8)
+    ]
+    assert [one.blocks for one in readings] == [2, 4, 8]
+    least, most = (pick(one.beside for one in readings) for pick in (min, max))
+    assert 0 < most < 1.1 * least + 2**13
+    assert readings[2].in_blocks == 4 * readings[0].in_blocks
+    if from_file:
+        assert most < readings[2].in_blocks, "less than the blocks themselves"
+
+
+def test_the_whole_is_its_weights_and_what_is_held_beside():
+    config, architecture = tiny_config(slice_memory.MODELS[0], 6)
+    model = io.build(config, architecture, dtype=torch.bfloat16)
+    weights, blocks = slice_memory.nbytes(model), slice_memory.bytes_of_blocks(model)
+    assert 0 < blocks < weights
+    readings = [Reading(2, 100, 40, 20, 130, False), Reading(4, 140, 80, 40, 195, False)]
+    assert [one.beside for one in readings] == [10, 15]
+    assert slice_memory.whole(readings, config, architecture) == weights + blocks / 2 + 15
+    filed = [Reading(2, 100, 40, 20, 130, True), Reading(4, 140, 80, 40, 135, True)]
+    assert [one.beside for one in filed] == [70, 75]
+    assert slice_memory.whole(filed, config, architecture) == weights - blocks + 75
