@@ -3,8 +3,8 @@
 `rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
 its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory. Embeddings,
 head, norms and a vision tower stay in memory. Shards are written into a folder beside the target, which becomes the
-target when all are there and were read again: a run that ends in the middle leaves no half checkpoint, and the next one
-goes on behind the last shard. Knows nothing of what is changed.
+target when all are there and were read again: an interrupted run leaves no half checkpoint, and the next one resumes
+after the last shard. Knows nothing of what is changed.
 """
 
 import hashlib
@@ -243,8 +243,8 @@ def rewrite(
     """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
 
     `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
-    changed, as plain JSON: an unfinished run of the same, on the same text and source, goes on behind its last block;
-    one of something else is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
+    changed, as plain JSON: an unfinished run of the same change, on the same text and source, resumes after its last
+    block; a different one is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
     beside it, `.part` behind its name). Raises UserError for that, for an existing target, for a block that cannot be
     read, and for a disk that is full: the blocks before are kept, and without one nothing is.
     """
@@ -263,7 +263,7 @@ def rewrite(
     except (UserError, OSError) as error:
         what = str(error) if isinstance(error, UserError) else _not_written(error, shards)
         if any(shards.glob("block-*.json")):
-            what += f"; {shards} keeps the blocks before it, and the same command goes on there"
+            what += f"; {shards} keeps the blocks before it, and the same command resumes there"
         else:
             shutil.rmtree(shards)
         raise UserError(what) from None
@@ -281,7 +281,7 @@ def _change_blocks(store: FileBlocks, calibration: Sequence[dict[str, torch.Tens
 
 
 def _begin(shards: Path, made_by: dict[str, Any]) -> None:
-    """Make the folder of shards, or go on in it. Raises UserError where it holds something else."""
+    """Make the folder of shards, or resume in it. Raises UserError where it holds another run."""
     expected = json.dumps(made_by, sort_keys=True)
     if shards.is_dir() and any(shards.iterdir()):
         kept = shards / ABOUT

@@ -1,4 +1,4 @@
-"""What stays makes up for what left: the matrix behind removed channels or heads is fitted anew, by ridge regression.
+"""Compensation: the matrix that reads removed channels or heads is refitted by ridge regression.
 
 With X what enters the matrix W and K what is kept of it, W·X·X_Kᵀ·(X_K·X_Kᵀ)⁻¹ is nearest to the output W·X among all
 matrices on X_K. With few tokens per input it follows the noise of the text, and is further from W·X on any other text

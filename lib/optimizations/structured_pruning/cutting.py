@@ -26,6 +26,7 @@ from lib.optimizations.structured_pruning.saliency import Scores
 
 READING = ("o_proj", "down_proj")  # what reads heads and channels
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
+FITTED = ("heads", "channels")  # without them no matrix reads less than before
 Readings = dict[int, tuple[Moments, Moments]]  # by the module that reads: of the text to fit on, of what is held out
 
 
@@ -39,7 +40,7 @@ def prune_blocks(
     """Prune every block of `pruned` in place by scores and shares of each; to compensate, on what the pruned blocks
     before it give to it.
     """
-    if not compensate:
+    if not compensate or not any(share[part] for share in shares for part in FITTED):
         for block in anatomy(pruned).blocks:
             require_finite(block)
             prune_block(block, scores[block.index], shares[block.index])

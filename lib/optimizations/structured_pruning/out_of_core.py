@@ -48,10 +48,11 @@ def apply_to_file(
         if not any(shares.values()):
             raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
         scores = _scores(store, calibration, saliency, seed)
-    taught, held_out = split(calibration) if compensate else ([*calibration], [])
+    fitted = compensate and any(shares[part] for part in cutting.FITTED)
+    taught, held_out = split(calibration) if fitted else ([*calibration], [])
 
     def change(model: nn.Module, walk: Walk, block: Block) -> None:
-        readings = cutting.readings(walk, len(taught)) if compensate else None
+        readings = cutting.readings(walk, len(taught)) if fitted else None
         cutting.prune_block(block, scores[block.index], shares, readings)
         synchronise(model)
 

@@ -1,8 +1,8 @@
 """The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder with a model card.
 
-A process of its own does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
+A separate process does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
 folder appears only when what was saved has been loaded again and compared. Where a model that does not fit into memory
-is written block by block, a run that ends in the middle leaves DIR.part, and the same command goes on there. Runs no
+is written block by block, an interrupted run leaves DIR.part, and the same command resumes there. Runs no
 notebook and measures nothing.
 """
 

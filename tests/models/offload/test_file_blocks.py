@@ -122,7 +122,7 @@ def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, t
         write(folder, target, text)
     if raised.type is UserError:
         said = str(raised.value)
-        assert "made.part keeps the blocks before it, and the same command goes on there" in said and "\n" not in said
+        assert "made.part keeps the blocks before it, and the same command resumes there" in said and "\n" not in said
     assert not target.exists()
     shards = sorted(path.name for path in (tmp_path / "made.part").glob("model-*.safetensors"))
     assert shards == ["model-00000.safetensors", "model-00001.safetensors"]
