@@ -35,6 +35,9 @@ def folder(tiny, name, tmp_path):
     return tmp_path / "whole"
 
 
+CHANNELS = {"granularity": "channels"}
+
+
 def load(path):
     return io.load_folder(path, torch.float32)
 
@@ -51,7 +54,9 @@ def test_sparse_from_file_to_file(folder, text, tmp_path, method, execute):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"compensate": True}, {"granularity": "heads"}, {"saliency": "magnitude"}], ids=str
+    "options",
+    [{}, CHANNELS, CHANNELS | {"compensate": True}, {"granularity": "heads"}, {"saliency": "magnitude"}],
+    ids=str,
 )
 def test_parts_removed_from_file_to_file(folder, text, tmp_path, options):
     written = load(prune(folder, tmp_path / "pruned", text, ratio=0.1, **options))
@@ -97,7 +102,7 @@ def _in_memory(parameter: torch.Tensor) -> bool:
 
 WRITERS = {
     "sparse": partial(sparsify, sparsity=0.5),
-    "pruned": partial(prune, ratio=0.1, compensate=True),
+    "pruned": partial(prune, ratio=0.1, granularity="channels", compensate=True),
     "factored": partial(factor, compression=0.2, method="refitted"),
 }
 
