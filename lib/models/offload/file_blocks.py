@@ -46,8 +46,8 @@ class FileBlocks:
             kept = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
             if kept.get("factors") or kept.get("sparse"):
                 raise UserError(f"{source}: holds factored or sparse matrices; give the dense checkpoint")
-        self._layout = layout(self.source, False, device)
-        self.model, self.file = self._layout.model, self._layout.file
+        parts = layout(self.source, False, device)  # not kept: its units hold modules that a change replaces
+        self.model, self.file, self._experts = parts.model, parts.file, parts.experts
         layers = anatomy(self.model).decoder.layers
         names = {id(module): name for name, module in self.model.named_modules()}
         self.prefixes = [names[id(layer)] for layer in layers]
@@ -103,13 +103,13 @@ class FileBlocks:
 
     def _stack(self, index: int, leaf: str, name: str) -> torch.Tensor:
         """Return a stack of experts that are stored one by one."""
-        if index not in self._layout.experts:
+        if index not in self._experts:
             raise UserError(f"{self.source}: the checkpoint lacks {name}")
         experts = anatomy(self.model).blocks[index].feed_forward.experts
         assert experts is not None
         slices = []
         for expert in range(experts.count):
-            *gate_up, down = self._layout.experts[index](expert)
+            *gate_up, down = self._experts[index](expert)
             places = gate_up if leaf == "gate_up_proj" else [down]
             slices.append(torch.cat([self.file.tensor(place) for place in places]))
         return torch.stack(slices).to(self.device)

@@ -110,7 +110,8 @@ def apply(
     }
     if execute == "sparse" and method in ("magnitude", "random") and not finetune_steps and budget == "uniform":
         return _store_at_once(model, **options)
-    pruned = prune(model, calibration, **options, budget=budget, observed=observed)
+    masked = bool(finetune_steps) or execute == "sparse"
+    pruned = prune(model, calibration, **options, budget=budget, observed=observed, masked=masked)
     if finetune_steps:
         batches = finetune_batches or calibration
         pruned, _ = fine_tune(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
@@ -143,6 +144,7 @@ def prune(
     parts: str = "all",
     budget: str = "uniform",
     observed: Observed | None = None,
+    masked: bool = True,
     seed: int = 0,
 ) -> Pruned:
     """Return a model with zeros, and the masks; what stays as it was is shared with `model`.
@@ -150,7 +152,8 @@ def prune(
     Without `observed`, block after block is pruned on the outputs of the blocks before it, which are already pruned.
     With `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's
     inputs: the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more
-    outliers lose less. Warns where damping has to make up for missing calibration tokens.
+    outliers lose less. masked: whether the masks of all matrices are kept, a byte per weight. Warns where damping has to
+    make up for missing calibration tokens.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     checks.one_of(NAME, "budget", budget, BUDGETS)
@@ -166,6 +169,8 @@ def prune(
     for index, statistics in statistics_of(pruned.model, calibration, method, parts, observed):
         rule = PruningRule(shares.get(index, sparsity), method, pattern, within)
         prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, generator)
+        if not masked:
+            pruned.masks.clear()
     short = [matrix.name for matrix in matrices(model) if matrix.part != "experts" and matrix.name in pruned.thin]
     if short:
         warnings.warn(

@@ -86,13 +86,20 @@ class Spectra:
             used += spectrum.nbytes
             if kept is not None:
                 kept = [*kept, spectrum] if used <= self.room else None
-            curves.append(replace(spectrum.curve(), worth=math.nan if measured is None else measured))
+            curves.append(self._curve(spectrum, math.nan if measured is None else measured))
             yield spectrum
         if self._curves is None:
             self._curves = _interpolated(curves)
         if kept is not None:
             worth = {curve.matrix.name: curve.worth for curve in self._curves}
             self._kept = [replace(spectrum, worth=worth[spectrum.matrix.name]) for spectrum in kept]
+
+    def _curve(self, spectrum: Spectrum, worth: float) -> Spectrum:
+        """Return the curve alone; where blocks come from a store it does not keep the weights of its matrix."""
+        curve = replace(spectrum.curve(), worth=worth)
+        if self.store is None:
+            return curve
+        return replace(curve, matrix=replace(curve.matrix, weight=nn.Parameter(curve.matrix.weight.to("meta"))))
 
     def curves(self) -> list[Spectrum]:
         """Return what every rank of every matrix keeps, and what the matrix is worth, without vectors."""
