@@ -152,8 +152,8 @@ def prune(
     Without `observed`, block after block is pruned on the outputs of the blocks before it, which are already pruned.
     With `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's
     inputs: the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more
-    outliers lose less. masked: whether the masks of all matrices are kept, a byte per weight. Warns where damping has to
-    make up for missing calibration tokens.
+    outliers lose less. masked: whether all masks are kept, a byte per weight. Warns where damping has to make up for
+    missing calibration tokens.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     checks.one_of(NAME, "budget", budget, BUDGETS)
