@@ -40,7 +40,8 @@ def test_real_models_are_fitted_and_not_trained(setup):
     assert experiment.steps_of(setup.loaded, -1) == experiment.PROXY_STEPS
     setup.loaded.scale = "full"
     assert experiment.steps_of(setup.loaded, -1) == 0 and experiment.steps_of(setup.loaded, 7) == 7
-    fitted = experiment.cut(setup, 0.2, "auto", finetune_steps=0)
+    enough = [{"input_ids": torch.randint(8, 96, (48, 48), generator=torch.Generator().manual_seed(5))}]
+    fitted = experiment.cut(replace(setup, calibration=enough), 0.2, "auto", finetune_steps=0)
     plain = method.apply(setup.baseline, [], ratio=0.2, observation=setup.observation)
     kept, as_it_was = (anatomy(model).blocks[1].feed_forward.down.weight for model in (fitted.optimized, plain))
     assert kept.shape == as_it_was.shape and not torch.equal(kept, as_it_was)
