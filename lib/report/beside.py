@@ -26,8 +26,8 @@ NOT_COMPARED = "Side by side, not compared: build.py compare judges two builds."
 
 def record_of(namespace: Mapping[str, Any]) -> Record | None:
     """Return the record that a notebook made, None where it made none."""
-    found = [value for name, value in namespace.items() if isinstance(value, Record) and not name.startswith("_")]
-    return found[-1] if found else None
+    records = [value for name, value in namespace.items() if isinstance(value, Record) and not name.startswith("_")]
+    return records[-1] if records else None
 
 
 def keep(run: Record, path: Path, cell_seconds: Mapping[int, float]) -> Record | None:
@@ -77,8 +77,8 @@ def table(run: Record, earlier: Sequence[tuple[str, Record]]) -> pd.DataFrame:
 
 
 def _same(other: Record, m: Measurement) -> str:
-    found = next((o for o in other.measurements if (o.metric, o.workload) == (m.metric, m.workload)), None)
-    return headlines.shown(found).text if found else "–"
+    measurement = next((o for o in other.measurements if (o.metric, o.workload) == (m.metric, m.workload)), None)
+    return headlines.shown(measurement).text if measurement else "–"
 
 
 def difference(name: str, run: Record, other: Record) -> str:

@@ -85,10 +85,10 @@ def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: 
 
 def _chosen_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float) -> None:
     draw_trade_offs(records, model, speed, quality, margin)
-    tables.show_text(kept(_of(discoveries.settled(records), model), speed, quality, margin))
+    tables.show_text(within_margin(_of(discoveries.settled(records), model), speed, quality, margin))
 
 
-def kept(records: Iterable[Record], speed: str, quality: str, margin: float) -> str:
+def within_margin(records: Iterable[Record], speed: str, quality: str, margin: float) -> str:
     """Return which runs keep `quality` within `margin` points, and which of these are better in `speed`.
 
     A run keeps it where the one-sided 95 % bound of its change lies within the margin, as in its own verdict.

@@ -70,13 +70,17 @@ def test_a_person_chooses_model_metric_and_margin(displayed, offered):
 def test_a_tighter_margin_keeps_fewer():
     records = _records()
     kept = [
-        int(choosing.kept(records, "prefill_tokens_per_second", "f1_macro", margin).split(": ")[1].split(" ")[0])
+        int(
+            choosing.within_margin(records, "prefill_tokens_per_second", "f1_macro", margin)
+            .split(": ")[1]
+            .split(" ")[0]
+        )
         for margin in (0.0, 1.0, 2.0, 5.0, 50.0)
     ]
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == len(records)
-    said = choosing.kept(records, "decode_tokens_per_second", "f1_macro", 50.0)
+    said = choosing.within_margin(records, "decode_tokens_per_second", "f1_macro", 50.0)
     assert said.endswith("None that keeps it is better in decode rate.")
     slow = record.build("x", "m", "proxy", "quick", {}, samples.measurements())
-    assert "Kept, and better in prefill rate: X on m." in choosing.kept(
+    assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0
     )

@@ -222,7 +222,7 @@ def from_samples(
             reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
     else:
         busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
-        found = decide(
+        decision = decide(
             effect.median,
             effect.low,
             effect.high,
@@ -232,7 +232,7 @@ def from_samples(
             higher_is_better=listed.higher_is_better,
             busy=busy,
         )
-        verdict, reason = found.verdict, found.reason
+        verdict, reason = decision.verdict, decision.reason
         if floor > BUSY_FLOOR:
             reason = f"{reason}{_load()}"
         mde = detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)

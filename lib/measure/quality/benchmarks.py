@@ -30,8 +30,8 @@ AT_CHANCE = 0.05  # largest probability with which guessing would do as well as 
 
 def answers(loaded: Loaded, name: str, split: str, limit: int) -> Classified:
     """Return the answers to at most `limit` items of a benchmark's split, chosen by its name alone."""
-    asked = benchmarks.questions(name)
-    items = [asked[index] for index in splits.chosen(name, len(asked), split, limit)]
+    questions = benchmarks.questions(name)
+    items = [questions[index] for index in splits.chosen(name, len(questions), split, limit)]
     question: dict[str, object] = {"benchmark": name, "items": [[item.context, *item.continuations] for item in items]}
     scores, day = answer_cache.known_or(loaded, question, lambda: scored(loaded, items))
     about = f"{name} ({benchmarks.BENCHMARKS[name].data})"

@@ -63,20 +63,20 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
     if len(kinds) > 1:
         raise UserError(f"{task}: mixes tasks of kinds {', '.join(sorted(kinds))}; name the tasks one by one")
     about = f"{task}, {len(harness_tasks)} tasks" if len(harness_tasks) > 1 else task
-    found, day = answer_cache.known_or(
+    arrays, day = answer_cache.known_or(
         loaded, question, lambda: _arrays(task, _samples(loaded, harness_tasks, manager, indices, seed))
     )
-    ids = found["ids_N"].tolist()
-    if "loss_N" in found:
-        return Rolled(task, ids, found["loss_N"], str(found["unit"]), about)
-    scores = {name.removeprefix("right:"): right for name, right in found.items() if name.startswith("right:")}
+    ids = arrays["ids_N"].tolist()
+    if "loss_N" in arrays:
+        return Rolled(task, ids, arrays["loss_N"], str(arrays["unit"]), about)
+    scores = {name.removeprefix("right:"): right for name, right in arrays.items() if name.startswith("right:")}
     metric = _judged(task, scores)
     others = {name: right.astype(bool) for name, right in scores.items() if name != metric}
     fields: dict[str, Any] = {"metric": metric, "others": others, "about": about, "answered": day}
     if kinds == {CHOICES}:
-        fields["chance"] = float(found["chance"])
+        fields["chance"] = float(arrays["chance"])
     right_N = scores[metric].astype(int)
-    return Classified(task, ["wrong", "right"], ids, np.ones_like(right_N), right_N, found["scores_NL"], **fields)
+    return Classified(task, ["wrong", "right"], ids, np.ones_like(right_N), right_N, arrays["scores_NL"], **fields)
 
 
 def _judged(task: str, scores: dict[str, np.ndarray]) -> str:
@@ -87,7 +87,7 @@ def _judged(task: str, scores: dict[str, np.ndarray]) -> str:
 
 
 def _samples(
-    loaded: Loaded, harness_tasks: dict[str, Any], manager: Any, asked: dict[str, list[int]], seed: int
+    loaded: Loaded, harness_tasks: dict[str, Any], manager: Any, indices: dict[str, list[int]], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what the harness logs of every item, by task, in the order of its items."""
     import lm_eval
@@ -98,7 +98,7 @@ def _samples(
         model=wrapped(loaded),
         tasks=[*harness_tasks.values()],
         task_manager=manager,
-        samples=asked,
+        samples=indices,
         log_samples=True,
         bootstrap_iters=0,
         **caches,
@@ -140,16 +140,16 @@ def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np
     """Return what is kept of the samples: ids, scores, and what each score calls right, or the losses of documents."""
     every = [(f"{name}-{sample['doc_id']}", sample) for name, members in samples.items() for sample in members]
     ids_N = np.array([identity for identity, _ in every])
-    kept = every[0][1]["metrics"]
-    rolling = next((name for name in ROLLING if name in kept), None)
+    metrics = every[0][1]["metrics"]
+    rolling = next((name for name in ROLLING if name in metrics), None)
     if rolling:
         pairs_N2 = np.array([sample[rolling] for _, sample in every], dtype=float)
         loss_N = -pairs_N2[:, 0] / pairs_N2[:, 1].mean()
         return {"ids_N": ids_N, "loss_N": loss_N, "unit": np.array(ROLLING[rolling][0])}
-    scores = {ours: [sample.get(theirs) for _, sample in every] for theirs, ours in SCORES.items() if theirs in kept}
+    scores = {ours: [sample.get(theirs) for _, sample in every] for theirs, ours in SCORES.items() if theirs in metrics}
     right = {f"right:{name}": np.array(values, dtype=float) for name, values in scores.items() if _binary(values)}
     if not right:
-        raise UserError(f"{task}: none of its scores ({', '.join(kept)}) says right or wrong item by item")
+        raise UserError(f"{task}: none of its scores ({', '.join(metrics)}) says right or wrong item by item")
     choices = [_likelihoods(sample) for _, sample in every]
     most = max(map(len, choices))
     scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in choices])

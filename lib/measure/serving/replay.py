@@ -291,7 +291,7 @@ def answers_alike(
     the same; or that this is `unavailable`, with the reason: random weights are near ties, which another batch decides
     otherwise.
     """
-    pairs = [same_tokens([one.output, other.output]) for one, other in zip(baseline, optimized)]
+    pairs = [same_tokens([before.output, after.output]) for before, after in zip(baseline, optimized)]
     count = sum(requests for *_, requests in pairs)
     source = f"{count} requests answered by the real model under both policies, greedy, same prompts"
     names = ("same_answers", "top1_agreement")

@@ -27,14 +27,14 @@ class Turns:
 
     def __init__(self, clocks: Mapping[str, Clock]) -> None:
         self.clocks = dict(clocks)
-        self._asked: queue.SimpleQueue[tuple[str, Work | None]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[str, Work | None]] = queue.SimpleQueue()
         self._answers: dict[str, queue.SimpleQueue[tuple[Any, BaseException | None]]] = {
             name: queue.SimpleQueue() for name in clocks
         }
 
     def take(self, name: str, work: Callable[[], Result]) -> Result:
         """Return what `work` returns, done when it is this server's turn; called in the server's thread."""
-        self._asked.put((name, work))
+        self._requests.put((name, work))
         result, error = self._answers[name].get()
         if error is not None:
             raise error
@@ -42,7 +42,7 @@ class Turns:
 
     def finished(self, name: str) -> None:
         """Leave the others to themselves."""
-        self._asked.put((name, None))
+        self._requests.put((name, None))
 
     def lead(self) -> None:
         """Do the work of all servers, in the caller's thread, until all have finished. What a piece of work raises is
@@ -53,7 +53,7 @@ class Turns:
         try:
             while thinking or waiting:
                 while thinking:
-                    name, work = self._asked.get()
+                    name, work = self._requests.get()
                     thinking.remove(name)
                     if work is not None:
                         waiting[name] = work

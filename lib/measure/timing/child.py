@@ -91,9 +91,9 @@ def move_heap(seed: int) -> list[object]:
     Pieces of malloc's heap move what is small, mappings move what is large, also against the bounds of huge pages.
     """
     chance = random.Random(seed)
-    kept: list[object] = [bytearray(chance.randrange(2**10, PIECE_BYTES)) for _ in range(PIECES)]
-    kept += [mmap.mmap(-1, mmap.PAGESIZE * chance.randrange(1, MAPPED_PAGES)) for _ in range(MAPPINGS)]
-    return kept
+    allocations: list[object] = [bytearray(chance.randrange(2**10, PIECE_BYTES)) for _ in range(PIECES)]
+    allocations += [mmap.mmap(-1, mmap.PAGESIZE * chance.randrange(1, MAPPED_PAGES)) for _ in range(MAPPINGS)]
+    return allocations
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------

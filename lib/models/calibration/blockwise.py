@@ -184,10 +184,10 @@ def _train(
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return before, _kept(worker, held_out, before, trained, initial)
+    return before, _keep_if_better(worker, held_out, before, trained, initial)
 
 
-def _kept(
+def _keep_if_better(
     worker: nn.Module,
     held_out: list[Lesson],
     before: float,
@@ -238,7 +238,7 @@ def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], t
     for name, part in factored.items():
         matrix: Any = whole.module.get_submodule(name)
         part.outer.weight.copy_(_nearest(matrix.weight, *sums[name]))
-    after = _kept(worker, lessons[taught:], before, outers, initial)
+    after = _keep_if_better(worker, lessons[taught:], before, outers, initial)
     _copy_values(worker, block.module)
     return before, after
 

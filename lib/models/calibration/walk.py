@@ -47,7 +47,7 @@ class TextBatch:
                 return tuple(cut(part) for part in value)
             return value[:sequences] if torch.is_tensor(value) and value.dim() and len(value) == count else value
 
-        arguments = [{name: cut(value) for name, value in one.items()} for one in self.arguments]
+        arguments = [{name: cut(value) for name, value in by_block.items()} for by_block in self.arguments]
         return TextBatch(self.mask_BT[:sequences], self.states_BTH[:sequences], arguments, {})
 
 
@@ -113,8 +113,8 @@ class Walk:
         self._outputs = None
 
     def _advance(self) -> None:
-        given, self._outputs = self._outputs, None
-        for batch, output in zip(self.carried, self.outputs() if given is None else given):
+        outputs, self._outputs = self._outputs, None
+        for batch, output in zip(self.carried, self.outputs() if outputs is None else outputs):
             added = batch.added.get(self.index)
             batch.states_BTH = output if added is None else output + added
 

@@ -83,8 +83,8 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 def _instead(folder: Path) -> str:
     """Return what weights a folder holds that cannot be used."""
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt"):
-        if found := sorted(folder.glob(pattern)):
-            return f"{found[0].name} and no {WEIGHTS}"
+        if others := sorted(folder.glob(pattern)):
+            return f"{others[0].name} and no {WEIGHTS}"
     return "no *.safetensors file"
 
 

@@ -148,8 +148,8 @@ class WeightFile:
         """Return the name of the tensor that a place lies in; with the index of the expert, if it is one of a stack."""
         for name, whole in self.places.items():
             if whole.file == place.file and whole.offset <= place.offset < whole.offset + whole.nbytes:
-                one = len(whole.shape) == len(place.shape) + 1
-                return f"{name}, expert {(place.offset - whole.offset) // place.nbytes}," if one else name
+                is_expert = len(whole.shape) == len(place.shape) + 1
+                return f"{name}, expert {(place.offset - whole.offset) // place.nbytes}," if is_expert else name
         raise ValueError(f"{place.file}: no tensor at byte {place.offset}")
 
     def tensor(self, place: TensorPlace) -> torch.Tensor:

@@ -43,8 +43,8 @@ class FileBlocks:
     def __init__(self, source: Path | str, shards: Path | None = None, device: str = "cpu"):
         self.source, self.shards, self.device = Path(source), shards, device
         if (self.source / MANIFEST).is_file():
-            kept = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
-            if kept.get("factors") or kept.get("sparse"):
+            content = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
+            if content.get("factors") or content.get("sparse"):
                 raise UserError(f"{source}: holds factored or sparse matrices; give the dense checkpoint")
         parts = layout(self.source, False, device)  # not kept: its units hold modules that a change replaces
         self.model, self.file, self._experts = parts.model, parts.file, parts.experts
@@ -284,8 +284,8 @@ def _begin(shards: Path, made_by: dict[str, Any]) -> None:
     """Make the folder of shards, or resume in it. Raises UserError where it holds another run."""
     expected = json.dumps(made_by, sort_keys=True)
     if shards.is_dir() and any(shards.iterdir()):
-        kept = shards / ABOUT
-        if not kept.is_file() or kept.read_text(encoding="utf-8") != expected:
+        about = shards / ABOUT
+        if not about.is_file() or about.read_text(encoding="utf-8") != expected:
             raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
     try:
         shards.mkdir(parents=True, exist_ok=True)

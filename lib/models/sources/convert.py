@@ -101,7 +101,7 @@ def _split(name: str | None) -> Any:
         parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         return pre_tokenizers.Sequence(parts)
     if name in (None, "", "default"):
-        splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in DEFAULT_SPLITS]
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in DEFAULT_SPLITS]
         return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if name in AS_GPT2 or name in _known_to_transformers():
         return None

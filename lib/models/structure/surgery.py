@@ -85,8 +85,8 @@ def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
     for name, heads in (("q_norm", attention.heads), ("k_norm", attention.key_value_heads)):
         norm = getattr(attention.module, name, None)
         if norm is not None and heads > 1 and norm.weight.numel() == heads * attention.head_dim:
-            kept = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
-            norm.weight = nn.Parameter(kept, requires_grad=norm.weight.requires_grad)
+            scale = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
+            norm.weight = nn.Parameter(scale, requires_grad=norm.weight.requires_grad)
     for linear in inputs:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
         resize_linear(linear, groups[indices].flatten(0, 1))

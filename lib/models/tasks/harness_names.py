@@ -41,13 +41,13 @@ def check(task: str) -> str:
 def names() -> frozenset[str] | None:
     """Return the names of all tasks, groups and tags of the installed harness, None where there is none."""
     try:
-        found = importlib.util.find_spec("lm_eval")
+        spec = importlib.util.find_spec("lm_eval")
     except ValueError:  # blocked, as tests do
         return None
-    if found is None or not found.submodule_search_locations:
+    if spec is None or not spec.submodule_search_locations:
         return None
     known: set[str] = set()
-    for path in Path(next(iter(found.submodule_search_locations)), "tasks").rglob("*.yaml"):
+    for path in Path(next(iter(spec.submodule_search_locations)), "tasks").rglob("*.yaml"):
         known.update(
             first or second for first, second in NAME.findall(path.read_text(encoding="utf-8", errors="replace"))
         )

@@ -237,7 +237,7 @@ def shares(
     ]
 
 
-def found_again(
+def replications(
     survey: Sequence[Mapping[str, Any]],
     times: Sequence[Mapping[str, Any]],
     prefill: Sequence[Measurement],

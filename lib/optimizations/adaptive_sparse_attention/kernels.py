@@ -192,13 +192,13 @@ def _leaves_out(kept_HNM: torch.Tensor, rows: int) -> bool:
     return not bool(torch.equal(kept_HNM[:, -rows:], causal_NM[-rows:].expand_as(kept_HNM[:, -rows:])))
 
 
-def _more_kept(kept_HNM: torch.Tensor, tokens: int, asked: int, size: int) -> float:
-    """Return how many blocks more are read because the last `asked` of `tokens` queries attend to all."""
+def _more_kept(kept_HNM: torch.Tensor, tokens: int, dense: int, size: int) -> float:
+    """Return how many blocks more are read because the last `dense` of `tokens` queries attend to all."""
     causal_N = blocks.causal_blocks(*kept_HNM.shape[1:]).sum(1)
     more = 0.0
-    for row in range(max(0, (tokens - asked) // size), kept_HNM.shape[1]):
+    for row in range(max(0, (tokens - dense) // size), kept_HNM.shape[1]):
         begin, end = row * size, min((row + 1) * size, tokens)
-        share = (end - max(begin, tokens - asked)) / (end - begin)
+        share = (end - max(begin, tokens - dense)) / (end - begin)
         more += share * (len(kept_HNM) * int(causal_N[row]) - int(kept_HNM[:, row].sum()))
     return more
 

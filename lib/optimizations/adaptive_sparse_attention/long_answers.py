@@ -90,14 +90,14 @@ def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS,
 
 
 @torch.inference_mode()
-def ask(model: Any, asked: LongPrompts) -> LongAnswers:
+def ask(model: Any, long_prompts: LongPrompts) -> LongAnswers:
     """Return how `model` answers: every prompt is read once, and all its questions are answered from copies of the
     cache.
     """
-    questions = asked.key_NQK.shape[1]
-    rows = _side_by_side(model, asked.tokens, questions)
+    questions = long_prompts.key_NQK.shape[1]
+    rows = _side_by_side(model, long_prompts.tokens, questions)
     right, loss = [], []
-    for ids_T, key_QK, value_QV in zip(asked.ids_NT, asked.key_NQK, asked.value_NQV):
+    for ids_T, key_QK, value_QV in zip(long_prompts.ids_NT, long_prompts.key_NQK, long_prompts.value_NQV):
         reset_rope_deltas(model)
         inputs = {"input_ids": ids_T[None], "use_cache": True, "logits_to_keep": 1}
         output = model(**inputs, **cache_names.as_kwargs(_appending(model)))
@@ -107,8 +107,8 @@ def ask(model: Any, asked: LongPrompts) -> LongAnswers:
             right_B, loss_B = _answer(model, cache, key_BK, value_BV)
             right.append(right_B)
             loss.append(loss_B)
-    shape = len(asked.ids_NT), questions
-    return LongAnswers(asked.tokens, np.concatenate(right).reshape(shape), np.concatenate(loss).reshape(shape))
+    shape = len(long_prompts.ids_NT), questions
+    return LongAnswers(long_prompts.tokens, np.concatenate(right).reshape(shape), np.concatenate(loss).reshape(shape))
 
 
 def _appending(model: nn.Module) -> DynamicCache:
@@ -160,8 +160,8 @@ def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
     """Return the shares repeated for `style.bars`: a bar for each third of a prompt and arm, with Wilson's interval."""
     rows = []
     for place in PLACES:
-        for arm, given in answers.items():
-            right_X = given.at(place)
+        for arm, answered in answers.items():
+            right_X = answered.at(place)
             spread = binomtest(int(right_X.sum()), len(right_X)).proportion_ci(method="wilson")
             row = {"arm": f"{place}, {arm}", "value": float(right_X.mean()), "low": spread.low, "high": spread.high}
             rows.append(row)

@@ -76,14 +76,14 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     measurements = evaluate.compare(full, sparse, **options)
     if full.reason:
         return Quality(full, sparse, measurements, degenerate, options)
-    asked = long_answers.prompts(loaded, tokens, PROMPTS[level], seed=seed)
+    prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], seed=seed)
     arms = {"full": absorbed_baseline.absorbed_baseline(loaded.model), "sparse": optimized}
-    answers = {name: long_answers.ask(model, asked) for name, model in arms.items()}
+    answers = {name: long_answers.ask(model, prompts) for name, model in arms.items()}
     measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
     measurements += long_answers.compare(answers["full"], answers["sparse"], **options)
     if degenerate:
         measurements = [measurement.invalid(m.metric, m.workload, degenerate) for m in measurements]
-    return Quality(full, sparse, measurements, degenerate, options, asked, answers)
+    return Quality(full, sparse, measurements, degenerate, options, prompts, answers)
 
 
 def patterns(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> 
         return {}
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
     few = judged.asked.first(CONTROL_PROMPTS)
-    answers = {name: given.first(CONTROL_PROMPTS) for name, given in judged.answers.items()}
+    answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
     return answers | {name: long_answers.ask(model, few) for name, model in arms.items()}
 
 

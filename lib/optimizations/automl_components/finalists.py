@@ -70,13 +70,13 @@ def judge(
     count_calls = interleaved.iterations_for(works["baseline"])
     timed = interleaved.rounds(works, ROUNDS, iterations=count_calls, seed=seed, disturbance=disturbance.watch)
     floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
-    found = []
+    finalists = []
     if bench.memory_budget >= 1:
-        found.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, ROUNDS), floor, 0.0, NOTHING_LOST))
+        finalists.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, ROUNDS), floor, 0.0, NOTHING_LOST))
     for at, (judged, divergence) in enumerate(best):
         time = shapley.over_rounds(timed.contrast({str(at): 1, "baseline": -1}))
-        found.append(Finalist(judged, time, floor, divergence, quality.of(arms[str(at)])))
-    return found
+        finalists.append(Finalist(judged, time, floor, divergence, quality.of(arms[str(at)])))
+    return finalists
 
 
 def choose(

@@ -219,12 +219,12 @@ def elsewhere(stacks: Path, model: str, parts: Sequence[Component], most: int = 
         if path.stem == model:
             continue
         try:
-            found = recipe.read(path)
+            chosen = recipe.read(path)
         except UserError:  # whatever is wrong with another model's file, it is no reason not to search here
             continue
-        fit = all(set(step.knobs) <= known.get(step.optimization, set()) for step in found.stack)
-        if found.stack and fit and found.accuracy not in recipe.LOSING:
-            served.append(found.stack)
+        fit = all(set(step.knobs) <= known.get(step.optimization, set()) for step in chosen.stack)
+        if chosen.stack and fit and chosen.accuracy not in recipe.LOSING:
+            served.append(chosen.stack)
     return served[:most]
 
 

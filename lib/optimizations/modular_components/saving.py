@@ -205,8 +205,8 @@ def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
 
 
-def _near(one: torch.Tensor, other: torch.Tensor, share: float) -> bool:
-    return bool((one - other).abs().max() <= share * other.abs().max())
+def _near(logits: torch.Tensor, expected: torch.Tensor, share: float) -> bool:
+    return bool((logits - expected).abs().max() <= share * expected.abs().max())
 
 
 def main() -> None:

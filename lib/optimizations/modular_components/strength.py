@@ -137,11 +137,11 @@ def find(
     best: list[Weakened] = []
 
     def within(level: int) -> bool:
-        found = look(level)
-        seen[level] = _without_model(found)
-        if found.within:
-            best[:] = [found]
-        return found.within
+        weakened_stack = look(level)
+        seen[level] = _without_model(weakened_stack)
+        if weakened_stack.within:
+            best[:] = [weakened_stack]
+        return weakened_stack.within
 
     level = strongest(within)
     if not best or best[0].level != level:
@@ -150,5 +150,5 @@ def find(
     return best[0], [seen[at] for at in sorted(seen)]
 
 
-def _without_model(found: Weakened) -> Weakened:
-    return replace(found, model=nn.Identity())
+def _without_model(stack: Weakened) -> Weakened:
+    return replace(stack, model=nn.Identity())

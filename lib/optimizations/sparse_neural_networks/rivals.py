@@ -71,10 +71,10 @@ class SparseRivals:
 def _size_if_stored(setup: SparsitySetup, pruned: sparse.Pruned) -> Measurement:
     """Return the bytes of all weights once the pruned matrices are stored as CSR."""
     before = cost_model.weights_bytes(setup.baseline)
-    kept = sum(int(mask.sum()) for mask in pruned.masks.values())
+    nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     rows = sum(mask.numel() // mask.shape[-1] + mask[..., 0, 0].numel() for mask in pruned.masks.values())
     replaced = sum(matrix.weight.nbytes for matrix in matrices(setup.baseline) if matrix.name in pruned.masks)
-    after = before - replaced + CSR_BYTES * kept + 4 * rows
+    after = before - replaced + CSR_BYTES * nonzeros + 4 * rows
     return measurement.counted("weights_bytes", "load", before, after, "pruned matrices as CSR, indices included")
 
 
@@ -215,7 +215,9 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
     return [*answers, _fast_enough(CLAIMS[4], points)]
 
 
-def found_again(setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm]) -> list[relations.Judged]:
+def replications(
+    setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm]
+) -> list[relations.Judged]:
     """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
 
     2:4 is compared with unstructured zeros only where those are half of the weights as well.
@@ -237,7 +239,10 @@ def found_again(setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequen
         relations.gptq(claims.interval(arms, [weight_only.BY_GPTQ]), claims.interval(arms, [INT4])),
         relations.int4(claims.interval(arms, [INT4]), {at_bytes: claims.interval(arms, [at_bytes])}),
     ]
-    return [one._replace(evidence=share + one.evidence) if number < 2 else one for number, one in enumerate(judged)]
+    return [
+        judgement._replace(evidence=share + judgement.evidence) if number < 2 else judgement
+        for number, judgement in enumerate(judged)
+    ]
 
 
 def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:

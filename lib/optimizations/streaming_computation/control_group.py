@@ -64,7 +64,7 @@ class ControlGroup:
 
 def candidates() -> list[tuple[Path, Version]]:
     """Return the folders in which a group might be made: this process's own groups with memory, then those above."""
-    found: list[tuple[Path, Version]] = []
+    places: list[tuple[Path, Version]] = []
     for line in _lines(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         top, version = (GROUPS / "memory", ONE) if "memory" in controllers.split(",") else (GROUPS, TWO)
@@ -72,8 +72,8 @@ def candidates() -> list[tuple[Path, Version]]:
             continue
         own = top / path.lstrip("/")
         folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(top) and folder.is_dir()]
-        found += [(folder, version) for folder in folders]
-    return found
+        places += [(folder, version) for folder in folders]
+    return places
 
 
 def make(name: str = NAME) -> ControlGroup:

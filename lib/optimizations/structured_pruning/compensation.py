@@ -43,7 +43,7 @@ def fitted(weight_EOI: torch.Tensor, taught: Moments, held_out: Moments, kept_EJ
     best = min(RIDGES, key=errors.__getitem__)
     if errors[best] >= as_they_are:
         return torch.stack([weight[:, kept] for weight, kept in zip(weight_EOI, kept_EJ)])
-    counts = [one + other for one, other in zip(tokens, more)]
+    counts = [count + more_count for count, more_count in zip(tokens, more)]
     every = zip(weight_EOI, grams, others, counts, kept_EJ)
     return torch.stack(
         [

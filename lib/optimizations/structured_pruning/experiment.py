@@ -310,7 +310,7 @@ def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[C
     ]
 
 
-def found_again(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:
+def replications(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:
     """Return what others published of pruning, judged by this run: the influence of blocks, accuracy beside perplexity,
     and, where whole blocks went, generation beside multiple choice.
     """

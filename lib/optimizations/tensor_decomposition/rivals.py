@@ -127,7 +127,7 @@ def sweep(
     return result
 
 
-def found_again(result: Sweep, compression: float) -> list[relations.Judged]:
+def replications(result: Sweep, compression: float) -> list[relations.Judged]:
     """Return what was published of plain and of whitened factors at 20 %, judged where this run removes as much."""
     if compression != PUBLISHED_AT:
         return []

@@ -107,11 +107,11 @@ def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
     members = record.measurements if record else []
     busy = why_busy(members)
     timed = [m for m in members if m.noise_floor is not None and m.dimension in ("performance", "efficiency")]
-    kept = {(m.metric, m.workload): m for m in members}
+    by_name = {(m.metric, m.workload): m for m in members}
     if busy:
         why = f"the machine was busy: {busy}"
-        kept |= {(m.metric, m.workload): unavailable(m.metric, m.workload, why) for m in timed}
-    return kept
+        by_name |= {(m.metric, m.workload): unavailable(m.metric, m.workload, why) for m in timed}
+    return by_name
 
 
 def _unlike(old: Record | None, new: Record | None) -> str:

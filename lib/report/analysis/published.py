@@ -58,11 +58,20 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
                 measured[key] = member
     lines = []
     for known in scores():
-        found = measured.get((known.model, known.task, known.metric))
-        if found is None or found.baseline is None or not found.n:
+        measurement = measured.get((known.model, known.task, known.metric))
+        if measurement is None or measurement.baseline is None or not measurement.n:
             continue
-        error = standard_error(found.baseline, found.n)
-        apart = (found.baseline - known.score) / error if error else None
-        line = (known.model, known.task, label(known.metric), found.baseline, found.n, error, known.score, apart)
+        error = standard_error(measurement.baseline, measurement.n)
+        apart = (measurement.baseline - known.score) / error if error else None
+        line = (
+            known.model,
+            known.task,
+            label(known.metric),
+            measurement.baseline,
+            measurement.n,
+            error,
+            known.score,
+            apart,
+        )
         lines.append((*line, known.source))
     return pd.DataFrame(lines, columns=list(COLUMNS))

@@ -54,14 +54,14 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     return index, read_records
 
 
-def section(index: Mapping[str, Any], kept: Sequence[Record]) -> str:
+def section(index: Mapping[str, Any], session_records: Sequence[Record]) -> str:
     """Return the section: machine and day, what ran and what did not, the tests, and the records' tables."""
     steps = [step for step in index["steps"] if isinstance(step, dict)]
     parts = [_heading(index, steps), "#### What ran", _steps(steps)]
     if tests := [test for step in steps for test in step.get("tests", ())]:
         parts += [_tests(tests)]
-    if kept:
-        parts.append(result_tables.section(kept))
+    if session_records:
+        parts.append(result_tables.section(session_records))
     return "\n\n".join(parts)
 
 
@@ -70,11 +70,11 @@ def _heading(index: Mapping[str, Any], steps: Sequence[Mapping]) -> str:
     finished = sum(step.get("status") == "finished" for step in ran)
     packages = ", ".join(f"{name} {version}" for name, version in (index.get("packages") or {}).items())
     spent = index.get("spent_seconds", sum(step.get("seconds", 0.0) for step in ran))
-    given, commit = index.get("seconds", 0), index.get("commit") or "not recorded"
+    seconds_lent, commit = index.get("seconds", 0), index.get("commit") or "not recorded"
     machine, day = one_line(str(index.get("machine", "not recorded")), 90), str(index.get("started", ""))[:10]
     return (
         f"**{machine}, {day}**: {finished} of {len(steps)} steps finished, {len(steps) - len(ran)} left out; "
-        f"{spent:.0f} s of {given:.0f} s given. {packages}; commit {commit}."
+        f"{spent:.0f} s of {seconds_lent:.0f} s given. {packages}; commit {commit}."
     )
 
 

@@ -66,7 +66,7 @@ def text(folder: Path, results: Results) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("index.html.j2").render(
         title=_title(_distinct(r.scale for r in results.records) or folder.resolve().name),
-        stand_in=stand_in.several(results.scale, stand_in.sizes(results.records)),
+        stand_in=stand_in.of_models(results.scale, stand_in.sizes(results.records)),
         summary=_summary(results),
         efforts=efforts(results.records),
         facts=_facts(results.records),

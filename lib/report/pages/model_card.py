@@ -9,25 +9,25 @@ from lib.report.records import facts, record, reproduce
 from lib.report.text.wording import title
 
 
-def text(job: Any, stack: str | None, made: Mapping[str, Any], folder: str, results: Path) -> str:
+def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `made` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks` and `chosen_for`,
+    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks` and `chosen_for`,
     `folder` is the checkpoint's name, and `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
         "",
-        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, made)}. "
-        f"The weights are stored as they were applied, in `{made['dtype']}`.",
+        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, saved)}. "
+        f"The weights are stored as they were applied, in `{saved['dtype']}`.",
         "",
         "## What was measured",
         "",
-        *(_by_blocks() if made.get("by_blocks") else _measured(job, stack, made["weights_hash"], results)),
+        *(_by_blocks() if saved.get("by_blocks") else _measured(job, stack, saved["weights_hash"], results)),
         "",
         "## How to load it",
         "",
         "```python",
-        usage(folder, made["loads"], made["tokenizer"]),
+        usage(folder, saved["loads"], saved["tokenizer"]),
         "```",
         "",
         "## Parameters",
@@ -51,12 +51,12 @@ def usage(folder: str, plain: str | None, tokenizer: bool) -> str:
     return "\n".join([*lines, *([f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'] if tokenizer else [])])
 
 
-def _done(job: Any, stack: str | None, made: Mapping[str, Any]) -> str:
+def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:
     if stack is None:
         return f"`{job.optimization}`"
-    elsewhere = list(made["chosen_for"]) != [job.model, job.scale]
-    of = f", which was chosen for {made['chosen_for'][0]} at scale {made['chosen_for'][1]}" if elsewhere else ""
-    return f"the stack {' → '.join(made['steps'])} of `{Path(stack).name}`{of}"
+    elsewhere = list(saved["chosen_for"]) != [job.model, job.scale]
+    of = f", which was chosen for {saved['chosen_for'][0]} at scale {saved['chosen_for'][1]}" if elsewhere else ""
+    return f"the stack {' → '.join(saved['steps'])} of `{Path(stack).name}`{of}"
 
 
 def _by_blocks() -> list[str]:

@@ -97,7 +97,7 @@ def section(records: Sequence[Record]) -> str:
 def about(records: Sequence[Record]) -> str:
     """Return in italics what the records are results of, where that is not the model they are named after."""
     scales = sorted({record.scale for record in records})
-    texts = [stand_in.several(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales]
+    texts = [stand_in.of_models(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales]
     return " ".join(f"*{text}*" for text in texts if text)
 
 

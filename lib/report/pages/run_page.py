@@ -36,7 +36,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
         "record": True,
         "status": record.status,
         "title": f"{title(record.optimization)} on {stand_in.on(record.scale, record.model, parameters)}",
-        "stand_in": stand_in.one(record.scale, record.model, parameters),
+        "stand_in": stand_in.of_model(record.scale, record.model, parameters),
         "chips": chips,
         "chips_table": rows.markdown(
             [c["name"] for c in chips], [[f"{c['text']} ({c['by']})" if c["by"] else c["text"] for c in chips]]

@@ -157,8 +157,8 @@ def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, 
         packed = {stem: connection.execute(query, identity).fetchone()[0] for stem, identity in earlier.items()}
     verdicts = {stem: json.loads(zlib.decompress(blob)).get("verdict") or {} for stem, blob in packed.items()}
     return {
-        stem: (earlier[stem][0], {name: found[name] for name in DIMENSIONS if name in found})
-        for stem, found in verdicts.items()
+        stem: (earlier[stem][0], {name: words[name] for name in DIMENSIONS if name in words})
+        for stem, words in verdicts.items()
     }
 
 

@@ -155,7 +155,7 @@ def build(
         controls=[control for control in all_controls if control.measurements or not requested],
         primaries=cast(dict[Dimension, tuple[str, str]], declared),
         refutations=list(refutations),
-        relations=[one if isinstance(one, Relation) else relation.decide(*one) for one in relations],
+        relations=[item if isinstance(item, Relation) else relation.decide(*item) for item in relations],
         details=codec.decode(codec.encode(dict(details or {}), "details")),
         verdict=judge(judged, status, reason, requested, declared),
     )

@@ -39,15 +39,15 @@ def size(record: Any) -> float | None:
 
 def sizes(records: Iterable[Any]) -> dict[str, float | None]:
     """Return model → parameters of its baseline, for every model of the records."""
-    found: dict[str, float | None] = {}
+    by_model: dict[str, float | None] = {}
     for record in records:
         model = record["model"] if isinstance(record, Mapping) else record.model
-        if found.setdefault(model, None) is None:
-            found[model] = size(record)
-    return dict(sorted(found.items()))
+        if by_model.setdefault(model, None) is None:
+            by_model[model] = size(record)
+    return dict(sorted(by_model.items()))
 
 
-def one(scale: str, model: str, parameters: float | None) -> str:
+def of_model(scale: str, model: str, parameters: float | None) -> str:
     """Return what a run at this scale ran on, as a sentence; empty for the real model."""
     name = model_title(model)
     if scale == SLICE:
@@ -59,13 +59,13 @@ def one(scale: str, model: str, parameters: float | None) -> str:
     return f"{what} {TRANSFERS}"
 
 
-def several(scale: str, known: Mapping[str, float | None]) -> str:
+def of_models(scale: str, known: Mapping[str, float | None]) -> str:
     """Return what the runs of a set ran on, as sentences; empty for real models and where nothing ran.
 
     `known` is model → parameters (`sizes`).
     """
     if len(known) == 1:
-        return one(scale, *next(iter(known.items())))
+        return of_model(scale, *next(iter(known.items())))
     names = [model_title(model) for model in known]
     if scale == SLICE and names:
         return f"The first blocks at real dimensions, with random weights; not {_either(names)}. {OF_A_SLICE}"
@@ -114,4 +114,4 @@ def of_folder(folder: Path) -> str:
             scale, known[model] = content["scale"], size(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return several(scale, dict(sorted(known.items())))
+    return of_models(scale, dict(sorted(known.items())))

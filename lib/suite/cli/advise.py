@@ -39,14 +39,14 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
                 f'no record of "{model}" in {folder}.{suggest(model, known) or " Known: " + ", ".join(known)}'
             )
     records = discoveries.settled(records)
-    found = {model: advice.advise(records, model, wanted, keep) for model in models or known}
+    advice_by_model = {model: advice.advise(records, model, wanted, keep) for model in models or known}
     if as_json:
-        plain = {model: [as_plain(row, folder) for row in rows] for model, rows in found.items()}
+        plain = {model: [as_plain(row, folder) for row in rows] for model, rows in advice_by_model.items()}
         print(json.dumps(plain, indent=1))
         return 0
-    if about := stand_in.several(folder.name, stand_in.sizes(r for r in records if r.model in found)):
+    if about := stand_in.of_models(folder.name, stand_in.sizes(r for r in records if r.model in advice_by_model)):
         print(about)
-    for model, rows in found.items():
+    for model, rows in advice_by_model.items():
         print(f"{model}, scale {folder.name}")
         for goal, group in groupby(rows, key=lambda row: row.goal):
             print(f"  {goal}")
@@ -135,8 +135,8 @@ def _lines(row: "Advice", folder: Path) -> list[str]:
             lines.append(f"  the stack: {steps}")
     if scores := [_score(m) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
-    if made := applying(row, folder):
-        lines.append(f"  to have it: {made}")
+    if command := applying(row, folder):
+        lines.append(f"  to have it: {command}")
     if row.command:
         took = quantities.about(row.seconds)
         lines.append(f"  to decide{f', {took}' if took else ''}: {row.command}")
@@ -148,8 +148,8 @@ def _score(measurement: Any) -> str:
     from lib.report.text import brief
     from lib.report.text.wording import label
 
-    said = f"{label(measurement.metric)} {measurement.verdict.replace('_', ' ')}"
+    words = f"{label(measurement.metric)} {measurement.verdict.replace('_', ' ')}"
     if measurement.optimized is None or not (change := brief.number(measurement)):
-        return said
+        return words
     bound = brief.spread(measurement)
-    return f"{said}, {change}{f' ({bound})' if bound else ''}"
+    return f"{words}, {change}{f' ({bound})' if bound else ''}"

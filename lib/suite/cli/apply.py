@@ -44,7 +44,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / "checkpoint"
-            answer = _made(job, stack, place, target.with_name(f"{target.name}.part"))
+            answer = _save(job, stack, place, target.with_name(f"{target.name}.part"))
             (place / "README.md").write_text(model_card.text(job, stack, answer, target.name, results), "utf-8")
             if target.is_dir():
                 target.rmdir()  # empty, as checked above
@@ -57,7 +57,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     return 0
 
 
-def _made(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[str, Any]:
+def _save(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[str, Any]:
     """Have the checkpoint made in a process of its own; return its answer. Raises UserError with its refusal."""
     request = {
         "model": job.model,

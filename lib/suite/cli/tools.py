@@ -81,11 +81,11 @@ def lab(arguments: Sequence[str], description: str) -> int:
     options, passed_on = parser.parse_known_args(arguments)
     jobs = request.jobs(options)
     try:
-        kept = working_copies.refresh(jobs=jobs)
+        set_aside = working_copies.refresh(jobs=jobs)
         start_page.write(start_page.entries(jobs), request.results(options), working_copies.COPIES)
     except OSError as error:
         raise UserError(f"{working_copies.COPIES}: cannot be written to ({error.strerror})") from None
-    for line in [f"working copies of the templates: {working_copies.COPIES}", *kept]:
+    for line in [f"working copies of the templates: {working_copies.COPIES}", *set_aside]:
         print(f"build.py: {line}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         own = jupyterlab.environment(Path(folder), request.results(options))

@@ -39,7 +39,7 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     changes = comparing.compare(before, after)
     known_sizes = stand_in.sizes([*before, *after])
     for scale in sorted({run.scale for run in [*before, *after]}):
-        if about := stand_in.several(scale, known_sizes):
+        if about := stand_in.of_models(scale, known_sizes):
             print(about)
     print(f"old: {old_title}\nnew: {new_title}")
     known = [c for c in changes if c.reason or c.verdict]

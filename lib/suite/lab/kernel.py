@@ -85,13 +85,13 @@ class CellFollower:
             return Place(None, len(self.cells), "", None, None)
         namespace = self.shell.user_ns
         seconds = notebook_cells.expected(self.cells, self._stored(namespace), namespace.get("effort"))
-        behind = [one for one in seconds[self.at + 1 :] if one is not None]
+        behind = [duration for duration in seconds[self.at + 1 :] if duration is not None]
         return Place(
             self.at + 1,
             len(self.cells),
             self.cells[self.at].heading,
             seconds[self.at],
-            sum(behind) if any(one is not None for one in seconds) else None,
+            sum(behind) if any(duration is not None for duration in seconds) else None,
         )
 
     def _stored(self, about: Any) -> list[Path]:

@@ -43,16 +43,16 @@ def read(path: Path) -> list[CodeCell]:
         cells = templates.read_cells(path)
     except UserError:
         return []
-    found: list[CodeCell] = []
+    code_cells: list[CodeCell] = []
     heading, behind = "", 0
     for index, (kind, source, tags) in enumerate(cells):
         if kind == "code":
-            found.append(CodeCell(source.strip(), heading, tags, index + behind))
+            code_cells.append(CodeCell(source.strip(), heading, tags, index + behind))
             behind += PARAMETERS in tags
         for line in source.splitlines() if kind == "markdown" else ():
             if line.startswith("#"):
                 heading = line.lstrip("# ").strip()
-    return found
+    return code_cells
 
 
 def find(cells: Sequence[CodeCell], source: str, after: int) -> int | None:

@@ -85,7 +85,7 @@ def text(listed: Sequence[ListedNotebook], records: dict[str, list[Record]]) -> 
 
 def _section(listed: Sequence[ListedNotebook], records: Sequence[Record], scale: str, model: str) -> list[str]:
     sizes = stand_in.sizes(record for record in records if record.model == model)
-    about = stand_in.one(scale, model, sizes.get(model))
+    about = stand_in.of_model(scale, model, sizes.get(model))
     lines = ["| notebook | what it does | takes | last result |", "| --- | --- | --- | --- |"]
     for entry in listed:
         name = f"[{title(entry.template.stem)}]({entry.file})"

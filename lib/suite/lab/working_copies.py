@@ -31,9 +31,9 @@ def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Ite
         if copy.is_file() and made_from.get(name) == cells:
             continue
         if copy.is_file() and _cells_of(copy) not in (made_from.get(name), cells):
-            kept = aside(copy)
-            copy.rename(kept)
-            lines.append(f"{name} has changed; your edited copy is {kept.relative_to(copies.parent)}")
+            set_aside = aside(copy)
+            copy.rename(set_aside)
+            lines.append(f"{name} has changed; your edited copy is {set_aside.relative_to(copies.parent)}")
         write_atomically(copy, text)
         made_from[name] = cells
     write_atomically(copies / MADE_FROM, json.dumps(made_from, indent=1) + "\n")

@@ -40,7 +40,7 @@ class Hashes:
     def __init__(self, store: Path | None = None):
         self.store = store
         self.known: dict[str, list] = {}
-        self.asked: dict[Any, Any] = {}  # what was found of a file or a folder; each is looked at once
+        self.looked_up: dict[Any, Any] = {}  # what was found of a file or a folder; each is looked at once
         self.changed = False
         try:
             content = json.loads(store.read_text(encoding="utf-8")) if store else {}
@@ -80,9 +80,9 @@ class Hashes:
         return self._once(cells, lambda: {str(index): digest(cell) for index, cell in enumerate(cells)})
 
     def _once(self, what: Any, find: Callable[[], Any]) -> Any:
-        if what not in self.asked:
-            self.asked[what] = find()
-        return self.asked[what]
+        if what not in self.looked_up:
+            self.looked_up[what] = find()
+        return self.looked_up[what]
 
     def save(self) -> None:
         """Store the hashes for the next build; an unwritable folder is not an error."""

@@ -154,7 +154,10 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         folders = {name: folder for name in on if (folder := _weights(name, request))}
         if request.scale == "full":
             validate.check(folders.values())
-        _bring_data({(name, _asked(given, files[name].tasks)) for (_, name), given in values.items()}, folders)
+        _bring_data(
+            {(name, _text_and_tasks(parameters, files[name].tasks)) for (_, name), parameters in values.items()},
+            folders,
+        )
     return [
         Job(template, name, request.scale, request.effort, values[template.stem, name], dimensions)
         for template in read
@@ -162,17 +165,17 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     ]
 
 
-def _asked(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def _text_and_tasks(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return what a run is asked: a text of the user's own, or "", and the tasks, by default those of its model."""
     return values.get("text", ""), tuple(values.get("tasks") or tasks)
 
 
-def _bring_data(asked: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], folders: Mapping[str, Path]) -> None:
+def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], folders: Mapping[str, Path]) -> None:
     """Check that a text of the user's own fills its windows for each model, and fetch the benchmarks that are asked.
 
     `folders` holds the weights of the models that answer. Raises UserError.
     """
-    for name, (text, tasks) in sorted(asked):
+    for name, (text, tasks) in sorted(questions):
         if name in folders and text:
             text_file.check(text, folders[name])
         for task in tasks if name in folders else ():

@@ -141,12 +141,12 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     order = {"sparsegpt": 0.2, "wanda, per row": 0.3, "magnitude, per row": 3.0, "wanda, per matrix": 0.2}
     in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
     arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
-    methods, rows, patterns, int8, gptq, int4 = rivals.found_again(setup, arms, in_order)
+    methods, rows, patterns, int8, gptq, int4 = rivals.replications(setup, arms, in_order)
     assert (methods.held, rows.held, patterns.held) == (True, False, True)
     assert (int8.held, gptq.held, int4.held) == (None, None, None)
     assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
     setup.options["sparsity"] = 0.9
-    assert rivals.found_again(setup, arms, in_order)[2].held is None
+    assert rivals.replications(setup, arms, in_order)[2].held is None
 
 
 def test_real_models_at_effort_quick_are_cut_at_two_shares():

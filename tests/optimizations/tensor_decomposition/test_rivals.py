@@ -13,13 +13,13 @@ def _arm(name: str, ratio: float) -> ThirdArm:
 
 def test_plain_factors_collapse_and_whitened_do_not():
     swept = rivals.Sweep(arms=[_arm("plain", 40.0), _arm("whitened", 1.4)])
-    (judged,) = rivals.found_again(swept, 0.2)
+    (judged,) = rivals.replications(swept, 0.2)
     assert judged.held and "dense 10" in judged.evidence and "plain 400 (380–420)" in judged.evidence
-    (judged,) = rivals.found_again(rivals.Sweep(arms=[_arm("plain", 1.5), _arm("whitened", 1.4)]), 0.2)
+    (judged,) = rivals.replications(rivals.Sweep(arms=[_arm("plain", 1.5), _arm("whitened", 1.4)]), 0.2)
     assert judged.held is False
-    (judged,) = rivals.found_again(rivals.Sweep(), 0.2)
+    (judged,) = rivals.replications(rivals.Sweep(), 0.2)
     assert judged.held is None
 
 
 def test_another_share_is_another_question():
-    assert rivals.found_again(rivals.Sweep(arms=[_arm("plain", 40.0)]), 0.4) == []
+    assert rivals.replications(rivals.Sweep(arms=[_arm("plain", 40.0)]), 0.4) == []

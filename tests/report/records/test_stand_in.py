@@ -15,16 +15,18 @@ def test_names_are_written_as_their_makers_do():
 
 
 def test_one_and_several_say_what_they_are_and_what_transfers():
-    text = stand_in.one("proxy", "qwen3-coder-30b", 4_346_688)
+    text = stand_in.of_model("proxy", "qwen3-coder-30b", 4_346_688)
     assert text.startswith("A stand-in of 4.35 M parameters with Qwen3-Coder-30B's architecture")
     assert "not Qwen3-Coder-30B." in text and "What transfers:" in text and "absolute speed" in text
-    both = stand_in.several("proxy", {"glm-4.7-flash": None, "qwen3-coder-30b": 4_346_688})
+    both = stand_in.of_models("proxy", {"glm-4.7-flash": None, "qwen3-coder-30b": 4_346_688})
     assert "GLM-4.7-Flash and Qwen3-Coder-30B (4.35 M parameters)" in both and "not the models" in both
-    four = stand_in.several("proxy", dict.fromkeys(samples.MODELS, 4_346_688))
+    four = stand_in.of_models("proxy", dict.fromkeys(samples.MODELS, 4_346_688))
     assert four.count("parameters") == 1
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(f"{text} {four}"))
-    assert stand_in.one("full", "qwen3-coder-30b", 3e10) == stand_in.several("full", {"a": None, "b": None}) == ""
-    assert "random weights" in stand_in.one("slice", "qwen3-coder-30b", None)
+    assert (
+        stand_in.of_model("full", "qwen3-coder-30b", 3e10) == stand_in.of_models("full", {"a": None, "b": None}) == ""
+    )
+    assert "random weights" in stand_in.of_model("slice", "qwen3-coder-30b", None)
 
 
 def test_the_number_is_the_records_own(tmp_path):
@@ -35,7 +37,7 @@ def test_the_number_is_the_records_own(tmp_path):
     assert stand_in.size(bare.model_copy(update={"measurements": []})) is None
     record.write(run, tmp_path / f"{run.stem}.json")
     (tmp_path / "broken--qwen3-vl-2b.json").write_text("{")
-    assert stand_in.of_folder(tmp_path) == stand_in.one("proxy", run.model, 3_620_000)
+    assert stand_in.of_folder(tmp_path) == stand_in.of_model("proxy", run.model, 3_620_000)
     assert stand_in.of_folder(tmp_path / "nowhere") == ""
 
 

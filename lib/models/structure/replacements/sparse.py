@@ -36,37 +36,37 @@ EXPERT_NAMES = ("gate_up_proj", "down_proj")
 # --- storing ---------------------------------------------------------------------------------------------------------
 
 
-def compress(weight: torch.Tensor, kept: torch.Tensor, layout: str = "csr", rows: int = 1) -> torch.Tensor:
-    """Return `weight` [O, I] or [E, O, I] with only the elements `kept` (bool, same shape), in a sparse layout.
+def compress(weight: torch.Tensor, mask: torch.Tensor, layout: str = "csr", rows: int = 1) -> torch.Tensor:
+    """Return `weight` [O, I] or [E, O, I] with only the elements of `mask` (bool, same shape), in a sparse layout.
 
     Experts need the same number of kept elements each; `columns` needs groups of `rows` rows that keep the same
     columns, every group equally many. Raises ValueError otherwise.
     """
     if layout == "semi_structured":
-        return torch.sparse.to_sparse_semi_structured(weight * kept)
+        return torch.sparse.to_sparse_semi_structured(weight * mask)
     if layout == "columns":
-        return _compress_columns(weight, kept, rows)
-    crow = nn.functional.pad(kept.sum(-1).cumsum(-1), (1, 0)).int()
+        return _compress_columns(weight, mask, rows)
+    crow = nn.functional.pad(mask.sum(-1).cumsum(-1), (1, 0)).int()
     if weight.dim() == 2:
-        return _csr(crow, kept.nonzero()[:, 1].int(), _values(weight[kept]), tuple(weight.shape))
+        return _csr(crow, mask.nonzero()[:, 1].int(), _values(weight[mask]), tuple(weight.shape))
     if len(crow[:, -1].unique()) > 1:
         raise ValueError("experts that keep different numbers of weights cannot be stacked")
-    columns = torch.stack([mask.nonzero()[:, 1].int() for mask in kept])
-    values = torch.stack([_values(expert[mask]) for expert, mask in zip(weight, kept)])
+    columns = torch.stack([expert_mask.nonzero()[:, 1].int() for expert_mask in mask])
+    values = torch.stack([_values(expert[expert_mask]) for expert, expert_mask in zip(weight, mask)])
     return _csr(crow, columns, values, tuple(weight.shape))
 
 
-def _values(kept: torch.Tensor) -> torch.Tensor:
-    return kept if kept.is_cuda else kept.float()
+def _values(weights: torch.Tensor) -> torch.Tensor:
+    return weights if weights.is_cuda else weights.float()
 
 
 def _csr(crow: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.sparse_csr_tensor(crow, columns, values, shape, check_invariants=False)
 
 
-def _compress_columns(weight: torch.Tensor, kept: torch.Tensor, rows: int) -> torch.Tensor:
+def _compress_columns(weight: torch.Tensor, mask: torch.Tensor, rows: int) -> torch.Tensor:
     *batch, outputs, inputs = weight.shape
-    grouped = kept.view(*batch, outputs // rows, rows, inputs)
+    grouped = mask.view(*batch, outputs // rows, rows, inputs)
     kept_GI = grouped[..., 0, :]
     counts_G = kept_GI.sum(-1)
     if not torch.equal(grouped, kept_GI.unsqueeze(-2).expand_as(grouped)) or counts_G.unique().numel() != 1:

@@ -34,7 +34,7 @@ def packed(weight: torch.Tensor, gram: torch.Tensor) -> list[Packed]:
     every: list[Packed] = []
     for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
         part = slice(first, first + at_once)
-        every += [pack_steps(*one) for one in zip(*quantize(stack_EOI[part], gram_EII[part]))]
+        every += [pack_steps(*rounded) for rounded in zip(*quantize(stack_EOI[part], gram_EII[part]))]
     return every
 
 

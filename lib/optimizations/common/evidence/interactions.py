@@ -65,8 +65,8 @@ def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray
     timed, rows = list(timed), []
     for stem in stems:
         estimates: dict[str, Estimate] = {}
-        for name in dict.fromkeys(work for one in timed for work in one):
-            of_work = [one[name] for one in timed if name in one]
+        for name in dict.fromkeys(work for times in timed for work in times):
+            of_work = [times[name] for times in timed if name in times]
             contrasts = [-r.contrast({stem: 1, BASELINE: -1}) for r in of_work if stem in r.seconds]
             if contrasts:
                 estimates[name] = shapley.over_rounds(np.concatenate(contrasts))

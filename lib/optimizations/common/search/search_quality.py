@@ -75,7 +75,7 @@ class SearchQuality:
         growth, bound = _growth(evaluate.compare_text(_text(self.baseline), text, **options))
         if not bound <= perplexity_margin:
             return QualityLoss(None, growth, bound)
-        answers = _asked(self.loaded, self.size, self.seed, model)
+        answers = _answers(self.loaded, self.size, self.seed, model)
         judged = evaluate.compare(self.baseline, answers, **options)
         drops = [
             m.baseline - m.optimized
@@ -105,10 +105,10 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, value
     """Return what candidates are asked, with the baseline's answers."""
     size = replace(effort, items=items, windows=WINDOWS, window_tokens=256, retrieval_prompts=values)
     seed += SEED_STEP
-    return SearchQuality(loaded, size, seed, _asked(loaded, size, seed, loaded.model))
+    return SearchQuality(loaded, size, seed, _answers(loaded, size, seed, loaded.model))
 
 
-def _asked(loaded: Loaded, size: Effort, seed: int, model: nn.Module) -> Answers:
+def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module) -> Answers:
     """Return the answers of one arm: to all tasks of a proxy model, to the first of a real one, where each of several
     takes minutes. The verdict asks all of them.
     """

@@ -11,11 +11,11 @@ from lib.report.records import record
 
 def reasons(folder: Path, stems: Iterable[str]) -> dict[str, str]:
     """Return stem → why nothing timed is judged; quiet, missing and damaged runs are left out."""
-    found = {}
+    reasons_by_stem = {}
     for stem in stems:
         path = folder / f"{stem}.json"
         with suppress(UserError):  # a damaged or missing record is reported elsewhere
             reason = busy.why_busy(record.read(path).measurements)
             if reason:
-                found[stem] = reason
-    return found
+                reasons_by_stem[stem] = reason
+    return reasons_by_stem

@@ -49,7 +49,7 @@ def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
     p_values = [_p(record, dimension) for record in members]
     tested = [p for p in p_values if p is not None]
     corrected = iter(q_values(tested))
-    found = []
+    family = []
     for record, p in zip(members, p_values):
         q = None if p is None else next(corrected)
         carrier = record.verdict.carried_by.get(dimension)
@@ -60,8 +60,8 @@ def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
             reason = f"q {q:.2g} over the {len(tested)} primaries of {dimension}: not beyond chance among so many"
         metric, workload = (carrier.metric, carrier.workload) if carrier else (None, None)
         about = record.optimization, record.model, dimension, metric, workload
-        found.append(Cell(*about, recorded, p, q, word, reason))
-    return found
+        family.append(Cell(*about, recorded, p, q, word, reason))
+    return family
 
 
 def _p(record: Record, dimension: str) -> float | None:

@@ -25,8 +25,8 @@ def _line(measurement: Measurement, again: str) -> str:
     if again == measurement.verdict:
         return ""
     name = f"{measurement.metric} [{measurement.workload}]"
-    stored, made = (word.replace("_", " ") for word in (measurement.verdict, again))
-    return f"{name}: stored as {stored}, its fields make it {made}"
+    stored, computed = (word.replace("_", " ") for word in (measurement.verdict, again))
+    return f"{name}: stored as {stored}, its fields make it {computed}"
 
 
 def verdict(measurement: Measurement) -> str | None:

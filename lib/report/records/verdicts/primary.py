@@ -94,8 +94,8 @@ def losses(
     tested = [(m, p) for m in guards if (p := significance.p_value(m)) is not None]
     corrected = dict(zip((id(m) for m, _ in tested), significance.holm([p for _, p in tested])))
     counted = [(m, corrected.get(id(m))) for m in guards if m.verdict in LOSSES]
-    found = [(m, p) for m, p in counted if (_without_spread(m) if p is None else p < significance.LEVEL)]
-    return sorted(found, key=lambda loss: DIMENSIONS.index(loss[0].dimension))
+    counting = [(m, p) for m, p in counted if (_without_spread(m) if p is None else p < significance.LEVEL)]
+    return sorted(counting, key=lambda loss: DIMENSIONS.index(loss[0].dimension))
 
 
 def _without_spread(measurement: Measurement) -> bool:

@@ -15,9 +15,9 @@ def test_relations_of_pruning():
     setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.1, 0.8])
     perplexity, chosen = _measured("perplexity", "prefill", 1.5, 0.05), _measured("accuracy", "arc_easy", 0.99, 0.02)
     generated = _measured("retrieval_exact_match", "generate", 0.2, 0.05)
-    ends, accuracy = experiment.found_again(setup, [perplexity, chosen, generated], "channels")
+    ends, accuracy = experiment.replications(setup, [perplexity, chosen, generated], "channels")
     assert ends.held and accuracy.held
-    *_, generation = experiment.found_again(setup, [perplexity, chosen, generated], "depth")
+    *_, generation = experiment.replications(setup, [perplexity, chosen, generated], "depth")
     assert generation.held and "generated 0.8" in generation.evidence
     setup.influence = [0.1, 0.9, 0.1, 0.1, 0.8]
-    assert [one.held for one in experiment.found_again(setup, [], "depth")] == [False, None]
+    assert [one.held for one in experiment.replications(setup, [], "depth")] == [False, None]
