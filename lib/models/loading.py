@@ -33,7 +33,7 @@ from lib.models.tasks.registry import check_tasks
 class Loaded:
     """A model ready to run, and its origin. `folder` and `tokenizer` are None for random weights.
 
-    `original` returns the model as it was loaded, which `model` may have replaced, or None once it is deleted.
+    `original` returns the unchanged model, which `model` may have replaced, or None once it is deleted.
     """
 
     model: nn.Module

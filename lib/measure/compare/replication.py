@@ -1,8 +1,9 @@
 """Times two models in several fresh processes, through their saved files; where that cannot be done, says why.
 
 Only a model that its files hold completely can be timed this way: one with hooks, replaced methods or a different
-attention would be loaded as something else. Its files are therefore loaded once here and compared, and so are the
-tokens that every process produces. Knows nothing of how the models differ.
+attention would be loaded as something else (absorbed decoding alone is put back, by `saved`). Its files are therefore
+loaded once here and compared, and so are the tokens that every process produces. Knows nothing of how the models
+differ.
 """
 
 from collections.abc import Mapping, Sequence

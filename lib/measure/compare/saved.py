@@ -1,5 +1,6 @@
-"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. Knows nothing of
-how they differ, nor of what the processes do.
+"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. A model that
+decodes absorbed does so again where its files are loaded: that is no part of a checkpoint. Knows nothing of how the
+models differ, nor of what the processes do.
 """
 
 import shutil
@@ -16,7 +17,9 @@ from lib.measure.timing import children
 from lib.measure.timing.children import Arm
 from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.parking import parked
+from lib.models.decoding import mla_absorption
 
+ABSORBING = f"{mla_absorption.__name__}:{mla_absorption.absorb.__name__}"
 ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
 
 
@@ -25,8 +28,8 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
     """Save both models and give them as arms, with dtype and device of the baseline. Within, the models on a CPU have
     no weights and cannot run.
 
-    What is not part of a checkpoint (a patched attention, a hook) is not saved: such arms are described explicitly,
-    with their `transform`. Needs room on the temporary disk for both.
+    What else is not part of a checkpoint (a patched attention, a hook) is not saved: such arms are described
+    explicitly, with their `transform`. Needs room on the temporary disk for both.
     """
     weight = next(baseline.parameters())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
@@ -34,9 +37,18 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
         places = [Path(folder) / arm for arm in ("baseline", "optimized")]
         for model, place in zip((baseline, optimized), places):
             io.save(model, place)
+        transforms = [transform(model) for model in (baseline, optimized)]
         with parked(*zip((baseline, optimized), places)):
-            first, second = (Arm(folder=str(place), dtype=dtype, device=device) for place in places)
+            first, second = (
+                Arm(folder=str(place), dtype=dtype, device=device, transform=made)
+                for place, made in zip(places, transforms)
+            )
             yield first, second
+
+
+def transform(model: nn.Module) -> str | None:
+    """Return the `transform` of an arm that makes a freshly loaded model decode as `model` does; None where it does."""
+    return ABSORBING if mla_absorption.is_absorbed(model) else None
 
 
 def lack_of_room(*models: nn.Module) -> str | None:

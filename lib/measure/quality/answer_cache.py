@@ -2,10 +2,11 @@
 
 Every template asks the same baseline the same questions. Its answers are stored under a key of everything that
 determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, attention,
-dtype, device, threads), the code of this workbench that asks, the evaluation data, the versions of Python, torch and
-transformers, and the questions. Only the very object that `lib.models.loading.load` returned, with no method replaced
-since, is looked up or stored, never a model that an optimization has produced. Cached answers carry their date, and so
-do measurements made from them. An unreadable file counts as missing.
+absorbed or not, dtype, device, threads), the code of this workbench that asks, the evaluation data, the versions of
+Python, torch and transformers, and the questions. Only the very object that `lib.models.loading.load` returned, or the
+absorbed baseline of its weights, with no other method replaced since, is looked up or stored, never a model that an
+optimization has produced. Cached answers carry their date, and so do measurements made from them. An unreadable file
+counts as missing.
 
 Shapes: N items, L labels.
 """
@@ -27,6 +28,7 @@ import torch
 
 from lib.files import cache_folder
 from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
 from lib.models.loading import Loaded
 from lib.models.structure import architecture
 from lib.models.structure.anatomy import anatomy
@@ -51,13 +53,18 @@ def known_or(loaded: Loaded, question: dict[str, object], ask: Callable[[], Arra
 
 
 def is_as_loaded(loaded: Loaded) -> bool:
-    """Return whether `loaded.model` is the loaded object, with no method replaced and no foreign hook."""
+    """Return whether `loaded.model` is the loaded object, with no method replaced (but for absorbed decoding) and no
+    foreign hook.
+    """
     if loaded.original is None or loaded.original() is not loaded.model:
         return False
     return all(
-        "forward" not in vars(module) and not module._forward_hooks and not _foreign(module)
-        for module in loaded.model.modules()
+        _own_forward(module) and not module._forward_hooks and not _foreign(module) for module in loaded.model.modules()
     )
+
+
+def _own_forward(module: torch.nn.Module) -> bool:
+    return "forward" not in vars(module) or mla_absorption.decodes_absorbed(module)
 
 
 def _foreign(module: torch.nn.Module) -> list[object]:
@@ -73,6 +80,7 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
         "model": [type(loaded.model).__name__, loaded.name, loaded.scale, str(loaded.folder)],
         "prompts": _prompts(loaded),
         "how": [config._attn_implementation, getattr(config, "_experts_implementation", None)],
+        "absorbed": mla_absorption.is_absorbed(loaded.model),
         "config": json.loads(config.to_json_string(use_diff=False)),
         "where": [loaded.device, str(loaded.dtype), torch.get_num_threads(), platform.node(), platform.machine()],
         "code": _code(),

@@ -18,7 +18,9 @@ from torch import nn
 
 from lib.measure.roofline import expert_usage
 from lib.measure.timing.workloads import Workload
+from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, feed_forward
+from lib.models.structure.replacements.factored import FactoredLinear
 from lib.models.structure.replacements.sparse import is_dense
 
 
@@ -216,26 +218,33 @@ def decode_flops(
     model: nn.Module,
     context: float,
     *,
-    absorbed: bool = False,
+    absorbed: bool | None = None,
     skip_zeros: bool = False,
     attended: float | None = None,
 ) -> float:
     """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (4·L·H·d·c where d_qk = d_v).
 
     Stock latent attention expands the whole cache again at every token: 2·|kv_b_proj|·(c − 1) more. With `absorbed`
-    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c. Sparse attention reads only `attended`
-    tokens of the context.
+    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c; the inner one of two factors is then
+    applied by every head. Without `absorbed` each attention is counted as it decodes (`mla_absorption`). Sparse
+    attention reads only `attended` tokens of the context.
     """
     read = context if attended is None else min(context, attended)
     view = anatomy(model)
     flops = 2.0 * active_parameters(model, skip_zeros=skip_zeros)
     for attention in (block.attention for block in view.blocks):
         width = attention.head_dim + attention.value_dim
-        if attention.kind == "latent" and absorbed:
-            width = 2 * attention.latent_dim + attention.rope_dim
-        elif attention.kind == "latent":
-            expansion = sum(_elements(p, skip_zeros)[0] for p in attention.module.kv_b_proj.parameters() if p.dim() > 1)
-            flops += 2 * expansion * (context - 1)
+        if attention.kind == "latent":
+            expansion, inside = attention.module.kv_b_proj, absorbed
+            if inside is None:
+                inside = mla_absorption.decodes_absorbed(attention.module)
+            if inside:
+                width = 2 * attention.latent_dim + attention.rope_dim
+                inner = expansion.inner.weight.numel() if isinstance(expansion, FactoredLinear) else 0
+                flops += 2 * inner * (2 * attention.heads - 1)
+            else:
+                elements = sum(_elements(p, skip_zeros)[0] for p in expansion.parameters() if p.dim() > 1)
+                flops += 2 * elements * (context - 1)
         flops += 2 * attention.heads * width * min(read, attention.attended_tokens(context))
     return flops
 
@@ -274,7 +283,7 @@ def of(
     work: Workload,
     *,
     hit: dict[int, float] | None = None,
-    absorbed: bool = False,
+    absorbed: bool | None = None,
     overhead: float = 0.0,
     skip_zeros: bool = False,
     density: float = 1.0,

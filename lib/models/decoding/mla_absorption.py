@@ -3,7 +3,8 @@
 Stock latent attention expands every cached latent to keys and values of all heads, again for each new token. Since
 q·(W_UK c) = (W_UKᵀ q)·c, the query can be projected to latent space instead, once per token, and the weighted sum of
 latents is expanded at the end (DeepSeek-V2, 2024, section 2.1.2): exact up to rounding. It pays for few new tokens on a
-long cache; the path with fewer operations is chosen per call, so that a prompt takes the stock path.
+long cache; the path with fewer operations is chosen per call, so that a prompt takes the stock path. In whatever form
+the expansion is stored (`lib.models.decoding.latent_expansion`), it is absorbed.
 
 Shapes: B batch, T new tokens, S cached and new ones, Q heads, H hidden, R latent, P rotary, N no-rotary, D value.
 """
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.models.decoding import cache_names, latent_products
+from lib.models.decoding import cache_names, latent_expansion, latent_products
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.replacements.sparse import is_dense
 
 
 def absorb(model: nn.Module) -> nn.Module:
@@ -33,23 +33,30 @@ def absorb(model: nn.Module) -> nn.Module:
 def expand(model: nn.Module) -> nn.Module:
     """Undo `absorb` in place; return the model."""
     for block in anatomy(model).blocks:
-        block.attention.module.__dict__.pop("forward", None)
+        if decodes_absorbed(block.attention.module):
+            del block.attention.module.forward
     return model
 
 
 def is_absorbed(model: nn.Module) -> bool:
     """Return whether any attention of `model` decodes absorbed."""
-    return any("forward" in b.attention.module.__dict__ for b in anatomy(model).blocks if b.attention.kind == "latent")
+    return any(decodes_absorbed(block.attention.module) for block in anatomy(model).blocks)
+
+
+def decodes_absorbed(module: nn.Module) -> bool:
+    """Return whether this attention decodes absorbed."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
 
 
 def most_tokens(module: Any) -> int:
     """Return the largest number of new tokens at which the absorbed path takes fewer operations on a long cache.
 
-    Per cached token and head, stock takes 2·R·(N + D) to expand and 2·(N + P + D) per new token; absorbed 2·(2R + P).
+    Per cached token and head, stock takes 2·R·(N + D) to expand (of factors less) and 2·(N + P + D) per new token;
+    absorbed 2·(2R + P).
     """
-    latent, value = module.kv_lora_rank, module.v_head_dim
-    expansion = latent * (module.qk_nope_head_dim + value)
-    dearer = 2 * latent - module.qk_nope_head_dim - value
+    latent, width = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
+    expansion = latent_expansion.elements_per_token(module.kv_b_proj, latent, width)
+    dearer = 2 * latent - width
     return sys.maxsize if dearer <= 0 else int(expansion / dearer)
 
 
@@ -62,17 +69,16 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Replace the forward of latent attention: hidden [B, T, H] to (output [B, T, H], None)."""
     new, cache = hidden_states.shape[1], cache_names.pop_from(kwargs)
-    stored_sparse = not is_dense(module.kv_b_proj.weight)  # it has no slices for queries and values then
-    if cache is None or stored_sparse or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
+    if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
         kwargs |= cache_names.as_kwargs(cache)
         return type(module).forward(module, hidden_states, position_embeddings, attention_mask, **kwargs)
     q_nope_BQTN, q_rope_BQTP, c_B1TR, k_rope_B1TP = _projections(module, hidden_states, position_embeddings)
     c_B1SR, k_rope_B1SP = cache.update(c_B1TR, k_rope_B1TP, module.layer_idx)
     heads, nope = q_nope_BQTN.shape[1], module.qk_nope_head_dim
-    weight_QER = module.kv_b_proj.weight.view(heads, nope + module.v_head_dim, module.kv_lora_rank)
-    q_latent_BQTR = latent_products.into(q_nope_BQTN, weight_QER[:, :nope])
+    expansion = latent_expansion.of(module.kv_b_proj, heads, nope, q_nope_BQTN.dtype)
+    q_latent_BQTR = expansion.into(q_nope_BQTN)
     latent_BQTR = _attend(module, q_latent_BQTR, q_rope_BQTP, c_B1SR[:, 0], k_rope_B1SP[:, 0], attention_mask)
-    value_BQTD = latent_products.out_of(latent_BQTR, weight_QER[:, nope:])
+    value_BQTD = expansion.out_of(latent_BQTR)
     output_BTX = value_BQTD.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)
     return module.o_proj(output_BTX), None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.measure.compare import speed
+from lib.measure.compare import saved, speed
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -141,6 +141,7 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
         arm: dict[str, Any] = {"workload": SERVED, "workload_arguments": {"calls": calls}, **where}
         arm |= {} if where else {"load": named}
         arm |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": loaded.device}
+        arm |= {"transform": saved.transform(loaded.model)}
         arms.append(memory.Arm(**arm))
     read = memory.measurements(*memory.peaks(*arms, turns=1, watched=False), workload=trial.workload)
     known = [item for item in read if item.verdict != "unavailable"]

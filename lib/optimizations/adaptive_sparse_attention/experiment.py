@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.compare import speed
+from lib.measure.compare import saved, speed
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -199,8 +199,8 @@ def costs(
     timings: Sequence[Measurement],
     apply_seconds: float,
 ) -> list[Measurement]:
-    """Return `timings`, peaks of memory from fresh child processes on a prompt of `tokens` tokens, what is counted, and
-    when applying has paid.
+    """Return `timings`, peaks of memory from fresh child processes on a prompt of `tokens` tokens (latents absorbed),
+    what is counted, and when applying has paid.
 
     `load`: see `origin`; `formula`: see `formulas`.
     """
@@ -208,7 +208,8 @@ def costs(
     work: dict[str, Any] = {"load": dict(load), "prompt_tokens": tokens, "new_tokens": 4, "device": load["device"]}
     work["dtype"] = str(weight.dtype).removeprefix("torch.")
     sparse = memory.Arm(**work, transform=f"{method.__name__}:apply", arguments=dict(knobs))
-    full_peak, sparse_peak = memory.peaks(memory.Arm(**work), sparse)
+    full = memory.Arm(**work, transform=saved.transform(absorbed_baseline.absorbed_baseline(baseline)))
+    full_peak, sparse_peak = memory.peaks(full, sparse)
     peaks = memory.measurements(full_peak, sparse_peak)
     options = {name: dict(values) for name, values in formula.items()}
     counted = speed.resources(baseline, optimized, tokens=tokens, **options)

@@ -253,19 +253,20 @@ def peaks(
     """Return peaks from fresh child processes on one long prompt, against the resident model: of the prompt in chunks
     alone (what activations take), and streamed and in chunks (what weights take).
 
-    `options` are those of `method.open_folder`. While the processes run, the weights are on disk alone.
+    `options` are those of `method.open_folder`; the resident model decodes latents absorbed. While the processes run,
+    the weights are on disk alone.
     """
     work: dict[str, Any] = {"folder": str(folder), "prompt_tokens": 2048 if loaded.scale == "proxy" else 512}
     work |= {"new_tokens": 2, "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device}
-    chunk = {"prefill_chunk": options["prefill_chunk"]}
+    resident = {"absorbed": absorbed_baseline.has_latents(loaded.model)}
+    in_chunks = {"prefill_chunk": options["prefill_chunk"], **resident}
     arms = [
-        memory.Arm(**work),
-        memory.Arm(transform=f"{METHOD}:attach", arguments=chunk, **work),
+        *(memory.Arm(transform=f"{METHOD}:attach", arguments=how, **work) for how in (resident, in_chunks)),
         memory.Arm(opener=f"{METHOD}:open_folder", arguments={**options, "memory_ratio": memory_ratio}, **work),
     ]
     with parked((loaded.model, folder)):
-        resident, in_chunks, streamed = memory.peaks(*arms)
-    return memory.measurements(resident, in_chunks), memory.measurements(resident, streamed)
+        whole, chunked_alone, streamed = memory.peaks(*arms)
+    return memory.measurements(whole, chunked_alone), memory.measurements(whole, streamed)
 
 
 def answers(

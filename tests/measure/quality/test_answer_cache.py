@@ -12,6 +12,7 @@ from lib.measure.quality import answer_cache, evaluate
 from lib.models import loading
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import method
+from lib.optimizations.common import absorbed_baseline
 
 QUESTION = {"task": "topic", "ids": ["a", "b"]}
 
@@ -46,6 +47,17 @@ def test_what_an_optimization_made_is_asked_and_not_kept(loaded):
     for model in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
         arm = replace(loaded, model=model)
         assert asked(arm) and asked(arm)
+
+
+def test_an_absorbed_baseline_is_asked_once_and_apart_from_stock_decoding(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    stock = loading.load("glm-4.7-flash")
+    assert asked(stock)
+    absorbed = absorbed_baseline.of(stock)
+    assert asked(absorbed) and not asked(absorbed)
+    assert not asked(absorbed_baseline.of(loading.load("glm-4.7-flash"))) and not asked(stock)
+    made = replace(absorbed, model=copy.deepcopy(absorbed.model))
+    assert asked(made) and asked(made), "what is made of it is not the baseline"
 
 
 @pytest.mark.parametrize("how", ["weight", "forward", "hook", "attention", "data", "code", "threads"])

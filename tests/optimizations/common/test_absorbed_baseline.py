@@ -1,22 +1,38 @@
-"""The absorbed baseline of latent attention: the same weights and answers, and models that have no latents."""
+"""The absorbed baseline of latent attention: the same weights and answers, whatever an optimization makes of it, and
+models that have no latents.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
+from lib.measure.roofline import cost_model
 from lib.measure.timing import workloads
-from lib.models.decoding import mla_absorption
+from lib.models.checkpoints import io
+from lib.models.decoding import attention_inputs, batch_cache, cache_names, mla_absorption
+from lib.models.offload import streamer
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import factored
+from lib.models.structure.replacements import sparse as stored_sparse
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 from lib.optimizations.common import absorbed_baseline
+from lib.optimizations.common.compression.weight_only import weight_only
+from lib.optimizations.feedback_mechanisms.speculation import speculative
+from lib.optimizations.sparse_neural_networks import method as sparsity
 from lib.optimizations.structured_pruning import method as pruning
+from lib.optimizations.tensor_decomposition import method as decomposition
 
 PROMPT = torch.randint(8, 96, (1, 20), generator=torch.Generator().manual_seed(2))
+CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 
 
 @dataclass
 class _Loaded:
-    model: torch.nn.Module
+    model: nn.Module
+    original: Callable[[], nn.Module | None] | None = None
 
 
 def _tokens(model) -> torch.Tensor:
@@ -31,7 +47,7 @@ def test_the_baseline_decodes_absorbed_with_the_same_weights_and_answers(tiny):
     assert mla_absorption.is_absorbed(loaded.model) and not mla_absorption.is_absorbed(model)
     assert next(loaded.model.parameters()) is next(model.parameters()), "weights were copied"
     assert torch.equal(_tokens(loaded.model), _tokens(model))
-    assert absorbed_baseline.formula(model) == {"costs": {"absorbed": True}, "baseline_costs": {"absorbed": True}}
+    assert loaded.original() is loaded.model, "it is the unchanged model now"
 
 
 def test_what_is_made_of_it_decodes_absorbed_as_well(tiny, batch):
@@ -39,6 +55,131 @@ def test_what_is_made_of_it_decodes_absorbed_as_well(tiny, batch):
     pruned = pruning.apply(model, [batch], ratio=0.2)
     assert mla_absorption.is_absorbed(pruned)
     assert torch.equal(_tokens(pruned), _tokens(mla_absorption.expand(pruned)))
+
+
+def _grouped_columns(model: nn.Module) -> nn.Module:
+    """Return a copy whose expansions keep half of the columns of every group of eight rows."""
+    changed = attention_inputs.sharing(model)
+    weights = {f"{name}.weight": m.weight for name, m in changed.named_modules() if name.endswith("kv_b_proj")}
+    kept_OI = (torch.arange(8)[None] + torch.arange(8)[:, None].repeat_interleave(8, 0)) % 2 == 0
+    return stored_sparse.store(
+        changed, {name: stored_sparse.compress(weight.data, kept_OI, "columns", 8) for name, weight in weights.items()}
+    )
+
+
+def _factored_expansion(model: nn.Module) -> nn.Module:
+    """Return a copy whose expansions are factored at rank 3."""
+    changed = attention_inputs.sharing(model)
+    for name in [name for name, _ in changed.named_modules() if name.endswith("kv_b_proj")]:
+        left, values, right = torch.linalg.svd(changed.get_submodule(name).weight, full_matrices=False)
+        factored.factor_linear(changed, name, (left * values)[:, :3], right[:3])
+    return changed
+
+
+CHANGES: dict[str, Callable] = {
+    "nothing": lambda model, text: model,
+    "experts pruned": lambda model, text: pruning.apply(model, text, ratio=0.2),
+    "channels pruned": lambda model, text: pruning.apply(model, text, ratio=0.2, granularity="channels"),
+    "heads pruned": lambda model, text: pruning.apply(model, text, ratio=0.05, granularity="heads", compensate=True),
+    "blocks pruned": lambda model, text: pruning.apply(model, text, ratio=0.25, granularity="depth"),
+    "distilled": lambda model, text: pruning.apply(model, text, ratio=0.2, finetune_steps=1),
+    "factored": lambda model, text: decomposition.apply(model, text, compression=0.5, method="plain", budget="uniform"),
+    "factored expansion": lambda model, text: _factored_expansion(model),
+    "refined factors": lambda model, text: decomposition.apply(model, text, compression=0.5, refine_steps=1),
+    "sparse": lambda model, text: sparsity.apply(model, text, method="wanda", sparsity=0.5, parts="all"),
+    "grouped columns": lambda model, text: _grouped_columns(model),
+}
+PACKED: dict[str, Callable] = {
+    "int8": lambda model, text: weight_only(model, 8),
+    "int4": lambda model, text: weight_only(model, 4),
+}
+
+
+@torch.inference_mode()
+def _decoded(model: nn.Module) -> torch.Tensor:
+    """Return the logits of a prompt and of three single tokens and a pair after it, [T, V]."""
+    output, logits = model(PROMPT, use_cache=True), []
+    for new in (1, 1, 1, 2):
+        logits.append(output.logits[0])
+        output = model(PROMPT[:, :new], **cache_names.as_kwargs(cache_names.of(output)), use_cache=True)
+    return torch.cat([*logits, output.logits[0]])
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *PACKED])
+def test_what_is_changed_says_absorbed_what_it_says_stock(tiny, batch, change):
+    """Reference: the stock path, which expands the whole cache in whatever form the matrix is stored."""
+    changed = (CHANGES | PACKED)[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
+    stock = mla_absorption.expand(attention_inputs.sharing(changed))
+    assert mla_absorption.is_absorbed(changed) and not mla_absorption.is_absorbed(stock)
+    expected, expanded = _decoded(stock), []
+    for block in anatomy(changed).blocks:
+        block.attention.module.kv_b_proj.register_forward_hook(lambda _, args, out: expanded.append(out.shape[-2]))
+    torch.testing.assert_close(_decoded(changed), expected, **CLOSE)
+    assert set(expanded) == {PROMPT.shape[1]}, "only the prompt is expanded"
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "nothing"])
+def test_what_is_changed_is_saved_as_a_plain_checkpoint(tiny, batch, change, tmp_path):
+    changed = CHANGES[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
+    again = io.load_folder(io.save(changed, tmp_path / "saved"), dtype=torch.float32)
+    assert not mla_absorption.is_absorbed(again) and io.weights_hash(again) == io.weights_hash(changed)
+    torch.testing.assert_close(_decoded(again), _decoded(changed), **CLOSE)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(**batch).logits, changed(**batch).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("change", ["nothing", "factored expansion", "experts pruned"])
+def test_formulas_count_decoding_as_it_is_done(tiny, batch, change):
+    changed = CHANGES[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
+    stock = mla_absorption.expand(attention_inputs.sharing(changed))
+    for model, absorbed in ((changed, True), (stock, False)):
+        assert cost_model.decode_flops(model, 100) == cost_model.decode_flops(model, 100, absorbed=absorbed)
+        work = workloads.decode(model, PROMPT, 2)
+        assert cost_model.of(model, work) == cost_model.of(model, work, absorbed=absorbed)
+    assert cost_model.decode_flops(changed, 100) < cost_model.decode_flops(stock, 100)
+
+
+def test_factors_are_absorbed_one_after_the_other(tiny, batch):
+    """By hand: 2·K·R for every head on both sides instead of once, and no expansion."""
+    model = CHANGES["factored expansion"](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
+    views = [block.attention for block in anatomy(model).blocks]
+    inner = [view.module.kv_b_proj.inner.weight.numel() for view in views]
+    attended = sum(2 * view.heads * (2 * view.latent_dim + view.rope_dim) * 50 for view in views)
+    again = sum(2 * numbers * (2 * view.heads - 1) for numbers, view in zip(inner, views))
+    assert cost_model.decode_flops(model, 50) == 2 * cost_model.active_parameters(model) + attended + again
+
+
+def test_rows_that_join_and_leave_get_the_answers_of_stock_decoding(tiny):
+    model = tiny("glm-4.7-flash")
+    answered = []
+    for arm in (model, absorbed_baseline.absorbed_baseline(model)):
+        rows = batch_cache.prefill(arm, [PROMPT[0, :14], PROMPT[0, 3:]])
+        tokens = [batch_cache.step(arm, rows).clone() for _ in range(2)]
+        rows = batch_cache.join(
+            rows, batch_cache.read_on(arm, batch_cache.prefill(arm, [PROMPT[0, :6]]), PROMPT[0, 6:9])
+        )
+        tokens.append(batch_cache.step(arm, rows).clone())
+        rows = batch_cache.keep(rows, [0, 2])
+        tokens += [batch_cache.step(arm, rows).clone() for _ in range(2)]
+        answered.append(torch.cat(tokens))
+    assert torch.equal(*answered)
+
+
+def test_drafted_answers_are_the_greedy_ones(tiny, batch):
+    model = absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash"))
+    draft = pruning.apply(model, [batch], ratio=0.25, granularity="depth")
+    plain, _ = speculative.generate(model, draft, PROMPT[0], 12, lambda rounds: 0)
+    drafted, rounds = speculative.generate(model, draft, PROMPT[0], 12, lambda rounds: 3)
+    assert torch.equal(plain, drafted) and sum(one.drafted for one in rounds) > 0
+
+
+def test_streamed_weights_are_absorbed_in_place(tiny, tmp_path):
+    model = tiny("glm-4.7-flash")
+    streamed = streamer.open_streamed(io.save(model, tmp_path / "model"), memory_ratio=0.7)
+    loaded = absorbed_baseline.of(_Loaded(streamed))
+    assert loaded.model is streamed and mla_absorption.is_absorbed(streamed)
+    torch.testing.assert_close(_decoded(streamed), _decoded(model), **CLOSE)
+    streamer.streamer(streamed).close()
 
 
 def test_sparse_attention_keeps_its_own_decoding_in_either_order(tiny):

@@ -157,6 +157,10 @@ class QuantizedLinear(nn.Module):
         y_TO = y_TO if self.bias is None else y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
 
+    def restored(self) -> torch.Tensor:
+        """Return the matrix [O, I] that the packed values stand for, float32."""
+        return restored(self.weight, self.scales, (self.out_features, self.in_features), self.kernel)
+
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, int{self.bits}"
 

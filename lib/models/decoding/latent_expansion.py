@@ -1,0 +1,66 @@
+"""The matrix that expands latents to the keys and values of all heads (`kv_b_proj`), absorbed: queries enter the latent
+space through it, and weighted sums of latents leave that space as values.
+
+A dense matrix is used where it lies. Of a factored one the outer factor is applied head by head and the inner one to
+the result, so that no dense matrix comes to be. One that is stored sparse or in few bits has no slices for queries and
+values: it is restored for each call, which takes less than expanding a whole cache with it (as vLLM restores it once).
+Knows nothing of attention or caches.
+
+Shapes: B batch, Q heads, T new tokens, N no-rotary and D value width, R latent, K rank of a factored matrix (R for
+every other), O = Q·(N + D).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.models.decoding import latent_products
+from lib.models.structure.replacements.factored import FactoredLinear
+from lib.models.structure.replacements.quantized import QuantizedLinear
+from lib.models.structure.replacements.sparse import is_dense
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One call's view of the matrix: its rows for queries and for values, head by head, and the inner factor [K, R]."""
+
+    up_QNK: torch.Tensor
+    down_QDK: torch.Tensor
+    inner_KR: torch.Tensor | None = None
+
+    def into(self, query_BQTN: torch.Tensor) -> torch.Tensor:
+        """Return the queries in latent space, [B, Q, T, R]."""
+        query_BQTK = latent_products.into(query_BQTN, self.up_QNK)
+        return query_BQTK if self.inner_KR is None else query_BQTK @ self.inner_KR
+
+    def out_of(self, latent_BQTR: torch.Tensor) -> torch.Tensor:
+        """Return weighted sums of latents expanded to the values of each head, [B, Q, T, D]."""
+        inner = self.inner_KR
+        latent_BQTK = latent_BQTR if inner is None else nn.functional.linear(latent_BQTR, inner)
+        return latent_products.out_of(latent_BQTK, self.down_QDK)
+
+
+def of(projection: Any, heads: int, nope: int, dtype: torch.dtype) -> Expansion:
+    """Return the view of `projection`, a linear layer from R to `heads` times N (= `nope`) and D outputs."""
+    inner = projection.inner.weight if isinstance(projection, FactoredLinear) else None
+    outer = _restored(projection if inner is None else projection.outer, dtype)
+    outer_QEK = outer.unflatten(0, (heads, -1))
+    return Expansion(outer_QEK[:, :nope], outer_QEK[:, nope:], inner)
+
+
+def _restored(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight of a linear layer as a dense matrix: itself where it is stored as one."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.restored().to(dtype)
+    return linear.weight if is_dense(linear.weight) else linear.weight.to_dense().to(dtype)
+
+
+def elements_per_token(projection: Any, latent: int, width: int) -> float:
+    """Return the products that expand one latent of size `latent` for one head of N + D = `width`; of factors the
+    inner one is shared by all heads.
+    """
+    if not isinstance(projection, FactoredLinear):
+        return latent * width
+    return projection.rank * (width + latent * width / projection.out_features)

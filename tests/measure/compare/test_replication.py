@@ -1,0 +1,83 @@
+"""Which models are timed in fresh processes, and that what a process loads is what was in memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lib.measure.compare import replication, saved
+from lib.measure.metrics import settings
+from lib.measure.timing import child, workloads
+from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
+from lib.models.structure import sharing
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.signature import signature
+
+QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
+MODEL = "glm-4.7-flash"
+
+
+@pytest.fixture
+def absorbed(tiny):
+    """A model that decodes absorbed, and a smaller one that does too."""
+    return mla_absorption.absorb(tiny(MODEL)), mla_absorption.absorb(tiny(MODEL, seed=1))
+
+
+def timed(models):
+    prompt_BT = workloads.random_prompt(models[0], 1, QUICK.prompt_tokens)
+    names = ("decode", "batch_decode")
+    arms = {
+        name: tuple(workloads.standard(name, model, prompt_BT, QUICK.new_tokens, QUICK.batch) for model in models)
+        for name in names
+    }
+    for works in arms.values():
+        for work in works:
+            work()
+    return replication.in_processes(models, arms, prompt_BT, QUICK)
+
+
+def test_models_that_decode_absorbed_are_timed_in_processes(absorbed):
+    pairs, reason = timed(absorbed)
+    assert reason is None and set(pairs) == {"decode", "batch_decode"}
+    for optimized, control in pairs.values():
+        assert len(set(optimized.process)) == len(set(control.process)) >= 2
+    assert all(mla_absorption.is_absorbed(model) for model in absorbed), "they are as they were"
+
+
+def test_a_stock_and_an_absorbed_model_are_each_loaded_as_they_are(absorbed, tiny):
+    models = tiny(MODEL), absorbed[1]
+    expected = [signature(model) for model in models]
+    with saved.saved(*models) as arms:
+        assert [arm.transform for arm in arms] == [None, saved.ABSORBING]
+        loaded = [child.load(arm) for arm in arms]
+        assert [signature(model) for model in loaded] == expected and expected[0] != expected[1]
+        assert [mla_absorption.is_absorbed(model) for model in loaded] == [False, True]
+
+
+def test_other_architectures_are_loaded_as_before(tiny, name):
+    arm = saved.transform(mla_absorption.absorb(tiny(name)))
+    assert (arm is None) == all(block.attention.kind != "latent" for block in anatomy(tiny(name)).blocks)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "one block"])
+def test_what_no_file_holds_is_timed_here(absorbed, how):
+    """Anything beside absorbed decoding, and absorbed decoding of some blocks alone."""
+    changed = sharing.sharing(absorbed[0])
+    block = anatomy(changed).blocks[1]
+    if how == "hook":
+        block.module.register_forward_hook(lambda *_: None)
+    elif how == "forward":
+        block.module.forward = block.module.forward
+    else:
+        del block.attention.module.forward
+    pairs, reason = timed((absorbed[0], changed))
+    assert pairs == {} and "more than its files hold" in reason
+
+
+def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_path):
+    again = io.load_folder(io.save(absorbed[0], tmp_path / "saved"))
+    assert not mla_absorption.is_absorbed(again)
+    ids_BT = workloads.random_prompt(again, 1, 16)
+    with torch.inference_mode():
+        assert torch.equal(again(ids_BT).logits, absorbed[0](ids_BT).logits)
