@@ -6,6 +6,7 @@ loaded once here and compared, and so are the tokens that every process produces
 differ.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,10 @@ from lib.models.structure.signature import signature
 LARGEST_BYTES = 2**30  # of one model: each process loads three
 ROUNDS = 2  # in each process; of many blocks three
 MANY_BLOCKS = 24
-BLOCK_SECONDS = 0.5  # that the rounds of a workload take for each block of the effort, where that makes more of them
+# Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; half of it at
+# effort quick, which is to find large effects. Where only cells are tested, the variable brings it down to nothing.
+BLOCK_SECONDS = 0.5
+VARIABLE = "WORKBENCH_BLOCK_SECONDS"
 
 Arms = tuple[Workload, Workload]
 
@@ -76,7 +80,23 @@ def in_processes(
 def _count(works: Arms, effort: Effort) -> int:
     """Return the rounds of a workload in each process: the same in all of them, by calls in this one."""
     arms = {"baseline": works[0], "optimized": works[1], "copy": works[0]}
-    return interleaved.rounds_for(arms, BLOCK_SECONDS * rounds(effort), rounds(effort))[0]
+    return interleaved.rounds_for(arms, block_seconds(effort) * rounds(effort), rounds(effort))[0]
+
+
+def block_seconds(effort: Effort) -> float:
+    """Return the seconds that rounds take for each block. Raises UserError where the variable holds no number."""
+    given = os.environ.get(VARIABLE)
+    try:
+        seconds = BLOCK_SECONDS if given is None else float(given)
+    except ValueError:
+        raise UserError(f'{VARIABLE}: "{given}" is no number of seconds') from None
+    return seconds / 2 if effort.brief else seconds
+
+
+def shortened() -> dict[str, object]:
+    """Return, for a record's details, that the variable sets the seconds of a block; nothing where it does not."""
+    given = os.environ.get(VARIABLE)
+    return {} if given is None else {"timed briefly": f"{VARIABLE}={given} s a block"}
 
 
 def rounds(effort: Effort) -> int:

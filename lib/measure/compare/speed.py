@@ -153,10 +153,8 @@ def compare(
         measurements += _cpu_use(name, timed[name], (base_use, opt_use))
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
-        device = weight.device.type
-        options: dict[str, Any] = {"workload": name, "blocks": effort.blocks, "device": device, "seed": seed}
-        measurements += energy.per_token(*arms[name], **options, with_cpu_seconds=False)
-    return Compared(measurements, timed, _details(timed, peaks) | details, peaks)
+        measurements += _energy(name, timed[name], effort, weight.device.type, seed)
+    return Compared(measurements, timed, _details(timed, peaks) | details | replication.shortened(), peaks)
 
 
 def _pairs(
@@ -183,7 +181,7 @@ def _pairs(
         for work in works:
             if work.restart:
                 work.restart()
-        length: dict[str, Any] = {"blocks": effort.blocks, "total": replication.BLOCK_SECONDS * effort.blocks}
+        length: dict[str, Any] = {"blocks": effort.blocks, "total": replication.block_seconds(effort) * effort.blocks}
         pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
     return pairs, details
 
@@ -234,12 +232,26 @@ def _processor_time(name: str, timed: Timed) -> list[Measurement]:
     return [energy.cpu_seconds(base, opt, copy, process=pairs.process, **options)]
 
 
+def _energy(name: str, timed: Timed, effort: Effort, device: str, seed: int) -> list[Measurement]:
+    """Return the joules of a workload: of a counter, which is read over windows of its own, or else estimated from the
+    turns that were timed.
+    """
+    source = energy.counter(device)
+    if source.of_times and timed.pairs.cpu_seconds and timed.control.cpu_seconds:
+        return energy.of_turns(timed.pairs, timed.control, timed.baseline.tokens, workload=name, source=source)
+    options: dict[str, Any] = {"workload": name, "blocks": effort.blocks, "device": device, "seed": seed}
+    return energy.per_token(timed.baseline, timed.optimized, **options, source=source, with_cpu_seconds=False)
+
+
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:
-    """Return the use of the CPU (and of the GPU, where there is one): of the `first` calls where these were long, else
-    of further ones.
+    """Return the use of the CPU in the turns that were timed. With a GPU, that and its own: of the `first` calls where
+    these were long, else of further ones.
     """
     base, opt = first
-    if min(base.wall_seconds, opt.wall_seconds) < LONG_SECONDS:
+    if base.gpu is None and (busy := arms.pairs.cpu_seconds):
+        wall = arms.pairs.baseline_seconds, arms.pairs.optimized_seconds
+        base, opt = (Use(sum(seconds), sum(spent), base.cores) for seconds, spent in zip(wall, busy))
+    elif min(base.wall_seconds, opt.wall_seconds) < LONG_SECONDS:
         base, opt = cpu.use(arms.baseline, 0.2), cpu.use(arms.optimized, 0.2)
     uses = [measurement.informative("cpu_utilisation", name, base.utilisation, opt.utilisation, opt.source)]
     if base.gpu is not None and opt.gpu is not None:

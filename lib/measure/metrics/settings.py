@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, replace
 
 from lib.errors import UserError, suggest
+from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import DIMENSIONS
 
 DIMENSIONS_VARIABLE = "WORKBENCH_DIMENSIONS"
@@ -37,6 +38,11 @@ class Effort:
     calibration_sequences: int
     calibration_tokens: int
     resamples: int
+
+    @property
+    def brief(self) -> bool:
+        """Whether this is effort quick: sweeps take their fewest points, and pairs their fewest seconds."""
+        return self.blocks <= paired_stats.MINIMUM_BLOCKS
 
 
 EFFORTS: dict[str, Effort] = {

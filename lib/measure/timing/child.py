@@ -33,8 +33,14 @@ MAPPINGS, MAPPED_PAGES = 16, 2**11
 
 
 def serve(run: Run) -> None:
-    """Answer the jobs on standard input by `run`, in a forked process each where the request says so."""
-    request = json.load(sys.stdin)
+    """Answer the requests on standard input, a line of JSON each, by `run`: a line for each job, from a forked process
+    where the request says so.
+    """
+    for line in sys.stdin:
+        _serve(run, json.loads(line))
+
+
+def _serve(run: Run, request: dict[str, Any]) -> None:
     jobs = request["jobs"]
     # Imported here, so that every child holds the same libraries. What is wrong with an arm is reported by its child.
     for arm in _different([Arm(**fields) for job in jobs for fields in job["arms"]]):

@@ -1,16 +1,22 @@
 """Fresh processes for arms that lie in saved files: what an arm is, and how the processes that load and run it are
 started. Knows nothing of what they measure; `lib.measure.timing.child` is the other side.
 
-The children of one call are forked, one after another, from a process that has imported the libraries and done nothing
-else: importing takes longer than most measurements. On CUDA, and where processes cannot fork, each is started anew.
+Children are forked, one after another, from a server: a process that has imported the libraries and done nothing else,
+since importing takes longer than most measurements. It serves further calls of the same program as long as this process
+lives. On CUDA, and where processes cannot fork, each child is started anew.
 """
 
+import atexit
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,52 +77,120 @@ def run(
     on_gpu = any(arm["device"].startswith("cuda") for job in jobs for arm in job["arms"])
     if on_gpu and (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         torch.cuda.empty_cache()  # memory that this process's allocator holds back is not free for a child
-    together = hasattr(os, "fork") and not on_gpu
-    groups: list[Sequence[Mapping[str, Any]]] = [jobs] if together else [[job] for job in jobs]
-    return [answer for group in groups for answer in _serve(program, group, together, environment, limit_seconds)]
+    if hasattr(os, "fork") and not on_gpu:
+        return _server(program, environment or {}).answers(jobs, limit_seconds, fork=True)
+    answers = []
+    for job in jobs:
+        server = Server(program, _surroundings(environment or {}))
+        try:
+            answers += server.answers([job], limit_seconds, fork=False)
+        finally:
+            server.end()
+    return answers
 
 
-def _serve(
-    program: str,
-    jobs: Sequence[Mapping[str, Any]],
-    fork: bool,
-    environment: Mapping[str, str] | None,
-    limit_seconds: float,
-) -> list[dict[str, Any]]:
+def _surroundings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a child: this process's, its threads, and where the project's code lies."""
     torch = sys.modules.get("torch")
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if torch else {}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    server = subprocess.Popen(
-        [sys.executable, "-m", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **threads, **(environment or {}), "PYTHONPATH": path},
-    )
-    request = json.dumps({"jobs": jobs, "fork": fork, "limit_seconds": limit_seconds})
-    try:
-        out, errors = server.communicate(request, timeout=limit_seconds * len(jobs) + STARTING_SECONDS)
-    except subprocess.TimeoutExpired:
-        return [{"failed": f"the child process ran past {limit_seconds:g} s"}] * len(jobs)
-    finally:
-        _end(server)
-    answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    last = (errors.strip().splitlines() or ["no message"])[-1]
-    lost = {"failed": f"the child process ended with {server.returncode}: {last}"}
-    return answers + [lost] * (len(jobs) - len(answers))
+    return {**os.environ, **threads, **environment, "PYTHONPATH": path}
 
 
-def _end(server: "subprocess.Popen[str]") -> None:
-    """End a server that still runs, and the children that it has forked."""
-    if server.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-        server.wait()
-    for stream in (server.stdin, server.stdout, server.stderr):
-        if stream:
-            with suppress(BrokenPipeError):
-                stream.close()
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A process that runs `program`; it answers requests, one line of JSON for each job, until `end`."""
+
+    def __init__(self, program: str, surroundings: Mapping[str, str]) -> None:
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until `end`
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            cwd=ROOT,
+            env=dict(surroundings),
+        )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+    def answers(self, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, *, fork: bool) -> list[dict[str, Any]]:
+        """Return the answer to each job, from a process forked for it or else from the server itself. A server that
+        ends, or does not answer in time, is gone afterwards, and with it what it forked.
+        """
+        request = {"jobs": jobs, "fork": fork, "limit_seconds": limit_seconds}
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its lines will say
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        latest = time.monotonic() + limit_seconds * len(jobs) + STARTING_SECONDS
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(jobs):
+            try:
+                line = self.lines.get(timeout=max(0.0, latest - time.monotonic()))
+            except queue.Empty:
+                self.end()
+                return [{"failed": f"the child process ran past {limit_seconds:g} s"}] * len(jobs)
+            if line is None:
+                lost = {"failed": f"the child process ended with {self.process.wait()}: {self._last_error()}"}
+                self.end()
+                return answers + [lost] * (len(jobs) - len(answers))
+            if line.startswith("{"):
+                answers.append(json.loads(line))
+        return answers
+
+    def _last_error(self) -> str:
+        self.errors.seek(0)
+        return (self.errors.read().strip().splitlines() or ["no message"])[-1]
+
+    def end(self) -> None:
+        """End the server, where it still runs, and the children that it has forked."""
+        if self.alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                server = psutil.Process(self.process.pid)
+                for process in [*server.children(recursive=True), server]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            self.process.wait()
+        if self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        self.errors.close()
+
+
+_SERVERS: dict[tuple, Server] = {}
+
+
+def _server(program: str, environment: Mapping[str, str]) -> Server:
+    """Return the server of a program under these variables, on the cores of this process; start it where there is
+    none.
+    """
+    surroundings = _surroundings(environment)
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    key = (os.getpid(), program, cores, tuple(sorted(surroundings.items())))
+    if key not in _SERVERS or not _SERVERS[key].alive:
+        _SERVERS[key] = Server(program, surroundings)
+    return _SERVERS[key]
+
+
+@atexit.register
+def end_all() -> None:
+    """End the servers of this process."""
+    for (owner, *_), server in list(_SERVERS.items()):
+        if owner == os.getpid():
+            server.end()
+    _SERVERS.clear()

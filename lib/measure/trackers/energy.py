@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.trackers.energy_source import Counter, counter
 
 GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule"
@@ -81,6 +82,26 @@ def per_token(
     return measurements
 
 
+def of_turns(pairs: Pairs, control: Pairs, tokens: int, *, workload: str, source: Counter) -> list[Measurement]:
+    """Return what `per_token` does, without processor seconds, from turns that were timed already: for an estimate,
+    which is made of nothing but times. `tokens` is what one call processes. Needs the processor seconds of the turns.
+    """
+    assert source.of_times and pairs.cpu_seconds and control.cpu_seconds, "an estimate from wall and processor time"
+    seconds = {
+        "baseline": (pairs.baseline_seconds, pairs.cpu_seconds[0]),
+        "control": (control.optimized_seconds, control.cpu_seconds[1]),
+        "optimized": (pairs.optimized_seconds, pairs.cpu_seconds[1]),
+    }
+    windows: Windows = {
+        arm: [
+            Window(source.of_times(wall, busy) / tokens, wall / tokens, busy / tokens)
+            for wall, busy in zip(walls, cpu_times)
+        ]
+        for arm, (walls, cpu_times) in seconds.items()
+    }
+    return _joules(windows, source, workload, f"{source.scope}, {pairs.describe()}", pairs.process)
+
+
 def cpu_seconds(
     baseline: Sequence[float],
     optimized: Sequence[float],
@@ -130,15 +151,18 @@ def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:
     return Window(joules / tokens, wall / tokens, busy / tokens)
 
 
-def _joules(windows: Windows, source: Counter, workload: str, how: str) -> list[Measurement]:
+def _joules(
+    windows: Windows, source: Counter, workload: str, how: str, process: Sequence[int] | None = None
+) -> list[Measurement]:
     gross = {arm: [taken.joules for taken in values] for arm, values in windows.items()}
     if min(min(values) for values in gross.values()) <= 0:
         reason = "the counter did not move within a window"
         return [measurement.unavailable(name, workload, reason, how) for name in (GROSS, ABOVE_IDLE, INVERSE)]
-    floor = paired_stats.noise_floor(paired_stats.differences(gross["baseline"], gross["control"]))
+    floor = paired_stats.noise_floor(paired_stats.differences(gross["baseline"], gross["control"]), process)
 
     def compared(metric: str, values: dict[str, list[float]], how: str, samples: bool = False) -> Measurement:
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
+        options["process"] = process
         judged = measurement.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
             return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")

@@ -28,7 +28,8 @@ WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.7
 @dataclass(frozen=True)
 class Counter:
     """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them. `missing`
-    says of an estimate why no counter was read, and how reading is permitted where it was not.
+    says of an estimate why no counter was read, and how reading is permitted where it was not; `of_times` is that
+    estimate from seconds and processor seconds that were taken elsewhere.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Counter:
     idle_watts: float | None
     joules: Callable[[], float]
     missing: str | None = None
+    of_times: Callable[[float, float], float] | None = None
 
 
 def counter(device: str = "cpu") -> Counter:
@@ -80,14 +82,17 @@ def _estimate() -> Counter:
     family, (idle, busy) = watts_per_core()
     count = len(disturbance.cores())
 
+    def of_times(seconds: float, cpu_seconds: float) -> float:
+        return cpu_seconds * (busy - idle) + seconds * idle * count
+
     def joules() -> float:
-        return time.process_time() * (busy - idle) + time.perf_counter() * idle * count
+        return of_times(time.perf_counter(), time.process_time())
 
     scope = (
         f"estimated: processor time × {busy} W per busy core, {idle} W per idle core "
         f'(SPECpower table of Cloud Carbon Footprint, row "{family}")'
     )
-    return Counter("estimate", "estimated", scope, ESTIMATE_WINDOW_SECONDS, idle * count, joules)
+    return Counter("estimate", "estimated", scope, ESTIMATE_WINDOW_SECONDS, idle * count, joules, of_times=of_times)
 
 
 def watts_per_core() -> tuple[str, tuple[float, float]]:

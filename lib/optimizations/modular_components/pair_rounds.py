@@ -22,7 +22,7 @@ from lib.optimizations.modular_components.pair_study import Contrasts, Pair, Pai
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
-NOT_TRIED = "at real size effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
+NOT_TRIED = "effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
 
 
 def alone(setup: PartsSetup, stem: str) -> Attempt:
@@ -39,10 +39,10 @@ def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
 
 
 def chosen(setup: PartsSetup) -> list[Pair]:
-    """Return the pairs that are tried, unordered: all, or on a real model at effort quick the neighbours in the
-    pipeline. Applying a part to a real model takes a minute, and there are dozens of pairs.
+    """Return the pairs that are tried, unordered: all, or at effort quick the neighbours in the pipeline. There are
+    dozens of pairs, and applying a part to a real model takes a minute.
     """
-    if setup.loaded.scale == "full" and setup.effort.blocks <= setup.quick.blocks:
+    if setup.effort.brief:
         return list(itertools.pairwise(setup.fitting))
     return list(itertools.combinations(setup.fitting, 2))
 

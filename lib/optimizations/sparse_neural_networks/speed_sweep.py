@@ -47,8 +47,8 @@ def strengths(scale: str, effort: str) -> list[int]:
     """Return the shares of zeros of a sweep in percent: fewer at real dimensions, where a point takes long, fewer still
     at effort quick, and lower where a language model of real size answers, which collapses above 60 to 70 %.
     """
-    if scale == "full" and effort == "quick":
-        return [50, 80]
+    if effort == "quick":
+        return {"proxy": [50, 70, 90]}.get(scale, [50, 80])
     return {"proxy": [50, 60, 70, 80, 90, 95], "full": [50, 60, 80]}.get(scale, [50, 80, 90])
 
 

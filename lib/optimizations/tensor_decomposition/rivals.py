@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
@@ -107,7 +107,7 @@ def sweep(
 
     result = Sweep()
     rates: dict[str, Measurement] = {}
-    strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS_QUICKLY if _in_a_hurry(setup) else STRENGTHS
+    strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS_QUICKLY if setup.effort.brief else STRENGTHS
     for strength in sorted({*strengths, compression}):
         for arm in _names(setup):
             try:
@@ -154,8 +154,8 @@ def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: to
 
 
 def _in_a_hurry(setup: FactoringSetup) -> bool:
-    """Whether a real model is measured at effort quick: ten minutes hold two strengths and one analysis of its text."""
-    return setup.loaded.scale == "full" and setup.effort == settings.read("quick", "full")
+    """Whether a real model is measured at effort quick: ten minutes hold one analysis of its text."""
+    return setup.loaded.scale == "full" and setup.effort.brief
 
 
 def _names(setup: FactoringSetup) -> list[str]:

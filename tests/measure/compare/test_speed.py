@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.measure.compare import saved, speed
+from lib.measure.compare import replication, saved, speed
 from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, settings
 from lib.measure.roofline import ceilings, cost_model
@@ -158,3 +158,16 @@ def test_an_effort_asks_less_of_a_slice():
         assert settings.read(name) == settings.read(name, "full") == whole
         cut = settings.read(name, "slice")
         assert cut.new_tokens < whole.new_tokens and cut.blocks == whole.blocks and cut.items == whole.items
+
+
+def test_a_block_lasts_half_as_long_at_quick_and_the_variable_is_said(monkeypatch):
+    monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
+    monkeypatch.delenv(replication.VARIABLE, raising=False)
+    seconds = [replication.block_seconds(settings.read(effort)) for effort in settings.EFFORTS]
+    assert seconds == [0.25, 0.5, 0.5] and replication.shortened() == {}
+    monkeypatch.setenv(replication.VARIABLE, "0.02")
+    assert replication.block_seconds(settings.read("standard")) == 0.02
+    assert "0.02 s a block" in str(replication.shortened())
+    monkeypatch.setenv(replication.VARIABLE, "short")
+    with pytest.raises(UserError, match='WORKBENCH_BLOCK_SECONDS: "short" is no number'):
+        replication.block_seconds(settings.read("quick"))

@@ -1,5 +1,10 @@
 """Arms are timed in fresh processes whose memory lies elsewhere; a process that fails says why and never hangs."""
 
+import subprocess
+import sys
+from contextlib import suppress
+
+import psutil
 import pytest
 import torch
 
@@ -101,6 +106,36 @@ def test_a_program_that_ends_early_loses_its_jobs_and_says_how(tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done, lost = children.run("short_program", [{"arms": []}, {"arms": []}])
     assert done == {"value": 1} and "ended with 1: no more" in lost["failed"]
+
+
+def test_one_server_serves_until_variables_change_or_it_dies(tmp_path, monkeypatch):
+    text = "import os\nfrom lib.measure.timing import child\n"
+    text += "def run(job):\n    return {'server': os.getppid(), 'process': os.getpid()}\nchild.serve(run)\n"
+    (tmp_path / "telling_program.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    first, second = children.run("telling_program", [{"arms": []}, {"arms": []}])
+    (again,) = children.run("telling_program", [{"arms": []}])
+    assert first["server"] == second["server"] == again["server"]
+    assert len({answer["process"] for answer in (first, second, again)}) == 3
+    (elsewhere,) = children.run("telling_program", [{"arms": []}], environment={"MALLOC_ARENA_MAX": "1"})
+    assert elsewhere["server"] != again["server"]
+    psutil.Process(again["server"]).kill()
+    psutil.wait_procs([psutil.Process(again["server"])], timeout=10)
+    (after,) = children.run("telling_program", [{"arms": []}])
+    assert "failed" not in after and after["server"] != again["server"]
+    children.end_all()
+    assert not psutil.pid_exists(after["server"]) and not psutil.pid_exists(elsewhere["server"])
+
+
+def test_servers_end_with_the_process_that_started_them(tmp_path):
+    text = "from lib.measure.timing import children\nimport os, signal\n"
+    text += "children._server('lib.measure.timing.process_child', {})\n"
+    text += (
+        "print(next(iter(children._SERVERS.values())).process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", text], cwd=children.ROOT, capture_output=True, text=True).stdout
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(out)).wait(timeout=60)  # it reads the end of its input when its libraries are imported
 
 
 def test_conditions_that_differ_are_refused(folder):

@@ -3,6 +3,7 @@
 import pytest
 
 from lib.measure.metrics import measurement
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.trackers import energy, energy_source
 from lib.measure.trackers.energy_source import Counter
 
@@ -118,3 +119,18 @@ def test_why_no_counter_was_read(no_counter, monkeypatch):
 
 def test_a_card_without_a_counter_says_what_was_raised(no_counter):
     assert energy.counter("cuda").missing == "NVML offers no energy counter here (ZeusCPUInitError: none)"
+
+
+def test_an_estimate_from_turns_is_that_of_their_times(no_counter):
+    """Half of the wall and processor time: half of the joules, and what the formula says of either arm."""
+    base, half, copy = ([0.2, 0.21, 0.19, 0.2, 0.2, 0.2], [0.1] * 6, [0.2] * 6)
+    pairs = Pairs(base, half, ["AB", "BA"] * 3, [None] * 6, 1, cpu_seconds=(base, half))
+    control = Pairs(base, copy, ["AB", "BA"] * 3, [None] * 6, 1, cpu_seconds=(base, copy))
+    source = energy.counter()
+    gross, above, inverse = energy.of_turns(pairs, control, 4, workload="decode", source=source)
+    assert gross.baseline == pytest.approx(source.of_times(0.2, 0.2) / 4)
+    assert gross.optimized == pytest.approx(source.of_times(0.1, 0.1) / 4)
+    assert above.optimized == pytest.approx((source.of_times(0.1, 0.1) - 0.1 * source.idle_watts) / 4)
+    assert inverse.optimized == pytest.approx(1 / gross.optimized)
+    assert {m.provenance for m in (gross, above, inverse)} == {"estimated"}
+    assert {m.verdict for m in (gross, above, inverse)} == {"informative"} and "absent" in gross.reason

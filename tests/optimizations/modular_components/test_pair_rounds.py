@@ -10,8 +10,8 @@ from lib.optimizations.modular_components import attempts, experiment, method, p
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 
-def _setup(model, batch, keeps: bool, scale: str = "proxy", effort: str = "quick") -> PartsSetup:
-    loaded = types.SimpleNamespace(model=model, random_weights=True, scale=scale)
+def _setup(model, batch, keeps: bool, effort: str = "quick") -> PartsSetup:
+    loaded = types.SimpleNamespace(model=model, random_weights=True, scale="proxy")
     quick = settings.read("quick")
     sample = batch["input_ids"]
     return PartsSetup(
@@ -49,7 +49,7 @@ def test_each_pair_is_timed_with_its_parts_and_nothing_is_kept(tiny, batch, monk
     rounds = interactions.time_arms
     monkeypatch.setattr(attempts, "attempt", watched)
     monkeypatch.setattr(interactions, "time_arms", counted)
-    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=False)
+    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=False, effort="standard")
     study, contrasts = pair_rounds.run(setup, batch["input_ids"][:1])
     assert study.score == 1.0 and len(study.pairs) == 6 and study.forced == {}
     assert timed[0][0] == {"baseline", "copy", "other", "copy → other", "other → copy"}
@@ -69,12 +69,12 @@ def test_parts_are_kept_where_there_is_room(tiny, batch, monkeypatch):
     assert pair_rounds.with_model(None, study.singles["copy"]) is study.singles["copy"]
 
 
-def test_at_real_size_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
+def test_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
     _copies(monkeypatch)
     model = tiny("qwen3-4b-instruct-2507")
-    study, contrasts = pair_rounds.run(_setup(model, batch, True, scale="full"), batch["input_ids"][:1])
+    study, contrasts = pair_rounds.run(_setup(model, batch, True), batch["input_ids"][:1])
     assert study.count == 4 and study.score == 1.0 and len(study.pairs) == 6
     assert study.named("not tried") == ["copy → third", "third → copy"]
     assert study.pairs["copy", "third"].reason == pair_rounds.NOT_TRIED
     assert len(contrasts.pairs) == 6 and len(contrasts.orders) == 2
-    assert len(pair_rounds.chosen(_setup(model, batch, True, "full", "standard"))) == 3
+    assert len(pair_rounds.chosen(_setup(model, batch, True, "standard"))) == 3

@@ -149,7 +149,8 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     assert rivals.replications(setup, arms, in_order)[2].held is None
 
 
-def test_real_models_at_effort_quick_are_cut_at_two_shares():
+def test_effort_quick_cuts_at_fewer_shares():
     assert speed_sweep.strengths("full", "quick") == [50, 80]
-    assert len(speed_sweep.strengths("full", "standard")) == 3
-    assert speed_sweep.strengths("proxy", "quick") == speed_sweep.strengths("proxy", "standard")
+    for scale in ("proxy", "slice", "full"):
+        few, all_of_them = (speed_sweep.strengths(scale, effort) for effort in ("quick", "standard"))
+        assert 1 < len(few) < len(all_of_them) and set(few) <= {*all_of_them, 80}
