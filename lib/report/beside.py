@@ -17,8 +17,9 @@ from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report import tables
 from lib.report.analysis import headlines
-from lib.report.records import facts, record
+from lib.report.records import record
 from lib.report.records.record import Process, Record
+from lib.report.records.setting import facts
 from lib.report.text.wording import label, title
 
 NOT_COMPARED = "Side by side, not compared: build.py compare judges two builds."

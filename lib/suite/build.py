@@ -298,7 +298,7 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
 
 def say_what_ran(folder: Path) -> None:
     """Print which models a folder's results are of, where these are not the models they are named after."""
-    from lib.report.records import stand_in
+    from lib.report.records.setting import stand_in
 
     if about := stand_in.of_folder(folder):
         print(about)

@@ -16,8 +16,8 @@ from lib.measure.metrics import settings
 from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
-from lib.report.records import facts, reproduce
 from lib.report.records.record import Record
+from lib.report.records.setting import facts, reproduce
 from lib.report.records.verdicts import primary
 from lib.report.text import brief
 from lib.report.text.sentence import gain, subject, why

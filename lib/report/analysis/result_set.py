@@ -12,8 +12,9 @@ from typing import Any
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.report.analysis import headlines, ranking, strength_curves
 from lib.report.analysis.noise import discoveries
-from lib.report.records import facts, schema
+from lib.report.records import schema
 from lib.report.records.record import Record, read_folder, to_json
+from lib.report.records.setting import facts
 from lib.report.text import sentence
 
 

@@ -16,9 +16,9 @@ from lib.report.analysis.noise import flips
 from lib.report.figures.inline import forest_svg, trade_off_svg
 from lib.report.figures.inline.forest_svg import ForestLine
 from lib.report.pages import views
-from lib.report.records import facts, stack
 from lib.report.records import record as records
 from lib.report.records.record import Record
+from lib.report.records.setting import facts, stack
 from lib.report.text import brief
 from lib.report.text.quantities import about, duration
 from lib.report.text.sentence import subject

@@ -16,8 +16,8 @@ import nbformat
 
 from lib.files import write_atomically
 from lib.report.pages import run_page
-from lib.report.records import stand_in
 from lib.report.records.record import Process, Record
+from lib.report.records.setting import stand_in
 from lib.report.text.wording import untagged
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.report.records import facts, record, reproduce
+from lib.report.records import record
+from lib.report.records.setting import facts, reproduce
 from lib.report.text.wording import title
 
 

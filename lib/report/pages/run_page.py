@@ -9,8 +9,9 @@ from typing import Any
 
 from lib.report.analysis import headlines
 from lib.report.pages import first_screen
-from lib.report.records import refutation, relation, reproduce, rows, stand_in
+from lib.report.records import refutation, relation, rows
 from lib.report.records.record import Process, Record
+from lib.report.records.setting import reproduce, stand_in
 from lib.report.text.quantities import duration
 from lib.report.text.wording import label, one_line, signed, title, words
 

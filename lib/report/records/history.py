@@ -17,8 +17,9 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.report.records import facts, migration
+from lib.report.records import migration
 from lib.report.records.record import Record, from_json, to_json
+from lib.report.records.setting import facts
 from lib.report.text import sentence
 
 NAME = "history.sqlite"

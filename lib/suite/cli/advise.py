@@ -23,8 +23,8 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
     """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model."""
     from lib.report.analysis import advice
     from lib.report.analysis.noise import discoveries
-    from lib.report.records import stand_in
     from lib.report.records.record import read_folder
+    from lib.report.records.setting import stand_in
 
     if not 0 <= keep < 1:
         raise UserError(f"--keep {keep}: expected a share from 0 to 1, such as 0.02 for two points")
@@ -71,7 +71,7 @@ def as_plain(row: "Advice", folder: Path) -> dict[str, Any]:
         "apply": applying(row, folder),
     }
     if row.evidence:
-        from lib.report.records import stack
+        from lib.report.records.setting import stack
 
         m = row.evidence.measurement
         plain["evidence"] = {
@@ -91,7 +91,7 @@ def applying(row: "Advice", folder: Path) -> str | None:
     """Return the command that saves the checkpoint of what is recommended, or None: nothing is, or no checkpoint holds
     it. A stack needs the recipe that its search has written beside the records.
     """
-    from lib.report.records import reproduce, stack
+    from lib.report.records.setting import reproduce, stack
 
     if row.decision not in RECOMMENDED or row.evidence is None:
         return None
@@ -113,14 +113,14 @@ def _holds(written: Path, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> boo
 
 
 def _stacked(row: "Advice") -> bool:
-    from lib.report.records import stack
+    from lib.report.records.setting import stack
 
     return row.evidence is not None and bool(stack.steps(row.evidence.record))
 
 
 def _lines(row: "Advice", folder: Path) -> list[str]:
     """Return one piece of advice in a few lines."""
-    from lib.report.records import stack
+    from lib.report.records.setting import stack
     from lib.report.text import quantities
     from lib.report.text.sentence import gain, ratio
     from lib.report.text.wording import label, title

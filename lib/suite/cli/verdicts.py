@@ -13,7 +13,7 @@ SHOWN = 40
 def check(folder: Path, everything: bool = False) -> int:
     """Print the table of criteria; return 0 where all hold, 1 where one falls short."""
     from lib.report.analysis import acceptance as checks
-    from lib.report.records import stand_in
+    from lib.report.records.setting import stand_in
 
     if not result_folder.present(Folder(folder)):
         raise UserError(f"{folder}: holds no record; build first: python build.py")
@@ -30,7 +30,7 @@ def check(folder: Path, everything: bool = False) -> int:
 def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     """Print what changed between two result sets; return 1 where a primary metric became worse, 0 otherwise."""
     from lib.report.analysis import compare as comparing
-    from lib.report.records import stand_in
+    from lib.report.records.setting import stand_in
 
     (old_title, before), (new_title, after) = (
         build_history.result_set(old, folder),

@@ -12,8 +12,8 @@ from statistics import median
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.report.analysis.noise import discoveries
-from lib.report.records import facts, stand_in
 from lib.report.records.record import Record, read_folder
+from lib.report.records.setting import facts, stand_in
 from lib.report.text.wording import one_line, title, untagged, words
 from lib.suite.plan import plan
 from lib.suite.plan import template as templates

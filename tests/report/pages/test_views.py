@@ -9,7 +9,8 @@ from lib.report.analysis import headlines, ranking, result_set
 from lib.report.figures.inline import trade_off_svg
 from lib.report.figures.inline.trade_off_svg import TradeOff
 from lib.report.pages import views
-from lib.report.records import record, reproduce
+from lib.report.records import record
+from lib.report.records.setting import reproduce
 from lib.suite.cli import command
 from lib.suite.plan import plan
 from tests.report import samples

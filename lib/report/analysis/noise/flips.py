@@ -7,8 +7,9 @@ within a whole set (`lib.report.analysis.noise.discoveries`) depend on its other
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.report.records import facts, history
+from lib.report.records import history
 from lib.report.records.record import Record
+from lib.report.records.setting import facts
 
 OPPOSITE = ({"better", "worse"}, {"maintained", "not_maintained"}, {"better", "not_maintained"})
 OLD_WORDS = ("mixed",)  # of records without a primary: no word of today is the same

@@ -1,8 +1,8 @@
 """The execution summary as plain text: what ran, where, how long, and what failed. Knows records and no metric."""
 
 from lib.report.analysis.result_set import Results
-from lib.report.records import facts, stand_in
 from lib.report.records.record import Record
+from lib.report.records.setting import facts, stand_in
 from lib.report.text.quantities import counted, duration
 from lib.report.text.wording import one_line, words
 

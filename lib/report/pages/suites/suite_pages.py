@@ -14,9 +14,9 @@ from lib.report.analysis import headlines, result_set, strength_curves
 from lib.report.analysis.result_set import Results
 from lib.report.figures import small_multiples, style
 from lib.report.pages.suites.file_names import FILES
-from lib.report.records import facts, stand_in
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
+from lib.report.records.setting import facts, stand_in
 from lib.report.text.quantities import duration, times
 from lib.report.text.quantities import figures as digits
 from lib.report.text.wording import label, one_line, signed, title, words

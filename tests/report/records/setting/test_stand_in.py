@@ -3,7 +3,8 @@
 from lib.report.analysis import result_set
 from lib.report.pages import index, result_tables, run_page
 from lib.report.pages.suites import suite_pages
-from lib.report.records import record, stand_in
+from lib.report.records import record
+from lib.report.records.setting import stand_in
 from lib.report.text import brief
 from lib.report.text.wording import model_title
 from tests.report import samples
