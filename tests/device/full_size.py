@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from tests.device import pieces, results, schedule, wheels
+from tests.device import results, schedule
+from tests.device.carrying import pieces, wheels
 from tests.device.processes import ALL, Processes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 
-from tests.device import schedule, wheels
+from tests.device import schedule
+from tests.device.carrying import wheels
 from tests.device.processes import ROOT
 
 # Packages of requirements.txt that a bare machine does not have and that are not carried.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
-from tests.device import full_size, pieces, wheels
+from tests.device import full_size
+from tests.device.carrying import pieces, wheels
 
 HAVE = {"numpy": "2.1.0", "torch": "2.11.0+cu130", "transformers": "5.17.0", "pandas": "1.0"}
 
