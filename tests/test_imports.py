@@ -37,6 +37,7 @@ EVERYWHERE = {"errors", "memory_limits", "files"}
 ABOUT_OTHERS = {"modular_components", "automl_components", "continuous_nas", "pre_vs_post_optimization"}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors", "optuna"}
 FILES = sorted(LIB.rglob("*.py"))
+MOST_MODULES = 12
 
 
 def _imports(path: Path) -> list[str]:
@@ -113,6 +114,12 @@ def test_optimizations_stand_alone(path):
     others = {name.split(".")[2] for name in _imports(path) if name.startswith("lib.optimizations.")} - {own, "common"}
     if own not in ABOUT_OTHERS:
         assert not others, f"{own} must not import {sorted(others)}"
+
+
+@pytest.mark.parametrize("area", ["lib", "tests"])
+def test_no_folder_holds_more_than_twelve_modules(area):
+    counts = Counter(path.parent for path in (ROOT / area).rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder.relative_to(ROOT)): n for folder, n in counts.items() if n > MOST_MODULES} == {}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
