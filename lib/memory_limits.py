@@ -39,7 +39,7 @@ def room_to_keep() -> int:
 
 def _limits() -> Iterator[tuple[int, int]]:
     """Yield limit and usage, in bytes, of every control group of this process; page cache does not count as usage."""
-    for line in _lines(OWN_GROUPS):
+    for line in lines_of(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         for name in set(VERSIONS) & set(controllers.split(",")):
             folder, limit, use, files = VERSIONS[name]
@@ -52,13 +52,14 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 def _limit(limit: Path, use: Path, stat: Path, files: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     try:
-        counts = dict(line.split(" ", 1) for line in _lines(stat))
+        counts = dict(line.split(" ", 1) for line in lines_of(stat))
         yield int(limit.read_text()), int(use.read_text()) - sum(int(counts[name]) for name in files)
     except (OSError, ValueError, KeyError):
         return  # "max", or a group without these files
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file of the kernel; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -8,6 +8,7 @@ JupyterLab, HTML and Markdown. Knows nothing of how numbers are measured.
 import html
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -225,20 +226,23 @@ def refutations(answers: Sequence[Refutation], claims: Sequence[str]) -> pd.Data
 
 def answers(records: Iterable[Record]) -> pd.DataFrame:
     """Return every answer to what would refute a claim: optimization, model, claim, answer, evidence; refuted first."""
-    order = ("refuted", "cannot tell", "not refuted")
     pairs = [(r, answer) for r in records for answer in r.refutations]
-    pairs.sort(key=lambda pair: order.index(pair[1].outcome))
-    lines = [(title(r.optimization), r.model, *row) for r, answer in pairs for row in refutation.rows([answer])]
-    return pd.DataFrame(lines, columns=["optimization", "model", *refutation.COLUMNS])
+    return _outcomes(pairs, ("refuted", "cannot tell", "not refuted"), refutation.rows, refutation.COLUMNS)
 
 
 def relations(records: Iterable[Record]) -> pd.DataFrame:
     """Return every published relation with its outcome: optimization, model and `relation.COLUMNS`; not held first."""
-    order = ("not held", "cannot tell", "held")
     pairs = [(r, line) for r in records for line in r.relations]
-    pairs.sort(key=lambda pair: order.index(pair[1].outcome))
-    lines = [(title(r.optimization), r.model, *row) for r, line in pairs for row in relation.rows([line])]
-    return pd.DataFrame(lines, columns=["optimization", "model", *relation.COLUMNS])
+    return _outcomes(pairs, ("not held", "cannot tell", "held"), relation.rows, relation.COLUMNS)
+
+
+def _outcomes(
+    pairs: Iterable[tuple[Record, Any]], order: Sequence[str], to_rows: Callable[..., list], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Return a row per (record, entry): optimization, model and the entry's own, by its outcome as in `order`."""
+    ordered = sorted(pairs, key=lambda pair: order.index(pair[1].outcome))
+    lines = [(title(r.optimization), r.model, *row) for r, entry in ordered for row in to_rows([entry])]
+    return pd.DataFrame(lines, columns=["optimization", "model", *columns])
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -30,6 +30,14 @@ def timed(
     )  # fmt: skip
 
 
+def energy(ratio: float, low: float, high: float, verdict: str) -> Measurement:
+    """Return energy per token with an interval and a verdict, whether or not they go together."""
+    return measurement.judged(
+        "energy_joules_per_token", "decode", baseline=1.0, optimized=ratio, ratio=ratio, ci=(low, high), n=12,
+        noise_floor=0.01, margin=0.03, verdict=verdict, provenance="measured", source="NVML counter",
+    )  # fmt: skip
+
+
 def scored(
     metric: str, baseline: float, optimized: float, verdict: str, half: float = 0.02, workload: str = "classify"
 ):

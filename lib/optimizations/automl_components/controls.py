@@ -136,13 +136,12 @@ class EqualSeconds:
     @property
     def random_volumes(self) -> list[float]:
         """Hypervolumes of the random arms."""
-        return [volume for arm, volume in self.volumes.items() if arm.startswith("random")]
+        return pareto.of_random(self.volumes)
 
     @property
     def gain(self) -> float | None:
         """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
-        mean = float(np.mean(self.random_volumes))
-        return self.volumes["search"] / mean if mean else None
+        return pareto.gain(self.volumes)
 
     @property
     def crashed(self) -> int:

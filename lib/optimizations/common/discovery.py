@@ -4,6 +4,7 @@ An optimization is `lib/optimizations/<stem>.py`, or a folder `<stem>/` with a `
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,16 @@ def stems() -> list[str]:
 def method(stem: str) -> ModuleType:
     """Return the module that holds an optimization's `applies_to`, and `apply` where it changes the model."""
     return importlib.import_module(f"lib.optimizations.{stem}{'.method' if _is_folder(stem) else ''}")
+
+
+def beside_method(stem: str, name: str) -> ModuleType | None:
+    """Return the module `name` of an optimization's folder, such as `experiment`; None where it has none, or is one
+    file.
+    """
+    full_name = f"lib.optimizations.{stem}.{name}"
+    if not _is_folder(stem) or importlib.util.find_spec(full_name) is None:
+        return None
+    return importlib.import_module(full_name)
 
 
 def source(stem: str) -> str:

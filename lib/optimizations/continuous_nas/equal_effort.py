@@ -6,7 +6,6 @@ Knows nothing of how the search chose.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -46,13 +45,12 @@ class EqualEffort:
     @property
     def random_volumes(self) -> list[float]:
         """Hypervolumes of the random arms."""
-        return [volume for arm, volume in self.volumes.items() if arm.startswith("random")]
+        return pareto.of_random(self.volumes)
 
     @property
     def gain(self) -> float | None:
         """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
-        mean = float(np.mean(self.random_volumes))
-        return self.volumes["search"] / mean if mean else None
+        return pareto.gain(self.volumes)
 
     @property
     def credits(self) -> dict[str, float]:

@@ -4,12 +4,9 @@ Those can do it that have a module `out_of_core`: `apply_to_file(source, target,
 parameters of a run. Knows none of them by name.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lib.errors import UserError
@@ -17,8 +14,11 @@ from lib.measure.metrics import settings
 from lib.models.loading import Loaded
 from lib.models.offload import streamer
 from lib.models.tasks import tasks
+from lib.optimizations.common import discovery
 from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.modular_components import method as composing
+
+OUT_OF_CORE = "out_of_core"
 
 
 def is_streamed(loaded: Loaded) -> bool:
@@ -33,9 +33,9 @@ def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable
     `parameters` are those of a run. Raises UserError for an optimization or a parameter that needs the whole model in
     memory; the function as `apply_to_file` does.
     """
-    module = _module(stem)
+    module = discovery.beside_method(stem, OUT_OF_CORE)
     if module is None:
-        able = [other for other in composing.parts() if _module(other) is not None]
+        able = [other for other in composing.parts() if discovery.beside_method(other, OUT_OF_CORE) is not None]
         raise UserError(
             f"{stem}: needs the whole model in memory, and {loaded.name} does not fit; from file to file work "
             f"{', '.join(able)}"
@@ -47,12 +47,3 @@ def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable
     assert stream is not None
     stream.close()
     return partial(module.apply_to_file, loaded.folder, calibration=text, device=loaded.device, **options)
-
-
-def _module(stem: str) -> ModuleType | None:
-    name = f"lib.optimizations.{stem}.out_of_core"
-    try:
-        there = importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # an optimization of one file
-        return None
-    return importlib.import_module(name) if there else None

@@ -8,8 +8,6 @@ with {"refused": why}.
 """
 
 import gc
-import importlib
-import importlib.util
 import inspect
 import json
 import sys
@@ -32,7 +30,7 @@ from lib.models.loading import Loaded
 from lib.models.structure.architecture import auto_class
 from lib.models.structure.signature import signature
 from lib.models.tasks import tasks
-from lib.optimizations.common import recipe
+from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import larger_than_memory
 from lib.optimizations.modular_components import method as composing
@@ -137,20 +135,11 @@ def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Modul
     module = composing.module_of(stem)
     if reason := module.applies_to(loaded.model):
         raise UserError(f"{stem}: {reason}")
-    optimize = getattr(_protocol(stem), "optimize", None)
+    optimize = getattr(discovery.beside_method(stem, "experiment"), "optimize", None)
     if optimize is not None:
         size = settings.read(parameters["effort"], loaded.scale)
         return optimize(loaded, size, **_accepted(optimize, parameters))
     return module.apply(loaded.model, _calibration(loaded, parameters), **_accepted(module.apply, parameters))
-
-
-def _protocol(stem: str) -> ModuleType | None:
-    name = f"lib.optimizations.{stem}.experiment"
-    try:
-        there = importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # an optimization of one file
-        return None
-    return importlib.import_module(name) if there else None
 
 
 def _accepted(function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:

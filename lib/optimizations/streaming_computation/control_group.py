@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.memory_limits import GROUPS, OWN_GROUPS
+from lib.memory_limits import GROUPS, OWN_GROUPS, lines_of
 
 HOW = "run it in a group that may be divided: systemd-run --user --scope -p Delegate=yes python build.py …"
 NAME = "workbench"
@@ -65,7 +65,7 @@ class ControlGroup:
 def candidates() -> list[tuple[Path, Version]]:
     """Return the folders in which a group might be made: this process's own groups with memory, then those above."""
     places: list[tuple[Path, Version]] = []
-    for line in _lines(OWN_GROUPS):
+    for line in lines_of(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         top, version = (GROUPS / "memory", ONE) if "memory" in controllers.split(",") else (GROUPS, TWO)
         if controllers and "memory" not in controllers.split(","):
@@ -106,10 +106,3 @@ def group(name: str = NAME) -> Iterator[ControlGroup]:
     finally:
         with suppress(OSError):
             created.folder.rmdir()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

@@ -4,6 +4,7 @@ Takes tidy frames and returns matplotlib Figures; knows nothing of records.
 """
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.report.figures.theme import INK, applied, look, margin_and_baseline, new_axes, whiskers
@@ -17,10 +18,8 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
     `frame` has columns `model`, `arm`, `strength`, `value`, `low`, `high`.
     """
     models, arms = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["arm"]))
-    columns = min(len(models), 2)
-    lines = -(-len(models) // columns)
     with applied():
-        figure, axes = new_axes(2.5 * lines + 0.6, columns, lines, sharex=True, sharey=True, squeeze=False)
+        figure, axes = _grid(len(models), x_label, y_label, height=2.5, more=0.6)
         for panel, model in zip(axes, models):
             for index, arm in enumerate(arms):
                 rows = frame[(frame["model"] == model) & (frame["arm"] == arm)].sort_values("strength")
@@ -30,11 +29,6 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
             panel.set_title(model)
             if log_y:
                 panel.set_yscale("log")
-        for unused in axes[len(models) :]:
-            unused.set_axis_off()
-        for panel in axes[max(len(models) - columns, 0) : len(models)]:
-            panel.set_xlabel(x_label)
-        figure.supylabel(y_label, fontsize=9.5)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
     return figure
@@ -58,10 +52,8 @@ def trade_offs(
     if len(arms) > MOST_LOOKS:
         arms = ["every optimization"]
         frame = frame.assign(arm=arms[0])
-    columns = min(len(models), 2)
-    lines = -(-len(models) // columns)
     with applied():
-        figure, axes = new_axes(2.7 * lines + 0.9, columns, lines, sharex=True, sharey=True, squeeze=False)
+        figure, axes = _grid(len(models), x_label, y_label, height=2.7, more=0.9)
         for panel, model in zip(axes, models):
             margin_and_baseline(panel.axhspan, panel.axhline, margin, None)
             panel.axvline(1, color=INK, linewidth=0.8)
@@ -79,12 +71,22 @@ def trade_offs(
                     across(has[along], has[low], has[high], color=colour, linewidth=1, alpha=0.6)
                 panel.scatter(rows["x"], rows["y"], color=colour, marker=marker, s=42, zorder=3)
             panel.set_title(model)
-        for unused in axes[len(models) :]:
-            unused.set_axis_off()
-        for panel in axes[max(len(models) - columns, 0) : len(models)]:
-            panel.set_xlabel(x_label)
-        figure.supylabel(y_label, fontsize=9.5)
         looks = [look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=mark, linestyle="")[0] for colour, mark in looks]
         figure.legend(handles, arms, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
+
+
+def _grid(count: int, x_label: str, y_label: str, *, height: float, more: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels with shared axes, at most two abreast; only the lowest ones are labelled with
+    x. `height` of each row, and `more` for the legend, in inches.
+    """
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    figure, axes = new_axes(height * lines + more, columns, lines, sharex=True, sharey=True, squeeze=False)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    for panel in axes[max(count - columns, 0) : count]:
+        panel.set_xlabel(x_label)
+    figure.supylabel(y_label, fontsize=9.5)
+    return figure, list(axes[:count])

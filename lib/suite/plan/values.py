@@ -28,11 +28,11 @@ OPTIONS = {
 
 
 def resolve(
-    template: Template, options: Mapping[str, Any], section: Mapping[str, Any], given: Mapping[str, str]
+    template: Template, options: Mapping[str, Any], section: Mapping[str, Any], from_command_line: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the value of every parameter that the template declares. Raises UserError for a name, type or range.
 
-    `options`: what the options set; `section`: the model file's overrides; `given`: those of the command line.
+    `options`: what the options set; `section`: the model file's overrides; `from_command_line`: those after -p.
     """
     declared = template.parameters
     values = {name: parameter.default for name, parameter in declared.items()}
@@ -40,7 +40,7 @@ def resolve(
         if name not in declared:
             raise UserError(f'notebooks/{template.path.name}: the cell "parameters" does not declare "{name}"')
     where = f'parameters/{options["model"]}.yaml: section "{template.stem}"'
-    for source, overrides in ((where, section), ("-p", given)):
+    for source, overrides in ((where, section), ("-p", from_command_line)):
         for name, value in _present_names(source, overrides, declared).items():
             values[name] = _checked(source, name, value, template)
     if "tasks" in values:

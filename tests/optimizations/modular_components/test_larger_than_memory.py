@@ -14,8 +14,9 @@ from lib.models.checkpoints.folder import MANIFEST
 from lib.models.offload import streamer
 from lib.models.offload.file_blocks import FileBlocks
 from lib.models.tasks import tasks
+from lib.optimizations.common import discovery
 from lib.optimizations.common.compression import calibration_text
-from lib.optimizations.modular_components import larger_than_memory, saving
+from lib.optimizations.modular_components import saving
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.structured_pruning import method as pruning
 from lib.optimizations.tensor_decomposition import method as decomposition
@@ -102,9 +103,9 @@ def test_what_needs_the_whole_model_is_one_line_and_leaves_nothing(optimization,
 
 
 def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch):
-    module = larger_than_memory._module
+    find = discovery.beside_method
     monkeypatch.setattr(
-        larger_than_memory, "_module", lambda stem: None if stem == "structured_pruning" else module(stem)
+        discovery, "beside_method", lambda stem, name: None if stem == "structured_pruning" else find(stem, name)
     )
     with pytest.raises(UserError, match="from file to file work sparse_neural_networks, tensor_decomposition"):
         saving.save(MODEL, "structured_pruning", None, COMMON | RUNS["structured_pruning"], tmp_path / "made")

@@ -7,13 +7,6 @@ from lib.report.text import brief
 from tests.report import samples
 
 
-def _amount(ratio: float, low: float, high: float, verdict: str, metric: str = "energy_joules_per_token"):
-    return measurement.judged(
-        metric, "decode", baseline=1.0, optimized=ratio, ratio=ratio, ci=(low, high), n=12, noise_floor=0.01,
-        margin=0.03, verdict=verdict, provenance="measured", source="NVML counter",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("ratio", "verdict", "metric", "said"),
     [
@@ -44,7 +37,7 @@ def test_amounts_and_scores():
 
 
 def test_the_interval_is_that_of_the_change_and_of_a_score_its_bound():
-    assert brief.spread(_amount(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
+    assert brief.spread(samples.energy(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
     assert brief.spread(samples.timed("prefill_tokens_per_second", 1.31)) == "+28.0 to +34.0 %"
     assert brief.spread(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "lower bound −5.8"
 

@@ -7,13 +7,6 @@ from lib.report.text import sentence
 from tests.report import samples
 
 
-def _amount(ratio: float, low: float, high: float, verdict: str, metric: str = "energy_joules_per_token"):
-    return measurement.judged(
-        metric, "decode", baseline=1.0, optimized=ratio, ratio=ratio, ci=(low, high), n=12, noise_floor=0.01,
-        margin=0.03, verdict=verdict, provenance="measured", source="NVML counter",
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("ratio", "half", "floor", "reason"),
     [
@@ -29,7 +22,7 @@ def test_every_open_question_has_its_gate(ratio, half, floor, reason):
 
 
 def test_a_reason_for_everything_that_is_not_judged():
-    estimated = _amount(0.8, 0.7, 0.9, "informative").model_copy(update={"provenance": "estimated"})
+    estimated = samples.energy(0.8, 0.7, 0.9, "informative").model_copy(update={"provenance": "estimated"})
     assert sentence.why(estimated) == "an estimate is never judged"
     assert sentence.why(measurement.informative("load_seconds", "load", 1.0, 2.0, "clock")) == "it is informative only"
     once = measurement.informative("peak_memory_bytes", "load", 1.0, 2.0, "VmHWM", n=1)

@@ -5,7 +5,7 @@ here because no library that is installed anyway offers the area: Optuna compute
 plot of it alone, and pymoo or moocore would each be a further dependency, for a sum over a sorted front.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,6 +31,17 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
         area += (reference[0] - x) * (edge - y)
         edge = y
     return area
+
+
+def of_random(volumes: Mapping[str, float]) -> list[float]:
+    """Return the hypervolumes of the arms that were drawn at random, from those of all arms by name."""
+    return [volume for arm, volume in volumes.items() if arm.startswith("random")]
+
+
+def gain(volumes: Mapping[str, float]) -> float | None:
+    """Return the hypervolume of the arm `search` ÷ the mean of the random ones; None where those dominate nothing."""
+    mean = float(np.mean(of_random(volumes)))
+    return volumes["search"] / mean if mean else None
 
 
 def progress(points: Sequence[Point], reference: Point) -> np.ndarray:

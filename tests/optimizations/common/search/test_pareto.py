@@ -54,3 +54,10 @@ def test_progress_never_falls_and_reaches_its_level():
     assert (np.diff(curve) >= 0).all() and curve[-1] == pytest.approx(0.81)
     assert pareto.evaluations_until(curve, 0.2) == 2
     assert pareto.evaluations_until(curve, 0.9) is None
+
+
+def test_the_gain_is_over_the_mean_of_the_random_arms():
+    volumes = {"search": 0.6, "random": 0.2, "random, 1": 0.4, "greedy": 9.0}
+    assert pareto.of_random(volumes) == [0.2, 0.4]
+    assert pareto.gain(volumes) == pytest.approx(2.0)
+    assert pareto.gain({"search": 0.6, "random": 0.0}) is None
