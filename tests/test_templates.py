@@ -54,6 +54,10 @@ TYPED = re.compile(
     re.IGNORECASE,
 )
 CITED = re.compile(r"\[[^\]]+\]")
+MOST_WORDS = 25  # of a sentence; a code span is one word
+SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9`*_\"(\[])")
+LIST_ITEM = re.compile(r"(?:[-*+]|\d+\.)\s+")
+REFERENCES, YEAR = "References: ", re.compile(r"\b[12]\d{3}\b")
 
 
 def _tags(cell) -> list[str]:
@@ -64,21 +68,23 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
     """Return one line per broken rule."""
     return [
         fault
-        for rule in (_stored, _parameters, _tagged, _told, _short, _read, _refutable, _typed, _glued, _ended)
+        for rule in (
+            _stored, _parameters, _tagged, _structured, _short, _read, _refutable, _plain, _typed, _glued, _ended,
+        )
         for fault in rule(notebook)
-    ]
+    ]  # fmt: skip
 
 
 def _stored(notebook) -> list[str]:
     """Without outputs, counts, or what papermill and nbclient leave in the metadata."""
-    found = ["papermill metadata in the notebook"] if "papermill" in notebook.metadata else []
+    broken = ["papermill metadata in the notebook"] if "papermill" in notebook.metadata else []
     for index, cell in enumerate(notebook.cells):
         left = {"papermill", "execution"} & set(cell.metadata)
-        found += [f"cell {index}: {name} metadata" for name in sorted(left)]
+        broken += [f"cell {index}: {name} metadata" for name in sorted(left)]
         if cell.cell_type == "code":
-            found += [f"cell {index}: outputs"] if cell.outputs else []
-            found += [f"cell {index}: execution count"] if cell.execution_count is not None else []
-    return found
+            broken += [f"cell {index}: outputs"] if cell.outputs else []
+            broken += [f"cell {index}: execution count"] if cell.execution_count is not None else []
+    return broken
 
 
 def _parameters(notebook) -> list[str]:
@@ -86,59 +92,59 @@ def _parameters(notebook) -> list[str]:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not code or "parameters" not in _tags(code[0]):
         return ["the first code cell is not tagged parameters"]
-    found, declared = [], []
+    broken, declared = [], []
     for line in code[0].source.splitlines():
         match = PARAMETER.match(line)
         if match:
             declared.append((match["name"], match["type"]))
             expected = DEFAULTS.get(match["name"])
             if expected and match["default"] != expected:
-                found.append(f"parameter {match['name']}: the default is not {expected}")
+                broken.append(f"parameter {match['name']}: the default is not {expected}")
         elif line.strip():
-            found.append(f"parameters: not `name: type = default  # help`: {line}")
-    return found + [f"parameter {name}: {kind} is missing" for name, kind in COMMON if (name, kind) not in declared]
+            broken.append(f"parameters: not `name: type = default  # help`: {line}")
+    return broken + [f"parameter {name}: {kind} is missing" for name, kind in COMMON if (name, kind) not in declared]
 
 
 def _tagged(notebook) -> list[str]:
     """Every tag of the skeleton is there, and the cells come in the skeleton's order."""
     tags = [tag for cell in notebook.cells if cell.cell_type == "code" for tag in _tags(cell)]
-    found = [f"no cell tagged {tag}" for tag in TAGS if tag not in tags]
+    broken = [f"no cell tagged {tag}" for tag in TAGS if tag not in tags]
     first = [
         tags.index(tag) for tag in ("parameters", "setup", "model", "apply", "record", "environment") if tag in tags
     ]
-    return found + (["the tagged cells are out of order"] if first != sorted(first) else [])
+    return broken + (["the tagged cells are out of order"] if first != sorted(first) else [])
 
 
-def _told(notebook) -> list[str]:
+def _structured(notebook) -> list[str]:
     """More prose than code; short cells; the headings of the skeleton."""
     prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = [] if len(prose) >= len(code) else [f"{len(code)} code cells, but only {len(prose)} of prose"]
+    broken = [] if len(prose) >= len(code) else [f"{len(code)} code cells, but only {len(prose)} of prose"]
     if not notebook.cells or not notebook.cells[0].source.startswith("# "):
-        found.append("the first cell is not the title")
+        broken.append("the first cell is not the title")
     sections = _sections(notebook)
-    found += [f'no heading "{name}"' for name in HEADINGS if name not in sections]
+    broken += [f'no heading "{name}"' for name in HEADINGS if name not in sections]
     words = len(sections.get("Idea", "").split())
-    return found + ([f"the idea takes {words} words, at most {IDEA_WORDS}"] if words > IDEA_WORDS else [])
+    return broken + ([f"the idea takes {words} words, at most {IDEA_WORDS}"] if words > IDEA_WORDS else [])
 
 
 def _short(notebook) -> list[str]:
     """Short cells of short lines with one displayed result each, and not many of them."""
-    found, total = [], 0
+    broken, total = [], 0
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "code" or "parameters" in _tags(cell):
             continue
         lines = cell.source.strip().splitlines()
         total += sum(bool(line.strip()) for line in lines)
         if len(lines) > MOST_LINES:
-            found.append(f"cell {index}: {len(lines)} lines of code, at most {MOST_LINES}")
-        found += [
+            broken.append(f"cell {index}: {len(lines)} lines of code, at most {MOST_LINES}")
+        broken += [
             f"cell {index}: a line of {len(x)} columns, at most {MOST_COLUMNS}" for x in lines if len(x) > MOST_COLUMNS
         ]
         shown = _shown(cell)
         if shown > 1:
-            found.append(f"cell {index}: {shown} displayed results, at most one")
-    return found + ([f"{total} lines of code, at most {MOST_CODE_LINES}"] if total > MOST_CODE_LINES else [])
+            broken.append(f"cell {index}: {shown} displayed results, at most one")
+    return broken + ([f"{total} lines of code, at most {MOST_CODE_LINES}"] if total > MOST_CODE_LINES else [])
 
 
 def _shown(cell) -> int:
@@ -170,9 +176,9 @@ def _read(notebook) -> list[str]:
 
 def _refutable(notebook) -> list[str]:
     """The question lists what would refute it, and the record carries the answers."""
-    found = [] if claims(notebook) else ['no list under "### What would refute it"']
+    broken = [] if claims(notebook) else ['no list under "### What would refute it"']
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and "record" in _tags(cell)]
-    return found + ["the record has no refutations" for cell in code if "refutations=" not in cell.source]
+    return broken + ["the record has no refutations" for cell in code if "refutations=" not in cell.source]
 
 
 def claims(notebook) -> list[str]:
@@ -189,9 +195,36 @@ def _sections(notebook) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
+def _plain(notebook) -> list[str]:
+    """No sentence is long; code, tables, headings, and a list of references that all have a year do not count."""
+    return [
+        f"cell {index}: a sentence of {words} words, at most {MOST_WORDS}: {sentence[:60]} …"
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown"
+        for paragraph in _paragraphs(cell.source)
+        if not (paragraph.startswith(REFERENCES) and all(YEAR.search(entry) for entry in paragraph.split(" · ")))
+        for sentence in SENTENCE_END.split(paragraph.replace("et al.", "et al"))
+        if (words := sum(any(map(str.isalnum, word)) for word in sentence.split())) > MOST_WORDS
+    ]
+
+
+def _paragraphs(source: str) -> list[str]:
+    """Return the paragraphs and list items of Markdown, one line each, a code span as the word `code`."""
+    source = re.sub(r"`[^`]*`", "`code`", re.sub(r"```.*?```", "", source, flags=re.DOTALL))
+    paragraphs = [""]
+    for line in map(str.strip, source.splitlines()):
+        if not line or line.startswith(("#", "|")):
+            paragraphs.append("")
+        elif item := LIST_ITEM.match(line):
+            paragraphs.append(line[item.end() :])
+        else:
+            paragraphs[-1] = f"{paragraphs[-1]} {line}".strip()
+    return paragraphs
+
+
 def _typed(notebook) -> list[str]:
     """No measured number stands in prose; a formula is code, a cited figure has its source in brackets on its line."""
-    found = []
+    broken = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "markdown":
             continue
@@ -199,8 +232,8 @@ def _typed(notebook) -> list[str]:
         for line in source.splitlines():
             match = TYPED.search(line)
             if match and not CITED.search(line):
-                found.append(f"cell {index}: a typed number: {match[0]}")
-    return found
+                broken.append(f"cell {index}: a typed number: {match[0]}")
+    return broken
 
 
 def _glued(notebook) -> list[str]:
@@ -208,11 +241,11 @@ def _glued(notebook) -> list[str]:
     glue = re.compile(r"\bglue\s*\(")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tagged = [cell for cell in code if "record" in _tags(cell)]
-    found = [] if len(tagged) == 1 else [f"{len(tagged)} cells are tagged record"]
-    found += [
+    broken = [] if len(tagged) == 1 else [f"{len(tagged)} cells are tagged record"]
+    broken += [
         "a cell glues that is not tagged record" for cell in code if glue.search(cell.source) and cell not in tagged
     ]
-    return found + ["the cell tagged record does not glue" for cell in tagged if not glue.search(cell.source)]
+    return broken + ["the cell tagged record does not glue" for cell in tagged if not glue.search(cell.source)]
 
 
 def _ended(notebook) -> list[str]:
@@ -244,7 +277,7 @@ def test_what_would_refute_it_is_what_the_experiment_answers(path):
 def test_the_overview_is_stored_clean_and_has_short_cells():
     notebook = nbformat.read(NOTEBOOKS / "overview.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert [fault for rule in (_stored, _short, _typed) for fault in rule(notebook)] == []
+    assert [fault for rule in (_stored, _short, _plain, _typed) for fault in rule(notebook)] == []
     assert "parameters" in _tags(next(cell for cell in notebook.cells if cell.cell_type == "code"))
 
 
@@ -293,7 +326,7 @@ BREAK: dict[str, Callable] = {
     "2 displayed results": lambda n: _cell(n, "apply").update(source="for x in y:\n    tables.show(x)"),
     "no cell tagged reading after": lambda n: n.cells.remove(_cell(n, "reading")),
     "no list under": lambda n: n.cells[1].update(source="## Question"),
-    "the record has no refutations": lambda n: _cell(n, "record").update(source="record.glue(found)"),
+    "the record has no refutations": lambda n: _cell(n, "record").update(source="record.glue(result)"),
     "lines of code, at most 125": lambda n: n.cells.extend(
         nbformat.v4.new_code_cell("\n".join(["x = 1"] * 12)) for _ in range(11)
     ),
@@ -301,11 +334,13 @@ BREAK: dict[str, Callable] = {
     'no heading "Limits"': lambda n: n.cells[6].update(source="## Something"),
     "the idea takes 151 words": lambda n: n.cells[2].update(source="## Idea\n\n" + "word " * 151),
     "not the title": lambda n: n.cells[0].update(source="Title"),
+    "a sentence of 26 words": lambda n: n.cells[3].update(source=n.cells[3].source + "\n\n- Short. " + "Word " * 26),
+    "a sentence of 27 words": lambda n: n.cells[6].update(source="## Limits\n\nReferences: A 2024 · " + "word " * 24),
     "typed number: 1.31×": lambda n: n.cells[1].update(source="## Question\n\nPrefill is 1.31× faster."),
     "typed number: 28 %": lambda n: n.cells[1].update(source="## Question\n\nWeights fall by 28 %."),
     "typed number: 812 tokens/s": lambda n: n.cells[1].update(source="## Question\n\nAbout 812 tokens/s."),
-    "glues that is not tagged": lambda n: _cell(n, "apply").update(source="record.glue(found)"),
-    "does not glue": lambda n: _cell(n, "record").update(source="found"),
+    "glues that is not tagged": lambda n: _cell(n, "apply").update(source="record.glue(result)"),
+    "does not glue": lambda n: _cell(n, "record").update(source="result"),
     "2 cells are tagged record": lambda n: _cell(n, "cost").metadata.update(tags=["cost", "record"]),
     "not the environment card": lambda n: n.cells.append(nbformat.v4.new_markdown_cell("The end.")),
 }
