@@ -57,15 +57,16 @@ def evaluate(
     seed: int = 0,
     lead: int = LEAD,
     acted: Callable[[], float] | None = None,
+    known_text: Text | None = None,
 ) -> Answers:
     """Put all questions to one arm and return its answers.
 
     `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
     tasks, by default those of `loaded`. Random weights get no questions; unless accuracy is a requested dimension, only
-    the final text is read. `lead` tokens of text stand before a value to retrieve. `acted` returns how often the
-    optimization has acted so far: a workload in which it did not act at all says nothing about it, and is named in
-    `Answers.idle`. Answers of a model that is unchanged since it was loaded come from the cache where they are there
-    (`lib.measure.quality.answer_cache`).
+    the final text is read. Text is not read again where the arm has read it already (`known_text`). `lead` tokens of
+    text stand before a value to retrieve. `acted` returns how often the optimization has acted so far: a workload in
+    which it did not act at all says nothing about it, and is named in `Answers.idle`. Answers of a model that is
+    unchanged since it was loaded come from the cache where they are there (`lib.measure.quality.answer_cache`).
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
@@ -87,7 +88,7 @@ def evaluate(
     for name in names:
         workload = "classify" if name in task_list.CLASSIFY else name
         classified.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
-    text = watched("prefill", lambda: read_text(arm, split, effort, seed))
+    text = known_text or watched("prefill", lambda: read_text(arm, split, effort, seed))
     sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
     retrieved = watched("generate", lambda: retrieval(arm, *sizes))
     chosen = [answers for answers in classified if isinstance(answers, Classified)]

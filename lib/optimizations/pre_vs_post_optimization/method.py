@@ -34,6 +34,7 @@ from lib.optimizations.modular_components import method as composing
 NAME = "pre_vs_post_optimization"
 SEARCH_WINDOWS, WINDOW_TOKENS = 8, 256
 ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: as many more as it takes to tell, at most
+MOST_SECONDS = 20.0  # after which no further rounds are begun
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,17 @@ def _finite(value: float) -> float | None:
 
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: int) -> Estimate:
     """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, as
-    long as the interval holds a practical margin, so that noise does not decide.
+    long as the interval holds a practical margin, so that noise does not decide, and MOST_SECONDS have not passed.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
+    start = time.perf_counter()
     while True:
         timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed + len(gains))
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
         gain = shapley.over_rounds(gains)
         undecided = any(gain.low <= limit <= gain.high for limit in (-SPEED_MARGIN, SPEED_MARGIN))
-        if not undecided or len(gains) >= MOST_ROUNDS:
+        if not undecided or len(gains) >= MOST_ROUNDS or time.perf_counter() - start > MOST_SECONDS:
             return gain
 
 

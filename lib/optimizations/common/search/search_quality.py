@@ -22,6 +22,7 @@ KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
 SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
 RESAMPLES = 200
 ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin
+VALUES_AT_REAL_SIZE = 16  # where a value takes seconds: one that is lost excludes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SearchQuality:
         growth, bound = _growth(evaluate.compare_text(_text(self.baseline), text, **options))
         if not bound <= perplexity_margin:
             return QualityLoss(None, growth, bound)
-        answers = _answers(self.loaded, self.size, self.seed, model)
+        answers = _answers(self.loaded, self.size, self.seed, model, text)
         judged = evaluate.compare(self.baseline, answers, **options)
         drops = [
             m.baseline - m.optimized
@@ -102,16 +103,18 @@ def _finite(value: float) -> float:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, values: int = VALUES) -> SearchQuality:
-    """Return what candidates are asked, with the baseline's answers."""
+    """Return what candidates are asked, at real size few values, with the baseline's answers."""
+    values = min(values, VALUES_AT_REAL_SIZE) if loaded.scale == "full" else values
     size = replace(effort, items=items, windows=WINDOWS, window_tokens=256, retrieval_prompts=values)
     seed += SEED_STEP
     return SearchQuality(loaded, size, seed, _answers(loaded, size, seed, loaded.model))
 
 
-def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module) -> Answers:
-    """Return the answers of one arm: to all tasks of a proxy model, to the first of a real one, where each of several
-    takes minutes. The verdict asks all of them.
+def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module, text: evaluate.Text | None = None) -> Answers:
+    """Return the answers of one arm, which may have read the `text`: to all tasks of a proxy model, to the first of a
+    real one, where each of several takes minutes. The verdict asks all of them.
     """
     names = [task for task in loaded.tasks if classifies(task)]
     chosen = names[:1] if loaded.scale == "full" else names
-    return evaluate.evaluate(loaded, size, model=model, tasks=chosen, split="search", seed=seed)
+    options: dict[str, Any] = {"tasks": chosen, "split": "search", "seed": seed, "known_text": text}
+    return evaluate.evaluate(loaded, size, model=model, **options)

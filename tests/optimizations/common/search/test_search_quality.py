@@ -44,8 +44,11 @@ def test_what_text_excludes_is_asked_nothing_else(quality, monkeypatch):
     assert "perplexity grows" in lost.why_not() and "score" not in lost.why_not()
 
 
-def test_what_text_admits_is_asked_everything(quality):
+def test_what_text_admits_is_asked_everything_and_reads_it_once(quality, monkeypatch):
+    reads, read = [], evaluate.read
+    monkeypatch.setattr(evaluate, "read", lambda *arguments: reads.append(1) or read(*arguments))
     lost = quality.of(quality.loaded.model)
+    assert len(reads) == 1
     assert lost == search_quality.NOTHING_LOST or (lost.lost == 0 and abs(lost.perplexity) < 1e-6)
     whole = evaluate.evaluate(quality.loaded, quality.size, split="search", seed=quality.seed)
     assert [answers.task for answers in whole.classified] == [answers.task for answers in quality.baseline.classified]
@@ -59,10 +62,16 @@ def test_a_larger_margin_of_perplexity_asks_on(quality, monkeypatch):
     assert quality.of(slightly, perplexity_margin=100.0).lost is not None
 
 
-def test_a_real_model_is_asked_one_task(monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: asked.append(options["tasks"]))
+def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
+    asked, values = [], []
+
+    def ask(loaded, size, **options):
+        asked.append(options["tasks"])
+        values.append(size.retrieval_prompts)
+
+    monkeypatch.setattr(evaluate, "evaluate", ask)
     for scale in ("full", "proxy"):
         loaded = SimpleNamespace(scale=scale, tasks=["topic", "code_origin"], model=None)
         search_quality.prepare(loaded, settings.read("quick"), 0)
     assert asked == [["topic"], ["topic", "code_origin"]]
+    assert values == [search_quality.VALUES_AT_REAL_SIZE, search_quality.VALUES]
