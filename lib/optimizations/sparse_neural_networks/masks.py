@@ -16,6 +16,7 @@ METHODS = ("sparsegpt", "wanda", "magnitude", "random")
 WITHIN = ("row", "matrix")
 PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
 STEP = 128  # columns chosen at a time
+UPDATED = 16  # columns that compensate each other one by one; what is left of a step follows in one product
 
 
 def block_shape(pattern: str) -> tuple[int, int]:
@@ -92,15 +93,18 @@ def sparsegpt(
         curvature_E1B = upper_EBB.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
         chosen = None if pattern == "2:4" else _keep_in_step(part_EOB, curvature_E1B, sparsity, pattern, start, inputs)
         errors = torch.zeros_like(part_EOB)
-        for j in range(end - start):
-            if pattern == "2:4" and j % 4 == 0:
-                four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
-                mask[..., start + j : start + j + 4] = _highest(four, 2)
-            column = mask[..., start + j] if chosen is None else chosen[..., j]
-            dropped_EO = part_EOB[..., j] * ~column
-            errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
-            part_EOB[..., j:] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:].unsqueeze(-2)
-            part_EOB[..., j] *= column  # exactly zero, and exactly what it was
+        for low in range(0, end - start, UPDATED):
+            high = min(low + UPDATED, end - start)
+            for j in range(low, high):
+                if pattern == "2:4" and j % 4 == 0:
+                    four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
+                    mask[..., start + j : start + j + 4] = _highest(four, 2)
+                column = mask[..., start + j] if chosen is None else chosen[..., j]
+                dropped_EO = part_EOB[..., j] * ~column
+                errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
+                part_EOB[..., j:high] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:high].unsqueeze(-2)
+                part_EOB[..., j] *= column  # exactly zero, and exactly what it was
+            part_EOB[..., high:] -= errors[..., low:high] @ upper_EBB[..., low:high, high:]
         if chosen is not None:
             mask[..., start:end] = chosen
         weight[..., end:] -= errors @ factor[..., start:end, end:]

@@ -23,7 +23,7 @@ def setup(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     ids = torch.randint(8, 96, (2, 6, 48), generator=torch.Generator().manual_seed(5))
     text = [{"input_ids": part} for part in ids]
-    loaded = SimpleNamespace(model=model, random_weights=False)
+    loaded = SimpleNamespace(scale="proxy", model=model, random_weights=False)
     options = {"sparsity": 0.75, "pattern": "unstructured", "within": "row", "parts": "feed_forward"}
     matrices = second_moments.matrices(model, "feed_forward")
     observed = sparse.observe(model, text, parts="feed_forward")
@@ -113,7 +113,7 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
 
 
 def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
-    loaded = SimpleNamespace(model=setup.baseline, random_weights=True)
+    loaded = SimpleNamespace(scale="proxy", model=setup.baseline, random_weights=True)
     options = setup.options
     untrained = experiment.SparsitySetup(loaded, "magnitude", options, [], [], None, setup.matrices, seed=0)
     table = experiment.one_matrix(untrained).table()
