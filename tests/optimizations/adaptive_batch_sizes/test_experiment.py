@@ -9,11 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.measure.compare import saved
 from lib.measure.serving import policy_comparison, replay, slo
 from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
+from lib.measure.trackers import memory
+from lib.models.decoding import mla_absorption
 from lib.optimizations.adaptive_batch_sizes import experiment, real_model, simulated, study
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.report.text import reading
@@ -116,3 +119,19 @@ def test_targets_without_a_number_are_unknown():
     trial.rivals = SimpleNamespace(rounds="some", gain=1.2)
     frame = pd.DataFrame(experiment.targets(rows, trial))
     assert list(frame.reached) == [False, True, True, True, "unknown"] and "best rival" in frame.figure[1]
+
+
+@pytest.mark.parametrize("make, transform", [(lambda m: m, None), (mla_absorption.absorb, saved.ABSORBING)])
+def test_memory_children_serve_with_the_model_that_serves_here(traffic, tiny, monkeypatch, make, transform):
+    loaded = SimpleNamespace(model=make(tiny("glm-4.7-flash")), folder=None, name="glm-4.7-flash", scale="slice")
+    loaded.random_weights, loaded.device = True, "cpu"
+    seen = []
+
+    def peaks(*arms, **_):
+        seen.extend(arm.transform for arm in arms)
+        return [memory.Peaks([memory.failed("planted")]) for _ in arms]
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    trial = SimpleNamespace(size=4, traces=traffic.traces("changing", 1), workload="serve")
+    read = experiment.peaks(loaded, traffic, trial)
+    assert seen == [transform, transform] and {item.verdict for item in read} == {"unavailable"}

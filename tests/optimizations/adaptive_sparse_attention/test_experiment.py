@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from lib.errors import UserError
+from lib.measure.compare import saved
+from lib.measure.metrics import measurement
+from lib.measure.trackers import memory
 from lib.optimizations.adaptive_sparse_attention import experiment
 
 TRAINED = SimpleNamespace(random_weights=False)
@@ -48,3 +51,18 @@ def test_a_knob_out_of_range_is_named_before_anything_is_loaded():
     knobs = {"tau": 0.9, "block_size": 100, "stride": 16, "max_density": 1.0, "full_last": 1, "pages": 4}
     with pytest.raises(UserError, match="does not divide"):
         experiment.sizes("quick", "proxy", knobs | {"page_size": 16})
+
+
+@pytest.mark.parametrize("name, transform", [("glm-4.7-flash", saved.ABSORBING), ("qwen3-4b-instruct-2507", None)])
+def test_the_memory_child_of_full_attention_decodes_latents_absorbed(tiny, monkeypatch, name, transform):
+    seen = []
+
+    def peaks(*arms):
+        seen.extend(arm.transform for arm in arms)
+        return [memory.Peaks([memory.failed("planted")]) for _ in arms]
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    rate = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
+    model, load = tiny(name), {"name": name, "device": "cpu"}
+    experiment.costs(model, model, {}, 64, {}, load, [rate], 1.0)
+    assert seen == [transform, "lib.optimizations.adaptive_sparse_attention.method:apply"]

@@ -1,4 +1,6 @@
-"""What would refute the claims: each answered from measurements, and left open where they cannot tell."""
+"""What would refute the claims: each answered from measurements, and left open where they cannot tell; what the memory
+children run.
+"""
 
 from types import SimpleNamespace
 
@@ -8,6 +10,11 @@ import torch
 
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
+from lib.measure.timing import child
+from lib.measure.trackers import memory
+from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
+from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import experiment, window_quality
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
@@ -45,3 +52,19 @@ def test_the_climb_of_perplexity_is_that_of_the_losses(slope):
     losses_NT = 3 + slope * np.linspace(0, 1, 800) + 0.01 * random.standard_normal((12, 800))
     low, high = window_quality.climb_interval(losses_NT, 100)
     assert (low + high) / 2 == pytest.approx(np.exp(slope * 600 / 799), abs=0.005) and 0 < high - low < 0.02
+
+
+def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name, tmp_path, monkeypatch):
+    model = tiny(name)
+    folder, latents = io.save(model, tmp_path / "saved"), anatomy(model).blocks[0].attention.kind == "latent"
+    loaded = SimpleNamespace(model=model, scale="proxy", dtype=torch.float32, device="cpu")
+    seen = []
+
+    def peaks(*arms):
+        for resident in map(child.load, arms[:2]):
+            seen.append((mla_absorption.is_absorbed(resident), "forward" in vars(anatomy(resident).decoder)))
+        return [memory.Peaks([memory.failed("planted")]) for _ in arms]
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    experiment.peaks(loaded, folder, 1.0, {"prefill_chunk": 8, "absorbed": True})
+    assert seen == [(latents, False), (latents, True)], "whole prompts, then in chunks"
