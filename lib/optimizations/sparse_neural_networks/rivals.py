@@ -42,6 +42,7 @@ ORDER: dict[str, Any] = {"sparsity": 0.6, "pattern": "unstructured", "parts": "a
 INT8, INT4 = weight_only.NAMES[8], weight_only.NAMES[4]
 YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do better than
 AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
+AT_ONCE = "the same share, chosen at once"  # the purpose of the arms that differ from the run in the method alone
 CSR_BYTES = 8  # of a stored weight: four of value, four of column
 
 
@@ -109,7 +110,7 @@ def controls(
         if 0 < (share := _share_at(setup, arm)) < 1
     ]
     return [
-        *(arms.cut(method, "the same share, chosen at once", method=method) for method in METHODS),
+        *(arms.cut(method, AT_ONCE, method=method) for method in METHODS),
         arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
         arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
         arms.cut(f"{name}, OWL", "shares by block", budget="owl"),
@@ -170,14 +171,19 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
     )
 
 
-def impact(arms: SparseRivals | None, strengths: Sequence[int]) -> pd.DataFrame:
-    """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method."""
+def impact(arms: SparseRivals | None, strengths: Sequence[int], judged: Sequence[ThirdArm] = ()) -> pd.DataFrame:
+    """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method.
+
+    What is among the `judged` controls, at the share of the run, is not pruned again.
+    """
     rows: list[dict[str, object]] = []
     if arms is None:
         return pd.DataFrame()
+    at_share = {arm.name: arm for arm in judged if arm.purpose == AT_ONCE}
     for strength in strengths:
+        known = at_share if strength / 100 == arms.setup.options["sparsity"] else {}
         for name in COMPARED:
-            arm = arms.cut(name, "impact", method=name, sparsity=strength / 100)
+            arm = known.get(name) or arms.cut(name, "impact", method=name, sparsity=strength / 100)
             if divergence := claims.interval([arm], [name]):
                 rows.append({"arm": name, **divergence._asdict(), "strength": strength})
     return pd.DataFrame(rows)

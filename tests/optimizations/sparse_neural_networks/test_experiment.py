@@ -69,7 +69,7 @@ def test_missing_zeros_are_noticed(setup):
         experiment.assert_sparse(setup, model)
 
 
-def test_every_claim_is_answered(setup):
+def test_every_claim_is_answered(setup, monkeypatch):
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
     contest = rivals.contest(setup, evaluate.read(setup.baseline, ids_NT))
     arms = rivals.controls(setup, contest, experiment.sparsify(setup, 0), ids_NT[:1], EFFORT)
@@ -88,6 +88,11 @@ def test_every_claim_is_answered(setup):
     assert tuple(claim for claim, _, _ in answers) == rivals.CLAIMS
     assert answers[-1][1:] == (None, "no part was timed")
     curves = rivals.impact(contest, [50, 90])
+    share = round(100 * setup.options["sparsity"])
+    pruned, cut = [], rivals.SparseRivals.cut
+    monkeypatch.setattr(rivals.SparseRivals, "cut", lambda *args, **kw: pruned.append(kw) or cut(*args, **kw))
+    again = rivals.impact(contest, [share], arms)
+    assert not pruned and again.equals(rivals.impact(contest, [share])) and len(pruned) == len(rivals.COMPARED)
     assert list(curves.strength.unique()) == [50, 90]
     assert rivals.order(None) == []
 
