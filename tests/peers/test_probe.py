@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lib.measure.quality import evaluate
-from lib.models import loading, parameters
-from lib.models.sources import reference
+from lib.models import loading
 from tests.peers import setting
 from tests.peers.arms import probe
 
@@ -50,10 +49,3 @@ def test_the_setting_holds_text_of_three_kinds(monkeypatch):
     assert [len(row) for row in made["calibration"]] == [32] * 4 and made["gguf"] == "" and made["gguf_bytes"] == 0
     assert not {tuple(row) for row in made["windows"]} & {tuple(row) for row in made["calibration"]}
     assert made["dtype"] == "float32" and made["parameters"] > 1e6 and made["folder"].endswith(NAME)
-
-
-def test_the_gguf_file_of_a_checkpoint_is_known():
-    file = setting.gguf_file(parameters.read("smollm2-135m-instruct").source)
-    assert file is not None and file.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert setting.gguf_file(reference.parse("/models/folder")) is None
-    assert str(setting.gguf_file(reference.parse("/models/x.gguf"))) == "/models/x.gguf"

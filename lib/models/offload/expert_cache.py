@@ -70,6 +70,11 @@ class ExpertCache:
         self.memory = buffer(slots * size) if on_cpu else torch.empty(slots * size, dtype=torch.uint8, device=device)
         self._free = [self._slot(self.memory[at * size : (at + 1) * size]) for at in range(slots)]
 
+    @property
+    def private_bytes(self) -> int:
+        """The bytes of weights in memory of this process's own."""
+        return self.memory.numel()
+
     def __deepcopy__(self, memo: dict) -> "ExpertCache":
         raise NotApplicable(NOT_CHANGEABLE)
 
@@ -179,6 +184,11 @@ class MappedExperts(ExpertCache):
         self.hits = self.misses = 0
         self._cached, self._finite = OrderedDict(), set()
         self._spans = functools.cache(lambda key: spans(parts[key[0]](key[1])))
+
+    @property
+    def private_bytes(self) -> int:
+        """None: experts are used in the page cache."""
+        return 0
 
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those present first."""

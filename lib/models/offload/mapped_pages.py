@@ -3,7 +3,9 @@
 Reading copies every byte from the page cache into private memory, at half the bandwidth that computing needs. A mapping
 shows the same pages without a copy; `hold` makes the pages of some places present at once (MADV_POPULATE_READ, Linux
 5.14), from the disk if the page cache lacks them, and `release` unmaps them again, so that the resident memory of the
-process is what is held and no more. The system decides what stays in the page cache, as with reading.
+process is what is held and no more. The system decides what stays in the page cache, as with reading. What is expected
+or held is read, and nothing around it (MADV_RANDOM): where memory is short, pages beyond the end of a unit would push
+out those of the next one, which would then be read twice.
 
 `hold` raises UserError for a file that has become too short. A file truncated between `hold` and use, the time of one
 unit's computation, ends the process (SIGBUS). Knows nothing of models.
@@ -57,16 +59,22 @@ def spans(places: Sequence[TensorPlace]) -> tuple[Span, ...]:
 
 
 class FilePages:
-    """The mapped files of an open `WeightFile`, which counts and logs what is held."""
+    """The mapped files of an open `WeightFile`, which counts and logs what is held.
 
-    def __init__(self, file: WeightFile):
+    With `read_around` the system may read what lies around a page that is touched, as it does by default.
+    """
+
+    def __init__(self, file: WeightFile, *, read_around: bool = False):
         self.file = file
+        self._expected: set[tuple[Span, ...]] = set()
         self._maps: dict[Path, mmap.mmap] = {}
         self._bytes: dict[Path, torch.Tensor] = {}
         for path in sorted({place.file for place in file.places.values()}):
             with path.open("rb") as opened:
                 # A private mapping, never written to: tensors over one that forbids writing are warned about.
                 self._maps[path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            if not read_around:
+                self._maps[path].madvise(mmap.MADV_RANDOM)
             self._bytes[path] = torch.frombuffer(self._maps[path], dtype=torch.uint8)
 
     def view(self, place: TensorPlace) -> torch.Tensor:
@@ -78,8 +86,11 @@ class FilePages:
             )
         return raw.view(place.dtype).view(place.shape)
 
-    def hold(self, spans: Sequence[Span]) -> None:
+    def hold(self, spans: tuple[Span, ...]) -> None:
         """Make the pages of these spans present. Raises UserError if a file ends early or cannot be read."""
+        if spans not in self._expected:  # page by page they would be read slowly
+            self.expect(spans)
+        self._expected.discard(spans)
         for span in spans:
             size = self.file.size(span.file)
             if span.end > size:  # the last page of a file is present, with zeros after its end
@@ -91,10 +102,11 @@ class FilePages:
                 raise UserError(f"{span.file}: cannot be read ({os.strerror(error)}) at byte {span.first}")
         self.file.count(sum(span.end - span.first for span in spans), lambda: self._again(spans))
 
-    def expect(self, spans: Sequence[Span]) -> None:
+    def expect(self, spans: tuple[Span, ...]) -> None:
         """Tell the system that these spans are needed soon, so that it reads missing pages ahead."""
         for span in spans:
             self._advise(span.file, span.first // PAGE * PAGE, span.end, WILLNEED)
+        self._expected.add(spans)
 
     def release(self, spans: Sequence[Span]) -> None:
         """Remove these spans from the memory of the process; pages shared with neighbours stay."""
@@ -111,7 +123,7 @@ class FilePages:
                 return error
         return 0
 
-    def _again(self, spans: Sequence[Span]) -> None:
+    def _again(self, spans: tuple[Span, ...]) -> None:
         self.hold(spans)
         self.release(spans)
 

@@ -74,6 +74,13 @@ class Streamer:
         """The bytes of weights that the plan allows in memory."""
         return self.plan.in_memory_bytes
 
+    @property
+    def private_bytes(self) -> int:
+        """The bytes of weights in memory of this process's own; those that are used in the page cache do not count."""
+        slots = sum(slot.memory.numel() for slot in self.slots)
+        experts = self.experts.private_bytes if self.experts is not None else 0
+        return self.plan.fixed_bytes + self.plan.resident_bytes + slots + experts
+
     def weights(self, name: str) -> list[nn.Parameter]:
         """Return the weights of unit `name`, bound to its modules, and start reading the next unit.
 

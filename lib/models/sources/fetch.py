@@ -11,7 +11,7 @@ from lib.models.sources import gguf_file, hub, store, wheel
 from lib.models.sources.reference import EXPECTED, Reference
 from lib.models.sources.store import Tell, silent
 
-__all__ = ["fetch", "forget", "local", "require", "verify"]
+__all__ = ["fetch", "forget", "gguf", "local", "require", "verify"]
 
 
 def local(reference: Reference) -> Path | None:
@@ -32,6 +32,12 @@ def local(reference: Reference) -> Path | None:
         return None
     converted = gguf_file.place(file, _identity(reference))
     return converted if store.receipt(converted) is not None else None
+
+
+def gguf(reference: Reference) -> Path | None:
+    """Return the place of the GGUF file that a reference stands for, None where it stands for none."""
+    file = wheel.place(reference) if reference.kind == "package" else Path(reference.text)
+    return file if file.suffix.lower() == ".gguf" else None
 
 
 def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) -> Path:

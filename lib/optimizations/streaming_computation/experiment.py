@@ -2,7 +2,7 @@
 would refute the claims.
 
 The longer protocols have modules of their own: `memory_tradeoff`, `absorbed_decoding`, `window_quality`,
-`offload_baseline`, `read_bound`. Returns plain data; knows nothing of records and figures.
+`offload_baseline`, `read_bound`, `limited`. Returns plain data; knows nothing of records and figures.
 
 Shapes: N texts, T tokens, B prompts, V vocabulary.
 """
@@ -35,8 +35,11 @@ from lib.models.offload.streamer import Streamer
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
 from lib.optimizations.common import absorbed_baseline
-from lib.optimizations.streaming_computation import limited_decoding, method, read_bound
-from lib.optimizations.streaming_computation.limited_decoding import LimitedDecoding
+from lib.optimizations.streaming_computation import method, read_bound
+from lib.optimizations.streaming_computation.limited import decoding as limited_decoding
+from lib.optimizations.streaming_computation.limited import llama_cpp
+from lib.optimizations.streaming_computation.limited.decoding import LimitedDecoding
+from lib.optimizations.streaming_computation.limited.llama_cpp import LlamaCppRival
 from lib.optimizations.streaming_computation.window_quality import LongTexts, does_perplexity_climb
 
 CLAIMS = (
@@ -187,7 +190,7 @@ def quality(
 def within_allowance(
     folder: Path, prompt_1T: torch.Tensor, steps: int, memory_ratio: float, options: Mapping[str, Any], exact: bool
 ) -> LimitedDecoding:
-    """Return decoding in control groups that hold the allowance; see `limited_decoding.compare`.
+    """Return decoding in control groups that hold the allowance; see `limited.decoding.compare`.
 
     Asserts that both arms decode the same tokens, where the model is `exact`.
     """
@@ -327,6 +330,7 @@ def controls(
     texts: LongTexts,
     retrieved: Mapping[str, Measurement],
     offload: Mapping[str, Measurement],
+    rival: LlamaCppRival,
     compared: Compared,
 ) -> list[dict[str, Any]]:
     """Return name, purpose and measurements of every control, as `record.build` takes them."""
@@ -334,6 +338,7 @@ def controls(
     rows: list[tuple[str, str, list[Measurement]]] = [("prompt in chunks", "weights resident", in_chunks)]
     rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
     rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
+    rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
     rows += [("A/A", "a copy of the baseline", compared.control())]
     return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
 
@@ -346,6 +351,7 @@ def details(
     folder: Path,
     texts: LongTexts,
     limited: LimitedDecoding,
+    rival: LlamaCppRival,
 ) -> dict[str, tuple[object, str, str]]:
     """Return value, provenance and source of every detail of the record."""
     least, total = streamer.smallest(folder)
@@ -353,6 +359,7 @@ def details(
     return {
         "equality": (equal, "measured", "difference ÷ spread of the logits; share of equal top tokens"),
         "limited": (limited.details, "measured", "memory control groups, and the system's count of reads"),
+        "llama_cpp": (rival.details, "measured", "fresh processes in turn; the system's counts of each process"),
         "trade": (trade, "measured", "decode, paired with the resident model; bound by reading alone"),
         "absorbed": (latent, "measured", "paired blocks on one filled cache; operations by formula"),
         "plan": (planned_bytes(plan) | {"total": total, "smallest": least}, "derived", "bytes by the plan"),

@@ -6,7 +6,6 @@ weights are read.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -18,6 +17,7 @@ from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import ceilings
 from lib.models.offload.streamer import Streamer, streamer
+from lib.optimizations.streaming_computation.limited.process_memory import disk_bytes
 
 REPEATS = 5
 
@@ -88,15 +88,6 @@ def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) 
 def of_workloads(model: nn.Module, compared: Compared) -> dict[str, Reads]:
     """Return `reads` of the streamed `model` for every workload that was timed."""
     return {name: reads(model, timed.optimized) for name, timed in compared.timed.items()}
-
-
-def disk_bytes() -> int | None:
-    """Return the bytes that this process had read from a disk so far; None where the system has no count."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return None
-    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
 def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) -> tuple[Compared, pd.DataFrame]:

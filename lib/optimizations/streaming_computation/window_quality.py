@@ -222,3 +222,9 @@ def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], count: int, seed:
                 assert isinstance(layer, CacheLayerMixin) and layer.keys is not None
                 rows.append({"arm": name, "strength": prompt_1T.shape[1] + step, "value": layer.keys.shape[-2]})
     return pd.DataFrame(rows)
+
+
+def described_sizes(held: pd.DataFrame, room: int) -> str:
+    """Return the most tokens that each cache of `cache_sizes` held, beside the `room` of the window, as a sentence."""
+    most = ", ".join(f"{arm} {count}" for arm, count in held.groupby("arm")["value"].max().items())
+    return f"Most tokens held: {most}; there is room for {room}."

@@ -1,0 +1,134 @@
+"""Decoding where memory is really limited: streamed weights and a plain mapping of the same file, each in a separate
+process whose control group may hold what it needs without weights, plus the allowance of weights, whether in its own
+memory or in the page cache.
+
+With a warm page cache the machine holds the model whatever a process is allowed; here it does not. Knows nothing of how
+weights are streamed.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.errors import UserError
+from lib.measure.metrics import measurement, settings
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.timing import interleaved
+from lib.optimizations.streaming_computation.limited import children, control_group
+from lib.optimizations.streaming_computation.limited.children import SLACK, Child
+
+METRIC, WORKLOAD = "decode_tokens_per_second", "decode within the allowance, page cache included"
+BLOCKS = 6
+LEFT_OUT = ("memory_ratio", "page_cache", "device")  # each arm has its own memory, on a CPU
+
+
+@dataclass(frozen=True)
+class LimitedDecoding:
+    """Streamed against plainly mapped weights under one limit; `reason` says why there is none of it. `details` hold
+    the limits and what came from the disk.
+    """
+
+    rate: Measurement
+    details: dict[str, Any] = field(default_factory=dict)
+    same_tokens: bool | None = None
+
+    def reading(self) -> str:
+        """Return two sentences: the rates under the limit, or why there are none."""
+        if self.rate.ratio is None or self.rate.baseline is None or self.rate.optimized is None:
+            return f"Under a limit that counts page cache nothing was decoded. The reason: {self.rate.reason}."
+        share = 100 * self.details["allowance_bytes"] / self.details["weights_bytes"]
+        return (
+            f"Where page cache counts, and {share:.0f} % of the weights fit, streaming decodes "
+            f"{self.rate.optimized:.3g} tokens a second. A plain mapping of the same file decodes "
+            f"{self.rate.baseline:.3g}."
+        )
+
+
+def compare(
+    folder: Path,
+    prompt_1T: torch.Tensor,
+    steps: int,
+    memory_ratio: float,
+    options: Mapping[str, Any],
+    *,
+    blocks: int = BLOCKS,
+    seed: int = 0,
+) -> LimitedDecoding:
+    """Return decoding of `steps` tokens streamed (optimized) against plainly mapped (baseline), in turns.
+
+    `options` are those of `method.open_folder` beside the memory. Each arm reads a copy of the checkpoint of its own,
+    whose pages its own group pays for. Unavailable, with the reason, where no group can be made.
+    """
+    if not settings.wants("performance"):
+        return _unavailable(settings.why_left_out())
+    if torch.device(str(options.get("device", "cpu"))).type != "cpu":
+        return _unavailable("weights on a device are not held by page cache")
+    options = {name: value for name, value in options.items() if name not in LEFT_OUT}
+    try:
+        return _compared(folder, prompt_1T, steps, memory_ratio, options, blocks, seed)
+    except UserError as error:
+        return _unavailable(str(error))
+
+
+def _unavailable(reason: str) -> LimitedDecoding:
+    return LimitedDecoding(measurement.unavailable(METRIC, WORKLOAD, reason), {"reason": reason})
+
+
+def _compared(
+    folder: Path,
+    prompt_1T: torch.Tensor,
+    steps: int,
+    memory_ratio: float,
+    options: Mapping[str, Any],
+    blocks: int,
+    seed: int,
+) -> LimitedDecoding:
+    total = weights_bytes(folder)
+    allowance = round(memory_ratio * total)
+    require_binding(total, allowance)
+    arms = {"baseline": {**options, "mapped": True}, "optimized": {**options, "memory_ratio": memory_ratio}}
+    with ExitStack() as stack:
+        arm = {name: stack.enter_context(_child(folder, prompt_1T, steps, chosen)) for name, chosen in arms.items()}
+        limits = {name: child.limit(allowance) for name, child in arm.items()}
+        turns, watch = {**arm, "again": arm["baseline"]}, partial(children.watch, [*arm.values()])
+        timed = interleaved.rounds(turns, blocks, seed=seed, disturbance=watch)
+        cached = {name: child.group.cached_bytes() for name, child in arm.items() if child.group is not None}
+        read = {name: child.answers[-1]["disk_bytes"] for name, child in arm.items()}
+        private = {name: child.private_bytes for name, child in arm.items()}
+        same = arm["baseline"].answers[-1]["tokens"] == arm["optimized"].answers[-1]["tokens"]
+    control = timed.pairs("baseline", "again")
+    rate = measurement.from_pairs(METRIC, WORKLOAD, timed.pairs("baseline", "optimized"), steps, control)
+    details = {"weights_bytes": total, "allowance_bytes": allowance, "limit_bytes": limits}
+    details |= {"weights_in_private_memory_bytes": private, "page_cache_bytes": cached}
+    details |= {"disk_bytes_of_a_call": read, "baseline": "plain mapping"}
+    return LimitedDecoding(rate, details, same)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def require_binding(total: int, allowance: int) -> None:
+    """Raise UserError where so little lies beyond the allowance, in bytes, that a limit would not bind."""
+    if total - allowance < 4 * SLACK:
+        raise UserError(
+            f"of weights of {total / 1e6:.0f} MB so little lies beyond the allowance that a limit would not bind: a "
+            f"process's own memory scatters by {SLACK / 1e6:.0f} MB"
+        )
+
+
+@contextmanager
+def _child(folder: Path, prompt_1T: torch.Tensor, steps: int, options: Mapping[str, Any]) -> Iterator[Child]:
+    """Yield a process that has read the prompt, in a group of its own and with a copy of the checkpoint of its own."""
+    with control_group.group() as group, children.folder_on_disk() as place:
+        copied = children.copy(folder, place / "checkpoint")
+        request = {"path": str(copied), "options": dict(options), "steps": steps}
+        request |= {"prompt": prompt_1T.cpu().tolist(), "threads": torch.get_num_threads()}
+        with children.started(children.module("child"), request, group) as child:
+            yield child

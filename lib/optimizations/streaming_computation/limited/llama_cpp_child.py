@@ -1,0 +1,49 @@
+"""The program that decodes a GGUF file by llama.cpp, its weights mapped, in a child process of `children`."""
+
+import json
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve
+
+ROOM = 32  # positions of the cache beside prompt and answer
+ASKED = {"temperature": 0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True, "return_tokens": True}
+
+
+def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
+    """Open the file and read the prompt; return what decodes, and 0: no weights are in private memory.
+
+    Called again, llama.cpp has the prompt but for its last token in its cache: as many passes as tokens. The seconds
+    are of its own clock, which leaves its server out.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["path"]
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+    params.no_extra_bufts = True  # which would copy some weights into another order
+    params.n_ctx = len(request["prompt"][0]) + request["steps"] + ROOM
+    params.n_parallel, params.n_gpu_layers = 1, 0
+    params.warmup = params.fit_params = False
+    params.cache_ram_mib = params.n_ctx_checkpoints = 0
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads = request["threads"]
+    server, opener = xllamacpp.Server(params), urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    prompt = {"prompt": request["prompt"][0], "n_predict": request["steps"], "cache_prompt": True}
+
+    def decode() -> Decoded:
+        body = json.dumps(ASKED | prompt).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
+        with opener.open(asked) as answer:
+            content = json.loads(answer.read())
+        timings = content["timings"]
+        return Decoded(content["tokens"], (timings["prompt_ms"] + timings["predicted_ms"]) / 1000)
+
+    decode()
+    return decode, 0
+
+
+if __name__ == "__main__":
+    serve(opened)

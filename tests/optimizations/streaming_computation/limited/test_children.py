@@ -1,0 +1,106 @@
+"""Processes that decode: their answers, their ends, their limits; copies that no page cache holds."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lib.errors import UserError
+from lib.measure.timing import disturbance
+from lib.optimizations.streaming_computation.limited import children
+from lib.optimizations.streaming_computation.limited.children import Child
+
+# A program that stands for a model: it decodes by counting, and does on request what a program may do wrong.
+PROGRAM = """
+import sys
+from lib.optimizations.streaming_computation.limited.serving import Decoded, serve
+
+def opened(request):
+    if request["fault"] == "no such model":
+        raise ValueError("no such model:\\nlines")
+    print("what a library prints")
+    count = 0
+    def decode():
+        nonlocal count
+        count += 1
+        if request["fault"] == "dies" and count == 2:
+            print("out of luck", file=sys.stderr)
+            sys.exit(3)
+        return Decoded([count], 0.5)
+    return decode, 7
+
+serve(opened)
+"""
+
+
+def start(fault: str = ""):
+    return children.started([sys.executable, "-c", PROGRAM], {"fault": fault})
+
+
+def test_a_process_answers_each_call_and_prints_elsewhere():
+    with start() as child:
+        assert child.private_bytes == 7
+        child()
+        child()
+        assert [(answer["tokens"], answer["seconds"]) for answer in child.answers] == [([1], 0.5), ([2], 0.5)]
+        held = child.answers[-1]["memory"]
+        assert not held or held["peak"] >= held["file"] + held["anonymous"] > 0
+        assert set(child.ask("reset")) == {"reset"}
+        assert child.cpu_seconds() > 0
+        process = child.process
+    assert process.poll() is not None, "it ends with its block"
+
+
+def test_a_failure_is_one_line_and_an_end_has_its_last_words():
+    said = r"^the process that decodes failed: ValueError: no such model: lines$"
+    with pytest.raises(UserError, match=said), start("no such model"):
+        pass
+    with start("dies") as child:
+        child()
+        with pytest.raises(UserError, match=r"ended with 3 \(out of luck\)"):
+            child()
+
+
+def test_a_process_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(children, "LONGEST_SECONDS", 0.2)
+    sleeping = children.started([sys.executable, "-c", "import time; time.sleep(60)"], {})
+    with pytest.raises(UserError, match="ended with -9"), sleeping:
+        pass
+
+
+def test_a_limit_has_room_for_weights_once_wherever_they_are():
+    limits = []
+    group = SimpleNamespace(private_bytes=lambda: 500, limit=limits.append)
+    child = Child(None, None, group, private_bytes=80)
+    assert child.limit(100) == 500 - 80 + 100 + children.SLACK == limits[0]
+    with pytest.raises(UserError, match="are in private memory, more than the allowance"):
+        child.limit(79)
+
+
+def test_the_work_of_the_processes_themselves_disturbs_nothing(monkeypatch):
+    """Planted counts: of a second on one core they take 0.9; as a stranger's this would be too much."""
+    moments = iter(
+        [disturbance.Reading(0.0, 0.0, 0.0, 0.0, 0.0, 0), disturbance.Reading(1.0, 0.0, 0.9, 0.0, 0.0, 0)] * 2
+    )
+    monkeypatch.setattr(disturbance, "reading", lambda: next(moments))
+    monkeypatch.setattr(disturbance, "cores", lambda: [0])
+    seconds = iter([0.0, 0.9])
+    child = SimpleNamespace(cpu_seconds=lambda: next(seconds))
+    assert children.watch([child])() is None
+    assert "other processes took 90%" in children.watch([])()
+
+
+def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"12")
+    copied = children.copy(tmp_path / "model", tmp_path / "arm" / "model")
+    assert (copied / "weights").read_bytes() == b"12"
+    assert children.copy(copied / "weights", tmp_path / "other" / "file").read_bytes() == b"12"
+    with pytest.raises(UserError, match=r"nothing: cannot be copied to .*No such file"):
+        children.copy(tmp_path / "nothing", tmp_path / "third" / "nothing")
+
+
+def test_a_tree_in_memory_is_no_disk(monkeypatch):
+    assert children._in_memory("/dev/shm") in (True, False)
+    monkeypatch.setattr(children.Path, "read_text", lambda *_, **__: "a / ext4 rw\nb /fast tmpfs rw\n")
+    assert children._in_memory("/fast/place") and not children._in_memory("/tmp/place")

@@ -1,0 +1,50 @@
+"""Control groups in planted folders: what they count, the limit that they take, and why there is none."""
+
+from pathlib import Path
+
+import pytest
+
+from lib.errors import UserError
+from lib.optimizations.streaming_computation.limited import control_group
+
+MIB = 2**20
+
+
+def _planted(monkeypatch, tmp_path: Path, version: control_group.Version) -> Path:
+    """Plant a group of this process whose new groups have the files of `version`."""
+    parent = tmp_path / "own"
+    parent.mkdir()
+    monkeypatch.setattr(control_group, "candidates", lambda: [(parent, version)])
+    make = Path.mkdir
+
+    def mkdir(folder, *arguments, **options):
+        make(folder, *arguments, **options)
+        if folder.parent == parent:
+            (folder / version.limit).write_text("max")
+            (folder / version.usage).write_text(str(50 * MIB))
+            (folder / "memory.stat").write_text(f"{version.cached[0]} {20 * MIB}\nother 3\n")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    return parent
+
+
+@pytest.mark.parametrize("version", [control_group.ONE, control_group.TWO])
+def test_a_group_counts_what_is_no_page_cache_and_takes_a_limit(monkeypatch, tmp_path, version):
+    _planted(monkeypatch, tmp_path, version)
+    made = control_group.make()
+    assert (made.private_bytes(), made.cached_bytes()) == (30 * MIB, 20 * MIB)
+    made.limit(33 * MIB)
+    assert (made.folder / version.limit).read_text() == str(33 * MIB)
+    assert made.folder != control_group.make().folder, "two groups at a time"
+
+
+def test_why_there_is_no_group_is_said_with_what_would_help(monkeypatch, tmp_path):
+    monkeypatch.setattr(control_group, "candidates", lambda: [])
+    with pytest.raises(UserError, match=r"no control groups with memory\); run it in a group .* Delegate=yes"):
+        control_group.make()
+    parent = tmp_path / "own"
+    parent.mkdir()
+    monkeypatch.setattr(control_group, "candidates", lambda: [(parent, control_group.TWO)])
+    with pytest.raises(UserError, match="its groups have no limit of memory"):
+        control_group.make()
+    assert list(parent.iterdir()) in ([], [parent / "cgroup.subtree_control"])

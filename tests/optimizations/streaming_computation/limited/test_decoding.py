@@ -1,0 +1,57 @@
+"""Children that decode under a limit where this system lets one be made, and why they do not elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.errors import UserError
+from lib.models import parameters
+from lib.models.checkpoints import io
+from lib.optimizations.streaming_computation.limited import children, control_group, decoding
+
+
+def test_a_model_smaller_than_the_scatter_of_a_process_is_not_limited(tiny, tmp_path):
+    folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
+    limited = decoding.compare(folder, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {})
+    assert limited.rate.verdict == "unavailable" and "would not bind" in limited.rate.reason
+
+
+def test_where_no_group_can_be_made_the_rate_is_unavailable_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(control_group, "candidates", lambda: [])
+    (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
+    limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"device": "cpu"})
+    assert limited.rate.verdict == "unavailable" and "Delegate=yes" in limited.rate.reason
+    assert "Under a limit" in limited.reading() and limited.same_tokens is None
+    on_gpu = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"device": "cuda"})
+    assert "not held by page cache" in on_gpu.rate.reason
+
+
+def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
+    """In real groups, where this system lets them be made: what is held never exceeds the limit."""
+    try:
+        with control_group.group():
+            pass
+    except UserError as reason:
+        pytest.skip(str(reason))
+    if children._in_memory(str(tmp_path)):
+        pytest.skip("the temporary folder lies in memory")
+    described = parameters.read("qwen3-4b-instruct-2507")
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+    config = parameters.merge(described.full, sizes)
+    folder = io.save(io.build(config, described.architecture), tmp_path / "model")
+    prompt_1T = torch.arange(8, 24)[None]
+    limited = decoding.compare(folder, prompt_1T, 1, 0.3, {"prefill_chunk": 64, "absorbed": True})
+    assert limited.rate.ratio is not None, limited.rate.reason
+    assert limited.same_tokens and limited.rate.n == decoding.BLOCKS
+    details = limited.details
+    assert details["allowance_bytes"] == round(0.3 * details["weights_bytes"])
+    for arm, limit in details["limit_bytes"].items():
+        assert details["page_cache_bytes"][arm] <= limit
+        held = details["page_cache_bytes"][arm] + details["weights_in_private_memory_bytes"][arm]
+        assert held <= details["allowance_bytes"] + children.SLACK, "weights in private memory count too"
+    assert details["weights_in_private_memory_bytes"]["baseline"] == 0, "a plain mapping copies nothing"
+    assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
+    assert limited.reading().count(". ") == 1
+    assert not list(Path(control_group.candidates()[0][0]).glob(f"{control_group.NAME}-*")), "a group was left behind"
