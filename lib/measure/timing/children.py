@@ -172,25 +172,29 @@ class Server:
         self.errors.close()
 
 
-_SERVERS: dict[tuple, Server] = {}
+_SERVERS: dict[str, tuple[object, Server]] = {}  # of each program the latest, and what it was started for
 
 
 def _server(program: str, environment: Mapping[str, str]) -> Server:
     """Return the server of a program under these variables, on the cores of this process; start it where there is
-    none.
+    none. One that was started for others ends: each holds the libraries in memory.
     """
     surroundings = _surroundings(environment)
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-    key = (os.getpid(), program, cores, tuple(sorted(surroundings.items())))
-    if key not in _SERVERS or not _SERVERS[key].alive:
-        _SERVERS[key] = Server(program, surroundings)
-    return _SERVERS[key]
+    key = (os.getpid(), cores, surroundings)
+    started_for, server = _SERVERS.get(program, (None, None))
+    if server is None or started_for != key or not server.alive:
+        if server is not None and isinstance(started_for, tuple) and started_for[0] == os.getpid():
+            server.end()
+        server = Server(program, surroundings)
+        _SERVERS[program] = key, server
+    return server
 
 
 @atexit.register
 def end_all() -> None:
-    """End the servers of this process."""
-    for (owner, *_), server in list(_SERVERS.items()):
-        if owner == os.getpid():
+    """End the servers of this process; those of a process that it was forked from go on."""
+    for started_for, server in _SERVERS.values():
+        if isinstance(started_for, tuple) and started_for[0] == os.getpid():
             server.end()
     _SERVERS.clear()

@@ -118,21 +118,21 @@ def test_one_server_serves_until_variables_change_or_it_dies(tmp_path, monkeypat
     assert first["server"] == second["server"] == again["server"]
     assert len({answer["process"] for answer in (first, second, again)}) == 3
     (elsewhere,) = children.run("telling_program", [{"arms": []}], environment={"MALLOC_ARENA_MAX": "1"})
-    assert elsewhere["server"] != again["server"]
-    psutil.Process(again["server"]).kill()
-    psutil.wait_procs([psutil.Process(again["server"])], timeout=10)
+    assert elsewhere["server"] != again["server"] and not psutil.pid_exists(again["server"])
+    (before,) = children.run("telling_program", [{"arms": []}])
+    psutil.Process(before["server"]).kill()
+    children._SERVERS["telling_program"][1].process.wait(10)
     (after,) = children.run("telling_program", [{"arms": []}])
-    assert "failed" not in after and after["server"] != again["server"]
+    assert "failed" not in after and after["server"] != before["server"]
     children.end_all()
-    assert not psutil.pid_exists(after["server"]) and not psutil.pid_exists(elsewhere["server"])
+    assert not psutil.pid_exists(after["server"])
 
 
 def test_servers_end_with_the_process_that_started_them(tmp_path):
     text = "from lib.measure.timing import children\nimport os, signal\n"
     text += "children._server('lib.measure.timing.process_child', {})\n"
-    text += (
-        "print(next(iter(children._SERVERS.values())).process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    text += "print(next(iter(children._SERVERS.values()))[1].process.pid, flush=True)\n"
+    text += "os.kill(os.getpid(), signal.SIGKILL)\n"
     out = subprocess.run([sys.executable, "-c", text], cwd=children.ROOT, capture_output=True, text=True).stdout
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(out)).wait(timeout=60)  # it reads the end of its input when its libraries are imported
