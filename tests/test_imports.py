@@ -94,7 +94,7 @@ def test_floors_inside_an_area(path):
 @pytest.mark.parametrize("area", sorted(MAY))
 def test_no_circle_even_through_late_imports(area):
     known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (LIB / area).rglob("*.py")}
-    graph = {name: {one for one in _modules(path) if one in known} for name, path in known.items()}
+    graph = {name: {module for module in _modules(path) if module in known} for name, path in known.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 

@@ -76,8 +76,8 @@ def lab(browser, tmp_path):
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             process.kill()
-        for one in psutil.wait_procs(started, timeout=5)[1]:
-            one.kill()
+        for survivor in psutil.wait_procs(started, timeout=5)[1]:
+            survivor.kill()
         log.close()
 
 
@@ -151,7 +151,7 @@ def _choose(page, figures, tmp_path):
     margin = page.locator(".widget-text input[type=number]").first
     margin.fill("50")
     margin.press("Enter")
-    said = page.get_by_text("within 50 points")
-    said.wait_for()
-    said.scroll_into_view_if_needed()
+    label = page.get_by_text("within 50 points")
+    label.wait_for()
+    label.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "chosen.png")

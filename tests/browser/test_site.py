@@ -32,10 +32,10 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("executed") / "proxy"
     folder.mkdir()
     samples.mixed(folder)
-    pages = [found for found in record.read_folder(folder)[0] if found.optimization in FEW]
-    neighbours = [(found.optimization, found.model) for found in pages]
-    for found in pages:
-        bare = found if found.model == samples.MODELS[1] else found.model_copy(update={"process": None})
+    pages = [run for run in record.read_folder(folder)[0] if run.optimization in FEW]
+    neighbours = [(run.optimization, run.model) for run in pages]
+    for run in pages:
+        bare = run if run.model == samples.MODELS[1] else run.model_copy(update={"process": None})
         html.render(None, bare, neighbours, folder)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Overview\n\nEverything.")])
     nbformat.write(notebook, folder / "overview.ipynb")
@@ -57,10 +57,14 @@ def open_page(browser):
         context.set_offline(True)
         page = context.new_page()
         page.faults = []
-        page.on("console", lambda said: page.faults.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda message: page.faults.append(message.text) if message.type in ("error", "warning") else None,
+        )
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on(
-            "request", lambda asked: None if asked.url.startswith(("file:", "data:")) else page.faults.append(asked.url)
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:")) else page.faults.append(request.url),
         )
         page.goto(path.as_uri())
         return page
@@ -103,10 +107,10 @@ def test_the_audit_finds_what_it_looks_for(site, open_page):
         <table><tr><td>1</td></tr></table><select></select>
         <div aria-labelledby="nowhere" role="thing"></div>`)"""
     )
-    found = "\n".join(page.evaluate(AUDIT))
-    for told in ("heading skips", "no alternative text", "no name: a", "contrast 2.8", "id twice", "table without",
+    faults = "\n".join(page.evaluate(AUDIT))
+    for fault in ("heading skips", "no alternative text", "no name: a", "contrast 2.8", "id twice", "table without",
                  "no name: select", "leads nowhere", "unknown role"):  # fmt: skip
-        assert told in found, told
+        assert fault in faults, fault
 
 
 def _links(page):
@@ -256,8 +260,8 @@ def test_a_limit_that_is_typed_is_held_against_what_was_measured(site, open_page
     assert limit.is_hidden()  # latency has no limit
     page.get_by_role("combobox", name="Goal").select_option("size")
     taken = [
-        float(one.get_attribute("data-bytes"))
-        for one in page.locator(f"tr[data-model='{model}'] [data-goal=size] .limited").all()
+        float(cell.get_attribute("data-bytes"))
+        for cell in page.locator(f"tr[data-model='{model}'] [data-goal=size] .limited").all()
     ]
     for megabytes in (min(taken) / 2e6, sorted(taken)[len(taken) // 2] / 1e6 + 1e-3, 1e6):
         limit.fill(f"{megabytes:.6f}")
@@ -323,11 +327,11 @@ def test_the_first_screen_of_a_report_is_the_answer(site, open_page):
 @pytest.fixture
 def long_report(tmp_path):
     """The path of a report whose notebook has ten sections of twenty paragraphs."""
-    found = samples.made(optimization=FEW[0], model=samples.MODELS[1])
+    run = samples.run(optimization=FEW[0], model=samples.MODELS[1])
     texts = ["# A notebook"] + [f"## Section {number}\n\n" + "Words.\n\n" * 20 for number in range(10)]
     cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "in.ipynb")
-    page, _ = html.render(tmp_path / "in.ipynb", found, (), tmp_path)
+    page, _ = html.render(tmp_path / "in.ipynb", run, (), tmp_path)
     return page
 
 

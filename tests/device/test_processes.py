@@ -38,7 +38,7 @@ def executor(tmp_path, monkeypatch):
     """Return a function that makes an executor whose workers are the small program above; all are ended afterwards."""
     program = tmp_path / "child.py"
     program.write_text(textwrap.dedent(CHILD))
-    stock, made, started = processes.subprocess.Popen, [], []
+    stock, sessions, started = processes.subprocess.Popen, [], []
 
     def popen(command, **options):
         started.append(command[2])
@@ -47,13 +47,13 @@ def executor(tmp_path, monkeypatch):
     monkeypatch.setattr(processes.subprocess, "Popen", popen)
 
     def make(free=lambda: None, kept=2, slower=1.0):
-        made.append(Processes(tmp_path / "log", "cpu", free, kept=kept, slower=slower))
-        made[-1].started = started
-        return made[-1]
+        sessions.append(Processes(tmp_path / "log", "cpu", free, kept=kept, slower=slower))
+        sessions[-1].started = started
+        return sessions[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for session in sessions:
+        session.close()
 
 
 def _step(model: str = "a", how: str = "record", **about) -> Step:
@@ -61,61 +61,61 @@ def _step(model: str = "a", how: str = "record", **about) -> Step:
 
 
 def test_a_model_is_loaded_once_for_several_steps(executor):
-    made = executor()
-    assert made.loads(_step())
-    outcomes = [made.execute(_step(), 20.0) for _ in range(3)]
+    session = executor()
+    assert session.loads(_step())
+    outcomes = [session.execute(_step(), 20.0) for _ in range(3)]
     assert [ended.status for ended in outcomes] == ["finished"] * 3
-    assert len(made.started) == 1 and not made.loads(_step())
+    assert len(session.started) == 1 and not session.loads(_step())
 
 
 def test_what_takes_too_long_is_ended_with_its_cell_and_started_anew(executor):
-    made = executor()
+    session = executor()
     start = time.monotonic()
-    ended = made.execute(_step(how="late"), 0.7)
+    ended = session.execute(_step(how="late"), 0.7)
     assert (ended.status, ended.reason) == ("stopped", "took longer than its limit, in cell 3")
-    assert time.monotonic() - start < 60 and made.loads(_step())
-    assert made.execute(_step(), 20.0).status == "finished"
+    assert time.monotonic() - start < 60 and session.loads(_step())
+    assert session.execute(_step(), 20.0).status == "finished"
 
 
 def test_limits_are_those_of_the_clock_that_gave_them(executor):
-    made = executor(slower=1e4)
-    assert made.execute(_step(), 2e-3).status == "finished"  # twenty seconds of this machine
+    session = executor(slower=1e4)
+    assert session.execute(_step(), 2e-3).status == "finished"  # twenty seconds of this machine
     assert executor().execute(_step(), 1e-3).status == "stopped"  # a process takes longer to start
 
 
 def test_a_lost_process_and_a_failed_notebook_are_told_apart(executor):
-    made = executor()
-    assert made.execute(_step(how="dies"), 20.0).reason == "its process was lost"
-    ended = made.execute(_step(how="fails"), 20.0)
+    session = executor()
+    assert session.execute(_step(how="dies"), 20.0).reason == "its process was lost"
+    ended = session.execute(_step(how="fails"), 20.0)
     assert (ended.status, ended.reason) == ("failed", "cell 3: RuntimeError: out of memory")
-    assert not made.loads(_step()), "a process that has told of a failure goes on"
+    assert not session.loads(_step()), "a process that has told of a failure goes on"
 
 
 def test_others_give_way_to_a_model_that_has_no_room(executor):
-    made = executor(free=lambda: 10.0 if made.workers else 100.0)
-    made.execute(_step("a"), 20.0)
-    assert made.hindrance(_step("b", needs_bytes=50.0)) is None
-    assert not made.workers
-    assert "GiB are free" in made.hindrance(_step("c", needs_bytes=500.0))
+    session = executor(free=lambda: 10.0 if session.workers else 100.0)
+    session.execute(_step("a"), 20.0)
+    assert session.hindrance(_step("b", needs_bytes=50.0)) is None
+    assert not session.workers
+    assert "GiB are free" in session.hindrance(_step("c", needs_bytes=500.0))
 
 
 def test_weights_that_are_held_already_are_not_asked_for_twice(executor):
-    made = executor(free=lambda: 30.0)
-    made.execute(_step("a"), 20.0)
-    assert made.hindrance(_step("a", needs_bytes=50.0, weights_bytes=25.0)) is None
-    assert made.workers
+    session = executor(free=lambda: 30.0)
+    session.execute(_step("a"), 20.0)
+    assert session.hindrance(_step("a", needs_bytes=50.0, weights_bytes=25.0)) is None
+    assert session.workers
 
 
 def test_a_checkpoint_that_has_no_room_on_the_disk_is_not_written(executor):
-    said = executor().hindrance(_step("a", needs_bytes=1.0, disk_bytes=1e18))
-    assert "of the temporary disk" in said
+    reason = executor().hindrance(_step("a", needs_bytes=1.0, disk_bytes=1e18))
+    assert "of the temporary disk" in reason
 
 
 def test_no_more_models_are_kept_than_asked(executor):
-    made = executor(kept=1)
+    session = executor(kept=1)
     for model in "ab":
-        made.execute(_step(model), 20.0)
-    assert [model for model, _ in made.workers] == ["b"]
+        session.execute(_step(model), 20.0)
+    assert [model for model, _ in session.workers] == ["b"]
 
 
 def test_a_process_ends_with_its_parent():

@@ -20,7 +20,7 @@ ABOUT = {
 
 
 def _record(seed: int = 0, most: int = 0) -> dict:
-    content = records.to_json(samples.made("structured_pruning", "qwen3-vl-2b"))
+    content = records.to_json(samples.run("structured_pruning", "qwen3-vl-2b"))
     for entry in content["measurements"]:
         entry["samples"] = {"baseline": [1.0 + at / 7 for at in range(most)], "optimized": [1.5] * most}
     return content
@@ -74,8 +74,8 @@ def test_together_they_stay_below_the_cap_and_the_index_names_what_had_no_room(t
     for _ in range(5):
         kept.keep(_ended(record=_record()))
     assert (tmp_path / results.RECORDS).stat().st_size <= 3 * size
-    said = [entry["record"] for entry in _index(tmp_path)["steps"]]
-    assert said.count("kept") in (2, 3) and said[-1].startswith("left out: ")
+    entries = [entry["record"] for entry in _index(tmp_path)["steps"]]
+    assert entries.count("kept") in (2, 3) and entries[-1].startswith("left out: ")
 
 
 def test_the_log_keeps_its_end(tmp_path, monkeypatch):
@@ -133,8 +133,8 @@ def test_damage_is_named_in_one_line_and_the_page_stays(home, damage, capsys):
             file.write('{"schema": 2, "opt')
     before = (home / "executed" / "README.md").read_text()
     assert device.main([str(home / "out"), "--root", str(home)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and ("index.json" in said or "records.jsonl" in said)
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and ("index.json" in errors or "records.jsonl" in errors)
     assert (home / "executed" / "README.md").read_text() == before
 
 

@@ -72,7 +72,7 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
     from lib.suite.plan import plan
 
     stem, model = request["optimization"], request["model"]
-    asked = plan.Request(
+    wanted = plan.Request(
         optimizations=(stem,),
         models=(model,),
         scale=request["scale"],
@@ -82,7 +82,7 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
         random_weights=request["scale"] == "full" and not request["checkpoints"],
         parameters=request["parameters"],
     )
-    (job,) = plan.plan(asked, to_run=False)
+    (job,) = plan.plan(wanted, to_run=False)
     values = dict(job.parameters)
     glued: list[Any] = []
     stock = loading.load, records.glue

@@ -93,9 +93,9 @@ def more_work(size: Size, model: str) -> list[Finding]:
                 expected = "never called"
             else:
                 good &= not words["better"]
-                found = {0.03: 0, 0.05: least, 0.10: len(rows)}[share]
-                good &= words["worse"] >= found
-                expected = f"worse at least {found} times"
+                required = {0.03: 0, 0.05: least, 0.10: len(rows)}[share]
+                good &= words["worse"] >= required
+                expected = f"worse at least {required} times"
             seen = f"{math.expm1(-truth):+.1%}; {inside} of {len(rows)} intervals hold it; {_listed(words)}"
             findings.append(
                 Finding(f"{share:.0%} more work, {workload}", f"{least} hold; {expected}", seen, bool(good))
@@ -161,14 +161,14 @@ def swapped(size: Size, model: str) -> list[Finding]:
     back = repeat("slowed", 1, model=model, effort=size.effort, share=0.3, swap=True)[0]
     mirrored = {"better": "worse", "worse": "better"}
     findings = []
-    for one, other in zip(there, back):
-        if one["noise_floor"] is None:
+    for before, after in zip(there, back):
+        if before["noise_floor"] is None:
             continue
-        product = math.log(one["ratio"]) + math.log(other["ratio"])
-        wide = sum(math.log(row["ci"][1] / row["ci"][0]) / 2 for row in (one, other))
-        good = other["verdict"] == mirrored.get(one["verdict"], one["verdict"]) and abs(product) <= wide
-        seen = f"{one['ratio']:.3f} {one['verdict']}, {other['ratio']:.3f} {other['verdict']}"
-        findings.append(Finding(f"swapped, {one['metric']}", "inverted and mirrored", seen, good))
+        product = math.log(before["ratio"]) + math.log(after["ratio"])
+        wide = sum(math.log(row["ci"][1] / row["ci"][0]) / 2 for row in (before, after))
+        good = after["verdict"] == mirrored.get(before["verdict"], before["verdict"]) and abs(product) <= wide
+        seen = f"{before['ratio']:.3f} {before['verdict']}, {after['ratio']:.3f} {after['verdict']}"
+        findings.append(Finding(f"swapped, {before['metric']}", "inverted and mirrored", seen, good))
     return findings
 
 

@@ -14,9 +14,9 @@ def test_better_against_worse_is_a_contradiction_and_undecided_is_not():
 
 
 def test_only_what_is_judged_counts():
-    one = {KEY: "better", OTHER: "informative"}
-    assert twins.hold(one, one) == ({}, 1)
-    differing, judged = twins.hold(one, {KEY: "inconclusive", OTHER: "informative"})
+    verdicts = {KEY: "better", OTHER: "informative"}
+    assert twins.hold(verdicts, verdicts) == ({}, 1)
+    differing, judged = twins.hold(verdicts, {KEY: "inconclusive", OTHER: "informative"})
     assert judged == 1 and differing == {KEY: ("better", "inconclusive")}
     assert twins.table(differing, [KEY], 1) == ["  decode_tokens_per_second: 1 of 1 differ (1 better / inconclusive)"]
     assert twins.table(differing, [KEY], 0)[0].startswith("  streaming: 1 of 1")

@@ -45,8 +45,8 @@ OTHERS: dict[str, dict[str, Any]] = {  # of other structures: refused by name
 def build(name: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
     """Return a tiny random model (float32, ready for inference) of the architecture `name`."""
     own = MODELS.get(name, OTHERS.get(name, {}))
-    given = own if name == "gpt2" else BASE | own
-    config = AutoConfig.for_model(name, **(given | overrides))
+    settings = own if name == "gpt2" else BASE | own
+    config = AutoConfig.for_model(name, **(settings | overrides))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto_class(config).from_config(config, dtype=torch.float32)

@@ -101,8 +101,8 @@ def measure(config: dict[str, Any], architecture: str, method: Method, text: Tex
         with live:
             changed = method.in_memory(model, text)
         each = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in changed.parameters()}
-        made = sum(size for at, size in each.items() if at not in own)
-        return Reading(blocks, weights, in_blocks, made, live.peak_bytes, False, time.perf_counter() - start)
+        new_bytes = sum(size for at, size in each.items() if at not in own)
+        return Reading(blocks, weights, in_blocks, new_bytes, live.peak_bytes, False, time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
         io.save(model, Path(folder) / "whole")
         del model
@@ -110,8 +110,8 @@ def measure(config: dict[str, Any], architecture: str, method: Method, text: Tex
         start = time.perf_counter()
         with live:
             made_at = method.from_file(Path(folder) / "whole", Path(folder) / "made", text, **method.options)
-        made = sum(file.stat().st_size for file in made_at.glob("model-0*.safetensors"))
-        return Reading(blocks, weights, in_blocks, made, live.peak_bytes, True, time.perf_counter() - start)
+        new_bytes = sum(file.stat().st_size for file in made_at.glob("model-0*.safetensors"))
+        return Reading(blocks, weights, in_blocks, new_bytes, live.peak_bytes, True, time.perf_counter() - start)
 
 
 def nbytes(model: nn.Module) -> int:
@@ -129,7 +129,7 @@ def whole(readings: Sequence[Reading], config: dict[str, Any], architecture: str
     proportion of the largest slice, and the most that any slice held beside.
     """
     model = io.build(config, architecture, device="meta", dtype=torch.bfloat16)
-    largest, beside = max(readings, key=lambda one: one.blocks), max(one.beside for one in readings)
+    largest, beside = max(readings, key=lambda one: one.blocks), max(reading.beside for reading in readings)
     if largest.from_file:
         return nbytes(model) - bytes_of_blocks(model) + beside
     return nbytes(model) + bytes_of_blocks(model) * largest.made / largest.in_blocks + beside
@@ -152,12 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             readings = []
             for blocks in chosen.blocks:
                 config, from_file = cut(described.full, blocks), chosen.origin == "file"
-                one = measure(config, described.architecture, METHODS[method], text, from_file)
-                readings.append(one)
+                reading = measure(config, described.architecture, METHODS[method], text, from_file)
+                readings.append(reading)
                 gc.collect()
-                sizes = f"weights {one.weights / GIB:.2f} GiB, new {one.made / GIB:.2f}, beside {one.beside / GIB:.2f}"
+                new_gib, beside = reading.made / GIB, reading.beside / GIB
+                sizes = f"weights {reading.weights / GIB:.2f} GiB, new {new_gib:.2f}, beside {beside:.2f}"
                 about = f"{name}, {method}, from {chosen.origin}, {blocks} blocks"
-                print(f"{about}: {sizes}, peak {one.peak / GIB:.2f} (measured), {one.seconds:.0f} s", flush=True)
+                print(
+                    f"{about}: {sizes}, peak {reading.peak / GIB:.2f} (measured), {reading.seconds:.0f} s", flush=True
+                )
             total = whole(readings, described.full, described.architecture)
             print(f"{name}, {method}, from {chosen.origin}, whole: {total / GIB:.1f} GiB (derived)", flush=True)
 

@@ -25,7 +25,7 @@ def test_what_is_held_beside_the_weights_does_not_grow_with_depth(name, method, 
     readings = [
         slice_memory.measure(*tiny_config(name, blocks), METHODS[method], text, from_file) for blocks in (2, 4, 8)
     ]
-    assert [one.blocks for one in readings] == [2, 4, 8]
+    assert [reading.blocks for reading in readings] == [2, 4, 8]
     assert readings[2].in_blocks == 4 * readings[0].in_blocks
     grown = readings[2].beside - readings[0].beside
     # A few numbers per row are kept for every block: here up to an eighth of its bytes, at real sizes a thousandth.
@@ -38,8 +38,8 @@ def test_the_whole_is_its_weights_and_what_is_held_beside():
     weights, blocks = slice_memory.nbytes(model), slice_memory.bytes_of_blocks(model)
     assert 0 < blocks < weights
     readings = [Reading(2, 100, 40, 20, 130, False), Reading(4, 140, 80, 40, 195, False)]
-    assert [one.beside for one in readings] == [10, 15]
+    assert [reading.beside for reading in readings] == [10, 15]
     assert slice_memory.whole(readings, config, architecture) == weights + blocks / 2 + 15
     filed = [Reading(2, 100, 40, 20, 130, True), Reading(4, 140, 80, 40, 135, True)]
-    assert [one.beside for one in filed] == [70, 75]
+    assert [reading.beside for reading in filed] == [70, 75]
     assert slice_memory.whole(filed, config, architecture) == weights - blocks + 75

@@ -47,7 +47,7 @@ def python(environment: Path) -> Path:
     return environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def made(folder: Path, name: str, way: Way) -> Path:
+def ensure(folder: Path, name: str, way: Way) -> Path:
     """Return the interpreter of a peer's environment, which is made where it is not there yet. Raises Impossible."""
     environment = place(folder, name, way)
     interpreter = python(environment)
@@ -76,6 +76,6 @@ def _run(command: list[str]) -> None:
 def reason(output: str) -> str:
     """Return the line of a failed command's output that says most: the first error, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if line.lower().startswith(("error:", "because ", "the conflict"))]
-    chosen = (said or lines[-1:] or ["it gives no reason"])[0]
+    errors = [line for line in lines if line.lower().startswith(("error:", "because ", "the conflict"))]
+    chosen = (errors or lines[-1:] or ["it gives no reason"])[0]
     return chosen[:REASON_CHARACTERS]

@@ -38,26 +38,36 @@ IDS = ("prompt", "windows", "calibration")  # of the setting, too long to be sho
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Peers: {', '.join(PEERS)}.")
-    made.add_argument("peers", nargs="*", metavar="PEER", help="default: all")
-    made.add_argument("--out", type=Path, required=True, help="folder of the table, the results and the logs")
-    made.add_argument("--model", default="smollm2-135m-instruct", help="by name or by its checkpoint")
-    made.add_argument("--environments", type=Path, default=cache_folder() / "peers", help="where environments are kept")
-    made.add_argument("--threads", type=int, default=len(disturbance.cores()))
-    made.add_argument("--dtype", default="", help="of every arm but llama.cpp's; default: the workbench's choice here")
-    made.add_argument(
+    argument_parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Peers: {', '.join(PEERS)}.")
+    argument_parser.add_argument("peers", nargs="*", metavar="PEER", help="default: all")
+    argument_parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the table, the results and the logs"
+    )
+    argument_parser.add_argument("--model", default="smollm2-135m-instruct", help="by name or by its checkpoint")
+    argument_parser.add_argument(
+        "--environments", type=Path, default=cache_folder() / "peers", help="where environments are kept"
+    )
+    argument_parser.add_argument("--threads", type=int, default=len(disturbance.cores()))
+    argument_parser.add_argument(
+        "--dtype", default="", help="of every arm but llama.cpp's; default: the workbench's choice here"
+    )
+    argument_parser.add_argument(
         "--turns", type=int, default=4, help="processes of each arm whose speed is read; even, to be fair"
     )
-    made.add_argument("--rounds", type=int, default=5, help="timed calls in each process, whose median counts")
-    made.add_argument("--prompt-tokens", type=int, default=512)
-    made.add_argument("--new-tokens", type=int, default=64)
-    made.add_argument("--windows", type=int, default=32, help="of held-out text, for perplexity")
-    made.add_argument("--window-tokens", type=int, default=512, help="of a window and of a calibration sequence")
-    made.add_argument("--sequences", type=int, default=64, help="of calibration text")
-    made.add_argument("--sparsity", type=float, default=0.5)
-    made.add_argument("--channels", type=float, default=0.25, help="share of feed-forward channels removed")
-    made.add_argument("--note", default="", help="a remark on this run, for the table")
-    return made
+    argument_parser.add_argument(
+        "--rounds", type=int, default=5, help="timed calls in each process, whose median counts"
+    )
+    argument_parser.add_argument("--prompt-tokens", type=int, default=512)
+    argument_parser.add_argument("--new-tokens", type=int, default=64)
+    argument_parser.add_argument("--windows", type=int, default=32, help="of held-out text, for perplexity")
+    argument_parser.add_argument(
+        "--window-tokens", type=int, default=512, help="of a window and of a calibration sequence"
+    )
+    argument_parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
+    argument_parser.add_argument("--sparsity", type=float, default=0.5)
+    argument_parser.add_argument("--channels", type=float, default=0.25, help="share of feed-forward channels removed")
+    argument_parser.add_argument("--note", default="", help="a remark on this run, for the table")
+    return argument_parser
 
 
 def chosen(peers: list[str]) -> list[Comparison]:
@@ -68,23 +78,23 @@ def chosen(peers: list[str]) -> list[Comparison]:
     return [comparison for comparison in COMPARISONS if not peers or comparison.peer in peers]
 
 
-def make_setting(given: argparse.Namespace, out: Path) -> tuple[Path, bool]:
+def make_setting(options: argparse.Namespace, out: Path) -> tuple[Path, bool]:
     """Write what all arms share to a file; return it, and whether it was there, made by the same choices.
 
     Raises UserError where the model cannot be loaded.
     """
-    choices = {name: value for name, value in vars(given).items() if name not in NOT_SHARED}
-    choices["model"] = plan.model_named(given.model)
-    asked, setting, text = out / "choices.json", out / "setting.json", json.dumps(choices)
-    if setting.is_file() and asked.is_file() and asked.read_text(encoding="utf-8") == text:
+    choices = {name: value for name, value in vars(options).items() if name not in NOT_SHARED}
+    choices["model"] = plan.model_named(options.model)
+    choices_file, setting, text = out / "choices.json", out / "setting.json", json.dumps(choices)
+    if setting.is_file() and choices_file.is_file() and choices_file.read_text(encoding="utf-8") == text:
         return setting, True
     setting.unlink(missing_ok=True)
-    write_atomically(asked, text)
-    command = [sys.executable, "-m", "tests.peers.setting", str(asked), str(setting)]
+    write_atomically(choices_file, text)
+    command = [sys.executable, "-m", "tests.peers.setting", str(choices_file), str(setting)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode or not setting.is_file():
         lines = ended.stderr.strip().splitlines() or ["it gives no reason"]
-        raise UserError(f"{given.model}: no setting could be made of it: {lines[-1][:200]}")
+        raise UserError(f"{options.model}: no setting could be made of it: {lines[-1][:200]}")
     return setting, False
 
 
@@ -94,7 +104,7 @@ def facts(setting: dict[str, Any], results: list[Result], load: list[str], note:
     shown |= {name: len(setting[name]) for name in ("windows", "calibration")}
     digest = hashlib.sha256(json.dumps([setting[name] for name in IDS]).encode()).hexdigest()[:12]
     versions = sorted({f"{name} {release}" for result in results for name, release in result.versions.items()})
-    told = {
+    about_run = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{energy_source.cpu_name() or platform.machine()}, cores given: {len(disturbance.cores())}",
         "load (one minute) before and after": ", ".join(load),
@@ -102,7 +112,7 @@ def facts(setting: dict[str, Any], results: list[Result], load: list[str], note:
         "setting": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items()),
         "token ids of prompt, windows and calibration": digest,
     }
-    return told | ({"note": note} if note else {})
+    return about_run | ({"note": note} if note else {})
 
 
 def load_now() -> str:
@@ -115,35 +125,35 @@ def load_now() -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the comparisons and write the table; return the exit code: 1 where a peer gave nothing."""
-    given = parser().parse_args(arguments)
-    comparisons = chosen(given.peers)
-    out = given.out.absolute()
+    options = parser().parse_args(arguments)
+    comparisons = chosen(options.peers)
+    out = options.out.absolute()
     (out / "arms").mkdir(parents=True, exist_ok=True)
-    load, made, results = [load_now()], [], []
-    setting, resumed = make_setting(given, out)
-    places = Places(setting, given.environments.absolute(), out / "arms", given.threads, resumed)
+    load, rows, results = [load_now()], [], []
+    setting, resumed = make_setting(options, out)
+    places = Places(setting, options.environments.absolute(), out / "arms", options.threads, resumed)
     known: dict[str, Way] = {}
     for comparison in comparisons:
-        of_this = running.in_turns(comparison, places, given.turns, known, tell=lambda line: print(line, flush=True))
+        of_this = running.in_turns(comparison, places, options.turns, known, tell=lambda line: print(line, flush=True))
         results += of_this
-        made += table.rows(comparison, of_this)
-        _write(out, json.loads(setting.read_text(encoding="utf-8")), made, results, [*load, load_now()], given.note)
+        rows += table.rows(comparison, of_this)
+        _write(out, json.loads(setting.read_text(encoding="utf-8")), rows, results, [*load, load_now()], options.note)
     print((out / "peers.md").read_text(encoding="utf-8"))
-    return 1 if any(row.reason for row in made) else 0
+    return 1 if any(row.reason for row in rows) else 0
 
 
 def _write(
-    out: Path, setting: dict[str, Any], made: list[table.Row], results: list[Result], load: list[str], note: str
+    out: Path, setting: dict[str, Any], rows: list[table.Row], results: list[Result], load: list[str], note: str
 ) -> None:
     """Write the table of what is there so far: a run that is broken off leaves what it has."""
     about = facts(setting, results, load, note)
     notes = [f"{result.arm.title}: {result.note}" for result in results if result.note]
-    write_atomically(out / "peers.md", table.markdown(made, about, notes))
+    write_atomically(out / "peers.md", table.markdown(rows, about, notes))
     arms = [
         {"arm": r.arm.title, "turn": r.turn, "values": dict(r.values), "versions": dict(r.versions), "reason": r.reason}
         for r in results
     ]
-    content = {"facts": about, "rows": table.plain(made), "arms": arms}
+    content = {"facts": about, "rows": table.plain(rows), "arms": arms}
     write_atomically(out / "peers.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

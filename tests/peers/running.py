@@ -69,10 +69,10 @@ def run_arm(arm: Arm, turn: int, interpreter: Path, places: Places) -> Result:
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not arm.own:
         variables["PYTHONPATH"] = str(ROOT)
-    with log.open("w", encoding="utf-8") as said:
+    with log.open("w", encoding="utf-8") as output:
         try:
             ended = subprocess.run(
-                command, stdout=said, stderr=said, env=variables, cwd=places.results, timeout=SECONDS, check=False
+                command, stdout=output, stderr=output, env=variables, cwd=places.results, timeout=SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Impossible(f"{arm.title}: {type(error).__name__}") from None
@@ -99,7 +99,7 @@ def in_turns(
     known: dict[str, Way],
     tell: Tell = lambda _: None,
     run: RunArm = run_arm,
-    make: Make = environments.made,
+    make: Make = environments.ensure,
 ) -> list[Result]:
     """Return the results of all arms in all turns; of arms that do not run one result with the reason.
 

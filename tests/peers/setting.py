@@ -18,7 +18,7 @@ from lib.models.tasks import tasks
 from lib.models.tasks.retrieval import text_windows
 
 
-def made(choices: dict[str, Any]) -> dict[str, Any]:
+def build(choices: dict[str, Any]) -> dict[str, Any]:
     """Return the setting for the choices of `tests.peers.run`: token ids are lists, paths are text."""
     torch.set_num_threads(choices["threads"])
     loaded = loading.load(choices["model"], "full", dtype=choices["dtype"] or None)
@@ -49,4 +49,4 @@ def weight_bytes(file: Path) -> int:
 
 if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(made(chosen)), encoding="utf-8")
+    Path(sys.argv[2]).write_text(json.dumps(build(chosen)), encoding="utf-8")

@@ -45,13 +45,13 @@ def rows(comparison: Comparison, results: Sequence[Result]) -> list[Row]:
     by_arm = {arm: [result for result in results if result.arm == arm] for arm in comparison.arms}
     if failed := _reason(by_arm[peer]):
         return [Row(comparison.peer, comparison.about, peer.title, "", "", reason=failed)]
-    made = []
+    table_rows = []
     for arm in others:
         if failed := _reason(by_arm[arm]):
-            made.append(Row(comparison.peer, comparison.about, arm.title, "", "", reason=failed))
+            table_rows.append(Row(comparison.peer, comparison.about, arm.title, "", "", reason=failed))
             continue
-        made += [row for metric in comparison.metrics if (row := _row(comparison, arm, metric, by_arm))]
-    return made
+        table_rows += [row for metric in comparison.metrics if (row := _row(comparison, arm, metric, by_arm))]
+    return table_rows
 
 
 def _reason(results: Sequence[Result]) -> str | None:
@@ -62,7 +62,7 @@ def _reason(results: Sequence[Result]) -> str | None:
 
 def _row(comparison: Comparison, arm: Arm, metric: Metric, by_arm: Mapping[Arm, Sequence[Result]]) -> Row | None:
     """Return the row of one metric, None where either arm does not read it."""
-    theirs, others = (_values(by_arm[one], metric.key) for one in (comparison.arms[0], arm))
+    theirs, others = (_values(by_arm[key], metric.key) for key in (comparison.arms[0], arm))
     turns = sorted(set(theirs) & set(others))
     if not turns:
         return None
@@ -103,17 +103,17 @@ def _better(metric: Metric, ratio: float, ci: tuple[float, float] | None) -> str
     return "other" if (ratio > 1) == metric.higher_is_better else "peer"
 
 
-def plain(made: Iterable[Row]) -> list[dict[str, Any]]:
+def plain(table_rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return the rows as plain values for JSON."""
-    return [asdict(row) for row in made]
+    return [asdict(row) for row in table_rows]
 
 
-def markdown(made: Sequence[Row], facts: Mapping[str, str], notes: Sequence[str]) -> str:
+def markdown(table_rows: Sequence[Row], facts: Mapping[str, str], notes: Sequence[str]) -> str:
     """Return the page: what was run where and when, the table, what has to be known of it."""
     lines = ["# Peers on the same file", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in _cells(row))} |" for row in made]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in _cells(row))} |" for row in table_rows]
     lines += [
         "",
         "Ratios over several turns carry their 95 % interval; a single turn has none, and proves no difference.",

@@ -44,8 +44,12 @@ def test_the_median_of_the_timed_rounds_counts_and_the_peak_is_read():
 def test_the_setting_holds_text_of_three_kinds(monkeypatch):
     loaded = loading.load(NAME, dtype="float32")
     monkeypatch.setattr(setting.loading, "load", lambda name, scale, dtype: loaded)
-    made = setting.made(CHOICES | {"sequences": 4})
-    assert len(made["prompt"]) == 24 and [len(window) for window in made["windows"]] == [32] * 3
-    assert [len(row) for row in made["calibration"]] == [32] * 4 and made["gguf"] == "" and made["gguf_bytes"] == 0
-    assert not {tuple(row) for row in made["windows"]} & {tuple(row) for row in made["calibration"]}
-    assert made["dtype"] == "float32" and made["parameters"] > 1e6 and made["folder"].endswith(NAME)
+    settings = setting.build(CHOICES | {"sequences": 4})
+    assert len(settings["prompt"]) == 24 and [len(window) for window in settings["windows"]] == [32] * 3
+    assert (
+        [len(row) for row in settings["calibration"]] == [32] * 4
+        and settings["gguf"] == ""
+        and settings["gguf_bytes"] == 0
+    )
+    assert not {tuple(row) for row in settings["windows"]} & {tuple(row) for row in settings["calibration"]}
+    assert settings["dtype"] == "float32" and settings["parameters"] > 1e6 and settings["folder"].endswith(NAME)

@@ -51,7 +51,7 @@ def test_a_peer_that_cannot_be_installed_is_one_result_with_every_reason(places)
         raise Impossible(f"{name} has no wheel")
 
     order: list = []
-    peer = next(one for one in COMPARISONS if one.peer == "llm-compressor")
+    peer = next(comparison for comparison in COMPARISONS if comparison.peer == "llm-compressor")
     results = running.in_turns(peer, places, 4, {}, run=recorded(order), make=impossible)
     assert len(results) == 1 and not order and results[0].reason.count("has no wheel") == 4
 
@@ -68,7 +68,7 @@ def test_the_next_way_is_tried_where_the_peer_does_not_run_and_is_remembered(pla
             raise Impossible("needs another transformers")
         return Result(arm, turn)
 
-    peer = next(one for one in COMPARISONS if one.peer == "llm-compressor")
+    peer = next(comparison for comparison in COMPARISONS if comparison.peer == "llm-compressor")
     assert all(result.reason is None for result in running.in_turns(peer, places, 1, known, run=run_arm, make=make))
     assert len(made) == 2 and known == {"llm-compressor": made[1]}
     running.in_turns(peer, places, 1, known, run=run_arm, make=make)
@@ -141,24 +141,24 @@ def test_a_setting_is_kept_only_for_the_same_choices(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(run.subprocess, "run", make)
-    given = run.parser().parse_args(["--out", str(tmp_path)])
-    assert run.make_setting(given, tmp_path) == (tmp_path / "setting.json", False)
-    assert run.make_setting(given, tmp_path) == (tmp_path / "setting.json", True) and len(made) == 1
-    given.sparsity = 0.6
-    assert run.make_setting(given, tmp_path)[1] is False and len(made) == 2
+    options = run.parser().parse_args(["--out", str(tmp_path)])
+    assert run.make_setting(options, tmp_path) == (tmp_path / "setting.json", False)
+    assert run.make_setting(options, tmp_path) == (tmp_path / "setting.json", True) and len(made) == 1
+    options.sparsity = 0.6
+    assert run.make_setting(options, tmp_path)[1] is False and len(made) == 2
 
 
 def test_an_environment_is_found_again_and_each_way_has_its_own(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(environments, "_run", calls.append)
     way, other = Way(("torch==1",), ("peer",)), Way(("torch==1",))
-    for one in (way, other):
-        environments.place(tmp_path, "peer", one).mkdir()
-    python = environments.made(tmp_path, "peer", way)
+    for each in (way, other):
+        environments.place(tmp_path, "peer", each).mkdir()
+    python = environments.ensure(tmp_path, "peer", way)
     assert python.is_relative_to(environments.place(tmp_path, "peer", way)) and len(calls) == 3
     assert "--no-deps" in calls[2] and "--constraint" in calls[1] and calls[1][-1] == "torch==1"
-    assert environments.made(tmp_path, "peer", way) == python and len(calls) == 3
-    assert environments.made(tmp_path, "peer", other) != python and len(calls) == 5
+    assert environments.ensure(tmp_path, "peer", way) == python and len(calls) == 3
+    assert environments.ensure(tmp_path, "peer", other) != python and len(calls) == 5
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_reason_is_one_line(output, expected):
 
 
 def test_every_arm_is_a_script_and_an_unknown_peer_is_one_line():
-    assert {arm.script for one in COMPARISONS for arm in one.arms} | {"probe"} == {
+    assert {arm.script for comparison in COMPARISONS for arm in comparison.arms} | {"probe"} == {
         path.stem for path in ARMS.glob("*.py")
     }
     command = [sys.executable, str(Path(run.__file__)), "llama.ccp", "--out", "unused"]

@@ -77,17 +77,17 @@ def test_a_failing_peer_is_one_line_and_a_failing_arm_one_of_its_own():
     page = table.markdown([row], {"date": "today"}, [])
     assert page.count("the index offers none / of them") == 1 and "- date: today" in page
     broken = [Result(PEER, 0, {"rate": 1.0}), Result(OURS, 0, {"rate": 1.0}), Result(OURS, 1, reason="ended early")]
-    assert [made.reason for made in table.rows(PAIR, broken)] == ["ended early"]
-    assert [made.reason for made in table.rows(PAIR, [Result(PEER, 0, {"rate": 1.0})])] == ["was not run"]
+    assert [row.reason for row in table.rows(PAIR, broken)] == ["ended early"]
+    assert [row.reason for row in table.rows(PAIR, [Result(PEER, 0, {"rate": 1.0})])] == ["was not run"]
 
 
 def test_the_page_holds_every_row_and_json_keeps_every_number():
-    made = table.rows(PAIR, results([{"rate": 1234.2, "min": 2.0}] * 2, [{"rate": 2468.4, "min": 1.0}] * 2))
-    page = table.markdown(made, {"machine": "this one"}, ["peer: built without", "peer: built without"])
+    rows = table.rows(PAIR, results([{"rate": 1234.2, "min": 2.0}] * 2, [{"rate": 2468.4, "min": 1.0}] * 2))
+    page = table.markdown(rows, {"machine": "this one"}, ["peer: built without", "peer: built without"])
     lines = [line for line in page.splitlines() if line.startswith("| peer ")][1:]
     assert len(lines) == 2 and "2.000× (2.000 to 2.000, 2 turns)" in lines[0] and "1,234" in lines[0]
     assert lines[0].endswith("| workbench |") and page.count("built without") == 1
-    assert json.loads(json.dumps(table.plain(made)))[0]["others"] == pytest.approx(2468.4)
+    assert json.loads(json.dumps(table.plain(rows)))[0]["others"] == pytest.approx(2468.4)
 
 
 def test_the_table_that_is_kept_has_these_columns_and_every_peer():

@@ -88,7 +88,7 @@ def process(seconds: int = 60) -> Process:
     )
 
 
-def made(optimization: str = "structured_pruning", model: str = MODELS[1], **options) -> Record:
+def run(optimization: str = "structured_pruning", model: str = MODELS[1], **options) -> Record:
     built = record.build(
         optimization, model, "proxy", "quick", {"model": model, "ratio": 0.3, "seed": 0},
         options.pop("measurements", None) or measurements(**options),

@@ -6,18 +6,18 @@ from tests.report import samples
 
 
 def test_what_the_other_run_did_otherwise_is_said():
-    run, other = samples.made(), samples.made()
+    run, other = samples.run(), samples.run()
     assert beside.difference("last build", run, other) == "Last build (2026-01-31 14:05), set alike."
     changed = other.model_copy(update={"effort": "standard", "parameters": other.parameters | {"ratio": 0.5}})
-    said = beside.difference("last build", run, changed)
-    assert "effort standard (now quick), ratio 0.5 (now 0.3)" in said
+    sentence = beside.difference("last build", run, changed)
+    assert "effort standard (now quick), ratio 0.5 (now 0.3)" in sentence
     frame = beside.table(run, [("last build", changed.model_copy(update={"measurements": []}))])
     assert set(frame["last build"]) == {"–"} and len(frame) > 3
 
 
 def test_a_run_is_kept_for_the_next_one(tmp_path):
-    run, path = samples.made(), tmp_path / "runs" / "a.json"
-    assert beside.record_of({"result": run, "other": 1, "_": samples.made()}) is run and beside.record_of({}) is None
+    run, path = samples.run(), tmp_path / "runs" / "a.json"
+    assert beside.record_of({"result": run, "other": 1, "_": samples.run()}) is run and beside.record_of({}) is None
     assert beside.keep(run, path, {3: 1.5, 4: 2.0}) is None
     kept = record.read(path)
     assert kept.seconds == 3.5 and kept.process is not None and kept.process.cell_seconds == {"3": 1.5, "4": 2.0}

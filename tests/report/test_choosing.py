@@ -12,10 +12,10 @@ from tests.report import samples
 def displayed(monkeypatch):
     """Return what is displayed, as words, and without anybody in front."""
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    said: list[str] = []
-    monkeypatch.setattr(style, "show", lambda figure, alt: said.append(alt))
-    monkeypatch.setattr(tables, "show_text", said.append)
-    return said
+    texts: list[str] = []
+    monkeypatch.setattr(style, "show", lambda figure, alt: texts.append(alt))
+    monkeypatch.setattr(tables, "show_text", texts.append)
+    return texts
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def offered(monkeypatch):
 
 
 def _records():
-    known = [samples.made(name, model) for name in samples.OPTIMIZATIONS[:3] for model in samples.MODELS[:2]]
-    return [*known, samples.made(samples.OPTIMIZATIONS[3], samples.MODELS[0], accuracy="not_maintained")]
+    known = [samples.run(name, model) for name in samples.OPTIMIZATIONS[:3] for model in samples.MODELS[:2]]
+    return [*known, samples.run(samples.OPTIMIZATIONS[3], samples.MODELS[0], accuracy="not_maintained")]
 
 
 def test_with_nobody_there_each_figure_is_shown_once(displayed, monkeypatch):
@@ -78,8 +78,8 @@ def test_a_tighter_margin_keeps_fewer():
         for margin in (0.0, 1.0, 2.0, 5.0, 50.0)
     ]
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == len(records)
-    said = choosing.within_margin(records, "decode_tokens_per_second", "f1_macro", 50.0)
-    assert said.endswith("None that keeps it is better in decode rate.")
+    text = choosing.within_margin(records, "decode_tokens_per_second", "f1_macro", 50.0)
+    assert text.endswith("None that keeps it is better in decode rate.")
     slow = record.build("x", "m", "proxy", "quick", {}, samples.measurements())
     assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0

@@ -41,7 +41,7 @@ def test_names_need_no_entry():
 
 
 def test_tidy_has_a_row_of_numbers_per_measurement():
-    run = samples.made()
+    run = samples.run()
     frame = tables.tidy(run)
     assert list(frame.columns) == list(tables.TIDY)
     assert len(frame) == len(run.measurements)
@@ -56,12 +56,12 @@ def test_a_metric_of_two_workloads_is_told_apart():
 
 
 def test_the_table_shows_interval_floor_mde_verdict_and_provenance():
-    frame = tables.measurements(samples.made(), "performance")
+    frame = tables.measurements(samples.run(), "performance")
     line = frame.iloc[0].to_dict()
     assert line["95 % interval"] == "1.280–1.340"
     assert (line["noise floor"], line["MDE"], line["n"]) == ("1.2 %", "2.1 %", "12")
     assert (line["verdict"], line["provenance"]) == ("▲ better", "measured")
-    assert "dimension" in tables.measurements(samples.made())
+    assert "dimension" in tables.measurements(samples.run())
 
 
 def test_tables_are_escaped_and_survive_markdown():
@@ -73,7 +73,7 @@ def test_tables_are_escaped_and_survive_markdown():
 
 @pytest.mark.parametrize("count", [0, 1, 8])
 def test_tables_across_records_stand_any_number(count):
-    records = [samples.made(model=samples.MODELS[i % 4], optimization=f"o_{i // 4}") for i in range(count)]
+    records = [samples.run(model=samples.MODELS[i % 4], optimization=f"o_{i // 4}") for i in range(count)]
     assert len(tables.matrix(records)) == count
     assert len(tables.speed_and_quality(records)) == count
     assert len(tables.across(records, "prefill_tokens_per_second")) == count
@@ -97,10 +97,10 @@ def test_controls_are_drawn_with_their_own_interval():
 
 
 def test_quality_is_in_points_and_up_is_better():
-    line = tables.speed_and_quality([samples.made(accuracy="not_maintained")]).iloc[0]
+    line = tables.speed_and_quality([samples.run(accuracy="not_maintained")]).iloc[0]
     assert line["y"] == pytest.approx(-4.1)
     assert line["y_low"] < line["y"] < line["y_high"]
-    worse = tables.speed_and_quality([samples.made()], quality="perplexity").iloc[0]
+    worse = tables.speed_and_quality([samples.run()], quality="perplexity").iloc[0]
     assert worse["y"] < 0  # perplexity rose
 
 
@@ -140,13 +140,13 @@ def _bound() -> pd.DataFrame:
         lambda: style.impact(_impact(), x_label="x", y_label="y", log_y=True),
         lambda: style.impact(_impact().drop(columns=["low", "high"]), x_label="x", y_label="y"),
         lambda: style.impact(_impact().head(0), x_label="x", y_label="y", reference=1.0),
-        lambda: style.forest(tables.tidy(samples.made())),
+        lambda: style.forest(tables.tidy(samples.run())),
         lambda: style.forest(tables.tidy([])),
         lambda: style.forest(tables.tidy(samples.by_chance(3)), title="by chance"),
         lambda: style.bound(_bound()),
         lambda: style.bound(_bound().head(0)),
         lambda: style.bars(_impact().assign(arm=list("abcd")), y_label="F1", controls=["b"], margin=(0, 1)),
-        lambda: style.trade_off(tables.speed_and_quality([samples.made()]), x_label="x", y_label="y", label="label"),
+        lambda: style.trade_off(tables.speed_and_quality([samples.run()]), x_label="x", y_label="y", label="label"),
         lambda: style.trade_off(tables.speed_and_quality([]), x_label="x", y_label="y"),
         lambda: style.process(pd.DataFrame(samples.process().model_dump(include=SAMPLED)), cores=2),
     ],

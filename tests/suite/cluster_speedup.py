@@ -27,9 +27,9 @@ def main() -> int:
     options.add_argument("optimizations", nargs="*")
     options.add_argument("--effort", default="quick")
     options.add_argument("--model", action="append", default=[])
-    given = options.parse_args()
-    arguments = ["run", *given.optimizations, "--effort", given.effort]
-    for name in given.model:
+    parsed = options.parse_args()
+    arguments = ["run", *parsed.optimizations, "--effort", parsed.effort]
+    for name in parsed.model:
         arguments += ["--model", name]
     seconds, faults = {}, []
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,18 +52,18 @@ def main() -> int:
 
 def timed(folder: Path, workers: int, arguments: list[str]) -> tuple[float, str]:
     """Run the jobs on so many workers; return the seconds that the build took, and what went wrong."""
-    made = Cluster(folder, workbench.ROOT)
+    cluster = Cluster(folder, workbench.ROOT)
     try:
-        address = made.address
+        address = cluster.address
         for number in range(workers):
-            made.worker(f"w{number}", cores=str(number))
-        made.meet(workers)
+            cluster.worker(f"w{number}", cores=str(number))
+        cluster.meet(workers)
         start = time.monotonic()
         command = [*arguments, "--cluster", address, "--out", str(folder / "out")]
         ended = workbench.build(workbench.ROOT, *command, timeout=6 * 3600)
         took = time.monotonic() - start
     finally:
-        made.end()
+        cluster.end()
     return took, (ended.stdout + ended.stderr).strip()[-500:] if ended.returncode else ""
 
 
@@ -73,7 +73,7 @@ def false_calls(results: Path) -> tuple[int, int]:
     for path in results.glob("*--*.json"):
         for control in json.loads(path.read_text(encoding="utf-8"))["controls"]:
             if control["name"] == "A/A":
-                verdicts += [one["verdict"] for one in control["measurements"]]
+                verdicts += [m["verdict"] for m in control["measurements"]]
     return sum(verdict in ("better", "worse") for verdict in verdicts), len(verdicts)
 
 

@@ -50,18 +50,18 @@ class Cluster:
     def address(self) -> str:
         """The scheduler's address, once it has one."""
 
-        def told() -> str:
+        def written_address() -> str:
             with contextlib.suppress(OSError, ValueError):
                 return json.loads(self.file.read_text())["address"]
             return ""
 
-        return workbench.wait_for(told, 30)
+        return workbench.wait_for(written_address, 30)
 
     def worker(self, name: str, resources: str = "device=1", **more: Any) -> subprocess.Popen:
         """Start a worker without a nanny; it need not have met the scheduler when this returns."""
         options = ["--nthreads", "1", "--no-nanny", "--name", name, "--local-directory", str(self.folder / name)]
-        given = ["--resources", resources] if resources else []
-        return self.start("worker", "--host", "127.0.0.1", *options, *given, **more)
+        given_resources = ["--resources", resources] if resources else []
+        return self.start("worker", "--host", "127.0.0.1", *options, *given_resources, **more)
 
     def meet(self, number: int, seconds: float = 30) -> None:
         """Wait until the scheduler knows `number` workers."""
@@ -82,16 +82,16 @@ class Cluster:
 def cluster(folder: Path, root: Path, workers: int = 2) -> Iterator[Cluster]:
     """Yield a cluster with so many workers."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Cluster(folder, root)
+    dask = Cluster(folder, root)
     try:
-        made.address  # noqa: B018  the workers read the file that is there by then
+        dask.address  # noqa: B018  the workers read the file that is there by then
         for number in range(workers):
-            made.worker(f"w{number}")
+            dask.worker(f"w{number}")
         if workers:
-            made.meet(workers)
-        yield made
+            dask.meet(workers)
+        yield dask
     finally:
-        made.end()
+        dask.end()
         deadline = time.monotonic() + 20
         while workbench.running(root) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -28,10 +28,10 @@ def main() -> int:
     options.add_argument("optimizations", nargs="*")
     options.add_argument("--kills", type=int, default=10)
     options.add_argument("--seed", type=int, default=0)
-    given = options.parse_args()
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = _real(Path(folder), given.optimizations) if given.optimizations else _tiny(Path(folder))
-        return _run(root, given.optimizations, given.kills, random.Random(given.seed))
+        root = _real(Path(folder), arguments.optimizations) if arguments.optimizations else _tiny(Path(folder))
+        return _run(root, arguments.optimizations, arguments.kills, random.Random(arguments.seed))
 
 
 def _tiny(folder: Path) -> Path:
@@ -55,10 +55,10 @@ def _real(folder: Path, optimizations: list[str]) -> Path:
 
 def _finished(root: Path) -> dict[str, str]:
     """Return the finished runs, each with the time at which it started."""
-    found = {}
+    by_name = {}
     for path in (root / "executed/proxy").glob("*--*.json"):
-        found[path.name.removesuffix(".json")] = workbench.record(root, path.name.removesuffix(".json"))["started"]
-    return found
+        by_name[path.name.removesuffix(".json")] = workbench.record(root, path.name.removesuffix(".json"))["started"]
+    return by_name
 
 
 def _run(root: Path, real: list[str], kills: int, chance: random.Random) -> int:

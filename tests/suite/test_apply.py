@@ -29,8 +29,8 @@ def applied(out: Path, optimization: str, model: str = MODEL, **parameters: str)
 def test_the_checkpoint_is_the_optimized_model(optimization, tmp_path, capsys):
     out = tmp_path / "made"
     assert applied(out, optimization) == 0
-    said = capsys.readouterr().out
-    assert "loaded again" in said and str(out) in said
+    output = capsys.readouterr().out
+    assert "loaded again" in output and str(out) in output
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "Nothing was measured yet" in card and MODEL in card and "```python" in card
     ids_BT = torch.arange(40)[None]

@@ -17,8 +17,8 @@ from lib.suite import bootstrap
 def test_requirements_are_read_with_what_is_accepted():
     text = "# why\ntorch==2.13.0  # accept >=2.11\npapermill>=2.6,<3\nsix\n--no-index\n"
     text += "playwright>=1.49  # accept absence\n"
-    found = [(item.name, item.accepted, item.optional) for item in bootstrap.requirements(text)]
-    assert found == [
+    parsed = [(item.name, item.accepted, item.optional) for item in bootstrap.requirements(text)]
+    assert parsed == [
         ("torch", ">=2.11", False), ("papermill", ">=2.6,<3", False), ("six", "", False), ("playwright", ">=1.49", True)
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ def test_one_failure_stops_nothing(built):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("raises", "cell 6 under “Sums” (`y = x / 0`): ZeroDivisionError: division by zero"),
         ("hangs", "cell 4 under “Endless” (`import time`): it exceeded its time limit"),
@@ -28,14 +28,14 @@ def test_one_failure_stops_nothing(built):
         ("silent", "the notebook glued no record"),
     ],
 )
-def test_a_failure_tells_cell_error_and_notebook(built, name, told):
+def test_a_failure_tells_cell_error_and_notebook(built, name, message):
     root, ended = built
     stem = f"{name}--alpha-1.5"
     record = workbench.record(root, stem)
-    assert record["status"] == "failed" and record["reason"].startswith(told)
+    assert record["status"] == "failed" and record["reason"].startswith(message)
     [line] = [line for line in ended.stdout.splitlines() if line.startswith(f"FAILED {stem}")]
     place = f"executed/proxy/failed/{stem}.ipynb"
-    assert told in line and place in line and (root / place).is_file()
+    assert message in line and place in line and (root / place).is_file()
     assert not (root / f"executed/proxy/{stem}.ipynb").exists()
 
 
@@ -84,14 +84,14 @@ def test_nothing_changed_runs_nothing(built):
 def test_list_names_the_state_of_every_run(built):
     root, _ = built
     lines = workbench.build(root, "list").stdout.splitlines()
-    told = {line.split()[1]: line.split()[0] for line in lines if "--" in line}
-    assert told["well--alpha-1.5"] == "not_applicable" and told["well--beta-2"] == "missing"
-    assert told["raises--alpha-1.5"] == "failed"
+    states = {line.split()[1]: line.split()[0] for line in lines if "--" in line}
+    assert states["well--alpha-1.5"] == "not_applicable" and states["well--beta-2"] == "missing"
+    assert states["raises--alpha-1.5"] == "failed"
     assert any("parameters: ratio changed" in line for line in _list(root, "-p", "ratio=0.5"))
 
 
 @pytest.mark.parametrize(
-    ("path", "old", "new", "told"),
+    ("path", "old", "new", "reason"),
     [
         ("lib/errors.py", '"""', '"""Changed: ', "code: lib/errors.py changed"),
         ("notebooks/well.ipynb", "x = ratio", "x = ratio + 1", "template: cells changed"),
@@ -99,7 +99,7 @@ def test_list_names_the_state_of_every_run(built):
         ("parameters/proxies/alpha-1.5/config.json", "{", "{ ", "weights: config.json changed"),
     ],
 )
-def test_list_says_why_a_run_is_stale(built, path, old, new, told):
+def test_list_says_why_a_run_is_stale(built, path, old, new, reason):
     root, _ = built
     before = (root / path).read_text(encoding="utf-8")
     if path.startswith("lib"):
@@ -109,7 +109,7 @@ def test_list_says_why_a_run_is_stale(built, path, old, new, told):
         [line] = [line for line in _list(root) if "well--alpha-1.5" in line]
     finally:
         (root / path).write_text(before, encoding="utf-8")
-    assert line.split()[0] == "stale" and told in line
+    assert line.split()[0] == "stale" and reason in line
 
 
 def _list(root, *arguments):

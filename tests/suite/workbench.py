@@ -41,13 +41,13 @@ display(
 
 def notebook(path: Path, cells: list[tuple[str, str]], parameters: str | None = COMMON) -> Path:
     """Write a template: `parameters` in a tagged cell, then `cells` as (heading, code)."""
-    made = [_cell("markdown", f"# {path.stem}")]
+    stored_cells = [_cell("markdown", f"# {path.stem}")]
     if parameters is not None:
-        made.append(_cell("code", parameters, "parameters"))
+        stored_cells.append(_cell("code", parameters, "parameters"))
     for heading, code in cells:
-        made += [_cell("markdown", f"## {heading}"), _cell("code", code.replace("NAME", repr(path.stem)))]
+        stored_cells += [_cell("markdown", f"## {heading}"), _cell("code", code.replace("NAME", repr(path.stem)))]
     content = {
-        "cells": made,
+        "cells": stored_cells,
         "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
         "nbformat": 4,
         "nbformat_minor": 4,
@@ -135,8 +135,8 @@ def wait_for(condition: Any, seconds: float = 60) -> Any:
     """Return what `condition()` returns once that is true. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.05)
     raise AssertionError(f"nothing within {seconds} s")
 
@@ -145,16 +145,16 @@ def running(root: Path) -> list[int]:
     """Return the processes whose command line or working directory is of this copy."""
     import psutil
 
-    found = []
+    pids = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and (
                 process.cwd().startswith(str(root)) or any(str(root) in word for word in process.cmdline())
             ):
-                found.append(process.pid)
+                pids.append(process.pid)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found
+    return pids
 
 
 def kill(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:

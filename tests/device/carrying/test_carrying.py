@@ -45,10 +45,10 @@ def test_nothing_is_missing_where_the_tests_run():
 
 
 def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path):
-    asked = []
+    fetched_names = []
 
     def get(requirement: str, folder: Path, python: str) -> None:
-        asked.append(requirement)
+        fetched_names.append(requirement)
         name = requirement.split(">")[0].split("<")[0].split("=")[0]
         needs = {
             "pydantic": ["pydantic-core>=2", 'colorama; sys_platform == "win32"', 'email; extra == "email"', "numpy"],
@@ -59,10 +59,13 @@ def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path
     present = [name for name in wheels.NEEDED if name != "pydantic"]
     fetched = wheels.fetch(tmp_path, present, get=get)
     assert [wheels.name_of(path) for path in fetched] == ["pydantic", "pydantic-core", "typing-extensions"]
-    assert asked[0].startswith("pydantic>=") and asked[1:] == ["pydantic-core>=2", "typing-extensions>=4"]
-    asked.clear()
+    assert fetched_names[0].startswith("pydantic>=") and fetched_names[1:] == [
+        "pydantic-core>=2",
+        "typing-extensions>=4",
+    ]
+    fetched_names.clear()
     wheels.fetch(tmp_path, present, get=get)
-    assert asked == [], "what lies there already is not fetched again"
+    assert fetched_names == [], "what lies there already is not fetched again"
 
 
 def test_wheels_above_the_limit_are_refused_by_name(tmp_path):
@@ -94,8 +97,8 @@ def test_unpacked_packages_can_be_imported_and_others_stay(tmp_path, monkeypatch
 def test_pieces_join_to_the_same_bytes(tmp_path):
     file = tmp_path / "weights.zip"
     file.write_bytes(bytes(range(256)) * 41)
-    made = pieces.split(file, tmp_path / "pieces", 4096)
-    assert [piece.stat().st_size for piece in made] == [4096, 4096, 2304]
+    parts = pieces.split(file, tmp_path / "pieces", 4096)
+    assert [piece.stat().st_size for piece in parts] == [4096, 4096, 2304]
     assert pieces.join(tmp_path / "pieces", tmp_path / "joined").read_bytes() == file.read_bytes()
 
 
@@ -103,12 +106,12 @@ def test_pieces_join_to_the_same_bytes(tmp_path):
 def test_a_damaged_piece_is_named_and_nothing_is_left_behind(tmp_path, damage):
     file = tmp_path / "weights.zip"
     file.write_bytes(b"abc" * 3000)
-    made = pieces.split(file, tmp_path / "pieces", 4096)
+    parts = pieces.split(file, tmp_path / "pieces", 4096)
     about = tmp_path / "pieces" / "weights.zip.json"
     if damage == "missing":
-        made[1].unlink()
+        parts[1].unlink()
     elif damage == "flipped":
-        made[1].write_bytes(b"x" + made[1].read_bytes()[1:])
+        parts[1].write_bytes(b"x" + parts[1].read_bytes()[1:])
     else:
         about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": "0" * 64}))
     with pytest.raises(UserError, match=r"weights\.zip"):

@@ -72,7 +72,11 @@ def needs_of(wheel: Path, python: str) -> list[str]:
     about = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux", "extra": ""}
     about |= {"platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
     needed = (Requirement(line) for line in metadata.get_all("Requires-Dist") or ())
-    return [f"{one.name}{one.specifier}" for one in needed if one.marker is None or one.marker.evaluate(about)]
+    return [
+        f"{requirement.name}{requirement.specifier}"
+        for requirement in needed
+        if requirement.marker is None or requirement.marker.evaluate(about)
+    ]
 
 
 def download(requirement: str, folder: Path, python: str) -> None:

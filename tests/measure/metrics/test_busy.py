@@ -21,7 +21,7 @@ def test_one_workload_on_a_busy_machine_withholds_all_that_was_timed(unsettling)
     quiet, loaded = timed(workload="decode"), timed(**unsettling)
     assert quiet.verdict == "better"
     judged = busy.withhold_if_busy([quiet, loaded, counted])
-    assert [one.verdict for one in judged] == ["inconclusive", "inconclusive", "better"]
+    assert [m.verdict for m in judged] == ["inconclusive", "inconclusive", "better"]
     assert judged[0].reason == loaded.reason == busy.why_busy(judged)
 
 

@@ -54,8 +54,8 @@ def test_the_detectable_effect_is_found_four_times_out_of_five(sigma, tau):
     random, margin, n = np.random.default_rng(0), 0.02, 12
     called, trials = 0, 1500
     typical = [_effect(random, 0.0, sigma, tau, n) for _ in range(300)]
-    floor = float(np.median([one.half_width for one in typical]))
-    scatter = float(np.median([one.scatter for one in typical]))
+    floor = float(np.median([effect.half_width for effect in typical]))
+    scatter = float(np.median([effect.scatter for effect in typical]))
     planted = detectable(floor, scatter, floor=floor, margin=margin)
     for _ in range(trials):
         effect = _effect(random, planted, sigma, tau, n)

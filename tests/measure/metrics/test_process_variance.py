@@ -103,11 +103,11 @@ def test_the_process_is_the_unit_of_replication():
 def test_a_stored_measurement_is_judged_again_from_its_own_fields():
     for ratio, disturbed in ((1.2, ()), (1.001, ()), (0.8, ()), (1.2, ("other processes took 40% of our cores",))):
         values = [ratio * (1 + 0.002 * (number % 3 - 1)) for number in range(12)]
-        made = measurement.from_samples(
+        judged = measurement.from_samples(
             "prefill_tokens_per_second", "prefill", [1.0] * 12, values, source="test", floor=0.004,
             process_sigma=0.002, disturbed=disturbed,
         )  # fmt: skip
-        assert measurement.judge_again(made).verdict == made.verdict
-        turned = made.model_copy(update={"verdict": "better" if made.verdict != "better" else "worse"})
+        assert measurement.judge_again(judged).verdict == judged.verdict
+        turned = judged.model_copy(update={"verdict": "better" if judged.verdict != "better" else "worse"})
         assert measurement.judge_again(turned).verdict != turned.verdict
-    assert made.verdict == "inconclusive" and made.disturbed == 1
+    assert judged.verdict == "inconclusive" and judged.disturbed == 1

@@ -35,7 +35,7 @@ def test_the_command_line_knows_the_same_dimensions():
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
     _ask(monkeypatch, name)
-    recorded = samples.made()
+    recorded = samples.run()
     assert recorded.dimensions == [name] and {m.dimension for m in recorded.measurements} == {name}
     assert all(m.dimension == name for control in recorded.controls for m in control.measurements)
     others = [other for other in DIMENSIONS if other != name]
@@ -45,7 +45,7 @@ def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
 
 
 def test_a_whole_record_names_no_dimensions():
-    assert samples.made().dimensions is None and "not asked" not in samples.made().verdict.sentence
+    assert samples.run().dimensions is None and "not asked" not in samples.run().verdict.sentence
 
 
 def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
@@ -65,12 +65,12 @@ def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
 
 
 def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
-    def asked(*_, **__):
+    def refused(*_, **__):
         raise AssertionError("a question was asked")
 
     _ask(monkeypatch, "performance")
     for name in ("classify", "retrieval"):
-        monkeypatch.setattr(evaluate, name, asked)
+        monkeypatch.setattr(evaluate, name, refused)
     monkeypatch.setattr(evaluate, "read_text", lambda *_: "ids")
     loaded = type("Loaded", (), {"random_weights": False, "model": None})()
     answers = evaluate.evaluate(loaded, settings.read("quick"))

@@ -23,7 +23,7 @@ def loaded(tmp_path, monkeypatch):
     return loading.load("qwen3-4b-instruct-2507")
 
 
-def asked(loaded, question=QUESTION) -> bool:
+def was_asked(loaded, question=QUESTION) -> bool:
     """Return whether the model was asked, not looked up."""
     calls = []
 
@@ -37,32 +37,32 @@ def asked(loaded, question=QUESTION) -> bool:
 
 
 def test_the_same_model_is_asked_once(loaded):
-    assert asked(loaded) and not asked(loaded)
-    assert not asked(loading.load("qwen3-4b-instruct-2507"))
-    assert asked(loaded, QUESTION | {"ids": ["a"]})
+    assert was_asked(loaded) and not was_asked(loaded)
+    assert not was_asked(loading.load("qwen3-4b-instruct-2507"))
+    assert was_asked(loaded, QUESTION | {"ids": ["a"]})
 
 
 def test_what_an_optimization_made_is_asked_and_not_kept(loaded):
-    asked(loaded)
+    was_asked(loaded)
     for model in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
         arm = replace(loaded, model=model)
-        assert asked(arm) and asked(arm)
+        assert was_asked(arm) and was_asked(arm)
 
 
 def test_an_absorbed_baseline_is_asked_once_and_apart_from_stock_decoding(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     stock = loading.load("glm-4.7-flash")
-    assert asked(stock)
+    assert was_asked(stock)
     absorbed = absorbed_baseline.of(stock)
-    assert asked(absorbed) and not asked(absorbed)
-    assert not asked(absorbed_baseline.of(loading.load("glm-4.7-flash"))) and not asked(stock)
-    made = replace(absorbed, model=copy.deepcopy(absorbed.model))
-    assert asked(made) and asked(made), "what is made of it is not the baseline"
+    assert was_asked(absorbed) and not was_asked(absorbed)
+    assert not was_asked(absorbed_baseline.of(loading.load("glm-4.7-flash"))) and not was_asked(stock)
+    arm = replace(absorbed, model=copy.deepcopy(absorbed.model))
+    assert was_asked(arm) and was_asked(arm), "what is made of it is not the baseline"
 
 
 @pytest.mark.parametrize("how", ["weight", "forward", "hook", "attention", "data", "code", "threads"])
 def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
-    asked(loaded)
+    was_asked(loaded)
     block = anatomy(loaded.model).blocks[1]
     if how == "weight":
         block.attention.output.weight[0, 0] += 1e-3
@@ -78,20 +78,20 @@ def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
         monkeypatch.setattr(answer_cache, "_code", lambda: "another")
     else:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert asked(loaded)
+    assert was_asked(loaded)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive", None])
 def test_a_damaged_file_is_as_good_as_none(loaded, tmp_path, damage):
-    asked(loaded)
+    was_asked(loaded)
     (stored,) = (tmp_path / "answers").glob("*.npz")
     stored.write_bytes(stored.read_bytes()[:-30] if damage is None else damage)
-    assert asked(loaded) and not asked(loaded)
+    assert was_asked(loaded) and not was_asked(loaded)
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(loaded, tmp_path):
     (tmp_path / "answers").write_text("a file where the folder should be")
-    assert asked(loaded) and asked(loaded)
+    assert was_asked(loaded) and was_asked(loaded)
 
 
 def test_answers_found_are_those_given_and_say_so(loaded):

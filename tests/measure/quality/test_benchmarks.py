@@ -33,7 +33,7 @@ def loaded(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def questions(monkeypatch):
     monkeypatch.setattr(files, "questions", lambda _: items())
     return items()
 
@@ -49,10 +49,10 @@ def answered(right: float, n: int = 400, chance: float | None = 0.25, seed: int 
 
 
 @torch.no_grad()
-def test_choices_are_scored_by_hand(loaded, asked):
+def test_choices_are_scored_by_hand(loaded, questions):
     answers = evaluate.classify(loaded, "arc_easy", "final", 12)
     assert len(answers.ids) == 12 and answers.metric == "accuracy" and set(answers.others) == {"accuracy_norm"}
-    by_id = {item.id: item for item in asked}
+    by_id = {item.id: item for item in questions}
     for identity, scores, truth, chosen, norm in zip(
         answers.ids, answers.scores_NL, answers.truth_N, answers.chosen_N, answers.others["accuracy_norm"]
     ):
@@ -69,7 +69,7 @@ def test_choices_are_scored_by_hand(loaded, asked):
         assert norm == (np.argmax(per_character) == item.right)
 
 
-def test_answers_of_the_unchanged_model_are_kept_unless_a_prompt_would_change(loaded, asked):
+def test_answers_of_the_unchanged_model_are_kept_unless_a_prompt_would_change(loaded, questions):
     first = evaluate.classify(loaded, "arc_easy", "final", 12)
     again = evaluate.classify(loaded, "arc_easy", "final", 12)
     assert first.answered is None and again.answered and (first.scores_NL == again.scores_NL).all()

@@ -123,9 +123,9 @@ def test_real_server_and_simulation_give_every_request_the_same_times(planted_cl
     real = serve(requests, make(), ModelEngine(model, prompt_of), VirtualClock(), Limits(8), drain_seconds=100.0)
     simulated = simulate(requests, make(), times, Limits(8), drain_seconds=100.0)
     assert [step.kind for step in real.steps] == [step.kind for step in simulated.steps]
-    for one, other in zip(real.outcomes, simulated.outcomes):
-        assert other.first == pytest.approx(one.first, rel=0.01, abs=2e-4)
-        assert other.finished == pytest.approx(one.finished, rel=0.01, abs=2e-4)
+    for measured, predicted in zip(real.outcomes, simulated.outcomes):
+        assert predicted.first == pytest.approx(measured.first, rel=0.01, abs=2e-4)
+        assert predicted.finished == pytest.approx(measured.finished, rel=0.01, abs=2e-4)
     assert simulated.gaps == pytest.approx(real.gaps, rel=0.02, abs=2e-4)
 
 

@@ -51,7 +51,7 @@ def test_two_arms_are_rounds_of_two():
     arms = clock.arm(1.0), clock.arm(2.0)
     timed = interleaved.rounds(dict(zip(("baseline", "optimized"), arms)), 8, seed=3, clock=clock)
     pairs = interleaved.paired(*arms, blocks=8, seed=3, clock=clock)
-    same = [replace(one, cpu_seconds=None) for one in (pairs, timed.pairs("baseline", "optimized"))]
+    same = [replace(times, cpu_seconds=None) for times in (pairs, timed.pairs("baseline", "optimized"))]
     assert same[0] == same[1] and "a round" not in pairs.describe()
 
 
@@ -128,15 +128,15 @@ def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits(
 def test_short_work_gets_many_short_rounds_and_long_work_the_fewest():
     clock = Clock()
 
-    def asked(seconds: float, **options) -> tuple[int, int]:
+    def chosen(seconds: float, **options) -> tuple[int, int]:
         arms = dict.fromkeys(("baseline", "optimized", "copy"), clock.arm(seconds))
         return interleaved.rounds_for(arms, clock=clock, **options)
 
-    assert asked(0.0101, total=3.0, least=6) == (100, 1)
-    assert asked(0.004, total=3.0, least=6) == (84, 3)  # three calls a turn
-    assert asked(1.0, total=3.0, least=6) == (6, 1)
-    assert asked(0.00011, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 91)
-    assert asked(0.0101, least=6) == (6, 1)
+    assert chosen(0.0101, total=3.0, least=6) == (100, 1)
+    assert chosen(0.004, total=3.0, least=6) == (84, 3)  # three calls a turn
+    assert chosen(1.0, total=3.0, least=6) == (6, 1)
+    assert chosen(0.00011, total=60.0, least=6) == (interleaved.MOST_ROUNDS, 91)
+    assert chosen(0.0101, least=6) == (6, 1)
 
 
 def test_short_turns_see_less_of_a_machine_whose_speed_wanders():

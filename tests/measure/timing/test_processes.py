@@ -47,24 +47,24 @@ def test_every_process_times_every_workload_of_three_arms(folder):
     timed = replicate(Arm(folder=folder), Arm(folder=folder), names, processes=3)
     assert list(timed) == list(names)
     for name, replicates in timed.items():
-        assert [(one.process, one.workload) for one in replicates] == [(0, name), (1, name), (2, name)]
-        for one in replicates:
-            assert set(one.wall) == set(one.cpu) == {"baseline", "optimized", "copy"}
-            assert all(len(times) == 2 and min(times) > 0 for times in [*one.wall.values(), *one.cpu.values()])
-            assert len(one.disturbed) == len(one.orders) == 2 and len(one.set_aside) <= 2
-            assert one.orders[0] == one.orders[1][::-1], "balanced within each process"
-            assert len(set(one.outputs.values())) == 1, "the same model answers alike"
-            assert one.rounds.pairs("baseline", "copy").baseline_seconds == one.wall["baseline"]
+        assert [(sample.process, sample.workload) for sample in replicates] == [(0, name), (1, name), (2, name)]
+        for sample in replicates:
+            assert set(sample.wall) == set(sample.cpu) == {"baseline", "optimized", "copy"}
+            assert all(len(times) == 2 and min(times) > 0 for times in [*sample.wall.values(), *sample.cpu.values()])
+            assert len(sample.disturbed) == len(sample.orders) == 2 and len(sample.set_aside) <= 2
+            assert sample.orders[0] == sample.orders[1][::-1], "balanced within each process"
+            assert len(set(sample.outputs.values())) == 1, "the same model answers alike"
+            assert sample.rounds.pairs("baseline", "copy").baseline_seconds == sample.wall["baseline"]
 
 
 def test_weights_lie_elsewhere_in_every_process(folder):
     replicates = replicate(Arm(folder=folder), Arm(folder=folder), processes=4)["prefill"]
     for arm in ("baseline", "optimized", "copy"):
-        assert len({one.addresses[arm] for one in replicates}) == 4
-    assert all(len(set(one.addresses.values())) == 3 for one in replicates), "the copy has memory of its own"
-    assert len({tuple(one.loaded) for one in replicates}) > 1, "no arm is always loaded first"
+        assert len({sample.addresses[arm] for sample in replicates}) == 4
+    assert all(len(set(sample.addresses.values())) == 3 for sample in replicates), "the copy has memory of its own"
+    assert len({tuple(sample.loaded) for sample in replicates}) > 1, "no arm is always loaded first"
     again = replicate(Arm(folder=folder), Arm(folder=folder), processes=1, seed=9)["prefill"]
-    assert again[0].addresses["baseline"] not in {one.addresses["baseline"] for one in replicates}
+    assert again[0].addresses["baseline"] not in {sample.addresses["baseline"] for sample in replicates}
 
 
 def test_the_moved_heap_moves_small_and_large_memory():
@@ -75,8 +75,8 @@ def test_the_moved_heap_moves_small_and_large_memory():
 
 def test_an_arm_with_a_transform_is_timed_as_the_transform_makes_it(folder):
     negated = Arm(folder=folder, transform="process_transforms:negated")
-    for one in replicate(Arm(folder=folder), negated, processes=2)["prefill"]:
-        assert one.outputs["baseline"] == one.outputs["copy"] != one.outputs["optimized"]
+    for sample in replicate(Arm(folder=folder), negated, processes=2)["prefill"]:
+        assert sample.outputs["baseline"] == sample.outputs["copy"] != sample.outputs["optimized"]
 
 
 def test_a_process_that_fails_says_why(folder):

@@ -70,13 +70,13 @@ def test_the_estimate_is_shown_with_its_table_and_never_judged(no_counter):
         Arm(meter, 0), Slow(meter, 0), workload="decode", blocks=6, seconds=0.005, source=source
     )
     *joules, cpu = measured
-    assert [one.metric for one in joules] == list(ENERGY)
+    assert [m.metric for m in joules] == list(ENERGY)
     # On a busy machine a window may take no more than idling would: then nothing stands above it.
-    shown = [one for one in joules if one.provenance == "estimated"]
+    shown = [m for m in joules if m.provenance == "estimated"]
     assert shown[0] is joules[0] and shown[-1] is joules[2]
-    for one in shown:
-        assert one.verdict == "informative" and one.margin is None and one.ci and one.ratio
-        assert "shown, never judged" in one.reason and "absent" in one.reason
+    for m in shown:
+        assert m.verdict == "informative" and m.margin is None and m.ci and m.ratio
+        assert "shown, never judged" in m.reason and "absent" in m.reason
     assert "W per busy core" in joules[0].source and joules[0].baseline > 0
     assert joules[1] not in shown or joules[1].baseline < joules[0].baseline
     assert cpu.metric == "cpu_seconds_per_token" and cpu.provenance == "measured" and cpu.margin is not None

@@ -74,22 +74,22 @@ def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
     hooks = [replace(arm, transform="memory_transforms:holding", arguments={"megabytes": held}) for held in planted]
     baseline, *others = memory.peaks(arm, *hooks, turns=3)
     for held, other in zip(planted, others, strict=True):
-        found = by_metric(baseline, other)
-        live, process = found["peak_tensor_bytes"], found["peak_memory_above_start_bytes"]
+        measurements = by_metric(baseline, other)
+        live, process = measurements["peak_tensor_bytes"], measurements["peak_memory_above_start_bytes"]
         assert live.optimized - live.baseline == held * MB
         assert live.verdict == ("worse" if held else "equivalent")
         assert abs(process.optimized - process.baseline - held * MB) < MB
         # The weights are small: one of the two kinds of peak is judged.
-        assert {found[name].verdict for name in PROCESS} == {"informative"}
-        whole = found["peak_memory_bytes"]
+        assert {measurements[name].verdict for name in PROCESS} == {"informative"}
+        whole = measurements["peak_memory_bytes"]
         assert "peak_tensor_bytes is judged" in whole.reason and whole.ci and whole.noise_floor is not None
 
 
 def test_live_tensors_are_the_same_to_the_byte_in_every_child(arm, tiny, tmp_path):
     others = [replace(arm, folder=str(io.save(tiny(name), tmp_path / name))) for name in ("qwen3-coder-30b",)]
     first, second = (memory.peaks(arm, *others, turns=1) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert one.tensor_bytes == other.tensor_bytes > one.readings[0].weights_bytes
+    for before, after in zip(first, second, strict=True):
+        assert before.tensor_bytes == after.tensor_bytes > before.readings[0].weights_bytes
 
 
 def readings(values: list[float], weights_bytes: int = 2**30) -> Peaks:

@@ -76,7 +76,7 @@ def test_a_changed_block_gives_what_it_gives_after_the_change(tiny, batch):
 
 def _held(objects: list[object]) -> int:
     """Return the bytes of all living moments."""
-    return nbytes({str(id(one)): one for one in objects if isinstance(one, Moments)})
+    return nbytes({str(id(moments)): moments for moments in objects if isinstance(moments, Moments)})
 
 
 def test_what_is_held_does_not_grow_with_depth():

@@ -15,14 +15,14 @@ def own_cache(tmp_path, monkeypatch):
 
 def _planted(monkeypatch, bfloat16: float, float32: float):
     seconds = {"bfloat16": bfloat16, "float32": float32}
-    asked = []
+    dtypes = []
 
     def product(hidden, width, rows, dtype):
-        asked.append((hidden, width, rows))
+        dtypes.append((hidden, width, rows))
         return rows * seconds[str(dtype).removeprefix("torch.")]
 
     monkeypatch.setattr(fastest_dtype, "_product", product)
-    return asked
+    return dtypes
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ def test_the_quicker_is_taken_and_half_the_memory_among_equals(monkeypatch, bflo
 
 
 def test_it_is_measured_once(monkeypatch, own_cache):
-    asked = _planted(monkeypatch, 2e-6, 1e-6)
+    dtypes = _planted(monkeypatch, 2e-6, 1e-6)
     assert fastest_dtype.reason(CONFIG) is None
     assert fastest_dtype.fastest({"text_config": CONFIG}) == "float32"
-    assert set(asked) == {(96, 160, 1), (96, 160, 256)}
+    assert set(dtypes) == {(96, 160, 1), (96, 160, 256)}
     _planted(monkeypatch, 1e-6, 2e-6)  # another day: the arms of a run still agree
     assert fastest_dtype.fastest(CONFIG) == "float32"
     assert "96 × 160 takes in bfloat16 for a new token 2 µs, in float32 1 µs" in fastest_dtype.reason(CONFIG)

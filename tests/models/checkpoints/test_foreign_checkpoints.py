@@ -30,9 +30,9 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    made = tokenizer.train(VOCABULARY)
-    made.chat_template = CHAT
-    return made
+    trained = tokenizer.train(VOCABULARY)
+    trained.chat_template = CHAT
+    return trained
 
 
 @pytest.fixture
@@ -46,16 +46,16 @@ def source(tiny, name):
 @pytest.fixture
 def folder(source, name, vocabulary, tmp_path):
     """A checkpoint in the genuine layout, under the model's name."""
-    made = tmp_path / name
+    checkpoint = tmp_path / name
     source.generation_config.do_sample = False
     for parameter in source.parameters():  # buffers, such as frequencies, stay exact
         parameter.data = parameter.data.bfloat16()
-    source.save_pretrained(made, max_shard_size="60KB")
-    vocabulary.save_pretrained(made)
+    source.save_pretrained(checkpoint, max_shard_size="60KB")
+    vocabulary.save_pretrained(checkpoint)
     vision = getattr(source.config, "vision_config", None)
     if vision is not None:
-        proxy_model.make_image_processor(vision.to_dict()).save_pretrained(made)
-    return made
+        proxy_model.make_image_processor(vision.to_dict()).save_pretrained(checkpoint)
+    return checkpoint
 
 
 def test_the_layout_is_the_genuine_one_and_fits(folder, name):
@@ -67,7 +67,7 @@ def test_the_layout_is_the_genuine_one_and_fits(folder, name):
     tied = described.get("text_config", described).get("tie_word_embeddings", described.get("tie_word_embeddings"))
     assert ("lm_head.weight" in shapes) != bool(tied)
     routed = "qwen3-coder" in name or "glm" in name
-    assert any(".experts.3.up_proj.weight" in one for one in shapes) == routed  # stored one by one
+    assert any(".experts.3.up_proj.weight" in key for key in shapes) == routed  # stored one by one
     assert check_checkpoint(name, folder) == folder and validate.fault(folder) is None
 
 
@@ -75,7 +75,7 @@ def test_it_loads_as_it_was_saved(folder, source, name, batch):
     loaded = loading.load(name, "full", checkpoints=folder.parent)
     assert loaded.dtype == torch.bfloat16 and loaded.folder == folder and not loaded.random_weights
     parameters_by_name = dict(source.named_parameters())
-    assert all(torch.equal(one, parameters_by_name[name]) for name, one in loaded.model.named_parameters())
+    assert all(torch.equal(parameter, parameters_by_name[name]) for name, parameter in loaded.model.named_parameters())
     assert (loaded.model(**batch).logits - source(**batch).logits).abs().median() < 0.01
     assert (loaded.image_processor is not None) == ("vl" in name)
 
@@ -86,12 +86,12 @@ def test_it_is_asked_with_examples_in_its_own_chat(folder, name):
     chosen_items = tasks.items(task, "final", 3)
     row = prompting.shown(loaded, chosen_items[0])
     shown_text = prompting.text(loaded, row)
-    assert len(row) == prompting.SHOTS + 1 and len({one.label for one in row[:-1]}) == prompting.SHOTS
-    assert not {one.id for one in row[:-1]} & {one.id for one in tasks.items(task, "final")}
+    assert len(row) == prompting.SHOTS + 1 and len({item.label for item in row[:-1]}) == prompting.SHOTS
+    assert not {item.id for item in row[:-1]} & {one.id for one in tasks.items(task, "final")}
     assert shown_text.count("<|im_start|>user") == prompting.SHOTS + 1 and shown_text.endswith(
         "assistant\n<think></think>"
     )
-    assert all(f"assistant\n{one.label}<|im_end|>" in shown_text for one in row[:-1])
+    assert all(f"assistant\n{item.label}<|im_end|>" in shown_text for item in row[:-1])
     label = loaded.tokenizer.decode(tasks.label_ids(loaded, task)[0])
     assert label == tasks.class_labels(task)[0]
     together, alone = (
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, nam
 def test_damage_is_named_before_anything_runs(folder, name, damage):
     index = json.loads((folder / INDEX).read_text())
     places = index["weight_map"]
-    victim = sorted(one for one in places if one.endswith("up_proj.weight") or "linear_fc1.weight" in one)[-1]
+    victim = sorted(key for key in places if key.endswith("up_proj.weight") or "linear_fc1.weight" in key)[-1]
     shard = folder / places[victim]
     tensors = load_file(shard)
     if damage == "missing shard":

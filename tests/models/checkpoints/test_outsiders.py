@@ -33,9 +33,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path, tokens):
     """A whole checkpoint of Llama's architecture, as transformers saves it."""
-    made = gguf_files.model(tokens.get_vocab_size())
-    made.generation_config.eos_token_id = 2
-    made.save_pretrained(tmp_path / "tiny")
+    model = gguf_files.model(tokens.get_vocab_size())
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(tmp_path / "tiny")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = gguf_files.CHAT
     tokenizer.save_pretrained(tmp_path / "tiny")
@@ -51,11 +51,11 @@ def fault(folder) -> str:
     """Return the one line with which planning refuses a folder, as planning finds it."""
     name = parameters.register(str(folder))
     try:
-        found = validate.fault(check_checkpoint(name, folder))
+        reason = validate.fault(check_checkpoint(name, folder))
     except UserError as error:
-        found = str(error)
-    assert found and "\n" not in found, found
-    return found
+        reason = str(error)
+    assert reason and "\n" not in reason, reason
+    return reason
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def logits(folder, monkeypatch=None):
 def test_a_whole_one_is_well_and_equal_on_every_path(folder):
     assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
     theirs, *ours = logits(folder)
-    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
 def test_a_head_of_its_own_under_tied_embeddings(folder):
@@ -81,7 +81,7 @@ def test_a_head_of_its_own_under_tied_embeddings(folder):
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     theirs, *ours = logits(folder)
-    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
     tied = load_file(folder / WEIGHTS) | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     save_file(tied, folder / WEIGHTS, metadata={"format": "pt"})
     model = io.load_folder(folder)
@@ -94,7 +94,7 @@ def test_a_leftover_index_beside_merged_weights(folder, tokens):
         shutil.copy(path, folder)
     assert (folder / INDEX).is_file() and (folder / WEIGHTS).is_file()
     theirs, *ours = logits(folder)
-    assert all(torch.allclose(one, theirs, atol=1e-4) for one in ours)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
 def test_shards_without_an_index_are_refused(folder):
@@ -112,8 +112,8 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
     outside = folder.parent / "outside.safetensors"
     shutil.copy(folder / "one.safetensors", outside)
-    said = fault(folder)
-    assert f"model.norm.weight lies in {entry!r}" in said
+    reason = fault(folder)
+    assert f"model.norm.weight lies in {entry!r}" in reason
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         streamer.open_streamed(folder)
 
@@ -129,8 +129,8 @@ def test_an_adapter_beside_or_instead_of_weights(folder):
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_quantized_weights_that_cannot_be_undone(folder, method):
     edited(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    said = fault(folder)
-    assert f"quantized ({method})" in said and "give the checkpoint before it was quantized" in said
+    reason = fault(folder)
+    assert f"quantized ({method})" in reason and "give the checkpoint before it was quantized" in reason
 
 
 def test_quantized_weights_that_no_configuration_names(folder):

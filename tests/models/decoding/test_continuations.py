@@ -41,10 +41,10 @@ def test_every_score_is_that_of_the_sequence_read_alone(tiny, name, shared):
 
 def test_a_greedy_continuation_is_called_greedy(tiny):
     model, context = tiny("qwen3-4b-instruct-2507"), [9, 17, 33, 21]
-    made = context[:]
+    tokens = context[:]
     for _ in range(4):
-        made.append(int(model(torch.tensor([made])).logits[0, -1].argmax()))
-    right, wrong = made[4:], [*made[4:7], (made[7] + 1) % 96]
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    right, wrong = tokens[4:], [*tokens[4:7], (tokens[7] + 1) % 96]
     answers = continuations.loglikelihoods(model, [(context, right), (context, wrong)])
     assert [greedy for _, greedy in answers] == [True, False]
 

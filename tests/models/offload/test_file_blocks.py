@@ -127,8 +127,11 @@ def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, t
     with pytest.raises(KeyboardInterrupt if isinstance(fault, KeyboardInterrupt) else UserError) as raised:
         write(folder, target, text)
     if raised.type is UserError:
-        said = str(raised.value)
-        assert "made.part keeps the blocks before it, and the same command resumes there" in said and "\n" not in said
+        message = str(raised.value)
+        assert (
+            "made.part keeps the blocks before it, and the same command resumes there" in message
+            and "\n" not in message
+        )
     assert not target.exists()
     shards = sorted(path.name for path in (tmp_path / "made.part").glob("model-*.safetensors"))
     assert shards == ["model-00000.safetensors", "model-00001.safetensors"]

@@ -25,16 +25,16 @@ NAMES = {
 
 def tokenizer() -> Tokenizer:
     """Return a byte-level tokenizer that takes every digit alone, as SmolLM2's does."""
-    made = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    made.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    tokenizer.train_from_iterator(
         [TEXT, "2026 1999 12 23 34 45 56 67 " * 20],
         trainers.BpeTrainer(vocab_size=352, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
-    return made
+    return tokenizer
 
 
 def model(rows: int, seed: int = 0) -> LlamaForCausalLM:
@@ -45,15 +45,15 @@ def model(rows: int, seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, rope_theta=10000.0,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    made = LlamaForCausalLM(config).requires_grad_(False).eval()
-    for parameter in made.parameters():
+    llama = LlamaForCausalLM(config).requires_grad_(False).eval()
+    for parameter in llama.parameters():
         parameter.data = (parameter + 0.1 * torch.randn_like(parameter)).bfloat16().float()
-    return made
+    return llama
 
 
 def write(
     path: Path,
-    made: LlamaForCausalLM,
+    llama: LlamaForCausalLM,
     tokens: Tokenizer,
     quantized: str = "F32",
     architecture: str = "llama",
@@ -62,7 +62,7 @@ def write(
     """Write `made` as a GGUF file; matrices are stored as `quantized`."""
     import gguf
 
-    config, kind = made.config, gguf.GGMLQuantizationType[quantized]
+    config, kind = llama.config, gguf.GGMLQuantizationType[quantized]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -76,7 +76,7 @@ def write(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _write_tokenizer(writer, tokens, pre)
-    for name, tensor in made.state_dict().items():
+    for name, tensor in llama.state_dict().items():
         if name == "lm_head.weight":
             continue
         values = tensor.float().numpy()

@@ -19,11 +19,11 @@ def wheel(files: dict[str, bytes]) -> bytes:
     content["tiny_weights-1.2.dist-info/WHEEL"] = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     rows = [f"{name},sha256={_hash(data)},{len(data)}" for name, data in content.items()]
     content["tiny_weights-1.2.dist-info/RECORD"] = "\n".join([*rows, "tiny_weights-1.2.dist-info/RECORD,,"]).encode()
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def _hash(data: bytes) -> str:
@@ -42,8 +42,8 @@ class Index:
     @property
     def starts(self) -> list[int]:
         """Where each download of the wheel began."""
-        asked = [wanted for path, wanted in self.requests if path.endswith(".whl")]
-        return [int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0 for wanted in asked]
+        ranges = [wanted for path, wanted in self.requests if path.endswith(".whl")]
+        return [int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0 for wanted in ranges]
 
 
 @contextmanager

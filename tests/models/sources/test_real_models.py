@@ -46,8 +46,8 @@ def test_smollm2_has_the_tokens_of_llama_cpp_and_answers():
     assert loaded.tokenizer(TEXT).input_ids == SMOLLM2 and tokenizing.prefix(loaded.tokenizer) == ()
     assert loaded.tokenizer.decode(SMOLLM2) == TEXT
     assert loaded.parameters.architecture == "llama" and loaded.parameters.full["num_hidden_layers"] == 30
-    asked = tokenizing.render(loaded.tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
-    assert "Paris" in continued(loaded, asked, 12)
+    question = tokenizing.render(loaded.tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in continued(loaded, question, 12)
     assert loaded.model.generation_config.eos_token_id == loaded.tokenizer.eos_token_id == 2
     source = parameters.read("smollm2-135m-instruct").source
     assert fetch.verify(source) is None

@@ -62,8 +62,8 @@ def test_a_broken_download_goes_on_where_it_ended(index, tmp_path):
 
 def test_a_download_that_was_given_up_goes_on_with_the_next_call(index, tmp_path):
     index.breaks, index.cut = download.TRIES, 100_000
-    said = refused(ONE)
-    assert "the connection broke off" in said and "0.4 MB are kept, and the same command resumes" in said
+    message = refused(ONE)
+    assert "the connection broke off" in message and "0.4 MB are kept, and the same command resumes" in message
     index.requests.clear()
     assert fetch.fetch(reference.parse(ONE)).read_bytes() == FILES["data/one.txt"]
     assert index.starts == [download.TRIES * 100_000]
@@ -98,8 +98,8 @@ def test_no_network(index, tmp_path, monkeypatch):
 
 def test_no_room_on_the_disk(index, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    said = refused(ONE)
-    assert "MB are free; make room, or set WORKBENCH_CACHE" in said
+    message = refused(ONE)
+    assert "MB are free; make room, or set WORKBENCH_CACHE" in message
     assert left(tmp_path) == []
 
 
@@ -112,8 +112,8 @@ def test_a_disk_that_fills_up_meanwhile(index, tmp_path, monkeypatch):
 
 
 def test_a_path_that_the_wheel_does_not_hold(index):
-    said = refused(ONE.replace("one.txt", "oen.txt"))
-    assert "the wheel holds no such path" in said and 'Did you mean "data/one.txt"?' in said
+    message = refused(ONE.replace("one.txt", "oen.txt"))
+    assert "the wheel holds no such path" in message and 'Did you mean "data/one.txt"?' in message
 
 
 def test_a_file_that_differs_from_the_wheels_list(index, tmp_path):

@@ -56,7 +56,11 @@ def test_the_view_knows_every_matrix_of_a_block(name):
             known |= {id(parameter) for parameter in linear.parameters()} if linear is not None else set()
         if part.experts is not None:
             known |= {id(part.experts.gate_up), id(part.experts.down), id(part.experts.router.weight)}
-        matrices = [(key, one) for key, one in block.module.named_parameters() if one.ndim > 1 and id(one) not in known]
+        matrices = [
+            (key, parameter)
+            for key, parameter in block.module.named_parameters()
+            if parameter.ndim > 1 and id(parameter) not in known
+        ]
         assert [key for key, _ in matrices if key != "mlp.shared_expert_gate.weight"] == []
 
 
@@ -148,7 +152,7 @@ def test_pruned_parts_are_saved_and_loaded_with_equal_logits(name, granularity, 
     before = _logits(model)
     ratio = 0.2
     if granularity == "heads":  # half of them: some configurations accept only divisors of the hidden size
-        linears = [one for block in anatomy(model).blocks for one in surgery.head_projections(block.attention)]
+        linears = [linear for block in anatomy(model).blocks for linear in surgery.head_projections(block.attention)]
         ratio = sum(linear.weight.numel() for linear in linears) / 2 / pruning.decoder_parameters(model)
     pruned = pruning.apply(model, _calibration(), ratio=ratio, granularity=granularity)
     assert pruning.decoder_parameters(pruned) < pruning.decoder_parameters(model)
@@ -252,7 +256,7 @@ def test_sparse_attention_does_not_apply_to_windows_and_says_so(name):
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(name, tmp_path):
     model = build(name)
-    said = support.unsupported(model)
-    assert said.startswith(f'architecture "{name}" is not supported: ') and "\n" not in said and "llama" in said
+    reason = support.unsupported(model)
+    assert reason.startswith(f'architecture "{name}" is not supported: ') and "\n" not in reason and "llama" in reason
     model.save_pretrained(tmp_path)
-    assert validate.fault(tmp_path) == f"{tmp_path}: {said}"
+    assert validate.fault(tmp_path) == f"{tmp_path}: {reason}"

@@ -60,8 +60,8 @@ def test_prompts_windows_retrieval_and_calibration_carry_the_prefix(begun):
     for batch in tasks.calibration(model, 6, 128):
         assert batch["input_ids"][:, :2].tolist() == [before] * len(batch["input_ids"])
         assert batch["input_ids"].shape[1] == 128
-    (asked,) = items.items("topic", "final", 1)
-    assert prompting.prompt_ids(model, [asked])[:2] == before
+    (item,) = items.items("topic", "final", 1)
+    assert prompting.prompt_ids(model, [item])[:2] == before
 
 
 @pytest.mark.parametrize("change", ["template", "processor", "special", "vocabulary"])

@@ -50,12 +50,12 @@ def test_tokenizer_has_one_token_per_label_and_fixed_special_ids(vocabulary):
 
 @pytest.mark.parametrize("task", tasks.CLASSIFY)
 def test_splits_are_disjoint_and_items_reproducible(task):
-    found = {split: tasks.items(task, split) for split in corpus.SPLITS}
-    ids = [item.id for split in found.values() for item in split]
-    assert len(set(ids)) == len(ids) and len(found["final"]) >= 700
-    assert {item.label for item in found["final"]} == set(tasks.class_labels(task))
+    by_split = {split: tasks.items(task, split) for split in corpus.SPLITS}
+    ids = [item.id for split in by_split.values() for item in split]
+    assert len(set(ids)) == len(ids) and len(by_split["final"]) >= 700
+    assert {item.label for item in by_split["final"]} == set(tasks.class_labels(task))
     again = tasks.items(task, "final", 20)
-    assert [item.id for item in again] == [item.id for item in found["final"][:20]]
+    assert [item.id for item in again] == [item.id for item in by_split["final"][:20]]
     if task == "digits":
         indices = [set(tasks.digit_indices(split)) for split in (*corpus.SPLITS, "train")]
         assert sum(map(len, indices)) == len(set.union(*indices)) == 1797
@@ -71,9 +71,9 @@ def test_wrong_names_are_told():
 
 def test_last_index_points_at_the_end_of_each_prompt(loaded):
     task = loaded.parameters.tasks[0]
-    asked = tasks.items(task, "search", 5)
-    (inputs, last_B) = next(tasks.batches(loaded, asked, 8))
-    for row, item in enumerate(asked):
+    chosen = tasks.items(task, "search", 5)
+    (inputs, last_B) = next(tasks.batches(loaded, chosen, 8))
+    for row, item in enumerate(chosen):
         prompt = loaded.tokenizer(item.prompt).input_ids
         end = int(last_B[row]) + 1
         assert inputs["input_ids"][row, end - len(prompt) : end].tolist() == prompt
@@ -81,26 +81,26 @@ def test_last_index_points_at_the_end_of_each_prompt(loaded):
     if item.pixels is not None:
         pictures = int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
         assert pictures == int(inputs["image_grid_thw"].prod(1).sum()) // 4
-    assert sum(len(last) for _, last in tasks.batches(loaded, asked, 2)) == 5
+    assert sum(len(last) for _, last in tasks.batches(loaded, chosen, 2)) == 5
 
 
 def test_scores_do_not_depend_on_the_batch(loaded):
     task = loaded.parameters.tasks[0]
-    asked = tasks.items(task, "search", 4)
-    together, alone = tasks.label_scores(loaded, task, asked, 4), tasks.label_scores(loaded, task, asked, 1)
+    chosen = tasks.items(task, "search", 4)
+    together, alone = tasks.label_scores(loaded, task, chosen, 4), tasks.label_scores(loaded, task, chosen, 1)
     assert together.shape == (4, len(tasks.class_labels(task)))
     assert torch.allclose(together, alone, atol=1e-4)
 
 
 def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatch):
     task = loaded.parameters.tasks[0]
-    asked = tasks.items(task, "search", 3)
-    expected = tasks.label_scores(loaded, task, asked)
+    chosen = tasks.items(task, "search", 3)
+    expected = tasks.label_scores(loaded, task, chosen)
     single = tasks.label_ids(loaded, task)
     monkeypatch.setattr(tasks, "label_ids", lambda *_: [[*single[0], 300, 301], *single[1:]])
-    found = tasks.label_scores(loaded, task, asked)
-    assert torch.allclose(found[:, 1:], expected[:, 1:], atol=1e-4)
-    assert (found[:, 0] < expected[:, 0]).all()
+    scores = tasks.label_scores(loaded, task, chosen)
+    assert torch.allclose(scores[:, 1:], expected[:, 1:], atol=1e-4)
+    assert (scores[:, 0] < expected[:, 0]).all()
 
 
 def test_recall_prompts_hold_key_and_value_and_distance(loaded):
@@ -123,11 +123,11 @@ def test_windows_are_disjoint_and_splits_differ(loaded):
 
 
 def test_calibration_runs_and_has_the_size_asked_for(loaded):
-    made = tasks.calibration(loaded, 6, 128)
-    text = [inputs["input_ids"] for inputs in made if "pixel_values" not in inputs]
+    batches = tasks.calibration(loaded, 6, 128)
+    text = [inputs["input_ids"] for inputs in batches if "pixel_values" not in inputs]
     assert sum(len(ids) for ids in text) == 6 and all(ids.shape[1] == 128 for ids in text)
-    assert any("pixel_values" in inputs for inputs in made) == (loaded.image_processor is not None)
-    for inputs in made:
+    assert any("pixel_values" in inputs for inputs in batches) == (loaded.image_processor is not None)
+    for inputs in batches:
         assert loaded.model(**inputs, use_cache=False).logits.isfinite().all()
 
 
@@ -135,10 +135,10 @@ def test_calibration_runs_and_has_the_size_asked_for(loaded):
 def test_text_shorter_than_a_window_is_made_up_for_by_questions(loaded, monkeypatch):
     short = torch.arange(8, 48), torch.zeros(40, dtype=torch.long)
     monkeypatch.setattr(retrieval, "_stream", lambda *_: short)
-    made = tasks.calibration(loaded, 6, 128)
-    assert sum(len(inputs["input_ids"]) for inputs in made) == 6
-    assert all(inputs["input_ids"].shape[1] == 128 for inputs in made)
-    assert len(torch.cat([inputs["input_ids"] for inputs in made]).unique()) > 40
+    batches = tasks.calibration(loaded, 6, 128)
+    assert sum(len(inputs["input_ids"]) for inputs in batches) == 6
+    assert all(inputs["input_ids"].shape[1] == 128 for inputs in batches)
+    assert len(torch.cat([inputs["input_ids"] for inputs in batches]).unique()) > 40
 
 
 def test_random_weights_get_random_tokens(loaded):

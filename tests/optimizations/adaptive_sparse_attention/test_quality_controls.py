@@ -22,22 +22,22 @@ def _prompts(count: int = 2, questions: int = 4, tokens: int = 96) -> long_answe
 @torch.inference_mode()
 def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monkeypatch):
     """The values asked for are what the model itself generates, but for one token of one of them."""
-    model, asked = tiny(name), _prompts()
-    for prompt, (ids_T, key_QK) in enumerate(zip(asked.ids_NT, asked.key_NQK)):
+    model, prompts = tiny(name), _prompts()
+    for prompt, (ids_T, key_QK) in enumerate(zip(prompts.ids_NT, prompts.key_NQK)):
         for question, key_K in enumerate(key_QK):
             work = workloads.generate(model, torch.cat([ids_T, key_K])[None], long_answers.VALUE)
             work()
-            asked.value_NQV[prompt, question] = work.output_BN[0]
-    asked.value_NQV[1, 2, 3] = (asked.value_NQV[1, 2, 3] + 1) % 96
+            prompts.value_NQV[prompt, question] = work.output_BN[0]
+    prompts.value_NQV[1, 2, 3] = (prompts.value_NQV[1, 2, 3] + 1) % 96
     arm = absorbed_baseline.absorbed_baseline(model)
-    answers = long_answers.ask(arm, asked)
+    answers = long_answers.ask(arm, prompts)
     expected = np.ones((2, 4), dtype=bool)
     expected[1, 2] = False
     assert np.array_equal(answers.right_NQ, expected) and (answers.loss_NQ > 0).all()
     monkeypatch.setattr(long_answers, "_side_by_side", lambda *_: 2)
-    again = long_answers.ask(arm, asked)
+    again = long_answers.ask(arm, prompts)
     np.testing.assert_allclose(again.loss_NQ, answers.loss_NQ, atol=1e-4)
-    sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), asked)
+    sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), prompts)
     np.testing.assert_allclose(sparse.loss_NQ, answers.loss_NQ, atol=1e-4)
     assert set(long_answers.bars({"full": answers})["arm"]) == {f"{place}, full" for place in long_answers.PLACES}
 
@@ -48,10 +48,10 @@ def test_keys_and_values_stand_in_the_prompt_without_overlap(monkeypatch):
     monkeypatch.setattr(
         long_answers, "random_ids", lambda _, shape, random: torch.randint(1, 90, shape, generator=random)
     )
-    asked = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
-    assert asked.tokens == 396 and int((asked.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
-    text = asked.ids_NT[1].tolist()
-    for key, value in zip(asked.key_NQK[1].tolist(), asked.value_NQV[1].tolist()):
+    prompts = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
+    assert prompts.tokens == 396 and int((prompts.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
+    text = prompts.ids_NT[1].tolist()
+    for key, value in zip(prompts.key_NQK[1].tolist(), prompts.value_NQV[1].tolist()):
         assert any(text[at : at + 12] == key + value for at in range(len(text)))
 
 

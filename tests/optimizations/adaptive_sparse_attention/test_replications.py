@@ -28,7 +28,7 @@ def test_each_relation_has_its_answer():
     pages = SimpleNamespace(by_block=pd.DataFrame({"block": range(5), "mass held": [0.5, 0.6, 0.9, 0.95, 0.9]}))
     times = [_row(1024, 0.8), _row(4096, 1.9), _row(4096, 9.0, "planted")]
     judged = experiment.replications(SURVEY, times, _prefill(1.2), pages)
-    assert [one.held for one in judged] == [True, True, True, True]
+    assert [judgement.held for judgement in judged] == [True, True, True, True]
     assert "1,024 tokens 0.80" in judged[0].evidence and "kernel 1.9" in judged[3].evidence
     short = experiment.replications(SURVEY, times[1:2], [], pages)
-    assert [one.held for one in short] == [True, None, True, None]
+    assert [judgement.held for judgement in short] == [True, None, True, None]

@@ -229,26 +229,26 @@ def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
 def test_a_budget_of_memory_that_nothing_meets_is_named():
     with pytest.raises(
         NotApplicable, match=r"memory budget of 0\.01 of the baseline's; the smallest .* takes 0\.62"
-    ) as told:
+    ) as raised:
         finalists.choose([], 0.02, memory_budget=0.01, smallest=0.62)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_finalists_are_timed_again_with_a_copy_of_the_baseline(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
     outcome = JudgedStack([RecipeStep(optimization="one", knobs={"share": 0.1})], 0.9, 0.01, 1.0, None, 0.0)
-    asked = []
+    models_asked = []
 
     class Quality:
         def of(self, model):
-            asked.append(model)
+            models_asked.append(model)
             return search_quality.NOTHING_LOST
 
-    idle, found = finalists.judge(bench, [outcome], 2, Quality(), 0)
-    assert idle.outcome.stack == [] and idle.at_most == 1.0 and found.outcome is outcome
-    assert found.time.n == finalists.ROUNDS and found.floor == idle.floor >= 0 and len(asked) == 1
-    frame = finalists.table([idle, found], 0.02)
+    idle, finalist = finalists.judge(bench, [outcome], 2, Quality(), 0)
+    assert idle.outcome.stack == [] and idle.at_most == 1.0 and finalist.outcome is outcome
+    assert finalist.time.n == finalists.ROUNDS and finalist.floor == idle.floor >= 0 and len(models_asked) == 1
+    frame = finalists.table([idle, finalist], 0.02)
     assert list(frame["stack"]) == ["nothing", "one"] and frame["high"][0] == 1.0
 
 

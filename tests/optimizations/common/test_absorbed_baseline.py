@@ -170,7 +170,7 @@ def test_drafted_answers_are_the_greedy_ones(tiny, batch):
     draft = pruning.apply(model, [batch], ratio=0.25, granularity="depth")
     plain, _ = speculative.generate(model, draft, PROMPT[0], 12, lambda rounds: 0)
     drafted, rounds = speculative.generate(model, draft, PROMPT[0], 12, lambda rounds: 3)
-    assert torch.equal(plain, drafted) and sum(one.drafted for one in rounds) > 0
+    assert torch.equal(plain, drafted) and sum(drafting.drafted for drafting in rounds) > 0
 
 
 def test_streamed_weights_are_absorbed_in_place(tiny, tmp_path):

@@ -59,7 +59,7 @@ def test_a_rank_correlation_is_judged_by_its_interval(rank, count, outcome):
 
 def _speed(gain: float) -> measurement.Measurement:
     seconds = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
-    pairs = Pairs([gain * one for one in seconds], seconds, ["AB", "BA"] * 3, [None] * 6, 1)
+    pairs = Pairs([gain * time for time in seconds], seconds, ["AB", "BA"] * 3, [None] * 6, 1)
     return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, 8, 0.0)
 
 

@@ -53,8 +53,8 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     answers = experiment.refutations(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
-    said = experiment.sentence(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
-    assert "0.50 of 2 ordered pairs work" in said and "0 of 1 intervals exclude zero" in said
+    sentence = experiment.sentence(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
+    assert "0.50 of 2 ordered pairs work" in sentence and "0 of 1 intervals exclude zero" in sentence
 
 
 def test_what_did_not_happen_tells_nothing():

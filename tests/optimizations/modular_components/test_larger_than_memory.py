@@ -43,7 +43,7 @@ def larger(tmp_path_factory, monkeypatch):
     monkeypatch.setitem(COMMON, "checkpoints", str(folder))
     read = settings.read
     little = {"calibration_sequences": 4, "calibration_tokens": 64}
-    monkeypatch.setattr(settings, "read", lambda *given: replace(read(*given), **little))
+    monkeypatch.setattr(settings, "read", lambda *arguments: replace(read(*arguments), **little))
     least, total = streamer.smallest(folder / MODEL)
     free = int(max(least / placement.STREAMED_SHARE, total) * 1.01)
     monkeypatch.setattr(placement, "WEIGHTS_SHARE", 0.1)
@@ -76,12 +76,12 @@ def test_from_file_to_file_it_is_what_it_would_be_in_memory(optimization, tmp_pa
             model(ids_BT).logits.float() for model in (io.load_folder(tmp_path / "made"), in_memory(optimization))
         )
         whole = io.load_folder(PROXIES / MODEL, torch.float32)(ids_BT).logits.float()
-    lost, changed = ((one - expected).norm() / expected.norm() for one in (ours, whole))
+    lost, changed = ((output - expected).norm() / expected.norm() for output in (ours, whole))
     assert lost < 1e-3 and lost < 0.1 * changed
 
 
 @pytest.mark.parametrize(
-    ("optimization", "changed", "said"),
+    ("optimization", "changed", "message"),
     [
         ("structured_pruning", {"finetune_steps": 5}, "needs the whole model in memory; give -p finetune_steps=0"),
         ("sparse_neural_networks", {"finetune_steps": 5}, "needs the whole model in memory; give -p finetune_steps=0"),
@@ -95,10 +95,10 @@ def test_from_file_to_file_it_is_what_it_would_be_in_memory(optimization, tmp_pa
         ("sparse_neural_networks", {"pattern": "2:4", "parts": "experts"}, "no matrix to prune"),
     ],
 )
-def test_what_needs_the_whole_model_is_one_line_and_leaves_nothing(optimization, changed, said, tmp_path):
-    given = COMMON | RUNS[optimization] | changed
-    with pytest.raises(UserError, match=said) as raised:
-        saving.save(MODEL, optimization, None, given, tmp_path / "made", tmp_path / "made.part")
+def test_what_needs_the_whole_model_is_one_line_and_leaves_nothing(optimization, changed, message, tmp_path):
+    options = COMMON | RUNS[optimization] | changed
+    with pytest.raises(UserError, match=message) as raised:
+        saving.save(MODEL, optimization, None, options, tmp_path / "made", tmp_path / "made.part")
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
@@ -115,7 +115,7 @@ def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch)
 
 
 def test_a_run_that_ends_in_the_middle_goes_on_in_its_folder(tmp_path, monkeypatch):
-    given = COMMON | RUNS["sparse_neural_networks"]
+    options = COMMON | RUNS["sparse_neural_networks"]
     place, unfinished = tmp_path / "temporary" / "checkpoint", tmp_path / "made.part"
     place.parent.mkdir()
     load = FileBlocks.load
@@ -127,8 +127,8 @@ def test_a_run_that_ends_in_the_middle_goes_on_in_its_folder(tmp_path, monkeypat
 
     monkeypatch.setattr(FileBlocks, "load", broken)
     with pytest.raises(UserError, match=r"block 1 cannot be read; .*made\.part keeps the blocks before it"):
-        saving.save(MODEL, "sparse_neural_networks", None, given, place, unfinished)
+        saving.save(MODEL, "sparse_neural_networks", None, options, place, unfinished)
     assert [path.name for path in unfinished.glob("*.safetensors")] == ["model-00000.safetensors"]
     monkeypatch.setattr(FileBlocks, "load", load)
-    assert saving.save(MODEL, "sparse_neural_networks", None, given, place, unfinished).by_blocks
+    assert saving.save(MODEL, "sparse_neural_networks", None, options, place, unfinished).by_blocks
     assert place.is_dir() and not unfinished.exists()

@@ -34,16 +34,16 @@ def _copies(monkeypatch):
 
 def test_each_pair_is_timed_with_its_parts_and_nothing_is_kept(tiny, batch, monkeypatch):
     _copies(monkeypatch)
-    made, timed, attempt = [], [], attempts.attempt
+    references, timed, attempt = [], [], attempts.attempt
 
     def watched(*arguments, **options):
         outcome = attempt(*arguments, **options)
-        made.append(weakref.ref(outcome.model))
+        references.append(weakref.ref(outcome.model))
         return outcome
 
     def counted(models, *arguments):
         gc.collect()
-        timed.append((set(models), sum(model() is not None for model in made)))
+        timed.append((set(models), sum(model() is not None for model in references)))
         return rounds(models, *arguments)
 
     rounds = interactions.time_arms

@@ -34,11 +34,11 @@ PICTURES = "qwen3_vl"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=gguf_files.tokenizer(), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    made.chat_template = gguf_files.CHAT
-    return made
+    fast_tokenizer.chat_template = gguf_files.CHAT
+    return fast_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def little(tmp_path, monkeypatch):
     """Look at little text, and register checkpoints in a folder of this test."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     read = settings.read
-    monkeypatch.setattr(settings, "read", lambda *given: replace(read(*given), **SMALL))
+    monkeypatch.setattr(settings, "read", lambda *arguments: replace(read(*arguments), **SMALL))
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def checkpoint(tmp_path, tokenizer):
         if name == PICTURES:  # its pictures need the tokens and the processor that belong to its configuration
             proxy = parameters.PARAMETERS / "proxies" / "qwen3-vl-2b"
             described = parameters.read("qwen3-vl-2b")
-            made = io.build(described.config("proxy"), described.architecture)
+            model = io.build(described.config("proxy"), described.architecture)
             io.load_image_processor(proxy).save_pretrained(folder)
             tokens = AutoTokenizer.from_pretrained(proxy)
         else:
-            made = architectures.build(name, vocab_size=len(tokenizer))
-        made.save_pretrained(folder)
+            model = architectures.build(name, vocab_size=len(tokenizer))
+        model.save_pretrained(folder)
         tokens.save_pretrained(folder)
         return parameters.register(str(folder))
 
@@ -135,7 +135,7 @@ def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimization", "stack", "said"),
+    ("optimization", "stack", "message"),
     [
         ("adaptive_sparse_attention", None, "changes how a model computes, which no checkpoint holds"),
         ("streaming_computation", None, "changes how a model computes, which no checkpoint holds"),
@@ -144,7 +144,7 @@ def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
         ("automl_components", [RecipeStep(optimization="adaptive_sparse_attention")], "leave it out of the stack"),
     ],
 )
-def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimization, stack, said, tmp_path):
-    with pytest.raises(UserError, match=said) as refused:
+def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimization, stack, message, tmp_path):
+    with pytest.raises(UserError, match=message) as refused:
         saving.save("no-such-model", optimization, stack, COMMON, tmp_path / "saved")
     assert "\n" not in str(refused.value) and not (tmp_path / "saved").exists()

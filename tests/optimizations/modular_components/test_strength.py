@@ -35,13 +35,13 @@ def test_a_step_is_weakened_from_its_own_knob_to_next_to_nothing():
 
 @pytest.mark.parametrize("truth", range(strength.LEVELS + 1))
 def test_bisection_finds_the_highest_level_within(truth):
-    asked = []
+    levels = []
 
     def within(level: int) -> bool:
-        asked.append(level)
+        levels.append(level)
         return level <= truth
 
-    assert strength.strongest(within) == truth and len(asked) <= 4 and 0 not in asked
+    assert strength.strongest(within) == truth and len(levels) <= 4 and 0 not in levels
 
 
 def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, batch, monkeypatch):

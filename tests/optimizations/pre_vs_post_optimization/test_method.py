@@ -143,17 +143,17 @@ def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
 def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
     """Planted rounds whose interval holds the margin at first; six are enough for a large effect."""
     draws = iter([np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6), *[np.full(6, 0.05)] * 2])
-    asked = []
+    seeds = []
 
     def timed(arms, prompt, count, seed):
-        asked.append(seed)
+        seeds.append(seed)
         gain = next(draws)
         seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
         return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
     first = comparing._faster(None, None, None, 0)
-    assert asked == [0, 6, 12] and first.n == 18
+    assert seeds == [0, 6, 12] and first.n == 18
     draws = iter([np.full(6, 0.3)])
     assert comparing._faster(None, None, None, 0).n == 6
 

@@ -27,8 +27,8 @@ def text():
     return [{"input_ids": ids[:4], "attention_mask": mask[:4]}, {"input_ids": ids[4:], "attention_mask": mask[4:]}]
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+def close(weights: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(weights, expected, atol=2e-5, rtol=1e-4)
 
 
 # --- the product -----------------------------------------------------------------------------------------------------
@@ -40,9 +40,9 @@ def test_the_sparse_product_equals_the_masked_dense_one(pattern, tokens):
     weight_OI, x_TI = torch.randn(64, 48), torch.randn(tokens, 48)
     kept_OI = masks.keep(weight_OI.abs(), 0.7, pattern)
     rows = masks.block_shape(pattern)[0]
-    made = compress(weight_OI, kept_OI, "columns" if rows > 1 else "csr", rows)
-    assert close(made.to_dense(), weight_OI * kept_OI)
-    assert close(product(made, x_TI), x_TI @ (weight_OI * kept_OI).T)
+    compressed = compress(weight_OI, kept_OI, "columns" if rows > 1 else "csr", rows)
+    assert close(compressed.to_dense(), weight_OI * kept_OI)
+    assert close(product(compressed, x_TI), x_TI @ (weight_OI * kept_OI).T)
 
 
 def test_the_layer_takes_any_batch_shape_its_bias_and_bfloat16():
@@ -61,9 +61,9 @@ def test_the_layer_takes_any_batch_shape_its_bias_and_bfloat16():
 def test_stacked_experts_are_their_matrices(layout, rows):
     weight_EOI = torch.randn(3, 16, 24)
     kept = masks.keep(weight_EOI.abs(), 0.5, "8x1" if rows == 8 else "unstructured")
-    made = compress(weight_EOI, kept, layout, rows)
-    for one, weight, mask in zip(slices(made), weight_EOI, kept):
-        assert close(one.to_dense(), weight * mask)
+    compressed = compress(weight_EOI, kept, layout, rows)
+    for part, weight, mask in zip(slices(compressed), weight_EOI, kept):
+        assert close(part.to_dense(), weight * mask)
 
 
 def test_masks_that_cannot_be_stacked_are_refused():
@@ -98,9 +98,9 @@ def test_the_sparse_model_equals_the_masked_one(tiny, name, batch, text, pattern
 def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
     executed = sparse.apply(tiny(name), text, method="wanda")
     names = set(stored(executed))
-    assert {"experts.gate_up_proj", "experts.down_proj"} <= {".".join(one.split(".")[-2:]) for one in names}
+    assert {"experts.gate_up_proj", "experts.down_proj"} <= {".".join(name.split(".")[-2:]) for name in names}
     if name == "glm-4.7-flash":
-        assert any("kv_b_proj" in one for one in names) and any("shared_experts" in one for one in names)
+        assert any("kv_b_proj" in name for name in names) and any("shared_experts" in one for one in names)
     assert matrices(executed) == [] and "sparse already" in sparse.applies_to(executed)
 
 
@@ -119,9 +119,9 @@ def test_storing_at_once_is_pruning_and_then_storing(tiny, name, method):
 
 def test_the_feed_forward_part_has_the_experts_in_it(tiny, name):
     model = tiny(name)
-    whole, routed = ({one.name for one in matrices(model, part)} for part in ("feed_forward", "experts"))
+    whole, routed = ({matrix.name for matrix in matrices(model, part)} for part in ("feed_forward", "experts"))
     assert routed <= whole and whole | {m.name for m in matrices(model, "attention")} == {
-        one.name for one in matrices(model)
+        matrix.name for matrix in matrices(model)
     }
 
 
@@ -175,7 +175,7 @@ def test_wanda_against_a_slow_row_by_row_reference(tiny, name, text):
             for row, kept_I in zip(weight[:3], mask):
                 scores = [abs(value) * norm for value, norm in zip(row.tolist(), norms)]
                 cut = sorted(scores)[len(scores) // 2]
-                sure = [i for i, one in enumerate(scores) if abs(one / max(cut, 1e-9) - 1) > 1e-4]
+                sure = [i for i, score in enumerate(scores) if abs(score / max(cut, 1e-9) - 1) > 1e-4]
                 assert all(bool(kept_I[i]) == (scores[i] >= cut) for i in sure)
 
 
@@ -205,22 +205,24 @@ def _inputs(model, matrix, text) -> list[torch.Tensor]:
 def test_an_experts_moments_are_those_of_its_own_tokens(tiny, text):
     model = tiny("qwen3-coder-30b")
     chosen = matrices(model, "experts", 1)
-    found = moments(model, text, chosen, gram=True)
+    by_name = moments(model, text, chosen, gram=True)
     for matrix in chosen:
         own = _inputs(model, matrix, text)
-        assert found[matrix.name].tokens.tolist() == [len(x) for x in own]
-        for x, squares, gram in zip(own, found[matrix.name].squares, found[matrix.name].gram):
+        assert by_name[matrix.name].tokens.tolist() == [len(x) for x in own]
+        for x, squares, gram in zip(own, by_name[matrix.name].squares, by_name[matrix.name].gram):
             assert torch.allclose(x.square().sum(0), squares, rtol=1e-3, atol=1e-4)
             assert torch.allclose(x.T @ x, gram, rtol=1e-3, atol=1e-3)
 
 
 def test_shared_inputs_are_summed_over_all_batches(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
-    found = moments(model, text, matrices(model), gram=True)
+    by_name = moments(model, text, matrices(model), gram=True)
     names = [m.name for m in matrices(model, "attention", 0)][:3]
-    assert found[names[0]] is found[names[1]] is found[names[2]]
+    assert by_name[names[0]] is by_name[names[1]] is by_name[names[2]]
     x = _inputs(model, matrices(model, "attention", 0)[1], text)[0]
-    assert int(found[names[1]].tokens) == len(x) and torch.allclose(found[names[1]].gram, x.T @ x, rtol=1e-3, atol=1e-3)
+    assert int(by_name[names[1]].tokens) == len(x) and torch.allclose(
+        by_name[names[1]].gram, x.T @ x, rtol=1e-3, atol=1e-3
+    )
 
 
 # --- SparseGPT -------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(patt
 def test_what_stays_makes_up_for_what_went(pattern):
     weight_OI, x_TI = torch.randn(64, 144, generator=torch.Generator().manual_seed(1)), correlated(600, 144)
     pruned, kept = masks.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
-    corrected, plain = ((x_TI @ (one - weight_OI).T).norm() for one in (pruned[0], weight_OI * kept[0]))
+    corrected, plain = ((x_TI @ (weights - weight_OI).T).norm() for weights in (pruned[0], weight_OI * kept[0]))
     assert corrected < 0.95 * plain
 
 
@@ -378,7 +380,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_counted(tiny, text,
     )
     by_magnitude = sparse.prune(model, [], sparsity=0.5, method="magnitude", parts="experts")
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    assert pruned.unseen[name] == 1 and not any("layers.0" in one for one in pruned.unseen)
+    assert pruned.unseen[name] == 1 and not any("layers.0" in key for key in pruned.unseen)
     if method == "wanda":
         assert torch.equal(pruned.masks[name][3], by_magnitude.masks[name][3])
     else:
@@ -504,8 +506,8 @@ def test_sparsity_zero_changes_nothing(tiny, name, text, batch):
 
 def test_random_masks_repeat_and_follow_the_seed(tiny):
     model = tiny("qwen3-coder-30b")
-    one, same, other = (sparse.apply(model, [], method="random", seed=seed) for seed in (1, 1, 2))
-    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
+    first, same, other = (sparse.apply(model, [], method="random", seed=seed) for seed in (1, 1, 2))
+    assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
 
 
 def test_bad_requests_are_named(tiny, text):

@@ -19,15 +19,15 @@ def test_a_pass_counts_its_tokens_and_has_the_parts_shape(tiny, name):
 
 def test_cost_of_a_part_is_that_of_its_matrices(tiny, name):
     part = anatomy(tiny(name)).blocks[1].feed_forward
-    found = cost_model.of_feed_forward(part.module, 1)
+    cost = cost_model.of_feed_forward(part.module, 1)
     elements = 0 if part.dense is None else 3 * part.down.weight.numel()
     if part.experts is not None:
         experts = part.experts
         elements += experts.router.weight.numel()
         elements += experts.top_k * (experts.gate_up[0].numel() + experts.down[0].numel())
-    assert found.flops == 2 * elements
-    assert found.bytes == pytest.approx(4 * elements), "one token reads what it multiplies"
-    assert cost_model.of_feed_forward(part.module, 16).flops == 16 * found.flops
+    assert cost.flops == 2 * elements
+    assert cost.bytes == pytest.approx(4 * elements), "one token reads what it multiplies"
+    assert cost_model.of_feed_forward(part.module, 16).flops == 16 * cost.flops
 
 
 def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
@@ -48,5 +48,5 @@ def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
     [([2, 3, 4], 50), ([0.5, 2, 4], 60), ([0.5, 0.6, 0.7], None), ([2, 0.5, 2], 80), ([0.5, 1, 2], 70)],
 )
 def test_the_crossover(gains, expected):
-    found = part_speed.crossover([50, 70, 90], gains)
-    assert found == expected or found == pytest.approx(expected)
+    crossing = part_speed.crossover([50, 70, 90], gains)
+    assert crossing == expected or crossing == pytest.approx(expected)

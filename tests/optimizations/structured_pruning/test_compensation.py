@@ -18,7 +18,9 @@ def test_compensation_is_the_least_squares_solution():
     weight, kept = torch.randn(8, 24, generator=random), torch.arange(0, 24, 2)
     fitted = compensation.compensated(weight, x_TI.T @ x_TI, kept)
     best = torch.linalg.lstsq(x_TI[:, kept].double(), (x_TI @ weight.T).double()).solution.T
-    lost = [float((x_TI @ weight.T - x_TI[:, kept] @ one.float().T).norm()) for one in (fitted, best, weight[:, kept])]
+    lost = [
+        float((x_TI @ weight.T - x_TI[:, kept] @ matrix.float().T).norm()) for matrix in (fitted, best, weight[:, kept])
+    ]
     assert lost[0] < 1.05 * lost[1] and lost[0] < 0.9 * lost[2]
     assert torch.equal(compensation.compensated(weight, torch.zeros(24, 24), kept), weight[:, kept])
 
@@ -55,7 +57,7 @@ def test_little_text_does_no_harm_to_what_is_fitted(tokens, correlated):
 
     def lost(matrices: torch.Tensor) -> float:
         each = zip(weight, matrices, kept, fresh)
-        return sum(float((x @ whole.T - x[:, index] @ one.T).square().sum()) for whole, one, index, x in each)
+        return sum(float((x @ whole.T - x[:, index] @ cut.T).square().sum()) for whole, cut, index, x in each)
 
     def with_damping(damping: float) -> torch.Tensor:
         grams = moments_of(torch.cat([taught, held_out], 1)).gram
@@ -95,8 +97,8 @@ def test_a_short_text_does_no_harm_on_another(tiny, name, granularity):
     )
     assert divergence(fitted, model, other[0]) < 1.1 * divergence(plain, model, other[0])
     with pytest.raises(UserError, match="one sequence only"):
-        one = [{"input_ids": short[0]["input_ids"][:1]}]
-        pruning.apply(model, one, ratio=ratio, granularity=granularity, compensate=True)
+        single = [{"input_ids": short[0]["input_ids"][:1]}]
+        pruning.apply(model, single, ratio=ratio, granularity=granularity, compensate=True)
 
 
 @pytest.mark.parametrize("granularity", ["channels", "heads"])

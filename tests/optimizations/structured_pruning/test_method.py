@@ -13,8 +13,8 @@ from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+def close(weights: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(weights, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_removed_channels_equal_silenced_channels(tiny, name, batch):
@@ -167,8 +167,8 @@ def test_recovery_lowers_the_divergence(tiny, batch):
 
 def test_random_saliency_is_repeatable_and_follows_the_seed(tiny, batch):
     model = tiny("qwen3-coder-30b")
-    one, same, other = (pruning.apply(model, [], ratio=0.3, saliency="random", seed=seed) for seed in (1, 1, 2))
-    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
+    first, same, other = (pruning.apply(model, [], ratio=0.3, saliency="random", seed=seed) for seed in (1, 1, 2))
+    assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
 
 
 def test_ratio_zero_changes_nothing(tiny, name, batch):
@@ -199,7 +199,9 @@ def test_the_rarest_or_quietest_expert_goes_first(tiny, batch, saliency, sums):
     statistics = pruning.observe(model, [batch]).blocks
     pruned = pruning.apply(model, [batch], ratio=0.1, saliency=saliency)
     for whole, part, seen in zip(anatomy(model).blocks, anatomy(pruned).blocks, statistics):
-        stays = [(part.feed_forward.experts.down == one).all((1, 2)).any() for one in whole.feed_forward.experts.down]
+        stays = [
+            (part.feed_forward.experts.down == expert).all((1, 2)).any() for expert in whole.feed_forward.experts.down
+        ]
         score_E = getattr(seen, sums)
         gone = [expert for expert, kept in enumerate(stays) if not kept]
         assert len(gone) == 1 and score_E[gone[0]] == score_E.min()

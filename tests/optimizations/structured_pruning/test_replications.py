@@ -7,8 +7,8 @@ from lib.optimizations.structured_pruning import experiment
 
 
 def _measured(metric: str, workload: str, ratio: float, width: float, margin: float | None = 0.02):
-    made = measurement.informative(metric, workload, 0.5, 0.5 * ratio, "by hand", ratio=ratio)
-    return made.model_copy(update={"ci": (ratio - width, ratio + width), "margin": margin})
+    informative = measurement.informative(metric, workload, 0.5, 0.5 * ratio, "by hand", ratio=ratio)
+    return informative.model_copy(update={"ci": (ratio - width, ratio + width), "margin": margin})
 
 
 def test_relations_of_pruning():
@@ -20,4 +20,4 @@ def test_relations_of_pruning():
     *_, generation = experiment.replications(setup, [perplexity, chosen, generated], "depth")
     assert generation.held and "generated 0.8" in generation.evidence
     setup.influence = [0.1, 0.9, 0.1, 0.1, 0.8]
-    assert [one.held for one in experiment.replications(setup, [], "depth")] == [False, None]
+    assert [judgement.held for judgement in experiment.replications(setup, [], "depth")] == [False, None]

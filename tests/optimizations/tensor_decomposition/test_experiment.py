@@ -107,8 +107,8 @@ def test_random_weights_are_factored_at_random_and_only_timed(setup):
 def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, expected, monkeypatch):
     setup.loaded.scale = scale
     monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: setup.calibration)
-    made = experiment.set_up(setup.loaded, EFFORT, experiment.AUTO, "uniform", 1, 0)
-    assert made.method == expected and expected in made.spectra
+    prepared = experiment.set_up(setup.loaded, EFFORT, experiment.AUTO, "uniform", 1, 0)
+    assert prepared.method == expected and expected in prepared.spectra
 
 
 def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):

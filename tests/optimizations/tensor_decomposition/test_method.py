@@ -55,11 +55,11 @@ def matrix_of(weight: torch.Tensor, side: str = "linear") -> low_rank.Factorable
 @pytest.mark.parametrize("rank", [1, 8, 24])
 def test_plain_factors_are_the_best_low_rank_matrix(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = low_rank.spectrum_of(matrix_of(weight))
-    outer, inner = low_rank.factorise(found, rank)
+    spectrum = low_rank.spectrum_of(matrix_of(weight))
+    outer, inner = low_rank.factorise(spectrum, rank)
     u, s, vt = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     assert np.allclose((outer @ inner).numpy(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-8)
-    assert np.allclose(found.energy_R[: len(s)].sqrt().numpy(), s, atol=1e-6)
+    assert np.allclose(spectrum.energy_R[: len(s)].sqrt().numpy(), s, atol=1e-6)
     assert outer.shape == (shape[0], rank) and inner.shape == (rank, shape[1])
     assert torch.allclose(outer.norm(dim=0), inner.norm(dim=1))
 
@@ -96,16 +96,16 @@ def test_full_rank_changes_nothing(tiny, name, batch, text, method):
     """Linear layers, latent projections, shared experts, and the Tucker form of stacked experts."""
     model = tiny(name)
     spectra = td.analyse(model, text, method)
-    full = {one.matrix.name: min(one.matrix.shape) for one in spectra}
+    full = {spectrum.matrix.name: min(spectrum.matrix.shape) for spectrum in spectra}
     whole = td.apply(model, text, method=method, spectra=spectra, ranks=full)
-    assert len(factored.ranks(whole)) == len({one.matrix.module for one in spectra})
+    assert len(factored.ranks(whole)) == len({spectrum.matrix.module for spectrum in spectra})
     assert all(isinstance(m, factored.FactoredLinear) for b in anatomy(whole).blocks for m in _attention(b))
     assert torch.allclose(whole(**batch).logits, model(**batch).logits, atol=2e-3, rtol=1e-3)
 
 
 def _attention(block):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-    return [part for part in (getattr(block.attention.module, one, None) for one in names) if part is not None]
+    return [part for part in (getattr(block.attention.module, name, None) for name in names) if part is not None]
 
 
 @pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-coder-30b"])
@@ -113,8 +113,8 @@ def test_tucker_keeps_the_leading_subspaces_of_the_unfolded_stacks(tiny, name):
     """HOSVD: the shared factors span the leading singular vectors along hidden, the cores are the projections."""
     model = tiny(name)
     experts = anatomy(model).blocks[-1].feed_forward.experts
-    spectra = [one for one in td.analyse(model, [], "plain") if one.matrix.side != "linear"]
-    low = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra})
+    spectra = [spectrum for spectrum in td.analyse(model, [], "plain") if spectrum.matrix.side != "linear"]
+    low = td.apply(model, [], method="plain", spectra=spectra, ranks={spectrum.matrix.name: 8 for spectrum in spectra})
     module = anatomy(low).blocks[-1].feed_forward.experts.module
     gate_up = torch.einsum("eip,ph->eih", module.gate_up_proj, module.input_factor.weight)
     down = torch.einsum("hq,eqi->ehi", module.output_factor.weight, module.down_proj)
@@ -162,7 +162,7 @@ def test_refinement_lowers_the_error_of_blocks_and_the_divergence(tiny, name, mo
     errors = blockwise.refine(refined, model, more_text, steps=30, learning_rate=3e-3)
     assert len(errors) == 4 and all(after <= before for before, after in errors)
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)
-    kl = [sum(float(divergence(one, model, part)) for part in more_text) for one in (low, refined)]
+    kl = [sum(float(divergence(arm, model, part)) for part in more_text) for arm in (low, refined)]
     assert kl[1] < kl[0]
     dense = {id(p) for p in refined.parameters() if p.requires_grad}
     assert not dense and factored.ranks(refined) == factored.ranks(low)
@@ -183,12 +183,14 @@ def test_bfloat16_is_refined_in_float32(tiny, name, text):
 
 def test_matrices_leave_out_routers_and_vision(tiny, name):
     model = tiny(name)
-    found = analysis.matrices(model)
+    factorable = analysis.matrices(model)
     blocks = anatomy(model).blocks
     linears = [module for block in blocks for module in block.module.modules() if isinstance(module, torch.nn.Linear)]
     expected = len(linears) + 2 * sum(block.feed_forward.kind == "experts" for block in blocks)
-    assert len(found) == expected and not any("gate.weight" in one.name or "visual" in one.name for one in found)
-    sides = {one.side for one in found}
+    assert len(factorable) == expected and not any(
+        "gate.weight" in matrix.name or "visual" in matrix.name for matrix in factorable
+    )
+    sides = {matrix.side for matrix in factorable}
     assert sides == ({"linear", "input", "output"} if "glm" in name or "coder" in name else {"linear"})
 
 
@@ -202,27 +204,27 @@ def test_the_budget_goes_where_energy_is(tiny, text):
     ranks = allocation.allocate(model, td.analyse(model, [], "plain").curves(), 0.1)
     assert ranks["model.layers.1.mlp.up_proj"] == 8
     assert ranks["model.layers.2.mlp.up_proj"] is None
-    for one in td.analyse(model, [], "plain"):
-        chosen = ranks[one.matrix.name]
-        assert chosen is None or (chosen % allocation.MULTIPLE == 0 and chosen < one.matrix.break_even)
+    for spectrum in td.analyse(model, [], "plain"):
+        chosen = ranks[spectrum.matrix.name]
+        assert chosen is None or (chosen % allocation.MULTIPLE == 0 and chosen < spectrum.matrix.break_even)
 
 
 def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
     """Cut matrices one at a time, further than they were weighed at: the estimate ranks them as the divergence does."""
     model = tiny(name)
     spectra = list(td.analyse(model, text))
-    predicted, found = [], []
-    for one in spectra[:: max(1, len(spectra) // 12)]:
-        if (rank := allocation.options(one)[0][0]) is None:
+    predicted, measured = [], []
+    for spectrum in spectra[:: max(1, len(spectra) // 12)]:
+        if (rank := allocation.options(spectrum)[0][0]) is None:
             continue
-        ranks = {one.matrix.name: rank}
+        ranks = {spectrum.matrix.name: rank}
         low = td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks)
         predicted.append(td.predicted_divergence(spectra, ranks))
-        found.append(sum(float(divergence(low, model, part)) for part in text) / len(text))
-    assert len(found) >= 8
-    order = [np.argsort(np.argsort(values)) for values in (predicted, found)]
+        measured.append(sum(float(divergence(low, model, part)) for part in text) / len(text))
+    assert len(measured) >= 8
+    order = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
     assert np.corrcoef(*order)[0, 1] > 0.6
-    assert 0.1 < np.median(np.array(predicted) / np.array(found)) < 10
+    assert 0.1 < np.median(np.array(predicted) / np.array(measured)) < 10
 
 
 @pytest.mark.parametrize("side", ["linear", "input", "output"])
@@ -243,9 +245,9 @@ def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
 
 def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny, name):
     model = tiny(name)
-    one, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
-    assert io.weights_hash(one) == io.weights_hash(same) != io.weights_hash(other)
-    assert 0.2 <= 1 - allocation.decoder_bytes(one) / allocation.decoder_bytes(model) < 0.26
+    first, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
+    assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
+    assert 0.2 <= 1 - allocation.decoder_bytes(first) / allocation.decoder_bytes(model) < 0.26
 
 
 def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
@@ -273,11 +275,15 @@ def test_uniform_ranks_take_the_same_share_of_each_matrix(tiny, text):
 def test_a_factored_model_is_not_factored_again(tiny, text):
     model = tiny("glm-4.7-flash")
     spectra = list(td.analyse(model, [], "plain"))
-    whole = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra})
+    whole = td.apply(
+        model, [], method="plain", spectra=spectra, ranks={spectrum.matrix.name: 8 for spectrum in spectra}
+    )
     assert "factored already" in td.applies_to(whole) and td.applies_to(model) is None
     with pytest.raises(UserError, match="no matrix to compress"):
         td.apply(whole, text)
-    half = td.apply(model, [], method="plain", spectra=spectra, ranks={one.matrix.name: 8 for one in spectra[::2]})
+    half = td.apply(
+        model, [], method="plain", spectra=spectra, ranks={spectrum.matrix.name: 8 for spectrum in spectra[::2]}
+    )
     assert td.applies_to(half) is None
     assert allocation.decoder_bytes(
         td.apply(half, text, compression=0.05, method="whitened")
@@ -353,7 +359,7 @@ def test_refitting_lowers_the_error_of_blocks_in_closed_form(tiny, more_text):
     errors = blockwise.refit(fitted, model, more_text)
     assert len(errors) == 4 and all(after <= before for before, after in errors)
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)
-    kl = [sum(float(divergence(one, model, part)) for part in more_text) for one in (low, fitted)]
+    kl = [sum(float(divergence(arm, model, part)) for part in more_text) for arm in (low, fitted)]
     assert kl[1] < kl[0]
 
 
@@ -362,15 +368,15 @@ def test_an_outer_factor_is_the_least_squares_solution(correlated):
     z_TR = x_TN.double() @ torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     outer = blockwise._nearest(weight, x_TN.double().T @ z_TR, z_TR.T @ z_TR)
     expected = torch.linalg.lstsq(z_TR, x_TN.double() @ weight.double().T).solution.T
-    lost = [float((x_TN.double() @ weight.double().T - z_TR @ one.T).norm()) for one in (outer, expected)]
+    lost = [float((x_TN.double() @ weight.double().T - z_TR @ factor.T).norm()) for factor in (outer, expected)]
     assert lost[0] < 1.001 * lost[1]
 
 
 def test_worth_between_weighed_blocks_is_interpolated(tiny, text, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
-    everywhere = {one.matrix.name: one.worth for one in td.analyse(model, text).curves()}
+    everywhere = {curve.matrix.name: curve.worth for curve in td.analyse(model, text).curves()}
     monkeypatch.setattr(analysis, "WEIGHED_BLOCKS", 2)
-    ends = {one.matrix.name: one.worth for one in td.analyse(model, text).curves()}
+    ends = {curve.matrix.name: curve.worth for curve in td.analyse(model, text).curves()}
     for matrix in analysis.matrices(model):
         if matrix.block in (0, 3):
             assert ends[matrix.name] == everywhere[matrix.name]
@@ -397,5 +403,5 @@ def test_passes_do_not_grow_with_the_square_of_the_depth(tiny, text, monkeypatch
 def test_read_again_or_kept_the_factors_are_the_same(tiny, name, text):
     model = tiny(name)
     kept, again = analysis.Spectra(model, text), analysis.Spectra(model, text, room=0)
-    low, same = (td.apply(model, text, method="whitened", spectra=one) for one in (kept, again))
+    low, same = (td.apply(model, text, method="whitened", spectra=read) for read in (kept, again))
     assert io.weights_hash(low) == io.weights_hash(same)

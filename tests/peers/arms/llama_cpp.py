@@ -24,14 +24,14 @@ for threads in (params.cpuparams, params.cpuparams_batch):
     threads.n_threads = setting["threads"]
 server = xllamacpp.Server(params)
 
-asked = {"prompt": setting["prompt"], "ignore_eos": True, "cache_prompt": False}
-asked |= {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}
+completion_options = {"prompt": setting["prompt"], "ignore_eos": True, "cache_prompt": False}
+completion_options |= {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}
 
 
 def completion(tokens: int) -> dict:
     """Return llama.cpp's timings of one prompt and an answer of so many tokens, and its processor seconds for both."""
     address, busy = f"{server.listening_address}/completion", time.process_time()
-    body = json.dumps(asked | {"n_predict": tokens}).encode()
+    body = json.dumps(completion_options | {"n_predict": tokens}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         timings = json.loads(answer.read())["timings"]

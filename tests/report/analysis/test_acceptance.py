@@ -61,10 +61,10 @@ def _verdict(**words):
     return lambda content: content["verdict"].update(words)
 
 
-def _both(metric, dimension, word, said, **fields):
+def _both(metric, dimension, word, reason, **fields):
     def damage(content):
         _measurement(content, metric).update(verdict=word, **fields)
-        content["verdict"][dimension] = said
+        content["verdict"][dimension] = reason
 
     return damage
 
@@ -172,14 +172,14 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_noticed(name, folder):
-    damage, point, told = DAMAGE[name]
+    damage, point, fault = DAMAGE[name]
     path = folder / f"{STEM}.json"
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
     short = _short(folder)
     assert point in short, short
-    assert any(stem == STEM and told in why for stem, why in short[point]), short[point]
+    assert any(stem == STEM and fault in why for stem, why in short[point]), short[point]
 
 
 def test_half_a_file_and_a_missing_one(folder):

@@ -14,13 +14,13 @@ from tests.report import samples
 MODEL = samples.MODELS[0]
 
 
-def one(record_made, goal: str = "latency", keep: float = 0.02) -> advice.Advice:
-    (row,) = advice.advise([record_made], record_made.model, [advice.goal(goal)], keep)
+def advised(run, goal: str = "latency", keep: float = 0.02) -> advice.Advice:
+    (row,) = advice.advise([run], run.model, [advice.goal(goal)], keep)
     return row
 
 
 def test_a_gain_with_kept_quality_is_recommended_with_its_evidence():
-    row = one(samples.whole("structured_pruning", MODEL, gain=1.4))
+    row = advised(samples.whole("structured_pruning", MODEL, gain=1.4))
     assert row.decision == "use" and row.evidence.measurement.metric == "decode_tokens_per_second"
     assert "proxy" in row.evidence.where and "2026-01-31" in row.evidence.where and row.gain > 1.2
     assert row.command is None
@@ -36,64 +36,66 @@ def test_a_gain_with_kept_quality_is_recommended_with_its_evidence():
     ],
 )
 def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
-    made = samples.whole("structured_pruning", MODEL)
+    run = samples.whole("structured_pruning", MODEL)
     turned = [
         m.model_copy(update={"verdict": verdict}) if m.metric in advice.GOALS["latency"] else m
-        for m in made.measurements
+        for m in run.measurements
     ]
-    row = one(made.model_copy(update={"measurements": turned}))
+    row = advised(run.model_copy(update={"measurements": turned}))
     assert row.decision == decision
     assert (row.command is not None) == (decision == "undecided")
 
 
 def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
-    assert one(lost).decision == "do not use" and "F1 5.0 points lower, more than may be lost" in one(lost).reason
-    assert one(lost, keep=0.2).decision == "use"
-    strict = one(samples.whole("structured_pruning", MODEL, gain=2.0), keep=0.0001)
+    assert (
+        advised(lost).decision == "do not use" and "F1 5.0 points lower, more than may be lost" in advised(lost).reason
+    )
+    assert advised(lost, keep=0.2).decision == "use"
+    strict = advised(samples.whole("structured_pruning", MODEL, gain=2.0), keep=0.0001)
     assert strict.decision != "use"
 
 
 def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open():
-    made = samples.whole("structured_pruning", MODEL)
-    no_scores = [m for m in made.measurements if m.dimension != "accuracy"]
+    run = samples.whole("structured_pruning", MODEL)
+    no_scores = [m for m in run.measurements if m.dimension != "accuracy"]
     no_scores.append(measurement.unavailable("f1_macro", "classify", "random weights"))
-    blind = record.build(made.optimization, MODEL, "slice", "quick", {}, no_scores, environment=samples.ENVIRONMENT)
-    row = one(blind)
+    blind = record.build(run.optimization, MODEL, "slice", "quick", {}, no_scores, environment=samples.ENVIRONMENT)
+    row = advised(blind)
     assert row.decision == "undecided" and "random weights" in row.reason and "--effort standard" in row.command
 
 
 def test_a_gain_beside_which_something_was_lost_has_a_price():
-    made = samples.whole("structured_pruning", MODEL, gain=1.4)
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
     lost = samples.paired("latency_p99_ms", 0.7, workload="serve")
     again = record.build(
-        made.optimization, MODEL, "proxy", "quick", {}, [*made.measurements, lost], environment=samples.ENVIRONMENT
+        run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, lost], environment=samples.ENVIRONMENT
     )
-    row = one(again)
+    row = advised(again)
     assert row.decision == "use if" and "latency p99" in row.reason and "longer is acceptable" in row.reason
     assert row.command is None
 
 
 def test_an_open_question_has_a_command_and_about_how_long_it_takes():
-    made = samples.whole("structured_pruning", MODEL)
-    row = one(made, "energy")
+    run = samples.whole("structured_pruning", MODEL)
+    row = advised(run, "energy")
     assert row.decision == "undecided" and "--effort standard" in row.command
-    assert 2 * made.seconds < row.seconds < 20 * made.seconds
+    assert 2 * run.seconds < row.seconds < 20 * run.seconds
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
-        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
-    again = record.build(made.optimization, MODEL, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
-    assert one(again).decision == "undecided" and "--effort quick" in one(again).command
+        "tokens_per_second") else m for m in run.measurements]  # fmt: skip
+    again = record.build(run.optimization, MODEL, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
+    assert advised(again).decision == "undecided" and "--effort quick" in advised(again).command
 
 
 def test_estimated_energy_never_recommends():
-    row = one(samples.whole("structured_pruning", MODEL), "energy")
+    row = advised(samples.whole("structured_pruning", MODEL), "energy")
     assert row.decision == "undecided"
 
 
 def test_limits_are_held_against_what_was_measured():
-    made = samples.whole("structured_pruning", MODEL)
-    assert one(made, "size<=8GiB").decision == "use"
-    tight = one(made, "size<=1kB")
+    run = samples.whole("structured_pruning", MODEL)
+    assert advised(run, "size<=8GiB").decision == "use"
+    tight = advised(run, "size<=1kB")
     assert tight.decision == "do not use" and "more than" in tight.reason
     assert advice.goal("memory<=1.5GiB").limit_bytes == 1.5 * 2**30
 
@@ -137,9 +139,9 @@ STACK = [{"optimization": "structured_pruning", "knobs": {"ratio": 0.2}}, {"opti
 
 
 def _stacked(folder, steps=STACK):
-    made = samples.whole("automl_components", MODEL, gain=1.4)
-    details = made.details | {"stack": record.labelled(steps, "derived", "chosen by the rule")}
-    record.write(made.model_copy(update={"details": details}), folder / f"{made.stem}.json")
+    run = samples.whole("automl_components", MODEL, gain=1.4)
+    details = run.details | {"stack": record.labelled(steps, "derived", "chosen by the rule")}
+    record.write(run.model_copy(update={"details": details}), folder / f"{run.stem}.json")
     return folder
 
 

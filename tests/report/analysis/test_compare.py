@@ -78,7 +78,7 @@ def test_counted_numbers_and_intervals():
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reason"),
     [
         ({"effort": "thorough"}, "different effort: quick, thorough"),
         ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "different environment: cpu"),
@@ -91,11 +91,11 @@ def test_counted_numbers_and_intervals():
         ({"status": "failed", "reason": "x"}, "failed in the new set"),
     ],
 )
-def test_what_cannot_be_compared_says_why(fields, told):
+def test_what_cannot_be_compared_says_why(fields, reason):
     stack = {"stack": {"value": ["a"]}}
     old = _changed(_whole(), details=stack, environment=samples.ENVIRONMENT | {"jobs_beside": 0})
     changes = compare.compare([old], [_changed(_changed(_whole(1), details=stack), **fields)])
-    assert changes and all(change.verdict == "not comparable" and told in change.reason for change in changes)
+    assert changes and all(change.verdict == "not comparable" and reason in change.reason for change in changes)
 
 
 def test_what_only_one_side_knows_does_not_differ():

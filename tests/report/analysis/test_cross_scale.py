@@ -12,10 +12,10 @@ DEEP = measurement.from_samples(
 
 
 def both():
-    proxy = samples.made()
+    proxy = samples.run()
     rate = samples.timed("prefill_tokens_per_second", 1.62)
     missing = measurement.unavailable("f1_macro", "classify", "random weights: answers carry no information")
-    cut = samples.made(measurements=[rate, missing, DEEP]).model_copy(update={"scale": "slice"})
+    cut = samples.run(measurements=[rate, missing, DEEP]).model_copy(update={"scale": "slice"})
     return proxy, cut
 
 

@@ -22,7 +22,7 @@ def _arm(size: float, divergence: float | None):
 
 
 def _record(optimization: str, own, controls):
-    record = samples.made(optimization)
+    record = samples.run(optimization)
     arms = [Control(name=name, measurements=measured) for name, measured in controls.items()]
     return record.model_copy(update={"measurements": own, "controls": arms})
 

@@ -85,17 +85,17 @@ def test_runs_of_different_effort_are_told_apart(tmp_path):
 
 
 def test_a_busy_machine_is_named_on_the_index(tmp_path):
-    made = samples.whole("structured_pruning", samples.MODELS[0])
+    run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
-        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
-    record.write(made.model_copy(update={"measurements": busy}), tmp_path / f"{made.stem}.json")
+        "tokens_per_second") else m for m in run.measurements]  # fmt: skip
+    record.write(run.model_copy(update={"measurements": busy}), tmp_path / f"{run.stem}.json")
     [row] = _rows(tmp_path)
     assert "busy machine" in row.th.get_text()
 
 
 def test_names_are_escaped(tmp_path):
-    made = samples.whole("structured_pruning", "<b>model</b>")
-    record.write(made, tmp_path / "structured_pruning--x.json")
+    run = samples.whole("structured_pruning", "<b>model</b>")
+    record.write(run, tmp_path / "structured_pruning--x.json")
     assert "<b>model</b>" not in index.write(tmp_path).read_text()
 
 

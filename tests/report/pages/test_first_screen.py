@@ -40,10 +40,10 @@ def test_no_sentence_of_any_record_is_long(seed, tmp_path):
 
 
 def test_a_busy_machine_says_so_before_any_number(tmp_path):
-    made = samples.whole("structured_pruning", samples.MODELS[0])
+    run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
-        "tokens_per_second") else m for m in made.measurements]  # fmt: skip
-    again = record.build(made.optimization, made.model, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
+        "tokens_per_second") else m for m in run.measurements]  # fmt: skip
+    again = record.build(run.optimization, run.model, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
     page, text = (path.read_text() for path in html.render(None, again, (), tmp_path))
     assert page.index("The machine was busy, so nothing timed is judged") < page.index('class="six"')
     assert "The machine was busy" in text
@@ -52,7 +52,7 @@ def test_a_busy_machine_says_so_before_any_number(tmp_path):
 def test_what_describes_only_is_folded(tmp_path):
     from bs4 import BeautifulSoup
 
-    page, _ = html.render(None, samples.made(), (), tmp_path)
+    page, _ = html.render(None, samples.run(), (), tmp_path)
     soup = BeautifulSoup(page.read_text(), "html.parser")
     judged, described = soup.select("section[aria-labelledby=measurements] table.measurements")
     assert described.find_parent("details") and not judged.find_parent("details")
@@ -65,7 +65,7 @@ def test_limits_stand_once_in_a_section_of_their_own(tmp_path):
     v = nbformat.v4
     cells = [v.new_markdown_cell("# Title"), v.new_markdown_cell("## Limits\n\n- Only one machine.")]
     nbformat.write(v.new_notebook(cells=cells), tmp_path / "run.ipynb")
-    page, _ = html.render(tmp_path / "run.ipynb", samples.made(), (), tmp_path)
+    page, _ = html.render(tmp_path / "run.ipynb", samples.run(), (), tmp_path)
     text = page.read_text()
     assert text.count("Only one machine.") == 1 and text.index("Only one machine.") < text.index('id="notebook"')
     assert 'href="#limits-section"' in text
@@ -98,6 +98,6 @@ def test_the_longest_name_has_room():
 
 
 def test_a_smaller_amount_lies_to_the_right():
-    made = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
-    run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, made)
+    counted = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
+    run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, counted)
     assert first_screen._line(run.measurements[0]).value == pytest.approx(26.0)

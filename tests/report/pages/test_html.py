@@ -60,7 +60,7 @@ def _notebook(path, *, error: bool = False):
 def rendered(tmp_path_factory):
     """The HTML and Markdown of one sound run, and their folder."""
     out = tmp_path_factory.mktemp("executed")
-    pages = html.render(_notebook(out / "in.ipynb"), samples.made(), NEIGHBOURS, out)
+    pages = html.render(_notebook(out / "in.ipynb"), samples.run(), NEIGHBOURS, out)
     return (*(page.read_text() for page in pages), out)
 
 
@@ -92,7 +92,7 @@ def test_each_section_of_the_notebook_is_folded_under_its_heading(tmp_path):
     cells += [v.new_code_cell("draw()", outputs=[picture, table, picture]), v.new_markdown_cell("last words")]
     cells += [v.new_markdown_cell("## Second")]
     nbformat.write(v.new_notebook(cells=cells), tmp_path / "in.ipynb")
-    page, text = html.render(tmp_path / "in.ipynb", samples.made(), (), tmp_path)
+    page, text = html.render(tmp_path / "in.ipynb", samples.run(), (), tmp_path)
     body = BeautifulSoup(page.read_text(), "html.parser").select_one("div.notebook")
     parts = body.select("details.part")
     assert [part.summary.get_text(" ", strip=True) for part in parts] == [
@@ -155,7 +155,7 @@ def test_the_page_answers_what_would_refute_it_before_the_measurements(rendered)
 
 def test_a_stack_is_named_beside_the_decisions(tmp_path):
     steps = [{"optimization": "structured_pruning", "knobs": {"ratio": 0.2}}, {"optimization": "tensor_decomposition"}]
-    run = samples.made()
+    run = samples.run()
     details = run.details | {"stack": record.labelled(steps, "derived", "chosen by the rule")}
     pages = html.render(None, run.model_copy(update={"details": details}), (), tmp_path)
     for page in pages:
@@ -180,7 +180,7 @@ def test_headings_stand_under_the_page_title(rendered):
 
 
 def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
-    run = samples.made()
+    run = samples.run()
     html.render(_notebook(tmp_path / "in.ipynb"), run, (), tmp_path)
     assert (tmp_path / f"{run.stem}_files").is_dir()
     html.render(None, run, (), tmp_path)
@@ -214,8 +214,8 @@ def test_any_record_renders(seed, tmp_path):
 
 def _folder(path):
     records = [
-        samples.made(),
-        samples.made(model=samples.MODELS[2], accuracy="not_maintained"),
+        samples.run(),
+        samples.run(model=samples.MODELS[2], accuracy="not_maintained"),
         samples.without_result("failed", "cell 3 <apply>: RuntimeError"),
         samples.without_result("not_applicable", "no experts", "continuous_nas", samples.MODELS[3]),
     ]

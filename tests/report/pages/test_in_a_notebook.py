@@ -14,7 +14,7 @@ from tests.report import samples
 ROOT = Path(__file__).resolve().parents[3]
 CELLS = [
     "from lib.report import tables\nfrom lib.report.figures import style\nfrom lib.report.records import record\n"
-    "from tests.report import samples\nfound = samples.made()",
+    "from tests.report import samples\nfound = samples.run()",
     "style.show(style.forest(tables.tidy(found)), 'Prefill is faster,\\n F1 stays.')",
     "tables.show(tables.measurements(found, 'performance'), 'Speed')",
     "record.glue(found)\ntables.show_text(found.verdict.sentence, strong=True)",
@@ -29,7 +29,7 @@ def test_figure_table_and_record_reach_the_pages(tmp_path, monkeypatch):
     nbformat.write(notebook, tmp_path / "run.ipynb")
 
     glued = record.from_notebook(tmp_path / "run.ipynb")
-    assert record.to_json(glued) == record.to_json(samples.made())
+    assert record.to_json(glued) == record.to_json(samples.run())
     page, text = (path.read_text() for path in html.render(tmp_path / "run.ipynb", glued, (), tmp_path))
     assert page.count('alt="Prefill is faster, F1 stays."') == 1
     assert "![Prefill is faster, F1 stays.](" in text
@@ -61,7 +61,7 @@ def in_notebooks(monkeypatch):
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks, capsys):
     for index in range(count):
-        run = samples.made(f"optimization_{index // 4}", samples.MODELS[index % 4])
+        run = samples.run(f"optimization_{index // 4}", samples.MODELS[index % 4])
         record.write(run, tmp_path / f"{run.stem}.json")
     failed = samples.without_result("failed", "cell 3: RuntimeError")
     record.write(failed, tmp_path / f"{failed.stem}.json")

@@ -32,27 +32,27 @@ def card(folder, run=None, stack=None, made=MADE, effort="quick", **parameters) 
 
 
 def measured(weights_hash: str) -> record.Record:
-    run = samples.made()
+    run = samples.run()
     return run.model_copy(update={"environment": run.environment | {"weights_hash": weights_hash}})
 
 
 def test_the_weights_that_were_measured_are_recognised(tmp_path):
-    said = card(tmp_path, measured(HASH))
-    assert measured(HASH).verdict.sentence in said and "their hashes are equal" in said
-    assert f"Record: `structured_pruning--{MODEL}.json`, Example Processor 9000" in said
-    assert "- `ratio`: `0.3`" in said and "`effort`: " not in said
+    text = card(tmp_path, measured(HASH))
+    assert measured(HASH).verdict.sentence in text and "their hashes are equal" in text
+    assert f"Record: `structured_pruning--{MODEL}.json`, Example Processor 9000" in text
+    assert "- `ratio`: `0.3`" in text and "`effort`: " not in text
 
 
 def test_weights_that_were_made_in_the_same_way_are_told_apart(tmp_path):
-    said = card(tmp_path, measured("cd" * 32))
-    assert measured(HASH).verdict.sentence in said and "their last digits differ" in said
+    text = card(tmp_path, measured("cd" * 32))
+    assert measured(HASH).verdict.sentence in text and "their last digits differ" in text
 
 
 def test_what_was_never_whole_in_memory_claims_nothing(tmp_path):
-    made = MADE | {"loads": None, "weights_hash": None, "by_blocks": True}
-    said = card(tmp_path, measured(HASH), made=made)
-    assert "from file to file" in said and measured(HASH).verdict.sentence not in said
-    assert "io.load_folder" in said
+    saved = MADE | {"loads": None, "weights_hash": None, "by_blocks": True}
+    text = card(tmp_path, measured(HASH), made=saved)
+    assert "from file to file" in text and measured(HASH).verdict.sentence not in text
+    assert "io.load_folder" in text
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,23 @@ def test_what_was_never_whole_in_memory_claims_nothing(tmp_path):
     [({"ratio": 0.5}, "ratio"), ({"effort": "standard"}, "effort"), ({"seed": 1, "ratio": 0.1}, "ratio, seed")],
 )
 def test_other_weights_have_no_claim(options, differs, tmp_path):
-    said = card(tmp_path, measured("cd" * 32), **options)
-    assert f"other parameters ({differs})" in said and "nothing is claimed" in said
-    assert measured(HASH).verdict.sentence not in said
+    text = card(tmp_path, measured("cd" * 32), **options)
+    assert f"other parameters ({differs})" in text and "nothing is claimed" in text
+    assert measured(HASH).verdict.sentence not in text
 
 
 def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
-    made = MADE | {"steps": ["structured_pruning", "tensor_decomposition"], "chosen_for": [MODEL, "proxy"]}
-    said = card(tmp_path, measured("cd" * 32), "stacks/a.yaml", made)
-    assert "the stack structured_pruning → tensor_decomposition of `a.yaml`." in said and "nothing is claimed" in said
-    said = card(tmp_path, None, "stacks/a.yaml", made | {"chosen_for": ["other", "full"]})
-    assert "of `a.yaml`, which was chosen for other at scale full." in said
+    saved = MADE | {"steps": ["structured_pruning", "tensor_decomposition"], "chosen_for": [MODEL, "proxy"]}
+    text = card(tmp_path, measured("cd" * 32), "stacks/a.yaml", saved)
+    assert "the stack structured_pruning → tensor_decomposition of `a.yaml`." in text and "nothing is claimed" in text
+    text = card(tmp_path, None, "stacks/a.yaml", saved | {"chosen_for": ["other", "full"]})
+    assert "of `a.yaml`, which was chosen for other at scale full." in text
 
 
 def test_without_a_record_the_command_stands_there(tmp_path):
-    said = card(tmp_path / "none", effort="standard")
-    assert "Nothing was measured yet" in said and "--scale proxy --effort standard" in said
-    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in said
+    text = card(tmp_path / "none", effort="standard")
+    assert "Nothing was measured yet" in text and "--scale proxy --effort standard" in text
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text
     assert 'io.load_folder("small")' in card(tmp_path / "none", made=MADE | {"loads": None})
     usage = model_card.usage("small", None, tokenizer=False)
     assert usage.endswith('model = io.load_folder("small")') and "AutoTokenizer" not in usage

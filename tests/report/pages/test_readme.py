@@ -134,7 +134,7 @@ def test_any_records_make_tables(seed):
 
 
 def test_estimates_are_called_so():
-    assert "−19.0 % (−21.0 to −15.0 %, estimated)" in result_tables.section([samples.made()])
+    assert "−19.0 % (−21.0 to −15.0 %, estimated)" in result_tables.section([samples.run()])
 
 
 @pytest.mark.parametrize("text", ["nothing", "END START", "START START END"])

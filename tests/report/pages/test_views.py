@@ -79,7 +79,7 @@ def test_the_pareto_has_all_models_and_each(tmp_path):
 
 
 def test_the_command_of_a_record_asks_for_the_same_run():
-    record = samples.made().model_copy(
+    record = samples.run().model_copy(
         update={
             "scale": "slice", "dimensions": ["resources"],
             "parameters": {"model": "x", "device": "cuda", "ratio": 0.3, "words": ["a", "b c"], "limit": None,

@@ -66,7 +66,7 @@ def test_what_has_no_place_in_json_is_named():
 
 
 def test_a_record_survives_its_file(tmp_path):
-    run = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
+    run = samples.run().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
     path = record.write(run, tmp_path / f"{run.stem}.json")
     assert _same(record.to_json(run), record.to_json(record.read(path)))
     assert path.name == "structured_pruning--qwen3-4b-instruct-2507.json"
@@ -75,7 +75,7 @@ def test_a_record_survives_its_file(tmp_path):
 
 
 def test_a_record_survives_scrapbook(tmp_path):
-    run = samples.made().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
+    run = samples.run().model_copy(update={"details": codec.decode(codec.encode(AWKWARD))})
     nbformat.write(_scrap(run), tmp_path / "run.ipynb")
     back = record.from_notebook(tmp_path / "run.ipynb")
     assert _same(record.to_json(run), record.to_json(back))
@@ -129,7 +129,7 @@ def test_a_missing_record_gets_one_line(tmp_path):
 
 
 def test_gather_joins_what_was_glued_with_what_the_runner_added(tmp_path):
-    run = samples.made()
+    run = samples.run()
     nbformat.write(_scrap(run.model_copy(update={"seconds": None, "started": None})), tmp_path / f"{run.stem}.ipynb")
     record.write(run, tmp_path / f"{run.stem}.json")
     failed = samples.without_result("failed", "cell 3: MemoryError")

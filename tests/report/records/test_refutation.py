@@ -63,9 +63,9 @@ def test_answers_survive_their_file(tmp_path):
 
 
 def test_the_answers_of_all_records_stand_refuted_ones_first():
-    found = samples.made()
-    found.refutations.append(refutation.decide("It breaks.", True, "broken 3×"))
-    frame = tables.answers([found, samples.without_result("failed", "cell 3")])
+    run = samples.run()
+    run.refutations.append(refutation.decide("It breaks.", True, "broken 3×"))
+    frame = tables.answers([run, samples.without_result("failed", "cell 3")])
     assert [answer.partition(" ")[2] for answer in frame.answer] == ["refuted", "cannot tell", "not refuted"]
     assert list(frame.columns[:3]) == ["optimization", "model", "what would refute it"]
     assert tables.answers([]).empty

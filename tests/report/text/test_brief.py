@@ -8,7 +8,7 @@ from tests.report import samples
 
 
 @pytest.mark.parametrize(
-    ("ratio", "verdict", "metric", "said"),
+    ("ratio", "verdict", "metric", "phrase"),
     [
         (1.19, "better", "prefill_tokens_per_second", "prefill 19 % faster"),
         (0.8, "worse", "prefill_tokens_per_second", "prefill 20 % slower"),
@@ -19,8 +19,8 @@ from tests.report import samples
         (1.0, "equivalent", "decode_tokens_per_second", "decode unchanged"),
     ],
 )
-def test_a_speed_is_its_own_change(ratio, verdict, metric, said):
-    assert brief.phrase(samples.timed(metric, ratio, verdict=verdict)) == said
+def test_a_speed_is_its_own_change(ratio, verdict, metric, phrase):
+    assert brief.phrase(samples.timed(metric, ratio, verdict=verdict)) == phrase
 
 
 def test_amounts_and_scores():

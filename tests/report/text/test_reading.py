@@ -40,7 +40,7 @@ def test_a_forest_of_any_record_is_read(seed):
 
 
 def test_a_forest_names_its_largest_change():
-    whole = tables.tidy(samples.made())
+    whole = tables.tidy(samples.run())
     assert reading.forest(whole).endswith("The largest change is weights in memory at 1.39×; above 1 is better.")
     timed = whole[whole["metric"] == "prefill_tokens_per_second"]
     assert reading.forest(timed) == (

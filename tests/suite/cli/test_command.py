@@ -39,11 +39,11 @@ def test_a_stop_has_the_exit_code_of_a_stop(monkeypatch, capsys):
 
 def test_the_list_says_in_a_line_what_each_optimization_is():
     template = templates.read(plan.NOTEBOOKS / "structured_pruning.ipynb")
-    said = listing.about(template)
-    assert said.startswith("Whole parts of a model are removed") and len(said) <= listing.WIDTH
+    line = listing.about(template)
+    assert line.startswith("Whole parts of a model are removed") and len(line) <= listing.WIDTH
     for path in plan.NOTEBOOKS.glob("*.ipynb"):
-        said = listing.about(templates.read(path))
-        assert said and "\n" not in said and len(said) <= listing.WIDTH, path.name
+        line = listing.about(templates.read(path))
+        assert line and "\n" not in line and len(line) <= listing.WIDTH, path.name
 
 
 def test_the_network_is_not_used_unasked(monkeypatch):

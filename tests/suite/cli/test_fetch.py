@@ -61,7 +61,7 @@ def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_p
     place.write_bytes(whole[:-1])
     capsys.readouterr()
     assert command.main(["fetch", MODEL]) == 0
-    assert "piqa (PIQA, validation): " in (said := capsys.readouterr().out) and "fetching it again" in said
+    assert "piqa (PIQA, validation): " in (output := capsys.readouterr().out) and "fetching it again" in output
     assert place.read_bytes() == whole and all(benchmarks.present(name) for name in ASKED)
     assert len(list((tmp_path / "cache").rglob("model.bin"))) == 1
 

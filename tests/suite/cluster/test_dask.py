@@ -73,8 +73,8 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
     raises = "1 / 0"
     workbench.notebook(root / "notebooks" / "raises.ipynb", [("Sums", raises), ("Record", workbench.RECORD)])
     there = copy()
-    with cluster(tmp_path / "dask", there) as made:
-        ended = _run(root, made.address)
+    with cluster(tmp_path / "dask", there) as running:
+        ended = _run(root, running.address)
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "2 of 4 well, 2 failed" in ended.stdout and "(notebook: executed/proxy/failed/raises--" in ended.stdout
         records = [workbench.record(root, f"well--{model}") for model in workbench.MODELS]
@@ -85,16 +85,16 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
         assert {f"well--beta-2{ending}" for ending in (".ipynb", ".html", ".md", ".json")} <= left
         assert {"failed/raises--beta-2.ipynb", "raises--beta-2.html", "logs/raises--beta-2.log"} <= left
         assert not [name for name in left if ".part" in name or ".running" in name]
-        assert not list((there / "executed").glob("**/*--*")) and not list(made.folder.glob("w*/**/workbench-*"))
+        assert not list((there / "executed").glob("**/*--*")) and not list(running.folder.glob("w*/**/workbench-*"))
         assert _list(root, "well") == {"not_applicable"}  # finished, by its key, its pages younger than its record
 
         other = there.with_name("other")
         shutil.copytree(there, other)
         (there / "lib/errors.py").write_text("# changed\n" + (there / "lib/errors.py").read_text())
         (other / "parameters/proxies/beta-2/config.json").write_text('{"model_type": "qwen3" }')
-        made.worker("other", root=other)
-        made.meet(3)
-        ended = _run(root, made.address, "run", "well", "--force")
+        running.worker("other", root=other)
+        running.meet(3)
+        ended = _run(root, running.address, "run", "well", "--force")
         assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1
         assert "code: lib/errors.py differs" in ended.stderr and "weights: config.json differs" in ended.stderr
 
@@ -108,21 +108,21 @@ def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
     root, copy, marks = sides
     hold = marks / "hold-well"
     hold.touch()
-    with cluster(tmp_path / "dask", copy()) as made:
-        started = workbench.begin(root, "run", "--model", "alpha-1.5", "--cluster", made.address, **QUICK)
+    with cluster(tmp_path / "dask", copy()) as running:
+        started = workbench.begin(root, "run", "--model", "alpha-1.5", "--cluster", running.address, **QUICK)
         try:
             [first] = workbench.wait_for(lambda: _pids(marks, "well"), 30)
-            worker = next(p for p in psutil.Process(first).parents() if p.pid in [q.pid for q in made.processes])
+            worker = next(p for p in psutil.Process(first).parents() if p.pid in [q.pid for q in running.processes])
             worker.kill()
             workbench.wait_for(lambda: len(_pids(marks, "well")) == 2, 30)
             workbench.wait_for(lambda: not psutil.pid_exists(first), 20)  # the kernel does not outlive its worker
             assert not list((root / "executed/proxy").glob("well--*"))
             hold.unlink()
-            said, _ = started.communicate(timeout=60)
+            output, _ = started.communicate(timeout=60)
         finally:
             started.kill()
-    assert started.returncode == 0, said
-    assert "its worker was lost" in said and "it runs again elsewhere" in said
+    assert started.returncode == 0, output
+    assert "its worker was lost" in output and "it runs again elsewhere" in output
     assert workbench.record(root, "well--alpha-1.5")["status"] == "not_applicable"
 
 
@@ -130,14 +130,14 @@ def test_a_job_that_kills_every_worker_is_given_up_and_a_lost_cluster_is_told(si
     root, copy, _ = sides
     workbench.notebook(root / "notebooks" / "kills.ipynb", [("Kill", KILLS), ("Record", workbench.RECORD)])
     workbench.notebook(root / "notebooks" / "later.ipynb", [("Record", workbench.RECORD)])
-    with cluster(tmp_path / "dask", copy()) as made:
-        ended = _run(root, made.address, "run", "kills", "later", "--model", "alpha-1.5")
+    with cluster(tmp_path / "dask", copy()) as running:
+        ended = _run(root, running.address, "run", "kills", "later", "--model", "alpha-1.5")
         assert ended.returncode == 1, ended.stdout + ended.stderr
         record = workbench.record(root, "kills--alpha-1.5")
         assert record["status"] == "failed" and record["reason"].startswith("given up: it lost 2 workers (tcp://")
         assert "given up: it lost 2 workers" in ended.stdout and "Traceback" not in ended.stderr
         assert (root / "executed/proxy/kills--alpha-1.5.html").is_file()
-        ended = _run(root, made.address, "run", "well")
+        ended = _run(root, running.address, "run", "well")
         assert ended.returncode == 2 and 'none of its 0 workers has a "device" token' in ended.stderr
 
 
@@ -147,18 +147,18 @@ def test_the_scheduler_dies_and_what_was_finished_stays(sides, tmp_path):
     (marks / "hold-well").touch()
     there = copy()
     arguments = ("run", "a", "well", "--model", "alpha-1.5")
-    with cluster(tmp_path / "dask", there, workers=1) as made:
-        started = workbench.begin(root, *arguments, "--cluster", made.address, **QUICK)
+    with cluster(tmp_path / "dask", there, workers=1) as running:
+        started = workbench.begin(root, *arguments, "--cluster", running.address, **QUICK)
         try:
             [kernel] = workbench.wait_for(lambda: _pids(marks, "well"), 40)
             before = workbench.record(root, "a--alpha-1.5")["started"]
-            made.scheduler.kill()
-            said, _ = started.communicate(timeout=60)
+            running.scheduler.kill()
+            output, _ = started.communicate(timeout=60)
         finally:
             started.kill()
         workbench.wait_for(lambda: not psutil.pid_exists(kernel), 20)
-    assert started.returncode == 1 and "Traceback" not in said, said
-    assert f"build.py: the scheduler at {made.address} is gone; what was finished is kept" in said
+    assert started.returncode == 1 and "Traceback" not in output, output
+    assert f"build.py: the scheduler at {running.address} is gone; what was finished is kept" in output
     assert not list((root / "executed/proxy").glob("well--*")) and not (root / "executed/proxy/.running").exists()
     (marks / "hold-well").unlink()
     ended = workbench.build(root, *arguments)
@@ -169,22 +169,22 @@ def test_the_scheduler_dies_and_what_was_finished_stays(sides, tmp_path):
 def test_a_killed_build_leaves_nothing_running_on_the_workers(sides, tmp_path):
     root, copy, marks = sides
     (marks / "hold-well").touch()
-    with cluster(tmp_path / "dask", copy(), workers=0) as made:
-        made.worker("untold", resources="")
-        made.meet(1)
-        ended = _run(root, made.address)
+    with cluster(tmp_path / "dask", copy(), workers=0) as running:
+        running.worker("untold", resources="")
+        running.meet(1)
+        ended = _run(root, running.address)
         assert ended.returncode == 2 and 'none of its 1 workers has a "device" token' in ended.stderr
-        made.worker("w0")
-        made.meet(2)
-        started = workbench.begin(root, "run", "--model", "beta-2", "--cluster", made.address, **QUICK)
+        running.worker("w0")
+        running.meet(2)
+        started = workbench.begin(root, "run", "--model", "beta-2", "--cluster", running.address, **QUICK)
         [kernel] = workbench.wait_for(lambda: _pids(marks, "well"), 30)
         workbench.kill(started, signal.SIGKILL)
         workbench.wait_for(lambda: not psutil.pid_exists(kernel), 20)
-        workbench.wait_for(lambda: not list(made.folder.glob("w0/**/workbench-*")), 20)
+        workbench.wait_for(lambda: not list(running.folder.glob("w0/**/workbench-*")), 20)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--cluster", "somewhere"), "expected the address of a Dask scheduler, such as tcp://HOST:8786"),
         (("--cluster", "tcp://127.0.0.1"), "expected the address of a Dask scheduler"),
@@ -193,9 +193,9 @@ def test_a_killed_build_leaves_nothing_running_on_the_workers(sides, tmp_path):
         (("--cluster", "tcp://127.0.0.1:9", "--jobs", "2"), "--jobs is for this machine"),
     ],
 )
-def test_a_wrong_address_is_told_in_one_line(project, arguments, told):
+def test_a_wrong_address_is_told_in_one_line(project, arguments, message):
     ended = workbench.build(project, "run", *arguments, **QUICK)
-    assert ended.returncode == 2 and told in ended.stderr, ended.stderr
+    assert ended.returncode == 2 and message in ended.stderr, ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1 and not list((project / "executed").glob("**/*--*"))
 
 
@@ -220,5 +220,5 @@ def test_workers_of_one_machine_get_cores_apart():
 def test_what_differs_is_named():
     mine = {"versions": {"torch": "2.13.0"}, "code": {"a": "1", "b": "1"}, "template": {"0": "1"}}
     theirs = {"versions": {"torch": "2.12.0"}, "code": {"a": "2"}, "template": {"0": "2"}}
-    told = workers.differing(mine, theirs)
-    assert told == "torch is 2.13.0 here, 2.12.0 there; code: a, b differ; the template differs"
+    differences = workers.differing(mine, theirs)
+    assert differences == "torch is 2.13.0 here, 2.12.0 there; code: a, b differ; the template differs"

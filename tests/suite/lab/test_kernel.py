@@ -27,7 +27,7 @@ logging.getLogger("lib.models").warning("of the project")"""
 CELLS = [
     ("Noise", NOISE),
     ("Slow", "import time\ntime.sleep(2.5)"),
-    ("Record", "from tests.report import samples\nresult = samples.made(ratio=float(1.5))"),
+    ("Record", "from tests.report import samples\nresult = samples.run(ratio=float(1.5))"),
     ("Environment", "card = 1"),
 ]
 
@@ -93,11 +93,11 @@ def played(path: Path, folder: Path, environment: dict[str, str]) -> list[list[s
 
 def test_a_run_in_jupyterlab(notebook, tmp_path):
     results = tmp_path / "executed"
-    built = samples.made(ratio=1.2)
+    built = samples.run(ratio=1.2)
     record.write(built, results / "proxy" / f"{built.stem}.json")
     session = in_jupyterlab(notebook, tmp_path / "session", results)
-    parameters, noise, slow, made, last = played(notebook, tmp_path / "first", session)
-    assert all(shown.startswith("cell ") for shown in [*parameters, *made]), "nothing else is said where nothing is"
+    parameters, noise, slow, recorded, last = played(notebook, tmp_path / "first", session)
+    assert all(shown.startswith("cell ") for shown in [*parameters, *recorded]), "nothing else is said where nothing is"
     assert "of mine" in "".join(noise) and "of the project" in "".join(noise)
     assert "of a library" not in "".join(noise)
     [line] = slow
@@ -133,8 +133,8 @@ def test_cells_are_found_where_they_stand(notebook):
 
 def test_what_a_line_says():
     place = Place(3, 9, "Apply", 40.0, 100.0)
-    said = "cell 3 of 9 · Apply · 12 s of about 40 s · about 2 min 08 s to the end"
-    assert cell_progress.text(place, 12.0, False) == said
+    text = "cell 3 of 9 · Apply · 12 s of about 40 s · about 2 min 08 s to the end"
+    assert cell_progress.text(place, 12.0, False) == text
     assert cell_progress.text(place, 50.0, False) == "cell 3 of 9 · Apply · 50 s · about 1 min 40 s to the end"
     assert cell_progress.text(place, 50.0, True) == "cell 3 of 9 · Apply · 50 s"
     assert cell_progress.text(Place(None, 0, "", None, None), 3.0, False) == "cell · 3 s"
@@ -143,7 +143,7 @@ def test_what_a_line_says():
 
 
 def test_times_are_taken_from_a_run_of_the_same_effort(notebook, tmp_path):
-    run = samples.made()
+    run = samples.run()
     paths = [record.write(run.model_copy(update={"effort": "standard"}), tmp_path / "a.json"), tmp_path / "b.json"]
     process = samples.process().model_copy(update={"cell_seconds": {"4": 7.0}})
     record.write(run.model_copy(update={"process": process}), paths[1])

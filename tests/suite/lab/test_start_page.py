@@ -19,10 +19,10 @@ def _rows(page: str) -> dict[str, list[str]]:
 
 
 def test_a_row_for_every_optimization_with_its_last_result(tmp_path):
-    run = samples.made()
+    run = samples.run()
     folder = tmp_path / "proxy"
     record.write(run, folder / f"{run.stem}.json")
-    other = samples.made("tensor_decomposition", samples.MODELS[0]).model_copy(update={"seconds": 120.0})
+    other = samples.run("tensor_decomposition", samples.MODELS[0]).model_copy(update={"seconds": 120.0})
     record.write(other, folder / f"{other.stem}.json")
     failed = samples.without_result("failed", "cell 3 | raised <b>", "automl_components", MODEL)
     record.write(failed, folder / f"{failed.stem}.json")
@@ -68,15 +68,15 @@ def test_options_are_ours_or_jupyterlabs():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--model", "qwen3-4b-instruct"), "Did you mean"),
         (("--model", MODEL, "--scale", "slize"), "Did you mean"),
         (("--effort", "thorough"), "give --model too"),
     ],
 )
-def test_a_wrong_option_is_one_line(arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_option_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
         request.jobs(_asked(*arguments)[0])
     with pytest.raises(UserError, match="expected one argument"):
         _asked("--model")

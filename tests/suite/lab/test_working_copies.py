@@ -26,8 +26,8 @@ def test_jupyterlab_gets_copies(tmp_path):
     copy.write_text(json.dumps(content))
     assert working_copies.refresh(templates, copies) == [] and "mine" in copy.read_text()
     template.write_bytes(before)
-    [said] = working_copies.refresh(templates, copies)
-    assert "a.ipynb has changed; your edited copy is .lab/a.ipynb.aside-1" in said and copy.read_bytes() == before
+    [line] = working_copies.refresh(templates, copies)
+    assert "a.ipynb has changed; your edited copy is .lab/a.ipynb.aside-1" in line and copy.read_bytes() == before
     assert "mine" in (copies / "a.ipynb.aside-1").read_text()
 
 
@@ -66,8 +66,8 @@ def test_a_copy_of_a_model_has_its_parameters(tmp_path):
     copy.write_text(edited)
     assert working_copies.refresh(folder, copies, [job]) == [] and copy.read_text() == edited, "edits stay"
     assert working_copies.refresh(folder, copies) == [] and copy.read_text() == edited, "without the model too"
-    [said] = working_copies.refresh(folder, copies, [Job(template, "beta-2", "full", "quick", values | {"seed": 3})])
-    assert "a--beta-2.ipynb.aside-1" in said and "seed: int = 3" in _parameters(copy)
+    [line] = working_copies.refresh(folder, copies, [Job(template, "beta-2", "full", "quick", values | {"seed": 3})])
+    assert "a--beta-2.ipynb.aside-1" in line and "seed: int = 3" in _parameters(copy)
 
 
 def test_nothing_is_stale_after_a_session(project):

@@ -23,7 +23,7 @@ def test_imports_are_followed_through_functions_packages_and_relative_names():
     source = "import lib.errors\nfrom lib.suite import bootstrap\n%magic\ndef f():\n    from lib.files import x\n"
     source += "    run('-m', 'lib.suite.run.cpu_affinity')"
     cells = (("markdown", "import lib.suite.plan.plan", ()), ("code", source, ()))
-    found = {
+    reached = {
         path.relative_to(workbench.ROOT).as_posix()
         for path in dependencies.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))
     }
@@ -35,7 +35,7 @@ def test_imports_are_followed_through_functions_packages_and_relative_names():
         "lib/suite/run/__init__.py",
         "lib/suite/run/cpu_affinity.py",
     }
-    assert found == expected | {"lib/memory_limits.py", "lib/files.py"}
+    assert reached == expected | {"lib/memory_limits.py", "lib/files.py"}
     assert list(imported("from . import a\nfrom ..b import c", "lib.suite")) == ["lib.suite.a", "lib.b.c"]
 
 
@@ -45,8 +45,8 @@ def imported(source, package):
 
 def test_finding_modules_by_name_reaches_every_optimization():
     cells = (("code", "import importlib\nimportlib.import_module('lib.optimizations.' + name)", ()),)
-    found = {path.name for path in dependencies.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))}
-    assert {path.name for path in (workbench.ROOT / "lib/optimizations").rglob("*.py")} <= found
+    reached = {path.name for path in dependencies.reached(Template(workbench.ROOT / "x.ipynb", cells, {}))}
+    assert {path.name for path in (workbench.ROOT / "lib/optimizations").rglob("*.py")} <= reached
 
 
 def test_hashes_are_kept_by_size_and_time(tmp_path):
@@ -73,8 +73,8 @@ def test_a_huge_file_is_sampled_and_a_change_of_its_end_is_seen(tmp_path, monkey
 def test_the_difference_is_told_in_words():
     before = {"code": {"a": "1", "b": "1"}, "versions": {"torch": "2.12"}, "template": {"0": "1"}}
     after = {"code": {"a": "2", "c": "1"}, "versions": {"torch": "2.13"}, "template": {"0": "2"}}
-    told = cache_key.difference(before, after)
-    assert told == "code: a changed; code: c new; code: b gone; versions: torch changed; template: cells changed"
+    difference = cache_key.difference(before, after)
+    assert difference == "code: a changed; code: c new; code: b gone; versions: torch changed; template: cells changed"
     assert cache_key.difference(after, after) == ""
     assert cache_key.of(before) != cache_key.of(after) and cache_key.of(after) == cache_key.of(
         json.loads(json.dumps(after))
@@ -126,8 +126,8 @@ def test_the_two_largest_slices_are_not_in_memory_at_once(monkeypatch):
     glm, dense, coder, pictures = parameters.names_at("slice")
     large, small = _begun("slice", monkeypatch)
     assert large == [coder, coder, glm, glm] and small == [dense, dense, pictures, pictures]
-    one, other = _begun("proxy", monkeypatch)
-    assert sorted(one + other) == sorted(large + small)
+    first, second = _begun("proxy", monkeypatch)
+    assert sorted(first + second) == sorted(large + small)
     assert [entry.job.model for entry in schedule.by_size(_entries("proxy"))] == [glm, dense, coder, pictures] * 2
 
 

@@ -27,7 +27,9 @@ def own(tmp_path):
 
 def line(ended) -> str:
     """Return the one line of a request that was refused."""
-    lines = [one for one in ended.stderr.strip().splitlines() if not one.startswith("  ") and "fetching it" not in one]
+    lines = [
+        text for text in ended.stderr.strip().splitlines() if not text.startswith("  ") and "fetching it" not in text
+    ]
     assert ended.returncode == 2 and len(lines) == 1 and lines[0].startswith("build.py: "), ended.stderr
     return lines[0]
 
@@ -58,7 +60,7 @@ def test_full_is_implied_where_there_is_nothing_else(own):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("value", "message"),
     [
         ("nowhere/at/all", "expected a folder, a .gguf file, package:NAME==VERSION/PATH, or a hub id"),
         ("./nowhere", "no such folder or file"),
@@ -71,14 +73,14 @@ def test_full_is_implied_where_there_is_nothing_else(own):
         ("gamm", 'unknown model "gamm". Did you mean "gamma"?'),
     ],
 )
-def test_what_is_no_checkpoint_is_one_line(own, given, said, monkeypatch, tmp_path):
+def test_what_is_no_checkpoint_is_one_line(own, value, message, monkeypatch, tmp_path):
     root, call = own
     (root / "notes.txt").write_text("no checkpoint")
     (root / "text.gguf").write_text("no GGUF file, but long enough for a header")
     (root / "empty").mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert said in line(call("run", "well", "--model", given))
+    assert message in line(call("run", "well", "--model", value))
     assert not list(root.glob("executed/*/*.json")) and not list((tmp_path / "cache").rglob("*.yaml"))
 
 
@@ -132,8 +134,8 @@ def test_a_task_of_a_file_that_is_not_there(own, tmp_path, monkeypatch):
 
 def test_files_that_parameters_name(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    found = named_files.of({"one": str(tmp_path / "a.txt"), "two": ["a.txt", 7, None], "three": "x" * 5000})
-    assert found == [tmp_path / "a.txt"]
+    files = named_files.of({"one": str(tmp_path / "a.txt"), "two": ["a.txt", 7, None], "three": "x" * 5000})
+    assert files == [tmp_path / "a.txt"]
 
 
 def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
@@ -162,13 +164,13 @@ def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
 def test_the_first_run_fetches_by_itself(tmp_path, monkeypatch, capsys):
     from lib.suite.plan import fetching
 
-    told = []
+    messages = []
     monkeypatch.setattr(fetching.sources, "local", lambda source: None)
     monkeypatch.setattr(
-        fetching.sources, "fetch", lambda source, tell, sha256: told.append((source.text, sha256)) or tmp_path
+        fetching.sources, "fetch", lambda source, tell, sha256: messages.append((source.text, sha256)) or tmp_path
     )
     assert fetching.weights("smollm2-135m-instruct") == tmp_path
-    assert told[0][0] == parameters.read("smollm2-135m-instruct").checkpoint
+    assert messages[0][0] == parameters.read("smollm2-135m-instruct").checkpoint
     assert "is not here yet: fetching it, once" in capsys.readouterr().err
 
 

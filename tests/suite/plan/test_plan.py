@@ -8,7 +8,7 @@ from lib.suite.plan import template as templates
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Return a project of which nothing is ever run."""
     root = workbench.project(tmp_path_factory.mktemp("asked") / "project")
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)])
@@ -26,7 +26,7 @@ def refused(root, *arguments, **more):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["rnu"], 'unknown command "rnu". Did you mean "run"?'),
         (["well"], "To run it: build.py run well"),
@@ -57,12 +57,12 @@ def refused(root, *arguments, **more):
         (["--out", "/proc"], "/proc/proxy: cannot be written to"),
     ],
 )
-def test_a_wrong_request_gets_one_line(asked, arguments, told):
-    assert told in refused(asked, *arguments)
+def test_a_wrong_request_gets_one_line(workspace, arguments, message):
+    assert message in refused(workspace, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "parameters/alpha-1.5.yaml: is empty"),
         ("a: [1", "parameters/alpha-1.5.yaml, line"),
@@ -78,38 +78,38 @@ def test_a_wrong_request_gets_one_line(asked, arguments, told):
         ),
     ],
 )
-def test_a_wrong_parameter_file_gets_one_line(asked, text, told):
-    path = asked / "parameters" / "alpha-1.5.yaml"
+def test_a_wrong_parameter_file_gets_one_line(workspace, text, message):
+    path = workspace / "parameters" / "alpha-1.5.yaml"
     before = path.read_text(encoding="utf-8")
     changed = before.replace("optimizations: {}", text) if text.startswith("optimizations") else text
     path.write_text(f"{before}{text[2:]}\n" if text.startswith("+") else changed, encoding="utf-8")
     try:
-        assert told in refused(asked)
+        assert message in refused(workspace)
     finally:
         path.write_text(before, encoding="utf-8")
 
 
-def test_checkpoints_that_are_truncated_or_of_another_architecture(asked, tmp_path):
+def test_checkpoints_that_are_truncated_or_of_another_architecture(workspace, tmp_path):
     folder = workbench.checkpoint(tmp_path / "alpha-1.5", "glm4_moe_lite")
-    told = refused(asked, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
-    assert 'architecture "glm4_moe_lite", but alpha-1.5 is "qwen3"' in told
+    message = refused(workspace, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
+    assert 'architecture "glm4_moe_lite", but alpha-1.5 is "qwen3"' in message
     (folder / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"\x09")
-    told = refused(asked, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
-    assert "truncated or not a safetensors file" in told
+    message = refused(workspace, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
+    assert "truncated or not a safetensors file" in message
 
 
-def test_a_stand_in_that_is_missing(asked):
-    folder = asked / "parameters" / "proxies" / "beta-2"
+def test_a_stand_in_that_is_missing(workspace):
+    folder = workspace / "parameters" / "proxies" / "beta-2"
     aside = folder.rename(folder.with_name("aside"))
     try:
-        assert 'train it with "python build.py proxies --model beta-2"' in refused(asked)
+        assert 'train it with "python build.py proxies --model beta-2"' in refused(workspace)
     finally:
         aside.rename(folder)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "told"),
+    ("parameters", "message"),
     [
         (None, 'notebooks/odd.ipynb: no cell tagged "parameters"'),
         ('model: str = "x"', 'the cell "parameters" does not declare "scale"'),
@@ -117,19 +117,19 @@ def test_a_stand_in_that_is_missing(asked):
         ("a: int = f()", 'parameter "a": the default f() is not a plain value'),
     ],
 )
-def test_a_wrong_template_gets_one_line(asked, parameters, told):
-    path = workbench.notebook(asked / "notebooks" / "odd.ipynb", [("Code", "x = 1")], parameters)
+def test_a_wrong_template_gets_one_line(workspace, parameters, message):
+    path = workbench.notebook(workspace / "notebooks" / "odd.ipynb", [("Code", "x = 1")], parameters)
     try:
-        assert told in refused(asked, "run", "odd")
+        assert message in refused(workspace, "run", "odd")
     finally:
         path.unlink()
 
 
-def test_a_template_that_is_no_notebook(asked):
-    path = asked / "notebooks" / "odd.ipynb"
+def test_a_template_that_is_no_notebook(workspace):
+    path = workspace / "notebooks" / "odd.ipynb"
     path.write_text("not a notebook", encoding="utf-8")
     try:
-        assert "notebooks/odd.ipynb: not a notebook" in refused(asked, "run", "odd")
+        assert "notebooks/odd.ipynb: not a notebook" in refused(workspace, "run", "odd")
     finally:
         path.unlink()
 
@@ -170,17 +170,17 @@ def test_parameters_are_read_as_papermill_reads_them(tmp_path):
     path = workbench.notebook(tmp_path / "x.ipynb", [], source)
     ours = templates.read(path).parameters
     theirs = papermill.inspect_notebook(str(path))
-    assert {name: (found["help"], found["inferred_type_name"]) for name, found in theirs.items()} == {
-        found.name: (found.help, found.type) for found in ours.values()
+    assert {name: (parameter["help"], parameter["inferred_type_name"]) for name, parameter in theirs.items()} == {
+        parameter.name: (parameter.help, parameter.type) for parameter in ours.values()
     }
     assert ours["mode"].choices == ("x", "y", "z") and ours["steps"].interval == (1, float("inf"), True, False)
 
 
 def test_parameters_that_papermill_cannot_read(tmp_path):
     source = 'words: list[str] = ["a # b", "c"]  # some words\nlimit: float | None = None  # at most, in (0, inf)'
-    found = templates.read(workbench.notebook(tmp_path / "x.ipynb", [], source)).parameters
-    assert (found["words"].default, found["words"].help) == (["a # b", "c"], "some words")
-    assert found["limit"].interval == (0, float("inf"), False, False)
+    declared = templates.read(workbench.notebook(tmp_path / "x.ipynb", [], source)).parameters
+    assert (declared["words"].default, declared["words"].help) == (["a # b", "c"], "some words")
+    assert declared["limit"].interval == (0, float("inf"), False, False)
 
 
 @pytest.mark.parametrize(
@@ -214,5 +214,5 @@ def test_an_earlier_name_is_read_and_the_present_one_said(tmp_path):
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)], parameters)
     ended = workbench.build(root, "list", "-p", "recovery_steps=0.5")
     assert ended.returncode == 0, ended.stderr
-    said = '-p: parameter "recovery_steps" is now called "finetune_steps"; please use the new name'
-    assert ended.stderr.strip().splitlines() == [said]
+    message = '-p: parameter "recovery_steps" is now called "finetune_steps"; please use the new name'
+    assert ended.stderr.strip().splitlines() == [message]

@@ -12,7 +12,7 @@ def _lines(folder, run):
 
 
 def test_a_measured_run_is_told_in_three_lines(tmp_path):
-    run = samples.made()
+    run = samples.run()
     first, numbers, path = _lines(tmp_path, run)
     assert first == f"{run.stem}: {run.verdict.sentence}"
     assert numbers.count(" · ") == 2 and numbers.startswith("  prefill 31 % faster (+28.0 to +34.0 %) · F1 −0.4 points")

@@ -41,8 +41,8 @@ def test_full_in_the_middle(project, disk):
     workbench.notebook(project / "notebooks" / "z_fills.ipynb", [("Fill", FILL), ("Record", workbench.RECORD)])
     arguments = ("--model", "alpha-1.5", "--jobs", "1", "--out", str(disk))
     ended = workbench.build(project, "run", *arguments, FILL=str(disk))
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 1 and "No space left on device" in said and "Traceback" not in said, said
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == 1 and "No space left on device" in output and "Traceback" not in output, output
     assert workbench.record(project, "well--alpha-1.5", disk / "proxy")["status"] == "not_applicable"
     (disk / "filler").unlink()
     ended = workbench.build(project, "run", "well", *arguments)

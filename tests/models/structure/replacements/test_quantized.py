@@ -42,8 +42,8 @@ def test_a_product_is_that_of_the_rounded_matrix(bits, shape, tokens):
     expected = rounded(weight, bits)
     coarse = 2e-2 if kernel and bits == 4 else 1e-6  # the kernel's results are bfloat16
     assert torch.allclose(restored(values, scales, shape, kernel), expected, atol=coarse)
-    found, exact = product(x_TI, values, scales, shape, kernel), x_TI @ expected.T
-    assert found.shape == exact.shape and (found - exact).norm() <= 0.01 * exact.norm()
+    computed, exact = product(x_TI, values, scales, shape, kernel), x_TI @ expected.T
+    assert computed.shape == exact.shape and (computed - exact).norm() <= 0.01 * exact.norm()
     assert values.nbytes == weight.numel() * bits // 8
 
 
@@ -75,7 +75,7 @@ def test_a_model_takes_fewer_bytes_and_says_nearly_the_same(tiny, name, batch, b
     narrow = sum(matrix.weight.shape[-1] % 32 > 0 for matrix in matrices(model))
     assert without_kernel(model, 8) >= narrow
     with torch.no_grad():
-        ours, theirs = (one(**batch).logits.log_softmax(-1) for one in (small, model))
+        ours, theirs = (arm(**batch).logits.log_softmax(-1) for arm in (small, model))
     lost = nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
     assert lost < {8: 0.01, 4: 1.0}[bits]
     assert torch.equal(copy.deepcopy(small)(**batch).logits, small(**batch).logits)

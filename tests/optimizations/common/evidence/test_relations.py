@@ -98,7 +98,7 @@ def test_density_and_short_inputs_and_kernels():
 
 def test_every_outcome_has_its_statement_and_source_and_reaches_the_record(tmp_path):
     judged = [relations.methods(*map(near, (36.9, 39.3, 193))), relations.rows(None, None)]
-    lines = [relation.decide(*one) for one in judged]
+    lines = [relation.decide(*judgement) for judgement in judged]
     assert [line.outcome for line in lines] == ["held", "cannot tell"]
     assert all(len(part) > 5 for statement in relations.STATEMENTS.values() for part in statement)
     run = record.build("x", "m", "full", "quick", {}, relations=lines)

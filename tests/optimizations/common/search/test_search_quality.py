@@ -63,15 +63,15 @@ def test_a_larger_margin_of_perplexity_asks_on(quality, monkeypatch):
 
 
 def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
-    asked, values = [], []
+    task_lists, values = [], []
 
     def ask(loaded, size, **options):
-        asked.append(options["tasks"])
+        task_lists.append(options["tasks"])
         values.append(size.retrieval_prompts)
 
     monkeypatch.setattr(evaluate, "evaluate", ask)
     for scale in ("full", "proxy"):
         loaded = SimpleNamespace(scale=scale, tasks=["topic", "code_origin"], model=None)
         search_quality.prepare(loaded, settings.read("quick"), 0)
-    assert asked == [["topic"], ["topic", "code_origin"]]
+    assert task_lists == [["topic"], ["topic", "code_origin"]]
     assert values == [search_quality.VALUES_AT_REAL_SIZE, search_quality.VALUES]

@@ -27,9 +27,15 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     nothing = [_run(f"nothing_{n}", 1.0, n) for n in range(20)]
     alone = {cell.optimization: cell for cell in discoveries.cells([weak]) if cell.dimension == "performance"}
     assert alone["weak"].p < 0.05 and alone["weak"].word == "better"
-    found = {c.optimization: c for c in discoveries.cells([*strong, weak, *nothing]) if c.dimension == "performance"}
-    assert found["weak"].q > 0.05 and found["weak"].word == "inconclusive" and found["weak"].recorded == "better"
-    assert all(found[f"strong_{n}"].word == "better" for n in range(2))
+    by_optimization = {
+        c.optimization: c for c in discoveries.cells([*strong, weak, *nothing]) if c.dimension == "performance"
+    }
+    assert (
+        by_optimization["weak"].q > 0.05
+        and by_optimization["weak"].word == "inconclusive"
+        and by_optimization["weak"].recorded == "better"
+    )
+    assert all(by_optimization[f"strong_{n}"].word == "better" for n in range(2))
     settled = {r.optimization: r for r in discoveries.settled([*strong, weak, *nothing])}
     assert settled["weak"].verdict.performance == settled["weak"].measurements[0].verdict == "inconclusive"
     assert "23 primaries" in settled["weak"].verdict.reasons["performance"]

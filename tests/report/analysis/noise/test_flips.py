@@ -9,10 +9,10 @@ from tests.report import samples
 
 
 def _with_word(word: str, started: str, effort: str = "quick"):
-    made = samples.whole("structured_pruning", samples.MODELS[0])
-    verdict = made.verdict.model_copy(update={"performance": word})
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    verdict = run.verdict.model_copy(update={"performance": word})
     about = {"verdict": verdict, "started": started, "key": f"sha256:{started}", "effort": effort}
-    return made.model_copy(update=about)
+    return run.model_copy(update=about)
 
 
 @pytest.fixture

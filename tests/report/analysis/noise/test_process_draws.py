@@ -11,9 +11,9 @@ from tests.report import samples
 def test_a_quick_control_tells_quick_runs_alone(tmp_path, of, tells_quick, tells_standard):
     folder = tmp_path / "proxy"
     folder.mkdir()
-    made = samples.whole("structured_pruning", samples.MODELS[0]).model_copy(update={"effort": of})
-    assert [*process_draws.draws(made)]
-    record.write(made, folder / f"{made.stem}.json")
+    run = samples.whole("structured_pruning", samples.MODELS[0]).model_copy(update={"effort": of})
+    assert [*process_draws.draws(run)]
+    record.write(run, folder / f"{run.stem}.json")
     store = tmp_path / history.NAME
     pools = [process_draws.refresh(folder, store, {}, effort) is not None for effort in ("quick", "standard")]
     assert pools == [tells_quick, tells_standard]

@@ -132,7 +132,7 @@ def test_a_curve_has_three_strengths_or_is_named():
 
 
 def test_the_aggregate_is_the_geometric_mean():
-    runs = [samples.made(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
+    runs = [samples.run(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
     [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "prefill_tokens_per_second"]
     assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
 

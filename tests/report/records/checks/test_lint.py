@@ -8,7 +8,7 @@ from tests.report import samples
 
 
 def test_a_sound_record_has_no_fault():
-    assert lint(samples.made()) == []
+    assert lint(samples.run()) == []
     assert lint(samples.without_result("failed", "killed")) == []
 
 
@@ -33,7 +33,7 @@ def test_records_made_by_chance_have_no_fault(seed):
     ],
 )
 def test_each_fault_is_found_and_located(field, value, says):
-    content = record.to_json(samples.made())
+    content = record.to_json(samples.run())
     content["measurements"][0][field] = value
     faults = lint(content)
     assert len(faults) == 1
@@ -42,7 +42,7 @@ def test_each_fault_is_found_and_located(field, value, says):
 
 
 def test_unlabelled_details_are_found():
-    content = record.to_json(samples.made())
+    content = record.to_json(samples.run())
     content["details"] = {"curve": [1, 2], "notes": ["text"], "kept": {"provenance": "derived", "rows": [3]}}
     assert [fault.split(": ", 1)[1] for fault in lint(content)] == [
         "details.curve: holds numbers without provenance and source",
@@ -51,7 +51,7 @@ def test_unlabelled_details_are_found():
 
 
 def test_a_labelled_detail_has_no_fault():
-    content = record.to_json(samples.made())
+    content = record.to_json(samples.run())
     content["details"] = {"curve": record.labelled([1.5, 2.5], "measured", "perf_counter")}
     assert lint(content) == []
     with pytest.raises(ValueError, match="has a source"):

@@ -12,18 +12,18 @@ from tests.report import samples
 
 
 def _scores():
-    chance, found = np.random.default_rng(3), []
+    chance, measurements = np.random.default_rng(3), []
     for n, lost in ((48, 0), (48, 3), (400, 0), (400, 5), (400, 40), (800, 4)):
         base = classified(n, 0.9)
         other = classified(n, 0.9, wrong=lost) if lost else base
-        found += evaluate.compare_classified(base, other)
-        found += evaluate.compare_classified(other, base)
+        measurements += evaluate.compare_classified(base, other)
+        measurements += evaluate.compare_classified(other, base)
     for loss in (0.0, 0.01, 0.03, 0.2, -0.2):
         losses = chance.normal(4, 0.3, 32)
         changed = losses + loss + chance.normal(0, 0.02, 32)
-        found.append(noninferiority.perplexity(losses, changed, source="32 windows"))
-        found.append(noninferiority.perplexity(losses[:4], changed[:4], source="4 windows"))
-    return found
+        measurements.append(noninferiority.perplexity(losses, changed, source="32 windows"))
+        measurements.append(noninferiority.perplexity(losses[:4], changed[:4], source="4 windows"))
+    return measurements
 
 
 def _speeds():
@@ -39,19 +39,19 @@ def _counts():
     return [measurement.counted("weights_bytes", "load", *pair, "counted") for pair in pairs]
 
 
-@pytest.mark.parametrize("made", [_scores, _speeds, _counts])
-def test_what_is_made_is_what_its_fields_make(made):
-    members = made()
+@pytest.mark.parametrize("make", [_scores, _speeds, _counts])
+def test_what_is_made_is_what_its_fields_make(make):
+    members = make()
     assert recompute.differences(members) == []
     again = [recompute.verdict(m) for m in members]
     assert len({word for word in again if word}) >= 2  # and they are not all alike
 
 
-@pytest.mark.parametrize("made", [_scores, _speeds, _counts])
-def test_another_verdict_is_found(made):
+@pytest.mark.parametrize("make", [_scores, _speeds, _counts])
+def test_another_verdict_is_found(make):
     scores = ("better", "inconclusive", "maintained", "not_maintained")
     others = ("better", "worse", "equivalent", "inconclusive")
-    for m in made():
+    for m in make():
         right = recompute.verdict(m)
         if right is None:
             continue
@@ -62,7 +62,7 @@ def test_another_verdict_is_found(made):
 
 
 def test_the_lint_of_a_record_names_it():
-    run = samples.made()
+    run = samples.run()
     assert lint.verdicts(run) == []
     [f1] = [m for m in run.measurements if m.metric == "f1_macro"]
     f1.bound = -0.05

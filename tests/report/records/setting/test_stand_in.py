@@ -31,7 +31,7 @@ def test_one_and_several_say_what_they_are_and_what_transfers():
 
 
 def test_the_number_is_the_records_own(tmp_path):
-    run = samples.made()
+    run = samples.run()
     assert stand_in.size(run) == stand_in.size(record.to_json(run)) == 3_620_000
     bare = run.model_copy(update={"environment": {}})
     assert stand_in.size(bare) == 3_620_000  # from the metric

@@ -38,7 +38,7 @@ def test_accuracy_has_the_word_of_its_primary(verdict, expected):
 
 
 def test_the_sentence_names_what_carries_each_dimension():
-    verdict = samples.made(accuracy="not_maintained").verdict
+    verdict = samples.run(accuracy="not_maintained").verdict
     assert verdict.accuracy == "not_maintained"
     assert verdict.sentence == (
         "Prefill 31 % faster, decode undecided, F1 4.1 points lower, peak memory 7.0 % smaller, "
@@ -59,7 +59,7 @@ def test_bound_and_margin_are_those_that_were_judged_by():
 
 
 def test_slower_is_said_as_slower_without_a_reciprocal():
-    assert "Prefill 20 % slower" in samples.made(speed="worse", ratio=0.8).verdict.sentence
+    assert "Prefill 20 % slower" in samples.run(speed="worse", ratio=0.8).verdict.sentence
 
 
 def test_a_loss_outside_the_headlines_is_said_too():
@@ -107,7 +107,7 @@ def test_a_busy_machine_is_said():
 
 
 def test_a_record_without_primaries_is_put_into_words_too():
-    run = samples.made()
+    run = samples.run()
     old = run.model_copy(update={"verdict": run.verdict.model_copy(update={"carried_by": {}, "losses": []})})
     assert in_words.of_record(old).startswith("Prefill 31 % faster, decode undecided, perplexity maintained")
 
