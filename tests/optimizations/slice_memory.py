@@ -129,7 +129,7 @@ def whole(readings: Sequence[Reading], config: dict[str, Any], architecture: str
     proportion of the largest slice, and the most that any slice held beside.
     """
     model = io.build(config, architecture, device="meta", dtype=torch.bfloat16)
-    largest, beside = max(readings, key=lambda one: one.blocks), max(reading.beside for reading in readings)
+    largest, beside = max(readings, key=lambda reading: reading.blocks), max(reading.beside for reading in readings)
     if largest.from_file:
         return nbytes(model) - bytes_of_blocks(model) + beside
     return nbytes(model) + bytes_of_blocks(model) * largest.made / largest.in_blocks + beside

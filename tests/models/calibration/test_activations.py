@@ -83,8 +83,8 @@ def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
 def test_text_is_held_out_of_every_lesson(batch):
     eight = [{"input_ids": torch.full((2, 4), index)} for index in range(8)]
     taught, held_out = split(eight)
-    assert (len(taught), len(held_out)) == (6, 2) and not {id(batch) for batch in taught} & {
-        id(one) for one in held_out
+    assert (len(taught), len(held_out)) == (6, 2) and not {id(part) for part in taught} & {
+        id(part) for part in held_out
     }
     taught, held_out = split([batch])
     assert taught[0]["input_ids"].tolist() == batch["input_ids"][:1].tolist()

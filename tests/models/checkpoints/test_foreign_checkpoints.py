@@ -87,7 +87,7 @@ def test_it_is_asked_with_examples_in_its_own_chat(folder, name):
     row = prompting.shown(loaded, chosen_items[0])
     shown_text = prompting.text(loaded, row)
     assert len(row) == prompting.SHOTS + 1 and len({item.label for item in row[:-1]}) == prompting.SHOTS
-    assert not {item.id for item in row[:-1]} & {one.id for one in tasks.items(task, "final")}
+    assert not {item.id for item in row[:-1]} & {item.id for item in tasks.items(task, "final")}
     assert shown_text.count("<|im_start|>user") == prompting.SHOTS + 1 and shown_text.endswith(
         "assistant\n<think></think>"
     )

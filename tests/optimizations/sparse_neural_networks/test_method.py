@@ -100,7 +100,7 @@ def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
     names = set(stored(executed))
     assert {"experts.gate_up_proj", "experts.down_proj"} <= {".".join(name.split(".")[-2:]) for name in names}
     if name == "glm-4.7-flash":
-        assert any("kv_b_proj" in name for name in names) and any("shared_experts" in one for one in names)
+        assert any("kv_b_proj" in name for name in names) and any("shared_experts" in name for name in names)
     assert matrices(executed) == [] and "sparse already" in sparse.applies_to(executed)
 
 

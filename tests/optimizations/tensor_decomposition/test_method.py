@@ -147,8 +147,8 @@ def test_whitened_diverges_less_than_plain_at_equal_bytes(tiny, name, text):
     ranks = allocation.allocate(model, spectra["whitened"].curves(), 0.2)
     lost = {
         method: sum(
-            float(divergence(td.apply(model, text, method=method, spectra=spectra[method], ranks=ranks), model, one))
-            for one in text
+            float(divergence(td.apply(model, text, method=method, spectra=spectra[method], ranks=ranks), model, part))
+            for part in text
         )
         for method in spectra
     }
