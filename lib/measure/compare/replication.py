@@ -85,18 +85,18 @@ def _count(works: Arms, effort: Effort) -> int:
 
 def block_seconds(effort: Effort) -> float:
     """Return the seconds that rounds take for each block. Raises UserError where the variable holds no number."""
-    given = os.environ.get(VARIABLE)
+    value = os.environ.get(VARIABLE)
     try:
-        seconds = BLOCK_SECONDS if given is None else float(given)
+        seconds = BLOCK_SECONDS if value is None else float(value)
     except ValueError:
-        raise UserError(f'{VARIABLE}: "{given}" is no number of seconds') from None
+        raise UserError(f'{VARIABLE}: "{value}" is no number of seconds') from None
     return seconds / 2 if effort.brief else seconds
 
 
 def shortened() -> dict[str, object]:
     """Return, for a record's details, that the variable sets the seconds of a block; nothing where it does not."""
-    given = os.environ.get(VARIABLE)
-    return {} if given is None else {"timed briefly": f"{VARIABLE}={given} s a block"}
+    value = os.environ.get(VARIABLE)
+    return {} if value is None else {"timed briefly": f"{VARIABLE}={value} s a block"}
 
 
 def rounds(effort: Effort) -> int:

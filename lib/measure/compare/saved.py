@@ -40,8 +40,8 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
         transforms = [transform(model) for model in (baseline, optimized)]
         with parked(*zip((baseline, optimized), places)):
             first, second = (
-                Arm(folder=str(place), dtype=dtype, device=device, transform=made)
-                for place, made in zip(places, transforms)
+                Arm(folder=str(place), dtype=dtype, device=device, transform=change)
+                for place, change in zip(places, transforms)
             )
             yield first, second
 
