@@ -61,10 +61,10 @@ def _verdict(**words):
     return lambda content: content["verdict"].update(words)
 
 
-def _both(metric, dimension, word, reason, **fields):
+def _both(metric, dimension, word, verdict, **fields):
     def damage(content):
         _measurement(content, metric).update(verdict=word, **fields)
-        content["verdict"][dimension] = reason
+        content["verdict"][dimension] = verdict
 
     return damage
 
