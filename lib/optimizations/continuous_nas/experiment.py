@@ -25,6 +25,7 @@ from lib.models.calibration.activations import Observation, observe
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
+from lib.optimizations.common import finetuning
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.search import pareto, study
 from lib.optimizations.common.search.study import Study
@@ -59,6 +60,7 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 RANK_LIMIT = 0.5
+PROXY_STEPS = 30  # of distillation by default
 COPIES = 3  # of the model at once: sorted parts, the chosen architecture, and what it is recovered to
 
 
@@ -274,9 +276,9 @@ def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEf
 
 def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:
     """Return the chosen architecture as a model of its own, the same after distillation from the baseline, and the
-    steps taken: none with random weights.
+    steps taken; by default (-1) PROXY_STEPS on a proxy model, none at real size.
     """
-    steps = 0 if setup.loaded.random_weights else finetune_steps
+    steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS)
     effort, seed = setup.effort, setup.seed
     sequences, length = 4 * effort.calibration_sequences, effort.calibration_tokens
     batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=1024)

@@ -22,6 +22,7 @@ from lib.measure.serving import replay
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
+from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
@@ -38,6 +39,7 @@ from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 REQUESTS = {"quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
 SEEDS = {"quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
+PROXY_STEPS = 20  # of distillation by default
 CHOOSING = 2  # seeds of the scripts on which the static limit is chosen
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
@@ -71,6 +73,13 @@ class Makers:
             return fast
         batches = tasks.calibration(loaded, 64, 256, seed, tokens_at_once=512)
         return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
+
+
+def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+    """Return the steps of distillation of each profile; by default (-1) PROXY_STEPS on a proxy model, none at real
+    size.
+    """
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
 
 
 def fast_profiles(

@@ -20,6 +20,7 @@ from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as prompts
+from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
@@ -94,11 +95,10 @@ def default_sparsity(scale: str) -> float:
 
 
 def steps_of(loaded: Loaded, finetune_steps: int) -> int:
-    """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model, none at real
-    sizes,
-    where SparseGPT's own closed form makes up for what went.
+    """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size
+    SparseGPT's own closed form makes up for what went.
     """
-    return finetune_steps if finetune_steps >= 0 else PROXY_STEPS if loaded.scale == "proxy" else 0
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
 
 
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:

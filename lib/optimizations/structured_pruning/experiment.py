@@ -21,7 +21,7 @@ from lib.models.calibration.activations import Observation, observe
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
-from lib.optimizations.common import rival_arms
+from lib.optimizations.common import finetuning, rival_arms
 from lib.optimizations.common.compression import calibration_text, facts, weight_only
 from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
@@ -143,14 +143,10 @@ class PrunedModel:
 
 
 def steps_of(loaded: Loaded, finetune_steps: int) -> int:
-    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model.
-
-    Models of real size are not trained unless requested: the matrices that read the removed parts are refitted in
-    closed form. Random weights have nothing to be taught.
+    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size the
+    matrices that read the removed parts are refitted in closed form instead.
     """
-    if loaded.random_weights:
-        return 0
-    return finetune_steps if finetune_steps >= 0 else PROXY_STEPS if loaded.scale == "proxy" else 0
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
 
 
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
