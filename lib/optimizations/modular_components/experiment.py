@@ -66,12 +66,14 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
 
 
 def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack of these steps within the margins, and every strength that was tried.
+    """Return the strongest stack of these steps within the margins, and every strength that was tried: at full and
+    half strength alone on a real model at effort quick.
 
     Asserts that composing changed no weight of the baseline.
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
-    chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed)
+    apart = strength.LEVELS // 2 if setup.hurried else 1
+    chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed, apart=apart)
     assert io.weights_hash(setup.loaded.model) == setup.weights, "composing changed the baseline"
     return chosen, levels
 

@@ -22,6 +22,7 @@ from lib.optimizations.modular_components.pair_study import Contrasts, Pair, Pai
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
+HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, on a real model at quick
 NOT_TRIED = "effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
 
 
@@ -54,7 +55,8 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     """
     loaded, seed = setup.loaded, setup.seed
     singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
-    count, length = 2 * setup.quick.windows, setup.quick.window_tokens
+    count, length = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows, setup.quick.window_tokens
+    prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
     windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, "final", count, length, seed + 1)
     before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
     pairs: dict[Pair, Attempt] = {}
@@ -86,7 +88,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
         if windows_NT is not None:
             lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
     study = PairStudy(singles, pairs, forced)
-    source = f"{blocks} rounds of each pair: baseline, both parts, both orders"
+    source = f"{blocks} rounds of each pair on {prompt_BT.shape[1]} tokens: baseline, both parts, both orders"
     return study, _contrasts(setup, study, timed, lost, outdated, source)
 
 

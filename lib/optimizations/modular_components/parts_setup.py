@@ -39,6 +39,11 @@ class PartsSetup:
     keeps_singles: bool
 
     @property
+    def hurried(self) -> bool:
+        """Whether a real model is measured at effort quick: applying a part takes up to a minute there."""
+        return self.loaded.scale == "full" and self.effort.brief
+
+    @property
     def options(self) -> dict[str, Any]:
         """Options of every attempt."""
         return {"random_weights": self.loaded.random_weights, "seed": self.seed}

@@ -102,12 +102,14 @@ def stack_at(
     return kept, current, left_out
 
 
-def strongest(within: Callable[[int], bool], levels: int = LEVELS) -> int:
-    """Return the highest level that is within the margins, by bisection; 0 where none above it is found to be."""
+def strongest(within: Callable[[int], bool], levels: int = LEVELS, apart: int = 1) -> int:
+    """Return the highest level that is within the margins, by bisection until levels are `apart`; 0 where none above it
+    is found to be.
+    """
     if within(levels):
         return levels
     low, high = 0, levels
-    while high - low > 1:
+    while high - low > apart:
         middle = (low + high) // 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
@@ -119,8 +121,11 @@ def find(
     steps: Sequence[RecipeStep],
     sample_BT: torch.Tensor,
     seed: int = 0,
+    *,
+    apart: int = 1,
 ) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack within the margins, and every level that was tried, by strength.
+    """Return the strongest stack within the margins, and every level that was tried, by strength; `apart`: see
+    `strongest`.
 
     Only the models of the best so far and of the level under test are held.
     """
@@ -143,7 +148,7 @@ def find(
             best[:] = [weakened_stack]
         return weakened_stack.within
 
-    level = strongest(within)
+    level = strongest(within, apart=apart)
     if not best or best[0].level != level:
         best = [look(level)]
         seen[level] = _without_model(best[0])

@@ -42,6 +42,9 @@ def test_bisection_finds_the_highest_level_within(truth):
         return level <= truth
 
     assert strength.strongest(within) == truth and len(levels) <= 4 and 0 not in levels
+    levels.clear()
+    half = strength.LEVELS // 2
+    assert strength.strongest(within, apart=half) == half * (truth // half) and len(levels) <= 2
 
 
 def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, batch, monkeypatch):
