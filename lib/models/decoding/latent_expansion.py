@@ -3,8 +3,8 @@ space through it, and weighted sums of latents leave that space as values.
 
 A dense matrix is used where it lies. Of a factored one the outer factor is applied head by head and the inner one to
 the result, so that no dense matrix comes to be. One that is stored sparse or in few bits has no slices for queries and
-values: it is restored for each call, which takes less than expanding a whole cache with it (as vLLM restores it once).
-Knows nothing of attention or caches.
+values: it is restored for each call, which takes less than expanding a whole cache with it. (vLLM restores it once and
+keeps it beside; here a model holds no more than its weights.) Knows nothing of attention or caches.
 
 Shapes: B batch, Q heads, T new tokens, N no-rotary and D value width, R latent, K rank of a factored matrix (R for
 every other), O = Q·(N + D).
