@@ -111,11 +111,13 @@ class SearchSetup:
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
     """Return the setup: saliency from calibration text, judging on text of the split "search". `short`: two windows of
-    128 tokens are judged on. Raises NotApplicable where memory has no room for the search and what follows it.
+    128 tokens are judged on, on a real model at effort quick one. Raises NotApplicable where memory has no room for the
+    search and what follows it.
     """
     placement.require_room(loaded.model, COPIES, "a search over replacements")
     calibration = tasks.calibration(loaded, effort.calibration_sequences, effort.calibration_tokens, seed)
     rows, length = (2, 128) if short else (effort.calibration_sequences // 8, effort.calibration_tokens)
+    rows = 1 if loaded.scale == "full" and effort.brief else rows  # a thousand evaluations take a second each there
     text = tasks.calibration(loaded, rows, length, seed, split="search")
     start = time.perf_counter()
     observation = observe(loaded.model, calibration)
