@@ -23,7 +23,7 @@ from lib.measure.timing.workloads import Workload
 from lib.models.structure.signature import signature
 
 LARGEST_BYTES = 2**30  # of one model: each process loads three
-ROUNDS = 2  # in each process; of many blocks three
+ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; of many blocks three
 MANY_BLOCKS = 24
 # Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; half of it at
 # effort quick, which is to find large effects. Where only cells are tested, the variable brings it down to nothing.
@@ -78,9 +78,14 @@ def in_processes(
 
 
 def _count(works: Arms, effort: Effort) -> int:
-    """Return the rounds of a workload in each process: the same in all of them, by calls in this one."""
+    """Return the rounds of a workload in each process: the same in all of them, by calls in this one. Of short calls
+    at least SHORT_ROUNDS: with two, a model of a hundred million parameters differs from its copy by a tenth.
+    """
     arms = {"baseline": works[0], "optimized": works[1], "copy": works[0]}
-    return interleaved.rounds_for(arms, block_seconds(effort) * rounds(effort), rounds(effort))[0]
+    total, least = block_seconds(effort) * rounds(effort), rounds(effort)
+    if total and interleaved.warm_up(*works) < interleaved.LONG_SECONDS:
+        least = SHORT_ROUNDS
+    return interleaved.rounds_for(arms, total, least)[0]
 
 
 def block_seconds(effort: Effort) -> float:
