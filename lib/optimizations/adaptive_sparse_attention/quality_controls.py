@@ -38,6 +38,7 @@ AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, n
 PROMPTS = {"quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
 CONTROL_PROMPTS = 2  # of these, for arms that only inform
 INSIDE = 4  # questions that stand inside their prompt
+MOST_ITEMS, FEWEST_ITEMS = 96, 12  # of the model's own tasks, most of which are too short to be exercised
 WINDOWS = 6  # the fewest that carry a verdict
 CONTROL_WINDOWS = 2  # of these, for arms that only inform
 
@@ -68,7 +69,8 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     options = {"resamples": effort.resamples, "seed": seed}
     probe_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
     degenerate = sanity.check(optimized, probe_BT, random_weights=loaded.random_weights)
-    sizes = replace(effort, windows=WINDOWS, window_tokens=tokens, items=min(effort.items, 96), retrieval_prompts=1)
+    items = FEWEST_ITEMS if loaded.scale == "full" and effort.brief else min(effort.items, MOST_ITEMS)
+    sizes = replace(effort, windows=WINDOWS, window_tokens=tokens, items=items, retrieval_prompts=1)
     full = evaluate.evaluate(loaded, sizes, seed=seed)
     sparse = evaluate.evaluate(
         loaded, sizes, model=optimized, seed=seed, acted=lambda: float(method.left_out(optimized))
