@@ -98,9 +98,9 @@ def test_the_sparse_model_equals_the_masked_one(tiny, name, batch, text, pattern
 def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
     executed = sparse.apply(tiny(name), text, method="wanda")
     names = set(stored(executed))
-    assert {"experts.gate_up_proj", "experts.down_proj"} <= {".".join(name.split(".")[-2:]) for name in names}
+    assert {"experts.gate_up_proj", "experts.down_proj"} <= {".".join(key.split(".")[-2:]) for key in names}
     if name == "glm-4.7-flash":
-        assert any("kv_b_proj" in name for name in names) and any("shared_experts" in name for name in names)
+        assert any("kv_b_proj" in key for key in names) and any("shared_experts" in key for key in names)
     assert matrices(executed) == [] and "sparse already" in sparse.applies_to(executed)
 
 

@@ -189,4 +189,4 @@ def _same_tokens(condition: Condition) -> dict[str, int] | None:
         return None
     theirs, ours = (condition.answers[arm][-1]["tokens"] for arm in ARMS)
     compared = list(zip(theirs[1:], ours))
-    return {"equal": sum(one == other for one, other in compared), "compared": len(compared)}
+    return {"equal": sum(expected == token for expected, token in compared), "compared": len(compared)}

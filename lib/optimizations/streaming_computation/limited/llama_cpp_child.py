@@ -35,8 +35,8 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
     def decode() -> Decoded:
         body = json.dumps(ASKED | prompt).encode()
         headers = {"Content-Type": "application/json"}
-        asked = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
-        with opener.open(asked) as answer:
+        completion = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
+        with opener.open(completion) as answer:
             content = json.loads(answer.read())
         timings = content["timings"]
         return Decoded(content["tokens"], (timings["prompt_ms"] + timings["predicted_ms"]) / 1000)

@@ -102,8 +102,8 @@ def _started(
             no_group = str(error)
         for arm in sorted(programs, reverse=reverse):
             children.drop(copies[arm])
-            asked = {**request, "path": str(copies[arm]), "options": dict(programs[arm].options)}
-            both[arm] = stack.enter_context(children.started(programs[arm].command, asked, groups.get(arm)))
+            own_request = {**request, "path": str(copies[arm]), "options": dict(programs[arm].options)}
+            both[arm] = stack.enter_context(children.started(programs[arm].command, own_request, groups.get(arm)))
         yield both, no_group
 
 
