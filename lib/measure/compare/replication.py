@@ -100,8 +100,11 @@ def block_seconds(effort: Effort) -> float:
 
 def shortened() -> dict[str, object]:
     """Return, for a record's details, that the variable sets the seconds of a block; nothing where it does not."""
-    value = os.environ.get(VARIABLE)
-    return {} if value is None else {"timed briefly": f"{VARIABLE}={value} s a block"}
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        return {}
+    source = f"the variable {VARIABLE}: seconds of a block, for tests of cells"
+    return {"timed briefly": {"value": float(given), "provenance": "derived", "source": source}}
 
 
 def rounds(effort: Effort) -> int:

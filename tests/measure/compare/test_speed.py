@@ -167,7 +167,8 @@ def test_a_block_lasts_half_as_long_at_quick_and_the_variable_is_said(monkeypatc
     assert seconds == [0.25, 0.5, 0.5] and replication.shortened() == {}
     monkeypatch.setenv(replication.VARIABLE, "0.02")
     assert replication.block_seconds(settings.read("standard")) == 0.02
-    assert "0.02 s a block" in str(replication.shortened())
+    (said,) = replication.shortened().values()
+    assert said["value"] == 0.02 and replication.VARIABLE in said["source"] and said["provenance"]
     monkeypatch.setenv(replication.VARIABLE, "short")
     with pytest.raises(UserError, match='WORKBENCH_BLOCK_SECONDS: "short" is no number'):
         replication.block_seconds(settings.read("quick"))

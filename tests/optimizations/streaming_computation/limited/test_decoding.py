@@ -50,7 +50,8 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
     for arm, limit in details["limit_bytes"].items():
         assert details["page_cache_bytes"][arm] <= limit
         held = details["page_cache_bytes"][arm] + details["weights_in_private_memory_bytes"][arm]
-        assert held <= details["allowance_bytes"] + children.SLACK, "weights in private memory count too"
+        # The limit has room for memory of the process's own to grow by SLACK, and it may shrink by as much.
+        assert held <= details["allowance_bytes"] + 2 * children.SLACK, "weights in private memory count too"
     assert details["weights_in_private_memory_bytes"]["baseline"] == 0, "a plain mapping copies nothing"
     assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
     assert limited.reading().count(". ") == 1
