@@ -44,6 +44,26 @@ def test_pages_are_in_memory_while_held_and_no_longer(folder):
     assert file.bytes_read == 3 * 16 * MEGABYTE
 
 
+def bytes_from_disk() -> int:
+    counts = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in counts if line.startswith("read_bytes")))
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_what_is_held_is_read_and_nothing_around_it(folder, expected):
+    file = WeightFile(folder)
+    pages, held = FilePages(file), spans([file.places["t1"]])
+    file.forget()
+    before = bytes_from_disk()
+    if expected:
+        pages.expect(held)
+    pages.hold(held)
+    read = bytes_from_disk() - before
+    if read == 0:
+        pytest.skip("the temporary folder lies in memory")
+    assert 15 * MEGABYTE < read < 17 * MEGABYTE
+
+
 def test_neighbours_are_one_span_and_gaps_are_kept(folder):
     places = WeightFile(folder).places
     (merged,) = spans([places["t1"], places["t0"]])

@@ -14,7 +14,7 @@ from lib.models.checkpoints import io
 from lib.models.checkpoints.folder import tensor_places
 from lib.models.checkpoints.weight_file import WeightFile, buffer, places
 from lib.models.decoding import cache_names
-from lib.models.offload import residency, streamer
+from lib.models.offload import mapped_pages, residency, streamer
 from lib.models.structure.anatomy import anatomy
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -43,6 +43,18 @@ def test_places_are_where_safetensors_finds_the_tensors(saved):
             assert torch.equal(memory.view(tensor.dtype).view(tensor.shape), tensor), name
     assert file.bytes_read == sum(place.nbytes for place in by_name.values())
     assert tensor_places(folder).keys() == by_name.keys()
+
+
+def test_private_memory_holds_what_stays_and_what_is_copied(saved):
+    _, folder = saved
+    copied, mapped = (
+        streamer.streamer(streamer.open_streamed(folder, memory_ratio=0.8, page_cache=kind))
+        for kind in ("copy", "keep")
+    )
+    assert copied.private_bytes == copied.plan.in_memory_bytes
+    plan = mapped.plan
+    passing = plan.in_memory_bytes - plan.fixed_bytes - plan.resident_bytes
+    assert passing > 0 and mapped.private_bytes == plan.in_memory_bytes - (passing if mapped_pages.available() else 0)
 
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
