@@ -324,13 +324,13 @@ def read_trade_off(compared: ScenarioTable) -> tuple[str, str]:
 
 def primaries(compared: ScenarioTable) -> dict[str, tuple[str, str]]:
     """Return the primary measurement of each dimension: those of the replays against the static limit that was chosen
-    on scripts of other seeds. Declared before any of them is served.
+    on scripts of other seeds, and the weights of both profiles against those of one. Declared before any is served.
     """
     workload = live_replay.workload(compared.best)
     return {
         "performance": ("goodput_requests_per_second", workload),
         "accuracy": ("retrieval_exact_match", "generate"),
-        "resources": ("kv_cache_peak_bytes", workload),
+        "resources": ("weights_bytes", "load"),
         "efficiency": ("energy_joules_per_token", workload),
     }
 
