@@ -97,7 +97,9 @@ def _compared(
         limits = {name: child.limit(allowance) for name, child in arm.items()}
         turns, watch = {**arm, "again": arm["baseline"]}, partial(children.watch, [*arm.values()])
         timed = interleaved.rounds(turns, blocks, seed=seed, disturbance=watch)
-        cached = {name: child.group.cached_bytes() for name, child in arm.items() if child.group is not None}
+        groups = {name: child.group for name, child in arm.items() if child.group is not None}
+        cached = {name: group.cached_bytes() for name, group in groups.items()}
+        own = {name: group.private_bytes() for name, group in groups.items()}
         read = {name: child.answers[-1]["disk_bytes"] for name, child in arm.items()}
         private = {name: child.private_bytes for name, child in arm.items()}
         same = arm["baseline"].answers[-1]["tokens"] == arm["optimized"].answers[-1]["tokens"]
@@ -105,6 +107,7 @@ def _compared(
     rate = measurement.from_pairs(METRIC, WORKLOAD, timed.pairs("baseline", "optimized"), steps, control)
     details = {"weights_bytes": total, "allowance_bytes": allowance, "limit_bytes": limits}
     details |= {"weights_in_private_memory_bytes": private, "page_cache_bytes": cached}
+    details["private_memory_bytes"] = own
     details |= {"disk_bytes_of_a_call": read, "baseline": "plain mapping"}
     return LimitedDecoding(rate, details, same)
 
