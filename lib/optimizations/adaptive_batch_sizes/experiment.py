@@ -36,9 +36,7 @@ CLAIMS = (
     "The simulation strays from the real server by more than a tenth.",
 )
 LEAST_AT_CONSTANT_RATE, LEAST_AT_CHANGING_RATE = 0.95, 1.15
-ONE_SCHEDULE = (
-    "one trace's schedule, which other step times would make another: kv_cache_peak_bytes is judged, over all replays"
-)
+ONE_SCHEDULE = "one trace's schedule, which other step times would make another"
 SERVED = f"{schedule.__name__}:workload"  # what the memory children do
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 
@@ -47,13 +45,13 @@ Row = dict[str, Any]
 
 def primaries(size: int) -> dict[str, tuple[str, str]]:
     """Return the primary measurement of each dimension: one of the replays against the fixed `size`, which was chosen
-    on other traffic. Declared before any of them is served.
+    on other traffic, and the weights, which no policy changes. Declared before any of them is served.
     """
     workload = real_model.workload(size)
     return {
         "performance": ("goodput_requests_per_second", workload),
         "accuracy": ("f1_macro", "classify"),
-        "resources": ("kv_cache_peak_bytes", workload),
+        "resources": ("weights_bytes", "load"),
         "efficiency": ("energy_joules_per_token", workload),
     }
 

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, replay, validation
 from lib.measure.serving.engine import ModelEngine
@@ -44,8 +43,6 @@ LONGER = {"quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a qu
 PHASES = ("warm-up", "calm", "stolen core", "calm")
 LEAST_REQUESTS, MOST_STRETCHED = 5, 2  # in a third; times that a replay is made longer for them, at most
 STATIC, AGAIN, LOOP = "static", "static again", "loop"
-# Why the cache's peak is not judged: two builds of one commit chose 4 and 8 rows, and found it larger and smaller.
-FOLLOWS_THE_CHOICE = "it follows from the static limit that was chosen, where noise decides between limits as good"
 
 
 @dataclass(frozen=True)
@@ -259,16 +256,11 @@ def compare(
         headline,
         error,
         *replay.described(rounds, setup.objective, STATIC, LOOP, workload(size)),
-        *(_shown(cost) for cost in replay.costs(rounds, STATIC, AGAIN, LOOP, workload(size))),
+        *replay.costs(rounds, STATIC, AGAIN, LOOP, workload(size)),
     ]
     owners = [run.profile_of for run in runs[LOOP]]
     missed = means[0], means[1]
     return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements)
-
-
-def _shown(cost: Measurement) -> Measurement:
-    """Return a cost of the replays, the cache's peak without a verdict."""
-    return measurement.unjudged(cost, FOLLOWS_THE_CHOICE) if cost.metric == "kv_cache_peak_bytes" else cost
 
 
 def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
