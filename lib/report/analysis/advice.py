@@ -17,7 +17,7 @@ from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
-from lib.report.records.setting import facts, reproduce
+from lib.report.records.setting import facts, reproduce, stack
 from lib.report.records.verdicts import primary
 from lib.report.text import brief
 from lib.report.text.sentence import gain, subject, why
@@ -141,6 +141,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("undecided", f"the run failed: {record.reason}", command=again, seconds=record.seconds)
     if why_busy(record.measurements):  # a record of an earlier schema may call what was timed then
         record = record.model_copy(update={"measurements": withhold_if_busy(record.measurements)})
+    elif reason := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
+        return result("do not use", reason)
     served = _serving(record, goal)
     if served is None:
         return undecided(f"nothing was measured that serves {goal.name}")

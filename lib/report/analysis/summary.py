@@ -12,6 +12,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import advice, headlines
 from lib.report.analysis.advice import Advice
 from lib.report.records.record import Record
+from lib.report.records.setting import stack
 from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
 from lib.report.text.quantities import figures, quantity, share
@@ -45,8 +46,10 @@ class Number:
 
 
 def sentence(record: Record) -> str:
-    """Return the verdict of a run in sentences of at most 25 words."""
-    return in_words.of_record(record)
+    """Return the verdict of a run in sentences of at most 25 words; where its stack is empty, that first."""
+    first = stack.nothing_pays(record) if record.status == "ok" and not busy(record) else ""
+    verdict = in_words.of_record(record)
+    return f"{first[:1].upper()}{first[1:]}. {verdict}" if first else verdict
 
 
 def decisions(record: Record, keep: float = advice.KEEP) -> list[Advice]:
@@ -129,4 +132,4 @@ def _first_of_each(measurements: Sequence[Measurement]) -> list[Measurement]:
 def busy(record: Record) -> str:
     """Return why nothing timed is judged, as a sentence; empty where the machine was quiet."""
     reason = why_busy(record.measurements)
-    return in_words.without_result("The machine was busy, so nothing timed is judged", reason) if reason else ""
+    return in_words.without_result("Busy machine, nothing timed is judged", reason) if reason else ""

@@ -6,7 +6,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
-from lib.report.analysis import advice
+from lib.report.analysis import advice, summary
 from lib.report.records import record
 from lib.suite.cli import advise as command
 from tests.report import samples
@@ -164,6 +164,32 @@ def test_a_stack_is_named_with_its_knobs_and_can_be_had_where_its_recipe_is(tmp_
     [row] = json.loads(capsys.readouterr().out)[MODEL]
     assert [step["optimization"] for step in row["stack"]] == ["structured_pruning", "tensor_decomposition"]
     assert str(recipe) in row["apply"]
+
+
+def test_an_empty_stack_says_first_that_nothing_pays():
+    run = samples.whole("pre_vs_post_optimization", MODEL, gain=1.0)
+    details = {
+        "stack": record.labelled([], "derived", "chosen by the rule"),
+        "considered": record.labelled([{"step": name} for name in "abcde"], "measured", "search text"),
+    }
+    run = run.model_copy(update={"details": run.details | details})
+    for goal in advice.GOALS:
+        row = advised(run, goal)
+        assert row.decision == "do not use" and row.command is None
+        assert row.reason.startswith("nothing pays here: of 5 candidates none")
+    assert summary.sentence(run).startswith("Nothing pays here: of 5 candidates none is within the margins")
+    assert summary.decision(run).startswith("Do not use for latency")
+
+
+def test_an_empty_stack_that_a_busy_machine_chose_is_undecided():
+    run = samples.whole("pre_vs_post_optimization", MODEL)
+    changed = {"noise_floor": 0.2, "reason": "noise"}
+    noisy = [m.model_copy(update=changed) if m.noise_floor else m for m in run.measurements]
+    details = run.details | {"stack": record.labelled([], "derived", "chosen by the rule")}
+    run = run.model_copy(update={"details": details, "measurements": noisy})
+    row = advised(run)
+    assert row.decision == "undecided" and row.command
+    assert "Nothing pays" not in summary.sentence(run)
 
 
 @pytest.mark.parametrize("written", [None, "", "stack: 3", "[", "stack: [{optimization: structured_pruning}]"])

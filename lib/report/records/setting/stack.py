@@ -14,12 +14,31 @@ ENTRIES = ("stack", "order")  # of the details, in which such a run keeps its st
 
 def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
     """Return (optimization, knobs) of every step, in order; empty where the run has no stack, or an empty one."""
+    return _stored(record) or []
+
+
+def nothing_pays(record: Record) -> str:
+    """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere."""
+    if _stored(record) != []:
+        return ""
+    tried = _value(record, "considered")
+    number = f"of {len(tried)} candidates none" if isinstance(tried, list) and tried else "no candidate"
+    return f"nothing pays here: {number} is within the margins and faster or smaller"
+
+
+def _stored(record: Record) -> list[tuple[str, dict[str, Any]]] | None:
+    """Return the steps that a record keeps; None where it keeps none."""
     for name in ENTRIES:
-        entry = record.details.get(name)
-        value = entry.get("value") if isinstance(entry, Mapping) else entry
+        value = _value(record, name)
         if isinstance(value, list) and all(isinstance(step, Mapping) and "optimization" in step for step in value):
             return [(str(step["optimization"]), dict(step.get("knobs") or {})) for step in value]
-    return []
+    return None
+
+
+def _value(record: Record, name: str) -> Any:
+    """Return the value of a detail, labelled or not; None where there is none."""
+    entry = record.details.get(name)
+    return entry.get("value") if isinstance(entry, Mapping) else entry
 
 
 def in_words(record: Record) -> str:
