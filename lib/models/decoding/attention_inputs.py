@@ -1,12 +1,11 @@
 """The inputs of a model's attention heads: queries, keys and values of one prompt, as the attention function gets them.
 
-`sharing` makes a copy of a model whose attention can be replaced without touching the original. Knows nothing of what
+The prompt passes a copy of the model that shares its tensors, so the original is left alone. Knows nothing of what
 replaces attention.
 
 Shapes: H query heads, G key-value heads, T tokens, D and V head sizes.
 """
 
-import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.sharing import sharing
 
 NAME = "watched"
 
@@ -46,12 +46,6 @@ class Heads:
     def separate(self) -> "Heads":
         """Return the same inputs in memory of their own."""
         return Heads(self.index, self.query_HTD.clone(), self.key_GTD.clone(), self.value_GTV.clone(), self.scaling)
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules and the configuration that shares every parameter and buffer with `model`."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.decoding import mla_absorption
-from lib.models.decoding.attention_inputs import sharing
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.sharing import sharing
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, expand_or_not, page_the_cache
 from lib.optimizations.adaptive_sparse_attention.page_controls import PAGE_CHOICES

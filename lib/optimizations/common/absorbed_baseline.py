@@ -11,10 +11,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from lib.models.decoding import attention_inputs, mla_absorption
+from lib.models.decoding import mla_absorption
 from lib.models.loading import Loaded
 from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.sharing import sharing
 
 
 def has_latents(model: nn.Module) -> bool:
@@ -37,4 +38,4 @@ def absorbed_baseline(model: nn.Module) -> nn.Module:
     """
     if not has_latents(model):
         return model
-    return mla_absorption.absorb(model if streamer.streamer(model) else attention_inputs.sharing(model))
+    return mla_absorption.absorb(model if streamer.streamer(model) else sharing(model))

@@ -12,11 +12,12 @@ from torch import nn
 from lib.measure.roofline import cost_model
 from lib.measure.timing import workloads
 from lib.models.checkpoints import io
-from lib.models.decoding import attention_inputs, batch_cache, cache_names, mla_absorption
+from lib.models.decoding import batch_cache, cache_names, mla_absorption
 from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored
 from lib.models.structure.replacements import sparse as stored_sparse
+from lib.models.structure.sharing import sharing
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 from lib.optimizations.common import absorbed_baseline
 from lib.optimizations.common.compression.weight_only import weight_only
@@ -59,7 +60,7 @@ def test_what_is_made_of_it_decodes_absorbed_as_well(tiny, batch):
 
 def _grouped_columns(model: nn.Module) -> nn.Module:
     """Return a copy whose expansions keep half of the columns of every group of eight rows."""
-    changed = attention_inputs.sharing(model)
+    changed = sharing(model)
     weights = {f"{name}.weight": m.weight for name, m in changed.named_modules() if name.endswith("kv_b_proj")}
     kept_OI = (torch.arange(8)[None] + torch.arange(8)[:, None].repeat_interleave(8, 0)) % 2 == 0
     return stored_sparse.store(
@@ -69,7 +70,7 @@ def _grouped_columns(model: nn.Module) -> nn.Module:
 
 def _factored_expansion(model: nn.Module) -> nn.Module:
     """Return a copy whose expansions are factored at rank 3."""
-    changed = attention_inputs.sharing(model)
+    changed = sharing(model)
     for name in [name for name, _ in changed.named_modules() if name.endswith("kv_b_proj")]:
         left, values, right = torch.linalg.svd(changed.get_submodule(name).weight, full_matrices=False)
         factored.factor_linear(changed, name, (left * values)[:, :3], right[:3])
@@ -109,7 +110,7 @@ def _decoded(model: nn.Module) -> torch.Tensor:
 def test_what_is_changed_says_absorbed_what_it_says_stock(tiny, batch, change):
     """Reference: the stock path, which expands the whole cache in whatever form the matrix is stored."""
     changed = (CHANGES | PACKED)[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
-    stock = mla_absorption.expand(attention_inputs.sharing(changed))
+    stock = mla_absorption.expand(sharing(changed))
     assert mla_absorption.is_absorbed(changed) and not mla_absorption.is_absorbed(stock)
     expected, expanded = _decoded(stock), []
     for block in anatomy(changed).blocks:
@@ -131,7 +132,7 @@ def test_what_is_changed_is_saved_as_a_plain_checkpoint(tiny, batch, change, tmp
 @pytest.mark.parametrize("change", ["nothing", "factored expansion", "experts pruned"])
 def test_formulas_count_decoding_as_it_is_done(tiny, batch, change):
     changed = CHANGES[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
-    stock = mla_absorption.expand(attention_inputs.sharing(changed))
+    stock = mla_absorption.expand(sharing(changed))
     for model, absorbed in ((changed, True), (stock, False)):
         assert cost_model.decode_flops(model, 100) == cost_model.decode_flops(model, 100, absorbed=absorbed)
         work = workloads.decode(model, PROMPT, 2)
