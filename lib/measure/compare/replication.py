@@ -25,6 +25,7 @@ from lib.models.structure.signature import signature
 LARGEST_BYTES = 2**30  # of one model: each process loads three
 ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; of many blocks three
 MANY_BLOCKS = 24
+ARM_SECONDS = 6.0  # of each arm in one process, unless as many rounds as several processes have take less
 # Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; half of it at
 # effort quick, which is to find large effects. Where only cells are tested, the variable brings it down to nothing.
 BLOCK_SECONDS = 0.5
@@ -86,6 +87,17 @@ def _count(works: Arms, effort: Effort) -> int:
     if total and interleaved.warm_up(*works) < interleaved.LONG_SECONDS:
         least = SHORT_ROUNDS
     return interleaved.rounds_for(arms, total, least)[0]
+
+
+def rounds_alone(call_seconds: float, effort: Effort) -> int:
+    """Return the fewest rounds in a single process, where a call takes `call_seconds`: as many as fit
+    into ARM_SECONDS, at least the effort's blocks, at most what short calls have in several processes. Six turns of
+    two tokens let a model of a hundred million parameters differ from its copy by 15 %.
+    """
+    if not block_seconds(effort):
+        return effort.blocks
+    most = SHORT_ROUNDS * (effort.blocks // rounds(effort))
+    return max(effort.blocks, min(most, int(ARM_SECONDS / max(call_seconds, 1e-9))))
 
 
 def block_seconds(effort: Effort) -> float:

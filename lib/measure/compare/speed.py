@@ -22,7 +22,7 @@ from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance, workloads
 from lib.measure.timing.control import separate_copy
-from lib.measure.timing.interleaved import LONG_SECONDS, with_control
+from lib.measure.timing.interleaved import LONG_SECONDS, warm_up, with_control
 from lib.measure.timing.workloads import Workload
 from lib.measure.trackers import cpu, energy
 from lib.measure.trackers.cpu import Use
@@ -178,10 +178,11 @@ def _pairs(
     for name, works in arms.items():
         third = _workload(name, again, prompt_BT, effort)
         third()
-        for work in works:
+        least = replication.rounds_alone(warm_up(third), effort)
+        for work in (*works, third):
             if work.restart:
                 work.restart()
-        length: dict[str, Any] = {"blocks": effort.blocks, "total": replication.block_seconds(effort) * effort.blocks}
+        length: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
         pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
     return pairs, details
 

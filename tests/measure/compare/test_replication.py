@@ -81,3 +81,15 @@ def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_pat
     ids_BT = workloads.random_prompt(again, 1, 16)
     with torch.inference_mode():
         assert torch.equal(again(ids_BT).logits, absorbed[0](ids_BT).logits)
+
+
+@pytest.mark.parametrize(
+    ("call_seconds", "quick", "standard"), [(0.001, 36, 72), (0.19, 31, 31), (0.5, 12, 12), (3.0, 6, 12), (0.0, 36, 72)]
+)
+def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, standard, monkeypatch):
+    monkeypatch.delenv(replication.VARIABLE, raising=False)
+    monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
+    assert replication.rounds_alone(call_seconds, settings.read("quick")) == quick
+    assert replication.rounds_alone(call_seconds, settings.read("standard")) == standard
+    monkeypatch.setenv(replication.VARIABLE, "0")
+    assert replication.rounds_alone(call_seconds, settings.read("quick")) == settings.read("quick").blocks
