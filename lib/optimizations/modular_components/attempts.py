@@ -5,7 +5,7 @@ Shapes: B batch, T tokens.
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,12 +88,13 @@ def stale(
     pairs: dict[tuple[str, str], Attempt],
     *,
     before: Observation | None = None,
+    begun: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, str], nn.Module]:
     """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
 
     Left out are pairs that can do nothing with old statistics: their shapes no longer fit. `before`: the statistics of
-    `model`, where they are known already.
+    `model`, `begun`: by name the models of first steps, where they are known already.
     """
     models = {}
     for (first, second), outcome in pairs.items():
@@ -101,10 +102,11 @@ def stale(
         outdated = traits.STATISTICS in described(outcome.steps[0])["invalidates"]
         if outcome.state != "works" or not (takes and outdated):
             continue
-        begun = compose(model, calibration, outcome.steps[:1], seed=seed).model
+        known = (begun or {}).get(first)
+        start = known if known is not None else compose(model, calibration, outcome.steps[:1], seed=seed).model
         before, last = before or observe(model, calibration), outcome.steps[1]
         try:
-            models[first, second] = module_of(second).apply(begun, calibration, **last.knobs, observation=before)
+            models[first, second] = module_of(second).apply(start, calibration, **last.knobs, observation=before)
         except (RuntimeError, IndexError):
             continue
     return models

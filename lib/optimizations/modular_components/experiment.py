@@ -3,6 +3,7 @@
 Parts are found in the folder of optimizations; none is named here.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from lib.optimizations.common.search import search_quality
 from lib.optimizations.modular_components import hot_swap, maintenance, method, pair_rounds, strength, traits
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup
-from lib.optimizations.modular_components.strength import Weakened
+from lib.optimizations.modular_components.strength import MadeStep, Weakened
 
 CLAIMS = (
     "A pair crashes instead of being refused with a reason.",
@@ -59,9 +60,13 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
     model = setup.loaded.model
     middle = len(anatomy(model).blocks) // 2
     columns = {"baseline": traits.shapes(model, middle)}
-    for step in steps:
+    for count, step in enumerate(steps, 1):
+        start = time.perf_counter()
         model = method.compose(model, setup.calibration, [step], arrange=False, seed=setup.seed).model
+        seconds = time.perf_counter() - start
         columns[step.optimization] = traits.shapes(model, middle)
+        if setup.keeps_singles:
+            setup.made[strength.named(steps[:count])] = MadeStep(model, seconds)
     return pd.DataFrame(columns).fillna("–").rename_axis("tensor").reset_index()
 
 
@@ -73,7 +78,9 @@ def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
     apart = strength.LEVELS // 2 if setup.hurried else 1
-    chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed, apart=apart)
+    options: dict[str, Any] = {"apart": apart, "made": setup.made}
+    chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed, **options)
+    setup.made.clear()
     assert io.weights_hash(setup.loaded.model) == setup.weights, "composing changed the baseline"
     return chosen, levels
 

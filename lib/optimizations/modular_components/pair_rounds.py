@@ -79,7 +79,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
             if anyway is not None:
                 forced[first, second] = replace(anyway, model=None)
             if pair.model is not None and windows_NT is not None:
-                known: dict[str, Any] = {"before": before, "seed": seed}
+                known: dict[str, Any] = {"before": before, "begun": {first: parts[first].model}, "seed": seed}
                 stale = attempts.stale(loaded.model, setup.calibration, {(first, second): pair}, **known)
                 outdated |= interactions.losses(stale, windows_NT)
             if pair.model is not None:

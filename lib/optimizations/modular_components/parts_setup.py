@@ -3,7 +3,7 @@
 Parts are found in the folder of optimizations; none is named here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -16,6 +16,7 @@ from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.modular_components import method, traits
+from lib.optimizations.modular_components.strength import MadeStep
 
 PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with outdated statistics
 
@@ -24,7 +25,7 @@ PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with o
 class PartsSetup:
     """A model, the stems of the parts that apply to it in pipeline order, why the others do not, and what they are
     tried with. `weights` is the hash of the baseline's weights; `keeps_singles` says whether there is room for the
-    models of all parts at once.
+    models of all parts at once; `made` are then models of several steps that are needed twice.
     """
 
     loaded: Loaded
@@ -37,6 +38,7 @@ class PartsSetup:
     sample_BT: torch.Tensor
     weights: str
     keeps_singles: bool
+    made: dict[tuple[str, ...], MadeStep] = field(default_factory=dict, repr=False)
 
     @property
     def hurried(self) -> bool:

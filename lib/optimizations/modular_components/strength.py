@@ -7,8 +7,9 @@ used for judging, and is the same in every run, so the level found does not depe
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,14 @@ from lib.optimizations.modular_components import method
 
 LEVELS = 8
 STORED = ("shapes", "storage")  # aspects of a part that should make a model smaller
+
+
+@dataclass(frozen=True)
+class MadeStep:
+    """The model behind a step that was made earlier, and the seconds that this step took."""
+
+    model: nn.Module = field(repr=False)
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,14 @@ def stack_at(
     steps: Sequence[RecipeStep],
     level: int,
     seed: int = 0,
+    made: Mapping[tuple[str, ...], MadeStep] | None = None,
 ) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
     """Return the steps kept at `level`, the model after them, and by stem why the others were left out.
 
-    A part that refuses at this strength is left out, with its reason.
+    A part that refuses at this strength is left out, with its reason. `made`: by their names (`named`), what some steps
+    made earlier of the same model, calibration and seed.
     """
+    options: dict[str, Any] = {"arrange": False, "seed": seed}
     kept: list[RecipeStep] = []
     left_out: dict[str, str] = {}
     current = model
@@ -87,7 +99,8 @@ def stack_at(
             left_out[step.optimization] = "no strength is left"
             continue
         try:
-            changed = method.compose(current, calibration, [weak], arrange=False, seed=seed).model
+            known = (made or {}).get(named([*kept, weak]))
+            changed = known.model if known else method.compose(current, calibration, [weak], **options).model
         except UserError as refusal:
             left_out[step.optimization] = str(refusal)
             continue
@@ -100,6 +113,17 @@ def stack_at(
     if current is model:
         current = method.compose(model, calibration, []).model
     return kept, current, left_out
+
+
+def named(steps: Sequence[RecipeStep]) -> tuple[str, ...]:
+    """Return the steps with their knobs, as a key."""
+    return tuple(step.model_dump_json() for step in steps)
+
+
+def _spent(kept: Sequence[RecipeStep], made: Mapping[tuple[str, ...], MadeStep]) -> float:
+    """Return the seconds that those of the steps took which were made earlier."""
+    keys = (named(kept[:count]) for count in range(1, len(kept) + 1))
+    return sum(made[key].seconds for key in keys if key in made)
 
 
 def strongest(within: Callable[[int], bool], levels: int = LEVELS, apart: int = 1) -> int:
@@ -123,9 +147,10 @@ def find(
     seed: int = 0,
     *,
     apart: int = 1,
+    made: Mapping[tuple[str, ...], MadeStep] | None = None,
 ) -> tuple[Weakened, list[Weakened]]:
     """Return the strongest stack within the margins, and every level that was tried, by strength; `apart`: see
-    `strongest`.
+    `strongest`, `made`: see `stack_at`.
 
     Only the models of the best so far and of the level under test are held.
     """
@@ -134,8 +159,8 @@ def find(
 
     def look(level: int) -> Weakened:
         start = time.perf_counter()
-        kept, model, left_out = stack_at(loaded.model, calibration, steps, level, seed)
-        seconds = time.perf_counter() - start
+        kept, model, left_out = stack_at(loaded.model, calibration, steps, level, seed, made)
+        seconds = time.perf_counter() - start + _spent(kept, made or {})
         broken = sanity.check(model, sample_BT, new_tokens=4, random_weights=loaded.random_weights)
         return Weakened(level, kept, model, left_out, quality.of(model), seconds, broken)
 

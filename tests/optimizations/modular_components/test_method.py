@@ -129,6 +129,9 @@ def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
     stale = next(iter(attempts.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
     assert (fresh.observations, again.observations) == (1, 2)
     assert io.weights_hash(stale) != io.weights_hash(fresh.model), "old statistics chose the same experts"
+    begun = {FACTORS: composing.compose(model, [batch], twice[:1]).model}
+    known = next(iter(attempts.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}, begun=begun).values()))
+    assert io.weights_hash(known) == io.weights_hash(stale), "a first step that is known already makes a difference"
     by_hand = composing.compose(composing.compose(model, [batch], twice[:1]).model, [batch], twice[1:]).model
     assert io.weights_hash(fresh.model) == io.weights_hash(by_hand)
 

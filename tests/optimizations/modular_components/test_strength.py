@@ -91,3 +91,24 @@ def test_the_strongest_stack_within_the_margins_is_found(tiny, batch):
     assert best.level == strength.LEVELS or not planted.of(worse).within()
     assert all("within the margins" in row.row() for row in levels)
     assert torch.isfinite(best.model(**batch).logits).all() and anatomy(best.model).blocks
+
+
+def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    steps = [_step(PRUNING, ratio=0.4), _step(EXACT, memory_ratio=1.0)]
+    expected = strength.stack_at(model, [batch], steps, strength.LEVELS)[1]
+    first = method.compose(model, [batch], steps[:1], arrange=False, seed=0).model
+    made = {strength.named(steps[:1]): strength.MadeStep(first, 1000.0)}
+    composed = []
+    compose = method.compose
+    monkeypatch.setattr(method, "compose", lambda *args, **kw: composed.append(args[2]) or compose(*args, **kw))
+    kept, behind, _ = strength.stack_at(model, [batch], steps, strength.LEVELS, made=made)
+    assert kept == steps and composed == [steps[1:]]
+    assert torch.equal(behind(**batch).logits, expected(**batch).logits)
+    monkeypatch.setattr(strength, "strongest", lambda within, *_, **__: strength.LEVELS * within(strength.LEVELS))
+    planted = _Planted(model)
+    planted.of = lambda model: QualityLoss(0.0, 0.0, 0.0)
+    best, _ = strength.find(planted, [batch], steps, batch["input_ids"], made=made)
+    assert best.level == strength.LEVELS and 1000 < best.seconds < 1100
+    half, _, _ = strength.stack_at(model, [batch], steps, strength.LEVELS // 2, made=made)
+    assert half[0].knobs["ratio"] == 0.2, "what was made at full strength is not taken for another"
