@@ -25,7 +25,7 @@ from lib.models.structure.signature import signature
 LARGEST_BYTES = 2**30  # of one model: each process loads three
 ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; of many blocks three
 MANY_BLOCKS = 24
-ARM_SECONDS = 6.0  # of each arm in one process, unless as many rounds as several processes have take less
+ARM_SECONDS = 6.0  # of each arm, in all processes together, unless SHORT_ROUNDS in each take less
 # Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; half of it at
 # effort quick, which is to find large effects. Where only cells are tested, the variable brings it down to nothing.
 BLOCK_SECONDS = 0.5
@@ -79,23 +79,32 @@ def in_processes(
 
 
 def _count(works: Arms, effort: Effort) -> int:
-    """Return the rounds of a workload in each process: the same in all of them, by calls in this one. Of short calls
-    at least SHORT_ROUNDS: with two, a model of a hundred million parameters differs from its copy by a tenth.
-    """
+    """Return the rounds of a workload in each process: the same in all of them, by calls in this one."""
     arms = {"baseline": works[0], "optimized": works[1], "copy": works[0]}
     total, least = block_seconds(effort) * rounds(effort), rounds(effort)
-    if total and interleaved.warm_up(*works) < interleaved.LONG_SECONDS:
-        least = SHORT_ROUNDS
+    if total:
+        least = least_in_each(interleaved.warm_up(*works), effort)
     return interleaved.rounds_for(arms, total, least)[0]
 
 
-def rounds_alone(call_seconds: float, effort: Effort) -> int:
-    """Return the fewest rounds in a single process, where a call takes `call_seconds`: as many as fit
-    into ARM_SECONDS, at least the effort's blocks, at most what short calls have in several processes. Six turns of
-    two tokens let a model of a hundred million parameters differ from its copy by 15 %.
+def least_in_each(call_seconds: float, effort: Effort) -> int:
+    """Return the fewest rounds in each process. Of short calls SHORT_ROUNDS: with two, a model of a hundred million
+    parameters differs from its copy by a tenth. Of long ones as many as fit into the share of ARM_SECONDS.
+    """
+    if call_seconds < interleaved.LONG_SECONDS:
+        return SHORT_ROUNDS
+    share = ARM_SECONDS / (effort.blocks // rounds(effort))
+    return max(rounds(effort), min(SHORT_ROUNDS, int(share / call_seconds)))
+
+
+def rounds_alone(work: Workload, effort: Effort) -> int:
+    """Return the fewest rounds in a single process, by a call of an arm that is warm: as many as fit into ARM_SECONDS,
+    at least the effort's blocks, at most what short calls have in several processes. Six turns of two tokens let a
+    model of a hundred million parameters differ from its copy by 15 %.
     """
     if not block_seconds(effort):
         return effort.blocks
+    call_seconds = interleaved.warm_up(work)
     most = SHORT_ROUNDS * (effort.blocks // rounds(effort))
     return max(effort.blocks, min(most, int(ARM_SECONDS / max(call_seconds, 1e-9))))
 

@@ -22,7 +22,7 @@ from lib.measure.roofline.ceilings import Ceilings
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance, workloads
 from lib.measure.timing.control import separate_copy
-from lib.measure.timing.interleaved import LONG_SECONDS, warm_up, with_control
+from lib.measure.timing.interleaved import LONG_SECONDS, with_control
 from lib.measure.timing.workloads import Workload
 from lib.measure.trackers import cpu, energy
 from lib.measure.trackers.cpu import Use
@@ -178,7 +178,7 @@ def _pairs(
     for name, works in arms.items():
         third = _workload(name, again, prompt_BT, effort)
         third()
-        least = replication.rounds_alone(warm_up(third), effort)
+        least = replication.rounds_alone(third, effort)
         for work in (*works, third):
             if work.restart:
                 work.restart()

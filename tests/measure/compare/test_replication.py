@@ -89,7 +89,16 @@ def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_pat
 def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, standard, monkeypatch):
     monkeypatch.delenv(replication.VARIABLE, raising=False)
     monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
-    assert replication.rounds_alone(call_seconds, settings.read("quick")) == quick
-    assert replication.rounds_alone(call_seconds, settings.read("standard")) == standard
+    calls = []
+    monkeypatch.setattr(replication.interleaved, "warm_up", lambda arm: calls.append(arm) or call_seconds)
+    assert replication.rounds_alone("arm", settings.read("quick")) == quick
+    assert replication.rounds_alone("arm", settings.read("standard")) == standard
     monkeypatch.setenv(replication.VARIABLE, "0")
-    assert replication.rounds_alone(call_seconds, settings.read("quick")) == settings.read("quick").blocks
+    assert replication.rounds_alone("arm", settings.read("quick")) == settings.read("quick").blocks
+    assert calls == ["arm", "arm"], "where cells alone are tested nothing is called for it"
+
+
+@pytest.mark.parametrize(("call_seconds", "quick", "standard"), [(0.01, 12, 12), (0.3, 6, 3), (0.9, 2, 2), (5.0, 2, 2)])
+def test_long_calls_have_as_many_rounds_in_each_process_as_fit(call_seconds, quick, standard):
+    assert replication.least_in_each(call_seconds, settings.read("quick")) == quick
+    assert replication.least_in_each(call_seconds, settings.read("standard")) == standard
