@@ -56,13 +56,20 @@ class Pooled:
 
 
 def pool(draws: Iterable[Draw]) -> Pooled:
-    """Return τ by the method of moments: the mean over draws of effect² − error², the prior counted as some draws.
+    """Return τ by the method of moments with weights (DerSimonian and Kacker 2007, Random-effects model for
+    meta-analysis of clinical trials): the mean over draws of effect² − error², the prior counted as some draws.
 
-    Effects beyond five times the prior are cut there: one disturbed run must not widen all later intervals.
+    One disturbed run must neither widen all later intervals nor narrow them. Effects are cut at five times what prior
+    and error allow; a draw counts the less, the further its error exceeds the prior: (σ² / (σ² + error²))², as the
+    variance of its effect² asks.
     """
-    excess = [min(abs(draw.effect), 5 * PRIOR_SIGMA) ** 2 - draw.error**2 for draw in draws]
-    variance = (PRIOR_DRAWS * PRIOR_SIGMA**2 + sum(excess)) / (PRIOR_DRAWS + len(excess))
-    return Pooled(max(LEAST_SIGMA, math.sqrt(max(variance, 0.0))), len(excess))
+    total, weights, count = PRIOR_DRAWS * PRIOR_SIGMA**2, float(PRIOR_DRAWS), 0
+    for draw in draws:
+        expected = PRIOR_SIGMA**2 + draw.error**2
+        weight = (PRIOR_SIGMA**2 / expected) ** 2
+        total += weight * (min(draw.effect**2, 25 * expected) - draw.error**2)
+        weights, count = weights + weight, count + 1
+    return Pooled(max(LEAST_SIGMA, math.sqrt(max(total / weights, 0.0))), count)
 
 
 def table(draws: Iterable[Draw]) -> dict[str, dict[str, Pooled]]:

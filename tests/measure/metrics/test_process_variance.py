@@ -45,6 +45,22 @@ def test_one_disturbed_run_does_not_blind_all_later_ones():
     assert process_variance.pool(mixed).sigma < 3 * process_variance.pool(draws(0.005, 40)).sigma
 
 
+def test_a_noisy_run_does_not_sharpen_all_later_ones():
+    """Controls whose own error is 10 to 50 % tell nothing of a spread of 2 %, whatever effect they happen to show."""
+    quiet = draws(0.02, 60)
+    noisy = [Draw("cpu", "decode", effect, error) for effect in (0.0, 0.03) for error in (0.1, 0.2, 0.5)]
+    alone = process_variance.pool(quiet).sigma
+    assert process_variance.pool([*quiet, *noisy]).sigma == pytest.approx(alone, rel=0.02)
+    assert process_variance.pool(noisy).sigma == pytest.approx(process_variance.PRIOR_SIGMA, rel=0.05)
+
+
+def test_the_pool_finds_a_spread_behind_errors_of_every_size():
+    random = np.random.default_rng(5)
+    errors = random.choice([0.002, 0.01, 0.03], 600)
+    mixed = [Draw("cpu", "decode", 0.015 * random.normal() + error * random.normal(), error) for error in errors]
+    assert process_variance.pool(mixed).sigma == pytest.approx(0.015, rel=0.15)
+
+
 def test_the_pool_is_read_by_device_and_workload(tmp_path, monkeypatch):
     many = [*draws(0.003, 60), *(Draw("cpu", "prefill", *pair) for pair in [(0.03, 0.001), (-0.03, 0.001)] * 20)]
     path = process_variance.write(tmp_path / process_variance.NAME, process_variance.table(many))
