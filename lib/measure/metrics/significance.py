@@ -37,7 +37,7 @@ def p_value(measurement: Measurement) -> float | None:
         return 1.0
     if error <= 0 or math.isinf(error):
         return 0.0 if error <= 0 else 1.0
-    freedom = _freedom(measurement)
+    freedom = freedom_of(measurement)
     quantile = float(stdtrit(freedom, 1 - LEVEL / 2))
     return min(1.0, 2 * float(stdtr(freedom, -beyond / error * quantile)))
 
@@ -75,7 +75,7 @@ def _margin(measurement: Measurement) -> float:
     return math.log1p(margin) if measurement.metric == "perplexity" else margin
 
 
-def _freedom(measurement: Measurement) -> int:
+def freedom_of(measurement: Measurement) -> int:
     """Return the degrees of freedom behind the interval: processes where it is over processes, else samples."""
     processes = measurement.processes or 1
     return (processes if processes >= 3 else measurement.n or 2) - 1

@@ -249,12 +249,22 @@ def _at_least(
 ) -> tuple[float, float, float, float, int]:
     """Return a comparison by blocks with the variance between processes: no side's error is smaller than that of its
     stored interval or of its noise floor, which both hold it (and a stored standard deviation between processes).
+
+    Blocks of one process are not independent: the degrees of freedom are those of the stored intervals. Where these
+    widen, p is below 0.05 exactly where they exclude no change, and falls beyond as slowly as few processes ask.
     """
-    effect, low, high, error, freedom = blocks
-    wider = math.hypot(_error(old), _error(new))
-    if wider <= error:
-        return blocks
-    return effect, min(low, effect - NORMAL * wider), max(high, effect + NORMAL * wider), wider, freedom
+    effect, low, high, error, _ = blocks
+    half, freedom = NORMAL * math.hypot(_error(old), _error(new)), sum(map(significance.freedom_of, (old, new)))
+    if half <= NORMAL * error:
+        return effect, low, high, error, freedom
+    return effect, min(low, effect - half), max(high, effect + half), half / _quantile(freedom), freedom
+
+
+def _quantile(freedom: int) -> float:
+    """Return Student's 97.5 % quantile."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, 1 - LEVEL / 2))
 
 
 def _error(measurement: Measurement) -> float:

@@ -1,6 +1,9 @@
 """Two result sets: planted changes are found, no change is none, and what cannot be compared says why."""
 
+import math
+
 import pytest
+from scipy import stats
 
 from lib.measure.metrics import measurement
 from lib.report.analysis import compare
@@ -143,6 +146,23 @@ def test_what_differs_between_processes_is_part_of_the_uncertainty():
             m.noise_floor = 0.06 if m.metric == key[0] else m.noise_floor
     change = _sets(old, new)[key]
     assert change.verdict == "inconclusive" and change.low < 0.9 and change.high > 1
+
+
+@pytest.mark.parametrize("processes", [3, 6, 12])
+def test_processes_are_the_degrees_of_freedom_however_many_blocks_each_has(processes):
+    """p inverts the wider interval, and its tail is as heavy as few processes make it: Holm looks far into the tail."""
+    change = compare.Change(*STEM, "prefill_tokens_per_second", "prefill", "", True)
+    timed = samples.timed("prefill_tokens_per_second", 1.2, 0.05)
+    timed = timed.model_copy(update={"n": 12 * processes, "processes": processes})
+    half = compare.NORMAL * math.hypot(compare._error(timed), compare._error(timed))
+
+    def p(effect: float) -> float:
+        blocks = (effect, effect - 0.001, effect + 0.001, 0.0005, 24 * processes - 2)
+        return compare._estimated(change, 1.0, *compare._at_least(blocks, timed, timed), "").p
+
+    assert p(1.01 * half) < 0.05 < p(0.99 * half)
+    quantile = stats.t.ppf(0.975, 2 * processes - 2)
+    assert p(2 * half) == pytest.approx(2 * stats.t.sf(2 * quantile, 2 * processes - 2))
 
 
 def test_metrics_that_cannot_be_compared_say_why():
