@@ -11,7 +11,7 @@ Word = Literal["better", "worse", "equivalent", "inconclusive"]
 
 BUSY_FLOOR = 0.10  # two equal arms that differ by more than this: the machine gives no verdict of speed
 FACTOR = 2.0  # an interval of few pairs whose upper end is this many times the lower carries no verdict
-FEW_PAIRS = 6
+FEW_PAIRS = 6  # or processes, where these are what is independent
 POWER_FACTOR = 0.84  # the standard normal's 80 % quantile
 MEDIAN_FACTOR = 1.25  # √(π/2): how much wider a median scatters than a mean
 
@@ -34,13 +34,15 @@ def decide(
     margin: float,
     higher_is_better: bool,
     busy: str | None = None,
+    processes: int | None = None,
 ) -> Ruling:
     """Return the decision on an effect ln(optimized / baseline) with its 95 % interval.
 
     Better and worse need three things: the interval excludes 0, and the effect passes both the practical margin (a
     share) and the noise floor (a logarithm). Equivalent needs the whole interval, and the effect plus or minus the
     floor, inside ±margin. Anything else is inconclusive. Nothing is decided on a busy machine (`busy` says what was
-    seen), above a floor of 10 %, or by six pairs whose interval spans a factor.
+    seen), above a floor of 10 %, or by six pairs whose interval spans a factor; by six `processes`, where the interval
+    is over these, however many of the `n` pairs each has timed.
     """
     threshold = math.log1p(margin)
     if busy:
@@ -50,8 +52,9 @@ def decide(
             "inconclusive",
             f"the noise floor of {100 * floor:.3g}% is above {BUSY_FLOOR:.0%}; measure again on a quiet machine",
         )
-    if n <= FEW_PAIRS and high - low >= math.log(FACTOR):
-        return Ruling("inconclusive", f"{n} pairs whose interval spans a factor of {math.exp(high - low):.1f}")
+    if (processes or n) <= FEW_PAIRS and high - low >= math.log(FACTOR):
+        few = f"{processes} processes" if processes else f"{n} pairs"
+        return Ruling("inconclusive", f"{few} whose interval spans a factor of {math.exp(high - low):.1f}")
     excludes = low > 0 or high < 0
     if excludes and abs(effect) > max(threshold, floor):
         return Ruling("better" if (effect > 0) == higher_is_better else "worse")

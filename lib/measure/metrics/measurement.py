@@ -231,6 +231,7 @@ def from_samples(
             margin=margin,
             higher_is_better=listed.higher_is_better,
             busy=busy,
+            processes=effect.processes if several else None,
         )
         verdict, reason = decision.verdict, decision.reason
         if floor > BUSY_FLOOR:
@@ -304,6 +305,7 @@ def judge_again(stored: Measurement) -> Ruling | None:
         margin=stored.margin,
         higher_is_better=stored.higher_is_better,
         busy=stored.reason if stored.disturbed else None,
+        processes=stored.processes if (stored.processes or 0) >= paired_stats.MINIMUM_PROCESSES else None,
     )
 
 

@@ -54,13 +54,13 @@ class Effect:
 
 
 def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
-    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive, of equal
-    number and not empty.
+    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive and finite, of
+    equal number and not empty.
     """
     base, opt = np.asarray(baseline, dtype=float), np.asarray(optimized, dtype=float)
     if base.shape != opt.shape or base.ndim != 1 or base.size == 0:
         raise ValueError(f"paired samples need equal lengths, got {base.shape} and {opt.shape}")
-    if not (np.all(base > 0) and np.all(opt > 0)):
+    if not (np.all(base > 0) and np.all(opt > 0) and np.isfinite([base, opt]).all()):
         raise ValueError("paired samples must be positive and finite")
     return np.log(opt / base)
 

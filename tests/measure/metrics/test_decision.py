@@ -49,6 +49,14 @@ def test_six_pairs_carry_no_verdict_whose_interval_spans_a_factor():
     assert decide(*wide.values(), **OPTIONS | {"n": 12, "floor": 0.05}).verdict == "better"
 
 
+def test_blocks_of_few_processes_carry_no_verdict_either_whose_interval_spans_a_factor():
+    """Three processes of twelve blocks are three samples: the baseline itself, faster by 1.16 to 8.13."""
+    wide = {"effect": 1.0, "low": math.log(1.16), "high": math.log(8.13)}
+    few = decide(*wide.values(), **OPTIONS | {"n": 36, "floor": 0.05}, processes=3)
+    assert few.verdict == "inconclusive" and few.reason.startswith("3 processes") and "factor of 7.0" in few.reason
+    assert decide(*wide.values(), **OPTIONS | {"n": 144, "floor": 0.05}, processes=12).verdict == "better"
+
+
 @pytest.mark.parametrize(("sigma", "tau"), [(0.03, 0.0), (0.01, 0.01), (0.06, 0.005)])
 def test_the_detectable_effect_is_found_four_times_out_of_five(sigma, tau):
     random, margin, n = np.random.default_rng(0), 0.02, 12

@@ -57,6 +57,19 @@ def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
     assert quiet.verdict == "better" and quiet.reason is None
 
 
+def test_a_few_processes_that_disagree_by_a_factor_carry_no_verdict_however_many_blocks_they_time():
+    process = [number // 12 for number in range(36)]
+    seconds = [0.1] * 36
+    wild = [0.1 / (2.0, 2.6, 1.7)[number] for number in process]
+    copy = Pairs(seconds, [0.1 * (1 + 0.001 * (i % 3)) for i in range(36)], ["AB"] * 36, [None] * 36, 1,
+                 process=process)  # fmt: skip
+    timed = Pairs(seconds, wild, ["AB"] * 36, [None] * 36, 1, process=process)
+    rate = measurement.from_pairs("decode_tokens_per_second", "decode", timed, 1, copy)
+    assert rate.ci[0] > 1 and rate.ci[1] > 2 * rate.ci[0] and rate.processes == 3
+    assert rate.verdict == "inconclusive" and "3 processes" in rate.reason
+    assert measurement.judge_again(rate).verdict == "inconclusive"
+
+
 def test_counted_numbers_are_judged_by_direction_and_margin():
     assert measurement.counted("weights_bytes", "load", 100, 70, "count").verdict == "better"
     assert measurement.counted("weights_bytes", "load", 100, 130, "count").verdict == "worse"

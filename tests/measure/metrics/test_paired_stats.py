@@ -87,6 +87,13 @@ def test_a_fixed_order_would_invent_an_effect_on_a_drifting_machine():
     assert paired_stats.effect(paired_stats.differences(first, second)).low > 0.05
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_samples_that_are_no_times_are_refused(bad):
+    for arms in (([1.0, bad], [1.0, 1.0]), ([1.0, 1.0], [bad, 1.0])):
+        with pytest.raises(ValueError, match="positive and finite"):
+            paired_stats.differences(*arms)
+
+
 def test_five_percent_is_found_at_standard_effort():
     verdicts = [Machine(trial).compare(0.05, seed=trial)[0] for trial in range(TRIALS)]
     assert verdicts.count("worse") >= 0.95 * TRIALS
