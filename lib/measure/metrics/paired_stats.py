@@ -54,7 +54,7 @@ class Effect:
 
 
 def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
-    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive and finite, of
+    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive, finite, of
     equal number and not empty.
     """
     base, opt = np.asarray(baseline, dtype=float), np.asarray(optimized, dtype=float)

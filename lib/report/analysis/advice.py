@@ -40,7 +40,7 @@ LIMITED = {"memory": ("peak_memory_bytes",), "size": ("checkpoint_bytes", "weigh
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
-QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "perplexity")
+QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "accuracy_norm", "exact_match", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,10 @@ def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[
         reason = next((m.reason for m in record.measurements if m.dimension == "accuracy" and m.reason), None)
         return None, f"quality was not measured ({reason or 'no score'})", scores
     unexercised = [m for m in scores if m.verdict == "not_exercised"]
-    words = {id(m): judged_with(m, keep) for m in scores}
-    lost = next((m for m in scores if words[id(m)] == "not_maintained"), None)
+    guards = [(loss.metric, loss.workload) for loss in record.verdict.losses_of("accuracy")]
+    known = [*scores, *(m for m in record.measurements if (m.metric, m.workload) in guards)]
+    words = {id(m): judged_with(m, keep) for m in known}
+    lost = next((m for m in known if words[id(m)] == "not_maintained"), None)
     if lost:
         return f"{subject(lost)} {brief.change(lost)}, more than may be lost", None, scores
     undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)

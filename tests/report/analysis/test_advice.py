@@ -56,6 +56,25 @@ def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     assert strict.decision != "use"
 
 
+@pytest.mark.parametrize(
+    ("metric", "workload"),
+    [("accuracy_norm", "hellaswag"), ("exact_match", "lm_eval:gsm8k"), ("recall_macro", "classify")],
+)
+def test_no_score_that_was_lost_is_overlooked(metric, workload):
+    """Public tasks are judged by scores of their own; a guard's loss is one whatever carries the word."""
+    kept = samples.whole("structured_pruning", MODEL, gain=2.0)
+    assert advised(kept).decision == "use"
+    lost = samples.scored(metric, 0.7, 0.3, "not_maintained", workload=workload)
+    again = record.build(
+        kept.optimization, MODEL, "proxy", "quick", {}, [*kept.measurements, lost], environment=samples.ENVIRONMENT,
+        primaries=samples.PRIMARIES,
+    )  # fmt: skip
+    assert again.verdict.accuracy == "maintained" and again.verdict.losses_of("accuracy")
+    row = advised(again)
+    assert row.decision == "do not use" and "40.0 points lower" in row.reason
+    assert advised(again, keep=0.5).decision == "use"
+
+
 def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open():
     run = samples.whole("structured_pruning", MODEL)
     no_scores = [m for m in run.measurements if m.dimension != "accuracy"]
