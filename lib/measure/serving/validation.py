@@ -1,8 +1,8 @@
 """How far the simulation strays from the real server, and what that means for a simulated number.
 
 The same traces are served by the real model and in simulation; the relative error of the means over the traces is what
-a simulated number carries: it widens the interval in quadrature, and where it exceeds a tenth nothing simulated
-is judged. Knows no policy.
+a simulated number carries (that of goodput at least, since goodput is what is simulated to be judged): it widens the
+interval in quadrature, and where it exceeds a tenth nothing simulated is judged. Knows no policy.
 """
 
 import math
@@ -17,7 +17,8 @@ from lib.measure.serving import slo
 from lib.measure.serving.protocol import Served
 from lib.measure.serving.slo import Objectives
 
-COMPARED = ("goodput share", "latency p50", "latency p95", "time per output token", "output tokens/s")
+GOODPUT = "goodput share"
+COMPARED = (GOODPUT, "latency p50", "latency p95", "time per output token", "output tokens/s")
 MOST_ERROR = 0.10  # above it nothing simulated is judged
 WHAT = "the simulation's error against the real server"
 
@@ -28,7 +29,7 @@ def beside(
     simulated: Mapping[str, Sequence[Sequence[Served]]], real: Mapping[str, Sequence[Served]], objective: Objectives
 ) -> list[Row]:
     """Return a row per policy and compared quantity: real (mean over the traces), simulated (mean, least and most of
-    the jitters, each a mean over the traces), relative error of the mean.
+    the jitters, each a mean over the traces), relative error of the mean (1 where the real one is 0 and this is not).
 
     `real[policy]` has a run per trace; `simulated[policy]` has, per jitter, a run per trace. Where minimum and maximum
     are far apart, the quantity depends on single requests, and the replays say little about it either.
@@ -43,9 +44,15 @@ def beside(
             row |= dict.fromkeys(("simulated", "least", "most"))
             if known and len(known) == len(values):
                 row |= {"simulated": float(np.mean(known)), "least": min(known), "most": max(known)}
-                row["error"] = abs(row["simulated"] - truth) / truth if truth else None
+                row["error"] = _relative(row["simulated"], truth)
             rows.append(row)
     return rows
+
+
+def _relative(simulated: float, truth: float | None) -> float | None:
+    if truth is None or truth == simulated == 0:
+        return None
+    return abs(simulated - truth) / truth if truth else 1.0
 
 
 def _mean(runs: Sequence[Served], name: str, objective: Objectives) -> float | None:
@@ -67,10 +74,14 @@ def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
     return measurement.informative("simulation_error", "serve, real model", first, last, source)
 
 
-def error_of(simulation: Measurement) -> float | None:
-    """Return the error that simulated numbers carry: the larger of both arms; None where it is unknown."""
-    errors = (simulation.baseline, simulation.optimized)
-    return None if errors[0] is None or errors[1] is None else max(errors[0], errors[1])
+def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> float | None:
+    """Return the error that simulated goodput carries: the largest of both arms' means, and of goodput's own errors in
+    the `rows` of `beside`, which quantities that any simulation finds must not hide; None where it is unknown.
+    """
+    if simulation.baseline is None or simulation.optimized is None:
+        return None
+    own = [row["error"] for row in rows if row["quantity"] == GOODPUT and row["error"] is not None]
+    return max(simulation.baseline, simulation.optimized, *own)
 
 
 def carried(simulated: Measurement, error: float | None) -> Measurement:

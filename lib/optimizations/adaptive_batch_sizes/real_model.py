@@ -73,7 +73,7 @@ class RealModelTrial:
 
     def carried(self, simulated: Measurement) -> Measurement:
         """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, validation.error_of(self.error))
+        return validation.carried(simulated, validation.error_of(self.error, self.rows))
 
 
 def workload(size: int) -> str:

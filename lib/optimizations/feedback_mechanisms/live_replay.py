@@ -201,7 +201,7 @@ class LiveTrial:
 
     def carried(self, simulated: Measurement) -> Measurement:
         """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, validation.error_of(self.error))
+        return validation.carried(simulated, validation.error_of(self.error, self.rows))
 
 
 def compare(

@@ -50,6 +50,32 @@ def test_a_simulation_is_beside_itself_without_error_and_a_planted_one_is_seen()
     assert validation.error_of(error) == error.optimized
 
 
+def test_goodput_that_the_real_server_never_had_is_no_small_error():
+    """All real requests are late, all simulated ones in time: the other quantities agree within a few percent."""
+    strict = Objectives(1.0, 0.0455)
+    real = {"fixed": [run(0.51)], "ours": [run(0.51)]}
+    kind = {name: [[run(0.5)]] for name in real}
+    rows = validation.beside(kind, real, strict)
+    assert {row["error"] for row in rows if row["quantity"] == validation.GOODPUT} == {1.0}
+    error = validation.simulation_error(rows, "planted")
+    assert validation.error_of(error, rows) == 1.0 and error.optimized > validation.MOST_ERROR
+    assert validation.carried(measured(1.5), validation.error_of(error, rows)).verdict == "informative"
+    nowhere = validation.beside({name: [[run(0.51)]] for name in real}, real, strict)
+    assert all(row["error"] is None for row in nowhere if row["quantity"] == validation.GOODPUT)
+
+
+def test_what_any_simulation_finds_does_not_hide_an_error_of_goodput():
+    """A third of the real requests are late: goodput is off by half, everything else by hardly anything."""
+    strict = Objectives(1.0, 0.0455)
+    mixed = run(0.5, 39)
+    for outcome in mixed.outcomes[::3]:
+        outcome.finished += 0.02
+    rows = validation.beside({name: [[run(0.5, 39)]] for name in "ab"}, {name: [mixed] for name in "ab"}, strict)
+    error = validation.simulation_error(rows, "planted")
+    assert validation.error_of(error) == pytest.approx(0.1, abs=0.02)
+    assert validation.error_of(error, rows) == pytest.approx(0.5)
+
+
 def test_without_replays_the_error_is_unknown():
     assert validation.simulation_error([], "planted").verdict == "unavailable"
     assert validation.error_of(validation.simulation_error([], "planted")) is None
