@@ -34,7 +34,8 @@ CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last one lies beyond 
 WITHIN_CAPACITY = CONSTANT_SHARES[:-1]
 BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
 WARM_UP_SHARE, LEAST_WARM_UP = 0.25, 8  # of a phase's requests that come first and do not count; at least so many
-NEW_JITTER = 7919  # added to a seed for the same trace with other jitter: the A/A control
+NEW_JITTER = 7919  # that of the A/A control: the same trace with other jitter
+JITTER_STEP = 10**6  # between the seeds of two jitters of a trace, so that no trace meets those of its neighbours
 PHASES = ("warm-up", "chats", "more chats", "documents", "chats")
 PARAMETERS = {"rows": (1, 4096), "prompt tokens": (1, 131072), "new tokens": (1, 131072)}
 
@@ -73,12 +74,17 @@ class ServingSetup:
         jitter: policies on one trace meet the same ones, and runs of several seeds differ by what the calibration does
         not know.
         """
-        seed = trace.seed + jitter
+        seed = seed_of(trace, jitter)
         return simulate(trace, policy, drawn_again(self.times, seed), self.limits, seed=seed, batching=self.batching)
 
     def goodputs(self, traces: Sequence[Trace], make_policy: PolicyFactory, jitter: int = 0) -> list[float]:
         """Return the simulated goodput of a new policy on each trace, requests/s."""
         return [slo.goodput(self.run(trace, make_policy(), jitter), self.objective) for trace in traces]
+
+
+def seed_of(trace: Trace, jitter: int) -> int:
+    """Return the seed of the step times and of the jitter with which a trace is served in simulation."""
+    return trace.seed + JITTER_STEP * jitter
 
 
 # --- the setup and its traffic ----------------------------------------------------------------------------------------

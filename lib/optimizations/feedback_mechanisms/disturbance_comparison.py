@@ -18,7 +18,7 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
 from lib.measure.serving import policy_comparison, slo, step_timing
-from lib.measure.serving.policy_comparison import NEW_JITTER
+from lib.measure.serving.policy_comparison import NEW_JITTER, seed_of
 from lib.measure.serving.protocol import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes, drawn_again
@@ -134,7 +134,7 @@ class TwoProfileSetup:
         """Serve a scenario in virtual time. Step times are drawn again for each seed, and so is the jitter: settings
         meet the same ones.
         """
-        seed = scenario.trace.seed + jitter
+        seed = seed_of(scenario.trace, jitter)
         times = [drawn_again(each, seed) for each in (self.times[:1] if self.alone else self.times)]
         return scenarios.play(scenario, policy, times, self.limits, seed, self.shadow_share)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.measure.serving import engine as engines
-from lib.measure.serving import step_timing, traffic
+from lib.measure.serving import policy_comparison, step_timing, traffic
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Decision, Limits
 from lib.measure.serving.server import VirtualClock, serve
@@ -136,3 +136,12 @@ def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, nam
         serve(trace(1), policy(), engine, VirtualClock(), Limits(8), drain_seconds=float("inf"))
         outputs.append(engine.output)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_no_jitter_of_a_trace_is_another_traces():
+    """Traces are numbered one after the other, and so are jitters: their sums would meet."""
+    jitters = [*range(10), policy_comparison.NEW_JITTER]
+    seeds = [policy_comparison.seed_of(trace(seed), jitter) for seed in [*range(12), *range(1000, 1012)] for jitter in
+             jitters]  # fmt: skip
+    assert len(set(seeds)) == len(seeds) == 24 * 11
+    assert policy_comparison.seed_of(trace(7), 0) == 7
