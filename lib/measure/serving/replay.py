@@ -31,6 +31,7 @@ from lib.measure.trackers.energy_source import Counter
 PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real model"
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
+BLURRED = "arms take turns step by step, and the GPU's counter moves too seldom to tell whose step took the energy"
 # Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and found it larger and smaller.
 FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where noise decides between some as good"
 
@@ -68,13 +69,15 @@ def warm_up(engine: ModelEngine, trace: Trace) -> None:
 @dataclass(frozen=True)
 class ServingRounds:
     """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
-    read from; `planned`: the machine is disturbed on purpose.
+    read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
+    purpose.
     """
 
     traces: tuple[Trace, ...]
     runs: dict[str, list[Replayed]]
     counter: Counter
     planned: bool = False
+    stepwise: bool = False
 
     @property
     def busy(self) -> list[str]:
@@ -126,7 +129,7 @@ def in_turn(
         policies = {name: arms[name]() for name in names}
         for name, run in _together(trace, engines, policies, limits, batching, counter).items():
             runs[name].append(run)
-    return ServingRounds(tuple(traces), runs, counter)
+    return ServingRounds(tuple(traces), runs, counter, stepwise=True)
 
 
 def _together(
@@ -208,8 +211,11 @@ def costs(
         return [*results, measurement.unavailable("energy_joules_per_token", workload, reason, source)]
     options: dict[str, Any] = {"provenance": rounds.counter.provenance}
     joules = _judged("energy_joules_per_token", workload, known, source, **options)
-    counted = rounds.counter.provenance == "measured"
-    return [*results, joules if counted else measurement.unjudged(joules, energy.ESTIMATED)]
+    if rounds.counter.provenance != "measured":
+        joules = measurement.unjudged(joules, energy.ESTIMATED)
+    elif rounds.stepwise and rounds.counter.kind == "nvml":
+        joules = measurement.unjudged(joules, BLURRED)
+    return [*results, joules]
 
 
 def _cpu_seconds(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measurement:

@@ -8,7 +8,6 @@ added up.
 Knows nothing of models. Loading and start-up lie outside every window.
 """
 
-import random
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.timing.interleaved import balanced_orders
 from lib.measure.trackers.energy_source import Counter, counter
 
 GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule"
@@ -58,21 +58,19 @@ def per_token(
     """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
     elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
-    In each of `blocks` blocks, in random order, each arm runs for one window (`seconds`; by default as long as the
+    In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as long as the
     counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call processes.
     Judged are the joules of a counter, or else the processor seconds.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
     baseline(), optimized()
-    shuffle = random.Random(seed)
-    windows: Windows = {"baseline": [], "control": [], "optimized": []}
-    for _ in range(blocks):
-        arms = [("baseline", baseline), ("control", baseline), ("optimized", optimized)]
-        shuffle.shuffle(arms)
-        for name, arm in arms:
-            windows[name].append(_window(arm, source, window))
-    how = f"{blocks} windows of {window:g} s per arm in random order"
+    arms = {"baseline": baseline, "control": baseline, "optimized": optimized}
+    windows: Windows = {name: [] for name in arms}
+    for order in balanced_orders(list(arms), blocks, seed):
+        for name in order:
+            windows[name].append(_window(arms[name], source, window))
+    how = f"{blocks} windows of {window:g} s per arm in random, balanced order"
     measurements = _joules(windows, source, workload, f"{source.scope}, {how}")
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]

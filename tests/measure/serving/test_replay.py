@@ -1,5 +1,6 @@
 """What the replays of two policies judge."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,3 +31,15 @@ def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(roun
     assert (peak.baseline, peak.optimized, peak.ratio) == (4, 2, 0.5)
     assert peak.verdict == "informative" and "chosen" in peak.reason
     assert measured["cpu_seconds_per_token"].verdict == "better", "the time of the same replays is judged"
+
+
+def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(rounds):
+    """NVML's counter stands still for many steps: what it adds falls on whichever arm steps next."""
+    nvml, rapl = (Counter(kind, "measured", kind, 2.0, None, lambda: 0.0) for kind in ("nvml", "rapl"))
+
+    def judged(counter, stepwise) -> str:
+        costs = replay.costs(replace(rounds, counter=counter, stepwise=stepwise), "fixed", "again", "adaptive")
+        return next(item.verdict for item in costs if item.metric == "energy_joules_per_token")
+
+    assert judged(nvml, True) == "informative"
+    assert judged(nvml, False) == judged(rapl, True) == "better"

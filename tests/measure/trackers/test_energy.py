@@ -41,6 +41,22 @@ def test_energy_per_token_of_both_arms_with_interval_and_label():
     assert measurement.lint([gross, above, inverse, cpu]) == []
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_counter_that_heats_up_within_a_block_invents_no_energy(seed):
+    """What runs later in a block takes more, as on a device that grows warm: each arm is as often before the other."""
+    meter, turns = [0.0], [1]  # two calls warm up, so that a block begins with a multiple of three
+
+    class Warming(Arm):
+        def __call__(self):
+            meter[0] += 1.2 ** (turns[0] % 3)
+            turns[0] += 1
+
+    arms = Warming(meter, 1.0), Warming(meter, 1.0)
+    options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "seed": seed}
+    gross = energy.per_token(*arms, source=counter(meter), **options)[0]
+    assert gross.ratio == pytest.approx(1.0)
+
+
 def test_unknown_energy_is_unavailable_never_zero():
     meter = [0.0]
     dead = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, source=counter(meter))
