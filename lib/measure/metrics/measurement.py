@@ -199,9 +199,9 @@ def from_samples(
     (`lib.measure.metrics.process_variance`), or 0 for what was not measured. `disturbed` holds what was seen in the
     pairs that could not be repeated: nothing is decided then.
 
-    Without a `floor` (no A/A control ran), or with too few pairs for an interval, or for a metric without a margin, the
-    verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the interval: the same model
-    differs from itself by more than most optimizations gain.
+    Without a `floor` (no A/A control ran), or with too few pairs or a control of too few for an interval, or for a
+    metric without a margin, the verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the
+    interval: the same model differs from itself by more than most optimizations gain.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
@@ -216,10 +216,11 @@ def from_samples(
         floor = math.hypot(floor, paired_stats.NORMAL * sigma)
     reason, mde = None, None
     fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
-    if floor is None or effect.n < fewest or margin is None:
+    if floor is None or math.isinf(floor) or effect.n < fewest or margin is None:
         verdict: Verdict = "informative"
         if margin is not None:
-            reason = "no A/A control ran" if floor is None else f"{effect.n} pairs are too few for an interval"
+            few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
+            reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
     else:
         busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
         decision = decide(
@@ -245,7 +246,7 @@ def from_samples(
         ratio=math.exp(effect.median),
         ci=(math.exp(effect.low), math.exp(effect.high)) if math.isfinite(effect.low) else None,
         n=effect.n,
-        noise_floor=floor,
+        noise_floor=floor if floor is not None and math.isfinite(floor) else None,
         mde=mde if mde is not None and math.isfinite(mde) else None,
         margin=None if verdict == "informative" else margin,
         verdict=verdict,
@@ -377,7 +378,11 @@ def informative(
 
 
 def unjudged(measurement: Measurement, reason: str) -> Measurement:
-    """Return the measurement as informative: shown with its interval, never judged, for `reason`."""
+    """Return the measurement as informative: shown with its interval, never judged, for `reason`; what disturbed it is
+    still said.
+    """
+    if measurement.disturbed and measurement.reason:
+        reason = f"{measurement.reason}; {reason}"
     return measurement.model_copy(
         update={"verdict": "informative", "margin": None, "bound": None, "mde": None, "reason": reason}
     )

@@ -130,8 +130,16 @@ class Server:
 
     def answers(self, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, *, fork: bool) -> list[dict[str, Any]]:
         """Return the answer to each job, from a process forked for it or else from the server itself. A server that
-        ends, or does not answer in time, is gone afterwards, and with it what it forked.
+        ends, or does not answer in time, is gone afterwards, and with it what it forked; so is one whose answers were
+        not awaited, since whoever asked next would take them for theirs.
         """
+        try:
+            return self._answers(jobs, limit_seconds, fork)
+        except BaseException:
+            self.end()
+            raise
+
+    def _answers(self, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, fork: bool) -> list[dict[str, Any]]:
         request = {"jobs": jobs, "fork": fork, "limit_seconds": limit_seconds}
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its lines will say

@@ -58,9 +58,9 @@ def per_token(
     """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
     elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
-    In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as long as the
-    counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call processes.
-    Judged are the joules of a counter, or else the processor seconds.
+    In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as
+    long as the counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call
+    processes. Judged are the joules of a counter, or else the processor seconds.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, process_variance, settings
+from lib.measure.metrics import busy, measurement, process_variance, settings
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
 from lib.measure.metrics.pairs import Pairs
 
@@ -68,6 +68,26 @@ def test_a_few_processes_that_disagree_by_a_factor_carry_no_verdict_however_many
     assert rate.ci[0] > 1 and rate.ci[1] > 2 * rate.ci[0] and rate.processes == 3
     assert rate.verdict == "inconclusive" and "3 processes" in rate.reason
     assert measurement.judge_again(rate).verdict == "inconclusive"
+
+
+def test_too_few_pairs_of_a_control_give_no_floor_and_no_verdict():
+    few = pairs(1.0, 4)
+    for floor in (few, few.floor(0.0)):
+        rate = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.5), 1, floor)
+        assert rate.verdict == "informative" and rate.noise_floor is None
+        assert "the control's pairs are too few" in rate.reason
+    short = measurement.from_pairs("decode_tokens_per_second", "decode", few, 1, few)
+    assert short.verdict == "informative" and short.ci is None and "4 pairs are too few" in short.reason
+
+
+def test_what_is_not_judged_still_says_that_the_machine_was_busy():
+    seen = "other processes took 40% of our cores"
+    loaded = measurement.from_samples(
+        "goodput_requests_per_second", "serve", [1.0] * 6, [2.0] * 6, source="test", floor=0.0, disturbed=[seen]
+    )
+    shown = measurement.unjudged(loaded, "few requests")
+    assert shown.verdict == "informative" and seen in shown.reason and shown.reason.endswith("few requests")
+    assert seen in busy.why_busy([shown])
 
 
 def test_counted_numbers_are_judged_by_direction_and_margin():

@@ -128,6 +128,24 @@ def test_one_server_serves_until_variables_change_or_it_dies(tmp_path, monkeypat
     assert not psutil.pid_exists(after["server"])
 
 
+def test_an_interrupted_call_leaves_no_answers_to_the_next_one(tmp_path, monkeypatch):
+    text = "from lib.measure.timing import child\n"
+    text += "def run(job):\n    return {'echo': job['value']}\nchild.serve(run)\n"
+    (tmp_path / "echoing_program.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (first,) = children.run("echoing_program", [{"arms": [], "value": 1}])
+    lines = children._SERVERS["echoing_program"][1].lines
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(lines, "get", interrupted)
+        children.run("echoing_program", [{"arms": [], "value": number} for number in (2, 3)])
+    (again,) = children.run("echoing_program", [{"arms": [], "value": 4}])
+    assert (first["echo"], again["echo"]) == (1, 4)
+
+
 def test_servers_end_with_the_process_that_started_them(tmp_path):
     text = "from lib.measure.timing import children\nimport os, signal\n"
     text += "children._server('lib.measure.timing.process_child', {})\n"
