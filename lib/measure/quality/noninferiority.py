@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 from scipy.stats import beta
 
 from lib.measure.metrics import measurement, paired_stats
@@ -60,18 +59,9 @@ def resampled_scores(
         np.add.at(held_SK, (source_N.ravel(), kind_N.ravel()), 1)
         draws_RK = chance.multinomial(sources, np.full(sources, 1 / sources), size=resamples) @ held_SK
     base, opt = (_macro(kinds_K3[:, 0], kinds_K3[:, arm], draws_RK, labels) for arm in (1, 2))
-    widened = small_sample(sources)
+    widened = paired_stats.small_sample(sources)
     drawn = {name: opt[name] - base[name] for name in base}
     return {name: values.mean() + (values - values.mean()) * widened for name, values in drawn.items()}
-
-
-def small_sample(units: int) -> float:
-    """Return by how much the deviations of a bootstrap over few units are too small: √(n/(n−1)) and Student's quantile
-    over the normal one (Hesterberg 2015, What teachers should know about the bootstrap).
-    """
-    if units < 2:
-        return math.inf
-    return math.sqrt(units / (units - 1)) * float(stdtrit(units - 1, 1 - ONE_SIDED / 2)) / NORMAL
 
 
 def _macro(truth_K: np.ndarray, chosen_K: np.ndarray, draws_RK: np.ndarray, labels: int) -> dict[str, np.ndarray]:
@@ -279,7 +269,7 @@ def mean_interval(
     draws_RS = np.random.default_rng(seed).multinomial(sources, np.full(sources, 1 / sources), size=resamples)
     means_R = (draws_RS @ sums_S) / (draws_RS @ counts_S)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(mean + (means_R - mean) * small_sample(sources), [tail, 1 - tail])
+    low, high = np.quantile(mean + (means_R - mean) * paired_stats.small_sample(sources), [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -87,6 +87,17 @@ def test_a_fixed_order_would_invent_an_effect_on_a_drifting_machine():
     assert paired_stats.effect(paired_stats.differences(first, second)).low > 0.05
 
 
+@pytest.mark.parametrize("n", [6, 8, 32])
+def test_the_bootstrap_of_a_mean_keeps_its_level_with_few_values(n):
+    random, missed = np.random.default_rng(n), 0
+    for _ in range(400):
+        low, high = paired_stats.bootstrap_interval(random.normal(size=n), resamples=400)
+        missed += not low <= 0 <= high
+    assert missed <= binom.ppf(0.99, 400, 0.05)
+    assert paired_stats.bootstrap_interval([0.25] * n) == (0.25, 0.25)
+    assert paired_stats.bootstrap_interval([0.25]) == (-math.inf, math.inf)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
 def test_samples_that_are_no_times_are_refused(bad):
     for arms in (([1.0, bad], [1.0, 1.0]), ([1.0, 1.0], [bad, 1.0])):
