@@ -149,7 +149,7 @@ def compare(
         timed[name] = Timed(*arms[name], *pairs[name], (base_cost, opt_cost))
         measurements += _explained(name, timed[name], hints, peaks)
         judged = pairs[name][0].baseline_seconds, pairs[name][0].optimized_seconds
-        measurements += full_depth.speed(name, arms[name], models, judged)
+        measurements += full_depth.speed(name, arms[name], models, judged, process=pairs[name][0].process)
         measurements += _cpu_use(name, timed[name], (base_use, opt_use))
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
@@ -345,10 +345,10 @@ def break_even(apply_seconds: float, rate: Measurement, workload: str = "apply")
     `rate` is in tokens per second, of both arms; unless it is better, the number of tokens is unavailable.
     """
     applied = measurement.informative("apply_seconds", workload, 0.0, apply_seconds, "perf_counter, once", ratio=None)
-    if rate.verdict != "better" or not rate.baseline or not rate.optimized:
+    if rate.verdict != "better" or not rate.baseline or not rate.ratio:
         reason = f"no gain in {rate.metric} was shown ({rate.verdict})"
         return [applied, measurement.unavailable("break_even_tokens", workload, reason)]
-    saved = 1 / rate.baseline - 1 / rate.optimized
+    saved = (1 - 1 / rate.ratio) / rate.baseline  # by the judged ratio, which is not quite that of the two medians
     source = f"time to apply over seconds saved per token of {rate.metric}"
     tokens = measurement.informative(
         "break_even_tokens", workload, None, apply_seconds / saved, source, "derived", reason="the baseline needs none"

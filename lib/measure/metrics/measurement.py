@@ -287,7 +287,8 @@ def _load() -> str:
 def _between(workload: str, provenance: Provenance, process_sigma: float | None) -> Pooled:
     if process_sigma is not None:
         return Pooled(process_sigma, 0)
-    return process_variance.between_processes(workload) if provenance == "measured" else Pooled(0.0, 0)
+    timed = provenance in ("measured", "derived")  # an estimate is made of something else
+    return process_variance.between_processes(workload) if timed else Pooled(0.0, 0)
 
 
 def judge_again(stored: Measurement) -> Ruling | None:

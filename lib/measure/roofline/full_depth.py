@@ -9,6 +9,7 @@ memory traffic and routing of a deep model may differ from a slice's. Knows no o
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +42,12 @@ def speed(
     models: tuple[nn.Module, nn.Module],
     seconds: tuple[Sequence[float], Sequence[float]],
     looks: int = LOOKS,
+    process: Sequence[int] | None = None,
 ) -> list[Measurement]:
     """Return the rate of workload `name` at full depth, of both arms; empty where the baseline is no slice.
 
     `works` are the warm workloads (baseline, optimized) of `models`; `seconds` the judged times of their calls, pair by
-    pair.
+    pair, `process` the process of each, where they are of several: what differs between these is in the interval.
     """
     if slice_depth.whole(models[0]) is None or name not in METRIC_OF:
         return []
@@ -65,10 +67,8 @@ def speed(
         for work, times, factor in zip(works, seconds, factors)
     )
     source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_source(models[0])}"
-    rate = measurement.from_samples(
-        METRIC_OF[name], name, base, opt, source=source, floor=None, provenance="derived", samples=False
-    )
-    return [rate]
+    options: dict[str, Any] = {"provenance": "derived", "samples": False, "process": process}
+    return [measurement.from_samples(METRIC_OF[name], name, base, opt, source=source, floor=None, **options)]
 
 
 def times_longer(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:

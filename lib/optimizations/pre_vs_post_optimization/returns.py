@@ -27,12 +27,13 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
         if not joules and not timed:
             continue
         name = f"{rate.workload}, by {'energy' if joules else 'time'}"
-        if rate.verdict != "better" or not rate.baseline or not rate.optimized:
+        if rate.verdict != "better" or not rate.baseline or not rate.ratio:
             reason = f"no gain was shown ({rate.verdict})"
             rows.append(measurement.unavailable("break_even_tokens", name, reason))
             continue
         spent = applied.joules if joules else applied.seconds
-        saved = rate.baseline - rate.optimized if joules else 1 / rate.baseline - 1 / rate.optimized
+        # By the judged ratio, which is not quite that of the two medians.
+        saved = rate.baseline * (1 - rate.ratio) if joules else (1 - 1 / rate.ratio) / rate.baseline
         source = f"{'joules' if joules else 'seconds'} of applying over those saved per token, {rate.workload}"
         provenance: Provenance = "estimated" if joules and applied.provenance == "estimated" else "derived"
         reason = "the baseline needs none"

@@ -112,6 +112,9 @@ def test_break_even_needs_a_gain():
     better = better.model_copy(update={"verdict": "better"})
     applied, tokens = speed.break_even(2.0, better)
     assert applied.optimized == 2.0 and tokens.optimized == pytest.approx(400) and tokens.baseline is None
+    # The pairs say a tenth faster, the two medians, of different pairs, the opposite: the judged ratio counts.
+    crossed = better.model_copy(update={"ratio": 1.1, "optimized": 99.0})
+    assert speed.break_even(2.0, crossed)[1].optimized == pytest.approx(2.0 * 100 / (1 - 1 / 1.1))
     none = speed.break_even(2.0, better.model_copy(update={"verdict": "inconclusive"}))[1]
     assert none.verdict == "unavailable" and "no gain" in none.reason
 

@@ -1,12 +1,13 @@
 """A slice taken to full depth: exact where it is counted, and by a clock whose every tick is known."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_stats
 from lib.measure.roofline import cost_model, full_depth
 from lib.measure.timing import workloads
 from lib.models import parameters
@@ -77,6 +78,11 @@ def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatc
     (rate,) = full_depth.speed("decode", (steps, steps), (model, model), ([18.0 * 4] * 6, [18.0 * 4] * 6))
     assert rate.baseline == pytest.approx(1 / 147) and not steps.step_seconds
     assert measurement.lint([rate]) == []
+    assert rate.process_sigma and rate.ci[0] < 1 < rate.ci[1], "what one process hides is in the interval"
+    uneven = [18.0] * 6, [9.0, 9.0, 6.0, 6.0, 12.0, 12.0]
+    (rate,) = full_depth.speed("prefill", (work, work), (model, model), uneven, process=[0, 0, 1, 1, 2, 2])
+    low, high = paired_stats.student_interval([math.log(18 / seconds) for seconds in (9, 6, 12)])
+    assert rate.processes == 3 and rate.ci == pytest.approx((math.exp(low), math.exp(high)))
 
 
 def test_hooks_are_taken_away_again(tiny, name):

@@ -258,6 +258,9 @@ def test_break_even_is_what_was_spent_over_what_a_token_saves():
     assert paid["energy, by energy"].optimized == pytest.approx(30.0 / 0.01)
     assert paid["energy, by energy"].provenance == "estimated"
     assert paid["decode, by time"].verdict == "unavailable" and "worse" in paid["decode, by time"].reason
+    crossed = _rate("better", 100.0, 99.0).model_copy(update={"ratio": 1.1})  # the medians of two sets of pairs
+    [paid_off] = [row for row in returns.returns(applied, [crossed]) if row.metric == "break_even_tokens"]
+    assert paid_off.optimized == pytest.approx(10.0 * 100 / (1 - 1 / 1.1))
     rows = returns.account(applied, _rate("better", 100.0, 200.0))
     at = {(row["arm"], round(row["strength"], 6)): row["value"] for row in rows}
     assert at["before", 4.0] == pytest.approx(40.0) and at["after, with applying", 4.0] == pytest.approx(30.0)
