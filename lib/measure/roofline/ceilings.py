@@ -1,6 +1,6 @@
 """The machine's ceilings, and time against them: a large matrix product and a large copy, measured once per host,
-device, dtype and number of threads. From them follow the physical bound of a workload, the predicted speed-up, and the
-share of it that was realised. Knows nothing of how a cost is counted.
+device, dtype, number of threads and version of torch. From them follow the physical bound of a workload, the predicted
+speed-up, and the share of it that was realised. Knows nothing of how a cost is counted.
 """
 
 import json
@@ -66,6 +66,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     name = str(dtype).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {len(disturbance.cores())} cores"
+    key += f" torch {torch.__version__}"
     path = files.cache_folder() / "ceilings.json"
     known = _read(path) | _DISTURBED
     if key in known and not fresh:

@@ -21,7 +21,9 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """Counters at one moment, in seconds (summed over the cores), and the number of throttling events."""
+    """Counters at one moment, in seconds (summed over the cores), the number of throttling events of the cores, and
+    whether the GPU is slowed down.
+    """
 
     wall: float
     own: float
@@ -29,6 +31,7 @@ class Reading:
     stolen: float
     waited: float
     throttled: int
+    slowed: bool = False
 
 
 def cores() -> list[int]:
@@ -54,7 +57,7 @@ def judge(before: Reading, after: Reading, core_count: int) -> str | None:
     """Return what disturbed the time between two readings on `core_count` cores, or None."""
     available = max(after.wall - before.wall, 1e-9) * core_count
     least = TICKS * TICK_SECONDS
-    if after.throttled > before.throttled:
+    if after.throttled > before.throttled or before.slowed or after.slowed:
         return "throttled"
     stolen = after.stolen - before.stolen
     if stolen > max(STOLEN * available, least):
@@ -82,7 +85,7 @@ def reading() -> Reading | None:
             user, nice, system, _, _, irq, soft, steal = (int(tick) * TICK_SECONDS for tick in ticks[:8])
             busy += user + nice + system + irq + soft
             stolen += steal
-    return Reading(time.perf_counter(), time.process_time(), busy, stolen, _waited(), _throttled())
+    return Reading(time.perf_counter(), time.process_time(), busy, stolen, _waited(), _throttled(), _gpu_slowed())
 
 
 def _waited() -> float:
@@ -97,7 +100,7 @@ def _waited() -> float:
 
 
 def _throttled() -> int:
-    """Return the throttling events of the cores, plus 1 while the GPU slows down for heat or for its power supply."""
+    """Return the throttling events of the cores so far."""
     total = 0
     for core in cores():
         try:
@@ -105,15 +108,16 @@ def _throttled() -> int:
             total += int((folder / "core_throttle_count").read_text())
         except (OSError, ValueError):
             continue
-    return total + _gpu_throttled()
+    return total
 
 
-def _gpu_throttled() -> int:
+def _gpu_slowed() -> bool:
+    """Return whether the GPU is slowed down at this moment for heat or for its power supply."""
     import sys
 
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
-        return 0
+        return False
     import pynvml
 
     try:
@@ -121,10 +125,10 @@ def _gpu_throttled() -> int:
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
         reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
     except pynvml.NVMLError:
-        return 0
+        return False
     harmful = (
         pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
         | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
         | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
     )
-    return int(bool(reasons & harmful))
+    return bool(reasons & harmful)

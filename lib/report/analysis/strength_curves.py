@@ -51,8 +51,9 @@ def _of(record: Record) -> dict[str, Any] | None:
     arms: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(entry):
         point = {name: _number(row.get(name)) for name in ("strength", "value", "low", "high")}
-        others = {name: number for name, value in row.items() if name not in NAMED and (number := _number(value))}
-        arms.setdefault(str(row.get("arm", record.optimization)), []).append(point | {"more": others})
+        others = {name: _number(value) for name, value in row.items() if name not in NAMED}
+        known = {name: number for name, number in others.items() if number is not None}
+        arms.setdefault(str(row.get("arm", record.optimization)), []).append(point | {"more": known})
     return {
         "optimization": record.optimization,
         "model": record.model,

@@ -33,6 +33,13 @@ def test_one_tick_of_the_kernel_in_a_short_block_is_no_disturbance():
     assert disturbance.judge(QUIET, replace(AFTER, wall=0.01, own=0.02, busy=0.03, stolen=0.01, waited=0), 2) is None
 
 
+@pytest.mark.parametrize("edges", [(True, False), (False, True), (True, True)])
+def test_a_gpu_that_was_slow_all_along_is_as_disturbed_as_one_that_became_slow(edges):
+    """A block that is repeated while the GPU is still slow must not pass for a quiet one."""
+    before, after = (replace(reading, slowed=slow) for reading, slow in zip((QUIET, AFTER), edges))
+    assert disturbance.judge(before, after, 2) == "throttled"
+
+
 def test_a_system_without_counters_marks_nothing():
     assert disturbance.watch(lambda: None)() is None
     readings = iter([QUIET, replace(AFTER, throttled=3)])

@@ -121,6 +121,10 @@ def test_a_curve_has_three_strengths_or_is_named():
     assert strength_curves.strengths(curve) == [10, 30, 50] and curve["arms"]["random"][0]["more"] == {
         "prefill speed-up": 1.1
     }
+    rows = [row | {"flips": 0.0} for row in whole.details["impact"]["value"]]
+    still = whole.model_copy(update={"details": {"impact": whole.details["impact"] | {"value": rows}}})
+    points = strength_curves.curves([still])[0]["arms"]["random"]
+    assert all(point["more"]["flips"] == 0 for point in points), "a zero is a number"
     assert strength_curves.short([whole]) == {}
     rows = whole.details["impact"]["value"]
     two = whole.model_copy(update={"details": {"impact": whole.details["impact"] | {"value": rows[:2]}}})
