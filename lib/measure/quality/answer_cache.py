@@ -1,12 +1,12 @@
 """A cache of answers of unchanged models on this machine, so that no baseline answers the same questions twice.
 
 Every template asks the same baseline the same questions. Its answers are stored under a key of everything that
-determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, attention,
-absorbed or not, dtype, device, threads), the code of this workbench that asks, the evaluation data, the versions of
-Python, torch and transformers, and the questions. Only the very object that `lib.models.loading.load` returned, or the
-absorbed baseline of its weights, with no other method replaced since, is looked up or stored, never a model that an
-optimization has produced. Cached answers carry their date, and so do measurements made from them. An unreadable file
-counts as missing.
+determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, parts and
+experts per token of every block, attention, absorbed or not, dtype, device, threads), the code of this workbench that
+asks, the evaluation data, the versions of Python, torch and transformers, and the questions. Only the very object that
+`lib.models.loading.load` returned, or the absorbed baseline of its weights, with no other method replaced since, is
+looked up or stored, never a model that an optimization has produced. Cached answers carry their date, and so do
+measurements made from them. An unreadable file counts as missing.
 
 Shapes: N items, L labels.
 """
@@ -32,6 +32,7 @@ from lib.models.decoding import mla_absorption
 from lib.models.loading import Loaded
 from lib.models.structure import architecture
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import no_op
 from lib.models.tasks import corpus, encoding
 
 LIB = Path(__file__).resolve().parents[2]
@@ -78,6 +79,7 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
         "question": question,
         "weights": io.weights_hash(loaded.model),
         "model": [type(loaded.model).__name__, loaded.name, loaded.scale, str(loaded.folder)],
+        "blocks": no_op.describe(loaded.model),  # of a checkpoint, its manifest says so, not its configuration
         "prompts": _prompts(loaded),
         "how": [config._attn_implementation, getattr(config, "_experts_implementation", None)],
         "absorbed": mla_absorption.is_absorbed(loaded.model),

@@ -81,6 +81,15 @@ def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
     assert was_asked(loaded)
 
 
+def test_fewer_experts_per_token_are_another_model_of_the_same_weights(tmp_path, monkeypatch):
+    """A checkpoint that is written again under its name may differ in nothing else."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    loaded = loading.load("qwen3-coder-30b")
+    assert was_asked(loaded) and not was_asked(loaded)
+    anatomy(loaded.model).blocks[1].feed_forward.experts.router.top_k -= 1
+    assert was_asked(loaded)
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive", None])
 def test_a_damaged_file_is_as_good_as_none(loaded, tmp_path, damage):
     was_asked(loaded)
