@@ -49,13 +49,15 @@ def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> floa
 
 
 def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, seed: int) -> Race:
-    """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request."""
+    """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request; not judged,
+    since no copy of either runs beside them.
+    """
 
     def against(rival: nn.Module, blocks: int) -> Measurement:
         arms = (workloads.generate(arm, prompt_BP, profile.new_tokens) for arm in (rival, judged))
         pairs = interleaved.paired(*arms, blocks=blocks, seed=seed)
         tokens = profile.batch * profile.new_tokens
-        return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, 0.0)
+        return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, None)
 
     return against
 
