@@ -37,8 +37,8 @@ def verdict(measurement: Measurement) -> str | None:
         return "informative"
     if measurement.dimension == "accuracy":
         return noninferiority.judge_again(measurement)
-    if measurement.ci is None:
-        return _counted(measurement)
+    if measurement.ci is None:  # what scatters is not judged without an interval, what was counted by its margin
+        return "informative" if measurement.noise_floor is not None else _counted(measurement)
     ruling = judge_again(measurement)
     return None if ruling is None else ruling.verdict
 

@@ -61,6 +61,12 @@ def test_another_verdict_is_found(make):
             assert line.endswith(f"its fields make it {right.replace('_', ' ')}"), (m, word)
 
 
+def test_no_margin_alone_judges_what_was_timed():
+    lost_its_interval = samples.paired("prefill_tokens_per_second", 1.3).model_copy(update={"ci": None})
+    [line] = recompute.differences([lost_its_interval])
+    assert line.endswith("stored as better, its fields make it informative")
+
+
 def test_the_lint_of_a_record_names_it():
     run = samples.run()
     assert lint.verdicts(run) == []
