@@ -8,8 +8,8 @@ import torch
 
 from lib.measure.compare import footprint, saved
 from lib.measure.roofline import ceilings
-from lib.measure.timing import interleaved, workloads
-from lib.measure.trackers import cpu, energy, memory
+from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.trackers import energy, memory
 from lib.measure.trackers.cpu import use
 from lib.models import loading
 from lib.models.checkpoints import io, placement
@@ -147,7 +147,7 @@ def test_energy_and_utilisation_come_from_the_card(tiny):
     work = workloads.prefill(model, PROMPT)
     counter = energy.counter("cuda")
     assert (counter.kind, counter.provenance) == ("nvml", "measured") and counter.window_seconds >= 2
-    assert cpu.nvml_handle() is not None and 0 <= use(work, 0.5).gpu <= 1
+    assert disturbance.gpu_handle() is not None and 0 <= use(work, 0.5).gpu <= 1
 
 
 def test_ceilings_are_those_of_a_gpu(tmp_path, monkeypatch):

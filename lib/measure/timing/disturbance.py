@@ -7,10 +7,13 @@ can be read, by `environment.card`; no block is ever marked there.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks: a single tick
 # says nothing.
@@ -113,16 +116,12 @@ def _throttled() -> int:
 
 def _gpu_slowed() -> bool:
     """Return whether the GPU is slowed down at this moment for heat or for its power supply."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    handle = gpu_handle()
+    if handle is None:
         return False
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
         reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
     except pynvml.NVMLError:
         return False
@@ -132,3 +131,24 @@ def _gpu_slowed() -> bool:
         | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
     )
     return bool(reasons & harmful)
+
+
+def gpu_handle() -> Any | None:
+    """Return NVML's handle of the CUDA device in use, or None where there is no GPU or no NVML.
+
+    By its UUID where NVML knows that: CUDA numbers the devices that CUDA_VISIBLE_DEVICES names, NVML all of them.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    device = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "unknown")
+    try:
+        pynvml.nvmlInit()
+        with suppress(pynvml.NVMLError):
+            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetHandleByIndex(device)
+    except pynvml.NVMLError:
+        return None

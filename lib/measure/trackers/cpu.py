@@ -55,21 +55,6 @@ def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
     return Use(wall, busy, len(disturbance.cores()), gpu.mean)
 
 
-def nvml_handle() -> Any | None:
-    """Return NVML's handle of the CUDA device in use, or None where there is no GPU or no NVML."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    except pynvml.NVMLError:
-        return None
-
-
 class _GpuSampler:
     """Reads the GPU's utilisation twenty times a second while open."""
 
@@ -84,7 +69,7 @@ class _GpuSampler:
         return sum(self.samples) / len(self.samples) / 100 if self.samples else None
 
     def __enter__(self) -> "_GpuSampler":
-        handle = nvml_handle()
+        handle = disturbance.gpu_handle()
         if handle is not None:
             self.thread = threading.Thread(target=self._sample, args=(handle,), daemon=True)
             self.thread.start()

@@ -11,7 +11,7 @@ import psutil
 
 from lib import memory_limits
 from lib.measure.timing import disturbance
-from lib.measure.trackers import cpu, energy_source
+from lib.measure.trackers import energy_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,7 +110,7 @@ def _torch(model: "nn.Module | None") -> dict[str, object]:
 
 
 def _gpu() -> dict[str, object]:
-    handle = cpu.nvml_handle()
+    handle = disturbance.gpu_handle()
     if handle is None:
         return {"gpu": None}
     import pynvml

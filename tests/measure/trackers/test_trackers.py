@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,24 @@ def test_a_gpu_that_was_slow_all_along_is_as_disturbed_as_one_that_became_slow(e
     """A block that is repeated while the GPU is still slow must not pass for a quiet one."""
     before, after = (replace(reading, slowed=slow) for reading, slow in zip((QUIET, AFTER), edges))
     assert disturbance.judge(before, after, 2) == "throttled"
+
+
+def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch):
+    """With CUDA_VISIBLE_DEVICES torch's first device may be any of those that NVML counts."""
+    pynvml, torch = pytest.importorskip("pynvml"), pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="5eed"))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: f"number {index}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-5eed": "its own"}.__getitem__)
+    assert disturbance.gpu_handle() == "its own"
+
+    def unknown(uuid):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", unknown)
+    assert disturbance.gpu_handle() == "number 0"
 
 
 def test_a_system_without_counters_marks_nothing():
