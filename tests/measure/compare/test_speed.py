@@ -107,6 +107,27 @@ def test_resources_are_counted_and_derived(tiny, name):
         assert alone["decode_flops_per_token"] < 1 == both["decode_flops_per_token"]
 
 
+def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT = workloads.random_prompt(model, 1, 16)
+    longer = replace(QUICK, new_tokens=6)
+    arms = {"decode": tuple(workloads.standard("decode", model, prompt_BT, 6, 1) for _ in range(2))}
+    arms["decode"][0]()  # as after the calls that are not judged
+    seen = []
+
+    def at_the_beginning(*works, **options):
+        for work in works:
+            work.output_BN = None
+            work()
+            seen.append(work.output_BN is not None)  # set by the first turn of an answer alone
+        return None, None
+
+    monkeypatch.setattr(speed, "with_control", at_the_beginning)
+    monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
+    speed._pairs((model, model), arms, prompt_BT, longer, 0, ())
+    assert seen == [True, True, True]
+
+
 def test_break_even_needs_a_gain():
     better = measurement.informative("prefill_tokens_per_second", "prefill", 100, 200, "blocks")
     better = better.model_copy(update={"verdict": "better"})
