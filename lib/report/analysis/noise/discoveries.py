@@ -6,7 +6,9 @@ discovery rate), so that among the cells called in that dimension at most one in
 whose q lies above that is shown as inconclusive, with that reason; the run's own record keeps its verdict.
 
 Primaries without spread (counted, or equal answers) leave nothing to chance and are not part of a family. `maintained`
-and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on.
+and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on. Cells that are
+not called (withheld on a busy machine, within margin or floor) are tests all the same, but no discoveries: they count
+with a p of 1, or a set of withheld effects would lend its significance to those that are called.
 """
 
 from collections.abc import Sequence
@@ -47,7 +49,8 @@ def cells(records: Sequence[Record]) -> list[Cell]:
 def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
     members = [record for record in records if record.status == "ok"]
     p_values = [_p(record, dimension) for record in members]
-    tested = [p for p in p_values if p is not None]
+    called = [getattr(record.verdict, dimension) in CALLS for record in members]
+    tested = [p if claims else 1.0 for p, claims in zip(p_values, called) if p is not None]
     corrected = iter(q_values(tested))
     family = []
     for record, p in zip(members, p_values):

@@ -45,6 +45,22 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     assert discoveries.settled([*settled.values()]) == [*settled.values()]
 
 
+def test_effects_that_are_withheld_lend_no_significance_to_others():
+    """Ten weak calls beside ten strong effects of a busy machine, of which none is a call."""
+
+    def primary(name: str, gain: float, half: float, verdict: str):
+        timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
+        timed = timed.model_copy(update={"reason": "busy"} if verdict == "inconclusive" else {})
+        return record.build(name, samples.MODELS[0], "proxy", "quick", {}, [timed], primaries=samples.PRIMARIES)
+
+    weak = [primary(f"weak_{n}", 1.05, 0.048, "better") for n in range(10)]
+    busy = [primary(f"busy_{n}", 1.5, 0.1, "inconclusive") for n in range(10)]
+    words = {c.optimization: c.word for c in discoveries.cells([*weak, *busy]) if c.dimension == "performance"}
+    assert set(words.values()) == {"inconclusive"}
+    alone = [c for c in discoveries.cells(weak) if c.dimension == "performance"]
+    assert {c.word for c in alone} == {"better"} and all(c.q < 0.05 for c in alone)
+
+
 def test_without_any_effect_hardly_a_set_has_a_call():
     """Sets of 44 cells without an effect: a call that stands may occur in about one set of twenty."""
     chance, called = random.Random(5), 0
