@@ -43,14 +43,16 @@ def resampled_scores(
     items, or of their sources.
 
     Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of these kinds of
-    items from a multinomial distribution. `source_N` numbers the source of each item. An undefined precision, recall or
-    F1 of a label counts as 0.
+    items from a multinomial distribution. `source_N` numbers the source of each item; of a single one nothing is known,
+    and any difference may be the true one. An undefined precision, recall or F1 of a label counts as 0.
     """
     kinds_K3, kind_N, counts_K = np.unique(
         np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_inverse=True, return_counts=True
     )
     chance, n = np.random.default_rng(seed), len(truth_N)
     sources = n if source_N is None else len(np.unique(source_N))
+    if sources < 2:
+        return {name: np.array([-1.0, 1.0]) for name in ("f1_macro", "precision_macro", "recall_macro", "accuracy")}
     if source_N is None or sources == n:
         draws_RK: np.ndarray = chance.multinomial(n, counts_K / n, size=resamples)
     else:

@@ -55,6 +55,15 @@ def test_same_answers_have_no_interval_and_say_how_many():
         base, scores_NL=base.scores_NL + 0.1)))["accuracy"].reason  # fmt: skip
 
 
+@pytest.mark.parametrize("source_N", [None, np.zeros(40, dtype=int)])
+def test_a_single_item_or_source_decides_nothing(source_N):
+    n = 1 if source_N is None else 40
+    good = replace(classified(n, 1.0), source_N=source_N)
+    bad = replace(good, chosen_N=(good.truth_N + 1) % 8, scores_NL=good.scores_NL + 1)
+    for score in evaluate.compare_classified(good, bad)[:4]:
+        assert score.verdict == "inconclusive" and "too few" in score.reason and score.mde > score.margin
+
+
 @pytest.mark.parametrize("wrong", [0, 1, 3, 20])
 def test_the_smallest_loss_that_would_be_found_is_never_zero(wrong):
     base = classified(200, 1.0)
