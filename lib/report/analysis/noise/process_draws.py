@@ -56,7 +56,8 @@ def _made_on(record: Record, machine: Mapping[str, Any]) -> bool:
 
 def draws(record: Record) -> Iterator[Draw]:
     """Yield a draw for every process of every timed control of a record, unless the machine was seen to be busy."""
-    device = "cuda" if record.environment.get("gpu") and record.parameters.get("device") == "cuda" else "cpu"
+    on_gpu = record.environment.get("gpu") and str(record.parameters.get("device")).startswith("cuda")
+    device = "cuda" if on_gpu else "cpu"
     timed: Iterable[Measurement] = (
         measurement
         for control in record.controls

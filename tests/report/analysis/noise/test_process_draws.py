@@ -17,3 +17,10 @@ def test_a_quick_control_tells_quick_runs_alone(tmp_path, of, tells_quick, tells
     store = tmp_path / history.NAME
     pools = [process_draws.refresh(folder, store, {}, effort) is not None for effort in ("quick", "standard")]
     assert pools == [tells_quick, tells_standard]
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda", "cuda"), ("cuda:1", "cuda"), ("cpu", "cpu"), (None, "cpu")])
+def test_a_draw_tells_runs_on_the_same_kind_of_device(device, kind):
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    run.environment["gpu"], run.parameters["device"] = "Example GPU", device
+    assert {draw.device for draw in process_draws.draws(run)} == {kind}
