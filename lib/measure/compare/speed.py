@@ -70,11 +70,11 @@ class Compared:
             times = (timed.pairs.baseline_seconds, timed.pairs.optimized_seconds)
             for arm, seconds, price in zip(("baseline", "optimized"), times, timed.costs):
                 limit = ceilings.bound(price, self.ceilings)
-                low, high = paired_stats.median_interval(seconds)
+                middle, low, high = paired_stats.level(seconds, timed.pairs.process)
                 row = {
                     "workload": name,
                     "arm": arm,
-                    "time": 1000 * float(np.median(seconds)),
+                    "time": 1000 * middle,
                     "bound": 1000 * limit.seconds,
                     "low": 1000 * low,
                     "high": 1000 * high,

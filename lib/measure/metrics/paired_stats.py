@@ -125,6 +125,17 @@ def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: floa
     return Effect(median, low, high, sigma, scatter, d_N.size, outliers(d_N))
 
 
+def level(values: Samples, process: Sequence[int] | None = None) -> tuple[float, float, float]:
+    """Return the level of one arm's positive samples with its interval, over processes where there are three or more,
+    else over the samples: geometric mean and Student's interval of the logarithms, or median and order statistics.
+    """
+    if process is not None and len(set(process)) >= MINIMUM_PROCESSES:
+        means_P = process_means(np.log(values), process)
+        middle, low, high = (math.exp(end) for end in (means_P.mean(), *student_interval(means_P)))
+        return middle, low, high
+    return float(np.median(values)), *median_interval(values)
+
+
 def process_means(d: Samples, process: Sequence[int]) -> np.ndarray:
     """Return the mean d of every process, [P], in the order of their numbers: trimmed by a fifth at either end where
     there are enough pairs for that, so that a single interruption does not decide a process's mean.

@@ -116,6 +116,15 @@ def test_the_process_is_the_unit_of_replication():
     assert paired_stats.student_interval([1.0]) == (-math.inf, math.inf)
 
 
+def test_the_level_of_an_arm_is_as_uncertain_as_processes_differ():
+    """Within each process all blocks agree: thirty-six of them are three samples."""
+    seconds, process = [1.0] * 12 + [1.1] * 12 + [1.21] * 12, [number // 12 for number in range(36)]
+    middle, low, high = paired_stats.level(seconds, process)
+    half = 4.303 * math.log(1.1) / math.sqrt(3)
+    assert (middle, low, high) == pytest.approx([1.1, 1.1 / math.exp(half), 1.1 * math.exp(half)], rel=1e-3)
+    assert paired_stats.level(seconds) == (1.1, *paired_stats.median_interval(seconds))
+
+
 def test_a_stored_measurement_is_judged_again_from_its_own_fields():
     for ratio, disturbed in ((1.2, ()), (1.001, ()), (0.8, ()), (1.2, ("other processes took 40% of our cores",))):
         values = [ratio * (1 + 0.002 * (number % 3 - 1)) for number in range(12)]
