@@ -24,6 +24,7 @@ from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.timing import disturbance
+from lib.measure.timing.interleaved import balanced_orders
 from lib.measure.trackers import energy_source
 from lib.measure.trackers.energy_source import Counter
 from lib.models.loading import Loaded
@@ -227,10 +228,8 @@ def compare(
     makers: Mapping[str, PolicyFactory] = {STATIC: static, AGAIN: static, LOOP: loop}
     runs: dict[str, list[Stolen]] = {name: [] for name in makers}
     policies: list[Policy] = []
-    names = list(makers)
-    for index, each in enumerate(live):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+    for each, order in zip(live, balanced_orders(list(makers), len(live), seed)):
+        for name in order:
             policy = makers[name](Scenario(each))
             policies += [policy] if name == LOOP else []
             runs[name].append(serve_stolen(models, each, policy, setup, prompt_of, counter))

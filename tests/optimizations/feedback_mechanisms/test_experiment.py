@@ -10,7 +10,7 @@ import pytest
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
-from lib.optimizations.feedback_mechanisms import experiment, guard_study, outcome
+from lib.optimizations.feedback_mechanisms import experiment, guard_study, live_replay, outcome
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BROKEN, SOUND, GuardStudy
 from lib.report.text import reading
@@ -33,6 +33,35 @@ def disturbances():
 def live():
     headline = SimpleNamespace(workload="serve, real time, static 8")
     return SimpleNamespace(carried=lambda measurement: measurement, headline=headline)
+
+
+def test_neither_setting_is_replayed_before_the_other_more_often(monkeypatch):
+    """In real time what ran before matters: by turns alone the static setting came first in two rounds of six."""
+    served, static = [], []
+
+    class Done(Exception):
+        pass
+
+    def slowness(run, times):
+        static.append(run)
+        if len(static) == live_replay.ROUNDS["quick"]:
+            raise Done
+
+    def serve(models, trace, policy, *rest):
+        served.append((trace.seed, policy))
+        return len(served) - 1
+
+    monkeypatch.setattr(live_replay, "serve_stolen", serve)
+    monkeypatch.setattr(live_replay, "slowness", slowness)
+    monkeypatch.setattr(live_replay.engine, "prompts", lambda *arguments: None)
+    monkeypatch.setattr(live_replay.energy_source, "counter", lambda device: None)
+    setup, loaded = SimpleNamespace(alone=True, rate=1.0, times=(None,)), SimpleNamespace(model=None, device="cpu")
+    policies = (lambda scenario: "static"), (lambda scenario: "loop")
+    with pytest.raises(Done):
+        live_replay.compare(loaded, None, setup, *policies, size=8, effort="quick", seconds=9.0, seed=0)
+    loop = {seed: at for at, (seed, policy) in enumerate(served) if policy == "loop"}
+    assert len(served) == 18 and len(loop) == 6
+    assert sum(at < loop[served[at][0]] for at in static) == 3
 
 
 def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
