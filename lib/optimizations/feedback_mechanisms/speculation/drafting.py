@@ -16,6 +16,7 @@ from torch import nn
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
 from lib.optimizations.feedback_mechanisms.speculation import speculative
@@ -54,14 +55,14 @@ def compare(
     laws: Mapping[str, tuple[nn.Module | Drafter, Law]],
     new_tokens: int,
 ) -> dict[str, Drafted]:
-    """Answer every prompt under every law with its drafter, in an order that moves on by one with every prompt."""
+    """Answer every prompt under every law with its drafter, in random order in which of any two laws each comes first
+    equally often.
+    """
     drafted = {name: Drafted() for name in laws}
-    names = list(laws)
     for drafter, _ in laws.values():
         speculative.generate(model, drafter, prompts[0], 4, lambda rounds: 1)
-    for index, prompt_T in enumerate(prompts):
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+    for prompt_T, order in zip(prompts, balanced_orders(list(laws), len(prompts))):
+        for name in order:
             drafter, law = laws[name]
             ids_N, rounds = speculative.generate(model, drafter, prompt_T, new_tokens, law)
             drafted[name].output.append(ids_N.cpu())
