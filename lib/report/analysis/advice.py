@@ -158,8 +158,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
     if open_question:
         return undecided(open_question, **about)
-    if goal.limit_bytes is not None and (reason := _beyond(record, goal)):
-        return result("do not use", reason, **about)
+    if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
+        return result("do not use", beyond, **about)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
         return result("use if", f"{' and '.join(map(brief.phrase, paid[:2]))} is acceptable{more}", **about)
