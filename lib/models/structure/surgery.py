@@ -6,6 +6,8 @@ parts to remove.
 Shapes: E experts, I width of one expert, J kept channels of each, H hidden.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,6 +23,14 @@ def head_projections(attention: Attention) -> list[nn.Linear]:
     if attention.kind == "latent":
         return [module.q_b_proj if module.q_proj is None else module.q_proj, module.kv_b_proj, module.o_proj]
     return [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+
+
+def norms_over_heads(attention: Attention) -> list[Any]:
+    """Return the norms whose scale has an element for every channel of all queries, or keys, at once (OLMoE)."""
+    counts = {"q_norm": attention.heads, "k_norm": attention.key_value_heads}
+    norms = [(getattr(attention.module, name, None), heads) for name, heads in counts.items()]
+    wide = [(norm, heads) for norm, heads in norms if norm is not None and heads > 1]
+    return [norm for norm, heads in wide if norm.weight.numel() == heads * attention.head_dim]
 
 
 def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
@@ -82,11 +92,9 @@ def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
     """
     per_group = attention.heads // attention.key_value_heads
     *inputs, output = head_projections(attention)
-    for name, heads in (("q_norm", attention.heads), ("k_norm", attention.key_value_heads)):
-        norm = getattr(attention.module, name, None)
-        if norm is not None and heads > 1 and norm.weight.numel() == heads * attention.head_dim:
-            scale = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
-            norm.weight = nn.Parameter(scale, requires_grad=norm.weight.requires_grad)
+    for norm in norms_over_heads(attention):
+        scale = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
+        norm.weight = nn.Parameter(scale, requires_grad=norm.weight.requires_grad)
     for linear in inputs:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
         resize_linear(linear, groups[indices].flatten(0, 1))

@@ -16,7 +16,13 @@ from torch import nn
 from lib.models.structure.anatomy import Block, Experts
 from lib.models.structure.anatomy import attention as view_attention
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
-from lib.models.structure.surgery import head_projections, keep_channels, keep_experts, keep_groups
+from lib.models.structure.surgery import (
+    head_projections,
+    keep_channels,
+    keep_experts,
+    keep_groups,
+    norms_over_heads,
+)
 
 
 def ordered(block: Block, part: str, scores: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -54,6 +60,9 @@ def first_groups(module: nn.Module, count: int) -> None:
     attention = view_attention(module)
     share = attention.key_value_heads
     *inputs, output = head_projections(attention)
+    for norm in norms_over_heads(attention):
+        scale = norm.weight.data[: norm.weight.shape[0] // share * count]
+        norm.weight = nn.Parameter(scale, requires_grad=norm.weight.requires_grad)
     for linear in inputs:
         _cut(linear, rows=linear.weight.shape[0] // share * count)
     _cut(output, columns=output.weight.shape[1] // share * count)

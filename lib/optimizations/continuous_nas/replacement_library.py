@@ -78,13 +78,15 @@ def build(
 
     `saliency` is of each block: heads [G], channels [C], experts [E], where it has them. `options` restricts the option
     names by kind: attention, dense, experts. `ordered` are the sorted parts of another library of the same model, which
-    are used again. The first block keeps an attention, since the cache derives the length of the text from it. Raises
-    UserError for an unknown option, and where a slot would have none.
+    are used again. The first block keeps an attention, since the cache derives the length of the text from it; all do
+    where blocks attend in different ways (sliding, full), since the cache's layers have the kinds of as many first
+    blocks. Raises UserError for an unknown option, and where a slot would have none.
     """
     names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     student = copy.deepcopy(model, shared)
     ordered = {} if ordered is None else ordered
+    mixed = len(set(getattr(anatomy(model).config, "layer_types", None) or ())) > 1
     modules: dict[str, dict[str, nn.Module]] = {}
     for block, scores in zip(anatomy(model).blocks, saliency):
         for part in PARTS:
@@ -92,8 +94,9 @@ def build(
             slot = f"{block.index:02d}.{part}"
             replacements: dict[str, nn.Module] = {}
             for option in names[kind]:
-                module = _replacement(block, part, option, scores, slot, ordered)
-                if module is not None and not (part == "attention" and option == "none" and block.index == 0):
+                if part == "attention" and option == "none" and (mixed or block.index == 0):
+                    continue
+                if (module := _replacement(block, part, option, scores, slot, ordered)) is not None:
                     replacements.setdefault(option, module)
             if not replacements:
                 raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')

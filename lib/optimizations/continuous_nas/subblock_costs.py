@@ -8,10 +8,12 @@ a replacement.
 Shapes: B batch, P prompt tokens.
 """
 
+import functools
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +38,11 @@ class BlockTimes:
 
 @dataclass
 class PartInput:
-    """What one part of a block is called with."""
+    """What one part of a block is called with; `layer` is its layer of the cache, if it is an attention."""
 
     args: tuple
     kwargs: dict
+    layer: int = 0
 
     @property
     def cache_name(self) -> str | None:
@@ -93,8 +96,8 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
     entering: dict[tuple[int, str], PartInput] = {}
 
     def keep(place: tuple[int, str]):
-        def hook(_module, args, kwargs) -> None:
-            entering[place] = PartInput(args, dict(kwargs))
+        def hook(module, args, kwargs) -> None:
+            entering[place] = PartInput(args, dict(kwargs), getattr(module, "layer_idx", 0))
 
         return hook
 
@@ -121,10 +124,20 @@ def _works(module: nn.Module, reading: PartInput, stepping: PartInput) -> tuple[
     """Return what reads the prompt with `module` (a new cache each time), and what decodes one token after it."""
     if reading.cache_name is None:
         return lambda: reading.call(module, None), lambda: stepping.call(module, None)
-    fresh = type(reading.kwargs[reading.cache_name])
+    fresh = functools.partial(_empty, reading.kwargs[reading.cache_name], reading.layer)
     filled = fresh()
     reading.call(module, filled)
     return lambda: reading.call(module, fresh()), lambda: stepping.call(module, filled)
+
+
+def _empty(cache: Any, index: int) -> Any:
+    """Return an empty cache whose only layer is of the kind of layer `index` of `cache`: masks of a part that attends
+    to a sliding window are as wide as what such a layer returns.
+    """
+    empty, layer = type(cache)(), cache.layers[index]
+    if layer.is_sliding:
+        empty.layers = [type(layer)(layer.sliding_window)]
+    return empty
 
 
 def _rounds(works: Mapping[tuple, Callable[[], object]], rounds: int, seed: int) -> dict[tuple, list[float]]:

@@ -12,9 +12,10 @@ from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy, synchronise
 from lib.models.structure.replacements import no_op
 from lib.models.structure.surgery import keep_groups
-from lib.optimizations.continuous_nas import replacement_library
+from lib.optimizations.continuous_nas import replacement_library, subblock_costs
 from lib.optimizations.continuous_nas.scoring import divergence, probe
 from lib.optimizations.structured_pruning.method import saliency_scores
+from tests.models import architectures
 
 
 def close(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -177,3 +178,44 @@ def test_other_optimizations_take_a_model_with_absent_parts(tiny, name, batch):
         pruned = pruning.apply(model, [batch], ratio=ratio, granularity=granularity)
         assert pruning.decoder_parameters(pruned) < pruning.decoder_parameters(model)
         assert torch.isfinite(pruned(**batch).logits).all()
+
+
+def _of_other_architecture(name: str):
+    """A tiny model that is none of the four, ids to read, the saliency of its parts, and its library."""
+    model, ids = architectures.build(name), architectures.prompt()
+    seen = observe(model, [{"input_ids": ids}])
+    scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, seen.blocks)]
+    return model, ids, scores, replacement_library.build(model, scores)
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gemma3_text", "qwen2_moe"])
+def test_every_option_of_other_architectures_runs_and_is_timed(architecture):
+    """Norms over all heads are cut with them (OLMoE); where blocks attend in different ways none goes without, and a
+    part is timed on a cache of its own kind (Gemma 3, with a window that the prompt overruns).
+    """
+    model, ids, _, shelf = _of_other_architecture(architecture)
+    expected = model(ids).logits
+    for slot, options in shelf.space.items():
+        for option in options[1:]:
+            logits = replacement_library.swap(shelf, shelf.whole | {slot: option})(ids).logits
+            assert torch.isfinite(logits).all() and not torch.equal(logits, expected), (slot, option)
+    assert torch.equal(replacement_library.swap(shelf, shelf.whole)(ids).logits, expected)
+    assert any("none" in options for slot, options in shelf.space.items() if slot.endswith("attention")) == (
+        architecture != "gemma3_text"
+    )
+    times = subblock_costs.measure(model, shelf.modules, replacement_library.locate, ids[:1], rounds=1)
+    assert {slot: set(options) for slot, options in times.decode.items()} == {
+        slot: set(options) for slot, options in shelf.space.items()
+    }
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "qwen2"])
+def test_a_cut_of_heads_is_pruning_in_place_on_other_architectures(architecture):
+    model, ids, scores, shelf = _of_other_architecture(architecture)
+    reference = copy.deepcopy(model)
+    for block in anatomy(reference).blocks:
+        kept = scores[block.index]["heads"].topk(block.attention.key_value_heads // 2).indices.sort().values
+        keep_groups(block.attention, kept)
+    synchronise(reference)
+    halved = {slot: "groups_50" if slot.endswith("attention") else "whole" for slot in shelf.space}
+    assert close(replacement_library.swap(shelf, halved)(ids).logits, reference(ids).logits)
