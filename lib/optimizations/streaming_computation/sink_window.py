@@ -6,7 +6,7 @@ of positions cut, which is exact because rotations add. The window may overrun b
 that rotating back is rare. What was cut is lost: such a model reads on fluently, and cannot retrieve it. Knows nothing
 of attention.
 
-Shapes: B batch, G key-value heads, S cached tokens, D head size, P rotated part.
+Shapes: B batch, G key-value heads, S cached tokens, D head size, P rotated part, F = P / 2 frequencies.
 """
 
 from typing import Any
@@ -17,13 +17,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import anatomy
+from lib.models.structure.anatomy import Anatomy, Block, anatomy
 
 
 class SinkWindowLayer(DynamicLayer):
-    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"."""
+    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"; None in
+    a block without rotation.
+    """
 
-    def __init__(self, sinks: int, window: int, slack: int, rotated: str, inverse_frequency_F: torch.Tensor):
+    def __init__(self, sinks: int, window: int, slack: int, rotated: str | None, inverse_frequency_F: torch.Tensor):
         super().__init__()
         self.sinks, self.window, self.slack = sinks, window, slack
         self.rotated, self.inverse_frequency_F = rotated, inverse_frequency_F
@@ -50,11 +52,15 @@ class SinkWindowLayer(DynamicLayer):
 
 
 def turn(rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor) -> torch.Tensor:
-    """Return rotated keys [..., P] rotated on by `positions`; computed in float32."""
-    angle = positions * inverse_frequency_F.float()
+    """Return keys [..., D], of which the first P are rotated (all where D = P), rotated on by `positions`; computed in
+    float32.
+    """
+    angle, width = positions * inverse_frequency_F.float(), 2 * len(inverse_frequency_F)
     cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
-    first, second = rotated.float().chunk(2, dim=-1)
-    return (rotated.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(rotated.dtype)
+    turning, still = rotated[..., :width].float(), rotated[..., width:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(rotated.dtype), still], dim=-1)
 
 
 def whole_cache() -> DynamicCache:
@@ -78,10 +84,22 @@ def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack
             f"window: {sinks} sinks, {window} recent and {slack} spare tokens are more than this model's "
             f"{view.config.max_position_embeddings} positions; choose a smaller window"
         )
-    frequency_F = view.decoder.rotary_emb.inv_freq
     cache = DynamicCache()
     cache.layers = [
-        SinkWindowLayer(sinks, window, slack, "values" if block.attention.kind == "latent" else "keys", frequency_F)
-        for block in view.blocks
+        SinkWindowLayer(sinks, window, slack, _rotated(block), _frequencies(view, block)) for block in view.blocks
     ]
     return cache
+
+
+def _rotated(block: Block) -> str | None:
+    """Return which cached tensor a block rotates; None where its attention knows no positions (SmolLM3, every 4th)."""
+    if not getattr(block.attention.module, "use_rope", True):
+        return None
+    return "values" if block.attention.kind == "latent" else "keys"
+
+
+def _frequencies(view: Anatomy, block: Block) -> torch.Tensor:
+    """Return the inverse frequencies [F] of a block: those of its kind where each kind has its own (Gemma 3)."""
+    rotary, kinds = view.decoder.rotary_emb, getattr(view.config, "layer_types", None) or ()
+    own = f"{kinds[block.index]}_inv_freq" if kinds else "inv_freq"
+    return getattr(rotary, own if hasattr(rotary, own) else "inv_freq")

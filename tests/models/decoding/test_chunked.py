@@ -7,6 +7,7 @@ from lib.errors import UserError
 from lib.models.decoding import cache_names, chunked, mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import sink_window
+from tests.models.architectures import build
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -147,6 +148,35 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
     short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)  # ten before the last token, and that token
     torch.testing.assert_close(actual, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
     assert cache.layers[0].keys.shape[-2] == 13 and cache.layers[0].forgotten == 37
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [
+        ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 128}),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}),
+        ("llama", {}),
+    ],
+)
+def test_a_window_turns_keys_by_their_own_block_s_frequencies(architecture, own):
+    """As above, where kinds of blocks rotate differently, and where a block does not rotate at all."""
+    model, ids = build(architecture, **own), ids_of(50)
+    decoder = anatomy(model).decoder
+    decoder.layers = decoder.layers[:1]
+    decoder.config.num_hidden_layers = 1
+    cache = sink_window.windowed_cache(model, sinks=3, window=10)
+    for at in range(50):
+        actual = model(ids[:, at : at + 1], use_cache=True, **cache_names.as_kwargs(cache)).logits[:, -1]
+    short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)
+    torch.testing.assert_close(actual, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
+    assert cache.layers[0].forgotten == 37
+
+
+def test_only_the_rotated_part_of_a_key_turns():
+    key, frequency = torch.randn(2, 3, 5, 12), torch.tensor([1.0, 0.1])
+    turned = sink_window.turn(key, -7, frequency)
+    assert torch.equal(turned[..., 4:], key[..., 4:])
+    torch.testing.assert_close(turned[..., :4], sink_window.turn(key[..., :4], -7, frequency), atol=0, rtol=0)
 
 
 def test_the_window_stays_constant_in_size(tiny, name):
