@@ -3,10 +3,13 @@
 Knows nothing of which weights go.
 """
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from lib.models.calibration.observed import Observed
-from lib.models.calibration.second_moments import matrices
+from lib.models.calibration.second_moments import Matrix, Moments, matrices
 from lib.optimizations.common.compression.budgets import OUTLIER, by_outliers
 from lib.optimizations.sparse_neural_networks.masks import score
 
@@ -14,17 +17,34 @@ from lib.optimizations.sparse_neural_networks.masks import score
 def owl(model: nn.Module, observed: Observed, sparsity: float) -> dict[int, float]:
     """Return the share of weights that each block loses, by index; over all weights it is `sparsity`.
 
-    Scores are |W|·‖x‖₂ (Yin et al. 2024, OWL); `observed` gives the squares of the inputs.
+    Scores are |W|·rms(x) (Yin et al. 2024, OWL); an outlier is one above OUTLIER times the mean of all scores of its
+    block, whatever matrix they lie in. `observed` gives the squares of the inputs.
     """
     outliers, sizes = {}, {}
     for index, sums in observed:
-        total = above = 0.0
-        for matrix in (m for m in matrices(model, observed.part, index) if m.name in sums):
-            stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
-            squares = sums[matrix.name].squares.float().view(len(stack), -1)
-            for weight, square in zip(stack, squares):
-                scores = score(weight, "wanda", square)
-                above += float((scores > OUTLIER * scores.mean()).sum())
-                total += scores.numel()
-        outliers[index], sizes[index] = above / max(1.0, total), total
+        of_block = [matrix for matrix in matrices(model, observed.part, index) if matrix.name in sums]
+        sizes[index] = float(sum(matrix.weight.numel() for matrix in of_block))
+        outliers[index] = outlier_share(of_block, sums)
     return by_outliers(outliers, sizes, sparsity)
+
+
+def outlier_share(of_block: list[Matrix], sums: dict[str, Moments]) -> float:
+    """Return the share of a block's scores that lie above OUTLIER times their mean; 0 where none is known."""
+    count = total = 0.0
+    for scores in _scores(of_block, sums):
+        count, total = count + scores.numel(), total + float(scores.sum(dtype=torch.float64))
+    limit = OUTLIER * total / max(1.0, count)
+    return sum(float((scores > limit).sum()) for scores in _scores(of_block, sums)) / max(1.0, count)
+
+
+def _scores(of_block: list[Matrix], sums: dict[str, Moments]) -> Iterator[torch.Tensor]:
+    """Yield the scores [O, I] of each matrix and each expert; not those of experts that no token reached. Per token,
+    since experts have seen different numbers of them.
+    """
+    for matrix in of_block:
+        stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
+        seen = sums[matrix.name]
+        squares_EI, tokens_E = seen.squares.float().view(len(stack), -1), seen.tokens.expand(len(stack)).tolist()
+        for weight, squares, tokens in zip(stack, squares_EI, tokens_E):
+            if tokens:
+                yield score(weight, "wanda", squares / tokens)

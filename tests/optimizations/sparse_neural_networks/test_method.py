@@ -12,7 +12,7 @@ from lib.models.calibration.second_moments import matrices, moments
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements.sparse import SparseExperts, SparseLinear, compress, product, slices, stored
-from lib.optimizations.sparse_neural_networks import masks, matrix_pruning
+from lib.optimizations.sparse_neural_networks import budgets, masks, matrix_pruning
 from lib.optimizations.sparse_neural_networks import method as sparse
 
 MOE = ["glm-4.7-flash", "qwen3-coder-30b"]
@@ -431,6 +431,28 @@ def test_blocks_with_more_outliers_lose_less(tiny, text):
     assert min(shares, key=shares.get) == 2 and max(shares.values()) - shares[2] > 0.05
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values()) / sum(m.numel() for m in pruned.masks.values())
     assert zeros == pytest.approx(0.6, abs=0.02)
+
+
+def test_outliers_are_those_of_the_block_not_of_each_matrix(tiny, name, text):
+    """Against all scores of a block side by side; a matrix whose scores are all large is all outliers."""
+    model = tiny(name)
+    anatomy(model).blocks[0].attention.output.weight.data *= 1000
+    for index, sums in sparse.observe(model, text, method="wanda"):
+        of_block = [matrix for matrix in matrices(model, "all", index) if matrix.name in sums]
+        every = []
+        for matrix in of_block:
+            stack, seen = matrix.weight.view(-1, *matrix.weight.shape[-2:]), sums[matrix.name]
+            for expert, weight in enumerate(stack):
+                tokens = seen.tokens.expand(len(stack))[expert]
+                if tokens:
+                    mean_I = seen.squares.view(len(stack), -1)[expert] / tokens
+                    every.append((weight.abs() * mean_I.sqrt()).flatten())
+        side_by_side = torch.cat(every)
+        expected = (side_by_side > 5 * side_by_side.mean()).float().mean()
+        share = budgets.outlier_share(of_block, sums)
+        assert share == pytest.approx(float(expected), abs=2 / len(side_by_side))
+        output = anatomy(model).blocks[index].attention.output.weight.numel()
+        assert index or share > 0.2 * output / len(side_by_side)
 
 
 # --- fine-tuning, disk, counting -------------------------------------------------------------------------------------
