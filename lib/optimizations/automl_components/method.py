@@ -12,7 +12,7 @@ The rule that takes one point is fixed beforehand: `finalists`. Knows nothing of
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,7 @@ INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for ever
 STEM = "automl_components"
 STARTUP = 4  # configurations, the first ones included, before the sampler follows what it saw
 PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
+MORE_TEXT = 2  # times as many configurations as there are finalists are judged on more text
 PROPOSALS = 8  # looked at before something is judged a second time
 STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
 
@@ -229,15 +230,19 @@ def elsewhere(stacks: Path, model: str, parts: Sequence[Component], most: int = 
 
 
 def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tuple[JudgedStack, float]]:
-    """Return the `keep` best outcomes with their divergence on the next rung's text: first the fastest of those that
-    little text already shows within the margin of perplexity, then those that dominate most.
+    """Return the `keep` best outcomes with their divergence on the next rung's text, on which MORE_TEXT times as many
+    are judged: before that text and after it, first the fastest of those that the text shows within the margin of
+    perplexity, then those that dominate most.
     """
-    fit = [judged for judged in outcomes if judged.reason is None and judged.stack]
-    within = [judged for judged in fit if judged.point[1] <= math.log(1 + PERPLEXITY_MARGIN)]
-    rest = sorted((judged for judged in fit if judged not in within), key=utility, reverse=True)
-    ranked = sorted(within, key=lambda judged: judged.point[0]) + rest
+    fit = sorted((judged for judged in outcomes if judged.reason is None and judged.stack), key=_rank)
     last = len(bench.texts) - 1
-    return [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in ranked[:keep]]
+    read = [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in fit[: MORE_TEXT * keep]]
+    return sorted(read, key=lambda pair: _rank(replace(pair[0], divergence=pair[1])))[:keep]
+
+
+def _rank(judged: JudgedStack) -> tuple[bool, float]:
+    within = judged.point[1] <= math.log(1 + PERPLEXITY_MARGIN)
+    return (False, judged.point[0]) if within else (True, -utility(judged))
 
 
 def nothing(bench: Bench) -> JudgedStack:

@@ -256,15 +256,27 @@ def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
     outcomes = [bench.judge([RecipeStep(optimization="one", knobs={"share": share})]) for share in (0.1, 0.4, 0.9)]
-    stack = [RecipeStep(optimization="one", knobs={"share": 0.1})]
-    near, quick = (JudgedStack(stack, time, kl, 1.0, None, 0.0) for time, kl in ((0.9, 0.01), (0.3, 0.4)))
-    assert [judged for judged, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], (
-        "within the margin comes first"
-    )
     best = automl.promote(bench, outcomes, 1)
     assert best[0][0] is outcomes[0] and best[0][1] == pytest.approx(
         bench.divergence(bench.apply(outcomes[0].stack), 1)
     )
+
+
+def test_what_little_text_flattered_falls_behind_on_more():
+    bench = SimpleNamespace(texts=["little", "more"], apply=lambda stack: stack[0].knobs["share"])
+    on_more_text, asked = {0.1: 0.01, 0.2: 0.4, 0.3: 0.02, 0.4: 0.0}, []
+    bench.divergence = lambda share, rung: asked.append((share, rung)) or on_more_text[share]
+
+    def judged(share: float, seconds: float, nats: float) -> JudgedStack:
+        stack = [RecipeStep(optimization="one", knobs={"share": share})]
+        return JudgedStack(stack, seconds, nats, 1.0, None, 0.0)
+
+    near, quick = judged(0.1, 0.9, 0.01), judged(0.2, 0.3, 0.4)
+    assert [each for each, _ in automl.promote(bench, [quick, near], 2)] == [near, quick], "within the margin is first"
+    flattered, steady, slow = judged(0.2, 0.5, 0.01), judged(0.3, 0.8, 0.01), judged(0.4, 0.95, 0.0)
+    asked.clear()
+    assert automl.promote(bench, [flattered, steady, slow], 1) == [(steady, 0.02)]
+    assert asked == [(0.2, 1), (0.3, 1)], "twice as many as are kept are read"
 
 
 def test_regret_finds_a_planted_optimum():
