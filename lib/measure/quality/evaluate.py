@@ -90,7 +90,7 @@ def evaluate(
         classified.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
     text = known_text or watched("prefill", lambda: read_text(arm, split, effort, seed))
     sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead
-    retrieved = watched("generate", lambda: retrieval(arm, *sizes))
+    retrieved = watched("generate", lambda: retrieval(arm, *sizes, split=split))
     chosen = [answers for answers in classified if isinstance(answers, Classified)]
     rolled = [answers for answers in classified if isinstance(answers, Rolled)]
     return Answers(chosen, text, retrieved, idle=frozenset(idle), rolled=rolled)
@@ -164,11 +164,13 @@ def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
 
 
 @torch.inference_mode()
-def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD) -> Retrieved:
+def retrieval(
+    loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
+) -> Retrieved:
     """Return which of `count` values, stored `distance` tokens ago, the model repeats exactly when it generates
-    greedily. `lead` tokens of text stand before them.
+    greedily. They stand in text of `split`, `lead` tokens of it before them.
     """
-    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead)
+    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead, split)
 
     def ask() -> dict[str, np.ndarray]:
         right = []
@@ -179,9 +181,10 @@ def retrieval(loaded: Loaded, distance: int, count: int, seed: int = 0, lead: in
             right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
         return {"right_N": np.concatenate(right)}
 
-    question = {"task": "retrieval", "distance": distance, "count": count, "seed": seed, "lead": lead}
+    question: dict[str, object] = {"task": "retrieval", "distance": distance, "count": count, "seed": seed}
+    question |= {"lead": lead, "split": split}
     answers, answered = answer_cache.known_or(loaded, question, ask)
-    source_N = task_list.filler_sources(loaded, distance, count, seed, lead)
+    source_N = task_list.filler_sources(loaded, distance, count, seed, lead, split)
     return Retrieved(distance, answers["right_N"], answered, source_N)
 
 

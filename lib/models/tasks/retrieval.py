@@ -93,37 +93,37 @@ def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Genera
 
 
 def retrieval_prompts(
-    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD
+    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids_BT, target_BV): key, value, `distance` tokens of held-out text, the key again; then the value.
+    """Return (ids_BT, target_BV): key, value, `distance` tokens of a split's text, the key again; then the value.
 
     `lead` tokens of text come first, so that the key is not at position 0; before them, what the tokenizer puts before
     every text. No padding. Greedy generation of VALUE
     tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
-    filler_BT = _fillers(loaded, count, lead + distance, random)
+    filler_BT = _fillers(loaded, count, lead + distance, random, split)
     key_BK = random_ids(loaded, (count, KEY), random)
     value_BV = random_ids(loaded, (count, VALUE), random)
     ids_BT = torch.cat([filler_BT[:, :lead], key_BK, value_BV, filler_BT[:, lead:], key_BK], 1)
     return with_prefix(loaded, ids_BT).to(loaded.device), value_BV.to(loaded.device)
 
 
-def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator) -> torch.Tensor:
-    """Return windows of final held-out text that may overlap, each from a random place."""
+def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator, split: str) -> torch.Tensor:
+    """Return windows of a split's text that may overlap, each from a random place."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)
-    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
     starts = torch.randint(len(stream_T) - length, (count,), generator=random)
     return torch.stack([stream_T[start : start + length] for start in starts.tolist()])
 
 
 def filler_sources(
-    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD
+    loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> np.ndarray | None:
     """Return the document in which the text of each prompt of `retrieval_prompts` begins; None for random ids."""
     if loaded.tokenizer is None:
         return None
     random = torch.Generator().manual_seed(seed)
-    _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), "final")
+    _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
     return source_T[torch.randint(len(source_T) - lead - distance, (count,), generator=random)].numpy()

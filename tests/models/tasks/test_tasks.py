@@ -114,6 +114,22 @@ def test_recall_prompts_hold_key_and_value_and_distance(loaded):
     assert int(torch.cat([key_BK, target_BV], 1).min()) > 6
 
 
+def test_the_text_around_a_value_is_that_of_the_split(loaded):
+    """What chooses a candidate must not read text that judges it."""
+    known = {split: _runs(tasks.text_windows(loaded, split, 1000, 64), 32) for split in ("search", "final")}
+    for split, other in (("search", "final"), ("final", "search")):
+        ids_BT, _ = tasks.retrieval_prompts(loaded, 100, 4, seed=5, split=split)
+        text_BT = ids_BT[:, 8 + tasks.KEY + tasks.VALUE : -tasks.KEY]
+        assert _runs(text_BT, 32) & known[split] and not _runs(text_BT, 32) & known[other]
+        sources = tasks.filler_sources(loaded, 100, 4, seed=5, split=split)
+        assert sources.max() < len(corpus.running_text(tasks.corpus_of(loaded), split))
+
+
+def _runs(ids_NT: torch.Tensor, length: int) -> set[tuple[int, ...]]:
+    """Return every run of so many neighbouring tokens of a row."""
+    return {tuple(run) for row in ids_NT.tolist() for run in zip(*(row[at:] for at in range(length)))}
+
+
 def test_windows_are_disjoint_and_splits_differ(loaded):
     final = tasks.text_windows(loaded, "final", 1000, 64)
     assert final.shape[1] == 64 and len({tuple(row) for row in final.tolist()}) == len(final)
