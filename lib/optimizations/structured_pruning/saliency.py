@@ -86,14 +86,19 @@ def _per_group(attention: Attention, heads_Q: torch.Tensor) -> torch.Tensor:
 
 
 def _random_scores(block: Block, generator: torch.Generator) -> Scores:
-    part = block.feed_forward
-    scores: Scores = {"heads": torch.rand(block.attention.key_value_heads, generator=generator)}
+    """Return random scores on the device of the block, drawn on the processor so that every device has the same."""
+    part, device = block.feed_forward, next(block.module.parameters()).device
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    scores: Scores = {"heads": drawn(block.attention.key_value_heads)}
     scores["depth"] = float(torch.rand(1, generator=generator))
     if part.dense is not None:
-        scores["channels"] = torch.rand(part.channels, generator=generator)
+        scores["channels"] = drawn(part.channels)
     if part.experts is not None:
-        scores["experts"] = torch.rand(part.experts.count, generator=generator)
-        scores["expert_channels"] = torch.rand(part.experts.count, part.experts.channels, generator=generator)
+        scores["experts"] = drawn(part.experts.count)
+        scores["expert_channels"] = drawn(part.experts.count, part.experts.channels)
     return scores
 
 

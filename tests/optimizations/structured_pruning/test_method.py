@@ -171,6 +171,17 @@ def test_random_saliency_is_repeatable_and_follows_the_seed(tiny, batch):
     assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
 
 
+def test_random_scores_lie_where_their_block_lies(tiny, name):
+    """Indices into tensors of a device must be on it as well; drawn there, they would differ from device to device."""
+    here = tiny(name)
+    there = tiny(name).to("meta")
+    for block, elsewhere in zip(anatomy(here).blocks, anatomy(there).blocks):
+        drawn, moved = (pruning.saliency_scores(each, None, "random", 3) for each in (block, elsewhere))
+        tensors = {part: score for part, score in moved.items() if torch.is_tensor(score)}
+        assert tensors and all(score.is_meta for score in tensors.values())
+        assert {part: score.shape for part, score in tensors.items()} == {part: drawn[part].shape for part in tensors}
+
+
 def test_ratio_zero_changes_nothing(tiny, name, batch):
     model = tiny(name)
     assert io.weights_hash(pruning.apply(model, [batch], ratio=0.0)) == io.weights_hash(model)
