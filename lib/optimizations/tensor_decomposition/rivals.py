@@ -24,7 +24,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import rival_arms
-from lib.optimizations.common.compression import weight_only
+from lib.optimizations.common.compression import calibration_text, weight_only
 from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.tensor_decomposition import allocation
@@ -197,7 +197,8 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
     foreign = "code" if own == "docs" else "docs"
     task = {"code": "code_origin", "docs": "topic"}[foreign]
     abroad = dataclasses.replace(loaded, parameters=loaded.parameters.model_copy(update={"tasks": [task]}))
-    calibration = prompts.calibration(abroad, effort.calibration_sequences, effort.calibration_tokens, seed)
+    count = calibration_text.sequences(loaded.model, effort)  # as much as the own text
+    calibration = prompts.calibration(abroad, count, effort.calibration_tokens, seed)
     spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration)}
     rows = []
     for judged, source in ((own, loaded), (foreign, abroad)):

@@ -121,3 +121,22 @@ def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
     rivals.sweep(setup, experiment.factor(setup, 0.2), None, torch.randint(8, 96, (1, 16)), 0.2, prune)
     tokens = sum(batch["input_ids"].numel() for batch in setup.calibration)
     assert seen and all(text is setup.calibration and count == tokens for text, count in seen)
+
+
+def test_factors_for_another_domain_see_as_much_text(setup, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def abroad(_, parameters):
+        return SimpleNamespace(parameters=parameters)
+
+    def calibration(loaded, sequences, length, seed):
+        raise Asked(loaded.parameters, sequences, length)
+
+    setup.loaded.parameters = SimpleNamespace(tasks=["topic"], model_copy=lambda update: update["tasks"])
+    monkeypatch.setattr(rivals, "dataclasses", SimpleNamespace(replace=abroad))
+    monkeypatch.setattr(rivals.prompts, "calibration", calibration)
+    monkeypatch.setattr(rivals.calibration_text, "sequences", lambda model, effort: 77)
+    with pytest.raises(Asked) as asked:
+        rivals.domains(setup, 0.2)
+    assert asked.value.args == (["code_origin"], 77, EFFORT.calibration_tokens)
