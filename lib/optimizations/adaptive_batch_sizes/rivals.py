@@ -4,8 +4,8 @@
 - `Timeout`: gather a group first, but let no request wait longer than a delay (NVIDIA Triton's dynamic batcher).
 - `AimdSize`: one row more while batches keep the objective, a tenth fewer after one that did not (Crankshaw et al.
   2017, Clipper, NSDI, section 4.3.1).
-- `Chunked`: admit every request that fits, and read prompts in parts that share steps with decoding, up to a number of
-  tokens a step (Agrawal et al. 2024, Sarathi-Serve, OSDI; the default of vLLM).
+- `Chunked`: admit every request that fits (the default of vLLM), or up to a size, and read prompts in parts that share
+  steps with decoding, up to a number of tokens a step (Agrawal et al. 2024, Sarathi-Serve, OSDI).
 - `Scheduled`: sizes by the clock; with sizes found in hindsight it is the oracle.
 """
 
@@ -83,10 +83,12 @@ class AimdSize(FixedSize):
 
 
 class Chunked(FixedSize):
-    """Admit every request that fits; prompts are read `chunk` tokens at a time, in steps shared with decoding."""
+    """Admit every request that fits below `size`; prompts are read `chunk` tokens at a time, in steps shared with
+    decoding.
+    """
 
-    def __init__(self, chunk: int = CHUNK, size: int = MOST_ROWS):
-        super().__init__(size, f"chunked {chunk}")
+    def __init__(self, chunk: int = CHUNK, size: int = MOST_ROWS, name: str | None = None):
+        super().__init__(size, name or f"chunked {chunk}")
         if not (isinstance(chunk, int) and chunk >= 1):
             raise UserError(f"chunked prefill: {chunk} tokens; expected a whole number of at least 1")
         self.chunk = chunk

@@ -61,14 +61,18 @@ class TrafficStudy:
     def policies(self, size: int) -> dict[str, PolicyFactory]:
         """Return the policies to compare: the fixed `size` first, ours last.
 
-        The time-out policy gathers up to four requests for at most a quarter of the first-token objective.
+        The time-out policy gathers up to four requests for at most a quarter of the first-token objective. Chunked
+        prefill comes with all rows, as engines start, and with the rows of the fixed size, as who has objectives to
+        keep would set it: too many rows miss the objective per token however prompts are read.
         """
         objective, most = self.setup.objective, self.setup.limits.rows
+        few = f"chunked {self.chunk}, fixed rows"
         return {
             f"fixed {size}": lambda: FixedSize(size),
             "time-out": lambda: Timeout(size, min(4, size), objective.first_token_seconds / 4),
             "AIMD": lambda: AimdSize(objective, most),
             f"chunked {self.chunk}": lambda: Chunked(self.chunk, most),
+            few: lambda: Chunked(self.chunk, size, few),
             BLIND: lambda: self.adaptive(blind=True, name=BLIND),
             ADAPTIVE: self.adaptive,
         }

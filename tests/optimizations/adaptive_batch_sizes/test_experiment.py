@@ -35,11 +35,23 @@ def test_sizes_are_read_in_two_sentences_and_the_oracle_is_no_worse_than_its_sta
     best, by_size = traffic.choose("changing")
     oracle = simulated.oracle_goodput(traffic, best)
     frame = simulated.over_sizes(traffic, best, by_size, oracle)
-    assert set(frame.arm) == {"fixed size", "chunked 64", "AIMD", "adaptive", "adaptive, blind", "oracle"}
+    chunked = {"chunked 64", "chunked 64, fixed rows"}
+    assert set(frame.arm) == {"fixed size", "AIMD", "adaptive", "adaptive, blind", "oracle"} | chunked
     first = policy_comparison.trace(traffic.setup, "changing", 8, study.CHOOSING[0])
     assert oracle >= slo.goodput(traffic.setup.run(first, FixedSize(best)), traffic.setup.objective)
     reading.two(*simulated.read_sizes(frame))
     reading.two(*simulated.read_sizes(frame.assign(value=0.0)))
+
+
+def test_rivals_have_as_many_rows_as_the_fixed_size_that_was_chosen(traffic):
+    """Where too many rows miss the objective per token, a rival with all of them is none."""
+    best, _ = traffic.choose("changing")
+    policies = traffic.policies(best)
+    few, every = (policies[name] for name in ("chunked 64, fixed rows", "chunked 64"))
+    assert best < traffic.setup.limits.rows == every().size and few().size == best
+    assert few().name == "chunked 64, fixed rows" and few().chunk == every().chunk == 64
+    beyond = policy_comparison.trace(traffic.setup, "constant 1.1", 8, 1)
+    assert max(step.batch for step in traffic.setup.run(beyond, few()).steps) <= best
 
 
 def test_choosing_and_judging_use_different_seeds(traffic):
@@ -68,7 +80,7 @@ def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(tr
     assert [row["traffic"] for row in every] == list(policy_comparison.NAMES)
     assert all(row["best size"] in traffic.sizes for row in every)
     frame, attained = simulated.over_rates(traffic, every)
-    assert len(frame) == 4 * 6 and set(attained) == set(frame.arm)
+    assert len(frame) == 4 * 7 and set(attained) == set(frame.arm)
     reading.two(*simulated.read_rates(attained))
     reading.two(*simulated.read_rates(dict.fromkeys(attained)))
 

@@ -71,7 +71,8 @@ def test_rivals_are_controls_against_the_fixed_size(replayed):
     rivals, _ = replayed
     controls = rivals.controls()
     assert [name for name, *_ in controls] == [
-        f"{name}, real model" for name in ("time-out", "AIMD", "chunked 64", "adaptive, blind")
+        f"{name}, real model"
+        for name in ("time-out", "AIMD", "chunked 64", "chunked 64, fixed rows", "adaptive, blind")
     ]
     for _, _, (measured,) in controls:
         assert measured.workload == WORKLOAD and measured.provenance == "measured"
