@@ -21,6 +21,7 @@ from lib.measure.timing.workloads import Workload
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy, feed_forward
 from lib.models.structure.replacements.factored import FactoredLinear
+from lib.models.structure.replacements.quantized import QuantizedExperts, QuantizedLinear, stored
 from lib.models.structure.replacements.sparse import is_dense
 
 
@@ -61,8 +62,12 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once; of a sparsely stored matrix, its stored elements."""
-    return sum(_stored_elements(parameter) for parameter in model.parameters())
+    """Return the number of parameters, tied ones once; of a sparsely stored matrix, its stored elements; of packed
+    values, the weights that they stand for.
+    """
+    packed, inside = _packed(model)
+    plain = (_stored_elements(parameter) for parameter in model.parameters() if id(parameter) not in inside)
+    return sum(plain) + sum(part.elements for part in packed)
 
 
 def checkpoint_bytes(folder: Path | str) -> int:
@@ -74,11 +79,11 @@ def checkpoint_bytes(folder: Path | str) -> int:
 
 
 def zero_share(model: nn.Module) -> float:
-    """Return the share of exact zeros among the densely stored matrices of the decoder blocks."""
+    """Return the share of exact zeros among the densely stored matrices of the decoder blocks; not of packed values."""
     zeros = total = 0
     for block in anatomy(model).blocks:
         for parameter in block.module.parameters():
-            if parameter.dim() > 1 and is_dense(parameter):
+            if parameter.dim() > 1 and is_dense(parameter) and parameter.is_floating_point():
                 total += parameter.numel()
                 zeros += parameter.numel() - int(parameter.count_nonzero())
     return zeros / total if total else 0.0
@@ -125,12 +130,18 @@ def _block_size(block: Block, skip_zeros: bool = False) -> _Size:
 def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) -> _Size:
     routed = {id(parameter) for parameter in experts.module.parameters()} if experts else set()
     dense = dense_bytes = expert = expert_bytes = 0.0
-    for parameter in module.parameters():
-        if parameter.dim() < 2:
-            continue
-        elements, size = _elements(parameter, skip_zeros)
-        # A factor that all experts share (of a decomposition) is not stacked along the experts.
-        if experts and id(parameter) in routed and parameter.dim() == 3 and parameter.shape[0] == experts.count:
+    packed, inside = _packed(module)
+    matrices = [
+        (_elements(parameter, skip_zeros), id(parameter) in routed and _is_stack(parameter, experts))
+        for parameter in module.parameters()
+        if parameter.dim() > 1 and id(parameter) not in inside
+    ]
+    # What is packed is multiplied as if it were not: fewer bytes are read, and no operation is saved.
+    matrices += [
+        ((part.elements, sum(t.nbytes for t in stored(part))), isinstance(part, QuantizedExperts)) for part in packed
+    ]
+    for (elements, size), stacked in matrices:
+        if experts and stacked:
             expert += elements / experts.count
             expert_bytes += size / experts.count
         else:
@@ -139,6 +150,17 @@ def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) 
     if not experts:
         return _Size(dense, dense_bytes)
     return _Size(dense, dense_bytes, expert, expert_bytes, experts.count, experts.top_k)
+
+
+def _is_stack(parameter: torch.Tensor, experts: Experts | None) -> bool:
+    """Return whether a parameter is stacked along the experts: a factor that all of them share is not."""
+    return experts is not None and parameter.dim() == 3 and parameter.shape[0] == experts.count
+
+
+def _packed(module: nn.Module) -> tuple[list[QuantizedLinear | QuantizedExperts], set[int]]:
+    """Return the packed parts of a module, and the ids of their values and scales."""
+    parts = [part for part in module.modules() if isinstance(part, (QuantizedLinear, QuantizedExperts))]
+    return parts, {id(tensor) for part in parts for tensor in stored(part)}
 
 
 def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
@@ -243,8 +265,7 @@ def decode_flops(
                 inner = expansion.inner.weight.numel() if isinstance(expansion, FactoredLinear) else 0
                 flops += 2 * inner * (2 * attention.heads - 1)
             else:
-                elements = sum(_elements(p, skip_zeros)[0] for p in expansion.parameters() if p.dim() > 1)
-                flops += 2 * elements * (context - 1)
+                flops += 2 * _size(expansion, None, skip_zeros).dense * (context - 1)
         flops += 2 * attention.heads * width * min(read, attention.attended_tokens(context))
     return flops
 

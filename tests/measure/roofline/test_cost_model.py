@@ -14,6 +14,7 @@ from lib.measure.timing import workloads
 from lib.models import parameters
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.compression import weight_only
 from tests.measure.roofline import counted_flops
 
 MACHINE = Ceilings(1e12, 1e10, "cpu", "float32", 1, "2026-01-01", 2**20)
@@ -105,6 +106,25 @@ def test_zeros_are_seen_and_skipped_only_on_request(tiny):
     assert cost_model.zero_share(model) > 0.05
     assert cost_model.of(model, work) == before
     assert cost_model.of(model, work, skip_zeros=True).flops < before.flops
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fewer_bits_save_bytes_and_no_operation(tiny, name, bits):
+    model = tiny(name)
+    changed = weight_only.weight_only(model, bits)
+    assert cost_model.active_parameters(changed) == cost_model.active_parameters(model)
+    assert cost_model.parameters(changed) == cost_model.parameters(model)
+    assert cost_model.prefill_flops(changed, 16, 2) == cost_model.prefill_flops(model, 16, 2)
+    for absorbed in (False, True):
+        flops = [cost_model.decode_flops(arm, 100, absorbed=absorbed) for arm in (model, changed)]
+        assert flops[0] == flops[1]
+    read = [cost_model.step_bytes(arm, 1, 16) for arm in (model, changed)]
+    assert read[1] < 0.6 * read[0]
+    blocks = [sum(p.nbytes for b in anatomy(arm).blocks for p in b.module.parameters()) for arm in (model, changed)]
+    every = [cost_model.step_bytes(arm, 1, 16, hit=dict.fromkeys(range(4), 8)) for arm in (model, changed)]
+    vectors = sum(p.nbytes for b in anatomy(model).blocks for p in b.module.parameters() if p.dim() == 1)
+    assert every[0] - every[1] == pytest.approx(blocks[0] - blocks[1], abs=vectors)
+    assert cost_model.zero_share(changed) == cost_model.zero_share(model) == 0
 
 
 def test_costs_of_workloads_add_up(tiny):

@@ -157,6 +157,11 @@ class QuantizedLinear(nn.Module):
         y_TO = y_TO if self.bias is None else y_TO + self.bias
         return y_TO.view(*x.shape[:-1], self.out_features)
 
+    @property
+    def elements(self) -> int:
+        """How many weights the packed values stand for."""
+        return self.out_features * self.in_features
+
     def restored(self) -> torch.Tensor:
         """Return the matrix [O, I] that the packed values stand for, float32."""
         return restored(self.weight, self.scales, (self.out_features, self.in_features), self.kernel)
@@ -198,7 +203,17 @@ class QuantizedExperts(nn.Module):
             total_TH.index_add_(0, token, out.to(total_TH.dtype))
         return total_TH if self.output_factor is None else self.output_factor(total_TH)
 
+    @property
+    def elements(self) -> int:
+        """How many weights the packed values of all experts stand for."""
+        return self.num_experts * sum(outputs * inputs for outputs, inputs in self.shapes.values())
+
     def multiply(self, name: str, expert: int, x_TI: torch.Tensor) -> torch.Tensor:
         """Return the product of one matrix of an expert with x [T, I]."""
         values, scales = getattr(self, name)[expert], getattr(self, f"{name}_scales")[expert]
         return product(x_TI, values, scales, self.shapes[name], self.kernels[name])
+
+
+def stored(part: QuantizedLinear | QuantizedExperts) -> list[torch.Tensor]:
+    """Return the packed values and scales of a part, without its bias."""
+    return [tensor for name, tensor in part.named_parameters(recurse=False) if name != "bias"]
