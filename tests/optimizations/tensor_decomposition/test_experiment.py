@@ -60,8 +60,9 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     text = evaluate.read(setup.baseline, ids_NT)
     sweep = rivals.sweep(setup, chosen, text, ids_NT[:1], 0.2, pruning.apply)
     names = [arm.name for arm in sweep.arms]
-    assert names[:5] == ["plain", "whitened", "refined", "whitened, uniform ranks", "structured pruning"]
-    assert names[5:7] == ["int8", "int4, groups of 128"] and [arm.name for arm in sweep.yardsticks[:2]] == names[5:7]
+    factored = ["plain", "whitened", "refined", "whitened, uniform ranks", "plain, uniform ranks"]
+    assert names[:6] == [*factored, "structured pruning"]
+    assert names[6:8] == ["int8", "int4, groups of 128"] and [arm.name for arm in sweep.yardsticks[:2]] == names[6:8]
     for arm in sweep.yardsticks[:2]:
         metrics = {m.metric for m in arm.measurements}
         assert {"weights_bytes", "perplexity", "prefill_tokens_per_second", "decode_tokens_per_second"} <= metrics
@@ -78,6 +79,11 @@ def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_o
     chosen = experiment.factor(hurried, 0.2)
     sweep = rivals.sweep(hurried, chosen, None, torch.randint(8, 96, (1, 16)), 0.2, pruning.apply)
     assert {row["strength"] for row in sweep.rows} == {20.0, 40.0}
+    even = {row["strength"] for row in sweep.rows if "uniform ranks" in str(row["arm"])}
+    assert even == {20.0} and {name for name in sweep.left_out if "uniform" in name} == {
+        "whitened, uniform ranks at 0.4",
+        "plain, uniform ranks at 0.4",
+    }
     domains, why = rivals.domains(hurried, 0.2)
     assert domains.empty and "effort quick" in why
 
