@@ -202,6 +202,16 @@ def register(text: str) -> str:
     return name
 
 
+def known_as(text: str) -> str | None:
+    """Return the name of the model whose checkpoint `text` refers to, None where none has it; makes no file.
+
+    Raises UserError for what is no reference.
+    """
+    source = reference.parse(text)
+    every = [(name, _path(name)) for name in [*names(), *registered()]]
+    return next((name for name, path in every if path and _checkpoint(path) == source.text), None)
+
+
 def forget(name: str) -> None:
     """Remove what `register` made, where nothing could be fetched for it."""
     (_registry() / f"{name}.yaml").unlink(missing_ok=True)

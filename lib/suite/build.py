@@ -243,7 +243,10 @@ def _tidy(folder: Folder) -> None:
             shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(folder.running, ignore_errors=True)
     for part in folder.path.glob(".*.part"):
-        part.unlink(missing_ok=True)
+        if part.is_dir():  # the pictures of a page
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> list[str]:
@@ -315,17 +318,19 @@ def report(out: Path) -> int:
     """Render the pages of every record again, and the index; return the exit code. Runs no notebook."""
     from lib.suite.store import render
 
-    if not result_folder.present(Folder(out)):
-        raise UserError(f"{shown(out)}: holds no record; build first: python build.py")
+    result_folder.require_records(out)
     folder = result_folder.open_folder(out)
     with _locked(folder):
         try:
-            faults = render.render_all(folder, lambda line: print(line, flush=True)) + site.finish(folder, None)
+            faults = render.render_all(folder, lambda line: print(line, flush=True))
+            of_the_set = site.finish(folder, None)
         except OSError as error:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
+    for fault in of_the_set:
+        print(f"FAILED {fault}")
     say_what_ran(folder.path)
-    print(f"{len(faults)} failed; {shown(folder.path / 'index.html')}")
-    return 1 if faults else 0
+    print(f"{len(faults) + len(of_the_set)} failed; {shown(folder.path / 'index.html')}")
+    return 1 if faults or of_the_set else 0
 
 
 def cover(out: Path) -> int:

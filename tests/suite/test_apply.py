@@ -1,5 +1,7 @@
 """`apply` gives the optimized model itself: loaded again with equal answers, and a card with what was measured."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,22 @@ def test_a_wrong_request_is_one_line(tmp_path):
         command.apply(plan.Request((), (MODEL,)), None, str(tmp_path / "x"), tmp_path)
     with pytest.raises(UserError, match="no such file"):
         command.apply(request, "nowhere.yaml", str(tmp_path / "x"), tmp_path)
+    with pytest.raises(UserError, match="the one whose search wrote the recipe"):
+        command.apply(plan.Request((), (MODEL,)), "a.yaml", str(tmp_path / "x"), tmp_path)
+
+
+@pytest.mark.parametrize(("code", "why"), [(-9, "ended by signal 9, as happens where memory"), (1, "the lines above")])
+def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tmp_path, monkeypatch):
+    requests = []
+
+    def ended(arguments, input, **_):
+        requests.append(json.loads(input))
+        return subprocess.CompletedProcess(arguments, code, "")
+
+    monkeypatch.setattr(command.subprocess, "run", ended)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("stack: []")
+    with pytest.raises(UserError, match=why):
+        command.apply(plan.Request(("structured_pruning",), (MODEL,)), "mine.yaml", "made", tmp_path)
+    [request] = requests
+    assert request["stack"] == str(tmp_path / "mine.yaml") and request["unfinished"] == str(tmp_path / "made.part")

@@ -9,6 +9,8 @@ import pytest
 import workbench
 
 from lib import files
+from lib.suite import build
+from lib.suite.store.result_folder import Folder
 
 
 def test_one_failure_stops_nothing(built):
@@ -167,6 +169,15 @@ def test_the_lock_of_a_dead_process_is_none(tmp_path):
     assert subprocess.run([sys.executable, "-c", program, path], cwd=workbench.ROOT).returncode == -signal.SIGKILL
     with files.locked(path):
         pass
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path):
+    folder = Folder(tmp_path)
+    (tmp_path / ".well--alpha-1.5_files.part").mkdir()  # of pictures, while pages were made
+    (tmp_path / ".well--alpha-1.5_files.part" / "figure.png").write_bytes(b"half")
+    (tmp_path / ".index.html.x.part").write_text("half")
+    build._tidy(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_overview_runs_last_and_only_when_a_record_changed(project):

@@ -49,8 +49,12 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
 
 
 def test_a_home_that_is_nobodys(project):
+    applied = ["apply", "well", "--model", "alpha-1.5"]
     for command in (
         ["--out", "~nobody-of-this-name/x"],
+        [*applied, "--out", "~nobody-of-this-name/x"],
+        [*applied, "--out", "x", "--results", "~nobody-of-this-name/x"],
+        [*applied, "--out", "x", "--stack", "~nobody-of-this-name/x"],
         ["--scale", "full", "--checkpoints", "~nobody-of-this-name/x"],
     ):
         ended = workbench.build(project, *command)

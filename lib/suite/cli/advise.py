@@ -10,7 +10,6 @@ from lib.errors import UserError, suggest
 from lib.models import yaml_file
 from lib.suite.plan import declared
 from lib.suite.store import result_folder
-from lib.suite.store.result_folder import Folder
 
 if TYPE_CHECKING:
     from lib.report.analysis.advice import Advice
@@ -29,8 +28,7 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
     if not 0 <= keep < 1:
         raise UserError(f"--keep {keep}: expected a share from 0 to 1, such as 0.02 for two points")
     wanted = [advice.goal(text) for text in goals or advice.GOALS]
-    if not result_folder.present(Folder(folder)):
-        raise UserError(f"{folder}: holds no record; build first: python build.py")
+    result_folder.require_records(folder)
     records, _ = read_folder(folder)
     known = sorted({record.model for record in records})
     for model in models:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from lib.files import expanded
 from lib.suite.plan import plan
 from lib.suite.plan.plan import Job, Request
 
@@ -29,12 +30,13 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     where the optimization changes no weights, is refused, or cannot be saved; `out` then does not exist.
     """
     if len(request.optimizations) != 1 or len(request.models) != 1:
-        raise UserError("apply takes one OPTIMIZATION and one --model")
+        with_stack = "; with --stack, OPTIMIZATION is the one whose search wrote the recipe" if stack else ""
+        raise UserError(f"apply takes one OPTIMIZATION and one --model{with_stack}")
     if not out:
         raise UserError("apply needs --out DIR, the folder of the new checkpoint")
-    if stack and not Path(stack).is_file():
+    target, recipe = expanded(out), str(expanded(stack)) if stack else None  # the process works in another folder
+    if recipe and not Path(recipe).is_file():
         raise UserError(f"--stack {stack}: no such file; expected a recipe as automl_components writes it")
-    target = Path(out).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: is there already; give a folder that does not exist")
     (job,) = plan.plan(replace(request, dimensions=()))
@@ -44,7 +46,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / "checkpoint"
-            answer = _save(job, stack, place, target.with_name(f"{target.name}.part"))
+            answer = _save(job, recipe, place, target.with_name(f"{target.name}.part"))
             (place / "README.md").write_text(model_card.text(job, stack, answer, target.name, results), "utf-8")
             if target.is_dir():
                 target.rmdir()  # empty, as checked above
@@ -72,7 +74,9 @@ def _save(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[st
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise UserError(f"{job.optimization}: could not be applied to {job.model}; the lines above say why")
+        killed = f"its process was ended by signal {-done.returncode}, as happens where memory runs out"
+        why = killed if done.returncode < 0 else "the lines above say why"
+        raise UserError(f"{job.optimization}: could not be applied to {job.model}; {why}")
     answer = json.loads(lines[-1])
     if "refused" in answer:
         raise UserError(answer["refused"])

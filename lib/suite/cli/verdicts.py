@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from lib.errors import UserError
 from lib.suite.plan import plan
 from lib.suite.store import build_history, result_folder
-from lib.suite.store.result_folder import Folder
 
 SHOWN = 40
 
@@ -15,8 +13,7 @@ def check(folder: Path, everything: bool = False) -> int:
     from lib.report.analysis import acceptance as checks
     from lib.report.records.setting import stand_in
 
-    if not result_folder.present(Folder(folder)):
-        raise UserError(f"{folder}: holds no record; build first: python build.py")
+    result_folder.require_records(folder)
     if about := stand_in.of_folder(folder):
         print(about)
     points = checks.check(folder, plan.optimizations(), plan.models(folder.name))

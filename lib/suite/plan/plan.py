@@ -102,6 +102,15 @@ def model_named(text: str) -> str:
     raise UserError(f'unknown model "{text}".{hint}')
 
 
+def recorded_name(text: str) -> str:
+    """Return the name under which results of a model are kept, given by its name or by its checkpoint; `text` itself
+    where no model has that checkpoint. Raises UserError for what is no reference.
+    """
+    if "/" in text or text.startswith(reference.PACKAGE) or reference.is_path(text):
+        return parameter_files.known_as(text) or text
+    return text
+
+
 def implied_scale(chosen: Sequence[str]) -> str:
     """Return the scale of a request that names none: `proxy`, or `full` for models that have no proxy model.
 
@@ -273,7 +282,7 @@ def _weights(model: str, request: Request) -> Path | None:
         folder = proxy_folder(model)
         if not folder.is_dir():
             raise UserError(
-                f"parameters/proxies/{model}: there is no proxy model for {model};  "
+                f"parameters/proxies/{model}: there is no proxy model for {model}; "
                 f'train it with "python build.py proxies --model {model}"'
             )
     elif request.checkpoints:

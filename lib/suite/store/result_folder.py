@@ -186,6 +186,15 @@ def discard_pages(folder: Folder, stem: str) -> None:
     shutil.rmtree(folder.path / f"{stem}_files", ignore_errors=True)
 
 
+def require_records(path: Path) -> Folder:
+    """Return the result folder at `path`. Raises UserError, with the command that builds it, where it has no record."""
+    folder = Folder(path)
+    if not present(folder):
+        command = "python build.py" if path.name == "proxy" else f"python build.py run --model M --scale {path.name}"
+        raise UserError(f"{path}: holds no record; build first: {command}")
+    return folder
+
+
 def present(folder: Folder) -> list[tuple[str, str]]:
     """Return the (optimization, model) pairs that have a record in the folder."""
     stems = (path.name.removesuffix(".json") for path in sorted(folder.path.glob("*--*.json")))

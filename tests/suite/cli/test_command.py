@@ -22,6 +22,14 @@ def test_every_command_has_help(name):
     assert ended.returncode == 0 and ended.stdout.startswith(f"usage: build.py {name}"), ended.stdout + ended.stderr
 
 
+def test_help_promises_what_a_command_does():
+    applied = _build("apply", "--help").stdout
+    assert "the folder of the new checkpoint" in applied and "<scale> (default: executed)\n" in applied
+    assert "--dimension" not in applied and "default: all" not in applied and "results go to" not in applied
+    assert "results go to DIR/<scale>" in _build("run", "--help").stdout
+    assert "full for a model that has no proxy" in " ".join(_build("advise", "--help").stdout.split())
+
+
 def test_help_names_every_command_and_every_exit_code():
     ended = _build("--help")
     top, commands = command.parser()

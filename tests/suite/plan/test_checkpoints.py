@@ -95,6 +95,18 @@ def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
     assert "well--tiny-model" in ended.stdout, "its name is enough from now on"
 
 
+def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
+    root, call = own
+    folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
+    place = root / "executed" / "full"
+    place.mkdir(parents=True)
+    (place / "well--other.json").write_text("{}")
+    assert f'no record of "{folder}" in ' in line(call("advise", "--model", str(folder), "--scale", "full"))
+    assert call("list", "--model", str(folder)).returncode == 0  # which gives it a name
+    for model in (str(folder), "tiny-model"):
+        assert 'no record of "tiny-model" in ' in line(call("advise", "--model", model))  # at the scale that it has
+
+
 def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeypatch):
     root, _ = own
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))

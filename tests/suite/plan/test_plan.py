@@ -53,6 +53,7 @@ def refused(root, *arguments, **more):
         (["--checkpoints", "x"], '--checkpoints is for "--scale full"'),
         (["--scale", "full", "--checkpoints", "nowhere"], "nowhere/alpha-1.5: no checkpoint folder"),
         (["report"], "holds no record; build first"),
+        (["check", "--scale", "full"], "holds no record; build first: python build.py run --model M --scale full"),
         (["--out", "build.py"], "cannot be written to (Not a directory)"),
         (["--out", "/proc"], "/proc/proxy: cannot be written to"),
     ],
