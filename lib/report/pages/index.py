@@ -84,6 +84,7 @@ def text(folder: Path, results: Results) -> str:
         rankings=views.rankings(results),
         provenance=views.provenance(results),
         curves=views.curves(folder),
+        check=reproduce.of_set("check", results.scale),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "index.js").read_text(encoding="utf-8"),
     )
@@ -112,7 +113,8 @@ def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict
         return cell | _status("damaged") | {"note": results.damaged[stem]}
     record = results.of(optimization, model)
     if record is None:
-        return cell | _status("missing") | {"command": f"python build.py run {optimization} --model {model}"}
+        command = reproduce.of_set(f"run {optimization} --model {model}", results.scale)
+        return cell | _status("missing") | {"command": command}
     if (folder / f"{stem}.html").is_file():
         cell["href"] = f"{stem}.html"
     cell |= _status(record.status) | {"record": f"{stem}.json", "command": reproduce.command(record)}

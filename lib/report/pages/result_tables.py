@@ -15,7 +15,7 @@ from lib.report.records.setting import facts, stand_in
 from lib.report.records.verdicts import primary, verdict
 from lib.report.text.quantities import DASH
 from lib.report.text.sentence import SUBJECTS
-from lib.report.text.wording import SIGNS, label, one_line, signed, title
+from lib.report.text.wording import SIGNS, label, one_line, signed, title, untagged
 
 HEADS = {
     "performance": ("Speed", "The gain over the baseline: above 1× is faster."),
@@ -98,7 +98,7 @@ def about(records: Sequence[Record]) -> str:
     """Return in italics what the records are results of, where that is not the model they are named after."""
     scales = sorted({record.scale for record in records})
     texts = [stand_in.of_models(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales]
-    return " ".join(f"*{text}*" for text in texts if text)
+    return " ".join(f"*{untagged(text)}*" for text in texts if text)
 
 
 def _verdicts(records: Sequence[Record]) -> str:

@@ -5,7 +5,8 @@ import re
 import nbformat
 import pytest
 
-from lib.report.pages import html, index
+from lib.report.pages import html, index, result_tables
+from lib.report.pages.suites import suite_files
 from lib.report.records import record
 from tests.report import samples
 
@@ -119,6 +120,35 @@ def test_the_alternative_text_reaches_both_pages(rendered):
     picture = re.search(r'!\[F1 "falls" & stays > 0\.8\]\((.+?)\)', text)
     assert picture and (out / picture[1]).is_file()
     assert picture[1].startswith("structured_pruning--qwen3-4b-instruct-2507_files/")
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "image/svg+xml"])
+def test_the_alternative_text_opens_no_tag(kind, tmp_path):
+    from bs4 import BeautifulSoup
+
+    alt = 'a "b" <b id="in">c</b>'
+    data = {kind: "<svg/>" if "svg" in kind else PIXEL}
+    shown = nbformat.v4.new_output("display_data", data=data, metadata={kind: {"alt": alt}})
+    path = tmp_path / "in.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=[shown])]), path)
+    page, text = html.render(path, samples.run(), (), tmp_path)
+    soup = BeautifulSoup(page.read_text(), "html.parser")
+    assert alt in [image["alt"] for image in soup.find_all("img")] and soup.find(id="in") is None
+    assert "<b id" not in text.read_text().replace("\\<b id", "")
+
+
+def test_the_name_of_a_model_opens_no_tag(tmp_path):
+    name = "<img src=x>"
+    run = samples.run(model=name)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    page, _ = html.render(None, run, (), tmp_path)
+    suite_files.write("complete", tmp_path)
+    assert name not in page.read_text() and name not in index.write(tmp_path).read_text()
+    readings = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
+    readings["README.md"] = result_tables.section([run]) + result_tables.matrix([run])
+    for title, text in readings.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)  # within a fence nothing is a tag
+        assert name in prose and name not in prose.replace(f"\\{name}", ""), title
 
 
 def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
@@ -260,6 +290,19 @@ def test_the_matrix_shows_every_state(tmp_path):
     assert again in whole
     assert "2 of 12 runs measured, 1 failed, 1 not applicable, 1 damaged, 7 not run." in text
     assert not REACHES_OUT.search(text) and text.count("<script>") == text.count("<script") == 1
+
+
+@pytest.mark.parametrize(("scale", "option"), [("proxy", ""), ("slice", " --scale slice")])
+def test_commands_of_a_page_are_of_its_scale(scale, option, tmp_path):
+    run = samples.run().model_copy(update={"scale": scale})
+    record.write(run, tmp_path / f"{run.stem}.json")
+    text = index.write(tmp_path, ["continuous_nas"], [run.model]).read_text()
+    assert f"<code>python build.py run continuous_nas --model {run.model}{option}</code>" in text
+    assert f"<code>python build.py check{option}</code>" in text
+    for kind in ("comprehensive", "enhanced", "coverage"):
+        suite_files.write(kind, tmp_path, ["continuous_nas"], [run.model])
+        report = (tmp_path / suite_files.FILES[kind][-1]).read_text()
+        assert f"```sh\npython build.py {kind}{option}\n```" in report
 
 
 def test_the_matrix_of_nothing_says_so(tmp_path):

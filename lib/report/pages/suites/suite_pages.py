@@ -16,10 +16,10 @@ from lib.report.figures import small_multiples, style
 from lib.report.pages.suites.file_names import FILES
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
-from lib.report.records.setting import facts, stand_in
+from lib.report.records.setting import facts, reproduce, stand_in
 from lib.report.text.quantities import duration, times
 from lib.report.text.quantities import figures as digits
-from lib.report.text.wording import label, one_line, signed, title, words
+from lib.report.text.wording import label, one_line, signed, title, untagged, words
 
 Pictures = dict[str, bytes]
 LEGEND = (
@@ -73,7 +73,7 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         _aggregate(results),
         *_failures(results),
     ]
-    parts += ["## Again", "```sh\npython build.py comprehensive\n```", _machine_readable("comprehensive")]
+    parts += [*_again("comprehensive", results), _machine_readable("comprehensive")]
     return _text(parts), pictures
 
 
@@ -103,7 +103,7 @@ def enhanced(results: Results, folder: str) -> tuple[str, Pictures]:
         parts.append(_points(members))
     if short:
         parts += ["## Without a curve", markdown(["run", "why"], short.items())]
-    parts += ["## Again", "```sh\npython build.py enhanced\n```", _machine_readable("enhanced")]
+    parts += [*_again("enhanced", results), _machine_readable("enhanced")]
     return _text(parts), pictures
 
 
@@ -134,7 +134,7 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
         markdown(columns, detail), "## What can be compared across models",
         "A tick where some record of the model has a number of the metric.",
         markdown(["dimension", "metric", *results.models], metrics), *_failures(results),
-        "## Again", "```sh\npython build.py coverage\n```",
+        *_again("coverage", results),
     ]  # fmt: skip
     return _text(parts), {}
 
@@ -142,7 +142,7 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
 def _about(results: Results) -> str:
     """Return in italics what the runs ran on, where that is not the model they are named after."""
     text = stand_in.of_models(results.scale, stand_in.sizes(results.records))
-    return f"*{text}*" if text else ""
+    return f"*{untagged(text)}*" if text else ""
 
 
 def _text(parts: list[str]) -> str:
@@ -151,6 +151,10 @@ def _text(parts: list[str]) -> str:
 
 def _picture(alt: str, folder: str, name: str) -> str:
     return f"![{alt.replace('[', '(').replace(']', ')')}]({folder}/{name}.png)"
+
+
+def _again(command: str, results: Results) -> list[str]:
+    return ["## Again", f"```sh\n{reproduce.of_set(command, results.scale)}\n```"]
 
 
 def _machine_readable(kind: str) -> str:

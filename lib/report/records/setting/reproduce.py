@@ -16,6 +16,11 @@ def command(record: Record) -> str:
     return shlex.join([*_parts("run", record, dimensions), "--force"])
 
 
+def of_set(command: str, scale: str) -> str:
+    """Return the command line of a `command`, with what belongs to it, on the results of a scale."""
+    return f"python build.py {command}" + (f" --scale {scale}" if scale in ("slice", "full") else "")
+
+
 def applying(record: Record, stack: str = "") -> str:
     """Return the command line that saves the checkpoint of a record: its own optimization, or the recipe `stack`."""
     named = ["--stack", stack] if stack else []
