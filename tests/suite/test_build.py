@@ -10,6 +10,7 @@ import workbench
 
 from lib import files
 from lib.suite import build
+from lib.suite.store import render
 from lib.suite.store.result_folder import Folder
 
 
@@ -169,6 +170,17 @@ def test_the_lock_of_a_dead_process_is_none(tmp_path):
     assert subprocess.run([sys.executable, "-c", program, path], cwd=workbench.ROOT).returncode == -signal.SIGKILL
     with files.locked(path):
         pass
+
+
+def test_a_report_names_what_of_the_set_could_not_be_made(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "proxy"
+    folder.mkdir()
+    (folder / "well--alpha-1.5.json").write_text("{}")
+    monkeypatch.setattr(render, "render_all", lambda *_: [])
+    monkeypatch.setattr(build.site, "finish", lambda *_: ["index.html could not be made: no reason"])
+    assert build.report(folder) == 1
+    output = capsys.readouterr().out
+    assert "FAILED index.html could not be made: no reason\n" in output and "1 failed; " in output
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path):

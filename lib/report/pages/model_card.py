@@ -1,5 +1,6 @@
 """The model card of an optimized checkpoint: what was done to which model, what was measured of it, how to load it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,14 @@ def usage(folder: str, plain: str | None, tokenizer: bool) -> str:
     """Return the Python that loads the folder; `plain` is the class of transformers that reads it, if any, `tokenizer`
     whether there is one.
     """
-    more = ", AutoTokenizer" if tokenizer else ""
+    more, path = ", AutoTokenizer" if tokenizer else "", json.dumps(folder, ensure_ascii=False)  # a path of Windows too
     if plain:
-        lines = [f"from transformers import {plain}{more}", f'model = {plain}.from_pretrained("{folder}")']
+        lines = [f"from transformers import {plain}{more}", f"model = {plain}.from_pretrained({path})"]
     else:
         lines = ["from lib.models.checkpoints import io  # transformers alone does not know what this folder holds"]
         lines += ["from transformers import AutoTokenizer"] if tokenizer else []
-        lines += [f'model = io.load_folder("{folder}")']
-    return "\n".join([*lines, *([f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'] if tokenizer else [])])
+        lines += [f"model = io.load_folder({path})"]
+    return "\n".join([*lines, *([f"tokenizer = AutoTokenizer.from_pretrained({path})"] if tokenizer else [])])
 
 
 def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:

@@ -17,22 +17,28 @@ from lib.suite.plan.plan import NOTEBOOKS, ROOT
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
 
 
-def _call(arguments: Sequence[str], environment: dict[str, str] | None = None) -> int:
+def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, asks: bool = False) -> int:
     """Run a module of this environment in the repository's root; return its exit code.
 
-    Ctrl-C reaches the child by itself because it shares the terminal; SIGTERM is passed on.
+    Ctrl-C reaches the child by itself because it shares the terminal; SIGTERM is passed on. Raises KeyboardInterrupt
+    once a child that was stopped so has ended, unless it `asks` whether it should end.
     """
+    stopped = False
     surroundings = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **(environment or {})}
     process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=surroundings)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         while True:
             try:
-                return process.wait()
+                code = process.wait()
+                break
             except KeyboardInterrupt:
-                continue  # it decides for itself whether that ends it: JupyterLab asks
+                stopped = True  # it decides for itself when that ends it
     finally:
         signal.signal(signal.SIGTERM, before)
+    if stopped and not asks:
+        raise KeyboardInterrupt
+    return code
 
 
 def _python_path() -> str:
@@ -91,7 +97,7 @@ def lab(arguments: Sequence[str], description: str) -> int:
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         own = jupyterlab.environment(Path(folder), request.results(options))
         called = ["jupyterlab", *jupyterlab.arguments(working_copies.COPIES, Path(folder)), *passed_on]
-        return 1 if _call(called, {"PYTHONPATH": _python_path(), **own}) else 0
+        return 1 if _call(called, {"PYTHONPATH": _python_path(), **own}, asks=True) else 0
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:

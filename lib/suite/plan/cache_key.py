@@ -9,6 +9,7 @@ nothing of records.
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -119,7 +120,7 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
     model = hashes.of_model(job.model)
     dimensions = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
-    files = {path.name: hashes.of(path) for path in named_files.of(job.parameters)}
+    files = _by_name((path, hashes.of(path)) for path in named_files.of(job.parameters))
     named = {"files": files} if files else {}
     return (
         dimensions
@@ -142,6 +143,15 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
             },
         }
     )
+
+
+def _by_name(files: Iterable[tuple[Path, str]]) -> dict[str, str]:
+    """Return name → hash of the files, without the folders in which they lie; the second of a name is `name (2)`."""
+    hashes: dict[str, str] = {}
+    for path, value in files:
+        names = itertools.chain([path.name], (f"{path.name} ({number})" for number in itertools.count(2)))
+        hashes[next(name for name in names if name not in hashes)] = value
+    return hashes
 
 
 def of(parts_of_job: Mapping[str, Mapping[str, str]]) -> str:

@@ -17,6 +17,7 @@ from lib.suite.store.result_folder import Folder
 
 log = logging.getLogger(__name__)
 REPORT = plan.ROOT / "lib" / "report"
+MEASURE = plan.ROOT / "lib" / "measure"  # what the report judges by: metrics, margins, floors
 KINDS = ("complete", "comprehensive", "enhanced", "coverage", "all")  # the first leaves the files of the others too
 
 
@@ -35,7 +36,8 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
 
 def made_from(folder: Folder) -> str:
     """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports."""
-    files = [*folder.path.glob("*--*.json"), *REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css")]
+    code = [*REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css"), *MEASURE.rglob("*.py")]
+    files = [*folder.path.glob("*--*.json"), *code]
     return cache_key.digest([_marks(files), plan.optimizations(), plan.models(folder.path.name)])
 
 

@@ -78,5 +78,6 @@ def test_without_a_record_the_command_stands_there(tmp_path):
     assert "Nothing was measured yet" in text and "--scale proxy --effort standard" in text
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text
     assert 'io.load_folder("small")' in card(tmp_path / "none", made=MADE | {"loads": None})
+    assert r'from_pretrained("C:\\new\\small")' in model_card.usage(r"C:\new\small", "AutoModel", tokenizer=True)
     usage = model_card.usage("small", None, tokenizer=False)
     assert usage.endswith('model = io.load_folder("small")') and "AutoTokenizer" not in usage

@@ -7,7 +7,7 @@ import sys
 import pytest
 import workbench
 
-from lib.suite.cli import command, listing
+from lib.suite.cli import command, listing, tools
 from lib.suite.plan import plan
 from lib.suite.plan import template as templates
 
@@ -43,6 +43,24 @@ def test_a_stop_has_the_exit_code_of_a_stop(monkeypatch, capsys):
 
     monkeypatch.setattr(command, "_main", stop)
     assert command.main(["list"]) == 130 and "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asks", "code"), [(False, 130), (True, 2)])
+def test_what_stops_a_program_stops_the_command(asks, code, monkeypatch, capsys):
+    class Child:
+        """A program that Ctrl-C reaches too, and that ends a moment later."""
+
+        waits = 0
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return 2
+
+    monkeypatch.setattr(tools.subprocess, "Popen", lambda *_, **__: Child())
+    monkeypatch.setattr(tools, "proxies", lambda *_: tools._call(["x"], asks=asks))
+    assert command.main(["proxies"]) == code
 
 
 def test_the_list_says_in_a_line_what_each_optimization_is():

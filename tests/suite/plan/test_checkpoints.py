@@ -137,6 +137,28 @@ def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeyp
     assert "weights: tokenizer.json new" in cache_key.difference(first, parts())
 
 
+def test_files_of_the_same_name_are_told_apart(own, tmp_path, monkeypatch):
+    root, _ = own
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    workbench.notebook(root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []")
+    tasks = [tmp_path / name / "mine.yaml" for name in ("one", "two", "three")]
+    for path in tasks:
+        path.parent.mkdir()
+        path.write_text("task: mine\n")
+    values = {"tasks": ",".join(f"lm_eval:{path}" for path in tasks)}
+
+    def parts():
+        [job] = plan.plan(plan.Request(models=("alpha-1.5",), parameters=values), to_run=False)
+        return cache_key.parts(job, cache_key.Hashes())
+
+    assert set(parts()["files"]) == {"mine.yaml", "mine.yaml (2)", "mine.yaml (3)"}
+    for path in tasks:
+        before = parts()
+        path.write_text(f"task: mine  # {path.parent.name}\n")
+        assert "files: mine.yaml" in cache_key.difference(before, parts()), path
+
+
 def test_a_task_of_a_file_that_is_not_there(own, tmp_path, monkeypatch):
     root, call = own
     workbench.notebook(root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []")

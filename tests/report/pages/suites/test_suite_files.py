@@ -61,6 +61,18 @@ def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == first
 
 
+def test_a_margin_that_has_changed_makes_the_files_again(tmp_path, monkeypatch):
+    assert (site.MEASURE / "metrics" / "catalogue.py").is_file()
+    (tmp_path / "measure" / "metrics").mkdir(parents=True)
+    catalogue = tmp_path / "measure" / "metrics" / "catalogue.py"
+    catalogue.write_text("MARGIN = 0.02\n")
+    monkeypatch.setattr(site, "MEASURE", tmp_path / "measure")
+    before = site.made_from(Folder(tmp_path / "proxy"))
+    assert site.made_from(Folder(tmp_path / "proxy")) == before
+    catalogue.write_text("MARGIN = 0.021\n")
+    assert site.made_from(Folder(tmp_path / "proxy")) != before
+
+
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
 def test_results_are_by_the_schema(written, name):
     content = json.loads((written[0] / name).read_text())
