@@ -162,3 +162,10 @@ def test_the_tested_versions_satisfy_what_is_required():
     for wanted in bootstrap.requirements((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")):
         version = tested[re.sub(r"[-_.]+", "-", wanted.name).lower()]
         assert bootstrap.satisfies(version, wanted.accepted), f"{wanted.name} {version}"
+
+
+def test_a_commit_is_formatted_by_the_version_that_the_tests_ask():
+    tested = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    hooks = (workbench.ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    [version] = re.findall(r"^ruff==(.+)$", tested, re.M)
+    assert re.findall(r"ruff-pre-commit\n    rev: v(.+)$", hooks, re.M) == [version]

@@ -8,6 +8,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.report.pages import readme, result_tables
+from lib.suite.cli import command
 from tests.report import samples
 
 ROOT = readme.ROOT
@@ -163,6 +164,23 @@ def test_the_readme_is_short_and_agrees_with_the_full_tables():
     for part, scale in (("results", "proxy"), ("real results", "full")):
         tables = readme.between(full, scale)
         assert (disagreements(readme.between(page, part), tables) if "#### Verdicts" in tables else []) == []
+
+
+def test_no_count_of_runs_is_typed_by_hand():
+    page = _texts(ROOT)[0]
+    for name in (readme.FIGURE, readme.MATRIX, readme.REAL_MATRIX):
+        start, end = readme.markers(name)
+        page = page.split(start)[0] + page.split(end)[1]
+    prose = page[page.index("## Results") : page.index("## How to read it")]
+    numbers = "one|two|three|four|five|six|seven|eight|nine|ten|eleven|\\d+"
+    assert not re.findall(rf"\b(?:{numbers}) of\b", prose, re.I)
+
+
+def test_every_command_is_in_the_readme_or_beside_it():
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", ".github/CONTRIBUTING.md")]
+    assert "more-commands" in texts[1] and "(.github/CONTRIBUTING.md)" in texts[0]
+    shown = set(re.findall(r"python build\.py ([a-z]+)", "\n".join(texts))) | set(re.findall(r"`([a-z]+)`", texts[1]))
+    assert set(command.parser()[1]) <= shown
 
 
 def test_the_picture_stands_alone():
