@@ -25,6 +25,7 @@ SCALES = ("proxy", "slice", "full")
 SHOWN = "proxy"  # the scale that the README shows with a picture
 REAL = "full"  # and the one below it, without
 MATRIX, REAL_MATRIX, FIGURE = "results", "real results", "picture"
+TABLE = "\n| --- |"
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -57,7 +58,8 @@ def picture(records: Sequence[Record]) -> tuple[str, str]:
 def update(root: Path, folder: Path) -> list[str]:
     """Write the results of `folder`, named after its scale, into the pages under `root`; return the changed files.
 
-    Raises UserError for a folder that is named after no scale, a missing page or missing markers; then nothing changes.
+    Raises UserError for a folder that is named after no scale, one without a record where a page shows results, a
+    missing page or missing markers; then nothing changes.
     """
     scale = folder.resolve().name
     if scale not in SCALES:
@@ -73,6 +75,9 @@ def update(root: Path, folder: Path) -> list[str]:
     if scale == REAL:
         parts["README.md"] = {REAL_MATRIX: result_tables.matrix(records)}
     texts = {page: _replaced(root, page, names) for page, names in parts.items()}
+    for page, names in parts.items() if not records else ():
+        if any(TABLE in between((root / page).read_text(encoding="utf-8"), name, page) for name in names):
+            raise UserError(f"{folder}: holds no record, and {page} shows results; build first, or give their folder")
     texts |= {PICTURE: drawn} if drawn else {}
     return [page for page, text in texts.items() if _write(root / page, text)]
 

@@ -126,6 +126,17 @@ def test_without_records_it_says_so(root):
     assert not (root / readme.PICTURE).exists()
 
 
+def test_an_empty_folder_takes_no_results_away(root):
+    folder = _results(root)
+    readme.update(root, folder)
+    before = _texts(root)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds no record, and executed/README.md shows results; build first"):
+        readme.update(root, folder)
+    assert _texts(root) == before
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_records_make_tables(seed):
     records = [samples.by_chance(seed), samples.without_result("failed", "cell 3 | x")]
