@@ -7,6 +7,7 @@ shorter than its header says is found, a flipped bit is not.
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.files import expanded
@@ -54,6 +55,8 @@ def _json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -105,11 +108,18 @@ def _header(path: Path) -> dict:
     try:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        whole = all(isinstance(entry["dtype"], str) and _is_shape(entry["shape"]) for entry in header.values())
     except (AttributeError, KeyError, IndexError, TypeError):
-        raise UserError(f"{path}: the header describes no tensors; the file is damaged") from None
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: the header describes no tensors; the file is damaged")
     if end != size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
     return header
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
 def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

@@ -33,8 +33,10 @@ def check(folders: Iterable[Path | str]) -> None:
         check=False,
     )
     if ended.returncode:
-        lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines() or ["the check itself failed"]
-        raise UserError(lines[0])
+        if lines := ended.stdout.strip().splitlines():
+            raise UserError(lines[0])
+        why = (ended.stderr.strip().splitlines() or [f"its process ended with {ended.returncode}"])[-1][:200]
+        raise UserError(f"{', '.join(paths)}: the tensors could not be checked ({why})")
 
 
 def fault(folder: Path | str) -> str | None:

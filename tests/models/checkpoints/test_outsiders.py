@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import struct
+import subprocess
 
 import pytest
 import torch
@@ -116,6 +118,29 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
     assert f"model.norm.weight lies in {entry!r}" in reason
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         streamer.open_streamed(folder)
+
+
+@pytest.mark.parametrize("change", [{"dtype": ...}, {"shape": ...}, {"shape": [-1]}, {"shape": "4"}, {"dtype": 7}])
+def test_a_header_that_describes_a_tensor_by_half(folder, change):
+    path = folder / WEIGHTS
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    entry = header["model.norm.weight"] | change
+    header["model.norm.weight"] = {key: value for key, value in entry.items() if value is not ...}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    assert fault(folder) == f"{path}: the header describes no tensors; the file is damaged"
+
+
+def test_a_check_that_is_lost_names_folder_and_reason(folder, monkeypatch):
+    lost = subprocess.CompletedProcess([], 1, "", "Traceback (most recent call last):\n  x\nMemoryError: no room\n")
+    monkeypatch.setattr(validate.subprocess, "run", lambda *_, **__: lost)
+    with pytest.raises(UserError, match=r"tiny: the tensors could not be checked \(MemoryError: no room\)"):
+        validate.check([folder])
+    monkeypatch.setattr(validate.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    with pytest.raises(UserError, match=r"\(its process ended with -9\)"):
+        validate.check([folder])
 
 
 def test_an_adapter_beside_or_instead_of_weights(folder):

@@ -132,7 +132,7 @@ def test_an_empty_folder_takes_no_results_away(root):
     before = _texts(root)
     for path in folder.glob("*.json"):
         path.unlink()
-    with pytest.raises(UserError, match="holds no record, and executed/README.md shows results; build first"):
+    with pytest.raises(UserError, match=r"holds no record, and executed/README\.md shows results; build first"):
         readme.update(root, folder)
     assert _texts(root) == before
 
