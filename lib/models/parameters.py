@@ -7,6 +7,7 @@ transformers, so that it is fast to import; `lib.models.loading` finds out wheth
 and `lib.suite.plan.plan` whether the template declares an overridden parameter.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from lib.errors import NotApplicable, UserError, suggest
 from lib.files import cache_folder, write_atomically
 from lib.models.dimensions import cut, merge, per_block
 from lib.models.sources import fetch as sources
-from lib.models.sources import reference
+from lib.models.sources import reference, store
 from lib.models.sources.reference import Reference
 from lib.models.yaml_file import content_of
 
@@ -196,9 +197,7 @@ def register(text: str) -> str:
     try:
         write_atomically(_registry() / f"{name}.yaml", content)
     except OSError as error:
-        raise UserError(
-            f"{_registry()}: cannot be written to ({error.strerror}); set WORKBENCH_CACHE to a folder that can"
-        ) from None
+        raise store.unwritable(_registry(), error) from None
     return name
 
 
@@ -214,7 +213,8 @@ def known_as(text: str) -> str | None:
 
 def forget(name: str) -> None:
     """Remove what `register` made, where nothing could be fetched for it."""
-    (_registry() / f"{name}.yaml").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # where nothing can be written, nothing was made
+        (_registry() / f"{name}.yaml").unlink(missing_ok=True)
 
 
 def _path(name: str, folder: Path | None = None) -> Path | None:

@@ -81,10 +81,20 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an entry inside the block: two builds do not fetch the same thing at once; one waits."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    """Hold the lock of an entry inside the block: two builds do not fetch the same thing at once; one waits.
+
+    Raises UserError where the cache cannot be written to.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise unwritable(root(), error) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -112,6 +122,11 @@ def require_room(needed: int, what: str) -> None:
             f"{what}: needs {needed / 1e6:,.0f} MB in {root()}, {free / 1e6:,.0f} MB are free; make room, or set "
             "WORKBENCH_CACHE to a folder on another disk"
         )
+
+
+def unwritable(place: Path, error: OSError) -> UserError:
+    """Return why nothing can be kept in a folder of the cache, as a UserError."""
+    return UserError(f"{place}: cannot be written to ({error.strerror}); set WORKBENCH_CACHE to a folder that can")
 
 
 def explained(error: OSError, what: str) -> UserError:

