@@ -7,7 +7,8 @@ Needs nothing but Python 3.10 or newer. Finds or makes the environment that `req
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("build.py: Python 3.10 or newer is needed, this is %d.%d" % sys.version_info[:2])  # noqa: UP031
+    sys.stderr.write("build.py: Python 3.10 or newer is needed, this is %d.%d\n" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(2)
 
 from lib.suite import bootstrap
 

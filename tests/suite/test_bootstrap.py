@@ -164,6 +164,12 @@ def test_the_tested_versions_satisfy_what_is_required():
         assert bootstrap.satisfies(version, wanted.accepted), f"{wanted.name} {version}"
 
 
+def test_an_older_python_is_a_wrong_request():
+    program = "import sys; sys.version_info = (3, 9, 2); exec(open('build.py').read())"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=workbench.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr == "build.py: Python 3.10 or newer is needed, this is 3.9\n"
+
+
 def test_a_commit_is_formatted_by_the_version_that_the_tests_ask():
     tested = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
     hooks = (workbench.ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")

@@ -141,7 +141,8 @@ def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> Non
     if "No matching distribution" in output or "Could not find a version" in output:
         raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
     if ended.returncode:
-        errors = [line.strip() for line in output.splitlines() if "error" in line.lower()] or ["pip gives no reason"]
+        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it gives no reason"]
+        errors = [line for line in lines if "error" in line.lower()] or lines
         raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
 
 

@@ -24,6 +24,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 HTML_PRIORITY = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
 MARKDOWN_PRIORITY = ["text/markdown", "image/png", "image/jpeg", "text/plain"]
 EXTERNAL = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+ADDRESSES = ("src", "href", "srcset", "poster", "action", "formaction", "background", "xlink:href")
+RUNS = re.compile(r"^\s*(?:java|vb)script:", re.IGNORECASE)
 EXTERNAL_STYLE = re.compile(r"""url\(\s*['"]?\s*(?:https?:)?//[^)]*\)|@import[^;]*;?""", re.IGNORECASE)
 
 
@@ -132,7 +134,8 @@ def seal(text: str, deepen: bool = False) -> str:
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(text, "html.parser")
-    for element in soup(["script", "iframe", "link", "object", "embed", "base"]):
+    leads_away = soup.find_all("meta", attrs={"http-equiv": True})
+    for element in [*soup(["script", "iframe", "link", "object", "embed", "base"]), *leads_away]:
         element.decompose()
     for style in soup("style"):
         style.string = EXTERNAL_STYLE.sub("", style.get_text())
@@ -140,11 +143,10 @@ def seal(text: str, deepen: bool = False) -> str:
         for name in list(element.attrs):
             value = element.attrs[name]
             value = " ".join(value) if isinstance(value, list) else value
-            if name.startswith("on") or (name == "style" and EXTERNAL_STYLE.search(value)):
+            runs = name.startswith("on") or (name in ADDRESSES and RUNS.match(value))
+            if runs or (name == "style" and EXTERNAL_STYLE.search(value)):
                 del element.attrs[name]
-            elif name in ("src", "href", "srcset", "poster", "action", "background", "xlink:href") and EXTERNAL.match(
-                value
-            ):
+            elif name in ADDRESSES and EXTERNAL.match(value):
                 _replace(element, value)
                 break
     if deepen and (body := soup.select_one("div.notebook")):

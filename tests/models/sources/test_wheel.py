@@ -4,6 +4,7 @@ in one line that leaves nothing half-written.
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -93,6 +94,12 @@ def test_a_wheel_that_is_gone(index, tmp_path):
 def test_no_network(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     assert "no network, or the package index does not answer" in refused(ONE)
+    assert left(tmp_path) == []
+
+
+def test_an_environment_without_pip_is_named(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(wheel, "PIP", [sys.executable, "-m", "no_pip_here"])
+    assert "pip cannot fetch it: " in (message := refused(ONE)) and "No module named no_pip_here" in message
     assert left(tmp_path) == []
 
 

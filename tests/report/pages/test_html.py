@@ -21,6 +21,8 @@ A paper ([REAP](https://arxiv.org/abs/2510.13999)), a bare <https://example.org/
 ![alt words](https://example.org/picture.png), <script src="https://example.org/x.js"></script>
 <iframe src="//example.org"></iframe> <img src="https://example.org/y.png" onerror="alert(1)">
 
+<a href="javascript:alert(1)">runs</a> <meta http-equiv="refresh" content="0; url=https://example.org">
+
 <style>@import url("https://example.org/font.css"); p { background: url(https://example.org/z.png) }</style>
 
 ## Formula
@@ -69,6 +71,7 @@ def test_nothing_on_the_page_reaches_out(rendered):
     page, _, _ = rendered
     assert not REACHES_OUT.search(page)
     assert "<iframe" not in page and "onerror" not in page
+    assert "javascript:alert" not in page and "http-equiv" not in page
     assert page.count("<script") == 1 and "beforeprint" in page.partition("<script>")[2]  # the page's own, no other
     assert "REAP (arxiv.org/abs/2510.13999)" in page  # the reference stays, as text
     assert "alt words (example.org/picture.png)" in page
