@@ -93,17 +93,23 @@ def build(
             busy = set(_busy(folder, [job.stem for job in planned])) if again_if_busy else set()
             return _build(folder, planned, shares, force, suite, cluster, busy, first_pass)
     except BuildStopped as stopped:
-        if first_pass and result_folder.present(folder):
-            site.refresh_index(folder)
+        _show_what_is_there(folder)
         print("\nbuild.py: stopped; what was finished is kept, and the same command resumes")
         return stopped.exit_code
     except ClusterLost as lost:
+        _show_what_is_there(folder)
         print(f"build.py: {lost}; what was finished is kept, and the same command resumes")
         return 1
     except OSError as error:
         where = error.filename or folder.path
-        print(f"build.py: {where}: cannot be written ({error.strerror}); stopped, what was finished is kept")
+        print(f"build.py: {where}: cannot be written ({error.strerror or error}); stopped, what was finished is kept")
         return 1
+
+
+def _show_what_is_there(folder: Folder) -> None:
+    """Write the index of a build that did not end, so that it shows the runs that did."""
+    if result_folder.present(folder):
+        site.refresh_index(folder)
 
 
 @contextlib.contextmanager
@@ -325,7 +331,7 @@ def report(out: Path) -> int:
             faults = render.render_all(folder, lambda line: print(line, flush=True))
             of_the_set = site.finish(folder, None)
         except OSError as error:
-            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})") from None
     for fault in of_the_set:
         print(f"FAILED {fault}")
     say_what_ran(folder.path)
@@ -340,7 +346,7 @@ def cover(out: Path) -> int:
         try:
             faults = site.finish(folder, "coverage")
         except OSError as error:
-            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})") from None
     for fault in faults:
         print(f"FAILED {fault}")
     say_what_ran(folder.path)

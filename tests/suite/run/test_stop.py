@@ -69,6 +69,15 @@ def test_stopped_build_ends_its_kernels(slow, how):
     workbench.wait_for(lambda: not workbench.running(root), 15)
 
 
+def test_the_index_of_a_stopped_build_shows_what_was_finished(slow):
+    root, marks = slow
+    process = workbench.begin(root, "run", "--model", "alpha-1.5", "--jobs", "1", MARKS=str(marks), SLOW="600")
+    _kernel(marks)
+    workbench.kill(process, signal.SIGINT)
+    page = (root / "executed/proxy/index.html").read_text(encoding="utf-8")
+    assert process.returncode == 130 and 'href="well--alpha-1.5.html"' in page and "1 not applicable" in page
+
+
 def test_lost_worker_is_tried_once_more(slow):
     root, marks = slow
     process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="4")
