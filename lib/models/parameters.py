@@ -217,6 +217,14 @@ def forget(name: str) -> None:
         (_registry() / f"{name}.yaml").unlink(missing_ok=True)
 
 
+def forget_unfetched(chosen: Iterable[str]) -> None:
+    """Remove what `register` made for those of the models whose checkpoint is not here: a wrong hub id, perhaps."""
+    for name in sorted({*chosen} & {*registered()}):
+        with contextlib.suppress(UserError):  # a damaged file, which whoever reads it is told of
+            if sources.local(read(name).source) is None:
+                forget(name)
+
+
 def _path(name: str, folder: Path | None = None) -> Path | None:
     """Return the parameter file of a model: in the folder, else among the registered ones; None where there is none."""
     folders = [folder] if folder else [PARAMETERS, _registry()]

@@ -332,4 +332,7 @@ def _list(options: argparse.Namespace) -> int:
         return tasks.show()
     from lib.suite.cli import listing
 
-    return listing.show(_request(options, ()), _folder(options))
+    try:
+        return listing.show(_request(options, ()), _folder(options))
+    finally:
+        plan.parameter_files.forget_unfetched(options.model)

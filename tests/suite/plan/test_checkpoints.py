@@ -95,6 +95,12 @@ def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
     assert "well--tiny-model" in ended.stdout, "its name is enough from now on"
 
 
+def test_a_list_keeps_no_name_of_what_is_not_here(own, tmp_path):
+    call = own[1]
+    assert "well--never-heard-of" in call("list", "--model", "nobody/never-heard-of").stdout
+    assert "never-heard-of" not in call("list").stdout and not list((tmp_path / "cache").rglob("*.yaml"))
+
+
 def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
     root, call = own
     folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
