@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from lib.errors import UserError, suggest
 from lib.files import expanded
+from lib.models.tasks.registry import HARNESS
 from lib.suite.plan import plan
 
 ROOT = plan.ROOT
@@ -234,7 +235,9 @@ def _settle_scale(options: argparse.Namespace) -> None:
 
 def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.Request:
     _settle_scale(options)
+    parameters = plan.assignments(options.parameters)
     online = options.scale == "full" and not options.checkpoints and not options.random_weights
+    online |= HARNESS in parameters.get("tasks", "")  # its data sets come from the hub
     if not online:  # what is on disk is enough; nothing may go to the network unasked
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return plan.Request(
@@ -246,7 +249,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         checkpoints=options.checkpoints,
         random_weights=options.random_weights,
         dimensions=tuple(getattr(options, "dimension", ())),  # a checkpoint has none
-        parameters=plan.assignments(options.parameters),
+        parameters=parameters,
     )
 
 

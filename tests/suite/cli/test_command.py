@@ -81,6 +81,7 @@ def test_the_network_is_not_used_unasked(monkeypatch):
 
     assert options() == options("--scale", "slice") == options("--scale", "full", "--checkpoints", "x") == "1"
     assert options("--scale", "full") is None
+    assert options("-p", "tasks=topic") == "1" and options("-p", "tasks=topic,lm_eval:arc_easy") is None
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
