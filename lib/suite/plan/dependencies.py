@@ -6,8 +6,9 @@ optimization module that finds others by name at run time (`import_module`, `ite
 """
 
 import ast
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lib.suite.plan.template import Template
 OPTIMIZATIONS = ROOT / "lib" / "optimizations"
 MAGIC = re.compile(r"^\s*[%!?].*$", re.MULTILINE)
 NAME = re.compile(r"lib(\.\w+)+")
+QUOTED = re.compile(r"""["'}]lib\.\w""")  # where a text may begin that is a name
 BY_NAME = re.compile(r"\b(import_module|iter_modules|__import__|spec_from_file_location)\b")
 
 
@@ -24,17 +26,20 @@ def reached(template: Template) -> list[Path]:
     """Return the files of `lib` whose change may change the template's result, sorted."""
     source = "\n".join(MAGIC.sub("", text) for kind, text, _ in template.cells if kind == "code")
     own = [OPTIMIZATIONS / f"{template.stem}.py", OPTIMIZATIONS / template.stem / "method.py"]
-    waiting = [path for name in imported(source, "") for path in _files(name)]
+    there = _modules()
+    waiting = [path for name in imported(source, "") for path in _files(name, there)]
     waiting += [path for path in own if path.is_file()]
     waiting += _every() if BY_NAME.search(source) else []
     files: set[Path] = set()
+    followed: set[str] = set()
     while waiting:
         path = waiting.pop()
         if path in files:
             continue
         files.add(path)
         names, finds_by_name = _module(path, path.stat().st_mtime_ns)
-        waiting += [file for name in names for file in _files(name)]
+        waiting += [file for name in names if name not in followed for file in _files(name, there)]
+        followed.update(names)
         waiting += _every() if finds_by_name and path.is_relative_to(OPTIMIZATIONS) else []
     return sorted(files)
 
@@ -48,7 +53,8 @@ def _module(path: Path, _changed: int) -> tuple[tuple[str, ...], bool]:
     """Return the modules that a file imports, and whether it finds others by name."""
     source = path.read_text(encoding="utf-8")
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
-    return tuple(imported(source, package)), bool(BY_NAME.search(source))
+    names = dict.fromkeys(name for name in imported(source, package) if name.partition(".")[0] == "lib")
+    return tuple(names), bool(BY_NAME.search(source))
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -61,7 +67,7 @@ def imported(source: str, package: str) -> Iterator[str]:
         tree = ast.parse(source)
     except SyntaxError:
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -70,17 +76,37 @@ def imported(source: str, package: str) -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *filter(None, [base])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
-            yield node.value
+    for text in ast.walk(tree) if QUOTED.search(source) else ():  # most modules hold no such text
+        if isinstance(text, ast.Constant) and isinstance(text.value, str) and NAME.fullmatch(text.value):
+            yield text.value
 
 
-def _files(name: str) -> Iterator[Path]:
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield every statement, however deep; no expression holds an import."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            for statement in getattr(node, block, ()):
+                waiting.append(statement)
+                yield statement
+
+
+def _modules() -> dict[str, list[Path]]:
+    """Return dotted name → the files of `lib` of that name: a package's `__init__.py`, a module."""
+    there: dict[str, list[Path]] = {}
+    for folder, _, names in os.walk(ROOT / "lib"):
+        package = ".".join(Path(folder).relative_to(ROOT).parts)
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending == ".py":
+                there.setdefault(package if stem == "__init__" else f"{package}.{stem}", []).append(Path(folder, name))
+    return there
+
+
+def _files(name: str, there: Mapping[str, Sequence[Path]]) -> Iterator[Path]:
     """Yield the files of `lib` that importing the dotted name `name` runs: its packages, and the module itself."""
     parts = name.split(".")
-    if parts[0] != "lib":
-        return
-    for end in range(1, len(parts) + 1):
-        place = ROOT.joinpath(*parts[:end])
-        for path in (place / "__init__.py", place.with_name(place.name + ".py")):
-            if path.is_file():
-                yield path
+    if parts[0] == "lib":
+        for end in range(1, len(parts) + 1):
+            yield from there.get(".".join(parts[:end]), ())

@@ -1,5 +1,6 @@
 """The suite's parts by themselves: keys, imports, cores, samples, kernels, the table of progress."""
 
+import ast
 import json
 import os
 import subprocess
@@ -41,6 +42,28 @@ def test_imports_are_followed_through_functions_packages_and_relative_names():
 
 def imported(source, package):
     return dependencies.imported(source, package)
+
+
+def test_statements_and_quoted_names_are_all_that_can_import():
+    """Against a walk over the whole tree, which takes several times as long, of every file of `lib`."""
+    for path in sorted((workbench.ROOT / "lib").rglob("*.py")):
+        source, expected = path.read_text(encoding="utf-8"), set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                expected |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, path
+                expected |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and dependencies.NAME.fullmatch(node.value)
+            ):
+                expected.add(node.value)
+        assert set(dependencies.imported(source, "lib")) == expected, path
+    text = "def f():\n    try:\n        match x:\n            case 1:\n                import lib.a\n    except E:\n"
+    text += "        from lib import b\n    else:\n        call(f'lib.c')\n"
+    assert set(dependencies.imported(text, "lib")) == {"lib.a", "lib.b", "lib.c"}
 
 
 def test_finding_modules_by_name_reaches_every_optimization():
