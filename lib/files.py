@@ -56,6 +56,14 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: there is no home folder of that name here; give a path without ~") from None
 
 
+def seen_from_here(path: Path) -> str:
+    """Return a path as the working directory sees it; whole where it lies on another drive, or there is none."""
+    try:
+        return os.path.relpath(path)
+    except (OSError, ValueError):
+        return str(path)
+
+
 def aside(path: Path) -> Path:
     """Return a free name beside `path`, for a file that cannot be used and must not be lost."""
     number = 1

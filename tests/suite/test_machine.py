@@ -48,6 +48,16 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
         files.expanded("~/x")
 
 
+@pytest.mark.parametrize("error", [ValueError("path is on mount 'D:', start on mount 'C:'"), FileNotFoundError()])
+def test_a_path_on_another_drive_is_shown_whole(error, monkeypatch, tmp_path):
+    def elsewhere(_):
+        raise error
+
+    assert files.seen_from_here(pathlib.Path.cwd() / "a" / "b") == str(pathlib.Path("a", "b"))
+    monkeypatch.setattr(os.path, "relpath", elsewhere)
+    assert files.seen_from_here(tmp_path / "x") == str(tmp_path / "x")
+
+
 def test_a_home_that_is_nobodys(project):
     applied = ["apply", "well", "--model", "alpha-1.5"]
     for command in (

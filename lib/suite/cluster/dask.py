@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lib.errors import ClusterLost, UserError
+from lib.files import seen_from_here
 from lib.suite.cluster import remote, worker_stub
 from lib.suite.cluster.workers import DEVICE, Crew, WorkerSlot, answer_of
 from lib.suite.plan.cache_key import Hashes
@@ -204,7 +205,7 @@ class Loop:
         else:
             result_folder.adopt(self.build.folder, stem, answer["files"])
             lies = self.build.folder.failed(stem)
-            notebook = os.path.relpath(lies) if answer["status"] == "failed" and lies.is_file() else None
+            notebook = seen_from_here(lies) if answer["status"] == "failed" and lies.is_file() else None
             self._end(Result(stem, answer["status"], answer["reason"], notebook, answer["seconds"]))
 
     def _lose(self, slot: WorkerSlot, entry: Entry, why: str) -> None:

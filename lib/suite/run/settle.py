@@ -5,13 +5,13 @@ stamps. Knows neither processes nor their order.
 """
 
 import datetime
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import NotApplicable
+from lib.files import seen_from_here
 from lib.report.records import record as records
 from lib.suite.plan.plan import Job
 from lib.suite.plan.template import Template
@@ -65,7 +65,7 @@ def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outco
     result_folder.keep_parts(folder, job.stem, parts)
     records.write(record, folder.of(job.stem, ".json"))
     lies = folder.failed(job.stem)
-    notebook = os.path.relpath(lies) if record.status == "failed" and lies.is_file() else None
+    notebook = seen_from_here(lies) if record.status == "failed" and lies.is_file() else None
     return Result(job.stem, record.status, record.reason, notebook, outcome.seconds)
 
 
