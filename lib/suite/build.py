@@ -315,7 +315,7 @@ def say_what_ran(folder: Path) -> None:
 
 def shown(path: Path) -> Path:
     """Return a path as it is seen from here."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OSError):
         return path.relative_to(Path.cwd())
     return path
 
