@@ -141,8 +141,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("undecided", f"the run failed: {record.reason}", command=again, seconds=record.seconds)
     if why_busy(record.measurements):  # a record of an earlier schema may call what was timed then
         record = record.model_copy(update={"measurements": withhold_if_busy(record.measurements)})
-    elif reason := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
-        return result("do not use", reason)
+    elif nothing_pays := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
+        return result("do not use", nothing_pays)
     served = _serving(record, goal)
     if served is None:
         return undecided(f"nothing was measured that serves {goal.name}")
