@@ -177,7 +177,7 @@ def question_inside(
     room = tokens - 2 * KEY - VALUE
     arms = {"question inside the prompt": optimized}
     arms["question sparse"] = method.apply(loaded.model, **{**knobs, "full_last": 0})
-    ask = {
+    ask: dict[str, Any] = {
         "distance": room - room // 2,
         "count": min(effort.retrieval_prompts, INSIDE),
         "seed": seed,
