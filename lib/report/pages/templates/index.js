@@ -122,8 +122,16 @@
     filter.elements.shown.value = `${shown.length} of ${cells.length} cells shown`;
   }
 
+  function fragment() {
+    try {
+      return decodeURIComponent(location.hash.slice(1));
+    } catch {
+      return location.hash.slice(1); // an address that was cut off in the middle of a character
+    }
+  }
+
   function read() {
-    const hash = decodeURIComponent(location.hash.slice(1));
+    const hash = fragment();
     if (hash && !hash.includes("=")) {
       const target = document.getElementById(hash);
       const tab = target && tabs.find((other) => panelOf(other).contains(target));
