@@ -36,6 +36,7 @@ TINY = {
 
 
 SECONDS_OF_ROUNDS = (
+    ("lib.measure.serving.step_timing", "AGAIN"),
     ("lib.measure.compare.replication", "BLOCK_SECONDS"),
     ("lib.optimizations.pre_vs_post_optimization.sweeps", "POINT_SECONDS"),
 )
@@ -46,7 +47,7 @@ def fewest_rounds(monkeypatch):
     """Time as few rounds as there must be: no test needs their precision."""
     for module, name in SECONDS_OF_ROUNDS:
         if module in sys.modules:
-            monkeypatch.setattr(sys.modules[module], name, 0.0)
+            monkeypatch.setattr(sys.modules[module], name, 0)
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def warm_up(engine: ModelEngine, trace: Trace) -> None:
 class ServingRounds:
     """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
     read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
-    purpose.
+    purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow.
     """
 
     traces: tuple[Trace, ...]
@@ -78,10 +78,15 @@ class ServingRounds:
     counter: Counter
     planned: bool = False
     stepwise: bool = False
+    calibration: str | None = None
 
     @property
     def busy(self) -> list[str]:
-        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it."""
+        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it; in all rounds,
+        where it was when their rates were set.
+        """
+        if self.calibration:
+            return [f"while step times were measured {self.calibration}"] * len(self.traces)
         each = (next((run.disturbed for run in round_ if run.disturbed), None) for round_ in zip(*self.runs.values()))
         return [] if self.planned else [reason for reason in each if reason]
 

@@ -55,7 +55,7 @@ class StepTimes:
 
     `prefill_fit`: seconds = a + b·n·T + c·n·T², times `prefill_BT[n - 1][T // COLUMN_STEP]` where there is such a table
     (beyond its edges the edge's); `move_fit`: seconds = a + b·bytes, of joining or leaving. `ratios`: single calls ÷
-    mean. `samples`: how many calls were timed; `calls` are they.
+    mean. `samples`: how many calls were timed; `calls` are they; `disturbed` is what disturbed the machine meanwhile.
     """
 
     decode_BL: tuple[tuple[float, ...], ...]
@@ -68,6 +68,7 @@ class StepTimes:
     measured: tuple[tuple[int, int, float], ...] = ()
     prefill_BT: tuple[tuple[float, ...], ...] = ((1.0,),)
     calls: Calls | None = field(default=None, repr=False, compare=False)
+    disturbed: str | None = None
 
     def decode(self, batch: int, context: float) -> float:
         """Return the mean seconds of one step of `batch` rows at `context` columns."""

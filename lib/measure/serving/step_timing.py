@@ -9,6 +9,7 @@ Shapes: B rows or prompts, T prompt tokens.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,15 +18,17 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure.serving.protocol import MOST_ROWS
 from lib.measure.serving.step_times import Calls, Grid, Moves, StepTimes, assembled
-from lib.measure.timing import workloads
+from lib.measure.timing import disturbance, workloads
 from lib.models.decoding import batch_cache
 
 ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
 PROMPTS_MEASURED = (1, 2, 4, 8)
 DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
+AGAIN = 2  # times that all is measured once more on a disturbed machine, at most
 
 Point = TypeVar("Point")
+Measured = TypeVar("Measured")
 
 
 def measure(
@@ -42,10 +45,22 @@ def measure(
 
     `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
     warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
-    not fall on one point alone.
+    not fall on one point alone. All is measured again where other programs took the processor meanwhile, AGAIN times
+    at most: rates and objectives follow from these times, and a policy gains less at rates that are too low.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    return assembled(_calls(model, prompt_T, contexts, counts, repeats, prompt_tokens))
+    calls, disturbed = _undisturbed(lambda: _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens))
+    return replace(assembled(calls), disturbed=disturbed)
+
+
+def _undisturbed(measure_all: Callable[[], Measured]) -> tuple[Measured, str | None]:
+    """Return what was measured on a machine without other work, or at the last attempt, and what disturbed that."""
+    for _ in range(1 + AGAIN):
+        close = disturbance.watch()
+        measured, disturbed = measure_all(), close()
+        if disturbed is None:
+            break
+    return measured, disturbed
 
 
 def measure_together(
@@ -60,6 +75,14 @@ def measure_together(
     spell of the machine falls on all of them.
     """
     contexts, counts = _grid(prompt_T, contexts, most)
+    of_models, disturbed = _undisturbed(lambda: _calls_together(models, prompt_T, contexts, counts, rounds))
+    return tuple(replace(assembled(calls), disturbed=disturbed) for calls in of_models)
+
+
+def _calls_together(
+    models: Sequence[nn.Module], prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], rounds: int
+) -> list[Calls]:
+    """Return the seconds of single calls of every model, round by round."""
     calls = [Calls({}, {}, {}, 0.0) for _ in models]
     for turn in range(rounds):
         order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
@@ -69,7 +92,7 @@ def measure_together(
             _extend(calls[index].read, latest.read)
             _extend(calls[index].moved, latest.moved)
             calls[index] = Calls(calls[index].decoded, calls[index].read, calls[index].moved, latest.bytes_per_token)
-    return tuple(assembled(part) for part in calls)
+    return calls
 
 
 def _calls(

@@ -5,7 +5,7 @@ Says how far the simulation strays from the replays. Knows the study that it bel
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ def serve(
     prompt_of = engine.prompts(loaded, setup.longest, seed)
     options: dict[str, Any] = {"batching": setup.batching, "device": loaded.device, "seed": seed}
     rounds = replay.in_turn(loaded.model, replayed, arms, setup.limits, prompt_of, **options)
+    rounds = replace(rounds, calibration=setup.times.disturbed)
     bound = setup.limits.cache_bytes
     peaks = [run.served.peak_bytes for runs in rounds.runs.values() for run in runs]
     assert bound is None or max(peaks) <= bound, "the memory bound was broken"

@@ -243,7 +243,7 @@ def compare(
         for name in (STATIC, LOOP)
     }
     replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
-    rounds = ServingRounds(tuple(live), replayed, counter, planned=True)
+    rounds = ServingRounds(tuple(live), replayed, counter, planned=True, calibration=setup.times[0].disturbed)
     rows = validation.beside(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
     error = validation.simulation_error(rows, f"simulation against {rounds.source}")
     headline = replay.goodput(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size))

@@ -43,3 +43,9 @@ def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(
 
     assert judged(nvml, True) == "informative"
     assert judged(nvml, False) == judged(rapl, True) == "better"
+
+
+def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
+    assert rounds.busy == []
+    calibrated = replace(rounds, calibration="other processes took 60% of our cores", planned=True)
+    assert len(calibrated.busy) == 6 and all("while step times were measured" in reason for reason in calibrated.busy)

@@ -366,6 +366,20 @@ def test_step_times_are_measured_on_the_real_engine(tiny, monkeypatch):
         step_timing.measure(model, text_T, (16, 100))
 
 
+@pytest.mark.parametrize(("noises", "attempts"), [([None], 1), (["load", None], 2), (["load", "load", "load"], 3)])
+def test_step_times_of_a_disturbed_machine_are_measured_again(noises, attempts, tiny, monkeypatch):
+    made, read = [], step_timing._calls
+    monkeypatch.setattr(step_timing, "AGAIN", 2)
+    heard = iter([*noises, *noises])
+    monkeypatch.setattr(step_timing.disturbance, "watch", lambda: lambda: next(heard))
+    monkeypatch.setattr(step_timing, "_calls", lambda *args: made.append(read(*args)) or made[-1])
+    model = tiny("qwen3-4b-instruct-2507")
+    times = step_timing.measure(model, torch.arange(8, 72), (16, 48), repeats=1, most=2)
+    assert len(made) == attempts and times.disturbed == noises[-1] and times.calls is made[-1]
+    both = step_timing.measure_together([model, model], torch.arange(8, 72), (16, 48), rounds=1, most=2)
+    assert [part.disturbed for part in both] == [noises[-1]] * 2 and len(made) == 3 * attempts
+
+
 def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monkeypatch):
     tokens, step = [], batch_cache.step
     monkeypatch.setattr(
