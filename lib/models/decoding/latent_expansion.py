@@ -2,9 +2,10 @@
 space through it, and weighted sums of latents leave that space as values.
 
 A dense matrix is used where it lies. Of a factored one the outer factor is applied head by head and the inner one to
-the result, so that no dense matrix comes to be. One that is stored sparse or in few bits has no slices for queries and
-values: it is restored for each call, which takes less than expanding a whole cache with it. (vLLM restores it once and
-keeps it beside; here a model holds no more than its weights.) Knows nothing of attention or caches.
+the result, so that no dense matrix comes to be. A matrix or factor that is stored sparse or in few bits has no slices
+for queries and values: it is restored for each call, which takes less than expanding a whole cache with it. (vLLM
+restores it once and keeps it beside; here a model holds no more than its weights.) Knows nothing of attention or
+caches.
 
 Shapes: B batch, Q heads, T new tokens, N no-rotary and D value width, R latent, K rank of a factored matrix (R for
 every other), O = Q·(N + D).
@@ -44,8 +45,9 @@ class Expansion:
 
 def of(projection: Any, heads: int, nope: int, dtype: torch.dtype) -> Expansion:
     """Return the view of `projection`, a linear layer from R to `heads` times N (= `nope`) and D outputs."""
-    inner = projection.inner.weight if isinstance(projection, FactoredLinear) else None
-    outer = _restored(projection if inner is None else projection.outer, dtype)
+    factors = isinstance(projection, FactoredLinear)
+    inner = _restored(projection.inner, dtype) if factors else None
+    outer = _restored(projection.outer if factors else projection, dtype)
     outer_QEK = outer.unflatten(0, (heads, -1))
     return Expansion(outer_QEK[:, :nope], outer_QEK[:, nope:], inner)
 

@@ -77,6 +77,18 @@ def _factored_expansion(model: nn.Module) -> nn.Module:
     return changed
 
 
+def _sparse_factors(model: nn.Module) -> nn.Module:
+    """Return a copy whose expansions have factors of which every second element is stored."""
+    changed = _factored_expansion(model)
+    names = [name for name, _ in changed.named_modules() if name.endswith("kv_b_proj")]
+    weights = {f"{name}.{at}.weight": getattr(changed.get_submodule(name), at).weight.data
+               for name in names for at in ("inner", "outer")}  # fmt: skip
+    kept = {name: (torch.arange(weight.numel()) % 2 == 0).view_as(weight) for name, weight in weights.items()}
+    return stored_sparse.store(
+        changed, {name: stored_sparse.compress(weight, kept[name]) for name, weight in weights.items()}
+    )
+
+
 CHANGES: dict[str, Callable] = {
     "nothing": lambda model, text: model,
     "experts pruned": lambda model, text: pruning.apply(model, text, ratio=0.2),
@@ -89,10 +101,12 @@ CHANGES: dict[str, Callable] = {
     "refined factors": lambda model, text: decomposition.apply(model, text, compression=0.5, refine_steps=1),
     "sparse": lambda model, text: sparsity.apply(model, text, method="wanda", sparsity=0.5, parts="all"),
     "grouped columns": lambda model, text: _grouped_columns(model),
+    "sparse factors": lambda model, text: _sparse_factors(model),
 }
 PACKED: dict[str, Callable] = {
     "int8": lambda model, text: weight_only(model, 8),
     "int4": lambda model, text: weight_only(model, 4),
+    "factors in int8": lambda model, text: weight_only(_factored_expansion(model), 8),
 }
 
 
