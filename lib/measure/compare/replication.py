@@ -106,7 +106,8 @@ def rounds_alone(work: Workload, effort: Effort) -> int:
         return effort.blocks
     call_seconds = interleaved.warm_up(work)
     most = SHORT_ROUNDS * (effort.blocks // rounds(effort))
-    return max(effort.blocks, min(most, int(ARM_SECONDS / max(call_seconds, 1e-9))))
+    fitting = min(most, int(ARM_SECONDS / max(call_seconds, 1e-9)))
+    return max(effort.blocks, fitting // interleaved.STEP * interleaved.STEP)
 
 
 def block_seconds(effort: Effort) -> float:

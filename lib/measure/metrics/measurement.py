@@ -273,8 +273,10 @@ def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[flo
     each = len(values) // processes
     if each * processes != len(values):
         return [float(value) for value in values]
-    groups = next(n for n in range(max(2, MOST_SAMPLES // processes), 0, -1) if each % n == 0)
-    return np.asarray(values, dtype=float).reshape(processes * groups, -1).mean(1).tolist()
+    most = min(each, max(2, MOST_SAMPLES // processes))
+    groups = next((n for n in range(most, most // 2, -1) if each % n == 0), most)  # of one size, where that leaves many
+    by_process = np.asarray(values, dtype=float).reshape(processes, each)
+    return [float(part.mean()) for row in by_process for part in np.array_split(row, groups)]
 
 
 def _load() -> str:

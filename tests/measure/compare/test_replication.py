@@ -84,7 +84,7 @@ def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("call_seconds", "quick", "standard"), [(0.001, 36, 72), (0.19, 31, 31), (0.5, 12, 12), (3.0, 6, 12), (0.0, 36, 72)]
+    ("call_seconds", "quick", "standard"), [(0.001, 36, 72), (0.19, 28, 28), (0.5, 12, 12), (3.0, 6, 12), (0.0, 36, 72)]
 )
 def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, standard, monkeypatch):
     monkeypatch.delenv(replication.VARIABLE, raising=False)

@@ -150,3 +150,12 @@ def test_a_record_keeps_means_of_neighbours_of_many_samples_as_many_of_every_pro
         "time_to_first_token_ms", "prefill", Pairs([1.0] * 6, [1.0] * 6, ["AB"] * 6, [None] * 6, 1), 1, 0.0
     )
     assert len(few.samples["baseline"]) == 6
+
+
+@pytest.mark.parametrize("count", [71, 79, 121])
+def test_a_number_of_samples_that_nothing_divides_is_kept_in_groups_too(count):
+    base = [1.0 + 0.01 * (at % 7) for at in range(count)]
+    made = measurement.from_samples("prefill_tokens_per_second", "prefill", base, base, source="test", floor=0.01)
+    kept = made.samples["baseline"]
+    assert measurement.MOST_SAMPLES // 2 < len(kept) <= measurement.MOST_SAMPLES
+    assert sum(kept) / len(kept) == pytest.approx(sum(base) / count, rel=0.005)

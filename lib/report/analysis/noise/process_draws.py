@@ -76,6 +76,8 @@ def _effects(measurement: Measurement) -> Iterator[tuple[float, float]]:
     if not samples or not processes:
         return  # a record from before there were copies
     d_N = paired_stats.differences(samples["baseline"], samples["optimized"])
+    if d_N.size < paired_stats.MINIMUM_BLOCKS:
+        return  # too few for an error of the effect
     if processes == 1:
         yield float(np.median(d_N)), paired_stats.MEDIAN_FACTOR * float(d_N.std(ddof=1)) / math.sqrt(d_N.size)
     elif d_N.size % processes == 0:

@@ -24,3 +24,11 @@ def test_a_draw_tells_runs_on_the_same_kind_of_device(device, kind):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     run.environment["gpu"], run.parameters["device"] = "Example GPU", device
     assert {draw.device for draw in process_draws.draws(run)} == {kind}
+
+
+def test_a_control_of_few_pairs_tells_nothing(recwarn):
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    (control,) = run.controls
+    few = [m.model_copy(update={"samples": {"baseline": [1.0], "optimized": [1.1]}}) for m in control.measurements]
+    run = run.model_copy(update={"controls": [control.model_copy(update={"measurements": few})]})
+    assert [*process_draws.draws(run)] == [] and not recwarn.list
