@@ -136,9 +136,9 @@ def test_a_window_that_holds_everything_changes_nothing(tiny, name):
     assert torch.equal(torch.stack(actual), torch.stack(expected))
 
 
-def test_one_block_sees_exactly_sinks_and_window(tiny, name):
-    """In a model of one block, reading on with a window equals reading the sinks and the window as one short text."""
-    model, ids = tiny(name), ids_of(50)
+def _assert_window_is_a_short_text(model):
+    """Cut `model` to its first block, and compare."""
+    ids = ids_of(50)
     decoder = anatomy(model).decoder
     decoder.layers = decoder.layers[:1]
     decoder.config.num_hidden_layers = 1
@@ -148,6 +148,11 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
     short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)  # ten before the last token, and that token
     torch.testing.assert_close(actual, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
     assert cache.layers[0].keys.shape[-2] == 13 and cache.layers[0].forgotten == 37
+
+
+def test_one_block_sees_exactly_sinks_and_window(tiny, name):
+    """In a model of one block, reading on with a window equals reading the sinks and the window as one short text."""
+    _assert_window_is_a_short_text(tiny(name))
 
 
 @pytest.mark.parametrize(
@@ -160,16 +165,7 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
 )
 def test_a_window_turns_keys_by_their_own_block_s_frequencies(architecture, own):
     """As above, where kinds of blocks rotate differently, and where a block does not rotate at all."""
-    model, ids = build(architecture, **own), ids_of(50)
-    decoder = anatomy(model).decoder
-    decoder.layers = decoder.layers[:1]
-    decoder.config.num_hidden_layers = 1
-    cache = sink_window.windowed_cache(model, sinks=3, window=10)
-    for at in range(50):
-        actual = model(ids[:, at : at + 1], use_cache=True, **cache_names.as_kwargs(cache)).logits[:, -1]
-    short = torch.cat([ids[:, :3], ids[:, 39:]], dim=1)
-    torch.testing.assert_close(actual, model(short).logits[:, -1], atol=1e-4, rtol=1e-3)
-    assert cache.layers[0].forgotten == 37
+    _assert_window_is_a_short_text(build(architecture, **own))
 
 
 def test_only_the_rotated_part_of_a_key_turns():
