@@ -133,6 +133,15 @@ def prepare(
     return ServingSetup(times, objective, single, limits, batching, *kinds)
 
 
+def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0) -> Callable[[], float]:
+    """Return what tells by how much the machine is slower than when the setup's step times were measured; on a device
+    that is as fast in every call it is near 1.
+    """
+    text_T = tasks.text_windows(loaded, "final", 4, setup.longest, seed).flatten()
+    options: dict[str, Any] = {} if loaded.scale == "proxy" else {"repeats": 1, "prompt_tokens": 512}
+    return lambda: step_timing.slowness(loaded.model, text_T, setup.times, **options)
+
+
 def _lengths(name: str, lengths: Sequence[int]) -> Lengths:
     if len(lengths) != 2:
         raise UserError(f"serving: lengths of {name} {list(lengths)}; expected [prompt tokens, new tokens]")

@@ -2,7 +2,9 @@
 
 Every round serves one trace with every arm. The model makes every step, and a step counts the time that it took; idle
 waiting is skipped. The arms take turns within the trace, so that a slow spell of the machine falls on all of them; the
-rounds have different traces. Goodput, latency, energy and the cache's peak are all read on these replays, so they
+rounds have different traces. Rates and objectives are those of a machine as fast as it was when step times were
+measured: where it is slower when a round begins, the round's seconds are divided by how much, or the same trace would
+be another share of its capacity. Goodput, latency, energy and the cache's peak are all read on these replays, so they
 describe the same traffic. Knows no policy: the caller passes in functions that make a new one.
 """
 
@@ -70,7 +72,8 @@ def warm_up(engine: ModelEngine, trace: Trace) -> None:
 class ServingRounds:
     """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
     read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
-    purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow.
+    purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow;
+    `slowness`: by how much the machine was slower than then at the beginning of each round, empty where nobody looked.
     """
 
     traces: tuple[Trace, ...]
@@ -79,6 +82,7 @@ class ServingRounds:
     planned: bool = False
     stepwise: bool = False
     calibration: str | None = None
+    slowness: tuple[float, ...] = ()
 
     @property
     def busy(self) -> list[str]:
@@ -104,6 +108,10 @@ class ServingRounds:
         text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
         text += "a trace per round, waiting left out"
         text += f", {requests} requests in all, warm-up not counted"
+        if self.slowness:
+            least, most = min(self.slowness), max(self.slowness)
+            text += f"; seconds of a round divided by how much slower than in the calibration it began ({least:.2f} to "
+            text += f"{most:.2f})"
         return text + (f"; {disturbed} of {len(self.traces) * len(self.runs)} replays disturbed" if disturbed else "")
 
     def served(self, arm: str) -> list[Served]:
@@ -121,20 +129,25 @@ def in_turn(
     batching: str = "iteration",
     device: str = "cpu",
     seed: int = 0,
+    slowness: Callable[[], float] | None = None,
 ) -> ServingRounds:
     """Replay every trace under every arm, a new policy each time, all arms at the same moment of the trace
-    (`lib.measure.serving.turns`). Raises RuntimeError if a cache ever outgrows its bound.
+    (`lib.measure.serving.turns`). `slowness` is asked before every round: by how much the machine is slower than when
+    rates and objectives were set. Raises RuntimeError if a cache ever outgrows its bound.
     """
     counter = energy_source.counter(device)
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
+    slower: list[float] = []
     for index, trace in enumerate(traces):
+        slower += [slowness()] if slowness else []
         names = list(arms)
         random.Random(seed + index).shuffle(names)
         engines = {name: ModelEngine(model, prompt_of, limits.cache_bytes) for name in names}
         policies = {name: arms[name]() for name in names}
-        for name, run in _together(trace, engines, policies, limits, batching, counter).items():
+        by = slower[-1] if slower else 1.0
+        for name, run in _together(trace, engines, policies, limits, batching, counter, by).items():
             runs[name].append(run)
-    return ServingRounds(tuple(traces), runs, counter, stepwise=True)
+    return ServingRounds(tuple(traces), runs, counter, stepwise=True, slowness=tuple(slower))
 
 
 def _together(
@@ -144,13 +157,16 @@ def _together(
     limits: Limits,
     batching: str,
     counter: Counter,
+    slowness: float,
 ) -> dict[str, Replayed]:
     """Serve one trace with every arm, in turns."""
     for engine in engines.values():
         warm_up(engine, trace)
     clocks = {name: VirtualClock() for name in engines}
     in_turn_of = turns.Turns(clocks)
-    timed = {name: turns.EngineInTurn(engine, in_turn_of, name, counter.joules) for name, engine in engines.items()}
+    timed = {
+        name: turns.EngineInTurn(engine, in_turn_of, name, counter.joules, slowness) for name, engine in engines.items()
+    }
 
     def server(name: str) -> Callable[[], Served]:
         policy = turns.ChargedPolicy(policies[name], clocks[name])

@@ -7,11 +7,13 @@ prompts differ (or all would go to the same experts).
 Shapes: B rows or prompts, T prompt tokens.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +25,7 @@ from lib.models.decoding import batch_cache
 
 ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
 PROMPTS_MEASURED = (1, 2, 4, 8)
+CHECKED = (1, 8)  # rows of the calls by which the machine's speed is compared with what it was
 DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 AGAIN = 2  # times that all is measured once more on a disturbed machine, at most
@@ -51,6 +54,27 @@ def measure(
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
     calls, disturbed = _undisturbed(lambda: _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens))
     return replace(assembled(calls), disturbed=disturbed)
+
+
+def slowness(
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    times: StepTimes,
+    *,
+    repeats: int = 3,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
+) -> float:
+    """Return how many times as long as in `times` single calls take now: the mean over decode steps of a few rows, at
+    all contexts of the calibration, and prefills of one prompt.
+    """
+    if times.calls is None:
+        raise ValueError("slowness: these step times were stored without their calls")
+    contexts = sorted({context for _, context in times.calls.decoded})
+    counts = sorted({count for count, _ in times.calls.decoded} & {*CHECKED})
+    decoded = _decode(model, prompt_T, contexts, counts, repeats)
+    read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens, (1,))
+    pairs = ((decoded, times.calls.decoded), (read, times.calls.read))
+    return float(np.mean([np.median(now[point]) / np.median(then[point]) for now, then in pairs for point in now]))
 
 
 def _undisturbed(measure_all: Callable[[], Measured]) -> tuple[Measured, str | None]:
@@ -142,23 +166,20 @@ def _decode(
     model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
 ) -> Grid:
     """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
-    another token.
+    another token. Every point is met once in each turn, so that a slow spell of the machine bends no context alone.
     """
     seconds_at: Grid = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
     longest = batch_cache.prefill(model, [_part(prompt_T, at, contexts[-1] - 1) for at in range(DISTINCT)])
-    for context in contexts:
+    for turn, context in itertools.product(range(repeats), contexts):
         rows = batch_cache.first(longest, context - 1)
-        many = {
-            count: batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count)) for count in counts
-        }
-        for turn in range(repeats):
-            for count in counts:
-                for timed in (False, True):
-                    many[count].token_B = token_T[turn : turn + count].clone()
-                    seconds = _timed(model, batch_cache.step, model, many[count])
-                    if timed:
-                        seconds_at.setdefault((count, context), []).append(seconds)
+        for count in counts:
+            many = batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count))
+            for timed in (False, True):
+                many.token_B = token_T[turn : turn + count].clone()
+                seconds = _timed(model, batch_cache.step, model, many)
+                if timed:
+                    seconds_at.setdefault((count, context), []).append(seconds)
     return seconds_at
 
 
@@ -167,11 +188,16 @@ def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
     return prompt_T.roll(-length * index)[:length]
 
 
-def _prefill(model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], repeats: int, most: int) -> Grid:
+def _prefill(
+    model: nn.Module,
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    repeats: int,
+    most: int,
+    counts: Sequence[int] = PROMPTS_MEASURED,
+) -> Grid:
     """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
-    points = [
-        (count, length) for count in PROMPTS_MEASURED for length in contexts if count * length <= most or count == 1
-    ]
+    points = [(count, length) for count in counts for length in contexts if count * length <= most or count == 1]
     seconds_at: Grid = {}
     for turn in range(repeats + 1):
         for count, length in points:

@@ -77,13 +77,20 @@ def _done(work: Work) -> tuple[Any, Exception | None]:
 
 class EngineInTurn:
     """An engine whose every call waits for its turn. `wall_seconds` and `cpu_seconds` are those of its calls, `joules`
-    what `read_joules` counted meanwhile (None without one).
+    what `read_joules` counted meanwhile (None without one). Calls are reported as they were on a machine without
+    `slowness`: their seconds divided by it.
     """
 
     def __init__(
-        self, engine: Engine, turns: Turns, name: str, read_joules: Callable[[], float | None] | None = None
+        self,
+        engine: Engine,
+        turns: Turns,
+        name: str,
+        read_joules: Callable[[], float | None] | None = None,
+        slowness: float = 1.0,
     ) -> None:
         self.engine, self.turns, self.name, self.read_joules = engine, turns, name, read_joules
+        self.slowness = slowness
         self.wall_seconds = self.cpu_seconds = 0.0
         self.joules: float | None = 0.0 if read_joules else None
 
@@ -121,7 +128,7 @@ class EngineInTurn:
             self.joules = None
         else:
             self.joules += after - before
-        return seconds
+        return seconds / self.slowness
 
 
 class ChargedPolicy:

@@ -102,7 +102,8 @@ def serve(
     arms |= {AGAIN: arms[FIXED], ADAPTIVE: study.adaptive}
     replayed = traces(study, effort, seconds)
     prompt_of = engine.prompts(loaded, setup.longest, seed)
-    options: dict[str, Any] = {"batching": setup.batching, "device": loaded.device, "seed": seed}
+    slowness = policy_comparison.slowness(loaded, setup, seed)
+    options: dict[str, Any] = {"batching": setup.batching, "device": loaded.device, "seed": seed, "slowness": slowness}
     rounds = replay.in_turn(loaded.model, replayed, arms, setup.limits, prompt_of, **options)
     rounds = replace(rounds, calibration=setup.times.disturbed)
     bound = setup.limits.cache_bytes
@@ -124,7 +125,7 @@ def serve(
         *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
     ]
     again = replayed[: real_rivals.rounds_of(effort, rival_rounds)]
-    place: dict[str, Any] = {"workload": workload(size), "device": loaded.device}
+    place: dict[str, Any] = {"workload": workload(size), "device": loaded.device, "slowness": slowness}
     rivals = real_rivals.replayed(loaded.model, study, size, again, prompt_of, **place)
     return RealModelTrial(size, rounds, rows, error, headline, measurements, rivals)
 

@@ -101,8 +101,10 @@ def replayed(
     *,
     workload: str,
     device: str = "cpu",
+    slowness: Callable[[], float] | None = None,
 ) -> RivalReplays:
-    """Replay the traces under every policy, the fixed `size` twice; nothing where there is no trace.
+    """Replay the traces under every policy, the fixed `size` twice; nothing where there is no trace. `slowness` as in
+    `replay.in_turn`.
 
     Raises RuntimeError if a cache ever outgrows its bound.
     """
@@ -112,5 +114,6 @@ def replayed(
     policies: dict[str, Callable[[], Any]] = study.policies(size)
     arms = policies | {AGAIN: policies[fixed]}
     options: dict[str, Any] = {"batching": setup.batching, "device": device, "seed": study.seeds[0]}
+    options |= {"slowness": slowness}
     rounds = replay.in_turn(model, traces, arms, setup.limits, prompt_of, **options)
     return RivalReplays(rounds, setup.objective, fixed, workload)

@@ -112,7 +112,8 @@ def calibrate(loaded: Loaded, effort: str, *, seed: int = 0, **options: Any) -> 
     of `policy_comparison.prepare`.
     """
     start = time.perf_counter()
-    repeats = 4 if effort != "quick" else 3 if loaded.scale == "proxy" else 2
+    few, many = (3, 8) if loaded.scale == "proxy" else (2, 4)
+    repeats = few if effort == "quick" else many
     setup = policy_comparison.prepare(loaded, repeats=repeats, seed=seed, **options)
     return setup, time.perf_counter() - start
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.measure.serving import engine as engines
-from lib.measure.serving import policy_comparison, step_timing, traffic
+from lib.measure.serving import policy_comparison, replay, step_timing, traffic
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Decision, Limits
 from lib.measure.serving.server import VirtualClock, serve
@@ -80,17 +80,21 @@ class Both:
         return self._both("leave", ids)
 
 
+MACHINE = {"slowness": 1.0}  # of `planted_clock`: a test sets it
+
+
 @pytest.fixture
 def planted_clock(tiny, monkeypatch):
     """A machine on which a pass takes 1 ms and 0.2 ms per token, whatever the tokens are; its model and step times."""
     now = [0.0]
+    monkeypatch.setitem(MACHINE, "slowness", 1.0)
 
     def clock():
         now[0] += 1e-9
         return now[0]
 
     def pass_time(_model, _args, inputs):
-        now[0] += 1e-3 + 2e-4 * inputs["input_ids"].numel()
+        now[0] += MACHINE["slowness"] * (1e-3 + 2e-4 * inputs["input_ids"].numel())
 
     model = tiny("qwen3-4b-instruct-2507")
     handle = model.register_forward_pre_hook(pass_time, with_kwargs=True)
@@ -145,3 +149,25 @@ def test_no_jitter_of_a_trace_is_another_traces():
              jitters]  # fmt: skip
     assert len(set(seeds)) == len(seeds) == 24 * 11
     assert policy_comparison.seed_of(trace(7), 0) == 7
+
+
+def test_a_round_that_begins_on_a_slower_machine_is_served_as_on_the_one_that_set_its_rates(planted_clock):
+    """Planted: twice as slow. By its own seconds the same trace would be twice the share of its capacity."""
+    model, times = planted_clock
+
+    def served(**options):
+        arms = {"each": POLICIES["five"]}
+        rounds = replay.in_turn(model, [trace(spacing=0.03)], arms, Limits(8), prompt_of, **options)
+        return rounds, sum(outcome.latency_seconds for outcome in rounds.served("each")[0].outcomes)
+
+    def slowness() -> float:
+        return step_timing.slowness(model, TEXT_T, times)
+
+    first, expected = served(slowness=slowness)
+    assert first.slowness == (pytest.approx(1.0, rel=1e-3),)
+    MACHINE["slowness"] = 2.0
+    second, corrected = served(slowness=slowness)
+    assert second.slowness == (pytest.approx(2.0, rel=1e-3),) and "divided by" in second.source
+    assert corrected == pytest.approx(expected, rel=0.05), "policies' own thinking is of this machine"
+    plain, late = served()
+    assert plain.slowness == () and late > 1.5 * expected
