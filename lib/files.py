@@ -2,6 +2,7 @@
 locks; and the paths of a machine on which there may be no home. Knows nothing of what the files hold.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -33,6 +34,14 @@ def write_atomically(path: Path, text: str) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def hash_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, read whole; empty where there is no such file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import UserError, suggest
-from lib.files import aside, write_atomically
+from lib.files import aside, hash_of, write_atomically
 from lib.models.parameters import ROOT, SCALES
 
 EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # what they are called now
@@ -78,6 +78,14 @@ def path_of(model: str, scale: str, folder: Path | str | None = None) -> Path:
     """Return the path of the recipe of `model`: in `folder`, by default `executed/<scale>/stacks`."""
     recipes = Path(folder) if folder else ROOT / "executed" / scale / "stacks"
     return recipes / f"{model}.yaml"
+
+
+def hashed(model: str, scale: str) -> dict[str, str]:
+    """Return the place in the project of the recipe of `model` → the hash of its file, empty where there is none: what
+    a record keeps (`details["inputs"]`), so that a run which read another recipe is known as stale.
+    """
+    path = path_of(model, scale)
+    return {path.relative_to(ROOT).as_posix(): hash_of(path)}
 
 
 def read(path: Path | str) -> Recipe:

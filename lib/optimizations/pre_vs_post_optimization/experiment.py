@@ -319,6 +319,7 @@ def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[st
     stack, points = setup.stack, swept.curves.to_dict("records")
     return {
         "stack": ([step.model_dump() for step in stack.steps], "derived", stack.origin),
+        "inputs": (stack.inputs, "derived", "SHA-256 of files that earlier runs wrote and this one read"),
         "considered": (stack.considered, "measured", "search text and items; rounds until an interval tells"),
         "attribution": (shared.shares.to_dict("records"), "measured", shared.source),
         "sweep": (points, "measured", "paired blocks at every length and batch size"),

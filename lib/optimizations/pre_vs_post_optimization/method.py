@@ -39,13 +39,15 @@ MOST_SECONDS = 20.0  # after which no further rounds are begun
 
 @dataclass(frozen=True)
 class ChosenStack:
-    """A stack in pipeline order (empty: nothing pays), who chose it, and a row per step that was considered, kept or
-    rejected (none for a stored stack).
+    """A stack in pipeline order (empty: nothing pays), who chose it, a row per step that was considered, kept or
+    rejected (none for a stored stack), and the hash of the stored stack's file by its place in the project (empty where
+    there was none): where it is no longer that, the choice is another.
     """
 
     steps: list[RecipeStep]
     origin: str
     considered: list[dict] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,17 @@ def chosen(
     or cannot be ordered.
     """
     composing.parts()  # imported before models are tried: what an import leaves may hold the frames that led to it
+    inputs = recipe.hashed(loaded.name, loaded.scale)
     stored, refused = recipe.find(loaded.name, loaded.scale), ""
     if stored is not None:
         refused = recipe.unfit(stored, weights) or ("" if stored.stack else "it chose to change nothing")
         if not refused:
             origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
-            return ChosenStack(composing.order(stored.stack, loaded.model), origin)
+            return ChosenStack(composing.order(stored.stack, loaded.model), origin, inputs=inputs)
     default = default_stack(loaded, calibration, perplexity_margin=perplexity_margin, seed=seed)
     gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
-    if stored is not None:
-        return replace(default, origin=f"{default.origin} (of {stored.chosen_by}: {refused})")
-    return default
+    origin = default.origin if stored is None else f"{default.origin} (of {stored.chosen_by}: {refused})"
+    return replace(default, origin=origin, inputs=inputs)
 
 
 def default_stack(

@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
-from lib.files import write_atomically
+from lib.files import hash_of, write_atomically
 from lib.suite.plan import cache_key as keys
+from lib.suite.plan.plan import ROOT
 
 FINISHED = ("ok", "not_applicable")
 
@@ -117,6 +119,8 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
         return State("failed", str(content.get("reason") or "no reason given"), *about)
     if content["key"] != keys.of(parts):
         return State("stale", _difference(folder, stem, parts), *about)
+    if changed := _changed_inputs(content):
+        return State("stale", changed, *about)
     if not folder.of(stem, ".ipynb").is_file():
         return State("stale", f"{stem}.ipynb is gone", *about)
     written = path.stat().st_mtime_ns
@@ -125,6 +129,20 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
         if not page.is_file() or page.stat().st_mtime_ns < written:
             return State("unrendered", f"{page.name} is missing or older than its record", *about)
     return State("finished", "", *about)
+
+
+def _changed_inputs(content: Mapping[str, Any]) -> str:
+    """Return which file of the project, read by the run because an earlier run wrote it, is no longer the same; empty
+    where all are. The record holds their hashes (`details["inputs"]`, empty for a file that was not there).
+    """
+    details = content.get("details")
+    inputs = details.get("inputs") if isinstance(details, dict) else None
+    hashes = inputs.get("value") if isinstance(inputs, dict) else None
+    for name, value in (hashes if isinstance(hashes, dict) else {}).items():
+        now = hash_of(ROOT / name)
+        if now != value:
+            return f"{name}: {'changed' if now and value else 'new' if now else 'gone'}"
+    return ""
 
 
 def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> str:

@@ -1,10 +1,17 @@
-"""A full disk: one line, nothing lost that was finished. Needs a small file system of its own, so root."""
+"""A full disk: one line, nothing lost that was finished (needs a small file system of its own, so root). And a run that
+read what an earlier one wrote.
+"""
 
+import json
 import os
 import subprocess
 
 import pytest
 import workbench
+
+from lib.files import hash_of
+from lib.suite.plan import cache_key
+from lib.suite.store import result_folder
 
 FILL = """import os
 
@@ -47,3 +54,31 @@ def test_full_in_the_middle(project, disk):
     (disk / "filler").unlink()
     ended = workbench.build(project, "run", "well", *arguments)
     assert ended.returncode == 0 and "nothing had to be run" in ended.stdout, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "says"),
+    [
+        ("{hash}", "chosen: a", ""),
+        ("{hash}", "chosen: b", "changed"),
+        ("{hash}", None, "gone"),
+        ("", "chosen: a", "new"),
+    ],
+)
+def test_a_run_that_read_another_file_of_an_earlier_run_is_stale(tmp_path, monkeypatch, recorded, now, says):
+    """The stack that a search stored is read after the key is made: the record holds the hash of what was read."""
+    monkeypatch.setattr(result_folder, "ROOT", tmp_path)
+    file = tmp_path / "stacks" / "m.yaml"
+    file.parent.mkdir()
+    file.write_text("chosen: a")
+    inputs = {"stacks/m.yaml": recorded.format(hash=hash_of(file))}
+    file.unlink()
+    if now:
+        file.write_text(now)
+    folder, parts = result_folder.Folder(tmp_path / "out"), {"code": {"lib/a.py": "1"}}
+    record = {"status": "ok", "key": cache_key.of(parts), "details": {"inputs": {"value": inputs}}}
+    folder.path.mkdir()
+    for ending in (".ipynb", ".json", ".html", ".md"):
+        folder.of("a--m", ending).write_text(json.dumps(record))
+    state = result_folder.state(folder, "a--m", parts)
+    assert (state.kind, state.why) == (("stale", f"stacks/m.yaml: {says}") if says else ("finished", ""))
