@@ -73,7 +73,8 @@ class ServingRounds:
     """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
     read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
     purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow;
-    `slowness`: by how much the machine was slower than then at the beginning of each round, empty where nobody looked.
+    `slowness`: by how much the machine was slower than then at the beginning of each round, empty where nobody looked;
+    `repeated`: rounds that were disturbed and served again.
     """
 
     traces: tuple[Trace, ...]
@@ -83,6 +84,7 @@ class ServingRounds:
     stepwise: bool = False
     calibration: str | None = None
     slowness: tuple[float, ...] = ()
+    repeated: int = 0
 
     @property
     def busy(self) -> list[str]:
@@ -112,6 +114,7 @@ class ServingRounds:
             least, most = min(self.slowness), max(self.slowness)
             text += f"; seconds of a round divided by how much slower than in the calibration it began ({least:.2f} to "
             text += f"{most:.2f})"
+        text += f"; {self.repeated} disturbed rounds served again" if self.repeated else ""
         return text + (f"; {disturbed} of {len(self.traces) * len(self.runs)} replays disturbed" if disturbed else "")
 
     def served(self, arm: str) -> list[Served]:
@@ -133,21 +136,31 @@ def in_turn(
 ) -> ServingRounds:
     """Replay every trace under every arm, a new policy each time, all arms at the same moment of the trace
     (`lib.measure.serving.turns`). `slowness` is asked before every round: by how much the machine is slower than when
-    rates and objectives were set. Raises RuntimeError if a cache ever outgrows its bound.
+    rates and objectives were set. A round in which other programs took the processor is served again, with new
+    policies; half as many as there are rounds, at most. Raises RuntimeError if a cache ever outgrows its bound.
     """
     counter = energy_source.counter(device)
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
     slower: list[float] = []
-    for index, trace in enumerate(traces):
-        slower += [slowness()] if slowness else []
-        names = list(arms)
-        random.Random(seed + index).shuffle(names)
+    repeated = 0
+
+    def round_of(trace: Trace, names: Sequence[str]) -> tuple[dict[str, Replayed], float]:
+        by = slowness() if slowness else 1.0
         engines = {name: ModelEngine(model, prompt_of, limits.cache_bytes) for name in names}
         policies = {name: arms[name]() for name in names}
-        by = slower[-1] if slower else 1.0
-        for name, run in _together(trace, engines, policies, limits, batching, counter, by).items():
+        return _together(trace, engines, policies, limits, batching, counter, by), by
+
+    for index, trace in enumerate(traces):
+        names = list(arms)
+        random.Random(seed + index).shuffle(names)
+        served, by = round_of(trace, names)
+        while repeated < len(traces) // 2 and any(run.disturbed for run in served.values()):
+            repeated += 1
+            served, by = round_of(trace, names)
+        slower += [by] if slowness else []
+        for name, run in served.items():
             runs[name].append(run)
-    return ServingRounds(tuple(traces), runs, counter, stepwise=True, slowness=tuple(slower))
+    return ServingRounds(tuple(traces), runs, counter, stepwise=True, slowness=tuple(slower), repeated=repeated)
 
 
 def _together(

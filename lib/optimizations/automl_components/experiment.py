@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from lib.measure.compare import replication
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
@@ -200,7 +201,8 @@ def rows(outcomes: Sequence[JudgedStack]) -> pd.DataFrame:
 def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: int) -> list[Finalist]:
     """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed."""
     quality = search_quality.prepare(setup.loaded, setup.effort, setup.seed)
-    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed)
+    share = replication.block_seconds(setup.effort) / replication.BLOCK_SECONDS
+    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed, share * finalists.SECONDS)
 
 
 def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[Finalist], margin: float) -> JudgedStack:

@@ -2,8 +2,9 @@
 picks one.
 
 Being the fastest of many in a few timings is partly luck. So finalists are timed again, in rounds with the baseline and
-a copy of it, and are compared by the cautious end of their interval; of near-ties the one that changes least is taken.
-All of it on text and items that are never used for judging.
+a copy of it, and are compared by the cautious end of their interval. Of those that the same rounds cannot tell from the
+best, the one that changes least is taken: else a search run twice would choose twice. All of it on text and items that
+are never used for judging.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lib.errors import NotApplicable, UserError
@@ -27,13 +29,14 @@ from lib.optimizations.common.search import choice
 from lib.optimizations.common.search.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
 
 WHERE = "automl_components"
-ROUNDS = 8  # of timing the finalists
+ROUNDS = 8  # of timing the finalists, at least
+SECONDS = 20.0  # that they take together at effort standard, where calls are so short that more rounds fit into them
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """An outcome, timed again and asked: `time` is ln(its time ÷ the baseline's), `floor` what a copy of the baseline
-    differs from it, `divergence` nats per token on more text, `lost` what its answers lose.
+    """An outcome, timed again and asked: `time` is ln(its time ÷ the baseline's), `rounds` that of each round, `floor`
+    what a copy of the baseline differs from it, `divergence` nats per token on more text, `lost` what its answers lose.
     """
 
     outcome: JudgedStack
@@ -41,6 +44,7 @@ class Finalist:
     floor: float
     divergence: float
     lost: QualityLoss
+    rounds: tuple[float, ...] = ()
 
     @property
     def at_most(self) -> float:
@@ -52,6 +56,15 @@ class Finalist:
         """Whether it surely takes less time, by more than the practical margin and than two copies differ."""
         return self.time.high < -max(SPEED_MARGIN, self.floor)
 
+    def as_good_as(self, best: "Finalist") -> bool:
+        """Whether it takes less time than the baseline, and in the same rounds not surely more than the `best` by the
+        practical margin.
+        """
+        if not self.outcome.stack or len(self.rounds) != len(best.rounds) or not self.rounds:
+            return False
+        behind = shapley.over_rounds(np.asarray(self.rounds) - np.asarray(best.rounds))
+        return self.time.value < -max(SPEED_MARGIN, self.floor) and behind.low <= SPEED_MARGIN
+
     @property
     def order(self) -> tuple[int, float, str]:
         """What decides between near-ties, without a clock: fewest steps, fewest bytes, then by name."""
@@ -60,22 +73,31 @@ class Finalist:
 
 
 def judge(
-    bench: Bench, outcomes: Sequence[JudgedStack], count: int, quality: SearchQuality, seed: int
+    bench: Bench,
+    outcomes: Sequence[JudgedStack],
+    count: int,
+    quality: SearchQuality,
+    seed: int,
+    seconds: float = SECONDS,
 ) -> list[Finalist]:
-    """Return the `count` best, timed again and asked; the empty stack first, if the budget allows it."""
+    """Return the `count` best, timed again for about `seconds` and asked; the empty stack first, if the budget allows
+    it.
+    """
     best = promote(bench, outcomes, count)
     arms: dict[str, Any] = {"baseline": bench.model, "copy": separate_copy(bench.model)[0]}
     arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
     works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
-    count_calls = interleaved.iterations_for(works["baseline"])
-    timed = interleaved.rounds(works, ROUNDS, iterations=count_calls, seed=seed, disturbance=disturbance.watch)
+    interleaved.warm_up(*works.values())
+    rounds, calls = interleaved.rounds_for(works, seconds, ROUNDS)
+    timed = interleaved.rounds(works, rounds, iterations=calls, warmup=0, seed=seed, disturbance=disturbance.watch)
     floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
     finalists = []
     if bench.memory_budget >= 1:
-        finalists.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, ROUNDS), floor, 0.0, NOTHING_LOST))
+        finalists.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, rounds), floor, 0.0, NOTHING_LOST))
     for at, (judged, divergence) in enumerate(best):
-        time = shapley.over_rounds(timed.contrast({str(at): 1, "baseline": -1}))
-        finalists.append(Finalist(judged, time, floor, divergence, quality.of(arms[str(at)])))
+        each = timed.contrast({str(at): 1, "baseline": -1})
+        time, lost = shapley.over_rounds(each), quality.of(arms[str(at)])
+        finalists.append(Finalist(judged, time, floor, divergence, lost, tuple(float(value) for value in each)))
     return finalists
 
 
@@ -87,8 +109,9 @@ def choose(
     memory_budget: float = 1.0,
     smallest: float | None = None,
 ) -> Finalist:
-    """Return the finalist that surely saves most time within the margins; the rule is fixed. The empty stack must be
-    among them: it is what is chosen where nothing surely saves time.
+    """Return the finalist that surely saves most time within the margins, or the one that changes least of those that
+    are as good as far as can be told; the rule is fixed. The empty stack must be among them: it is what is chosen where
+    nothing surely saves time.
 
     Raises UserError where nothing qualifies, with the nearest; NotApplicable, with the budget of memory, where nothing
     met it; `smallest` is the least share of memory that any configuration had.
@@ -108,7 +131,8 @@ def choose(
         )
     saving = [finalist for finalist in fit if finalist.outcome.stack and finalist.saves]
     idle = [finalist for finalist in fit if not finalist.outcome.stack]
-    return choice.steady(saving or idle or fit, lambda finalist: finalist.at_most, lambda finalist: finalist.order)
+    best = choice.steady(saving or idle or fit, lambda finalist: finalist.at_most, lambda finalist: finalist.order)
+    return min([best, *(other for other in fit if other.as_good_as(best))], key=lambda finalist: finalist.order)
 
 
 def _how_far(lost: QualityLoss) -> tuple[bool, float, float]:

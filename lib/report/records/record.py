@@ -25,6 +25,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.report.records import codec, grammars, migration, relation
 from lib.report.records.refutation import Refutation
 from lib.report.records.relation import Relation
+from lib.report.records.verdicts.unchanged import withhold_if_unchanged
 from lib.report.records.verdicts.verdict import Verdict, judge, withhold_if_invalid
 
 SCHEMA: Literal[3] = 3
@@ -123,9 +124,10 @@ def build(
 
     Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
     model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here. On
-    a machine that was too busy nothing timed is judged. `primaries` declares which (metric, workload) carries each
-    dimension's word (`lib.report.records.verdicts.primary`). `status="not_applicable"` or `"failed"` needs a `reason`.
-    Raises TypeError for a value that has no place in JSON, ValueError for a primary that is no metric of its dimension.
+    a machine that was too busy nothing timed is judged, nor where the stack of `details` is empty. `primaries` declares
+    which (metric, workload) carries each dimension's word (`lib.report.records.verdicts.primary`).
+    `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON,
+    ValueError for a primary that is no metric of its dimension.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
@@ -135,7 +137,7 @@ def build(
             raise ValueError(f"primaries: {metric} is no metric of {dimension}")
     requested = settings.requested_dimensions()
     wanted = requested or DIMENSIONS
-    withheld = withhold_if_busy(withhold_if_invalid(list(measurements)))
+    withheld = withhold_if_unchanged(withhold_if_busy(withhold_if_invalid(list(measurements))), details or {})
     judged = [m for m in withheld if m.dimension in wanted]
     all_controls = [item if isinstance(item, Control) else Control.model_validate(item) for item in controls]
     for control in all_controls:

@@ -171,3 +171,19 @@ def test_a_round_that_begins_on_a_slower_machine_is_served_as_on_the_one_that_se
     assert corrected == pytest.approx(expected, rel=0.05), "policies' own thinking is of this machine"
     plain, late = served()
     assert plain.slowness == () and late > 1.5 * expected
+
+
+def test_a_disturbed_round_is_served_again_a_bounded_number_of_times(tiny, monkeypatch):
+    watched = iter(["busy", None, None, "busy", "busy", "busy"])
+    made = []
+    monkeypatch.setattr(replay.disturbance, "watch", lambda: lambda: next(watched))
+
+    def policy():
+        made.append(Upto(5))
+        return made[-1]
+
+    traces = [trace(seed, spacing=0.001) for seed in range(4)]
+    rounds = replay.in_turn(tiny("qwen3-4b-instruct-2507"), traces, {"each": policy}, Limits(8), prompt_of)
+    assert rounds.repeated == 2, "half as many as there are rounds"
+    assert [run.disturbed for run in rounds.runs["each"]] == [None, None, "busy", "busy"]
+    assert len(rounds.busy) == 2 and len(made) == 6 and "2 disturbed rounds served again" in rounds.source

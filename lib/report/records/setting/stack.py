@@ -7,38 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib.report.records.record import Record
+from lib.report.records.verdicts.unchanged import stored, value_of
 from lib.report.text.wording import words
-
-ENTRIES = ("stack", "order")  # of the details, in which such a run keeps its steps
 
 
 def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
     """Return (optimization, knobs) of every step, in order; empty where the run has no stack, or an empty one."""
-    return _stored(record) or []
+    return stored(record.details) or []
 
 
 def nothing_pays(record: Record) -> str:
     """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere."""
-    if _stored(record) != []:
+    if stored(record.details) != []:
         return ""
-    tried = _value(record, "considered")
+    tried = value_of(record.details, "considered")
     number = f"of {len(tried)} candidates none" if isinstance(tried, list) and tried else "no candidate"
     return f"nothing pays here: {number} is within the margins and faster or smaller"
-
-
-def _stored(record: Record) -> list[tuple[str, dict[str, Any]]] | None:
-    """Return the steps that a record keeps; None where it keeps none."""
-    for name in ENTRIES:
-        value = _value(record, name)
-        if isinstance(value, list) and all(isinstance(step, Mapping) and "optimization" in step for step in value):
-            return [(str(step["optimization"]), dict(step.get("knobs") or {})) for step in value]
-    return None
-
-
-def _value(record: Record, name: str) -> Any:
-    """Return the value of a detail, labelled or not; None where there is none."""
-    entry = record.details.get(name)
-    return entry.get("value") if isinstance(entry, Mapping) else entry
 
 
 def in_words(record: Record) -> str:
