@@ -7,8 +7,9 @@ Intervals are paired bootstraps over items, or over sources where items share on
 items of a source are drawn together. Where few answers flipped, a bootstrap underestimates how frequent such flips may
 be, in either direction (without any its interval is a point). Below five flips of a kind the interval is at least as
 wide as the exact ones of both shares, combined as in Newcombe (1998, Interval estimation for the difference between
-independent proportions). A macro mean weighs the flip of a rare class more than a share does: its allowance is widened
-by what an unseen flip can cost, given each class's own count (`unseen_loss`).
+independent proportions). Exact bounds take items as independent, also those of one document: flips that did not occur
+do not tell how they would cluster. A macro mean weighs the flip of a rare class more than a share does: its allowance
+is widened by what an unseen flip can cost, given each class's own count (`unseen_loss`).
 """
 
 import math
@@ -196,7 +197,8 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
         mde=detectable(rarity * unseen_loss([n], ONE_SIDED / 2), margin),
         bound=bound,
         verdict="maintained" if maintained else "inconclusive",
-        source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, margin {margin:g}",
+        source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, items "
+        f"taken as independent, margin {margin:g}",
         reason=None
         if maintained
         else f"{n} items are too few: about {max(needed, n + 1)} would show it maintained, "
