@@ -1,6 +1,7 @@
 """Twin builds: what contradicts is named, and what merely could not be decided is counted."""
 
 from tests.measure import twins
+from tests.report import samples
 
 KEY = ("streaming--x", "decode_tokens_per_second", "decode")
 OTHER = ("streaming--x", "f1_macro", "classify")
@@ -20,3 +21,14 @@ def test_only_what_is_judged_counts():
     assert judged == 1 and differing == {KEY: ("better", "inconclusive")}
     assert twins.table(differing, [KEY], 1) == ["  decode_tokens_per_second: 1 of 1 differ (1 better / inconclusive)"]
     assert twins.table(differing, [KEY], 0)[0].startswith("  streaming: 1 of 1")
+
+
+def test_what_two_builds_would_share_follows_from_the_intervals():
+    """Far from every threshold all agree; an effect that lies on one is called in half of the builds."""
+    clear = samples.whole("structured_pruning", "qwen3-vl-2b", gain=1.3)
+    assert twins.expected({"a": clear})[:2] == (1.0, 1.0)
+    measured = next(m for m in clear.measurements if m.metric == "prefill_tokens_per_second")
+    edge = 1 + max(measured.margin, measured.noise_floor)
+    near = measured.model_copy(update={"ratio": edge, "ci": (edge / 1.005, edge * 1.005)})
+    everything, timed, count = twins.expected({"a": clear.model_copy(update={"measurements": [near]})}, draws=400)
+    assert count == 1 and everything == timed and 0.4 < timed < 0.6

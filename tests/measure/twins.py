@@ -3,21 +3,27 @@
 
     python tests/measure/twins.py FOLDER FOLDER [FOLDER …]
 
-Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and for any
-two builds the share that agrees, by metric and by notebook, and every contradiction. Exit code 1 where one of these
-does not hold.
+Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and what
+share would agree with another build of the same commit if every interval is right and nothing else differs: effects
+near a threshold fall on either side of it. For any two builds: the share that agrees, by metric and by notebook, and
+every contradiction. Exit code 1 where one of these does not hold.
 """
 
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lib.measure.metrics.catalogue import DIMENSIONS  # noqa: E402
+from lib.measure.metrics.decision import decide  # noqa: E402
+from lib.measure.metrics.paired_stats import NORMAL  # noqa: E402
 from lib.report.records import record  # noqa: E402
 from lib.report.records.record import Record  # noqa: E402
 
@@ -103,6 +109,31 @@ def controls(records: Mapping[str, Record]) -> tuple[list[str], bool]:
     return lines, len(called) <= max(1, len(judged) // 20)
 
 
+def expected(records: Mapping[str, Record], draws: int = 40, seed: int = 0) -> tuple[float, float, int]:
+    """Return (share of all judged measurements, share of those that are timed, how many these are) whose verdict two
+    builds would share: each effect drawn twice around what was measured, by its interval, and decided again. What was
+    counted, and quality, is the same in every build.
+    """
+    random, agreed, timed, others = np.random.default_rng(seed), 0.0, 0, 0
+    for measured in (m for recorded in records.values() for m in recorded.measurements if m.verdict not in NOT_JUDGED):
+        rule = measured.noise_floor, measured.margin, measured.ci, measured.ratio
+        if measured.dimension == "accuracy" or None in rule or not measured.ratio or measured.ci[0] <= 0:
+            others += 1
+            continue
+        low, high = (math.log(end) for end in measured.ci)
+        fields = {"n": measured.n or 0, "processes": measured.processes, "higher_is_better": measured.higher_is_better}
+
+        def drawn(low=low, high=high, m=measured, fields=fields) -> str:
+            by = random.normal(0, (high - low) / 2 / NORMAL)
+            effect = math.log(m.ratio) + by
+            return decide(effect, low + by, high + by, floor=m.noise_floor, margin=m.margin, **fields).verdict
+
+        agreed += sum(drawn() == drawn() for _ in range(draws)) / draws
+        timed += 1
+    judged = timed + others
+    return (agreed + others) / judged if judged else 1.0, agreed / timed if timed else 1.0, timed
+
+
 def main(folders: list[str]) -> int:
     """Print the comparison of any two folders; return the exit code."""
     if len(folders) < 2:
@@ -114,6 +145,8 @@ def main(folders: list[str]) -> int:
         lines, holds = controls(records)
         print(f"{name}, {len(records)} records, {'hold' if holds else 'DO NOT HOLD'}")
         print("\n".join(lines))
+        everything, those, timed = expected(records)
+        print(f"expected of a twin by the intervals: {everything:.1%} the same, {those:.1%} of the {timed} timed ones")
         good &= holds
     for one, other in combinations(folders, 2):
         lines, holds = compare(builds[one], builds[other])
