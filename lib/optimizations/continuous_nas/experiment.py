@@ -101,7 +101,8 @@ class SearchSetup:
 
     def costs_of(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile; seconds are measured once and then read from the study."""
-        model, rounds = self.loaded.model, max(3, self.effort.blocks // 2)
+        model, blocks = self.loaded.model, self.effort.blocks
+        rounds = blocks // 2 if self.effort.brief else blocks
         arguments = (model, self.library, PROFILES[profile])
         times: Any = study.fact(
             f"times: {profile}", lambda: request_costs.measure(*arguments, self.prompt_BP, rounds=rounds)
