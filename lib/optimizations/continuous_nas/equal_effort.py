@@ -19,7 +19,7 @@ from lib.optimizations.continuous_nas import method, replacement_library, reques
 from lib.optimizations.continuous_nas.method import Search
 from lib.optimizations.continuous_nas.request_costs import RequestCosts
 
-RANDOM_SEEDS = 3
+RANDOM_SEEDS, FEWEST_RANDOM_SEEDS = 3, 2  # the fewest at effort quick
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,15 @@ class EqualEffort:
 
 
 def equal_effort(
-    model: nn.Module, observation: Observation, search: Search, costs: RequestCosts, prompt_BP: torch.Tensor
+    model: nn.Module,
+    observation: Observation,
+    search: Search,
+    costs: RequestCosts,
+    prompt_BP: torch.Tensor,
+    random_seeds: int = RANDOM_SEEDS,
 ) -> EqualEffort:
-    """Give random choices (three seeds) and uniform ones as many evaluations as the search had, its library's included.
+    """Give random choices (of several seeds) and uniform ones as many evaluations as the search had, its library's
+    included.
 
     Divergences that are known already are not computed again, but counted.
     """
@@ -123,7 +129,7 @@ def equal_effort(
     greedy = method.greedy(method.score(search), costs, len(known["check"]))
     method.check(chosen, greedy, "greedy")
     points["greedy"] = known["library"] + chosen.points(costs)
-    for turn in range(RANDOM_SEEDS):
+    for turn in range(random_seeds):
         drawn = search.afresh(seed + turn)
         method.check(drawn, replacement_library.random_choices(search.library.space, count, seed + turn), "random")
         points[f"random {turn + 1}"] = drawn.points(costs)

@@ -274,7 +274,8 @@ def against_uniform(
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
     """Return the controls with as many evaluations as the search had; see `equal_effort`."""
     model, prompt_BP = setup.loaded.model, setup.prompt_BP
-    return equal_effort.equal_effort(model, setup.observation, search, costs, prompt_BP)
+    seeds = equal_effort.FEWEST_RANDOM_SEEDS if setup.effort.brief else equal_effort.RANDOM_SEEDS
+    return equal_effort.equal_effort(model, setup.observation, search, costs, prompt_BP, seeds)
 
 
 def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:
