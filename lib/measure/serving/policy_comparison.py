@@ -28,7 +28,8 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
 CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
-# At real dimensions a step takes up to seconds and its time is linear in the context: fewer of them are timed.
+# At real dimensions a step takes up to seconds, and its time grows with the context: slowly at first, where weights are
+# most of what is read, then in proportion. Fewer points are timed, most of them at short contexts.
 AT_REAL_SIZE: dict[str, Any] = {"rows_measured": (1, 2, 4, 8, 16, 32), "prompt_tokens": 512}
 CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last one lies beyond it
 WITHIN_CAPACITY = CONSTANT_SHARES[:-1]
@@ -122,7 +123,7 @@ def prepare(
     longest = max(kind.longest for kind in kinds)
     contexts = sorted({kinds[0].prompt_tokens, longest // 5, longest // 2, longest} - {0, 1})
     options: dict[str, Any] = {} if loaded.scale == "proxy" else AT_REAL_SIZE
-    contexts = contexts if loaded.scale == "proxy" else [contexts[0], contexts[-1]]
+    contexts = contexts if loaded.scale == "proxy" else sorted({*contexts[:2], contexts[-1]})
     text_T = tasks.text_windows(loaded, "final", 4, longest, seed).flatten()
     times = step_timing.measure(loaded.model, text_T, contexts, repeats=repeats, most=rows, **options)
     single = Single.of(times, kinds[1])
