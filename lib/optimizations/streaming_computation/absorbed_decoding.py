@@ -18,6 +18,7 @@ from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import cost_model, full_depth
 from lib.measure.timing import interleaved
 from lib.models.decoding import cache_names, chunked, mla_absorption
+from lib.models.decoding.continuations import positions
 from lib.models.loading import Loaded
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
@@ -64,12 +65,14 @@ def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int =
     """Return whether absorbed decoding generates the same tokens, and its gains; None where nothing can be absorbed.
 
     At scale proxy `latent_context` tokens are cached; elsewhere 8,192, repeated from fewer, and fewer steps are taken.
+    A model with fewer positions caches as many as leave room for these steps.
     """
     model, proxy = loaded.model, loaded.scale == "proxy"
     if not absorbed_baseline.has_latents(model):
         return None
     context, longest, steps = (latent_context, latent_context, 4) if proxy else (8192, 1024, 2)
-    ids_1T = task_list.text_windows(loaded, "final", 1, longest, seed).to(loaded.device)
+    context = min(context, positions(model) - steps)
+    ids_1T = task_list.text_windows(loaded, "final", 1, min(longest, context), seed).to(loaded.device)
     chunked.chunk_prefill(model, prefill_chunk)
     pairs, same, gains = absorbed_against_stock(model, ids_1T, context, steps, seed=seed)
     chunked.whole_prefill(model)

@@ -1,5 +1,8 @@
 """Absorbed against stock decoding: the same tokens, and a gain for each part of a step."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from lib.models.decoding import mla_absorption
@@ -27,3 +30,14 @@ def test_absorbed_decoding_generates_the_same_and_is_timed_part_by_part(tiny, mo
     assert not any(block.attention.module._forward_hooks for block in absorbed_decoding.anatomy(model).blocks)
     monkeypatch.setattr(absorbed_decoding.slice_depth, "whole", lambda model: None)
     assert absorbed_decoding.absorbed_against_stock(model, PROMPT, 40, 1)[2]["at full depth"] is None
+
+
+@pytest.mark.parametrize(("scale", "wanted"), [("full", 2048), ("proxy", 4096)])
+def test_a_model_with_few_positions_caches_as_many_as_leave_room_for_the_steps(tiny, monkeypatch, scale, wanted):
+    """At real size 8,192 tokens are cached: a model of 512 positions has no room for them, nor for what is asked."""
+    model = tiny("glm-4.7-flash")
+    window = lambda loaded, split, count, length, seed: torch.full((count, length), 9)  # noqa: E731
+    monkeypatch.setattr(absorbed_decoding.task_list, "text_windows", window)
+    loaded = SimpleNamespace(model=model, scale=scale, device="cpu")
+    row = absorbed_decoding.compare(loaded, 64, wanted)
+    assert row["context"] == 512 - (2 if scale == "full" else 4)
