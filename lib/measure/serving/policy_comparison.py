@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats
@@ -124,7 +125,7 @@ def prepare(
     contexts = sorted({kinds[0].prompt_tokens, longest // 5, longest // 2, longest} - {0, 1})
     options: dict[str, Any] = {} if loaded.scale == "proxy" else AT_REAL_SIZE
     contexts = contexts if loaded.scale == "proxy" else sorted({*contexts[:2], contexts[-1]})
-    text_T = tasks.text_windows(loaded, "final", 4, longest, seed).flatten()
+    text_T = _text(loaded, longest, seed)
     times = step_timing.measure(loaded.model, text_T, contexts, repeats=repeats, most=rows, **options)
     single = Single.of(times, kinds[1])
     objective = slo.objectives(single, first_token_factor, token_factor, first_token_ms, token_ms)
@@ -138,9 +139,14 @@ def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0) -> Callable[[],
     """Return what tells by how much the machine is slower than when the setup's step times were measured; on a device
     that is as fast in every call it is near 1.
     """
-    text_T = tasks.text_windows(loaded, "final", 4, setup.longest, seed).flatten()
-    options: dict[str, Any] = {} if loaded.scale == "proxy" else {"repeats": 1, "prompt_tokens": 512}
+    text_T, most = _text(loaded, setup.longest, seed), AT_REAL_SIZE["prompt_tokens"]
+    options: dict[str, Any] = {} if loaded.scale == "proxy" else {"repeats": 1, "prompt_tokens": most}
     return lambda: step_timing.slowness(loaded.model, text_T, setup.times, **options)
+
+
+def _text(loaded: Loaded, longest: int, seed: int) -> torch.Tensor:
+    """Return the text that is read when steps are timed, [T]: four times the longest context."""
+    return tasks.text_windows(loaded, "final", 4, longest, seed).flatten()
 
 
 def _lengths(name: str, lengths: Sequence[int]) -> Lengths:
