@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.measure.serving.protocol import grouped, kept_of
 from lib.measure.serving.traffic import ServingRequest
 from lib.measure.timing import workloads
 from lib.models.decoding import batch_cache
@@ -21,16 +22,21 @@ from lib.models.tasks import retrieval
 class ModelEngine:
     """Serves requests with `model`; `prompt_of(request)` gives the ids [T] of its prompt.
 
-    `output` maps a request's id to its token ids so far. `limit_bytes`, where given, is checked against the cache's
-    real bytes after every call: a broken memory bound is an error, not a statistic.
+    `kept` is the cache of the tokens with which all longer prompts begin (prefix caching): a row of its own, copied and
+    never changed. `output` maps a request's id to its token ids so far. `limit_bytes`, where given, is checked against
+    the cache's real bytes after every call: a broken memory bound is an error, not a statistic.
     """
 
     def __init__(
-        self, model: nn.Module, prompt_of: Callable[[ServingRequest], torch.Tensor], limit_bytes: float | None = None
+        self,
+        model: nn.Module,
+        prompt_of: Callable[[ServingRequest], torch.Tensor],
+        limit_bytes: float | None = None,
+        kept: batch_cache.Rows | None = None,
     ):
         if reason := batch_cache.joinable(model):
             raise UserError(f"serving: rows cannot join this model's batch: {reason}")
-        self.model, self.prompt_of, self.limit_bytes = model, prompt_of, limit_bytes
+        self.model, self.prompt_of, self.limit_bytes, self.kept = model, prompt_of, limit_bytes, kept
         self.synchronize = workloads.barrier(model)
         self.clear()
 
@@ -49,9 +55,12 @@ class ModelEngine:
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
         """Read the prompts together and let their rows join; return the seconds it took."""
-        prompts = [self.prompt_of(request) for request in requests]
+        groups = grouped(requests, 0 if self.kept is None else self.kept.length)
+        prompts = {kept: [self.prompt_of(request)[kept:] for request in group] for kept, group in groups.items()}
         start = time.perf_counter()
-        self._join(requests, batch_cache.prefill(self.model, prompts))
+        for kept, group in groups.items():
+            behind = self.kept if kept else None
+            self._join(group, batch_cache.prefill(self.model, prompts[kept], behind))
         return self._since(start)
 
     def _join(self, requests: Sequence[ServingRequest], joining: batch_cache.Rows) -> None:
@@ -87,6 +96,8 @@ class ModelEngine:
             self._step(self.rows)
         for (request, count), prompt_T in zip(parts, prompts):
             row = self.reading.pop(request.id, None)
+            if row is None and self.kept is not None and kept_of(request, self.kept.length):
+                row = batch_cache.repeat(self.kept, 1)
             done = 0 if row is None else row.length
             row = batch_cache.read_on(self.model, row, prompt_T[done : done + count])
             if row.length == len(prompt_T):

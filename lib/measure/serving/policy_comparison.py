@@ -47,7 +47,9 @@ Factory = TypeVar("Factory")
 
 @dataclass(frozen=True)
 class ServingSetup:
-    """What all policies share: measured step times, objectives, limits, batching, and the two kinds of request."""
+    """What all policies share: measured step times, objectives, limits, batching, and the two kinds of request; `kept`
+    first tokens of longer prompts, which all of them share, need not be read (prefix caching).
+    """
 
     times: StepTimes
     objective: Objectives
@@ -56,6 +58,7 @@ class ServingSetup:
     batching: str = "iteration"
     chat: Lengths = CHAT
     documents: Lengths = DOCUMENTS
+    kept: int = 0
 
     @property
     def kinds(self) -> dict[str, Lengths]:
@@ -77,7 +80,8 @@ class ServingSetup:
         not know.
         """
         seed = seed_of(trace, jitter)
-        return simulate(trace, policy, drawn_again(self.times, seed), self.limits, seed=seed, batching=self.batching)
+        options: dict[str, Any] = {"seed": seed, "batching": self.batching, "kept": self.kept}
+        return simulate(trace, policy, drawn_again(self.times, seed), self.limits, **options)
 
     def goodputs(self, traces: Sequence[Trace], make_policy: PolicyFactory, jitter: int = 0) -> list[float]:
         """Return the simulated goodput of a new policy on each trace, requests/s."""

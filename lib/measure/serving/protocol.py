@@ -27,6 +27,21 @@ class Limits:
     patience_seconds: float | None = None
 
 
+def kept_of(request: ServingRequest, kept: int) -> int:
+    """Return how many tokens of a prompt need not be read, where the cache of the first `kept` ones, which all longer
+    prompts share, is kept (prefix caching); at least one token is always read.
+    """
+    return kept if request.prompt_tokens > kept else 0
+
+
+def grouped(requests: Sequence[ServingRequest], kept: int) -> dict[int, list[ServingRequest]]:
+    """Return the requests by `kept_of`, in order: a pass reads prompts that have as many tokens behind them."""
+    groups: dict[int, list[ServingRequest]] = {}
+    for request in requests:
+        groups.setdefault(kept_of(request, kept), []).append(request)
+    return groups
+
+
 @dataclass
 class RequestOutcome:
     """The outcome of a request; times in seconds of the trace, None for a stage that was not reached.

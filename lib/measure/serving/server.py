@@ -26,6 +26,7 @@ from lib.measure.serving.protocol import (
     Served,
     ServerStep,
     View,
+    kept_of,
 )
 from lib.measure.serving.traffic import ServingRequest, Trace
 
@@ -72,17 +73,19 @@ def serve(
     *,
     batching: str = "iteration",
     drain_seconds: float | None = None,
+    kept: int = 0,
 ) -> Served:
     """Serve `trace` and return what happened.
 
     batching: "iteration", rows join and leave between any two steps; "request", a batch is formed when the one before
     is over, and its finished rows keep their place. `drain_seconds` after the last arrival's phase the run is cut off
-    (by default half the trace, at least a second). Raises UserError for an unknown batching.
+    (by default half the trace, at least a second). `kept`: first tokens of longer prompts that the engine need not read
+    (`protocol.kept_of`). Raises UserError for an unknown batching.
     """
     if batching not in BATCHINGS:
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
     outcomes = [RequestOutcome(request) for request in trace.requests]
-    loop = _Loop(Served(trace, policy.name, outcomes), policy, engine, clock, batching)
+    loop = _Loop(Served(trace, policy.name, outcomes), policy, engine, clock, batching, kept)
     served, running, reading = loop.served, loop.running, loop.reading
     arriving, prompt, late = deque(trace.requests), deque[ServingRequest](), deque[ServingRequest]()
     patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
@@ -177,6 +180,7 @@ class _Loop:
     engine: Engine
     clock: Clock
     batching: str
+    kept: int = 0
     running: list[RequestOutcome] = field(default_factory=list)
     reading: list[RequestOutcome] = field(default_factory=list)
     chunk: int | None = None
@@ -188,6 +192,8 @@ class _Loop:
         for outcome in chosen:
             outcome.admitted = start
         if self.reading or (self.chunk and self.running and self.batching == "iteration"):
+            for outcome in chosen:
+                outcome.read = kept_of(outcome.request, self.kept)
             self.reading.extend(chosen)
             return
         seconds = self.engine.prefill([outcome.request for outcome in chosen])

@@ -9,17 +9,19 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from lib.measure.serving.protocol import Limits, Policy, Served
+from lib.measure.serving.protocol import Limits, Policy, Served, grouped, kept_of
 from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class SimulatedEngine:
-    """Returns the measured time of each call. Without `jitter` the means, the same every time."""
+    """Returns the measured time of each call. Without `jitter` the means, the same every time. `kept`: first tokens of
+    longer prompts whose cache is kept, so that it is copied where they are read (`protocol.kept_of`).
+    """
 
-    def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True):
-        self.times, self.jitter = times, jitter
+    def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True, kept: int = 0):
+        self.times, self.jitter, self.kept = times, jitter, kept
         self.random = random.Random(seed)
         self.clear()
 
@@ -42,13 +44,18 @@ class SimulatedEngine:
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
         """Let the requests join; return the seconds of reading their prompts and of moving the cache."""
-        tokens = max(request.prompt_tokens for request in requests)
         joining = bool(self.base)
         for request in requests:
             self.base[request.id] = request.prompt_tokens - self.steps
         self._widen()
-        seconds = self.times.prefill(len(requests), tokens) * self._deviation(self.times.prefill_ratios)
+        seconds = sum(self._read(group, kept) for kept, group in grouped(requests, self.kept).items())
         return seconds + (self.times.move(self._rows_bytes) if joining else 0.0)
+
+    def _read(self, requests: Sequence[ServingRequest], kept: int) -> float:
+        """Return the seconds of reading prompts in one pass, behind a copy of the `kept` tokens."""
+        tokens, copied = max(request.prompt_tokens for request in requests), len(requests) * kept
+        seconds = self.times.behind(len(requests), kept, tokens) * self._deviation(self.times.prefill_ratios)
+        return seconds + (self.times.move(copied * self.times.bytes_per_token) if kept else 0.0)
 
     def decode(self) -> float:
         """Make every row one token longer; return the seconds of a step."""
@@ -60,7 +67,9 @@ class SimulatedEngine:
         """Make every row one token longer and read further tokens of each prompt; return the seconds of both."""
         seconds = self.decode() if self.base else 0.0
         for request, count in parts:
-            done = self.reading.pop(request.id, 0)
+            begun = request.id in self.reading
+            done = self.reading.pop(request.id, kept_of(request, self.kept))
+            seconds += 0.0 if begun or not done else self.times.move(done * self.times.bytes_per_token)
             seconds += self.times.part(done, count) * self._deviation(self.times.prefill_ratios)
             if done + count < request.prompt_tokens:
                 self.reading[request.id] = done + count
@@ -94,7 +103,9 @@ def simulate(
     *,
     seed: int = 0,
     jitter: bool = True,
+    kept: int = 0,
     **options: Any,
 ) -> Served:
     """Serve `trace` in virtual time and return what happened; `options` are those of `server.serve`."""
-    return serve(trace, policy, SimulatedEngine(times, seed, jitter), VirtualClock(), limits, **options)
+    engine = SimulatedEngine(times, seed, jitter, kept)
+    return serve(trace, policy, engine, VirtualClock(), limits, kept=kept, **options)

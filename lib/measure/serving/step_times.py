@@ -76,17 +76,22 @@ class StepTimes:
 
     def prefill(self, count: int, tokens: float) -> float:
         """Return the mean seconds of reading `count` prompts of `tokens` tokens in one pass."""
-        fixed, linear, square = self.prefill_fit
-        return (fixed + linear * count * tokens + square * count * tokens**2) * _at(self.prefill_BT, count, tokens)
+        return self.behind(count, 0, tokens)
 
     def part(self, done: int, tokens: int) -> float:
         """Return the mean seconds of reading `tokens` further tokens of a prompt after the `done` ones in its cache.
 
         Derived from whole prefills: a part costs a call of its own, and attends to everything before it.
         """
+        return self.behind(1, done, done + tokens)
+
+    def behind(self, count: int, done: int, tokens: float) -> float:
+        """Return the mean seconds of reading in one pass what `count` prompts of `tokens` tokens have behind their
+        first `done` ones, which are in their caches.
+        """
         fixed, linear, square = self.prefill_fit
-        seconds = fixed + linear * tokens + square * ((done + tokens) ** 2 - done**2)
-        return seconds * _at(self.prefill_BT, 1, done + tokens)
+        seconds = fixed + linear * count * (tokens - done) + square * count * (tokens**2 - done**2)
+        return seconds * _at(self.prefill_BT, count, tokens)
 
     def move(self, size: float) -> float:
         """Return the seconds of copying a cache of `size` bytes, as joining and leaving do."""

@@ -58,11 +58,12 @@ def joinable(model: nn.Module) -> str | None:
 
 
 @torch.inference_mode()
-def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
+def prefill(model: nn.Module, prompts: Sequence[Prompt], behind: Rows | None = None) -> Rows:
     """Process prompts of any lengths in one pass; return their rows with the first greedy token of each.
 
-    A prompt is ids [T], or, if it is the only one, a mapping of model inputs [1, T] (with images). Raises UserError
-    without a prompt, for an empty one, and for images beside other prompts.
+    A prompt is ids [T], or, if it is the only one, a mapping of model inputs [1, T] (with images). `behind`: one row
+    without padding that holds what comes before every prompt; it is copied. Raises UserError without a prompt, for an
+    empty one, and for images beside other prompts.
     """
     if not prompts:
         raise UserError("rows: no prompt; give at least one")
@@ -70,7 +71,7 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
     device = next(model.parameters()).device
     with_images = [prompt for prompt in prompts if isinstance(prompt, Mapping)]
     if with_images:
-        if len(prompts) > 1:
+        if len(prompts) > 1 or behind is not None:
             raise UserError(
                 "rows: a prompt with images is processed alone; pass one prompt at a time and join the rows"
             )
@@ -85,19 +86,34 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt]) -> Rows:
         ids_BT[row, longest - len(prompt_T) :] = prompt_T
         mask_BT[row, longest - len(prompt_T) :] = 1
     position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    cache = None
+    if behind is not None:
+        cache = repeat(behind, len(ids)).cache
+        position_BT = position_BT + behind.length
+        mask_BT = torch.cat([torch.ones(len(ids), behind.length, dtype=torch.long), mask_BT], 1)
     output = model(
         input_ids=ids_BT.to(device),
         attention_mask=mask_BT.to(device),
         position_ids=position_BT.to(device),
+        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return Rows(
-        output.past_key_values,
-        mask_BT.to(device),
-        position_BT[:, -1].to(device) + 1,
-        output.logits[:, -1].argmax(-1),
-    )
+    position_B, token_B = position_BT[:, -1].to(device) + 1, output.logits[:, -1].argmax(-1)
+    rows = Rows(output.past_key_values, mask_BT.to(device), position_B, token_B)
+    if behind is not None:
+        _pad_left(rows, behind.length)
+    return rows
+
+
+def _pad_left(rows: Rows, length: int) -> None:
+    """Move the padding of each row, which lies behind its first `length` columns, in front of them, in place."""
+    for row, padding in enumerate((rows.mask_BL == 0).sum(1).tolist()):
+        end = length + padding
+        if padding:
+            for part in (part for layer in rows.cache.layers for part in _parts(layer)):
+                part[row, :, :end] = part[row, :, :end].roll(padding, 1)
+            rows.mask_BL[row, :end] = rows.mask_BL[row, :end].roll(padding)
 
 
 def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device: torch.device) -> Rows:

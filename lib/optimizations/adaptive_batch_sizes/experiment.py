@@ -25,6 +25,7 @@ from lib.measure.trackers import memory
 from lib.models.loading import Loaded
 from lib.optimizations.adaptive_batch_sizes import real_model, schedule, simulated
 from lib.optimizations.adaptive_batch_sizes.method import Adaptive
+from lib.optimizations.adaptive_batch_sizes.prefix_caching import PrefixStudy
 from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.simulated import FEW
@@ -80,10 +81,15 @@ def step_curves(setup: ServingSetup, learned: Adaptive) -> pd.DataFrame:
     return pd.DataFrame(points)
 
 
-def controls(study: TrafficStudy, trial: RealModelTrial) -> list[tuple[str, str, list[Measurement]]]:
-    """Return (name, purpose, measurements): the best fixed size against itself, and the other policies."""
+def controls(
+    study: TrafficStudy, trial: RealModelTrial, prefixes: PrefixStudy
+) -> list[tuple[str, str, list[Measurement]]]:
+    """Return (name, purpose, measurements): the best fixed size against itself, the other policies, and
+    prefix caching in both arms.
+    """
     own = ("A/A", "the best fixed size replayed a second time in every round", [real_model.control(study, trial)])
-    return [own, *simulated.controls(study, trial.size, trial.carried), *trial.rivals.controls()]
+    others = [*simulated.controls(study, trial.size, trial.carried), *trial.rivals.controls()]
+    return [own, *others, prefixes.control(trial.carried)]
 
 
 def constant_interval(study: TrafficStudy, rows: Sequence[Row]) -> tuple[float, float] | tuple[None, None]:

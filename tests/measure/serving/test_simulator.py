@@ -15,6 +15,7 @@ from lib.measure.serving.protocol import Decision, Limits
 from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.simulator import SimulatedEngine, simulate
 from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
+from lib.models.decoding import batch_cache
 
 TEXT_T = torch.randint(8, 96, (400,), generator=torch.Generator().manual_seed(3))
 
@@ -45,6 +46,15 @@ def trace(seed=0, spacing=0.01):
 
 def prompt_of(request):
     return TEXT_T[request.id : request.id + request.prompt_tokens]
+
+
+KEPT = 8  # tokens with which longer prompts begin alike
+
+
+def alike(request):
+    """A prompt as `prompt_of`, but longer ones begin with the same KEPT tokens."""
+    prompt_T = prompt_of(request)
+    return torch.cat([TEXT_T[-KEPT:], prompt_T[KEPT:]]) if request.prompt_tokens > KEPT else prompt_T
 
 
 class Both:
@@ -105,32 +115,51 @@ def planted_clock(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("batching", ["iteration", "request"])
-def test_the_simulated_cache_is_the_real_one_call_by_call(tiny, name, policy, batching):
+@pytest.mark.parametrize(("batching", "kept"), [("iteration", 0), ("request", 0), ("iteration", KEPT)])
+def test_the_simulated_cache_is_the_real_one_call_by_call(tiny, name, policy, batching, kept):
     model = tiny(name)
-    real = ModelEngine(model, prompt_of)
+    beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]]) if kept else None
+    real = ModelEngine(model, alike, kept=beginning)
     times = step_timing.measure(model, TEXT_T, (16, 48), repeats=1, most=4, rows_measured=(1, 4))
-    both = Both(real, SimulatedEngine(times, jitter=False))
-    served = serve(
-        trace(), POLICIES[policy](), both, VirtualClock(), Limits(8), batching=batching, drain_seconds=float("inf")
-    )
+    both = Both(real, SimulatedEngine(times, jitter=False, kept=kept))
+    options = {"batching": batching, "kept": kept, "drain_seconds": float("inf")}
+    served = serve(trace(), POLICIES[policy](), both, VirtualClock(), Limits(8), **options)
     assert both.compared > 20 and all(outcome.finished is not None for outcome in served.outcomes)
     assert all(len(real.output[request.id]) == request.new_tokens for request in served.trace.requests)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("spacing", [0.002, 0.03])
-def test_real_server_and_simulation_give_every_request_the_same_times(planted_clock, policy, spacing):
+@pytest.mark.parametrize(("spacing", "kept"), [(0.002, 0), (0.03, 0), (0.002, KEPT)])
+def test_real_server_and_simulation_give_every_request_the_same_times(planted_clock, policy, spacing, kept):
     model, times = planted_clock
+    beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]]) if kept else None
     requests = trace(spacing=spacing)
     make = POLICIES[policy]
-    real = serve(requests, make(), ModelEngine(model, prompt_of), VirtualClock(), Limits(8), drain_seconds=100.0)
-    simulated = simulate(requests, make(), times, Limits(8), drain_seconds=100.0)
+    options = {"kept": kept, "drain_seconds": 100.0}
+    real = serve(requests, make(), ModelEngine(model, alike, kept=beginning), VirtualClock(), Limits(8), **options)
+    simulated = simulate(requests, make(), times, Limits(8), **options)
     assert [step.kind for step in real.steps] == [step.kind for step in simulated.steps]
     for measured, predicted in zip(real.outcomes, simulated.outcomes):
         assert predicted.first == pytest.approx(measured.first, rel=0.01, abs=2e-4)
         assert predicted.finished == pytest.approx(measured.finished, rel=0.01, abs=2e-4)
     assert simulated.gaps == pytest.approx(real.gaps, rel=0.02, abs=2e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_beginning_that_is_kept_changes_no_token(tiny, name, policy):
+    """Also where prompts of several lengths are read together behind it, and others are shorter than it."""
+    model, outputs = tiny(name), []
+    beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]])
+    before = [part.clone() for layer in beginning.cache.layers for part in (layer.keys, layer.values)]
+    for kept in (None, beginning):
+        engine, read = ModelEngine(model, alike, kept=kept), 0 if kept is None else KEPT
+        options = {"kept": read, "drain_seconds": float("inf")}
+        served = serve(trace(1, 0.001), POLICIES[policy](), engine, VirtualClock(), Limits(8), **options)
+        outputs.append(engine.output)
+        assert all(len(engine.output[request.id]) == request.new_tokens for request in served.trace.requests)
+    assert outputs[0] == outputs[1]
+    after = [part for layer in beginning.cache.layers for part in (layer.keys, layer.values)]
+    assert all(map(torch.equal, before, after)), "what is kept is copied and never changed"
 
 
 def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, name):

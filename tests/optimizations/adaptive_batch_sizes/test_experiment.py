@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib.errors import UserError
 from lib.measure.compare import saved
 from lib.measure.serving import policy_comparison, replay, slo
 from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
@@ -17,7 +18,7 @@ from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.trackers import memory
 from lib.models.decoding import mla_absorption
-from lib.optimizations.adaptive_batch_sizes import experiment, real_model, simulated, study
+from lib.optimizations.adaptive_batch_sizes import experiment, prefix_caching, real_model, simulated, study
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.report.text import reading
 
@@ -147,3 +148,31 @@ def test_memory_children_serve_with_the_model_that_serves_here(traffic, tiny, mo
     trial = SimpleNamespace(size=4, traces=traffic.traces("changing", 1), workload="serve")
     read = experiment.peaks(loaded, traffic, trial)
     assert seen == [transform, transform] and {item.verdict for item in read} == {"unavailable"}
+
+
+def test_a_kept_beginning_is_read_by_nobody_and_serves_more_in_time(traffic, monkeypatch):
+    """Planted: reading is most of what documents cost; with half of it kept both the fixed size and the policy gain."""
+    monkeypatch.setattr(prefix_caching, "_measured_share", lambda *_: 0.5)
+    best, _ = traffic.choose("changing")
+    prefixes = prefix_caching.compare(None, traffic, best, 0.9)
+    assert prefixes.tokens == 173 < traffic.setup.documents.prompt_tokens / 2
+    read, kept = (
+        {row["policy"]: row for row in prefixes.rows if row["shared beginning"] == label}
+        for label in ("read every time", "kept")
+    )
+    assert list(read) == [f"fixed {best}", "chunked 64", "adaptive"] and "adaptive" in kept
+    assert kept["adaptive"]["goodput"] > read["adaptive"]["goodput"]
+    assert kept[f"fixed {prefixes.size}"]["goodput"] > read[f"fixed {best}"]["goodput"]
+    name, _, [judged] = prefixes.control(lambda m: m)
+    assert name == "prefix caching" and judged.workload.endswith(f"prefix kept, fixed {prefixes.size}")
+    assert "173 tokens" in prefixes.caption and 0.5 < prefixes.shares[1] < 0.6
+
+
+def test_without_a_shared_beginning_nothing_is_kept(traffic, monkeypatch):
+    assert prefix_caching.tokens_shared(traffic, 0.0) == 0
+    with pytest.raises(UserError, match="expected 0 <= shared < 1"):
+        prefix_caching.tokens_shared(traffic, 1.0)
+    monkeypatch.setattr(prefix_caching, "_measured_share", lambda *_: 1.0)
+    best, _ = traffic.choose("changing")
+    rows = prefix_caching.compare(None, traffic, best, 0.0).rows
+    assert [row["goodput"] for row in rows[:3]] == [row["goodput"] for row in rows[3:]]
