@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from lib.errors import UserError
 
+RESULTS = "WORKBENCH_RESULTS"  # names the folder that holds a result folder for each scale
+
 
 def write_atomically(path: Path, text: str) -> Path:
     """Write `text` beside `path`, flush it to disk and rename it into place, so that a reader sees the old file or the
@@ -55,6 +57,13 @@ def cache_folder() -> Path:
     except RuntimeError:
         who = os.getuid() if hasattr(os, "getuid") else "unknown"
         return Path(tempfile.gettempdir()) / f"workbench-cache-{who}"
+
+
+def results_folder(scale: str) -> Path:
+    """Return the folder of a scale's results, in which a run leaves what others read, such as the stack that a search
+    chose: DIR/<scale> where WORKBENCH_RESULTS names DIR, as a build does, else `executed/<scale>`.
+    """
+    return Path(os.environ.get(RESULTS) or Path(__file__).resolve().parents[1] / "executed") / scale
 
 
 def expanded(path: str | Path) -> Path:

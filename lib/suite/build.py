@@ -5,6 +5,7 @@ Returns the exit code: 0 if every run succeeded, 1 if one failed, 128 and the si
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import ClusterLost, UserError
-from lib.files import Held, locked
+from lib.files import RESULTS, Held, locked
 from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
@@ -79,7 +80,7 @@ def build(
 
     `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the
     Dask scheduler whose workers run it; without one, this machine does. A whole build (suite `complete`) at effort
-    standard makes a first pass at effort quick over what has no result yet, so that the site is complete early.
+    standard makes a first pass at effort preview over what has no result yet, so that the site is complete early.
     """
     planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
@@ -167,7 +168,7 @@ def _expected(surveyed: Sequence[tuple[Job, dict, State]]) -> dict[str, float]:
 def _first_pass(
     folder: Folder, surveyed: Sequence[tuple[Job, dict, State]], shares: Sequence[Sequence[int]], cluster: str | None
 ) -> bool:
-    """Run at effort quick what has no result at the planned effort, and make the whole site; return whether there was
+    """Run at effort preview what has no result at the planned effort, and make the whole site; return whether there was
     anything to do.
 
     What ran at the planned effort and has become stale, or failed, stays on the site until it runs again. The records
@@ -181,14 +182,14 @@ def _first_pass(
     ]
     if not lacking:
         return False
-    quick = survey(folder, lacking)
-    to_run = [(job, parts) for job, parts, state in quick if state.must_run]
+    previews = survey(folder, lacking)
+    to_run = [(job, parts) for job, parts, state in previews if state.must_run]
     planned = [job for job, _, _ in surveyed]
     effort = planned[0].effort
     if to_run:
         print(f"first pass: {len(to_run)} runs at effort {plan.FIRST_PASS}; those at effort {effort} replace them")
-        _run(folder, to_run, shares, planned, _expected(quick), cluster)
-    faults = _render(folder, [job.stem for job, _, state in quick if state.kind == "unrendered"], planned)
+        _run(folder, to_run, shares, planned, _expected(previews), cluster)
+    faults = _render(folder, [job.stem for job, _, state in previews if state.kind == "unrendered"], planned)
     faults += _overview(folder, shares) + site.finish(folder, "complete")
     for fault in faults:
         print(f"FAILED {fault}")
@@ -219,13 +220,30 @@ def _run(
     _pool_process_variance(folder, to_run[0][0].effort)
     neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
-    with _temporary(folder) as temporary, Progress([job.stem for job, _ in to_run], len(shares), expected) as progress:
+    with (
+        _named(folder),
+        _temporary(folder) as temporary,
+        Progress([job.stem for job, _ in to_run], len(shares), expected) as progress,
+    ):
         shared = schedule.BuildContext(folder, shares, temporary, neighbours, progress, refresh_seconds=refresh_seconds)
         if address:
             from lib.suite.cluster import dask
 
             return dask.run(shared, entries, address)
         return schedule.run(shared, entries)
+
+
+@contextlib.contextmanager
+def _named(folder: Folder) -> Iterator[None]:
+    """Name the results' folder in the environment of the runs: there they leave and find what they share."""
+    before = os.environ.get(RESULTS)
+    os.environ[RESULTS] = str(folder.path.resolve().parent)
+    try:
+        yield
+    finally:
+        os.environ.pop(RESULTS, None)
+        if before is not None:
+            os.environ[RESULTS] = before
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The recipe of one model: the stack of optimizations chosen for it, in order, with knobs; read, checked, written.
 
-A recipe is a YAML file, `executed/<scale>/stacks/<model>.yaml`, that a search writes and other runs read:
+A recipe is a YAML file, `stacks/<model>.yaml` among the results of a scale, that a search writes and other runs read:
 
     model: qwen3-4b-instruct-2507
     scale: proxy
@@ -23,13 +23,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import UserError, suggest
-from lib.files import aside, hash_of, write_atomically
-from lib.models.parameters import ROOT, SCALES
+from lib.files import aside, hash_of, results_folder, write_atomically
+from lib.models.parameters import SCALES
 
+STACKS = "stacks"  # the folder of recipes among the results
 EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # what they are called now
 Knob = bool | int | float | str
 LOSING = ("not_maintained", "invalid")  # verdicts of accuracy with which no stack is passed on
-EFFORTS = ("", "quick", "standard", "thorough")  # from the least trusted on; empty: not stated
+EFFORTS = ("", "preview", "quick", "standard", "thorough")  # from the least trusted on; empty: not stated
 
 
 class RecipeStep(BaseModel):
@@ -75,17 +76,18 @@ class Recipe(BaseModel):
 
 
 def path_of(model: str, scale: str, folder: Path | str | None = None) -> Path:
-    """Return the path of the recipe of `model`: in `folder`, by default `executed/<scale>/stacks`."""
-    recipes = Path(folder) if folder else ROOT / "executed" / scale / "stacks"
+    """Return the path of the recipe of `model`: in `folder`, by default in that of the results."""
+    recipes = Path(folder) if folder else results_folder(scale) / STACKS
     return recipes / f"{model}.yaml"
 
 
 def hashed(model: str, scale: str) -> dict[str, str]:
-    """Return the place in the project of the recipe of `model` → the hash of its file, empty where there is none: what
-    a record keeps (`details["inputs"]`), so that a run which read another recipe is known as stale.
+    """Return the place of a recipe among the results → the hash of its file, empty where there is none.
+
+    A record keeps it (`details["inputs"]`), so that a run which read another recipe is known as stale.
     """
     path = path_of(model, scale)
-    return {path.relative_to(ROOT).as_posix(): hash_of(path)}
+    return {f"{STACKS}/{path.name}": hash_of(path)}
 
 
 def read(path: Path | str) -> Recipe:

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
+from lib.files import seen_from_here
 from lib.measure.metrics import settings
 from lib.models import loading
 from lib.models.checkpoints import io
@@ -114,7 +115,7 @@ def _part(stem: str, model: str, scale: str) -> ModuleType:
     if stem not in parts:
         raise UserError(
             f"{stem}: is applied through others ({', '.join(parts)}); give one of them, or the stack that a search "
-            f"wrote: --stack {recipe.path_of(model, scale).relative_to(recipe.ROOT)}"
+            f"wrote: --stack {seen_from_here(recipe.path_of(model, scale))}"
         )
     return parts[stem]
 

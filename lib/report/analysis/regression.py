@@ -7,12 +7,11 @@ judges no number.
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.files import results_folder
 from lib.report.analysis import compare
 from lib.report.analysis.compare import Change
 from lib.report.records import history
 from lib.report.records.record import Record
-
-PLACE = Path(__file__).resolve().parents[3] / "executed" / history.NAME
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,13 @@ class Earlier:
 
 
 def against(record: Record, path: Path | None = None) -> Earlier:
-    """Return `record` against the newest comparable run of the same optimization and model in the history at `path`.
+    """Return `record` against the newest comparable run of the same optimization and model in the history at `path`, by
+    default that beside the results.
 
     A run of another scale, effort or machine is not compared, and the sentence says so. Raises UserError where the file
     is no history.
     """
-    path = path or PLACE
+    path = path or results_folder(record.scale).parent / history.NAME
     builds = history.builds(path)
     runs, known = [], set()
     for build in reversed(builds):

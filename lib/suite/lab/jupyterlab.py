@@ -6,6 +6,7 @@ Writes what JupyterLab reads into a temporary folder; the user's own settings go
 import json
 from pathlib import Path
 
+from lib.files import RESULTS
 from lib.suite.lab import kernel, start_page
 from lib.suite.run.kernel_process import write_kernel
 
@@ -28,4 +29,4 @@ def arguments(root: Path, folder: Path) -> list[str]:
 
 def environment(folder: Path, results: Path) -> dict[str, str]:
     """Return the environment variables of JupyterLab and its kernels, which know where the results lie."""
-    return {"JUPYTER_PATH": str(write_kernel(folder, kernel.__name__)), kernel.RESULTS: str(results)}
+    return {"JUPYTER_PATH": str(write_kernel(folder, kernel.__name__)), RESULTS: str(results)}

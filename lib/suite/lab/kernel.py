@@ -11,11 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lib.files import RESULTS
 from lib.suite.lab import notebook_cells
 from lib.suite.lab.cell_progress import Place, ProgressLine
 from lib.suite.lab.notebook_cells import LAST, CodeCell
 
-RESULTS = "WORKBENCH_RESULTS"  # names the folder of results
 RUNS = ".runs"  # beside the copies: the last run of each
 OURS = r"(__main__|lib)(\.|$)"
 QUIET = {

@@ -119,7 +119,7 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
         return State("failed", str(content.get("reason") or "no reason given"), *about)
     if content["key"] != keys.of(parts):
         return State("stale", _difference(folder, stem, parts), *about)
-    if changed := _changed_inputs(content):
+    if changed := _changed_inputs(folder, content):
         return State("stale", changed, *about)
     if not folder.of(stem, ".ipynb").is_file():
         return State("stale", f"{stem}.ipynb is gone", *about)
@@ -131,15 +131,17 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
     return State("finished", "", *about)
 
 
-def _changed_inputs(content: Mapping[str, Any]) -> str:
-    """Return which file of the project, read by the run because an earlier run wrote it, is no longer the same; empty
-    where all are. The record holds their hashes (`details["inputs"]`, empty for a file that was not there).
+def _changed_inputs(folder: Folder, content: Mapping[str, Any]) -> str:
+    """Return which file, read by the run because an earlier run wrote it, is no longer the same; empty where all are.
+
+    The record holds their hashes (`details["inputs"]`, empty for a file that was not there) by their places among the
+    results; records of earlier versions name places in the project, in `executed`.
     """
     details = content.get("details")
     inputs = details.get("inputs") if isinstance(details, dict) else None
     hashes = inputs.get("value") if isinstance(inputs, dict) else None
     for name, value in (hashes if isinstance(hashes, dict) else {}).items():
-        now = hash_of(ROOT / name)
+        now = hash_of((ROOT if name.startswith("executed/") else folder.path) / name)
         if now != value:
             return f"{name}: {'changed' if now and value else 'new' if now else 'gone'}"
     return ""

@@ -72,7 +72,7 @@ def test_a_stored_stack_that_does_not_fit_is_refused_with_its_reason(tiny, monke
     stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [], weights="w")
     assert stack.steps == [] and stack.origin.startswith("the default rule; nothing pays (of a search: ")
     assert says in stack.origin
-    assert list(stack.inputs) == ["executed/proxy/stacks/qwen3-4b-instruct-2507.yaml"], "a record keeps what was read"
+    assert list(stack.inputs) == ["stacks/qwen3-4b-instruct-2507.yaml"], "a record keeps what was read"
 
 
 def test_a_stored_stack_of_another_model_is_refused(tiny, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def test_full_in_the_middle(project, disk):
     assert ended.returncode == 0 and "nothing had to be run" in ended.stdout, ended.stdout + ended.stderr
 
 
+@pytest.mark.parametrize("name", ["stacks/m.yaml", "executed/proxy/stacks/m.yaml"])
 @pytest.mark.parametrize(
     ("recorded", "now", "says"),
     [
@@ -65,20 +66,36 @@ def test_full_in_the_middle(project, disk):
         ("", "chosen: a", "new"),
     ],
 )
-def test_a_run_that_read_another_file_of_an_earlier_run_is_stale(tmp_path, monkeypatch, recorded, now, says):
-    """The stack that a search stored is read after the key is made: the record holds the hash of what was read."""
+def test_a_run_that_read_another_file_of_an_earlier_run_is_stale(tmp_path, monkeypatch, recorded, now, says, name):
+    """The stack that a search stored is read after the key is made: the record holds the hash of what was read, by its
+    place among the results, of earlier versions in the project.
+    """
     monkeypatch.setattr(result_folder, "ROOT", tmp_path)
-    file = tmp_path / "stacks" / "m.yaml"
-    file.parent.mkdir()
+    folder = result_folder.Folder(tmp_path / "executed" / "proxy")
+    file = folder.path / "stacks" / "m.yaml"
+    file.parent.mkdir(parents=True)
     file.write_text("chosen: a")
-    inputs = {"stacks/m.yaml": recorded.format(hash=hash_of(file))}
+    inputs = {name: recorded.format(hash=hash_of(file))}
     file.unlink()
     if now:
         file.write_text(now)
-    folder, parts = result_folder.Folder(tmp_path / "out"), {"code": {"lib/a.py": "1"}}
+    parts = {"code": {"lib/a.py": "1"}}
     record = {"status": "ok", "key": cache_key.of(parts), "details": {"inputs": {"value": inputs}}}
-    folder.path.mkdir()
     for ending in (".ipynb", ".json", ".html", ".md"):
         folder.of("a--m", ending).write_text(json.dumps(record))
     state = result_folder.state(folder, "a--m", parts)
-    assert (state.kind, state.why) == (("stale", f"stacks/m.yaml: {says}") if says else ("finished", ""))
+    assert (state.kind, state.why) == (("stale", f"{name}: {says}") if says else ("finished", ""))
+
+
+LEAVE = """from lib.files import results_folder, write_atomically
+
+write_atomically(results_folder(scale) / "stacks" / f"{model}.yaml", "left")"""
+
+
+def test_what_a_run_leaves_for_others_lies_among_its_results(project):
+    workbench.notebook(project / "notebooks" / "leaves.ipynb", [("Leave", LEAVE), ("Record", workbench.RECORD)])
+    for arguments, place in ((("--out", "elsewhere"), "elsewhere"), ((), "executed")):
+        ended = workbench.build(project, "run", "leaves", "--model", "alpha-1.5", *arguments)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert (project / place / "proxy" / "stacks" / "alpha-1.5.yaml").is_file()
+        assert place == "executed" or not (project / "executed").exists()
