@@ -158,12 +158,12 @@ def publish(name: str, run: TrainingRun, folder: Path) -> Path:
     write_history(beside, [*run.earlier_phases, run.summary()])
     describe(name, beside)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        shutil.rmtree(old)
     beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)  # or what a run left that was killed between the two
     return folder
 
 
