@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("alpha-1.5", "beta-2")
 COMMON = """model: str = "alpha-1.5"  # the model
 scale: str = "proxy"  # one of proxy|slice|full
-effort: str = "quick"  # one of quick|standard|thorough
+effort: str = "quick"  # one of preview|quick|standard|thorough
 device: str = "cpu"  # one of cpu|cuda
 checkpoints: str = ""  # folder of checkpoints
 random_weights: bool = False  # whether the weights are random

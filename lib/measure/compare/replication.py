@@ -26,8 +26,8 @@ LARGEST_BYTES = 2**30  # of one model: each process loads three
 ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; of many blocks three
 MANY_BLOCKS = 24
 ARM_SECONDS = 6.0  # of each arm, in all processes together, unless SHORT_ROUNDS in each take less
-# Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; half of it at
-# effort quick, which is to find large effects. Where only cells are tested, the variable brings it down to nothing.
+# Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; a share of it
+# at small efforts. Where only cells are tested, the variable brings it down to nothing.
 BLOCK_SECONDS = 0.5
 VARIABLE = "WORKBENCH_BLOCK_SECONDS"
 
@@ -117,7 +117,7 @@ def block_seconds(effort: Effort) -> float:
         seconds = BLOCK_SECONDS if value is None else float(value)
     except ValueError:
         raise UserError(f'{VARIABLE}: "{value}" is no number of seconds') from None
-    return seconds / 2 if effort.brief else seconds
+    return seconds * effort.timing_share
 
 
 def shortened() -> dict[str, object]:

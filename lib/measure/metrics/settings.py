@@ -1,9 +1,10 @@
-"""What a run is asked to measure, and how much: one of three named efforts, and the dimensions that are measured.
+"""What a run is asked to measure, and how much: one of four named efforts, and the dimensions that are measured.
 
-`quick` shows that everything works and finds large effects; `standard` finds a 5 % difference at a paired spread of
-3 %; `thorough` is for figures worth publishing. All four dimensions are measured unless the environment variable
-`WORKBENCH_DIMENSIONS` names some (the runner's `--dimension`): functions that measure a whole dimension then leave it
-out, and `lib.report.records.record.build` records only the requested ones, so that no template needs to know of it.
+`preview` shows every part of a run on little data; `quick` finds large effects; `standard` finds a 5 % difference at a
+paired spread of 3 %; `thorough` is for figures worth publishing. All four dimensions are measured unless the
+environment variable `WORKBENCH_DIMENSIONS` names some (the runner's `--dimension`): functions that measure a whole
+dimension then leave it out, and `lib.report.records.record.build` records only the requested ones, so that no template
+needs to know of it.
 """
 
 import os
@@ -24,6 +25,7 @@ class Effort:
     `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `retrieval_prompts`: generated answers at
     `retrieval_distance` tokens; 149 without a flip are the fewest that can show a loss of less than 2 points.
     `calibration_sequences` × `calibration_tokens`: what an optimization may look at. `resamples`: bootstrap resamples.
+    `timing_share`: of the seconds that timing takes for each block.
     """
 
     blocks: int
@@ -38,18 +40,21 @@ class Effort:
     calibration_sequences: int
     calibration_tokens: int
     resamples: int
+    timing_share: float = 1.0
 
     @property
     def brief(self) -> bool:
-        """Whether this is effort quick: sweeps take their fewest points, and pairs their fewest seconds."""
+        """Whether this is effort preview or quick: sweeps take their fewest points."""
         return self.blocks <= paired_stats.MINIMUM_BLOCKS
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(6, 48, 8, 256, 256, 16, 8, 16, 256, 16, 256, 2000),
+    "preview": Effort(6, 16, 4, 256, 128, 4, 4, 8, 256, 8, 256, 1000, 0.1),
+    "quick": Effort(6, 48, 8, 256, 256, 16, 8, 16, 256, 16, 256, 2000, 0.5),
     "standard": Effort(12, 400, 32, 256, 512, 16, 8, 160, 256, 64, 256, 4000),
     "thorough": Effort(30, 1200, 128, 256, 1024, 64, 16, 256, 256, 128, 256, 10000),
 }
+BRIEF = tuple(name for name, effort in EFFORTS.items() if effort.brief)
 
 
 def read(name: str, scale: str = "proxy") -> Effort:

@@ -24,9 +24,9 @@ from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 JITTERS = 10  # simulations of every trace beside its replay
-ROUNDS = {"quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+ROUNDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
 LEAST_REQUESTS = 6  # in each phase
-LONGER = {"quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+LONGER = {"preview": 0.5, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
 SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
 

@@ -21,7 +21,7 @@ from lib.measure.serving.traffic import Trace
 from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy
 
-ROUNDS = {"quick": 0, "standard": 0, "thorough": 6}  # by effort, where none are asked for
+ROUNDS = {"preview": 0, "quick": 0, "standard": 0, "thorough": 6}  # by effort, where none are asked for
 AGAIN = "fixed again"
 PURPOSE = "another policy on the same replays of the real model"
 

@@ -35,7 +35,7 @@ PAGE_PURPOSES = {
     "observed": "pages that the prompt's end attended to",
 }
 AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, nats/token"}
-PROMPTS = {"quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
+PROMPTS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
 CONTROL_PROMPTS = 2  # of these, for arms that only inform
 INSIDE = 4  # questions that stand inside their prompt
 MOST_ITEMS, FEWEST_ITEMS = 96, 12  # of the model's own tasks, most of which are too short to be exercised

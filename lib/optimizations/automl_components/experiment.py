@@ -48,7 +48,7 @@ PRIMARIES = {
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-FACTORS = {"quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
+FACTORS = {"preview": 1, "quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
 GRID_SEEDS = 3
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
 
@@ -251,7 +251,7 @@ def commands(model: str, stack: Sequence[RecipeStep]) -> list[str]:
 
 
 def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack], begun: int = 0) -> EqualSeconds:
-    """Give random configurations the search's first trials and its seconds: once at effort quick, with three seeds
+    """Give random configurations the search's first trials and its seconds: once at small efforts, with three seeds
     elsewhere. `begun`: how many stacks of other models the search began with.
     """
     arms, allowed = {"search": outcomes}, seconds(outcomes)
@@ -268,7 +268,7 @@ def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack], begun: int = 
 
 
 def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid:
-    """Judge every cell of a grid of 3 × 3 (quick) or 5 × 5 stacks, and search it with three seeds."""
+    """Judge every cell of a grid of 3 × 3 (small efforts) or 5 × 5 stacks, and search it with three seeds."""
     bench, levels = setup.bench, 3 if setup.factor == 1 else 5
     stacks = controls.grid(outcomes, setup.parts, levels)
     judged = [[bench.judge(stack) if stack else method.nothing(bench) for stack in row] for row in stacks]

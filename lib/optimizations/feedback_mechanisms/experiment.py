@@ -17,7 +17,7 @@ from torch import nn
 
 from lib.measure.metrics import catalogue
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import Effort
+from lib.measure.metrics.settings import BRIEF, Effort
 from lib.measure.serving import replay
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
@@ -37,13 +37,13 @@ from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, 
 from lib.optimizations.feedback_mechanisms.profiles import Candidate
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
-REQUESTS = {"quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
-SEEDS = {"quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
+REQUESTS = {"preview": 100, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
+SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
 PROXY_STEPS = 20  # of distillation by default
 CHOOSING = 2  # seeds of the scripts on which the static limit is chosen
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
-PROMPTS = {"quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
+PROMPTS = {"preview": 8, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
 WIDE = 1024  # hidden size from which on reading fewer bytes shows
 LOOP, FAST_ALONE, ROUTED = "AIMD and profile", "fast alone", "routed, the loop's share"
 OTHERS = ("AIMD, limit alone", "PI and profile", ROUTED, FAST_ALONE)  # controls beside the loop
@@ -131,7 +131,7 @@ def prepare(
         first_token_factor=first_token_factor,
         token_factor=token_factor,
         requests=REQUESTS[effort],
-        rounds=3 if effort == "quick" else 4,
+        rounds=3 if effort in BRIEF else 4,
         shadow_share=shadow_share,
         seed=seed,
     )

@@ -62,7 +62,7 @@ resources = speed.resources(loaded.model, optimized, tokens=64)
 record.glue(record.build("{STEM}", model, scale, effort, {{"bits": bits}}, [*compared.measurements, *resources]))"""
 PARAMETERS = """model: str = "qwen3-4b-instruct-2507"  # a file in parameters/
 scale: str = "proxy"  # one of proxy|slice|full
-effort: str = "quick"  # one of quick|standard|thorough
+effort: str = "quick"  # one of preview|quick|standard|thorough
 device: str = "cpu"  # where both arms run
 checkpoints: str = ""  # folder of checkpoints, for scale full
 random_weights: bool = False  # scale full without a checkpoint

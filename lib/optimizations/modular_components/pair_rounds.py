@@ -23,7 +23,7 @@ from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
 HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, on a real model at quick
-NOT_TRIED = "effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
+NOT_TRIED = "efforts preview and quick try neighbours of the pipeline alone; effort standard tries every pair"
 
 
 def alone(setup: PartsSetup, stem: str) -> Attempt:

@@ -75,7 +75,7 @@ class PartsSetup:
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
     """Return the setup. Raises NotApplicable where memory has no room for one pair in both orders."""
-    quick = settings.read("quick", loaded.scale)
+    quick = effort if effort.brief else settings.read("quick", loaded.scale)
     fitting, unfit = method.applicable(loaded.model)
     assert len(fitting) > 1, method.applies_to(loaded.model)
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")

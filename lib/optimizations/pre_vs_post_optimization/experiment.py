@@ -88,7 +88,7 @@ class StackSetup:
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float) -> StackSetup:
     """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`."""
-    quick = settings.read("quick", loaded.scale)
+    quick = effort if effort.brief else settings.read("quick", loaded.scale)
     weights = io.weights_hash(loaded.model)
     calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
     options: dict[str, Any] = {"weights": weights, "perplexity_margin": perplexity_margin, "seed": seed}

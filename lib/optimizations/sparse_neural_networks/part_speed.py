@@ -18,6 +18,7 @@ from torch import nn
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.settings import BRIEF
 from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import disturbance, interleaved
 from lib.measure.trackers import energy
@@ -116,14 +117,14 @@ def compare(
 
 def metered(tokens: int, strength: float, effort: str, device: str, scale: str = "proxy") -> bool:
     """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls; with a
-    counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at effort quick at
+    counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at small efforts at
     the strengths METERED_QUICKLY only; nowhere where efficiency is not requested.
     """
     if not settings.wants("efficiency"):
         return False
     if energy.counter(device).window_seconds < 1 and scale == "proxy":
         return True
-    return tokens == METERED_TOKENS and (effort != "quick" or strength in METERED_QUICKLY)
+    return tokens == METERED_TOKENS and (effort not in BRIEF or strength in METERED_QUICKLY)
 
 
 def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:

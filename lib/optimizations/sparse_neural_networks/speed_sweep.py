@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import Effort
+from lib.measure.metrics.settings import BRIEF, Effort
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.evidence.claims import ThirdArm
@@ -45,9 +45,9 @@ class PartPoint:
 
 def strengths(scale: str, effort: str) -> list[int]:
     """Return the shares of zeros of a sweep in percent: fewer at real dimensions, where a point takes long, fewer still
-    at effort quick, and lower where a language model of real size answers, which collapses above 60 to 70 %.
+    at small efforts, and lower where a language model of real size answers, which collapses above 60 to 70 %.
     """
-    if effort == "quick":
+    if effort in BRIEF:
         return {"proxy": [50, 70, 90]}.get(scale, [50, 80])
     return {"proxy": [50, 60, 70, 80, 90, 95], "full": [50, 60, 80]}.get(scale, [50, 80, 90])
 

@@ -31,7 +31,12 @@ from lib.optimizations.streaming_computation import sink_window
 MakeCache = Callable[[], Cache]
 LOGIT_ROWS = 512
 PARTS = 8  # of a text, each with a perplexity of its own
-TEXTS = {"quick": (6, 1024), "standard": (12, 2048), "thorough": (12, 4096)}  # texts and their tokens, by effort
+TEXTS = {
+    "preview": (6, 512),
+    "quick": (6, 1024),
+    "standard": (12, 2048),
+    "thorough": (12, 4096),
+}  # texts and their tokens, by effort
 PROMPT = 64  # tokens before generation without end
 SLACK = 32  # tokens by which the window may overrun before it is cut
 WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"

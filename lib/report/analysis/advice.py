@@ -257,7 +257,7 @@ def _again(record: Record) -> tuple[str, float | None]:
     """
     if why_busy(record.measurements):
         return reproduce.command(record), record.seconds
-    more = {"quick": "standard", "standard": "thorough", "thorough": "thorough"}[record.effort]
+    more = {"standard": "thorough", "thorough": "thorough"}.get(record.effort, "standard")
     small, large = settings.EFFORTS[record.effort], settings.EFFORTS[more]
     factor = math.sqrt(large.blocks / small.blocks * large.items / small.items)
     seconds = None if record.seconds is None else record.seconds * factor

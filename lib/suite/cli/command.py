@@ -23,7 +23,7 @@ ROOT = plan.ROOT
 DIMENSIONS = "|".join(plan.DIMENSIONS)
 EPILOG = (
     "Without a command the complete suite runs: every optimization on every model, then all reports. At effort "
-    "standard a first pass at effort quick gives an early site. Finished runs are kept, and a build that was stopped "
+    "standard a first pass at effort preview gives an early site. Finished runs are kept, and a build that was stopped "
     "resumes. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit how long a cell and a run may take, "
     "WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
     "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong; 130 stopped by Ctrl-C."

@@ -14,6 +14,7 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
+PLUGIN = "lib.suite.cli.nbval_at_preview"
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
 
 
@@ -46,7 +47,7 @@ def _python_path() -> str:
 
 
 def test(arguments: Sequence[str], description: str) -> int:
-    """Run ruff over code and notebooks, then pytest: the unit tests, and every template through nbval.
+    """Run ruff over code and notebooks, then pytest: the unit tests, and every template by nbval at effort preview.
 
     As many files at a time as there are cores, each on one thread: templates spend most of their time on one core.
     If the arguments contain paths, pytest runs only those. Pytest's summary comes last, before failures of ruff.
@@ -66,7 +67,7 @@ def test(arguments: Sequence[str], description: str) -> int:
         environment["WORKBENCH_BLOCK_SECONDS"] = os.environ.get("WORKBENCH_BLOCK_SECONDS", "0")  # nothing is judged
         if beside:
             environment["OMP_NUM_THREADS"] = "1"
-        nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200"]
+        nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200", f"-p{PLUGIN}"]
         exit_codes["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
     failed = [name for name, code in exit_codes.items() if code]
     if failed:

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOKS = ROOT / "notebooks"
 OVERVIEW = "overview"
 SCALES = parameter_files.SCALES
-EFFORTS = ("quick", "standard", "thorough")
+EFFORTS = ("preview", "quick", "standard", "thorough")
 # At real dimensions one call takes as long as many calls of a proxy model, and is as informative.
 DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
-FIRST_PASS = "quick"  # of a whole build at a larger effort: the site is complete early
+FIRST_PASS = "preview"  # of a whole build at a larger effort: the site is complete early
 DEVICES = ("cpu", "cuda")
 # As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")

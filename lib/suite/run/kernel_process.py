@@ -23,8 +23,8 @@ from lib.suite.plan.plan import NOTEBOOKS, ROOT
 from lib.suite.run.sampling import Samples, Tree
 
 # How long a cell and a whole run may take, by effort; the environment variables override them.
-CELL_SECONDS = {"quick": 1200, "standard": 7200, "thorough": 43200}
-RUN_SECONDS = {"quick": 3600, "standard": 21600, "thorough": 172800}
+CELL_SECONDS = {"preview": 1200, "quick": 1200, "standard": 7200, "thorough": 43200}
+RUN_SECONDS = {"preview": 3600, "quick": 3600, "standard": 21600, "thorough": 172800}
 GRACE_SECONDS = 20
 # What a build that is started from a notebook inherits, and its own notebooks must not take for theirs.
 OF_A_SESSION = ("MPLBACKEND", "JPY_SESSION_NAME")

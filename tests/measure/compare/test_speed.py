@@ -184,11 +184,11 @@ def test_an_effort_asks_less_of_a_slice():
         assert cut.new_tokens < whole.new_tokens and cut.blocks == whole.blocks and cut.items == whole.items
 
 
-def test_a_block_lasts_half_as_long_at_quick_and_the_variable_is_said(monkeypatch):
+def test_a_block_lasts_a_share_at_small_efforts_and_the_variable_is_said(monkeypatch):
     monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
     monkeypatch.delenv(replication.VARIABLE, raising=False)
     seconds = [replication.block_seconds(settings.read(effort)) for effort in settings.EFFORTS]
-    assert seconds == [0.25, 0.5, 0.5] and replication.shortened() == {}
+    assert seconds == [0.05, 0.25, 0.5, 0.5] and replication.shortened() == {}
     monkeypatch.setenv(replication.VARIABLE, "0.02")
     assert replication.block_seconds(settings.read("standard")) == 0.02
     (said,) = replication.shortened().values()

@@ -1,4 +1,11 @@
-"""`--dimension`: only what was asked for is measured and recorded, and the record says so."""
+"""Efforts: every table by effort knows all of them. `--dimension`: only what was asked for is measured and recorded,
+and the record says so.
+"""
+
+import ast
+import itertools
+from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 
@@ -7,9 +14,33 @@ from lib.measure.compare import speed
 from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.quality import evaluate
+from lib.optimizations.common import recipe
 from lib.report.records import record
 from lib.suite.plan import plan
 from tests.report import samples
+
+LIB = Path(settings.__file__).resolve().parents[2]
+
+
+def test_every_table_by_effort_has_every_effort():
+    assert plan.EFFORTS == tuple(settings.EFFORTS) == recipe.EFFORTS[1:]
+    tables = 0
+    for path in LIB.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            keys = (
+                [key.value for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
+            )
+            if "quick" in keys:
+                assert keys == [*settings.EFFORTS], f"{path.relative_to(LIB)}:{node.lineno}"
+                tables += 1
+    assert tables > 10
+
+
+def test_a_larger_effort_asks_for_no_less_of_anything():
+    efforts = list(settings.EFFORTS.values())
+    for small, large in itertools.pairwise(efforts):
+        assert all(before <= after for before, after in zip(astuple(small), astuple(large)))
+    assert settings.BRIEF == ("preview", "quick")
 
 
 def _ask(monkeypatch, *names):

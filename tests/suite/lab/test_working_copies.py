@@ -60,7 +60,7 @@ def test_a_copy_of_a_model_has_its_parameters(tmp_path):
     assert {name: parameter.default for name, parameter in read.parameters.items()} == values
     for name, parameter in template.parameters.items():
         assert (read.parameters[name].help, read.parameters[name].type) == (parameter.help, parameter.type)
-    assert 'effort: str = "quick"  # one of quick|standard|thorough' in _parameters(copy).splitlines()
+    assert 'effort: str = "quick"  # one of preview|quick|standard|thorough' in _parameters(copy).splitlines()
     assert path.read_bytes() == before == (copies / "a.ipynb").read_bytes()
     edited = copy.read_text().replace("x = ratio", "x = 2 * ratio")
     copy.write_text(edited)

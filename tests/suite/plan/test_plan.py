@@ -35,7 +35,7 @@ def refused(root, *arguments, **more):
         (["--modle", "alpha-1.5"], 'unknown option "--modle". Did you mean "--model"?'),
         (["list", "--force"], 'unknown option "--force"'),
         (["--scale", "prxy"], 'expected one of proxy, slice, full. Did you mean "proxy"?'),
-        (["--effort", "huge"], "--effort huge: expected one of quick, standard, thorough"),
+        (["--effort", "huge"], "--effort huge: expected one of preview, quick, standard, thorough"),
         (["--device", "cuda"], "--device cuda: "),
         (["--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
         (["--jobs", "4000"], "--jobs 4000: expected 1 to"),

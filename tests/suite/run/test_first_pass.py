@@ -1,4 +1,4 @@
-"""A whole build at effort standard makes a complete site early, at effort quick, and then replaces it run by run."""
+"""A whole build at effort standard makes a complete site early, at effort preview, and then replaces it run by run."""
 
 import signal
 
@@ -37,13 +37,13 @@ def _efforts(root):
     return [workbench.record(root, f"{name}--alpha-1.5")["effort"] for name in ("well", "z_slow")]
 
 
-def test_every_run_is_quick_before_any_is_standard(marked):
+def test_every_run_is_a_preview_before_any_is_standard(marked):
     root, marks = marked
     arguments = ("--model", "alpha-1.5", "--jobs", "1")
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert _order(marks) == ["well quick", "z_slow quick", "well standard", "z_slow standard"]
-    assert "first pass: 2 runs at effort quick" in ended.stdout and "first pass complete: executed" in ended.stdout
+    assert _order(marks) == ["well preview", "z_slow preview", "well standard", "z_slow standard"]
+    assert "first pass: 2 runs at effort preview" in ended.stdout and "first pass complete: executed" in ended.stdout
     assert _efforts(root) == ["standard", "standard"]
     [build] = history.builds(root / "executed" / history.NAME)
     assert {run.effort for run in history.records(root / "executed" / history.NAME, build)} == {"standard"}
@@ -57,20 +57,20 @@ def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
     path = marks / "pid"
     kernel = psutil.Process(int(workbench.wait_for(lambda: path.is_file() and path.read_text(), 120)))
-    assert _efforts(root) == ["standard", "quick"]
+    assert _efforts(root) == ["standard", "preview"]
     folder = root / "executed" / "proxy"
     assert all((folder / f"{name}--alpha-1.5.html").is_file() for name in ("well", "z_slow"))
     workbench.kill(process, signal.SIGINT)
     assert process.returncode == 130 and not is_alive(kernel)
     page = (folder / "index.html").read_text(encoding="utf-8")
-    assert "1 at quick, 1 at standard" in page or "1 at standard, 1 at quick" in page
+    assert "1 at preview, 1 at standard" in page or "1 at standard, 1 at preview" in page
     assert not (root / "executed" / history.NAME).exists()  # no build has ended
     listed = workbench.build(root, "list", "--model", "alpha-1.5").stdout
-    assert any("z_slow--" in line and "at effort quick so far" in line for line in listed.splitlines())
+    assert any("z_slow--" in line and "at effort preview so far" in line for line in listed.splitlines())
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "1 of 2 runs are finished already and kept" in ended.stdout
-    assert _order(marks).count("z_slow quick") == 1 and _efforts(root) == ["standard", "standard"]
+    assert _order(marks).count("z_slow preview") == 1 and _efforts(root) == ["standard", "standard"]
 
 
 def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked):

@@ -21,7 +21,7 @@ CONTROL = "A/A"
 SUFFIX = "tokens_per_second"  # latencies are the same times once more
 BUILDS = 3  # of the history
 
-QUICK = "quick"
+QUICK = ("preview", "quick")  # efforts whose workloads are shorter
 
 
 def publish(folder: Path, store: Path, effort: str) -> None:
@@ -34,18 +34,18 @@ def publish(folder: Path, store: Path, effort: str) -> None:
         os.environ[process_variance.VARIABLE] = str(path.resolve())
 
 
-def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str = QUICK) -> Path | None:
+def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str = "quick") -> Path | None:
     """Pool the controls of a result folder and of the last builds in its history, as far as they were made on
     `machine` (fields of the environment card), and write the pool into the folder; return its path, None where there is
     no control.
 
-    Quick runs time shorter workloads under the same names: their controls serve other quick runs only.
+    Runs of small efforts time shorter workloads under the same names: their controls serve runs of that effort only.
     """
     records = read_folder(folder)[0] if folder.is_dir() else []
     for build in history.builds(store, folder.name)[-BUILDS:]:
         records += history.records(store, build)
     unique = {(record.started, record.key or record.stem): record for record in records}
-    own = [r for r in unique.values() if _made_on(r, machine) and (r.effort != QUICK or effort == QUICK)]
+    own = [r for r in unique.values() if _made_on(r, machine) and (r.effort == effort or r.effort not in QUICK)]
     pooled = process_variance.table(draw for record in own for draw in draws(record))
     return process_variance.write(folder / process_variance.NAME, pooled) if pooled else None
 

@@ -1,4 +1,5 @@
-"""The pool of the variance between processes: quick runs, whose workloads are shorter, tell quick runs alone."""
+"""The pool of the variance between processes: runs of small efforts, whose workloads are shorter, tell
+such runs alone."""
 
 import pytest
 
@@ -7,8 +8,11 @@ from lib.report.records import history, record
 from tests.report import samples
 
 
-@pytest.mark.parametrize(("of", "tells_quick", "tells_standard"), [("quick", True, False), ("standard", True, True)])
-def test_a_quick_control_tells_quick_runs_alone(tmp_path, of, tells_quick, tells_standard):
+@pytest.mark.parametrize(
+    ("of", "tells_quick", "tells_standard"),
+    [("preview", False, False), ("quick", True, False), ("standard", True, True)],
+)
+def test_a_control_of_a_small_effort_tells_runs_of_that_effort_alone(tmp_path, of, tells_quick, tells_standard):
     folder = tmp_path / "proxy"
     folder.mkdir()
     run = samples.whole("structured_pruning", samples.MODELS[0]).model_copy(update={"effort": of})

@@ -1,0 +1,15 @@
+"""A plugin of pytest: nbval runs the templates at effort preview. Every cell is run, on the least data; what a template
+measures by default is asked for by whoever opens it.
+"""
+
+from typing import Any
+
+DEFAULT, PREVIEW = 'effort: str = "quick"', 'effort: str = "preview"'
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Set the parameters cell of every collected notebook to effort preview."""
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if "parameters" in getattr(cell, "metadata", {}).get("tags", []):
+            cell.source = cell.source.replace(DEFAULT, PREVIEW)
