@@ -10,6 +10,8 @@ import torch
 from lib.errors import UserError
 from lib.models import loading
 from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
+from lib.optimizations.common import absorbed_baseline
 from lib.suite.cli import apply as command
 from lib.suite.plan import plan
 
@@ -27,16 +29,19 @@ def applied(out: Path, optimization: str, model: str = MODEL, **parameters: str)
     return command.apply(request, None, str(out), out.parent / "results")
 
 
-@pytest.mark.parametrize("optimization", sorted(QUICKLY))
-def test_the_checkpoint_is_the_optimized_model(optimization, tmp_path, capsys):
+CASES = [*((optimization, MODEL) for optimization in sorted(QUICKLY)), ("structured_pruning", "glm-4.7-flash")]
+
+
+@pytest.mark.parametrize(("optimization", "model"), CASES)
+def test_the_checkpoint_is_the_optimized_model(optimization, model, tmp_path, capsys):
     out = tmp_path / "made"
-    assert applied(out, optimization) == 0
+    assert applied(out, optimization, model) == 0
     output = capsys.readouterr().out
     assert "loaded again" in output and str(out) in output
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "Nothing was measured yet" in card and MODEL in card and "```python" in card
+    assert "Nothing was measured yet" in card and model in card and "```python" in card
     ids_BT = torch.arange(40)[None]
-    whole, small = loading.load(MODEL).model, io.load_folder(out)
+    whole, small = loading.load(model).model, io.load_folder(out)
     with torch.inference_mode():
         assert not torch.allclose(whole(input_ids=ids_BT).logits, small(input_ids=ids_BT).logits)
     usage = card.split("```python\n")[1].split("\n```")[0].replace(f'"{out.name}"', f'"{out}"')
@@ -45,6 +50,7 @@ def test_the_checkpoint_is_the_optimized_model(optimization, tmp_path, capsys):
     with torch.inference_mode():
         torch.testing.assert_close(names["model"](input_ids=ids_BT).logits, small(input_ids=ids_BT).logits)
     assert names["tokenizer"]("a")["input_ids"]
+    assert mla_absorption.is_absorbed(names["model"]) == absorbed_baseline.has_latents(whole)
 
 
 def test_what_changes_no_weights_is_refused_and_nothing_is_left(tmp_path):

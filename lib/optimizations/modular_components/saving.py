@@ -31,7 +31,7 @@ from lib.models.loading import Loaded
 from lib.models.structure.architecture import auto_class
 from lib.models.structure.signature import signature
 from lib.models.tasks import tasks
-from lib.optimizations.common import discovery, recipe
+from lib.optimizations.common import absorbed_baseline, discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import larger_than_memory
 from lib.optimizations.modular_components import method as composing
@@ -44,7 +44,8 @@ HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an
 
 class SavedModel(NamedTuple):
     """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
-    tokenizer, the dtype of its weights, and their hash; `by_blocks`: it was never whole in memory, and has no hash.
+    tokenizer, the dtype of its weights, and their hash; `by_blocks`: it was never whole in memory, and has no hash;
+    `latent`: its attention keeps latents, and is measured decoding absorbed.
     """
 
     loads: str | None
@@ -52,6 +53,7 @@ class SavedModel(NamedTuple):
     dtype: str
     weights_hash: str | None
     by_blocks: bool = False
+    latent: bool = False
 
 
 def save(
@@ -84,6 +86,7 @@ def save(
         random_weights=parameters["random_weights"],
         seed=int(parameters.get("seed", 0)),
     )
+    latent = absorbed_baseline.has_latents(loaded.model)
     if larger_than_memory.is_streamed(loaded):
         if stack is not None:
             raise UserError(f"{model}: does not fit into memory; give one optimization, which goes from file to file")
@@ -92,7 +95,7 @@ def save(
         del loaded
         gc.collect()  # models refer to themselves
         write(place, shards=unfinished)
-        return SavedModel(None, True, dtype, None, by_blocks=True)
+        return SavedModel(None, True, dtype, None, by_blocks=True, latent=latent)
     optimized = _composed(loaded, stack, parameters) if stack is not None else _alone(loaded, optimization, parameters)
     weights_hash = io.weights_hash(optimized)
     if signature(optimized) == signature(loaded.model) and weights_hash == io.weights_hash(loaded.model):
@@ -104,7 +107,8 @@ def save(
     except OSError as error:
         raise UserError(f"{error.filename or place}: cannot be written ({error.strerror or error})") from None
     dtype = str(loaded.dtype).removeprefix("torch.")
-    return SavedModel(_check(optimized, place, loaded), loaded.tokenizer is not None, dtype, weights_hash)
+    plain = _check(optimized, place, loaded)
+    return SavedModel(plain, loaded.tokenizer is not None, dtype, weights_hash, latent=latent)
 
 
 def _part(stem: str, model: str, scale: str) -> ModuleType:

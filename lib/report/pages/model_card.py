@@ -13,8 +13,8 @@ from lib.report.text.wording import title
 
 def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks` and `chosen_for`,
-    `folder` is the checkpoint's name, and `results` the result folder of the record that is quoted.
+    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent` and
+    `chosen_for`, `folder` is the checkpoint's name, and `results` the result folder of the record that is quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
@@ -29,8 +29,9 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
         "## How to load it",
         "",
         "```python",
-        usage(folder, saved["loads"], saved["tokenizer"]),
+        usage(folder, saved["loads"], saved["tokenizer"], saved["latent"]),
         "```",
+        *(["", _absorbed()] if saved["latent"] else []),
         "",
         "## Parameters",
         "",
@@ -39,9 +40,9 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
     return "\n".join(lines) + "\n"
 
 
-def usage(folder: str, plain: str | None, tokenizer: bool) -> str:
+def usage(folder: str, plain: str | None, tokenizer: bool, latent: bool) -> str:
     """Return the Python that loads the folder; `plain` is the class of transformers that reads it, if any, `tokenizer`
-    whether there is one.
+    whether there is one, `latent` whether its attention has to be told to decode absorbed, as it was measured.
     """
     more, path = ", AutoTokenizer" if tokenizer else "", json.dumps(folder, ensure_ascii=False)  # a path of Windows too
     if plain:
@@ -50,7 +51,16 @@ def usage(folder: str, plain: str | None, tokenizer: bool) -> str:
         lines = ["from lib.models.checkpoints import io  # transformers alone does not know what this folder holds"]
         lines += ["from transformers import AutoTokenizer"] if tokenizer else []
         lines += [f"model = io.load_folder({path})"]
+    if latent:
+        lines += ["from lib.models.decoding import mla_absorption", "mla_absorption.absorb(model)"]
     return "\n".join([*lines, *([f"tokenizer = AutoTokenizer.from_pretrained({path})"] if tokenizer else [])])
+
+
+def _absorbed() -> str:
+    return (
+        "Latent attention decodes absorbed here, as every speed of this workbench is measured. Without those two lines "
+        "it expands its whole cache again at every token: the same answers, but slower."
+    )
 
 
 def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:

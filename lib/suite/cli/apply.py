@@ -55,7 +55,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from None
     again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
     print(f"{out}: {again}, and equal to what was applied")
-    print(model_card.usage(out, answer["loads"], answer["tokenizer"]))
+    print(model_card.usage(out, answer["loads"], answer["tokenizer"], answer["latent"]))
     return 0
 
 

@@ -17,6 +17,7 @@ MADE = {
     "steps": ["structured_pruning"],
     "weights_hash": HASH,
     "chosen_for": None,
+    "latent": False,
 }
 
 
@@ -78,6 +79,14 @@ def test_without_a_record_the_command_stands_there(tmp_path):
     assert "Nothing was measured yet" in text and "--scale proxy --effort standard" in text
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text
     assert 'io.load_folder("small")' in card(tmp_path / "none", made=MADE | {"loads": None})
-    assert r'from_pretrained("C:\\new\\small")' in model_card.usage(r"C:\new\small", "AutoModel", tokenizer=True)
-    usage = model_card.usage("small", None, tokenizer=False)
+    assert r'from_pretrained("C:\\new\\small")' in model_card.usage(
+        r"C:\new\small", "AutoModel", tokenizer=True, latent=False
+    )
+    usage = model_card.usage("small", None, tokenizer=False, latent=False)
     assert usage.endswith('model = io.load_folder("small")') and "AutoTokenizer" not in usage
+
+
+def test_latent_attention_decodes_as_it_was_measured(tmp_path):
+    plain, latent = (card(tmp_path, measured(HASH), made=MADE | {"latent": has}) for has in (False, True))
+    assert "mla_absorption.absorb(model)" in latent and "decodes absorbed here" in latent
+    assert "absorb" not in plain
