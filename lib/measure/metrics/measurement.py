@@ -148,12 +148,13 @@ def from_pairs(
     floor: Pairs | float | None,
     margin: float | None = None,
     samples: bool = True,
+    process_sigma: float | None = None,
 ) -> Measurement:
     """Return a rate or a latency from timed pairs.
 
     `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide
     by for a latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical
-    margin.
+    margin; `process_sigma` as in `from_samples`.
     """
     unit = metric_named(metric).unit
     if unit.endswith("/s"):
@@ -172,6 +173,7 @@ def from_pairs(
         margin=margin,
         samples=samples,
         process=pairs.process,
+        process_sigma=process_sigma,
         disturbed=[reason for reason in pairs.disturbed if reason],
     )
 

@@ -19,6 +19,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.process_variance import PART_SIGMA
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.workloads import Workload
@@ -99,16 +100,17 @@ def attention_alone(
     rows: list[dict[str, Any]] = []
     shares = {row["length"]: row for row in survey if row["block"] == heads.index}
     own, workload = heads, ""
+    options: dict[str, Any] = {"samples": False, "process_sigma": PART_SIGMA}
     for length, share in shares.items():
         own, workload = heads.first(length), f"attention of one block, {length} tokens"
         pairs, floor = time_attention(own, find, count if length < LONG_PROMPT else FEW_BLOCKS, seed)
-        timed = measurement.from_pairs("attention_ms", workload, pairs, 1, floor, samples=False)
+        timed = measurement.from_pairs("attention_ms", workload, pairs, 1, floor, **options)
         measurements.append(timed)
         rows.append(_row("of the model", length, share["density"], share["recall"], timed))
     planted = attended_mass.planted(own, find.block, seed=seed)
     pairs, floor = time_attention(planted, find, FEW_BLOCKS, seed, control=False)
     pattern = attended_mass.attended(planted, find(planted), find.block)
-    extra = measurement.from_pairs("attention_ms", f"{workload}, planted heads", pairs, 1, floor, samples=False)
+    extra = measurement.from_pairs("attention_ms", f"{workload}, planted heads", pairs, 1, floor, **options)
     rows.append(_row("planted", own.tokens, pattern.density, pattern.recall, extra))
     return AttentionTimes(measurements, extra, rows)
 

@@ -9,7 +9,7 @@ Shapes: T tokens, H hidden.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.process_variance import PART_SIGMA
 from lib.measure.metrics.settings import BRIEF
 from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import disturbance, interleaved
@@ -106,7 +107,8 @@ def compare(
     sizes = cost_model.weights_bytes(dense.work.module), cost_model.weights_bytes(module)
     seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
     peaks = ceilings.measure(dense.work.x_1TH.device.type, dense.dtype)
-    timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, samples=False)
+    options: dict[str, Any] = {"samples": False, "process_sigma": PART_SIGMA}
+    timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, **options)
     return [
         ceilings.explain(
             timed, costs, seconds, peaks, zero_share=zero_share, fallback=fallback, working_set_bytes=sizes[1]

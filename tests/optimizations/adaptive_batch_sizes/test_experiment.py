@@ -165,7 +165,9 @@ def test_a_kept_beginning_is_read_by_nobody_and_serves_more_in_time(traffic, mon
     assert kept[f"fixed {prefixes.size}"]["goodput"] > read[f"fixed {best}"]["goodput"]
     name, _, [judged] = prefixes.control(lambda m: m)
     assert name == "prefix caching" and judged.workload.endswith(f"prefix kept, fixed {prefixes.size}")
-    assert "173 tokens" in prefixes.caption and 0.5 < prefixes.shares[1] < 0.6
+    by_hand = (5e-3 + 1.2e-4 * (384 - 173) + 2e-8 * (384**2 - 173**2)) + (1e-4 + 2e-10 * 173 * 6144)
+    assert prefixes.shares[1] == pytest.approx(by_hand / (5e-3 + 1.2e-4 * 384 + 2e-8 * 384**2))
+    assert "173 tokens" in prefixes.caption
 
 
 def test_without_a_shared_beginning_nothing_is_kept(traffic, monkeypatch):

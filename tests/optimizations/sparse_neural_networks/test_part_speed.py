@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lib.measure.metrics.process_variance import PART_SIGMA
 from lib.measure.roofline import cost_model
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.sparse_neural_networks import part_speed
@@ -36,6 +37,7 @@ def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
     dense = part_speed.fastest(forms, 16, 32, 6)
     assert dense.dtype in forms and dense.work.module is forms[dense.dtype]
     timed, size = part_speed.compare(dense, module, torch.float32, 6)
+    assert timed.process_sigma == PART_SIGMA, "the spread between processes counts"
     assert timed.metric == "feed_forward_ms" and timed.n == 6 and timed.predicted is not None
     assert size.optimized == cost_model.weights_bytes(module)
     energy, cpu = part_speed.joules(dense, module, torch.float32)
