@@ -23,7 +23,7 @@ from lib.measure.serving.slo import Objectives
 from lib.measure.serving.validation import MOST_ERROR
 from lib.measure.trackers import memory
 from lib.models.loading import Loaded
-from lib.optimizations.adaptive_batch_sizes import real_model, schedule, simulated
+from lib.optimizations.adaptive_batch_sizes import prefix_caching, real_model, schedule, simulated
 from lib.optimizations.adaptive_batch_sizes.method import Adaptive
 from lib.optimizations.adaptive_batch_sizes.prefix_caching import PrefixStudy
 from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
@@ -210,6 +210,11 @@ def details(
 def simulated_by(setup: ServingSetup) -> str:
     """Return the source of a simulated number."""
     return f"simulation on {setup.times.samples} timed calls"
+
+
+def beside_prefix_caching(loaded: Loaded, study: TrafficStudy, size: int, share: float) -> PrefixStudy:
+    """Return the policies with the beginning of documents read every time and kept; see `prefix_caching.compare`."""
+    return prefix_caching.compare(loaded, study, size, share)
 
 
 def size_curve(by_size: Mapping[int, float]) -> list[Row]:
