@@ -136,7 +136,7 @@ def prepare(
     size = cache_mib * 2**20 or cache_share * rows * longest * times.bytes_per_token
     patience = slo.patience_seconds(objective, single)
     limits = Limits(rows, size, times.bytes_per_token, patience)
-    return ServingSetup(times, objective, single, limits, batching, *kinds)
+    return ServingSetup(times, objective, single, limits, batching, kinds[0], kinds[1])
 
 
 def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0) -> Callable[[], float]:

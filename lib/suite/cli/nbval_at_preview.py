@@ -11,5 +11,5 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     """Set the parameters cell of every collected notebook to effort preview."""
     for item in items:
         cell = getattr(item, "cell", None)
-        if "parameters" in getattr(cell, "metadata", {}).get("tags", []):
+        if cell is not None and "parameters" in cell.metadata.get("tags", []):
             cell.source = cell.source.replace(DEFAULT, PREVIEW)
