@@ -289,6 +289,13 @@ def test_every_view_of_the_index_is_at_most_three_screens_high(site, open_page):
         assert height <= 3 * 800, f"{tab.inner_text()}: {height} pixels"
 
 
+def test_no_number_of_the_first_screen_runs_into_the_next(site, open_page):
+    page = open_page(site / next(name for name in PAGES if "--" in name))
+    page.evaluate("document.querySelectorAll('.six b').forEach(e => e.textContent = 'answers unchanged, all')")
+    wide = "[...document.querySelectorAll('.six li')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert page.locator(".six li").count() == 6 and page.evaluate(wide) == 0
+
+
 def test_no_cell_of_the_decisions_runs_into_the_next(site, open_page):
     page = open_page(site / "index.html")
     page.evaluate(
