@@ -1,5 +1,7 @@
 """The environment: what satisfies the requirements, how one is made, how an interrupted one is repaired. Offline."""
 
+import contextlib
+import importlib.metadata
 import re
 import shutil
 import signal
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import workbench
+from packaging.requirements import Requirement
 
 from lib.suite import bootstrap
 
@@ -162,6 +165,30 @@ def test_the_tested_versions_satisfy_what_is_required():
     for wanted in bootstrap.requirements((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")):
         version = tested[re.sub(r"[-_.]+", "-", wanted.name).lower()]
         assert bootstrap.satisfies(version, wanted.accepted), f"{wanted.name} {version}"
+
+
+def test_the_tested_versions_can_be_installed_together():
+    """What is installed here in its tested version asks of others what their tested versions satisfy."""
+    text = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    tested = {name: version for name, version in re.findall(r"^([a-z0-9-]+)==(.+)$", text, re.M)}
+    lines = (workbench.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    asked = [Requirement(wanted) for line in lines if (wanted := line.split("#")[0].strip())]
+    seen: set[tuple[str, str]] = set()
+    while asked:
+        wanted = asked.pop()
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        assert wanted.specifier.contains(tested[name], prereleases=True), f"{wanted}, but {name}=={tested[name]}"
+        for extra in {"", *wanted.extras}:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            surroundings = {"extra": extra, "python_version": "3.11", "python_full_version": "3.11.9"}
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                distribution = importlib.metadata.distribution(name)
+                if distribution.version.partition("+")[0] == tested[name]:
+                    needs = map(Requirement, distribution.requires or ())
+                    asked += [need for need in needs if need.marker is None or need.marker.evaluate(surroundings)]
+    assert {name for name, _ in seen} > {"torch", "transformers", "papermill", "python-dateutil"}
 
 
 def test_an_older_python_is_a_wrong_request():
