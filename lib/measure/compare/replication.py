@@ -48,7 +48,7 @@ def in_processes(
 
     `arms` have been called once: their tokens are compared with those of the processes.
     """
-    if reason := _unfit(models):
+    if reason := unfit(models):
         return {}, reason
     expected_models = [signature(model) for model in models]
     counts = {name: _count(works, effort) for name, works in arms.items()}
@@ -140,7 +140,8 @@ def _joined(parts: Sequence[processes.Replicate]) -> tuple[Pairs, Pairs]:
     return optimized, pairs.join([part.pairs("baseline", "copy") for part in of_processes])
 
 
-def _unfit(models: Sequence[nn.Module]) -> str | None:
+def unfit(models: Sequence[nn.Module]) -> str | None:
+    """Return why models are not to be timed in processes of their own, or None where they can be."""
     if reason := children.left_out():
         return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
@@ -214,7 +215,7 @@ def _first(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Ten
     """Run the prompt; return the first greedy token [B, 1] and the new cache."""
     reset_rope_deltas(model)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    return output.logits[:, -1:].argmax(-1), cache_names.of(output)
 
 
 @torch.inference_mode()
@@ -222,8 +223,8 @@ def _steps(model: nn.Module, token_B1: torch.Tensor, cache: Any, steps: int, wor
     """Decode `steps` tokens greedily after `token_B1`; return them [B, steps]."""
     produced, marks = [], [_mark(token_B1)]
     for _ in range(steps):
-        output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token_B1, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=token_B1, **cache_names.as_kwargs(cache), use_cache=True, logits_to_keep=1)
+        token_B1, cache = output.logits[:, -1:].argmax(-1), cache_names.of(output)
         produced.append(token_B1)
         marks.append(_mark(token_B1))
     work.step_seconds += _between(marks)

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from lib.errors import UserError
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
@@ -95,12 +96,12 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt], behind: Rows | None = N
         input_ids=ids_BT.to(device),
         attention_mask=mask_BT.to(device),
         position_ids=position_BT.to(device),
-        past_key_values=cache,
+        **cache_names.as_kwargs(cache),
         use_cache=True,
         logits_to_keep=1,
     )
     position_B, token_B = position_BT[:, -1].to(device) + 1, output.logits[:, -1].argmax(-1)
-    rows = Rows(output.past_key_values, mask_BT.to(device), position_B, token_B)
+    rows = Rows(cache_names.of(output), mask_BT.to(device), position_B, token_B)
     if behind is not None:
         _pad_left(rows, behind.length)
     return rows
@@ -125,7 +126,7 @@ def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device
     position_B = torch.full((len(ids_BT),), ids_BT.shape[1], device=device)
     position_B = position_B if shift is None else position_B + shift.flatten().to(device)
     reset_rope_deltas(model)
-    return Rows(output.past_key_values, torch.ones_like(ids_BT), position_B, output.logits[:, -1].argmax(-1))
+    return Rows(cache_names.of(output), torch.ones_like(ids_BT), position_B, output.logits[:, -1].argmax(-1))
 
 
 @torch.inference_mode()
@@ -141,7 +142,7 @@ def read_on(model: nn.Module, row: Rows | None, part_T: torch.Tensor) -> Rows:
         input_ids=part_T[None].to(device),
         attention_mask=mask_1L,
         position_ids=torch.arange(row.length, behind, device=device)[None],
-        past_key_values=row.cache,
+        **cache_names.as_kwargs(row.cache),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -158,7 +159,7 @@ def step(model: nn.Module, rows: Rows) -> torch.Tensor:
         input_ids=rows.token_B[:, None],
         attention_mask=rows.mask_BL,
         position_ids=rows.position_B[:, None],
-        past_key_values=rows.cache,
+        **cache_names.as_kwargs(rows.cache),
         use_cache=True,
         logits_to_keep=1,
     )

@@ -15,8 +15,8 @@ from torch import nn
 from lib.optimizations.common.search import pareto
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import method, replacement_library
+from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
-from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts
 
 LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reached
 

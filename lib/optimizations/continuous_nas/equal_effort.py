@@ -3,11 +3,10 @@
 Knows nothing of how the search chose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from torch import nn
 
 from lib.measure.metrics import measurement
@@ -15,9 +14,11 @@ from lib.measure.metrics.measurement import Measurement
 from lib.models.calibration.activations import Observation
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.search import pareto
-from lib.optimizations.continuous_nas import method, replacement_library, request_costs
+from lib.optimizations.continuous_nas import method, replacement_library
+from lib.optimizations.continuous_nas.costs import request_costs
+from lib.optimizations.continuous_nas.costs.request_costs import RequestCosts
 from lib.optimizations.continuous_nas.method import Search
-from lib.optimizations.continuous_nas.request_costs import RequestCosts
+from lib.optimizations.continuous_nas.replacement_library import Library
 
 RANDOM_SEEDS, FEWEST_RANDOM_SEEDS = 3, 2  # the fewest at effort quick
 
@@ -113,13 +114,14 @@ def equal_effort(
     observation: Observation,
     search: Search,
     costs: RequestCosts,
-    prompt_BP: torch.Tensor,
+    times_of: Callable[[Library, Mapping[str, Sequence[str]]], dict],
     random_seeds: int = RANDOM_SEEDS,
 ) -> EqualEffort:
     """Give random choices (of several seeds) and uniform ones as many evaluations as the search had, its library's
     included.
 
-    Divergences that are known already are not computed again, but counted.
+    Divergences that are known already are not computed again, but counted. `times_of` measures the seconds of a library
+    of these options under the profile.
     """
     count, seed = len(search.evaluations), search.seed
     points = {"search": search.points(costs)}
@@ -134,7 +136,7 @@ def equal_effort(
         method.check(drawn, replacement_library.random_choices(search.library.space, count, seed + turn), "random")
         points[f"random {turn + 1}"] = drawn.points(costs)
     alike = method.build(model, observation, replacement_library.UNIFORM, search.library.ordered)
-    times = request_costs.measure(model, alike, costs.profile, prompt_BP, rounds=3, seed=seed)
+    times = times_of(alike, replacement_library.UNIFORM)
     alike_costs = request_costs.tables(model, alike, costs.profile, times)
     uniform = Search(alike, search.probe)
     method.check(uniform, replacement_library.uniform_choices(alike.space, count), "uniform")

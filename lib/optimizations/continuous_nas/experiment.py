@@ -29,21 +29,14 @@ from lib.optimizations.common import finetuning
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.search import pareto, study
 from lib.optimizations.common.search.study import Study
-from lib.optimizations.continuous_nas import (
-    drift,
-    equal_effort,
-    method,
-    replacement_library,
-    request_costs,
-    rivals,
-    scoring,
-)
+from lib.optimizations.continuous_nas import drift, equal_effort, method, replacement_library, rivals, scoring
+from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
+from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts, RequestProfile
 from lib.optimizations.continuous_nas.drift import Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
 from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import Library
-from lib.optimizations.continuous_nas.request_costs import PROFILES, RequestCosts
 from lib.optimizations.structured_pruning import method as pruning
 
 CLAIMS = (
@@ -100,14 +93,41 @@ class SearchSetup:
         self.seconds += time.perf_counter() - start
 
     def costs_of(self, profile: str, study: Study) -> RequestCosts:
-        """Return the costs under a profile; seconds are measured once and then read from the study."""
-        model, blocks = self.loaded.model, self.effort.blocks
-        rounds = blocks // 2 if self.effort.brief else blocks
-        arguments = (model, self.library, PROFILES[profile])
+        """Return the costs under a profile after a drift, measured in this process; see `costs_in_processes`."""
+        return self._costs(profile, study, processes=1, rounds=self.effort.blocks // 2)
+
+    def costs_in_processes(self, profile: str, study: Study) -> RequestCosts:
+        """Return the costs under a profile; seconds are measured once, in `processes`, and then read from the study."""
+        rounds = self.effort.blocks // 2 if self.effort.brief else self.effort.blocks
+        return self._costs(profile, study, processes=self.processes, rounds=rounds)
+
+    @property
+    def processes(self) -> int:
+        """In how many processes the costs that a search solves for are measured."""
+        return 1 if self.effort.brief else cost_processes.PROCESSES
+
+    def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> RequestCosts:
+        measured = PROFILES[profile]
         times: Any = study.fact(
-            f"times: {profile}", lambda: request_costs.measure(*arguments, self.prompt_BP, rounds=rounds)
+            f"times: {profile}",
+            lambda: self.times_of(self.library, None, measured, rounds=rounds, processes=processes),
         )
-        return request_costs.tables(*arguments, times)
+        return request_costs.tables(self.loaded.model, self.library, measured, times)
+
+    def times_of(
+        self,
+        library: Library,
+        options: Mapping[str, Sequence[str]] | None,
+        profile: RequestProfile,
+        *,
+        rounds: int,
+        processes: int,
+    ) -> dict:
+        """Return the seconds of the replacements of a library of `options`, measured now."""
+        model = self.loaded.model
+        saliency = method.saliency(model, self.observation)
+        arguments = (model, library, saliency, options, profile, self.prompt_BP)
+        return cost_processes.measure(*arguments, rounds=rounds, processes=processes, seed=self.seed)
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
@@ -139,7 +159,7 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
         "options": setup.library.space,
         "weights": io.weights_hash(setup.loaded.model),
         "data": corpus.data_hash(),
-        "code": study.code(method, request_costs, replacement_library, pruning, tasks),
+        "code": study.code(method, request_costs, cost_processes, replacement_library, pruning, tasks),
         "settings": [*settings, setup.rows, setup.length, study.machine()],
     }
     with study.opened(Path(folder) / f"{name}.db", name, space, objectives=1) as stored:
@@ -273,9 +293,12 @@ def against_uniform(
 
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
     """Return the controls with as many evaluations as the search had; see `equal_effort`."""
-    model, prompt_BP = setup.loaded.model, setup.prompt_BP
     seeds = equal_effort.FEWEST_RANDOM_SEEDS if setup.effort.brief else equal_effort.RANDOM_SEEDS
-    return equal_effort.equal_effort(model, setup.observation, search, costs, prompt_BP, seeds)
+
+    def times_of(library: Library, options: Mapping[str, Sequence[str]]) -> dict:
+        return setup.times_of(library, options, costs.profile, rounds=3, processes=setup.processes)
+
+    return equal_effort.equal_effort(setup.loaded.model, setup.observation, search, costs, times_of, seeds)
 
 
 def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:

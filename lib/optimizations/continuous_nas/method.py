@@ -24,9 +24,9 @@ from lib.optimizations.common.search import pareto
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import mip
 from lib.optimizations.continuous_nas import replacement_library as libraries
+from lib.optimizations.continuous_nas.costs.request_costs import RequestCosts
 from lib.optimizations.continuous_nas.mip import Budget
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate, swap
-from lib.optimizations.continuous_nas.request_costs import RequestCosts
 from lib.optimizations.continuous_nas.scoring import Probe, divergence
 from lib.optimizations.structured_pruning import method as pruning
 
@@ -64,8 +64,12 @@ def build(
     ordered: dict[str, nn.Module] | None = None,
 ) -> Library:
     """Return the library of `model`, cut by the saliency that `observation` gives; see `replacement_library.build`."""
-    scores = [pruning.saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observation.blocks)]
-    return libraries.build(model, scores, options, ordered)
+    return libraries.build(model, saliency(model, observation), options, ordered)
+
+
+def saliency(model: nn.Module, observation: Observation) -> list[pruning.Scores]:
+    """Return what each block's heads, channels and experts are worth, by which the library keeps them."""
+    return [pruning.saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observation.blocks)]
 
 
 class SearchStopped(Exception):

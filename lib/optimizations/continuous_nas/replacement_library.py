@@ -62,6 +62,24 @@ class Library:
         return dict.fromkeys(self.modules, WHOLE)
 
 
+def must_attend(model: nn.Module) -> set[int]:
+    """Return the blocks that cannot go without an attention: the first, and all where they attend in different ways."""
+    blocks = [block.index for block in anatomy(model).blocks]
+    mixed = len(set(getattr(anatomy(model).config, "layer_types", None) or ())) > 1
+    return set(blocks if mixed else blocks[:1])
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return what is left of `model`, whose tensors it shares, without any part but the attentions that must stay."""
+    left = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    attending = must_attend(model)
+    for index, layer in enumerate(cast(nn.ModuleList, anatomy(left).decoder.layers)):
+        place(layer, "feed_forward", NoFeedForward())
+        if index not in attending:
+            place(layer, "attention", NoAttention())
+    return synchronise(left)
+
+
 def locate(slot: str) -> tuple[int, str]:
     """Return block and part of a slot."""
     index, _, part = slot.partition(".")
@@ -86,7 +104,7 @@ def build(
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     student = copy.deepcopy(model, shared)
     ordered = {} if ordered is None else ordered
-    mixed = len(set(getattr(anatomy(model).config, "layer_types", None) or ())) > 1
+    attending = must_attend(model)
     modules: dict[str, dict[str, nn.Module]] = {}
     for block, scores in zip(anatomy(model).blocks, saliency):
         for part in PARTS:
@@ -94,7 +112,7 @@ def build(
             slot = f"{block.index:02d}.{part}"
             replacements: dict[str, nn.Module] = {}
             for option in names[kind]:
-                if part == "attention" and option == "none" and (mixed or block.index == 0):
+                if part == "attention" and option == "none" and block.index in attending:
                     continue
                 if (module := _replacement(block, part, option, scores, slot, ordered)) is not None:
                     replacements.setdefault(option, module)

@@ -19,7 +19,7 @@ from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.search import pareto
-from lib.optimizations.continuous_nas.request_costs import RequestProfile
+from lib.optimizations.continuous_nas.costs.request_costs import RequestProfile
 
 Point = tuple[float, float]  # predicted share of the baseline's time, nats per token
 Race = Callable[[nn.Module, int], Measurement]

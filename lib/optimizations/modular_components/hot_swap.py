@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 
@@ -95,8 +96,10 @@ class Live:
             token_BT, cache, answer = prompt_BT, None, []
             for count in range(1, new_tokens + 1):
                 with self.lock:
-                    output = self.model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token_BT, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                    output = self.model(
+                        input_ids=token_BT, **cache_names.as_kwargs(cache), use_cache=True, logits_to_keep=1
+                    )
+                token_BT, cache = output.logits[:, -1:].argmax(-1), cache_names.of(output)
                 answer.append(token_BT)
                 if between is not None:
                     between(count)

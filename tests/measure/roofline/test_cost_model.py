@@ -13,6 +13,7 @@ from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import workloads
 from lib.models import parameters
 from lib.models.checkpoints import io
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.compression import weight_only
 from tests.measure.roofline import counted_flops
@@ -67,7 +68,7 @@ def test_active_parameters_of_the_real_models():
 @torch.no_grad()
 def test_cache_bytes_are_what_the_cache_holds(tiny, name):
     model = tiny(name)
-    cache = model(input_ids=workloads.random_prompt(model, 2, 16), use_cache=True).past_key_values
+    cache = cache_names.of(model(input_ids=workloads.random_prompt(model, 2, 16), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 2 * 16 * cost_model.kv_cache_bytes_per_token(model)
 

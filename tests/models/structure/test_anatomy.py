@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lib.models import parameters
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, synchronise
 
 COUNTS = {
@@ -72,7 +73,7 @@ def test_structure_of_each_architecture(tiny):
 
 def test_cache_elements_match_the_real_cache(tiny, name, batch):
     model = tiny(name)
-    cache = model(input_ids=batch["input_ids"], use_cache=True).past_key_values
+    cache = cache_names.of(model(input_ids=batch["input_ids"], use_cache=True))
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / batch["input_ids"].numel()
     assert stored == sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
 

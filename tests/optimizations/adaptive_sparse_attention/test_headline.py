@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from lib.measure.metrics import settings
+from lib.models.decoding import cache_names
 from lib.optimizations.adaptive_sparse_attention import attention_timing, method
 
 KNOBS = {"tau": 0.9, "block_size": 16, "stride": 4, "page_size": 4, "full_last": 8, "pages": 2, "dense_blocks": 0}
@@ -15,8 +16,8 @@ def _caches(model) -> tuple[set[str], float]:
     """Return the kinds of cache that decoding makes, and the share of tokens that it reads."""
     method.reset_counts(model)
     with torch.inference_mode():
-        cache = model(PROMPT, use_cache=True).past_key_values
-        model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+        cache = cache_names.of(model(PROMPT, use_cache=True))
+        model(PROMPT[:, :1], **cache_names.as_kwargs(cache), use_cache=True)
     return {type(layer).__name__ for layer in cache.layers}, method.density(model)["tokens"]
 
 

@@ -9,8 +9,9 @@ from lib.errors import UserError
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import study
-from lib.optimizations.continuous_nas import drift, replacement_library, request_costs, rivals
+from lib.optimizations.continuous_nas import drift, replacement_library, rivals
 from lib.optimizations.continuous_nas import method as nas
+from lib.optimizations.continuous_nas.costs import request_costs
 from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, child
 from lib.optimizations.continuous_nas.scoring import divergence, probe

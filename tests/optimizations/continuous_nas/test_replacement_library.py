@@ -12,7 +12,8 @@ from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy, synchronise
 from lib.models.structure.replacements import no_op
 from lib.models.structure.surgery import keep_groups
-from lib.optimizations.continuous_nas import replacement_library, subblock_costs
+from lib.optimizations.continuous_nas import replacement_library
+from lib.optimizations.continuous_nas.costs import subblock_costs
 from lib.optimizations.continuous_nas.scoring import divergence, probe
 from lib.optimizations.structured_pruning.method import saliency_scores
 from tests.models import architectures
@@ -207,6 +208,42 @@ def test_every_option_of_other_architectures_runs_and_is_timed(architecture):
     assert {slot: set(options) for slot, options in times.decode.items()} == {
         slot: set(options) for slot, options in shelf.space.items()
     }
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "gemma3_text", "qwen2_moe"])
+def test_a_skeleton_has_no_part_but_attentions_that_must_stay(architecture):
+    """It is the model with its parts removed, shares every tensor, and leaves the model as it was."""
+    model, ids, *_ = _of_other_architecture(architecture)
+    expected, attending = model(ids).logits, replacement_library.must_attend(model)
+    bare = replacement_library.skeleton(model)
+    kinds = [(block.attention.kind != "none", block.feed_forward.kind) for block in anatomy(bare).blocks]
+    assert kinds == [(index in attending, "none") for index in range(len(kinds))]
+    assert len(attending) == (len(kinds) if architecture == "gemma3_text" else 1)
+    reference = copy.deepcopy(model)
+    for index in range(len(kinds)):
+        no_op.remove(reference, index, "feed_forward")
+        if index not in attending:
+            no_op.remove(reference, index, "attention")
+    assert torch.equal(bare(ids).logits, reference(ids).logits)
+    assert {id(tensor) for tensor in bare.parameters()} <= {id(tensor) for tensor in model.parameters()}
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_what_is_in_no_part_is_timed_by_itself(built, batch, monkeypatch):
+    """Planted times: every attention takes 3 s, every feed-forward 5 s, whatever else the model does 2 s."""
+    model, shelf = built
+
+    def planted(works, rounds, seed):
+        def seconds(slot, option):
+            if slot == subblock_costs.SKELETON:
+                return 2.0 + 3.0
+            return {"attention": 3.0, "feed_forward": 5.0}[slot[3:]] * (option == "whole")
+
+        return {key: [seconds(*key[:2])] * rounds for key in works}
+
+    monkeypatch.setattr(subblock_costs, "_rounds", planted)
+    times = subblock_costs.measure(model, shelf.modules, replacement_library.locate, batch["input_ids"][:1], rounds=2)
+    assert times.prefill_rest == times.decode_rest == 2.0
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "qwen2"])

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lib.errors import UserError
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
 LONGEST_NGRAM = 3
@@ -175,7 +176,9 @@ def _round(
 
 def _read(model: nn.Module, ids_T: torch.Tensor, cache: DynamicCache, keep: int = 1) -> torch.Tensor:
     """Read tokens into the cache; return the greedy next token after each of the last `keep`, ids [keep]."""
-    logits_1KV = model(input_ids=ids_T[None], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    logits_1KV = model(
+        input_ids=ids_T[None], **cache_names.as_kwargs(cache), use_cache=True, logits_to_keep=keep
+    ).logits
     return logits_1KV[0, -keep:].argmax(-1)
 
 

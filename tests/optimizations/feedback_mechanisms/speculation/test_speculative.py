@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from lib.errors import UserError
+from lib.models.decoding import cache_names
 from lib.optimizations.feedback_mechanisms.speculation import speculative
 
 
@@ -14,7 +15,9 @@ from lib.optimizations.feedback_mechanisms.speculation import speculative
 def plain(model, prompt_T, new_tokens):
     ids_1T, cache, tokens = prompt_T[None], DynamicCache(), []
     for _ in range(new_tokens):
-        ids_1T = model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[:, None]
+        ids_1T = (
+            model(input_ids=ids_1T, **cache_names.as_kwargs(cache), use_cache=True).logits[:, -1].argmax(-1)[:, None]
+        )
         tokens.append(ids_1T[0, 0])
     return torch.stack(tokens)
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from lib.measure.roofline import cost_model
 from lib.models.structure.anatomy import attention as view_attention
-from lib.optimizations.continuous_nas import subblock_costs
+from lib.optimizations.continuous_nas.costs import subblock_costs
+from lib.optimizations.continuous_nas.costs.subblock_costs import BlockTimes
 from lib.optimizations.continuous_nas.mip import Budget, CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate
-from lib.optimizations.continuous_nas.subblock_costs import BlockTimes
 
 ROOM = 0.25  # of the way from the cheapest choice to the whole model, that a budget leaves at least after a drift
 

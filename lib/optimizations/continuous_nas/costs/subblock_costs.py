@@ -1,9 +1,10 @@
 """What each part of each block costs on this device, and what its replacements would: timed by themselves, interleaved.
 
 The real model reads a prompt and decodes one token; what enters each part then is kept, and every module that may
-replace it is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is not in
-a block (embeddings, norms, head, Python) is the whole model's time less its parts'. Knows nothing of why a module is
-a replacement.
+replace it is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is in no part
+(embeddings, norms, head, Python) is timed on the model without its parts, less the attentions that must stay: as the
+difference of the whole and all its parts it would carry the errors of both. Knows nothing of why a module is a
+replacement.
 
 Shapes: B batch, P prompt tokens.
 """
@@ -11,7 +12,7 @@ Shapes: B batch, P prompt tokens.
 import functools
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,11 @@ import torch
 from torch import nn
 
 from lib.measure.timing import workloads
+from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
-from lib.optimizations.continuous_nas.replacement_library import PARTS
+from lib.optimizations.continuous_nas.replacement_library import PARTS, must_attend, skeleton
+
+SKELETON = "skeleton"  # in place of a slot
 
 Seconds = dict[str, dict[str, float]]  # slot → option → seconds
 
@@ -67,7 +71,8 @@ def measure(
 ) -> BlockTimes:
     """Time every module of `modules[slot][option]` where it would stand: `locate(slot)` is (block, part).
 
-    `model` is the whole one, as it is. Every option is called once per round, after one call that is not counted.
+    `model` is the whole one, as it is; `modules` hold its own parts as "whole". Every option is called once per round,
+    after one call that is not counted.
     """
     reading, stepping = _capture(model, prompt_BP)
     works: dict[tuple[str, str, str], Callable[[], object]] = {}
@@ -80,15 +85,17 @@ def measure(
                 setattr(module, "layer_idx", 0)  # noqa: B010
             prefill, decode = _works(module, reading[place], stepping[place])
             works[slot, option, "prefill"], works[slot, option, "decode"] = prefill, decode
-    for kind, steps in (("prefill", 0), ("decode", 4)):
-        work = workloads.decode(model, prompt_BP, steps) if steps else workloads.prefill(model, prompt_BP)
-        works["model", "whole", kind] = work
+    bare = skeleton(model)
+    for turn in range(len(anatomy(model).blocks)):  # as many samples as parts of one shape have, which are pooled
+        for kind, steps in (("prefill", 0), ("decode", 4)):
+            work = workloads.decode(bare, prompt_BP, steps) if steps else workloads.prefill(bare, prompt_BP)
+            works[SKELETON, str(turn), kind] = work
     try:
         samples = _rounds(works, rounds, seed)
     finally:
         for module, index in indices.items():
             setattr(module, "layer_idx", index)  # noqa: B010
-    return _pooled(samples, modules)
+    return _pooled(samples, modules, [f"{block:02d}.attention" for block in must_attend(model)])
 
 
 def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
@@ -110,7 +117,7 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
         reading = dict(entering)
         model(
             input_ids=output.logits[:, -1:].argmax(-1),
-            past_key_values=output.past_key_values,
+            **cache_names.as_kwargs(cache_names.of(output)),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -162,7 +169,9 @@ def _rounds(works: Mapping[tuple, Callable[[], object]], rounds: int, seed: int)
     return samples
 
 
-def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str, nn.Module]]) -> BlockTimes:
+def _pooled(
+    samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str, nn.Module]], attending: Sequence[str]
+) -> BlockTimes:
     signatures = {
         (slot, option): (slot.rpartition(".")[2], signature(module))
         for slot, options in modules.items()
@@ -170,7 +179,7 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
     }
     pools: dict[tuple, list[float]] = {}
     for (slot, option, kind), seconds in samples.items():
-        if slot != "model":
+        if slot != SKELETON:
             pools.setdefault((kind, signatures[slot, option]), []).extend(seconds)
     typical = {key: _undisturbed(seconds) for key, seconds in pools.items()}
     times = {
@@ -180,10 +189,8 @@ def _pooled(samples: dict[tuple, list[float]], modules: Mapping[str, Mapping[str
         }
         for kind in ("prefill", "decode")
     }
-    rest = {
-        kind: _undisturbed(samples["model", "whole", kind]) - sum(options["whole"] for options in times[kind].values())
-        for kind in times
-    }
+    bare = {kind: [time for key in samples if key[::2] == (SKELETON, kind) for time in samples[key]] for kind in times}
+    rest = {kind: _undisturbed(bare[kind]) - sum(times[kind][slot]["whole"] for slot in attending) for kind in times}
     return BlockTimes(times["prefill"], times["decode"], max(rest["prefill"], 0.0), max(rest["decode"], 0.0))
 
 

@@ -1,0 +1,1 @@
+"""What replacements of parts cost one request: seconds, measured, and bytes."""
