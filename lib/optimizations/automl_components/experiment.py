@@ -151,7 +151,7 @@ def begin(
     }
     file = SearchStudy(Path(folder) / f"{name}.db", space, [], 0, [])
     with file.opened() as stored:
-        others = method.elsewhere(Path(stacks), setup.loaded.name, setup.parts)
+        others = method.elsewhere(Path(stacks), setup.loaded.name, setup.level, setup.parts)
         served = [[step.model_dump() for step in stack] for stack in others]
         file.served = stored.fact("served others", lambda: served)
         file.notes, file.trials = stored.notes, len(stored.trials)

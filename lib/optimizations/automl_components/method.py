@@ -209,8 +209,11 @@ def outcomes(study: Study) -> list[JudgedStack]:
     return [JudgedStack(**facts | {"stack": [RecipeStep(**step) for step in facts["stack"]]}) for facts in stored]
 
 
-def elsewhere(stacks: Path, model: str, parts: Sequence[Component], most: int = 2) -> list[list[RecipeStep]]:
-    """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose.
+def elsewhere(
+    stacks: Path, model: str, effort: str, parts: Sequence[Component], most: int = 2
+) -> list[list[RecipeStep]]:
+    """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose, chosen
+    with this effort or more. What a first pass at a smaller one has left would make a build begin elsewhere.
 
     Recipes that cannot be read or are empty, and stacks of components that are not among `parts`, are passed over.
     """
@@ -224,7 +227,8 @@ def elsewhere(stacks: Path, model: str, parts: Sequence[Component], most: int = 
         except UserError:  # whatever is wrong with another model's file, it is no reason not to search here
             continue
         fit = all(set(step.knobs) <= known.get(step.optimization, set()) for step in chosen.stack)
-        if chosen.stack and fit and chosen.accuracy not in recipe.LOSING:
+        measured_enough = recipe.EFFORTS.index(chosen.effort) >= recipe.EFFORTS.index(effort)
+        if chosen.stack and fit and measured_enough and chosen.accuracy not in recipe.LOSING:
             served.append(chosen.stack)
     return served[:most]
 

@@ -162,21 +162,24 @@ def test_what_served_other_models_comes_first(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
 
-    def store(model: str, stem: str, accuracy: str = "maintained") -> None:
+    def store(model: str, stem: str, accuracy: str = "maintained", effort: str = "standard") -> None:
         steps = [RecipeStep(optimization=stem, knobs={"share": 0.3})]
         about = {"model": model, "scale": "proxy", "chosen_by": "automl_components", "weights": "w"}
-        recipe.write(recipe.Recipe(**about, stack=steps, accuracy=accuracy), tmp_path)
+        recipe.write(recipe.Recipe(**about, stack=steps, accuracy=accuracy, effort=effort), tmp_path)
 
     store("glm", "two")
     store("lossy", "one", "not_maintained")
     store("own", "one")
     store("strange", "three")
+    store("a_first_pass", "one", effort="preview")
     (tmp_path / "coder.yaml").write_text("stack: [")
-    first = automl.elsewhere(tmp_path, "own", parts)
+    first = automl.elsewhere(tmp_path, "own", "standard", parts)
     assert [[step.optimization for step in stack] for stack in first] == [["two"]], (
-        "not the one that was judged to lose"
+        "not the one that was judged to lose, nor that of a smaller effort"
     )
-    assert automl.elsewhere(tmp_path, "own", parts[:0]) == []
+    assert len(automl.elsewhere(tmp_path, "own", "preview", parts)) == 2
+    assert automl.elsewhere(tmp_path, "own", "thorough", parts) == []
+    assert automl.elsewhere(tmp_path, "own", "standard", parts[:0]) == []
     with study.opened(None, "s", {}, 2) as memory:
         assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
 
