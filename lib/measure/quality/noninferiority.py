@@ -201,7 +201,7 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
         f"taken as independent, margin {margin:g}",
         reason=None
         if maintained
-        else f"{n} items are too few: about {max(needed, n + 1)} would show it maintained, "
+        else f"{n} items are too few: about {_about(max(needed, n + 1))} would show it maintained, "
         "if the difference is as seen",
     )
 
@@ -324,4 +324,10 @@ def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str
         return f"{n} {unit} cannot tell: the difference seen is at the margin itself"
     direction = "maintained" if distance > 0 else "not maintained"
     needed = max(needed, n + 1, MINIMUM_WINDOWS)
-    return f"{n} {unit} are too few: about {needed} would show it {direction}, if the difference is as seen"
+    return f"{n} {unit} are too few: about {_about(needed)} would show it {direction}, if the difference is as seen"
+
+
+def _about(count: int) -> str:
+    """Return a count in words: of thousands two digits, rounded up, so that it suffices: 302,292 → "310,000"."""
+    step = 10 ** (len(str(count)) - 2) if count >= 1000 else 1
+    return f"{-(-count // step) * step:,}"

@@ -148,6 +148,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return undecided(f"nothing was measured that serves {goal.name}")
     evidence = Evidence(served, record)
     lost, open_question, judged = _quality(record, keep)
+    unanswered = open_question if any(_beyond_every_effort(record, m, keep) for m in judged) else None
     about: dict[str, Any] = {"evidence": evidence, "quality": judged}
     if lost:
         return result("do not use", lost, **about)
@@ -156,6 +157,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "an estimate is never judged"
         return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
+    if unanswered:
+        return result("undecided", f"{unanswered}; no effort asks so many", **about)
     if open_question:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
@@ -215,6 +218,22 @@ def judged_with(measurement: Measurement, keep: float) -> str:
     if measurement.ci and measurement.baseline and (measurement.ci[1] - 1) * measurement.baseline < -keep:
         return "not_maintained"
     return "inconclusive"
+
+
+def _beyond_every_effort(record: Record, score: Measurement, keep: float) -> bool:
+    """Return whether a score is open and would probably be so at the largest effort too: its ends, brought nearer to
+    the difference by as many items as that asks, still lie on both sides of the margin.
+    """
+    if judged_with(score, keep) != "inconclusive" or score.bound is None or score.ci is None or not score.baseline:
+        return False
+    if score.metric == "perplexity" or why_busy(record.measurements):
+        return False
+    small, large = settings.EFFORTS[record.effort], max(settings.EFFORTS.values(), key=lambda effort: effort.items)
+    nearer = math.sqrt(small.items / large.items)
+    change = score.optimized - score.baseline
+    low = change - (change - score.bound) * nearer
+    high = change + ((score.ci[1] - 1) * score.baseline - change) * nearer
+    return low <= -keep <= high
 
 
 def taken(record: Record, goal: str) -> float | None:

@@ -45,6 +45,11 @@ def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
     assert even["f1_macro"].verdict == even["accuracy"].verdict == "maintained"
 
 
+@pytest.mark.parametrize(("count", "words"), [(149, "149"), (999, "999"), (1260, "1,300"), (302_292, "310,000")])
+def test_how_many_would_suffice_is_said_in_two_digits(count, words):
+    assert noninferiority._about(count) == words
+
+
 def test_same_answers_have_no_interval_and_say_how_many():
     base = classified(48, 0.9)
     for other, verdict in ((replace(base, scores_NL=base.scores_NL + 0.1), "inconclusive"), (base, "maintained")):

@@ -106,6 +106,25 @@ def test_an_open_question_has_a_command_and_about_how_long_it_takes():
     assert advised(again).decision == "undecided" and "--effort quick" in advised(again).command
 
 
+@pytest.mark.parametrize(
+    ("effort", "optimized", "decides"),
+    [
+        ("quick", 0.897, True),  # at the margin but for half a point: the bound comes nearer by a factor of five
+        ("quick", 0.8902, False),  # the difference seen is the margin itself
+        ("standard", 0.9, True),  # by a factor of 1.7
+        ("standard", 0.897, False),
+        ("thorough", 0.897, False),  # there is nothing beyond
+    ],
+)
+def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, decides):
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    open_score = samples.scored("f1_macro", 0.91, optimized, "inconclusive", 0.02)
+    asked = [open_score if m.metric == "f1_macro" else m for m in run.measurements]
+    row = advised(run.model_copy(update={"measurements": asked, "effort": effort}))
+    assert row.decision == "undecided" and (row.command is not None) == decides
+    assert row.reason.endswith("no effort asks so many") != decides
+
+
 def test_estimated_energy_never_recommends():
     row = advised(samples.whole("structured_pruning", MODEL), "energy")
     assert row.decision == "undecided"
