@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.compare.saved import saved
-from lib.measure.metrics import pairs
+from lib.measure.metrics import pairs, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
@@ -91,10 +91,11 @@ def least_in_each(call_seconds: float, effort: Effort) -> int:
     """Return the fewest rounds in each process. Of short calls SHORT_ROUNDS: with two, a model of a hundred million
     parameters differs from its copy by a tenth. Of long ones as many as fit into the share of ARM_SECONDS.
     """
+    most = max(rounds(effort), round(_share(effort) * SHORT_ROUNDS))
     if call_seconds < interleaved.LONG_SECONDS:
-        return SHORT_ROUNDS
-    share = ARM_SECONDS / (effort.blocks // rounds(effort))
-    return max(rounds(effort), min(SHORT_ROUNDS, int(share / call_seconds)))
+        return most
+    each = _share(effort) * ARM_SECONDS / (effort.blocks // rounds(effort))
+    return max(rounds(effort), min(most, int(each / call_seconds)))
 
 
 def rounds_alone(work: Workload, effort: Effort) -> int:
@@ -105,9 +106,14 @@ def rounds_alone(work: Workload, effort: Effort) -> int:
     if not block_seconds(effort):
         return effort.blocks
     call_seconds = interleaved.warm_up(work)
-    most = SHORT_ROUNDS * (effort.blocks // rounds(effort))
-    fitting = min(most, int(ARM_SECONDS / max(call_seconds, 1e-9)))
+    most = round(_share(effort) * SHORT_ROUNDS) * (effort.blocks // rounds(effort))
+    fitting = min(most, int(_share(effort) * ARM_SECONDS / max(call_seconds, 1e-9)))
     return max(effort.blocks, fitting // interleaved.STEP * interleaved.STEP)
+
+
+def _share(effort: Effort) -> float:
+    """Return the share of ARM_SECONDS and SHORT_ROUNDS that an effort takes: all of them from quick on."""
+    return min(1.0, effort.timing_share / settings.EFFORTS["quick"].timing_share)
 
 
 def block_seconds(effort: Effort) -> float:

@@ -25,8 +25,8 @@ from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 JITTERS = 10  # simulations of every trace beside its replay
 ROUNDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-LEAST_REQUESTS = 6  # in each phase
-LONGER = {"preview": 0.5, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+LEAST_REQUESTS = {"preview": 3, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
+LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
 SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
 
@@ -86,7 +86,7 @@ def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
     short for goodput to be counted: a large model serves few requests in a second.
     """
     each = policy_comparison.requests_in(study.setup, "changing", LONGER[effort] * seconds)
-    each = max(each, LEAST_REQUESTS)
+    each = max(each, LEAST_REQUESTS[effort])
     seeds = [study.seeds[0] + SEEDS_FROM + index for index in range(ROUNDS[effort])]
     return policy_comparison.traces(study.setup, "changing", each, seeds)
 

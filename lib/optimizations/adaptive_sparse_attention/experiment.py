@@ -48,14 +48,14 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 CONTEXTS = {
-    "preview": (2048,),
+    "preview": (1024,),
     "quick": (1024, 2048),
     "standard": (1024, 2048, 4096),
     "thorough": (1024, 2048, 4096, 8192, 16384),
 }
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"preview": (2048,), "quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
-TIMED_PROMPT = {"preview": 2048, "quick": 2048, "standard": 4096, "thorough": 8192}
+TIMED_PROMPT = {"preview": 1024, "quick": 2048, "standard": 4096, "thorough": 8192}
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scena
 
 JITTERS = 5  # simulations beside every replay
 ROUNDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-LONGER = {"preview": 0.5, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 PHASES = ("warm-up", "calm", "stolen core", "calm")
 LEAST_REQUESTS, MOST_STRETCHED = 5, 2  # in a third; times that a replay is made longer for them, at most
 STATIC, AGAIN, LOOP = "static", "static again", "loop"

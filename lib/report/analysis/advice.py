@@ -224,9 +224,9 @@ def _beyond_every_effort(record: Record, score: Measurement, keep: float) -> boo
     """Return whether a score is open and would probably be so at the largest effort too: its ends, brought nearer to
     the difference by as many items as that asks, still lie on both sides of the margin.
     """
-    if judged_with(score, keep) != "inconclusive" or score.bound is None or score.ci is None or not score.baseline:
+    if judged_with(score, keep) != "inconclusive" or score.metric == "perplexity" or why_busy(record.measurements):
         return False
-    if score.metric == "perplexity" or why_busy(record.measurements):
+    if score.bound is None or score.ci is None or not score.baseline or score.optimized is None:
         return False
     small, large = settings.EFFORTS[record.effort], max(settings.EFFORTS.values(), key=lambda effort: effort.items)
     nearer = math.sqrt(small.items / large.items)

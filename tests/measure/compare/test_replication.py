@@ -102,3 +102,14 @@ def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, st
 def test_long_calls_have_as_many_rounds_in_each_process_as_fit(call_seconds, quick, standard):
     assert replication.least_in_each(call_seconds, settings.read("quick")) == quick
     assert replication.least_in_each(call_seconds, settings.read("standard")) == standard
+
+
+@pytest.mark.parametrize("call_seconds", [0.001, 0.19, 0.5, 3.0])
+def test_a_preview_takes_a_fifth_of_the_rounds_and_never_fewer_than_an_interval_needs(call_seconds, monkeypatch):
+    monkeypatch.delenv(replication.VARIABLE, raising=False)
+    monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
+    monkeypatch.setattr(replication.interleaved, "warm_up", lambda arm: call_seconds)
+    preview = settings.read("preview")
+    each, alone = replication.least_in_each(call_seconds, preview), replication.rounds_alone("arm", preview)
+    assert each == replication.ROUNDS and each * (preview.blocks // replication.ROUNDS) == preview.blocks
+    assert alone == preview.blocks

@@ -23,6 +23,7 @@ SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
 RESAMPLES = 200
 ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin
 VALUES_AT_REAL_SIZE = 16  # where a value takes seconds: one that is lost excludes
+TIMES_THE_EFFORTS = 4  # at most so many times what the effort itself asks: less only at effort preview
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _finite(value: float) -> float:
 def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, values: int = VALUES) -> SearchQuality:
     """Return what candidates are asked, at real size few values, with the baseline's answers."""
     values = min(values, VALUES_AT_REAL_SIZE) if loaded.scale == "full" else values
-    size = replace(effort, items=items, windows=WINDOWS, window_tokens=256, retrieval_prompts=values)
+    most = (TIMES_THE_EFFORTS * own for own in (effort.items, effort.windows, effort.retrieval_prompts))
+    items, windows, values = (min(pair) for pair in zip((items, WINDOWS, values), most))
+    size = replace(effort, items=items, windows=windows, window_tokens=256, retrieval_prompts=values)
     seed += SEED_STEP
     return SearchQuality(loaded, size, seed, _answers(loaded, size, seed, loaded.model))
 

@@ -75,3 +75,13 @@ def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
         search_quality.prepare(loaded, settings.read("quick"), 0)
     assert task_lists == [["topic"], ["topic", "code_origin"]]
     assert values == [search_quality.VALUES_AT_REAL_SIZE, search_quality.VALUES]
+
+
+@pytest.mark.parametrize(
+    ("effort", "sizes"), [("preview", (64, 16, 32)), ("quick", (96, 16, 64)), ("standard", (96, 16, 64))]
+)
+def test_only_a_preview_asks_fewer_than_one_loss_would_show_on(effort, sizes, monkeypatch):
+    monkeypatch.setattr(search_quality, "_answers", lambda *arguments: None)
+    loaded = SimpleNamespace(scale="proxy", model=None)
+    size = search_quality.prepare(loaded, settings.read(effort), 0).size
+    assert (size.items, size.windows, size.retrieval_prompts) == sizes
