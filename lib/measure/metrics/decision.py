@@ -48,10 +48,8 @@ def decide(
     if busy:
         return Ruling("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
     if floor > BUSY_FLOOR:
-        return Ruling(
-            "inconclusive",
-            f"the noise floor of {100 * floor:.3g}% is above {BUSY_FLOOR:.0%}; measure again on a quiet machine",
-        )
+        above = f"the noise floor of {100 * floor:.3g} % is above {100 * BUSY_FLOOR:.0f} %"
+        return Ruling("inconclusive", f"{above}; measure again on a quiet machine")
     if (processes or n) <= FEW_PAIRS and high - low >= math.log(FACTOR):
         few = f"{processes} processes" if processes else f"{n} pairs"
         return Ruling("inconclusive", f"{few} whose interval spans a factor of {math.exp(high - low):.1f}")

@@ -272,9 +272,9 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
 def _again(record: Record) -> tuple[str, float | None]:
     """Return the one command that would tell more, the same run with more effort, and about how many seconds it takes:
     this run's, times the geometric mean of how many more blocks and items the effort asks for. What was measured on a
-    busy machine is measured again as it was.
+    busy machine is measured again as it was, but for a preview, whose few rounds scatter on any machine.
     """
-    if why_busy(record.measurements):
+    if why_busy(record.measurements) and record.effort != "preview":
         return reproduce.command(record), record.seconds
     more = {"standard": "thorough", "thorough": "thorough"}.get(record.effort, "standard")
     small, large = settings.EFFORTS[record.effort], settings.EFFORTS[more]

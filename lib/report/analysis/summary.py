@@ -130,6 +130,16 @@ def _first_of_each(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def busy(record: Record) -> str:
-    """Return why nothing timed is judged, as a sentence; empty where the machine was quiet."""
+    """Return why nothing timed is judged, as a sentence; empty where the machine was quiet. A preview's few rounds
+    scatter beyond the limit on any machine.
+    """
     reason = why_busy(record.measurements)
-    return in_words.without_result("Busy machine, nothing timed is judged", reason) if reason else ""
+    label = f"{short_or_busy(record)}, nothing timed is judged".capitalize()
+    return in_words.without_result(label, reason) if reason else ""
+
+
+def short_or_busy(record: Record) -> str:
+    """Return in two words why nothing timed is judged; empty where something is."""
+    if not why_busy(record.measurements):
+        return ""
+    return "too short" if record.effort == "preview" else "busy machine"

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.measurement import Measurement
-from lib.report.analysis import advice
+from lib.report.analysis import advice, summary
 from lib.report.analysis.advice import Advice
 from lib.report.pages.first_screen import DECISIONS, shown_flip
 from lib.report.records.record import Record
@@ -97,7 +96,7 @@ def _row(
         "model": record.model,
         "href": page if (folder / page).is_file() else f"#{record.stem}",
         "effort": record.effort,
-        "busy": bool(why_busy(record.measurements)),
+        "busy": summary.short_or_busy(record),
         "flips": [shown_flip(name, *change, now[name]) for name, change in changed.items()],
         "status": words(record.status) if record.status != "ok" else "",
         "cells": [_cell(name, _measured(record, metrics)) for name, metrics in COLUMNS.items()],

@@ -11,9 +11,8 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.report.analysis import advice, headlines, result_set
+from lib.report.analysis import advice, headlines, result_set, summary
 from lib.report.analysis.noise import flips
 from lib.report.analysis.result_set import Results
 from lib.report.pages import decisions, views
@@ -123,7 +122,7 @@ def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict
     parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]
     notes = [record.effort]
     notes += [f"{' and '.join(record.dimensions)} only"] if record.dimensions else []
-    notes += ["busy machine"] if why_busy(record.measurements) else []
+    notes += [why] if (why := summary.short_or_busy(record)) else []
     return cell | {"parts": parts, "note": ", ".join(notes)}
 
 
@@ -178,7 +177,7 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     days = sorted({facts.day(r.started)[:10] for r in records} - {""})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
     took = sum(r.seconds or 0 for r in records)
-    busy = sum(bool(why_busy(r.measurements)) for r in records)
+    busy = sum(summary.short_or_busy(r) == "busy machine" for r in records)
     rows = [
         ("Machine", machines),
         ("Measured", span),

@@ -52,7 +52,7 @@ def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
 def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
     busy = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, 0.48)
     assert busy.verdict == "inconclusive" and busy.ratio == pytest.approx(2.5, rel=0.01)
-    assert "48%" in busy.reason and "above 10%" in busy.reason and "load " in busy.reason
+    assert "48 %" in busy.reason and "above 10 %" in busy.reason and "load " in busy.reason
     quiet = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, 0.09)
     assert quiet.verdict == "better" and quiet.reason is None
 

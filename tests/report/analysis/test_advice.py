@@ -104,6 +104,8 @@ def test_an_open_question_has_a_command_and_about_how_long_it_takes():
         "tokens_per_second") else m for m in run.measurements]  # fmt: skip
     again = record.build(run.optimization, MODEL, "proxy", "quick", {}, busy, environment=samples.ENVIRONMENT)
     assert advised(again).decision == "undecided" and "--effort quick" in advised(again).command
+    preview = advised(again.model_copy(update={"effort": "preview"}))
+    assert preview.decision == "undecided" and "--effort standard" in preview.command, "another one would be as short"
 
 
 @pytest.mark.parametrize(

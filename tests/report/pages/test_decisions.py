@@ -1,5 +1,6 @@
 """The index's first table says what `advise` decides, at every margin, in short sentences; it needs no network."""
 
+import pytest
 from bs4 import BeautifulSoup
 
 from lib.report.analysis import advice
@@ -84,13 +85,15 @@ def test_runs_of_different_effort_are_told_apart(tmp_path):
     assert "Runs of different effort: 1 at standard, 7 at quick" in text
 
 
-def test_a_busy_machine_is_named_on_the_index(tmp_path):
+@pytest.mark.parametrize(("effort", "named"), [("quick", "busy machine"), ("preview", "too short")])
+def test_a_busy_machine_is_named_on_the_index_and_a_preview_is_not_taken_for_one(tmp_path, effort, named):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
         "tokens_per_second") else m for m in run.measurements]  # fmt: skip
-    record.write(run.model_copy(update={"measurements": busy}), tmp_path / f"{run.stem}.json")
+    again = run.model_copy(update={"measurements": busy, "effort": effort})
+    record.write(again, tmp_path / f"{run.stem}.json")
     [row] = _rows(tmp_path)
-    assert "busy machine" in row.th.get_text()
+    assert f"{effort}, {named}" in row.th.get_text()
 
 
 def test_names_are_escaped(tmp_path):
