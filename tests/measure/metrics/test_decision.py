@@ -38,7 +38,7 @@ def test_the_floor_holds_a_verdict_and_an_equivalence_back():
 def test_a_busy_machine_gives_no_verdict_however_large_the_effect():
     """As seen: the baseline itself, 2.17 times faster beside a noise floor of 48 %."""
     seen = decide(math.log(2.17), math.log(1.16), math.log(8.13), **OPTIONS | {"n": 6, "floor": 0.48})
-    assert seen.verdict == "inconclusive" and "48 %" in seen.reason and "10%" in seen.reason
+    assert seen.verdict == "inconclusive" and "48 %" in seen.reason and "10 %" in seen.reason
     loaded = decide(0.5, 0.4, 0.6, **OPTIONS, busy="other processes took 50% of our cores")
     assert loaded.verdict == "inconclusive" and "50%" in loaded.reason
 
