@@ -1,7 +1,7 @@
 """What replacements cost, as the mean over several fresh processes.
 
 Within one process a part is quick or slow all along, by where its weights came to lie: measuring it more often does not
-help, and a programme that solves for times of one process chooses another architecture in the next. Knows nothing of
+help, and a programme that solves for times of one process may choose another architecture in the next. Knows nothing of
 what is chosen by these costs.
 
 Shapes: P prompt tokens.
