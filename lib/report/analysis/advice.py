@@ -148,7 +148,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return undecided(f"nothing was measured that serves {goal.name}")
     evidence = Evidence(served, record)
     lost, open_question, judged = _quality(record, keep)
-    unanswered = open_question if any(_beyond_every_effort(record, m, keep) for m in judged) else None
+    unanswered = next((m for m in judged if _beyond_every_effort(record, m, keep)), None)
     about: dict[str, Any] = {"evidence": evidence, "quality": judged}
     if lost:
         return result("do not use", lost, **about)
@@ -158,7 +158,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         gate = why(served) or "an estimate is never judged"
         return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
     if unanswered:
-        return result("undecided", f"{unanswered}; no effort asks so many", **about)
+        why_open = f"no effort asks enough items: {subject(unanswered)}: {unanswered.reason or 'too few to tell'}"
+        return result("undecided", why_open, **about)
     if open_question:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):

@@ -124,7 +124,16 @@ def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, dec
     asked = [open_score if m.metric == "f1_macro" else m for m in run.measurements]
     row = advised(run.model_copy(update={"measurements": asked, "effort": effort}))
     assert row.decision == "undecided" and (row.command is not None) == decides
-    assert row.reason.endswith("no effort asks so many") != decides
+    assert row.reason.startswith("no effort asks enough items: F1: 400 items are too few") != decides
+
+
+def test_the_score_that_no_effort_decides_is_the_one_that_is_named():
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    asked = [m for m in run.measurements if m.dimension != "accuracy"]
+    asked.append(samples.scored("f1_macro", 0.91, 0.897, "inconclusive", 0.02))
+    asked.append(samples.scored("retrieval_exact_match", 0.91, 0.8902, "inconclusive", 0.02, "retrieval"))
+    row = advised(run.model_copy(update={"measurements": asked}))
+    assert row.command is None and row.reason.startswith("no effort asks enough items: retrieval")
 
 
 def test_estimated_energy_never_recommends():
