@@ -71,13 +71,18 @@ def must_attend(model: nn.Module) -> set[int]:
 
 def skeleton(model: nn.Module) -> nn.Module:
     """Return what is left of `model`, whose tensors it shares, without any part but the attentions that must stay."""
-    left = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    left = _sharing(model)
     attending = must_attend(model)
     for index, layer in enumerate(cast(nn.ModuleList, anatomy(left).decoder.layers)):
         place(layer, "feed_forward", NoFeedForward())
         if index not in attending:
             place(layer, "attention", NoAttention())
     return synchronise(left)
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """Return another model with the same tensors and a configuration of its own, which follows its parts."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def locate(slot: str) -> tuple[int, str]:
@@ -101,8 +106,7 @@ def build(
     blocks. Raises UserError for an unknown option, and where a slot would have none.
     """
     names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    student = copy.deepcopy(model, shared)
+    student = _sharing(model)
     ordered = {} if ordered is None else ordered
     attending = must_attend(model)
     modules: dict[str, dict[str, nn.Module]] = {}
