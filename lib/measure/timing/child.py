@@ -1,5 +1,6 @@
-"""What programs in child processes share: they read jobs from standard input, load arms, and answer each job from a
-process of its own by one line of JSON. Knows nothing of what is measured; `lib.measure.timing.children` starts them.
+"""What programs in child processes share: the server reads jobs from standard input and answers each by one line of
+JSON, from a process of its own in which a program's `run` loads the arms. Knows nothing of what is measured;
+`lib.measure.timing.children` starts it.
 """
 
 import gc
@@ -11,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,16 +34,18 @@ PIECES, PIECE_BYTES = 64, 2**16
 MAPPINGS, MAPPED_PAGES = 16, 2**11
 
 
-def serve(run: Run) -> None:
-    """Answer the requests on standard input, a line of JSON each, by `run`: a line for each job, from a forked process
-    where the request says so.
+def serve() -> None:
+    """Answer the requests on standard input, a line of JSON each, by their program's `run`: a line for each job, from a
+    forked process where the request says so.
     """
     for line in sys.stdin:
-        _serve(run, json.loads(line))
+        _serve(json.loads(line))
 
 
-def _serve(run: Run, request: dict[str, Any]) -> None:
+def _serve(request: dict[str, Any]) -> None:
     jobs = request["jobs"]
+    _take_over(request["environment"])
+    run: Run = named(f"{request['program']}:run")
     # Imported here, so that every child holds the same libraries. What is wrong with an arm is reported by its child.
     for arm in _different([Arm(**fields) for job in jobs for fields in job["arms"]]):
         for name in filter(None, (arm.transform, arm.opener)):
@@ -54,6 +58,15 @@ def _serve(run: Run, request: dict[str, Any]) -> None:
     for job in jobs:
         answer = _forked(run, job, request["limit_seconds"]) if request["fork"] else _answer(run, job)
         print(json.dumps(answer), flush=True)
+
+
+def _take_over(environment: dict[str, str]) -> None:
+    """Take over the variables of the process that asks, and where its modules lie."""
+    os.environ.clear()
+    os.environ.update(environment)
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    tempfile.tempdir = None
 
 
 def _different(arms: Sequence[Arm]) -> list[Arm]:

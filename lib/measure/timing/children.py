@@ -2,8 +2,9 @@
 started. Knows nothing of what they measure; `lib.measure.timing.child` is the other side.
 
 Children are forked, one after another, from a server: a process that has imported the libraries and done nothing else,
-since importing takes longer than most measurements. It serves further calls of the same program as long as this process
-lives. On CUDA, and where processes cannot fork, each child is started anew.
+since importing takes longer than most measurements. It serves every program as long as this process lives. In a build
+it was forked with the kernel, from a process that imports the libraries once for all runs. On CUDA, and where processes
+cannot fork, each child is started anew.
 """
 
 import atexit
@@ -19,13 +20,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
+
+from lib.forked_process import ForkedProcess
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS = 1800.0  # of one child
 VARIABLE = "WORKBENCH_CHILDREN"
+# Names the server that was forked with this process: both process ids, its pipes and its errors as file descriptors,
+# its threads.
+FORKED_SERVER = "WORKBENCH_MEASURING_SERVER"
+SERVE = "from lib.measure.timing import child; child.serve()"
 STARTING_SECONDS = 120.0
 
 
@@ -62,58 +69,53 @@ def left_out() -> str | None:
 
 
 def run(
-    program: str,
-    jobs: Sequence[Mapping[str, Any]],
-    *,
-    environment: Mapping[str, str] | None = None,
-    limit_seconds: float = LIMIT_SECONDS,
+    program: str, jobs: Sequence[Mapping[str, Any]], *, limit_seconds: float = LIMIT_SECONDS
 ) -> list[dict[str, Any]]:
     """Return the answer of a fresh process to each job, in order; all run on the cores and threads of this one.
 
-    `program` is a module that calls `child.serve`. A job is plain JSON; its entry "arms" lists its arms as
-    dictionaries. `environment` adds variables. A process that fails or runs past `limit_seconds` answers
-    {"failed": the reason}.
+    `program` is a module whose function `run` takes a job and returns the answer. A job is plain JSON; its entry "arms"
+    lists its arms as dictionaries. A process that fails or runs past `limit_seconds` answers {"failed": the reason}.
     """
     on_gpu = any(arm["device"].startswith("cuda") for job in jobs for arm in job["arms"])
     if on_gpu and (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         torch.cuda.empty_cache()  # memory that this process's allocator holds back is not free for a child
     if hasattr(os, "fork") and not on_gpu:
-        return _server(program, environment or {}).answers(jobs, limit_seconds, fork=True)
+        return _server().answers(program, jobs, limit_seconds, fork=True)
     answers = []
     for job in jobs:
-        server = Server(program, _surroundings(environment or {}))
+        server = _start()
         try:
-            answers += server.answers([job], limit_seconds, fork=False)
+            answers += server.answers(program, [job], limit_seconds, fork=False)
         finally:
             server.end()
     return answers
 
 
-def _surroundings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a child: this process's, its threads, and where the project's code lies."""
+def _threads() -> int | None:
     torch = sys.modules.get("torch")
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())} if torch else {}
+    return torch.get_num_threads() if torch else None
+
+
+def _surroundings() -> dict[str, str]:
+    """Return the variables of a child: this process's, its threads, and where the project's code lies.
+
+    Python's sets and dictionaries have the same order in every child.
+    """
+    threads = {"OMP_NUM_THREADS": str(count)} if (count := _threads()) else {}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **threads, **environment, "PYTHONPATH": path}
+    return {**os.environ, **threads, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
 
 
 # --- servers ---------------------------------------------------------------------------------------------------------
 
 
 class Server:
-    """A process that runs `program`; it answers requests, one line of JSON for each job, until `end`."""
+    """A process that serves every program (`child.serve`); it answers requests, one line of JSON for each job, until
+    `end`. `errors` is the file that its errors go to.
+    """
 
-    def __init__(self, program: str, surroundings: Mapping[str, str]) -> None:
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until `end`
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            cwd=ROOT,
-            env=dict(surroundings),
-        )
+    def __init__(self, process: "subprocess.Popen[str] | ForkedProcess", errors: IO[str]) -> None:
+        self.process, self.errors = process, errors
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -128,19 +130,24 @@ class Server:
         """Whether the process still runs."""
         return self.process.poll() is None
 
-    def answers(self, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, *, fork: bool) -> list[dict[str, Any]]:
+    def answers(
+        self, program: str, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, *, fork: bool
+    ) -> list[dict[str, Any]]:
         """Return the answer to each job, from a process forked for it or else from the server itself. A server that
         ends, or does not answer in time, is gone afterwards, and with it what it forked; so is one whose answers were
         not awaited, since whoever asked next would take them for theirs.
         """
         try:
-            return self._answers(jobs, limit_seconds, fork)
+            return self._answers(program, jobs, limit_seconds, fork)
         except BaseException:
             self.end()
             raise
 
-    def _answers(self, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, fork: bool) -> list[dict[str, Any]]:
-        request = {"jobs": jobs, "fork": fork, "limit_seconds": limit_seconds}
+    def _answers(
+        self, program: str, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, fork: bool
+    ) -> list[dict[str, Any]]:
+        request = {"program": program, "jobs": jobs, "fork": fork, "limit_seconds": limit_seconds}
+        request["environment"] = _surroundings()
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its lines will say
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -180,29 +187,54 @@ class Server:
         self.errors.close()
 
 
-_SERVERS: dict[str, tuple[object, Server]] = {}  # of each program the latest, and what it was started for
+_SERVERS: dict[tuple, Server] = {}  # the latest, by what it was started for
 
 
-def _server(program: str, environment: Mapping[str, str]) -> Server:
-    """Return the server of a program under these variables, on the cores of this process; start it where there is
-    none. One that was started for others ends: each holds the libraries in memory.
+def _start() -> Server:
+    """Start a server under this process's variables, on its cores."""
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until it ends
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        cwd=ROOT,
+        env=_surroundings(),
+    )
+    return Server(process, errors)
+
+
+def _forked() -> Server | None:
+    """Return the server that was forked with this process, where there is one for as many threads."""
+    parent, pid, stdin, stdout, errors, threads = map(int, os.environ.pop(FORKED_SERVER, "0,0,0,0,0,0").split(","))
+    if parent != os.getpid():
+        return None
+    to_it, from_it = (os.fdopen(fd, mode, encoding="utf-8") for fd, mode in ((stdin, "w"), (stdout, "r")))
+    server = Server(ForkedProcess(pid, to_it, from_it), os.fdopen(errors, "r", encoding="utf-8", errors="replace"))
+    if _threads() in (threads, None):
+        return server
+    server.end()
+    return None
+
+
+def _server() -> Server:
+    """Return the server on the cores and threads of this process; start it where there is none. One that was started
+    for others ends: each holds the libraries in memory.
     """
-    surroundings = _surroundings(environment)
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-    key = (os.getpid(), cores, surroundings)
-    started_for, server = _SERVERS.get(program, (None, None))
-    if server is None or started_for != key or not server.alive:
-        if server is not None and isinstance(started_for, tuple) and started_for[0] == os.getpid():
-            server.end()
-        server = Server(program, surroundings)
-        _SERVERS[program] = key, server
+    key = (os.getpid(), cores, _threads())
+    server = _SERVERS.get(key)
+    if server is None or not server.alive:
+        end_all()
+        server = _SERVERS[key] = _forked() or _start()
     return server
 
 
 @atexit.register
 def end_all() -> None:
     """End the servers of this process; those of a process that it was forked from go on."""
-    for started_for, server in _SERVERS.values():
-        if isinstance(started_for, tuple) and started_for[0] == os.getpid():
+    for (process, *_), server in _SERVERS.items():
+        if process == os.getpid():
             server.end()
     _SERVERS.clear()

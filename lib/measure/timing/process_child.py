@@ -64,7 +64,3 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
 
 def _address(model: nn.Module) -> int:
     return next(parameter for parameter in model.parameters() if not parameter.is_meta).data_ptr()
-
-
-if __name__ == "__main__":
-    child.serve(run)

@@ -26,14 +26,6 @@ TURNS = 3
 TURNS_ON_GPU = 2  # its allocator hardly scatters, and no process there can be forked
 # Weights of fewer bytes could fit into memory that was held and freed before they were loaded.
 LARGE_BYTES = 2**28
-# glibc's settings: one arena for all threads, and large blocks are mapped and given back at once, whatever came before.
-# Python's: sets and dictionaries in the same order in every child.
-SETTLED = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "131072",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-    "PYTHONHASHSEED": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def peaks(*arms: Arm, turns: int | None = None, watched: bool = True) -> list[Pe
     on_gpu = any(arm.device.startswith("cuda") for arm in arms)
     turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)
     jobs = [{"arms": [asdict(arm)], "watched": watched and turn == 0} for turn in range(turns) for arm in arms]
-    answers = children.run("lib.measure.trackers.memory_child", jobs, environment=SETTLED)
+    answers = children.run("lib.measure.trackers.memory_child", jobs)
     readings = [failed(answer["failed"]) if "failed" in answer else Peak(**answer) for answer in answers]
     return [Peaks(readings[number :: len(arms)]) for number in range(len(arms))]
 

@@ -21,6 +21,9 @@ from lib.measure.trackers.live_tensors import LiveTensors
 from lib.measure.trackers.memory import LARGE_BYTES, Peak
 
 MEMORY = Path("/proc/self")
+# Settings of glibc's allocator (malloc.h): one arena for all threads, and large blocks are mapped and given back at
+# once, whatever came before.
+SETTLED = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 2**17), "M_TRIM_THRESHOLD": (-1, 2**17)}
 
 
 def peak_bytes() -> tuple[int | None, str]:
@@ -51,6 +54,13 @@ def reset_peak() -> bool:
     return True
 
 
+def settle_allocator() -> None:
+    """Set the allocator as `SETTLED` says, for the rest of this process; other systems' allocators stay as they are."""
+    with suppress(OSError, AttributeError):
+        for parameter, value in SETTLED.values():
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
 def code_bytes() -> int:
     """Return the resident bytes of the libraries' files: pages of code come when they are used, whatever the model."""
     total, library = 0, False
@@ -68,6 +78,7 @@ def code_bytes() -> int:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load and run the job's arm in this process and return the fields of its `Peak`."""
     (fields,) = job["arms"]
+    settle_allocator()
     return asdict(read(Arm(**fields), watched=job["watched"]))
 
 
@@ -152,7 +163,3 @@ def _require_all(present: int, after_load: int | None, before: int | None) -> No
             f"memory is short: of {present / 1e9:.2f} GB of weights the system kept "
             f"{(after_load - (before or 0)) / 1e9:.2f} GB in memory, so a peak would be too low"
         )
-
-
-if __name__ == "__main__":
-    child.serve(run)

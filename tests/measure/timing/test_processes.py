@@ -108,33 +108,37 @@ def test_a_program_that_ends_early_loses_its_jobs_and_says_how(tmp_path, monkeyp
     assert done == {"value": 1} and "ended with 1: no more" in lost["failed"]
 
 
-def test_one_server_serves_until_variables_change_or_it_dies(tmp_path, monkeypatch):
-    text = "import os\nfrom lib.measure.timing import child\n"
-    text += "def run(job):\n    return {'server': os.getppid(), 'process': os.getpid()}\nchild.serve(run)\n"
+def test_one_server_serves_until_threads_change_or_it_dies(tmp_path, monkeypatch):
+    text = "import os\ndef run(job):\n"
+    text += "    return {'server': os.getppid(), 'process': os.getpid(), 'planted': os.environ.get('PLANTED')}\n"
     (tmp_path / "telling_program.py").write_text(text, encoding="utf-8")
+    (tmp_path / "other_program.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     first, second = children.run("telling_program", [{"arms": []}, {"arms": []}])
-    (again,) = children.run("telling_program", [{"arms": []}])
+    (again,) = children.run("other_program", [{"arms": []}])
     assert first["server"] == second["server"] == again["server"]
     assert len({answer["process"] for answer in (first, second, again)}) == 3
-    (elsewhere,) = children.run("telling_program", [{"arms": []}], environment={"MALLOC_ARENA_MAX": "1"})
+    monkeypatch.setenv("PLANTED", "a variable of now")
+    (later,) = children.run("telling_program", [{"arms": []}])
+    assert later["server"] == again["server"] and later["planted"] == "a variable of now" and not first["planted"]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(children, "_threads", lambda: threads + 1)
+    (elsewhere,) = children.run("telling_program", [{"arms": []}])
     assert elsewhere["server"] != again["server"] and not psutil.pid_exists(again["server"])
-    (before,) = children.run("telling_program", [{"arms": []}])
-    psutil.Process(before["server"]).kill()
-    children._SERVERS["telling_program"][1].process.wait(10)
+    psutil.Process(elsewhere["server"]).kill()
+    next(iter(children._SERVERS.values())).process.wait(10)
     (after,) = children.run("telling_program", [{"arms": []}])
-    assert "failed" not in after and after["server"] != before["server"]
+    assert "failed" not in after and after["server"] != elsewhere["server"]
     children.end_all()
     assert not psutil.pid_exists(after["server"])
 
 
 def test_an_interrupted_call_leaves_no_answers_to_the_next_one(tmp_path, monkeypatch):
-    text = "from lib.measure.timing import child\n"
-    text += "def run(job):\n    return {'echo': job['value']}\nchild.serve(run)\n"
+    text = "def run(job):\n    return {'echo': job['value']}\n"
     (tmp_path / "echoing_program.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (first,) = children.run("echoing_program", [{"arms": [], "value": 1}])
-    lines = children._SERVERS["echoing_program"][1].lines
+    lines = next(iter(children._SERVERS.values())).lines
 
     def interrupted(timeout):
         raise KeyboardInterrupt
@@ -148,8 +152,7 @@ def test_an_interrupted_call_leaves_no_answers_to_the_next_one(tmp_path, monkeyp
 
 def test_servers_end_with_the_process_that_started_them(tmp_path):
     text = "from lib.measure.timing import children\nimport os, signal\n"
-    text += "children._server('lib.measure.timing.process_child', {})\n"
-    text += "print(next(iter(children._SERVERS.values()))[1].process.pid, flush=True)\n"
+    text += "print(children._server().process.pid, flush=True)\n"
     text += "os.kill(os.getpid(), signal.SIGKILL)\n"
     out = subprocess.run([sys.executable, "-c", text], cwd=children.ROOT, capture_output=True, text=True).stdout
     with suppress(psutil.NoSuchProcess):

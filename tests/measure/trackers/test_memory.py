@@ -1,6 +1,7 @@
 """Peaks of memory from child processes: what is planted is found, and nothing is found where nothing is planted."""
 
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from io import StringIO
@@ -9,7 +10,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
-from lib.measure.timing import child
+from lib.measure.timing import child, children
 from lib.measure.trackers import memory, memory_child
 from lib.measure.trackers.memory import Arm, Peak, Peaks
 from lib.models.checkpoints import io
@@ -135,11 +136,12 @@ def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, mo
     (tmp_path / "heavy_transform.py").write_text("def apply(model):\n    return model\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     arms = [Arm(load={"name": MODEL}), Arm(transform="heavy_transform:apply")]
-    request = {"jobs": [{"arms": [asdict(arm)]} for arm in arms], "fork": True, "limit_seconds": 1}
+    request = {"program": "lib.measure.trackers.memory_child", "environment": dict(os.environ)}
+    request |= {"jobs": [{"arms": [asdict(arm)]} for arm in arms], "fork": True, "limit_seconds": 1}
     monkeypatch.setattr("sys.stdin", StringIO(json.dumps(request)))
     monkeypatch.setattr(child, "_forked", lambda run, job, limit: {"known": "heavy_transform" in sys.modules})
     monkeypatch.setattr(child.gc, "freeze", lambda: None)  # of this process, which goes on
-    child.serve(memory_child.run)
+    child.serve()
     assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
 
 
@@ -153,6 +155,33 @@ def test_a_peak_begins_anew_when_the_libraries_are_loaded(monkeypatch, tmp_path)
     assert 0 <= memory_child.code_bytes() < memory_child.peak_bytes()[0]
     monkeypatch.setattr(memory_child, "MEMORY", tmp_path / "nothing")
     assert not memory_child.reset_peak() and memory_child.code_bytes() == 0
+
+
+def test_the_allocator_of_a_child_gives_large_blocks_back_at_once(tmp_path, monkeypatch):
+    """A block of 8 MB lies in malloc's heap where larger ones were freed before, and in a mapping of its own where
+    the allocator is settled.
+    """
+    text = """
+import ctypes
+from lib.measure.trackers import memory_child
+
+def run(job):
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    for _ in range(3):
+        libc.free(libc.malloc(2**24))
+    if job["settled"]:
+        memory_child.settle_allocator()
+    memory_child.reset_peak()
+    address = libc.malloc(2**23)
+    start, end = next(line.split()[0].split("-") for line in open("/proc/self/maps") if "[heap]" in line)
+    return {"in_heap": int(start, 16) <= address < int(end, 16)}
+"""
+    (tmp_path / "allocating_program.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    plain, settled = children.run("allocating_program", [{"arms": [], "settled": False}, {"arms": [], "settled": True}])
+    assert (plain, settled) == ({"in_heap": True}, {"in_heap": False})
 
 
 def test_a_system_that_permits_no_reset_says_so(arm, monkeypatch):

@@ -23,7 +23,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     times = request_costs.measure(model, library, profile, prompt_BP, rounds=job["rounds"], seed=number)
     del heap  # kept until here
     return {"times": times}
-
-
-if __name__ == "__main__":
-    child.serve(run)
