@@ -142,4 +142,4 @@ def short_or_busy(record: Record) -> str:
     """Return in two words why nothing timed is judged; empty where something is."""
     if not why_busy(record.measurements):
         return ""
-    return "too short" if record.effort == "preview" else "busy machine"
+    return "too short" if record.effort == in_words.PREVIEW else "busy machine"

@@ -159,7 +159,7 @@ def build(
         refutations=list(refutations),
         relations=[item if isinstance(item, Relation) else relation.decide(*item) for item in relations],
         details=codec.decode(codec.encode(dict(details or {}), "details")),
-        verdict=judge(judged, status, reason, requested, declared),
+        verdict=judge(judged, status, reason, requested, declared, effort),
     )
 
 

@@ -15,6 +15,7 @@ from lib.report.records.verdicts import primary
 from lib.report.text import brief
 from lib.report.text.sentence import clipped
 
+PREVIEW = "preview"
 MOST_LOSSES = 3  # that are named; the verdict holds them all
 DECODE = "decode_tokens_per_second"
 SAID = ("better", "worse", "equivalent", "inconclusive")
@@ -26,9 +27,11 @@ def sentences(
     losses: Sequence[Measurement],
     reasons: Mapping[str, str],
     requested: Sequence[str] | None = None,
+    effort: str | None = None,
 ) -> str:
     """Return the verdict of a run in words. `reasons` says why a dimension has no carrier; `requested` are the
-    dimensions that were to be measured, None where all were.
+    dimensions that were to be measured, None where all were. A noise floor that is too high is the machine's fault, but
+    at effort preview that of few rounds.
     """
     wanted = [name for name in DIMENSIONS if name in (requested or DIMENSIONS)]
     broken = next((m for m in measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
@@ -43,7 +46,8 @@ def sentences(
     parts += [brief.joined([*lost[:MOST_LOSSES], *more], "But")] if lost else []
     silent = [name for name in wanted if carriers[name] is None]
     parts += [_silent(name, measurements, reasons.get(name, "nothing was measured")) for name in silent]
-    parts += ["The machine was busy: nothing timed is judged."] if why_busy(measurements) else []
+    short = "The run was too short" if effort == PREVIEW else "The machine was busy"
+    parts += [f"{short}: nothing timed is judged."] if why_busy(measurements) else []
     left_out = [name for name in DIMENSIONS if name not in (requested or DIMENSIONS)]
     parts += [f"Not asked for: {', '.join(left_out)}."] if left_out else []
     return " ".join(parts)
@@ -104,4 +108,4 @@ def of_record(record: Any) -> str:
     losses = [named[pair] for loss in record.verdict.losses if (pair := (loss.metric, loss.workload)) in named]
     if not carried:
         losses = [m for m, _ in primary.losses(members, carriers)]
-    return sentences(members, carriers, losses, record.verdict.reasons, record.dimensions)
+    return sentences(members, carriers, losses, record.verdict.reasons, record.dimensions, record.effort)

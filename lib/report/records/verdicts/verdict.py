@@ -88,6 +88,7 @@ def judge(
     reason: str | None = None,
     requested: Sequence[str] | None = None,
     primaries: Mapping[str, Pair] | None = None,
+    effort: str | None = None,
 ) -> Verdict:
     """Return the verdict of a run; one that failed or does not apply claims nothing and says why.
 
@@ -110,7 +111,7 @@ def judge(
     return Verdict.model_validate(
         words
         | {
-            "sentence": in_words.sentences(measurements, carriers, [m for m, _ in losses], reasons, requested),
+            "sentence": in_words.sentences(measurements, carriers, [m for m, _ in losses], reasons, requested, effort),
             "carried_by": {
                 name: Carrier(metric=member.metric, workload=member.workload, reason=why)
                 for name, (member, why) in carried.items()

@@ -104,6 +104,9 @@ def test_a_busy_machine_is_said():
     busy = floor.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"})
     run = record.build("x", "m", "proxy", "quick", {}, [busy])
     assert run.verdict.sentence.startswith("Prefill undecided.") and "The machine was busy" in run.verdict.sentence
+    preview = record.build("x", "m", "proxy", "preview", {}, [busy])
+    assert "The run was too short: nothing timed is judged." in preview.verdict.sentence
+    assert in_words.of_record(preview) == preview.verdict.sentence
 
 
 def test_a_record_without_primaries_is_put_into_words_too():
