@@ -1,7 +1,7 @@
 """Times two models in several fresh processes, through their saved files; where that cannot be done, says why.
 
-Only a model that its files hold completely can be timed this way: one with hooks, replaced methods or a different
-attention would be loaded as something else (absorbed decoding alone is put back, by `saved`). Its files are therefore
+Only a model that can be made again from its files can be timed this way: one with hooks, replaced methods or a
+different attention would be loaded as something else, but for what `saved` puts back. Its files are therefore
 loaded once here and compared, and so are the tokens that every process produces. Knows nothing of how the models
 differ.
 """
@@ -19,7 +19,9 @@ from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.measure.timing import child, children, interleaved, processes, workloads
+from lib.measure.timing.children import Arm
 from lib.measure.timing.workloads import Workload
+from lib.models.offload import streamer
 from lib.models.structure.signature import signature
 
 LARGEST_BYTES = 2**30  # of one model: each process loads three
@@ -55,7 +57,7 @@ def in_processes(
     try:
         with saved(*models) as places:
             for place, expected_model in zip(places, expected_models):
-                if signature(child.load(place)) != expected_model:
+                if _loaded_signature(place) != expected_model:
                     return {}, "a model is more than its files hold: hooks, replaced methods or another attention"
             replicates = processes.replicate(
                 *places,
@@ -76,6 +78,16 @@ def in_processes(
             if [replicate.outputs["baseline"], replicate.outputs["optimized"]] != expected:
                 return {}, f"{name}: the saved models do not answer as those in memory do"
     return {name: _joined(parts) for name, parts in replicates.items()}, None
+
+
+def _loaded_signature(place: Arm) -> str:
+    model = child.load(place)
+    stream = streamer.streamer(model)
+    try:
+        return signature(model)
+    finally:
+        if stream:
+            stream.close()
 
 
 def _count(works: Arms, effort: Effort) -> int:
@@ -152,6 +164,12 @@ def unfit(models: Sequence[nn.Module]) -> str | None:
         return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
         return "only models in CPU memory are timed in separate processes"
-    if max(cost_model.weights_bytes(model) for model in models) > LARGEST_BYTES:
+    if not are_small(models):
         return f"models of more than {LARGEST_BYTES / 2**30:.0f} GiB are timed in one process"
     return None
+
+
+def are_small(models: Sequence[nn.Module]) -> bool:
+    """Return whether three such models fit beside these, and where they lie matters: in a CPU's memory, and small."""
+    on_cpu = all(parameter.device.type == "cpu" for model in models for parameter in model.parameters())
+    return on_cpu and max(cost_model.weights_bytes(model) for model in models) <= LARGEST_BYTES

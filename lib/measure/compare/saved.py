@@ -1,6 +1,6 @@
-"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. A model that
-decodes absorbed does so again where its files are loaded: that is no part of a checkpoint. Knows nothing of how the
-models differ, nor of what the processes do.
+"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. What no
+checkpoint holds (absorbed decoding, another attention, weights that stream) is made again where the files are loaded,
+as far as the model notes it. Knows nothing of how the models differ, nor of what the processes do.
 """
 
 import shutil
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,37 +19,46 @@ from lib.measure.timing.children import Arm
 from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.parking import parked
 from lib.models.decoding import mla_absorption
+from lib.models.structure import beyond_files
 
 ABSORBING = f"{mla_absorption.__name__}:{mla_absorption.absorb.__name__}"
+RESTORING = f"{beyond_files.__name__}:{beyond_files.restore.__name__}"
 ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
 
 
 @contextmanager
 def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]]:
     """Save both models and give them as arms, with dtype and device of the baseline. Within, the models on a CPU have
-    no weights and cannot run.
+    no weights and cannot run; one whose weights stream from a file is opened from there again and stays as it is.
 
-    What else is not part of a checkpoint (a patched attention, a hook) is not saved: such arms are described
-    explicitly, with their `transform`. Needs room on the temporary disk for both.
+    Of what is not part of a checkpoint only absorbed decoding and what `beyond_files` notes is made again. Needs room
+    on the temporary disk for both.
     """
     weight = next(baseline.parameters())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / arm for arm in ("baseline", "optimized")]
-        for model, place in zip((baseline, optimized), places):
+        pairs = [(model, Path(folder) / arm) for model, arm in ((baseline, "baseline"), (optimized, "optimized"))]
+        kept = [(model, place) for model, place in pairs if beyond_files.opening(model) is None]
+        for model, place in kept:
             io.save(model, place)
-        transforms = [transform(model) for model in (baseline, optimized)]
-        with parked(*zip((baseline, optimized), places)):
-            first, second = (
-                Arm(folder=str(place), dtype=dtype, device=device, transform=change)
-                for place, change in zip(places, transforms)
-            )
+        first, second = (Arm(dtype=dtype, device=device, **_made_again(model, place)) for model, place in pairs)
+        with parked(*kept):
             yield first, second
 
 
 def transform(model: nn.Module) -> str | None:
     """Return the `transform` of an arm that makes a freshly loaded model decode as `model` does; None where it does."""
     return ABSORBING if mla_absorption.is_absorbed(model) else None
+
+
+def _made_again(model: nn.Module, place: Path) -> dict[str, Any]:
+    """Return the fields of the `Arm` by which the `model` saved at `place` is made again."""
+    if opened := beyond_files.opening(model):
+        return {"folder": opened.folder, "opener": opened.function, "arguments": opened.arguments}
+    if not (noted := beyond_files.steps(model)):
+        return {"folder": str(place), "transform": transform(model)}
+    steps = [*([(ABSORBING, {})] if mla_absorption.is_absorbed(model) else []), *noted]
+    return {"folder": str(place), "transform": RESTORING, "arguments": {"steps": steps}}
 
 
 def lack_of_room(*models: nn.Module) -> str | None:

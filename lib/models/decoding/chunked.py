@@ -18,8 +18,11 @@ from transformers import DynamicCache
 
 from lib.errors import UserError
 from lib.models.decoding import cache_names
+from lib.models.structure import beyond_files
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.structure.logits import logits_of
+
+CHUNKING = f"{__name__}:chunk_prefill"
 
 
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
@@ -31,13 +34,13 @@ def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
         raise UserError(f"prefill_chunk {tokens}: expected at least 1 token")
     decoder = anatomy(model).decoder
     decoder.forward = types.MethodType(functools.partial(_forward, tokens), decoder)
-    return model
+    return beyond_files.note(model, CHUNKING, tokens=tokens)
 
 
 def whole_prefill(model: nn.Module) -> nn.Module:
     """Undo `chunk_prefill` in place; return the model."""
     anatomy(model).decoder.__dict__.pop("forward", None)
-    return model
+    return beyond_files.forget(model, CHUNKING)
 
 
 def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, **arguments) -> object:

@@ -18,6 +18,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.decoding import mla_absorption
+from lib.models.structure import beyond_files
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
@@ -25,7 +26,7 @@ from lib.optimizations.adaptive_sparse_attention.kernels import NAME, Sparsity, 
 from lib.optimizations.adaptive_sparse_attention.page_controls import PAGE_CHOICES
 from lib.optimizations.common.compression import options
 
-WHERE = "adaptive_sparse_attention"
+WHERE, APPLYING = "adaptive_sparse_attention", f"{__name__}:apply"
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "tau": {"type": "float", "range": (0.05, 1.0), "default": 0.9, "help": "share of estimated mass to keep"},
     "block_size": {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 64, 128)},
@@ -83,6 +84,7 @@ def apply(
     of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls with as many blocks
     in every row, or as many pages, chosen in other ways. Raises UserError for a knob out of range.
     """
+    given = {name: value for name, value in locals().items() if name not in ("model", "calibration")}
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern, dense_blocks, page_choice)
     options.applies(WHERE, model, applies_to)
     sparse: Any = sharing(revert(model) if is_sparse(model) else model)  # Any: a model of transformers
@@ -98,7 +100,7 @@ def apply(
     view.decoder.stock_attention = view.config._attn_implementation
     view.decoder.sparse_hook = view.decoder.register_forward_pre_hook(page_the_cache, with_kwargs=True)
     sparse.set_attn_implementation(NAME)
-    return sparse
+    return beyond_files.note(sparse, APPLYING, **given)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -115,7 +117,7 @@ def revert(model: nn.Module) -> nn.Module:
         mla_absorption.absorb(stock)
     if before := view.decoder.__dict__.pop("stock_attention", None):
         stock.set_attn_implementation(before)
-    return stock
+    return beyond_files.forget(stock, APPLYING)
 
 
 def is_sparse(model: nn.Module) -> bool:

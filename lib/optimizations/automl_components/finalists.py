@@ -20,7 +20,7 @@ from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
 from lib.measure.timing import disturbance, interleaved, workloads
-from lib.measure.timing.control import separate_copy
+from lib.measure.timing.control import fresh_copies
 from lib.optimizations.automl_components.method import nothing, promote
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
 from lib.optimizations.common.evidence import shapley
@@ -84,7 +84,8 @@ def judge(
     it.
     """
     best = promote(bench, outcomes, count)
-    arms: dict[str, Any] = {"baseline": bench.model, "copy": separate_copy(bench.model)[0]}
+    copies = fresh_copies({"baseline": bench.model, "copy": bench.model}, seed)  # of the age of the stacks
+    arms: dict[str, Any] = {name: model for name, (model, _) in copies.items()}
     arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
     works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
     interleaved.warm_up(*works.values())

@@ -16,8 +16,7 @@ from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
-from lib.measure.timing import disturbance, workloads
-from lib.measure.timing.control import separate_copy
+from lib.measure.timing import control, disturbance, workloads
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
 
@@ -40,7 +39,8 @@ def sweep(
     A prompt longer than `prompt_BT` is made by repeating it; sequences of a batch are rolled by one token each.
     """
     rates = []
-    models = baseline, optimized, separate_copy(baseline)[0]
+    arms_of = {"baseline": baseline, "optimized": optimized, "copy": baseline}
+    models = [model for model, _ in control.fresh_copies(arms_of, seed).values()]
     for length in lengths:
         times = -(-length // prompt_BT.shape[1])
         long_BT = prompt_BT[:1].repeat(1, times)[:, :length]
@@ -57,8 +57,8 @@ def sweep(
 def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
     warm_up(*arms)
     options: dict[str, Any] = {"blocks": blocks, "total": POINT_SECONDS, "disturbance": disturbance.watch}
-    pairs, control = with_control(*arms, seed=seed, **options)
-    return measurement.from_pairs(metric, name, pairs, arms[0].tokens, control)
+    pairs, copied = with_control(*arms, seed=seed, **options)
+    return measurement.from_pairs(metric, name, pairs, arms[0].tokens, copied)
 
 
 def points_known(measurements: Sequence[Measurement], prompt_tokens: int, batch: int) -> list[Measurement]:

@@ -28,6 +28,7 @@ from torch import nn
 from lib.models.checkpoints import io
 from lib.models.decoding import chunked, mla_absorption
 from lib.models.offload import streamer
+from lib.models.structure import beyond_files
 from lib.optimizations.common.compression import options
 
 WHERE = "streaming_computation"
@@ -106,7 +107,9 @@ def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool 
 
     `opening` are the arguments of `lib.models.offload.streamer.open_streamed`.
     """
-    return attach(streamer.open_streamed(folder, **opening), prefill_chunk=prefill_chunk, absorbed=absorbed)
+    model = attach(streamer.open_streamed(folder, **opening), prefill_chunk=prefill_chunk, absorbed=absorbed)
+    again = {"prefill_chunk": prefill_chunk, "absorbed": absorbed, **opening}
+    return beyond_files.note_opening(model, beyond_files.Opening(str(folder), f"{__name__}:open_folder", again))
 
 
 def attach(model: nn.Module, *, prefill_chunk: int | None = None, absorbed: bool = False) -> nn.Module:

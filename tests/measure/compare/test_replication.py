@@ -10,9 +10,12 @@ from lib.measure.metrics import settings
 from lib.measure.timing import child, workloads
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
+from lib.models.offload import streamer
 from lib.models.structure import sharing
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.signature import signature
+from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
+from lib.optimizations.streaming_computation import method as streaming
 
 QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
 MODEL = "glm-4.7-flash"
@@ -24,7 +27,7 @@ def absorbed(tiny):
     return mla_absorption.absorb(tiny(MODEL)), mla_absorption.absorb(tiny(MODEL, seed=1))
 
 
-def timed(models):
+def timed(models, **options):
     prompt_BT = workloads.random_prompt(models[0], 1, QUICK.prompt_tokens)
     names = ("decode", "batch_decode")
     arms = {
@@ -34,7 +37,7 @@ def timed(models):
     for works in arms.values():
         for work in works:
             work()
-    return replication.in_processes(models, arms, prompt_BT, QUICK)
+    return replication.in_processes(models, arms, prompt_BT, QUICK, **options)
 
 
 def test_models_that_decode_absorbed_are_timed_in_processes(absorbed):
@@ -43,6 +46,22 @@ def test_models_that_decode_absorbed_are_timed_in_processes(absorbed):
     for optimized, control in pairs.values():
         assert len(set(optimized.process)) == len(set(control.process)) >= 2
     assert all(mla_absorption.is_absorbed(model) for model in absorbed), "they are as they were"
+
+
+def test_streamed_weights_and_another_attention_are_timed_in_processes(tiny, tmp_path):
+    base = tiny("qwen3-4b-instruct-2507")
+    streamed = streaming.apply(base, memory_ratio=0.7, prefill_chunk=8, folder=tmp_path)
+    for changed in (streamed, sparse_attention.apply(base, tau=0.5, block_size=16, stride=8)):
+        pairs, reason = timed((base, changed), except_for=("attention",))
+        assert reason is None and set(pairs) == {"decode", "batch_decode"}
+    streamer.streamer(streamed).close()
+
+
+def test_a_hook_that_nobody_noted_is_timed_in_one_process(tiny):
+    base, hooked = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    hooked.register_forward_hook(lambda *_: None)
+    pairs, reason = timed((base, hooked))
+    assert not pairs and "more than its files hold" in reason
 
 
 def test_a_stock_and_an_absorbed_model_are_each_loaded_as_they_are(absorbed, tiny):

@@ -68,9 +68,9 @@ def test_the_control_is_a_copy_in_the_same_rounds(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "rounds_for", lambda *_, **__: (6, 1))
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
-    # One call of each, for the experts and the processor that it uses; then six rounds of three. The copy has the
-    # baseline's hooks.
-    assert calls[:3] == ["base", "other", "base"] and len(calls) == 21 and calls.count("other") == 7
+    # One call of each, for the experts and the processor that it uses, one of each copy, then six rounds of three. The
+    # copies have the hooks of what they were made of.
+    assert calls[:5] == ["base", "other"] * 2 + ["base"] and len(calls) == 23 and calls.count("other") == 8
     pairs, control = compared.timed["prefill"].pairs, compared.timed["prefill"].control
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
     for blocks in (pairs, control):
@@ -126,6 +126,32 @@ def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, mo
     monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
     speed._pairs((model, model), arms, prompt_BT, longer, 0, ())
     assert seen == [True, True, True]
+
+
+def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
+    base, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    ran, originals = set(), {id(base), id(other)}
+    for model in (base, other):
+        model.register_forward_hook(lambda module, *_: ran.add(id(module)))
+    monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
+    prompt_BT = workloads.random_prompt(base, 1, 16)
+    arms = {"prefill": tuple(workloads.standard("prefill", model, prompt_BT, 2, 1) for model in (base, other))}
+    for work in arms["prefill"]:
+        work()
+    assert ran == originals
+    ran.clear()
+    speed._pairs((base, other), arms, prompt_BT, QUICK, 0, ())
+    assert len(ran) == 3 and not ran & originals
+
+
+def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
+    model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    prompt_BT = workloads.random_prompt(model, 1, 16)
+    work = workloads.standard("decode", model, prompt_BT, 2, 1)
+    work()
+    assert speed._anew("decode", work, other, prompt_BT, QUICK) is work
+    again = speed._anew("decode", work, tiny("qwen3-4b-instruct-2507"), prompt_BT, QUICK)
+    assert again is not work and again.output_BN.equal(work.output_BN)
 
 
 def test_break_even_needs_a_gain():

@@ -1,0 +1,66 @@
+"""What no checkpoint holds of a model: the steps that make a freshly loaded one the same again (prompts in chunks,
+another attention), and how one is opened whose weights stream from a file. Whoever changes a model so notes it on the
+model, and another process can do it again. Knows nothing of what the steps do.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+STEPS, OPENING = "steps_beyond_files", "opened_from"  # entries of a model's __dict__, which its copies inherit
+
+Step = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model was opened: `function` is "module:function", called with the folder and the arguments, plain JSON."""
+
+    folder: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def note(model: nn.Module, function: str, **arguments: Any) -> nn.Module:
+    """Note that `function` ("module:function", called with the model and the arguments, plain JSON) changed `model`,
+    in place of an earlier note of the same function; return the model.
+    """
+    model.__dict__[STEPS] = [*_without(model, function), (function, arguments)]
+    return model
+
+
+def forget(model: nn.Module, function: str) -> nn.Module:
+    """Take back what `note` noted of `function`; return the model."""
+    model.__dict__[STEPS] = _without(model, function)
+    return model
+
+
+def note_opening(model: nn.Module, opening: Opening) -> nn.Module:
+    """Note how the whole model is opened, which takes the place of all steps; return the model."""
+    model.__dict__[OPENING] = opening
+    return model
+
+
+def steps(model: nn.Module) -> list[Step]:
+    """Return the noted steps, in order."""
+    return list(model.__dict__.get(STEPS, ()))
+
+
+def opening(model: nn.Module) -> Opening | None:
+    """Return how the model was opened; None for one that was loaded."""
+    return model.__dict__.get(OPENING)
+
+
+def restore(model: nn.Module, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> nn.Module:
+    """Return the freshly loaded `model` after the steps of another."""
+    for function, arguments in steps:
+        module, _, name = function.partition(":")
+        model = getattr(importlib.import_module(module), name)(model, **arguments)
+    return model
+
+
+def _without(model: nn.Module, function: str) -> list[Step]:
+    return [step for step in steps(model) if step[0] != function]

@@ -1,0 +1,53 @@
+"""The arms of a comparison in one process: copied afresh, in an order that chance decides."""
+
+import threading
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lib.measure.timing import control
+
+
+class Noted(nn.Module):
+    """A module that tells in which order its copies were made."""
+
+    order: ClassVar[list[str]] = []
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.weight = name, nn.Parameter(torch.ones(4))
+
+    def __deepcopy__(self, memo):
+        self.order.append(self.name)
+        return Noted(self.name)
+
+
+def test_copies_have_memory_of_their_own():
+    model = nn.Linear(4, 4)
+    fresh = control.fresh_copies({"baseline": model, "copy": model})
+    addresses = {copied.weight.data_ptr() for copied, _ in fresh.values()}
+    assert len(addresses | {model.weight.data_ptr()}) == 3 and list(fresh) == ["baseline", "copy"]
+    assert all(reason is None and copied.weight.equal(model.weight) for copied, reason in fresh.values())
+
+
+def test_which_copy_is_made_first_is_decided_by_the_seed():
+    models = {name: Noted(name) for name in "abc"}
+    firsts = set()
+    for seed in range(20):
+        Noted.order.clear()
+        control.fresh_copies(models, seed)
+        assert sorted(Noted.order) == ["a", "b", "c"]
+        firsts.add(Noted.order[0])
+        order = list(Noted.order)
+        Noted.order.clear()
+        control.fresh_copies(models, seed)
+        assert Noted.order == order
+    assert firsts == {"a", "b", "c"}
+
+
+def test_what_cannot_be_copied_stays_itself():
+    model = nn.Linear(4, 4)
+    model.lock = threading.Lock()
+    (copied, reason), (other, none) = control.fresh_copies({"first": model, "second": nn.Linear(2, 2)}).values()
+    assert copied is model and "cannot be copied" in reason and none is None and other is not model
