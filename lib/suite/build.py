@@ -15,10 +15,11 @@ from typing import Any
 
 from lib.errors import ClusterLost, UserError
 from lib.files import RESULTS, Held, locked
+from lib.models import parameters
 from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
-from lib.suite.run import cpu_affinity, kernel_process
+from lib.suite.run import cpu_affinity, fork_server, kernel_process
 from lib.suite.run.progress import Progress, duration
 from lib.suite.store import build_history, result_folder, site
 from lib.suite.store.result_folder import Folder, State
@@ -145,9 +146,11 @@ def _build(
     finished = len(planned) - len(to_run)
     if finished:
         print(f"{finished} of {len(planned)} runs are finished already and kept")
-    began = first_pass and _first_pass(folder, surveyed, shares, cluster)
-    refresh = REFRESH_SECONDS if began else None
-    results = _run(folder, to_run, shares, planned, _expected(surveyed), cluster, refresh) if to_run else []
+    with _fork_server([job for job, _ in to_run] if cluster is None else [], shares) as server:
+        began = first_pass and _first_pass(folder, surveyed, shares, cluster, server)
+        refresh = REFRESH_SECONDS if began else None
+        expected = _expected(surveyed)
+        results = _run(folder, to_run, shares, planned, expected, cluster, server, refresh) if to_run else []
     faults = _render(folder, to_render, planned)
     faults += build_history.keep(folder, suite or "run")
     faults += _overview(folder, shares)
@@ -165,8 +168,26 @@ def _expected(surveyed: Sequence[tuple[Job, dict, State]]) -> dict[str, float]:
     return {job.stem: state.seconds for job, _, state in surveyed if state.seconds and state.effort == job.effort}
 
 
+@contextlib.contextmanager
+def _fork_server(jobs: Sequence[Job], shares: Sequence[Sequence[int]]) -> Iterator[fork_server.ForkServer | None]:
+    """Yield what forks the processes of jobs on this machine's processor; None where there is no such job."""
+    if not jobs or any(job.parameters.get("device", "cpu") != "cpu" for job in jobs):
+        yield None
+        return
+    architectures = set()
+    for model in {job.model for job in jobs}:
+        with contextlib.suppress(UserError):  # its own run will say so
+            architectures.add(parameters.read(model).architecture)
+    with kernel_process.fork_server(len(shares[0]), sorted(architectures - {""})) as server:
+        yield server
+
+
 def _first_pass(
-    folder: Folder, surveyed: Sequence[tuple[Job, dict, State]], shares: Sequence[Sequence[int]], cluster: str | None
+    folder: Folder,
+    surveyed: Sequence[tuple[Job, dict, State]],
+    shares: Sequence[Sequence[int]],
+    cluster: str | None,
+    server: fork_server.ForkServer | None,
 ) -> bool:
     """Run at effort preview what has no result at the planned effort, and make the whole site; return whether there was
     anything to do.
@@ -188,7 +209,7 @@ def _first_pass(
     effort = planned[0].effort
     if to_run:
         print(f"first pass: {len(to_run)} runs at effort {plan.FIRST_PASS}; those at effort {effort} replace them")
-        _run(folder, to_run, shares, planned, _expected(previews), cluster)
+        _run(folder, to_run, shares, planned, _expected(previews), cluster, server)
     faults = _render(folder, [job.stem for job, _, state in previews if state.kind == "unrendered"], planned)
     faults += _overview(folder, shares) + site.finish(folder, "complete")
     for fault in faults:
@@ -213,6 +234,7 @@ def _run(
     planned: Sequence[Job],
     expected: dict,
     address: str | None,
+    server: fork_server.ForkServer | None,
     refresh_seconds: float | None = None,
 ) -> list:
     from lib.suite.run import schedule
@@ -225,7 +247,9 @@ def _run(
         _temporary(folder) as temporary,
         Progress([job.stem for job, _ in to_run], len(shares), expected) as progress,
     ):
-        shared = schedule.BuildContext(folder, shares, temporary, neighbours, progress, refresh_seconds=refresh_seconds)
+        shared = schedule.BuildContext(
+            folder, shares, temporary, neighbours, progress, refresh_seconds=refresh_seconds, server=server
+        )
         if address:
             from lib.suite.cluster import dask
 

@@ -22,7 +22,7 @@ def built(tmp_path_factory):
     workbench.notebook(folder / "silent.ipynb", [("Nothing", "x = 1")])
     refused = "from lib.errors import NotApplicable\n\nraise NotApplicable('this model has no experts')"
     workbench.notebook(folder / "absent.ipynb", [("Model", refused), ("Record", workbench.RECORD)])
-    ended = workbench.build(root, "run", "--model", "alpha-1.5", WORKBENCH_CELL_SECONDS="8")
+    ended = workbench.build(root, "run", "--model", "alpha-1.5", WORKBENCH_CELL_SECONDS="8", **workbench.FORKED)
     return root, ended
 
 

@@ -96,10 +96,14 @@ def project(root: Path) -> Path:
     return root
 
 
+FORKED = {"WORKBENCH_FORK_SERVER": ""}
+NOT_FORKED = {"WORKBENCH_FORK_SERVER": "none"}  # the templates of most tests need none of the libraries
+
+
 def surroundings(**more: str) -> dict[str, str]:
     """Return the environment of a build: nothing of ours but the cache of compiled files."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WORKBENCH_", "PYTEST_"))}
-    return kept | {"OMP_NUM_THREADS": "1"} | more
+    return kept | {"OMP_NUM_THREADS": "1"} | NOT_FORKED | more
 
 
 def build(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subprocess.CompletedProcess:

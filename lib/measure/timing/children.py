@@ -2,8 +2,9 @@
 started. Knows nothing of what they measure; `lib.measure.timing.child` is the other side.
 
 Children are forked, one after another, from a server: a process that has imported the libraries and done nothing else,
-since importing takes longer than most measurements. It serves every program as long as this process lives. On CUDA, and
-where processes cannot fork, each child is started anew.
+since importing takes longer than most measurements. It serves every program as long as this process lives. In a build
+it was forked with the kernel, from a process that imports the libraries once for all runs. On CUDA, and where processes
+cannot fork, each child is started anew.
 """
 
 import atexit
@@ -23,9 +24,14 @@ from typing import IO, Any
 
 import psutil
 
+from lib.forked_process import ForkedProcess
+
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS = 1800.0  # of one child
 VARIABLE = "WORKBENCH_CHILDREN"
+# Names the server that was forked with this process: both process ids, its pipes and its errors as file descriptors,
+# its threads.
+FORKED_SERVER = "WORKBENCH_MEASURING_SERVER"
 SERVE = "from lib.measure.timing import child; child.serve()"
 STARTING_SECONDS = 120.0
 
@@ -108,7 +114,7 @@ class Server:
     `end`. `errors` is the file that its errors go to.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]", errors: IO[str]) -> None:
+    def __init__(self, process: "subprocess.Popen[str] | ForkedProcess", errors: IO[str]) -> None:
         self.process, self.errors = process, errors
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -199,6 +205,19 @@ def _start() -> Server:
     return Server(process, errors)
 
 
+def _forked() -> Server | None:
+    """Return the server that was forked with this process, where there is one for as many threads."""
+    parent, pid, stdin, stdout, errors, threads = map(int, os.environ.pop(FORKED_SERVER, "0,0,0,0,0,0").split(","))
+    if parent != os.getpid():
+        return None
+    to_it, from_it = (os.fdopen(fd, mode, encoding="utf-8") for fd, mode in ((stdin, "w"), (stdout, "r")))
+    server = Server(ForkedProcess(pid, to_it, from_it), os.fdopen(errors, "r", encoding="utf-8", errors="replace"))
+    if _threads() in (threads, None):
+        return server
+    server.end()
+    return None
+
+
 def _server() -> Server:
     """Return the server on the cores and threads of this process; start it where there is none. One that was started
     for others ends: each holds the libraries in memory.
@@ -208,7 +227,7 @@ def _server() -> Server:
     server = _SERVERS.get(key)
     if server is None or not server.alive:
         end_all()
-        server = _SERVERS[key] = _start()
+        server = _SERVERS[key] = _forked() or _start()
     return server
 
 

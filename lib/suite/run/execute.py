@@ -1,5 +1,5 @@
 """The child process of one run: `python -m lib.suite.run.execute`, started by `lib.suite.run.kernel_process`, never by
-a person.
+a person, or forked by `lib.suite.run.fork_server`.
 
 Reads one line of JSON from standard input (what to run), executes the notebook through papermill, reports its progress
 as lines of JSON on standard output, and renders the pages on request. When standard input closes, the build has died:
@@ -38,7 +38,7 @@ def main() -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    _pin(request["cores"])
+    pin(request["cores"])
     try:
         tell(event="end", **_execute(request, tell))
         command = commands.get()
@@ -64,7 +64,7 @@ def _end_everything() -> None:
     os._exit(1)
 
 
-def _pin(cores: list[int]) -> None:
+def pin(cores: list[int]) -> None:
     """Pin this process, and with it the kernel, to its own cores if the operating system supports it."""
     process = psutil.Process()
     if cores and hasattr(process, "cpu_affinity"):

@@ -12,14 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lib.errors import UserError
 from lib.files import cache_folder
+from lib.forked_process import ForkedProcess
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
+from lib.suite.run.fork_server import LIBRARIES, ForkServer, possible
 from lib.suite.run.sampling import Samples, Tree
 
 # How long a cell and a whole run may take, by effort; the environment variables override them.
@@ -117,9 +119,8 @@ def write_kernel(folder: Path, extension: str | None = None) -> Path:
 def surroundings(folder: Path) -> dict[str, str]:
     """Return the environment variables of a notebook whose own files go to `folder`."""
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SESSION}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return inherited | {
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": _python_path(),
         "JUPYTER_PATH": str(write_kernel(folder)),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         "IPYTHONDIR": str(folder / "ipython"),
@@ -129,12 +130,16 @@ def surroundings(folder: Path) -> dict[str, str]:
     }
 
 
+def _python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
 @dataclass
 class Worker:
     """A child process and its state."""
 
     task: Task
-    process: subprocess.Popen
+    process: "subprocess.Popen[bytes] | ForkedProcess"
     tree: Tree
     events: queue.Queue
     began: float
@@ -153,15 +158,40 @@ class Worker:
         return time.monotonic() - self.began
 
 
-def start(task: Task) -> Worker:
-    """Start the child of a task. Raises OSError where its folder cannot be written."""
+def threads(count: int) -> dict[str, str]:
+    """Return the variables that give each library `count` threads."""
+    return {name: str(count) for name in THREADS}
+
+
+@contextlib.contextmanager
+def fork_server(cores: int, architectures: Iterable[str]) -> Iterator[ForkServer | None]:
+    """Yield a server that forks the children of tasks on `cores` cores whose models are of these architectures of
+    transformers, and end it; None where processes cannot be forked.
+    """
+    if not possible():
+        yield None
+        return
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SESSION}
+    modules = [*LIBRARIES, *(f"transformers.models.{name}.modeling_{name}" for name in architectures)]
+    server = ForkServer(inherited | {"PYTHONPATH": _python_path()} | threads(cores), modules)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def start(task: Task, server: ForkServer | None = None) -> Worker:
+    """Start the child of a task: forked by `server`, where that serves as many threads and is not lost, else anew.
+
+    Raises OSError where its folder cannot be written.
+    """
     task.folder.mkdir(parents=True, exist_ok=True)
     (task.temporary / "tmp").mkdir(parents=True, exist_ok=True)
-    environment = surroundings(task.temporary) | {name: str(len(task.cores)) for name in THREADS}
+    environment = surroundings(task.temporary) | threads(len(task.cores))
     environment["WORKBENCH_DIMENSIONS"] = ",".join(task.dimensions)
     environment |= {"WORKBENCH_JOBS": str(task.jobs), "TMPDIR": str(task.temporary / "tmp")}
     with task.log.open("ab") as log:
-        process = subprocess.Popen(
+        process = _forked(server, environment, task.cores, log) or subprocess.Popen(
             [sys.executable, "-m", "lib.suite.run.execute"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -184,6 +214,14 @@ def start(task: Task) -> Worker:
     }
     send(worker, request)
     return worker
+
+
+def _forked(
+    server: ForkServer | None, environment: Mapping[str, str], cores: Sequence[int], log: IO[bytes]
+) -> ForkedProcess | None:
+    if server is None or any(server.environment.get(name) != environment[name] for name in THREADS):
+        return None
+    return server.fork({"environment": environment, "cores": list(cores)}, log)
 
 
 def _listen(stream: Any, events: queue.Queue) -> None:

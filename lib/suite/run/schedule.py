@@ -14,6 +14,7 @@ from typing import Any
 from lib.models import parameters
 from lib.suite.plan.plan import Job
 from lib.suite.run import kernel_process, settle
+from lib.suite.run.fork_server import ForkServer
 from lib.suite.run.kernel_process import ExecutionOutcome, Task, Worker
 from lib.suite.run.progress import Reporter
 from lib.suite.run.settle import Result
@@ -57,6 +58,7 @@ class CoreSlot:
 class BuildContext:
     """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's.
     `refresh_seconds`: how old the index may become while runs are replaced one by one; None: it is left alone.
+    `server`: what forks the runs' processes; None: each is started anew.
     """
 
     folder: Folder
@@ -66,6 +68,7 @@ class BuildContext:
     progress: Reporter
     side_by_side: int | None = None
     refresh_seconds: float | None = None
+    server: ForkServer | None = None
 
 
 def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
@@ -121,7 +124,7 @@ def _begin(build: BuildContext, slot: CoreSlot, entry: Entry, tries: int = 1) ->
         effort=job.effort,
         dimensions=job.dimensions,
     )
-    run = EntryRun(entry, kernel_process.start(task), tries)
+    run = EntryRun(entry, kernel_process.start(task, build.server), tries)
     slot.run = run
     build.progress.start(job.stem, lambda: _doing(run))
 

@@ -25,6 +25,12 @@ def slow(project, tmp_path):
     return project, marks
 
 
+@pytest.fixture(params=[workbench.NOT_FORKED, workbench.FORKED], ids=["started", "forked"])
+def how_started(request):
+    """The variables with which children are started anew, or forked."""
+    return request.param
+
+
 def _kernel(marks):
     """Return the slow kernel once it has said who it is."""
     path = marks / "z_slowalpha-1.5.pid"
@@ -38,10 +44,10 @@ def _runs(root):
     }
 
 
-def test_killed_build_goes_on_where_it_was(slow):
+def test_killed_build_goes_on_where_it_was(slow, how_started):
     root, marks = slow
     arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
-    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
     kernel = _kernel(marks)
     before = _runs(root)
     assert list(before) == ["well--alpha-1.5.json"]
@@ -58,9 +64,10 @@ def test_killed_build_goes_on_where_it_was(slow):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_build_ends_its_kernels(slow, how):
+def test_stopped_build_ends_its_kernels(slow, how, how_started):
     root, marks = slow
-    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="600")
+    arguments = ("run", "z_slow", "--model", "alpha-1.5")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
     kernel = _kernel(marks)
     workbench.kill(process, how)
     assert process.returncode == 128 + how
@@ -78,12 +85,26 @@ def test_the_index_of_a_stopped_build_shows_what_was_finished(slow):
     assert process.returncode == 130 and 'href="well--alpha-1.5.html"' in page and "1 not applicable" in page
 
 
-def test_lost_worker_is_tried_once_more(slow):
+def test_lost_worker_is_tried_once_more(slow, how_started):
     root, marks = slow
-    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="4")
+    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="4", **how_started)
     first = _kernel(marks)
     first.parent().kill()
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
     assert "WorkerLost, trying once more" in out and not is_alive(first)
     assert workbench.record(root, "z_slow--alpha-1.5")["status"] == "not_applicable"
+
+
+def test_a_lost_fork_server_is_done_without(slow):
+    root, marks = slow
+    arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="4", **workbench.FORKED)
+    workbench.wait_for(lambda: (root / "executed/proxy/well--alpha-1.5.json").is_file())
+    kernel = _kernel(marks)
+    server = next(child for child in psutil.Process(process.pid).children() if "fork_server" in str(child.cmdline()))
+    assert server in kernel.parents()
+    server.kill()
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, out
+    assert len(_runs(root)) == 2
