@@ -259,7 +259,7 @@ def decode_flops(
         if attention.kind == "latent":
             expansion, inside = attention.module.kv_b_proj, absorbed
             if inside is None:
-                inside = mla_absorption.decodes_absorbed(attention.module)
+                inside = mla_absorption.decodes_in_latents(attention.module)
             if inside:
                 width = 2 * attention.latent_dim + attention.rope_dim
                 inner = expansion.inner.weight.numel() if isinstance(expansion, FactoredLinear) else 0

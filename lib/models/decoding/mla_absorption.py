@@ -48,6 +48,14 @@ def decodes_absorbed(module: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "__func__", None) is _forward
 
 
+def decodes_in_latents(module: nn.Module) -> bool:
+    """Return whether this attention decodes without expanding its cache: absorbed, or by an expansion of its own, which
+    takes a dense matrix.
+    """
+    own = "expand_kv" in vars(module) and isinstance(module.kv_b_proj, nn.Linear)
+    return decodes_absorbed(module) or own
+
+
 def most_tokens(module: Any) -> int:
     """Return the largest number of new tokens at which the absorbed path takes fewer operations on a long cache.
 

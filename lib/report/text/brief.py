@@ -119,7 +119,7 @@ def clipped(text: str, most: int = MOST_WORDS) -> str:
 
 
 def joined(phrases: Iterable[str], opening: str = "") -> str:
-    """Return phrases as sentences of at most MOST_WORDS words, each opened by `opening`."""
+    """Return phrases as sentences of at most MOST_WORDS words, the first opened by `opening`, others by "And" then."""
     sentences: list[list[str]] = []
     for text in phrases:
         room = MOST_WORDS - count(opening)
@@ -128,5 +128,6 @@ def joined(phrases: Iterable[str], opening: str = "") -> str:
             sentences[-1].append(text)
         else:
             sentences.append([text])
-    texts = [f"{opening} {', '.join(members)}".strip() for members in sentences]
+    openings = [opening, *(["And" if opening else ""] * len(sentences))]
+    texts = [f"{first} {', '.join(members)}".strip() for first, members in zip(openings, sentences)]
     return " ".join(f"{text[:1].upper()}{text[1:]}." for text in texts)

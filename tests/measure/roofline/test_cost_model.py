@@ -15,6 +15,7 @@ from lib.models import parameters
 from lib.models.checkpoints import io
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
 from lib.optimizations.common.compression import weight_only
 from tests.measure.roofline import counted_flops
 
@@ -107,6 +108,15 @@ def test_zeros_are_seen_and_skipped_only_on_request(tiny):
     assert cost_model.zero_share(model) > 0.05
     assert cost_model.of(model, work) == before
     assert cost_model.of(model, work, skip_zeros=True).flops < before.flops
+
+
+def test_attention_that_decodes_in_the_latents_by_itself_is_counted_so(tiny):
+    model = tiny("glm-4.7-flash")
+    stock, absorbed = (cost_model.decode_flops(model, 512, absorbed=inside) for inside in (False, True))
+    attending = sparse_attention.apply(model, pages=0)  # all pages, as many operations as absorbed decoding
+    assert cost_model.decode_flops(attending, 512) == absorbed < stock == cost_model.decode_flops(model, 512)
+    rounded = sparse_attention.apply(weight_only.weight_only(model, 8), pages=0)
+    assert cost_model.decode_flops(rounded, 512) == stock  # no dense matrix: the cache is expanded
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -47,5 +47,6 @@ def test_no_sentence_has_more_words_than_it_may():
     text = brief.joined(phrases, "But")
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)) and len(brief.split(text)) > 1
     assert all(phrase in text for phrase in phrases) and text.startswith("But metric")
+    assert text.count("But ") == 1 and all(part.startswith("And metric") for part in brief.split(text)[1:])
     assert brief.count("prefill 19 % faster, answers unchanged") == 5
     assert brief.clipped("a " * 40, 3) == "a a a …" and brief.clipped("a b") == "a b"
