@@ -23,6 +23,7 @@ from lib.models.structure import beyond_files
 
 ABSORBING = f"{mla_absorption.__name__}:{mla_absorption.absorb.__name__}"
 RESTORING = f"{beyond_files.__name__}:{beyond_files.restore.__name__}"
+REOPENING = f"{beyond_files.__name__}:{beyond_files.reopen.__name__}"
 ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
 
 
@@ -53,9 +54,11 @@ def transform(model: nn.Module) -> str | None:
 
 def _made_again(model: nn.Module, place: Path) -> dict[str, Any]:
     """Return the fields of the `Arm` by which the `model` saved at `place` is made again."""
+    noted = beyond_files.steps(model)
     if opened := beyond_files.opening(model):
-        return {"folder": opened.folder, "opener": opened.function, "arguments": opened.arguments}
-    if not (noted := beyond_files.steps(model)):
+        arguments = {"function": opened.function, "arguments": opened.arguments, "steps": noted}
+        return {"folder": opened.folder, "opener": REOPENING, "arguments": arguments}
+    if not noted:
         return {"folder": str(place), "transform": transform(model)}
     steps = [*([(ABSORBING, {})] if mla_absorption.is_absorbed(model) else []), *noted]
     return {"folder": str(place), "transform": RESTORING, "arguments": {"steps": steps}}

@@ -12,11 +12,12 @@ from torch import nn
 from lib.models.checkpoints import placement
 
 ROOM = 2.0  # a copy is made where twice its bytes are free
+SMALL_BYTES = 2**30  # of a model on a CPU whose speed depends on where its tensors lie
 
 
 def separate_copy(model: nn.Module) -> tuple[nn.Module, str | None]:
     """Return a copy of `model` with memory of its own, and None; or `model` itself, and why there is no copy."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    needed = _bytes(model)
     if placement.free_bytes(str(next(model.parameters()).device)) < ROOM * needed:
         return model, f"no room for a copy of the baseline ({needed / 2**30:.1f} GiB): the control is the same object"
     try:
@@ -36,3 +37,15 @@ def fresh_copies(models: Mapping[str, nn.Module], seed: int = 0) -> dict[str, tu
     order = random.Random(seed).sample(list(models), len(models))
     fresh = {name: separate_copy(models[name]) for name in order}
     return {name: fresh[name] for name in models}
+
+
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a small model on a CPU, to be timed beside one that is new (see `fresh_copies`); else, or where
+    it cannot be copied, the model itself.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return separate_copy(model)[0] if on_cpu and _bytes(model) <= SMALL_BYTES else model
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])

@@ -4,7 +4,7 @@ model, and another process can do it again. Knows nothing of what the steps do.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,9 @@ def forget(model: nn.Module, function: str) -> nn.Module:
 
 
 def note_opening(model: nn.Module, opening: Opening) -> nn.Module:
-    """Note how the whole model is opened, which takes the place of all steps; return the model."""
+    """Note how the whole model is opened, which takes the place of all steps so far; return the model."""
     model.__dict__[OPENING] = opening
+    model.__dict__.pop(STEPS, None)
     return model
 
 
@@ -54,12 +55,21 @@ def opening(model: nn.Module) -> Opening | None:
     return model.__dict__.get(OPENING)
 
 
-def restore(model: nn.Module, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> nn.Module:
+def restore(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """Return the freshly loaded `model` after the steps of another."""
     for function, arguments in steps:
-        module, _, name = function.partition(":")
-        model = getattr(importlib.import_module(module), name)(model, **arguments)
+        model = _named(function)(model, **arguments)
     return model
+
+
+def reopen(folder: str, *, function: str, arguments: Mapping[str, Any], steps: Sequence[Step]) -> nn.Module:
+    """Return the model that `Opening` describes, after the steps that followed."""
+    return restore(_named(function)(folder, **arguments), steps)
+
+
+def _named(function: str) -> Callable[..., nn.Module]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _without(model: nn.Module, function: str) -> list[Step]:

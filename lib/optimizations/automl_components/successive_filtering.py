@@ -21,6 +21,7 @@ from lib.errors import UserError
 from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.control import fresh_copy
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import pareto
 
@@ -104,7 +105,8 @@ class Bench:
         shares["divergence"] = divergence = self.divergence(model, 0)
         if not divergence < MAX_DIVERGENCE:
             return f"divergence of {divergence:.3f} nats per token"
-        arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in (self.model, model)]
+        models = fresh_copy(self.model), model
+        arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in models]
         pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1)
         shares["time_share"] = math.exp(float(np.median(pairs.differences)))
         return None

@@ -21,6 +21,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.control import fresh_copy
 from lib.models.calibration.activations import Observation, observe
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
@@ -250,8 +251,8 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
     chosen = [front[index] for index in sorted({0, len(front) // 2, len(front) - 1})] if front else []
     rows = []
     for evaluation in chosen:
-        arm = workloads.generate(replacement_library.swap(setup.library, evaluation.choice), prompt_BP, new_tokens)
-        whole = workloads.generate(baseline, prompt_BP, new_tokens)
+        models = baseline, replacement_library.swap(setup.library, evaluation.choice)
+        whole, arm = (workloads.generate(fresh_copy(model), prompt_BP, new_tokens) for model in models)
         pairs = interleaved.paired(whole, arm, blocks=6, warmup=1, seed=setup.seed)
         speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
         assert speed.ratio is not None and speed.ci is not None  # six blocks have an interval

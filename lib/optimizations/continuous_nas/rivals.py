@@ -17,6 +17,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.control import fresh_copy
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.search import pareto
 from lib.optimizations.continuous_nas.costs.request_costs import RequestProfile
@@ -54,7 +55,7 @@ def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, se
     """
 
     def against(rival: nn.Module, blocks: int) -> Measurement:
-        arms = (workloads.generate(arm, prompt_BP, profile.new_tokens) for arm in (rival, judged))
+        arms = (workloads.generate(fresh_copy(arm), prompt_BP, profile.new_tokens) for arm in (rival, judged))
         pairs = interleaved.paired(*arms, blocks=blocks, seed=seed)
         tokens = profile.batch * profile.new_tokens
         return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, None)

@@ -18,6 +18,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import interleaved, workloads
+from lib.measure.timing.control import fresh_copy
 from lib.measure.timing.workloads import Workload
 from lib.optimizations.streaming_computation import method, offload_baseline, read_bound
 
@@ -55,17 +56,16 @@ def by_allowance(
     copied from the page cache, and with every read from the disk. `options` go to `method.open_folder`.
     """
     rows = []
-    base = workloads.steps(resident, prompt_1T, steps)
     for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
         model = method.open_folder(folder, memory_ratio=ratio, page_cache=page_cache, **options)
         stream = read_bound.stream_of(model)
         if page_cache == "drop":
             stream.file.forget()
-        work = workloads.steps(model, prompt_1T, steps)
+        base, work = (workloads.steps(arm, prompt_1T, steps) for arm in (fresh_copy(resident), model))
         pairs = interleaved.paired(base, work, blocks=blocks, warmup=1, seed=seed)
         rows.append(_row(model, work, pairs, ratio, page_cache))
         stream.close()
-        del model, stream, work
+        del model, stream, base, work
         gc.collect()  # models refer to themselves
     return rows
 

@@ -57,6 +57,14 @@ def test_streamed_weights_and_another_attention_are_timed_in_processes(tiny, tmp
     streamer.streamer(streamed).close()
 
 
+@pytest.mark.parametrize(
+    ("effort", "blocks", "processes"), [("quick", 6, 3), ("standard", 12, 6), ("standard", 6, 6), ("thorough", 30, 10)]
+)
+def test_few_blocks_are_shared_by_six_processes_but_at_small_efforts(effort, blocks, processes):
+    asked = replace(settings.read(effort), blocks=blocks)
+    assert asked.blocks // replication.rounds(asked) == processes
+
+
 def test_a_hook_that_nobody_noted_is_timed_in_one_process(tiny):
     base, hooked = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     hooked.register_forward_hook(lambda *_: None)

@@ -46,6 +46,13 @@ def test_which_copy_is_made_first_is_decided_by_the_seed():
     assert firsts == {"a", "b", "c"}
 
 
+def test_only_a_small_model_is_copied_to_be_of_the_age_of_another(monkeypatch):
+    model = nn.Linear(4, 4)
+    assert control.fresh_copy(model).weight.data_ptr() != model.weight.data_ptr()
+    monkeypatch.setattr(control, "SMALL_BYTES", 10)
+    assert control.fresh_copy(model) is model
+
+
 def test_what_cannot_be_copied_stays_itself():
     model = nn.Linear(4, 4)
     model.lock = threading.Lock()

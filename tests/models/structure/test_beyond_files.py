@@ -33,13 +33,17 @@ def streamed(model, tmp_path):
     return streaming.apply(model, memory_ratio=0.7, prefill_chunk=8, folder=tmp_path / "streamed")
 
 
+def streamed_then_chunked(model, tmp_path):
+    return chunked.chunk_prefill(streaming.apply(model, memory_ratio=0.7, folder=tmp_path), 4)
+
+
 def tokens(model):
     work = workloads.generate(model, workloads.random_prompt(model, 1, 24), 4)
     work()
     return work.output_BN
 
 
-@pytest.mark.parametrize("change", [chunks, sparse, sparse_in_chunks, streamed])
+@pytest.mark.parametrize("change", [chunks, sparse, sparse_in_chunks, streamed, streamed_then_chunked])
 def test_a_changed_model_is_made_again_from_its_files(change, tiny, tmp_path):
     changed = change(tiny(MODEL), tmp_path)
     expected, answer = signature(changed), tokens(changed)
