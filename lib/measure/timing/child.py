@@ -4,7 +4,6 @@ JSON, from a process of its own in which a program's `run` loads the arms. Knows
 """
 
 import gc
-import importlib
 import json
 import math
 import mmap
@@ -25,6 +24,7 @@ from lib.measure.timing import workloads
 from lib.measure.timing.children import Arm
 from lib.models import loading, parameters
 from lib.models.checkpoints import io
+from lib.models.structure.beyond_files import named
 from lib.models.structure.replacements import sparse
 
 Run = Callable[[dict[str, Any]], dict[str, Any]]
@@ -181,9 +181,3 @@ def workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:
         return workloads.prefill(model, prompt_BT)
     make = {"decode": workloads.decode, "generate": workloads.generate}[arm.workload]
     return make(model, prompt_BT, arm.new_tokens)
-
-
-def named(name: str) -> Callable[..., Any]:
-    """Return the function named "module:function"."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)

@@ -58,16 +58,17 @@ def opening(model: nn.Module) -> Opening | None:
 def restore(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
     """Return the freshly loaded `model` after the steps of another."""
     for function, arguments in steps:
-        model = _named(function)(model, **arguments)
+        model = named(function)(model, **arguments)
     return model
 
 
 def reopen(folder: str, *, function: str, arguments: Mapping[str, Any], steps: Sequence[Step]) -> nn.Module:
     """Return the model that `Opening` describes, after the steps that followed."""
-    return restore(_named(function)(folder, **arguments), steps)
+    return restore(named(function)(folder, **arguments), steps)
 
 
-def _named(function: str) -> Callable[..., nn.Module]:
+def named(function: str) -> Callable[..., Any]:
+    """Return the function named "module:function"."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
 
