@@ -43,6 +43,11 @@ class Effort:
     timing_share: float = 1.0
 
     @property
+    def preview(self) -> bool:
+        """Whether this is effort preview: it shows what a run does, and the few numbers that it needs for that."""
+        return self.timing_share < EFFORTS["quick"].timing_share
+
+    @property
     def brief(self) -> bool:
         """Whether this is effort preview or quick: sweeps take their fewest points."""
         return self.blocks <= paired_stats.MINIMUM_BLOCKS

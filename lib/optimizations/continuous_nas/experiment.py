@@ -306,8 +306,8 @@ def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int)
     """Return the chosen architecture as a model of its own, the same after distillation from the baseline, and the
     steps taken; by default (-1) PROXY_STEPS on a proxy model, none at real size.
     """
-    steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS)
     effort, seed = setup.effort, setup.seed
+    steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS, effort)
     sequences, length = 4 * effort.calibration_sequences, effort.calibration_tokens
     batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=1024)
     with setup.timed():

@@ -75,11 +75,11 @@ class Makers:
         return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
 
 
-def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
     """Return the steps of distillation of each profile; by default (-1) PROXY_STEPS on a proxy model, none at real
     size.
     """
-    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def fast_profiles(

@@ -49,6 +49,7 @@ class SparsitySetup:
     """
 
     loaded: Loaded
+    effort: Effort
     method: str
     options: dict[str, Any]
     calibration: list[dict[str, torch.Tensor]]
@@ -94,11 +95,11 @@ def default_sparsity(scale: str) -> float:
     return PROXY_SPARSITY if scale == "proxy" else REAL_SPARSITY
 
 
-def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
     """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size
     SparseGPT's own closed form makes up for what went.
     """
-    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
@@ -112,12 +113,12 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any],
     sparse.check(loaded.model, method=chosen, **options)
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
-    lessons = 4 * effort.calibration_sequences, effort.calibration_tokens
-    finetune_batches = prompts.calibration(loaded, *lessons, seed, tokens_at_once=512)
+    size = 4 * effort.calibration_sequences, effort.calibration_tokens
+    lessons = prompts.calibration(loaded, *size, seed, tokens_at_once=512)
     matrices = second_moments.matrices(loaded.model, options["parts"])
     observed = None if loaded.random_weights else sparse.observe(loaded.model, calibration, parts=options["parts"])
     seen = seen_tokens(observed, matrices)
-    return SparsitySetup(loaded, chosen, options, calibration, finetune_batches, observed, matrices, seed, *seen)
+    return SparsitySetup(loaded, effort, chosen, options, calibration, lessons, observed, matrices, seed, *seen)
 
 
 def seen_tokens(observed: Observed | None, matrices: list[Matrix]) -> tuple[int, int, Moments | None]:
@@ -252,7 +253,7 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
     if not setup.trained:
         optimized = sparse.apply(setup.baseline, [], method=setup.method, **setup.options, seed=setup.seed)
         return SparseModel(optimized, None, None, [], 0, time.perf_counter() - start)
-    finetune_steps = steps_of(setup.loaded, finetune_steps)
+    finetune_steps = steps_of(setup.loaded, finetune_steps, setup.effort)
     pruned = sparse.prune(setup.baseline, setup.calibration, method=setup.method, **setup.options, seed=setup.seed)
     tuned, losses = sparse.fine_tune(
         pruned, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed

@@ -142,11 +142,11 @@ class PrunedModel:
     seconds: float
 
 
-def steps_of(loaded: Loaded, finetune_steps: int) -> int:
+def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
     """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size the
     matrices that read the removed parts are refitted in closed form instead.
     """
-    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS)
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
@@ -171,7 +171,7 @@ def optimize(
     loaded: Loaded, effort: Effort, *, ratio: float, granularity: str, finetune_steps: int, seed: int
 ) -> nn.Module:
     """Return the model that a run with these parameters measures."""
-    return cut(set_up(loaded, effort, seed), ratio, granularity, steps_of(loaded, finetune_steps)).optimized
+    return cut(set_up(loaded, effort, seed), ratio, granularity, steps_of(loaded, finetune_steps, effort)).optimized
 
 
 def shapes(baseline: nn.Module, optimized: nn.Module, index: int) -> pd.DataFrame:

@@ -118,8 +118,9 @@ def test_it_is_the_model_that_a_run_measures(checkpoint, tmp_path):
     wanted = COMMON | STEPS["structured_pruning"] | {"finetune_steps": -1}
     saved = saving.save(model, "structured_pruning", None, wanted, tmp_path / "saved")
     loaded = loading.load(model, "full")
-    setup = pruning.set_up(loaded, settings.read("quick", "full"), 0)
-    cut = pruning.cut(setup, 0.3, "auto", pruning.steps_of(loaded, -1))
+    effort = settings.read("quick", "full")
+    setup = pruning.set_up(loaded, effort, 0)
+    cut = pruning.cut(setup, 0.3, "auto", pruning.steps_of(loaded, -1, effort))
     assert io.weights_hash(cut.optimized) == saved.weights_hash
 
 

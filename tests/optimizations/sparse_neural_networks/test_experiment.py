@@ -28,7 +28,7 @@ def setup(tiny):
     matrices = second_moments.matrices(model, "feed_forward")
     observed = sparse.observe(model, text, parts="feed_forward")
     seen = experiment.seen_tokens(observed, matrices)
-    return experiment.SparsitySetup(loaded, "sparsegpt", options, text, text, observed, matrices, 0, *seen)
+    return experiment.SparsitySetup(loaded, EFFORT, "sparsegpt", options, text, text, observed, matrices, 0, *seen)
 
 
 def test_one_matrix_keeps_the_same_share_by_every_method(setup):
@@ -120,7 +120,7 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
 def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
     loaded = SimpleNamespace(scale="proxy", model=setup.baseline, random_weights=True)
     options = setup.options
-    untrained = experiment.SparsitySetup(loaded, "magnitude", options, [], [], None, setup.matrices, seed=0)
+    untrained = experiment.SparsitySetup(loaded, EFFORT, "magnitude", options, [], [], None, setup.matrices, seed=0)
     table = experiment.one_matrix(untrained).table()
     assert list(table.method) == ["magnitude", "random"] and table["error of the output"].isna().all()
     assert "no error" in experiment.read_masks(table)[1]

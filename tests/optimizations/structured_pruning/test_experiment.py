@@ -37,9 +37,9 @@ def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
 
 
 def test_real_models_are_fitted_and_not_trained(setup):
-    assert experiment.steps_of(setup.loaded, -1) == experiment.PROXY_STEPS
+    assert experiment.steps_of(setup.loaded, -1, EFFORT) == experiment.PROXY_STEPS
     setup.loaded.scale = "full"
-    assert experiment.steps_of(setup.loaded, -1) == 0 and experiment.steps_of(setup.loaded, 7) == 7
+    assert experiment.steps_of(setup.loaded, -1, EFFORT) == 0 and experiment.steps_of(setup.loaded, 7, EFFORT) == 7
     enough = [{"input_ids": torch.randint(8, 96, (48, 48), generator=torch.Generator().manual_seed(5))}]
     fitted = experiment.cut(replace(setup, calibration=enough), 0.2, "auto", finetune_steps=0)
     plain = method.apply(setup.baseline, [], ratio=0.2, observation=setup.observation)
