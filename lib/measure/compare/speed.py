@@ -192,7 +192,8 @@ def _pairs(
             if work.restart:
                 work.restart()
         length: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
-        pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
+        watched: dict[str, Any] = {"disturbance": disturbance.watch, "again": not effort.preview}
+        pairs[name] = with_control(*works, third, **length, **watched, seed=seed)
     return pairs, details
 
 
