@@ -8,7 +8,6 @@ functions that make a new one; this module knows none. `goodput_of`, `averaged` 
 comparison.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
 # At real dimensions a step takes up to seconds, and its time grows with the context: slowly at first, where weights are
 # most of what is read, then in proportion. Fewer points are timed, most of them at short contexts.
 AT_REAL_SIZE: dict[str, Any] = {"rows_measured": (1, 2, 4, 8, 16, 32), "prompt_tokens": 512}
+AT_A_PREVIEW: dict[str, Any] = {"rows_measured": step_timing.FEW_ROWS, "prompt_tokens": 512, "again": 0}
 CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last one lies beyond it
 WITHIN_CAPACITY = CONSTANT_SHARES[:-1]
 BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
@@ -110,14 +110,15 @@ def prepare(
     cache_mib: float = 0.0,
     batching: str = "iteration",
     repeats: int = 5,
+    preview: bool = False,
     seed: int = 0,
 ) -> ServingSetup:
     """Time the real model's steps and return the setup that all policies share.
 
     chat, documents: mean tokens of prompt and answer. The cache is bounded by `cache_mib`, or, where that is 0, by
     `cache_share` of what `rows` of the longest requests would take. Objectives: in ms, or, where 0, as factors.
-    Requests that can no longer meet the first-token objective are served after the others. Raises UserError for a value
-    out of range.
+    Requests that can no longer meet the first-token objective are served after the others. At a `preview` the fewest
+    points are timed, and once. Raises UserError for a value out of range.
     """
     if not 0 < cache_share <= 1:
         raise UserError(f"serving: cache_share {cache_share}; expected 0 < cache_share <= 1")
@@ -127,8 +128,8 @@ def prepare(
     kinds = [_lengths(name, lengths) for name, lengths in (("chat", chat), ("documents", documents))]
     longest = max(kind.longest for kind in kinds)
     contexts = sorted({kinds[0].prompt_tokens, longest // 5, longest // 2, longest} - {0, 1})
-    options: dict[str, Any] = {} if loaded.scale == "proxy" else AT_REAL_SIZE
-    contexts = contexts if loaded.scale == "proxy" else sorted({*contexts[:2], contexts[-1]})
+    options: dict[str, Any] = AT_A_PREVIEW if preview else {} if loaded.scale == "proxy" else AT_REAL_SIZE
+    contexts = sorted({*contexts[:2], contexts[-1]}) if options else contexts
     text_T = _text(loaded, longest, seed)
     times = step_timing.measure(loaded.model, text_T, contexts, repeats=repeats, most=rows, **options)
     single = Single.of(times, kinds[1])
@@ -139,12 +140,13 @@ def prepare(
     return ServingSetup(times, objective, single, limits, batching, kinds[0], kinds[1])
 
 
-def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0) -> Callable[[], float]:
+def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0, *, preview: bool = False) -> Callable[[], float]:
     """Return what tells by how much the machine is slower than when the setup's step times were measured; on a device
-    that is as fast in every call it is near 1.
+    that is as fast in every call it is near 1. At a `preview`, as at real size, every call is made once.
     """
     text_T, most = _text(loaded, setup.longest, seed), AT_REAL_SIZE["prompt_tokens"]
-    options: dict[str, Any] = {} if loaded.scale == "proxy" else {"repeats": 1, "prompt_tokens": most}
+    once = preview or loaded.scale != "proxy"
+    options: dict[str, Any] = {"repeats": 1, "prompt_tokens": most} if once else {}
     return lambda: step_timing.slowness(loaded.model, text_T, setup.times, **options)
 
 
@@ -260,7 +262,7 @@ def goodput_of(
         arms[0],
         arms[1],
         source=source,
-        floor=floor if math.isfinite(floor) else None,  # two traces give no interval
+        floor=floor,
         provenance="estimated",
     )
 

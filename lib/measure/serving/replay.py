@@ -8,7 +8,6 @@ be another share of its capacity. Goodput, latency, energy and the cache's peak 
 describe the same traffic. Knows no policy: the caller passes in functions that make a new one.
 """
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lib.measure.trackers.energy_source import Counter
 
 PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real model"
+REPEATED_SHARE = 0.5  # of as many rounds as there are: so many disturbed ones are served again, at most
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
 BLURRED = "arms take turns step by step, and the GPU's counter moves too seldom to tell whose step took the energy"
 # Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and found it larger and smaller.
@@ -133,11 +133,13 @@ def in_turn(
     device: str = "cpu",
     seed: int = 0,
     slowness: Callable[[], float] | None = None,
+    repeated_share: float = REPEATED_SHARE,
 ) -> ServingRounds:
     """Replay every trace under every arm, a new policy each time, all arms at the same moment of the trace
     (`lib.measure.serving.turns`). `slowness` is asked before every round: by how much the machine is slower than when
     rates and objectives were set. A round in which other programs took the processor is served again, with new
-    policies; half as many as there are rounds, at most. Raises RuntimeError if a cache ever outgrows its bound.
+    policies; `repeated_share` of as many as there are rounds, at most. Raises RuntimeError if a cache ever outgrows its
+    bound.
     """
     counter = energy_source.counter(device)
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
@@ -154,7 +156,7 @@ def in_turn(
         names = list(arms)
         random.Random(seed + index).shuffle(names)
         served, by = round_of(trace, names)
-        while repeated < len(traces) // 2 and any(run.disturbed for run in served.values()):
+        while repeated < int(repeated_share * len(traces)) and any(run.disturbed for run in served.values()):
             repeated += 1
             served, by = round_of(trace, names)
         slower += [by] if slowness else []
@@ -270,8 +272,7 @@ def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source:
         reason = "a replay has none, so there is no ratio of every round"
         return measurement.informative(metric, workload, first, second, source, n=len(arms[0]), reason=reason)
     floor = paired_stats.noise_floor(paired_stats.differences(arms[0], arms[2]))
-    usable = floor if math.isfinite(floor) else None
-    return measurement.from_samples(metric, workload, arms[0], arms[1], source=source, floor=usable, **options)
+    return measurement.from_samples(metric, workload, arms[0], arms[1], source=source, floor=floor, **options)
 
 
 def described(

@@ -29,6 +29,7 @@ CHECKED = (1, 8)  # rows of the calls by which the machine's speed is compared w
 DISTINCT = 8  # prompts whose rows are repeated to make larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
 AGAIN = 2  # times that all is measured once more on a disturbed machine, at most
+FEW_ROWS = (1, 8, 32)  # for the fewest points from which a table is made
 
 Point = TypeVar("Point")
 Measured = TypeVar("Measured")
@@ -43,16 +44,18 @@ def measure(
     most: int = MOST_ROWS,
     rows_measured: Sequence[int] = ROWS_MEASURED,
     prompt_tokens: int = MOST_PROMPT_TOKENS,
+    again: int | None = None,
 ) -> StepTimes:
     """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
 
     `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
     warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
-    not fall on one point alone. All is measured again where other programs took the processor meanwhile, AGAIN times
-    at most: rates and objectives follow from these times, and a policy gains less at rates that are too low.
+    not fall on one point alone. All is measured again where other programs took the processor meanwhile, `again` times
+    at most (None: AGAIN): rates and objectives follow from these times, and a policy gains less at rates that are too
+    low.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    calls, disturbed = _undisturbed(lambda: _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens))
+    calls, disturbed = _undisturbed(lambda: _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens), again)
     return replace(assembled(calls), disturbed=disturbed)
 
 
@@ -77,9 +80,9 @@ def slowness(
     return float(np.mean([np.median(now[point]) / np.median(then[point]) for now, then in pairs for point in now]))
 
 
-def _undisturbed(measure_all: Callable[[], Measured]) -> tuple[Measured, str | None]:
+def _undisturbed(measure_all: Callable[[], Measured], again: int | None) -> tuple[Measured, str | None]:
     """Return what was measured on a machine without other work, or at the last attempt, and what disturbed that."""
-    for _ in range(1 + AGAIN):
+    for _ in range(1 + (AGAIN if again is None else again)):
         close = disturbance.watch()
         measured, disturbed = measure_all(), close()
         if disturbed is None:
@@ -94,24 +97,34 @@ def measure_together(
     *,
     rounds: int = 3,
     most: int = MOST_ROWS,
+    rows_measured: Sequence[int] = ROWS_MEASURED,
+    prompt_tokens: int = MOST_PROMPT_TOKENS,
+    again: int | None = None,
 ) -> tuple[StepTimes, ...]:
     """Return `measure` of several models whose calls take turns, round by round in alternating order, so that a slow
     spell of the machine falls on all of them.
     """
-    contexts, counts = _grid(prompt_T, contexts, most)
-    of_models, disturbed = _undisturbed(lambda: _calls_together(models, prompt_T, contexts, counts, rounds))
+    contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
+    of_models, disturbed = _undisturbed(
+        lambda: _calls_together(models, prompt_T, contexts, counts, rounds, prompt_tokens), again
+    )
     return tuple(replace(assembled(calls), disturbed=disturbed) for calls in of_models)
 
 
 def _calls_together(
-    models: Sequence[nn.Module], prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], rounds: int
+    models: Sequence[nn.Module],
+    prompt_T: torch.Tensor,
+    contexts: Sequence[int],
+    counts: Sequence[int],
+    rounds: int,
+    prompt_tokens: int,
 ) -> list[Calls]:
     """Return the seconds of single calls of every model, round by round."""
     calls = [Calls({}, {}, {}, 0.0) for _ in models]
     for turn in range(rounds):
         order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
         for index in order:
-            latest = _calls(models[index], prompt_T, contexts, counts, 1)
+            latest = _calls(models[index], prompt_T, contexts, counts, 1, prompt_tokens)
             _extend(calls[index].decoded, latest.decoded)
             _extend(calls[index].read, latest.read)
             _extend(calls[index].moved, latest.moved)
@@ -125,7 +138,7 @@ def _calls(
     contexts: Sequence[int],
     counts: Sequence[int],
     repeats: int,
-    prompt_tokens: int = MOST_PROMPT_TOKENS,
+    prompt_tokens: int,
 ) -> Calls:
     """Return the seconds of single calls, and the cache's bytes per token."""
     decoded = _decode(model, prompt_T, contexts, counts, repeats)
@@ -141,7 +154,7 @@ def _extend(calls: dict[Point, list[float]], latest: Mapping[Point, list[float]]
 
 
 def _grid(
-    prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int] = ROWS_MEASURED
+    prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Return the contexts and row counts to time, checked."""
     contexts = sorted(set(int(context) for context in contexts))

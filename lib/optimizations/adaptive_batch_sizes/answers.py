@@ -20,7 +20,8 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
-ALONE = 160  # items that are answered one at a time
+ALONE = 160  # items that are answered one at a time, at most
+FEWER = 2  # times fewer items, and values to be retrieved, at effort preview
 
 
 def retrieved_among_chats(
@@ -72,13 +73,15 @@ def alone_and_together(
     """Return the accuracy of answers computed one at a time (baseline) against those computed together (optimized).
 
     Classification: one prompt per pass against 32, of at most ALONE items. Key-value retrieval: alone against
-    served among others with `policy`.
+    served among others with `policy`. At effort preview there are FEWER of both.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
         return [measurement.unavailable(name, "serve", reason) for name in ("f1_macro", "retrieval_exact_match")]
     options = {"resamples": effort.resamples, "seed": seed}
-    effort = replace(effort, items=min(effort.items, ALONE))
+    fewer = FEWER if effort.preview else 1
+    items, prompts = min(effort.items, ALONE) // fewer, effort.retrieval_prompts // fewer
+    effort = replace(effort, items=items, retrieval_prompts=prompts)
     compared = []
     for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
         compared += evaluate.compare_classified(single, batched, **options)

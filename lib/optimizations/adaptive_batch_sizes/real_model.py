@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.measure.metrics import settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, policy_comparison, replay, slo, validation
 from lib.measure.serving.policy_comparison import PolicyFactory
@@ -24,8 +25,8 @@ from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 JITTERS = 10  # simulations of every trace beside its replay
-ROUNDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-LEAST_REQUESTS = {"preview": 3, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
+ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+LEAST_REQUESTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
 LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
 SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
@@ -95,15 +96,17 @@ def serve(
     loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float, rival_rounds: int = -1
 ) -> RealModelTrial:
     """Serve short changing traces with the real model, arms in turn; then the first `rival_rounds` of them (-1: by
-    effort) with every rival beside the two. Raises AssertionError where the cache outgrew its bound.
+    effort) with every rival beside the two. At effort preview no disturbed round is served again. Raises AssertionError
+    where the cache outgrew its bound.
     """
-    setup, seed = study.setup, study.seeds[0]
+    setup, seed, preview = study.setup, study.seeds[0], settings.read(effort).preview
     arms: dict[str, PolicyFactory] = {FIXED: lambda: FixedSize(size)}
     arms |= {AGAIN: arms[FIXED], ADAPTIVE: study.adaptive}
     replayed = traces(study, effort, seconds)
     prompt_of = engine.prompts(loaded, setup.longest, seed)
-    slowness = policy_comparison.slowness(loaded, setup, seed)
+    slowness = policy_comparison.slowness(loaded, setup, seed, preview=preview)
     options: dict[str, Any] = {"batching": setup.batching, "device": loaded.device, "seed": seed, "slowness": slowness}
+    options |= {"repeated_share": 0.0} if preview else {}
     rounds = replay.in_turn(loaded.model, replayed, arms, setup.limits, prompt_of, **options)
     rounds = replace(rounds, calibration=setup.times.disturbed)
     bound = setup.limits.cache_bytes

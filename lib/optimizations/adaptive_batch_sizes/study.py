@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lib.measure.metrics import settings
 from lib.measure.metrics.settings import BRIEF
 from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import NEW_JITTER, PolicyFactory, ServingSetup
@@ -18,7 +19,7 @@ from lib.models.loading import Loaded
 from lib.optimizations.adaptive_batch_sizes.method import Adaptive
 from lib.optimizations.adaptive_batch_sizes.rivals import CHUNK, AimdSize, Chunked, FixedSize, Timeout, best_fixed
 
-REQUESTS = {"preview": 40, "quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
+REQUESTS = {"preview": 20, "quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 20}  # on which policies are judged
 CHOOSING = range(5000, 5003)  # added to the seed: traces on which the fixed size is chosen
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # fixed sizes that are tried, up to the rows
@@ -113,9 +114,10 @@ def calibrate(loaded: Loaded, effort: str, *, seed: int = 0, **options: Any) -> 
     of `policy_comparison.prepare`.
     """
     start = time.perf_counter()
-    few, many = (3, 8) if loaded.scale == "proxy" else (2, 4)
+    preview = settings.read(effort).preview
+    few, many = (3, 8) if loaded.scale == "proxy" and not preview else (2, 4)
     repeats = few if effort in BRIEF else many
-    setup = policy_comparison.prepare(loaded, repeats=repeats, seed=seed, **options)
+    setup = policy_comparison.prepare(loaded, repeats=repeats, preview=preview, seed=seed, **options)
     return setup, time.perf_counter() - start
 
 

@@ -8,6 +8,7 @@ fixed share. Profile 0 is the full one, 1 the fast one. What is shared with ever
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -155,18 +156,21 @@ def prepare(
     requests: int,
     rounds: int = 3,
     shadow_share: float = 0.0,
+    preview: bool = False,
     seed: int = 0,
 ) -> TwoProfileSetup:
     """Time the steps of both profiles in turn and return the setup that all settings share.
 
-    A third of a script lasts as long as `requests` requests at capacity. Raises UserError where no request can be
+    A third of a script lasts as long as `requests` requests at capacity. At a `preview` the fewest points are timed,
+    and once. Raises UserError where no request can be
     served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
     close = disturbance.watch()
     same = fast is loaded.model
     models = (loaded.model,) if same else (loaded.model, fast)
-    times = step_timing.measure_together(models, text_T, CONTEXTS, rounds=rounds)
+    options: dict[str, Any] = policy_comparison.AT_A_PREVIEW if preview else {}
+    times = step_timing.measure_together(models, text_T, CONTEXTS, rounds=rounds, **options)
     disturbed = close()
     full_times, fast_times = times[0], times[-1]
     single = Single.of(full_times, LENGTHS)

@@ -16,6 +16,7 @@ import pandas as pd
 from torch import nn
 
 from lib.measure.metrics import catalogue
+from lib.measure.metrics import settings as efforts
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import BRIEF, Effort
 from lib.measure.serving import replay
@@ -37,13 +38,15 @@ from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, 
 from lib.optimizations.feedback_mechanisms.profiles import Candidate
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
-REQUESTS = {"preview": 100, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
+REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
 PROXY_STEPS = 20  # of distillation by default
 CHOOSING = 2  # seeds of the scripts on which the static limit is chosen
+DISTILLED = {"preview": (8, 256), "quick": (64, 512), "standard": (64, 512), "thorough": (64, 512)}  # texts, at once
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
-PROMPTS = {"preview": 8, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
+PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
+READ = {"preview": {"windows": 4, "items": 8}}  # by a candidate, where that is less than elsewhere
 WIDE = 1024  # hidden size from which on reading fewer bytes shows
 LOOP, FAST_ALONE, ROUTED = "AIMD and profile", "fast alone", "routed, the loop's share"
 OTHERS = ("AIMD, limit alone", "PI and profile", ROUTED, FAST_ALONE)  # controls beside the loop
@@ -63,15 +66,16 @@ class Makers:
     apply: Callable[..., nn.Module]
     recover: Callable[..., tuple[nn.Module, Any]]
 
-    def pruned(self, loaded: Loaded, ratio: float, steps: int, seed: int) -> nn.Module:
-        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some
-        steps.
+    def pruned(self, loaded: Loaded, ratio: float, steps: int, effort: str, seed: int) -> nn.Module:
+        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps on
+        as many texts, and tokens of them at once, as `DISTILLED` has for the effort.
         """
         text = tasks.calibration(loaded, 16, 256, seed)
         fast = self.apply(loaded.model, text, ratio=ratio, granularity="depth", seed=seed)
         if not steps:
             return fast
-        batches = tasks.calibration(loaded, 64, 256, seed, tokens_at_once=512)
+        texts, at_once = DISTILLED[effort]
+        batches = tasks.calibration(loaded, texts, 256, seed, tokens_at_once=at_once)
         return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
 
 
@@ -91,15 +95,15 @@ def fast_profiles(
     Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft), without half as many, and,
     where matrices are wide enough for that to pay, with int8 weights.
     """
-    draft = makers.pruned(loaded, ratio, steps, seed)
+    draft = makers.pruned(loaded, ratio, steps, effort, seed)
 
     def candidates() -> Iterator[tuple[str, nn.Module]]:
         yield f"{ratio:.0%} fewer parameters", draft
-        yield f"{ratio / 2:.0%} fewer parameters", makers.pruned(loaded, ratio / 2, steps, seed)
+        yield f"{ratio / 2:.0%} fewer parameters", makers.pruned(loaded, ratio / 2, steps, effort, seed)
         if anatomy(loaded.model).config.hidden_size >= WIDE:
             yield "int8 weights", weight_only.weight_only(loaded.model, 8)
 
-    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed)
+    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **READ.get(effort, {}))
 
 
 def candidate_rows(candidates: Sequence[Candidate]) -> list[Row]:
@@ -125,13 +129,15 @@ def prepare(
     shadow_share: float, seed: int,
 ) -> TwoProfileSetup:  # fmt: skip
     """Time the steps of both profiles and return the setup that all settings share."""
+    preview = efforts.read(effort).preview
     return disturbance_comparison.prepare(
         loaded,
         fast,
         first_token_factor=first_token_factor,
         token_factor=token_factor,
         requests=REQUESTS[effort],
-        rounds=3 if effort in BRIEF else 4,
+        rounds=2 if preview else 3 if effort in BRIEF else 4,
+        preview=preview,
         shadow_share=shadow_share,
         seed=seed,
     )

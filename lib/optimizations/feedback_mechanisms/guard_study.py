@@ -20,7 +20,7 @@ from lib.optimizations.feedback_mechanisms import scenarios, shadow
 from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, Guard
 from lib.optimizations.feedback_mechanisms.shadow import Watched
 
-PROMPTS = {"preview": 12, "quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
+PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
 WINDOWS = {"preview": 100, "quick": 300, "standard": 1000, "thorough": 5000}
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
 WINDOW_ANSWERS = 100  # shadowed answers in a window

@@ -39,7 +39,7 @@ from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
 from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scenario, Spinner
 
 JITTERS = 5  # simulations beside every replay
-ROUNDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
 LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 PHASES = ("warm-up", "calm", "stolen core", "calm")
 LEAST_REQUESTS, MOST_STRETCHED = 5, 2  # in a third; times that a replay is made longer for them, at most

@@ -51,19 +51,29 @@ class Candidate:
     refused: str | None
 
 
-def judge(loaded: Loaded, name: str, model: nn.Module, bound: float, prompts: int, seed: int = 0) -> Candidate:
+def judge(
+    loaded: Loaded,
+    name: str,
+    model: nn.Module,
+    bound: float,
+    prompts: int,
+    seed: int = 0,
+    *,
+    windows: int = WINDOWS,
+    items: int = ITEMS,
+) -> Candidate:
     """Return a candidate with its figures: admitted where perplexity and classified items keep their margins, and its
     disagreement leaves the guard half of its absolute bound.
     """
-    text_NT = tasks.text_windows(loaded, "search", WINDOWS, WINDOW_TOKENS, seed)
+    text_NT = tasks.text_windows(loaded, "search", windows, WINDOW_TOKENS, seed)
     losses = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
     perplexity = float(np.exp(losses[1] - losses[0]))
-    windows = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
-    answered = shadow.answers(model, windows, NEW_TOKENS)
-    disagreement = float(np.mean(shadow.disagreements(loaded.model, windows, answered)))
+    asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
+    answered = shadow.answers(model, asked, NEW_TOKENS)
+    disagreement = float(np.mean(shadow.disagreements(loaded.model, asked, answered)))
     arms, flips = (loaded, replace(loaded, model=model)), 0.0
     for task in filter(classifies, loaded.tasks):
-        full, fast = (evaluate.classify(arm, task, "search", ITEMS, seed).chosen_N for arm in arms)
+        full, fast = (evaluate.classify(arm, task, "search", items, seed).chosen_N for arm in arms)
         flips = max(flips, float(np.mean(full != fast)))
     reasons = []
     if perplexity > 1 + PERPLEXITY_MARGIN:
@@ -76,15 +86,21 @@ def judge(loaded: Loaded, name: str, model: nn.Module, bound: float, prompts: in
 
 
 def first_admitted(
-    loaded: Loaded, candidates: Iterable[tuple[str, nn.Module]], bound: float, prompts: int, seed: int = 0
+    loaded: Loaded,
+    candidates: Iterable[tuple[str, nn.Module]],
+    bound: float,
+    prompts: int,
+    seed: int = 0,
+    **amounts: int,
 ) -> list[Candidate]:
     """Return the candidates that were considered, the admitted one last; they come in order, the fastest first.
+    `amounts` of text and items as in `judge`.
 
     Where none keeps the margins the full model itself comes last, admitted: then there is nothing to switch to.
     """
     seen = []
     for name, model in candidates:
-        seen.append(judge(loaded, name, model, bound, prompts, seed))
+        seen.append(judge(loaded, name, model, bound, prompts, seed, **amounts))
         if seen[-1].refused is None:
             return seen
     return [*seen, Candidate("the full profile itself", loaded.model, 0.0, 1.0, 0.0, None)]

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.metrics import paired_stats
+from lib.measure.metrics import paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import ceilings, cost_model
@@ -34,9 +34,10 @@ SHOWN = (
 )  # fmt: skip
 
 
-def ratios(memory_ratio: float, scale: str) -> list[float]:
-    """Return the allowances to time, ascending: `memory_ratio` and, by scale, some more."""
-    return sorted({memory_ratio, *RATIOS.get(scale, FEWER_RATIOS)})
+def ratios(memory_ratio: float, scale: str, effort: str) -> list[float]:
+    """Return the allowances to time, ascending: `memory_ratio` and, by scale, some more; at effort preview one more."""
+    more = RATIOS.get(scale, FEWER_RATIOS)
+    return sorted({memory_ratio, *(more[-1:] if settings.read(effort).preview else more)})
 
 
 def by_allowance(

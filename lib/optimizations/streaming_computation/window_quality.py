@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lib.measure.metrics import paired_stats
+from lib.measure.metrics import paired_stats, settings
 from lib.measure.metrics.catalogue import metric
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import noninferiority
@@ -32,12 +32,14 @@ MakeCache = Callable[[], Cache]
 LOGIT_ROWS = 512
 PARTS = 8  # of a text, each with a perplexity of its own
 TEXTS = {
-    "preview": (6, 512),
+    "preview": (3, 512),
     "quick": (6, 1024),
     "standard": (12, 2048),
     "thorough": (12, 4096),
 }  # texts and their tokens, by effort
-PROMPT = 64  # tokens before generation without end
+PROMPT, GENERATED, FEWER_GENERATED = 64, 400, 8  # tokens before generation without end, and generated: fewer elsewhere
+OUTSIDE = {"preview": 2, "quick": 3, "standard": 3, "thorough": 3}  # windows from a value outside to its question
+ASKED = {"preview": 4, "quick": 48, "standard": 48, "thorough": 48}  # values inside, and outside, at most
 SLACK = 32  # tokens by which the window may overrun before it is cut
 WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"
 
@@ -172,15 +174,15 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
 
 
 def retrieval_by_distance(
-    loaded: Loaded, arms: Mapping[str, MakeCache], window: int, count: int, seed: int = 0
+    loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
 ) -> dict[str, Measurement]:
-    """Return exact match with sinks and window against the whole cache, for `count` values inside and outside the
-    window; empty for random weights.
+    """Return exact match with sinks and window against the whole cache, for as many values inside and outside the
+    window as the effort asks for, at most `ASKED`; empty for random weights.
     """
     if loaded.random_weights:
         return {}
-    measurements = {}
-    for name, distance in {"inside the window": window // 2, "outside the window": 3 * window}.items():
+    measurements, count = {}, min(settings.read(effort, loaded.scale).retrieval_prompts, ASKED[effort])
+    for name, distance in {"inside the window": window // 2, "outside the window": OUTSIDE[effort] * window}.items():
         with reading_in_chunks(loaded.model) as model:
             pair = [retrieve(loaded, model, distance, count, arms[arm], seed) for arm in (WHOLE, WINDOWED)]
         measurements[name] = compare_retrieved(*pair, seed=seed)
@@ -213,11 +215,16 @@ def described_bars(bars: pd.DataFrame) -> str:
     return f"Values repeated from inside and from outside the window: {shares}."
 
 
-def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], count: int, seed: int = 0) -> pd.DataFrame:
-    """Return the tokens that the whole and the windowed cache hold after each of `count` generated tokens: columns arm,
-    strength (tokens read and generated), value.
+def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0) -> pd.DataFrame:
+    """Return the tokens that the whole and the windowed cache hold after each of some generated tokens: columns arm,
+    strength (tokens read and generated), value. At effort preview a proxy model reads a prompt as long as the window
+    first, so that a few tokens more overrun it.
     """
-    prompt_1T = task_list.text_windows(loaded, "final", 1, PROMPT, seed).to(loaded.device)
+    proxy, length = loaded.scale == "proxy", PROMPT
+    count = GENERATED if proxy else FEWER_GENERATED
+    if proxy and settings.read(effort).preview:
+        length, count = window, SLACK + SLACK // 2
+    prompt_1T = task_list.text_windows(loaded, "final", 1, length, seed).to(loaded.device)
     rows = []
     with reading_in_chunks(loaded.model) as model:
         for name in (WHOLE, WINDOWED):

@@ -16,7 +16,6 @@ from torch import nn
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import BRIEF
 from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
@@ -24,7 +23,8 @@ from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.feedback_mechanisms.speculation.draft_length import Bandit, DraftLength, Law, fixed
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Drafter, Ngram, Round
 
-ANSWERS = {"preview": 4, "quick": 6, "standard": 24, "thorough": 64}  # half of them of the model's own domain
+ANSWERS = {"preview": 2, "quick": 6, "standard": 24, "thorough": 64}  # half of them of the model's own domain
+NEW_TOKENS = {"preview": 8, "quick": 16, "standard": 24, "thorough": 24}
 PROMPT_TOKENS = 48
 STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
 PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "n-gram, measured acceptance"
@@ -187,7 +187,7 @@ def study(loaded: Loaded, draft: nn.Module, effort: str, seed: int) -> DraftingS
     laws: dict[str, tuple[nn.Module | Drafter, Law]] = {PLAIN: (draft, fixed(0)), AGAIN: (draft, fixed(0))}
     laws |= {name: (draft, fixed(tokens)) for name, tokens in STATIC.items() if tokens}
     laws |= {ADAPTIVE: (draft, DraftLength()), "bandit": (draft, Bandit()), NGRAM: (Ngram(), DraftLength())}
-    drafted = compare(loaded.model, prompts, laws, new_tokens=16 if effort in BRIEF else 24)
+    drafted = compare(loaded.model, prompts, laws, NEW_TOKENS[effort])
     return DraftingStudy(prompts, drafted, pd.DataFrame(table(drafted, PLAIN, count // 2)))
 
 
