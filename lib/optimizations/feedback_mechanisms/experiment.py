@@ -42,7 +42,8 @@ REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # i
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
 PROXY_STEPS = 20  # of distillation by default
 CHOOSING = 2  # seeds of the scripts on which the static limit is chosen
-DISTILLED = {"preview": (8, 256), "quick": (64, 512), "standard": (64, 512), "thorough": (64, 512)}  # texts, at once
+TEXTS = {"preview": (4, 8, 256)}  # by which blocks are chosen, on which is distilled, and tokens of those at once
+MORE_TEXTS = (16, 64, 512)  # at every other effort
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
@@ -67,15 +68,15 @@ class Makers:
     recover: Callable[..., tuple[nn.Module, Any]]
 
     def pruned(self, loaded: Loaded, ratio: float, steps: int, effort: str, seed: int) -> nn.Module:
-        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps on
-        as many texts, and tokens of them at once, as `DISTILLED` has for the effort.
+        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps;
+        the effort says on how many texts (`TEXTS`).
         """
-        text = tasks.calibration(loaded, 16, 256, seed)
+        chosen_on, distilled_on, at_once = TEXTS.get(effort, MORE_TEXTS)
+        text = tasks.calibration(loaded, chosen_on, 256, seed)
         fast = self.apply(loaded.model, text, ratio=ratio, granularity="depth", seed=seed)
         if not steps:
             return fast
-        texts, at_once = DISTILLED[effort]
-        batches = tasks.calibration(loaded, texts, 256, seed, tokens_at_once=at_once)
+        batches = tasks.calibration(loaded, distilled_on, 256, seed, tokens_at_once=at_once)
         return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
 
 

@@ -32,7 +32,7 @@ MakeCache = Callable[[], Cache]
 LOGIT_ROWS = 512
 PARTS = 8  # of a text, each with a perplexity of its own
 TEXTS = {
-    "preview": (3, 512),
+    "preview": (4, 512),
     "quick": (6, 1024),
     "standard": (12, 2048),
     "thorough": (12, 4096),

@@ -33,6 +33,13 @@ def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(roun
     assert measured["cpu_seconds_per_token"].verdict == "better", "the time of the same replays is judged"
 
 
+def test_two_rounds_judge_nothing_and_say_so(rounds):
+    few = replace(rounds, traces=rounds.traces[:2], runs={name: runs[:2] for name, runs in rounds.runs.items()})
+    seconds = next(item for item in replay.costs(few, "fixed", "again", "adaptive") if "cpu" in item.metric)
+    assert (seconds.ratio, seconds.verdict) == (0.5, "informative")
+    assert seconds.reason == "2 pairs are too few for an interval"
+
+
 def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(rounds):
     """NVML's counter stands still for many steps: what it adds falls on whichever arm steps next."""
     nvml, rapl = (Counter(kind, "measured", kind, 2.0, None, lambda: 0.0) for kind in ("nvml", "rapl"))

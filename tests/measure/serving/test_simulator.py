@@ -216,3 +216,7 @@ def test_a_disturbed_round_is_served_again_a_bounded_number_of_times(tiny, monke
     assert rounds.repeated == 2, "half as many as there are rounds"
     assert [run.disturbed for run in rounds.runs["each"]] == [None, None, "busy", "busy"]
     assert len(rounds.busy) == 2 and len(made) == 6 and "2 disturbed rounds served again" in rounds.source
+    watched = iter(["busy", None, None, None])
+    none = {"repeated_share": 0.0}
+    once = replay.in_turn(tiny("qwen3-4b-instruct-2507"), traces, {"each": policy}, Limits(8), prompt_of, **none)
+    assert once.repeated == 0 and len(once.busy) == 1 and len(made) == 10

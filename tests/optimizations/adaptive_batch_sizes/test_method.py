@@ -378,6 +378,9 @@ def test_step_times_of_a_disturbed_machine_are_measured_again(noises, attempts, 
     assert len(made) == attempts and times.disturbed == noises[-1] and times.calls is made[-1]
     both = step_timing.measure_together([model, model], torch.arange(8, 72), (16, 48), rounds=1, most=2)
     assert [part.disturbed for part in both] == [noises[-1]] * 2 and len(made) == 3 * attempts
+    heard = iter(["load"])
+    once = step_timing.measure(model, torch.arange(8, 72), (16, 48), repeats=1, most=2, again=0)
+    assert once.disturbed == "load" and len(made) == 3 * attempts + 1
 
 
 def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monkeypatch):

@@ -15,7 +15,7 @@ from lib.measure.trackers import memory
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.streaming_computation import experiment, window_quality
+from lib.optimizations.streaming_computation import experiment, memory_tradeoff, window_quality
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
 PEAK = "peak_memory_above_start_bytes"
@@ -68,3 +68,19 @@ def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name
     monkeypatch.setattr(memory, "peaks", peaks)
     experiment.peaks(loaded, folder, 1.0, {"prefill_chunk": 8, "absorbed": True})
     assert seen == [(latents, False), (latents, True)], "whole prompts, then in chunks"
+
+
+def test_a_preview_generates_few_tokens_and_still_overruns_the_window(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    loaded = SimpleNamespace(model=model, scale="proxy", device="cpu", tokenizer=None, parameters=None)
+    caches = window_quality.cache_makers(model, 4, 40)
+    held = window_quality.cache_sizes(loaded, caches, 40, "preview")
+    by_arm = {arm: rows.value.to_list() for arm, rows in held.groupby("arm")}
+    assert by_arm[window_quality.WHOLE] == list(range(40, 88))
+    assert by_arm[window_quality.WINDOWED][:3] == [40, 41, 42] and max(by_arm[window_quality.WINDOWED]) < 40 + 4 + 32
+
+
+def test_a_preview_asks_for_a_value_outside_the_window_and_times_one_more_allowance():
+    assert all(windows > 1 for windows in window_quality.OUTSIDE.values())
+    assert memory_tradeoff.ratios(0.35, "proxy", "preview") == [0.35, 1.0]
+    assert memory_tradeoff.ratios(0.35, "proxy", "quick") == [0.35, 0.65, 1.0]
