@@ -26,7 +26,7 @@ from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 JITTERS = 10  # simulations of every trace beside its replay
 ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-LEAST_REQUESTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
+LEAST_REQUESTS = {"preview": 1, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
 LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
 SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on

@@ -19,7 +19,7 @@ from lib.models.loading import Loaded
 from lib.optimizations.adaptive_batch_sizes.method import Adaptive
 from lib.optimizations.adaptive_batch_sizes.rivals import CHUNK, AimdSize, Chunked, FixedSize, Timeout, best_fixed
 
-REQUESTS = {"preview": 20, "quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
+REQUESTS = {"preview": 12, "quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 20}  # on which policies are judged
 CHOOSING = range(5000, 5003)  # added to the seed: traces on which the fixed size is chosen
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # fixed sizes that are tried, up to the rows
