@@ -4,7 +4,10 @@ Small ones of all four architectures, made here: they are read, asked with examp
 refused before anything runs where they are damaged.
 """
 
+import io
 import json
+import subprocess
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -128,8 +131,17 @@ def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, nam
     streamer.streamer(loaded.model).close()
 
 
+def _checked_here(command, **options):
+    """What the process of a check does, without importing the libraries once more."""
+    with redirect_stdout(io.StringIO()) as printed:
+        code = validate.main(command[3:])
+    return subprocess.CompletedProcess(command, code, printed.getvalue(), "")
+
+
 @pytest.mark.parametrize("damage", ["missing shard", "wrong shape", "index", "other", "lacking", "no tokenizer"])
-def test_damage_is_named_before_anything_runs(folder, name, damage):
+def test_damage_is_named_before_anything_runs(folder, name, damage, monkeypatch):
+    if name != "qwen3-4b-instruct-2507":  # whose tensors are checked in a process of its own, as ever
+        monkeypatch.setattr(validate.subprocess, "run", _checked_here)
     index = json.loads((folder / INDEX).read_text())
     places = index["weight_map"]
     victim = sorted(key for key in places if key.endswith("up_proj.weight") or "linear_fc1.weight" in key)[-1]
