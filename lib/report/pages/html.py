@@ -8,7 +8,7 @@ removed at the end. Failed runs render too, with or without a notebook. Knows no
 import base64
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def _process_figure(process: Process | None) -> dict[str, str] | None:
 
 
 def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
+    from bs4 import BeautifulSoup
     from nbconvert.exporters import HTMLExporter
     from traitlets.config import Config
 
@@ -120,20 +121,19 @@ def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
         config=config, template_name="workbench", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
     text, _ = exporter.from_notebook_node(notebook, resources={"page": view})
-    sealed = fold(seal(text, deepen=bool(view["record"])), 3 if view["record"] else 2)
-    head, body_end, rest = sealed.rpartition("</body>")
+    soup = BeautifulSoup(text, "html.parser")
+    seal(soup, deepen=bool(view["record"]))
+    fold(soup, 3 if view["record"] else 2)
+    head, body_end, rest = str(soup).rpartition("</body>")
     return f"{head}<script>{(TEMPLATES / 'report.js').read_text(encoding='utf-8')}</script>\n{body_end}{rest}"
 
 
-def seal(text: str, deepen: bool = False) -> str:
-    """Return the page without anything that would reach for the network or run: scripts, frames, foreign pictures.
+def seal(soup: Any, deepen: bool = False) -> None:
+    """Take from the parsed page whatever would reach for the network or run: scripts, frames, foreign pictures.
 
     A link to the web becomes its text with the address after it. `deepen` lowers the notebook's headings by one, under
     the page's own title.
     """
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(text, "html.parser")
     leads_away = soup.find_all("meta", attrs={"http-equiv": True})
     for element in [*soup(["script", "iframe", "link", "object", "embed", "base"]), *leads_away]:
         element.decompose()
@@ -153,23 +153,22 @@ def seal(text: str, deepen: bool = False) -> str:
         for level in (5, 4, 3, 2, 1):
             for heading in body.find_all(f"h{level}"):
                 heading.name = f"h{level + 1}"
-    return str(soup)
 
 
-def fold(text: str, level: int) -> str:
-    """Return the page with the notebook's sections folded: every cell that begins with a heading of this level opens
+def fold(soup: Any, level: int) -> None:
+    """Fold the sections of the notebook in the parsed page: every cell that begins with a heading of this level opens
     one, which reaches to the next. What stands before the first stays open; a summary counts figures and tables.
     """
-    from bs4 import BeautifulSoup
     from bs4.element import Tag
 
-    soup = BeautifulSoup(text, "html.parser")
+    taken = {element["id"] for element in soup.find_all(id=True)}
     part: Tag | None = None
     for child in list(body.children) if (body := soup.select_one("div.notebook")) else []:
         first = child.find(True) if isinstance(child, Tag) and child.name == "section" else None
         if isinstance(first, Tag) and first.name == f"h{level}":
             part, summary = soup.new_tag("details", attrs={"class": "part"}), soup.new_tag("summary")
-            part["id"] = _address(first.get_text(), soup)
+            part["id"] = _address(first.get_text(), taken)
+            taken.add(part["id"])
             child.insert_before(part)
             part.append(summary)
             summary.append(first.extract())
@@ -180,14 +179,13 @@ def fold(text: str, level: int) -> str:
             note = soup.new_tag("small")
             note.string = held
             part.select("summary")[0].extend([" ", note])
-    return str(soup)
 
 
-def _address(heading: str, soup: Any) -> str:
+def _address(heading: str, taken: Container[str]) -> str:
     """Return an id for a section, from its heading, that the page does not have yet."""
     base = "part-" + re.sub(r"\W+", "-", heading.lower()).strip("-")
     names = [base, *(f"{base}-{number}" for number in range(2, 100))]
-    return next(name for name in names if soup.find(id=name) is None)
+    return next(name for name in names if name not in taken)
 
 
 def _held(part: Any) -> str:
