@@ -49,6 +49,9 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 FACTORS = {"preview": 1, "quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
+PAIRS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 6}  # by whose median a configuration's time is judged
+MOST_STEPS = {"preview": 1, "quick": 4, "standard": 4, "thorough": 16}  # of training in a search, above the least
+PREVIEW_STORE = 32  # models of a proxy that are kept at effort preview, so that few are made twice
 GRID_SEEDS = 3
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
 
@@ -59,6 +62,13 @@ class TimedRequest(NamedTuple):
     prompt_tokens: int = 256
     new_tokens: int = 8
     batch: int = 1
+
+    def within(self, effort: Effort) -> "TimedRequest":
+        """Return the request as it is timed: at effort preview no longer than the effort's own workloads."""
+        if not effort.preview:
+            return self
+        tokens = min(self.prompt_tokens, effort.prompt_tokens), min(self.new_tokens, effort.new_tokens)
+        return TimedRequest(*tokens, self.batch)
 
 
 @dataclass
@@ -94,13 +104,17 @@ def prepare(
     """
     placement.require_room(loaded.model, Bench.largest_store + 2, "a search over configurations")
     factor = FACTORS[level]
-    parts = method.components(declared, most_steps=16 if level == "thorough" else 4)
+    parts = method.components(declared, most_steps=MOST_STEPS[level])
     method.space(parts)
-    few = tasks.calibration(loaded, 2 * factor, 256, seed)
-    texts = [tasks.text_windows(loaded, "search", windows, 64, seed) for windows in (16, min(128, 64 * factor))]
+    few = tasks.calibration(loaded, 2 * factor, 64 if effort.preview else 256, seed)
+    windows = (8, 16) if effort.preview else (16, min(128, 64 * factor))
+    texts = [tasks.text_windows(loaded, "search", count, 64, seed) for count in windows]
     rungs = [evaluate.read(loaded.model, ids_NT) for ids_NT in texts]
     prompt_BT = tasks.text_windows(loaded, "search", 1, request.prompt_tokens, seed).repeat(request.batch, 1)
     limits: dict[str, Any] = {"memory_budget": memory_budget, "new_tokens": request.new_tokens}
+    limits["pairs"] = PAIRS[level]
+    if effort.preview and loaded.scale == "proxy":
+        limits["largest_store"] = PREVIEW_STORE
     bench = Bench(loaded.model, few, rungs, prompt_BT, method.modules(parts), **limits)
     return SearchBench(loaded, effort, level, factor, seed, parts, bench)
 
@@ -202,7 +216,8 @@ def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: 
     """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed."""
     quality = search_quality.prepare(setup.loaded, setup.effort, setup.seed)
     share = replication.block_seconds(setup.effort) / replication.BLOCK_SECONDS
-    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed, share * finalists.SECONDS)
+    options: dict[str, Any] = {"rounds": finalists.FEWEST_ROUNDS if setup.effort.preview else finalists.ROUNDS}
+    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed, share * finalists.SECONDS, **options)
 
 
 def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[Finalist], margin: float) -> JudgedStack:
@@ -334,7 +349,7 @@ def details(
         "study": (begun, "derived", "its file; trials it began with", {}),
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers", {}),
         "hypervolumes": (equal.volumes, "measured", took, {}),
-        "configurations": (timed, "measured", "6 balanced pairs each; KL on search text", {}),
+        "configurations": (timed, "measured", f"{PAIRS[recipe.effort]} balanced pairs each; KL on search text", {}),
         "impact": (equal.impact(), "measured", "time and KL on search text, equal seconds", axes),
         "grid": (grid.areas_LL.tolist(), "measured", f"dominated area, {grid.pair}", {}),
         "regret": (curves, "measured", "3 seeds; 200 draws", {}),

@@ -29,7 +29,7 @@ from lib.optimizations.common.search import choice
 from lib.optimizations.common.search.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
 
 WHERE = "automl_components"
-ROUNDS = 8  # of timing the finalists, at least
+ROUNDS, FEWEST_ROUNDS = 8, 6  # of timing the finalists, at least; at effort preview the fewest with an interval
 SECONDS = 20.0  # that they take together at effort standard, where calls are so short that more rounds fit into them
 
 
@@ -79,9 +79,10 @@ def judge(
     quality: SearchQuality,
     seed: int,
     seconds: float = SECONDS,
+    rounds: int = ROUNDS,
 ) -> list[Finalist]:
-    """Return the `count` best, timed again for about `seconds` and asked; the empty stack first, if the budget allows
-    it.
+    """Return the `count` best, timed again for about `seconds` in at least `rounds` and asked; the empty stack first,
+    if the budget allows it.
     """
     best = promote(bench, outcomes, count)
     copies = fresh_copies({"baseline": bench.model, "copy": bench.model}, seed)  # of the age of the stacks
@@ -89,7 +90,7 @@ def judge(
     arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
     works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
     interleaved.warm_up(*works.values())
-    rounds, calls = interleaved.rounds_for(works, seconds, ROUNDS)
+    rounds, calls = interleaved.rounds_for(works, seconds, rounds)
     timed = interleaved.rounds(works, rounds, iterations=calls, warmup=0, seed=seed, disturbance=disturbance.watch)
     floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
     finalists = []

@@ -49,10 +49,10 @@ def _bench(model, parts, **options) -> Bench:
 def _untimed(bench, monkeypatch):
     """Judge times by the stack alone, so that no clock is in the answer."""
 
-    def pairs(baseline, optimized, **_):
-        return SimpleNamespace(differences=np.zeros(1))
+    def rounds(arms, count, **_):
+        return SimpleNamespace(pairs=lambda baseline, optimized: SimpleNamespace(differences=np.zeros(1)))
 
-    monkeypatch.setattr(bench_module.interleaved, "paired", pairs)
+    monkeypatch.setattr(bench_module.interleaved, "rounds", rounds)
     return bench
 
 
@@ -136,7 +136,7 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
     parts += [_fake("foreign", _scale, lambda model: "another kind", share=SHARE), _fake("good", _scale, share=SHARE)]
     bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
-    monkeypatch.setattr(bench_module.interleaved, "paired", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(bench_module.interleaved, "rounds", lambda *_, **__: pytest.fail("timed"))
     says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
     for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
         judged = bench.judge([RecipeStep(optimization=stem)])

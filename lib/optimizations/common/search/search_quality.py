@@ -21,9 +21,8 @@ from lib.models.tasks.registry import classifies
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
 SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
 RESAMPLES = 200
-ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin
+ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin: not at preview
 VALUES_AT_REAL_SIZE = 16  # where a value takes seconds: one that is lost excludes
-TIMES_THE_EFFORTS = 4  # at most so many times what the effort itself asks: less only at effort preview
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,13 @@ def _finite(value: float) -> float:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, values: int = VALUES) -> SearchQuality:
-    """Return what candidates are asked, at real size few values, with the baseline's answers."""
-    values = min(values, VALUES_AT_REAL_SIZE) if loaded.scale == "full" else values
-    most = (TIMES_THE_EFFORTS * own for own in (effort.items, effort.windows, effort.retrieval_prompts))
-    items, windows, values = (min(pair) for pair in zip((items, WINDOWS, values), most))
+    """Return what candidates are asked, with the baseline's answers: at real size few values, at preview half the
+    items and values that the effort itself asks, on as much text.
+    """
+    values, windows = min(values, VALUES_AT_REAL_SIZE) if loaded.scale == "full" else values, WINDOWS
+    if effort.preview:
+        items, values = min(items, effort.items // 2), min(values, effort.retrieval_prompts // 2)
+        windows = min(windows, effort.windows)
     size = replace(effort, items=items, windows=windows, window_tokens=256, retrieval_prompts=values)
     seed += SEED_STEP
     return SearchQuality(loaded, size, seed, _answers(loaded, size, seed, loaded.model))

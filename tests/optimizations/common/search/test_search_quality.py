@@ -78,7 +78,7 @@ def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("effort", "sizes"), [("preview", (64, 16, 32)), ("quick", (96, 16, 64)), ("standard", (96, 16, 64))]
+    ("effort", "sizes"), [("preview", (8, 6, 4)), ("quick", (96, 16, 64)), ("standard", (96, 16, 64))]
 )
 def test_only_a_preview_asks_fewer_than_one_loss_would_show_on(effort, sizes, monkeypatch):
     monkeypatch.setattr(search_quality, "_answers", lambda *arguments: None)
