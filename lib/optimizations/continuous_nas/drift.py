@@ -16,7 +16,7 @@ from lib.optimizations.common.search import pareto
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import method, replacement_library
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts
-from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
+from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, SearchLimits
 
 LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reached
 
@@ -116,11 +116,9 @@ def follow(
     scores: Mapping[str, Mapping[str, float]],
     costs_of: Callable[[str, Study], RequestCosts],
     workload: str,
-    time_budget: float,
-    memory_budget: float,
-    refinements: int,
+    limits: SearchLimits,
 ) -> Drifts:
-    """Drift from `workload` to the two other profiles, one after the other.
+    """Drift from `workload` to the two other profiles, one after the other, each with half the refinements.
 
     Budgets apply to what the new profile leaves to choose: where a share cannot be met (a short request spends more
     time outside of all parts, and so does a busy machine), the nearest that leaves room is taken and reported
@@ -128,19 +126,26 @@ def follow(
     model is left at the last winner.
     """
     assert search.study is not None, "a search without a study keeps no costs"
-    limits = {"time": (time_budget, 1.0), "memory": (1.0, min(memory_budget, 0.8))}
+    shares = {"time": (limits.time_share, 1.0), "memory": (1.0, min(limits.memory_share, 0.8))}
     adaptations: list[Adaptation] = []
     rows: list[dict[str, Any]] = []
     for name in [name for name in PROFILES if name != workload]:
         start = time.perf_counter()
         costs = costs_of(name, search.study)
         measured = time.perf_counter() - start
-        wanted = limits[costs.profile.limit]
+        wanted = shares[costs.profile.limit]
         time_share, memory_share = (costs.relative(t, s) for t, s in zip((costs.time, costs.memory), wanted))
         start = time.perf_counter()
         method.candidates(scores, costs, time_share, memory_share, count=1)
         solved = time.perf_counter() - start
-        followed = adapt(search, costs, time_share=time_share, memory_share=memory_share, refinements=refinements // 2)
+        followed = adapt(
+            search,
+            costs,
+            time_share=time_share,
+            memory_share=memory_share,
+            refinements=limits.refinements // 2,
+            count=limits.count,
+        )
         start = time.perf_counter()
         replacement_library.swap(search.library, followed.best.choice)
         swapped = 1000 * (time.perf_counter() - start)

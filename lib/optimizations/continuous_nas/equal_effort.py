@@ -116,12 +116,13 @@ def equal_effort(
     costs: RequestCosts,
     times_of: Callable[[Library, Mapping[str, Sequence[str]]], dict],
     random_seeds: int = RANDOM_SEEDS,
+    alike_options: Mapping[str, Sequence[str]] = replacement_library.UNIFORM,
 ) -> EqualEffort:
     """Give random choices (of several seeds) and uniform ones as many evaluations as the search had, its library's
     included.
 
     Divergences that are known already are not computed again, but counted. `times_of` measures the seconds of a library
-    of these options under the profile.
+    of these options under the profile; `alike_options` are those that treat all blocks alike.
     """
     count, seed = len(search.evaluations), search.seed
     points = {"search": search.points(costs)}
@@ -135,8 +136,8 @@ def equal_effort(
         drawn = search.afresh(seed + turn)
         method.check(drawn, replacement_library.random_choices(search.library.space, count, seed + turn), "random")
         points[f"random {turn + 1}"] = drawn.points(costs)
-    alike = method.build(model, observation, replacement_library.UNIFORM, search.library.ordered)
-    times = times_of(alike, replacement_library.UNIFORM)
+    alike = method.build(model, observation, alike_options, search.library.ordered)
+    times = times_of(alike, alike_options)
     alike_costs = request_costs.tables(model, alike, costs.profile, times)
     uniform = Search(alike, search.probe)
     method.check(uniform, replacement_library.uniform_choices(alike.space, count), "uniform")

@@ -7,7 +7,7 @@ Controls with as many evaluations are in `equal_effort`, rivals at equal latency
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.timing import interleaved, workloads
+from lib.measure.timing import workloads
 from lib.measure.timing.control import fresh_copy
 from lib.models.calibration.activations import Observation, observe
 from lib.models.checkpoints import io, placement
@@ -35,7 +35,7 @@ from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts, RequestProfile
 from lib.optimizations.continuous_nas.drift import Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
-from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
+from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, SearchLimits
 from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import Library
 from lib.optimizations.structured_pruning import method as pruning
@@ -55,6 +55,8 @@ PRIMARIES = {
 }
 RANK_LIMIT = 0.5
 PROXY_STEPS = 30  # of distillation by default
+COST_ROUNDS = 2  # of timing the parts at effort preview: parts of one shape share their samples
+PAIRS = 6  # by which a choice is timed
 COPIES = 3  # of the model at once: sorted parts, the chosen architecture, and what it is recovered to
 
 
@@ -95,12 +97,14 @@ class SearchSetup:
 
     def costs_of(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile after a drift, measured in this process; see `costs_in_processes`."""
-        return self._costs(profile, study, processes=1, rounds=self.effort.blocks // 2)
+        rounds = COST_ROUNDS if self.effort.preview else self.effort.blocks // 2
+        return self._costs(profile, study, processes=1, rounds=rounds)
 
     def costs_in_processes(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile; seconds are measured once, in `processes`, and then read from the study."""
-        rounds = self.effort.blocks // 2 if self.effort.brief else self.effort.blocks
-        return self._costs(profile, study, processes=self.processes, rounds=rounds)
+        if self.effort.brief:
+            return self.costs_of(profile, study)
+        return self._costs(profile, study, processes=cost_processes.PROCESSES, rounds=self.effort.blocks)
 
     @property
     def processes(self) -> int:
@@ -108,7 +112,7 @@ class SearchSetup:
         return 1 if self.effort.brief else cost_processes.PROCESSES
 
     def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> RequestCosts:
-        measured = PROFILES[profile]
+        measured = PROFILES[profile].within(self.effort)
         times: Any = study.fact(
             f"times: {profile}",
             lambda: self.times_of(self.library, None, measured, rounds=rounds, processes=processes),
@@ -133,17 +137,19 @@ class SearchSetup:
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
     """Return the setup: saliency from calibration text, judging on text of the split "search". `short`: two windows of
-    128 tokens are judged on, on a real model at effort quick one. Raises NotApplicable where memory has no room for the
-    search and what follows it.
+    128 tokens are judged on, on a real model at effort quick and at effort preview one. Raises NotApplicable where
+    memory has no room for the search and what follows it.
     """
     placement.require_room(loaded.model, COPIES, "a search over replacements")
     calibration = tasks.calibration(loaded, effort.calibration_sequences, effort.calibration_tokens, seed)
     rows, length = (2, 128) if short else (effort.calibration_sequences // 8, effort.calibration_tokens)
-    rows = 1 if loaded.scale == "full" and effort.brief else rows  # a thousand evaluations take a second each there
+    rows = (
+        1 if effort.preview or (loaded.scale == "full" and effort.brief) else rows
+    )  # a thousand evaluations take a second each there
     text = tasks.calibration(loaded, rows, length, seed, split="search")
     start = time.perf_counter()
     observation = observe(loaded.model, calibration)
-    library = method.build(loaded.model, observation)
+    library = method.build(loaded.model, observation, replacement_library.FEWEST if effort.preview else None)
     probe = scoring.probe(loaded.model, text)
     prompt_BP = tasks.text_windows(loaded, "search", 1, 512, seed)
     seconds = time.perf_counter() - start
@@ -187,23 +193,25 @@ def options_of_middle_block(
 
 
 def interrupted(
-    setup: SearchSetup, search: Search, costs: RequestCosts, time_share: float, memory_share: float, refinements: int
+    setup: SearchSetup, search: Search, costs: RequestCosts, limits: SearchLimits
 ) -> tuple[Search, ChoiceEvaluation]:
     """Run the search to half its refinements, then resume it from its study; return the second search and its winner.
 
     Asserts that the winner is within the budgets, and that a search that was never stopped ends at the same choice.
     """
-    options: dict[str, Any] = {"time_share": time_share, "memory_share": memory_share, "refinements": refinements}
+    options = asdict(limits)
     with setup.timed():
-        search.stop_after = len(search.evaluations) + max(1, refinements // 2)
+        search.stop_after = len(search.evaluations) + max(1, limits.refinements // 2)
         with contextlib.suppress(method.SearchStopped):
             method.run(search, costs, **options)
-        search = Search(search.library, search.probe, search.study, search.seed, known=search.known)
+        search = Search(
+            search.library, search.probe, search.study, search.seed, known=search.known, solved=search.solved
+        )
         winner = method.run(search, costs, **options)
     unstopped = method.run(search.afresh(), costs, **options)
     assert unstopped.choice == winner.choice, "stopping changed the answer"
-    limits = costs.budgets(time_share, memory_share)
-    assert all(limit.table.of(winner.choice) <= limit.most for limit in limits), "over a budget"
+    budgets = costs.budgets(limits.time_share, limits.memory_share)
+    assert all(limit.table.of(winner.choice) <= limit.most for limit in budgets), "over a budget"
     return search, winner
 
 
@@ -253,11 +261,12 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
     for evaluation in chosen:
         models = baseline, replacement_library.swap(setup.library, evaluation.choice)
         whole, arm = (workloads.generate(fresh_copy(model), prompt_BP, new_tokens) for model in models)
-        pairs = interleaved.paired(whole, arm, blocks=6, warmup=1, seed=setup.seed)
+        pairs = rivals.paired(whole, arm, rivals.pairs(setup.effort, PAIRS), warmup=1, seed=setup.seed)
         speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
-        assert speed.ratio is not None and speed.ci is not None  # six blocks have an interval
-        row = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}
-        rows.append(row | {"low": 1 / speed.ci[1], "high": 1 / speed.ci[0]})
+        assert speed.ratio is not None
+        row: dict[str, Any] = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}
+        low, high = speed.ci or (None, None)  # two pairs have no interval
+        rows.append(row | {"low": high and 1 / high, "high": low and 1 / low})
     replacement_library.swap(setup.library, setup.library.whole)
     return rows
 
@@ -270,8 +279,8 @@ def request_prompt(setup: SearchSetup, costs: RequestCosts) -> torch.Tensor:
 def against_uniform(
     setup: SearchSetup, equal: EqualEffort, costs: RequestCosts, winner: ChoiceEvaluation, plain: nn.Module
 ) -> tuple[pd.DataFrame, list[nn.Module], rivals.Race]:
-    """Time the five uniform choices of the front that are nearest to the winner's share of the time against `plain`,
-    the winner without recovery.
+    """Time the five uniform choices (at effort preview three) of the front that are nearest to the winner's share of
+    the time against `plain`, the winner without recovery.
 
     Returns a row for each, the one or two of them that bracket its speed (`rivals.bracketing`), and the race.
     """
@@ -283,9 +292,9 @@ def against_uniform(
     ]
     near = {
         at: replacement_library.child(uniform.library, uniform.evaluations[at].choice)
-        for at in rivals.around(predicted, costs.share(winner.choice, costs.time))
+        for at in rivals.around(predicted, costs.share(winner.choice, costs.time), rivals.near(setup.effort))
     }
-    raced = {at: race(model, 6) for at, model in near.items()}
+    raced = {at: race(model, rivals.pairs(setup.effort, PAIRS)) for at, model in near.items()}
     gains = {at: speed.ratio for at, speed in raced.items() if speed.ratio}
     rows = [(100 * predicted[at][0], predicted[at][1], gain) for at, gain in gains.items()]
     columns = ["predicted time, % of the baseline", "KL, nats/token", "speed of the search's choice ÷ this one's"]
@@ -295,21 +304,25 @@ def against_uniform(
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
     """Return the controls with as many evaluations as the search had; see `equal_effort`."""
     seeds = equal_effort.FEWEST_RANDOM_SEEDS if setup.effort.brief else equal_effort.RANDOM_SEEDS
+    rounds = 1 if setup.effort.preview else 3
+    alike = replacement_library.FEWEST_UNIFORM if setup.effort.preview else replacement_library.UNIFORM
 
     def times_of(library: Library, options: Mapping[str, Sequence[str]]) -> dict:
-        return setup.times_of(library, options, costs.profile, rounds=3, processes=setup.processes)
+        return setup.times_of(library, options, costs.profile, rounds=rounds, processes=setup.processes)
 
-    return equal_effort.equal_effort(setup.loaded.model, setup.observation, search, costs, times_of, seeds)
+    return equal_effort.equal_effort(setup.loaded.model, setup.observation, search, costs, times_of, seeds, alike)
 
 
 def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:
     """Return the chosen architecture as a model of its own, the same after distillation from the baseline, and the
-    steps taken; by default (-1) PROXY_STEPS on a proxy model, none at real size.
+    steps taken; by default (-1) PROXY_STEPS on a proxy model, none at real size. At effort preview each step reads a
+    quarter of the text.
     """
     effort, seed = setup.effort, setup.seed
     steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS, effort)
-    sequences, length = 4 * effort.calibration_sequences, effort.calibration_tokens
-    batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=1024)
+    share = 1 if effort.preview else 4
+    sequences, length = share * effort.calibration_sequences, effort.calibration_tokens
+    batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=256 * share)
     with setup.timed():
         plain = replacement_library.child(setup.library, winner.choice)
         optimized, _ = pruning.recover(plain, setup.loaded.model, batches, steps=steps, seed=seed)
@@ -358,7 +371,7 @@ def details(
         "credits": (equal.credits, "measured", "hypervolume after each part of the search, and of greedy choice"),
         "fronts": (equal.fronts().to_dict("records"), "measured", "KL on search text, times of parts"),
         "rank_correlation": (added.rank, "measured", f"{judged} choices, predicted against measured KL"),
-        "times_add_up": (times, "measured", "6 balanced blocks each"),
+        "times_add_up": (times, "measured", "balanced blocks; the interval where there are six"),
         "drift": (drifted.rows, "measured", "perf_counter, once; evaluations counted"),
         "adaptation": (drifted.curves().to_dict("records"), "measured", "hypervolume after each evaluation"),
     }

@@ -10,13 +10,14 @@ A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import optuna
 from torch import nn
 
 from lib.errors import UserError
+from lib.measure.metrics.settings import Effort
 from lib.models.calibration.activations import Observation
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import choice as near_ties
@@ -32,6 +33,7 @@ from lib.optimizations.structured_pruning import method as pruning
 
 LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
 NEAR = 0.05  # two divergences that differ by less than this share are as good as each other
+PREVIEW_REFINEMENTS = 6  # at most, at effort preview
 REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
 
 SEARCH_SPACE = {
@@ -85,11 +87,30 @@ class ChoiceEvaluation:
     phase: str
 
 
+@dataclass(frozen=True)
+class SearchLimits:
+    """Budgets as shares of the whole model's time and memory, evaluations around the best, and how many of the
+    programme's choices are evaluated.
+    """
+
+    time_share: float
+    memory_share: float
+    refinements: int
+    count: int = 10
+
+    def within(self, effort: Effort) -> "SearchLimits":
+        """Return what is searched: at effort preview half of the programme's choices, and few around them."""
+        if not effort.preview:
+            return self
+        return replace(self, refinements=min(self.refinements, PREVIEW_REFINEMENTS), count=self.count // 2)
+
+
 @dataclass
 class Search:
     """One search over a library. `study` keeps it (None: in memory only).
 
-    `known` are divergences computed so far: controls share them, so that what is counted twice is computed once.
+    `known` are divergences computed so far, `solved` the programme's solutions: controls share them, so that what is
+    counted twice is computed once.
     """
 
     library: Library
@@ -98,6 +119,7 @@ class Search:
     seed: int = 0
     stop_after: int | None = None
     known: dict[tuple, float] = field(default_factory=dict)
+    solved: dict[str, list[Choice]] = field(default_factory=dict)
     evaluations: list[ChoiceEvaluation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,7 +130,8 @@ class Search:
 
     def afresh(self, seed: int | None = None) -> "Search":
         """Return a search of the same library without evaluations, which stores nothing."""
-        return Search(self.library, self.probe, None, self.seed if seed is None else seed, None, self.known)
+        seed = self.seed if seed is None else seed
+        return Search(self.library, self.probe, None, seed, None, self.known, self.solved)
 
     def evaluated(self, choice: Choice) -> bool:
         """Whether this search has evaluated the choice."""
@@ -277,6 +300,9 @@ def run(
     """
     name = costs.profile.name
     scores = score(search)
-    check(search, candidates(scores, costs, time_share, memory_share, count), f"{name}: check")
+    problem = repr((scores, costs, time_share, memory_share, count))
+    if problem not in search.solved:
+        search.solved[problem] = candidates(scores, costs, time_share, memory_share, count)
+    check(search, search.solved[problem], f"{name}: check")
     refine(search, costs, f"{name}: refine", refinements)
     return best(search, costs, time_share, memory_share)

@@ -27,6 +27,12 @@ WHOLE = "whole"
 ATTENTION = (WHOLE, "groups_50", "none")
 DENSE = (WHOLE, "channels_88", "channels_75", "channels_50", "channels_25", "none")
 EXPERTS = (WHOLE, "experts_75", "experts_50", "top_k_50", "experts_50_top_k_50", "none")
+# At effort preview:
+FEWEST = {
+    "attention": ATTENTION,
+    "dense": (WHOLE, "channels_75", "channels_50", "none"),
+    "experts": (WHOLE, "experts_50", "top_k_50", "none"),
+}
 # Of the uniform control: finer than the library, for it has as many evaluations to spend.
 UNIFORM = {
     "attention": (WHOLE, "groups_75", "groups_50", "groups_25", "none"),
@@ -35,6 +41,16 @@ UNIFORM = {
         WHOLE,
         *(f"experts_{percent}" for percent in (88, 75, 63, 50)),
         *(f"experts_{percent}_top_k_{chosen}" for chosen in (75, 50, 25) for percent in (99, 75, 50, 38)),
+    ),
+}
+# Of the uniform control at effort preview:
+FEWEST_UNIFORM = {
+    "attention": ATTENTION,
+    "dense": (WHOLE, *(f"channels_{percent}" for percent in range(90, 15, -10))),
+    "experts": (
+        WHOLE,
+        *(f"experts_{percent}" for percent in (75, 50)),
+        *(f"experts_{p}_top_k_50" for p in (99, 75, 50)),
     ),
 }
 PARTS = ("attention", "feed_forward")

@@ -71,8 +71,8 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
 
 
 def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack of these steps within the margins, and every strength that was tried: at full and
-    half strength alone on a real model at effort quick.
+    """Return the strongest stack of these steps within the margins, and every strength that was tried: where time is
+    short at full and half strength alone.
 
     Asserts that composing changed no weight of the baseline.
     """
@@ -100,9 +100,12 @@ def identity(setup: PartsSetup) -> nn.Module:
 
 
 def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) -> list[Measurement]:
-    """Return prefill and decode of the identity pipeline against the model that was never composed, held to 1 %."""
+    """Return prefill and decode (at effort preview prefill alone) of the identity pipeline against the model that was
+    never composed, held to 1 %.
+    """
     arms = (setup.loaded.model, identity, prompt_BT, setup.effort)
-    unchanged = speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=setup.seed)
+    names = ("prefill",) if setup.effort.preview else ("prefill", "decode")
+    unchanged = speed.compare(*arms, names=names, with_energy=False, seed=setup.seed)
     return [
         measurement.from_pairs(
             speed.METRICS_OF[name][0], name, timed.pairs, timed.baseline.tokens, timed.control, margin=OVERHEAD_MARGIN

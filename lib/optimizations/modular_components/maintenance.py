@@ -76,13 +76,15 @@ from lib.models.tasks import tasks
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import attempts
 from lib.optimizations.modular_components import method as composing
+from lib.suite.plan import plan
 loaded = loading.load(sys.argv[1])
 sample = tasks.text_windows(loaded, "search", 2, 64)
 fitting, _ = composing.applicable(loaded.model)
 steps, _ = composing.orderable([RecipeStep(optimization=stem) for stem in fitting], loaded.model)
 attempt = attempts.attempt(loaded.model, [], [RecipeStep(optimization="{STEM}")], sample)
 order = [step.optimization for step in steps]
-print(json.dumps(dict(parts=fitting, order=order, state=attempt.state, reason=attempt.reason)))
+listed = "{STEM}" in plan.optimizations()
+print(json.dumps(dict(parts=fitting, order=order, state=attempt.state, reason=attempt.reason, listed=listed)))
 """
 
 
@@ -149,8 +151,7 @@ def measure(model: str) -> Addition:
         place = copy_of_project(Path(folder) / "project")
         added, changed, lines = add(place)
         answers = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
-        listed = STEM in _run(place, "-c", "from lib.suite.plan import plan; print(*plan.optimizations())").split()
-    return Addition(added, changed, lines, **answers, listed=listed)
+    return Addition(added, changed, lines, **answers)
 
 
 def _run(place: Path, *arguments: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lib.measure.metrics import paired_stats
 from lib.measure.timing.interleaved import Rounds
 from lib.models.calibration.activations import observe
 from lib.models.tasks import tasks
@@ -22,8 +23,12 @@ from lib.optimizations.modular_components.pair_study import Contrasts, Pair, Pai
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
-HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, on a real model at quick
+HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, where time is short
+PREVIEW_BLOCKS = 2  # rounds of one pair at effort preview: they have no interval
 NOT_TRIED = "efforts preview and quick try neighbours of the pipeline alone; effort standard tries every pair"
+NOT_AT_PREVIEW = (
+    "effort preview tries few neighbours of the pipeline; effort quick tries all, effort standard every pair"
+)
 
 
 def alone(setup: PartsSetup, stem: str) -> Attempt:
@@ -40,11 +45,15 @@ def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
 
 
 def chosen(setup: PartsSetup) -> list[Pair]:
-    """Return the pairs that are tried, unordered: all, or at effort quick the neighbours in the pipeline. There are
-    dozens of pairs, and applying a part to a real model takes a minute.
+    """Return the pairs that are tried, unordered: all, or at effort quick the neighbours in the pipeline, at effort
+    preview every second of these, and the last: each part is in one. There are dozens of pairs, and applying a part to
+    a real model takes a minute.
     """
+    neighbours = list(itertools.pairwise(setup.fitting))
+    if setup.effort.preview:
+        return list(dict.fromkeys([*neighbours[::2], neighbours[-1]]))
     if setup.effort.brief:
-        return list(itertools.pairwise(setup.fitting))
+        return neighbours
     return list(itertools.combinations(setup.fitting, 2))
 
 
@@ -64,11 +73,11 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     lost: dict[str, np.ndarray] = {}
     outdated: dict[Pair, np.ndarray] = {}
     timed: dict[frozenset[str], dict[str, Rounds]] = {}
-    blocks = min(setup.effort.blocks, MOST_BLOCKS)
+    blocks = PREVIEW_BLOCKS if setup.effort.preview else min(setup.effort.blocks, MOST_BLOCKS)
     tried = chosen(setup)
     for both in itertools.combinations(setup.fitting, 2):
         if both not in tried:
-            pairs |= {pair: _not_tried(singles, pair) for pair in (both, both[::-1])}
+            pairs |= {pair: _not_tried(setup, singles, pair) for pair in (both, both[::-1])}
             continue
         parts = {stem: with_model(setup, singles[stem]) for stem in both}
         arms = {interactions.BASELINE: loaded.model}
@@ -84,7 +93,9 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
                 outdated |= interactions.losses(stale, windows_NT)
             if pair.model is not None:
                 arms[interactions.named(first, second)] = pair.model
-        timed[frozenset(both)] = interactions.time_arms(arms, prompt_BT, blocks, seed)
+        timed[frozenset(both)] = interactions.time_arms(
+            arms, prompt_BT, blocks, seed, min(blocks, paired_stats.MINIMUM_BLOCKS)
+        )
         if windows_NT is not None:
             lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
     study = PairStudy(singles, pairs, forced)
@@ -92,8 +103,9 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     return study, _contrasts(setup, study, timed, lost, outdated, source)
 
 
-def _not_tried(singles: dict[str, Attempt], pair: Pair) -> Attempt:
-    return Attempt([*singles[pair[0]].steps, *singles[pair[1]].steps], "not tried", NOT_TRIED)
+def _not_tried(setup: PartsSetup, singles: dict[str, Attempt], pair: Pair) -> Attempt:
+    why = NOT_AT_PREVIEW if setup.effort.preview else NOT_TRIED
+    return Attempt([*singles[pair[0]].steps, *singles[pair[1]].steps], "not tried", why)
 
 
 def _kept(setup: PartsSetup, single: Attempt) -> Attempt:

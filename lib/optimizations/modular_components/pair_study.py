@@ -90,7 +90,8 @@ class Contrasts:
 
     def reading(self) -> str:
         """Return two sentences on the heat maps: how many cells exclude zero, and which is the largest."""
-        counts = ", ".join(f"{name} {clear} of {total}" for name, (clear, total) in self.clear().items())
+        cells = ((name, clear, f"of {total}" if total else "of none") for name, (clear, total) in self.clear().items())
+        counts = ", ".join(f"{name} {clear} {total}" for name, clear, total in cells)
         if not counts:
             return "No pair of this model works. So there is no interaction to show."
         name = next(iter(self.headings))
@@ -109,7 +110,7 @@ class Contrasts:
         counts = self.clear().values()
         clear, total = sum(some for some, _ in counts), sum(every for _, every in counts)
         if not total:
-            return None, "no pair works"
+            return None, "too few rounds for an interval" if self.headings else "no pair works"
         limit = int(binom.ppf(0.975, total, 0.05))
         evidence = f"{clear} of {total} intervals exclude zero; chance explains up to {limit}"
         return (True if clear > limit else None if clear else False), evidence

@@ -42,8 +42,10 @@ class PartsSetup:
 
     @property
     def hurried(self) -> bool:
-        """Whether a real model is measured at effort quick: applying a part takes up to a minute there."""
-        return self.loaded.scale == "full" and self.effort.brief
+        """Whether time is short: at effort preview, and where a real model is measured at effort quick, for applying a
+        part takes up to a minute there.
+        """
+        return self.effort.preview or (self.loaded.scale == "full" and self.effort.brief)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.measure.metrics import paired_stats
 from lib.measure.quality import evaluate
 from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.interleaved import Rounds, rounds
@@ -29,8 +30,16 @@ def named(*stems: str) -> str:
     return " → ".join(stems) if stems else BASELINE
 
 
-def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: int, seed: int = 0) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode of all arms, of which one is BASELINE."""
+def time_arms(
+    models: Mapping[str, nn.Module],
+    prompt_BT: torch.Tensor,
+    count: int,
+    seed: int = 0,
+    fewest: int = paired_stats.MINIMUM_BLOCKS,
+) -> dict[str, Rounds]:
+    """Time prefill of the prompt and a short decode of all arms, of which one is BASELINE. Raises UserError for fewer
+    than `fewest` rounds.
+    """
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
@@ -39,7 +48,9 @@ def time_arms(models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, count: i
     timed = {}
     for name, calls in works.items():
         iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
-        timed[name] = rounds(calls, count, iterations=iterations, seed=seed, disturbance=disturbance.watch)
+        timed[name] = rounds(
+            calls, count, iterations=iterations, seed=seed, fewest=fewest, disturbance=disturbance.watch
+        )
     return timed
 
 

@@ -6,11 +6,12 @@ Shapes: B batch, P prompt tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
+from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.models.structure.anatomy import attention as view_attention
 from lib.optimizations.continuous_nas.costs import subblock_costs
@@ -18,6 +19,7 @@ from lib.optimizations.continuous_nas.costs.subblock_costs import BlockTimes
 from lib.optimizations.continuous_nas.mip import Budget, CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate
 
+PREVIEW_DIVISOR = 4  # of the tokens and the batch of a request, at effort preview
 ROOM = 0.25  # of the way from the cheapest choice to the whole model, that a budget leaves at least after a drift
 
 
@@ -32,6 +34,13 @@ class RequestProfile:
     new_tokens: int
     batch: int
     limit: str
+
+    def within(self, effort: Effort) -> "RequestProfile":
+        """Return the profile as it is timed: at effort preview a quarter of its tokens and of its batch."""
+        if not effort.preview:
+            return self
+        names = "prompt_tokens", "new_tokens", "batch"
+        return replace(self, **{name: max(1, getattr(self, name) // PREVIEW_DIVISOR) for name in names})
 
     @property
     def in_words(self) -> str:
