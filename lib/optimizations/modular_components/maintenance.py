@@ -8,15 +8,15 @@ The optimization added is a plain one: every weight rounded to a few significant
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.measure.timing import children
+
 ROOT = Path(__file__).resolve().parents[3]
 STEM = "weight_rounding"
-TIME_LIMIT_SECONDS = 300
+TIME_LIMIT_SECONDS = 300.0
 MODULE = '''"""Weight rounding: the decoder's matrices keep a few bits of each weight, stored as wide as before."""
 
 import copy
@@ -68,24 +68,6 @@ checkpoints: str = ""  # folder of checkpoints, for scale full
 random_weights: bool = False  # scale full without a checkpoint
 seed: int = 0  # of data and block order
 bits: int = 6  # significant bits kept of each weight, in [1, 23]"""
-# What the copy is asked: is the part there, in order with all others, and does it run after and before each?
-PROGRAM = f"""
-import json, sys
-from lib.models import loading
-from lib.models.tasks import tasks
-from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.modular_components import attempts
-from lib.optimizations.modular_components import method as composing
-from lib.suite.plan import plan
-loaded = loading.load(sys.argv[1])
-sample = tasks.text_windows(loaded, "search", 2, 64)
-fitting, _ = composing.applicable(loaded.model)
-steps, _ = composing.orderable([RecipeStep(optimization=stem) for stem in fitting], loaded.model)
-attempt = attempts.attempt(loaded.model, [], [RecipeStep(optimization="{STEM}")], sample)
-order = [step.optimization for step in steps]
-listed = "{STEM}" in plan.optimizations()
-print(json.dumps(dict(parts=fitting, order=order, state=attempt.state, reason=attempt.reason, listed=listed)))
-"""
 
 
 @dataclass(frozen=True)
@@ -145,23 +127,16 @@ def add(place: Path) -> tuple[list[str], list[str], int]:
 def measure(model: str) -> Addition:
     """Add the optimization to a temporary copy, ask the copy about it on the proxy model of `model`, and count.
 
-    Raises RuntimeError, with the last line of its output, where the copy fails.
+    Raises RuntimeError, with the reason, where the copy fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = copy_of_project(Path(folder) / "project")
         added, changed, lines = add(place)
-        answers = json.loads(_run(place, "-c", PROGRAM, model).splitlines()[-1])
+        program, job = "lib.optimizations.modular_components.grown_copy", {"place": str(place), "model": model}
+        (answers,) = children.run(program, [job | {"stem": STEM, "arms": []}], limit_seconds=TIME_LIMIT_SECONDS)
+    if "failed" in answers:
+        raise RuntimeError(f"the copy with {STEM} failed: {answers['failed']}")
     return Addition(added, changed, lines, **answers)
-
-
-def _run(place: Path, *arguments: str) -> str:
-    process = subprocess.run(
-        [sys.executable, *arguments], cwd=place, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS
-    )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"the copy with {STEM} failed: {last}")
-    return process.stdout.strip()
 
 
 def _fingerprints(place: Path) -> dict[str, str]:

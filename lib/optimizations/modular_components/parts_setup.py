@@ -76,14 +76,18 @@ class PartsSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup. Raises NotApplicable where memory has no room for one pair in both orders."""
+    """Return the setup; at effort preview with half as many texts, half as long. Raises NotApplicable
+    where memory has no room for one pair in both orders.
+    """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     fitting, unfit = method.applicable(loaded.model)
     assert len(fitting) > 1, method.applies_to(loaded.model)
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
     weights = io.weights_hash(loaded.model)
-    calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
-    sample_BT = tasks.text_windows(loaded, "search", 4, 128, seed)
+    share = 2 if effort.preview else 1
+    sequences, length = quick.calibration_sequences // share, quick.calibration_tokens // share
+    calibration = tasks.calibration(loaded, sequences, length, seed)
+    sample_BT = tasks.text_windows(loaded, "search", 4 // share, 128 // share, seed)
     try:
         placement.require_room(loaded.model, PAIR_COPIES + len(fitting), "keeping every part")
         keeps_singles = True
