@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.measure.metrics import paired_stats
 from lib.measure.timing.interleaved import Rounds
 from lib.models.calibration.activations import observe
 from lib.models.tasks import tasks
@@ -24,10 +23,10 @@ from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
 HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, where time is short
-PREVIEW_BLOCKS = 2  # rounds of one pair at effort preview: they have no interval
+PREVIEW_BLOCKS, PREVIEW_TOKENS = 2, 2  # rounds of one pair at effort preview, which have no interval; decoded tokens
 NOT_TRIED = "efforts preview and quick try neighbours of the pipeline alone; effort standard tries every pair"
 NOT_AT_PREVIEW = (
-    "effort preview tries few neighbours of the pipeline; effort quick tries all, effort standard every pair"
+    "effort preview tries two pairs of neighbours; effort quick tries all neighbours, effort standard every pair"
 )
 
 
@@ -46,12 +45,12 @@ def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
 
 def chosen(setup: PartsSetup) -> list[Pair]:
     """Return the pairs that are tried, unordered: all, or at effort quick the neighbours in the pipeline, at effort
-    preview every second of these, and the last: each part is in one. There are dozens of pairs, and applying a part to
-    a real model takes a minute.
+    preview the first of these and the last. There are dozens of pairs, and applying a part to a real model takes a
+    minute.
     """
     neighbours = list(itertools.pairwise(setup.fitting))
     if setup.effort.preview:
-        return list(dict.fromkeys([*neighbours[::2], neighbours[-1]]))
+        return list(dict.fromkeys([neighbours[0], neighbours[-1]]))
     if setup.effort.brief:
         return neighbours
     return list(itertools.combinations(setup.fitting, 2))
@@ -64,7 +63,8 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     """
     loaded, seed = setup.loaded, setup.seed
     singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
-    count, length = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows, setup.quick.window_tokens
+    count = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows
+    length = setup.quick.window_tokens // (2 if setup.effort.preview else 1)
     prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
     windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, "final", count, length, seed + 1)
     before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
@@ -74,6 +74,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     outdated: dict[Pair, np.ndarray] = {}
     timed: dict[frozenset[str], dict[str, Rounds]] = {}
     blocks = PREVIEW_BLOCKS if setup.effort.preview else min(setup.effort.blocks, MOST_BLOCKS)
+    few = (PREVIEW_BLOCKS, PREVIEW_TOKENS) if setup.effort.preview else ()
     tried = chosen(setup)
     for both in itertools.combinations(setup.fitting, 2):
         if both not in tried:
@@ -93,9 +94,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
                 outdated |= interactions.losses(stale, windows_NT)
             if pair.model is not None:
                 arms[interactions.named(first, second)] = pair.model
-        timed[frozenset(both)] = interactions.time_arms(
-            arms, prompt_BT, blocks, seed, min(blocks, paired_stats.MINIMUM_BLOCKS)
-        )
+        timed[frozenset(both)] = interactions.time_arms(arms, prompt_BT, blocks, seed, *few)
         if windows_NT is not None:
             lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
     study = PairStudy(singles, pairs, forced)
@@ -128,7 +127,8 @@ def _contrasts(
     outdated: dict[Pair, np.ndarray],
     source: str,
 ) -> Contrasts:
-    works = [stem for stem, single in study.singles.items() if single.state == "works"]
+    tried: set[str] = set().union(*timed)
+    works = [stem for stem, single in study.singles.items() if single.state == "works" and stem in tried]
     rows: list[dict] = []
     orders: list[dict] = []
     for both, rounds in timed.items():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.models.checkpoints import io
 from lib.optimizations.automl_components import experiment
 from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid
@@ -91,3 +91,9 @@ def test_a_stack_is_stored_with_its_verdict_and_hashes(tiny, verdicts, degenerat
     assert stored.accuracy == word and stored.weights == io.weights_hash(model) != stored.optimized
     assert (recipe.unfit(stored, stored.weights) is None) == (word in ("maintained", "inconclusive"))
     assert "chosen for weights" in recipe.unfit(stored, "others")
+
+
+def test_only_a_preview_shortens_the_request_that_is_timed():
+    asked = experiment.TimedRequest(256, 2, 3)
+    assert asked.within(settings.read("quick")) == asked
+    assert asked.within(settings.read("preview")) == (128, 2, 3)

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.optimizations.continuous_nas import drift, experiment
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
 from lib.optimizations.continuous_nas.experiment import Additivity
-from lib.optimizations.continuous_nas.method import REFERENCE
+from lib.optimizations.continuous_nas.method import REFERENCE, SearchLimits
 from lib.optimizations.continuous_nas.rivals import RivalComparison
 from lib.report.text import reading
 
@@ -106,3 +106,12 @@ def test_every_claim_has_its_answer():
     assert all(evidence for _, _, evidence in answers)
     reached = experiment.targets(_effort(0.2, 0.4), comparison, drifted)
     assert len(reached) == 5 and reached.reached.all() and drift.LEVEL == 0.95
+
+
+def test_only_a_preview_is_searched_and_timed_on_less():
+    preview, quick = settings.read("preview"), settings.read("quick")
+    limits, profile = SearchLimits(0.8, 1.0, 16), PROFILES["memory_limited"]
+    assert limits.within(quick) == limits and profile.within(quick) == profile
+    assert limits.within(preview) == SearchLimits(0.8, 1.0, 6, 5)
+    assert profile.within(preview).in_words == "64 tokens read, 8 written, batch of 2; scarce is memory"
+    assert PROFILES["prefill_heavy"].within(preview).batch == 1

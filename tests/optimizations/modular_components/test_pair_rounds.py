@@ -78,3 +78,17 @@ def test_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
     assert study.pairs["copy", "third"].reason == pair_rounds.NOT_TRIED
     assert len(contrasts.pairs) == 6 and len(contrasts.orders) == 2
     assert len(pair_rounds.chosen(_setup(model, batch, True, "standard"))) == 3
+
+
+def test_a_preview_tries_two_pairs_and_knows_no_interval(tiny, batch, monkeypatch):
+    _copies(monkeypatch)
+    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, True, "preview")
+    setup.fitting.append("fourth")
+    assert pair_rounds.chosen(setup) == [("copy", "other"), ("third", "fourth")]
+    setup.fitting[:] = ["copy", "other", "third"]
+    monkeypatch.setattr(pair_rounds, "chosen", lambda setup: [("copy", "other")])
+    study, contrasts = pair_rounds.run(setup, batch["input_ids"][:1])
+    assert study.pairs["other", "third"].reason == pair_rounds.NOT_AT_PREVIEW
+    assert list(contrasts.alone.part) == ["copy", "other"], "what was in no round has no effect"
+    assert contrasts.clear() == {"prefill": (0, 0), "decode": (0, 0)} and "prefill 0 of none" in contrasts.reading()
+    assert contrasts.refuted() == (None, "too few rounds for an interval")

@@ -36,14 +36,15 @@ def time_arms(
     count: int,
     seed: int = 0,
     fewest: int = paired_stats.MINIMUM_BLOCKS,
+    decoded: int = DECODE_TOKENS,
 ) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode of all arms, of which one is BASELINE. Raises UserError for fewer
-    than `fewest` rounds.
+    """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE. Raises
+    UserError for fewer than `fewest` rounds.
     """
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
-        "decode": {name: workloads.steps(model, short_BT, DECODE_TOKENS) for name, model in models.items()},
+        "decode": {name: workloads.steps(model, short_BT, decoded) for name, model in models.items()},
     }
     timed = {}
     for name, calls in works.items():
