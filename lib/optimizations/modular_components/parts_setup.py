@@ -76,7 +76,7 @@ class PartsSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup; at effort preview with half as many texts, half as long. Raises NotApplicable
+    """Return the setup; at effort preview texts are shorter. Raises NotApplicable
     where memory has no room for one pair in both orders.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
@@ -85,8 +85,8 @@ def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
     weights = io.weights_hash(loaded.model)
     share = 2 if effort.preview else 1
-    sequences, length = quick.calibration_sequences // share, quick.calibration_tokens // share
-    calibration = tasks.calibration(loaded, sequences, length, seed)
+    length = quick.calibration_tokens // share
+    calibration = tasks.calibration(loaded, quick.calibration_sequences, length, seed)
     sample_BT = tasks.text_windows(loaded, "search", 4 // share, 128 // share, seed)
     try:
         placement.require_room(loaded.model, PAIR_COPIES + len(fitting), "keeping every part")
