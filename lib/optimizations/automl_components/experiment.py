@@ -64,10 +64,10 @@ class TimedRequest(NamedTuple):
     batch: int = 1
 
     def within(self, effort: Effort) -> "TimedRequest":
-        """Return the request as it is timed: at effort preview no longer than the effort's own workloads."""
+        """Return the request as it is timed: at effort preview at most half of the effort's own workloads."""
         if not effort.preview:
             return self
-        tokens = min(self.prompt_tokens, effort.prompt_tokens), min(self.new_tokens, effort.new_tokens)
+        tokens = min(self.prompt_tokens, effort.prompt_tokens // 2), min(self.new_tokens, effort.new_tokens // 2)
         return TimedRequest(*tokens, self.batch)
 
 

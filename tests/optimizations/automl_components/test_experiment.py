@@ -96,4 +96,4 @@ def test_a_stack_is_stored_with_its_verdict_and_hashes(tiny, verdicts, degenerat
 def test_only_a_preview_shortens_the_request_that_is_timed():
     asked = experiment.TimedRequest(256, 2, 3)
     assert asked.within(settings.read("quick")) == asked
-    assert asked.within(settings.read("preview")) == (128, 2, 3)
+    assert asked.within(settings.read("preview")) == (64, 2, 3)
