@@ -19,6 +19,7 @@ from lib.models.structure.anatomy import anatomy
 CHECKS = 4
 PATIENCE = 2
 HELD_OUT = 4  # batches
+KEPT_ELEMENTS = 2**26  # of the teacher's answers to what is held out, from one evaluation to the next
 TUNED_WIDTH = 192  # hidden width at which the rates were found; wider models get proportionally less
 Batch = dict[str, torch.Tensor]
 
@@ -81,7 +82,8 @@ def distil(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
-    first = best = _mean_divergence(student, teacher, held_out)
+    known = _answers_kept(teacher, held_out)
+    first = best = _mean_divergence(student, teacher, held_out, known)
     best_values = [parameter.detach().clone() for parameter in trained]
     worse, every = 0, -(-steps // (CHECKS + 1))
     for batch in itertools.islice(_shuffled(batches, order), steps):
@@ -93,7 +95,7 @@ def distil(
         schedule.step()
         losses.append(float(loss.detach()))
         if len(losses) % every == 0 or len(losses) == steps:
-            now = _mean_divergence(student, teacher, held_out)
+            now = _mean_divergence(student, teacher, held_out, known)
             if now < best:
                 best, best_values = now, [parameter.detach().clone() for parameter in trained]
             worse = worse + 1 if now >= first else 0
@@ -120,15 +122,36 @@ def _step(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], masters
                 parameter.copy_(master)
 
 
-def _mean_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[dict]) -> float:
+def _mean_divergence(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], known: Sequence[torch.Tensor | None]
+) -> float:
     with torch.no_grad():
-        return sum(float(divergence(student, teacher, batch)) for batch in batches) / max(1, len(batches))
+        each = [float(divergence(student, teacher, batch, target)) for batch, target in zip(batches, known)]
+        return sum(each) / max(1, len(batches))
 
 
-def divergence(student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return KL(teacher ‖ student), mean over the real tokens of `inputs`, nats."""
-    with torch.no_grad():
-        target = teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
+def _answers_kept(teacher: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor | None]:
+    """Return the teacher's answers to each batch, in KEPT_ELEMENTS numbers at most; None for what is beyond."""
+    kept: list[torch.Tensor | None] = []
+    room, vocabulary = KEPT_ELEMENTS, anatomy(teacher).vocabulary
+    for batch in batches:
+        room -= batch["input_ids"].numel() * vocabulary
+        kept.append(_answers(teacher, batch) if room >= 0 else None)
+    return kept
+
+
+@torch.no_grad()
+def _answers(teacher: nn.Module, inputs: Batch) -> torch.Tensor:
+    return teacher(**inputs, use_cache=False).logits.float().log_softmax(-1)
+
+
+def divergence(
+    student: nn.Module, teacher: nn.Module, inputs: Batch, target: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return KL(teacher ‖ student), mean over the real tokens of `inputs`, nats. `target`: the logarithms of the
+    teacher's probabilities, where they are known already.
+    """
+    target = _answers(teacher, inputs) if target is None else target
     predicted = student(**inputs, use_cache=False).logits.float().log_softmax(-1)
     per_token = nn.functional.kl_div(predicted, target, log_target=True, reduction="none").sum(-1)
     mask = inputs.get("attention_mask")

@@ -21,7 +21,19 @@ from lib.optimizations.common.compression import weight_only
 from lib.optimizations.common.evidence.claims import ThirdArm
 
 TIMED = ("prefill", "decode")
+PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
 EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
+
+
+def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | None = None) -> Text:
+    """Return how the baseline reads what rivals are judged on: the first `windows` of its `text` (by default all of
+    it), at effort preview the beginnings of a few.
+    """
+    if effort.preview:
+        return evaluate.read(baseline, text.ids_NT[:PREVIEW_WINDOWS, :PREVIEW_TOKENS])
+    if windows is None:
+        return text
+    return Text(text.ids_NT[:windows], text.loss_N[:windows], text.hidden_NTH[:windows], text.head)
 
 
 def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str, model: nn.Module) -> ThirdArm:
@@ -49,11 +61,11 @@ def yardsticks(
     seed: int = 0,
 ) -> list[ThirdArm]:
     """Return weight-only int8 and int4 of the decoder's matrices in `part`: quality, bytes, and prefill and decode
-    timed against the baseline.
+    timed against the baseline; at effort preview int8 alone is timed.
 
     A width that int4 cannot pack leaves that arm out.
     """
-    arms = []
+    arms: list[ThirdArm] = []
     for bits, name in weight_only.NAMES.items():
         try:
             model = weight_only.weight_only(baseline, bits, part)
@@ -63,9 +75,12 @@ def yardsticks(
         purpose = weight_only.PURPOSE + (
             f"; no kernel for {missing} matrices, restored for each product" if missing else ""
         )
+        if effort.preview and arms:
+            purpose += "; not timed at effort preview"
         arm = judged(baseline, reference, name, purpose, model)
-        options: dict[str, Any] = {"names": TIMED, "with_energy": False, "fallback": bool(missing), "seed": seed}
-        arm.measurements.extend(speed.compare(baseline, model, prompt_BT, effort, **options).measurements)
+        if not (effort.preview and arms):
+            options: dict[str, Any] = {"names": TIMED, "with_energy": False, "fallback": bool(missing), "seed": seed}
+            arm.measurements.extend(speed.compare(baseline, model, prompt_BT, effort, **options).measurements)
         arms.append(arm)
         del model
     return arms

@@ -113,7 +113,7 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any],
     sparse.check(loaded.model, method=chosen, **options)
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
-    size = 4 * effort.calibration_sequences, effort.calibration_tokens
+    size = finetuning.sequences(effort), effort.calibration_tokens
     lessons = prompts.calibration(loaded, *size, seed, tokens_at_once=512)
     matrices = second_moments.matrices(loaded.model, options["parts"])
     observed = None if loaded.random_weights else sparse.observe(loaded.model, calibration, parts=options["parts"])

@@ -16,7 +16,6 @@ from lib.measure.compare import speed
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices
@@ -87,7 +86,8 @@ def contest(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
     if text is None:
         return None
     fewer = setup.loaded.scale == "full" and max(FEWEST_WINDOWS, len(text.ids_NT) // 4)
-    return SparseRivals(setup, evaluate.read(setup.baseline, text.ids_NT[: min(WINDOWS, fewer or WINDOWS)]))
+    windows = min(WINDOWS, fewer or WINDOWS)
+    return SparseRivals(setup, rival_arms.reference(setup.baseline, text, setup.effort, windows))
 
 
 def controls(

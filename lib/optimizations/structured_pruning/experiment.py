@@ -42,7 +42,7 @@ PRIMARIES = {
 }
 BY_WEIGHTS, BY_CHANCE = "chosen by weights", "chosen by chance"
 RANDOM_SEEDS = 3
-STRENGTHS = (0.1, 0.2, 0.3, 0.5)
+STRENGTHS, PREVIEW_STRENGTHS = (0.1, 0.2, 0.3, 0.5), (0.1, 0.3)
 PROXY_STEPS = 30  # of distillation by default
 YARDSTICKS = tuple(weight_only.NAMES.values())
 AT_INT8_BYTES = "at int8's bytes"
@@ -58,6 +58,7 @@ class PruningSetup:
     observation: Observation
     seconds: float
     seed: int
+    effort: Effort
 
     @property
     def baseline(self) -> nn.Module:
@@ -87,11 +88,11 @@ def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
     """Return the model with its calibration text, observed in one pass."""
     length = effort.calibration_tokens
     calibration = prompts.calibration(loaded, calibration_text.sequences(loaded.model, effort), length, seed)
-    lessons = 4 * effort.calibration_sequences
+    lessons = finetuning.sequences(effort)
     finetune_batches = prompts.calibration(loaded, lessons, length, seed, tokens_at_once=1024)
     start = time.perf_counter()
     observation = observe(loaded.model, calibration)
-    return PruningSetup(loaded, calibration, finetune_batches, observation, time.perf_counter() - start, seed)
+    return PruningSetup(loaded, calibration, finetune_batches, observation, time.perf_counter() - start, seed, effort)
 
 
 # --- the mechanism ---------------------------------------------------------------------------------------------------
@@ -216,7 +217,9 @@ class RivalCuts:
 
 def rivals(setup: PruningSetup, text: Text | None, ratio: float, granularity: str) -> RivalCuts | None:
     """Return the rivals of a cut, None where the baseline read no text (random weights)."""
-    return None if text is None else RivalCuts(setup, text, ratio, granularity)
+    if text is None:
+        return None
+    return RivalCuts(setup, rival_arms.reference(setup.baseline, text, setup.effort), ratio, granularity)
 
 
 def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm], dict[str, str]]:
@@ -283,7 +286,7 @@ def impact(arms: RivalCuts | None) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     if arms is None:
         return pd.DataFrame()
-    for ratio in STRENGTHS:
+    for ratio in PREVIEW_STRENGTHS if arms.setup.effort.preview else STRENGTHS:
         for saliency in method.SALIENCIES:
             try:
                 arm = arms.cut(saliency, "impact", ratio=ratio, saliency=saliency)

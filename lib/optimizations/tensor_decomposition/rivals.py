@@ -90,7 +90,7 @@ def sweep(
     reason. Factors of equal ranks are timed once.
     """
     quiet = setup.random_weights
-    reference = None if text is None else evaluate.read(setup.baseline, text.ids_NT[:WINDOWS])
+    reference = None if text is None else rival_arms.reference(setup.baseline, text, setup.effort, WINDOWS)
     observation = None if quiet else observe(setup.baseline, setup.calibration)
 
     def model_of(arm: str, strength: float) -> nn.Module:

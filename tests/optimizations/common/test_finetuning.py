@@ -12,7 +12,7 @@ from lib.optimizations.common import finetuning
     ("scale", "random_weights", "asked", "effort", "steps"),
     [
         ("proxy", False, -1, "quick", 30),
-        ("proxy", False, -1, "preview", 10),
+        ("proxy", False, -1, "preview", 5),
         ("proxy", False, 7, "preview", 7),
         ("full", False, -1, "quick", 0),
         ("full", False, 7, "quick", 7),

@@ -23,7 +23,7 @@ def setup(tiny, batch):
         scale = "proxy"
 
     observation = observe(Loaded.model, [batch])
-    return experiment.PruningSetup(Loaded(), [batch], [batch] * 4, observation, seconds=1.0, seed=0)
+    return experiment.PruningSetup(Loaded(), [batch], [batch] * 4, observation, seconds=1.0, seed=0, effort=EFFORT)
 
 
 def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
