@@ -92,7 +92,7 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float)
     weights = io.weights_hash(loaded.model)
     calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
     options: dict[str, Any] = {"weights": weights, "perplexity_margin": perplexity_margin, "seed": seed}
-    stack = method.chosen(loaded, calibration, **options)
+    stack = method.chosen(loaded, calibration, effort=quick, **options)
     return StackSetup(loaded, effort, quick, seed, calibration, stack, weights)
 
 

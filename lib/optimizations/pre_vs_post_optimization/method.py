@@ -19,6 +19,7 @@ from torch import nn
 from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SIZE_MARGIN, SPEED_MARGIN
 from lib.measure.metrics.measurement import Provenance
+from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.measure.trackers import energy
 from lib.models.loading import Loaded
@@ -33,7 +34,7 @@ from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
 SEARCH_WINDOWS, WINDOW_TOKENS = 8, 256
-ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: as many more as it takes to tell, at most
+ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: as many more as it takes to tell, at most; at preview no more
 MOST_SECONDS = 20.0  # after which no further rounds are begun
 
 
@@ -72,11 +73,12 @@ def chosen(
     calibration: Sequence[dict[str, torch.Tensor]],
     *,
     weights: str = "",
+    effort: Effort | None = None,
     perplexity_margin: float = PERPLEXITY_MARGIN,
     seed: int = 0,
 ) -> ChosenStack:
-    """Return the stack that a search stored for this model at this scale, or else the one that the default rule finds,
-    which may be empty: nothing pays here.
+    """Return the stack that a search stored for this model at this scale, or else the one that the default rule finds
+    with `effort` (by default quick), which may be empty: nothing pays here.
 
     A stored stack is refused where it was chosen for other weights than `weights` (a hash), or was found to lose more
     than the margins; `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model,
@@ -90,7 +92,8 @@ def chosen(
         if not refused:
             origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
             return ChosenStack(composing.order(stored.stack, loaded.model), origin, inputs=inputs)
-    default = default_stack(loaded, calibration, perplexity_margin=perplexity_margin, seed=seed)
+    options: dict[str, Any] = {"effort": effort, "perplexity_margin": perplexity_margin, "seed": seed}
+    default = default_stack(loaded, calibration, **options)
     gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
     origin = default.origin if stored is None else f"{default.origin} (of {stored.chosen_by}: {refused})"
     return replace(default, origin=origin, inputs=inputs)
@@ -100,6 +103,7 @@ def default_stack(
     loaded: Loaded,
     calibration: Sequence[dict[str, torch.Tensor]],
     *,
+    effort: Effort | None = None,
     perplexity_margin: float = PERPLEXITY_MARGIN,
     seed: int = 0,
 ) -> ChosenStack:
@@ -108,11 +112,13 @@ def default_stack(
     A part pays if with it no score and no perplexity on the split "search" passes the margins of the verdict, and it is
     either faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that
     margin. The lower end of the interval decides, over more rounds where six cannot tell: what stays undecided is left
-    out. Where none pays, the stack is empty.
+    out. Where none pays, the stack is empty. `effort` (by default quick) limits what candidates are asked and how
+    long their prompt is; at preview six rounds are all.
     """
+    effort = effort or settings.read("quick", loaded.scale)
     sample_BT = text_windows(loaded, "search", 4, 128, seed)
-    prompt_BT = text_windows(loaded, "search", 1, WINDOW_TOKENS, seed)
-    quality = search_quality.prepare(loaded, settings.read("quick", loaded.scale), seed)
+    prompt_BT = text_windows(loaded, "search", 1, min(WINDOW_TOKENS, effort.prompt_tokens), seed)
+    quality = search_quality.prepare(loaded, effort, seed)
     wanted = [composing.trial(stem) for stem in composing.applicable(loaded.model)[0]]
     stack: list[RecipeStep] = []
     current = loaded.model
@@ -134,7 +140,7 @@ def default_stack(
         if beyond := lost.why_not(perplexity_margin=perplexity_margin):
             row["why"] = beyond
             continue
-        faster = _faster(current, tried.model, prompt_BT, seed)
+        faster = _faster(current, tried.model, prompt_BT, ROUNDS if effort.preview else MOST_ROUNDS, seed)
         row |= {"log-speed": faster.value, "at least": _finite(faster.low)}
         if faster.low > SPEED_MARGIN or (smaller > SIZE_MARGIN and faster.low > -SPEED_MARGIN):
             row["kept"], current = True, tried.model
@@ -149,9 +155,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: int) -> Estimate:
-    """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, as
-    long as the interval holds a practical margin, so that noise does not decide, and MOST_SECONDS have not passed.
+def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: int, seed: int) -> Estimate:
+    """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, at
+    `most` so many, as long as the interval holds a practical margin, so that noise does not decide, and MOST_SECONDS
+    have not passed.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
@@ -161,7 +168,7 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, seed: 
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
         gain = shapley.over_rounds(gains)
         undecided = any(gain.low <= limit <= gain.high for limit in (-SPEED_MARGIN, SPEED_MARGIN))
-        if not undecided or len(gains) >= MOST_ROUNDS or time.perf_counter() - start > MOST_SECONDS:
+        if not undecided or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
             return gain
 
 

@@ -142,8 +142,11 @@ def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
 
 
 def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
-    """Planted rounds whose interval holds the margin at first; six are enough for a large effect."""
-    draws = iter([np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6), *[np.full(6, 0.05)] * 2])
+    """Planted rounds whose interval holds the margin at first; six are enough for a large effect, or where they are
+    all that may be.
+    """
+    unclear = np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6)
+    draws = iter([unclear, *[np.full(6, 0.05)] * 2])
     seeds = []
 
     def timed(arms, prompt, count, seed):
@@ -153,10 +156,31 @@ def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
         return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
-    first = comparing._faster(None, None, None, 0)
+    first = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
     assert seeds == [0, 6, 12] and first.n == 18
-    draws = iter([np.full(6, 0.3)])
-    assert comparing._faster(None, None, None, 0).n == 6
+    for gains, most in ((np.full(6, 0.3), comparing.MOST_ROUNDS), (unclear, comparing.ROUNDS)):
+        draws = iter([gains])
+        assert comparing._faster(None, None, None, most, 0).n == 6
+
+
+@pytest.mark.parametrize(("effort", "tokens", "rounds"), [("preview", 128, 6), ("quick", 256, 18), (None, 256, 18)])
+def test_at_preview_candidates_are_asked_less_and_timed_briefly(tiny, batch, monkeypatch, effort, tokens, rounds):
+    asked, timed = [], []
+
+    def prepare(loaded, size, seed):
+        asked.append(size)
+        return types.SimpleNamespace(of=lambda *_: search_quality.NOTHING_LOST)
+
+    def faster(before, after, prompt_BT, most, seed):
+        timed.append((prompt_BT.shape[1], most))
+        return _gain(0.3)
+
+    monkeypatch.setattr(search_quality, "prepare", prepare)
+    monkeypatch.setattr(composing, "parts", lambda: _parts(one=_copy))
+    monkeypatch.setattr(comparing, "_faster", faster)
+    name, size = "qwen3-4b-instruct-2507", effort and efforts.read(effort)
+    assert len(comparing.default_stack(_loaded(tiny(name), name), [batch], effort=size).steps) == 1
+    assert asked == [efforts.read(effort or "quick")] and timed == [(tokens, rounds)]
 
 
 def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
