@@ -200,12 +200,15 @@ def sweep(
 ) -> GainSweep:
     """Time prefill over prompt length and decode over batch size; what was timed before is not timed again.
 
-    `skip`: measure nothing, for the output has degenerated. Nor is anything measured where nothing pays.
+    At preview one further length is timed, and no more rounds than an interval needs. `skip`: measure nothing, for the
+    output has degenerated. Nor is anything measured where nothing pays.
     """
     effort = setup.effort
-    lengths = sorted({64, 256, effort.prompt_tokens * 2} - {effort.prompt_tokens})
+    further: set[int] = set() if effort.preview else {64, 256}
+    lengths = sorted((further | {effort.prompt_tokens * 2}) - {effort.prompt_tokens})
     batches = sorted({4, effort.batch * 2} - {effort.batch})
     points: dict[str, Any] = {"lengths": lengths, "batches": batches, "new_tokens": min(effort.new_tokens, 8)}
+    points |= {"seconds": 0.0} if effort.preview else {}
     baseline = setup.loaded.model
     measured = [] if skip or not setup.pays else sweeps.sweep(baseline, optimized, prompt_BT, **points, seed=setup.seed)
     known = sweeps.points_known(compared.measurements, effort.prompt_tokens, effort.batch)

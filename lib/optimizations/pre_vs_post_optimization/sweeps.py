@@ -20,7 +20,7 @@ from lib.measure.timing import control, disturbance, workloads
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
 
-POINT_SECONDS = 1.5  # that the rounds of one length or one batch size take, where six last less
+POINT_SECONDS = 1.5  # that the rounds of one length or one batch size take, where six last less: not at preview
 
 
 def sweep(
@@ -32,32 +32,34 @@ def sweep(
     batches: Sequence[int],
     new_tokens: int = 8,
     blocks: int = paired_stats.MINIMUM_BLOCKS,
+    seconds: float | None = None,
     seed: int = 0,
 ) -> list[Measurement]:
-    """Return the prefill rate at every length and the decode rate at every batch size, each with its A/A control.
+    """Return the prefill rate at every length and the decode rate at every batch size, each with its A/A control, over
+    more than `blocks` rounds where these last less than `seconds`, by default POINT_SECONDS.
 
     A prompt longer than `prompt_BT` is made by repeating it; sequences of a batch are rolled by one token each.
     """
     rates = []
+    options: dict[str, Any] = {"blocks": blocks, "total": POINT_SECONDS if seconds is None else seconds, "seed": seed}
     arms_of = {"baseline": baseline, "optimized": optimized, "copy": baseline}
     models = [model for model, _ in control.fresh_copies(arms_of, seed).values()]
     for length in lengths:
         times = -(-length // prompt_BT.shape[1])
         long_BT = prompt_BT[:1].repeat(1, times)[:, :length]
         arms = [workloads.prefill(model, long_BT) for model in models]
-        rates.append(_rate("prefill_tokens_per_second", f"prefill, {length} tokens", arms, blocks, seed))
+        rates.append(_rate("prefill_tokens_per_second", f"prefill, {length} tokens", arms, **options))
     for batch in batches:
         short_BT = prompt_BT[:1, :128]
         rolled_BT = torch.cat([short_BT.roll(shift, 1) for shift in range(batch)])
         arms = [workloads.steps(model, rolled_BT, new_tokens, workloads.TURN_STEPS) for model in models]
-        rates.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, blocks, seed))
+        rates.append(_rate("batch_decode_tokens_per_second", f"decode, batch of {batch}", arms, **options))
     return rates
 
 
-def _rate(metric: str, name: str, arms: list, blocks: int, seed: int) -> Measurement:
+def _rate(metric: str, name: str, arms: list, **options: Any) -> Measurement:
     warm_up(*arms)
-    options: dict[str, Any] = {"blocks": blocks, "total": POINT_SECONDS, "disturbance": disturbance.watch}
-    pairs, copied = with_control(*arms, seed=seed, **options)
+    pairs, copied = with_control(*arms, disturbance=disturbance.watch, **options)
     return measurement.from_pairs(metric, name, pairs, arms[0].tokens, copied)
 
 

@@ -118,14 +118,15 @@ def compare(
 
 
 def metered(tokens: int, strength: float, effort: str, device: str, scale: str = "proxy") -> bool:
-    """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls; with a
-    counter, whose windows last seconds, and at real dimensions, for METERED_TOKENS tokens only, and at small efforts at
-    the strengths METERED_QUICKLY only; nowhere where efficiency is not requested.
+    """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls (at
+    preview for METERED_TOKENS tokens only); with a counter, whose windows last seconds, and at real dimensions, for
+    METERED_TOKENS tokens only, and at small efforts at the strengths METERED_QUICKLY only; nowhere where efficiency is
+    not requested.
     """
     if not settings.wants("efficiency"):
         return False
     if energy.counter(device).window_seconds < 1 and scale == "proxy":
-        return True
+        return effort != "preview" or tokens == METERED_TOKENS
     return tokens == METERED_TOKENS and (effort not in BRIEF or strength in METERED_QUICKLY)
 
 

@@ -76,11 +76,14 @@ def fastest_dense(denses: Sequence[DenseForm]) -> dict[str, str]:
 
 
 def sweep(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
-    """Return the part stored in each layout at each share of zeros, against its fastest dense forms."""
+    """Return the part stored in each layout at each share of zeros (at preview the least and the largest), against its
+    fastest dense forms.
+    """
     view, points = anatomy(loaded.model), []
+    shares = strengths(loaded.scale, effort_name)
     part = view.blocks[len(view.blocks) // 2].feed_forward.module
     for layout in LAYOUTS:
-        for strength in strengths(loaded.scale, effort_name):
+        for strength in (shares[0], shares[-1]) if effort.preview else shares:
             arm = sparse.feed_forward(part, strength / 100, layout)
             point = PartPoint(strength, layout)
             for dense in denses:

@@ -5,6 +5,7 @@ Returns plain data. Knows nothing of tables, figures or records.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ PRIMARIES = {
 }
 BY_WEIGHTS, BY_CHANCE = "chosen by weights", "chosen by chance"
 RANDOM_SEEDS = 3
-STRENGTHS, PREVIEW_STRENGTHS = (0.1, 0.2, 0.3, 0.5), (0.1, 0.3)
+STRENGTHS, PREVIEW_STRENGTHS = (0.1, 0.2, 0.3, 0.5), (0.1, 0.3, 0.5)
+JUDGED_AS = {"magnitude": "magnitude", "random": "random 1"}  # saliency → what the control is called that it chose
 PROXY_STEPS = 30  # of distillation by default
 YARDSTICKS = tuple(weight_only.NAMES.values())
 AT_INT8_BYTES = "at int8's bytes"
@@ -278,21 +280,25 @@ def yardsticks(
         return measured, {name: str(reason)}
 
 
-def impact(arms: RivalCuts | None) -> pd.DataFrame:
+def impact(arms: RivalCuts | None, judged: Sequence[ThirdArm] = ()) -> pd.DataFrame:
     """Return the divergence in nats per token over the share removed in percent (`strength`), an `arm` per saliency.
 
-    A curve ends where a share is out of the model's reach. Empty without rivals.
+    A curve ends where a share is out of the model's reach. What is among the `judged` controls, at the share of the
+    run, is not cut again. Empty without rivals.
     """
     rows: list[dict[str, object]] = []
     if arms is None:
         return pd.DataFrame()
+    controls_by_name = {arm.name: arm for arm in judged}
+    at_share = {name: controls_by_name[known] for name, known in JUDGED_AS.items() if known in controls_by_name}
     for ratio in PREVIEW_STRENGTHS if arms.setup.effort.preview else STRENGTHS:
+        known = at_share if ratio == arms.ratio else {}
         for saliency in method.SALIENCIES:
             try:
-                arm = arms.cut(saliency, "impact", ratio=ratio, saliency=saliency)
+                arm = known.get(saliency) or arms.cut(saliency, "impact", ratio=ratio, saliency=saliency)
             except UserError:
                 continue
-            if divergence := claims.interval([arm], [saliency]):
+            if divergence := claims.interval([arm], [arm.name]):
                 rows.append({"arm": saliency, **divergence._asdict(), "strength": 100 * ratio})
     return pd.DataFrame(rows)
 

@@ -77,7 +77,8 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     assert {"activation, compensated", "activation, OWL", "depth alone, one span"} <= set(names)
     yardsticks, missing = experiment.yardsticks(setup, rivals, ids_NT[:1], EFFORT)
     assert [arm.name for arm in yardsticks] == list(experiment.YARDSTICKS) and "out of reach" in str(missing)
-    curves = experiment.impact(rivals)
+    curves = experiment.impact(rivals, arms)
+    pd.testing.assert_frame_equal(curves, experiment.impact(rivals))
     assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
     assert tuple(claim for claim, _, _ in experiment.refutations(arms, [])) == experiment.CLAIMS
 
