@@ -4,7 +4,7 @@ time.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -35,11 +35,12 @@ PAGE_PURPOSES = {
     "observed": "pages that the prompt's end attended to",
 }
 AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, nats/token"}
-PROMPTS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
+PROMPTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
+PREVIEW_QUESTIONS = 9  # to each of them at preview
 CONTROL_PROMPTS = 2  # of these, for arms that only inform
-INSIDE = 4  # questions that stand inside their prompt
+INSIDE, PREVIEW_INSIDE = 4, 2  # questions that stand inside their prompt
 MOST_ITEMS, FEWEST_ITEMS = 96, 12  # of the model's own tasks, most of which are too short to be exercised
-WINDOWS = 6  # the fewest that carry a verdict
+WINDOWS, PREVIEW_WINDOWS = 6, 2  # the fewest that carry a verdict; a preview shows no more than numbers
 CONTROL_WINDOWS = 2  # of these, for arms that only inform
 
 
@@ -57,6 +58,9 @@ class Quality:
     options: dict[str, int]  # of `evaluate.compare`
     asked: LongPrompts | None = None
     answers: dict[str, LongAnswers] | None = None
+    patterns: dict[tuple, tuple[list[Measurement], float | None]] = field(
+        default_factory=dict
+    )  # that were read: see `_read`
 
 
 def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, level: str, seed: int = 0) -> Quality:
@@ -70,7 +74,8 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     probe_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
     degenerate = sanity.check(optimized, probe_BT, random_weights=loaded.random_weights)
     items = FEWEST_ITEMS if loaded.scale == "full" and effort.brief else min(effort.items, MOST_ITEMS)
-    sizes = replace(effort, windows=WINDOWS, window_tokens=tokens, items=items, retrieval_prompts=1)
+    windows = PREVIEW_WINDOWS if effort.preview else WINDOWS
+    sizes = replace(effort, windows=windows, window_tokens=tokens, items=items, retrieval_prompts=1)
     full = evaluate.evaluate(loaded, sizes, seed=seed)
     sparse = evaluate.evaluate(
         loaded, sizes, model=optimized, seed=seed, acted=lambda: float(method.left_out(optimized))
@@ -78,7 +83,8 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     measurements = evaluate.compare(full, sparse, **options)
     if full.reason:
         return Quality(full, sparse, measurements, degenerate, options)
-    prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], seed=seed)
+    questions = PREVIEW_QUESTIONS if effort.preview else long_answers.QUESTIONS
+    prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], questions, seed)
     arms = {"full": absorbed_baseline.absorbed_baseline(loaded.model), "sparse": optimized}
     answers = {name: long_answers.ask(model, prompts) for name, model in arms.items()}
     measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
@@ -92,11 +98,21 @@ def patterns(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> list[
     """Return name, purpose and divergence of each pattern with as many blocks in every row; none for random weights."""
     if loaded.random_weights:
         return []
-    arms = {name: method.apply(loaded.model, **knobs, pattern=name) for name in PURPOSES}
     return [
-        {"name": name, "purpose": PURPOSES[name], "measurements": _divergence(arm, judged)}
-        for name, arm in arms.items()
+        {"name": name, "purpose": purpose, "measurements": _read(loaded, knobs, name, judged)[0]}
+        for name, purpose in PURPOSES.items()
     ]
+
+
+def _read(
+    loaded: Loaded, knobs: Mapping[str, Any], pattern: str, judged: Quality
+) -> tuple[list[Measurement], float | None]:
+    """Return how an arm with this pattern reads a few windows, and the density that it kept; each is read once."""
+    key = (pattern, *sorted(knobs.items()))
+    if key not in judged.patterns:
+        arm = method.apply(loaded.model, **knobs, pattern=pattern)
+        judged.patterns[key] = _divergence(arm, judged), method.density(arm)["blocks"]
+    return judged.patterns[key]
 
 
 def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
@@ -120,11 +136,11 @@ def over_tau(
     rows = []
     for tau in () if loaded.random_weights else taus:
         for pattern in ("antidiagonal", "window"):
-            arm = method.apply(loaded.model, **{**knobs, "tau": tau}, pattern=pattern)
-            divergence = next(m for m in _divergence(arm, judged) if m.metric == DIVERGENCE)
+            measured, density = _read(loaded, {**knobs, "tau": tau}, pattern, judged)
+            divergence = next(m for m in measured if m.metric == DIVERGENCE)
             low, high = divergence.ci or (None, None)
             row = {"arm": pattern, "value": divergence.optimized, "low": low, "high": high}
-            rows.append(row | {"tau": tau, "strength": method.density(arm)["blocks"]})
+            rows.append(row | {"tau": tau, "strength": density})
     return pd.DataFrame(rows)
 
 
@@ -179,7 +195,7 @@ def question_inside(
     arms["question sparse"] = method.apply(loaded.model, **{**knobs, "full_last": 0})
     ask: dict[str, Any] = {
         "distance": room - room // 2,
-        "count": min(effort.retrieval_prompts, INSIDE),
+        "count": min(effort.retrieval_prompts, PREVIEW_INSIDE if effort.preview else INSIDE),
         "seed": seed,
         "lead": room // 2,
     }

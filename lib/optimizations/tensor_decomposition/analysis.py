@@ -57,7 +57,8 @@ class Spectra:
     """The spectrum of every matrix of the decoder of `model`; iterate to get them one by one, block after block.
 
     method: "plain" (of W), "random" (of a random subspace), anything else whitened (of W·S from `calibration`).
-    weighed: whether the worth of matrices is measured, see above; else it is 1. store: see `Walk`.
+    weighed: whether the worth of matrices is measured, see above, in at most `weighed_blocks` blocks (by
+    default WEIGHED_BLOCKS); else it is 1. store: see `Walk`.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Spectra:
     seed: int = 0
     room: int = field(default_factory=memory_limits.room_to_keep)
     store: BlockStore | None = None
+    weighed_blocks: int | None = None
     _kept: list[Spectrum] | None = field(default=None, repr=False)
     _curves: list[Spectrum] | None = field(default=None, repr=False)
 
@@ -133,7 +135,7 @@ class Spectra:
                 yield random_spectrum(matrix, generator) if random else spectrum_of(matrix), None
             return
         walk = Walk(self.model, self.calibration, store=self.store)
-        scale = Scale(self.model) if self.weighed and self._curves is None else None
+        scale = Scale(self.model, self.weighed_blocks) if self.weighed and self._curves is None else None
         short: list[str] = []
         for block in walk:
             for spectrum in block_spectra(walk, block, short):
@@ -179,9 +181,9 @@ class Scale:
     Judged on a few sequences of the first calibration batch.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, most_blocks: int | None = None):
         count = len(anatomy(model).blocks)
-        points = min(count, WEIGHED_BLOCKS)
+        points = min(count, most_blocks or WEIGHED_BLOCKS)
         self.blocks = {round(at * (count - 1) / max(1, points - 1)) for at in range(points)}
         self.trial = sharing(model)
         self.expected: torch.Tensor | None = None

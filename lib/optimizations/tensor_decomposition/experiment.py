@@ -32,6 +32,7 @@ PRIMARIES = {
 BARE, FITTED = "plain", "whitened"
 AUTO = "auto"  # refined on a proxy model; at real sizes refitted in closed form
 SHOWN_RANKS = 48  # points of a curve of singular values
+PREVIEW_BLOCKS = 2  # in which the worth of matrices is measured at effort preview
 
 Ranks = dict[str, "int | None"]
 
@@ -101,7 +102,7 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     count = calibration_text.sequences(loaded.model, effort)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
     finetune_batches = prompts.calibration(
-        loaded, min(16, effort.calibration_sequences // 2), 256, seed, tokens_at_once=512
+        loaded, min(16, effort.calibration_sequences // 2), 256, seed, tokens_at_once=256 if effort.preview else 512
     )
     start = time.perf_counter()
     if loaded.random_weights:
@@ -109,7 +110,8 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     else:
         method = ("refined" if loaded.scale == "proxy" else "refitted") if method == AUTO else method
         kinds = [BARE, FITTED, *{method} & {"random"}]
-    spectra = {kind: decomposition.analyse(loaded.model, calibration, kind, seed=seed) for kind in kinds}
+    few: dict[str, Any] = {"seed": seed, "weighed_blocks": weighed_blocks(effort)}
+    spectra = {kind: decomposition.analyse(loaded.model, calibration, kind, **few) for kind in kinds}
     for kind in kinds:
         spectra[kind].curves()
     if FITTED in spectra:
@@ -125,6 +127,11 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     return FactoringSetup(
         loaded, effort, calibration=calibration, finetune_batches=finetune_batches, spectra=spectra, **options
     )
+
+
+def weighed_blocks(effort: Effort) -> int | None:
+    """Return in how many blocks at most the worth of matrices is measured; None: as everywhere else."""
+    return PREVIEW_BLOCKS if effort.preview else None
 
 
 # --- the mechanism ---------------------------------------------------------------------------------------------------

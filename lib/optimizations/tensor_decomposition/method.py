@@ -104,13 +104,15 @@ def analyse(
     method: str = "whitened",
     budget: str = "global",
     seed: int = 0,
+    weighed_blocks: int | None = None,
 ) -> Spectra:
     """Return the spectra of the decoder's matrices: of W for "plain", flat ones for "random", else of W·S.
 
-    A "uniform" budget sets no matrix against another, so none is weighed for it: every worth is 1. Raises NotApplicable
-    at once where there is no matrix to factor; the text is read when the spectra are.
+    A "uniform" budget sets no matrix against another, so none is weighed for it: every worth is 1. Else matrices of at
+    most `weighed_blocks` blocks are (None: as many as `Spectra` says). Raises NotApplicable at once where there is no
+    matrix to factor; the text is read when the spectra are.
     """
-    spectra = Spectra(model, calibration, method, budget != "uniform", seed)
+    spectra = Spectra(model, calibration, method, budget != "uniform", seed, weighed_blocks=weighed_blocks)
     spectra.require_matrices()
     return spectra
 

@@ -38,6 +38,7 @@ from lib.optimizations.tensor_decomposition.experiment import (
     expected_divergence,
     factors,
     removed_share,
+    weighed_blocks,
 )
 
 CLAIMS = (
@@ -51,6 +52,8 @@ STRENGTHS, STRENGTHS_OF_RANDOM_WEIGHTS, STRENGTHS_QUICKLY = (0.2, 0.4, 0.6), (0.
 PUBLISHED_AT = 0.2  # of the parameters
 WINDOWS = 8  # of held-out text, on which rivals are judged
 SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
+PREVIEW_TOKENS = 64  # of it at effort preview
+TURN_SECONDS = 0.03  # what a turn lasts at least, unless that is effort preview
 
 
 @dataclass
@@ -111,8 +114,8 @@ def sweep(
     strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS_QUICKLY if setup.effort.brief else STRENGTHS
     for strength in sorted({*strengths, compression}):
         for arm in _names(setup):
-            if arm in (EVEN, BARE_EVEN) and strength != compression and _in_a_hurry(setup):
-                result.left_out[f"{arm} at {strength:g}"] = "at effort quick on a real model"
+            if strength != compression and (hurry := _why_not(setup, arm)):
+                result.left_out[f"{arm} at {strength:g}"] = hurry
                 continue
             try:
                 model = model_of(arm, strength)
@@ -164,6 +167,13 @@ def _in_a_hurry(setup: FactoringSetup) -> bool:
     return setup.loaded.scale == "full" and setup.effort.brief
 
 
+def _why_not(setup: FactoringSetup, arm: str) -> str:
+    """Return why time is too short to make an arm at another strength than that of the run; empty where it is not."""
+    if setup.effort.preview and arm in (EVEN, BARE_EVEN, setup.taught):
+        return "at effort preview"
+    return "at effort quick on a real model" if arm in (EVEN, BARE_EVEN) and _in_a_hurry(setup) else ""
+
+
 def _names(setup: FactoringSetup) -> list[str]:
     names = ["random"] if setup.random_weights else [BARE, FITTED, setup.taught, EVEN, BARE_EVEN]
     blocks = anatomy(setup.baseline).blocks
@@ -173,8 +183,9 @@ def _names(setup: FactoringSetup) -> list[str]:
 
 
 def _prefill_rate(setup: FactoringSetup, model: nn.Module, prompt_BT: torch.Tensor) -> Measurement:
-    arms = [workloads.prefill(arm, prompt_BT[:, :SPEED_TOKENS]) for arm in (setup.baseline, model)]
-    iterations = interleaved.iterations_for(arms[0])
+    tokens = PREVIEW_TOKENS if setup.effort.preview else SPEED_TOKENS
+    arms = [workloads.prefill(arm, prompt_BT[:, :tokens]) for arm in (setup.baseline, model)]
+    iterations = interleaved.iterations_for(arms[0], interleaved.TURN_SECONDS if setup.effort.preview else TURN_SECONDS)
     pairs = interleaved.paired(*arms, blocks=SPEED_BLOCKS, iterations=iterations, warmup=1, seed=setup.seed)
     return measurement.from_pairs("prefill_tokens_per_second", "prefill", pairs, arms[0].tokens, None)
 
@@ -205,10 +216,12 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
     abroad = dataclasses.replace(loaded, parameters=loaded.parameters.model_copy(update={"tasks": [task]}))
     count = calibration_text.sequences(loaded.model, effort)  # as much as the own text
     calibration = prompts.calibration(abroad, count, effort.calibration_tokens, seed)
-    spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration)}
+    options: dict[str, Any] = {"weighed_blocks": weighed_blocks(effort)}
+    spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration, **options)}
     rows = []
     for judged, source in ((own, loaded), (foreign, abroad)):
-        ids_NT = prompts.text_windows(source, "final", WINDOWS, effort.window_tokens, seed)
+        windows = rival_arms.PREVIEW_WINDOWS if effort.preview else WINDOWS
+        ids_NT = prompts.text_windows(source, "final", windows, effort.window_tokens, seed)
         reference = evaluate.read(setup.baseline, ids_NT)
         for calibrated, source_spectra in spectra.items():
             model = decomposition.apply(
