@@ -8,15 +8,18 @@ The optimization added is a plain one: every weight rounded to a few significant
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.measure.timing import children
 
 ROOT = Path(__file__).resolve().parents[3]
 STEM = "weight_rounding"
 TIME_LIMIT_SECONDS = 300.0
+LISTING = "lib.suite.plan.plan:optimizations"  # asked of the copy: what its commands would list
 MODULE = '''"""Weight rounding: the decoder's matrices keep a few bits of each weight, stored as wide as before."""
 
 import copy
@@ -132,11 +135,38 @@ def measure(model: str) -> Addition:
     with tempfile.TemporaryDirectory() as folder:
         place = copy_of_project(Path(folder) / "project")
         added, changed, lines = add(place)
-        program, job = "lib.optimizations.modular_components.grown_copy", {"place": str(place), "model": model}
-        (answers,) = children.run(program, [job | {"stem": STEM, "arms": []}], limit_seconds=TIME_LIMIT_SECONDS)
+        job = {"place": str(place), "model": model, "stem": STEM, "listing": LISTING, "arms": []}
+        (answers,) = children.run(__name__, [job], limit_seconds=TIME_LIMIT_SECONDS)
     if "failed" in answers:
         raise RuntimeError(f"the copy with {STEM} failed: {answers['failed']}")
     return Addition(added, changed, lines, **answers)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Return what a copy of the project, at `place`, answers in a child process, its code in the place of this one's:
+    the parts that apply to a model, their order, what became of the part `stem`, and whether `listing`
+    ("module:function") names it.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lib"]:
+        del sys.modules[name]
+    sys.path.insert(0, job["place"])
+    import lib
+    from lib.models import loading
+    from lib.models.structure.beyond_files import named
+    from lib.models.tasks import tasks
+    from lib.optimizations.common.recipe import RecipeStep
+    from lib.optimizations.modular_components import attempts
+    from lib.optimizations.modular_components import method as composing
+
+    assert str(lib.__file__).startswith(job["place"]), "the copy's code is not in use"
+    loaded = loading.load(job["model"])
+    sample_BT = tasks.text_windows(loaded, "search", 2, 64)
+    fitting, _ = composing.applicable(loaded.model)
+    steps, _ = composing.orderable([RecipeStep(optimization=stem) for stem in fitting], loaded.model)
+    attempt = attempts.attempt(loaded.model, [], [RecipeStep(optimization=job["stem"])], sample_BT)
+    answers: dict[str, Any] = {"parts": fitting, "order": [step.optimization for step in steps]}
+    answers |= {"state": attempt.state, "reason": attempt.reason}
+    return answers | {"listed": job["stem"] in named(job["listing"])()}
 
 
 def _fingerprints(place: Path) -> dict[str, str]:
