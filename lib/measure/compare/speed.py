@@ -191,9 +191,9 @@ def _pairs(
         for work in (*works, third):
             if work.restart:
                 work.restart()
-        options: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
-        options |= {"disturbance": disturbance.watch, "again": not effort.preview, "seed": seed}
-        pairs[name] = with_control(*works, third, **options)
+        length: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
+        watched: dict[str, Any] = {"disturbance": disturbance.watch, "again": not effort.preview}
+        pairs[name] = with_control(*works, third, **length, **watched, seed=seed)
     return pairs, details
 
 
