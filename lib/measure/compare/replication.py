@@ -69,7 +69,6 @@ def in_processes(
                 processes=effort.blocks // rounds(effort),
                 seed=seed,
                 except_for=except_for,
-                again=not effort.preview,
             )
     except (UserError, ValueError, RuntimeError, OSError) as error:  # refused, or a process that failed
         return {}, str(error) or type(error).__name__

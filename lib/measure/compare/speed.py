@@ -192,8 +192,7 @@ def _pairs(
             if work.restart:
                 work.restart()
         length: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
-        watched: dict[str, Any] = {"disturbance": disturbance.watch, "again": not effort.preview}
-        pairs[name] = with_control(*works, third, **length, **watched, seed=seed)
+        pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
     return pairs, details
 
 

@@ -183,19 +183,16 @@ def with_control(
     total: float = 0.0,
     seed: int = 0,
     disturbance: Watch | None = None,
-    again: bool = True,
 ) -> tuple[Pairs, Pairs]:
     """Time two warm arms and, as the third arm of the same rounds, the A/A control: `copy`, the baseline's work on a
     separately allocated copy of it. Return the pairs of (baseline, optimized) and of (baseline, copy).
 
     A turn is as many calls as last `seconds`; there are more than `blocks` where that many last less than `total`
-    seconds. Disturbed rounds are repeated unless `again` is False. The same object twice cannot show
-    what differs between two copies.
+    seconds. The same object twice cannot show what differs between two copies.
     """
     arms = {"baseline": baseline, "optimized": optimized, "copy": copy}
     count, iterations = rounds_for(arms, total, blocks, seconds)
-    repeats = count if again else 0
-    timed = rounds(arms, count, iterations=iterations, warmup=0, seed=seed, repeats=repeats, disturbance=disturbance)
+    timed = rounds(arms, count, iterations=iterations, warmup=0, seed=seed, repeats=count, disturbance=disturbance)
     return timed.pairs("baseline", "optimized"), timed.pairs("baseline", "copy")
 
 

@@ -47,7 +47,7 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
         iterations=iterations,
         warmup=0,
         seed=seed,
-        repeats=count if job["again"] else 0,
+        repeats=count,
         fewest=1,
         disturbance=disturbance.watch,
     )

@@ -67,7 +67,6 @@ def replicate(
     rounds: int | Mapping[str, int] = ROUNDS,
     seed: int = 0,
     except_for: Sequence[str] = (),
-    again: bool = True,
     limit_seconds: float = children.LIMIT_SECONDS,
 ) -> dict[str, list[Replicate]]:
     """Time the workloads `names` (see `workloads.standard`) of two arms and of a copy of the first in each of
@@ -75,9 +74,9 @@ def replicate(
     processes of every workload.
 
     A process moves its heap, loads the three in an order of its own, warms each up, and repeats at most as many
-    disturbed rounds as it has; none unless `again`. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are
-    those of `standard`. `except_for`: conditions in which the arms may differ (`workloads.assert_same_conditions`).
-    Raises ChildFailed with the reason where a process fails or runs past `limit_seconds`.
+    disturbed rounds as it has. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are those of `standard`.
+    `except_for`: conditions in which the arms may differ (`workloads.assert_same_conditions`). Raises ChildFailed with
+    the reason where a process fails or runs past `limit_seconds`.
     """
     job = {
         "arms": [asdict(baseline), asdict(optimized)],
@@ -88,7 +87,6 @@ def replicate(
         "rounds": dict(rounds) if isinstance(rounds, Mapping) else dict.fromkeys(names, rounds),
         "seed": seed,
         "except_for": list(except_for),
-        "again": again,
     }
     jobs = [{**job, "process": number} for number in range(processes)]
     answers = children.run("lib.measure.timing.process_child", jobs, limit_seconds=limit_seconds)

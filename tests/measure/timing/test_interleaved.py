@@ -79,10 +79,6 @@ def test_disturbed_blocks_are_repeated_a_bounded_number_of_times_and_counted():
     timed = interleaved.rounds({"a": clock.arm(1), "b": clock.arm(2), "c": clock.arm(3)}, 6, **options)
     assert len(timed.set_aside) == 3 and timed.disturbed == ["disturbed"] * 6
     assert timed.pairs("a", "c").set_aside == [(1, 3, "disturbed")] * 3
-    arms = [lambda: None] * 3
-    for again, repeated in ((True, 6), (False, 0)):
-        kept, _ = interleaved.with_control(*arms, blocks=6, disturbance=options["disturbance"], again=again)
-        assert len(kept.set_aside) == repeated and kept.disturbed == ["disturbed"] * 6
 
 
 def test_preparation_is_not_timed():

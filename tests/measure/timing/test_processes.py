@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from lib.measure.timing import child, children, process_child, processes
+from lib.measure.timing import child, children, processes
 from lib.measure.timing.children import Arm
 from lib.models.checkpoints import io
 
@@ -55,16 +55,6 @@ def test_every_process_times_every_workload_of_three_arms(folder):
             assert sample.orders[0] == sample.orders[1][::-1], "balanced within each process"
             assert len(set(sample.outputs.values())) == 1, "the same model answers alike"
             assert sample.rounds.pairs("baseline", "copy").baseline_seconds == sample.wall["baseline"]
-
-
-@pytest.mark.parametrize(("again", "repeated"), [(True, 2), (False, 0)])
-def test_disturbed_rounds_are_timed_again_where_that_is_asked(folder, monkeypatch, again, repeated):
-    monkeypatch.setattr(process_child.disturbance, "watch", lambda: lambda: "disturbed")
-    monkeypatch.setattr(
-        processes.children, "run", lambda program, jobs, **options: [process_child.run(job) for job in jobs]
-    )
-    (timed,) = replicate(Arm(folder=folder), Arm(folder=folder), processes=1, again=again)["prefill"]
-    assert timed.disturbed == ["disturbed"] * 2 and len(timed.set_aside) == repeated
 
 
 def test_weights_lie_elsewhere_in_every_process(folder):
