@@ -7,15 +7,18 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.measure.metrics import busy
 from lib.report.records import record
+from lib.report.records.verdicts.in_words import PREVIEW
 
 
 def reasons(folder: Path, stems: Iterable[str]) -> dict[str, str]:
-    """Return stem → why nothing timed is judged; quiet, missing and damaged runs are left out."""
+    """Return stem → why nothing timed is judged; quiet, missing and damaged runs are left out, and previews, whose few
+    rounds scatter on any machine.
+    """
     reasons_by_stem = {}
     for stem in stems:
         path = folder / f"{stem}.json"
         with suppress(UserError):  # a damaged or missing record is reported elsewhere
-            reason = busy.why_busy(record.read(path).measurements)
-            if reason:
+            run = record.read(path)
+            if run.effort != PREVIEW and (reason := busy.why_busy(run.measurements)):
                 reasons_by_stem[stem] = reason
     return reasons_by_stem
