@@ -151,6 +151,7 @@ def paired(
     iterations: int = 1,
     warmup: int = 2,
     seed: int = 0,
+    fewest: int = paired_stats.MINIMUM_BLOCKS,
     clock: Clock = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
     disturbance: Watch | None = None,
@@ -158,7 +159,7 @@ def paired(
     """Time two arms in `blocks` balanced blocks and return every time; the options are those of `rounds`.
 
     The baseline's own `synchronize` serves both arms where none is given. At most as many blocks are repeated as were
-    asked for. Raises UserError for fewer than six blocks.
+    asked for. Raises UserError for fewer than `fewest` blocks; fewer than six have no interval.
     """
     return rounds(
         {"baseline": baseline, "optimized": optimized},
@@ -167,6 +168,7 @@ def paired(
         warmup=warmup,
         seed=seed,
         repeats=blocks,
+        fewest=fewest,
         clock=clock,
         synchronize=synchronize or getattr(baseline, "synchronize", None),
         disturbance=disturbance,

@@ -106,10 +106,9 @@ class Bench:
         if not divergence < MAX_DIVERGENCE:
             return f"divergence of {divergence:.3f} nats per token"
         models = fresh_copy(self.model), model
-        arms = (workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in models)
-        works = dict(zip(("baseline", "optimized"), arms))
-        timed = interleaved.rounds(works, self.pairs, warmup=1, repeats=self.pairs, fewest=1)
-        shares["time_share"] = math.exp(float(np.median(timed.pairs("baseline", "optimized").differences)))
+        arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in models]
+        pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1, fewest=1)
+        shares["time_share"] = math.exp(float(np.median(pairs.differences)))
         return None
 
     def _cache(self, model: nn.Module) -> float:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.timing import workloads
+from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
 from lib.models.calibration.activations import Observation, observe
 from lib.models.checkpoints import io, placement
@@ -31,12 +30,12 @@ from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.search import pareto, study
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import drift, equal_effort, method, replacement_library, rivals, scoring
+from lib.optimizations.continuous_nas.additivity import Additivity
 from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts, RequestProfile
 from lib.optimizations.continuous_nas.drift import Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, SearchLimits
-from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import Library
 from lib.optimizations.structured_pruning import method as pruning
 
@@ -53,7 +52,6 @@ PRIMARIES = {
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-RANK_LIMIT = 0.5
 PROXY_STEPS = 30  # of distillation by default
 COST_ROUNDS = 2  # of timing the parts at effort preview: parts of one shape share their samples
 PAIRS = 6  # by which a choice is timed
@@ -221,36 +219,6 @@ def replaced(winner: ChoiceEvaluation) -> pd.DataFrame:
     return pd.DataFrame(chosen.items(), columns=["slot", "option"])
 
 
-@dataclass(frozen=True)
-class Additivity:
-    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation."""
-
-    evaluations: list[ChoiceEvaluation]
-    pairs: pd.DataFrame
-    rank: float
-
-    def refuted(self) -> tuple[bool | None, str]:
-        """Return whether the rank correlation lies below RANK_LIMIT with its 95 % interval (Bonett & Wright 2000)."""
-        count = len(self.evaluations)
-        if count < 5 or not np.isfinite(self.rank):
-            return None, f"{count} choices were judged whole: too few for an interval"
-        spread = 1.96 * np.sqrt((1 + self.rank**2 / 2) / (count - 3))
-        centre = np.arctanh(np.clip(self.rank, -0.999999, 0.999999))
-        low, high = np.tanh(centre - spread), np.tanh(centre + spread)
-        evidence = f"rank correlation {self.rank:.2f} ({low:.2f} to {high:.2f}), {count} choices"
-        return (True if high < RANK_LIMIT else False if low >= RANK_LIMIT else None), evidence
-
-
-def additivity(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
-    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model."""
-    table = CostTable("KL", scores)
-    judged = [evaluation for evaluation in search.evaluations if evaluation.phase != "library"]
-    pairs = pd.DataFrame({"x": [table.of(e.choice) for e in judged], "y": [e.divergence for e in judged]})
-    rank = float(spearmanr(pairs.x, pairs.y).statistic)
-    pairs["arm"] = [evaluation.phase.rpartition(": ")[2] for evaluation in judged]
-    return Additivity(judged, pairs, rank)
-
-
 def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[ChoiceEvaluation]) -> list[dict]:
     """Return predicted and measured time of a request, as shares of the baseline's, for three choices of the front."""
     baseline, new_tokens = setup.loaded.model, costs.profile.new_tokens
@@ -261,7 +229,8 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
     for evaluation in chosen:
         models = baseline, replacement_library.swap(setup.library, evaluation.choice)
         whole, arm = (workloads.generate(fresh_copy(model), prompt_BP, new_tokens) for model in models)
-        pairs = rivals.paired(whole, arm, rivals.pairs(setup.effort, PAIRS), warmup=1, seed=setup.seed)
+        options: dict[str, Any] = {"fewest": rivals.PREVIEW_PAIRS, "warmup": 1, "seed": setup.seed}
+        pairs = interleaved.paired(whole, arm, blocks=rivals.pairs(setup.effort, PAIRS), **options)
         speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
         assert speed.ratio is not None
         row: dict[str, Any] = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}

@@ -7,7 +7,6 @@ that is. The value at equal speed is interpolated between the two.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,11 @@ from torch import nn
 
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
-from lib.measure.timing.workloads import Workload
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.search import pareto
 from lib.optimizations.continuous_nas.costs.request_costs import RequestProfile
@@ -64,21 +61,14 @@ def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> floa
     return float(np.exp(np.interp(0.0, *logs)))
 
 
-def paired(baseline: Workload, optimized: Workload, count: int, **options: Any) -> Pairs:
-    """Return `count` timed pairs of two arms; fewer than six have no interval."""
-    arms = {"baseline": baseline, "optimized": optimized}
-    timed = interleaved.rounds(arms, count, **({"warmup": 2} | options), repeats=count, fewest=PREVIEW_PAIRS)
-    return timed.pairs("baseline", "optimized")
-
-
 def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, seed: int) -> Race:
     """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request; not judged,
     since no copy of either runs beside them.
     """
 
     def against(rival: nn.Module, blocks: int) -> Measurement:
-        first, second = (workloads.generate(fresh_copy(arm), prompt_BP, profile.new_tokens) for arm in (rival, judged))
-        pairs = paired(first, second, blocks, seed=seed)
+        arms = (workloads.generate(fresh_copy(arm), prompt_BP, profile.new_tokens) for arm in (rival, judged))
+        pairs = interleaved.paired(*arms, blocks=blocks, fewest=PREVIEW_PAIRS, seed=seed)
         tokens = profile.batch * profile.new_tokens
         return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, None)
 

@@ -55,6 +55,7 @@ PRIMARIES = {
     "resources": ("peak_memory_above_start_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
+PEAK_TOKENS, FEW_PEAK_TOKENS = 2048, 512  # of the prompt on which peaks are read; few where a token takes long
 AT_ONCE = 10**6  # more tokens than any prompt here: nothing is cut into chunks
 METHOD = "lib.optimizations.streaming_computation.method"
 
@@ -251,7 +252,7 @@ def token_arrivals(loaded: Loaded, model: nn.Module, prompt_1T: torch.Tensor, co
 
 
 def peaks(
-    loaded: Loaded, folder: Path, memory_ratio: float, options: Mapping[str, Any]
+    loaded: Loaded, effort: Effort, folder: Path, memory_ratio: float, options: Mapping[str, Any]
 ) -> tuple[list[Measurement], list[Measurement]]:
     """Return peaks from fresh child processes on one long prompt, against the resident model: of the prompt in chunks
     alone (what activations take), and streamed and in chunks (what weights take).
@@ -259,8 +260,9 @@ def peaks(
     `options` are those of `method.open_folder`; the resident model decodes latents absorbed. While the processes run,
     the weights are on disk alone.
     """
-    work: dict[str, Any] = {"folder": str(folder), "prompt_tokens": 2048 if loaded.scale == "proxy" else 512}
-    work |= {"new_tokens": 2, "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device}
+    tokens = PEAK_TOKENS if loaded.scale == "proxy" and not effort.preview else FEW_PEAK_TOKENS
+    work: dict[str, Any] = {"folder": str(folder), "prompt_tokens": tokens, "new_tokens": 2}
+    work |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device}
     resident = {"absorbed": absorbed_baseline.has_latents(loaded.model)}
     in_chunks = {"prefill_chunk": options["prefill_chunk"], **resident}
     arms = [

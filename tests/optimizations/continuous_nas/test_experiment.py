@@ -9,10 +9,10 @@ import pytest
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.optimizations.continuous_nas import drift, experiment
+from lib.optimizations.continuous_nas.additivity import Additivity
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
-from lib.optimizations.continuous_nas.experiment import Additivity
 from lib.optimizations.continuous_nas.method import REFERENCE, SearchLimits
 from lib.optimizations.continuous_nas.rivals import RivalComparison
 from lib.report.text import reading

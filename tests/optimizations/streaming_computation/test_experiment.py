@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.measure.timing import child
 from lib.measure.trackers import memory
 from lib.models.checkpoints import io
@@ -66,7 +66,7 @@ def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name
         return [memory.Peaks([memory.failed("planted")]) for _ in arms]
 
     monkeypatch.setattr(memory, "peaks", peaks)
-    experiment.peaks(loaded, folder, 1.0, {"prefill_chunk": 8, "absorbed": True})
+    experiment.peaks(loaded, settings.read("quick"), folder, 1.0, {"prefill_chunk": 8, "absorbed": True})
     assert seen == [(latents, False), (latents, True)], "whole prompts, then in chunks"
 
 

@@ -1,0 +1,43 @@
+"""Whether divergences of single parts add up to that of a whole choice, as the programme assumes. Knows no costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search
+from lib.optimizations.continuous_nas.mip import CostTable
+
+RANK_LIMIT = 0.5
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation."""
+
+    evaluations: list[ChoiceEvaluation]
+    pairs: pd.DataFrame
+    rank: float
+
+    def refuted(self) -> tuple[bool | None, str]:
+        """Return whether the rank correlation lies below RANK_LIMIT with its 95 % interval (Bonett & Wright 2000)."""
+        count = len(self.evaluations)
+        if count < 5 or not np.isfinite(self.rank):
+            return None, f"{count} choices were judged whole: too few for an interval"
+        spread = 1.96 * np.sqrt((1 + self.rank**2 / 2) / (count - 3))
+        centre = np.arctanh(np.clip(self.rank, -0.999999, 0.999999))
+        low, high = np.tanh(centre - spread), np.tanh(centre + spread)
+        evidence = f"rank correlation {self.rank:.2f} ({low:.2f} to {high:.2f}), {count} choices"
+        return (True if high < RANK_LIMIT else False if low >= RANK_LIMIT else None), evidence
+
+
+def compare(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
+    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model."""
+    table = CostTable("KL", scores)
+    judged = [evaluation for evaluation in search.evaluations if evaluation.phase != "library"]
+    pairs = pd.DataFrame({"x": [table.of(e.choice) for e in judged], "y": [e.divergence for e in judged]})
+    rank = float(spearmanr(pairs.x, pairs.y).statistic)
+    pairs["arm"] = [evaluation.phase.rpartition(": ")[2] for evaluation in judged]
+    return Additivity(judged, pairs, rank)
