@@ -49,7 +49,7 @@ def decide(
         return Ruling("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
     if floor > BUSY_FLOOR:
         above = f"the noise floor of {100 * floor:.3g} % is above {100 * BUSY_FLOOR:.0f} %"
-        return Ruling("inconclusive", f"{above}; measure again on a quiet machine")
+        return Ruling("inconclusive", f"{above}; more rounds or a quieter machine would tell")
     if (processes or n) <= FEW_PAIRS and high - low >= math.log(FACTOR):
         few = f"{processes} processes" if processes else f"{n} pairs"
         return Ruling("inconclusive", f"{few} whose interval spans a factor of {math.exp(high - low):.1f}")
