@@ -24,7 +24,7 @@ from lib.optimizations.modular_components.parts_setup import PartsSetup
 MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
 HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, where time is short
 PREVIEW_BLOCKS, PREVIEW_TOKENS = 2, 2  # rounds of one pair at effort preview, which have no interval; decoded tokens
-NOT_TRIED = "efforts preview and quick try neighbours of the pipeline alone; effort standard tries every pair"
+NOT_TRIED = "effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
 NOT_AT_PREVIEW = (
     "effort preview tries two pairs of neighbours; effort quick tries all neighbours, effort standard every pair"
 )
@@ -50,7 +50,7 @@ def chosen(setup: PartsSetup) -> list[Pair]:
     """
     neighbours = list(itertools.pairwise(setup.fitting))
     if setup.effort.preview:
-        return list(dict.fromkeys([neighbours[0], neighbours[-1]]))
+        return list(dict.fromkeys(neighbours[:1] + neighbours[-1:]))
     if setup.effort.brief:
         return neighbours
     return list(itertools.combinations(setup.fitting, 2))

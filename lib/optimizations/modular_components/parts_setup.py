@@ -76,8 +76,8 @@ class PartsSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup; at effort preview texts are shorter. Raises NotApplicable
-    where memory has no room for one pair in both orders.
+    """Return the setup; at effort preview texts are shorter. Raises NotApplicable where memory has no room for one pair
+    in both orders.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     fitting, unfit = method.applicable(loaded.model)

@@ -92,3 +92,7 @@ def test_a_preview_tries_two_pairs_and_knows_no_interval(tiny, batch, monkeypatc
     assert list(contrasts.alone.part) == ["copy", "other"], "what was in no round has no effect"
     assert contrasts.clear() == {"prefill": (0, 0), "decode": (0, 0)} and "prefill 0 of none" in contrasts.reading()
     assert contrasts.refuted() == (None, "too few rounds for an interval")
+    monkeypatch.undo()
+    for few in (["copy"], []):
+        setup.fitting[:] = few
+        assert pair_rounds.chosen(setup) == []
