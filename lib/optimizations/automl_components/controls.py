@@ -30,6 +30,7 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import pareto
 
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
+VOLUME_MARGIN = 0.05  # of a hypervolume: what stacks that are timed again move it by, so less is not "better"
 
 
 def at_random(
@@ -188,27 +189,31 @@ class EqualSeconds:
     def reading(self) -> str:
         """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
         own, timed = self.volumes["search"], len(self.points())
-        others = ", ".join(f"{volume:.4f}" for volume in self.random_volumes)
+        others = ", ".join(f"{volume:.4g}" for volume in self.random_volumes)
         return (
-            f"{timed} configurations were timed, and those of the search dominate {own:.4f} of time × divergence. "
+            f"{timed} configurations were timed, and those of the search dominate {own:.4g} of time × divergence. "
             f"Random ones from the same start in the same seconds dominate {others}, the defaults "
-            f"{self.volumes['defaults']:.4f}."
+            f"{self.volumes['defaults']:.4g}."
         )
 
     def random_refuted(self) -> tuple[bool | None, str]:
         """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing, or
-        where the search lies among several.
+        where the search is better than some draws and not than others. Better is more than VOLUME_MARGIN above.
         """
         own, others = self.volumes["search"], self.random_volumes
-        evidence = f"hypervolume {own:.4f}, random {', '.join(f'{volume:.4f}' for volume in others)}"
+        evidence = f"hypervolume {own:.4g}, random {', '.join(f'{volume:.4g}' for volume in others)}"
         if len(others) < 2:
             return None, f"{evidence}; one draw has no spread"
-        return (False if own > max(others) else True if own < min(others) else None), evidence
+        beaten = [own > (1 + VOLUME_MARGIN) * volume for volume in others]
+        return (False if all(beaten) else None if any(beaten) else True), evidence
 
     def defaults_refuted(self) -> tuple[bool, str]:
-        """Return whether the defaults dominate as much as the search, which judged them first, and both areas."""
+        """Return whether the defaults dominate as much as the search, which judged them first, and both areas: whether
+        the search is not more than VOLUME_MARGIN above.
+        """
         own, defaults = self.volumes["search"], self.volumes["defaults"]
-        return own <= defaults, f"hypervolume {own:.4f}, defaults {defaults:.4f}"
+        evidence = f"hypervolume {own:.4g}, defaults {defaults:.4g}; at most {VOLUME_MARGIN:.0%} more is as good"
+        return own <= (1 + VOLUME_MARGIN) * defaults, evidence
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,10 @@ class TimedRequest(NamedTuple):
 
 @dataclass
 class SearchBench:
-    """What a search works with: the model, its components, the space of their knobs, and the bench that judges."""
+    """What a search works with: the model, its components, the space of their knobs, and the bench that judges.
+
+    `finalist_seconds`: what judging the finalists took, once they are judged; a part of what the choice costs.
+    """
 
     loaded: Loaded
     effort: Effort
@@ -82,6 +85,7 @@ class SearchBench:
     seed: int
     parts: list[Component]
     bench: Bench
+    finalist_seconds: float = 0.0
 
     @property
     def knobs(self) -> list[tuple[str, str]]:
@@ -213,11 +217,16 @@ def rows(outcomes: Sequence[JudgedStack]) -> pd.DataFrame:
 
 
 def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: int) -> list[Finalist]:
-    """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed."""
+    """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed.
+    Their seconds are kept as `setup.finalist_seconds`.
+    """
+    start = time.perf_counter()
     quality = search_quality.prepare(setup.loaded, setup.effort, setup.seed)
     share = replication.block_seconds(setup.effort) / replication.BLOCK_SECONDS
     options: dict[str, Any] = {"rounds": finalists.FEWEST_ROUNDS if setup.effort.preview else finalists.ROUNDS}
-    return finalists.judge(setup.bench, outcomes, count, quality, setup.seed, share * finalists.SECONDS, **options)
+    best = finalists.judge(setup.bench, outcomes, count, quality, setup.seed, share * finalists.SECONDS, **options)
+    setup.finalist_seconds = time.perf_counter() - start
+    return best
 
 
 def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[Finalist], margin: float) -> JudgedStack:
@@ -306,11 +315,12 @@ def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
     """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
-    gain, beyond = equal.gain, equal.volumes["search"] - equal.volumes["defaults"]
+    gain, own, defaults = equal.gain, equal.volumes["search"], equal.volumes["defaults"]
+    above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
     share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
     lines = [
-        ("hypervolume above random's in equal time", gain, bool(gain and gain > 1)),
-        ("hypervolume above the defaults'", beyond, beyond > 0),
+        (f"hypervolume more than {least:.2f} of random's in equal time", gain, bool(gain and gain > least)),
+        (f"hypervolume more than {least:.2f} of the defaults'", above, own > least * defaults),
         (share, grid.reached, grid.reached >= OPTIMUM_SHARE),
         ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),
     ]
