@@ -5,7 +5,7 @@ Parts are found in the folder of optimizations; none is named here.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ CLAIMS = (
     "Interactions exclude zero in more pairs than chance explains.",
     "The identity pipeline is slower than the noise floor.",
     "A reverted model differs in a single bit.",
+    "Fewer than two parts keep the margins together.",
 )
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
@@ -70,19 +71,26 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
     return pd.DataFrame(columns).fillna("–").rename_axis("tensor").reset_index()
 
 
-def composed(setup: PartsSetup, steps: list[RecipeStep]) -> tuple[Weakened, list[Weakened]]:
+def composed(
+    setup: PartsSetup, steps: list[RecipeStep], contrasts: Contrasts | None = None
+) -> tuple[Weakened, list[Weakened]]:
     """Return the strongest stack of these steps within the margins, and every strength that was tried: where time is
     short at full and half strength alone.
 
-    Asserts that composing changed no weight of the baseline.
+    With `contrasts`, parts that only slow the model down are left out, and those that lose most where all together keep
+    the margins at no strength. Asserts that composing changed no weight of the baseline.
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
     apart = strength.LEVELS // 2 if setup.hurried else 1
     options: dict[str, Any] = {"apart": apart, "made": setup.made}
+    slow: dict[str, str] = {}
+    if contrasts is not None:
+        slow, options["losses"] = contrasts.only_slower(), contrasts.losses_alone
+        steps = [step for step in steps if step.optimization not in slow]
     chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed, **options)
     setup.made.clear()
     assert io.weights_hash(setup.loaded.model) == setup.weights, "composing changed the baseline"
-    return chosen, levels
+    return replace(chosen, left_out=chosen.left_out | slow), levels
 
 
 def stack_table(chosen: Weakened) -> pd.DataFrame:
@@ -176,11 +184,9 @@ def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[
 
     `whole` is the prefill rate of the stack that is judged, of `steps` parts; left out where these are two or fewer.
     """
-    alone = contrasts.alone.set_index("part")["prefill"]
     works = contrasts.pairs[contrasts.pairs.state == "works"]
-    both = [works[name].map(alone) for name in ("first", "second")]
-    together: dict[int, list[float]] = {1: list(alone)}
-    together[2] = list(works["prefill"] + sum(both)) if len(works) else []
+    together: dict[int, list[float]] = {1: list(contrasts.alone["prefill"])}
+    together[2] = list(works["prefill_both"]) if len(works) else []
     if whole is not None and whole.ratio and steps > 2:
         together[steps] = [float(np.log(whole.ratio))]
     return [
@@ -192,7 +198,11 @@ def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[
 
 
 def refutations(
-    study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
+    study: PairStudy,
+    contrasts: Contrasts,
+    measured_overhead: list[Measurement],
+    exchanged: LiveExchange,
+    stack: Weakened,
 ) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
     crashed, strict, count = study.named("crashed"), study.too_strict, study.count
@@ -209,8 +219,14 @@ def refutations(
         contrasts.refuted(),
         (slower if measured_overhead else None, rates or "nothing was timed"),
         (not exchanged.identical if exchanged.rows else None, f"{changed} exchanges"),
+        (len(stack.steps) < 2, f"the stack is {named(stack)}"),
     )
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def named(stack: Weakened) -> str:
+    """Return the stack's parts in their order, or "nothing"."""
+    return " → ".join(step.optimization for step in stack.steps) or "nothing"
 
 
 def arms(compared: Compared, measured_overhead: list[Measurement]) -> list[ThirdArm]:
@@ -250,12 +266,19 @@ def details(
 
 
 def sentence(
-    study: PairStudy, contrasts: Contrasts, measured_overhead: list[Measurement], exchanged: LiveExchange
+    study: PairStudy,
+    contrasts: Contrasts,
+    measured_overhead: list[Measurement],
+    exchanged: LiveExchange,
+    stack: Weakened,
 ) -> str:
-    """Return the results of the pairs, the identity pipeline, the exchanges and the interactions, in one sentence."""
-    refused, crashed = len(study.named("refused")), len(study.named("crashed"))
-    text = f"{study.score:.2f} of {study.count} ordered pairs work, {refused} are refused with a reason, "
-    text += f"{crashed} crash; "
+    """Return the stack that is judged, and the results of the pairs, the identity pipeline, the exchanges and the
+    interactions, in two sentences.
+    """
+    works, refused, crashed = (len(study.named(state)) for state in ("works", "refused", "crashed"))
+    what = f"{named(stack)}, at {stack.level / strength.LEVELS:.0%} of each part's strength" if stack.steps else "empty"
+    text = f"The stack that is judged: {what}. "
+    text += f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed; "
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))
         text += f"the identity pipeline runs at {worst.ratio:.3f} of the {worst.workload} rate, {worst.verdict}; "

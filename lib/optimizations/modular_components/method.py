@@ -30,6 +30,7 @@ from lib.optimizations.modular_components import traits
 NAME = "modular_components"
 KEYS = ("touches", "needs", "invalidates", "trial")
 FURTHER = ("mildest", "at")
+STORED = ("shapes", "storage")  # aspects of a part that should make a model smaller
 
 
 @dataclass(frozen=True)

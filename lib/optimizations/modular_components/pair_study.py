@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
+from lib.measure.metrics.catalogue import SPEED_MARGIN
 from lib.optimizations.common.evidence import interactions
-from lib.optimizations.modular_components import attempts
+from lib.optimizations.modular_components import attempts, method
 from lib.optimizations.modular_components.attempts import Attempt
 
 Pair = tuple[str, str]
@@ -81,11 +82,15 @@ class Contrasts:
         return {name: label for name, label in interactions.AXIS_LABELS.items() if name in self.pairs}
 
     def clear(self) -> dict[str, tuple[int, int]]:
-        """Return for each quantity how many intervals exclude zero, and how many there are."""
+        """Return for each quantity how many intervals exclude zero, and how many there are that could: an interval
+        without width, of a pair in which nothing changed an answer, is none.
+        """
         counts = {}
         for name in self.headings:
-            low, high = self.pairs[f"{name}_low"].dropna(), self.pairs[f"{name}_high"].dropna()
-            counts[name] = (int(((low > 0) | (high < 0)).sum()), len(low))
+            ends = self.pairs[[f"{name}_low", f"{name}_high"]].dropna()
+            low, high = ends.to_numpy(dtype=float).T
+            wide = high > low
+            counts[name] = (int((((low > 0) | (high < 0)) & wide).sum()), int(wide.sum()))
         return counts
 
     def reading(self) -> str:
@@ -99,8 +104,29 @@ class Contrasts:
         pair = interactions.named(largest["first"], largest["second"])
         return (
             f"Intervals exclude zero in these numbers of cells: {counts}. The largest {name} interaction is that of "
-            f"{pair}, {largest[name]:+.3f} in log-speed."
+            f"{pair}, {largest[name]:+.1%} of the baseline's time."
         )
+
+    @property
+    def losses_alone(self) -> dict[str, float]:
+        """What each part loses alone, nats per token; empty where nothing was read."""
+        return dict(zip(self.alone["part"], self.alone["loss"])) if "loss" in self.alone else {}
+
+    def only_slower(self) -> dict[str, str]:
+        """Return by stem why a part only slows the model down: alone it surely reads prompts slower, by more than the
+        practical margin, does not surely decode faster, and stores nothing less.
+        """
+        slower = {}
+        for row in self.alone.to_dict("records"):
+            low, high = row.get("prefill_low"), row.get("prefill_high")
+            touched = set(method.module_of(row["part"]).COMPOSES["touches"])
+            if low is None or high is None or not np.isfinite([low, high]).all() or touched & set(method.STORED):
+                continue
+            decoded = row.get("decode_low")
+            if high < -SPEED_MARGIN and not (decoded is not None and decoded > SPEED_MARGIN):
+                span = f"{np.exp(row['prefill']):.2f}× ({np.exp(low):.2f} to {np.exp(high):.2f})"
+                slower[row["part"]] = f"alone it prefills at {span} of the speed, and stores nothing less"
+        return slower
 
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether more intervals exclude zero than one in twenty would by chance (binomial, 97.5 %).

@@ -1,9 +1,11 @@
 """The strongest stack that stays within the margins: all parts weakened by the same share, found by bisection.
 
 A part's strength runs from its `mildest` knobs (level 0: it is left out) to those at which it stands alone (LEVELS).
-Parts without `mildest` change no answer and stay. A part that touches what is stored and yet makes the model no smaller
-at its strength is left out: a count decides that, not a clock. Quality is evaluated on text and items that are never
-used for judging, and is the same in every run, so the level found does not depend on noise. Names no part.
+Parts without `mildest` change no answer and stay. Where no strength of all of them is within the margins, the part that
+loses most alone is left out, and the search goes on with the others. A part that touches what is stored and yet makes
+the model no smaller at its strength is left out too: a count decides that, not a clock. Quality is evaluated on text
+and items that are never used for judging, and is the same in every run, so the level found does not depend on noise.
+Names no part.
 """
 
 import time
@@ -22,7 +24,6 @@ from lib.optimizations.common.search.search_quality import QualityLoss, SearchQu
 from lib.optimizations.modular_components import method
 
 LEVELS = 8
-STORED = ("shapes", "storage")  # aspects of a part that should make a model smaller
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def stack_at(
         except UserError as refusal:
             left_out[step.optimization] = str(refusal)
             continue
-        stored = set(STORED) & set(method.module_of(step.optimization).COMPOSES["touches"])
+        stored = set(method.STORED) & set(method.module_of(step.optimization).COMPOSES["touches"])
         if stored and cost_model.weights_bytes(changed) >= cost_model.weights_bytes(current):
             left_out[step.optimization] = "at this strength it makes the model no smaller"
             continue
@@ -148,37 +149,67 @@ def find(
     *,
     apart: int = 1,
     made: Mapping[tuple[str, ...], MadeStep] | None = None,
+    losses: Mapping[str, float] | None = None,
 ) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack within the margins, and every level that was tried, by strength; `apart`: see
-    `strongest`, `made`: see `stack_at`.
+    """Return the strongest stack within the margins, and every level that was tried, by strength for each set of parts;
+    `apart`: see `strongest`, `made`: see `stack_at`.
 
-    Only the models of the best so far and of the level under test are held.
+    `losses`: what each part loses alone. With it, parts are left out, the one that loses most first, until some
+    strength of the others is within the margins; without it none is. Where levels are not next to each other, half
+    strength alone is tried then. Only the models of the best so far and of the level under test are held.
     """
-    loaded = quality.loaded
-    seen: dict[int, Weakened] = {}
-
-    def look(level: int) -> Weakened:
-        start = time.perf_counter()
-        kept, model, left_out = stack_at(loaded.model, calibration, steps, level, seed, made)
-        seconds = time.perf_counter() - start + _spent(kept, made or {})
-        broken = sanity.check(model, sample_BT, new_tokens=4, random_weights=loaded.random_weights)
-        return Weakened(level, kept, model, left_out, quality.of(model), seconds, broken)
-
-    best: list[Weakened] = []
-
-    def within(level: int) -> bool:
-        weakened_stack = look(level)
-        seen[level] = _without_model(weakened_stack)
-        if weakened_stack.within:
-            best[:] = [weakened_stack]
-        return weakened_stack.within
-
-    level = strongest(within, apart=apart)
-    if not best or best[0].level != level:
-        best = [look(level)]
-        seen[level] = _without_model(best[0])
-    return best[0], [seen[at] for at in sorted(seen)]
+    remaining = list(steps)
+    dropped: dict[str, str] = {}
+    tried: list[Weakened] = []
+    while True:
+        search = _Levels(quality, calibration, remaining, sample_BT, seed, made or {})
+        weaker = [step for step in remaining if weakened(step, 0) is None]
+        highest = LEVELS // 2 if dropped and weaker and apart > 1 else LEVELS  # where looks are few, half alone
+        level = strongest(search.within, highest, apart)
+        done = level > 0 or losses is None or not weaker
+        best = search.at(level) if done else None
+        tried += [search.seen[at] for at in sorted(search.seen)]
+        if best is not None:
+            return replace(best, left_out=best.left_out | dropped), tried
+        worst = max(weaker, key=lambda step: (losses or {}).get(step.optimization, 0.0))
+        remaining.remove(worst)
+        named_others = ", ".join(step.optimization for step in remaining) or "nothing"
+        dropped[worst.optimization] = f"it loses most, and beside {named_others} no strength is within the margins"
 
 
-def _without_model(stack: Weakened) -> Weakened:
-    return replace(stack, model=nn.Identity())
+class _Levels:
+    """The levels of some steps that were looked at; holds the model of the best of them."""
+
+    def __init__(
+        self,
+        quality: SearchQuality,
+        calibration: Sequence[dict[str, torch.Tensor]],
+        steps: Sequence[RecipeStep],
+        sample_BT: torch.Tensor,
+        seed: int,
+        made: Mapping[tuple[str, ...], MadeStep],
+    ) -> None:
+        self.quality, self.calibration, self.steps = quality, calibration, list(steps)
+        self.sample_BT, self.seed, self.made = sample_BT, seed, made
+        self.seen: dict[int, Weakened] = {}
+        self.best: Weakened | None = None
+
+    def within(self, level: int) -> bool:
+        """Return whether the stack at this level is within the margins."""
+        stack = self._look(level)
+        if stack.within:
+            self.best = stack
+        return stack.within
+
+    def at(self, level: int) -> Weakened:
+        """Return the stack at a level, with its model."""
+        return self.best if self.best is not None and self.best.level == level else self._look(level)
+
+    def _look(self, level: int) -> Weakened:
+        loaded, start = self.quality.loaded, time.perf_counter()
+        kept, model, left_out = stack_at(loaded.model, self.calibration, self.steps, level, self.seed, self.made)
+        seconds = time.perf_counter() - start + _spent(kept, self.made)
+        broken = sanity.check(model, self.sample_BT, new_tokens=4, random_weights=loaded.random_weights)
+        stack = Weakened(level, kept, model, left_out, self.quality.of(model), seconds, broken)
+        self.seen[level] = replace(stack, model=nn.Identity())
+        return stack

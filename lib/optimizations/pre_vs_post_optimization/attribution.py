@@ -77,7 +77,7 @@ def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
             ],
         )
         for what, judged in timed.items()
-        if what in interactions.AXIS_LABELS
+        if what in interactions.WORKLOADS
     }
 
 

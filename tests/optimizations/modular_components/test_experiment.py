@@ -1,13 +1,19 @@
 """What the experiment concludes from attempts and contrasts that are planted."""
 
+import types
+
 import pandas as pd
 import pytest
+from torch import nn
 
 from lib.measure.metrics import measurement
-from lib.optimizations.modular_components import experiment
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.common.search.search_quality import NOTHING_LOST
+from lib.optimizations.modular_components import experiment, method
 from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.experiment import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
+from lib.optimizations.modular_components.strength import Weakened
 from lib.report.text import reading
 
 
@@ -26,6 +32,10 @@ def _contrasts(*intervals: tuple[float, float]) -> Contrasts:
     return Contrasts({}, nothing, pd.DataFrame(rows, columns=None), nothing, nothing, "planted")
 
 
+def _stack(*stems: str) -> Weakened:
+    return Weakened(8, [RecipeStep(optimization=stem) for stem in stems], nn.Identity(), {}, NOTHING_LOST, 1.0)
+
+
 @pytest.mark.parametrize(("clear", "total", "outcome"), [(0, 10, False), (1, 10, None), (9, 10, True), (0, 0, None)])
 def test_interactions_are_held_against_chance(clear, total, outcome):
     contrasts = _contrasts(*[(0.1, 0.2)] * clear, *[(-0.1, 0.1)] * (total - clear))
@@ -33,6 +43,29 @@ def test_interactions_are_held_against_chance(clear, total, outcome):
     assert refuted is outcome and (f"{clear} of {total}" in evidence or not total)
     first, second = contrasts.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
+
+
+def test_an_interval_without_width_is_not_held_against_chance():
+    """Of pairs that change no answer the loss cannot differ: they are no evidence that interactions are rare."""
+    contrasts = _contrasts(*[(0.1, 0.2)] * 2, (-0.1, 0.1), *[(0.0, 0.0)] * 40)
+    assert contrasts.clear() == {"prefill": (2, 3)} and "2 of 3" in contrasts.refuted()[1]
+
+
+def test_a_part_that_only_slows_the_model_down_is_named(monkeypatch):
+    touches = {"slow": ("attention",), "small": ("storage",), "faster later": ("attention",), "unsure": ("attention",)}
+    described = {stem: types.SimpleNamespace(COMPOSES={"touches": names}) for stem, names in touches.items()}
+    monkeypatch.setattr(method, "parts", lambda: described)
+    spans = {"slow": (-0.32, -0.28, 0.0), "small": (-0.32, -0.28, 0.0), "faster later": (-0.32, -0.28, 0.1)}
+    rows = [
+        {"part": stem, "prefill": (low + high) / 2, "prefill_low": low, "prefill_high": high, "decode_low": decoded}
+        for stem, (low, high, decoded) in (spans | {"unsure": (-0.3, 0.1, 0.0)}).items()
+    ]
+    nothing = pd.DataFrame()
+    contrasts = Contrasts({}, pd.DataFrame(rows), nothing, nothing, nothing, "planted")
+    assert contrasts.only_slower() == {
+        "slow": "alone it prefills at 0.74× (0.73 to 0.76) of the speed, and stores nothing less"
+    }
+    assert contrasts.losses_alone == {}
 
 
 def _overhead(verdict: str) -> list[measurement.Measurement]:
@@ -43,21 +76,25 @@ def _overhead(verdict: str) -> list[measurement.Measurement]:
 @pytest.mark.parametrize(
     ("verdict", "forced", "identical", "outcomes"),
     [
-        ("equivalent", "crashed", True, [False, False, False, False, False]),
-        ("worse", "works", False, [False, True, False, True, True]),
-        ("inconclusive", "refused", True, [False, False, False, None, False]),
+        ("equivalent", "crashed", True, [False, False, False, False, False, False]),
+        ("worse", "works", False, [False, True, False, True, True, False]),
+        ("inconclusive", "refused", True, [False, False, False, None, False, False]),
     ],
 )
 def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     exchanged = LiveExchange([0.001], [{"swapped in": "a"}], identical)
-    answers = experiment.refutations(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
+    findings = (_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged, _stack("a", "b"))
+    answers = experiment.refutations(*findings)
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
-    sentence = experiment.sentence(_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged)
-    assert "0.50 of 2 ordered pairs work" in sentence and "0 of 1 intervals exclude zero" in sentence
+    sentence = experiment.sentence(*findings)
+    assert sentence.startswith("The stack that is judged: a → b, at 100% of each part's strength. ")
+    assert "1 of 2 ordered pairs work" in sentence and "0 of 1 intervals exclude zero" in sentence
 
 
 def test_what_did_not_happen_tells_nothing():
-    answers = experiment.refutations(_study(second="crashed"), _contrasts(), [], LiveExchange([], [], True))
-    assert [refuted for _, refuted, _ in answers] == [True, None, None, None, None]
+    nothing = LiveExchange([], [], True)
+    answers = experiment.refutations(_study(second="crashed"), _contrasts(), [], nothing, _stack("a"))
+    assert [refuted for _, refuted, _ in answers] == [True, None, None, None, None, True]
+    assert answers[-1][2] == "the stack is a", "one part composes nothing"
     assert _study().too_strict == [] and _study("works").too_strict == ["b → a"]

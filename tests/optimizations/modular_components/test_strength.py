@@ -13,7 +13,7 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.search_quality import QualityLoss
 from lib.optimizations.modular_components import method, strength
 
-PRUNING, EXACT = "structured_pruning", "streaming_computation"
+PRUNING, EXACT, FACTORS = "structured_pruning", "streaming_computation", "tensor_decomposition"
 
 
 def _step(stem: str, **knobs) -> RecipeStep:
@@ -112,3 +112,32 @@ def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monke
     assert best.level == strength.LEVELS and 1000 < best.seconds < 1100
     half, _, _ = strength.stack_at(model, [batch], steps, strength.LEVELS // 2, made=made)
     assert half[0].knobs["ratio"] == 0.2, "what was made at full strength is not taken for another"
+
+
+@pytest.mark.parametrize(("losses", "left"), [({PRUNING: 0.5, FACTORS: 0.1}, FACTORS), ({FACTORS: 0.5}, PRUNING)])
+def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(tiny, batch, losses, left):
+    """Quality is planted: two weakened parts pass the margins at any strength, either of them alone at none."""
+    model = tiny("qwen3-4b-instruct-2507")
+    steps = [_step(PRUNING, ratio=0.4), _step(FACTORS, method="plain"), _step(EXACT, memory_ratio=1.0)]
+    planted, kept = _Planted(model), []
+    stack_at = strength.stack_at
+
+    def watched(*arguments):
+        outcome = stack_at(*arguments)
+        kept[:] = [step.optimization for step in outcome[0]]
+        return outcome
+
+    planted.of = lambda model: QualityLoss(0.0, *[0.5 * ({PRUNING, FACTORS} <= set(kept))] * 2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strength, "stack_at", watched)
+        best, tried = strength.find(planted, [batch], steps, batch["input_ids"], losses=losses)
+        alone, _ = strength.find(planted, [batch], steps, batch["input_ids"])
+    assert [step.optimization for step in best.steps] == [left, EXACT] and best.level == strength.LEVELS
+    (out,) = {PRUNING, FACTORS} - {left}
+    assert best.left_out[out] == f"it loses most, and beside {left}, {EXACT} no strength is within the margins"
+    assert [row.level for row in tried] == [1, 2, 4, 8, 8] and [row.within for row in tried] == [False] * 4 + [True]
+    assert [step.optimization for step in alone.steps] == [EXACT], "without what each loses, none is preferred"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strength, "stack_at", watched)
+        few, tried = strength.find(planted, [batch], steps, batch["input_ids"], losses=losses, apart=4)
+    assert few.level == 4 and [row.level for row in tried] == [4, 8, 4], "where looks are few, half strength alone"

@@ -1,7 +1,9 @@
 """What parts of a pipeline do alone, in pairs and in either order: timed in common rounds, losses on the same windows.
 
 An arm is a model under a name; a pair's name is made by `named`. Effects are in natural logarithms of speed (above 0 is
-faster) and in nats of loss per token (above 0 is worse). Knows nothing of what the parts are.
+faster) and in nats of loss per token (above 0 is worse). Interactions of times are what a pair saves beyond the sum of
+both, in shares of the baseline's time: times of parts that do different work add up, their logarithms do not. Knows
+nothing of what the parts are.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +24,12 @@ BASELINE = "baseline"
 DECODE_PROMPT, DECODE_TOKENS = 64, 4
 Arm = TypeVar("Arm", str, tuple[str, str])
 States = Mapping[tuple[str, str], tuple[str, str | None]]  # (first, second) → state and reason
-AXIS_LABELS = {"prefill": "log-speed, prefill", "decode": "log-speed, decode", "loss": "loss, nats/token"}
+WORKLOADS = ("prefill", "decode")
+AXIS_LABELS = {
+    "prefill": "time saved beyond the sum, prefill",
+    "decode": "time saved beyond the sum, decode",
+    "loss": "loss beyond the sum, nats/token",
+}
 
 
 def named(*stems: str) -> str:
@@ -93,15 +100,27 @@ def interactions(
     lost: Mapping[str, np.ndarray],
     states: States,
 ) -> list[dict]:
-    """Return a row per ordered pair: state, reason, and where it works the effect of both − the sum of each."""
+    """Return a row per ordered pair: state, reason, and where it works what both save and lose beyond the sum of each,
+    as a share of the baseline's time and in nats per token; `<workload>_both` is the log-speed of both.
+    """
     rows = []
     for (first, second), (state, reason) in states.items():
         row: dict[str, object] = {"first": first, "second": second, "state": state, "reason": reason or ""}
         if state == "works":
-            weights = {named(first, second): 1, first: -1, second: -1, BASELINE: 1}
-            row |= _flat(effects(timed, lost, weights))
+            both = named(first, second)
+            weights = {both: 1, first: -1, second: -1, BASELINE: 1}
+            beyond = effects({}, lost, weights)
+            saved = {name: shapley.over_rounds(_saved(times, weights)) for name, times in timed.items()}
+            together = effects(timed, {}, {both: 1, BASELINE: -1})
+            row |= _flat(saved | beyond) | {f"{name}_both": each.value for name, each in together.items()}
         rows.append(row)
     return rows
+
+
+def _saved(times: Rounds, weights: Mapping[str, float]) -> np.ndarray:
+    """Return −Σ weight · seconds of the arm ÷ the baseline's seconds, of each round, [R]."""
+    baseline = np.asarray(times.seconds[BASELINE], dtype=float)
+    return -sum((w * np.asarray(times.seconds[arm]) for arm, w in weights.items()), np.zeros_like(baseline)) / baseline
 
 
 def unmeasured(states: States) -> list[dict]:

@@ -56,17 +56,18 @@ def test_shapley_is_the_mean_over_all_orders_of_joining():
 
 def test_interactions_of_timed_arms_and_losses():
     shared = np.random.default_rng(2).normal(size=12)
-    logs = {"baseline": 0.0, "x": -0.2, "y": -0.1, "x → y": -0.5, "y → x": -0.3}
-    seconds = {arm: list(np.exp(value + shared)) for arm, value in logs.items()}
-    timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [list(logs)] * 12)}
+    shares = {"baseline": 1.0, "x": 0.8, "y": 0.9, "x → y": 0.5, "y → x": 0.7}  # y → x saves what both save alone
+    seconds = {arm: list(share * np.exp(shared)) for arm, share in shares.items()}
+    timed = {"prefill": interleaved.Rounds(seconds, 1, [None] * 12, [list(shares)] * 12)}
     lost = {
         arm: np.full(8, value) for arm, value in {"baseline": 1, "x": 1.1, "y": 1.2, "x → y": 1.6, "y → x": 1.3}.items()
     }
     states = {("x", "y"): ("works", None), ("y", "x"): ("works", None), ("x", "z"): ("refused", "no")}
     rows = interactions.interactions(timed, lost, states)
     assert [round(row.get("prefill", 0), 6) for row in rows] == [0.2, 0.0, 0]
+    assert [round(row.get("prefill_both", 0), 6) for row in rows] == [0.693147, 0.356675, 0], "the log-speed of both"
     assert [round(row.get("loss", 0), 6) for row in rows] == [0.3, 0.0, 0] and rows[2]["reason"] == "no"
     (order,) = interactions.order_effects(timed, lost, states)
-    assert round(order["prefill"], 6) == 0.2 and round(order["loss"], 6) == 0.3
+    assert round(order["prefill"], 6) == round(np.log(0.7 / 0.5), 6) and round(order["loss"], 6) == 0.3
     (alone,) = interactions.singles([timed, timed], lost, ["x"])
-    assert alone["prefill_low"] == pytest.approx(0.2) and alone["loss"] == pytest.approx(0.1)
+    assert alone["prefill_low"] == pytest.approx(-np.log(0.8)) and alone["loss"] == pytest.approx(0.1)
