@@ -158,7 +158,7 @@ def follow(
         }
         used = time_share if costs.profile.limit == "time" else memory_share
         row |= {"budget asked": wanted[costs.profile.limit != "time"], "budget within reach": used}
-        row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": len(followed.cold)}
+        row |= {"evaluations, warm": followed.evaluations_until(LEVEL), "evaluations, cold": followed.cold_until(LEVEL)}
         rows.append(row | {"share of the scarce": costs.share(followed.best.choice), "KL": followed.best.divergence})
     return Drifts(adaptations, rows)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import NORMAL
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
@@ -100,16 +101,21 @@ class RivalComparison:
         """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text."""
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self.kl_RN else None
 
-    def _closer(self, kl_R: Sequence[float]) -> float:
-        return at_equal_speed(_ratios(self.speeds), kl_R[1:]) / kl_R[0]
+    def _closer(self, kl_R: Sequence[float], speeds_R: Sequence[float] | None = None) -> float:
+        return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
 
     def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-        """Return the 95 % bootstrap interval of `closer` over the held-out windows; speeds are held fixed."""
+        """Return the 95 % bootstrap interval of `closer` over the held-out windows and over the speeds: each is drawn
+        from its interval as if its logarithm were normal; one without an interval is held fixed.
+        """
         if not self.kl_RN:
             return None, None
         kl_RN, draw = np.stack(self.kl_RN), np.random.default_rng(seed)
         drawn = draw.integers(kl_RN.shape[1], size=(RESAMPLES, kl_RN.shape[1]))
-        ratios = [self._closer(kl_RN[:, chosen_N].mean(1)) for chosen_N in drawn]
+        timed = [speed for speed in self.speeds if speed.ratio is not None]
+        sigma_R = [np.log(speed.ci[1] / speed.ci[0]) / (2 * NORMAL) if speed.ci else 0.0 for speed in timed]
+        speeds_SR = np.exp(np.log(_ratios(timed)) + sigma_R * draw.standard_normal((RESAMPLES, len(timed))))
+        ratios = [self._closer(kl_RN[:, at_N].mean(1), list(each_R)) for at_N, each_R in zip(drawn, speeds_SR)]
         low, high = np.quantile(ratios, [0.025, 0.975])
         return float(low), float(high)
 

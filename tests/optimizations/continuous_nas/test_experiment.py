@@ -57,16 +57,17 @@ def test_a_rank_correlation_is_judged_by_its_interval(rank, count, outcome):
     assert refuted is outcome and str(count) in evidence
 
 
-def _speed(gain: float) -> measurement.Measurement:
+def _speed(gain: float, spread: float = 0.0) -> measurement.Measurement:
     seconds = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
-    pairs = Pairs([gain * time for time in seconds], seconds, ["AB", "BA"] * 3, [None] * 6, 1)
+    slower = [gain * time * (1 + spread * sign) for time, sign in zip(seconds, (1, -1, 1, -1, 1, -1))]
+    pairs = Pairs(slower, seconds, ["AB", "BA"] * 3, [None] * 6, 1)
     return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, 8, 0.0)
 
 
-def _comparison(own: float, *rivals: tuple[float, float]) -> RivalComparison:
+def _comparison(own: float, *rivals: tuple[float, float], spread: float = 0.0) -> RivalComparison:
     windows = 1 + 0.01 * np.random.default_rng(0).standard_normal((1 + len(rivals), 16))
     kl_RN = [level * window for level, window in zip((own, *(kl for _, kl in rivals)), windows)]
-    return RivalComparison([_speed(gain) for gain, _ in rivals], kl_RN, [])
+    return RivalComparison([_speed(gain, spread) for gain, _ in rivals], kl_RN, [])
 
 
 def test_all_blocks_alike_are_judged_at_equal_speed():
@@ -79,6 +80,10 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     faster = _comparison(0.1, (0.8, 0.3))
     assert not faster.beside and faster.refuted() == (None, f"{faster.refuted()[1]}"), "every rival is faster"
     assert RivalComparison([_speed(1.0)], [], []).refuted()[0] is None
+    rivals = ((1.03, 0.15), (0.97, 0.7))
+    sure, unsure = _comparison(0.16, *rivals), _comparison(0.16, *rivals, spread=0.05)
+    assert sure.refuted()[0] is False and unsure.refuted()[0] is None, "it may be the slower rival that is as fast"
+    assert unsure.interval()[0] < 1 < sure.interval()[0]
 
 
 def _adaptation(warm: list[float], cold: list[float], name: str = "decode_heavy") -> Adaptation:
