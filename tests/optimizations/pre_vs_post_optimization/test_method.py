@@ -200,7 +200,7 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
     monkeypatch.setattr(composing, "parts", imported)
     monkeypatch.setattr(attempts, "attempt", watched)
     monkeypatch.setattr(comparing.recipe, "find", lambda *_: None)
-    comparing.chosen(_loaded(tiny(name), name), [batch])
+    comparing.chosen(_loaded(tiny(name), name), [batch], effort=efforts.read("preview"))
     assert tried and all(model() is None for model in tried)
 
 
