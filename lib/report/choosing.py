@@ -59,7 +59,7 @@ def draw_forest(records: Sequence[Record], model: str, metric: str) -> None:
         return
     figure = style.forest(shown, group="model", title=label(metric))
     better = (frame["verdict"] == "better").sum()
-    drawn = f"{label(metric)} of {len(shown)} of {len(frame)} runs"
+    drawn = f"{label(metric)}: {len(shown)} of {counted(len(frame), 'measurement')}"
     style.show(figure, f"{drawn}; {better} of all are better.")
 
 
@@ -80,7 +80,16 @@ def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: 
         y_label=y_label,
         margin=(-width, width) if width else None,
     )
-    style.show(figure, f"{y_label} against speed of {len(points)} runs.{rest}")
+    elsewhere = lost_elsewhere(_of(records, model), quality)
+    style.show(figure, f"{y_label} against speed of {len(points)} runs.{elsewhere}{rest}")
+
+
+def lost_elsewhere(records: Iterable[Record], quality: str) -> str:
+    """Return how many runs lose another score than `quality` beyond its margin, as a sentence; empty where none."""
+    scores = [first(run, quality) for run in records if run.verdict.accuracy == "not_maintained"]
+    lost = sum(score is not None and score.verdict != "not_maintained" for score in scores)
+    lose = "loses" if lost == 1 else "lose"
+    return f" {counted(lost, 'run')} {lose} another score beyond its margin." if lost else ""
 
 
 def _chosen_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float) -> None:

@@ -40,11 +40,22 @@ def test_with_nobody_there_each_figure_is_shown_once(displayed, monkeypatch):
     choosing.forest([], "prefill_tokens_per_second")
     choosing.trade_offs([], "prefill_tokens_per_second", "f1_macro")
     assert displayed == [
-        "prefill rate of 7 of 7 runs; 7 of all are better.",
+        "prefill rate: 7 of 7 measurements; 7 of all are better.",
         "F1 (macro): change (points) against speed of 7 runs.",
         "No record has prefill rate.",
         "No record has both prefill_tokens_per_second and f1_macro.",
     ]
+
+
+def test_runs_that_lose_another_score_are_counted():
+    runs = _records()
+    kept = [
+        m.model_copy(update={"verdict": "maintained"}) if m.metric == "f1_macro" else m for m in runs[0].measurements
+    ]
+    lost = runs[-1].model_copy(update={"measurements": kept})
+    assert lost.verdict.accuracy == "not_maintained"
+    assert choosing.lost_elsewhere(runs[:-1], "f1_macro") == ""
+    assert choosing.lost_elsewhere([*runs[:-1], lost], "f1_macro") == " 1 run loses another score beyond its margin."
 
 
 def test_a_person_chooses_model_metric_and_margin(displayed, offered):
@@ -54,9 +65,9 @@ def test_a_person_chooses_model_metric_and_margin(displayed, offered):
     (model, metric), (_, speed, quality, margin) = (box.children[1].children for box in offered)
     assert list(model.options) == [choosing.ALL, *sorted(samples.MODELS[:2])]
     model.value = samples.MODELS[1]
-    assert displayed[-1].startswith("prefill rate of 3 of 3 runs")
+    assert displayed[-1].startswith("prefill rate: 3 of 3 measurements")
     metric.value = "weights_bytes"
-    assert displayed[-1].startswith("weights in memory of 3 of 3 runs")
+    assert displayed[-1].startswith("weights in memory: 3 of 3 measurements")
     assert margin.value == pytest.approx(2) and "f1_macro" not in dict(speed.options).values()
     speed.value = "weights_bytes"
     assert displayed[-2].startswith("F1 (macro): change (points) against speed of 7 runs")

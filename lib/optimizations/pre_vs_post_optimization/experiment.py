@@ -243,12 +243,13 @@ class Attribution:
         rows = self.shares[self.shares["what"] == "prefill"]
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
-        best = parts.loc[parts["value"].idxmax()]
-        span = f"{whole.low:+.3f} to {whole.high:+.3f}"
-        return (
-            f"In prefill the whole stack gains {whole.value:+.3f} of log-speed ({span}). "
-            f"Most of it is owed to {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
+        first = (
+            f"In prefill the whole stack gains {whole.value:+.3f} of log-speed ({whole.low:+.3f} to {whole.high:+.3f})."
         )
+        if len(parts) == 1:
+            return f"{first} All of it is owed to {parts.iloc[0].part}, its only part."
+        best = parts.loc[parts["value"].idxmax()]
+        return f"{first} Most of it is owed to {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
 
 
 def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compared: Compared) -> Attribution:

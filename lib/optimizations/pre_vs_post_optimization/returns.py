@@ -23,12 +23,12 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
     ]
     for rate in measurements:
         joules = rate.metric == "energy_joules_per_token"
-        timed = rate.metric in RATES
+        timed, estimated = rate.metric in RATES, rate.provenance == "estimated"
         if not joules and not timed:
             continue
         name = f"{rate.workload}, by {'energy' if joules else 'time'}"
         if rate.verdict != "better" or not rate.baseline or not rate.ratio:
-            reason = f"no gain was shown ({rate.verdict})"
+            reason = f"no gain was shown ({'an estimate is never judged' if estimated else rate.verdict})"
             rows.append(measurement.unavailable("break_even_tokens", name, reason))
             continue
         spent = applied.joules if joules else applied.seconds
@@ -65,4 +65,9 @@ def in_words(rows: Sequence[Measurement]) -> str:
     point = next(prefill, None)
     if point is None:
         return "the break-even is unknown: no rate was measured"
-    return f"pays from {point.optimized:,.0f} tokens on" if point.optimized else f"never pays: {point.reason}"
+    return f"pays from about {_two_figures(point.optimized)} tokens on" if point.optimized else f"never pays: {point.reason}"
+
+
+def _two_figures(value: float) -> str:
+    """Return a number with two significant figures: what is saved per token is known to a tenth."""
+    return f"{float(f'{value:.2g}'):,.0f}"

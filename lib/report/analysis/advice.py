@@ -155,7 +155,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if served.verdict in ("worse", "equivalent"):
         return result("do not use", f"no gain: {brief.phrase(served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
-        gate = why(served) or "an estimate is never judged"
+        gate = why(served) or "a simulated or estimated number decides nothing"
         return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
     if unanswered:
         why_open = f"no effort asks enough items: {subject(unanswered)}: {unanswered.reason or 'too few to tell'}"
@@ -166,21 +166,32 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("do not use", beyond, **about)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
-        return result("use if", f"{' and '.join(map(brief.phrase, paid[:2]))} is acceptable{more}", **about)
-    return result("use", f"{brief.phrase(served)}, and quality is kept", **about)
+        price = f"{' and '.join(map(brief.phrase, paid[:2]))} is acceptable{more}"
+        return result("use if", price + _not_measured(record), **about)
+    return result("use", f"{brief.phrase(served)}, and quality is kept{_not_measured(record)}", **about)
+
+
+def _not_measured(record: Record) -> str:
+    """Return that the speed which the optimization declares was not measured, as the end of a sentence."""
+    declared = record.primaries.get("performance")
+    speeds = [m for m in record.measurements if declared and (m.metric, m.workload) == tuple(declared)]
+    missing = speeds and all(m.verdict == "unavailable" for m in speeds)
+    return f"; {speeds[0].workload}: not measured" if missing else ""
 
 
 def _serving(record: Record, goal: Goal) -> Measurement | None:
-    """Return the measurement that decides: the first metric of the goal with a verdict, else the first known."""
+    """Return the measurement that decides: of the goal's metrics the first that is better, worse or equivalent, else
+    the first that was judged without telling, else the first known.
+    """
     known = [
         m
         for metric in GOALS[goal.name]
         for m in record.measurements
         if m.metric == metric and m.ratio and m.verdict != "invalid"
     ]
-    judged = [m for m in known if m.verdict in ("better", "worse", "equivalent", "inconclusive")]
-    judged = [m for m in judged if m.provenance != "estimated"]
-    return next(iter(judged or known), None)
+    measured = [m for m in known if m.provenance != "estimated"]
+    decided = [m for m in measured if m.verdict in ("better", "worse", "equivalent")]
+    return next(iter(decided or [m for m in measured if m.verdict == "inconclusive"] or known), None)
 
 
 def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[Measurement]]:

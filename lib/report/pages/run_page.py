@@ -88,9 +88,7 @@ def _carried(record: Record, dimension: str) -> str:
         parts.append(f"instead of {label(declared[0])}, {declared[1]}: {carrier.reason}")
     parts += [reason] if (reason := record.verdict.reasons.get(dimension, "")) else []
     lost = record.verdict.losses_of(dimension)
-    parts += (
-        ["beside it " + ", ".join(f"{words(m.verdict)}: {label(m.metric)}, {m.workload}" for m in lost)] if lost else []
-    )
+    parts += ["also " + ", ".join(f"{label(m.metric)} ({m.workload}) {words(m.verdict)}" for m in lost)] if lost else []
     return "; ".join(parts)
 
 

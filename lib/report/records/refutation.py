@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text.quantities import figures, interval
-from lib.report.text.sentence import ratio
+from lib.report.text.sentence import NO_REASON, ends, ratio, why
 from lib.report.text.wording import label, signed, words
 
 Outcome = Literal["refuted", "not refuted", "cannot tell"]
@@ -61,9 +61,11 @@ def by_verdict(
         reason = measurement.reason if measurement is not None and measurement.reason else "not measured"
         return decide(claim, None, reason)
     verdict = measurement.verdict
-    shown, ends = ratio(measurement.ratio, *(measurement.ci or (None, None)))
+    shown, span = ratio(measurement.ratio, *ends(measurement))
     evidence = f"{label(measurement.metric)} [{measurement.workload}] {shown}"
-    evidence += f" ({ends}), {words(verdict)}" if ends else f", {words(verdict)}"
+    evidence += f" ({span}), {words(verdict)}" if span else f", {words(verdict)}"
+    if verdict == "inconclusive" and (gate := why(measurement)) != NO_REASON:
+        evidence += f": {gate}"
     return decide(claim, True if verdict in refuted else False if verdict in upheld else None, evidence)
 
 

@@ -19,9 +19,10 @@ COLUMNS = (
 
 def row(measurement: Measurement) -> dict[str, str]:
     """Return one measurement as text, by column, plus `dimension`, `name` (its stem), `source` and `reason`."""
-    ratio, ends = sentence.ratio(measurement.ratio, *(measurement.ci or (None, None)))
+    low, high = sentence.ends(measurement)
+    ratio, ends = sentence.ratio(measurement.ratio, low, high)
     if measurement.ratio is None:  # then the interval is of the optimized value
-        ends = interval(*measurement.ci, form=".3g") if measurement.ci else ""
+        ends = interval(low, high, form=".3g") if measurement.ci else ""
     return {
         "dimension": measurement.dimension,
         "metric": label(measurement.metric),
@@ -48,6 +49,8 @@ def _reason(measurement: Measurement) -> str:
     """Return a measurement's own reason, and which gate kept an inconclusive one from being called."""
     gate = sentence.why(measurement) if measurement.verdict == "inconclusive" else ""
     own = measurement.reason or ""
+    if gate and own.startswith(gate):  # a reason may go on after the gate that it names
+        gate = ""
     return "; ".join(dict.fromkeys(part for part in (gate, own.rstrip(".") if gate else own) if part))
 
 

@@ -4,6 +4,7 @@ The first says what the figure shows of this run, the second what follows, or wh
 that the figure was drawn from. Knows no optimization; what only one of them draws is read in its `experiment.py`.
 """
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,16 @@ def forest(frame: "pd.DataFrame") -> str:
     first = f"{len(judged)} of {counted(len(shown), 'ratio')} {differ} from 1 by more than the noise and the margin."
     if not len(judged):
         return two(first, "An interval that crosses the line shows neither an effect nor that there is none.")
-    largest = judged.iloc[int((judged["gain"].astype(float) - 1).abs().argmax())]
+    largest = judged.iloc[int(judged["gain"].astype(float).map(_factor).argmax())]
     known = largest.gain_low == largest.gain_low  # not NaN
     shown, ends = ratio(largest.gain, *((largest.gain_low, largest.gain_high) if known else (None, None)))
     spread = f" ({ends})" if ends else ""
     return two(first, f"The largest change is {largest.label} at {shown}{spread}; above 1 is better.")
+
+
+def _factor(gain: float) -> float:
+    """Return by which factor something changed, in either direction."""
+    return max(gain, 1 / gain) if gain > 0 else math.inf
 
 
 def bound(frame: "pd.DataFrame") -> str:

@@ -12,6 +12,7 @@ from lib.report.text.quantities import figures, places, signed, times, with_ends
 from lib.report.text.wording import label, one_line
 
 # How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.
+NO_REASON = "no reason was recorded"
 COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
 SUBJECTS = {
     "prefill_tokens_per_second": "prefill",
@@ -33,11 +34,19 @@ def subject(measurement: Measurement) -> str:
     return SUBJECTS.get(measurement.metric, label(measurement.metric))
 
 
+def ends(measurement: Measurement) -> tuple[float | None, float | None]:
+    """Return the ends of a measurement's interval, as ratios; of a score no further than a score can lie, in [0, 1]."""
+    low, high = measurement.ci or (None, None)
+    if low is None or high is None or measurement.dimension != "accuracy" or measurement.unit != "share":
+        return low, high
+    return max(low, 0.0), min(high, 1 / (measurement.baseline or 1.0))
+
+
 def gain(measurement: Measurement) -> tuple[float | None, float | None, float | None]:
     """Return ratio and interval turned so that above 1 is better; None where there is no ratio."""
     if not measurement.ratio or measurement.ratio < 0:
         return None, None, None
-    low, high = measurement.ci or (None, None)
+    low, high = ends(measurement)
     if measurement.higher_is_better:
         return measurement.ratio, low, high
     return 1 / measurement.ratio, (1 / high if high else None), (1 / low if low else None)
@@ -48,16 +57,19 @@ def change(measurement: Measurement) -> tuple[float, float | None, float | None,
 
     None where nothing can be compared.
     """
-    base, value, ci = measurement.baseline, measurement.optimized, measurement.ci
+    base, value = measurement.baseline, measurement.optimized
+    low, high = ends(measurement)
     if measurement.dimension == "accuracy" and measurement.unit == "share" and base is not None and value is not None:
+        if low is None or high is None:
+            return 100 * (value - base), None, None, "points"
         # Without a baseline above zero the interval is of the optimized arm itself.
-        low, high = ((end - 1) * base if base else end for end in ci) if ci else (None, None)
-        ends = (None, None) if low is None or high is None else (100 * low, 100 * high)
-        return 100 * (value - base), *ends, "points"
+        low, high = ((end - 1) * base if base else end for end in (low, high))
+        return 100 * (value - base), 100 * low, 100 * high, "points"
     if measurement.ratio is None:
         return None
-    low, high = ((end - 1) * 100 for end in ci) if ci else (None, None)
-    return (measurement.ratio - 1) * 100, low, high, "%"
+    if low is None or high is None:
+        return (measurement.ratio - 1) * 100, None, None, "%"
+    return (measurement.ratio - 1) * 100, (low - 1) * 100, (high - 1) * 100, "%"
 
 
 def same_answers(measurement: Measurement) -> bool:
@@ -74,13 +86,14 @@ def why(measurement: Measurement) -> str:
         return ""
     if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
         return clipped(measurement.reason)
+    if measurement.verdict == "informative" and measurement.reason:
+        return clipped(measurement.reason)
     if measurement.provenance == "estimated":
         return "an estimate is never judged"
     if measurement.verdict == "informative":
-        if measurement.reason:
-            return clipped(measurement.reason)
-        listed = METRICS[measurement.metric]
-        return "it is informative only" if listed.margin is None else "it was read once"
+        if METRICS[measurement.metric].margin is None:
+            return "it is informative only"
+        return "its spread was not computed" if (measurement.n or 0) > 1 else "it was read once"
     ruling = None if measurement.disturbed else judge_again(measurement)
     if ruling is not None and ruling.verdict == "inconclusive":
         return clipped(ruling.reason)
@@ -89,7 +102,7 @@ def why(measurement: Measurement) -> str:
 
 def clipped(text: str | None) -> str:
     """Return a reason on one line, without its full stop."""
-    return one_line(text or "no reason was recorded").rstrip(".")
+    return one_line(text or NO_REASON).rstrip(".")
 
 
 def ratio(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:

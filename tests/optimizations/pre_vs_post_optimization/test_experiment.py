@@ -44,6 +44,8 @@ def test_shares_are_read_from_the_largest():
     shared = Attribution(pd.DataFrame(rows), "planted")
     first, second = shared.reading().split(". ", 1)
     assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
+    only = Attribution(pd.DataFrame(rows)[lambda frame: frame.part != "a"], "planted")
+    assert only.reading().endswith("(+0.300 to +0.500). All of it is owed to b, its only part.")
     assert list(shared.speeds().arm)[:2] == ["a, prefill", "b, prefill"] and len(shared.losses()) == 3
 
 
@@ -77,4 +79,6 @@ def test_a_sweep_without_points_is_empty():
 def test_the_return_in_words():
     text = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
     assert text == "never pays: no gain was shown"
+    paid = measurement.informative("break_even_tokens", "prefill, by time", None, 44911.3, "planted")
+    assert returns.in_words([paid]) == "pays from about 45,000 tokens on", "the saving is known to a tenth"
     assert returns.in_words([]).startswith("the break-even is unknown")

@@ -46,6 +46,23 @@ def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
     assert (row.command is not None) == (decision == "undecided")
 
 
+def test_a_metric_that_was_decided_counts_before_one_that_cannot_tell():
+    run = samples.whole("structured_pruning", MODEL)
+    words = {"decode_tokens_per_second": "inconclusive", "prefill_tokens_per_second": "worse"}
+    others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"] or m.metric in words]
+    turned = [m.model_copy(update={"verdict": words.get(m.metric, m.verdict)}) for m in others]
+    row = advised(run.model_copy(update={"measurements": turned}))
+    assert row.decision == "do not use" and row.evidence.measurement.metric == "prefill_tokens_per_second"
+
+
+def test_a_declared_speed_that_was_not_measured_is_said():
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    missing = measurement.unavailable("decode_tokens_per_second", "within the allowance", "no limit would bind")
+    declared = {"performance": ("decode_tokens_per_second", "within the allowance")}
+    row = advised(run.model_copy(update={"measurements": [*run.measurements, missing], "primaries": declared}))
+    assert row.decision == "use" and row.reason.endswith("; within the allowance: not measured")
+
+
 def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
     assert (

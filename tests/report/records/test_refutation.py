@@ -4,7 +4,8 @@ import pytest
 
 from lib.measure.metrics import measurement
 from lib.report import tables
-from lib.report.records import record, refutation
+from lib.report.records import record, refutation, rows
+from lib.report.text import sentence
 from tests.report import samples
 
 CLAIM = "Prefill is not faster than the baseline."
@@ -39,6 +40,20 @@ def test_a_verdict_is_an_answer(verdict, outcome):
     answer = refutation.by_verdict(CLAIM, samples.timed("prefill_tokens_per_second", 1.31, verdict=verdict))
     assert answer.outcome == outcome
     assert answer.evidence == f"prefill rate [prefill] 1.310× (1.280–1.340), {verdict}"
+
+
+def test_an_open_answer_names_the_gate_that_held():
+    unsure = samples.timed("prefill_tokens_per_second", 1.31, verdict="inconclusive")
+    busy = unsure.model_copy(update={"reason": "a noise floor of 12 % is above 10 %", "noise_floor": 0.12})
+    assert refutation.by_verdict(CLAIM, busy).evidence.endswith("inconclusive: a noise floor of 12 % is above 10 %")
+
+
+def test_a_score_is_shown_no_further_than_a_score_can_lie():
+    few = measurement.informative("accuracy", "retrieval", 0.05, 0.0, "planted", ratio=0.0)
+    few = few.model_copy(update={"ci": (-0.56, 2.5), "verdict": "inconclusive"})
+    assert sentence.ends(few) == (0.0, 2.5) and sentence.change(few)[1] == pytest.approx(-5.0)
+    assert sentence.ends(few.model_copy(update={"baseline": 0.8})) == (0.0, 1.25)
+    assert rows.row(few)["95 % interval"].startswith("0.0")
 
 
 def test_what_was_not_measured_cannot_tell_and_says_why():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lib.report.text.quantities import about, interval, outward, places, with_ends
+from lib.report.text.quantities import about, interval, outward, places, quantity, with_ends
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,11 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
     if not low <= 1 <= high and digits < 6:
         assert 1.0 not in (below, above)
     assert math.isfinite(digits)
+
+
+def test_a_fraction_of_a_token_is_an_estimate():
+    assert quantity(615722.4, "tokens") == "620 000 tokens"
+    assert quantity(615722, "tokens") == "615 722 tokens" and quantity(12.5, "tokens") == "12.5 tokens"
 
 
 def test_an_estimate_of_a_time_is_round():

@@ -48,6 +48,9 @@ def test_a_forest_names_its_largest_change():
         "The largest change is prefill rate at 1.310× (1.280–1.340); above 1 is better."
     )
     assert "No ratio" in reading.forest(tables.tidy([]))
+    slower = timed.assign(gain=[0.62], gain_low=[0.61], gain_high=[0.63], label=["decode rate"], verdict=["worse"])
+    both = pd.concat([timed.assign(gain=[1.4]), slower])
+    assert "largest change is decode rate at 0.620×" in reading.forest(both), "0.62 is a factor of 1.61"
 
 
 def test_a_bound_is_read_where_there_is_one():
