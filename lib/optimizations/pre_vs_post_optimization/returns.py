@@ -65,7 +65,11 @@ def in_words(rows: Sequence[Measurement]) -> str:
     point = next(prefill, None)
     if point is None:
         return "the break-even is unknown: no rate was measured"
-    return f"pays from about {_two_figures(point.optimized)} tokens on" if point.optimized else f"never pays: {point.reason}"
+    return (
+        f"pays from about {_two_figures(point.optimized)} tokens on"
+        if point.optimized
+        else f"never pays: {point.reason}"
+    )
 
 
 def _two_figures(value: float) -> str:

@@ -239,4 +239,4 @@ def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effo
 def described_sizes(held: pd.DataFrame, room: int) -> str:
     """Return the most tokens that each cache of `cache_sizes` held, beside the `room` of the window, as a sentence."""
     most = ", ".join(f"{arm} {count}" for arm, count in held.groupby("arm")["value"].max().items())
-    return f"Most tokens held: {most}; there is room for {room}."
+    return f"Most tokens held: {most}. The window has room for {room}, and is cut once {SLACK} more are held."

@@ -110,10 +110,11 @@ def machine(record: Record) -> list[tuple[str, str]]:
     """Return the machine's noise and load: how far a copy of the baseline lay from it, the noise floors, the load, and
     jobs side by side.
     """
+    declared = record.primaries.get("performance", ("", ""))[0]
     timed = [m for m in record.measurements if m.noise_floor is not None and m.metric.endswith("tokens_per_second")]
-    rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in _first_of_each(timed)))]
+    rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in _three(timed, declared)))]
     copies = [m for c in record.controls if c.name == CONTROL for m in c.measurements if m.ratio]
-    rates = _first_of_each([m for m in copies if m.metric.endswith("tokens_per_second")])
+    rates = _three([m for m in copies if m.metric.endswith("tokens_per_second")], declared)
     rows += [("Copy of the baseline", ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
     load = record.environment.get("load_at_start")
     rows += [("Load at start", figures(float(load), 2) if isinstance(load, (int, float)) else "")]
@@ -124,9 +125,10 @@ def machine(record: Record) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _first_of_each(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Return the first measurement of each metric, three at most."""
-    return [*{m.metric: m for m in reversed(measurements)}.values()][::-1][:3]
+def _three(measurements: Sequence[Measurement], declared: str) -> list[Measurement]:
+    """Return the first measurement of each metric, that of the metric `declared` first, three at most."""
+    first = [*{m.metric: m for m in reversed(measurements)}.values()][::-1]
+    return sorted(first, key=lambda m: m.metric != declared)[:3]
 
 
 def busy(record: Record) -> str:
