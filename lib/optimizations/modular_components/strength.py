@@ -8,6 +8,7 @@ and items that are never used for judging, and is the same in every run, so the 
 Names no part.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,9 +155,10 @@ def find(
     """Return the strongest stack within the margins, and every level that was tried, by strength for each set of parts;
     `apart`: see `strongest`, `made`: see `stack_at`.
 
-    `losses`: what each part loses alone. With it, parts are left out, the one that loses most first, until some
-    strength of the others is within the margins; without it none is. Where levels are not next to each other, half
-    strength alone is tried then. Only the models of the best so far and of the level under test are held.
+    `losses`: what each part loses alone. With it, parts are left out, those of unknown loss first and then the one that
+    loses most, until some strength of the others is within the margins; without it none is. Where levels are not next
+    to each other, half strength alone is tried then. Only the models of the best so far and of the level under test are
+    held.
     """
     remaining = list(steps)
     dropped: dict[str, str] = {}
@@ -171,10 +173,11 @@ def find(
         tried += [search.seen[at] for at in sorted(search.seen)]
         if best is not None:
             return replace(best, left_out=best.left_out | dropped), tried
-        worst = max(weaker, key=lambda step: (losses or {}).get(step.optimization, 0.0))
+        worst = max(weaker, key=lambda step: (losses or {}).get(step.optimization, math.inf))
         remaining.remove(worst)
         named_others = ", ".join(step.optimization for step in remaining) or "nothing"
-        dropped[worst.optimization] = f"it loses most, and beside {named_others} no strength is within the margins"
+        most = "loses most" if worst.optimization in (losses or {}) else "may lose most"
+        dropped[worst.optimization] = f"it {most}, and beside {named_others} no strength is within the margins"
 
 
 class _Levels:

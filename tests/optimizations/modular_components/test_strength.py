@@ -114,7 +114,7 @@ def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monke
     assert half[0].knobs["ratio"] == 0.2, "what was made at full strength is not taken for another"
 
 
-@pytest.mark.parametrize(("losses", "left"), [({PRUNING: 0.5, FACTORS: 0.1}, FACTORS), ({FACTORS: 0.5}, PRUNING)])
+@pytest.mark.parametrize(("losses", "left"), [({PRUNING: 0.5, FACTORS: 0.1}, FACTORS), ({PRUNING: 0.5}, PRUNING)])
 def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(tiny, batch, losses, left):
     """Quality is planted: two weakened parts pass the margins at any strength, either of them alone at none."""
     model = tiny("qwen3-4b-instruct-2507")
@@ -134,7 +134,8 @@ def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(t
         alone, _ = strength.find(planted, [batch], steps, batch["input_ids"])
     assert [step.optimization for step in best.steps] == [left, EXACT] and best.level == strength.LEVELS
     (out,) = {PRUNING, FACTORS} - {left}
-    assert best.left_out[out] == f"it loses most, and beside {left}, {EXACT} no strength is within the margins"
+    most = "loses most" if out in losses else "may lose most"
+    assert best.left_out[out] == f"it {most}, and beside {left}, {EXACT} no strength is within the margins"
     assert [row.level for row in tried] == [1, 2, 4, 8, 8] and [row.within for row in tried] == [False] * 4 + [True]
     assert [step.optimization for step in alone.steps] == [EXACT], "without what each loses, none is preferred"
     with pytest.MonkeyPatch.context() as patched:
