@@ -3,6 +3,7 @@ fresh processes where saved files hold each model completely, compares the times
 use and energy. Knows no optimization.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -321,7 +322,7 @@ def resources(
     def plain(count: Callable[[nn.Module], float]) -> tuple[float, float]:
         return count(baseline), count(optimized)
 
-    prefill = of(cost_model.prefill_flops, tokens, options=("density", "stride"))
+    prefill = of(functools.partial(cost_model.prefill_flops, logits=1), tokens, options=("density", "stride"))
     rows = {
         "parameters": ("load", plain(cost_model.parameters), "counted, tied ones once"),
         "active_parameters": (
@@ -338,7 +339,7 @@ def resources(
         "prefill_flops_per_token": (
             "prefill",
             (prefill[0] / tokens, prefill[1] / tokens),
-            f"formula, prompt of {tokens} tokens",
+            f"formula, prompt of {tokens} tokens, the head for the last alone, as timed",
         ),
         "decode_flops_per_token": (
             "decode",

@@ -2,13 +2,15 @@
 
 Used for recovery after an optimization has removed something. Loss: Kullback-Leibler divergence from the teacher's
 distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). A part of the text is
-held out. Weights of less than float32 have float32 masters, since they would lose small updates, and the rate falls
-with the width (Yang et al. 2022, muP: Adam's rate goes with 1/width). Knows nothing of what was removed.
+held out. Weights of less than float32 have float32 masters, since they would lose small updates. The rate falls with
+the width (Yang et al. 2022, muP: Adam's rate goes with 1/width) and towards the teacher. Knows nothing of what was
+removed.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,10 +20,30 @@ from lib.models.structure.anatomy import anatomy
 
 CHECKS = 4
 PATIENCE = 2
+TUNED_DIVERGENCE = 0.1  # nats per token at which the rates were found; nearer students get less
 HELD_OUT = 4  # batches
 KEPT_ELEMENTS = 2**26  # of the teacher's answers to what is held out, from one evaluation to the next
 TUNED_WIDTH = 192  # hidden width at which the rates were found; wider models get proportionally less
 Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a distillation did: the loss of each step on what it learned from, and the divergence from the teacher on
+    held-out text by the steps taken until then, 0 before the first; both in nats per token.
+    """
+
+    losses: list[float]
+    held_out: dict[int, float]
+
+    @property
+    def kept(self) -> int:
+        """The steps after which the student was nearest on held-out text; 0: no step brought it nearer."""
+        return min(self.held_out, key=lambda step: self.held_out[step], default=0)
+
+    def checks(self) -> list[dict[str, float]]:
+        """Return the checks as rows, for a record."""
+        return [{"steps": step, "divergence": value} for step, value in self.held_out.items()]
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -45,9 +67,27 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     raise UserError("calibration: one sequence only; distillation sets some text aside, give at least two sequences")
 
 
+def can_split(batches: Sequence[Batch]) -> bool:
+    """Return whether `split` finds two sequences to tell apart."""
+    try:
+        split(batches)
+    except UserError:
+        return False
+    return True
+
+
 def rate_for(model: nn.Module, learning_rate: float) -> float:
     """Return a rate that was found at TUNED_WIDTH for the width of this model."""
     return learning_rate * min(1.0, TUNED_WIDTH / anatomy(model).hidden)
+
+
+def nearness(first: float) -> float:
+    """Return what share of a rate suits a student whose divergence from its teacher is `first`, in nats per token.
+
+    Adam's steps are as long as the rate, however small the gradient, and a divergence grows with the square of the
+    distance: what brings a distant student nearer carries one that is nearly its teacher away.
+    """
+    return min(1.0, math.sqrt(max(0.0, first) / TUNED_DIVERGENCE))
 
 
 def distil(
@@ -59,14 +99,14 @@ def distil(
     held_out: Sequence[Batch] | None = None,
     learning_rate: float = 1e-3,
     seed: int = 0,
-) -> list[float]:
-    """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step, nats per token.
+) -> Lessons:
+    """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step and the checks.
 
-    AdamW, a tenth of the steps as warm-up, then cosine to zero, at `rate_for` the width; the batches repeat, shuffled
-    anew each round. On the `held_out` batches (by default those that `split` holds out of `batches`) the divergence is
-    evaluated before the first step, CHECKS times on the way and at the end, and the student ends with the weights of
-    the best evaluation, possibly the first: where nothing was lost, training does harm. Stops once PATIENCE evaluations
-    in a row are worse than the first.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero, at `rate_for` the width times the `nearness` of the
+    student; the batches repeat, shuffled anew each round. On the `held_out` batches (by default those that `split`
+    holds out of `batches`) the divergence is evaluated before the first step, CHECKS times on the way and at the end,
+    and the student ends with the weights of the best evaluation, possibly the first: where nothing was lost, training
+    does harm. Stops once PATIENCE evaluations in a row are worse than the first.
     """
     if held_out is None:
         batches, held_out = split(batches)
@@ -77,13 +117,13 @@ def distil(
         parameter.requires_grad_(True)
     # A parameter of float32 is its own master.
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in trained]
-    learning_rate = rate_for(student, learning_rate)
-    optimizer = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     order = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     known = _answers_kept(teacher, held_out)
-    first = best = _mean_divergence(student, teacher, held_out, known)
+    checks = {0: _mean_divergence(student, teacher, held_out, known)}
+    rate = rate_for(student, learning_rate) * nearness(checks[0])
+    optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     best_values = [parameter.detach().clone() for parameter in trained]
     worse, every = 0, -(-steps // (CHECKS + 1))
     for batch in itertools.islice(_shuffled(batches, order), steps):
@@ -96,17 +136,18 @@ def distil(
         losses.append(float(loss.detach()))
         if len(losses) % every == 0 or len(losses) == steps:
             now = _mean_divergence(student, teacher, held_out, known)
-            if now < best:
-                best, best_values = now, [parameter.detach().clone() for parameter in trained]
-            worse = worse + 1 if now >= first else 0
+            if now < min(checks.values()):
+                best_values = [parameter.detach().clone() for parameter in trained]
+            checks[len(losses)] = now
+            worse = worse + 1 if not now < checks[0] else 0
             if worse == PATIENCE:
                 break
-    for parameter, value in zip(trained, best_values, strict=False):
+    for parameter, value in zip(trained, best_values, strict=True):
         parameter.data.copy_(value)
     for parameter in trained:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return losses
+    return Lessons(losses, checks)
 
 
 def _step(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], masters: list[torch.Tensor]) -> None:

@@ -191,8 +191,8 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return two sentences on how to read the figure of `curves`, computed from its numbers."""
     at_end = by_length(rows).iloc[-1]
     first = (
-        f"At {at_end.length:.0f} tokens the pattern keeps {at_end.density:.2f} of the blocks and {at_end.recall:.3f} "
-        f"of the mass; an oracle needs a density of {at_end.needed:.2f} to reach {SHARE} of it in every row."
+        f"At {at_end.length:.0f} tokens the pattern keeps {at_end.density:.2f} of the blocks with {at_end.recall:.3f} "
+        f"of the mass; in every row an oracle needs {at_end.needed:.2f} for {SHARE}."
     )
     return first + (
         f" With as many blocks in every row an oracle would hold {at_end.oracle:.3f}, a window {at_end.window:.3f} and "

@@ -149,8 +149,8 @@ def reading(times: AttentionTimes) -> str:
         f"attention on the model's heads (recall of mass {own['recall']:.3f})."
     )
     return first + (
-        f" On planted heads, of which {planted['density']:.2f} are kept, it takes {1 / planted['gain']:.2f} times as "
-        "long: what the code gives where attention is sparse."
+        f" On planted heads, where {planted['density']:.2f} of the blocks are kept, it takes "
+        f"{1 / planted['gain']:.2f} times as long: what the code gives where attention is sparse."
     )
 
 
@@ -203,7 +203,9 @@ def bounds(prefill: Compared, decode: Compared) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class PagesRead:
-    """What decoding reads of the cache: its share of the tokens, and the mass that the pages hold, block by block."""
+    """What decoding reads of the cache: its share of the tokens, and block by block the mass that is read (`mass held`)
+    and the mass in the best pages (`in chosen pages`): less in the first blocks, which read all.
+    """
 
     share: float | None
     by_block: pd.DataFrame
@@ -215,18 +217,24 @@ class PagesRead:
 
 
 def pages_read(optimized: nn.Module, timed: Compared, context_1T: torch.Tensor) -> PagesRead:
-    """Return what the pages read by new tokens after `context_1T` hold of the exact mass.
+    """Return what the pages read by new tokens after `context_1T` hold of the exact mass, and what as many of the best
+    pages hold in the blocks that read all.
 
     The workload is that of `timed`, where decoding was timed.
     """
     masses: list[tuple[int, float]] = []
-    for state in method.sparsities(optimized):
+    states = method.sparsities(optimized)
+    for state in states:
+        state.watched_pages = max(each.pages for each in states)
         state.watch = lambda index, share_BH: masses.append((index, float(share_BH.mean())))
     method.reset_counts(optimized)
     (timed.timed["decode"].optimized if timed.timed else workloads.steps(optimized, context_1T, FEW_STEPS))()
-    for state in method.sparsities(optimized):
+    for state in states:
         state.watch = None
-    by_block = pd.DataFrame(masses, columns=["block", "mass held"]).groupby("block").mean().reset_index()
+    by_block = pd.DataFrame(masses, columns=["block", "in chosen pages"]).groupby("block").mean().reset_index()
+    all_read = {state.index for state in states if not state.pages}
+    read = by_block["in chosen pages"].mask(by_block["block"].isin(all_read), 1.0)
+    by_block.insert(1, "mass held", read)
     return PagesRead(method.density(optimized)["tokens"], by_block)
 
 

@@ -258,7 +258,7 @@ def replications(
     return [
         relations.density(density),
         relations.short(gains),
-        relations.layers(list(pages.by_block["mass held"])),
+        relations.layers(list(pages.by_block["in chosen pages"])),
         relations.kernel(gains.get(max(gains, default=0)), whole),
     ]
 

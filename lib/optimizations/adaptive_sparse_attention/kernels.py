@@ -36,7 +36,7 @@ class Sparsity:
 
     `observed_BGK` is what the end of the last prompt attended to, where `page_choice` asks for it
     (`page_controls.observe`). `watch`, where set, is called while decoding with (index, exact share of mass [B, H] that
-    the pages read hold).
+    the pages read hold, or as many of the best as `watched_pages` says, though more be read).
     """
 
     index: int
@@ -56,6 +56,7 @@ class Sparsity:
     cached_tokens: int = 0
     observed_BGK: torch.Tensor | None = None
     watch: Callable[[int, torch.Tensor], object] | None = None
+    watched_pages: int = 0
 
 
 def check_context(model: nn.Module | object, tokens: int) -> None:
@@ -227,7 +228,8 @@ def _count_read(state: Sparsity, layer: paged.PagedLayer, query, scaling: float,
     state.read_tokens += cached - left_out
     state.cached_tokens += cached
     if state.watch is not None:
-        held_BH = paged.mass_read(query[:, :, 0], layer, scaling, state.pages, weight_HEL, _rank(state))
+        pages = state.watched_pages or state.pages
+        held_BH = paged.mass_read(query[:, :, 0], layer, scaling, pages, weight_HEL, _rank(state))
         state.watch(state.index, held_BH)
 
 

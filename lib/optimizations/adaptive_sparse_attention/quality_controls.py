@@ -14,7 +14,7 @@ from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate, sanity
-from lib.measure.quality.evaluate import Answers
+from lib.measure.quality.evaluate import Answers, Retrieved
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, VALUE
@@ -39,6 +39,9 @@ PROMPTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # long ones
 PREVIEW_QUESTIONS = 9  # to each of them at preview
 CONTROL_PROMPTS = 2  # of these, for arms that only inform
 INSIDE, PREVIEW_INSIDE = 4, 2  # questions that stand inside their prompt
+INSIDE_ALL, INSIDE_SPARSE = "question inside the prompt", "question sparse"  # what its queries attend to
+FEWEST_REPEATED = 10  # values of the middle, by full attention: of fewer, none or a few lost say little
+LOST_SHARE = 0.25  # of them: what is meant by lost
 MOST_ITEMS, FEWEST_ITEMS = 96, 12  # of the model's own tasks, most of which are too short to be exercised
 WINDOWS, PREVIEW_WINDOWS = 6, 2  # the fewest that carry a verdict; a preview shows no more than numbers
 CONTROL_WINDOWS = 2  # of these, for arms that only inform
@@ -191,8 +194,7 @@ def question_inside(
     if loaded.random_weights or not settings.wants("accuracy"):
         return []
     room = tokens - 2 * KEY - VALUE
-    arms = {"question inside the prompt": optimized}
-    arms["question sparse"] = method.apply(loaded.model, **{**knobs, "full_last": 0})
+    arms = {INSIDE_ALL: optimized, INSIDE_SPARSE: method.apply(loaded.model, **{**knobs, "full_last": 0})}
     ask: dict[str, Any] = {
         "distance": room - room // 2,
         "count": min(effort.retrieval_prompts, PREVIEW_INSIDE if effort.preview else INSIDE),
@@ -200,8 +202,45 @@ def question_inside(
         "lead": room // 2,
     }
     full = evaluate.retrieval(loaded, **ask)
+    found = {name: evaluate.retrieval(replace(loaded, model=arm), **ask) for name, arm in arms.items()}
     return [
         {"name": name, "purpose": "against full attention"}
-        | {"measurements": [evaluate.compare_retrieved(full, evaluate.retrieval(replace(loaded, model=arm), **ask))]}
-        for name, arm in arms.items()
+        | {"measurements": [evaluate.compare_retrieved(full, answers).model_copy(update={"workload": name})]}
+        for name, answers in found.items()
     ]
+
+
+def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
+    """Return one sentence on `question_inside`: the shares repeated, and whether so few answers tell the two apart."""
+    if not inside:
+        return "No question was asked inside a prompt."
+    every, sparse = (value["measurements"][0] for value in inside)
+    said = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
+    said += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
+    return f"{said}: {'no difference is shown' if every.optimized == sparse.optimized else 'too few for a verdict'}."
+
+
+def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, str]:
+    """Return the claim that values in the middle of a prompt are lost, whether they are, and the evidence: the values
+    of the middle third alone.
+
+    Lost means more than LOST_SHARE of those that full attention repeats, net of what is gained. None where those are
+    fewer than FEWEST_REPEATED, or too few for a verdict.
+    """
+    if judged.answers is None:
+        return claim, None, judged.full.reason or "nothing was asked"
+    tokens = judged.answers["full"].tokens
+    full, sparse = (Retrieved(tokens, judged.answers[name].at("middle")) for name in ("full", "sparse"))
+    repeated, lost = int(full.right_N.sum()), int((full.right_N & ~sparse.right_N).sum())
+    evidence = f"of {len(full.right_N)} values in the middle full attention repeats {repeated}; sparse attention loses "
+    evidence += f"{lost} of these and repeats {int((sparse.right_N & ~full.right_N).sum())} others"
+    if judged.degenerate:
+        return claim, None, judged.degenerate
+    if repeated < FEWEST_REPEATED:
+        return claim, None, f"{evidence}: too few to lose"
+    margin = LOST_SHARE * repeated / len(full.right_N)
+    verdict = evaluate.compare_retrieved(full, sparse, margin=margin, **judged.options).verdict
+    refuted = {"not_maintained": True, "maintained": False, "better": False}.get(verdict)
+    limit = f"{100 * LOST_SHARE:.0f} %"
+    shown: dict[bool | None, str] = {True: f"a loss of more than {limit}", False: f"a loss of less than {limit}"}
+    return claim, refuted, f"{evidence}: {shown.get(refuted, f'not told from a loss of {limit}')}"

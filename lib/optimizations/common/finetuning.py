@@ -1,6 +1,7 @@
-"""How long a changed model is distilled by default. Knows nothing of what was changed."""
+"""How long a changed model is distilled by default, and what came of it. Knows nothing of what was changed."""
 
 from lib.measure.metrics.settings import Effort
+from lib.models.calibration.distillation import Lessons
 from lib.models.loading import Loaded
 
 PREVIEW_SHARE = 1 / 6  # of the steps, at effort preview
@@ -24,3 +25,19 @@ def steps_of(loaded: Loaded, finetune_steps: int, on_proxy: int, effort: Effort)
 def sequences(effort: Effort) -> int:
     """Return the sequences of text on which a model is distilled: several times those that choose what is changed."""
     return (AT_PREVIEW if effort.preview else TIMES_THE_CALIBRATION) * effort.calibration_sequences
+
+
+def read(lessons: Lessons) -> str:
+    """Return one sentence on what training brought, on text that was set aside from it; empty where nothing was
+    trained.
+    """
+    if not lessons.losses:
+        return ""
+    steps, (first, *later) = len(lessons.losses), lessons.held_out.values()
+    unit = "nats per token on text set aside"
+    if not lessons.kept:
+        nearest = f"{min(later):.3g} {unit} at best, {first:.3g} before"
+        return f"{steps} steps of training did not lower the divergence ({nearest}); none was kept."
+    best = lessons.held_out[lessons.kept]
+    kept = "the last was kept" if lessons.kept == steps else f"the state after {lessons.kept} was kept"
+    return f"{steps} steps of training lowered the divergence from {first:.3g} to {best:.3g} {unit}; {kept}."

@@ -2,6 +2,7 @@
 weight-only int8 and int4. Knows no optimization.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +13,18 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.metrics import measurement
+from lib.measure.metrics.decision import BUSY_FLOOR
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.optimizations.common.compression import weight_only
+from lib.optimizations.common.evidence import claims
 from lib.optimizations.common.evidence.claims import ThirdArm
 
 TIMED = ("prefill", "decode")
+RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
 EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
 
@@ -114,11 +118,73 @@ def at_yardsticks(arms: list[ThirdArm]) -> list[ThirdArm]:
 
 
 def table(arms: list[ThirdArm]) -> pd.DataFrame:
-    """Return a row for each arm: weights and rates over the baseline's, divergence in nats per token, perplexity.
+    """Return a row for each arm: weights and rates over the baseline's, divergence in nats per token, perplexity, and
+    what it is, with what its rates lack.
 
     What an arm was not measured for is None.
     """
     return pd.DataFrame([_line(arm) for arm in arms])
+
+
+def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
+    """Return a sentence on each yardstick among `arms`: whether it is smaller than the optimized model and nearer to
+    the baseline. `chosen` is that model, judged on the same text; None where nothing was judged.
+    """
+    if chosen is None or (own := claims.interval([chosen], [chosen.name])) is None:
+        return "Without text nothing is judged, so which is nearer to the baseline is not known."
+    said, weights = [], _weights(chosen)
+    for arm in _yardsticks(arms):
+        known = claims.interval([arm], [arm.name])
+        if known is None:
+            continue
+        smaller = _weights(arm) < weights
+        nearer = True if known.high < own.low else False if known.low > own.high else None
+        size = f"{'smaller' if smaller else 'larger'} than the optimized model"
+        size += f" ({_weights(arm):.3g}× of the weights against {weights:.3g}×)"
+        joined = "and" if nearer is smaller else "but"
+        word = "nearer to the baseline" if nearer else "further from the baseline"
+        word = f"{joined} {word}" if nearer is not None else "and not told apart in its distance from the baseline"
+        said.append(f"{arm.name} is {size} {word} (KL {known.value:.3g} against {own.value:.3g}).")
+    return " ".join(said) or "No yardstick was judged."
+
+
+def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
+    """Return a sentence on each timed yardstick among `arms`: in what the optimized model, whose rates are among the
+    `measurements`, is faster or slower. They are told apart where intervals and noise floors let them.
+    """
+    own = {m.workload: m for m in measurements if m.metric in RATES}
+    said = []
+    for arm in _yardsticks(arms):
+        words: dict[str, list[str]] = {}
+        for rate in arm.measurements:
+            mine = own.get(rate.workload)
+            if rate.metric in RATES and rate.ratio and mine is not None and mine.ratio:
+                where = f"{rate.workload} ({mine.ratio:.3g}× against {rate.ratio:.3g}×)"
+                words.setdefault(_faster(mine, rate), []).append(where)
+        if words:
+            parts = [f"{word} in {' and '.join(where)}" for word, where in words.items()]
+            said.append(f"Compared with {arm.name} the optimized model is {', and '.join(parts)}.")
+    return " ".join(said)
+
+
+def _faster(own: Measurement, their: Measurement) -> str:
+    """Return whether one rate over the baseline's lies above another."""
+    floor = max(own.noise_floor or 0.0, their.noise_floor or 0.0)
+    assert own.ratio and their.ratio
+    if own.ci and their.ci and floor <= BUSY_FLOOR and abs(math.log(own.ratio / their.ratio)) > floor:
+        if own.ci[0] > their.ci[1]:
+            return "faster"
+        if own.ci[1] < their.ci[0]:
+            return "slower"
+    return "not told apart"
+
+
+def _yardsticks(arms: Sequence[ThirdArm]) -> list[ThirdArm]:
+    return [arm for arm in arms if arm.name in weight_only.NAMES.values()]
+
+
+def _weights(arm: ThirdArm) -> float:
+    return next(m.ratio or 1.0 for m in arm.measurements if m.metric == "weights_bytes")
 
 
 def _line(arm: ThirdArm) -> dict[str, object]:
@@ -131,4 +197,5 @@ def _line(arm: ThirdArm) -> dict[str, object]:
         "perplexity": values.get("perplexity"),
         "prefill, ×": ratios.get("prefill_tokens_per_second"),
         "decode, ×": ratios.get("decode_tokens_per_second"),
+        "what it is": arm.purpose,
     }

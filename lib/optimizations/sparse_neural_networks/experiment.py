@@ -16,6 +16,7 @@ from torch import nn
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.models.calibration import second_moments
+from lib.models.calibration.distillation import Lessons
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.loading import Loaded
@@ -230,7 +231,7 @@ class SparseModel:
     optimized: nn.Module
     pruned: sparse.Pruned | None
     tuned: sparse.Pruned | None
-    losses: list[float]
+    lessons: Lessons
     steps: int  # of fine-tuning: none for random weights
     seconds: float
 
@@ -241,10 +242,11 @@ class SparseModel:
 
     @property
     def summary(self) -> str:
-        """One sentence: the mean share of zeros, and in how many matrices."""
+        """The mean share of zeros, in how many matrices, and what fine-tuning did."""
         zeros = self.zeros
         mean = sum(zeros.values()) / max(1, len(zeros))
-        return f"{mean:.3f} of the weights are zero, in {len(zeros)} matrices."
+        said = [f"{mean:.3f} of the weights are zero, in {len(zeros)} matrices.", finetuning.read(self.lessons)]
+        return " ".join(filter(None, said))
 
 
 def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
@@ -252,14 +254,17 @@ def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
     start = time.perf_counter()
     if not setup.trained:
         optimized = sparse.apply(setup.baseline, [], method=setup.method, **setup.options, seed=setup.seed)
-        return SparseModel(optimized, None, None, [], 0, time.perf_counter() - start)
+        return SparseModel(optimized, None, None, Lessons([], {}), 0, time.perf_counter() - start)
     finetune_steps = steps_of(setup.loaded, finetune_steps, setup.effort)
     pruned = sparse.prune(setup.baseline, setup.calibration, method=setup.method, **setup.options, seed=setup.seed)
-    tuned, losses = sparse.fine_tune(
+    pruned_at = time.perf_counter()
+    tuned, lessons = sparse.fine_tune(
         pruned, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed
     )
+    if not lessons.kept:
+        start += time.perf_counter() - pruned_at
     optimized = sparse.executed(tuned)
-    return SparseModel(optimized, pruned, tuned, losses, finetune_steps, time.perf_counter() - start)
+    return SparseModel(optimized, pruned, tuned, lessons, finetune_steps, time.perf_counter() - start)
 
 
 def optimize(

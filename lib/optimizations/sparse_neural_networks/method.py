@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.calibration.distillation import distil
+from lib.models.calibration.distillation import Lessons, distil
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import PARTS, feed_forward_matrices, matrices
 from lib.models.calibration.walk import require_finite
@@ -228,14 +228,14 @@ def fine_tune(
     steps: int,
     learning_rate: float = 1e-3,
     seed: int = 0,
-) -> tuple[Pruned, list[float]]:
-    """Return a copy taught by `teacher` for `steps` steps in which zeros stay zero, and the loss of each, nats/token.
+) -> tuple[Pruned, Lessons]:
+    """Return a copy taught by `teacher` for `steps` steps in which zeros stay zero, and what the lessons did.
 
     Gradients are masked: without weight decay AdamW never moves a weight whose gradient was always zero. A part of the
     text is held out (`distillation.distil`).
     """
     if not steps:
-        return pruned, []
+        return pruned, Lessons([], {})
     student = copy.deepcopy(pruned.model)
     hooks = []
     for matrix in matrices(student):
@@ -243,10 +243,10 @@ def fine_tune(
             matrix.weight.requires_grad_(True)
             mask = pruned.masks[matrix.name]
             hooks.append(matrix.weight.register_hook(lambda gradient, mask=mask: gradient * mask))
-    losses = distil(student, teacher, batches, steps=steps, learning_rate=learning_rate, seed=seed)
+    lessons = distil(student, teacher, batches, steps=steps, learning_rate=learning_rate, seed=seed)
     for hook in hooks:
         hook.remove()
-    return Pruned(student, pruned.masks, pruned.pattern, pruned.thin, pruned.unseen), losses
+    return Pruned(student, pruned.masks, pruned.pattern, pruned.thin, pruned.unseen), lessons
 
 
 # --- what is allowed -----------------------------------------------------------------------------------------------

@@ -64,8 +64,12 @@ class SparseRivals:
         setup = self.setup
         options = setup.options | {"method": setup.method, "observed": setup.observed, "seed": setup.seed} | changed
         pruned = sparse.prune(setup.baseline, setup.calibration, **options)
+        return self.judge_stored(name, purpose, pruned)
+
+    def judge_stored(self, name: str, purpose: str, pruned: sparse.Pruned) -> ThirdArm:
+        """Return an arm of a model whose zeros are stored, with the bytes that it takes as CSR."""
         arm = self.judge(name, purpose, pruned.model)
-        return arm._replace(measurements=[*arm.measurements[:-1], _size_if_stored(setup, pruned)])
+        return arm._replace(measurements=[*arm.measurements[:-1], _size_if_stored(self.setup, pruned)])
 
 
 def _size_if_stored(setup: SparsitySetup, pruned: sparse.Pruned) -> Measurement:
@@ -114,12 +118,24 @@ def controls(
         arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
         arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
         arms.cut(f"{name}, OWL", "shares by block", budget="owl"),
-        arms.judge(f"{name}, in order", "block after block", model.pruned.model),
-        arms.judge(f"{name}, taught", "after fine-tuning", model.optimized),
+        arms.judge_stored(f"{name}, in order", "block after block", model.pruned),
+        arms.judge(f"{name}, taught", _taught(model), model.optimized),
         *yardsticks,
         *rival_arms.by_gptq(setup.baseline, arms.reference, setup.calibration, setup.options["parts"]),
         *at_equal_bytes,
     ]
+
+
+def _taught(model: SparseModel) -> str:
+    """Return what made the optimized model."""
+    if model.lessons.kept:
+        return "after fine-tuning"
+    return "no step of fine-tuning was kept" if model.steps else "stored sparse, not fine-tuned"
+
+
+def optimized_arm(setup: SparsitySetup, arms: Sequence[ThirdArm]) -> ThirdArm | None:
+    """Return the arm among `controls` that is the optimized model; None where none was judged."""
+    return next((arm for arm in arms if arm.name == f"{setup.method}, taught"), None)
 
 
 def _share_at(setup: SparsitySetup, yardstick: ThirdArm) -> float:
@@ -226,15 +242,16 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
 
 
 def replications(
-    setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm]
+    setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm], curves: pd.DataFrame
 ) -> list[relations.Judged]:
     """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
 
-    2:4 is compared with unstructured zeros only where those are half of the weights as well.
+    2:4 is compared with unstructured zeros where those are half of the weights as well: in this run, or at that point
+    of the `curves` that `impact` returned.
     """
     by_row = [claims.interval(in_order, [_order_name(method, "row")]) for method in COMPARED]
     name, half = setup.method, setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
-    free = claims.interval(arms, [name]) if half else None
+    free = claims.interval(arms, [name]) if half else _at_half(setup, curves)
     at_bytes = f"{name} {AT_BYTES[INT4]}"
     rounded = next((m for arm in arms if arm.name == INT8 for m in arm.measurements if m.metric == "perplexity"), None)
     ratio = None
@@ -255,17 +272,41 @@ def replications(
     ]
 
 
+def _at_half(setup: SparsitySetup, curves: pd.DataFrame) -> claims.Interval | None:
+    """Return the divergence of the run's method with half of the weights zero, unstructured; None where no curve has
+    that point.
+    """
+    if not len(curves) or setup.options["pattern"] != "unstructured":
+        return None
+    point = curves[(curves["arm"] == setup.method) & (curves["strength"] == 50)]
+    return None if point.empty else claims.Interval(*(float(point.iloc[0][end]) for end in ("value", "low", "high")))
+
+
 def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:
-    """Return the answer by the gain in time whose interval lies highest: better, no gain at all, or neither."""
+    """Return the answer by the times of the part: one that is better denies the claim, none that could be better
+    confirms it. The evidence is the best ratio with a verdict and, where that decides nothing, the best without one.
+    """
     times = [(m, point) for point in points for m in point.times if m.ratio and m.ci]
     if not times:
         return claim, None, "no part was timed"
-    surest, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # the ratio is one of times
-    low, high = surest.ci or (1.0, 1.0)
-    gain = f"{1 / (surest.ratio or 1):.2f}× ({1 / high:.2f}–{1 / low:.2f})"
-    where = f"{LAYOUTS[point.layout]}, {point.strength} % zeros, {surest.workload.removeprefix('feed-forward part, ')}"
-    refuted = {"better": False, "worse": True, "equivalent": True}.get(surest.verdict)
-    return claim, refuted, f"surest gain {gain}: {where}"
+    decided = ("better", "worse", "equivalent")
+    judged = [pair for pair in times if pair[0].verdict in decided]
+    rest = [pair for pair in times if pair[0].verdict not in decided]
+    if better := [pair for pair in judged if pair[0].verdict == "better"]:
+        return claim, False, f"best ratio {_best(better)[0]}"
+    if not rest:
+        return claim, True, f"best ratio {_best(judged)[0]}"
+    best, reason = _best(rest)
+    evidence = f"best ratio {best}; no verdict{f', as {reason}' if reason else ''}"
+    return claim, None, f"{evidence}; best with a verdict {_best(judged)[0]}" if judged else evidence
+
+
+def _best(times: Sequence[tuple[Measurement, PartPoint]]) -> tuple[str, str | None]:
+    """Return the gain in time whose interval lies highest and where it was found, and why it has no verdict."""
+    m, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # the ratio is one of times
+    low, high = m.ci or (1.0, 1.0)
+    where = f"{LAYOUTS[point.layout]}, {point.strength} % zeros, {m.workload.removeprefix('feed-forward part, ')}"
+    return f"{1 / (m.ratio or 1):.2f}× ({1 / high:.2f}–{1 / low:.2f}): {where}", m.reason
 
 
 def details(
@@ -282,7 +323,8 @@ def details(
         "one_matrix": (table, "measured", f"{matrix.name}, calibration text"),
         "short_of_tokens": (setup.short, "measured", "experts or matrices with fewer tokens than inputs, damped"),
         "without_tokens": (setup.unseen, "measured", "experts that no token reached, pruned by magnitude"),
-        "fine_tuning_losses": (model.losses, "measured", "nats per token of each step"),
+        "fine_tuning_losses": (model.lessons.losses, "measured", "nats per token of each step"),
+        "fine_tuning_held_out": (model.lessons.checks(), "measured", "KL on text set aside, by steps taken"),
         "order_at_60_percent": (order_holds(in_order), "measured", "SparseGPT ≤ Wanda ≤ magnitude, KL"),
         "impact": (curves.to_dict("records"), "measured", "KL on held-out text"),
     }

@@ -97,14 +97,14 @@ def sweep(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_na
 
 
 def times(points: Sequence[PartPoint]) -> pd.DataFrame:
-    """Return the speed-up over the fastest dense form: columns `strength`, `arm`, `value`, `low`, `high`."""
+    """Return the speed-up over the fastest dense form: columns `strength`, `arm`, `value`, `low`, `high`, `verdict`."""
     return pd.DataFrame([_row(point, m) for point in points for m in point.times if m.ratio])
 
 
 def _row(point: PartPoint, m: Measurement) -> dict[str, object]:
     low, high = m.ci or (None, None)
     row = {"strength": point.strength, "arm": _name(point, m), "value": 1 / m.ratio if m.ratio else None}
-    return row | {"low": 1 / high if high else None, "high": 1 / low if low else None}
+    return row | {"low": 1 / high if high else None, "high": 1 / low if low else None, "verdict": m.verdict}
 
 
 def _name(point: PartPoint, m: Measurement) -> str:
@@ -126,14 +126,18 @@ def crossovers(curves: pd.DataFrame) -> dict[str, float | None]:
 
 
 def read_crossovers(curves: pd.DataFrame) -> tuple[str, str]:
-    """Return two sentences: how many arms ever win for good, and which wins from the least sparsity on."""
+    """Return two sentences: how many arms ever win for good, as measured and by verdict, and which wins from the least
+    sparsity on.
+    """
     shares = crossovers(curves)
     winners = {arm: share for arm, share in shares.items() if share is not None}
-    first = (
-        f"{len(winners)} of {len(shares)} sparse arms stay faster than the fastest dense form from some sparsity on."
+    above = (
+        f"{len(winners)} of {len(shares)} sparse arms measure faster than the fastest dense form from some sparsity on"
     )
     if not winners:
-        return first, "At the sparsities measured, no zero pays in time."
+        return f"{above}.", "At the sparsities measured, no zero was seen to pay in time."
+    judged = set(curves["arm"][curves["verdict"] == "better"]) & {*winners}
+    first = f"{above}, {len(judged) or 'none'} of them by a verdict."
     arm, share = min(winners.items(), key=lambda pair: pair[1])
     return first, f"The earliest is {arm}, from {share:.0f} % zeros on."
 

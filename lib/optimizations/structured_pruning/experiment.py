@@ -19,6 +19,7 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.quality.evaluate import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.activations import Observation, observe
+from lib.models.calibration.distillation import Lessons
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
@@ -27,6 +28,7 @@ from lib.optimizations.common.compression import calibration_text, facts, weight
 from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.structured_pruning import method
+from lib.optimizations.structured_pruning.cutting import FITTED
 from lib.optimizations.structured_pruning.saliency import OF_EXPERTS
 
 CLAIMS = (
@@ -48,6 +50,7 @@ JUDGED_AS = {"magnitude": "magnitude", "random": "random 1"}  # saliency → wha
 PROXY_STEPS = 30  # of distillation by default
 YARDSTICKS = tuple(weight_only.NAMES.values())
 AT_INT8_BYTES = "at int8's bytes"
+BARE, COMPENSATED, RECOVERED = "activation", "activation, compensated", "activation, recovered"
 
 
 @dataclass(frozen=True)
@@ -136,38 +139,60 @@ def read_saliency(curves: pd.DataFrame, shares: dict[str, float]) -> tuple[str, 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned model, straight after the cut and after distillation; `seconds` include the observation."""
+    """A pruned model straight after the cut, after the fit (the same model where nothing was fitted), and after
+    distillation.
+
+    `seconds` are those of making the optimized one, the observation included; steps of which none was kept took no part
+    in that.
+    """
 
     pruned: nn.Module
+    fitted: nn.Module
     optimized: nn.Module
-    losses: list[float]
+    lessons: Lessons
     removed: float
     seconds: float
 
+    @property
+    def summary(self) -> str:
+        """What was removed, whether the rest was fitted, and what training did."""
+        said = [f"{100 * self.removed:.1f} % of the decoder's parameters are removed."]
+        if self.fitted is not self.pruned:
+            said.append("What read them is refitted by least squares.")
+        return " ".join([*said, *filter(None, [finetuning.read(self.lessons)])])
+
 
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
-    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size the
-    matrices that read the removed parts are refitted in closed form instead.
-    """
+    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model, none at real size."""
     return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
-    """Return the model with about `ratio` of the decoder's parameters removed, then distilled for so many steps.
+    """Return the model with about `ratio` of the decoder's parameters removed, fitted, then distilled.
 
-    Without steps, the matrices that read the removed channels or heads are refitted by least squares, where there is
-    text to fit them on. `removed` is the share actually removed.
+    The matrices that read the removed channels or heads are refitted by least squares, unless weights are random: the
+    same model as `method.apply` returns. Where no step brings it nearer to the baseline, it stays so. `removed` is the
+    share actually removed.
     """
-    fitted = not finetune_steps and not setup.loaded.random_weights
-    options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed, "compensate": fitted}
+    options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
+    options |= {"observation": setup.observation}
     start = time.perf_counter()
-    pruned = method.apply(setup.baseline, setup.calibration, observation=setup.observation, **options)
-    optimized, losses = method.recover(
-        pruned, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed
+    pruned = fitted = method.apply(setup.baseline, setup.calibration, compensate=False, **options)
+    shares = method.plan(setup.baseline, ratio, granularity)
+    if not setup.loaded.random_weights and any(shares[part] for part in FITTED):
+        start = time.perf_counter()
+        fitted = method.apply(setup.baseline, setup.calibration, **options)
+    cut_seconds, start = time.perf_counter() - start, time.perf_counter()
+    optimized, lessons = method.recover(
+        fitted, setup.baseline, setup.finetune_batches, steps=finetune_steps, seed=setup.seed
     )
-    seconds = setup.seconds + time.perf_counter() - start
+    seconds = setup.seconds + cut_seconds
+    if lessons.kept:
+        seconds += time.perf_counter() - start
+    else:
+        optimized = fitted
     removed = 1 - method.decoder_parameters(optimized) / method.decoder_parameters(setup.baseline)
-    return PrunedModel(pruned, optimized, losses, removed, seconds)
+    return PrunedModel(pruned, fitted, optimized, lessons, removed, seconds)
 
 
 def optimize(
@@ -212,6 +237,7 @@ class RivalCuts:
             "ratio": self.ratio,
             "granularity": self.granularity,
             "seed": self.setup.seed,
+            "compensate": False,
         } | changed
         model = method.apply(self.setup.baseline, self.setup.calibration, observation=self.setup.observation, **options)
         return self.judge(name, purpose, model)
@@ -229,23 +255,36 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
 
     Without recovery: by activation (the cut itself), by weights, at random, for experts by frequency and by the norms
     of their outputs; remaining weights refitted to compensate; shares that differ by block; each granularity alone,
-    depth also as one span. Last the cut after distillation. Empty without rivals.
+    depth also as one span. Last the cut after distillation, where a step of that was kept. Empty without rivals.
     """
     if arms is None:
         return [], {}
     seed = arms.setup.seed
     left_out: dict[str, str] = {}
-    judged = [arms.judge("activation", "chosen by what passes through", chosen.pruned)]
+    judged = [arms.judge(BARE, "chosen by what passes through", chosen.pruned)]
     judged.append(arms.cut("magnitude", BY_WEIGHTS, saliency="magnitude"))
     for i in range(RANDOM_SEEDS):
         judged.append(arms.cut(f"random {i + 1}", BY_CHANCE, saliency="random", seed=seed + i))
+    if chosen.fitted is not chosen.pruned:
+        judged.append(arms.judge(COMPENSATED, "what reads the removed parts fitted by least squares", chosen.fitted))
     for name, purpose, changed in _variants(arms):
         try:
             judged.append(arms.cut(name, purpose, **changed))
         except UserError as reason:
             left_out[name] = str(reason)
-    judged.append(arms.judge("activation, recovered", "after distillation", chosen.optimized))
+    if chosen.lessons.kept:
+        judged.append(arms.judge(RECOVERED, "after distillation", chosen.optimized))
+    elif chosen.lessons.losses:
+        same = BARE if chosen.fitted is chosen.pruned else COMPENSATED
+        left_out[RECOVERED] = f"no step of training was kept, so the optimized model is {same}"
     return judged, left_out
+
+
+def optimized_arm(judged: Sequence[ThirdArm], chosen: PrunedModel) -> ThirdArm | None:
+    """Return the arm among `controls` that is the optimized model; None where none was judged."""
+    fitted = BARE if chosen.fitted is chosen.pruned else COMPENSATED
+    name = RECOVERED if chosen.lessons.kept else fitted
+    return next((arm for arm in judged if arm.name == name), None)
 
 
 def _variants(arms: RivalCuts) -> list[tuple[str, str, dict[str, Any]]]:
@@ -254,8 +293,6 @@ def _variants(arms: RivalCuts) -> list[tuple[str, str, dict[str, Any]]]:
     variants: list[tuple[str, str, dict[str, Any]]] = []
     if plan["experts"]:
         variants += [(name, "another saliency of experts", {"saliency": name}) for name in OF_EXPERTS]
-    if plan["channels"] or plan["heads"]:
-        variants.append(("activation, compensated", "what stays fitted by least squares", {"compensate": True}))
     if plan["channels"]:
         variants.append(("activation, OWL", "shares by block", {"budget": "owl"}))
     variants += [(f"{name} alone", "one granularity", {"granularity": name}) for name in method.GRANULARITIES]
@@ -305,7 +342,7 @@ def impact(arms: RivalCuts | None, judged: Sequence[ThirdArm] = ()) -> pd.DataFr
 
 def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[ClaimAnswer]:
     """Return an answer to each of CLAIMS: from the divergences of `controls`, and from the times."""
-    chosen = claims.interval(arms, ["activation"])
+    chosen = claims.interval(arms, [BARE])
     by_chance = claims.interval(arms, [arm.name for arm in arms if arm.purpose == BY_CHANCE])
     by_weights = claims.interval(arms, ["magnitude"])
     return [
@@ -336,7 +373,8 @@ def details(
         "removed_share": (chosen.removed, "derived", "parameters of the decoder blocks"),
         "shares": (shares, "derived", "plan of what to remove"),
         "influence": (setup.influence, "measured", tokens),
-        "distillation_losses": (chosen.losses, "measured", "nats per token of each step"),
+        "distillation_losses": (chosen.lessons.losses, "measured", "nats per token of each step"),
+        "distillation_held_out": (chosen.lessons.checks(), "measured", "KL on text set aside, by steps taken"),
         "impact": (curves.to_dict("records"), "measured", "KL on held-out text, bootstrap intervals"),
     }
     return {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}

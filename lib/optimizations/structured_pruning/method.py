@@ -9,10 +9,10 @@ Four granularities, each written once against the anatomy:
 - depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), greedily by what skipping a block does
   to the output, or one contiguous span (`depth`).
 
-Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. The remaining weights can be
-refitted to compensate (`compensation`). Controls: `magnitude` ranks by weight norms alone, `random` at random, for
-experts also `frequency` and `ean`. One block is pruned after the other. Knows nothing of measuring; `apply` never
-changes the caller's model: what stays as it was is shared with it.
+Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. What reads the removed
+channels or heads is refitted to compensate (`compensation`), and the model may then be distilled. Controls: `magnitude`
+ranks by weight norms alone, `random` at random, for experts also `frequency` and `ean`. One block is pruned after the
+other. Knows nothing of measuring; `apply` never changes the caller's model: what stays as it was is shared with it.
 
 Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-value groups.
 """
@@ -27,7 +27,7 @@ from torch import nn
 
 from lib.errors import NotApplicable, UserError
 from lib.models.calibration.activations import Observation, observe
-from lib.models.calibration.distillation import distil
+from lib.models.calibration.distillation import Lessons, can_split, distil
 from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
 from lib.models.structure.replacements.sparse import stored
 from lib.models.structure.sharing import sharing
@@ -77,7 +77,7 @@ def apply(
     saliency: str = "activation",
     depth_criterion: str = "influence",
     budget: str = "uniform",
-    compensate: bool = False,
+    compensate: bool | None = None,
     finetune_steps: int = 0,
     learning_rate: float = 3e-4,
     recovery: Sequence[dict[str, torch.Tensor]] | None = None,
@@ -88,7 +88,8 @@ def apply(
 
     granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels). budget: "uniform", or
     "owl" for channels: blocks with more outliers among them lose fewer. compensate: refit the matrices that read the
-    removed channels or heads, by least squares on the calibration text. observation: what `observe(model, calibration)`
+    removed channels or heads, by least squares on the calibration text; None: where that has two sequences at least, as
+    the fit is judged on text of its own. observation: what `observe(model, calibration)`
     returned, to prune several times from one pass; recovery: the batches to distil on (default: calibration). Raises
     UserError for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what
     stays as it was is shared with `model`: train neither in place.
@@ -114,7 +115,8 @@ def apply(
         depth.remove_blocks(pruned, _blocks_to_remove(model, calibration, count, influence, criterion))
         synchronise(pruned)
     else:
-        cutting.prune_blocks(pruned, calibration, scores, _by_block(scores, shares, budget), compensate)
+        fitted = can_split(calibration) if compensate is None else compensate
+        cutting.prune_blocks(pruned, calibration, scores, _by_block(scores, shares, budget), fitted)
     if finetune_steps:
         batches = recovery or calibration
         pruned, _ = recover(pruned, model, batches, steps=finetune_steps, learning_rate=learning_rate, seed=seed)
@@ -129,14 +131,14 @@ def recover(
     steps: int,
     learning_rate: float = 3e-4,
     seed: int = 0,
-) -> tuple[nn.Module, list[float]]:
-    """Return a copy of `pruned` after `steps` of distillation from `model`, and the loss of each step, nats per token.
+) -> tuple[nn.Module, Lessons]:
+    """Return a copy of `pruned` after `steps` of distillation from `model`, and what the lessons did.
 
     A part of the batches is not trained on (`distillation.split`); the weights that do best on it are returned, which
     may be those before training. Without steps it is `pruned` itself.
     """
     if not steps:
-        return pruned, []
+        return pruned, Lessons([], {})
     student = copy.deepcopy(pruned)
     return student, distil(student, model, batches, steps=steps, learning_rate=learning_rate, seed=seed)
 
@@ -161,7 +163,7 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     share = ratio * total / max(1, weight)
     if share > _most(view, name):
         reach = weight * _most(view, name) / total
-        raise UserError(f"structured_pruning: ratio {ratio} is out of reach by {granularity}; at most {reach:.2f}")
+        raise UserError(f"{NAME}: ratio {ratio:.3g} is out of reach by {granularity}; at most {reach:.2f}")
     shares = dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
     if shares["heads"]:
         _require_valid_heads(view, shares["heads"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.calibration.activations import block_statistics
-from lib.models.calibration.distillation import split
+from lib.models.calibration.distillation import can_split, split
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks, rewrite
 from lib.models.structure.anatomy import Block, synchronise
@@ -31,7 +31,7 @@ def apply_to_file(
     ratio: float = 0.3,
     granularity: str = "auto",
     saliency: str = "activation",
-    compensate: bool = False,
+    compensate: bool | None = None,
     seed: int = 0,
     device: str = "cpu",
     shards: Path | None = None,
@@ -48,6 +48,7 @@ def apply_to_file(
         if not any(shares.values()):
             raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
         scores = _scores(store, calibration, saliency, seed)
+    compensate = can_split(calibration) if compensate is None else compensate
     fitted = compensate and any(shares[part] for part in cutting.FITTED)
     taught, held_out = split(calibration) if fitted else ([*calibration], [])
 

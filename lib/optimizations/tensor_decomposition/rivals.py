@@ -5,16 +5,17 @@ Returns plain data. Knows nothing of tables, figures or records.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
 from lib.measure.quality.evaluate import Text
@@ -102,6 +103,7 @@ def sweep(
         if arm == PRUNED:
             options: dict[str, Any] = {
                 "saliency": "random" if quiet else "activation",
+                "compensate": False,
                 "observation": observation,
                 "seed": setup.seed,
             }
@@ -132,6 +134,11 @@ def sweep(
             del model
     _add_yardsticks(setup, reference, prompt_BT, result)
     return result
+
+
+def optimized_arm(setup: FactoringSetup, arms: Sequence[ThirdArm]) -> ThirdArm | None:
+    """Return the arm of a sweep that is the optimized model; None where none was judged."""
+    return next((arm for arm in arms if arm.name == setup.method), None)
 
 
 def replications(result: Sweep, compression: float) -> list[relations.Judged]:
@@ -218,7 +225,7 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
     calibration = prompts.calibration(abroad, count, effort.calibration_tokens, seed)
     options: dict[str, Any] = {"weighed_blocks": weighed_blocks(effort)}
     spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration, **options)}
-    rows = []
+    lost: dict[tuple[str, str], np.ndarray] = {}
     for judged, source in ((own, loaded), (foreign, abroad)):
         windows = rival_arms.PREVIEW_WINDOWS if effort.preview else WINDOWS
         ids_NT = prompts.text_windows(source, "final", windows, effort.window_tokens, seed)
@@ -227,16 +234,33 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
             model = decomposition.apply(
                 setup.baseline, [], compression=compression, method=FITTED, spectra=source_spectra
             )
-            kl = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0].mean()
-            rows.append({"judged on": judged, "calibrated on": calibrated, "KL, nats/token": float(kl)})
-    return pd.DataFrame(rows), f"Whitened factors, {100 * compression:g} % of the decoder's bytes removed"
+            lost[judged, calibrated] = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0]
+    names = ("judged on", "calibrated on", "KL, nats/token")
+    rows = [dict(zip(names, (*pair, float(kl_N.mean())))) for pair, kl_N in lost.items()]
+    removed = f"{100 * compression:g} % of the decoder's bytes removed"
+    return pd.DataFrame(rows), f"Whitened factors, {removed}. {read_domains(lost, seed)}"
 
 
-def refutations(arms: list[ThirdArm]) -> list[ClaimAnswer]:
-    """Return the answers to the first two of CLAIMS, from the divergences at the strength of the run.
+def read_domains(lost: Mapping[tuple[str, str], np.ndarray], seed: int = 0) -> str:
+    """Return a sentence for each text that factors were judged on: whether the text that they were calibrated on
+    matters there. `lost`: (judged on, calibrated on) → divergence of each window.
+    """
+    said = []
+    for judged in dict.fromkeys(judged for judged, _ in lost):
+        alike = lost[judged, judged]
+        other = next(kl_N for pair, kl_N in lost.items() if pair[0] == judged and pair[1] != judged)
+        low, high = paired_stats.bootstrap_interval(other - alike, seed=seed)
+        word = "nearer than" if low > 0 else "further off than" if high < 0 else "not told apart from"
+        kinds = f"factors calibrated on such text are {word} those calibrated on the other"
+        said.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")
+    return " ".join(said)
 
-    Both are about whitened factors without refinement: pruning has no recovery either. Bare factors are those of the
-    better budget: the energy of bare matrices says little about where a rank is worth most.
+
+def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequence[Measurement]) -> list[ClaimAnswer]:
+    """Return an answer to each of CLAIMS: from the divergences at the strength of the run, and from its rates.
+
+    The first two are about whitened factors without refinement: pruning has no recovery either. Bare factors are
+    those of the better budget: the energy of bare matrices says little about where a rank is worth most.
     """
     fitted, pruned = (claims.interval(arms, [name]) for name in (FITTED, PRUNED))
     bare = {name: known for name in (BARE, BARE_EVEN) if (known := claims.interval(arms, [name]))}
@@ -244,7 +268,23 @@ def refutations(arms: list[ThirdArm]) -> list[ClaimAnswer]:
     return [
         claims.harms_less(CLAIMS[0], fitted, bare.get(best), (FITTED, best)),
         claims.harms_less(CLAIMS[1], fitted, pruned, (FITTED, PRUNED)),
+        _as_fast(CLAIMS[2], optimized, measurements),
     ]
+
+
+def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measurement]) -> ClaimAnswer:
+    """Return the answer by the rates of prefill and of decoding: refuted where one of them is no gain, not where both
+    are. A stack of experts becomes three products, not two: where nothing else was factored, nothing can be told.
+    """
+    if not any(isinstance(module, factored.FactoredLinear) for module in optimized.modules()):
+        return claim, None, "no matrix became two thin ones: only stacks of experts were factored"
+    rates = [m for m in measurements if m.metric in rival_arms.RATES and m.ratio and m.ci]
+    if not rates:
+        return claim, None, "nothing was timed"
+    verdicts = {m.verdict for m in rates}
+    refuted = True if verdicts & {"worse", "equivalent"} else False if verdicts == {"better"} else None
+    each = (f"{m.workload} {m.ratio:.3g}× ({m.ci[0]:.3g}–{m.ci[1]:.3g}), {m.verdict}" for m in rates if m.ci)
+    return claim, refuted, "; ".join(each)
 
 
 def details(

@@ -8,13 +8,14 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from lib.report.text.quantities import counted, times
+from lib.report.text.quantities import counted, figures, times
 from lib.report.text.sentence import ratio
 
 if TYPE_CHECKING:
     import pandas as pd
 
 END = re.compile(r"""[.!?]["”’)\]]*(?=\s|$)""")
+ALIKE = 0.01  # of a strength: two arms that differ by less have the same
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|cf|ca|al|approx|incl|resp|Fig|Eq|No)\.$")
 
 
@@ -72,17 +73,19 @@ def bound(frame: "pd.DataFrame") -> str:
     )
 
 
-def controls(frame: "pd.DataFrame", chosen: str) -> str:
+def controls(frame: "pd.DataFrame", chosen: str, others: str = "the others") -> str:
     """Return how to read `style.bars` of controls (columns `arm`, `value`, `low`, `high`; lower is better).
 
-    `chosen` is the arm that the claim is about: it is compared with the best of the others.
+    `chosen` is the arm that the claim is about: it is compared with the best of the other rows of `frame`, which
+    `others` calls by what they have in common.
     """
     numbers = frame.astype({"value": float, "low": float, "high": float})
-    chosen_rows, others = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
-    if not len(chosen_rows) or not len(others):
+    chosen_rows, rivals = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
+    if not len(chosen_rows) or not len(rivals):
         return two(f"There is nothing to compare {chosen} with.", "Without a control no choice is shown to matter.")
-    own, best = chosen_rows.iloc[0], others.iloc[int(others["value"].argmin())]
-    first = f"{chosen} reaches {own.value:.3g}, the best of the others ({best.arm}) {best.value:.3g}; lower is better."
+    own, best = chosen_rows.iloc[0], rivals.iloc[int(rivals["value"].argmin())]
+    reached = f"{chosen} reaches {figures(own.value)}, the best of {others} ({best.arm}) {figures(best.value)}"
+    first = f"{reached}; lower is better."
     if own.high < best.low:
         return two(first, "Their intervals do not overlap, so the choice matters here.")
     if best.high < own.low:
@@ -92,16 +95,61 @@ def controls(frame: "pd.DataFrame", chosen: str) -> str:
     return two(first, "Their intervals overlap, so this run does not tell them apart.")
 
 
-def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True) -> str:
-    """Return how to read `style.impact` (columns `strength`, `value`, `arm`): where each curve ends, and what is best.
+def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True, strongest: str = "largest") -> str:
+    """Return how to read `style.impact` (columns `strength`, `value`, `arm`, and `low`, `high` where known): which arm
+    is best at the strongest setting that all of them have, and whether it is told apart from the next.
 
-    `x` names the axis of strengths.
+    `x` is the label of the axis of strengths; `strongest` says which end of it changes the model most.
     """
     if not len(frame):
-        return two("There is no curve to show.", "No effect of the strength was recorded, so none is claimed.")
-    ends = frame.sort_values("strength").groupby("arm", sort=False).tail(1).sort_values("value")
-    best, worst = (ends.iloc[0], ends.iloc[-1]) if lower_is_better else (ends.iloc[-1], ends.iloc[0])
-    first = f"At the largest strength ({x} {best.strength:.3g}) the curve of {best.arm} reaches {best.value:.3g}."
-    if len(ends) == 1:
-        return two(first, "It is the only curve, so what it shows is its slope.")
-    return two(first, f"The curve of {worst.arm} ends at {worst.value:.3g}; the distance is what the choice is worth.")
+        return two("There is no curve to show.", "No effect of the setting was recorded, so none is claimed.")
+    ordered = frame.sort_values("strength")
+    arms = ordered["arm"].unique()
+    if len(arms) == 1:
+        return two(_course(ordered, x), "It is the only curve, so it is compared with nothing.")
+    known = [at for at in ordered["strength"] if all(len(_near(ordered, arm, at)) for arm in arms)]
+    if not known:
+        return two("The curves have no point in common.", "So none of them is said to be better.")
+    at = max(known) if strongest == "largest" else min(known)
+    points = [_near(ordered, arm, at).iloc[-1] for arm in arms]
+    best, following, *rest = sorted(points, key=lambda point: point.value if lower_is_better else -point.value)
+    first = (
+        f"At {_figures(at)} ({x}), the {strongest} that all curves have, {best.arm} is best with {figures(best.value)}"
+    )
+    first += f" and {following.arm} next with {figures(following.value)}"
+    if rest:
+        first += f"; the worst is {rest[-1].arm} with {figures(rest[-1].value)}"
+    return two(f"{first}.", _told_apart(best, following))
+
+
+def _course(curve: "pd.DataFrame", x: str) -> str:
+    """Return a sentence on where a curve begins and ends."""
+    start, end = curve.iloc[0], curve.iloc[-1]
+    if len(curve) == 1:
+        return f"The curve of {end.arm} is one point, {figures(end.value)} at {_figures(end.strength)} ({x})."
+    ends = (
+        f"from {figures(start.value)} at {_figures(start.strength)} to {figures(end.value)} at {_figures(end.strength)}"
+    )
+    return f"The curve of {end.arm} goes {ends} ({x})."
+
+
+def _near(frame: "pd.DataFrame", arm: str, strength: float) -> "pd.DataFrame":
+    """Return the points of an arm at a strength, or so near that no reader would tell them apart."""
+    return frame[(frame["arm"] == arm) & ((frame["strength"] - strength).abs() <= ALIKE * abs(strength))]
+
+
+def _told_apart(best: "pd.Series", following: "pd.Series") -> str:
+    """Return a sentence on whether the intervals of two points overlap."""
+    known = [point.get(end) for point in (best, following) for end in ("low", "high")]
+    ends = [math.nan if end is None else float(end) for end in known]
+    both = f"{best.arm} and {following.arm}"
+    if any(math.isnan(end) for end in ends):
+        return f"Without intervals this run does not tell {both} apart."
+    if ends[0] <= ends[3] and ends[2] <= ends[1]:
+        return f"The intervals of {both} overlap, so this run does not tell these two apart."
+    return f"The intervals of {both} do not overlap."
+
+
+def _figures(value: float) -> str:
+    """Return a setting with three figures, a whole number in full."""
+    return figures(int(value) if float(value).is_integer() else float(value))

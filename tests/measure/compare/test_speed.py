@@ -98,7 +98,10 @@ def test_resources_are_counted_and_derived(tiny, name):
     assert {m.provenance for m in counted.values()} == {"derived"} and measurement.lint(counted.values()) == []
     assert {m.verdict for m in counted.values()} == {"equivalent"}
     skipped = {m.metric: m for m in speed.resources(base, other, tokens=16, costs={"skip_zeros": True})}
-    assert skipped["prefill_flops_per_token"].verdict == "better"
+    assert skipped["decode_flops_per_token"].verdict == "better"
+    assert counted["prefill_flops_per_token"].verdict == skipped["prefill_flops_per_token"].verdict == "equivalent"
+    timed = cost_model.of(base, workloads.prefill(base, workloads.random_prompt(base, 1, 16)))
+    assert counted["prefill_flops_per_token"].baseline == timed.flops / 16  # of the head one position, as is timed
     assert counted["parameters"].baseline == cost_model.parameters(base)
     if name == "glm-4.7-flash":
         options = {"tokens": 16, "costs": {"absorbed": True}}

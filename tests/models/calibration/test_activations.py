@@ -5,7 +5,7 @@ import torch
 
 from lib.errors import UserError
 from lib.models.calibration.activations import observe
-from lib.models.calibration.distillation import distil, divergence, rate_for, split
+from lib.models.calibration.distillation import can_split, distil, divergence, nearness, rate_for, split
 from lib.models.structure.anatomy import anatomy
 
 
@@ -64,8 +64,9 @@ def test_distillation_brings_a_damaged_model_back(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.zero_()
     before = float(divergence(student, teacher, batch))
-    losses = distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=3e-3)
-    assert len(losses) == 40
+    lessons = distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=3e-3)
+    assert len(lessons.losses) == 40
+    assert lessons.held_out[0] == pytest.approx(before) and lessons.kept in lessons.held_out and lessons.kept > 0
     assert float(divergence(student, teacher, batch)) < before / 2
     assert float(divergence(teacher, teacher, batch)) == 0
     assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -75,9 +76,20 @@ def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.mul_(0.999)
     weights = [parameter.clone() for parameter in student.parameters()]
-    losses = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=0.3)
-    assert len(losses) < 100  # given up
+    lessons = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=100)
+    assert len(lessons.losses) < 100  # given up
+    assert lessons.kept == 0
     assert all(torch.equal(was, now) for was, now in zip(weights, student.parameters()))
+
+
+def test_a_student_that_is_nearly_its_teacher_is_brought_nearer(tiny, batch):
+    """At the rate that suits a damaged model every step would carry it away."""
+    teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
+    student.model.layers[1].mlp.down_proj.weight.mul_(0.9)
+    before = float(divergence(student, teacher, batch))
+    assert nearness(before) < 0.1 and nearness(0.1) == nearness(3.0) == 1 and nearness(0.0) == 0
+    lessons = distil(student, teacher, [batch], steps=40, held_out=[batch], learning_rate=1e-2)
+    assert lessons.kept > 0 and float(divergence(student, teacher, batch)) < before
 
 
 def test_text_is_held_out_of_every_lesson(batch):
@@ -93,6 +105,7 @@ def test_text_is_held_out_of_every_lesson(batch):
     assert split([pictures, pictures])[1] == [pictures]
     with pytest.raises(UserError, match="at least two sequences"):
         split([{"input_ids": torch.ones(1, 4)}])
+    assert can_split([batch]) and not can_split([{"input_ids": torch.ones(1, 4)}]) and not can_split([])
 
 
 def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):

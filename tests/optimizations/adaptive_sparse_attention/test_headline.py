@@ -47,3 +47,13 @@ def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
     assert [part["name"] for part in parts] == [
         "all pages against the stock cache", "chosen pages against the stock cache"
     ]  # fmt: skip
+
+
+def test_blocks_that_read_all_pages_are_judged_by_what_the_best_pages_would_hold(tiny):
+    """Reading everything they hold all mass by construction; the best pages of them hold less."""
+    model = method.apply(tiny("qwen3-4b-instruct-2507"), **KNOBS | {"pages": 4, "dense_blocks": 2})
+    read = attention_timing.pages_read(model, SimpleNamespace(timed={}), PROMPT)
+    assert read.by_block["mass held"][:2].tolist() == [1.0, 1.0]
+    assert (read.by_block["in chosen pages"] < 0.999).all() and len(read.by_block) == 4
+    assert read.by_block["mass held"][2:].equals(read.by_block["in chosen pages"][2:])
+    assert read.mass == read.by_block["mass held"].mean()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lib.measure.metrics import measurement
 from lib.measure.timing import workloads
-from lib.optimizations.adaptive_sparse_attention import long_answers, method
+from lib.optimizations.adaptive_sparse_attention import long_answers, method, quality_controls
 from lib.optimizations.common import absorbed_baseline
 
 SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 8}
@@ -70,3 +71,51 @@ def test_what_is_left_out_grows_only_where_prompts_are_long_enough(tiny, tokens,
     model = method.apply(tiny("qwen3-4b-instruct-2507"), tau=0.3, **SMALL)
     model(input_ids=torch.randint(8, 96, (1, tokens), generator=torch.Generator().manual_seed(1)))
     assert (method.left_out(model) == 0) == untouched
+
+
+def _judged(full: np.ndarray, sparse: np.ndarray) -> SimpleNamespace:
+    """Long answers, [N, Q], whose thirds are the start, the middle and the end."""
+    answers = {
+        name: long_answers.LongAnswers(512, right, 0.0 * right) for name, right in (("full", full), ("sparse", sparse))
+    }
+    return SimpleNamespace(answers=answers, degenerate=None, options={"resamples": 200, "seed": 0})
+
+
+def test_values_of_the_middle_are_judged_by_themselves():
+    """The start and the end gain what the middle loses."""
+    full, sparse = np.zeros((10, 24), dtype=bool), np.zeros((10, 24), dtype=bool)
+    full[:, 8:16] = True
+    sparse[:, :8] = sparse[:, 8:10] = True
+    claim, refuted, evidence = quality_controls.lost_in_the_middle("lost", _judged(full, sparse))
+    assert (claim, refuted) == ("lost", True)
+    assert evidence == (
+        "of 80 values in the middle full attention repeats 80; sparse attention loses 60 of these and repeats 0 "
+        "others: a loss of more than 25 %"
+    )
+    assert quality_controls.lost_in_the_middle("lost", _judged(full, full))[1] is False
+    few = full & (np.arange(10) < 3)[:, None]  # 24 of 80
+    sparse = few.copy()
+    sparse[0, 8:14] = False
+    assert quality_controls.lost_in_the_middle("lost", _judged(few, sparse))[1] is None
+
+
+def test_where_full_attention_repeats_too_few_none_can_be_lost():
+    full = np.zeros((10, 24), dtype=bool)
+    full[:, 16:] = True  # all of the end
+    full[0, 8:10] = True
+    _, refuted, evidence = quality_controls.lost_in_the_middle("lost", _judged(full, full))
+    assert refuted is None and "repeats 2;" in evidence and evidence.endswith("too few to lose")
+
+
+def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
+    def asked(name: str, share: float) -> dict:
+        match = measurement.informative("retrieval_exact_match", name, 0.5, share, "by hand", n=4)
+        return {"name": name, "measurements": [match]}
+
+    alike = quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.25)])
+    assert alike == (
+        "Full attention repeats 0.500 of 4 values, the sparse arm 0.250 where the question attends to all and 0.250 "
+        "where it does not: no difference is shown."
+    )
+    assert quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.0)]).endswith("too few for a verdict.")
+    assert "No question" in quality_controls.read_inside([])

@@ -1,11 +1,10 @@
 """What others published of sparse attention, judged by the rows that a run has."""
 
-from types import SimpleNamespace
-
 import pandas as pd
 
 from lib.measure.metrics import measurement
 from lib.optimizations.adaptive_sparse_attention import experiment
+from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
 
 SURVEY = [
     {"length": length, "block": block, "density": density, "recall": 0.96, "oracle": 1, "window": 0, "random": 0}
@@ -25,7 +24,9 @@ def _prefill(ratio: float) -> list:
 
 
 def test_each_relation_has_its_answer():
-    pages = SimpleNamespace(by_block=pd.DataFrame({"block": range(5), "mass held": [0.5, 0.6, 0.9, 0.95, 0.9]}))
+    # The first two blocks read all pages: what the best ones hold there is judged, not what is read.
+    masses = {"mass held": [1.0, 1.0, 0.9, 0.95, 0.9], "in chosen pages": [0.5, 0.6, 0.9, 0.95, 0.9]}
+    pages = PagesRead(0.5, pd.DataFrame({"block": range(5)} | masses))
     times = [_row(1024, 0.8), _row(4096, 1.9), _row(4096, 9.0, "planted")]
     judged = experiment.replications(SURVEY, times, _prefill(1.2), pages)
     assert [judgement.held for judgement in judged] == [True, True, True, True]

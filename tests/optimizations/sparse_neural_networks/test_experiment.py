@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -49,7 +50,8 @@ def test_the_sparse_model_is_smaller_than_stored_zeros(setup):
     sizes = experiment.sizes(setup, model).set_index("model")["bytes, indices included"]
     assert sizes["stored sparse"] < sizes["zeros stored dense"] == sizes["baseline"]
     assert model.summary.startswith("0.75")
-    assert len(model.losses) == model.steps == 2
+    assert len(model.lessons.losses) == model.steps == 2
+    assert model.summary.count(". ") == 1 and "2 steps of training" in model.summary
 
 
 def test_defaults_are_those_of_real_models_at_real_sizes():
@@ -77,6 +79,9 @@ def test_every_claim_is_answered(setup, monkeypatch):
     assert names[-5:] == [
         "int8", "int4, groups of 128", "int4, GPTQ", "sparsegpt at int8's bytes", "sparsegpt at int4's bytes"
     ]  # fmt: skip
+    ratios = {arm.name: m.ratio for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
+    assert ratios["sparsegpt, in order"] == pytest.approx(ratios["sparsegpt"], rel=0.02) != 1  # as if stored sparse
+    assert rivals.optimized_arm(setup, arms).purpose == "stored sparse, not fine-tuned"
     sizes = {arm.name: m.optimized for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
     for bits in ("int8", "int4"):
         yardstick = next(name for name in names if name.startswith(bits))
@@ -111,10 +116,30 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     gains = speed_sweep.times(points)
     assert speed_sweep.crossovers(gains) == {"CSR, 16 tokens": pytest.approx(70), "16x1, 16 tokens": None}
     assert speed_sweep.csr(gains) == ["CSR, 16 tokens"]
-    assert speed_sweep.read_crossovers(gains)[1] == "The earliest is CSR, 16 tokens, from 70 % zeros on."
+    first, second = speed_sweep.read_crossovers(gains)
+    assert first.startswith("1 of 2 sparse arms measure faster") and first.endswith(", 1 of them by a verdict.")
+    assert second == "The earliest is CSR, 16 tokens, from 70 % zeros on."
+    unsure = speed_sweep.times([points[0], _point(90, "unstructured", 0.5, "inconclusive")])
+    assert speed_sweep.read_crossovers(unsure)[0].endswith(", none of them by a verdict.")
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
     assert rivals.refutations(setup, [], points)[-1][1] is False
     assert rivals.refutations(setup, [], points[2:])[-1][1] is True
+
+
+def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
+    """The best ratio has no verdict, as the machine is too noisy: no gain is claimed of it, and the reason is said."""
+    reason = "the noise floor of 10.9 % is above 10 %; more rounds or a quieter machine would tell"
+    unsure, worse = _point(95, "unstructured", 1.25, "inconclusive"), _point(90, "16x1", 2.0, "worse")
+    unsure = replace(unsure, times_and_bytes=[unsure.times[0].model_copy(update={"reason": reason})])
+    (_, refuted, evidence) = rivals.refutations(setup, [], [unsure, worse])[-1]
+    assert refuted is None and "gain" not in evidence
+    assert evidence == (
+        f"best ratio 0.80× (0.74–0.87): CSR, 95 % zeros, 16 tokens; no verdict, as {reason}; "
+        "best with a verdict 0.50× (0.48–0.53): 16x1, 90 % zeros, 16 tokens"
+    )
+    better = _point(80, "unstructured", 0.9, "better")
+    (_, refuted, evidence) = rivals.refutations(setup, [], [_point(95, "16x1", 0.5, "inconclusive"), better])[-1]
+    assert refuted is False and evidence.startswith("best ratio 1.11×")
 
 
 def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
@@ -126,7 +151,7 @@ def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(set
     assert "no error" in experiment.read_masks(table)[1]
     model = experiment.sparsify(untrained, finetune_steps=9)
     experiment.assert_sparse(untrained, model)
-    assert (model.tuned, model.losses, model.steps) == (None, [], 0)
+    assert (model.tuned, model.lessons.losses, model.steps) == (None, [], 0)
     assert list(experiment.sizes(untrained, model).model) == ["baseline", "stored sparse"]
     contest = rivals.contest(untrained, None)
     timed = rivals.controls(untrained, contest, model, torch.zeros(1, 16, dtype=torch.long), EFFORT)
@@ -146,12 +171,17 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     order = {"sparsegpt": 0.2, "wanda, per row": 0.3, "magnitude, per row": 3.0, "wanda, per matrix": 0.2}
     in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
     arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
-    methods, rows, patterns, int8, gptq, int4 = rivals.replications(setup, arms, in_order)
+    nothing = pd.DataFrame(columns=["arm", "strength", "value", "low", "high"])
+    methods, rows, patterns, int8, gptq, int4 = rivals.replications(setup, arms, in_order, nothing)
     assert (methods.held, rows.held, patterns.held) == (True, False, True)
     assert (int8.held, gptq.held, int4.held) == (None, None, None)
     assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
     setup.options["sparsity"] = 0.9
-    assert rivals.replications(setup, arms, in_order)[2].held is None
+    assert rivals.replications(setup, arms, in_order, nothing)[2].held is None
+    nothing.loc[0] = ["sparsegpt", 50, 0.02, 0.017, 0.022]
+    nothing.loc[1] = ["wanda", 50, 5.0, 4.9, 5.1]
+    patterns = rivals.replications(setup, arms, in_order, nothing)[2]
+    assert patterns.held and patterns.evidence == "sparsegpt: unstructured 0.02 (0.017–0.022), 2:4 0.9 (0.891–0.909)"
 
 
 def test_effort_quick_cuts_at_fewer_shares():

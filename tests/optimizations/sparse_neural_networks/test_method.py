@@ -463,8 +463,8 @@ def test_fine_tuning_keeps_zeros_and_lowers_the_divergence(tiny, name, text):
 
     model = tiny(name)
     pruned = sparse.prune(model, text, sparsity=0.7, method="wanda")
-    tuned, losses = sparse.fine_tune(pruned, model, text, steps=15)
-    assert len(losses) == 15
+    tuned, lessons = sparse.fine_tune(pruned, model, text, steps=15)
+    assert len(lessons.losses) == 15
     for matrix, before in zip(matrices(tuned.model), matrices(pruned.model)):
         assert not matrix.weight[~pruned.masks[matrix.name]].any()
         assert not torch.equal(matrix.weight, before.weight)

@@ -68,9 +68,10 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
         assert {"weights_bytes", "perplexity", "prefill_tokens_per_second", "decode_tokens_per_second"} <= metrics
     assert all("out of reach" in reason for reason in sweep.left_out.values())
     assert {"value", "low", "high"} <= set(sweep.divergence().columns) & set(sweep.speed().columns)
-    answers = rivals.refutations(sweep.arms)
-    assert [claim for claim, _, _ in answers] == list(rivals.CLAIMS[:2])
-    assert [refuted for _, refuted, _ in rivals.refutations([])] == [None, None]
+    assert rivals.optimized_arm(setup, sweep.arms).name == setup.method
+    answers = rivals.refutations(sweep.arms, chosen.optimized, [])
+    assert [claim for claim, _, _ in answers] == list(rivals.CLAIMS)
+    assert [refuted for _, refuted, _ in rivals.refutations([], chosen.optimized, [])] == [None] * 3
 
 
 def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_out(setup):

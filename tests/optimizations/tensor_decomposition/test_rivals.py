@@ -1,8 +1,11 @@
 """What was published of factors is looked for where this run removes as much, and there alone."""
 
+import numpy as np
 import pytest
+from torch import nn
 
 from lib.measure.metrics import measurement
+from lib.models.structure.replacements.factored import FactoredLinear
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.tensor_decomposition import rivals
 
@@ -38,7 +41,46 @@ def test_another_share_is_another_question():
 @pytest.mark.parametrize(("even", "refuted"), [(0.2, True), (0.5, None), (0.9, False)])
 def test_fitted_factors_are_compared_with_the_better_bare_ones(even, refuted):
     arms = [_harm("whitened", 0.5), _harm("plain", 4.0), _harm(rivals.BARE_EVEN, even)]
-    (_, answer, evidence), _ = rivals.refutations(arms)
+    (_, answer, evidence), *_ = rivals.refutations(arms, nn.Linear(2, 2), [])
     assert answer is refuted and rivals.BARE_EVEN in evidence
-    (_, answer, evidence), _ = rivals.refutations([arms[0], _harm("plain", 0.1), arms[2]])
+    (_, answer, evidence), *_ = rivals.refutations([arms[0], _harm("plain", 0.1), arms[2]], nn.Linear(2, 2), [])
     assert answer and "plain 0.1" in evidence
+
+
+def _rate(workload: str, ratio: float, verdict: str):
+    rate = measurement.informative(
+        f"{workload}_tokens_per_second", workload, 100.0, 100 * ratio, "by hand", ratio=ratio
+    )
+    return rate.model_copy(update={"ci": (0.99 * ratio, 1.01 * ratio), "verdict": verdict})
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "refuted"),
+    [
+        ("better", "better", False),
+        ("better", "worse", True),
+        ("better", "equivalent", True),
+        ("better", "inconclusive", None),
+    ],
+)
+def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode, refuted):
+    rates = [_rate("prefill", 1.05, prefill), _rate("decode", 0.98, decode)]
+    thin = FactoredLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+    *_, (_, answer, evidence) = rivals.refutations([], thin, rates)
+    assert answer is refuted
+    assert evidence == f"prefill 1.05× (1.04–1.06), {prefill}; decode 0.98× (0.97–0.99), {decode}"
+    *_, (_, answer, evidence) = rivals.refutations([], nn.Linear(8, 8), rates)
+    assert answer is None and "only stacks of experts" in evidence
+
+
+def test_the_text_of_calibration_matters_only_where_windows_tell_it():
+    scatter = 0.001 * np.arange(8)
+    lost = {("docs", "docs"): 0.01 + scatter, ("docs", "code"): 0.03 + 1.1 * scatter}
+    lost |= {("code", "docs"): 0.0377 + scatter[::-1], ("code", "code"): 0.0381 + scatter}
+    assert rivals.read_domains(lost) == (
+        "Judged on docs, factors calibrated on such text are nearer than those calibrated on the other "
+        "(0.0135, 0.0338). Judged on code, factors calibrated on such text are not told apart "
+        "from those calibrated on the other (0.0416, 0.0412)."
+    )
+    swapped = {("docs", "docs"): lost["docs", "code"], ("docs", "code"): lost["docs", "docs"]}
+    assert "further off than" in rivals.read_domains(swapped)

@@ -77,10 +77,57 @@ def test_controls_need_another_arm():
     assert "nothing to compare" in reading.controls(frame, "ours") and "nothing" in reading.controls(frame, "theirs")
 
 
-def test_curves_end_at_the_largest_strength():
-    rows = [(0.1, 1.0, "ours"), (0.5, 2.0, "ours"), (0.1, 1.5, "by chance"), (0.5, 4.0, "by chance")]
+CURVES = pd.DataFrame(
+    [
+        (20.0, 0.01, 0.005, 0.02, "pruned"),
+        (40.0, 0.268, 0.2, 0.3, "pruned"),  # out of reach beyond
+        (20.0, 0.02, 0.01, 0.03, "whitened"),
+        (40.0, 0.31, 0.25, 0.4, "whitened"),
+        (60.0, 0.9, 0.8, 1.0, "whitened"),
+        (20.0, 0.4, 0.3, 0.5, "plain"),
+        (40.0, 1.5, 1.4, 1.6, "plain"),
+        (60.0, 4.45, 4.0, 5.0, "plain"),
+    ],
+    columns=["strength", "value", "low", "high", "arm"],
+)
+
+
+def test_curves_are_compared_where_all_of_them_have_a_point():
+    assert reading.curves(CURVES, "bytes removed, %") == (
+        "At 40 (bytes removed, %), the largest that all curves have, pruned is best with 0.268 and whitened next with "
+        "0.310; the worst is plain with 1.50. "
+        "The intervals of pruned and whitened overlap, so this run does not tell these two apart."
+    )
+    told = reading.curves(CURVES[CURVES.arm != "whitened"], "bytes removed, %")
+    assert told.endswith(
+        "pruned is best with 0.268 and plain next with 1.50. The intervals of pruned and plain do not overlap."
+    )
+    faster = reading.curves(CURVES, "bytes removed, %", lower_is_better=False)
+    assert "plain is best with 1.50 and whitened next with 0.310; the worst is pruned" in faster
+    bare = reading.curves(CURVES.drop(columns=["low", "high"]), "bytes removed, %")
+    assert bare.endswith("Without intervals this run does not tell pruned and whitened apart.")
+
+
+def test_the_end_of_the_axis_that_changes_most_may_be_the_smallest():
+    rows = [(0.3547, 0.04, "found"), (0.749, 0.01, "found"), (0.3553, 0.07, "window"), (0.7488, 0.02, "window")]
     frame = pd.DataFrame(rows, columns=["strength", "value", "arm"])
-    assert "(share 0.5) the curve of ours reaches 2" in reading.curves(frame, "share")
-    assert "the curve of by chance reaches 4" in reading.curves(frame, "share", lower_is_better=False)
-    assert "only curve" in reading.curves(frame[:2], "share")
+    text = reading.curves(frame, "density", strongest="smallest")
+    assert "(density), the smallest that all curves have, found is best with 0.0400 and window next" in text
+    apart = frame.assign(strength=[0.2, 0.4, 0.5, 0.9])
+    assert "no point in common" in reading.curves(apart, "density")
+
+
+def test_one_curve_is_told_by_its_ends():
+    frame = pd.DataFrame([(1024, 1.1, "prefill"), (128, 1.3, "prefill")], columns=["strength", "value", "arm"])
+    assert reading.curves(frame, "prompt, tokens") == (
+        "The curve of prefill goes from 1.30 at 128 to 1.10 at 1024 (prompt, tokens). "
+        "It is the only curve, so it is compared with nothing."
+    )
+    assert "is one point, 1.10 at 1024 (" in reading.curves(frame[:1], "prompt, tokens")
     assert "no curve" in reading.curves(frame[:0], "share")
+
+
+def test_controls_name_the_group_that_is_compared():
+    frame = pd.DataFrame([("ours", 0.5, 0.4, 0.6), ("size", 0.9, 0.8, 1.0)], columns=["arm", "value", "low", "high"])
+    text = reading.controls(frame, "ours", "the choices without the text")
+    assert text.startswith("ours reaches 0.500, the best of the choices without the text (size) 0.900; lower")

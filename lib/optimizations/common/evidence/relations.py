@@ -206,9 +206,13 @@ def ends(influence: Sequence[float]) -> Judged:
 
 
 def layers(mass: Sequence[float]) -> Judged:
-    """Judge the share of mass in the kept pages of each block, in order: the two least must be the first two."""
+    """Judge the share of mass in the best pages of each block, in order, whether or not it reads more: the two least
+    must be the first two.
+    """
     if len(mass) < 4:
         return _judged("layers", None, f"{len(mass)} blocks are too few for an order")
+    if min(mass) >= 1:
+        return _judged("layers", None, "all pages are read in every block")
     order = sorted(range(len(mass)), key=lambda index: mass[index])
     evidence = ", ".join(f"block {index} {mass[index]:.3g}" for index in order[:3])
     return _judged("layers", set(order[:2]) == {0, 1}, f"least: {evidence}")

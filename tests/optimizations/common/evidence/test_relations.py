@@ -63,6 +63,8 @@ def test_ends_and_layers():
     assert relations.ends([0.9, 0.1, 0.2, 0.1, 0.5]).held and relations.ends([0.1, 0.9, 0.2, 0.1, 0.5]).held is False
     assert relations.ends([0.9, 0.1]).held is None
     assert relations.layers([0.2, 0.1, 0.9, 0.8]).held and relations.layers([0.2, 0.9, 0.1, 0.8]).held is False
+    everything = relations.layers([1.0, 1.0, 1.0, 1.0])
+    assert everything.held is None and "all pages are read" in everything.evidence
 
 
 def score(name: str, before: float, after: float, width: float = 0.015) -> measurement.Measurement:

@@ -1,0 +1,71 @@
+"""What is said of an optimized model beside the yardsticks, from planted numbers."""
+
+import pytest
+
+from lib.measure.metrics import measurement
+from lib.optimizations.common import rival_arms
+from lib.optimizations.common.evidence.claims import ThirdArm
+
+KERNEL = "weight-only, round to nearest; no kernel for 6 matrices, restored for each product"
+
+
+def _rate(workload: str, ratio: float, floor: float = 0.01):
+    name = f"{workload}_tokens_per_second"
+    rate = measurement.informative(name, workload, 100.0, 100 * ratio, "by hand", ratio=ratio)
+    return rate.model_copy(update={"ci": (0.98 * ratio, 1.02 * ratio), "noise_floor": floor})
+
+
+def _arm(name: str, weights: float, nats: float | None, *rates, purpose: str = "weight-only") -> ThirdArm:
+    size = measurement.counted("weights_bytes", "load", 100.0, 100 * weights, "by hand")
+    if nats is None:
+        return ThirdArm(name, purpose, [size, *rates])
+    read = measurement.informative("kl_divergence_nats", "prefill", 0.0, nats, "by hand")
+    return ThirdArm(name, purpose, [read.model_copy(update={"ci": (0.9 * nats, 1.1 * nats)}), size, *rates])
+
+
+def test_a_yardstick_that_is_smaller_and_nearer_is_named():
+    cut = _arm("activation", 0.738, 0.00116)
+    yardsticks = [_arm("int8", 0.343, 7.4e-5), _arm("int4, groups of 128", 0.244, 0.011)]
+    assert rival_arms.beside(cut, [*yardsticks, _arm("cut at int8's bytes", 0.34, 9.0)]) == (
+        "int8 is smaller than the optimized model (0.343× of the weights against 0.738×) and nearer to the baseline "
+        "(KL 7.4e-05 against 0.00116). int4, groups of 128 is smaller than the optimized model (0.244× of the weights "
+        "against 0.738×) but further from the baseline (KL 0.011 against 0.00116)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "nats", "says"),
+    [
+        (0.8, 0.0001, "larger than the optimized model (0.8× of the weights against 0.5×) but nearer to"),
+        (0.8, 0.1, "larger than the optimized model (0.8× of the weights against 0.5×) and further from"),
+        (0.4, 0.0105, "and not told apart in its distance from the baseline"),
+    ],
+)
+def test_no_yardstick_is_called_nearer_than_intervals_allow(weights, nats, says):
+    assert says in rival_arms.beside(_arm("cut", 0.5, 0.01), [_arm("int8", weights, nats)])
+
+
+def test_without_text_nearness_is_not_known():
+    assert "not known" in rival_arms.beside(None, [_arm("int8", 0.3, None)])
+    assert "not known" in rival_arms.beside(_arm("cut", 0.5, None), [_arm("int8", 0.3, None)])
+
+
+def test_speed_beside_a_yardstick():
+    own = [_rate("prefill", 1.14), _rate("decode", 1.05)]
+    int8 = _arm("int8", 0.34, 7e-5, _rate("prefill", 0.94), _rate("decode", 1.047))
+    untimed = _arm("int4, groups of 128", 0.24, 0.01)
+    assert rival_arms.raced(own, [int8, untimed]) == (
+        "Compared with int8 the optimized model is faster in prefill (1.14× against 0.94×), and not told apart in "
+        "decode (1.05× against 1.05×)."
+    )
+    noisy = _arm("int8", 0.34, 7e-5, _rate("prefill", 0.94, floor=0.12))
+    assert "not told apart in prefill" in rival_arms.raced(own, [noisy])
+    assert "slower in prefill" in rival_arms.raced([_rate("prefill", 0.5)], [int8])
+    assert rival_arms.raced([], [int8]) == ""
+    both = rival_arms.raced([_rate("prefill", 1.5), _rate("decode", 1.5)], [int8])
+    assert "faster in prefill (1.5× against 0.94×) and decode (1.5× against 1.05×)." in both
+
+
+def test_what_a_speed_lacks_stands_in_its_row():
+    table = rival_arms.table([_arm("int8", 0.39, 3e-4, _rate("prefill", 0.8), purpose=KERNEL)])
+    assert table["what it is"].tolist() == [KERNEL]
