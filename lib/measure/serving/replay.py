@@ -98,18 +98,24 @@ class ServingRounds:
 
     @property
     def disturbed(self) -> str:
-        """What disturbed the machine meanwhile."""
+        """What disturbed the machine meanwhile; without what other programs took where one of them was let in on
+        purpose, since its share cannot be told from theirs.
+        """
         noticed = {run.disturbed for runs in self.runs.values() for run in runs if run.disturbed}
-        return "; ".join(sorted(noticed)) or "nothing"
+        return disturbance.together(
+            reason for reason in noticed if not (self.planned and disturbance.taken_by_others(reason))
+        )
 
     @property
     def source(self) -> str:
         """How the numbers came about, as a record states it."""
         requests = sum(len(trace.requests) for trace in self.traces)
-        disturbed = sum(bool(run.disturbed) for runs in self.runs.values() for run in runs)
+        every = [run.disturbed for runs in self.runs.values() for run in runs if run.disturbed]
+        disturbed = sum(not (self.planned and disturbance.taken_by_others(reason)) for reason in every)
         text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
         text += "a trace per round, waiting left out"
         text += f", {requests} requests in all, warm-up not counted"
+        text += "; our cores shared with another process on purpose" if self.planned else ""
         if self.slowness:
             least, most = min(self.slowness), max(self.slowness)
             text += f"; seconds of a round divided by how much slower than in the calibration it began ({least:.2f} to "

@@ -7,7 +7,7 @@ interval in quadrature, and where it exceeds a tenth nothing simulated is judged
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,32 @@ MOST_ERROR = 0.10  # above it nothing simulated is judged
 WHAT = "the simulation's error against the real server"
 
 Row = dict[str, Any]
+
+
+class SimulationError(NamedTuple):
+    """The relative error that simulated numbers carry (None: unknown), and the quantity and policy that it is of."""
+
+    share: float | None
+    of: str = ""
+
+    @property
+    def forbids(self) -> str | None:
+        """Why nothing simulated is judged; None where it is."""
+        if self.share is None:
+            return f"{WHAT} is unknown"
+        if self.share > MOST_ERROR:
+            return f"{WHAT} is {self.share:.1%} ({self.of}), the limit {MOST_ERROR:.0%}"
+        return None
+
+    def widened(self, middle: float, low: float, high: float) -> tuple[float, float]:
+        """Return the ends of an interval of a logarithm around `middle`, with the error added in quadrature; as they
+        are where it is unknown.
+        """
+        error = self.share or 0.0
+        return (
+            middle - math.hypot(max(0.0, middle - low), error),
+            middle + math.hypot(max(0.0, high - middle), error),
+        )
 
 
 def beside(
@@ -74,30 +100,35 @@ def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
     return measurement.informative("simulation_error", "serve, real model", first, last, source)
 
 
-def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> float | None:
+def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> SimulationError:
     """Return the error that simulated goodput carries: the largest of both arms' means, and of goodput's own errors in
-    the `rows` of `beside`, which quantities that any simulation finds must not hide; None where it is unknown.
+    the `rows` of `beside`, which quantities that any simulation finds must not hide; unknown without a measurement.
     """
     if simulation.baseline is None or simulation.optimized is None:
-        return None
-    own = [row["error"] for row in rows if row["quantity"] == GOODPUT and row["error"] is not None]
-    return max(simulation.baseline, simulation.optimized, *own)
+        return SimulationError(None)
+    names = list(dict.fromkeys(row["policy"] for row in rows)) or ["baseline", "optimized"]
+    means = ((simulation.baseline, names[0]), (simulation.optimized, names[-1]))
+    errors = [SimulationError(mean, f"mean of all quantities, {name}") for mean, name in means]
+    errors += [
+        SimulationError(row["error"], f"{GOODPUT}, {row['policy']}")
+        for row in rows
+        if row["quantity"] == GOODPUT and row["error"] is not None
+    ]
+    return max(errors, key=lambda error: error.share or 0.0)
 
 
-def carried(simulated: Measurement, error: float | None) -> Measurement:
-    """Return a simulated measurement that carries the relative `error` of the simulation.
+def carried(simulated: Measurement, error: SimulationError) -> Measurement:
+    """Return a simulated measurement that carries the `error` of the simulation.
 
     The half-widths of its interval (natural logarithm) and the error add in quadrature, and the verdict follows from
     the wider interval. Where the error exceeds MOST_ERROR, or is unknown, it is not judged, and says why.
     """
     if simulated.ratio is None or simulated.verdict in ("unavailable", "invalid"):
         return simulated
-    if error is None:
-        return measurement.unjudged(simulated, f"not judged: {WHAT} is unknown")
     wider = _widened(simulated, error)
-    carried = simulated.model_copy(update={"ci": wider})
-    if error > MOST_ERROR:
-        return measurement.unjudged(carried, f"not judged: {WHAT} is {error:.0%}, the limit {MOST_ERROR:.0%}")
+    carried = simulated.model_copy(update={"ci": wider}) if error.share is not None else simulated
+    if error.forbids:
+        return measurement.unjudged(carried, f"not judged: {error.forbids}")
     if wider is None or simulated.margin is None or simulated.noise_floor is None:
         return carried
     low, high = (math.log(end) for end in wider)
@@ -115,18 +146,14 @@ def carried(simulated: Measurement, error: float | None) -> Measurement:
         update={
             "verdict": ruling.verdict,
             "reason": ruling.reason,
-            "source": f"{simulated.source}; the interval holds {WHAT}, {error:.1%}",
+            "source": f"{simulated.source}; the interval holds {WHAT}, {error.share:.1%} ({error.of})",
             "mde": decision.detectable(half, half / paired_stats.NORMAL, **rule),
         }
     )
 
 
-def _widened(simulated: Measurement, error: float) -> tuple[float, float] | None:
+def _widened(simulated: Measurement, error: SimulationError) -> tuple[float, float] | None:
     if simulated.ci is None or simulated.ratio is None or simulated.ci[0] <= 0:
         return None
-    middle = math.log(simulated.ratio)
-    low, high = (math.log(end) for end in simulated.ci)
-    return (
-        math.exp(middle - math.hypot(max(0.0, middle - low), error)),
-        math.exp(middle + math.hypot(max(0.0, high - middle), error)),
-    )
+    low, high = error.widened(math.log(simulated.ratio), *(math.log(end) for end in simulated.ci))
+    return math.exp(low), math.exp(high)

@@ -7,9 +7,10 @@ can be read, by `environment.card`; no block is ever marked there.
 """
 
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 # says nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
 TICKS = 2
+SHARE = re.compile(r"\d+%")
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
 
@@ -72,6 +74,28 @@ def judge(before: Reading, after: Reading, core_count: int) -> str | None:
     if foreign > max(FOREIGN * available, 2 * least):
         return f"other processes took {foreign / available:.0%} of our cores"
     return None
+
+
+def taken_by_others(reason: str) -> bool:
+    """Return whether a disturbance is one by other programs on our cores, as a process that shares them on purpose is:
+    not the hypervisor's, nor heat.
+    """
+    return reason.startswith(("our threads waited", "other processes"))
+
+
+def together(reasons: Iterable[str]) -> str:
+    """Return disturbances as one phrase: those that differ in their share alone are one, with the range of the shares;
+    "nothing" where there are none.
+    """
+    shares: dict[str, list[int]] = {}
+    for reason in sorted(set(reasons)):
+        numbers = [int(share[:-1]) for share in SHARE.findall(reason)]
+        shares.setdefault(SHARE.sub("{}", reason), []).extend(numbers)
+    phrases = []
+    for phrase, numbers in shares.items():
+        least, most = min(numbers, default=0), max(numbers, default=0)
+        phrases.append(phrase.format(f"{least}%" if least == most else f"{least}% to {most}%"))
+    return "; ".join(phrases) or "nothing"
 
 
 def reading() -> Reading | None:

@@ -20,7 +20,7 @@ from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import ServingSetup
 from lib.measure.serving.protocol import Served
 from lib.measure.serving.slo import Objectives
-from lib.measure.serving.validation import MOST_ERROR
+from lib.measure.serving.validation import MOST_ERROR, SimulationError
 from lib.measure.trackers import memory
 from lib.models.loading import Loaded
 from lib.optimizations.adaptive_batch_sizes import prefix_caching, real_model, schedule, simulated
@@ -28,7 +28,6 @@ from lib.optimizations.adaptive_batch_sizes.method import Adaptive
 from lib.optimizations.adaptive_batch_sizes.prefix_caching import PrefixStudy
 from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
-from lib.optimizations.adaptive_batch_sizes.simulated import FEW
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 CLAIMS = (
@@ -92,21 +91,40 @@ def controls(
     return [own, *others, prefixes.control(trial.carried)]
 
 
-def constant_interval(study: TrafficStudy, rows: Sequence[Row]) -> tuple[float, float] | tuple[None, None]:
-    """Return the interval of goodput, adaptive ÷ best fixed size, over the traffics within capacity and their seeds.
+def at_constant_rates(study: TrafficStudy, rows: Sequence[Row], strays: SimulationError) -> tuple[bool | None, str]:
+    """Return whether the policy falls short of the best fixed size at a constant rate, and the evidence: an interval of
+    goodput for each such traffic, over its seeds, with the simulation's error; unlike traffics are not pooled.
 
-    (None, None) where a run served no request in time, or where there are too few for an interval.
+    It does where one of the intervals lies below LEAST_AT_CONSTANT_RATE; it does not where none reaches below it. Not
+    told where nothing simulated is judged.
     """
-    fixed, ours = [], []
-    within = [f"constant {share:g}" for share in policy_comparison.WITHIN_CAPACITY] + ["constant documents"]
+    ends: dict[str, tuple[float, float] | None] = {}
     for row in rows:
-        if row["traffic"] in within:
-            name, size = str(row["traffic"]), int(row["best size"])
-            fixed += study.goodputs(name, f"fixed {size}", partial(FixedSize, size), count=FEW)
-            ours += study.goodputs(name, ADAPTIVE, study.adaptive, count=FEW)
-    if min(*fixed, *ours, 1.0) <= 0 or len(fixed) < paired_stats.MINIMUM_BLOCKS:
-        return None, None
-    low, high = np.exp(paired_stats.median_interval(paired_stats.differences(fixed, ours)))
+        if (name := str(row["traffic"])) in policy_comparison.CONSTANT:
+            size = int(row["best size"])
+            fixed = study.goodputs(name, f"fixed {size}", partial(FixedSize, size))
+            ends[name] = _interval(fixed, study.goodputs(name, ADAPTIVE, study.adaptive), strays)
+    shown = [f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in _known(ends)]
+    shown += [f"{name} no interval" for name, interval in ends.items() if interval is None]
+    evidence = f"goodput ÷ best fixed size, simulated: {'; '.join(shown)}; limit {LEAST_AT_CONSTANT_RATE:g}"
+    if strays.forbids:
+        return None, f"not judged: {strays.forbids}; {evidence}"
+    if any(high < LEAST_AT_CONSTANT_RATE for _, (_, high) in _known(ends)):
+        return True, evidence
+    upheld = ends and all(interval and interval[0] >= LEAST_AT_CONSTANT_RATE for interval in ends.values())
+    return False if upheld else None, evidence
+
+
+def _known(ends: Mapping[str, tuple[float, float] | None]) -> list[tuple[str, tuple[float, float]]]:
+    return [(name, interval) for name, interval in ends.items() if interval is not None]
+
+
+def _interval(fixed: Sequence[float], ours: Sequence[float], strays: SimulationError) -> tuple[float, float] | None:
+    """Return the interval of ours ÷ fixed; None where a run served no request in time, or where runs are too few."""
+    if min(*fixed, *ours) <= 0 or len(fixed) < paired_stats.MINIMUM_BLOCKS:
+        return None
+    ratios = paired_stats.differences(fixed, ours)
+    low, high = np.exp(strays.widened(float(np.median(ratios)), *paired_stats.median_interval(ratios)))
     return float(low), float(high)
 
 
@@ -165,8 +183,10 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         ("constant rates, simulated: least adaptive ÷ best fixed", least, "at least", LEAST_AT_CONSTANT_RATE),
         ("simulation error, adaptive", trial.error.optimized, "at most", MOST_ERROR),
     )
+    forbidden = f"not judged: {trial.strays.forbids}" if trial.strays.forbids else None
     return [
-        {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": _reached(value, how, goal)}
+        {"figure": name, "measured": value, "to reach": f"{how} {goal}"}
+        | {"reached": (forbidden if ", simulated:" in name else None) or _reached(value, how, goal)}
         for name, value, how, goal in goals
     ]
 

@@ -3,9 +3,10 @@
 A larger batch produces more tokens per second, and each of them later. The right size depends on the load and on the
 lengths, which change. The policy here has an online model of step time T(rows, context) and of prefill time, learned
 while serving; it takes the largest batch predicted to keep the time per token, with hysteresis (the *cap*), and admits
-no request whose prompt would push more rows beyond their objective than it saves (the *admission rule*). Where reading
-a prompt in parts pushes fewer, it is read in parts, each sharing a step with decoding. The idea is that of Pang et al.
-2025, arXiv 2503.05248: memory- and latency-aware dynamic batching. The other policies are in `rivals`.
+no request whose prompt would push more rows beyond their objective than it saves (the *admission rule*). A variant
+also reads a prompt in parts, each sharing a step with decoding, where that pushes fewer: here parts take longer than
+the whole, and whatever waits pays for that. The idea is that of Pang et al. 2025, arXiv 2503.05248: memory- and
+latency-aware dynamic batching. The other policies are in `rivals`.
 
 The model's weights do not change, and the same tokens come out, up to the rounding of a different batch size. The
 server loop enforces the memory bound for every policy. Knows nothing of clocks or engines.
@@ -77,7 +78,7 @@ class Adaptive:
         blind: bool = False,
         cap: bool = True,
         admission: bool = True,
-        chunked: bool = True,
+        chunked: bool = False,
         name: str = "adaptive",
     ):
         if not 0 <= headroom <= SEARCH_SPACE["headroom"]["range"][1]:

@@ -17,7 +17,7 @@ from lib.measure.serving.policy_comparison import PolicyFactory
 from lib.measure.serving.protocol import Served
 from lib.measure.serving.replay import Replayed, ServingRounds
 from lib.measure.serving.traffic import Trace
-from lib.measure.serving.validation import MOST_ERROR
+from lib.measure.serving.validation import MOST_ERROR, SimulationError
 from lib.models.loading import Loaded
 from lib.optimizations.adaptive_batch_sizes import real_rivals
 from lib.optimizations.adaptive_batch_sizes.real_rivals import RivalReplays
@@ -72,9 +72,14 @@ class RealModelTrial:
         requests = sum(len(trace.requests) for trace in self.traces)
         return f"{requests} requests, every arm in every round; disturbed by: {self.rounds.disturbed}"
 
+    @property
+    def strays(self) -> SimulationError:
+        """How far the simulation strays from the replays: the error that simulated numbers carry."""
+        return validation.error_of(self.error, self.rows)
+
     def carried(self, simulated: Measurement) -> Measurement:
         """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, validation.error_of(self.error, self.rows))
+        return validation.carried(simulated, self.strays)
 
 
 def workload(size: int) -> str:

@@ -124,14 +124,22 @@ def best_fixed(
 ) -> tuple[int, dict[int, float]]:
     """Return the best fixed size on `traces`, and the mean goodput of every size.
 
-    Of sizes whose goodput lies within `margin` of the highest the smallest is taken: a difference of that size means
-    nothing, and a smaller batch holds less memory. So noise among near-ties does not choose.
+    Sizes whose goodput lies within `margin` of the highest are near-ties: a difference of that size means nothing. Of
+    those the ones that take the least of the processor's time per token are kept, within the same margin, since
+    smaller batches take more of it: the baseline is not to lose there by its choice. Of those the smallest is taken,
+    which holds the least memory. So noise among near-ties does not choose.
     """
-    means = {
-        size: float(np.mean([goodput(run(trace, FixedSize(size)), objective) for trace in traces])) for size in sizes
-    }
-    least = (1 - margin) * max(means.values())
-    return min(size for size, value in means.items() if value >= least), means
+    runs = {size: [run(trace, FixedSize(size)) for trace in traces] for size in sizes}
+    means = {size: float(np.mean([goodput(each, objective) for each in served])) for size, served in runs.items()}
+    tied = [size for size, value in means.items() if value >= (1 - margin) * max(means.values())]
+    busy = {size: _seconds_per_token(runs[size]) for size in tied}
+    return min(size for size in tied if busy[size] <= (1 + margin) * min(busy.values())), means
+
+
+def _seconds_per_token(runs: Sequence[Served]) -> float:
+    """Return the seconds that the server was busy for every token that it produced; infinite without a token."""
+    tokens = sum(outcome.produced for served in runs for outcome in served.outcomes)
+    return sum(step.seconds for served in runs for step in served.steps) / tokens if tokens else math.inf
 
 
 def best_schedule(

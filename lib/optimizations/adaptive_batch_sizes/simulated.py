@@ -16,8 +16,8 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import CONSTANT, CONSTANT_SHARES, PolicyFactory, averaged
 from lib.measure.serving.protocol import Served
-from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize, best_schedule
-from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy, mean_goodput
+from lib.optimizations.adaptive_batch_sizes.rivals import MARGIN, FixedSize, best_schedule
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, VARIANTS, TrafficStudy, mean_goodput
 
 ORACLE_SIZES = (1, 2, 4, 8, 16, 32)
 SHOWN = (
@@ -42,10 +42,31 @@ def compare(study: TrafficStudy, traffic: str, policies: Mapping[str, PolicyFact
 
 
 def changing_rows(study: TrafficStudy, size: int) -> list[Row]:
-    """Return a row per policy on the changing traces: the rivals, the policy's parts, the policy."""
+    """Return a row per policy on the changing traces: the rivals, the policy's variants, the policy."""
     policies = study.policies(size)
     ours = {ADAPTIVE: policies.pop(ADAPTIVE)}
-    return compare(study, "changing", policies | study.parts() | ours)
+    return compare(study, "changing", policies | study.variants() | ours)
+
+
+def read_changing(rows: Sequence[Row]) -> tuple[str, str]:
+    """Return two sentences on how to read `changing_rows`: the policy against its best variant, and its best rival."""
+    goodputs = {str(row["policy"]): float(row["goodput"] or 0.0) for row in rows}
+    ours = goodputs.pop(ADAPTIVE)
+    goodputs.pop(BLIND)
+    if not ours > 0:
+        return "The policy serves no request in time.", "So there is nothing to compare it with."
+    variant, rival = (
+        max(sorted(names), key=lambda name: goodputs[name]) for names in (set(VARIANTS), set(goodputs) - set(VARIANTS))
+    )
+    more = goodputs[variant] / ours
+    first = f"No variant comes near the policy itself; the best, {variant}, serves {more:.2f} times as much in time."
+    if more > 1 + MARGIN:
+        first = f"A variant serves more in time than the policy itself: {variant}, {more:.2f} times as much."
+    elif more >= 1 - MARGIN:
+        first = f"A variant serves about as much in time as the policy itself: {variant}, {more:.2f} times as much."
+    if not goodputs[rival] > 0:
+        return first, "No rival serves a request in time."
+    return first, f"The policy serves {ours / goodputs[rival]:.2f} times what the best rival does, {rival}."
 
 
 def oracle_goodput(study: TrafficStudy, size: int) -> float:
@@ -71,6 +92,11 @@ def over_sizes(study: TrafficStudy, size: int, by_size: Mapping[int, float], ora
     ends = (min(by_size), max(by_size))
     points += [{"strength": rows, "value": value, "arm": name} for name, value in levels.items() for rows in ends]
     return pd.DataFrame(points)
+
+
+def others(frame: pd.DataFrame) -> list[str]:
+    """Return the arms of a frame that are neither the fixed size nor ours: figures draw them dashed."""
+    return [arm for arm in frame.arm.unique() if arm not in ("fixed size", ADAPTIVE)]
 
 
 def read_sizes(frame: pd.DataFrame) -> tuple[str, str]:
@@ -258,7 +284,7 @@ def _settled(study: TrafficStudy, served: Served) -> float | None:
 def controls(study: TrafficStudy, size: int, carry: Carry) -> list[tuple[str, str, list[Measurement]]]:
     """Return (name, purpose, measurements) of the other policies on the same simulated traces."""
     policies = {name: make for name, make in study.policies(size).items() if name not in (f"fixed {size}", ADAPTIVE)}
-    policies |= study.parts()
+    policies |= study.variants()
     workload = f"serve, simulated, fixed {size}"
     return [
         (

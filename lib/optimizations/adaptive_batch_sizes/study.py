@@ -24,7 +24,8 @@ SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 20}  # on which po
 CHOOSING = range(5000, 5003)  # added to the seed: traces on which the fixed size is chosen
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # fixed sizes that are tried, up to the rows
 ADAPTIVE, BLIND = "adaptive", "adaptive, blind"
-PARTS = ("cap alone", "admission alone", "adaptive, whole prompts")  # the adaptive policy with one part less or two
+IN_PARTS = "adaptive, prompts in parts"
+VARIANTS = ("cap alone", "admission alone", IN_PARTS)  # the adaptive policy with a part less, or one more
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class TrafficStudy:
             ADAPTIVE: self.adaptive,
         }
 
-    def parts(self) -> dict[str, PolicyFactory]:
-        """Return ablations of the adaptive policy: one part less, or two."""
+    def variants(self) -> dict[str, PolicyFactory]:
+        """Return the adaptive policy with a part less, or one more."""
         return {
-            "cap alone": lambda: self.adaptive(admission=False, chunked=False, name="cap alone"),
-            "admission alone": lambda: self.adaptive(cap=False, chunked=False, name="admission alone"),
-            "adaptive, whole prompts": lambda: self.adaptive(chunked=False, name="adaptive, whole prompts"),
+            "cap alone": lambda: self.adaptive(admission=False, name="cap alone"),
+            "admission alone": lambda: self.adaptive(cap=False, name="admission alone"),
+            IN_PARTS: lambda: self.adaptive(chunked=True, name=IN_PARTS),
         }
 
     def served(

@@ -1,17 +1,18 @@
 """The protocol of the feedback mechanisms: the loops against static settings on scripted disturbances, and the answers.
 
 The functions return plain data (rows, measurements, frames); nothing is displayed and no loop is tuned here. The parts
-that stand alone have modules of their own: `live_replay` (the real model, a core stolen), `speculation`, `guard_study`
-(the guard on real losses); `outcome` has the targets and the answers. There is one baseline, the static limit that is
-chosen on scripts of other seeds, and every scenario is a separate measurement: different scenarios are not samples of
-one quantity.
+that stand alone have modules of their own: `candidates` (of the fast profile), `live_replay` (the real model, a core
+stolen), `speculation`, `guard_study` (the guard on real losses); `outcome` has the targets and the answers. There is
+one baseline, the static limit that is chosen on scripts of other seeds, and every scenario is a separate measurement:
+different scenarios are not samples of one quantity.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -19,13 +20,9 @@ from lib.measure.metrics import catalogue
 from lib.measure.metrics import settings as efforts
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import BRIEF, Effort
-from lib.measure.serving import replay
+from lib.measure.serving import policy_comparison, replay
 from lib.models.loading import Loaded
-from lib.models.structure.anatomy import anatomy
-from lib.models.tasks import tasks
-from lib.optimizations.common import finetuning
-from lib.optimizations.common.compression import weight_only
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
     PolicyFactory,
@@ -35,91 +32,19 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
 )
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, Switch
-from lib.optimizations.feedback_mechanisms.profiles import Candidate
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
-PROXY_STEPS = 20  # of distillation by default
-CHOOSING = 2  # seeds of the scripts on which the static limit is chosen
-TEXTS = {"preview": (4, 8, 256)}  # by which blocks are chosen, on which is distilled, and tokens of those at once
-MORE_TEXTS = (16, 64, 512)  # at every other effort
+CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
-PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
-READ = {"preview": {"windows": 4, "items": 8}}  # by a candidate, where that is less than elsewhere
-WIDE = 1024  # hidden size from which on reading fewer bytes shows
-LOOP, FAST_ALONE, ROUTED = "AIMD and profile", "fast alone", "routed, the loop's share"
-OTHERS = ("AIMD, limit alone", "PI and profile", ROUTED, FAST_ALONE)  # controls beside the loop
+LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
+ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
+OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
 Row = dict[str, object]
-
-
-# --- the profiles -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Makers:
-    """What makes a smaller model: `apply` and `recover`, as `structured_pruning` has them. They come from the caller:
-    an optimization knows no other.
-    """
-
-    apply: Callable[..., nn.Module]
-    recover: Callable[..., tuple[nn.Module, Any]]
-
-    def pruned(self, loaded: Loaded, ratio: float, steps: int, effort: str, seed: int) -> nn.Module:
-        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps;
-        the effort says on how many texts (`TEXTS`).
-        """
-        chosen_on, distilled_on, at_once = TEXTS.get(effort, MORE_TEXTS)
-        text = tasks.calibration(loaded, chosen_on, 256, seed)
-        fast = self.apply(loaded.model, text, ratio=ratio, granularity="depth", seed=seed)
-        if not steps:
-            return fast
-        batches = tasks.calibration(loaded, distilled_on, 256, seed, tokens_at_once=at_once)
-        return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
-
-
-def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
-    """Return the steps of distillation of each profile; by default (-1) PROXY_STEPS on a proxy model, none at real
-    size.
-    """
-    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
-
-
-def fast_profiles(
-    loaded: Loaded, makers: Makers, ratio: float, steps: int, bound: float, effort: str, seed: int
-) -> tuple[nn.Module, list[Candidate]]:
-    """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
-    last.
-
-    Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft), without half as many, and,
-    where matrices are wide enough for that to pay, with int8 weights.
-    """
-    draft = makers.pruned(loaded, ratio, steps, effort, seed)
-
-    def candidates() -> Iterator[tuple[str, nn.Module]]:
-        yield f"{ratio:.0%} fewer parameters", draft
-        yield f"{ratio / 2:.0%} fewer parameters", makers.pruned(loaded, ratio / 2, steps, effort, seed)
-        if anatomy(loaded.model).config.hidden_size >= WIDE:
-            yield "int8 weights", weight_only.weight_only(loaded.model, 8)
-
-    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **READ.get(effort, {}))
-
-
-def candidate_rows(candidates: Sequence[Candidate]) -> list[Row]:
-    """Return a row per candidate: blocks, disagreement, perplexity, flips, and why it is not admitted."""
-    return [
-        {
-            "fast profile": candidate.name,
-            "blocks": len(anatomy(candidate.model).blocks),
-            "disagreement": candidate.disagreement,
-            "perplexity ÷ full": candidate.perplexity,
-            "items that flip": candidate.flips,
-            "admitted": "yes" if candidate.refused is None else f"no: {candidate.refused}",
-        }
-        for candidate in candidates
-    ]
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -145,15 +70,23 @@ def prepare(
 
 
 def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
-    """Return ms per decode step over rows for both profiles, and the objective as a level."""
+    """Return ms per decode step over rows for each profile, and the objective as a level."""
     context = LENGTHS.prompt_tokens + LENGTHS.new_tokens // 2
+    arms = ("full",) if setup.alone else ("full", "fast")
     points = [
         {"strength": rows, "value": 1000 * times.decode(rows, context), "arm": arm}
-        for arm, times in zip(("full", "fast"), setup.times)
+        for arm, times in zip(arms, setup.times)
         for rows in ROWS_DRAWN
     ]
     level = 1000 * setup.objective.token_seconds
     return pd.DataFrame(points + [{"strength": rows, "value": level, "arm": "objective"} for rows in (1, 32)])
+
+
+def read_curves(setup: TwoProfileSetup) -> str:
+    """Return how much longer the full profile takes than the fast one, as one line."""
+    if setup.alone:
+        return f"One curve: {NO_FAST}."
+    return f"The full profile takes {setup.saving:.2f}× as long as the fast."
 
 
 @dataclass(frozen=True)
@@ -181,25 +114,28 @@ class DisturbanceStudy:
         return LatencyLoop(law(), self.setup.objective, setpoint=self.setpoint, switch=switch)
 
     def settings(self, size: int) -> dict[str, PolicyFactory]:
-        """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops.
+        """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops. Without
+        a fast profile only the loops, which then have the limit alone: the others would be the static limit.
 
         The oracle knows the script: the fast profile in the disturbed third and a little beyond, `size` rows. Routing
         gives the fast profile the share that the loop gave it on the same scenario and seed.
         """
         wait = 4 * self.setup.objective.first_token_seconds
+        loops: dict[str, PolicyFactory] = {
+            LOOP: partial(self._loop, Aimd, True),
+            PI_LOOP: partial(self._loop, PI, True),
+        }
+        if self.setup.alone:
+            return loops
 
         def oracle(scenario: Scenario) -> Static:
             return Static(size, span=(scenario.thirds[1], scenario.thirds[2] + wait))
 
         def routed(scenario: Scenario) -> Routed:
-            return Routed(size, float(self.setup.ran(scenario, LOOP, settings[LOOP])["fast share"] or 0.0))
+            return Routed(size, float(self.setup.ran(scenario, LOOP, loops[LOOP])["fast share"] or 0.0))
 
-        settings: dict[str, PolicyFactory] = {"oracle": oracle, FAST_ALONE: lambda _: Static(size, always=1)}
-        laws: tuple[tuple[str, type[PI] | type[Aimd]], ...] = (("AIMD", Aimd), ("PI", PI))
-        for name, law in laws:
-            settings[f"{name} and profile"] = partial(self._loop, law, True)
-        settings["AIMD, limit alone"] = partial(self._loop, Aimd, False)
-        return settings | {ROUTED: routed}
+        others: dict[str, PolicyFactory] = {ORACLE: oracle, FAST_ALONE: lambda _: Static(size, always=1)}
+        return others | loops | {LIMIT_ALONE: partial(self._loop, Aimd, False), ROUTED: routed}
 
     def _loop(self, law: type[PI] | type[Aimd], profiles: bool, _: Scenario) -> LatencyLoop:
         return self.loop(law, profiles)
@@ -228,15 +164,23 @@ def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]
 
 @dataclass(frozen=True)
 class ScenarioTable:
-    """A row per scenario and setting, and the static limit that is the baseline of all of them."""
+    """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
+    that was `tried`.
+    """
 
     rows: list[Row]
     best: int
+    tried: list[Row] = field(default_factory=list)
 
     @property
     def static(self) -> str:
         """The baseline's name."""
         return f"static {self.best}"
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no fast profile."""
+        return FAST_ALONE not in self.sums
 
     @property
     def sums(self) -> dict[str, dict[str, float]]:
@@ -245,8 +189,10 @@ class ScenarioTable:
 
     @property
     def caption(self) -> str:
-        """The static limit as one line."""
-        return f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
+        """The static limit as one line, and what is left out without a fast profile."""
+        text = f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
+        left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
+        return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
 
     def share(self, scenario: str) -> float:
         """Return the share of the answers that the loop gave with the fast profile in one scenario."""
@@ -255,13 +201,14 @@ class ScenarioTable:
 
     @property
     def finding(self) -> str:
-        """The seconds missed of the loop, of routing and of the fast profile alone against the static limit."""
-        shares = [self.missed_ratio(name) for name in (LOOP, ROUTED, FAST_ALONE)]
-        loop, routed, fast = ("unknown" if share is None else f"{share:.2f}" for share in shares)
-        return (
-            f"Seconds missed against the static limit: {loop} by the loop, {routed} by routing the same share, "
-            f"{fast} by the fast profile alone."
-        )
+        """The seconds missed of the loop and its rivals against the static limit."""
+        by = {LOOP: "the loop", LIMIT_ALONE: "its limit alone", ROUTED: "routing the same share"}
+        by |= {FAST_ALONE: "the fast profile alone"}
+        if self.alone:
+            by = {LOOP: f"the loop, which has the limit alone ({NO_FAST})", PI_LOOP: "the PI loop"}
+        shares = {who: self.missed_ratio(name) for name, who in by.items()}
+        parts = [f"{'unknown' if share is None else f'{share:.2f}'} by {who}" for who, share in shares.items()]
+        return f"Seconds missed against the static limit: {', '.join(parts)}."
 
     @property
     def ratio(self) -> float | None:
@@ -276,18 +223,50 @@ class ScenarioTable:
 
 
 def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
-    """Return the static limit and every other setting on all scripts.
-
-    The limit is chosen on scripts of other seeds: of those whose goodput lies within the practical margin of the
-    highest, the smallest.
-    """
-    setup = disturbances.setup
-    tried = disturbance_comparison.compare(setup, disturbances.choosing, {_name(size): static(size) for size in SIZES})
-    shares = {size: disturbance_comparison.totals(tried)[_name(size)]["goodput share"] for size in SIZES}
-    margin = catalogue.metric("goodput_requests_per_second").margin or 0.0
-    best = min(size for size, share in shares.items() if share >= (1 - margin) * max(shares.values()))
+    """Return the static limit and every other setting on all scripts. The limit is chosen on scripts of other seeds."""
+    best, tried = choose(disturbances)
     settings = {_name(best): static(best)} | disturbances.settings(best)
-    return ScenarioTable(disturbance_comparison.compare(setup, disturbances.scripts, settings), best)
+    return ScenarioTable(
+        disturbance_comparison.compare(disturbances.setup, disturbances.scripts, settings), best, tried
+    )
+
+
+def choose(disturbances: DisturbanceStudy) -> tuple[int, list[Row]]:
+    """Return the static limit that misses the fewest seconds, which is what it is judged by, and a row per limit tried.
+
+    A limit ties with that one where it misses no more beyond it than one standard error over the seeds. Of those the
+    one with the highest share in time is taken; within the practical margin of that, the smallest.
+    """
+    setup, seeds = disturbances.setup, {script.trace.seed for script in disturbances.choosing}
+    runs = {
+        size: [[setup.ran(each, _name(size), static(size)) for each in disturbances.choosing if each.trace.seed == seed]
+               for seed in sorted(seeds)]
+        for size in SIZES
+    }  # fmt: skip
+    means = {
+        key: {
+            size: [policy_comparison.averaged(run, (key,))[key] or 0.0 for run in by_seed]
+            for size, by_seed in runs.items()
+        }
+        for key in ("missed s", "goodput share")
+    }
+    missed, shares = means["missed s"], {size: float(np.mean(each)) for size, each in means["goodput share"].items()}
+    fewest = min(SIZES, key=lambda size: float(np.mean(missed[size])))
+    tied = [size for size in SIZES if _ties(missed[size], missed[fewest])]
+    margin = catalogue.metric("goodput_requests_per_second").margin or 0.0
+    best = min(size for size in tied if shares[size] >= (1 - margin) * max(shares[other] for other in tied))
+    rows: list[Row] = [
+        {"static limit": size, "seconds missed": float(np.mean(missed[size])), "goodput share": shares[size]}
+        | {"taken": "yes" if size == best else "ties" if size in tied else "no"}
+        for size in SIZES
+    ]
+    return best, rows
+
+
+def _ties(missed: Sequence[float], fewest: Sequence[float]) -> bool:
+    """Return whether seconds missed, seed by seed, exceed the fewest by no more than a standard error."""
+    excess = np.subtract(missed, fewest)
+    return bool(excess.mean() <= (excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else 0.0))
 
 
 def _name(size: int) -> str:
@@ -313,17 +292,24 @@ def trade_off(compared: ScenarioTable) -> pd.DataFrame:
 
 
 def read_trade_off(compared: ScenarioTable) -> tuple[str, str]:
-    """Return two sentences on how to read `trade_off`."""
+    """Return two sentences on how to read `trade_off`; without a fast profile, what the limit alone does."""
     sums = compared.sums
-    loop, routed, static = sums[LOOP], sums[ROUTED], sums[compared.static]
+    loop, static = sums[LOOP], sums[compared.static]
+    if compared.alone:
+        first = (
+            f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s and "
+            f"the static limit {static['missed s']:.2f} s, all with the full profile."
+        )
+        return first, "No faster profile kept the margins, so whatever the loop gains or loses comes from its limit."
+    routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
     first = (
         f"The loop misses {loop['missed s']:.2f} s of a script with {loop['fast share']:.0%} of the answers by the "
-        f"fast profile, the static limit {static['missed s']:.2f} s with none, and routing the same share whatever "
-        f"happens {routed['missed s']:.2f} s."
+        f"fast profile, the static limit {static['missed s']:.2f} s and the loop's limit alone "
+        f"{alone['missed s']:.2f} s with none, and routing the same share whatever happens {routed['missed s']:.2f} s."
     )
     second = (
-        f"The oracle, which knows the script, misses {sums['oracle']['missed s']:.2f} s for "
-        f"{sums['oracle']['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for all "
+        f"The oracle, which knows the script, misses {sums[ORACLE]['missed s']:.2f} s for "
+        f"{sums[ORACLE]['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for all "
         f"of them."
     )
     return first, second
@@ -376,7 +362,10 @@ def controls(
     others = [
         (setting, f"another setting, {name}", [live.carried(_goodput(disturbances, compared, name, setting, workload))])
         for setting in OTHERS
+        if setting in disturbances.settings(compared.best)
     ]
+    if disturbances.setup.alone:
+        return [("A/A", "the static setting replayed twice", [own]), *others]
     purpose = "the fast profile answers everything: points lost at a share of 100 %"
     return [("A/A", "the static setting replayed twice", [own]), *others, ("fast profile", purpose, list(alone))]
 
@@ -391,14 +380,19 @@ def quality(
     return [*blended, *replay.answers_alike(*live.replays, loaded.quality_unavailable)], alone
 
 
-def points_lost(alone: Sequence[Measurement]) -> str:
-    """Return how many points each score loses per tenth of the answers that the fast profile gives, as one line."""
+def points_lost(compared: ScenarioTable, alone: Sequence[Measurement]) -> str:
+    """Return the fast profile's share of the answers, and how many points each score loses per tenth of the answers
+    that it gives, as one line.
+    """
+    if compared.alone:
+        return f"All answers are the full profile's: {NO_FAST}"
+    shares = f"{compared.share('quiet'):.0%} by the fast profile, {compared.share('load step'):.0%} during a load step"
     lost = [
         f"{item.metric} {100 * (item.optimized - item.baseline) / 10:+.2f} points"
         for item in alone
         if item.baseline is not None and item.optimized is not None and item.unit == "share"
     ]
-    return f"For each tenth of the answers by the fast profile: {'; '.join(lost) or 'unknown'}"
+    return f"{shares}. For each tenth of the answers by the fast profile: {'; '.join(lost) or 'unknown'}"
 
 
 def costs(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:

@@ -6,6 +6,7 @@ noise on its attention outputs. Knows no server.
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
 from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, Guard
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.shadow import Watched
 
 PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
@@ -39,7 +41,8 @@ class GuardStudy:
     """Real losses of each profile (`pools`), the guard's settings, and a row per profile of many windows (`rows`).
 
     bound: the most that a profile may lose, whatever it lost when it was chosen. rate: answers per second of the
-    server; shadow_seconds: of reading one answer again.
+    server; shadow_seconds: of reading one answer again; alone: no fast profile was admitted, so the sound one is the
+    full profile itself.
     """
 
     bound: float
@@ -51,6 +54,7 @@ class GuardStudy:
     windows: int
     seed: int
     rows: list[dict[str, object]] = field(default_factory=list)
+    alone: bool = False
 
     @property
     def seconds(self) -> float:
@@ -65,6 +69,12 @@ class GuardStudy:
         )
 
     @property
+    def caption(self) -> str:
+        """The source, and what the sound profile is without a fast one."""
+        full = f"; {NO_FAST}: the sound one is the full profile itself, which loses nothing"
+        return self.source + (full if self.alone else "")
+
+    @property
     def marks(self) -> list[tuple[float, str]]:
         """The second at which each part of the stream begins."""
         third = self.seconds / 3
@@ -73,7 +83,8 @@ class GuardStudy:
     @property
     def shadow_cost(self) -> str:
         """What reading one answer again takes, as one line."""
-        return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer, charged to the server"
+        charged = f"none is made, since {NO_FAST}" if self.alone else "charged to the server"
+        return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer; {charged}"
 
     def guard(self, index: int = 0, bound: float | None = None) -> Guard:
         """Return a new guard; `index` moves its seed."""
@@ -128,7 +139,7 @@ def prepare(
     pools[ANOTHER_DOMAIN] = _losses(full, fast, another_domain)
     rate = scenarios.CALM * capacity
     counts = PROMPTS[effort], WINDOWS[effort]
-    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed)
+    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed, alone=fast is full)
     study.rows.extend(_watch_windows(study))
     return study
 
@@ -202,48 +213,32 @@ def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:
 
 
 def measurements(study: GuardStudy) -> list[Measurement]:
-    """Return disagreement, false rollbacks, the estimate's error, and the seconds until a fault is noticed."""
+    """Return disagreement, false rollbacks, the estimate's error, and the seconds until a fault is noticed. What says
+    something about a sound fast profile is unavailable where there is none.
+    """
     sound, worst = study._row(SOUND), study._row(BROKEN)
-    reason = "the baseline has no guard"
-    results = [
-        measurement.informative(
-            "profile_disagreement",
-            "serve",
-            0.0,
-            study.disagreement(SOUND),
-            f"{study.prompts} answers, read again",
-            ratio=None,
-        ),
-        measurement.informative(
-            "false_rollback_share", "serve, quiet", 0.0, study.taken_back(SOUND), study.source, "estimated", ratio=None
-        ),
-    ]
-    if isinstance(error := sound["estimate's error"], float):
-        results.append(
-            measurement.informative(
-                "quality_estimate_error",
-                "serve, quiet",
-                None,
-                error,
-                study.source,
-                "estimated",
-                ratio=None,
-                reason=reason,
-            )
-        )
+    reason, by = "the baseline has no guard", f"{study.prompts} answers, read again"
+    serve, quiet = "serve", "serve, quiet"
+    if study.alone:
+        names = (("profile_disagreement", serve), ("false_rollback_share", quiet), ("quality_estimate_error", quiet))
+        results = [measurement.unavailable(metric, workload, NO_FAST) for metric, workload in names]
+    else:
+        results = [
+            _shown("profile_disagreement", serve, 0.0, study.disagreement(SOUND), by, "measured"),
+            _shown("false_rollback_share", quiet, 0.0, study.taken_back(SOUND), study.source),
+        ]
+        if isinstance(error := sound["estimate's error"], float):
+            results.append(_shown("quality_estimate_error", quiet, None, error, study.source, reason=reason))
     if isinstance(answers := worst["shadowed answers until then"], float) and answers:
         source = f"{study.source}; {study.rate:.1f} answers/s, {study.share:g} of them shadowed"
         delay = answers / (study.share * study.rate)
-        results.append(
-            measurement.informative(
-                "fault_detection_seconds",
-                "serve, broken",
-                None,
-                delay,
-                source,
-                "estimated",
-                ratio=None,
-                reason=reason,
-            )
-        )
+        results.append(_shown("fault_detection_seconds", "serve, broken", None, delay, source, reason=reason))
     return results
+
+
+def _shown(
+    metric: str, workload: str, baseline: float | None, value: float, source: str, provenance: Any = "estimated",
+    reason: str | None = None,
+) -> Measurement:  # fmt: skip
+    options: dict[str, Any] = {"ratio": None} | ({"reason": reason} if reason else {})
+    return measurement.informative(metric, workload, baseline, value, source, provenance, **options)

@@ -23,6 +23,7 @@ from lib.measure.serving.server import RealClock, serve
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
+from lib.measure.serving.validation import SimulationError
 from lib.measure.timing import disturbance
 from lib.measure.timing.interleaved import balanced_orders
 from lib.measure.trackers import energy_source
@@ -35,7 +36,7 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     PolicyFactory,
     TwoProfileSetup,
 )
-from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Profiles, ShadowReads
 from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scenario, Spinner
 
 JITTERS = 5  # simulations beside every replay
@@ -198,11 +199,16 @@ class LiveTrial:
         """Slowness of each phase, what else disturbed the machine, and the seconds missed, as one line."""
         factors = ", ".join(f"{factor:.2f}" for _, factor in self.slowness)
         missed = f"seconds missed: {self.missed[0]:.2f} static, {self.missed[1]:.2f} loop"
-        return f"Slowed by {factors} (warm-up and thirds); disturbed by: {self.rounds.disturbed}; {missed}"
+        return f"Slowed by {factors} (warm-up and thirds); disturbed beside that by: {self.rounds.disturbed}; {missed}"
+
+    @property
+    def strays(self) -> SimulationError:
+        """How far the simulation strays from the replays: the error that simulated numbers carry."""
+        return validation.error_of(self.error, self.rows)
 
     def carried(self, simulated: Measurement) -> Measurement:
         """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, validation.error_of(self.error, self.rows))
+        return validation.carried(simulated, self.strays)
 
 
 def compare(
@@ -276,4 +282,6 @@ def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
     )
     profiles = [profile for owner in live.profile_of for profile in owner.values()]
     share = sum(profile == 1 for profile in profiles) / max(1, len(profiles))
+    if getattr(live.policy, "switch", None) is None:
+        return first, f"The profile never changes, since {NO_FAST}: only the limit of rows does."
     return first, f"Changes of the profile: {len(changes)}; in all rounds the fast one gave {share:.0%} of the answers."

@@ -30,6 +30,7 @@ ROOM = 0.5  # share of the guard's bound that a profile may use up when it is ch
 WINDOWS, WINDOW_TOKENS = 16, 128  # of text on which candidates are read
 ITEMS = 32  # classified per task
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
+NO_FAST = "no fast profile was admitted"
 
 
 # --- which profile is admitted ----------------------------------------------------------------------------------------
@@ -39,15 +40,15 @@ PROMPT_TOKENS, NEW_TOKENS = 48, 16
 class Candidate:
     """A faster profile, what it differs by on text of the split `search`, and why it is not admitted (None: it is).
 
-    disagreement: share of its tokens that the full profile would not have chosen; perplexity: its own ÷ the full one's;
-    flips: share of classified items that it answers otherwise.
+    perplexity: its own ÷ the full one's; disagreement: share of its tokens that the full profile would not have chosen;
+    flips: share of classified items that it answers otherwise. The last two are None where perplexity alone refuses it.
     """
 
     name: str
     model: nn.Module
-    disagreement: float
+    disagreement: float | None
     perplexity: float
-    flips: float
+    flips: float | None
     refused: str | None
 
 
@@ -63,11 +64,14 @@ def judge(
     items: int = ITEMS,
 ) -> Candidate:
     """Return a candidate with its figures: admitted where perplexity and classified items keep their margins, and its
-    disagreement leaves the guard half of its absolute bound.
+    disagreement leaves the guard half of its absolute bound. Where perplexity alone refuses it nothing else is read.
     """
     text_NT = tasks.text_windows(loaded, "search", windows, WINDOW_TOKENS, seed)
     losses = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
     perplexity = float(np.exp(losses[1] - losses[0]))
+    if perplexity > 1 + PERPLEXITY_MARGIN:
+        reason = f"perplexity {perplexity - 1:+.1%}, margin {PERPLEXITY_MARGIN:.0%}"
+        return Candidate(name, model, None, perplexity, None, reason)
     asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
     answered = shadow.answers(model, asked, NEW_TOKENS)
     disagreement = float(np.mean(shadow.disagreements(loaded.model, asked, answered)))
@@ -76,8 +80,6 @@ def judge(
         full, fast = (evaluate.classify(arm, task, "search", items, seed).chosen_N for arm in arms)
         flips = max(flips, float(np.mean(full != fast)))
     reasons = []
-    if perplexity > 1 + PERPLEXITY_MARGIN:
-        reasons.append(f"perplexity {perplexity - 1:+.1%}, margin {PERPLEXITY_MARGIN:.0%}")
     if disagreement > ROOM * bound:
         reasons.append(f"disagreement {disagreement:.3f}, at most {ROOM * bound:.3f}")
     if flips > SCORE_MARGIN:

@@ -56,3 +56,18 @@ def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
     assert rounds.busy == []
     calibrated = replace(rounds, calibration="other processes took 60% of our cores", planned=True)
     assert len(calibrated.busy) == 6 and all("while step times were measured" in reason for reason in calibrated.busy)
+
+
+def test_what_the_replay_plans_is_no_disturbance_and_alike_ones_are_one_phrase(rounds):
+    reasons = [f"our threads waited for a core {share}% of the time" for share in (15, 17, 16)]
+    reasons += ["2% of the time was stolen by the hypervisor", None, None]
+    runs = {
+        name: [replace(run, disturbed=why) for run, why in zip(each, reasons)] for name, each in rounds.runs.items()
+    }
+    busy = replace(rounds, runs=runs)
+    stolen = "2% of the time was stolen by the hypervisor"
+    assert busy.disturbed == f"{stolen}; our threads waited for a core 15% to 17% of the time"
+    assert "12 of 18 replays disturbed" in busy.source
+    planned = replace(busy, planned=True)
+    assert planned.disturbed == stolen and rounds.disturbed == "nothing"
+    assert "on purpose" in planned.source and "3 of 18 replays disturbed" in planned.source

@@ -9,6 +9,7 @@ from lib.measure.serving import traffic, validation
 from lib.measure.serving.protocol import RequestOutcome, Served
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
+from lib.measure.serving.validation import SimulationError
 
 OBJECTIVE = Objectives(1.0, 0.1)
 
@@ -47,7 +48,7 @@ def test_a_simulation_is_beside_itself_without_error_and_a_planted_one_is_seen()
     error = validation.simulation_error(validation.beside(slower, real, OBJECTIVE), "planted")
     # Ours: three of the five quantities are half as long again, goodput and tokens are the same.
     assert error.baseline == 0 and error.optimized == pytest.approx(3 * 0.5 / 5)
-    assert validation.error_of(error) == error.optimized
+    assert validation.error_of(error).share == error.optimized
 
 
 def test_goodput_that_the_real_server_never_had_is_no_small_error():
@@ -58,7 +59,7 @@ def test_goodput_that_the_real_server_never_had_is_no_small_error():
     rows = validation.beside(kind, real, strict)
     assert {row["error"] for row in rows if row["quantity"] == validation.GOODPUT} == {1.0}
     error = validation.simulation_error(rows, "planted")
-    assert validation.error_of(error, rows) == 1.0 and error.optimized > validation.MOST_ERROR
+    assert validation.error_of(error, rows).share == 1.0 and error.optimized > validation.MOST_ERROR
     assert validation.carried(measured(1.5), validation.error_of(error, rows)).verdict == "informative"
     nowhere = validation.beside({name: [[run(0.51)]] for name in real}, real, strict)
     assert all(row["error"] is None for row in nowhere if row["quantity"] == validation.GOODPUT)
@@ -72,32 +73,54 @@ def test_what_any_simulation_finds_does_not_hide_an_error_of_goodput():
         outcome.finished += 0.02
     rows = validation.beside({name: [[run(0.5, 39)]] for name in "ab"}, {name: [mixed] for name in "ab"}, strict)
     error = validation.simulation_error(rows, "planted")
-    assert validation.error_of(error) == pytest.approx(0.1, abs=0.02)
-    assert validation.error_of(error, rows) == pytest.approx(0.5)
+    assert validation.error_of(error).share == pytest.approx(0.1, abs=0.02)
+    assert validation.error_of(error, rows).share == pytest.approx(0.5)
 
 
 def test_without_replays_the_error_is_unknown():
     assert validation.simulation_error([], "planted").verdict == "unavailable"
-    assert validation.error_of(validation.simulation_error([], "planted")) is None
-    assert validation.carried(measured(1.3), None).verdict == "informative"
+    assert validation.error_of(validation.simulation_error([], "planted")).share is None
+    assert validation.carried(measured(1.3), SimulationError(None)).verdict == "informative"
 
 
 def test_the_error_adds_in_quadrature_to_the_interval():
     plain = measured(1.3)
-    carried = validation.carried(plain, 0.05)
+    carried = validation.carried(plain, SimulationError(0.05, "planted"))
     half = math.log(carried.ci[1] / carried.ratio)
     assert half == pytest.approx(math.hypot(math.log(plain.ci[1] / plain.ratio), 0.05))
     assert carried.verdict == plain.verdict == "better" and "5.0%" in carried.source
-    assert validation.carried(plain, 0.0).ci == pytest.approx(plain.ci)
+    assert validation.carried(plain, SimulationError(0.0, "planted")).ci == pytest.approx(plain.ci)
 
 
 def test_an_error_as_large_as_the_effect_leaves_it_open():
     assert measured(1.06).verdict == "better"
-    assert validation.carried(measured(1.06), 0.08).verdict == "inconclusive"
-    assert measured(0.9).verdict == validation.carried(measured(0.9), 0.02).verdict == "worse"
+    assert validation.carried(measured(1.06), SimulationError(0.08, "planted")).verdict == "inconclusive"
+    assert (
+        measured(0.9).verdict == validation.carried(measured(0.9), SimulationError(0.02, "planted")).verdict == "worse"
+    )
 
 
 def test_beyond_a_tenth_nothing_is_judged_and_the_reason_is_said():
-    carried = validation.carried(measured(1.5), 0.12)
-    assert carried.verdict == "informative" and "12%" in carried.reason and "limit 10%" in carried.reason
+    carried = validation.carried(measured(1.5), SimulationError(0.12, "planted"))
+    assert carried.verdict == "informative" and "12.0% (planted)" in carried.reason and "limit 10%" in carried.reason
     assert carried.ci[0] < measured(1.5).ci[0]
+
+
+def test_the_error_that_forbids_a_verdict_is_named():
+    """Both arms' means lie within the limit; what exceeds it is one policy's goodput, and the reason says so."""
+    error = measurement.informative("simulation_error", "serve", 0.05, 0.08, "planted")
+    rows = [
+        {"policy": name, "quantity": quantity, "error": share}
+        for name, shares in (("static", (0.04, 0.06)), ("loop", (0.13, 0.03)))
+        for quantity, share in zip((validation.GOODPUT, "latency p50"), shares)
+    ]
+    worst = validation.error_of(error, rows)
+    assert worst == (0.13, f"{validation.GOODPUT}, loop")
+    assert worst.forbids == f"{validation.WHAT} is 13.0% (goodput share, loop), the limit 10%"
+    assert validation.error_of(error, rows[:2]) == (0.08, "mean of all quantities, static")
+    assert SimulationError(0.1, "planted").forbids is None and "unknown" in SimulationError(None).forbids
+
+
+def test_the_error_widens_any_interval_of_a_logarithm():
+    assert SimulationError(0.04).widened(0.0, -0.03, 0.03) == pytest.approx((-0.05, 0.05))
+    assert SimulationError(None).widened(0.0, -0.03, 0.03) == (-0.03, 0.03)

@@ -16,6 +16,7 @@ from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.validation import SimulationError
 from lib.measure.trackers import memory
 from lib.models.decoding import mla_absorption
 from lib.optimizations.adaptive_batch_sizes import experiment, prefix_caching, real_model, simulated, study
@@ -101,12 +102,54 @@ def test_a_run_is_read_in_two_sentences(traffic):
     reading.two(*real_model.read_timeline(served, traffic.setup.objective))
 
 
-def test_the_interval_at_constant_rates_is_one_where_both_arms_serve_alike(traffic, monkeypatch):
-    monkeypatch.setattr(study.TrafficStudy, "adaptive", lambda self: FixedSize(8))
-    alone = study.TrafficStudy(traffic.setup, 0.1, 8, traffic.seeds)
-    rows = [{"traffic": name, "best size": 8} for name in policy_comparison.CONSTANT]
-    assert experiment.constant_interval(alone, rows) == pytest.approx((1.0, 1.0))
-    assert experiment.constant_interval(alone, rows[:1]) == (None, None)
+def constant_rates(traffic, monkeypatch, ratios, error=0.0, seeds=6, served=10.0):
+    """The answer where the policy serves `ratios` of what the fixed size does, traffic by traffic."""
+    rows = [{"traffic": name, "best size": 8} for name in (*ratios, "changing")]
+
+    def goodputs(self, name, policy, make, **_):
+        return [(ratios[name] if policy == "adaptive" else 1.0) * served * (1 + at / 1000) for at in range(seeds)]
+
+    monkeypatch.setattr(study.TrafficStudy, "goodputs", goodputs)
+    return experiment.at_constant_rates(traffic, rows, SimulationError(error, "planted"))
+
+
+def test_a_single_constant_traffic_that_falls_short_refutes_and_is_named(traffic, monkeypatch):
+    """Four traffics in one interval: it held the limit whatever one of them lost."""
+    alike = dict.fromkeys(policy_comparison.CONSTANT, 1.0)
+    assert constant_rates(traffic, monkeypatch, alike)[0] is False
+    refuted, evidence = constant_rates(traffic, monkeypatch, alike | {"constant documents": 0.77})
+    assert refuted is True and "constant documents 0.77 to 0.77" in evidence and "limit 0.95" in evidence
+    assert "changing" not in evidence
+    # The simulation's error widens each interval, and above a tenth nothing is told.
+    assert constant_rates(traffic, monkeypatch, alike | {"constant 0.9": 0.93}, 0.06)[0] is None
+    refuted, evidence = constant_rates(traffic, monkeypatch, alike | {"constant documents": 0.77}, 0.13)
+    assert refuted is None and evidence.startswith("not judged: ") and "13.0% (planted)" in evidence
+
+
+def test_a_constant_traffic_without_an_interval_upholds_nothing(traffic, monkeypatch):
+    alike = dict.fromkeys(policy_comparison.CONSTANT, 1.0)
+    for options in ({"seeds": 3}, {"served": 0.0}):
+        refuted, evidence = constant_rates(traffic, monkeypatch, alike, **options)
+        assert refuted is None and "constant 0.4 no interval" in evidence
+    assert constant_rates(traffic, monkeypatch, {})[0] is None
+
+
+@pytest.mark.parametrize(
+    "better, says",
+    [
+        (10.9, "A variant serves more in time than the policy itself: cap alone, 1.09 times as much."),
+        (10.1, "A variant serves about as much in time as the policy itself: cap alone, 1.01 times as much."),
+        (9.0, "No variant comes near the policy itself; the best, cap alone, serves 0.90 times as much in time."),
+    ],
+)
+def test_a_variant_that_beats_the_policy_is_said_to(better, says):
+    goodputs = {"fixed 8": 8.0, "AIMD": 5.0, "cap alone": better, "admission alone": 3.0, "adaptive, blind": 99.0}
+    rows = [{"policy": name, "goodput": value} for name, value in (goodputs | {"adaptive": 10.0}).items()]
+    rows.append({"policy": study.IN_PARTS, "goodput": 8.5})
+    first, second = simulated.read_changing(rows)
+    assert first == says and second == "The policy serves 1.25 times what the best rival does, fixed 8."
+    reading.two(first, second)
+    reading.two(*simulated.read_changing([row | {"goodput": 0.0} for row in rows]))
 
 
 @pytest.mark.parametrize(
@@ -123,8 +166,9 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
 
 
 def test_targets_without_a_number_are_unknown():
-    rivals = SimpleNamespace(rounds=None)
+    rivals, strays = SimpleNamespace(rounds=None), SimulationError(0.05, "planted")
     trial = SimpleNamespace(error=SimpleNamespace(optimized=None), headline=SimpleNamespace(ratio=1.1), rivals=rivals)
+    trial.strays = strays
     rows = [{"traffic": "constant 0.4", "adaptive ÷ best fixed": 0.97}]
     rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
     frame = pd.DataFrame(experiment.targets(rows, trial))
@@ -132,6 +176,10 @@ def test_targets_without_a_number_are_unknown():
     trial.rivals = SimpleNamespace(rounds="some", gain=1.2)
     frame = pd.DataFrame(experiment.targets(rows, trial))
     assert list(frame.reached) == [False, True, True, True, "unknown"] and "best rival" in frame.figure[1]
+    trial.strays = SimulationError(0.13, "planted")
+    reached = dict(pd.DataFrame(experiment.targets(rows, trial))[["figure", "reached"]].values)
+    assert all("13.0% (planted)" in str(value) for name, value in reached.items() if ", simulated:" in name)
+    assert reached["changing trace, real model: adaptive ÷ best fixed"] is False
 
 
 @pytest.mark.parametrize("make, transform", [(lambda m: m, None), (mla_absorption.absorb, saved.ABSORBING)])

@@ -2,6 +2,7 @@
 sentences.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,9 +11,11 @@ import pytest
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
+from lib.measure.serving.validation import SimulationError
 from lib.optimizations.feedback_mechanisms import experiment, guard_study, live_replay, outcome
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BROKEN, SOUND, GuardStudy
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.report.text import reading
 
 OBJECTIVES = Objectives(0.4, 0.012)
@@ -73,6 +76,10 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     refuted, evidence = outcome._missed(disturbances, compared, compared.static)
     assert refuted is not True and "stolen core" in evidence
     assert outcome._swinging(disturbances, compared)[0] is False
+    # The limit that is taken is one of those tried, with both figures of each.
+    assert [row["taken"] for row in compared.tried if row["static limit"] == compared.best] == ["yes"]
+    assert {"seconds missed", "goodput share"} < set(compared.tried[0]) and len(compared.tried) == 2
+    assert "limit alone" in compared.finding and not compared.alone
     results = [
         item
         for item in experiment.comparison(disturbances, compared, live)
@@ -136,3 +143,109 @@ def test_windows_become_measurements():
         "quality_estimate_error",
         "fault_detection_seconds",
     ]
+
+
+# --- without a fast profile -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone():
+    same = times()
+    setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0, None, 0.25)
+    return experiment.study(setup, 0.8, "quick", 0)
+
+
+def trial(error=0.05):
+    strays = SimulationError(error, "goodput share, loop")
+    headline = SimpleNamespace(workload="serve, real time, static 8")
+    return SimpleNamespace(carried=lambda measurement: measurement, headline=headline, strays=strays)
+
+
+LAWS = pd.DataFrame({"law": ["plain", "n-gram"], "drafted answers": [0, 12], "same answers": [0, 12]}).assign(
+    **{"same tokens": 1.0}
+)
+
+
+def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
+    """Routing, oracle and fast profile would be the static limit: a claim about them would pass by definition."""
+    monkeypatch.setattr(experiment, "SIZES", (8, 32))
+    compared = experiment.compare(alone)
+    assert compared.alone and set(compared.sums) == {compared.static, experiment.LOOP, experiment.PI_LOOP}
+    empty = replace(guards(0.0, 0.0), alone=True)
+    told = {claim: (refuted, why) for claim, refuted, why in outcome.refutations(alone, compared, trial(), empty, LAWS)}
+    assert told[outcome.CLAIMS[1]] == told[outcome.CLAIMS[3]] == (None, NO_FAST)
+    assert told[outcome.CLAIMS[5]][0] is False
+    rows = {row["figure"]: row["reached"] for row in outcome.targets(compared, trial(), empty, LAWS)}
+    assert rows["false rollbacks, share of quiet windows"] == NO_FAST
+    texts = [*experiment.read_trade_off(compared), compared.finding, experiment.points_lost(compared, [])]
+    reading.two(*texts[:2])
+    assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
+    assert all("by the fast profile" not in text for text in texts)
+    assert NO_FAST in compared.caption and experiment.read_curves(alone.setup) == f"One curve: {NO_FAST}."
+    assert set(experiment.step_curves(alone.setup).arm) == {"full", "objective"}
+
+
+def test_a_guard_without_a_fast_profile_measures_no_sound_one():
+    study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.0], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0, alone=True)
+    study.rows.extend(guard_study._watch_windows(study))
+    verdicts = {item.metric: (item.verdict, item.reason) for item in guard_study.measurements(study)}
+    for metric in ("profile_disagreement", "false_rollback_share", "quality_estimate_error"):
+        assert verdicts[metric] == ("unavailable", NO_FAST)
+    assert verdicts["fault_detection_seconds"][0] == "informative"
+    assert NO_FAST in study.caption and NO_FAST in study.shadow_cost and "charged" not in study.shadow_cost
+
+
+def test_a_simulation_that_strays_too_far_answers_no_claim(disturbances, monkeypatch):
+    monkeypatch.setattr(experiment, "SIZES", (8, 32))
+    compared = experiment.compare(disturbances)
+    arguments = disturbances, compared, trial(0.13), guards(1.0, 0.5), LAWS
+    for claim, refuted, evidence in outcome.refutations(*arguments)[:3]:
+        assert refuted is None and "13.0% (goodput share, loop)" in evidence and "limit 10%" in evidence, claim
+    [missed] = [
+        row for row in outcome.targets(compared, trial(0.13), guards(1.0, 0.5), LAWS) if "missed" in row["figure"]
+    ]
+    assert str(missed["reached"]).startswith("not judged: ")
+    assert outcome.refutations(disturbances, compared, trial(0.05), guards(1.0, 0.5), LAWS)[0][1] is not None
+
+
+def test_the_loop_swings_where_one_scenario_shows_it(disturbances, monkeypatch):
+    """A quiet script has hardly a move: with it among them, the share of the others was no longer told."""
+    compared = SimpleNamespace(best=8)
+    counts = {"quiet": (0, 1), "load step": (60, 101), "longer prompts": (20, 101), "stolen core": (20, 101)}
+
+    def ran(self, script, setting, make_policy, jitter=0):
+        reversals, moves = counts[script.name]
+        return {"reversals": float(reversals), "moves": float(moves)}
+
+    monkeypatch.setattr(TwoProfileSetup, "ran", ran)
+    refuted, evidence = outcome._swinging(disturbances, compared)
+    assert refuted is True and "load step 0.600 to 0.600" in evidence and "quiet" not in evidence
+    counts["load step"] = (40, 101)
+    assert outcome._swinging(disturbances, compared)[0] is False
+
+
+def chosen_limit(monkeypatch, missed, shares):
+    """The limit that is chosen where each misses so many seconds, seed by seed, and so many requests are in time."""
+    monkeypatch.setattr(experiment, "SIZES", tuple(missed))
+    scripts = [SimpleNamespace(trace=SimpleNamespace(seed=seed)) for seed in range(4)]
+
+    def ran(script, setting, make_policy):
+        size = int(setting.split()[1])
+        return {"missed s": missed[size][script.trace.seed], "goodput share": shares[size]}
+
+    return experiment.choose(SimpleNamespace(setup=SimpleNamespace(ran=ran), choosing=scripts))
+
+
+def test_the_static_limit_is_chosen_by_the_seconds_that_it_is_judged_by(monkeypatch):
+    """Chosen by requests in time, it missed more seconds than another limit that was tried."""
+    seconds = {4: [20.0, 21.0, 19.0, 20.0], 8: [10.0, 11.0, 9.0, 10.0]}
+    best, rows = chosen_limit(monkeypatch, seconds, {4: 0.9, 8: 0.8})
+    assert best == 8 and [row["taken"] for row in rows] == ["no", "yes"]
+    assert [(row["seconds missed"], row["goodput share"]) for row in rows] == [(20.0, 0.9), (10.0, 0.8)]
+
+
+@pytest.mark.parametrize("shares, best", [({4: 0.7, 8: 0.8, 16: 0.8}, 8), ({4: 0.795, 8: 0.8, 16: 0.8}, 4)])
+def test_limits_that_the_seeds_do_not_tell_apart_are_decided_by_requests_in_time(monkeypatch, shares, best):
+    seconds = {4: [10.5, 9.5, 10.4, 9.7], 8: [10.0, 10.2, 9.9, 10.0], 16: [9.9, 10.1, 10.2, 9.8]}
+    chosen, rows = chosen_limit(monkeypatch, seconds, shares)
+    assert chosen == best and "no" not in [row["taken"] for row in rows]

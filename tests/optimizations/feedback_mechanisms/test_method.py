@@ -306,7 +306,7 @@ class Asked:
     tasks: tuple = ()
 
 
-def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(tiny):
+def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(tiny, monkeypatch):
     loaded = Asked(tiny("qwen3-4b-instruct-2507"))
     broken = shadow.broken(loaded.model, 4.0)
     seen = profiles.first_admitted(loaded, [("broken", broken), ("same", loaded.model)], 0.1, 6)
@@ -315,6 +315,9 @@ def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(ti
     assert seen[1].disagreement == 0 and seen[1].perplexity == pytest.approx(1)
     alone = profiles.first_admitted(loaded, [("broken", broken)], 0.1, 6)
     assert alone[-1].model is loaded.model and alone[-1].refused is None
+    monkeypatch.setattr(profiles, "PERPLEXITY_MARGIN", -0.5)  # where perplexity alone refuses it nothing else is read
+    refused = profiles.judge(loaded, "broken", broken, 0.1, 6)
+    assert refused.refused.startswith("perplexity") and refused.disagreement is refused.flips is None
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------

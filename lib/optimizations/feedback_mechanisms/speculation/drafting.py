@@ -23,10 +23,12 @@ from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.feedback_mechanisms.speculation.draft_length import Bandit, DraftLength, Law, fixed
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Drafter, Ngram, Round
 
-ANSWERS = {"preview": 2, "quick": 6, "standard": 24, "thorough": 64}  # half of them of the model's own domain
+# Half of them of the model's own domain: six there are the fewest that give an interval.
+ANSWERS = {"preview": 2, "quick": 12, "standard": 24, "thorough": 64}
 NEW_TOKENS = {"preview": 8, "quick": 16, "standard": 24, "thorough": 24}
 PROMPT_TOKENS = 48
 STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
+OWN, CHARACTERS = "own domain", "random characters"  # the domains, in the order of their answers
 PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "n-gram, measured acceptance"
 
 
@@ -72,23 +74,26 @@ def compare(
 
 
 def table(drafted: dict[str, Drafted], plain: str, change: int) -> list[dict[str, object]]:
-    """Return a row per law: tokens per second before and after answer `change`, acceptance, equality with `plain`."""
+    """Return a row per law: tokens per second before and after answer `change`, acceptance, equality with `plain`; of
+    the answers only those in which tokens were drafted, since the others are plain decoding too.
+    """
     lines = []
     for name, answers in drafted.items():
         rates = answers.rates()
         rounds = [r for answer in answers.rounds for r in answer]
         tried = sum(r.drafted for r in rounds)
         equal = [float((a == b).float().mean()) for a, b in zip(answers.output, drafted[plain].output)]
+        speculated = [any(r.drafted for r in answer) for answer in answers.rounds]
         lines.append(
             {
                 "law": name,
-                "tokens/s, own domain": float(np.median(rates[:change])),
-                "tokens/s, random characters": float(np.median(rates[change:])),
+                f"tokens/s, {OWN}": float(np.median(rates[:change])),
+                f"tokens/s, {CHARACTERS}": float(np.median(rates[change:])),
                 "drafted per round": tried / len(rounds),
                 "acceptance": sum(r.accepted for r in rounds) / tried if tried else None,
                 "same tokens": float(np.mean(equal)),
-                "same answers": sum(value == 1 for value in equal),
-                "answers": len(equal),
+                "drafted answers": sum(speculated),
+                "same answers": sum(value == 1 and any_ for value, any_ in zip(equal, speculated)),
             }
         )
     return lines
@@ -107,19 +112,21 @@ def course(answers: Drafted) -> pd.DataFrame:
 
 
 def measurements(
-    drafted: dict[str, Drafted], plain: str, law: str, again: str, workload: str = "generate, speculative"
+    drafted: dict[str, Drafted], plain: str, law: str, again: str, workload: str, chosen: slice = slice(None)
 ) -> list[Measurement]:
-    """Return generation speed of plain against adaptive speculative decoding, answer by answer, and the acceptance.
+    """Return generation speed of plain against adaptive speculative decoding, answer by answer of those `chosen`, and
+    the acceptance. Answers of unlike domains are not samples of one quantity.
 
     `again` is plain decoding a second time: the noise floor.
     """
-    rates = [drafted[name].rates() for name in (plain, law, again)]
+    rates = [drafted[name].rates()[chosen] for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
     source = f"{len(rates[0])} answers under each law in turn, perf_counter"
     results = [measurement.from_samples("generate_tokens_per_second", workload, *rates[:2], source=source, floor=floor)]
-    rounds = [r for answer in drafted[law].rounds for r in answer if r.drafted]
+    rounds = [r for answer in drafted[law].rounds[chosen] for r in answer if r.drafted]
     tried = sum(r.drafted for r in rounds)
-    equal = [bool((a == b).all()) for a, b in zip(drafted[law].output, drafted[plain].output)]
+    outputs = drafted[law].output[chosen], drafted[plain].output[chosen]
+    equal = [bool((a == b).all()) for a, b in zip(*outputs)]
     results.append(measurement.informative("same_answers", workload, 1.0, float(np.mean(equal)), source, n=len(equal)))
     if tried:
         share = sum(r.accepted for r in rounds) / tried
@@ -162,20 +169,35 @@ class DraftingStudy:
     def marks(self) -> list[tuple[float, str]]:
         """The second at which each domain begins in `course`."""
         rounds = self.course
-        return [(0.0, "own domain"), (float(rounds.seconds[rounds.answer >= self.change].min()), "random characters")]
+        return [(0.0, OWN), (float(rounds.seconds[rounds.answer >= self.change].min()), CHARACTERS)]
 
     @property
     def measurements(self) -> list[Measurement]:
-        """Speed of plain against adaptive drafting, equality, acceptance: by a draft model, and by n-grams."""
-        by_ngram = measurements(self.drafted, PLAIN, NGRAM, AGAIN, "generate, n-gram")
-        return [*measurements(self.drafted, PLAIN, ADAPTIVE, AGAIN), *by_ngram]
+        """Speed of plain against adaptive drafting, equality, acceptance: by a draft model, and by n-grams, on each
+        domain.
+        """
+        return [
+            item
+            for law, drafter in ((ADAPTIVE, "speculative"), (NGRAM, "n-gram"))
+            for domain, chosen in ((OWN, slice(0, self.change)), (CHARACTERS, slice(self.change, None)))
+            for item in measurements(self.drafted, PLAIN, law, AGAIN, f"generate, {drafter}, {domain}", chosen)
+        ]
+
+    @property
+    def caption(self) -> str:
+        """How much answers repeat themselves on each domain, as one line: what is repeated is easily drafted."""
+        counts = [len(set(ids.tolist())) for ids in self.drafted[PLAIN].output]
+        own, characters = float(np.mean(counts[: self.change])), float(np.mean(counts[self.change :]))
+        tokens = len(self.drafted[PLAIN].output[0])
+        distinct = f"{own:.1f} distinct ones on the model's {OWN}, {characters:.1f} on {CHARACTERS}"
+        return f"The laws taking turns; an answer of {tokens} tokens has {distinct}"
 
     def curve(self) -> list[dict[str, object]]:
         """Return the points of the record's impact curve: speed against plain decoding over tokens drafted."""
         by_law = self.laws.set_index("law")
         return [
             {"arm": column.split(", ")[1], "strength": tokens, "value": by_law[column][law] / by_law[column][PLAIN]}
-            for column in ("tokens/s, own domain", "tokens/s, random characters")
+            for column in (f"tokens/s, {OWN}", f"tokens/s, {CHARACTERS}")
             for law, tokens in STATIC.items()
         ]
 
@@ -197,8 +219,7 @@ def read_course(drafting: DraftingStudy) -> tuple[str, str]:
     early = rounds.answer < drafting.change
     own, characters = rounds.drafted[early].mean(), rounds.drafted[~early].mean()
     speeds = [
-        by_law[column][ADAPTIVE] / by_law[column][PLAIN]
-        for column in ("tokens/s, own domain", "tokens/s, random characters")
+        by_law[column][ADAPTIVE] / by_law[column][PLAIN] for column in (f"tokens/s, {OWN}", f"tokens/s, {CHARACTERS}")
     ]
     first = (
         f"The law drafts {own:.2f} tokens per round on the model's own domain, {characters:.2f} on random characters."

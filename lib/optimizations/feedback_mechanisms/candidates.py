@@ -1,0 +1,112 @@
+"""The draft, and the candidates for the fast profile: models with fewer parameters that another optimization makes.
+
+From the fastest on: whole blocks removed, and distilled; channels removed from every block, the matrices that read them
+refitted by least squares; int8 weights. Which one is admitted is decided in `profiles`. Knows no optimization that
+makes smaller models: its functions are passed in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lib.errors import UserError
+from lib.measure.metrics.settings import Effort
+from lib.models.loading import Loaded
+from lib.models.structure.anatomy import anatomy
+from lib.models.tasks import tasks
+from lib.optimizations.common import finetuning
+from lib.optimizations.common.compression import weight_only
+from lib.optimizations.feedback_mechanisms import profiles
+from lib.optimizations.feedback_mechanisms.profiles import Candidate
+
+PROXY_STEPS = 20  # of distillation by default
+TEXTS = {"preview": (4, 8, 256)}  # by which parts are chosen, on which is distilled, and tokens of those at once
+MORE_TEXTS = (16, 64, 512)  # at every other effort
+PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
+READ = {"preview": {"windows": 4, "items": 8}}  # by a candidate, where that is less than elsewhere
+MILD = 0.1  # share of the parameters that the mildest cut removes
+WIDE = 1024  # hidden size from which on reading fewer bytes shows
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What makes a smaller model: `apply` and `recover`, as `structured_pruning` has them. They come from the caller:
+    an optimization knows no other.
+    """
+
+    apply: Callable[..., nn.Module]
+    recover: Callable[..., tuple[nn.Module, Any]]
+
+    def shallower(self, loaded: Loaded, ratio: float, steps: int, effort: str, seed: int) -> nn.Module:
+        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps;
+        the effort says on how many texts (`TEXTS`).
+        """
+        chosen_on, distilled_on, at_once = TEXTS.get(effort, MORE_TEXTS)
+        text = tasks.calibration(loaded, chosen_on, 256, seed)
+        fast = self.apply(loaded.model, text, ratio=ratio, granularity="depth", seed=seed)
+        if not steps:
+            return fast
+        batches = tasks.calibration(loaded, distilled_on, 256, seed, tokens_at_once=at_once)
+        return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
+
+    def narrower(self, loaded: Loaded, ratio: float, effort: str, seed: int) -> nn.Module:
+        """Return a copy that lacks `ratio` of the decoder's parameters, channels of every block; what read them is
+        refitted by least squares. Raises UserError where the channels are fewer than that.
+        """
+        text = tasks.calibration(loaded, TEXTS.get(effort, MORE_TEXTS)[0], 256, seed)
+        options: dict[str, Any] = {"granularity": "channels", "compensate": True, "seed": seed}
+        return self.apply(loaded.model, text, ratio=ratio, **options)
+
+
+def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
+    """Return the steps of distillation of each profile; by default (-1) PROXY_STEPS on a proxy model, none at real
+    size.
+    """
+    return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
+
+
+def fast_profiles(
+    loaded: Loaded, makers: Makers, ratio: float, steps: int, bound: float, effort: str, seed: int
+) -> tuple[nn.Module, list[Candidate]]:
+    """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
+    last.
+
+    Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft) and without half as many,
+    whole blocks; without half as many and without `MILD` of them, channels; and, where matrices are wide enough for
+    that to pay, with int8 weights. Experts lose more by the same cut, so they get the mildest alone.
+    """
+    draft = makers.shallower(loaded, ratio, steps, effort, seed)
+    view = anatomy(loaded.model)
+    routed = any(block.feed_forward.experts for block in view.blocks)
+
+    def candidates() -> Iterator[tuple[str, nn.Module]]:
+        yield f"{ratio:.0%} fewer parameters, whole blocks", draft
+        half = makers.shallower(loaded, ratio / 2, steps, effort, seed)
+        yield f"{ratio / 2:.0%} fewer parameters, whole blocks", half
+        for share in (MILD,) if routed or ratio / 2 <= MILD else (ratio / 2, MILD):
+            try:
+                narrower = makers.narrower(loaded, share, effort, seed)
+            except UserError:  # its channels are fewer than that
+                continue
+            yield f"{share:.0%} fewer parameters, channels", narrower
+        if view.config.hidden_size >= WIDE:
+            yield "int8 weights", weight_only.weight_only(loaded.model, 8)
+
+    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **READ.get(effort, {}))
+
+
+def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
+    """Return a row per candidate: blocks, disagreement, perplexity, flips, and why it is not admitted."""
+    return [
+        {
+            "fast profile": candidate.name,
+            "blocks": len(anatomy(candidate.model).blocks),
+            "perplexity ÷ full": candidate.perplexity,
+            "disagreement": candidate.disagreement,
+            "items that flip": candidate.flips,
+            "admitted": "yes" if candidate.refused is None else f"no: {candidate.refused}",
+        }
+        for candidate in candidates
+    ]
