@@ -285,13 +285,12 @@ def _number(value: object) -> float | None:
 
 def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
     """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
-    weights = [float(cost_model.weights_bytes(model)) for model in (full, fast)]
-    both = weights[0] if fast is full else sum(weights)
+    alone, both = (float(cost_model.weights_bytes(model)) for model in (full, nn.ModuleList([full, fast])))
     cache = [float(cost_model.kv_cache_bytes_per_token(model)) for model in (full, fast)]
     mixed = (1 - share) * cache[0] + share * cache[1]
     by = "by formula from the caches' shapes, blend of both profiles"
     return [
-        measurement.counted("weights_bytes", "load", weights[0], both, "full alone; full and fast, as stored"),
+        measurement.counted("weights_bytes", "load", alone, both, "full alone; full and fast, shared tensors once"),
         measurement.counted("kv_cache_bytes_per_token", "decode", cache[0], mixed, by),
         measurement.informative("apply_seconds", "calibrate", 0.0, apply_seconds, "perf_counter, once", ratio=None),
     ]

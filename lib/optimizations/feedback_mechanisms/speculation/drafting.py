@@ -6,6 +6,7 @@ the rounds of the present answer and returns how many tokens to draft.
 Shapes: T prompt tokens, N new tokens.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -135,6 +136,14 @@ def measurements(
     return results
 
 
+def repeated(prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
+    """Return the share of an answer's tokens that, with the token before, stood earlier in prompt or answer."""
+    ids = [*prompt_T.tolist(), *answer_N.tolist()]
+    pairs = list(itertools.pairwise(ids))
+    first = len(ids) - len(answer_N) - 1  # the pair that ends with the answer's first token
+    return float(np.mean([pairs[at] in pairs[:at] for at in range(first, len(pairs))]))
+
+
 @dataclass(frozen=True)
 class DraftingStudy:
     """Every law on prompts of two domains: `prompts` [T], what each law did, and a row per law (`laws`)."""
@@ -185,12 +194,11 @@ class DraftingStudy:
 
     @property
     def caption(self) -> str:
-        """How much answers repeat themselves on each domain, as one line: what is repeated is easily drafted."""
-        counts = [len(set(ids.tolist())) for ids in self.drafted[PLAIN].output]
-        own, characters = float(np.mean(counts[: self.change])), float(np.mean(counts[self.change :]))
-        tokens = len(self.drafted[PLAIN].output[0])
-        distinct = f"{own:.1f} distinct ones on the model's {OWN}, {characters:.1f} on {CHARACTERS}"
-        return f"The laws taking turns; an answer of {tokens} tokens has {distinct}"
+        """How much answers repeat the text before them on each domain, as one line: what repeats is easily drafted."""
+        shares = [repeated(*pair) for pair in zip(self.prompts, self.drafted[PLAIN].output)]
+        own, characters = float(np.mean(shares[: self.change])), float(np.mean(shares[self.change :]))
+        text = f"The laws taking turns; {own:.0%} of an answer's tokens on the model's {OWN}, and {characters:.0%} on "
+        return f"{text}{CHARACTERS}, repeat with the token before them a pair that stood earlier in the text"
 
     def curve(self) -> list[dict[str, object]]:
         """Return the points of the record's impact curve: speed against plain decoding over tokens drafted."""
