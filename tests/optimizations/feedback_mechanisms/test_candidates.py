@@ -42,8 +42,10 @@ def test_mild_cuts_of_channels_come_after_whole_blocks(considered):
 
 
 @pytest.mark.parametrize("name", ["qwen3-coder-30b", "glm-4.7-flash"])
-def test_experts_get_the_mildest_cut_alone(considered, name):
-    assert considered(name)[0][2:] == ["10% fewer parameters, channels"]
+def test_experts_are_not_narrowed(considered, name):
+    """A tenth of them moves a token in ten on one proxy model, and on the other no step gets shorter by it."""
+    names, cuts = considered(name)
+    assert len(names) == 2 and {granularity for granularity, *_ in cuts} == {"depth"}
 
 
 def test_a_cut_beyond_the_channels_is_no_candidate(considered):
