@@ -160,7 +160,7 @@ def measurements(baseline: Peaks, optimized: Peaks, *, workload: str = "generate
     shown = None
     if results and not _large(baseline):
         weights = (baseline.readings[0].weights_bytes or 0) / 1e6
-        shown = f"weights of {weights:.1f} MB are too few for a process's peak to be judged: peak_tensor_bytes is"
+        shown = f"weights of {weights:.1f} MB are too few to judge a process's peak: peak_tensor_bytes is judged"
     for metric, (name, work) in BYTES.items():
         results.append(_process(metric, name, work or workload, baseline, optimized, shown))
     for metric, (name, work) in TIMES.items():

@@ -50,7 +50,7 @@ def test_less_than_the_margin_is_a_tie():
     """Times that are read again move an area by more than this: the search is not better by a thousandth."""
     assert _equal(0.4999, 0.5, 0.5, defaults=0.5).random_refuted()[0] is True
     assert _equal(0.4999, defaults=0.5).defaults_refuted() == (
-        True, "hypervolume 0.02501, defaults 0.025; above them by at most 5% is as good"
+        True, "hypervolume 0.02501, defaults 0.025; at most 5% more is as good"
     )  # fmt: skip
     assert not experiment.targets(
         _equal(0.4999, 0.5, 0.5, defaults=0.5), SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7),
