@@ -52,7 +52,8 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
         axes.set_yticks(range(len(rows)), [f"{row.workload}, {row.arm}" for row in rows.itertuples()])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, (rows[["time", "bound"]].max().max() if len(rows) else 1) * 1.45)
+        ends = rows.reindex(columns=["time", "bound", "high"]).astype(float).max().max()
+        axes.set_xlim(0, (ends if len(rows) else 1) * 1.45)
         axes.plot(
             [], [], color=ORANGE, linewidth=3.5, label="physical bound: larger of FLOPs ÷ peak, bytes ÷ bandwidth"
         )
