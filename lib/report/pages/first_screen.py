@@ -59,11 +59,12 @@ def _decision(row: Advice) -> dict[str, Any]:
 
 
 def setting(record: Record) -> list[tuple[str, str]]:
-    """Return the setting of a run in a line: parameters, scale and effort, machine, date, duration."""
+    """Return the setting of a run in a line: parameters, its stack, scale and effort, machine, date, duration."""
     own = [(name, value) for name, value in record.parameters.items() if name not in HIDDEN]
     shown = ", ".join(f"{words(name)} {value}" for name, value in own if value not in ("", [], None))
     rows = [
         ("Setting", one_line(shown, 160)),
+        ("Stack", one_line(stack.in_words(record), 240)),
         ("Scale, effort", f"{record.scale}, {record.effort}"),
         ("Machine", facts.machine(record.environment)),
         ("Measured", facts.day(record.started)),

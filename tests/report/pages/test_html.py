@@ -186,14 +186,17 @@ def test_the_page_answers_what_would_refute_it_before_the_measurements(rendered)
     assert text.index("**Prefill 31 %") < text.index("## What would refute it") < text.index("## Numbers")
 
 
-def test_a_stack_is_named_beside_the_decisions(tmp_path):
+def test_a_stack_is_named_on_the_first_screen(tmp_path):
     steps = [{"optimization": "structured_pruning", "knobs": {"ratio": 0.2}}, {"optimization": "tensor_decomposition"}]
     run = samples.run()
     details = run.details | {"stack": record.labelled(steps, "derived", "chosen by the rule")}
     pages = html.render(None, run.model_copy(update={"details": details}), (), tmp_path)
-    for page in pages:
-        assert "The stack that was measured: structured pruning (ratio 0.2) → tensor decomposition." in page.read_text()
-    assert "The stack that was measured" not in html.render(None, run, (), tmp_path)[0].read_text()
+    named = "structured pruning (ratio 0.2) → tensor decomposition"
+    page, text = (path.read_text() for path in pages)
+    assert 0 < page.index(named) < page.index('id="decisions"') and page.count(named) == 1
+    assert f"The stack that was measured: {named}." in text
+    page, text = (path.read_text() for path in html.render(None, run, (), tmp_path))
+    assert "→ tensor decomposition" not in page and "The stack that was measured" not in text
 
 
 def test_the_page_links_to_its_neighbours(rendered):
