@@ -182,7 +182,7 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
         return "The methods were not compared.", "Without text no order is known."
     answer = {place: "holds" if held else "does not hold" for place, held in holds.items()}
     return (
-        f"KL(SparseGPT) ≤ KL(Wanda) ≤ KL(magnitude) {answer['per row']} where weights compete within a row.",
+        f"In their means KL(SparseGPT) ≤ KL(Wanda) ≤ KL(magnitude) {answer['per row']} where weights compete in a row.",
         f"Where they compete within the matrix it {answer['per matrix']}.",
     )
 
