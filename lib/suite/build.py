@@ -151,9 +151,9 @@ def _build(
         refresh = REFRESH_SECONDS if began else None
         expected = _expected(surveyed)
         results = _run(folder, to_run, shares, planned, expected, cluster, server, refresh) if to_run else []
-    faults = _render(folder, to_render, planned)
-    faults += build_history.keep(folder, suite or "run")
-    faults += _overview(folder, shares)
+        faults = _render(folder, to_render, planned)
+        faults += build_history.keep(folder, suite or "run")
+        faults += _overview(folder, shares, server)
     faults += site.finish(folder, suite)
     short = site.short_of_curves(folder) if suite == "enhanced" else []
     for line in short:
@@ -211,7 +211,7 @@ def _first_pass(
         print(f"first pass: {len(to_run)} runs at effort {plan.FIRST_PASS}; those at effort {effort} replace them")
         _run(folder, to_run, shares, planned, _expected(previews), cluster, server)
     faults = _render(folder, [job.stem for job, _, state in previews if state.kind == "unrendered"], planned)
-    faults += _overview(folder, shares) + site.finish(folder, "complete")
+    faults += _overview(folder, shares, server) + site.finish(folder, "complete")
     for fault in faults:
         print(f"FAILED {fault}")
     index = shown(folder.path / "index.html")
@@ -306,7 +306,7 @@ def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> lis
     return [fault for stem in stems if (fault := render.render(folder.path, stem, neighbours))]
 
 
-def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
+def _overview(folder: Folder, shares: Sequence[Sequence[int]], server: fork_server.ForkServer | None) -> list[str]:
     """Execute `overview.ipynb` over the records, last of all, unless none of them has changed."""
     path = plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb"
     if not path.is_file():
@@ -316,7 +316,7 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]]) -> list[str]:
     if overview.up_to_date(folder, path):
         return []
     with _temporary(folder) as temporary:
-        fault = overview.execute(folder, path, [core for share in shares for core in share], temporary)
+        fault = overview.execute(folder, path, shares[0], temporary, server)  # it reckons little: a share is enough
     return [fault] if fault else []
 
 

@@ -16,13 +16,13 @@ from lib.report.analysis import advice, headlines, result_set, summary
 from lib.report.analysis.noise import flips
 from lib.report.analysis.result_set import Results
 from lib.report.pages import decisions, views
-from lib.report.pages.html import TEMPLATES
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stand_in
 from lib.report.text import brief
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title
 
+TEMPLATES = Path(__file__).resolve().parent / "templates"  # beside `html`, which loads nbformat for seconds
 KEY = (
     "better",
     "maintained",

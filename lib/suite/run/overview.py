@@ -7,16 +7,23 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib.files import write_atomically
 from lib.models.parameters import SCALES
 from lib.suite.plan import cache_key, dependencies
 from lib.suite.plan import template as templates
 from lib.suite.plan.plan import OVERVIEW
+from lib.suite.run.fork_server import ForkServer
 from lib.suite.store import result_folder
 from lib.suite.store.result_folder import Folder
 
+if TYPE_CHECKING:
+    from lib.suite.run.kernel_process import Worker
+
 EFFORT = "quick"  # for its limits of time
+POLL_SECONDS = 0.1
+RENDER_SECONDS = 120.0
 
 
 def up_to_date(folder: Folder, path: Path) -> bool:
@@ -41,10 +48,13 @@ def _key(folder: Folder, path: Path) -> str:
     return cache_key.digest([template.cells, reached, records])
 
 
-def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -> str | None:
-    """Execute the overview and render it; return None, or in one line what went wrong."""
-    from lib.suite.run import kernel_process, settle
-    from lib.suite.store import render  # they load numpy, which a build without work need not wait for
+def execute(
+    folder: Folder, path: Path, cores: Sequence[int], temporary: Path, server: ForkServer | None = None
+) -> str | None:
+    """Execute the overview, in a process forked by `server` where there is one, and render it; return None, or in one
+    line what went wrong.
+    """
+    from lib.suite.run import kernel_process, settle  # they load numpy, which a build without work need not wait for
 
     template = templates.read(path)
     made_from = _key(folder, path)
@@ -60,19 +70,33 @@ def execute(folder: Folder, path: Path, cores: Sequence[int], temporary: Path) -
         effort=EFFORT,
         glued=False,
     )
-    started = kernel_process.start(task)
+    worker = kernel_process.start(task, server)
     try:
-        while (outcome := kernel_process.poll(started)) is None:
-            time.sleep(0.1)
+        while (outcome := kernel_process.poll(worker)) is None:
+            time.sleep(POLL_SECONDS)
+        if outcome.error:
+            if task.output.is_file():
+                result_folder.place(task.output, folder.failed(OVERVIEW))
+            return f"{OVERVIEW}: {settle.fault(template, outcome, outcome.error)} (notebook: {folder.failed(OVERVIEW)})"
+        result_folder.place(task.output, folder.of(OVERVIEW, ".ipynb"))
+        fault = _render(folder, worker)
     finally:
-        kernel_process.finish(started)
-    result_folder.place(task.log, folder.log(OVERVIEW))
-    if outcome.error:
-        if task.output.is_file():
-            result_folder.place(task.output, folder.failed(OVERVIEW))
-        return f"{OVERVIEW}: {settle.fault(template, outcome, outcome.error)} (notebook: {folder.failed(OVERVIEW)})"
-    result_folder.place(task.output, folder.of(OVERVIEW, ".ipynb"))
-    fault = render.render(folder.path, OVERVIEW, result_folder.present(folder))
+        kernel_process.finish(worker)
+        result_folder.place(task.log, folder.log(OVERVIEW))
     if not fault:
         write_atomically(folder.parts(OVERVIEW), json.dumps({"key": made_from}) + "\n")
     return fault
+
+
+def _render(folder: Folder, worker: "Worker") -> str | None:
+    """Have the child make the pages, which has loaded what that needs; return None, or one line on what went wrong."""
+    from lib.suite.run import kernel_process
+    from lib.suite.store import render
+
+    pairs = result_folder.present(folder)
+    asked = time.monotonic()
+    if kernel_process.send(worker, {"render": OVERVIEW, "folder": str(folder.path), "neighbours": pairs}):
+        while worker.rendered is None and not worker.closed and time.monotonic() - asked < RENDER_SECONDS:
+            time.sleep(POLL_SECONDS)
+            kernel_process.poll(worker)
+    return worker.rendered["error"] if worker.rendered else render.render(folder.path, OVERVIEW, pairs)
