@@ -22,6 +22,7 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
 from lib.models.calibration.activations import Observation, observe
+from lib.models.calibration.distillation import Lessons
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
@@ -282,10 +283,12 @@ def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEf
     return equal_effort.equal_effort(setup.loaded.model, setup.observation, search, costs, times_of, seeds, alike)
 
 
-def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int) -> tuple[nn.Module, nn.Module, int]:
-    """Return the chosen architecture as a model of its own, the same after distillation from the baseline, and the
-    steps taken; by default (-1) PROXY_STEPS on a proxy model, none at real size. At effort preview each step reads a
-    quarter of the text.
+def recovered(
+    setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int
+) -> tuple[nn.Module, nn.Module, int, Lessons]:
+    """Return the chosen architecture as a model of its own, the same after distillation from the baseline, the steps of
+    that, by default (-1) PROXY_STEPS on a proxy model, none at real size, and what they brought. At effort preview each
+    step reads a quarter of the text.
     """
     effort, seed = setup.effort, setup.seed
     steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS, effort)
@@ -294,8 +297,8 @@ def recovered(setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int)
     batches = tasks.calibration(setup.loaded, sequences, length, seed, tokens_at_once=256 * share)
     with setup.timed():
         plain = replacement_library.child(setup.library, winner.choice)
-        optimized, _ = pruning.recover(plain, setup.loaded.model, batches, steps=steps, seed=seed)
-    return plain, optimized, steps
+        optimized, lessons = pruning.recover(plain, setup.loaded.model, batches, steps=steps, seed=seed)
+    return plain, optimized, steps, lessons
 
 
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:

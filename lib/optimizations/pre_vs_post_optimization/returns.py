@@ -28,7 +28,7 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
             continue
         name = f"{rate.workload}, by {'energy' if joules else 'time'}"
         if rate.verdict != "better" or not rate.baseline or not rate.ratio:
-            reason = f"no gain was shown ({'an estimate is never judged' if estimated else rate.verdict})"
+            reason = f"no gain was shown ({'it is only estimated' if estimated else rate.verdict})"
             rows.append(measurement.unavailable("break_even_tokens", name, reason))
             continue
         spent = applied.joules if joules else applied.seconds

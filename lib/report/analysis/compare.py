@@ -201,7 +201,7 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
         if measurement.verdict == "not_exercised":
             return f"not exercised in the {side} set"
     if old.provenance == new.provenance == "estimated":
-        return "an estimate is never judged"
+        return "it is only estimated"
     if old.provenance != new.provenance:
         return f"{old.provenance} in the old set, {new.provenance} in the new one"
     return ""

@@ -62,7 +62,7 @@ def shown(measurement: Measurement) -> Shown:
     reason = why if why and why != "no reason was recorded" else measurement.reason
     source = measurement.source + (f"; {reason}" if reason else "")
     estimated = measurement.provenance == "estimated" and measurement.verdict in JUDGED
-    state = "informative" if estimated else measurement.verdict  # an estimate is never judged
+    state = "informative" if estimated else measurement.verdict  # shown, not judged
     return Shown(*about, value, spread, state, measurement.provenance, source)
 
 

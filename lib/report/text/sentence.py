@@ -89,7 +89,7 @@ def why(measurement: Measurement) -> str:
     if measurement.verdict == "informative" and measurement.reason:
         return clipped(measurement.reason)
     if measurement.provenance == "estimated":
-        return "an estimate is never judged"
+        return "it is only estimated"
     if measurement.verdict == "informative":
         if METRICS[measurement.metric].margin is None:
             return "it is informative only"

@@ -132,7 +132,7 @@ def test_estimates_and_what_was_not_exercised_are_not_compared():
     energy = samples.paired("energy_joules_per_token", 1.2).model_copy(update={"provenance": "estimated"})
     idle = samples.scored("f1_macro", 0.91, 0.91, "not_exercised").model_copy(update={"reason": "never acted"})
     changes = _sets(_with(_with(_whole(), energy), idle), _with(_with(_whole(1), energy), idle))
-    assert changes["energy_joules_per_token", "prefill"].reason == "an estimate is never judged"
+    assert changes["energy_joules_per_token", "prefill"].reason == "it is only estimated"
     assert changes["f1_macro", "classify"].reason == "not exercised in the old set"
 
 

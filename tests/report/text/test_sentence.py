@@ -23,7 +23,7 @@ def test_every_open_question_has_its_gate(ratio, half, floor, reason):
 
 def test_a_reason_for_everything_that_is_not_judged():
     estimated = samples.energy(0.8, 0.7, 0.9, "informative").model_copy(update={"provenance": "estimated"})
-    assert sentence.why(estimated) == "an estimate is never judged"
+    assert sentence.why(estimated) == "it is only estimated"
     assert sentence.why(measurement.informative("load_seconds", "load", 1.0, 2.0, "clock")) == "it is informative only"
     once = measurement.informative("peak_memory_bytes", "load", 1.0, 2.0, "VmHWM", n=1)
     assert sentence.why(once) == "it was read once"

@@ -37,7 +37,7 @@ def _efforts(root):
     return [workbench.record(root, f"{name}--alpha-1.5")["effort"] for name in ("well", "z_slow")]
 
 
-def test_every_run_is_a_preview_before_any_is_standard(marked):
+def test_every_run_is_a_preview_before_any_is_standard_and_no_later_build_makes_previews(marked):
     root, marks = marked
     arguments = ("--model", "alpha-1.5", "--jobs", "1")
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
@@ -49,6 +49,9 @@ def test_every_run_is_a_preview_before_any_is_standard(marked):
     assert {run.effort for run in history.records(root / "executed" / history.NAME, build)} == {"standard"}
     again = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert "nothing had to be run" in again.stdout and "first pass" not in again.stdout and len(_order(marks)) == 4
+    stale = workbench.build(root, *arguments, "-p", "ratio=0.5", MARKS=str(marks), SLOW="0")
+    assert stale.returncode == 0 and "first pass" not in stale.stdout, stale.stdout + stale.stderr
+    assert _order(marks)[4:] == ["well standard", "z_slow standard"]  # a result stays until its own run replaces it
 
 
 def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
@@ -79,12 +82,3 @@ def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked
         ended = workbench.build(root, *arguments, "--model", "alpha-1.5", MARKS=str(marks), SLOW="0")
         assert ended.returncode == 0 and "first pass" not in ended.stdout, ended.stdout + ended.stderr
     assert _order(marks)[0] == "well standard" and set(_order(marks)[1:]) == {"well quick", "z_slow quick"}
-
-
-def test_a_stale_result_stays_until_its_own_run_replaces_it(marked):
-    root, marks = marked
-    arguments = ("--model", "alpha-1.5", "--jobs", "1")
-    workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
-    ended = workbench.build(root, *arguments, "-p", "ratio=0.5", MARKS=str(marks), SLOW="0")
-    assert ended.returncode == 0 and "first pass" not in ended.stdout, ended.stdout + ended.stderr
-    assert _order(marks)[4:] == ["well standard", "z_slow standard"]

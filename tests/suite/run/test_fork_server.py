@@ -111,7 +111,8 @@ def test_a_notebook_measures_in_processes_that_were_forked_with_its_kernel(proje
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
     cells = [("Measured", MEASURES), ("Drawn", DRAWS), ("Record", workbench.RECORD)]
     workbench.notebook(project / "notebooks" / "measures.ipynb", cells)
-    more = {"MARKS": str(tmp_path), "PYTHONPATH": str(tmp_path)} | workbench.FORKED
+    workbench.import_all(project)
+    more = {"MARKS": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     ended = workbench.build(project, "run", "measures", "--model", "alpha-1.5", **more)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     answer = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))

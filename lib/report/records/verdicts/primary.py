@@ -38,7 +38,7 @@ TWINS = {
 }
 SILENT = ("unavailable", "informative", "not_exercised")
 LOSSES = ("worse", "not_maintained")
-NOT_MEASURED, ESTIMATE = "it was not measured", "an estimate is never judged"
+NOT_MEASURED, ESTIMATE = "it was not measured", "it is only estimated"
 
 
 def carrier(

@@ -61,7 +61,7 @@ def test_derived_never_carries_where_measured_is_and_estimated_never():
     )  # fmt: skip
     declared = {"efficiency": (ENERGY, "decode")}
     carrier, reason = primary.carrier([bytes_, estimated], "efficiency", declared["efficiency"])
-    assert carrier is bytes_ and reason == "an estimate is never judged"
+    assert carrier is bytes_ and reason == "it is only estimated"
     read = estimated.model_copy(update={"provenance": "measured", "verdict": "equivalent"})
     assert judge([bytes_, read], primaries=declared).efficiency == "equivalent"
     assert judge([bytes_, read]).carried_by["efficiency"].metric == ENERGY
