@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, binom, bootstrap, t, trim_mean
+from scipy.stats import binom, bootstrap, t, trim_mean
 
 from lib.measure.metrics.decision import MEDIAN_FACTOR
 
 CONFIDENCE = 0.95
 # (1.645 + 0.842): one-sided 5 % level, 80 % power.
 NON_INFERIORITY_FACTOR = 2.487
-# (1.96 + 0.84): two-sided 5 % level, 80 % power.
-MDE_FACTOR = 2.80
 MINIMUM_BLOCKS = 6
 MINIMUM_PROCESSES = 3
 TRIMMED = 0.2  # of the pairs of a process, at either end
@@ -85,12 +83,6 @@ def median_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[fl
     low = (1 - weight) * ordered[k - 1] + weight * ordered[k]
     high = (1 - weight) * ordered[n - k] + weight * ordered[n - k - 1]
     return float(low), float(high)
-
-
-def minimum_detectable_effect(d: Samples) -> float:
-    """Return (1.96 + 0.84)·σ_d/√n: the mean effect that this many pairs of this spread find four times out of five."""
-    d_N = np.asarray(d, dtype=float)
-    return float(MDE_FACTOR * d_N.std(ddof=1) / math.sqrt(d_N.size)) if d_N.size > 1 else math.inf
 
 
 def outliers(d: Samples) -> int:
@@ -189,11 +181,6 @@ def small_sample(units: int) -> float:
     if units < 2:
         return math.inf
     return math.sqrt(units / (units - 1)) * float(t.ppf((1 + CONFIDENCE) / 2, units - 1)) / NORMAL
-
-
-def exact_upper_share(count: int, n: int, confidence: float = CONFIDENCE) -> float:
-    """Return the one-sided Clopper–Pearson upper bound of a share seen `count` times in `n`."""
-    return 1.0 if count >= n else float(beta.ppf(confidence, count + 1, n - count))
 
 
 def items_needed(sigma: float, distance: float) -> int | None:

@@ -1,7 +1,7 @@
 """What would refute a notebook's claim, and whether it happened: an answer to each line, computed from the run.
 
-A line comes from the notebook's list "What would refute it", word for word. Knows how to turn a verdict or an interval
-into an answer; knows no optimization.
+A line comes from the notebook's list "What would refute it", word for word. Knows how to turn a verdict into an answer;
+knows no optimization.
 """
 
 from collections.abc import Collection, Iterable
@@ -10,7 +10,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.measurement import Measurement
-from lib.report.text.quantities import figures, interval
 from lib.report.text.sentence import NO_REASON, ends, ratio, why
 from lib.report.text.wording import label, signed, words
 
@@ -36,18 +35,6 @@ def decide(claim: str, refuted: bool | None, evidence: str) -> Refutation:
         raise ValueError("an answer needs its evidence: the number it rests on, or why there is none")
     outcome: Outcome = "cannot tell" if refuted is None else "refuted" if refuted else "not refuted"
     return Refutation(claim=claim, outcome=outcome, evidence=evidence)
-
-
-def by_interval(claim: str, low: float | None, high: float | None, limit: float, what: str) -> Refutation:
-    """Return the answer to a claim that is refuted where a quantity lies below `limit`.
-
-    `low` and `high` are the ends of the quantity's interval: all of it below refutes, none of it below does not, else
-    nothing can be told. To refute from above, give the negated quantity and limit. `what` names the quantity.
-    """
-    if low is None or high is None:
-        return decide(claim, None, f"{what}: no interval")
-    refuted = True if high < limit else False if low >= limit else None
-    return decide(claim, refuted, f"{what}: {interval(low, high, '.3g')}, limit {figures(float(limit))}")
 
 
 def by_verdict(

@@ -156,13 +156,10 @@ def test_interval_is_between_the_exact_ones_and_open_where_there_are_too_few():
     assert paired_stats.median_interval([1, 2, 3, 4, 5]) == (-math.inf, math.inf)
 
 
-def test_sizes_of_effects_and_samples():
-    d = [0.03, -0.03] * 6
-    assert paired_stats.minimum_detectable_effect(d) == pytest.approx(2.8 * np.std(d, ddof=1) / math.sqrt(12))
+def test_sizes_of_samples_and_percentiles():
     # One point at 5 % discordance, three points at 10 %.
     assert paired_stats.items_needed(math.sqrt(0.05), 0.01) == pytest.approx(3100, rel=0.01)
     assert paired_stats.items_needed(math.sqrt(0.10), 0.03) == pytest.approx(690, rel=0.01)
-    assert paired_stats.exact_upper_share(0, 149) == pytest.approx(0.02, rel=0.01)
     assert paired_stats.percentiles(range(30)) == {"p50": 14.5, "p95": pytest.approx(27.55), "p99": None}
 
 

@@ -22,17 +22,6 @@ def test_an_answer_needs_its_number():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "outcome"),
-    [(0.8, 0.95, "refuted"), (1.0, 1.2, "not refuted"), (1.1, 1.2, "not refuted"), (0.9, 1.1, "cannot tell"),
-     (0.9, 1.0, "cannot tell"), (None, 1.2, "cannot tell"), (1.1, None, "cannot tell")],
-)  # fmt: skip
-def test_an_interval_refutes_only_where_all_of_it_lies_below(low, high, outcome):
-    answer = refutation.by_interval(CLAIM, low, high, 1, "gain of prefill")
-    assert answer.outcome == outcome and answer.evidence.startswith("gain of prefill: ")
-    assert ("no interval" in answer.evidence) == (low is None or high is None)
-
-
-@pytest.mark.parametrize(
     ("verdict", "outcome"),
     [("better", "not refuted"), ("worse", "refuted"), ("equivalent", "refuted"), ("inconclusive", "cannot tell")],
 )
