@@ -1,14 +1,14 @@
 """The protocol of the feedback mechanisms: the loops against static settings on scripted disturbances, and the answers.
 
 The functions return plain data (rows, measurements, frames); nothing is displayed and no loop is tuned here. The parts
-that stand alone have modules of their own: `candidates` (of the fast profile), `live_replay` (the real model, a core
-stolen), `speculation`, `guard_study` (the guard on real losses); `outcome` has the targets and the answers. There is
-one baseline, the static limit that is chosen on scripts of other seeds, and every scenario is a separate measurement:
-different scenarios are not samples of one quantity.
+that stand alone have modules of their own: `scenario_table` (all settings on all scripts), `candidates` (of the fast
+profile), `live_replay` (the real model, a core stolen), `speculation`, `guard_study` (the guard on real losses);
+`outcome` has the targets and the answers. There is one baseline, the static limit that is chosen on scripts of other
+seeds, and every scenario is a separate measurement: different scenarios are not samples of one quantity.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,12 +27,22 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
     PolicyFactory,
     Routed,
+    Row,
     Static,
     TwoProfileSetup,
 )
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, Switch
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+from lib.optimizations.feedback_mechanisms.scenario_table import (
+    FAST_ALONE,
+    LIMIT_ALONE,
+    LOOP,
+    ORACLE,
+    PI_LOOP,
+    ROUTED,
+    ScenarioTable,
+)
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
@@ -40,11 +50,7 @@ SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each sce
 CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
 SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
-LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
-ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
-
-Row = dict[str, object]
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -162,66 +168,6 @@ def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]
     return loop, run, scenarios.seconds_beyond(run.served, disturbances.setup.objective)
 
 
-@dataclass(frozen=True)
-class ScenarioTable:
-    """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
-    that was `tried`.
-    """
-
-    rows: list[Row]
-    best: int
-    tried: list[Row] = field(default_factory=list)
-
-    @property
-    def static(self) -> str:
-        """The baseline's name."""
-        return f"static {self.best}"
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no fast profile."""
-        return FAST_ALONE not in self.sums
-
-    @property
-    def sums(self) -> dict[str, dict[str, float]]:
-        """Means of each setting over all scenarios."""
-        return disturbance_comparison.totals(self.rows)
-
-    @property
-    def caption(self) -> str:
-        """The static limit as one line, and what is left out without a fast profile."""
-        text = f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
-        left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
-        return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
-
-    def share(self, scenario: str) -> float:
-        """Return the share of the answers that the loop gave with the fast profile in one scenario."""
-        row = next(row for row in self.rows if row["setting"] == LOOP and row["scenario"] == scenario)
-        return float(str(row["fast share"]))
-
-    @property
-    def finding(self) -> str:
-        """The seconds missed of the loop and its rivals against the static limit."""
-        by = {LOOP: "the loop", LIMIT_ALONE: "its limit alone", ROUTED: "routing the same share"}
-        by |= {FAST_ALONE: "the fast profile alone"}
-        if self.alone:
-            by = {LOOP: f"the loop, which has the limit alone ({NO_FAST})", PI_LOOP: "the PI loop"}
-        shares = {who: self.missed_ratio(name) for name, who in by.items()}
-        parts = [f"{'unknown' if share is None else f'{share:.2f}'} by {who}" for who, share in shares.items()]
-        return f"Seconds missed against the static limit: {', '.join(parts)}."
-
-    @property
-    def ratio(self) -> float | None:
-        """Seconds missed, loop ÷ static limit; None where the static limit misses none."""
-        return self.missed_ratio(LOOP)
-
-    def missed_ratio(self, setting: str) -> float | None:
-        """Return the seconds missed of a setting ÷ those of the static limit."""
-        sums = self.sums
-        static = sums[self.static]["missed s"]
-        return sums[setting]["missed s"] / static if static else None
-
-
 def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
     """Return the static limit and every other setting on all scripts. The limit is chosen on scripts of other seeds."""
     best, tried = choose(disturbances)
@@ -281,38 +227,6 @@ def replayed_policies(disturbances: DisturbanceStudy, compared: ScenarioTable) -
     """Return the policies of the replays in real time, and the size of the static one."""
     loop = disturbances.settings(compared.best)[LOOP]
     return {"static": static(compared.best), "loop": loop, "size": compared.best}
-
-
-def trade_off(compared: ScenarioTable) -> pd.DataFrame:
-    """Return a point per setting: `x` answers by the fast profile in percent, `y` seconds missed."""
-    points = [
-        {"x": 100 * means["fast share"], "y": means["missed s"], "arm": name} for name, means in compared.sums.items()
-    ]
-    return pd.DataFrame(points)
-
-
-def read_trade_off(compared: ScenarioTable) -> tuple[str, str]:
-    """Return two sentences on how to read `trade_off`; without a fast profile, what the limit alone does."""
-    sums = compared.sums
-    loop, static = sums[LOOP], sums[compared.static]
-    if compared.alone:
-        first = (
-            f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s and "
-            f"the static limit {static['missed s']:.2f} s, all with the full profile."
-        )
-        return first, "No faster profile kept the margins, so whatever the loop gains or loses comes from its limit."
-    routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
-    first = (
-        f"The loop misses {loop['missed s']:.2f} s of a script with {loop['fast share']:.0%} of the answers by the "
-        f"fast profile, the static limit {static['missed s']:.2f} s and the loop's limit alone "
-        f"{alone['missed s']:.2f} s with none, and routing the same share whatever happens {routed['missed s']:.2f} s."
-    )
-    second = (
-        f"The oracle, which knows the script, misses {sums[ORACLE]['missed s']:.2f} s for "
-        f"{sums[ORACLE]['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for all "
-        f"of them."
-    )
-    return first, second
 
 
 def primaries(compared: ScenarioTable) -> dict[str, tuple[str, str]]:

@@ -12,10 +12,12 @@ from scipy import stats
 from lib.measure.metrics import paired_stats
 from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import experiment
-from lib.optimizations.feedback_mechanisms.experiment import DisturbanceStudy, Row, ScenarioTable
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import Row
+from lib.optimizations.feedback_mechanisms.experiment import DisturbanceStudy
 from lib.optimizations.feedback_mechanisms.guard_study import BROKEN, SOUND, GuardStudy
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
+from lib.optimizations.feedback_mechanisms.scenario_table import LOOP, ROUTED, ScenarioTable
 from lib.optimizations.feedback_mechanisms.speculation.drafting import DraftingStudy
 
 CLAIMS = (
@@ -74,7 +76,7 @@ def refutations(
 
     answers = [
         simulated(_missed(disturbances, compared, compared.static)),
-        (None, NO_FAST) if compared.alone else simulated(_missed(disturbances, compared, experiment.ROUTED)),
+        (None, NO_FAST) if compared.alone else simulated(_missed(disturbances, compared, ROUTED)),
         simulated(_swinging(disturbances, compared)),
         _share(guards, SOUND),
         _share(guards, BROKEN),
@@ -91,7 +93,7 @@ def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable, rival: str)
     for name in names:
         arms = [
             [float(setup.ran(script, arm, settings[arm])["missed s"] or 0.0) for script in disturbances.named(name)]
-            for arm in (rival, experiment.LOOP)
+            for arm in (rival, LOOP)
         ]
         ends.append(paired_stats.median_interval([other - loop for other, loop in zip(*arms)]))
     intervals = "; ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in zip(names, ends))
@@ -103,10 +105,10 @@ def _swinging(disturbances: DisturbanceStudy, compared: ScenarioTable) -> Answer
     """The share of the limit's moves that reverse the one before, scenario by scenario: it swings where one of them
     shows it. A quiet script has hardly any moves.
     """
-    loop, ends = disturbances.settings(compared.best)[experiment.LOOP], []
+    loop, ends = disturbances.settings(compared.best)[LOOP], []
     names = _disturbed(disturbances)
     for name in names:
-        runs = [disturbances.setup.ran(script, experiment.LOOP, loop) for script in disturbances.named(name)]
+        runs = [disturbances.setup.ran(script, LOOP, loop) for script in disturbances.named(name)]
         counts = [(run["reversals"] or 0.0, run["moves"] or 0.0) for run in runs]
         shares = [reversals / (moves - 1) if moves > 1 else 0.0 for reversals, moves in counts]
         ends.append(paired_stats.median_interval(shares))

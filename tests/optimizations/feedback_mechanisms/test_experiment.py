@@ -19,6 +19,7 @@ from lib.optimizations.feedback_mechanisms import experiment, guard_study, live_
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BROKEN, SOUND, GuardStudy
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+from lib.optimizations.feedback_mechanisms.scenario_table import FAST_ALONE, LOOP, PI_LOOP, ROUTED
 from lib.report.text import reading
 
 OBJECTIVES = Objectives(0.4, 0.012)
@@ -74,8 +75,8 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(disturbances)
     assert compared.best in (8, 32)
-    assert set(compared.sums) >= {compared.static, "oracle", experiment.LOOP, experiment.ROUTED, experiment.FAST_ALONE}
-    reading.two(*experiment.read_trade_off(compared))
+    assert set(compared.sums) >= {compared.static, "oracle", LOOP, ROUTED, FAST_ALONE}
+    reading.two(*compared.reading())
     refuted, evidence = outcome._missed(disturbances, compared, compared.static)
     assert refuted is not True and "stolen core" in evidence
     assert outcome._swinging(disturbances, compared)[0] is False
@@ -94,8 +95,8 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     ]
     assert disturbances.names[0] == "quiet" and {item.n for item in results} == {6}
     shares = {row["setting"]: row["fast share"] for row in compared.rows if row["scenario"] == "load step"}
-    assert shares[experiment.ROUTED] == pytest.approx(shares[experiment.LOOP], abs=0.05)
-    assert any(float(str(row["shadow s"])) > 0 for row in compared.rows if row["setting"] == experiment.LOOP)
+    assert shares[ROUTED] == pytest.approx(shares[LOOP], abs=0.05)
+    assert any(float(str(row["shadow s"])) > 0 for row in compared.rows if row["setting"] == LOOP)
 
 
 def test_choosing_and_judging_use_different_seeds(disturbances):
@@ -173,7 +174,7 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     """Routing, oracle and fast profile would be the static limit: a claim about them would pass by definition."""
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(alone)
-    assert compared.alone and set(compared.sums) == {compared.static, experiment.LOOP, experiment.PI_LOOP}
+    assert compared.alone and set(compared.sums) == {compared.static, LOOP, PI_LOOP}
     empty = replace(guards(0.0, 0.0), alone=True)
     told = {claim: (refuted, why) for claim, refuted, why in outcome.refutations(alone, compared, trial(), empty, LAWS)}
     assert told[outcome.CLAIMS[1]] == told[outcome.CLAIMS[3]] == (None, NO_FAST)
@@ -181,7 +182,7 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     assert outcome.refutations(alone, compared, trial(0.13), empty, LAWS)[1][2] == NO_FAST
     rows = {row["figure"]: (row["measured"], row["reached"]) for row in outcome.targets(compared, trial(), empty, LAWS)}
     assert rows["false rollbacks, share of quiet windows"] == (None, NO_FAST)
-    texts = [*experiment.read_trade_off(compared), compared.finding, experiment.points_lost(compared, [])]
+    texts = [*compared.reading(), compared.finding, experiment.points_lost(compared, [])]
     reading.two(*texts[:2])
     assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
     assert all("by the fast profile" not in text for text in texts)

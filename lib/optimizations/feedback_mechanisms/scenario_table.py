@@ -1,0 +1,107 @@
+"""The table of all settings on all scripts: seconds missed, loop against static limit, its figure and how to read it.
+
+Works on rows that were measured; serves nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from lib.optimizations.feedback_mechanisms import disturbance_comparison
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import Row
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+
+LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
+ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
+
+
+@dataclass(frozen=True)
+class ScenarioTable:
+    """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
+    that was `tried`.
+    """
+
+    rows: list[Row]
+    best: int
+    tried: list[Row] = field(default_factory=list)
+
+    @property
+    def static(self) -> str:
+        """The baseline's name."""
+        return f"static {self.best}"
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no fast profile."""
+        return FAST_ALONE not in self.sums
+
+    @property
+    def sums(self) -> dict[str, dict[str, float]]:
+        """Means of each setting over all scenarios."""
+        return disturbance_comparison.totals(self.rows)
+
+    @property
+    def caption(self) -> str:
+        """The static limit as one line, and what is left out without a fast profile."""
+        text = f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
+        left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
+        return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
+
+    def share(self, scenario: str) -> float:
+        """Return the share of the answers that the loop gave with the fast profile in one scenario."""
+        row = next(row for row in self.rows if row["setting"] == LOOP and row["scenario"] == scenario)
+        return float(str(row["fast share"]))
+
+    @property
+    def finding(self) -> str:
+        """The seconds missed of the loop and its rivals against the static limit."""
+        by = {LOOP: "the loop", LIMIT_ALONE: "its limit alone", ROUTED: "routing the same share"}
+        by |= {FAST_ALONE: "the fast profile alone"}
+        if self.alone:
+            by = {LOOP: f"the loop, which has the limit alone ({NO_FAST})", PI_LOOP: "the PI loop"}
+        shares = {who: self.missed_ratio(name) for name, who in by.items()}
+        parts = [f"{'unknown' if share is None else f'{share:.2f}'} by {who}" for who, share in shares.items()]
+        return f"Seconds missed against the static limit: {', '.join(parts)}."
+
+    @property
+    def ratio(self) -> float | None:
+        """Seconds missed, loop ÷ static limit; None where the static limit misses none."""
+        return self.missed_ratio(LOOP)
+
+    def missed_ratio(self, setting: str) -> float | None:
+        """Return the seconds missed of a setting ÷ those of the static limit."""
+        sums = self.sums
+        static = sums[self.static]["missed s"]
+        return sums[setting]["missed s"] / static if static else None
+
+    def points(self) -> pd.DataFrame:
+        """Return a point per setting: `x` answers by the fast profile in percent, `y` seconds missed."""
+        points = [
+            {"x": 100 * means["fast share"], "y": means["missed s"], "arm": name} for name, means in self.sums.items()
+        ]
+        return pd.DataFrame(points)
+
+    def reading(self) -> tuple[str, str]:
+        """Return two sentences on how to read `points`; without a fast profile, what the limit alone does."""
+        sums = self.sums
+        loop, static = sums[LOOP], sums[self.static]
+        if self.alone:
+            first = (
+                f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s "
+                f"and the static limit {static['missed s']:.2f} s, all with the full profile."
+            )
+            second = "No faster profile kept the margins, so whatever the loop gains or loses comes from its limit."
+            return first, second
+        routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
+        first = (
+            f"The loop misses {loop['missed s']:.2f} s of a script with {loop['fast share']:.0%} of the answers by "
+            f"the fast profile, the static limit {static['missed s']:.2f} s and the loop's limit alone "
+            f"{alone['missed s']:.2f} s with none, and routing the same share whatever happens "
+            f"{routed['missed s']:.2f} s."
+        )
+        second = (
+            f"The oracle, which knows the script, misses {sums[ORACLE]['missed s']:.2f} s for "
+            f"{sums[ORACLE]['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for "
+            f"all of them."
+        )
+        return first, second
