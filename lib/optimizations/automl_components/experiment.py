@@ -1,7 +1,7 @@
 """The protocol of the search over configurations: components and study, the interrupted search, finalists, controls.
 
-Every choice is made on text and items of the split "search". Knows nothing of templates: the parameters that they
-declare come as names.
+Every choice is made on text and items of the split "search"; `outcome` has the targets and the answers. Knows nothing
+of templates: the parameters that they declare come as names.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import pandas as pd
 from torch import nn
 
 from lib.measure.compare import replication
-from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -26,21 +25,15 @@ from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
 from lib.optimizations.automl_components import controls, finalists, method, successive_filtering
-from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSeconds, SmallGrid, seconds
+from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid, seconds
 from lib.optimizations.automl_components.finalists import Finalist
 from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.search import search_quality, study
 from lib.optimizations.common.search.study import Study
 
-CLAIMS = (
-    "Random configurations are as good in the same time.",
-    "The defaults, each component alone, are as good.",
-    "On a small grid, judged whole, a quarter of the evaluations finds less than 95 % of the optimum.",
-)
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
@@ -311,58 +304,3 @@ def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
     took = ("search_seconds", "search", None, seconds(outcomes), "perf_counter, all trials")
     counted = ("search_evaluations", "search", None, len(outcomes), "counted")
     return [measurement.informative(*took, reason=why), measurement.informative(*counted, reason=why)]
-
-
-def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
-    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
-    gain, own, defaults = equal.gain, equal.volumes["search"], equal.volumes["defaults"]
-    above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
-    share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
-    lines = [
-        (f"hypervolume more than {least:.2f} of random's in equal time", gain, bool(gain and gain > least)),
-        (f"hypervolume more than {least:.2f} of the defaults'", above, own > least * defaults),
-        (share, grid.reached, grid.reached >= OPTIMUM_SHARE),
-        ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),
-    ]
-    return pd.DataFrame(lines, columns=["target", "value", "reached"])
-
-
-def refutations(equal: EqualSeconds, grid: SmallGrid) -> list[ClaimAnswer]:
-    """Return (claim, whether it is refuted, evidence) for each of CLAIMS."""
-    answers = (equal.random_refuted(), equal.defaults_refuted(), grid.refuted())
-    return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
-
-
-def arms(compared: Compared, equal: EqualSeconds) -> list[ThirdArm]:
-    """Return the controls of a record: A/A, chance and the defaults."""
-    return [ThirdArm("A/A", "a copy of the baseline", compared.control()), *equal.controls()]
-
-
-def details(
-    file: SearchStudy,
-    recipe: Recipe,
-    best: pd.DataFrame,
-    equal: EqualSeconds,
-    grid: SmallGrid,
-    reached: pd.DataFrame,
-    automation: float,
-) -> dict[str, tuple[object, str, str, dict[str, str]]]:
-    """Return what a record keeps beside measurements: name → (value, provenance, source, names of axes)."""
-    took = f"{seconds(equal.arms['search']):.1f} s each"
-    steps = [step.model_dump() for step in recipe.stack]
-    begun = [file.name, file.trials, file.notes, file.served]
-    axes = {"x": "configurations judged", "y": "area that the best of them dominate"}
-    timed, curves = equal.points().to_dict("records"), {"search": grid.curves, "chance": grid.chance}
-    return {
-        "stack": (steps, "derived", "chosen by the rule", {}),
-        "finalists": (best.to_dict("records"), "measured", "timed again in common rounds; split search", {}),
-        "study": (begun, "derived", "its file; trials it began with", {}),
-        "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers", {}),
-        "hypervolumes": (equal.volumes, "measured", took, {}),
-        "configurations": (timed, "measured", f"{PAIRS[recipe.effort]} balanced pairs each; KL on search text", {}),
-        "impact": (equal.impact(), "measured", "time and KL on search text, equal seconds", axes),
-        "grid": (grid.areas_LL.tolist(), "measured", f"dominated area, {grid.pair}", {}),
-        "regret": (curves, "measured", "3 seeds; 200 draws", {}),
-        "automation": (automation, "derived", "decisions made by the search over all decisions", {}),
-        "crashed": (equal.crashed, "measured", "configurations that raised no request error", {}),
-    }

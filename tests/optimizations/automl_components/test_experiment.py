@@ -7,7 +7,7 @@ import pytest
 
 from lib.measure.metrics import measurement, settings
 from lib.models.checkpoints import io
-from lib.optimizations.automl_components import experiment
+from lib.optimizations.automl_components import experiment, outcome
 from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid
 from lib.optimizations.automl_components.successive_filtering import REFERENCE, JudgedStack
 from lib.optimizations.common import recipe
@@ -52,7 +52,7 @@ def test_less_than_the_margin_is_a_tie():
     assert _equal(0.4999, defaults=0.5).defaults_refuted() == (
         True, "hypervolume 0.02501, defaults 0.025; at most 5% more is as good"
     )  # fmt: skip
-    assert not experiment.targets(
+    assert not outcome.targets(
         _equal(0.4999, 0.5, 0.5, defaults=0.5), SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7),
         Recipe(model="m", scale="proxy", stack=[], chosen_by="a search"),
     ).reached[:2].any()  # fmt: skip
@@ -82,10 +82,10 @@ def test_a_grid_is_judged_by_all_its_seeds():
 
 def test_every_claim_has_its_answer():
     equal, grid = _equal(0.2, 0.4), SmallGrid("a × b", np.ones((3, 3)), 2, [[0.5, 1.0]], 0.7)
-    answers = experiment.refutations(equal, grid)
-    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    answers = outcome.refutations(equal, grid)
+    assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
     chosen = Recipe(model="m", scale="proxy", stack=[RecipeStep(optimization="one")], chosen_by="a search")
-    assert experiment.targets(equal, grid, chosen).reached.all()
+    assert outcome.targets(equal, grid, chosen).reached.all()
     assert experiment.commands("m", chosen.stack) == ["python build.py run one --model m"]
     assert experiment.commands("m", [])[0].startswith("nothing: ")
 
