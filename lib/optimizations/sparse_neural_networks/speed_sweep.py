@@ -75,7 +75,7 @@ def fastest_dense(denses: Sequence[DenseForm]) -> dict[str, str]:
     return {f"{dense.work.tokens} tokens": str(dense.dtype) for dense in denses}
 
 
-def sweep(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
+def run(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
     """Return the part stored in each layout at each share of zeros (at preview the least and the largest), against its
     fastest dense forms.
     """

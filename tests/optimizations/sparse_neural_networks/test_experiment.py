@@ -11,7 +11,7 @@ from lib.measure.metrics import measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration import second_moments
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.sparse_neural_networks import experiment, rivals, speed_sweep
+from lib.optimizations.sparse_neural_networks import experiment, outcome, rivals, speed_sweep
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS
 from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
@@ -89,8 +89,8 @@ def test_every_claim_is_answered(setup, monkeypatch):
     in_order = rivals.order(contest)
     assert set(rivals.order_holds(in_order)) == {"per row", "per matrix"}
     assert all(text.endswith(".") for text in rivals.read_order(in_order))
-    answers = rivals.refutations(setup, [*arms, *in_order], [])
-    assert tuple(claim for claim, _, _ in answers) == rivals.CLAIMS
+    answers = outcome.refutations(setup, [*arms, *in_order], [])
+    assert tuple(claim for claim, _, _ in answers) == outcome.CLAIMS
     assert answers[-1][1:] == (None, "no part was timed")
     curves = rivals.impact(contest, [50, 90])
     share = round(100 * setup.options["sparsity"])
@@ -122,8 +122,8 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     unsure = speed_sweep.times([points[0], _point(90, "unstructured", 0.5, "inconclusive")])
     assert speed_sweep.read_crossovers(unsure)[0].endswith(", none of them by a verdict.")
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
-    assert rivals.refutations(setup, [], points)[-1][1] is False
-    assert rivals.refutations(setup, [], points[2:])[-1][1] is True
+    assert outcome.refutations(setup, [], points)[-1][1] is False
+    assert outcome.refutations(setup, [], points[2:])[-1][1] is True
 
 
 def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
@@ -131,14 +131,14 @@ def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
     reason = "the noise floor of 10.9 % is above 10 %; more rounds or a quieter machine would tell"
     unsure, worse = _point(95, "unstructured", 1.25, "inconclusive"), _point(90, "16x1", 2.0, "worse")
     unsure = replace(unsure, times_and_bytes=[unsure.times[0].model_copy(update={"reason": reason})])
-    (_, refuted, evidence) = rivals.refutations(setup, [], [unsure, worse])[-1]
+    (_, refuted, evidence) = outcome.refutations(setup, [], [unsure, worse])[-1]
     assert refuted is None and "gain" not in evidence
     assert evidence == (
         f"best ratio 0.80× (0.74–0.87): CSR, 95 % zeros, 16 tokens; no verdict, as {reason}; "
         "best with a verdict 0.50× (0.48–0.53): 16x1, 90 % zeros, 16 tokens"
     )
     better = _point(80, "unstructured", 0.9, "better")
-    (_, refuted, evidence) = rivals.refutations(setup, [], [_point(95, "16x1", 0.5, "inconclusive"), better])[-1]
+    (_, refuted, evidence) = outcome.refutations(setup, [], [_point(95, "16x1", 0.5, "inconclusive"), better])[-1]
     assert refuted is False and evidence.startswith("best ratio 1.11×")
 
 
@@ -158,7 +158,7 @@ def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(set
     assert [arm.name for arm in timed] == list(rivals.AT_BYTES) and rivals.order(contest) == []
     assert rivals.impact(contest, [50]).empty
     assert rivals.order_holds([]) is None and rivals.read_order([])[0].startswith("The methods were not")
-    assert [refuted for _, refuted, _ in rivals.refutations(untrained, [], [])] == [None] * 5
+    assert [refuted for _, refuted, _ in outcome.refutations(untrained, [], [])] == [None] * 5
 
 
 def test_what_others_published_is_judged_by_this_runs_arms():
@@ -172,15 +172,15 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
     arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
     nothing = pd.DataFrame(columns=["arm", "strength", "value", "low", "high"])
-    methods, rows, patterns, int8, gptq, int4 = rivals.replications(setup, arms, in_order, nothing)
+    methods, rows, patterns, int8, gptq, int4 = outcome.replications(setup, arms, in_order, nothing)
     assert (methods.held, rows.held, patterns.held) == (True, False, True)
     assert (int8.held, gptq.held, int4.held) == (None, None, None)
     assert methods.evidence.startswith("60 % zeros, chosen at once, KL: ")
     setup.options["sparsity"] = 0.9
-    assert rivals.replications(setup, arms, in_order, nothing)[2].held is None
+    assert outcome.replications(setup, arms, in_order, nothing)[2].held is None
     nothing.loc[0] = ["sparsegpt", 50, 0.02, 0.017, 0.022]
     nothing.loc[1] = ["wanda", 50, 5.0, 4.9, 5.1]
-    patterns = rivals.replications(setup, arms, in_order, nothing)[2]
+    patterns = outcome.replications(setup, arms, in_order, nothing)[2]
     assert patterns.held and patterns.evidence == "sparsegpt: unstructured 0.02 (0.017–0.022), 2:4 0.9 (0.891–0.909)"
 
 
