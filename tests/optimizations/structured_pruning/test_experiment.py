@@ -13,7 +13,7 @@ from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import Lessons
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.structured_pruning import experiment, method
+from lib.optimizations.structured_pruning import experiment, method, outcome, rivals
 
 EFFORT = replace(settings.read("quick"), new_tokens=2)
 
@@ -75,11 +75,11 @@ def test_training_that_brings_nothing_leaves_the_fitted_cut_and_is_not_charged(s
         " What read them is refitted by least squares. 2 steps of training did not lower the divergence "
         "(0.2 nats per token on text set aside at best, 0.1 before); none was kept."
     )
-    rivals = experiment.rivals(setup, _text(setup), 0.2, "auto")
-    arms, left_out = experiment.controls(rivals, cut)
+    rival_cuts = rivals.set_up(setup, _text(setup), 0.2, "auto")
+    arms, left_out = rivals.controls(rival_cuts, cut)
     assert left_out["activation, recovered"].endswith("so the optimized model is activation, compensated")
-    assert experiment.optimized_arm(arms, cut).name == "activation, compensated"
-    assert experiment.details(setup, {}, cut, pd.DataFrame())["distillation_held_out"]["value"][1]["divergence"] == 0.3
+    assert rivals.optimized_arm(arms, cut).name == "activation, compensated"
+    assert outcome.details(setup, {}, cut, pd.DataFrame())["distillation_held_out"]["value"][1]["divergence"] == 0.3
 
 
 def _text(setup):
@@ -110,22 +110,22 @@ def test_curves_are_sorted_and_read_in_two_sentences(setup):
 def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     generator = torch.Generator().manual_seed(0)
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
-    rivals = experiment.rivals(setup, evaluate.read(setup.baseline, ids_NT), 0.2, "auto")
-    arms, left_out = experiment.controls(rivals, experiment.cut(setup, 0.2, "auto", finetune_steps=0))
+    rival_cuts = rivals.set_up(setup, evaluate.read(setup.baseline, ids_NT), 0.2, "auto")
+    arms, left_out = rivals.controls(rival_cuts, experiment.cut(setup, 0.2, "auto", finetune_steps=0))
     names = [arm.name for arm in arms]
     assert names[:2] == ["activation", "magnitude"] and "activation, recovered" not in names  # nothing was trained
     assert list(left_out) == ["experts alone"]
     assert {"activation, compensated", "activation, OWL", "depth alone, one span"} <= set(names)
-    yardsticks, missing = experiment.yardsticks(setup, rivals, ids_NT[:1], EFFORT)
-    assert [arm.name for arm in yardsticks] == list(experiment.YARDSTICKS) and "out of reach" in str(missing)
-    curves = experiment.impact(rivals, arms)
-    pd.testing.assert_frame_equal(curves, experiment.impact(rivals))
+    yardsticks, missing = rivals.yardsticks(setup, rival_cuts, ids_NT[:1], EFFORT)
+    assert [arm.name for arm in yardsticks] == list(rivals.YARDSTICKS) and "out of reach" in str(missing)
+    curves = rivals.impact(rival_cuts, arms)
+    pd.testing.assert_frame_equal(curves, rivals.impact(rival_cuts))
     assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
-    assert tuple(claim for claim, _, _ in experiment.refutations(arms, [])) == experiment.CLAIMS
+    assert tuple(claim for claim, _, _ in outcome.refutations(arms, [])) == outcome.CLAIMS
 
 
 def test_without_text_nothing_can_be_told(setup):
     cut = experiment.cut(setup, 0.2, "auto", finetune_steps=0)
-    rivals = experiment.rivals(setup, None, 0.2, "auto")
-    assert experiment.controls(rivals, cut) == ([], {}) and experiment.impact(rivals).empty
-    assert [refuted for _, refuted, _ in experiment.refutations([], [])] == [None, None, None]
+    rival_cuts = rivals.set_up(setup, None, 0.2, "auto")
+    assert rivals.controls(rival_cuts, cut) == ([], {}) and rivals.impact(rival_cuts).empty
+    assert [refuted for _, refuted, _ in outcome.refutations([], [])] == [None, None, None]

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from lib.measure.metrics import measurement
-from lib.optimizations.structured_pruning import experiment
+from lib.optimizations.structured_pruning import outcome
 
 
 def _measured(metric: str, workload: str, ratio: float, width: float, margin: float | None = 0.02):
@@ -15,9 +15,9 @@ def test_relations_of_pruning():
     setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.1, 0.8])
     perplexity, chosen = _measured("perplexity", "prefill", 1.5, 0.05), _measured("accuracy", "arc_easy", 0.99, 0.02)
     generated = _measured("retrieval_exact_match", "generate", 0.2, 0.05)
-    ends, accuracy = experiment.replications(setup, [perplexity, chosen, generated], "channels")
+    ends, accuracy = outcome.replications(setup, [perplexity, chosen, generated], "channels")
     assert ends.held and accuracy.held
-    *_, generation = experiment.replications(setup, [perplexity, chosen, generated], "depth")
+    *_, generation = outcome.replications(setup, [perplexity, chosen, generated], "depth")
     assert generation.held and "generated 0.8" in generation.evidence
     setup.influence = [0.1, 0.9, 0.1, 0.1, 0.8]
-    assert [judgement.held for judgement in experiment.replications(setup, [], "depth")] == [False, None]
+    assert [judgement.held for judgement in outcome.replications(setup, [], "depth")] == [False, None]

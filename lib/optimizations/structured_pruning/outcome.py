@@ -1,0 +1,59 @@
+"""The outcome of structured pruning: the answer to each claim, what others published held against this run, and the
+record's details.
+
+Everything is computed from what `experiment` and `rivals` have measured.
+"""
+
+import pandas as pd
+
+from lib.measure.metrics.measurement import Measurement
+from lib.optimizations.common.evidence import claims, relations
+from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.structured_pruning.experiment import PrunedModel, PruningSetup
+from lib.optimizations.structured_pruning.rivals import BARE, BY_CHANCE, RANDOM_SEEDS
+
+CLAIMS = (
+    "Removing parts at random harms no more than removing the idle ones.",
+    "Removing parts by the size of their weights harms no more than removing the idle ones.",
+    "The gain drowns in the A/A noise although the bound predicts more than can be detected.",
+)
+
+
+def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[ClaimAnswer]:
+    """Return an answer to each of CLAIMS: from the divergences of `controls`, and from the times."""
+    chosen = claims.interval(arms, [BARE])
+    by_chance = claims.interval(arms, [arm.name for arm in arms if arm.purpose == BY_CHANCE])
+    by_weights = claims.interval(arms, ["magnitude"])
+    return [
+        claims.harms_less(CLAIMS[0], chosen, by_chance, ("the idle ones", f"{RANDOM_SEEDS} random choices")),
+        claims.harms_less(CLAIMS[1], chosen, by_weights, ("the idle ones", "by weights")),
+        claims.gain_drowns(CLAIMS[2], measurements),
+    ]
+
+
+def replications(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:
+    """Return what others published of pruning, judged by this run: the influence of blocks, accuracy beside perplexity,
+    and, where whole blocks went, generation beside multiple choice.
+    """
+    named = {m.metric: m for m in measurements if m.workload in ("prefill", "generate")}
+    scores = [m for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
+    judged = [relations.ends(setup.influence), relations.accuracy(named.get("perplexity"), scores)]
+    if granularity == "depth" and scores:
+        judged.append(relations.generation(named.get("retrieval_exact_match"), scores[0]))
+    return judged
+
+
+def details(
+    setup: PruningSetup, shares: dict[str, float], chosen: PrunedModel, curves: pd.DataFrame
+) -> dict[str, dict[str, object]]:
+    """Return what a record holds beside measurements: name → value, provenance, source."""
+    tokens = f"{setup.observation.tokens} calibration tokens"
+    values = {
+        "removed_share": (chosen.removed, "derived", "parameters of the decoder blocks"),
+        "shares": (shares, "derived", "plan of what to remove"),
+        "influence": (setup.influence, "measured", tokens),
+        "distillation_losses": (chosen.lessons.losses, "measured", "nats per token of each step"),
+        "distillation_held_out": (chosen.lessons.checks(), "measured", "KL on text set aside, by steps taken"),
+        "impact": (curves.to_dict("records"), "measured", "KL on held-out text, bootstrap intervals"),
+    }
+    return {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}
