@@ -15,7 +15,7 @@ from lib.measure.trackers import memory
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.streaming_computation import experiment, memory_tradeoff, window_quality
+from lib.optimizations.streaming_computation import experiment, memory_tradeoff, outcome, window_quality
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
 PEAK = "peak_memory_above_start_bytes"
@@ -28,8 +28,8 @@ def _answers(optimized_tokens, peak=50.0, offload_ci=(1.5, 2.0), climb=(0.9, 1.0
     offload = measurement.informative("decode_tokens_per_second", "decode", 1.0, 1.7, "timed", ci=offload_ci)
     texts = LongTexts(late_over_early={window_quality.WINDOWED: 1.0}, climb=climb)
     equal = {"all together": {"same_top": 1.0}}
-    answers = experiment.answers(compared, exact, equal, peaks, {"disk": offload}, texts)
-    assert [claim for claim, *_ in answers] == list(experiment.CLAIMS)
+    answers = outcome.refutations(compared, exact, equal, peaks, {"disk": offload}, texts)
+    assert [claim for claim, *_ in answers] == list(outcome.CLAIMS)
     return [refuted for _, refuted, _ in answers]
 
 

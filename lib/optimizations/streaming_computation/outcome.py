@@ -1,0 +1,120 @@
+"""The outcome of streaming: the answer to each claim, controls and details of the record.
+
+Everything is computed from what `experiment` and the protocols beside it have measured.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics.measurement import Measurement
+from lib.models.offload import streamer
+from lib.models.offload.residency import Plan
+from lib.optimizations.streaming_computation.experiment import planned_bytes
+from lib.optimizations.streaming_computation.limited import llama_cpp
+from lib.optimizations.streaming_computation.limited.decoding import LimitedDecoding
+from lib.optimizations.streaming_computation.limited.llama_cpp import LlamaCppRival
+from lib.optimizations.streaming_computation.window_quality import LongTexts, does_perplexity_climb
+
+CLAIMS = (
+    "The streamed model generates other tokens than the resident one.",
+    "The peak memory of a fresh process, above its start, does not fall.",
+    "Decoding is no faster than with accelerate's offloading to the disk.",
+    "With sinks and a window, perplexity climbs with the length of the text.",
+)
+
+
+def refutations(
+    compared: Compared,
+    exact: bool,
+    equal: Mapping[str, Mapping[str, float]],
+    peaks_streamed: list[Measurement],
+    offload: Mapping[str, Measurement],
+    texts: LongTexts,
+) -> list[tuple[str, bool | None, str]]:
+    """Return each of `CLAIMS`, whether this run refutes it (None where it cannot tell), and the evidence."""
+    peak = next(m for m in peaks_streamed if m.metric == "peak_memory_above_start_bytes")
+    answered = [
+        _other_tokens(compared, exact, equal["all together"]["same_top"]),
+        _no_smaller_peak(peak),
+        _no_faster(offload["disk"]),
+        does_perplexity_climb(texts),
+    ]
+    return [(claim, *answer) for claim, answer in zip(CLAIMS, answered, strict=True)]
+
+
+def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[bool | None, str]:
+    """Return whether the timed decoding generated other tokens than the resident model, and the evidence.
+
+    None where nothing was timed, and where tokens differ in half precision (not `exact`), whose rounding decides ties.
+    """
+    evidence = f"{100 * same_top:.1f} % of positions have the same most likely token"
+    decoded = [timed for name, timed in compared.timed.items() if name != "prefill"]
+    if not decoded:
+        return None, f"nothing was generated; {evidence}"
+    outputs = [(timed.baseline.output_BN, timed.optimized.output_BN) for timed in decoded]
+    equal = [base.eq(opt) for base, opt in outputs if base is not None and opt is not None]
+    same, total = sum(int(tokens.sum()) for tokens in equal), sum(tokens.numel() for tokens in equal)
+    refuted = False if same == total else True if exact else None
+    return refuted, f"{same} of {total} generated tokens are equal; {evidence}"
+
+
+def _no_smaller_peak(peak: Measurement) -> tuple[bool | None, str]:
+    """Return whether the peak of memory does not fall, and the evidence; None where it could not be read or judged."""
+    if peak.ratio is None or peak.baseline is None or peak.optimized is None:
+        return None, peak.reason or "no peak was read"
+    megabytes = f"{peak.baseline / 1e6:.1f} MB resident, {peak.optimized / 1e6:.1f} MB streamed"
+    undecided = peak.verdict in ("inconclusive", "informative")
+    return None if undecided else peak.verdict != "better", f"{megabytes}, in fresh processes"
+
+
+def _no_faster(offload: Measurement) -> tuple[bool | None, str]:
+    """Return whether decoding is no faster than the offloading, and the evidence; None where the interval has 1."""
+    if offload.ci is None or offload.ratio is None:
+        return None, offload.reason or "no interval"
+    low, high = offload.ci
+    refuted = True if high <= 1 else False if low > 1 else None
+    return refuted, f"streamed ÷ accelerate {offload.ratio:.2f} (95 % interval {low:.2f} to {high:.2f})"
+
+
+def controls(
+    in_chunks: list[Measurement],
+    texts: LongTexts,
+    retrieved: Mapping[str, Measurement],
+    offload: Mapping[str, Measurement],
+    rival: LlamaCppRival,
+    compared: Compared,
+) -> list[dict[str, Any]]:
+    """Return name, purpose and measurements of every control, as `record.build` takes them."""
+    windowed = {**texts.perplexity, **retrieved}
+    rows: list[tuple[str, str, list[Measurement]]] = [("prompt in chunks", "weights resident", in_chunks)]
+    rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
+    rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
+    rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
+    rows += [("A/A", "a copy of the baseline", compared.control())]
+    return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
+
+
+def details(
+    equal: Mapping[str, Mapping[str, float]],
+    trade: list[dict[str, Any]],
+    latent: Mapping[str, object] | None,
+    plan: Plan,
+    folder: Path,
+    texts: LongTexts,
+    limited: LimitedDecoding,
+    rival: LlamaCppRival,
+) -> dict[str, tuple[object, str, str]]:
+    """Return value, provenance and source of every detail of the record."""
+    least, total = streamer.smallest(folder)
+    window = {"curves": texts.curves.to_dict("records"), "late_over_early": texts.late_over_early}
+    return {
+        "equality": (equal, "measured", "difference ÷ spread of the logits; share of equal top tokens"),
+        "limited": (limited.details, "measured", "memory control groups, and the system's count of reads"),
+        "llama_cpp": (rival.details, "measured", "fresh processes in turn; the system's counts of each process"),
+        "trade": (trade, "measured", "decode, paired with the resident model; bound by reading alone"),
+        "absorbed": (latent, "measured", "paired blocks on one filled cache; operations by formula"),
+        "plan": (planned_bytes(plan) | {"total": total, "smallest": least}, "derived", "bytes by the plan"),
+        "window": (window, "measured", "held-out text, bootstrap intervals over texts"),
+    }
