@@ -27,7 +27,6 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 from lib.optimizations.common import judgement
 from lib.optimizations.common.evidence import interactions
-from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import method as composing
@@ -35,11 +34,6 @@ from lib.optimizations.modular_components import traits
 from lib.optimizations.pre_vs_post_optimization import attribution, method, sweeps
 from lib.optimizations.pre_vs_post_optimization.method import AppliedStack, ChosenStack
 
-CLAIMS = (
-    "The identity transform shows a gain or a loss as well: the comparison is biased, not the model better.",
-    "Quality falls below its margin.",
-    "An earlier build did better.",
-)
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
     "performance": ("generate_tokens_per_second", "generate"),
@@ -50,7 +44,6 @@ PRIMARIES = {
 MOST_PARTS = 4
 CURVES = ["arm", "strength", "value", "low", "high"]
 SHARES = ["what", "part", "value", "low", "high"]
-DIFFERS = ("better", "worse", "not_maintained")
 
 
 @dataclass(frozen=True)
@@ -272,62 +265,6 @@ def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compa
     assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
     source = f"{effort.blocks} common rounds, {len(windows_NT)} windows, every subset of {len(parts)} parts"
     return Attribution(shares, source)
-
-
-def biased(control: Sequence[Measurement]) -> list[str]:
-    """Return in which metrics the identity transform differs from the model that it copies."""
-    return [m.metric for m in control if m.verdict in DIFFERS]
-
-
-def refutations(
-    control: Sequence[Measurement], quality: Sequence[Measurement], changes: int, regressions: Sequence[str]
-) -> list[ClaimAnswer]:
-    """Return (claim, whether it is refuted, evidence) for each of CLAIMS.
-
-    `changes` counts what could be judged against an earlier build, `regressions` names what got worse since.
-    """
-    judged = [m for m in control if m.verdict not in ("informative", "unavailable", "invalid")]
-    differing, names = biased(judged), ", ".join(regressions)
-    held = [m for m in quality if m.margin is not None]
-    below = [m for m in held if m.verdict in ("not_maintained", "worse")]
-    unclear = [m for m in held if m.verdict in ("inconclusive", "not_exercised", "invalid", "unavailable")]
-    fallen = True if below else None if unclear or not held else False
-    counts = f"{len(below)} of {len(held)} metrics below their margin, {len(unclear)} undecided"
-    answers = (
-        (bool(differing) if judged else None, f"{len(differing)} of {len(judged)} metrics differ"),
-        (fallen, counts),
-        (
-            bool(regressions) if changes else None,
-            f"{len(regressions)} of {changes} judged metrics got worse{': ' + names if names else ''}",
-        ),
-    )
-    return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
-
-
-def controls(compared: Compared, identity: list[Measurement]) -> list[ThirdArm]:
-    """Return the controls of a record: A/A and the identity transform."""
-    arms = [ThirdArm("A/A", "a copy of the baseline", compared.control())]
-    return [*arms, ThirdArm("identity transform", "everything but a change", identity)]
-
-
-def sentence(setup: StackSetup, verdict: str) -> str:
-    """Return the sentence of the verdict; where nothing pays, that first, and how many candidates were rejected."""
-    if setup.pays:
-        return verdict
-    tried = len(setup.stack.considered)
-    return f"Nothing pays here: of {tried} candidates none is within the margins and faster or smaller. {verdict}"
-
-
-def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[str, tuple[object, str, str]]:
-    """Return what a record keeps beside measurements: name → (value, provenance, source)."""
-    stack, points = setup.stack, swept.curves.to_dict("records")
-    return {
-        "stack": ([step.model_dump() for step in stack.steps], "derived", stack.origin),
-        "inputs": (stack.inputs, "derived", "SHA-256 of files that earlier runs wrote and this one read"),
-        "considered": (stack.considered, "measured", "search text and items; rounds until an interval tells"),
-        "attribution": (shared.shares.to_dict("records"), "measured", shared.source),
-        "sweep": (points, "measured", "paired blocks at every length and batch size"),
-    }
 
 
 def history_path(history: str) -> Path | None:

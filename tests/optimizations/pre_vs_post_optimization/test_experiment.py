@@ -7,7 +7,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
 from lib.optimizations.common import judgement
 from lib.optimizations.common.recipe import RecipeStep
-from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, returns
+from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, outcome, returns
 from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, GainSweep
 from lib.report.text import reading
 
@@ -27,10 +27,10 @@ def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measureme
     ],
 )
 def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
-    answers = experiment.refutations(
+    answers = outcome.refutations(
         [_verdict(verdict) for verdict in control], [_verdict(verdict) for verdict in quality], changes, worse
     )
-    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes and all(evidence for _, _, evidence in answers)
 
 
@@ -58,9 +58,9 @@ def test_nothing_pays_is_an_answer():
     """The empty stack: said first, its rejected candidates in the table, its own comparison the identity's."""
     nothing = _setup(considered=[{"step": "a", "kept": False, "why": "perplexity grows"}])
     assert not nothing.pays and "nothing pays here" in nothing.in_words and list(nothing.table()["why"])
-    text = experiment.sentence(nothing, "Prefill speed equivalent.")
+    text = outcome.sentence(nothing, "Prefill speed equivalent.")
     assert text.startswith("Nothing pays here: of 1 candidates") and text.endswith("Prefill speed equivalent.")
-    assert experiment.sentence(_setup("a"), "Faster.") == "Faster."
+    assert outcome.sentence(_setup("a"), "Faster.") == "Faster."
     speed = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
     judged = judgement.Judgement(None, [_verdict("maintained")], None)
     own = experiment.identity_control(nothing, None, judged, Compared([speed]))
