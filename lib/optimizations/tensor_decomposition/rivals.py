@@ -1,5 +1,5 @@
-"""What factors are compared with: other factors and pruned parts of equal bytes, weight-only int8 and int4, text of
-another domain, and from them the answers to what would refute the claims.
+"""What factors are compared with: other factors and pruned parts of equal bytes, weight-only int8 and int4, and text of
+another domain.
 
 Returns plain data. Knows nothing of tables, figures or records.
 """
@@ -26,8 +26,8 @@ from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import rival_arms
 from lib.optimizations.common.compression import calibration_text, weight_only
-from lib.optimizations.common.evidence import claims, relations
-from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
+from lib.optimizations.common.evidence import claims
+from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.experiment import (
@@ -35,22 +35,14 @@ from lib.optimizations.tensor_decomposition.experiment import (
     FITTED,
     FactoredModel,
     FactoringSetup,
-    Ranks,
-    expected_divergence,
     factors,
     removed_share,
     weighed_blocks,
 )
 
-CLAIMS = (
-    "Factors fitted to calibration text harm no less than factors of the bare matrices.",
-    "Factors fitted to calibration text harm no less than parts pruned at equal bytes.",
-    "Two thin products take as long as one thick one.",
-)
 PRUNED, EVEN, BARE_EVEN = "structured pruning", f"{FITTED}, uniform ranks", f"{BARE}, uniform ranks"
 AT_BYTES = {weight_only.NAMES[8]: "at int8's bytes", weight_only.NAMES[4]: "at int4's bytes"}
 STRENGTHS, STRENGTHS_OF_RANDOM_WEIGHTS, STRENGTHS_QUICKLY = (0.2, 0.4, 0.6), (0.6,), (0.4,)
-PUBLISHED_AT = 0.2  # of the parameters
 WINDOWS = 8  # of held-out text, on which rivals are judged
 SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
 PREVIEW_TOKENS = 64  # of it at effort preview
@@ -139,18 +131,6 @@ def sweep(
 def optimized_arm(setup: FactoringSetup, arms: Sequence[ThirdArm]) -> ThirdArm | None:
     """Return the arm of a sweep that is the optimized model; None where none was judged."""
     return next((arm for arm in arms if arm.name == setup.method), None)
-
-
-def replications(result: Sweep, compression: float) -> list[relations.Judged]:
-    """Return what was published of plain and of whitened factors at 20 % of each matrix, judged where this run removes
-    as much, on factors of uniform ranks.
-    """
-    if compression != PUBLISHED_AT:
-        return []
-    read = {arm.name: m for arm in result.arms for m in arm.measurements if m.metric == "perplexity"}
-    dense = next((m.baseline for m in read.values()), None)
-    plain, whitened = (relations.perplexity_of(read.get(name)) for name in (BARE_EVEN, EVEN))
-    return [relations.svd(dense, plain, whitened)]
 
 
 def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: torch.Tensor, result: Sweep) -> None:
@@ -254,65 +234,3 @@ def read_domains(lost: Mapping[tuple[str, str], np.ndarray], seed: int = 0) -> s
         kinds = f"factors calibrated on such text are {word} those calibrated on the other"
         said.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")
     return " ".join(said)
-
-
-def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequence[Measurement]) -> list[ClaimAnswer]:
-    """Return an answer to each of CLAIMS: from the divergences at the strength of the run, and from its rates.
-
-    The first two are about whitened factors without refinement: pruning has no recovery either. Bare factors are
-    those of the better budget: the energy of bare matrices says little about where a rank is worth most.
-    """
-    fitted, pruned = (claims.interval(arms, [name]) for name in (FITTED, PRUNED))
-    bare = {name: known for name in (BARE, BARE_EVEN) if (known := claims.interval(arms, [name]))}
-    best = min(bare, key=lambda name: bare[name].value, default=BARE)
-    return [
-        claims.harms_less(CLAIMS[0], fitted, bare.get(best), (FITTED, best)),
-        claims.harms_less(CLAIMS[1], fitted, pruned, (FITTED, PRUNED)),
-        _as_fast(CLAIMS[2], optimized, measurements),
-    ]
-
-
-def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measurement]) -> ClaimAnswer:
-    """Return the answer by the rates of prefill and of decoding: refuted where one of them is no gain, not where both
-    are. A stack of experts becomes three products, not two: where nothing else was factored, nothing can be told.
-    """
-    if not any(isinstance(module, factored.FactoredLinear) for module in optimized.modules()):
-        return claim, None, "no matrix became two thin ones: only stacks of experts were factored"
-    rates = [m for m in measurements if m.metric in rival_arms.RATES and m.ratio and m.ci]
-    if not rates:
-        return claim, None, "nothing was timed"
-    verdicts = {m.verdict for m in rates}
-    refuted = True if verdicts & {"worse", "equivalent"} else False if verdicts == {"better"} else None
-    each = (f"{m.workload} {m.ratio:.3g}× ({m.ci[0]:.3g}–{m.ci[1]:.3g}), {m.verdict}" for m in rates if m.ci)
-    return claim, refuted, "; ".join(each)
-
-
-def details(
-    setup: FactoringSetup,
-    chosen: FactoredModel,
-    ranks: dict[str, Ranks],
-    curves: Sweep,
-    judged: pd.DataFrame,
-    one_matrix_seconds: float,
-) -> dict[str, dict[str, object]]:
-    """Return what a record holds beside measurements: name → value, provenance, source and further words on it."""
-    values = {
-        "removed_share": (chosen.removed, "derived", "bytes of the decoder's blocks"),
-        "ranks": (chosen.ranks, "derived", "ranks of the factored modules"),
-        "break_even_ranks": (
-            {matrix.name: matrix.break_even for matrix in setup.shown},
-            "derived",
-            f"m·n/(m+n), matrices of block {setup.middle}",
-        ),
-        "one_matrix_seconds": (one_matrix_seconds, "measured", f"plain spectrum of {setup.widest.name}, once"),
-        "expected_divergence": (
-            expected_divergence(setup, ranks),
-            "estimated",
-            "sum over whitened matrices, each as if cut alone, nats/token",
-        ),
-        "impact": (curves.rows, "measured", "KL on held-out text; paired prefill"),
-        "domains": (judged.to_dict("records"), "measured", "KL on held-out text of two domains"),
-    }
-    entries = {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}
-    entries["impact"] |= {"x": "decoder bytes removed, %", "y": "KL, nats/token"}
-    return entries

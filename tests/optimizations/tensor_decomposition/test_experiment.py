@@ -10,7 +10,7 @@ from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.structured_pruning import method as pruning
-from lib.optimizations.tensor_decomposition import experiment, rivals
+from lib.optimizations.tensor_decomposition import experiment, outcome, rivals
 from lib.optimizations.tensor_decomposition import method as decomposition
 
 EFFORT = replace(settings.read("quick"), new_tokens=2)
@@ -69,9 +69,9 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     assert all("out of reach" in reason for reason in sweep.left_out.values())
     assert {"value", "low", "high"} <= set(sweep.divergence().columns) & set(sweep.speed().columns)
     assert rivals.optimized_arm(setup, sweep.arms).name == setup.method
-    answers = rivals.refutations(sweep.arms, chosen.optimized, [])
-    assert [claim for claim, _, _ in answers] == list(rivals.CLAIMS)
-    assert [refuted for _, refuted, _ in rivals.refutations([], chosen.optimized, [])] == [None] * 3
+    answers = outcome.refutations(sweep.arms, chosen.optimized, [])
+    assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
+    assert [refuted for _, refuted, _ in outcome.refutations([], chosen.optimized, [])] == [None] * 3
 
 
 def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_out(setup):

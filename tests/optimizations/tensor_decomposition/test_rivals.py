@@ -7,7 +7,7 @@ from torch import nn
 from lib.measure.metrics import measurement
 from lib.models.structure.replacements.factored import FactoredLinear
 from lib.optimizations.common.evidence.claims import ThirdArm
-from lib.optimizations.tensor_decomposition import rivals
+from lib.optimizations.tensor_decomposition import outcome, rivals
 
 
 def _arm(name: str, ratio: float) -> ThirdArm:
@@ -25,25 +25,25 @@ def test_plain_factors_collapse_and_whitened_do_not():
     """Published are factors that take the same share of every matrix; those of one budget do not answer for them."""
     others = [_arm("plain", 1.5), _arm("whitened", 40.0)]
     swept = rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 40.0), _arm(rivals.EVEN, 1.4), *others])
-    (judged,) = rivals.replications(swept, 0.2)
+    (judged,) = outcome.replications(swept, 0.2)
     assert judged.held and "dense 10" in judged.evidence and "plain 400 (380–420)" in judged.evidence
     swept = rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 1.5), _arm(rivals.EVEN, 1.4)])
-    (judged,) = rivals.replications(swept, 0.2)
+    (judged,) = outcome.replications(swept, 0.2)
     assert judged.held is False
-    (judged,) = rivals.replications(rivals.Sweep(), 0.2)
+    (judged,) = outcome.replications(rivals.Sweep(), 0.2)
     assert judged.held is None
 
 
 def test_another_share_is_another_question():
-    assert rivals.replications(rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 40.0)]), 0.4) == []
+    assert outcome.replications(rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 40.0)]), 0.4) == []
 
 
 @pytest.mark.parametrize(("even", "refuted"), [(0.2, True), (0.5, None), (0.9, False)])
 def test_fitted_factors_are_compared_with_the_better_bare_ones(even, refuted):
     arms = [_harm("whitened", 0.5), _harm("plain", 4.0), _harm(rivals.BARE_EVEN, even)]
-    (_, answer, evidence), *_ = rivals.refutations(arms, nn.Linear(2, 2), [])
+    (_, answer, evidence), *_ = outcome.refutations(arms, nn.Linear(2, 2), [])
     assert answer is refuted and rivals.BARE_EVEN in evidence
-    (_, answer, evidence), *_ = rivals.refutations([arms[0], _harm("plain", 0.1), arms[2]], nn.Linear(2, 2), [])
+    (_, answer, evidence), *_ = outcome.refutations([arms[0], _harm("plain", 0.1), arms[2]], nn.Linear(2, 2), [])
     assert answer and "plain 0.1" in evidence
 
 
@@ -66,10 +66,10 @@ def _rate(workload: str, ratio: float, verdict: str):
 def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode, refuted):
     rates = [_rate("prefill", 1.05, prefill), _rate("decode", 0.98, decode)]
     thin = FactoredLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
-    *_, (_, answer, evidence) = rivals.refutations([], thin, rates)
+    *_, (_, answer, evidence) = outcome.refutations([], thin, rates)
     assert answer is refuted
     assert evidence == f"prefill 1.05× (1.04–1.06), {prefill}; decode 0.98× (0.97–0.99), {decode}"
-    *_, (_, answer, evidence) = rivals.refutations([], nn.Linear(8, 8), rates)
+    *_, (_, answer, evidence) = outcome.refutations([], nn.Linear(8, 8), rates)
     assert answer is None and "only stacks of experts" in evidence
 
 
