@@ -16,7 +16,8 @@ from torch import nn
 from lib.measure.compare import footprint, speed
 from lib.measure.metrics import settings
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.quality import evaluate
+from lib.measure.quality import answer_comparison, evaluate
+from lib.measure.quality.answers import Classified
 from lib.measure.trackers import memory
 from lib.models import loading
 from lib.optimizations.common import judgement
@@ -118,13 +119,13 @@ def losing(model: str, draws: int, number: int) -> list[dict[str, Any]]:
         scores_NL = base.scores_NL.copy()
         scores_NL[wrong & base.right_N] *= 1.01
         other = replace(base, chosen_N=changed_N, scores_NL=scores_NL)
-        for measured in evaluate.compare_classified(base, other, margin=margin, seed=draw):
+        for measured in answer_comparison.compare_classified(base, other, margin=margin, seed=draw):
             if measured.metric in maintained:
                 maintained[measured.metric] += measured.verdict == "maintained"
     return [{"metric": name, "draws": draws, "maintained": count} for name, count in maintained.items()]
 
 
-def _subset(answers: evaluate.Classified, chosen: np.ndarray) -> evaluate.Classified:
+def _subset(answers: Classified, chosen: np.ndarray) -> Classified:
     return replace(
         answers,
         ids=[answers.ids[index] for index in chosen],

@@ -11,8 +11,8 @@ import torch
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Classified, Retrieved
+from lib.measure.quality import answer_comparison, evaluate
+from lib.measure.quality.answers import Classified, Retrieved
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Limits, Policy, Served
 from lib.measure.serving.server import VirtualClock, serve
@@ -84,7 +84,7 @@ def alone_and_together(
     effort = replace(effort, items=items, retrieval_prompts=prompts)
     compared = []
     for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
-        compared += evaluate.compare_classified(single, batched, **options)
+        compared += answer_comparison.compare_classified(single, batched, **options)
     alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed)
-    return [*compared, evaluate.compare_retrieved(alone, together, **options)]
+    return [*compared, answer_comparison.compare_retrieved(alone, together, **options)]

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.quality import evaluate, noninferiority
-from lib.measure.quality.evaluate import Retrieved
+from lib.measure.quality import answer_comparison, noninferiority
+from lib.measure.quality.answers import Retrieved
 from lib.measure.roofline import cost_model
 from lib.models.decoding import cache_names
 from lib.models.loading import Loaded
@@ -146,9 +146,9 @@ def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor
 def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> list[Measurement]:
     """Return exact match over all values, and the perplexity of the answers over prompts; both are judged.
 
-    `options` are those of `evaluate.compare`: resamples, seed.
+    `options` are those of `answer_comparison.compare`: resamples, seed.
     """
-    match = evaluate.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
+    match = answer_comparison.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
     count, questions = baseline.loss_NQ.shape
     source = f"{questions} answers after each of {count} prompts of {baseline.tokens} tokens, means of prompts"
     common: dict[str, Any] = {"source": source, **options}

@@ -13,8 +13,8 @@ from torch import nn
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate, sanity
-from lib.measure.quality.evaluate import Answers, Retrieved
+from lib.measure.quality import answer_comparison, evaluate, sanity
+from lib.measure.quality.answers import Answers, Retrieved
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, VALUE
@@ -58,7 +58,7 @@ class Quality:
     sparse: Answers
     measurements: list[Measurement]
     degenerate: str | None
-    options: dict[str, int]  # of `evaluate.compare`
+    options: dict[str, int]  # of `answer_comparison.compare`
     asked: LongPrompts | None = None
     answers: dict[str, LongAnswers] | None = None
     patterns: dict[tuple, tuple[list[Measurement], float | None]] = field(
@@ -83,7 +83,7 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     sparse = evaluate.evaluate(
         loaded, sizes, model=optimized, seed=seed, acted=lambda: float(method.left_out(optimized))
     )
-    measurements = evaluate.compare(full, sparse, **options)
+    measurements = answer_comparison.compare(full, sparse, **options)
     if full.reason:
         return Quality(full, sparse, measurements, degenerate, options)
     questions = PREVIEW_QUESTIONS if effort.preview else long_answers.QUESTIONS
@@ -127,7 +127,7 @@ def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
     sources = None if text.source_N is None else text.source_N[few]
     fewer = replace(text, ids_NT=text.ids_NT[few], loss_N=text.loss_N[few], hidden_NTH=text.hidden_NTH[few])
     fewer = replace(fewer, source_N=sources)
-    return evaluate.compare_text(fewer, evaluate.read(arm, fewer.ids_NT), **judged.options)
+    return answer_comparison.compare_text(fewer, evaluate.read(arm, fewer.ids_NT), **judged.options)
 
 
 def over_tau(
@@ -205,7 +205,7 @@ def question_inside(
     found = {name: evaluate.retrieval(replace(loaded, model=arm), **ask) for name, arm in arms.items()}
     return [
         {"name": name, "purpose": "against full attention"}
-        | {"measurements": [evaluate.compare_retrieved(full, answers).model_copy(update={"workload": name})]}
+        | {"measurements": [answer_comparison.compare_retrieved(full, answers).model_copy(update={"workload": name})]}
         for name, answers in found.items()
     ]
 
@@ -239,7 +239,7 @@ def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, s
     if repeated < FEWEST_REPEATED:
         return claim, None, f"{evidence}: too few to lose"
     margin = LOST_SHARE * repeated / len(full.right_N)
-    verdict = evaluate.compare_retrieved(full, sparse, margin=margin, **judged.options).verdict
+    verdict = answer_comparison.compare_retrieved(full, sparse, margin=margin, **judged.options).verdict
     refuted = {"not_maintained": True, "maintained": False, "better": False}.get(verdict)
     limit = f"{100 * LOST_SHARE:.0f} %"
     shown: dict[bool | None, str] = {True: f"a loss of more than {limit}", False: f"a loss of less than {limit}"}

@@ -11,8 +11,8 @@ from torch import nn
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate, sanity
-from lib.measure.quality.evaluate import Answers
+from lib.measure.quality import answer_comparison, evaluate, sanity
+from lib.measure.quality.answers import Answers
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
@@ -48,7 +48,7 @@ def judge(
     degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
     changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed, acted=acted)
-    measurements = evaluate.compare(answers, changed, resamples=effort.resamples, seed=seed)
+    measurements = answer_comparison.compare(answers, changed, resamples=effort.resamples, seed=seed)
     if degenerate:
         measurements = invalid(measurements, degenerate)
     return Judgement(answers, measurements, degenerate)

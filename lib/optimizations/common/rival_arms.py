@@ -16,8 +16,8 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.decision import BUSY_FLOOR
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Text
+from lib.measure.quality import answer_comparison, evaluate
+from lib.measure.quality.answers import Text
 from lib.measure.roofline import cost_model
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.common.evidence import claims
@@ -45,8 +45,11 @@ def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str,
 
     Perplexity, divergence and agreement are read; without a reference only the bytes.
     """
-    quality = [] if reference is None else evaluate.compare_text(reference, evaluate.read(model, reference.ids_NT))
-    return ThirdArm(name, purpose, [*quality, size(baseline, model)])
+    bytes_ = size(baseline, model)
+    if reference is None:
+        return ThirdArm(name, purpose, [bytes_])
+    text = evaluate.read(model, reference.ids_NT)
+    return ThirdArm(name, purpose, [*answer_comparison.compare_text(reference, text), bytes_])
 
 
 def size(baseline: nn.Module, model: nn.Module) -> Measurement:

@@ -16,8 +16,8 @@ from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import NORMAL
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Text
+from lib.measure.quality import answer_comparison, evaluate
+from lib.measure.quality.answers import Text
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
 from lib.optimizations.common.evidence.claims import ThirdArm
@@ -147,7 +147,7 @@ def compare(
     for at, speed in enumerate(speeds, start=1):
         measurements = [speed]
         if texts:
-            measurements += evaluate.compare_text(texts[at], texts[0])[:1]
+            measurements += answer_comparison.compare_text(texts[at], texts[0])[:1]
             nats = ("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
             measurements.append(measurement.informative(*nats))
         controls.append(ThirdArm(f"uniform {at}", "baseline here: all blocks alike", measurements))

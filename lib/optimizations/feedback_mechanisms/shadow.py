@@ -16,7 +16,7 @@ from torch import nn
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
+from lib.measure.quality import answer_comparison, evaluate
 from lib.models.decoding import batch_cache
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
@@ -165,10 +165,10 @@ def blended(
             draw_N = random.random(len(full.ids)) < share
             chosen_N = np.where(draw_N, quick.chosen_N, full.chosen_N)
             scores_NL = np.where(draw_N[:, None], quick.scores_NL, full.scores_NL)
-            results += evaluate.compare_classified(
+            results += answer_comparison.compare_classified(
                 full, replace(full, chosen_N=chosen_N, scores_NL=scores_NL, others={}), **options
             )
         draw_N = random.random(len(all_full.right_N)) < share
         blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
-        compared.append([*results, evaluate.compare_retrieved(all_full, blend, **options)])
+        compared.append([*results, answer_comparison.compare_retrieved(all_full, blend, **options)])
     return compared

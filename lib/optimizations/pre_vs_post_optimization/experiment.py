@@ -19,7 +19,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
+from lib.measure.quality import answer_comparison, evaluate
 from lib.measure.roofline import cost_model
 from lib.models.checkpoints import io
 from lib.models.loading import Loaded
@@ -165,7 +165,7 @@ def identity_control(
     identity = composing.compose(baseline, setup.calibration, []).model
     assert io.weights_hash(identity) == setup.weights, "the identity transform changed a weight"
     answers = [evaluate.evaluate(setup.loaded, setup.quick, model=model, seed=seed) for model in (baseline, identity)]
-    same = evaluate.compare(*answers, resamples=setup.effort.resamples, seed=seed)
+    same = answer_comparison.compare(*answers, resamples=setup.effort.resamples, seed=seed)
     arms = (baseline, identity, prompt_BT, setup.effort)
     unchanged = speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=seed)
     return [*same, *(m for m in unchanged.measurements if m.dimension == "performance")]

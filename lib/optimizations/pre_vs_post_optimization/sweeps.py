@@ -15,7 +15,7 @@ from torch import nn
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
+from lib.measure.quality import answer_comparison, evaluate
 from lib.measure.timing import control, disturbance, workloads
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
@@ -93,6 +93,6 @@ def retrieval(
     for distance in distances:
         arms = [replace(loaded, model=model) for model in (loaded.model, optimized)]
         answers = [evaluate.retrieval(arm, distance, size.retrieval_prompts, seed) for arm in arms]
-        match = evaluate.compare_retrieved(*answers, resamples=resamples, seed=seed)
+        match = answer_comparison.compare_retrieved(*answers, resamples=resamples, seed=seed)
         matches.append(match.model_copy(update={"workload": f"generate, {distance} tokens back"}))
     return matches

@@ -16,7 +16,7 @@ from lib.measure.compare import speed
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality.evaluate import Text
+from lib.measure.quality.answers import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices
 from lib.optimizations.common import rival_arms

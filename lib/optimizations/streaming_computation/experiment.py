@@ -23,7 +23,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate, sanity
+from lib.measure.quality import answer_comparison, evaluate, sanity
 from lib.measure.trackers import environment, memory
 from lib.models.checkpoints import io
 from lib.models.checkpoints.parking import parked
@@ -173,7 +173,7 @@ def quality(
     degenerate = sanity.check(optimized, sample_NT[:, :128], random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
     streamed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed)
-    judged = evaluate.compare(answers, streamed, resamples=effort.resamples, seed=seed)
+    judged = answer_comparison.compare(answers, streamed, resamples=effort.resamples, seed=seed)
     if degenerate:
         judged = [measurement.invalid(m.metric, m.workload, degenerate) for m in judged]
     return judged, degenerate

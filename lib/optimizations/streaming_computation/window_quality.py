@@ -22,7 +22,9 @@ from lib.measure.metrics import paired_stats, settings
 from lib.measure.metrics.catalogue import metric
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import noninferiority
-from lib.measure.quality.evaluate import PROMPTS_AT_ONCE, Retrieved, compare_retrieved
+from lib.measure.quality.answer_comparison import compare_retrieved
+from lib.measure.quality.answers import Retrieved
+from lib.measure.quality.evaluate import PROMPTS_AT_ONCE
 from lib.models.decoding import chunked
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list

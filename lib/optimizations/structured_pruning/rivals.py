@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality.evaluate import Text
+from lib.measure.quality.answers import Text
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import rival_arms
 from lib.optimizations.common.compression import weight_only

@@ -18,7 +18,7 @@ from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Text
+from lib.measure.quality.answers import Text
 from lib.measure.timing import interleaved, workloads
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy

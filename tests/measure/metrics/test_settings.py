@@ -13,7 +13,7 @@ from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.measure.quality import evaluate
+from lib.measure.quality import answer_comparison, evaluate
 from lib.optimizations.common import recipe
 from lib.report.records import record
 from lib.suite.plan import plan
@@ -106,4 +106,4 @@ def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
     loaded = type("Loaded", (), {"random_weights": False, "model": None})()
     answers = evaluate.evaluate(loaded, settings.read("quick"))
     assert answers.text == "ids" and answers.reason == "left out: only performance was asked for"
-    assert {m.verdict for m in evaluate.compare(answers, answers)} == {"unavailable"}
+    assert {m.verdict for m in answer_comparison.compare(answers, answers)} == {"unavailable"}

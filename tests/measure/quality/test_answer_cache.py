@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.measure.metrics import measurement
-from lib.measure.quality import answer_cache, evaluate
+from lib.measure.quality import answer_cache, answer_comparison, evaluate
 from lib.models import loading
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import method
@@ -110,6 +110,9 @@ def test_answers_found_are_those_given_and_say_so(loaded):
     assert (first.scores_NL == again.scores_NL).all() and (first.right_N == again.right_N).all()
     values = [evaluate.retrieval(loaded, 64, 4) for _ in range(2)]
     assert (values[0].right_N == values[1].right_N).all() and values[1].answered
-    compared = [evaluate.compare_retrieved(values[1], values[0]), *evaluate.compare_classified(again, first)]
+    compared = [
+        answer_comparison.compare_retrieved(values[1], values[0]),
+        *answer_comparison.compare_classified(again, first),
+    ]
     assert all(again.answered in measured.source for measured in compared if not measured.metric.startswith("flips"))
     assert measurement.lint(compared) == []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.quality import benchmarks, evaluate
+from lib.measure.quality import answer_comparison, benchmarks, evaluate
 from lib.measure.quality.answers import Classified, Rolled
 from lib.models import loading
 from lib.models.tasks import benchmarks as files
@@ -98,22 +98,22 @@ def by_name(measurements):
 
 def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_workload():
     good, bad = answered(0.7, 2000), answered(0.6, 2000, seed=1)
-    compared = by_name(evaluate.compare_classified(good, bad))
+    compared = by_name(answer_comparison.compare_classified(good, bad))
     assert set(compared) == {"accuracy_norm", "accuracy", "flips", "flips_to_wrong", "flips_to_right"} <= set(METRICS)
     assert {m.workload for m in compared.values()} == {"arc_easy"} and "arc (test), 2000 items" in compared[
         "flips"
     ].source
     assert compared["accuracy_norm"].verdict == "not_maintained" and compared["accuracy"].verdict == "informative"
-    same = by_name(evaluate.compare_classified(good, good))
+    same = by_name(answer_comparison.compare_classified(good, good))
     assert same["accuracy_norm"].verdict == "maintained" and same["flips"].optimized == 0
 
 
 def test_a_baseline_at_chance_has_nothing_to_lose():
     guess, worse = answered(0.25), answered(0.2, seed=2)
-    score = by_name(evaluate.compare_classified(guess, worse))["accuracy_norm"]
+    score = by_name(answer_comparison.compare_classified(guess, worse))["accuracy_norm"]
     assert score.verdict == "informative" and "guessing (25%) does too" in score.reason
     assert (
-        by_name(evaluate.compare_classified(replace(guess, chance=None), worse))["accuracy_norm"].verdict
+        by_name(answer_comparison.compare_classified(replace(guess, chance=None), worse))["accuracy_norm"].verdict
         != "informative"
     )
     assert benchmarks.at_chance(answered(0.4).right_N, 0.25) is None
@@ -121,7 +121,7 @@ def test_a_baseline_at_chance_has_nothing_to_lose():
 
 def test_different_items_are_refused():
     with pytest.raises(ValueError, match="different items"):
-        evaluate.compare_classified(answered(0.5, 40), answered(0.5, 48))
+        answer_comparison.compare_classified(answered(0.5, 40), answered(0.5, 48))
 
 
 def test_documents_are_compared_by_perplexity():

@@ -10,8 +10,8 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.quality import evaluate, noninferiority
-from lib.measure.quality.evaluate import Classified, Retrieved
+from lib.measure.quality import answer_comparison, evaluate, noninferiority
+from lib.measure.quality.answers import Classified, Retrieved
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
 
@@ -55,16 +55,19 @@ def test_resampled_scores_are_scikit_learns_on_resampled_items():
 def test_same_answers_are_maintained_with_enough_items_and_inconclusive_with_few():
     few, many = classified(48, 0.9), classified(400, 0.9)
     other_few, other_many = (replace(arm, scores_NL=arm.scores_NL + 0.01) for arm in (few, many))
-    scores = by_name(evaluate.compare_classified(few, other_few))
+    scores = by_name(answer_comparison.compare_classified(few, other_few))
     assert scores["f1_macro"].verdict == scores["accuracy"].verdict == "inconclusive"
     assert "about 149" in scores["accuracy"].reason
-    assert by_name(evaluate.compare_classified(many, other_many))["f1_macro"].verdict == "maintained"
-    assert by_name(evaluate.compare_classified(few, few))["accuracy"].verdict == "maintained"
+    assert by_name(answer_comparison.compare_classified(many, other_many))["f1_macro"].verdict == "maintained"
+    assert by_name(answer_comparison.compare_classified(few, few))["accuracy"].verdict == "maintained"
 
 
 def test_a_lost_score_is_not_maintained_and_a_gained_one_is_better():
     good, bad = classified(800, 0.95), classified(800, 0.80, seed=1)
-    lost, won = by_name(evaluate.compare_classified(good, bad)), by_name(evaluate.compare_classified(bad, good))
+    lost, won = (
+        by_name(answer_comparison.compare_classified(good, bad)),
+        by_name(answer_comparison.compare_classified(bad, good)),
+    )
     assert lost["f1_macro"].verdict == lost["accuracy"].verdict == "not_maintained"
     assert won["f1_macro"].verdict == "better"
     assert lost["f1_macro"].ci[0] < lost["f1_macro"].ratio < lost["f1_macro"].ci[1] < 1
@@ -75,7 +78,7 @@ def test_too_few_items_say_how_many_it_would_take():
     other = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
     good.chosen_N[:4] = (good.truth_N[:4] + 1) % 8
     other.chosen_N[4:10] = (good.truth_N[4:10] + 1) % 8
-    accuracy = by_name(evaluate.compare_classified(good, other))["accuracy"]
+    accuracy = by_name(answer_comparison.compare_classified(good, other))["accuracy"]
     assert accuracy.verdict == "inconclusive" and "200 items are too few: about" in accuracy.reason
 
 
@@ -110,7 +113,7 @@ def test_flips_are_counted_both_ways_though_accuracy_ties():
     other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
     base.chosen_N[:3] = (base.truth_N[:3] + 1) % 8
     other.chosen_N[3:6] = (base.truth_N[3:6] + 1) % 8
-    metrics = by_name(evaluate.compare_classified(base, other))
+    metrics = by_name(answer_comparison.compare_classified(base, other))
     assert metrics["accuracy"].baseline == metrics["accuracy"].optimized
     assert (metrics["flips"].optimized, metrics["flips_to_wrong"].optimized, metrics["flips_to_right"].optimized) == (
         6,
@@ -121,7 +124,7 @@ def test_flips_are_counted_both_ways_though_accuracy_ties():
 
 def test_a_lost_retrieval_is_seen():
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
-    exact_match = evaluate.compare_retrieved(all_right, none_right)
+    exact_match = answer_comparison.compare_retrieved(all_right, none_right)
     assert exact_match.verdict == "not_maintained" and exact_match.workload == "generate" and exact_match.optimized == 0
 
 
@@ -179,28 +182,30 @@ def test_every_question_is_asked_once_and_a_baseline_is_reused(tiny):
     base = evaluate.evaluate(proxy, effort)
     changed = tiny("qwen3-4b-instruct-2507", seed=2)
     changed.resize_token_embeddings(2048)
-    metrics = by_name(evaluate.compare(base, evaluate.evaluate(proxy, effort, model=changed.requires_grad_(False))))
+    metrics = by_name(
+        answer_comparison.compare(base, evaluate.evaluate(proxy, effort, model=changed.requires_grad_(False)))
+    )
     scores = {"f1_macro", "precision_macro", "recall_macro", "accuracy", "retrieval_exact_match", "top1_agreement"}
     scores |= {"perplexity", "kl_divergence_nats", "flips", "flips_to_wrong", "flips_to_right"}
-    assert set(metrics) == scores == set(evaluate.WORKLOAD_OF) and all(
+    assert set(metrics) == scores == set(answer_comparison.WORKLOAD_OF) and all(
         METRICS[name].dimension == "accuracy" for name in metrics
     )
     assert metrics["kl_divergence_nats"].optimized > 0 and metrics["perplexity"].n == 6
-    again = by_name(evaluate.compare(base, base))
+    again = by_name(answer_comparison.compare(base, base))
     assert again["kl_divergence_nats"].optimized == pytest.approx(0, abs=1e-5)
     assert again["top1_agreement"].optimized == 1 and again["perplexity"].verdict == "maintained"
 
 
 def test_random_weights_have_no_quality_and_the_reason_is_given(tiny):
     answers = evaluate.evaluate(loaded(tiny, random_weights=True), "quick")
-    metrics = evaluate.compare(answers, answers)
+    metrics = answer_comparison.compare(answers, answers)
     assert all(m.verdict == "unavailable" and "random weights" in m.reason for m in metrics)
-    assert [(m.metric, m.workload) for m in metrics] == list(evaluate.WORKLOAD_OF.items())
+    assert [(m.metric, m.workload) for m in metrics] == list(answer_comparison.WORKLOAD_OF.items())
 
 
 def test_different_items_are_refused():
     with pytest.raises(ValueError, match="different items"):
-        evaluate.compare_classified(classified(40, 1.0), classified(48, 1.0))
+        answer_comparison.compare_classified(classified(40, 1.0), classified(48, 1.0))
 
 
 def test_tasks_may_be_chosen_and_unknown_ones_are_named():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.quality import evaluate, lm_eval
+from lib.measure.quality import answer_comparison, evaluate, lm_eval
 from lib.measure.quality.answers import Classified, Rolled
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
@@ -96,7 +96,7 @@ def test_choices_are_those_of_the_harness_item_by_item(harness, loaded, tmp_path
         assert (answers.scores_NL[row, len(expected) :] < -1e8).all()
         assert answers.right_N[row] == direct[doc]["acc_norm"] and answers.others["accuracy"][row] == direct[doc]["acc"]
     assert answers.metric == "accuracy_norm" and 0.25 < answers.chance < 0.34
-    same = {m.metric: m for m in evaluate.compare_classified(answers, answers)}
+    same = {m.metric: m for m in answer_comparison.compare_classified(answers, answers)}
     assert same["flips"].optimized == 0 and same["accuracy_norm"].workload == name
     other = evaluate.ask(loaded, name, "search", 5)
     assert not set(other.ids) & set(answers.ids)

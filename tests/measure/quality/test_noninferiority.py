@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from lib.measure.quality import evaluate, noninferiority
-from lib.measure.quality.evaluate import Answers, Retrieved
+from lib.measure.quality import answer_comparison, noninferiority
+from lib.measure.quality.answers import Answers, Retrieved
 from tests.measure.quality.test_evaluate import by_name, classified
 
 
@@ -38,10 +38,10 @@ def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
     rare = replace(common, truth_N=np.where(np.arange(400) < 4, 7, np.arange(400) % 7))
     rare = replace(rare, chosen_N=rare.truth_N.copy())
     other = replace(rare, scores_NL=rare.scores_NL + 0.1)
-    scores = by_name(evaluate.compare_classified(rare, other))
+    scores = by_name(answer_comparison.compare_classified(rare, other))
     assert scores["accuracy"].verdict == "maintained" and scores["recall_macro"].verdict == "inconclusive"
     assert scores["recall_macro"].bound < scores["accuracy"].bound
-    even = by_name(evaluate.compare_classified(common, replace(common, scores_NL=common.scores_NL + 0.1)))
+    even = by_name(answer_comparison.compare_classified(common, replace(common, scores_NL=common.scores_NL + 0.1)))
     assert even["f1_macro"].verdict == even["accuracy"].verdict == "maintained"
 
 
@@ -53,10 +53,10 @@ def test_how_many_would_suffice_is_said_in_two_digits(count, words):
 def test_same_answers_have_no_interval_and_say_how_many():
     base = classified(48, 0.9)
     for other, verdict in ((replace(base, scores_NL=base.scores_NL + 0.1), "inconclusive"), (base, "maintained")):
-        score = by_name(evaluate.compare_classified(base, other))["accuracy"]
+        score = by_name(answer_comparison.compare_classified(base, other))["accuracy"]
         assert score.verdict == verdict and score.ci is None and score.source.startswith("same answers, 48 items")
         assert score.mde is None or score.mde > 0.02
-    assert "about 149 would show it maintained" in by_name(evaluate.compare_classified(base, replace(
+    assert "about 149 would show it maintained" in by_name(answer_comparison.compare_classified(base, replace(
         base, scores_NL=base.scores_NL + 0.1)))["accuracy"].reason  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_single_item_or_source_decides_nothing(source_N):
     n = 1 if source_N is None else 40
     good = replace(classified(n, 1.0), source_N=source_N)
     bad = replace(good, chosen_N=(good.truth_N + 1) % 8, scores_NL=good.scores_NL + 1)
-    for score in evaluate.compare_classified(good, bad)[:4]:
+    for score in answer_comparison.compare_classified(good, bad)[:4]:
         assert score.verdict == "inconclusive" and "too few" in score.reason and score.mde > score.margin
 
 
@@ -75,7 +75,7 @@ def test_the_smallest_loss_that_would_be_found_is_never_zero(wrong):
     other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
     other.chosen_N[:wrong] = (base.truth_N[:wrong] + 1) % 8
     other.chosen_N[wrong:wrong] = 0
-    for score in evaluate.compare_classified(base, other)[:4]:
+    for score in answer_comparison.compare_classified(base, other)[:4]:
         assert score.mde > score.margin
 
 
@@ -84,7 +84,9 @@ def test_a_few_gains_are_as_uncertain_as_a_few_losses():
     good = classified(60, 1.0)
     bad = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
     bad.chosen_N[:3] = (good.truth_N[:3] + 1) % 8
-    lost, won = (by_name(evaluate.compare_classified(*pair))["accuracy"] for pair in ((good, bad), (bad, good)))
+    lost, won = (
+        by_name(answer_comparison.compare_classified(*pair))["accuracy"] for pair in ((good, bad), (bad, good))
+    )
     ends = [np.array(m.ci) * m.baseline - m.baseline for m in (lost, won)]
     assert ends[0] == pytest.approx(-ends[1][::-1], abs=0.004)  # mirrored, but for the bootstrap's own scatter
     assert ends[1][0] < 0.03 and won.verdict != "better"
@@ -140,7 +142,7 @@ def test_a_workload_in_which_nothing_acted_is_not_exercised():
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
     answers = Answers([base], None, all_right)
     changed = Answers([base], None, none_right, idle=frozenset({"classify"}))
-    metrics = by_name(evaluate.compare(answers, changed))
+    metrics = by_name(answer_comparison.compare(answers, changed))
     assert metrics["f1_macro"].verdict == metrics["accuracy"].verdict == "not_exercised"
     assert "never acted on these prompts" in metrics["f1_macro"].reason and metrics["f1_macro"].ci is None
     assert metrics["flips"].verdict == "informative" and metrics["retrieval_exact_match"].verdict == "not_maintained"

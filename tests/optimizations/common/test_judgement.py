@@ -16,7 +16,7 @@ def test_what_has_degenerated_shows_no_number(monkeypatch):
         return model
 
     monkeypatch.setattr(judgement.evaluate, "evaluate", evaluate)
-    monkeypatch.setattr(judgement.evaluate, "compare", lambda *answers, **options: [SCORE])
+    monkeypatch.setattr(judgement.answer_comparison, "compare", lambda *answers, **options: [SCORE])
     loaded, effort = SimpleNamespace(random_weights=False), SimpleNamespace(resamples=10)
     for reason in (None, "it answers with one token"):
         monkeypatch.setattr(judgement.sanity, "check", lambda *_, **__: reason)  # noqa: B023

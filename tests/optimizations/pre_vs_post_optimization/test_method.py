@@ -316,12 +316,13 @@ def test_a_sweep_has_every_point_with_its_control(tiny, batch):
 
 def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
     from lib.measure.quality import evaluate
+    from lib.measure.quality.answers import Retrieved
 
     seen = []
 
     def recall(loaded, distance, count, seed):
         seen.append((loaded.model, distance))
-        return evaluate.Retrieved(distance, np.array([True, False, True, True]))
+        return Retrieved(distance, np.array([True, False, True, True]))
 
     monkeypatch.setattr(evaluate, "retrieval", recall)
     name = "qwen3-4b-instruct-2507"

@@ -13,8 +13,8 @@ from torch import nn
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
-from lib.measure.quality import evaluate
-from lib.measure.quality.evaluate import Answers
+from lib.measure.quality import answer_comparison, evaluate
+from lib.measure.quality.answers import Answers, Text
 from lib.models.loading import Loaded
 from lib.models.tasks.registry import classifies
 
@@ -73,11 +73,11 @@ class SearchQuality:
         arm = replace(self.loaded, model=model)
         text = evaluate.read_text(arm, "search", self.size, self.seed)
         options: dict[str, Any] = {"resamples": RESAMPLES, "seed": self.seed}
-        growth, bound = _growth(evaluate.compare_text(_text(self.baseline), text, **options))
+        growth, bound = _growth(answer_comparison.compare_text(_text(self.baseline), text, **options))
         if not bound <= perplexity_margin:
             return QualityLoss(None, growth, bound)
         answers = _answers(self.loaded, self.size, self.seed, model, text)
-        judged = evaluate.compare(self.baseline, answers, **options)
+        judged = answer_comparison.compare(self.baseline, answers, **options)
         drops = [
             m.baseline - m.optimized
             for m in judged
@@ -86,7 +86,7 @@ class SearchQuality:
         return QualityLoss(_finite(max(drops, default=0.0)), *_growth(judged))
 
 
-def _text(answers: Answers) -> evaluate.Text:
+def _text(answers: Answers) -> Text:
     assert answers.text is not None, "the split of a search has text"
     return answers.text
 
@@ -115,7 +115,7 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, value
     return SearchQuality(loaded, size, seed, _answers(loaded, size, seed, loaded.model))
 
 
-def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module, text: evaluate.Text | None = None) -> Answers:
+def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module, text: Text | None = None) -> Answers:
     """Return the answers of one arm, which may have read the `text`: to all tasks of a proxy model, to the first of a
     real one, where each of several takes minutes. The verdict asks all of them.
     """

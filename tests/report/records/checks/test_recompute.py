@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.measure.metrics import busy, measurement
-from lib.measure.quality import evaluate, noninferiority
+from lib.measure.quality import answer_comparison, noninferiority
 from lib.report.records import record
 from lib.report.records.checks import lint, recompute
 from tests.measure.quality.test_evaluate import classified
@@ -16,8 +16,8 @@ def _scores():
     for n, lost in ((48, 0), (48, 3), (400, 0), (400, 5), (400, 40), (800, 4)):
         base = classified(n, 0.9)
         other = classified(n, 0.9, wrong=lost) if lost else base
-        measurements += evaluate.compare_classified(base, other)
-        measurements += evaluate.compare_classified(other, base)
+        measurements += answer_comparison.compare_classified(base, other)
+        measurements += answer_comparison.compare_classified(other, base)
     for loss in (0.0, 0.01, 0.03, 0.2, -0.2):
         losses = chance.normal(4, 0.3, 32)
         changed = losses + loss + chance.normal(0, 0.02, 32)
