@@ -1,7 +1,7 @@
 """How the answers of two arms differ: every accuracy metric, paired per item, with verdicts of non-inferiority.
 
 Works on answers that are there (`lib.measure.quality.evaluate` asks for them); verdicts are those of
-`lib.measure.quality.noninferiority`. Knows no model and no optimization.
+`lib.measure.quality.noninferiority`. Knows no optimization.
 
 Shapes: N items or windows, L labels.
 """
