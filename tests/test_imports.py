@@ -30,7 +30,7 @@ FLOORS = {
         {"checkpoints", "calibration", "decoding"}, {"tasks"}, {"offload"}, {"loading"}, {"proxies"},
     ),
     "measure": ({"metrics"}, {"timing"}, {"roofline"}, {"trackers", "quality"}, {"compare", "serving"}),
-    "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages", "choosing", "beside"}),
+    "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages", "choosing", "earlier_runs"}),
     "suite": ({"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster", "lab"}, {"build"}, {"cli"}),
 }  # fmt: skip
 EVERYWHERE = {"errors", "memory_limits", "files", "forked_process"}

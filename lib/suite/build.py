@@ -24,7 +24,7 @@ from lib.suite.run.progress import Progress, duration
 from lib.suite.store import build_history, result_folder, site
 from lib.suite.store.result_folder import Folder, State
 
-MOST_TOLD = 4  # runs whose verdicts a build prints
+MOST_SUMMARIZED = 4  # runs whose verdicts a build prints
 REFRESH_SECONDS = 120.0  # how old the index may become while the runs of a first pass are replaced
 
 
@@ -335,11 +335,11 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
         print(f"FAILED {result.stem}: {result.reason}" + (f" (notebook: {result.notebook})" if result.notebook else ""))
     for fault in faults:
         print(f"FAILED {fault}")
-    say_what_ran(folder.path)
-    if len(stems) <= MOST_TOLD:
-        from lib.suite.store import in_short
+    print_stand_in_note(folder.path)
+    if len(stems) <= MOST_SUMMARIZED:
+        from lib.suite.store import terminal_summary
 
-        for line in (line for stem in stems for line in in_short.lines(folder, stem, shown)):
+        for line in (line for stem in stems for line in terminal_summary.lines(folder, stem, shown)):
             print(line)
     took, total = sum(result.seconds for result in results), len(stems)
     ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
@@ -347,7 +347,7 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
     return 1 if failed or faults else 0
 
 
-def say_what_ran(folder: Path) -> None:
+def print_stand_in_note(folder: Path) -> None:
     """Print which models a folder's results are of, where these are not the models they are named after."""
     from lib.report.records.setting import stand_in
 
@@ -376,12 +376,12 @@ def report(out: Path) -> int:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})") from None
     for fault in of_the_set:
         print(f"FAILED {fault}")
-    say_what_ran(folder.path)
+    print_stand_in_note(folder.path)
     print(f"{len(faults) + len(of_the_set)} failed; {shown(folder.path / 'index.html')}")
     return 1 if faults or of_the_set else 0
 
 
-def cover(out: Path) -> int:
+def write_coverage(out: Path) -> int:
     """Write the coverage report; return the exit code. Runs nothing."""
     folder = result_folder.open_folder(out)
     with _locked(folder):
@@ -391,6 +391,6 @@ def cover(out: Path) -> int:
             raise UserError(f"{error.filename or folder.path}: cannot be written ({error.strerror or error})") from None
     for fault in faults:
         print(f"FAILED {fault}")
-    say_what_ran(folder.path)
+    print_stand_in_note(folder.path)
     print(shown(folder.path / file_names.FILES["coverage"][0]))
     return 1 if faults else 0

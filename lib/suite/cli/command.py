@@ -295,7 +295,7 @@ def _report(options: argparse.Namespace) -> int:
 def _coverage(options: argparse.Namespace) -> int:
     from lib.suite import build
 
-    return build.cover(_folder(options))
+    return build.write_coverage(_folder(options))
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def show(request: Request, out: Path) -> int:
         template = read.get(name) or templates.read(plan.NOTEBOOKS / f"{name}.ipynb")
         print(f"  {name:{width}}  {about(template)}".rstrip())
     print(f"results:       {build.shown(out)}")
-    build.say_what_ran(out)
+    build.print_stand_in_note(out)
     width = max((len(job.stem) for job, _, _ in surveyed), default=0)
     for job, _, state in surveyed:
         word = state.status if state.kind in ("finished", "unrendered") else state.kind

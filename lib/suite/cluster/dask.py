@@ -86,7 +86,7 @@ def run(build: BuildContext, entries: Sequence[Entry], address: str) -> list[Res
         crew = Crew(client, jobs, parts.__getitem__, variables, remote.library(Hashes()))
         loop = Loop(build, address, client, crew, entries)
         loop.gather()
-        client.subscribe_topic(worker_stub.TOPIC, loop.hear)
+        client.subscribe_topic(worker_stub.TOPIC, loop.store_progress)
         while loop.waiting or any(slot.entry for slot in crew.slots):
             loop.step()
             time.sleep(POLL_SECONDS)
@@ -137,7 +137,7 @@ class Loop:
         except (OSError, TimeoutError, AttributeError, RuntimeError):
             raise ClusterLost(f"the scheduler at {self.address} is gone") from None
 
-    def hear(self, event: tuple[float, Mapping[str, str]]) -> None:
+    def store_progress(self, event: tuple[float, Mapping[str, str]]) -> None:
         """Store a worker's progress message for the progress table."""
         for slot in list(self.crew.slots):
             if slot.future is not None and slot.future.key == event[1]["key"]:

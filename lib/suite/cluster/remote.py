@@ -28,7 +28,7 @@ from lib.suite.run.sampling import Tree
 from lib.suite.store.result_folder import Folder
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-TELL_SECONDS = 1.0
+REPORT_SECONDS = 1.0
 
 
 def library(hashes: cache_key.Hashes) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _host() -> str:
         return platform.node()
 
 
-class _Telling:
+class _ProgressReports:
     """Replaces the progress table on a worker: forwards what the job is doing to the build, which shows it."""
 
     def __init__(self, tell: Callable[..., None]):
@@ -138,7 +138,7 @@ class _Telling:
             if (now := self.doing()) != last:
                 self.tell(doing=now)
                 last = now
-            time.sleep(TELL_SECONDS)
+            time.sleep(REPORT_SECONDS)
 
     def start(self, stem: str, doing: Callable[[], str]) -> None:
         self.doing = doing
@@ -166,7 +166,7 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
         shares=[request["cores"]],
         temporary=base / "temporary",
         neighbours=[(optimization, model) for optimization, model in request["neighbours"]],
-        progress=_Telling(tell),
+        progress=_ProgressReports(tell),
         side_by_side=request["side_by_side"],
     )
     [result] = schedule.run(build, [schedule.Entry(job, request["key"], parts)])

@@ -19,7 +19,7 @@ from lib.suite.plan.plan import Job
 DEVICE = "device"
 
 
-class Carried:
+class PickledByValue:
     """A function of `lib.suite.cluster.worker_stub` that arrives whole where `lib` cannot be imported: scheduler and
     worker.
     """
@@ -101,7 +101,7 @@ class Crew:
         """Submit a request to a worker, using one of its tokens; return the future."""
         context = {"variables": dict(self.variables), "library": cache_key.digest(self.library)}
         return self.client.submit(
-            Carried(worker_stub.call),
+            PickledByValue(worker_stub.call),
             {**request, **context},
             key=f"workbench-{uuid.uuid4()}",
             workers=[address],

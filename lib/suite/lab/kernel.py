@@ -78,7 +78,7 @@ class CellFollower:
             return
         self.took[self.at] = seconds
         if LAST in self.cells[self.at].tags:
-            self._beside()
+            self._show_beside_earlier()
 
     def _place(self) -> Place:
         if self.at is None:
@@ -103,14 +103,14 @@ class CellFollower:
         name = f"{stem}--{model}.json"
         return [self.path.parent / RUNS / scale / name, self.results / scale / name]
 
-    def _beside(self) -> None:
-        from lib.report import beside  # what reads records takes long to import
+    def _show_beside_earlier(self) -> None:
+        from lib.report import earlier_runs  # what reads records takes long to import
 
-        run = beside.record_of(self.shell.user_ns)
+        run = earlier_runs.record_of(self.shell.user_ns)
         if run is None:
             return
         here, built = self._stored({"scale": run.scale, "model": run.model})
         if self.shown[0] is not run:
             seconds = {self.cells[place].executed: seconds for place, seconds in self.took.items()}
-            self.shown = (run, beside.keep(run, here, seconds))
-        beside.show(run, self.shown[1], beside.stored(built))
+            self.shown = (run, earlier_runs.keep(run, here, seconds))
+        earlier_runs.show(run, self.shown[1], earlier_runs.stored(built))

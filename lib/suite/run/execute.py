@@ -77,7 +77,7 @@ def _execute(request: dict, tell: Any) -> dict:
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
-    class Telling(NBClientEngine):
+    class ReportingEngine(NBClientEngine):
         """Papermill's own engine, which also reports the running cell."""
 
         @classmethod
@@ -85,13 +85,13 @@ def _execute(request: dict, tell: Any) -> dict:
             _watch(nb_man, tell)
             return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
-    papermill_engines.register("telling", Telling)
+    papermill_engines.register("reporting", ReportingEngine)
     try:
         papermill.execute_notebook(
             _literal(request["notebook"]),
             _literal(request["output"]),
             parameters=request["parameters"],
-            engine_name="telling",
+            engine_name="reporting",
             kernel_name="python3",
             cwd=request["directory"],
             progress_bar=False,

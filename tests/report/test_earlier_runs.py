@@ -1,26 +1,29 @@
 """This run beside the last one: what differs is said, what is missing is a dash, and a run is kept for the next."""
 
-from lib.report import beside
+from lib.report import earlier_runs
 from lib.report.records import record
 from tests.report import samples
 
 
 def test_what_the_other_run_did_otherwise_is_said():
     run, other = samples.run(), samples.run()
-    assert beside.difference("last build", run, other) == "Last build (2026-01-31 14:05), set alike."
+    assert earlier_runs.difference("last build", run, other) == "Last build (2026-01-31 14:05), set alike."
     changed = other.model_copy(update={"effort": "standard", "parameters": other.parameters | {"ratio": 0.5}})
-    sentence = beside.difference("last build", run, changed)
+    sentence = earlier_runs.difference("last build", run, changed)
     assert "effort standard (now quick), ratio 0.5 (now 0.3)" in sentence
-    frame = beside.table(run, [("last build", changed.model_copy(update={"measurements": []}))])
+    frame = earlier_runs.table(run, [("last build", changed.model_copy(update={"measurements": []}))])
     assert set(frame["last build"]) == {"–"} and len(frame) > 3
 
 
 def test_a_run_is_kept_for_the_next_one(tmp_path):
     run, path = samples.run(), tmp_path / "runs" / "a.json"
-    assert beside.record_of({"result": run, "other": 1, "_": samples.run()}) is run and beside.record_of({}) is None
-    assert beside.keep(run, path, {3: 1.5, 4: 2.0}) is None
+    assert (
+        earlier_runs.record_of({"result": run, "other": 1, "_": samples.run()}) is run
+        and earlier_runs.record_of({}) is None
+    )
+    assert earlier_runs.keep(run, path, {3: 1.5, 4: 2.0}) is None
     kept = record.read(path)
     assert kept.seconds == 3.5 and kept.process is not None and kept.process.cell_seconds == {"3": 1.5, "4": 2.0}
-    assert beside.keep(run, path, {3: 9.0}) == kept
+    assert earlier_runs.keep(run, path, {3: 9.0}) == kept
     path.write_text("{")
-    assert beside.stored(path) is None
+    assert earlier_runs.stored(path) is None

@@ -1,14 +1,14 @@
 """After a run a terminal shows its verdict, three numbers and where its report lies."""
 
 from lib.report.records import record
-from lib.suite.store import in_short
+from lib.suite.store import terminal_summary
 from lib.suite.store.result_folder import Folder
 from tests.report import samples
 
 
 def _lines(folder, run):
     record.write(run, folder / f"{run.stem}.json")
-    return in_short.lines(Folder(folder), run.stem, lambda path: path.name)
+    return terminal_summary.lines(Folder(folder), run.stem, lambda path: path.name)
 
 
 def test_a_measured_run_is_told_in_three_lines(tmp_path):
@@ -23,4 +23,4 @@ def test_a_run_without_a_result_is_told_in_fewer(tmp_path):
     skipped = samples.without_result("not_applicable", "no experts")
     assert _lines(tmp_path, skipped) == [f"{skipped.stem}: Not applicable: no experts.", f"  {skipped.stem}.html"]
     assert _lines(tmp_path, samples.without_result("failed", "no memory")) == []
-    assert in_short.lines(Folder(tmp_path), "nothing--here", str) == []
+    assert terminal_summary.lines(Folder(tmp_path), "nothing--here", str) == []
