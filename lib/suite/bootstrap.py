@@ -116,6 +116,11 @@ def _say(line: str) -> None:
     print(f"build.py: {line}", file=sys.stderr, flush=True)
 
 
+def python_path() -> str:
+    """Return PYTHONPATH for a program that this one starts: the repository first, then what was set."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
 def enter() -> None:
     """Return inside an environment that satisfies `requirements.txt`, making one first where there is none.
 

@@ -32,7 +32,7 @@ METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes lon
 
 
 class TimingOptions(TypedDict):
-    """Options of `interleaved.paired` and `interleaved.a_a`."""
+    """Options of `interleaved.paired`."""
 
     blocks: int
     iterations: int

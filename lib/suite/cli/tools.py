@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.suite.bootstrap import python_path
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 PLUGIN = "lib.suite.cli.nbval_at_preview"
@@ -42,10 +43,6 @@ def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, a
     return code
 
 
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
-
-
 def test(arguments: Sequence[str], description: str) -> int:
     """Run ruff over code and notebooks, then pytest: the unit tests, and every template by nbval at effort preview.
 
@@ -62,7 +59,7 @@ def test(arguments: Sequence[str], description: str) -> int:
     chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
     where = [] if chosen else ["tests", *(str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb")))]
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
-        environment = {"PYTHONPATH": _python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
+        environment = {"PYTHONPATH": python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
         beside = [] if chosen else [f"--numprocesses={min(os.cpu_count() or 1, MOST_BESIDE)}", "--dist=loadfile"]
         environment["WORKBENCH_BLOCK_SECONDS"] = os.environ.get("WORKBENCH_BLOCK_SECONDS", "0")  # nothing is judged
         if beside:
@@ -98,7 +95,7 @@ def lab(arguments: Sequence[str], description: str) -> int:
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         own = jupyterlab.environment(Path(folder), request.results(options))
         called = ["jupyterlab", *jupyterlab.arguments(working_copies.COPIES, Path(folder)), *passed_on]
-        return 1 if _call(called, {"PYTHONPATH": _python_path(), **own}, asks=True) else 0
+        return 1 if _call(called, {"PYTHONPATH": python_path(), **own}, asks=True) else 0
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:

@@ -3,14 +3,14 @@
 Reads the notebook and the records as plain JSON, so that a kernel starts quickly. Knows nothing of what is shown.
 """
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from lib.files import json_object
 from lib.suite.plan import template as templates
 
 PARAMETERS, LAST = "parameters", "environment"  # tags
@@ -64,16 +64,8 @@ def find(cells: Sequence[CodeCell], source: str, after: int) -> int | None:
 def expected(cells: Sequence[CodeCell], stored: Iterable[Path], effort: Any) -> list[float | None]:
     """Return the seconds of each cell in the first of the records `stored` with this effort; None where unknown."""
     for path in stored:
-        record = _plain(path)
+        record = json_object(path)
         took = (record.get("process") or {}).get("cell_seconds") or {}
         if record.get("effort") == effort and took:
             return [took.get(str(cell.executed)) for cell in cells]
     return [None] * len(cells)
-
-
-def _plain(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib.files import aside, write_atomically
+from lib.files import aside, json_object, write_atomically
 from lib.suite.plan import template as templates
 from lib.suite.plan.cache_key import digest
 from lib.suite.plan.plan import NOTEBOOKS, ROOT, Job
@@ -23,7 +23,7 @@ def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Ite
     A job gets a copy of its own, `<optimization>--<model>.ipynb`, with its parameters set in the cell of that name.
     """
     copies.mkdir(exist_ok=True)
-    made_from = _read(copies / MADE_FROM)
+    made_from: dict[str, str | None] = json_object(copies / MADE_FROM)
     lines = []
     contents = {path.name: path.read_text(encoding="utf-8") for path in sorted(templates_folder.glob("*.ipynb"))}
     for name, text in {**contents, **{f"{job.stem}.ipynb": _with_parameters(job) for job in jobs}}.items():
@@ -46,14 +46,6 @@ def _with_parameters(job: Job) -> str:
     cell = next(cell for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", ()))
     cell["source"] = templates.with_values("".join(cell["source"]), job.parameters).splitlines(keepends=True)
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path) -> dict[str, str | None]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _cells_of(path: Path) -> str | None:

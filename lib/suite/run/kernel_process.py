@@ -20,6 +20,7 @@ from typing import IO, Any
 from lib.errors import UserError
 from lib.files import cache_folder
 from lib.forked_process import ForkedProcess
+from lib.suite.bootstrap import python_path
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 from lib.suite.run.fork_server import LIBRARIES, ForkServer, possible
 from lib.suite.run.sampling import Samples, Tree
@@ -120,7 +121,7 @@ def surroundings(folder: Path) -> dict[str, str]:
     """Return the environment variables of a notebook whose own files go to `folder`."""
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SESSION}
     return inherited | {
-        "PYTHONPATH": _python_path(),
+        "PYTHONPATH": python_path(),
         "JUPYTER_PATH": str(write_kernel(folder)),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         "IPYTHONDIR": str(folder / "ipython"),
@@ -128,10 +129,6 @@ def surroundings(folder: Path) -> dict[str, str]:
         "WORKBENCH_CACHE": str(cache_folder()),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
 
 
 @dataclass
@@ -173,7 +170,7 @@ def fork_server(cores: int, architectures: Iterable[str]) -> Iterator[ForkServer
         return
     inherited = {name: value for name, value in os.environ.items() if name not in OF_A_SESSION}
     modules = [*LIBRARIES, *(f"transformers.models.{name}.modeling_{name}" for name in architectures)]
-    server = ForkServer(inherited | {"PYTHONPATH": _python_path()} | threads(cores), modules)
+    server = ForkServer(inherited | {"PYTHONPATH": python_path()} | threads(cores), modules)
     try:
         yield server
     finally:
