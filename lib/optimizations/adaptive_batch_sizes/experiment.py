@@ -29,6 +29,7 @@ from lib.optimizations.adaptive_batch_sizes.prefix_caching import PrefixStudy
 from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
+from lib.optimizations.common.evidence.targets import is_reached
 
 CLAIMS = (
     "At a constant rate the policy serves fewer requests in time than the best fixed size, by more than a twentieth.",
@@ -186,7 +187,7 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
     forbidden = f"not judged: {trial.strays.forbids}" if trial.strays.forbids else None
     return [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}"}
-        | {"reached": (forbidden if ", simulated:" in name else None) or _reached(value, how, goal)}
+        | {"reached": (forbidden if ", simulated:" in name else None) or is_reached(value, how, goal)}
         for name, value, how, goal in goals
     ]
 
@@ -197,12 +198,6 @@ def _real_rivals(trial: RealModelTrial) -> list[tuple[str, float | None, str, fl
         return []
     name = "changing trace, real model: adaptive ÷ best rival"
     return [(name, trial.rivals.gain, "at least", LEAST_AT_CHANGING_RATE)]
-
-
-def _reached(value: float | None, how: str, goal: float) -> bool | str:
-    if value is None:
-        return "unknown"
-    return value >= goal if how == "at least" else value <= goal
 
 
 def details(

@@ -308,7 +308,7 @@ def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Dri
     slowest = max(row["solved again, s"] for row in drifted.rows)
     counts = [followed.evaluations_until(drift.LEVEL) for followed in adaptations]
     third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
-    nearer = closer is not None and closer > 1 and comparison.beside
+    nearer = closer is not None and closer > 1 and comparison.has_rival_no_faster
     rows = [
         ("hypervolume at least 1.1 of random's", equal.gain, bool(equal.gain is None or equal.gain >= 1.1)),
         ("hypervolume above that of all blocks alike", against_uniform, against_uniform is None or against_uniform > 1),

@@ -92,7 +92,7 @@ class RivalComparison:
     controls: list[ThirdArm]
 
     @property
-    def beside(self) -> bool:
+    def has_rival_no_faster(self) -> bool:
         """Whether at least one rival is not faster, within 2 %."""
         return max(_ratios(self.speeds)) >= 0.98
 
@@ -127,7 +127,7 @@ class RivalComparison:
         if low is None or high is None:
             return None, "no held-out text was read"
         evidence = f"divergence at equal speed ÷ the search's: {self.closer:.3g} ({low:.3g} to {high:.3g})"
-        if not self.beside:
+        if not self.has_rival_no_faster:
             return None, f"{evidence}; every rival is faster"
         return (True if high < 1 else False if low > 1 else None), evidence
 

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from lib.measure.metrics import paired_stats
+from lib.optimizations.common.evidence.targets import is_reached
 from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import experiment
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import Row
@@ -46,15 +47,9 @@ def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: 
     )
     untold = (_not_judged(live), None, NO_FAST if guards.alone else None, None)
     return [
-        {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": why or _reached(value, how, goal)}
+        {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": why or is_reached(value, how, goal)}
         for (name, value, how, goal), why in zip(goals, untold)
     ]
-
-
-def _reached(value: float | None, how: str, goal: float) -> bool | str:
-    if value is None:
-        return "unknown"
-    return bool(value >= goal if how == "at least" else value <= goal)
 
 
 def _not_judged(live: LiveTrial) -> str | None:
