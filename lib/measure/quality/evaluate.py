@@ -2,7 +2,8 @@
 every arm.
 
 A baseline is evaluated once and compared with many arms (`lib.measure.quality.answer_comparison`). Text is compared
-with little memory: the last hidden states are held, and logits are computed again in chunks. Knows no optimization.
+with little memory: the last hidden states are held, and `divergence` of two arms computes logits again in chunks. Knows
+no optimization.
 
 Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
