@@ -182,7 +182,7 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         *_real_rivals(trial),
         ("changing trace, simulated: adaptive ÷ best rival", changing, "at least", LEAST_AT_CHANGING_RATE),
         ("constant rates, simulated: least adaptive ÷ best fixed", least, "at least", LEAST_AT_CONSTANT_RATE),
-        ("simulation error, adaptive", trial.error.optimized, "at most", MOST_ERROR),
+        ("simulation error", trial.strays.share, "at most", MOST_ERROR),
     )
     forbidden = f"not judged: {trial.strays.forbids}" if trial.strays.forbids else None
     return [

@@ -163,21 +163,21 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
 
 
 def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
-    """Return whether the simulation strays from the replays of the adaptive policy, and the evidence.
+    """Return whether the simulation strays from the replays, and the evidence.
 
-    Not where the mean error is small. Where it is large, only if most quantities lie outside the range of the jitters
-    and nothing disturbed the replays: else they cannot tell.
+    Not where the error that simulated numbers carry is small. Where it is large, only if most quantities of both arms
+    lie outside the range of the jitters and nothing disturbed the replays: else they cannot tell.
     """
-    rows = [row for row in trial.rows if row["policy"] == ADAPTIVE and row["error"] is not None]
-    error, disturbed = trial.error.optimized, trial.rounds.disturbed
-    if error is None or not rows:
+    rows = [row for row in trial.rows if row["error"] is not None]
+    error, disturbed = trial.strays, trial.rounds.disturbed
+    if error.share is None or not rows:
         return None, "nothing was served"
     outside = sum(not row["least"] <= row["real"] <= row["most"] for row in rows)
     evidence = (
-        f"mean relative error {error:.3f}, limit {MOST_ERROR}; {outside} of {len(rows)} quantities outside the range "
-        f"of {JITTERS} jitters; disturbed by: {disturbed}"
+        f"relative error {error.share:.3f} ({error.of}), limit {MOST_ERROR}; {outside} of {len(rows)} quantities "
+        f"outside the range of {JITTERS} jitters; disturbed by: {disturbed}"
     )
-    if error <= MOST_ERROR:
+    if error.share <= MOST_ERROR:
         return False, evidence
     return (True if 2 * outside > len(rows) and disturbed == "nothing" else None), evidence
 

@@ -23,7 +23,7 @@ OPEN = {"inconclusive": "undecided", "informative": "not judged", "unavailable":
 def phrase(measurement: Measurement) -> str:
     """Return what is said of a measurement: its name, and by how much it changed or that this cannot be told."""
     if sentence.same_answers(measurement):
-        return "answers unchanged"
+        return _unchanged_answers(measurement)
     return f"{sentence.subject(measurement)} {outcome(measurement)}"
 
 
@@ -41,7 +41,7 @@ def outcome(measurement: Measurement) -> str:
 def value(measurement: Measurement) -> str:
     """Return what a table shows of a measurement: the change in words where it was called, with its sign where not."""
     if sentence.same_answers(measurement):
-        return "answers unchanged"
+        return _unchanged_answers(measurement)
     if measurement.verdict in CALLED and (changed := change(measurement)):
         return changed
     if measurement.verdict in ("unavailable", "invalid", "not_exercised"):
@@ -49,6 +49,12 @@ def value(measurement: Measurement) -> str:
     if measurement.verdict == "equivalent":
         return "unchanged"
     return number(measurement) or quantity(measurement.optimized, measurement.unit)
+
+
+def _unchanged_answers(measurement: Measurement) -> str:
+    """Return that no answer changed; where the items were too few to conclude anything from that, of how many."""
+    few = measurement.verdict == "inconclusive" and measurement.n
+    return f"{measurement.n} answers unchanged" if few else "answers unchanged"
 
 
 def change(measurement: Measurement) -> str:

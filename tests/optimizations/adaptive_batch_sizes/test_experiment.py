@@ -158,28 +158,29 @@ def test_a_variant_that_beats_the_policy_is_said_to(better, says):
 )
 def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, refuted):
     row = {"policy": "adaptive", "error": error, "least": 1.0, "most": 3.0, "real": real}
-    trial = SimpleNamespace(
-        rows=[row] * 5, error=SimpleNamespace(optimized=error), rounds=SimpleNamespace(disturbed=disturbed)
-    )
+    strays = SimulationError(error, "goodput share, fixed")
+    trial = SimpleNamespace(rows=[row] * 5, strays=strays, rounds=SimpleNamespace(disturbed=disturbed))
     decided, evidence = real_model.simulation_refuted(trial)
-    assert decided is refuted and f"{error:.3f}" in evidence
+    assert decided is refuted and f"{error:.3f} (goodput share, fixed)" in evidence
 
 
 def test_targets_without_a_number_are_unknown():
     rivals, strays = SimpleNamespace(rounds=None), SimulationError(0.05, "planted")
-    trial = SimpleNamespace(error=SimpleNamespace(optimized=None), headline=SimpleNamespace(ratio=1.1), rivals=rivals)
-    trial.strays = strays
+    trial = SimpleNamespace(headline=SimpleNamespace(ratio=1.1), rivals=rivals, strays=strays)
     rows = [{"traffic": "constant 0.4", "adaptive ÷ best fixed": 0.97}]
     rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
     frame = pd.DataFrame(experiment.targets(rows, trial))
-    assert list(frame.reached) == [False, True, True, "unknown"]
+    assert list(frame.reached) == [False, True, True, True]
     trial.rivals = SimpleNamespace(rounds="some", gain=1.2)
     frame = pd.DataFrame(experiment.targets(rows, trial))
-    assert list(frame.reached) == [False, True, True, True, "unknown"] and "best rival" in frame.figure[1]
+    assert list(frame.reached) == [False, True, True, True, True] and "best rival" in frame.figure[1]
     trial.strays = SimulationError(0.13, "planted")
     reached = dict(pd.DataFrame(experiment.targets(rows, trial))[["figure", "reached"]].values)
     assert all("13.0% (planted)" in str(value) for name, value in reached.items() if ", simulated:" in name)
     assert reached["changing trace, real model: adaptive ÷ best fixed"] is False
+    assert reached["simulation error"] is False
+    trial.strays = SimulationError(None)
+    assert pd.DataFrame(experiment.targets(rows, trial)).reached.iloc[-1] == "unknown"
 
 
 @pytest.mark.parametrize("make, transform", [(lambda m: m, None), (mla_absorption.absorb, saved.ABSORBING)])

@@ -32,7 +32,9 @@ def test_amounts_and_scores():
     same = samples.scored("f1_macro", 0.9, 0.9, "maintained").model_copy(
         update={"source": "same answers, 400 items; topic", "ci": None}
     )
-    assert brief.phrase(same) == "answers unchanged"
+    assert brief.phrase(same) == brief.value(same) == "answers unchanged"
+    few = same.model_copy(update={"verdict": "inconclusive", "n": 16})
+    assert brief.phrase(few) == brief.value(few) == "16 answers unchanged" and brief.outcome(few) == "unchanged"
     assert brief.phrase(measurement.unavailable("f1_macro", "classify", "random weights")) == "F1 not measured"
 
 

@@ -12,7 +12,7 @@ from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.verdicts import primary
-from lib.report.text import brief
+from lib.report.text import brief, sentence
 from lib.report.text.sentence import clipped
 
 PREVIEW = "preview"
@@ -55,12 +55,17 @@ def sentences(
 
 def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
     """Return what is said of a measurement, with its workload where its metric is judged for more than one, and that it
-    is estimated where it is.
+    is estimated where it is; beside unchanged answers to the tasks, how many of other answers differ, if any does.
     """
     judged = sum(m.metric == measurement.metric and m.verdict not in primary.SILENT for m in beside)
     notes = [measurement.workload] if judged > 1 else []
     notes += ["estimated"] if measurement.provenance == "estimated" else []
-    return brief.phrase(measurement) + (f" ({', '.join(notes)})" if notes else "")
+    said = brief.phrase(measurement) + (f" ({', '.join(notes)})" if notes else "")
+    if sentence.same_answers(measurement):
+        elsewhere = [m for m in beside if m.metric == "same_answers" and m.optimized is not None and m.n]
+        differing = [(round(m.n * (1 - m.optimized)), m.n, m.workload) for m in elsewhere]
+        said += "".join(f", {count} of {n} others differ ({workload})" for count, n, workload in differing if count)
+    return said
 
 
 def without_result(what: str, reason: str | None) -> str:

@@ -109,6 +109,20 @@ def test_a_busy_machine_is_said():
     assert in_words.of_record(preview) == preview.verdict.sentence
 
 
+def test_unchanged_answers_hide_none_that_differ_elsewhere():
+    source = "same answers, 16 items; key-value retrieval"
+    same = samples.scored("retrieval_exact_match", 0.75, 0.75, "inconclusive").model_copy(
+        update={"source": source, "ci": None, "n": 16}
+    )
+    served = [
+        measurement.informative("same_answers", workload, 1.0, share, "165 requests", n=165)
+        for workload, share in (("serve, real model", 94 / 165), ("generate, n-gram", 1.0))
+    ]
+    assert judge([same]).sentence.startswith("16 answers unchanged.")
+    text = "16 answers unchanged, 71 of 165 others differ (serve, real model)"
+    assert judge([same, *served]).sentence.startswith(text)
+
+
 def test_a_record_without_primaries_is_put_into_words_too():
     run = samples.run()
     old = run.model_copy(update={"verdict": run.verdict.model_copy(update={"carried_by": {}, "losses": []})})
