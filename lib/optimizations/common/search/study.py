@@ -21,6 +21,7 @@ from typing import Literal
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL
 
 from lib import files
 from lib.errors import UserError
@@ -143,7 +144,7 @@ def _make(path: Path | None, name: str, space: Mapping[str, object], objectives:
     memory = optuna.create_study(study_name=name, directions=directions)
     if path is None:
         return Study(memory, None, None)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    storage = optuna.storages.RDBStorage(_address(path))
     file = optuna.create_study(study_name=name, directions=directions, storage=storage, load_if_exists=True)
     if "space" not in file.user_attrs:
         file.set_user_attr("space", fingerprint(space))
@@ -151,6 +152,11 @@ def _make(path: Path | None, name: str, space: Mapping[str, object], objectives:
         memory.set_user_attr(fact, text)
     memory.add_trials(file.get_trials(states=(TrialState.COMPLETE,)))
     return Study(memory, file, path, storage=storage)
+
+
+def _address(path: Path) -> str:
+    """Return the address of a file for Optuna, which replaces names in braces, and takes `?` and `%` for its own."""
+    return URL.create("sqlite", database=str(path)).render_as_string().replace("{", "{{").replace("}", "}}")
 
 
 def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:

@@ -37,6 +37,15 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     assert _search(tmp_path / "parts.db", 14) == whole == _search(None, 14)
 
 
+@pytest.mark.parametrize("name", ["r{1}", "r{model} {", "a b?c=d", "100%20", "Größe #1"])
+def test_a_folder_of_any_name_is_taken_literally(tmp_path, name):
+    path = tmp_path / name / "s.db"
+    assert len(_search(path, 3)) == 3 and path.is_file(), "the file lies where it was asked for"
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    with study.opened(path, "s", SPACE, 2) as stored:
+        assert len(stored.trials) == 3
+
+
 def test_killed_in_the_middle_and_started_again(tmp_path):
     path = tmp_path / "killed.db"
     program = f"""
