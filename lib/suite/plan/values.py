@@ -25,6 +25,8 @@ OPTIONS = {
     "checkpoints": "--checkpoints",
     "random_weights": "--random-weights",
 }
+PATHS = ("text", "studies", "stacks", "history")  # of files and folders: a notebook runs in another folder
+SEEDS = 2**31  # every library of those that draw takes this many, with what is added to them
 
 
 def resolve(
@@ -45,9 +47,13 @@ def resolve(
             values[name] = _checked(source, name, value, template)
     if "tasks" in values:
         values["tasks"] = check_tasks(values["tasks"])
+    for name in PATHS:
+        if isinstance(value := values.get(name), str) and value:
+            values[name] = str(expanded(value))
     if values.get("text"):
-        values["text"] = str(expanded(values["text"]))
         text_file.check(values["text"])
+    if isinstance(seed := values.get("seed"), int) and not 0 <= seed < SEEDS:
+        raise UserError(f'{template.stem}: "seed": expected a whole number from 0 to {SEEDS - 1}, got {seed}')
     return values | dict(options)
 
 

@@ -49,6 +49,8 @@ def refused(root, *arguments, **more):
         (["-p", "ratio=-0.1"], "expected a value in [0, 1), got -0.1"),
         (["-p", "ratio=nan"], "expected float"),
         (["-p", "seed=1.5"], '-p: "seed": expected int'),
+        (["-p", "seed=-1"], 'well: "seed": expected a whole number from 0 to 2147483647, got -1'),
+        (["-p", "seed=4294967296"], "got 4294967296"),
         (["-p", "model=beta-2"], '"model" is set by the option --model'),
         (["--checkpoints", "x"], '--checkpoints is for "--scale full"'),
         (["--scale", "full", "--checkpoints", "nowhere"], "nowhere/alpha-1.5: no checkpoint folder"),
@@ -160,6 +162,18 @@ def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
     [job] = plan.plan(plan.Request(parameters={"seed": "7"}, effort="standard"))
     assert (job.parameters["ratio"], job.parameters["seed"], job.parameters["effort"]) == (0.5, 7, "standard")
     assert job.stem == "well--alpha-1.5" and isinstance(job.parameters["ratio"], float)
+
+
+def test_a_path_begins_where_the_command_was_given_not_where_the_notebook_runs(tmp_path, monkeypatch):
+    from lib.suite.plan.values import OPTIONS, resolve
+
+    more = '\nstudies: str = ""  # a folder\nstacks: str = ""  # a folder\nhistory: str = ""  # a file'
+    template = templates.read(workbench.notebook(tmp_path / "x.ipynb", [], workbench.COMMON + more))
+    monkeypatch.chdir(tmp_path)
+    options = {name: template.parameters[name].default for name in OPTIONS}
+    values = resolve(template, options, {"stacks": "../s"}, {"history": "old/h.sqlite"})
+    assert values["history"] == str(tmp_path / "old" / "h.sqlite")
+    assert (values["stacks"], values["studies"]) == (str(tmp_path.parent / "s"), "")
 
 
 def test_parameters_are_read_as_papermill_reads_them(tmp_path):
