@@ -257,9 +257,8 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
     )
     number = len(search.evaluations)
     for attempt in range(3):
-        memory.sampler = optuna.samplers.TPESampler(
-            seed=search.seed * 1_000_003 + number * 17 + attempt, multivariate=True, n_startup_trials=1
-        )
+        own = (search.seed * 1_000_003 + number * 17 + attempt) % 2**32  # no more are there
+        memory.sampler = optuna.samplers.TPESampler(seed=own, multivariate=True, n_startup_trials=1)
         choice = dict(memory.ask(distributions).params)
         if not search.evaluated(choice):
             return choice

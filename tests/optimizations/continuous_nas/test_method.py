@@ -46,6 +46,12 @@ def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
     assert best.choice == idle and best.divergence < 1e-6
 
 
+def test_any_seed_proposes(tiny, batch):
+    search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch, seed=2**31 - 1)
+    nas.run(search, costs, time_share=0.9, memory_share=1.0, refinements=1)
+    assert [evaluation.phase for evaluation in search.evaluations][-1] == "prefill_heavy: refine"
+
+
 def test_answers_are_within_the_budgets(tiny, name, batch):
     model = tiny(name)
     search, costs = _begin(model, batch)
