@@ -18,6 +18,7 @@ from lib.errors import UserError
 LINE = re.compile(r"^(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<type>[^=#]+?)\s*=\s*(?P<rest>.+)$")
 NUMBER = r"[-+]?(?:inf|∞|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
 INTERVAL = re.compile(rf"\bin\s+([\[(])\s*({NUMBER})\s*,\s*({NUMBER})\s*([\])])")
+DEFAULT_BELOW = re.compile(r";\s*-1:\s")  # in a help: -1 alone stands for a default, nothing else below 0 is a value
 CHOICES = re.compile(r"\bone of\s+([^\s,;|]+(?:\|[^\s,;|]+)+)")
 
 
@@ -157,6 +158,8 @@ def check(value: Any, parameter: Parameter, where: str) -> Any:
             raise UserError(f"{where}: expected one of {', '.join(parameter.choices)}, got {item!r}")
         if parameter.interval and isinstance(item, (int, float)) and not _within(item, parameter.interval):
             raise UserError(f"{where}: expected a value {_shown(parameter.interval)}, got {item!r}{_about(parameter)}")
+        if DEFAULT_BELOW.search(parameter.help) and isinstance(item, float) and -1 < item < 0:
+            raise UserError(f"{where}: expected -1 or a value of at least 0, got {item!r}{_about(parameter)}")
     return converted
 
 

@@ -210,6 +210,9 @@ def test_parameters_that_papermill_cannot_read(tmp_path):
         ("int", "in [-2, 2]", "-2", -2),
         ("str", "one of a|b", "c", None),
         ("float | None", "", "none", None),
+        ("float", "in [-1, 1); -1: 0.9 on a proxy, else 0.5", "-1", -1.0),
+        ("float", "in [-1, 1); -1: 0.9 on a proxy, else 0.5", "-0.3", None),
+        ("float", "in [-1, 1)", "-0.3", -0.3),
     ],
 )
 def test_values_are_converted_and_bounded(kind, help_text, value, expected):
