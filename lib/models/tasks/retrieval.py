@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lib.errors import UserError
 from lib.models import tokenizing
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus
@@ -31,16 +32,26 @@ def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, see
     """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
 
     Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer. Without a
-    tokenizer (random weights) the ids are random.
+    tokenizer (random weights) the ids are random. Raises UserError where not one window fits into the text.
     """
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
         return random_ids(loaded, (windows, length), random).to(loaded.device)
     stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
     own = length - len(tokenizing.prefix(loaded.tokenizer))
+    _require_text(stream_T, own, split)
     rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
     rows_NT = rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]]
     return with_prefix(loaded, rows_NT).to(loaded.device)
+
+
+def _require_text(stream_T: torch.Tensor, length: int, split: str) -> None:
+    """Raise UserError where the text of a split is shorter than one prompt: nothing would be read, and timed."""
+    if len(stream_T) < length:
+        raise UserError(
+            f"the held-out text of the split {split} holds {len(stream_T):,} tokens of this model; a prompt of "
+            f"{length:,} does not fit into it"
+        )
 
 
 def with_prefix(loaded: LoadedModel, ids_NT: torch.Tensor) -> torch.Tensor:
@@ -114,6 +125,7 @@ def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generat
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)
     stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    _require_text(stream_T, length + 1, split)
     starts = torch.randint(len(stream_T) - length, (count,), generator=random)
     return torch.stack([stream_T[start : start + length] for start in starts.tolist()])
 

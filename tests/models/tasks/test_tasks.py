@@ -69,6 +69,14 @@ def test_wrong_names_are_told():
         tasks.items("retrieval", "final")
 
 
+def test_a_prompt_that_no_held_out_text_fills_is_refused_not_empty(loaded):
+    says = r"the split final holds [\d,]+ tokens of this model; a prompt of 9,000,0\d\d does not fit into it"
+    with pytest.raises(UserError, match=says):
+        tasks.text_windows(loaded, "final", 1, 9_000_000)
+    with pytest.raises(UserError, match=says):
+        tasks.retrieval_prompts(loaded, 9_000_000, 2)
+
+
 def test_last_index_points_at_the_end_of_each_prompt(loaded):
     task = loaded.parameters.tasks[0]
     chosen = tasks.items(task, "search", 5)
