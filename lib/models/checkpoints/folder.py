@@ -39,6 +39,8 @@ def check_checkpoint(name: str, folder: str | Path) -> Path:
         raise UserError(
             f'{folder}/config.json: architecture "{actual}", but {name} is "{expected}"; give a checkpoint of {name}'
         )
+    if (folder / MANIFEST).is_file() and not isinstance(_json(folder / MANIFEST).get("blocks", []), list):
+        raise UserError(f'{folder / MANIFEST}: key "blocks": expected a list, as "build.py apply" writes it')
     for file, tensors in _shards(folder).items():
         missing = set(tensors) - set(_header(folder / file))
         if missing:
@@ -95,16 +97,18 @@ def _header(path: Path) -> dict:
     """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if truncated."""
     if not path.is_file():
         raise UserError(f"{path}: missing, though the index names it")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= size - 8:
-            raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-        try:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 0 < length <= size - 8:
+                raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
             header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{path}: the header is not readable; the file is damaged") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: the header is not readable; the file is damaged") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)

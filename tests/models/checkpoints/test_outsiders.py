@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lib.errors import UserError
 from lib.models import loading, parameters, tokenizing
 from lib.models.checkpoints import io, validate
-from lib.models.checkpoints.folder import INDEX, WEIGHTS, check_checkpoint
+from lib.models.checkpoints.folder import INDEX, MANIFEST, WEIGHTS, check_checkpoint
 from lib.models.offload import streamer
 from lib.models.tasks import prompting, tasks
 from tests.models.sources import gguf_files
@@ -131,6 +132,24 @@ def test_a_header_that_describes_a_tensor_by_half(folder, change):
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
     assert fault(folder) == f"{path}: the header describes no tensors; the file is damaged"
+
+
+def test_weights_that_may_not_be_read(folder, monkeypatch):
+    whole = Path.open
+
+    def locked(path, *arguments, **options):
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert fault(folder) == f"{folder / WEIGHTS}: cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("text", ['{"blocks": [', "[]", '{"blocks": 4}'])
+def test_a_damaged_manifest_is_named_while_planning(folder, text):
+    (folder / MANIFEST).write_text(text)
+    assert fault(folder).startswith(f"{folder / MANIFEST}: ")
 
 
 def test_a_check_that_is_lost_names_folder_and_reason(folder, monkeypatch):
