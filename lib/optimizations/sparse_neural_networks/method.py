@@ -16,7 +16,7 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.calibration.distillation import Lessons, distil
 from lib.models.calibration.observed import Observed
-from lib.models.calibration.second_moments import PARTS, feed_forward_matrices, matrices
+from lib.models.calibration.second_moments import PARTS, Matrix, feed_forward_matrices, matrices
 from lib.models.calibration.walk import require_finite
 from lib.models.structure import anatomy
 from lib.models.structure.replacements.sparse import is_dense, store, stored
@@ -258,19 +258,30 @@ def check(
     """Raise UserError, naming layer and bound, where this cannot be done to this model."""
     checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
     checks.choices(NAME, {"method": (method, METHODS), "within": (within, WITHIN), "parts": (parts, ("all", *PARTS))})
-    rows, columns = block_shape(pattern)
+    block_shape(pattern)
     affected = matrices(model, parts)
     if not affected:
         reason = "the matrices are stored sparse already" if stored(model) else "this model has none"
         raise UserError(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
+    if reason := misfit(affected, pattern):
+        raise UserError(reason)
+
+
+def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:
+    """Return None, or which of the matrices a pattern does not fit, and why."""
+    rows, columns = block_shape(pattern)
     for matrix in affected:
         outputs, inputs = matrix.weight.shape[-2:]
         if pattern == "2:4" and inputs % 4:
-            raise UserError(f"{matrix.name}: pattern 2:4 needs a width divisible by 4, this one is {inputs}")
+            return f"{matrix.name}: pattern 2:4 needs a width divisible by 4, this one is {inputs}"
         if outputs % rows or inputs % columns or STEP % columns:
-            raise UserError(
-                f"{matrix.name}: blocks of {pattern} do not divide its {outputs} x {inputs} (or columns {STEP})"
-            )
+            return f"{matrix.name}: blocks of {pattern} do not divide its {outputs} x {inputs} (or columns {STEP})"
+    return None
+
+
+def fits(module: nn.Module, pattern: str) -> bool:
+    """Return whether a pattern fits every matrix of one feed-forward part."""
+    return misfit(feed_forward_matrices(anatomy.feed_forward(module)), pattern) is None
 
 
 def stored_shares(model: nn.Module) -> dict[str, float]:

@@ -33,6 +33,7 @@ ORDER: dict[str, Any] = {"sparsity": 0.6, "pattern": "unstructured", "parts": "a
 INT8, INT4 = weight_only.NAMES[8], weight_only.NAMES[4]
 YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do better than
 AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
+OTHER_PATTERNS = ("2:4", "1x8")  # beside the run's own, where the matrices' sizes allow it
 AT_ONCE = "the same share, chosen at once"  # the purpose of the arms that differ from the run in the method alone
 CSR_BYTES = 8  # of a stored weight: four of value, four of column
 
@@ -97,6 +98,7 @@ def controls(
     if arms is None or model.pruned is None:
         return yardsticks
     name, unstructured = setup.method, {"pattern": "unstructured"}
+    patterns = [pattern for pattern in OTHER_PATTERNS if sparse.misfit(setup.matrices, pattern) is None]
     at_equal_bytes = [
         arms.cut(f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES, **unstructured, sparsity=share)
         for arm in yardsticks
@@ -104,8 +106,7 @@ def controls(
     ]
     return [
         *(arms.cut(method, AT_ONCE, method=method) for method in METHODS),
-        arms.cut(f"{name}, 2:4", "a pattern", pattern="2:4"),
-        arms.cut(f"{name}, 1x8", "a pattern", pattern="1x8"),
+        *(arms.cut(f"{name}, {pattern}", "a pattern", pattern=pattern) for pattern in patterns),
         arms.cut(f"{name}, OWL", "shares by block", budget="owl"),
         arms.judge_stored(f"{name}, in order", "block after block", model.pruned),
         arms.judge(f"{name}, taught", _taught(model), model.optimized),

@@ -77,12 +77,12 @@ def fastest_dense(denses: Sequence[DenseForm]) -> dict[str, str]:
 
 def run(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
     """Return the part stored in each layout at each share of zeros (at preview the least and the largest), against its
-    fastest dense forms.
+    fastest dense forms. A layout whose blocks do not divide the part's matrices is left out.
     """
     view, points = anatomy(loaded.model), []
     shares = strengths(loaded.scale, effort_name)
     part = view.blocks[len(view.blocks) // 2].feed_forward.module
-    for layout in LAYOUTS:
+    for layout in (layout for layout in LAYOUTS if sparse.fits(part, layout)):
         for strength in (shares[0], shares[-1]) if effort.preview else shares:
             arm = sparse.feed_forward(part, strength / 100, layout)
             point = PartPoint(strength, layout)

@@ -10,6 +10,7 @@ import torch
 from lib.measure.metrics import measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration import second_moments
+from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.sparse_neural_networks import experiment, outcome, rivals, speed_sweep
 from lib.optimizations.sparse_neural_networks import method as sparse
@@ -100,6 +101,23 @@ def test_every_claim_is_answered(setup, monkeypatch):
     assert not pruned and again.equals(rivals.impact(contest, [share])) and len(pruned) == len(rivals.COMPARED)
     assert list(curves.strength.unique()) == [50, 90]
     assert rivals.order(None) == []
+
+
+def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch):
+    """As in a checkpoint whose channels were pruned: the run goes on with the patterns that fit."""
+    assert all(sparse.misfit(setup.matrices, pattern) is None for pattern in (*rivals.OTHER_PATTERNS, "16x1"))
+    for block in anatomy(setup.baseline).blocks:
+        surgery.keep_channels(block, torch.arange(22))
+    assert not sparse.fits(anatomy(setup.baseline).blocks[0].feed_forward.module, "16x1")
+    assert {point.layout for point in speed_sweep.sweep(setup.loaded, [], EFFORT, "quick", 0)} == {"unstructured"}
+    for name in ("cut", "judge", "judge_stored"):
+        monkeypatch.setattr(rivals.SparseRivals, name, lambda _, arm, why, *__, **___: rivals.ThirdArm(arm, why, []))
+    for name in ("yardsticks", "by_gptq"):
+        monkeypatch.setattr(rivals.rival_arms, name, lambda *_, **__: [])
+    narrow = replace(setup, matrices=second_moments.matrices(setup.baseline, "feed_forward"))
+    model = SimpleNamespace(pruned=True, optimized=None, lessons=SimpleNamespace(kept=0), steps=0)
+    arms = rivals.controls(narrow, rivals.SparseRivals(narrow, None), model, None, EFFORT)
+    assert [arm.name for arm in arms if arm.purpose == "a pattern"] == []
 
 
 def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
