@@ -126,6 +126,12 @@ def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return the weight files of `folder` that are read; shards that an earlier checkpoint left there are not."""
+    folder = Path(folder)
+    return [folder / file for file in _shards(folder)]
+
+
 def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the weight files of `folder`, by name."""
     folder = Path(folder)

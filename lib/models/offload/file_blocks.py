@@ -23,7 +23,7 @@ from lib.errors import UserError
 from lib.files import write_atomically
 from lib.models.calibration.walk import Walk
 from lib.models.checkpoints import finite, weight_file
-from lib.models.checkpoints.folder import MANIFEST
+from lib.models.checkpoints.folder import MANIFEST, weight_files
 from lib.models.offload.layout import layout
 from lib.models.structure import manifest
 from lib.models.structure.anatomy import Block, anatomy, synchronise
@@ -306,7 +306,7 @@ def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
 
 def _identity(source: Path) -> list[list[Any]]:
     """Return what tells one state of a checkpoint from another: its path, and size and time of every weight file."""
-    files = sorted(source.resolve().glob("*.safetensors"))
+    files = sorted(weight_files(source.resolve()))
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -19,6 +19,7 @@ from lib.errors import UserError
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.timing import interleaved
+from lib.models.checkpoints.folder import weight_files
 from lib.optimizations.streaming_computation.limited import children, control_group
 from lib.optimizations.streaming_computation.limited.children import SLACK, Child
 
@@ -113,8 +114,8 @@ def _compared(
 
 
 def weights_bytes(folder: Path) -> int:
-    """Return the bytes of a checkpoint's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Return the bytes of a checkpoint's weight files, of those that are read."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def require_binding(total: int, allowance: int) -> None:

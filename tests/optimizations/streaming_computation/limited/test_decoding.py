@@ -18,6 +18,12 @@ def test_a_model_smaller_than_the_scatter_of_a_process_is_not_limited(tiny, tmp_
     assert limited.rate.verdict == "unavailable" and "would not bind" in limited.rate.reason
 
 
+def test_shards_that_an_earlier_checkpoint_left_are_not_counted(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(900))
+    assert decoding.weights_bytes(tmp_path) == 100
+
+
 def test_where_no_group_can_be_made_the_rate_is_unavailable_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(control_group, "candidates", lambda: [])
     (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
