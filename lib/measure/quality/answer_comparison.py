@@ -16,10 +16,12 @@ from lib.measure.quality import benchmarks, evaluate, noninferiority
 from lib.measure.quality.answers import Answers, Classified, Retrieved, Text
 
 SCORES = ("f1_macro", "precision_macro", "recall_macro")
+OF_TEXT = ("perplexity", "kl_divergence_nats", "top1_agreement")
+NOT_FINITE = "its losses on held-out text are not finite (NaN or infinite)"
 WORKLOAD_OF = {  # the metrics of `compare`
     **dict.fromkeys((*SCORES, "accuracy", "flips", "flips_to_wrong", "flips_to_right"), "classify"),
     "retrieval_exact_match": "generate",
-    **dict.fromkeys(("perplexity", "kl_divergence_nats", "top1_agreement"), "prefill"),
+    **dict.fromkeys(OF_TEXT, "prefill"),
 }
 
 
@@ -53,7 +55,7 @@ def compare(
 
 def _not_exercised(m: Measurement) -> Measurement:
     """Return a judged measurement without its verdict: the optimization never acted on these prompts."""
-    if m.verdict == "informative":
+    if m.verdict in ("informative", "invalid"):
         return m
     reason = f"the optimization never acted on these prompts ({m.workload}), so their answers say nothing of it"
     update = {"verdict": "not_exercised", "reason": reason, "ci": None, "mde": None, "bound": None, "margin": None}
@@ -149,7 +151,11 @@ def compare_retrieved(
 def compare_text(
     baseline: Text, optimized: Text, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
-    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token."""
+    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token; all
+    invalid where an arm's losses are not finite.
+    """
+    if not (np.isfinite(baseline.loss_N).all() and np.isfinite(optimized.loss_N).all()):
+        return [measurement.invalid(name, "prefill", NOT_FINITE, "losses of held-out text") for name in OF_TEXT]
     kl_N, agree_N = evaluate.divergence(baseline, optimized)
     windows, tokens = baseline.ids_NT.shape
     source = f"{windows} {baseline.name} windows of {tokens} tokens"

@@ -48,7 +48,8 @@ def judge(
     degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
     changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed, acted=acted)
-    measurements = answer_comparison.compare(answers, changed, resamples=effort.resamples, seed=seed)
+    compared = answers if degenerate else changed  # what is no number can be held against nothing
+    measurements = answer_comparison.compare(answers, compared, resamples=effort.resamples, seed=seed)
     if degenerate:
         measurements = invalid(measurements, degenerate)
     return Judgement(answers, measurements, degenerate)

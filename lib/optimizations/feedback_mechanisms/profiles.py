@@ -69,7 +69,7 @@ def judge(
     text_NT = tasks.text_windows(loaded, "search", windows, WINDOW_TOKENS, seed)
     losses = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
     perplexity = float(np.exp(losses[1] - losses[0]))
-    if perplexity > 1 + PERPLEXITY_MARGIN:
+    if not perplexity <= 1 + PERPLEXITY_MARGIN:  # which is no number where the model gives none
         reason = f"perplexity {perplexity - 1:+.1%}, margin {PERPLEXITY_MARGIN:.0%}"
         return Candidate(name, model, None, perplexity, None, reason)
     asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))

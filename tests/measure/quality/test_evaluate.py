@@ -221,3 +221,12 @@ def test_an_unknown_task_is_refused_before_anything_runs():
 
     with pytest.raises(UserError, match=r'unknown task "topics"'):
         plan.plan(plan.Request(optimizations=("structured_pruning",), parameters={"tasks": "topics"}))
+
+
+def test_losses_that_are_no_numbers_are_invalid_and_compared_with_nothing():
+    ids = torch.zeros(6, 4, dtype=torch.long)
+    sound, broken = (evaluate.Text(ids, np.full(6, loss), torch.zeros(6, 4, 2), None) for loss in (2.0, math.nan))
+    for pair in ((sound, broken), (broken, sound)):
+        measurements = answer_comparison.compare_text(*pair)
+        assert [m.metric for m in measurements] == list(answer_comparison.OF_TEXT)
+        assert {m.verdict for m in measurements} == {"invalid"} and "not finite" in measurements[0].reason

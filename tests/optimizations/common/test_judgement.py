@@ -26,3 +26,14 @@ def test_what_has_degenerated_shows_no_number(monkeypatch):
         assert (score.verdict, score.baseline) == (("invalid", None) if reason else ("informative", 0.9))
         assert score.reason == reason
     assert arms == [None, "optimized"] * 2, "the baseline is asked first"
+
+
+def test_answers_that_are_no_numbers_are_not_compared(monkeypatch):
+    """The losses of a model whose logits are NaN are NaN too, which no measurement holds."""
+    compared = []
+    monkeypatch.setattr(judgement.evaluate, "evaluate", lambda *_, model=None, **__: "base" if model is None else "NaN")
+    monkeypatch.setattr(judgement.answer_comparison, "compare", lambda *arms, **_: compared.append(arms) or [SCORE])
+    monkeypatch.setattr(judgement.sanity, "check", lambda *_, **__: "its logits are not finite (NaN or infinite)")
+    loaded, effort = SimpleNamespace(random_weights=False), SimpleNamespace(resamples=10)
+    judged = judgement.judge(loaded, "optimized", effort, 3, sample_BT="text")
+    assert compared == [("base", "base")] and [m.verdict for m in judged.measurements] == ["invalid"]

@@ -45,7 +45,9 @@ class QualityLoss:
         reasons = []
         if self.lost is not None and not self.lost <= margin:
             reasons.append(f"a score loses {100 * self.lost:.1f} points")
-        if not self.bound <= perplexity_margin:
+        if not math.isfinite(self.perplexity):
+            reasons.append("perplexity is no number")
+        elif not self.bound <= perplexity_margin:
             reasons.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
         return ", ".join(reasons)
 
@@ -92,7 +94,9 @@ def _text(answers: Answers) -> Text:
 
 
 def _growth(measurements: Sequence[Measurement]) -> tuple[float, float]:
-    """Return by how much perplexity grows at most, and the upper bound of that."""
+    """Return by how much perplexity grows at most, and the upper bound of that; without end where it is no number."""
+    if any(m.metric == "perplexity" and m.verdict == "invalid" for m in measurements):
+        return math.inf, math.inf
     grown = [(m.ratio - 1, m.bound) for m in measurements if m.metric == "perplexity" and m.ratio is not None]
     growth, bound = max(grown, key=lambda pair: pair[0], default=(0.0, 0.0))
     return _finite(growth), _finite(growth if bound is None else bound)

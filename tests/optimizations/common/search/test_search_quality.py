@@ -1,6 +1,7 @@
 """What a candidate is asked while choosing: text first, and nothing else where text excludes it."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,6 +61,14 @@ def test_a_larger_margin_of_perplexity_asks_on(quality, monkeypatch):
     growth = quality.of(slightly).perplexity
     assert growth > 0.03
     assert quality.of(slightly, perplexity_margin=100.0).lost is not None
+
+
+def test_a_candidate_without_a_perplexity_is_within_no_margin(quality, monkeypatch):
+    text = quality.baseline.text
+    broken = replace(text, loss_N=np.full_like(text.loss_N, np.nan))
+    monkeypatch.setattr(evaluate, "read_text", lambda *_: broken)
+    lost = quality.of(quality.loaded.model, perplexity_margin=100.0)
+    assert not lost.within(1.0, 100.0) and lost.why_not() == "perplexity is no number"
 
 
 def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
