@@ -35,7 +35,7 @@ YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do
 AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
 OTHER_PATTERNS = ("2:4", "1x8")  # beside the run's own, where the matrices' sizes allow it
 AT_ONCE = "the same share, chosen at once"  # the purpose of the arms that differ from the run in the method alone
-CSR_BYTES = 8  # of a stored weight: four of value, four of column
+COLUMN_BYTES = 4  # of a weight stored as CSR, beside its value
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ def _size_if_stored(setup: SparsitySetup, pruned: sparse.Pruned) -> Measurement:
     nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
     rows = sum(mask.numel() // mask.shape[-1] + mask[..., 0, 0].numel() for mask in pruned.masks.values())
     replaced = sum(matrix.weight.nbytes for matrix in matrices(setup.baseline) if matrix.name in pruned.masks)
-    after = before - replaced + CSR_BYTES * nonzeros + 4 * rows
+    after = before - replaced + csr_bytes(setup.matrices[0].weight) * nonzeros + 4 * rows
     return measurement.counted("weights_bytes", "load", before, after, "pruned matrices as CSR, indices included")
+
+
+def csr_bytes(weight: torch.Tensor) -> int:
+    """Return the bytes of each weight that CSR stores of a matrix: on a CPU its value is float32 whatever it was."""
+    return COLUMN_BYTES + (weight.element_size() if weight.is_cuda else 4)
 
 
 def contest(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
@@ -131,7 +136,8 @@ def optimized_arm(setup: SparsitySetup, arms: Sequence[ThirdArm]) -> ThirdArm | 
 def _share_at(setup: SparsitySetup, yardstick: ThirdArm) -> float:
     """Return the share of zeros at which CSR saves as many bytes as the yardstick does."""
     dense = sum(matrix.weight.nbytes for matrix in setup.matrices)
-    return 1 - (dense - rival_arms.removed_bytes(yardstick)) / (CSR_BYTES * setup.weights)
+    each = csr_bytes(setup.matrices[0].weight)
+    return 1 - (dense - rival_arms.removed_bytes(yardstick)) / (each * setup.weights)
 
 
 def order(arms: SparseRivals | None) -> list[ThirdArm]:

@@ -120,6 +120,12 @@ def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch
     assert [arm.name for arm in arms if arm.purpose == "a pattern"] == []
 
 
+def test_a_stored_weight_is_as_large_as_where_it_lies():
+    half = torch.zeros(2, dtype=torch.bfloat16)
+    assert rivals.csr_bytes(half) == 8, "float32 on a CPU"
+    assert rivals.csr_bytes(SimpleNamespace(is_cuda=True, element_size=half.element_size)) == 6
+
+
 def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
     fields = {"verdict": verdict, "provenance": "measured", "source": "test", "n": 6, "noise_floor": 0.01, "mde": 0.1}
     fields |= {"baseline": 1.0, "optimized": ratio, "ratio": ratio, "ci": (ratio - 0.1, ratio + 0.1)}
