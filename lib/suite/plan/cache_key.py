@@ -16,7 +16,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
@@ -28,6 +28,8 @@ from lib.suite.plan.plan import ROOT, Job, proxy_folder
 WHOLE_BYTES = 256 * 2**20
 SAMPLES = 16
 SAMPLE_BYTES = 2**20
+MOST_HEADER = 10**8  # bytes, by the format
+TENSOR_BYTES = 2**12  # of the beginning and of the middle of each tensor in a large file
 
 
 def digest(value: Any) -> str:
@@ -50,7 +52,9 @@ class Hashes:
             pass  # a cache: without it, everything is read again
 
     def of(self, path: Path) -> str:
-        """Return the hash of a file's content; of a file above 256 MiB, that of its size and sixteen samples."""
+        """Return the hash of a file's content; of a file above 256 MiB, that of its size, of sixteen samples and, where it
+        holds tensors, of a piece of each: a few that were trained are a small part of it.
+        """
         return self._once(path, lambda: self._of(path))
 
     def _of(self, path: Path) -> str:
@@ -109,7 +113,25 @@ def _content_hash(path: Path, size: int) -> str:
             for sample in range(SAMPLES):
                 file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 sha.update(file.read(SAMPLE_BYTES))
+            for start, end in _tensors(file, size):
+                for at in (start, (start + end) // 2):
+                    file.seek(at)
+                    sha.update(file.read(min(TENSOR_BYTES, end - at)))
     return sha.hexdigest()
+
+
+def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Return where each tensor of a safetensors file begins and ends, in order; nothing of any other file."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, MOST_HEADER):
+        return []
+    try:
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        return sorted((8 + length + first, 8 + length + last) for first, last in ends)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = None) -> dict[str, dict[str, str]]:

@@ -93,6 +93,19 @@ def test_a_huge_file_is_sampled_and_a_change_of_its_end_is_seen(tmp_path, monkey
     assert cache_key._content_hash(file, file.stat().st_size) != before
 
 
+def test_a_tensor_of_a_huge_file_that_has_changed_is_seen(tmp_path, monkeypatch):
+    for name, value in (("WHOLE_BYTES", 2**10), ("SAMPLE_BYTES", 2**6)):
+        monkeypatch.setattr(cache_key, name, value)
+    ends = {"a": [0, 40_000], "b": [40_000, 40_100], "c": [40_100, 100_000]}
+    header = {name: {"dtype": "U8", "shape": [], "data_offsets": place} for name, place in ends.items()}
+    text, hashes = json.dumps(header).encode(), set()
+    for byte in (b"\0", b"\1"):
+        content = len(text).to_bytes(8, "little") + text + bytes(40_000) + 100 * byte + bytes(59_900)
+        (tmp_path / "weights").write_bytes(content)
+        hashes.add(cache_key._content_hash(tmp_path / "weights", len(content)))
+    assert len(hashes) == 2
+
+
 def test_the_difference_is_told_in_words():
     before = {"code": {"a": "1", "b": "1"}, "versions": {"torch": "2.12"}, "template": {"0": "1"}}
     after = {"code": {"a": "2", "c": "1"}, "versions": {"torch": "2.13"}, "template": {"0": "2"}}
