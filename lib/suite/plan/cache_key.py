@@ -52,8 +52,8 @@ class Hashes:
             pass  # a cache: without it, everything is read again
 
     def of(self, path: Path) -> str:
-        """Return the hash of a file's content; of a file above 256 MiB, that of its size, of sixteen samples and, where it
-        holds tensors, of a piece of each: a few that were trained are a small part of it.
+        """Return the hash of a file's content; of a file above 256 MiB, that of its size, of sixteen samples and, where
+        it holds tensors, of two pieces of each: a few that were trained are a small part of it.
         """
         return self._once(path, lambda: self._of(path))
 
