@@ -3,8 +3,8 @@
 By the project's own loader always, by plain transformers where it can read the folder; a model that does not fit into
 memory is written, read again and compared block by block. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
-with the fields of `SavedModel`, `steps` (stems) and `chosen_for` ([model, scale] of a stack's recipe, else null), or
-with {"refused": why}.
+with the fields of `SavedModel`, `steps` (stems), `chosen_for` ([model, scale] of a stack's recipe, else null) and
+`unfit` (why that recipe is not to be trusted with these weights, else null), or with {"refused": why}.
 """
 
 import gc
@@ -45,7 +45,8 @@ HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an
 class SavedModel(NamedTuple):
     """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
     tokenizer, the dtype of its weights, and their hash; `by_blocks`: it was never whole in memory, and has no hash;
-    `latent`: its attention keeps latents, and is measured decoding absorbed.
+    `latent`: its attention keeps latents, and is measured decoding absorbed; `before`: the hash of the weights that a
+    stack was applied to.
     """
 
     loads: str | None
@@ -54,6 +55,7 @@ class SavedModel(NamedTuple):
     weights_hash: str | None
     by_blocks: bool = False
     latent: bool = False
+    before: str | None = None
 
 
 def save(
@@ -108,7 +110,8 @@ def save(
         raise UserError(f"{error.filename or place}: cannot be written ({error.strerror or error})") from None
     dtype = str(loaded.dtype).removeprefix("torch.")
     plain = _check(optimized, place, loaded)
-    return SavedModel(plain, loaded.tokenizer is not None, dtype, weights_hash, latent=latent)
+    before = None if stack is None else io.weights_hash(loaded.model)
+    return SavedModel(plain, loaded.tokenizer is not None, dtype, weights_hash, latent=latent, before=before)
 
 
 def _part(stem: str, model: str, scale: str) -> ModuleType:
@@ -215,6 +218,7 @@ def main() -> None:
             **saved._asdict(),
             "steps": [step.optimization for step in steps or [RecipeStep(optimization=request["optimization"])]],
             "chosen_for": [chosen.model, chosen.scale] if chosen else None,
+            "unfit": recipe.unfit(chosen, saved.before or "") if chosen else None,
         }
     except UserError as error:
         answer = {"refused": str(error)}

@@ -13,8 +13,9 @@ from lib.report.text.wording import title
 
 def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent` and
-    `chosen_for`, `folder` is the checkpoint's name, and `results` the result folder of the record that is quoted.
+    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`,
+    `chosen_for` and `unfit`, `folder` is the checkpoint's name, and `results` the result folder of the record that is
+    quoted.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
@@ -68,6 +69,7 @@ def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:
         return f"`{job.optimization}`"
     elsewhere = list(saved["chosen_for"]) != [job.model, job.scale]
     of = f", which was chosen for {saved['chosen_for'][0]} at scale {saved['chosen_for'][1]}" if elsewhere else ""
+    of = of or (f" ({saved['unfit']})" if saved.get("unfit") else "")
     return f"the stack {' → '.join(saved['steps'])} of `{Path(stack).name}`{of}"
 
 

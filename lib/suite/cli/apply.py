@@ -55,6 +55,8 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from None
     again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
     print(f"{out}: {again}, and equal to what was applied")
+    if answer.get("unfit"):
+        print(f"{stack}: {answer['unfit']}")
     print(model_card.usage(out, answer["loads"], answer["tokenizer"], answer["latent"]))
     return 0
 

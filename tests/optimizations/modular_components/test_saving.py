@@ -1,5 +1,7 @@
 """Optimized checkpoints of every architecture: loaded again with equal logits, by transformers alone where said so."""
 
+import io as io_text
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from lib.models import loading, parameters
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.architecture import auto_class
+from lib.optimizations.common import recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import saving
 from lib.optimizations.structured_pruning import experiment as pruning
@@ -149,3 +152,22 @@ def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimizat
     with pytest.raises(UserError, match=message) as refused:
         saving.save("no-such-model", optimization, stack, COMMON, tmp_path / "saved")
     assert "\n" not in str(refused.value) and not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "accuracy", "says"),
+    [("a" * 64, "maintained", None), ("b" * 64, "maintained", "chosen for weights bbbbbbbb, not for aaaaaaaa"),
+     ("a" * 64, "not_maintained", "its stack was judged not maintained")],
+)  # fmt: skip
+def test_a_recipe_of_other_weights_or_one_that_lost_is_said(tmp_path, monkeypatch, capsys, weights, accuracy, says):
+    steps = [RecipeStep(optimization="structured_pruning")]
+    about = {"model": "m", "scale": "proxy", "stack": steps, "chosen_by": "automl_components", "effort": "quick"}
+    path = recipe.write(recipe.Recipe(**about, weights=weights, accuracy=accuracy), tmp_path)
+    saved = saving.SavedModel(None, True, "float32", "c" * 64, before="a" * 64)
+    monkeypatch.setattr(saving, "save", lambda *_: saved)
+    request = {"model": "m", "optimization": "automl_components", "stack": str(path), "parameters": {}}
+    request |= {"place": str(tmp_path / "place"), "unfinished": str(tmp_path / "part")}
+    monkeypatch.setattr("sys.stdin", io_text.StringIO(json.dumps(request)))
+    saving.main()
+    unfit = json.loads(capsys.readouterr().out)["unfit"]
+    assert unfit is None if says is None else says in unfit

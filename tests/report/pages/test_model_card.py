@@ -70,6 +70,8 @@ def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
     saved = MADE | {"steps": ["structured_pruning", "tensor_decomposition"], "chosen_for": [MODEL, "proxy"]}
     text = card(tmp_path, measured("cd" * 32), "stacks/a.yaml", saved)
     assert "the stack structured_pruning → tensor_decomposition of `a.yaml`." in text and "nothing is claimed" in text
+    judged = "its stack was judged not maintained"
+    assert f"of `a.yaml` ({judged})" in card(tmp_path, None, "stacks/a.yaml", saved | {"unfit": judged})
     text = card(tmp_path, None, "stacks/a.yaml", saved | {"chosen_for": ["other", "full"]})
     assert "of `a.yaml`, which was chosen for other at scale full." in text
 
