@@ -31,6 +31,10 @@ def _lacking(model: nn.Module) -> str | None:
     missing = [name for name, kind in parts.items() if not isinstance(getattr(decoder, name, None), kind)]
     if missing or not isinstance(getattr(model, "lm_head", None), nn.Module):
         return f"no decoder with {(missing or ['lm_head'])[0]}"
+    if hasattr(getattr(model, "config", None), "vision_config") and not isinstance(
+        getattr(inner, "visual", None), nn.Module
+    ):
+        return "its pictures are read by no vision tower called visual"
     for index, layer in enumerate(decoder.layers):
         if reason := _unknown_attention(layer) or _unknown_feed_forward(layer):
             return f"block {index}: {reason}"

@@ -260,3 +260,11 @@ def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(na
     assert reason.startswith(f'architecture "{name}" is not supported: ') and "\n" not in reason and "llama" in reason
     model.save_pretrained(tmp_path)
     assert validate.fault(tmp_path) == f"{tmp_path}: {reason}"
+
+
+def test_a_vision_tower_that_the_view_does_not_know_is_refused(tiny):
+    """Gemma 3 with pictures, LLaVA and others have a text decoder that is known, and pictures that nobody could ask."""
+    model = tiny("qwen3-vl-2b")
+    assert support.unsupported(model) is None
+    model.model.vision_tower = model.model._modules.pop("visual")
+    assert "no vision tower called visual; supported are" in support.unsupported(model)
