@@ -32,6 +32,7 @@ EFFORTS = ("preview", "quick", "standard", "thorough")
 DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
 FIRST_PASS = "preview"  # of a whole build at a larger effort: the site is complete early
 DEVICES = ("cpu", "cuda")
+PICTURES = "digits"  # the task that shows them
 # As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
 
@@ -159,10 +160,14 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         for template in read
         for name in on
     }
+    for (_, name), parameters in values.items():
+        _check_pictures(name, files[name], parameters)
     if to_run:
         folders = {name: folder for name in on if (folder := _weights(name, request))}
         if request.scale == "full":
             validate.check(folders.values())
+        for (_, name), parameters in values.items():
+            _check_pictures(name, parameter_files.completed(files[name], folders.get(name)), parameters)
         _bring_data(
             {(name, _text_and_tasks(parameters, files[name].tasks)) for (_, name), parameters in values.items()},
             folders,
@@ -172,6 +177,13 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         for template in read
         for name in on
     ]
+
+
+def _check_pictures(model: str, description: parameter_files.ModelParameters, values: Mapping[str, Any]) -> None:
+    """Raise UserError where a model that is known to see no pictures is asked about some."""
+    _, tasks = _text_and_tasks(values, description.tasks)
+    if PICTURES in tasks and description.full and "vision_config" not in description.full:
+        raise UserError(f'{model}: the task "{PICTURES}" shows pictures, which this model does not see; leave it out')
 
 
 def _text_and_tasks(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, tuple[str, ...]]:

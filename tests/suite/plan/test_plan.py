@@ -164,6 +164,27 @@ def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
     assert job.stem == "well--alpha-1.5" and isinstance(job.parameters["ratio"], float)
 
 
+def test_a_model_that_sees_no_pictures_is_asked_about_none(tmp_path, monkeypatch):
+    from lib.models import parameters
+    from lib.suite.plan import plan
+
+    root = tmp_path / "project"
+    (root / "notebooks").mkdir(parents=True)
+    (root / "parameters").mkdir()
+    source = f"{workbench.COMMON}\ntasks: list[str] = []  # what is asked"
+    workbench.notebook(root / "notebooks" / "well.ipynb", [], source)
+    path = workbench.model_file(root, "alpha-1.5")
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    request = plan.Request(parameters={"tasks": "digits"})
+    with pytest.raises(UserError, match=r'alpha-1\.5: the task "digits" shows pictures, which this model does not see'):
+        plan.plan(request)
+    seeing = path.read_text().replace("full: {", "full: {vision_config: {depth: 1}, ")
+    path.write_text(seeing)
+    [job] = plan.plan(request)
+    assert job.parameters["tasks"] == ["digits"]
+
+
 def test_a_path_begins_where_the_command_was_given_not_where_the_notebook_runs(tmp_path, monkeypatch):
     from lib.suite.plan.values import OPTIONS, resolve
 
