@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
@@ -60,11 +60,11 @@ class Sparsity:
 
 
 def check_context(model: nn.Module | object, tokens: int) -> None:
-    """Raise UserError where `tokens` of context are more than the model, or its configuration, allows."""
+    """Raise NotApplicable where `tokens` of context are more than the model, or its configuration, allows."""
     config = anatomy(model).config if isinstance(model, nn.Module) else model
     longest = getattr(config, "max_position_embeddings", None)
     if longest and tokens > longest:
-        raise UserError(
+        raise NotApplicable(
             f"adaptive_sparse_attention: a context of {tokens} tokens is longer than this model allows; "
             f"expected at most {longest} (max_position_embeddings)"
         )
@@ -84,7 +84,7 @@ def mask(
     """Return the mask for `attention`: None for plain causal, bool [B, K] of real tokens where the padding is on the
     left or on the right, else the stock mask [B, 1, T, K].
 
-    Raises UserError for a context longer than the model allows.
+    Raises NotApplicable for a context longer than the model allows.
     """
     check_context(config, kv_length + kv_offset)
     real_BK = prepare_padding_mask(attention_mask, kv_length, kv_offset)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.optimizations.continuous_nas.replacement_library import Choice
 
 SLACK = 1e-9  # of a budget, for rounding
@@ -47,7 +47,7 @@ def solve(
 ) -> list[Choice]:
     """Return the `count` choices of least total score within every budget, best first; fewer where there are fewer.
 
-    `without` are choices not to be returned. Raises UserError where no choice meets the budgets, with the nearest
+    `without` are choices not to be returned. Raises NotApplicable where no choice meets the budgets, with the nearest
     that can be met; and where a slot has no option.
     """
     empty = next((slot for slot, options in scores.items() if not options), None)
@@ -60,7 +60,7 @@ def solve(
             break
         choices.append(choice)
     if not choices and budgets and _least(scores, budgets, ()) is None:
-        raise UserError(unreachable(scores, budgets))
+        raise NotApplicable(unreachable(scores, budgets))
     return choices
 
 

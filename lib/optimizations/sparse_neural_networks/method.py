@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.calibration.distillation import Lessons, distil
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import PARTS, Matrix, feed_forward_matrices, matrices
@@ -255,16 +255,18 @@ def fine_tune(
 def check(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str = "row", parts: str = "all"
 ) -> None:
-    """Raise UserError, naming layer and bound, where this cannot be done to this model."""
+    """Raise UserError for an option out of range, NotApplicable, naming layer and bound, where this model has no such
+    matrices or the pattern does not fit them.
+    """
     checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
     checks.choices(NAME, {"method": (method, METHODS), "within": (within, WITHIN), "parts": (parts, ("all", *PARTS))})
     block_shape(pattern)
     affected = matrices(model, parts)
     if not affected:
         reason = "the matrices are stored sparse already" if stored(model) else "this model has none"
-        raise UserError(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
+        raise NotApplicable(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
     if reason := misfit(affected, pattern):
-        raise UserError(reason)
+        raise NotApplicable(reason)
 
 
 def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:

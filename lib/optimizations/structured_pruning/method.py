@@ -25,7 +25,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from lib.errors import NotApplicable, UserError
+from lib.errors import NotApplicable
 from lib.models.calibration.activations import Observation, observe
 from lib.models.calibration.distillation import Lessons, can_split, distil
 from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
@@ -155,7 +155,7 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     """Return the share of experts, channels, heads and blocks to remove so that `ratio` of the decoder's parameters go.
 
     Experts, groups and blocks come whole: the share is rounded to what they can give.
-    Raises UserError with the largest ratio in reach.
+    Raises NotApplicable with the largest ratio in reach.
     """
     view, total = anatomy(model), decoder_parameters(model)
     name = _resolve(view, granularity)
@@ -163,7 +163,7 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     share = ratio * total / max(1, weight)
     if share > _most(view, name):
         reach = weight * _most(view, name) / total
-        raise UserError(f"{NAME}: ratio {ratio:.3g} is out of reach by {granularity}; at most {reach:.2f}")
+        raise NotApplicable(f"{NAME}: ratio {ratio:.3g} is out of reach by {granularity}; at most {reach:.2f}")
     shares = dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
     if shares["heads"]:
         _require_valid_heads(view, shares["heads"])
@@ -171,7 +171,7 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
 
 
 def _require_valid_heads(view: Anatomy, share: float) -> None:
-    """Raise UserError where the architecture's configuration does not allow the number of heads that would be left."""
+    """Raise NotApplicable where the architecture's configuration does not allow so many heads as would be left."""
     attention = next(block.attention for block in view.blocks if block.attention.kind != "none")
     groups = round(attention.key_value_heads * (1 - share))
     config = copy.deepcopy(view.config)
@@ -181,7 +181,7 @@ def _require_valid_heads(view: Anatomy, share: float) -> None:
         config.validate()
     except (StrictDataclassError, ValueError) as error:
         reason = str(error.__cause__ or error).strip()
-        raise UserError(
+        raise NotApplicable(
             f"{NAME}: {heads} heads in place of {attention.heads}: {type(config).__name__} refuses it ({reason}); "
             "choose another ratio or channels"
         ) from None

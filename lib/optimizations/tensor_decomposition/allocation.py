@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.tensor_decomposition.low_rank import Spectrum
 
@@ -36,7 +36,7 @@ def allocate(
     """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
 
     "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
-    Raises UserError with the largest compression in reach.
+    Raises NotApplicable with the largest compression in reach.
     """
     size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
     menus = {spectrum.matrix.name: options(spectrum) for spectrum in spectra}
@@ -45,7 +45,7 @@ def allocate(
     least = sum(menu[0][1] for menu in menus.values())
     if least > room:
         reach = (dense - least) * size / total
-        raise UserError(
+        raise NotApplicable(
             f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
             f"(or dense, where that is smaller) at most {reach:.2f}"
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
 from lib.models.decoding import cache_names
 from lib.models.decoding.attention_inputs import watch
@@ -200,7 +200,7 @@ def test_bad_knobs_are_named_in_one_line(tiny, knobs, says):
 @torch.inference_mode()
 def test_a_context_beyond_the_model_is_refused(tiny, name):
     model = sparse.apply(tiny(name), **SMALL)
-    with pytest.raises(UserError, match="513 tokens is longer than this model allows; expected at most 512"):
+    with pytest.raises(NotApplicable, match="513 tokens is longer than this model allows; expected at most 512"):
         model(input_ids=torch.full((1, 513), 9))
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import study
@@ -83,9 +83,9 @@ def test_scores_add_up_best_where_little_changes(tiny, batch):
 
 def test_budgets_out_of_reach_name_the_nearest(tiny, batch):
     search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch)
-    with pytest.raises(UserError, match=r"no choice has time of at most .* the nearest within reach is"):
+    with pytest.raises(NotApplicable, match=r"no choice has time of at most .* the nearest within reach is"):
         nas.run(search, costs, time_share=0.001, memory_share=1.0, refinements=1)
-    with pytest.raises(UserError, match=r"no choice has memory of at most .* bytes; the nearest within reach is"):
+    with pytest.raises(NotApplicable, match=r"no choice has memory of at most .* bytes; the nearest within reach is"):
         nas.run(search, costs, time_share=1.0, memory_share=0.01, refinements=1)
 
 
@@ -138,7 +138,7 @@ def test_a_budget_out_of_reach_after_a_drift_is_made_relative(tiny, batch):
 
     hard = costs_of("decode_heavy", None)
     assert hard.reach(hard.time) > 0.85
-    with pytest.raises(UserError, match="no choice has time"):
+    with pytest.raises(NotApplicable, match="no choice has time"):
         nas.candidates(nas.score(search), hard, 0.8, 1.0)
     relative = hard.relative(hard.time, 0.8)
     assert hard.reach(hard.time) < relative < 1 and nas.candidates(nas.score(search), hard, relative, 1.0)

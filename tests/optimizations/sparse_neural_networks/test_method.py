@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices, moments
 from lib.models.checkpoints import io
@@ -550,7 +550,7 @@ def test_bad_requests_are_named(tiny, text):
     with pytest.raises(UserError, match='no matrix to prune in parts "experts": this model has none'):
         sparse.apply(model, text, parts="experts")
     assert matrices(model, "feed_forward") and not matrices(model, "experts")
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn.*blocks of 48x1 do not divide its 64 x 32"):
+    with pytest.raises(NotApplicable, match=r"layers\.0\.self_attn.*blocks of 48x1 do not divide its 64 x 32"):
         sparse.apply(model, text, pattern="48x1")
     with pytest.raises(UserError, match="no token"):
         sparse.apply(model, [], method="wanda")
@@ -563,7 +563,7 @@ def test_two_of_four_needs_a_width_that_four_divides(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
     block = anatomy(model).blocks[0]
     block.feed_forward.down.weight = nn.Parameter(block.feed_forward.down.weight[:, :62], requires_grad=False)
-    with pytest.raises(UserError, match=r"down_proj\.weight: pattern 2:4 needs a width divisible by 4, this one is 62"):
+    with pytest.raises(NotApplicable, match=r"down_proj\.weight: pattern 2:4 needs .* divisible by 4, this one is 62"):
         sparse.apply(model, text, pattern="2:4", method="magnitude")
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
 from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy, synchronise
@@ -192,7 +192,7 @@ def test_bad_requests_are_named(tiny, batch):
     for ratio in (-0.1, 1.0, 0.95):
         with pytest.raises(UserError, match="out of range"):
             pruning.apply(model, [batch], ratio=ratio)
-    with pytest.raises(UserError, match="out of reach by heads; at most"):
+    with pytest.raises(NotApplicable, match="out of reach by heads; at most"):
         pruning.apply(model, [batch], ratio=0.6, granularity="heads")
     with pytest.raises(UserError, match="expected one of"):
         pruning.apply(model, [batch], granularity="rows")
