@@ -9,8 +9,8 @@ class UserError(Exception):
 
 
 class NotApplicable(UserError):
-    """An optimization has nothing to act on in this model, or cannot act on it as loaded, or so strongly as it was asked
-    to: a result, not a fault.
+    """An optimization has nothing to act on in this model, or cannot act on it as loaded, or not so strongly as it was
+    asked to: a result, not a fault.
 
     Raised in a cell of a template, it ends the run with the status `not_applicable` and its message as the reason.
     """
