@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 
 LEAST_EXPERTS = 2  # one that computes, one that is being read
 SLOTS = 2
@@ -42,13 +42,13 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
     """Return the plan that streams the fewest bytes within `allowance` bytes.
 
     `units`: name → bytes in order of use; `fixed`: bytes that always stay; `experts`: how many, and bytes of one;
-    `total`: bytes of the whole model. Raises UserError, naming the smallest allowance, if this one is too small.
+    `total`: bytes of the whole model. Raises NotApplicable, naming the smallest allowance, if this one is too small.
     """
     count, expert = experts
     reserve = fixed + min(LEAST_EXPERTS, count) * expert
     descending = sorted(units, key=units.__getitem__, reverse=True)
     if allowance < (least := smallest(units, fixed, experts)):
-        raise UserError(
+        raise NotApplicable(
             f"a memory allowance of {allowance} bytes is too small for this model: its largest layer has to fit twice, "
             f"one being used and one being read; the smallest possible is {least} bytes "
             f"(a memory_ratio of {math.ceil(1000 * least / total) / 1000} of its {total} bytes)"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.errors import NotApplicable, UserError
+from lib.errors import NotApplicable
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
 from lib.measure.timing import disturbance, interleaved, workloads
@@ -115,8 +115,8 @@ def choose(
     are as good as far as can be told; the rule is fixed. The empty stack must be among them: it is what is chosen where
     nothing surely saves time.
 
-    Raises UserError where nothing qualifies, with the nearest; NotApplicable, with the budget of memory, where nothing
-    met it; `smallest` is the least share of memory that any configuration had.
+    Raises NotApplicable where nothing qualifies, with the nearest, or with the budget of memory, where nothing met it;
+    `smallest` is the least share of memory that any configuration had.
     """
     if not finalists:
         had = f"; the smallest that was tried takes {smallest:.3g}" if smallest is not None else ""
@@ -127,7 +127,7 @@ def choose(
     fit = [finalist for finalist in finalists if finalist.lost.within(margin, perplexity_margin)]
     if not fit:
         nearest = min((finalist.lost for finalist in finalists), key=_how_far)
-        raise UserError(
+        raise NotApplicable(
             f"{WHERE}: within the memory budget of {memory_budget:g} no stack loses at most {margin:.3g} of any score "
             f"and {perplexity_margin:.1%} of perplexity; of the nearest {nearest.why_not(margin, perplexity_margin)}"
         )

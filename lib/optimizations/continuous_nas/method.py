@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.measure.metrics.settings import Effort
 from lib.models.calibration.activations import Observation
 from lib.models.structure.anatomy import anatomy
@@ -192,7 +192,7 @@ def candidates(
 ) -> list[Choice]:
     """Return the programme's `count` best: within the budgets, and one at each level of the front that is in reach.
 
-    Raises UserError where no choice meets the budgets, with the nearest in reach.
+    Raises NotApplicable where no choice meets the budgets, with the nearest in reach.
     """
     budgets = costs.budgets(time_share, memory_share)
     levels = []
@@ -200,7 +200,7 @@ def candidates(
         limit = Budget(costs.scarce, level * costs.scarce.of(costs.whole))
         try:
             levels += mip.solve(scores, [limit])
-        except UserError:
+        except NotApplicable:
             break  # lower ones are out of reach as well
     levels = levels[: count - 1]
     within = mip.solve(scores, budgets, count=count)
@@ -273,7 +273,7 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
     """Return the evaluated choice of least divergence within the budgets; of near-ties, the one that replaces least.
 
     What is within the budgets depends on measured times, so two choices of nearly the same divergence would otherwise
-    win in turn from run to run. Raises UserError where there is none.
+    win in turn from run to run. Raises NotApplicable where there is none.
     """
     budgets = costs.budgets(time_share, memory_share)
     within = [
@@ -282,7 +282,7 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
         if all(budget.table.of(evaluation.choice) <= budget.most * (1 + mip.SLACK) for budget in budgets)
     ]
     if not within:
-        raise UserError("continuous_nas: nothing that was evaluated is within the budgets")
+        raise NotApplicable("continuous_nas: nothing that was evaluated is within the budgets")
     return near_ties.steady(within, lambda evaluation: evaluation.divergence, _least_replaced, NEAR)
 
 
@@ -295,7 +295,7 @@ def run(
 ) -> ChoiceEvaluation:
     """Score the library, solve the programme, check its best, refine around them; return the best within the budgets.
 
-    Resumes where the search's study ended. Raises SearchStopped, and UserError for budgets that no choice meets.
+    Resumes where the search's study ended. Raises SearchStopped, and NotApplicable for budgets that none meets.
     """
     name = costs.profile.name
     scores = score(search)

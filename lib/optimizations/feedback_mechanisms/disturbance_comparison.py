@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
@@ -162,7 +162,7 @@ def prepare(
     """Time the steps of both profiles in turn and return the setup that all settings share.
 
     A third of a script lasts as long as `requests` requests at capacity. At a `preview` the fewest points are timed,
-    and once. Raises UserError where no request can be
+    and once. Raises NotApplicable where no request can be
     served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
@@ -177,7 +177,7 @@ def prepare(
     objective = slo.objectives(single, first_token_factor, token_factor)
     rate, _ = full_times.capacity(LENGTHS, objective.token_seconds)
     if not rate:
-        raise UserError("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
+        raise NotApplicable("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
     limits = Limits(MOST_ROWS, patience_seconds=slo.patience_seconds(objective, single))
     seconds = 3 * requests / rate
     return TwoProfileSetup((full_times, fast_times), objective, limits, seconds, disturbed, shadow_share)

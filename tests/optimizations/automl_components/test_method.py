@@ -206,7 +206,7 @@ def test_the_rule_takes_what_surely_saves_most_and_keeps_its_scores():
     assert finalists.choose([_finalist(0.3, 0.0, 0.5), slower, nothing], 0.02) is slower, "its text fell apart"
     lucky = _finalist(0.6, spread=0.3)
     assert finalists.choose([lucky, kept, nothing], 0.02) is kept, "fastest at the median, not by its interval"
-    with pytest.raises(UserError, match=r"no stack loses at most 0\.02 of any score .* a score loses 10\.0 points"):
+    with pytest.raises(NotApplicable, match=r"no stack loses at most 0\.02 of any score .* a score loses 10\.0 points"):
         finalists.choose([fast], 0.02)
 
 
