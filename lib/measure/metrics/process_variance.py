@@ -100,8 +100,9 @@ def between_processes(workload: str) -> Pooled:
 
 
 def _device() -> str:
+    """Return the kind of device that this process computes on: a run on a CPU may have a GPU beside it, unused."""
     torch = sys.modules.get("torch")
-    return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
+    return "cuda" if torch is not None and torch.cuda.is_initialized() else "cpu"
 
 
 @lru_cache

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +100,16 @@ def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_c
 
     assert called(verdicts(0.0)) > 4 * ALLOWED
     assert called(verdicts(tau)) <= ALLOWED
+
+
+@pytest.mark.parametrize(("used", "sigma"), [(False, 0.03), (True, 0.004)])
+def test_a_run_on_the_cpu_beside_a_gpu_takes_the_cpus_pool(tmp_path, monkeypatch, used, sigma):
+    pooled = {"cpu": {"*": process_variance.Pooled(0.03, 9)}, "cuda": {"*": process_variance.Pooled(0.004, 9)}}
+    path = process_variance.write(tmp_path / "pool.json", pooled)
+    monkeypatch.setenv(process_variance.VARIABLE, str(path))
+    cuda = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: used)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert process_variance.between_processes("prefill").sigma == sigma
 
 
 def test_the_process_is_the_unit_of_replication():
