@@ -158,12 +158,13 @@ def _gpu_slowed() -> bool:
 
 
 def gpu_handle() -> Any | None:
-    """Return NVML's handle of the CUDA device in use, or None where there is no GPU or no NVML.
+    """Return NVML's handle of the CUDA device in use, or None where none is used (a run on a CPU may have one beside it)
+    or there is no NVML.
 
     By its UUID where NVML knows that: CUDA numbers the devices that CUDA_VISIBLE_DEVICES names, NVML all of them.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
+    if torch is None or not torch.cuda.is_initialized():
         return None
     import pynvml
 

@@ -44,7 +44,11 @@ def test_a_gpu_that_was_slow_all_along_is_as_disturbed_as_one_that_became_slow(e
 def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch):
     """With CUDA_VISIBLE_DEVICES torch's first device may be any of those that NVML counts."""
     pynvml, torch = pytest.importorskip("pynvml"), pytest.importorskip("torch")
+    used = [False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used[0])
+    assert disturbance.gpu_handle() is None, "a run on a CPU has nothing to do with the GPU beside it"
+    used[0] = True
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="5eed"))
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
