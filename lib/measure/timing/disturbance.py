@@ -158,8 +158,8 @@ def _gpu_slowed() -> bool:
 
 
 def gpu_handle() -> Any | None:
-    """Return NVML's handle of the CUDA device in use, or None where none is used (a run on a CPU may have one beside it)
-    or there is no NVML.
+    """Return NVML's handle of the CUDA device in use, or None where none is in use (a run on a CPU may have one beside
+    it) or there is no NVML.
 
     By its UUID where NVML knows that: CUDA numbers the devices that CUDA_VISIBLE_DEVICES names, NVML all of them.
     """
