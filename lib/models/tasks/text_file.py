@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW_TOKENS = 2048
+ENOUGH_CHARACTERS = 2**20  # of a long text, in which the windows are found almost always: a whole one takes minutes
 LEAST_WINDOWS = 6  # fewer cannot be judged (`lib.measure.quality.noninferiority`)
 EXPECTED = "expected a text file in UTF-8"
 
@@ -40,7 +41,10 @@ def check(path: str | Path, folder: Path | None = None) -> None:
         from tokenizers import Tokenizer  # only where a file is given
 
         try:
-            tokens = len(Tokenizer.from_file(str(vocabulary)).encode(text, add_special_tokens=False).ids)
+            read_by = Tokenizer.from_file(str(vocabulary))
+            tokens = len(read_by.encode(text[:ENOUGH_CHARACTERS], add_special_tokens=False).ids)
+            if tokens < LEAST_WINDOWS * WINDOW_TOKENS and len(text) > ENOUGH_CHARACTERS:
+                tokens = len(read_by.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the library has no class of its own for what it cannot read
             why = " ".join(str(error).split())[:120]
             raise UserError(f"{vocabulary}: no tokenizer can be made of it ({why})") from None

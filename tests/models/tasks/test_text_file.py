@@ -1,5 +1,7 @@
 """A file of the user's own: read in windows, refused in one line before anything runs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lib.errors import UserError
@@ -43,6 +45,27 @@ def test_the_tokenizer_of_the_checkpoint_counts(vocabulary, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json: no tokenizer can be made of it"):
         text_file.check(short, tmp_path)
+
+
+@pytest.mark.parametrize(("characters", "read"), [(1, [20_000]), (2, [20_000, 1500 * len(LINE)])])
+def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypatch, long, characters, read):
+    """Each token has so many `characters`."""
+    lengths = []
+
+    class Counting:
+        @classmethod
+        def from_file(cls, _):
+            return cls()
+
+        def encode(self, text, add_special_tokens):
+            lengths.append(len(text))
+            return SimpleNamespace(ids=range(len(text) // characters))
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Counting)
+    monkeypatch.setattr(text_file, "ENOUGH_CHARACTERS", 20_000)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    text_file.check(long, tmp_path)
+    assert lengths == read
 
 
 @pytest.mark.parametrize(
