@@ -151,8 +151,8 @@ def compare_retrieved(
 def compare_text(
     baseline: Text, optimized: Text, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
-    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token; all
-    invalid where an arm's losses are not finite.
+    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token;
+    all invalid where an arm's losses are not finite.
     """
     if not (np.isfinite(baseline.loss_N).all() and np.isfinite(optimized.loss_N).all()):
         return [measurement.invalid(name, "prefill", NOT_FINITE, "losses of held-out text") for name in OF_TEXT]

@@ -22,7 +22,6 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
 from lib.models.calibration.activations import Observation, observe
-from lib.models.calibration.distillation import Lessons
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
@@ -285,10 +284,10 @@ def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEf
 
 def recovered(
     setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int
-) -> tuple[nn.Module, nn.Module, int, Lessons]:
+) -> tuple[nn.Module, nn.Module, int, str]:
     """Return the chosen architecture as a model of its own, the same after distillation from the baseline, the steps of
-    that, by default (-1) PROXY_STEPS on a proxy model, none at real size, and what they brought. At effort preview each
-    step reads a quarter of the text.
+    that, by default (-1) PROXY_STEPS on a proxy model, none at real size, and in one sentence what they brought. At
+    effort preview each step reads a quarter of the text.
     """
     effort, seed = setup.effort, setup.seed
     steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS, effort)
@@ -298,7 +297,7 @@ def recovered(
     with setup.timed():
         plain = replacement_library.child(setup.library, winner.choice)
         optimized, lessons = pruning.recover(plain, setup.loaded.model, batches, steps=steps, seed=seed)
-    return plain, optimized, steps, lessons
+    return plain, optimized, steps, finetuning.read(lessons)
 
 
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:

@@ -265,8 +265,8 @@ def check(
     if not affected:
         reason = "the matrices are stored sparse already" if stored(model) else "this model has none"
         raise NotApplicable(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
-    if reason := misfit(affected, pattern):
-        raise NotApplicable(reason)
+    if unfit := misfit(affected, pattern):
+        raise NotApplicable(unfit)
 
 
 def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:

@@ -62,8 +62,8 @@ def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
     notes += ["estimated"] if measurement.provenance == "estimated" else []
     said = brief.phrase(measurement) + (f" ({', '.join(notes)})" if notes else "")
     if sentence.same_answers(measurement):
-        elsewhere = [m for m in beside if m.metric == "same_answers" and m.optimized is not None and m.n]
-        differing = [(round(m.n * (1 - m.optimized)), m.n, m.workload) for m in elsewhere]
+        elsewhere = [(m.n or 0, m.optimized, m.workload) for m in beside if m.metric == "same_answers"]
+        differing = [(round(n * (1 - same)), n, workload) for n, same, workload in elsewhere if same is not None]
         said += "".join(f", {count} of {n} others differ ({workload})" for count, n, workload in differing if count)
     return said
 
