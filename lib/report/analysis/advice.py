@@ -144,10 +144,14 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     elif nothing_pays := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
         return result("do not use", nothing_pays)
     served = _serving(record, goal)
-    if served is None:
-        return undecided(f"nothing was measured that serves {goal.name}")
-    evidence = Evidence(served, record)
     lost, open_question, judged = _quality(record, keep)
+    if served is None:
+        if lost:
+            return result("do not use", lost, quality=judged)
+        if any(m.metric in GOALS[goal.name] for m in record.measurements):  # unavailable, this time
+            return undecided(f"nothing was measured that serves {goal.name}")
+        return result("undecided", f"this notebook measures nothing that serves {goal.name}")
+    evidence = Evidence(served, record)
     unanswered = next((m for m in judged if _beyond_every_effort(record, m, keep)), None)
     about: dict[str, Any] = {"evidence": evidence, "quality": judged}
     if lost:

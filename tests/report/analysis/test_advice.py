@@ -55,6 +55,23 @@ def test_a_metric_that_was_decided_counts_before_one_that_cannot_tell():
     assert row.decision == "do not use" and row.evidence.measurement.metric == "prefill_tokens_per_second"
 
 
+def test_a_goal_that_nothing_serves_is_open_and_has_a_command_only_where_that_can_tell():
+    run = samples.whole("structured_pruning", MODEL)
+    without = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
+    row = advised(run.model_copy(update={"measurements": without}), "throughput")
+    assert row.decision == "undecided" and row.command is None and "this notebook measures nothing" in row.reason
+    missing = measurement.unavailable("batch_decode_tokens_per_second", "decode", "not at this effort")
+    row = advised(run.model_copy(update={"measurements": [*without, missing]}), "throughput")
+    assert row.decision == "undecided" and row.command
+
+
+def test_quality_that_was_lost_decides_where_nothing_serves_the_goal():
+    run = samples.whole("structured_pruning", MODEL, lost=0.3)
+    without = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
+    row = advised(run.model_copy(update={"measurements": without}), "throughput")
+    assert row.decision == "do not use" and "more than may be lost" in row.reason and row.evidence is None
+
+
 def test_a_declared_speed_that_was_not_measured_is_said():
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     missing = measurement.unavailable("decode_tokens_per_second", "within the allowance", "no limit would bind")
