@@ -5,6 +5,7 @@ shorter than its header says is found, a flipped bit is not.
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from lib.models import parameters
 MANIFEST = "workbench.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+BITS = {  # of the dtypes of safetensors that models come in; of another one the extent is not checked
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}
 ALIGNMENT = 64  # bytes: a cache line, and the alignment of torch's own tensors on a CPU
 
 
@@ -112,18 +119,31 @@ def _header(path: Path) -> dict:
     try:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        whole = all(isinstance(entry["dtype"], str) and _is_shape(entry["shape"]) for entry in header.values())
+        whole = all(
+            isinstance(entry["dtype"], str) and _is_counts(entry["shape"]) and _is_counts(entry["data_offsets"])
+            and len(entry["data_offsets"]) == 2
+            for entry in header.values()
+        )  # fmt: skip
     except (AttributeError, KeyError, IndexError, TypeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: the header describes no tensors; the file is damaged")
     if end != size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        described = math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0) // 8
+        if described and last - first != described:
+            raise UserError(
+                f"{path}: {name} has {last - first} bytes in the header, but its shape and {entry['dtype']} take "
+                f"{described}; the file is damaged"
+            )
     return header
 
 
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+def _is_counts(values: Any) -> bool:
+    """Return whether this is a list of whole numbers of at least 0: a shape, or places in a file."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -7,7 +7,7 @@ parameter files, tasks, measuring or optimizations. Offline unless a hub id is g
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -161,12 +161,7 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     Tensors are read one by one into memory of their own, as in a model built in memory: the system may evict the pages
     of a mapped file, and a measured peak would miss them.
     """
-    configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
-    with init_empty_weights(include_buffers=False):
-        model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
-    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    no_op.restore(model, described.get("blocks", []))
-    factored.restore(model, described.get("factors", {}))
+    model, described = _without_weights(folder, dtype)
     with closing(weight_file.WeightFile(folder)) as file:
         stored: dict[str, Callable[[], torch.Tensor]] = {
             name: partial(file.tensor, place) for name, place in file.places.items()
@@ -180,6 +175,33 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     if missing or stored:
         raise UserError(f"{folder}: weights and configuration do not fit at {(missing or sorted(stored))[0]}")
     return synchronise(model.to(device))
+
+
+def _without_weights(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    """Return the model that configuration and manifest of `folder` describe, without weights, and the manifest."""
+    configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    no_op.restore(model, described.get("blocks", []))
+    factored.restore(model, described.get("factors", {}))
+    return model, described
+
+
+def manifest_fault(folder: Path, stored: Collection[str]) -> str | None:
+    """Return None, or which of the tensors that configuration and manifest of `folder` describe is not `stored` there,
+    or is stored and described by neither. Reads no weight.
+    """
+    model, described = _without_weights(folder, None)
+    kept_sparse = tuple(f"{name}." for name in described.get("sparse", {}))
+    model.tie_weights()
+    named = {name for name, _ in model.named_parameters() if name not in described.get("sparse", {})}
+    known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    if missing := sorted(named - set(stored)):
+        return f"the checkpoint lacks {missing[0]}, which {MANIFEST} and config.json describe"
+    if further := sorted(name for name in set(stored) - known if not name.startswith(kept_sparse)):
+        return f"the checkpoint holds {further[0]}, which {MANIFEST} and config.json do not describe"
+    return None
 
 
 def _place(

@@ -47,7 +47,7 @@ def fault(folder: Path | str) -> str | None:
     import torch
     from transformers import AutoConfig
 
-    from lib.models.checkpoints import quantization, tokenizer_check
+    from lib.models.checkpoints import io, quantization, tokenizer_check
     from lib.models.checkpoints.weight_file import DTYPES
     from lib.models.structure.architecture import auto_class
     from lib.models.structure.support import unsupported
@@ -68,6 +68,8 @@ def fault(folder: Path | str) -> str | None:
     try:
         configuration = AutoConfig.from_pretrained(folder)
         if as_saved_here:
+            if misfit := io.manifest_fault(folder, places):
+                return f"{folder}: {misfit}"
             return tokenizer_check.fault(folder, configuration.get_text_config().vocab_size)
         auto: Any = auto_class(configuration)
         model_class = auto._model_mapping[type(configuration)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.errors import UserError
 from lib.models import loading, parameters, tokenizing
@@ -121,17 +121,50 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
         streamer.open_streamed(folder)
 
 
+def _parts(path) -> tuple[dict, bytes]:
+    """Return the header of a safetensors file and what follows it."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def _put(path, header: dict, weights: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + weights)
+
+
 @pytest.mark.parametrize("change", [{"dtype": ...}, {"shape": ...}, {"shape": [-1]}, {"shape": "4"}, {"dtype": 7}])
 def test_a_header_that_describes_a_tensor_by_half(folder, change):
     path = folder / WEIGHTS
-    content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    header = json.loads(content[8 : 8 + length])
+    header, weights = _parts(path)
     entry = header["model.norm.weight"] | change
     header["model.norm.weight"] = {key: value for key, value in entry.items() if value is not ...}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    _put(path, header, weights)
     assert fault(folder) == f"{path}: the header describes no tensors; the file is damaged"
+
+
+@pytest.mark.parametrize(("dtype", "bytes_"), [("F64", 8), ("BF16", 2)])
+def test_a_header_whose_places_do_not_fit_its_shapes(folder, dtype, bytes_):
+    path = folder / WEIGHTS
+    header, weights = _parts(path)
+    first, last = header["model.norm.weight"]["data_offsets"]
+    header["model.norm.weight"]["dtype"] = dtype
+    _put(path, header, weights)
+    count = header["model.norm.weight"]["shape"][0]
+    wanted = f"{last - first} bytes in the header, but its shape and {dtype} take {bytes_ * count}"
+    assert fault(folder) == f"{path}: model.norm.weight has {wanted}; the file is damaged"
+
+
+def test_a_folder_saved_here_is_checked_by_the_names_that_its_manifest_describes(folder, tmp_path):
+    place = io.save(io.load_folder(folder), tmp_path / "saved", tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert validate.fault(place) is None
+    header, weights = _parts(place / WEIGHTS)
+    header["model.extra.weight"] = header.pop("model.norm.weight")
+    _put(place / WEIGHTS, header, weights)
+    assert fault(place) == f"{place}: the checkpoint lacks model.norm.weight, which {MANIFEST} and config.json describe"
+    header["model.norm.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    _put(place / WEIGHTS, header, weights)
+    assert fault(place).startswith(f"{place}: the checkpoint holds model.extra.weight, which {MANIFEST}")
 
 
 def test_weights_that_may_not_be_read(folder, monkeypatch):

@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.measure.roofline import cost_model
 from lib.models import loading, parameters
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, validate
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.architecture import auto_class
 from lib.optimizations.common import recipe
@@ -85,6 +85,7 @@ def test_what_was_saved_is_the_optimized_model(name, optimization, checkpoint, t
     place = tmp_path / "saved"
     saved = saving.save(model, optimization, None, COMMON | STEPS[optimization], place)
     again = io.load_folder(place, torch.float32)
+    assert validate.fault(place) is None
     assert not torch.allclose(logits(again), logits(loading.load(model, "full", dtype="float32").model), atol=1e-3)
     if saved.loads is not None:
         kind = auto_class(AutoConfig.from_pretrained(place))
