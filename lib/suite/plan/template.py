@@ -19,6 +19,8 @@ LINE = re.compile(r"^(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<type>[^=#]+?)\s*=\s*(?P<re
 NUMBER = r"[-+]?(?:inf|∞|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
 INTERVAL = re.compile(rf"\bin\s+([\[(])\s*({NUMBER})\s*,\s*({NUMBER})\s*([\])])")
 DEFAULT_BELOW = re.compile(r";\s*-1:\s")  # in a help: -1 alone stands for a default, nothing else below 0 is a value
+PAIR = re.compile(r"\btwo numbers\b")  # how many a list holds
+DIVISOR = re.compile(r"\ba divisor of (\w+)")  # of another parameter
 CHOICES = re.compile(r"\bone of\s+([^\s,;|]+(?:\|[^\s,;|]+)+)")
 
 
@@ -153,6 +155,8 @@ def check(value: Any, parameter: Parameter, where: str) -> Any:
     converted = _convert(value, parameter.type)
     if converted is _WRONG:
         raise UserError(f"{where}: expected {parameter.type}, got {value!r}{_about(parameter)}")
+    if isinstance(converted, (list, tuple)) and PAIR.search(parameter.help) and len(converted) != 2:
+        raise UserError(f"{where}: expected two numbers, got {len(converted)}{_about(parameter)}")
     for item in converted if isinstance(converted, (list, tuple)) else [converted]:
         if parameter.choices and str(item) not in parameter.choices:
             raise UserError(f"{where}: expected one of {', '.join(parameter.choices)}, got {item!r}")
@@ -161,6 +165,17 @@ def check(value: Any, parameter: Parameter, where: str) -> Any:
         if DEFAULT_BELOW.search(parameter.help) and isinstance(item, float) and -1 < item < 0:
             raise UserError(f"{where}: expected -1 or a value of at least 0, got {item!r}{_about(parameter)}")
     return converted
+
+
+def check_divisors(values: Mapping[str, Any], template: Template) -> None:
+    """Raise UserError for a value that is declared to divide another parameter's, and does not."""
+    for name, parameter in template.parameters.items():
+        match = DIVISOR.search(parameter.help)
+        if match and match[1] in values and values[match[1]] % values[name]:
+            raise UserError(
+                f'{template.stem}: "{name}": expected a divisor of {match[1]}, which is {values[match[1]]}, '
+                f"got {values[name]}"
+            )
 
 
 def _about(parameter: Parameter) -> str:

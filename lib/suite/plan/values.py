@@ -52,6 +52,7 @@ def resolve(
             values[name] = str(expanded(value))
     if values.get("text"):
         text_file.check(values["text"])
+    templates.check_divisors(values, template)
     if isinstance(seed := values.get("seed"), int) and not 0 <= seed < SEEDS:
         raise UserError(f'{template.stem}: "seed": expected a whole number from 0 to {SEEDS - 1}, got {seed}')
     return values | dict(options)

@@ -234,6 +234,9 @@ def test_parameters_that_papermill_cannot_read(tmp_path):
         ("float", "in [-1, 1); -1: 0.9 on a proxy, else 0.5", "-1", -1.0),
         ("float", "in [-1, 1); -1: 0.9 on a proxy, else 0.5", "-0.3", None),
         ("float", "in [-1, 1)", "-0.3", -0.3),
+        ("list[int]", "two numbers, in [1, 64]", "1,2", [1, 2]),
+        ("list[int]", "two numbers, in [1, 64]", "1,2,3", None),
+        ("list[int]", "two numbers, in [1, 64]", "1", None),
     ],
 )
 def test_values_are_converted_and_bounded(kind, help_text, value, expected):
@@ -245,6 +248,14 @@ def test_values_are_converted_and_bounded(kind, help_text, value, expected):
             templates.check(value, parameter, "here")
     else:
         assert templates.check(value, parameter, "here") == expected
+
+
+def test_a_value_that_does_not_divide_another_is_refused():
+    from lib.suite.plan import plan
+
+    pattern = plan.Request(optimizations=("adaptive_sparse_attention",), parameters={"stride": "12"})
+    with pytest.raises(UserError, match='"stride": expected a divisor of block_size, which is 128, got 12'):
+        plan.plan(pattern)
 
 
 def test_an_earlier_name_is_read_and_the_present_one_said(tmp_path):
