@@ -21,6 +21,7 @@ from lib.models.tasks import corpus
 CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
 KEY, VALUE = 4, 8  # tokens
 LEAD = 8  # tokens of text before the key
+FEWEST_CHARACTERS = 10  # of which keys and values are drawn; a tokenizer with fewer gives any tokens instead
 
 
 def corpus_of(loaded: LoadedModel) -> str:
@@ -29,17 +30,24 @@ def corpus_of(loaded: LoadedModel) -> str:
 
 
 def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Return ids_NT of held-out text as `available_windows` does. Raises UserError where not one fits into it."""
+    if loaded.tokenizer is not None:
+        stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
+        _require_text(stream_T, length - len(tokenizing.prefix(loaded.tokenizer)), split)
+    return available_windows(loaded, split, windows, length, seed)
+
+
+def available_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
 
-    Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer. Without a
-    tokenizer (random weights) the ids are random. Raises UserError where not one window fits into the text.
+    Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer, or none.
+    Without a tokenizer (random weights) the ids are random.
     """
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
         return random_ids(loaded, (windows, length), random).to(loaded.device)
     stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
     own = length - len(tokenizing.prefix(loaded.tokenizer))
-    _require_text(stream_T, own, split)
     rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
     rows_NT = rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]]
     return with_prefix(loaded, rows_NT).to(loaded.device)
@@ -94,13 +102,18 @@ def single_token_chars(tokenizer) -> tuple[int, ...]:
 
 
 def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
-    """Return random letters and digits; without a tokenizer, random ids above the first sixth (no special tokens)."""
-    if loaded.tokenizer is not None:
-        characters_S = torch.tensor(single_token_chars(loaded.tokenizer))
-        return characters_S[torch.randint(len(characters_S), shape, generator=random)]
+    """Return random letters and digits; where there is no tokenizer, or hardly a letter or digit is one token of it,
+    random ids above the first sixth of the vocabulary, none of them special.
+    """
+    characters = () if loaded.tokenizer is None else single_token_chars(loaded.tokenizer)
+    if len(characters) >= FEWEST_CHARACTERS:
+        return torch.tensor(characters)[torch.randint(len(characters), shape, generator=random)]
     config: Any = loaded.model.config
-    text = getattr(config, "text_config", config)
-    return torch.randint(text.vocab_size // 6, text.vocab_size, shape, generator=random)
+    size, special = getattr(config, "text_config", config).vocab_size, set()
+    if loaded.tokenizer is not None:
+        size, special = min(size, len(loaded.tokenizer)), set(loaded.tokenizer.all_special_ids)
+    ids_S = torch.tensor([token for token in range(size // 6, size) if token not in special])
+    return ids_S[torch.randint(len(ids_S), shape, generator=random)]
 
 
 def retrieval_prompts(

@@ -26,6 +26,7 @@ from lib.models.tasks.retrieval import (
     CORPUS,
     KEY,
     VALUE,
+    available_windows,
     corpus_of,
     filler_sources,
     random_ids,
@@ -187,7 +188,7 @@ def calibration(
     `split`: another split gives a search text that it was not calibrated on.
     """
     random = torch.Generator().manual_seed(seed)
-    rows_NT = text_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
+    rows_NT = available_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
     short = sequences - len(rows_NT)
     rows_NT = torch.cat([rows_NT, _questions(loaded, short, length, seed, random, split)]) if short else rows_NT
     span = KEY + VALUE

@@ -24,7 +24,7 @@ from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.sparse_neural_networks import method as sparse
-from lib.optimizations.sparse_neural_networks.masks import METHODS, keep, score, sparsegpt
+from lib.optimizations.sparse_neural_networks.masks import METHODS, block_shape, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
 
 # What carries the word of each dimension: one measurement, declared before any is taken.
@@ -284,12 +284,20 @@ def optimize(
     return sparsify(set_up(loaded, effort, method, options, seed), finetune_steps).optimized
 
 
+ROUNDED = 16  # columns or blocks in which a share is rounded, where a row has at least so many
+
+
 def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
-    """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back."""
-    sparsity = setup.options["sparsity"]
+    """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back.
+
+    Whole blocks are dropped, so that a row of few blocks has its share of them rounded by up to half a block.
+    """
+    sparsity, pattern = setup.options["sparsity"], setup.options["pattern"]
     taught = {} if model.tuned is None else sparse.shares(model.tuned)
+    widths = {matrix.name: matrix.weight.shape[-1] for matrix in setup.matrices}
     for name, share in model.zeros.items():
-        right = setup.options["pattern"] == "2:4" or abs(share - sparsity) < 0.5 / 16 + 1e-3
+        groups = widths[name] / block_shape(pattern)[1] if name in widths else ROUNDED
+        right = pattern == "2:4" or abs(share - sparsity) < 0.5 / min(ROUNDED, groups) + 1e-3
         assert right, f"{name}: {share:.4f} of its weights are zero"
         assert not taught or taught[name] >= share - 1e-6, f"{name}: fine-tuning brought weights back"
 

@@ -169,3 +169,22 @@ def test_random_weights_get_random_tokens(loaded):
     loaded.tokenizer = None
     assert tasks.text_windows(loaded, "final", 3, 16).shape == (3, 16)
     assert tasks.retrieval_prompts(loaded, 32, 2, 0)[1].shape == (2, tasks.VALUE)
+
+
+def test_keys_of_a_tokenizer_without_single_letters_are_other_tokens():
+    """Planted: every letter takes two tokens, as after a tokenizer's own sign for the beginning of a word."""
+
+    class Words:
+        all_special_ids = (7, 60)
+
+        def __call__(self, text, add_special_tokens=True):
+            return SimpleNamespace(input_ids=[1, ord(text) % 50])
+
+        def __len__(self):
+            return 90
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=96))
+    ids = retrieval.random_ids(
+        SimpleNamespace(model=model, tokenizer=Words()), (400,), torch.Generator().manual_seed(0)
+    )
+    assert ids.shape == (400,) and ids.min() >= 15 and ids.max() < 90 and 60 not in ids

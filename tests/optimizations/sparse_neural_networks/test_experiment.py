@@ -72,6 +72,18 @@ def test_missing_zeros_are_noticed(setup):
         experiment.assert_sparse(setup, model)
 
 
+def test_rows_of_few_blocks_have_their_share_rounded(setup, monkeypatch):
+    """Planted: rows of four blocks, of which three quarters can go and 0.65 cannot."""
+    model, name = experiment.sparsify(setup, finetune_steps=0), setup.matrices[0].name
+    shares = {name: 0.75}
+    monkeypatch.setattr(experiment.SparseModel, "zeros", property(lambda _: shares))
+    setup.options.update(sparsity=0.65, pattern=f"1x{setup.matrices[0].weight.shape[-1] // 4}")
+    experiment.assert_sparse(setup, model)
+    shares[name] = 0.5
+    with pytest.raises(AssertionError, match="of its weights are zero"):
+        experiment.assert_sparse(setup, model)
+
+
 def test_every_claim_is_answered(setup, monkeypatch):
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=torch.Generator().manual_seed(0))
     contest = rivals.contest(setup, evaluate.read(setup.baseline, ids_NT))
@@ -109,7 +121,7 @@ def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch
     for block in anatomy(setup.baseline).blocks:
         surgery.keep_channels(block, torch.arange(22))
     assert not sparse.fits(anatomy(setup.baseline).blocks[0].feed_forward.module, "16x1")
-    assert {point.layout for point in speed_sweep.sweep(setup.loaded, [], EFFORT, "quick", 0)} == {"unstructured"}
+    assert {point.layout for point in speed_sweep.run(setup.loaded, [], EFFORT, "quick", 0)} == {"unstructured"}
     for name in ("cut", "judge", "judge_stored"):
         monkeypatch.setattr(rivals.SparseRivals, name, lambda _, arm, why, *__, **___: rivals.ThirdArm(arm, why, []))
     for name in ("yardsticks", "by_gptq"):
