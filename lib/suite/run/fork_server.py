@@ -21,6 +21,7 @@ from functools import partial
 from typing import IO, Any
 
 from lib.forked_process import ForkedProcess, change_environment, run_to_end
+from lib.report.records import grammars
 from lib.suite.plan.plan import ROOT
 
 VARIABLE = "WORKBENCH_FORK_SERVER"
@@ -141,6 +142,7 @@ class ServedProcess(ForkedProcess):
 def main() -> None:
     """Import, say so, and fork a child for each request until the build closes its end."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    grammars.refuse()
     for name in sys.argv[2:]:
         with suppress(Exception):  # whoever needs it will say that it cannot be imported
             importlib.import_module(name)
