@@ -147,7 +147,7 @@ def test_noise_among_near_ties_does_not_choose_the_fixed_size():
             draw = random.Random(seed)
 
             def run(trace, policy, draw=draw):
-                good = int(1000 * values[policy.size] * draw.uniform(0.995, 1.005))
+                good = int(200 * values[policy.size] * draw.uniform(0.995, 1.005))
                 outcomes = [
                     protocol.RequestOutcome(ServingRequest(i, 0.0, 4, 1), 0.0, 0.1, 0.1, 1) for i in range(good)
                 ]
