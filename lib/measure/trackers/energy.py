@@ -156,9 +156,10 @@ def _joules(
     if min(min(values) for values in gross.values()) <= 0:
         reason = "the counter did not move within a window"
         return [measurement.unavailable(name, workload, reason, how) for name in (GROSS, ABOVE_IDLE, INVERSE)]
-    floor = paired_stats.noise_floor(paired_stats.differences(gross["baseline"], gross["control"]), process)
 
     def compared(metric: str, values: dict[str, list[float]], how: str, samples: bool = False) -> Measurement:
+        # Of these values: what is left above idle differs by larger shares than the whole does.
+        floor = paired_stats.noise_floor(paired_stats.differences(values["baseline"], values["control"]), process)
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
         options["process"] = process
         judged = measurement.from_samples(metric, workload, values["baseline"], values["optimized"], **options)

@@ -41,6 +41,20 @@ def test_energy_per_token_of_both_arms_with_interval_and_label():
     assert measurement.lint([gross, above, inverse, cpu]) == []
 
 
+def test_the_floor_above_idle_is_that_of_what_stands_above_idle():
+    """Windows of 100 J that scatter by 1 J, 90 of them idle: a hundredth of the whole, a tenth of what is above."""
+    scatter = (0.0, 1.0, -1.0, 0.5, -0.5, 0.8, -0.8, 0.2)
+    arms = {
+        "baseline": [100.0] * 8,
+        "control": [100.0 + joules for joules in scatter],
+        "optimized": [100.0 - 0.1 * joules for joules in scatter],
+    }
+    windows = {arm: [energy.Window(joules, 1.0, 1.0) for joules in values] for arm, values in arms.items()}
+    gross, above, _ = energy._joules(windows, counter([0.0], idle=90.0), "decode", "a counter")
+    assert gross.verdict == "equivalent" and gross.noise_floor < 0.025
+    assert above.noise_floor > 0.07 and above.verdict == "inconclusive"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_counter_that_heats_up_within_a_block_invents_no_energy(seed):
     """What runs later in a block takes more, as on a device that grows warm: each arm is as often before the other."""
