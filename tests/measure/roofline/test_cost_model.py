@@ -204,6 +204,19 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
     assert ceilings.measure().device == "cpu"
 
 
+@pytest.mark.parametrize(("copying", "reading", "best"), [(0.5, 0.2, 5.0), (0.2, 0.5, 10.0)])
+def test_no_product_that_only_reads_its_weights_beats_the_ceiling(monkeypatch, copying, reading, best):
+    """A copy moves two bytes for one, but a CPU fetches the target's lines too: reading can be faster."""
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
+
+    def seconds(call, device):
+        copies = call().dim() == 1
+        return copying if copies else reading
+
+    monkeypatch.setattr(ceilings, "_best", seconds)
+    assert ceilings._traffic("cpu") == pytest.approx(best * 2**12)
+
+
 def test_ceilings_of_a_disturbed_machine_serve_one_process_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
