@@ -132,7 +132,8 @@ def summary(served: Served, objective: Objectives) -> Summary:
     whole = paired_stats.percentiles(latencies) if finished else {}
     first = paired_stats.percentiles(first_tokens) if first_tokens else {}
     between = paired_stats.percentiles(served.gaps) if served.gaps else {}
-    tokens = sum(outcome.produced for outcome in served.outcomes)
+    # A finished row that keeps its place is stepped on with the others; nobody receives these tokens.
+    tokens = sum(min(outcome.produced, outcome.request.new_tokens) for outcome in served.outcomes)
     decoding = [step for step in served.steps if step.kind in ("decode", "shared") and step.batch]
     return {
         "requests": len(counted),

@@ -165,6 +165,13 @@ def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch()
     assert slo.settling_seconds(served, objective, 35.0, 40.0) is None
 
 
+def test_what_a_finished_row_is_padded_with_is_no_output():
+    trace = trace_of((0.0, 4, 2), (0.0, 4, 8))  # the first has its answer after one of the seven steps
+    served = simulate(trace, Greedy(), stub_times(), Limits(), batching="request")
+    assert served.end == 0.5 + 7 and [outcome.produced for outcome in served.outcomes] == [8, 8]
+    assert slo.summary(served, Objectives(10.0, 10.0))["output tokens/s"] == (2 + 8) / 7.5
+
+
 def test_a_prompt_read_in_parts_shares_steps_with_decoding():
     # The first is alone, so it is read at once, 0.5 s. The second, ten tokens, arrives meanwhile: parts of 4, 4 and 2,
     # each with a token of the first (1 s) and a call of its own (0.5 s).
