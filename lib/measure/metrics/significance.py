@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from scipy.special import stdtr, stdtrit
 
+from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
 
 LEVEL = 0.05
+LEAST = 1e-9  # a ratio that stands for none: its logarithm is finite
 SINGLE = (None, 1)  # numbers of samples that tell nothing of chance
 
 
@@ -60,6 +62,18 @@ def gains(measurement: Measurement) -> tuple[float, float | None, float | None] 
     return _turned(
         math.log(ratio), [math.log(end) if end > 0 else -math.inf for end in ci] if ci else [None, None], sign
     )
+
+
+def ratio_ends(measurement: Measurement) -> tuple[float, float] | None:
+    """Return the interval of a measurement's ratio. Of two arms that gave the same answers it is what their bound
+    leaves open, in both directions; a point where they are one model.
+    """
+    if measurement.ci or measurement.dimension != "accuracy" or measurement.ratio != 1:
+        return measurement.ci
+    bound = abs(measurement.bound or 0.0)
+    if METRICS[measurement.metric].margin_kind == "absolute":
+        bound /= measurement.baseline or 1.0
+    return (max(1 - bound, LEAST), 1 + bound)
 
 
 def _turned(change: float, ends: Sequence[float | None], sign: float) -> tuple[float, float | None, float | None]:

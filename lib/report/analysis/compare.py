@@ -169,7 +169,8 @@ def _measurements(
         return replace(change, reason=reason)
     margin = METRICS[name[0]].margin or 0.0
     if METRICS[name[0]].margin_kind == "absolute":
-        margin /= abs(old.baseline) if old.baseline else 1.0
+        # The change is one of the optimized arm, so points of a score are a share of what that arm had.
+        margin /= abs(old.optimized or old.baseline or 1.0)
     floor = math.hypot(old.noise_floor or 0.0, new.noise_floor or 0.0)
     change = replace(change, margin=math.log1p(margin), floor=floor, once=_read_once(old) or _read_once(new))
     sign = 1.0 if new.higher_is_better else -1.0
@@ -180,7 +181,8 @@ def _measurements(
         return _estimated(change, sign, *spread, f"gain against gain, {len(after)} paired blocks, between processes")
     if by_intervals := _by_intervals(old, new):
         return _estimated(change, sign, *by_intervals, "gain against gain, from both intervals")
-    if _ends(old) or _ends(new) or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
+    known = significance.ratio_ends(old) or significance.ratio_ends(new)
+    if known or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
         return replace(change, reason="neither samples nor an interval on both sides")
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
     how = "read once, so without a verdict" if change.once else "counted, without spread"
@@ -270,38 +272,28 @@ def _quantile(freedom: int) -> float:
 def _error(measurement: Measurement) -> float:
     """Return the standard error of a measurement's logarithm: by its interval, its noise floor, or the standard
     deviation between processes, whichever is largest."""
-    low, high = _ends(measurement) or (1.0, 1.0)
+    low, high = significance.ratio_ends(measurement) or (1.0, 1.0)
     by_ends = math.log(high / low) / 2 if low > 0 else 0.0
     sigma = (measurement.process_sigma or 0.0) / math.sqrt(measurement.processes or 1)
     return max(by_ends / NORMAL, (measurement.noise_floor or 0.0) / NORMAL, sigma)
 
 
-def _ends(measurement: Measurement) -> tuple[float, float] | None:
-    """Return the interval of a measurement's ratio. Of two arms that gave the same answers it is what their bound
-    leaves open, in both directions; a point where they are one model.
-    """
-    if measurement.ci or measurement.dimension != "accuracy" or measurement.ratio != 1:
-        return measurement.ci
-    bound = abs(measurement.bound or 0.0)
-    if METRICS[measurement.metric].margin_kind == "absolute":
-        bound /= measurement.baseline or 1.0
-    return (max(1 - bound, 1e-9), 1 + bound)
-
-
 def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int] | None:
-    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same.
+    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same. p is below
+    0.05 exactly where the interval excludes no change, with the degrees of freedom of both (items, or processes).
 
     None where a ratio or its interval is unknown or not positive.
     """
     ratios, errors = [], []
     for m in (old, new):
-        ends = _ends(m)
+        ends = significance.ratio_ends(m)
         if not ends or min(ends) <= 0 or not m.ratio or m.ratio <= 0:
             return None
         ratios.append(m.ratio)
         errors.append(_error(m))
-    effect, error = math.log(ratios[1] / ratios[0]), math.hypot(*errors)
-    return effect, effect - 1.96 * error, effect + 1.96 * error, error, max((old.n or 2) + (new.n or 2) - 2, 1)
+    effect, half = math.log(ratios[1] / ratios[0]), NORMAL * math.hypot(*errors)
+    freedom = sum(map(significance.freedom_of, (old, new)))
+    return effect, effect - half, effect + half, half / _quantile(freedom), freedom
 
 
 def _estimated(

@@ -1,8 +1,9 @@
 """Ranks with their uncertainty: how each optimization places in a metric when every gain is drawn from its interval.
 
 A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. A gain is as
-uncertain as its interval or its noise floor says, whichever is wider; numbers without either (bytes, counts) count as
-exact. Knows no page.
+uncertain as its interval or its noise floor says, whichever is wider; the same answers in both arms are as uncertain as
+the bound of an unseen loss; numbers without any of these (bytes, counts) count as exact. A score that was not exercised
+says nothing of an optimization, and has no place. Knows no page.
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lib.measure.metrics import significance
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
 from lib.report.text import sentence
@@ -48,7 +50,8 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     """Return the places in a metric, best first; optimizations without it have none."""
     groups: dict[str, list[Measurement]] = {}
     for record in records:
-        first = next((m for m in record.measurements if m.metric == metric and sentence.gain(m)[0]), None)
+        able = (m for m in record.measurements if m.metric == metric and m.verdict != "not_exercised")
+        first = next((m for m in able if sentence.gain(m)[0]), None)
         if record.status == "ok" and first is not None:
             groups.setdefault(record.optimization, []).append(first)
     if not groups:
@@ -76,10 +79,11 @@ def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.nd
     """Return draws of the mean logarithm of the gains."""
     total = np.zeros(DRAWS)
     for member in members:
-        middle, low, high = sentence.gain(member)
+        middle, _, _ = sentence.gain(member)
         if middle is None:
             continue  # `places` takes only members with a gain
-        half = (math.log(high) - math.log(low)) / 2 if low and high and low > 0 else 0.0
+        low, high = significance.ratio_ends(member) or (1.0, 1.0)
+        half = math.log(high / max(low, significance.LEAST)) / 2  # of a score that may be 0, nearly anything
         error = max(half, member.noise_floor or 0.0) / 1.96
         total += math.log(middle) + error * chance.standard_normal(DRAWS)
     return total / len(members)

@@ -73,8 +73,11 @@ def change(measurement: Measurement) -> tuple[float, float | None, float | None,
 
 
 def same_answers(measurement: Measurement) -> bool:
-    """Whether a score is of two arms that gave the same answers to every item."""
-    return measurement.dimension == "accuracy" and measurement.source.startswith(SAME)
+    """Whether a score is of two arms that gave the same answers to every item; not where the optimization never acted:
+    then it has no part in that.
+    """
+    acted = measurement.verdict != "not_exercised"
+    return acted and measurement.dimension == "accuracy" and measurement.source.startswith(SAME)
 
 
 def why(measurement: Measurement) -> str:

@@ -33,6 +33,28 @@ def test_equals_share_a_rank():
     assert ranking.places(_sets({"a": 2.0}), "goodput_requests_per_second") == []
 
 
+def _scored(name, score):
+    run = samples.whole(name, samples.MODELS[0])
+    return run.model_copy(update={"measurements": [score]})
+
+
+def test_a_score_that_was_not_exercised_has_no_place():
+    idle = samples.scored("f1_macro", 0.9, 0.9, "not_exercised").model_copy(update={"ci": None, "bound": None})
+    lost = samples.scored("f1_macro", 0.9, 0.89, "maintained", 0.01)
+    places = ranking.places([_scored("a", idle), _scored("b", lost)], "f1_macro")
+    assert [place.optimization for place in places] == ["b"]
+
+
+def test_a_rank_is_as_uncertain_as_the_same_answers_of_few_items_and_as_a_score_that_may_be_zero():
+    same = samples.scored("f1_macro", 0.9, 0.9, "inconclusive").model_copy(update={"ci": None, "bound": -0.17})
+    known = samples.scored("f1_macro", 0.9, 0.89, "maintained", 0.002)
+    places = ranking.places([_scored("a", same), _scored("b", known)], "f1_macro")
+    assert {(place.low, place.high) for place in places} == {(1, 2)}
+    open_ended = samples.scored("f1_macro", 0.1, 0.12, "inconclusive").model_copy(update={"ci": (-0.4, 2.8)})
+    places = ranking.places([_scored("a", open_ended), _scored("b", known)], "f1_macro")
+    assert {(place.low, place.high) for place in places} == {(1, 2)}
+
+
 def test_the_front_is_what_nothing_beats():
     points = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
             enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip

@@ -38,6 +38,14 @@ def test_amounts_and_scores():
     assert brief.phrase(measurement.unavailable("f1_macro", "classify", "random weights")) == "F1 not measured"
 
 
+def test_answers_to_prompts_on_which_the_optimization_never_acted_are_not_called_unchanged():
+    same = measurement.judged(
+        "f1_macro", "classify", baseline=0.9, optimized=0.9, ratio=1.0, n=48, verdict="not_exercised",
+        provenance="measured", source="same answers, 48 items", reason="the optimization never acted on these prompts",
+    )  # fmt: skip
+    assert brief.value(same) == "not exercised" and brief.phrase(same) == "F1 not exercised"
+
+
 def test_the_interval_is_that_of_the_change_and_of_a_score_its_bound():
     assert brief.spread(samples.energy(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
     assert brief.spread(samples.timed("prefill_tokens_per_second", 1.31)) == "+28.0 to +34.0 %"
