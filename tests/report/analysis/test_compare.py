@@ -80,6 +80,37 @@ def test_counted_numbers_and_intervals():
     assert changes["parameters", "load"].verdict == "equivalent"
 
 
+def test_the_margin_of_a_score_is_of_the_level_that_changes():
+    """An arm that answers half as well as its baseline, and then 1.4 points less: within two points."""
+    old = samples.scored("f1_macro", 0.80, 0.400, "not_maintained", 0.001)
+    less, lost = (samples.scored("f1_macro", 0.80, score, "not_maintained", 0.001) for score in (0.386, 0.370))
+    key = "f1_macro", "classify"
+    assert _sets(_with(_whole(), old), _with(_whole(1), less))[key].verdict == "equivalent"
+    assert _sets(_with(_whole(), old), _with(_whole(1), lost))[key].regression
+
+
+def test_an_interval_over_processes_has_their_degrees_of_freedom_without_samples_too():
+    """Six processes of twelve pairs each are ten degrees of freedom, and not those of 144 pairs."""
+
+    def joules(ratio):
+        base = [100.0 + 0.01 * pair for pair in range(72)]
+        process = [pair // 12 for pair in range(72)]
+        opt = [value * ratio * (1 + 0.012 * (number - 2.5)) for value, number in zip(base, process)]
+        made = measurement.from_samples(
+            "energy_joules_per_token", "decode", base, opt, source="6 fresh processes", floor=0.001, samples=False,
+            process=process,
+        )  # fmt: skip
+        assert made.processes == 6 and made.n == 72
+        return made
+
+    before, after = joules(0.70), joules(0.80)
+    half = math.hypot(*(math.log(m.ci[1] / m.ci[0]) / 2 for m in (before, after)))
+    effect = math.log(after.ratio / before.ratio)
+    change = compare._measurements(STEM, ("energy_joules_per_token", "decode"), before, after, "")
+    assert change.high < 1, "the interval excludes no change"
+    assert change.p == pytest.approx(2 * stats.t.sf(effect / half * stats.t.ppf(0.975, 10), 10), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
