@@ -183,15 +183,16 @@ def small_sample(units: int) -> float:
     return math.sqrt(units / (units - 1)) * float(t.ppf((1 + CONFIDENCE) / 2, units - 1)) / NORMAL
 
 
-def items_needed(sigma: float, distance: float) -> int | None:
+def items_needed(sigma: float, distance: float, factor: float = NON_INFERIORITY_FACTOR) -> int | None:
     """Return (1.645 + 0.842)²·σ²/distance²: items to show non-inferiority at a spread σ per item; None where no number
     would do.
 
-    For a share, σ² is the discordance of the two arms and `distance` the margin.
+    For a share, σ² is the discordance of the two arms and `distance` the margin. `factor` is another sum of quantiles,
+    for a bound of another level.
     """
     if not math.isfinite(sigma) or distance <= 0:
         return None
-    return math.ceil((NON_INFERIORITY_FACTOR * sigma / distance) ** 2)
+    return math.ceil((factor * sigma / distance) ** 2)
 
 
 def percentiles(samples: Samples) -> dict[str, float | None]:

@@ -26,6 +26,7 @@ from lib.measure.metrics.measurement import Measurement
 FEW_FLIPS = 5
 ONE_SIDED = 0.05
 MINIMUM_WINDOWS = 6
+LARGEST_LOSS = 100.0  # nats; guessing takes a dozen, and e to the power of 710 is no number
 MDE_FACTOR = 2.80  # (1.96 + 0.84): two-sided 5 % level, 80 % power
 NORMAL = 1.96
 SAME = "same answers"  # how the source of a score begins where no answer differs
@@ -224,8 +225,13 @@ def perplexity(
     source_N: np.ndarray | None = None,
 ) -> Measurement:
     """Return the verdict on perplexity from both arms' losses of the same windows, nats per token, [N]; the margin is
-    a share. `source_N` numbers the document of each window: those of one are resampled together.
+    a share. `source_N` numbers the document of each window: those of one are resampled together. Invalid where a loss
+    is not finite, or beyond LARGEST_LOSS.
     """
+    largest = float(np.max([np.mean(baseline_N), np.mean(optimized_N)]))
+    if not largest <= LARGEST_LOSS:  # nor is NaN
+        reason = f"a loss of {largest:.3g} nats: the output has degenerated, and no perplexity can be stated"
+        return measurement.invalid("perplexity", "prefill", reason, source)
     margin = metric_named("perplexity").margin if margin is None else margin
     assert margin is not None, "perplexity has no margin"
     # Baseline − optimized: above 0 is a gain, as in `judge`.
@@ -317,9 +323,13 @@ def judge_again(stored: Measurement) -> str | None:
 
 
 def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str:
-    """Return the sentence on how many items would suffice, at the observed spread and difference."""
+    """Return the sentence on how many items would suffice four times out of five, at the observed spread and
+    difference. A loss beyond the margin is shown by the two-sided interval, which takes more of them than the one-sided
+    bound.
+    """
     distance = margin + min(gain, 0.0)
-    needed = paired_stats.items_needed(sigma, abs(distance)) if math.isfinite(sigma) else MINIMUM_WINDOWS
+    factor = paired_stats.NON_INFERIORITY_FACTOR if distance > 0 else MDE_FACTOR
+    needed = paired_stats.items_needed(sigma, abs(distance), factor) if math.isfinite(sigma) else MINIMUM_WINDOWS
     if needed is None or needed > 1_000_000:
         return f"{n} {unit} cannot tell: the difference seen is at the margin itself"
     direction = "maintained" if distance > 0 else "not maintained"

@@ -146,3 +146,33 @@ def test_a_workload_in_which_nothing_acted_is_not_exercised():
     assert metrics["f1_macro"].verdict == metrics["accuracy"].verdict == "not_exercised"
     assert "never acted on these prompts" in metrics["f1_macro"].reason and metrics["f1_macro"].ci is None
     assert metrics["flips"].verdict == "informative" and metrics["retrieval_exact_match"].verdict == "not_maintained"
+
+
+def test_a_loss_that_no_perplexity_can_be_stated_for_is_invalid():
+    """e to the power of 800 is no number: a candidate of a search that blew up, say."""
+    base_N = np.linspace(3.0, 4.0, 8)
+    for lost in (800.0, math.inf, math.nan):
+        judged = noninferiority.perplexity(base_N, base_N + lost, source="8 windows")
+        assert judged.verdict == "invalid" and judged.optimized is None and "degenerated" in judged.reason
+    assert noninferiority.perplexity(base_N, base_N + 30.0, source="8 windows").verdict == "not_maintained"
+
+
+def test_so_many_items_show_a_loss_four_times_out_of_five():
+    """A true loss of 4 points at a discordance of 10 %, margin 2 points."""
+    loss, discordance = 0.04, 0.10
+    sigma = math.sqrt(discordance - loss**2)
+    words = noninferiority._too_few(400, sigma, -loss, 0.02, "items")
+    assert "not maintained" in words
+    n, called, runs = int(words.split("about ")[1].split(" ")[0].replace(",", "")), 0, 300
+    for seed in range(runs):
+        draw_N = np.random.default_rng(seed).random(n)
+        wrong_N = draw_N < (discordance + loss) / 2
+        right_N = ~wrong_N & (draw_N < discordance)
+        drawn = noninferiority.resampled_scores(
+            np.ones(n, dtype=int), 1 - right_N.astype(int), 1 - wrong_N.astype(int), 2, 400, seed
+        )["accuracy"]
+        counts = {"to_wrong": int(wrong_N.sum()), "to_right": int(right_N.sum())}
+        shares = 1 - float(right_N.mean()), 1 - float(wrong_N.mean())
+        score = noninferiority.score("accuracy", "classify", *shares, drawn, n=n, source="items", **counts)
+        called += score.verdict == "not_maintained"
+    assert called / runs > 0.74  # 0.8 less 2.5 of its standard errors
