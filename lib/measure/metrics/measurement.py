@@ -198,7 +198,8 @@ def from_samples(
     `floor` is the A/A control, as its Pairs or as the half-width of its interval within the process. `process[i]` is
     the process of pair i: with several, the interval is over processes. With one, what the process hides is added in
     quadrature to interval and floor: `process_sigma`, by default that of other runs for this workload
-    (`lib.measure.metrics.process_variance`), or 0 for what was not measured. `disturbed` holds what was seen in the
+    (`lib.measure.metrics.process_variance`), or 0 for what was not measured and for resources, of which times tell
+    nothing. `disturbed` holds what was seen in the
     pairs that could not be repeated: nothing is decided then.
 
     Without a `floor` (no A/A control ran), or with too few pairs or a control of too few for an interval, or for a
@@ -209,7 +210,8 @@ def from_samples(
     margin = listed.margin if margin is None else margin
     d_N = paired_stats.differences(baseline, optimized)
     several = process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES
-    between = None if several else _between(workload, provenance, process_sigma)
+    of_times = listed.dimension in ("performance", "efficiency")
+    between = None if several else _between(workload, provenance if of_times else None, process_sigma)
     sigma = between.sigma if between else 0.0
     effect = paired_stats.effect(d_N, process, sigma)
     if isinstance(floor, Pairs):
@@ -288,7 +290,8 @@ def _load() -> str:
     return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
 
 
-def _between(workload: str, provenance: Provenance, process_sigma: float | None) -> Pooled:
+def _between(workload: str, provenance: Provenance | None, process_sigma: float | None) -> Pooled:
+    """Return τ of the times that a number of this `provenance` is made of (None: it is made of none)."""
     if process_sigma is not None:
         return Pooled(process_sigma, 0)
     timed = provenance in ("measured", "derived")  # an estimate is made of something else

@@ -70,6 +70,15 @@ def test_peaks_come_from_several_fresh_processes_in_turn(arm):
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
 
 
+def test_two_children_take_no_variance_from_times():
+    """As on a GPU: too few for an interval, and how times differ between processes says nothing of memory."""
+    two = Peaks([Peak(0, 900, 1000, "peak of the CUDA allocator", 1.0, 1.0, weights_bytes=2**29)] * 2)
+    for name in PROCESS:
+        peak = by_metric(two, two)[name]
+        assert peak.verdict == "informative" and "2 pairs are too few" in peak.reason
+        assert peak.noise_floor == 0 and not peak.process_sigma and "between processes" not in peak.source
+
+
 def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
     planted = [0, 5, 20, 40]
     hooks = [replace(arm, transform="memory_transforms:holding", arguments={"megabytes": held}) for held in planted]
