@@ -15,7 +15,8 @@ class Pairs:
     repeated blocks as (baseline seconds, optimized seconds, reason).
 
     `process[i]` numbers the fresh process that timed block i; None where all were timed in this one. `cpu_seconds` are
-    the processor seconds per call of both arms in the same turns.
+    the processor seconds per call of both arms in the same turns. A turn was `iterations` calls, at most
+    `most_iterations` where several processes made more or fewer of them.
     """
 
     baseline_seconds: list[float]
@@ -27,6 +28,7 @@ class Pairs:
     clock: str = "perf_counter"
     process: list[int] | None = None
     cpu_seconds: tuple[list[float], list[float]] | None = None
+    most_iterations: int = 0
 
     @property
     def differences(self) -> np.ndarray:
@@ -54,7 +56,9 @@ class Pairs:
         parts = [f"{len(self.order)} balanced AB/BA blocks"]
         if self.process is not None:
             parts[0] += f" in {len(set(self.process))} fresh processes"
-        if self.iterations > 1:
+        if self.most_iterations > self.iterations:
+            parts.append(f"{self.iterations} to {self.most_iterations} calls each")
+        elif self.iterations > 1:
             parts.append(f"{self.iterations} calls each")
         parts.append(self.clock)
         if self.set_aside:
@@ -74,11 +78,12 @@ def join(parts: Sequence[Pairs]) -> Pairs:
         [second for part in parts for second in part.optimized_seconds],
         [order for part in parts for order in part.order],
         [reason for part in parts for reason in part.disturbed],
-        first.iterations,
+        min(part.iterations for part in parts),
         [repeated for part in parts for repeated in part.set_aside],
         first.clock,
         [number for number, part in enumerate(parts) for _ in part.order],
         _joined_cpu(parts),
+        max(part.iterations for part in parts),
     )
 
 

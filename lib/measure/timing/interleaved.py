@@ -73,9 +73,12 @@ class Rounds:
         return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock, cpu_seconds=processor)
 
 
-def balanced_orders(arms: Sequence[str], count: int, seed: int = 0) -> list[list[str]]:
+def balanced_orders(arms: Sequence[str], count: int, seed: int = 0, mirrored: bool = False) -> list[list[str]]:
     """Return `count` orders of the arms, shuffled: every order stands beside its reverse, so that of any two arms each
     comes first equally often (once more for either where `count` is odd).
+
+    `mirrored`: each of these orders reversed. What one seed makes with and without it is balanced together, whatever
+    `count` is.
     """
     shuffle = random.Random(seed)
     orders: list[list[str]] = []
@@ -84,7 +87,7 @@ def balanced_orders(arms: Sequence[str], count: int, seed: int = 0) -> list[list
         orders += [order, order[::-1]]
     orders = orders[:count]
     shuffle.shuffle(orders)
-    return orders
+    return [order[::-1] for order in orders] if mirrored else orders
 
 
 def rounds(
@@ -94,6 +97,7 @@ def rounds(
     iterations: int = 1,
     warmup: int = 1,
     seed: int = 0,
+    mirrored: bool = False,
     repeats: int | None = None,
     fewest: int = paired_stats.MINIMUM_BLOCKS,
     clock: Clock = time.perf_counter,
@@ -103,10 +107,10 @@ def rounds(
     """Time every arm once (`iterations` calls) in each of `count` rounds and return every time.
 
     An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
-    is called before each reading of the clock; where none is given, an arm's own attribute of that name. `disturbance`
-    opens a watch and returns the function that closes it with a reason or None. At most `repeats` disturbed rounds are
-    repeated (by default half of `count`); later ones are kept and marked. Raises UserError for fewer than `fewest`
-    rounds: six, unless several processes are timed.
+    is called before each reading of the clock; where none is given, an arm's own attribute of that name. `seed` and
+    `mirrored` are those of `balanced_orders`. `disturbance` opens a watch and returns the function that closes it with
+    a reason or None. At most `repeats` disturbed rounds are repeated (by default half of `count`); later ones are kept
+    and marked. Raises UserError for fewer than `fewest` rounds: six, unless several processes are timed.
     """
     if count < fewest:
         raise UserError(f"{count} blocks are too few to tell noise from effect: give at least {fewest}")
@@ -120,7 +124,7 @@ def rounds(
         return turns, close() if close else None
 
     allowed = count // 2 if repeats is None else repeats
-    orders = balanced_orders(list(arms), count, seed)
+    orders = balanced_orders(list(arms), count, seed, mirrored)
     times: dict[str, list[float]] = {name: [] for name in arms}
     cpu_times: dict[str, list[float]] = {name: [] for name in arms}
     disturbed: list[str | None] = []

@@ -18,17 +18,31 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     heap = child.move_heap(number)
     baseline, optimized = (Arm(**fields) for fields in job["arms"])
     arms = {"baseline": baseline, "optimized": optimized, "copy": baseline}
-    loaded = random.Random(number).sample(list(arms), len(arms))
+    loaded = load_order(list(arms), number)
     models = {name: child.load(arms[name]) for name in loaded}
     for model in models.values():
         child.make_present(model)
     place = {"loaded": loaded, "addresses": {name: _address(models[name]) for name in arms}}
-    timed = {name: _time(name, {arm: models[arm] for arm in arms}, job, number) | place for name in job["names"]}
+    timed = {name: _time(name, {arm: models[arm] for arm in arms}, job) | place for name in job["names"]}
     del heap  # kept until here
     return {"workloads": timed}
 
 
-def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: int) -> dict[str, Any]:
+def load_order(arms: list[str], number: int) -> list[str]:
+    """Return the order in which a process loads its arms: not that of its first round, which is drawn by a number too,
+    or what is loaded first would always have the first turn.
+    """
+    return random.Random(f"loaded in process {number}").sample(arms, len(arms))
+
+
+def order_of_rounds(job: dict[str, Any]) -> dict[str, Any]:
+    """Return seed and mirroring of a process's rounds: each second process mirrors the one before it, so that both
+    together are balanced where a process has a single round, or an odd number of them.
+    """
+    return {"seed": job["seed"] + job["process"] // 2, "mirrored": job["process"] % 2 == 1}
+
+
+def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any]) -> dict[str, Any]:
     prompt_BT = torch.tensor(job["prompt"])
     works = {
         arm: workloads.standard(name, model, prompt_BT, job["new_tokens"], job["batch"])
@@ -46,7 +60,7 @@ def _time(name: str, models: dict[str, nn.Module], job: dict[str, Any], seed: in
         count,
         iterations=iterations,
         warmup=0,
-        seed=seed,
+        **order_of_rounds(job),
         repeats=count,
         fewest=1,
         disturbance=disturbance.watch,

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from lib.errors import UserError
 from lib.measure.metrics import busy, measurement, process_variance, settings
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
-from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.pairs import Pairs, join
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,12 @@ def test_rates_and_latencies_are_two_sides_of_the_same_times():
     assert rate.ci[0] < rate.ratio < rate.ci[1] and rate.n == 12 and rate.provenance == "measured"
     per_token = measurement.from_pairs("time_per_output_token_ms", "decode", pairs(1.5), 10, pairs(1.0))
     assert per_token.verdict == "worse" and per_token.baseline == pytest.approx(10, rel=0.01)
+
+
+def test_the_source_says_how_many_calls_a_turn_was_in_all_processes():
+    parts = [replace(pairs(0.8, 2), iterations=calls) for calls in (4, 3, 6)]
+    assert join(parts).describe().startswith("6 balanced AB/BA blocks in 3 fresh processes, 3 to 6 calls each")
+    assert ", 4 calls each" in join(parts[:1] * 3).describe()
 
 
 def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():

@@ -1,5 +1,6 @@
 """Arms are timed in fresh processes whose memory lies elsewhere; a process that fails says why and never hangs."""
 
+import itertools
 import subprocess
 import sys
 from contextlib import suppress
@@ -8,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from lib.measure.timing import child, children, processes
+from lib.measure.timing import child, children, interleaved, process_child, processes
 from lib.measure.timing.children import Arm
 from lib.models.checkpoints import io
 
@@ -65,6 +66,19 @@ def test_weights_lie_elsewhere_in_every_process(folder):
     assert len({tuple(sample.loaded) for sample in replicates}) > 1, "no arm is always loaded first"
     again = replicate(Arm(folder=folder), Arm(folder=folder), processes=1, seed=9)["prefill"]
     assert again[0].addresses["baseline"] not in {sample.addresses["baseline"] for sample in replicates}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
+def test_processes_of_odd_rounds_are_balanced_together_and_do_not_turn_as_they_loaded(rounds):
+    arms, orders, alike = ["baseline", "optimized", "copy"], [], 0
+    for process in range(12):
+        chosen = process_child.order_of_rounds({"seed": 0, "process": process})
+        orders += (drawn := interleaved.balanced_orders(arms, rounds, **chosen))
+        alike += process_child.load_order(arms, process) == drawn[0]
+    for first, second in itertools.combinations(arms, 2):
+        before = sum(order.index(first) < order.index(second) for order in orders)
+        assert before == 12 * rounds / 2
+    assert alike < 8 and len({tuple(order) for order in orders}) > 2
 
 
 def test_the_moved_heap_moves_small_and_large_memory():
