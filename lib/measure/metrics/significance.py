@@ -19,6 +19,15 @@ LEVEL = 0.05
 LEAST = 1e-9  # a ratio that stands for none: its logarithm is finite
 SINGLE = (None, 1)  # numbers of samples that tell nothing of chance
 
+# Measured once, and the same in every process: bytes of live tensors, bytes of the files that were written.
+DETERMINISTIC = ("peak_tensor_bytes", "checkpoint_bytes")
+
+
+def is_counted(measurement: Measurement) -> bool:
+    """Whether chance has no part in a single number: it follows from shapes, or is the same each time it is read."""
+    exact = measurement.provenance == "derived" or measurement.metric in DETERMINISTIC
+    return exact and measurement.n in SINGLE
+
 
 def p_value(measurement: Measurement) -> float | None:
     """Return the two-sided p of a measurement; None where it has no interval (counted, read once, equal answers) or one

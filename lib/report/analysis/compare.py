@@ -243,7 +243,7 @@ def _middles(*lengths: int) -> list[np.ndarray]:
 
 def _read_once(measurement: Measurement) -> bool:
     """Whether a number is a single reading, of which nothing tells the scatter. What was counted is none."""
-    return measurement.n in (None, 1) and measurement.provenance != "derived"
+    return measurement.n in significance.SINGLE and not significance.is_counted(measurement)
 
 
 def _at_least(

@@ -149,6 +149,17 @@ def test_a_single_reading_is_never_a_regression(n):
     assert better.verdict == "inconclusive"
 
 
+@pytest.mark.parametrize("metric", ["peak_tensor_bytes", "checkpoint_bytes"])
+def test_a_number_that_is_the_same_in_every_process_is_no_reading(metric):
+    def counted(value: float):
+        return measurement.counted(metric, "generate", 1e8, value, "all live tensors at the worst moment", "measured")
+
+    change = _sets(_with(_whole(), counted(1e8)), _with(_whole(1), counted(1.3e8)))[metric, "generate"]
+    assert change.verdict == "worse" and change.regression == change.primary and change.how.startswith("counted")
+    same = _sets(_with(_whole(), counted(1e8)), _with(_whole(1), counted(1e8)))[metric, "generate"]
+    assert same.verdict == "equivalent"
+
+
 def test_answers_that_were_the_same_and_are_no_longer_are_compared():
     same = samples.scored("f1_macro", 0.91, 0.91, "maintained").model_copy(update={"ci": None, "bound": -0.008})
     lost = samples.scored("f1_macro", 0.91, 0.80, "not_maintained", 0.01)

@@ -101,5 +101,5 @@ def losses(
 def _without_spread(measurement: Measurement) -> bool:
     """Whether chance has no part in a number: it was counted, or every sample of it was the same."""
     if measurement.n in significance.SINGLE:
-        return measurement.provenance == "derived"
+        return significance.is_counted(measurement)
     return measurement.ci is not None and measurement.ci[0] == measurement.ci[1]

@@ -106,6 +106,14 @@ def test_what_was_not_exercised_carries_nothing():
     assert both.accuracy == "not_maintained"
 
 
+def test_a_larger_checkpoint_is_a_loss_and_a_larger_single_reading_is_none():
+    smaller = measurement.counted("peak_tensor_bytes", "generate", 100.0, 60.0, "live tensors", "measured")
+    larger = measurement.counted("checkpoint_bytes", "load", 100.0, 150.0, "sizes of the saved files", "measured")
+    read = measurement.counted("peak_memory_bytes", "load", 100.0, 150.0, "read once", "measured")
+    judged = judge([smaller, larger, read], primaries={"resources": ("peak_tensor_bytes", "generate")})
+    assert judged.resources == "better" and [loss.metric for loss in judged.losses] == ["checkpoint_bytes"]
+
+
 def test_one_quantity_is_judged_once():
     members = [speed(SECONDS, 0.8, "worse", "prefill"), speed("time_to_first_token_ms", 1.25, "worse", "prefill")]
     members.append(speed(DECODE[0], 1.2, "better", "decode"))
