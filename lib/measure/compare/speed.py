@@ -217,7 +217,8 @@ def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any] | None) -
         for _ in range(work.turns - 1):
             work()
     work.step_seconds.clear()
-    return cost_model.of(model, work, hit=usage.mean(work.batch), **(options or {})), use
+    counts: dict[str, Any] = {"hit": usage.mean(work.batch), "read_hit": usage.mean(work.batch * work.prompt_tokens)}
+    return cost_model.of(model, work, **counts, **(options or {})), use
 
 
 def _quantity(metric: str, work: Workload) -> float:

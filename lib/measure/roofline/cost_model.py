@@ -304,6 +304,7 @@ def of(
     work: Workload,
     *,
     hit: dict[int, float] | None = None,
+    read_hit: dict[int, float] | None = None,
     absorbed: bool | None = None,
     overhead: float = 0.0,
     skip_zeros: bool = False,
@@ -313,7 +314,8 @@ def of(
 ) -> Cost:
     """Return FLOPs and bytes of one call of a workload on `model`.
 
-    `hit`: see `step_bytes` (of decoding steps). `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see
+    `hit`: see `step_bytes` (of decoding steps), `read_hit` the same of the pass that reads the prompts, which real text
+    does not spread over all experts. `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see
     `prefill_flops`. `skip_zeros` counts the work of a kernel for which exact zeros are free: compared with it, zeros
     that are stored dense show as a gain that was not realised. Raises ValueError for a workload without a formula.
     """
@@ -334,6 +336,7 @@ def of(
             work.batch,
             work.prompt_tokens,
             tokens=work.batch * work.prompt_tokens,
+            hit=read_hit,
             overhead=overhead,
             skip_zeros=skip_zeros,
         )

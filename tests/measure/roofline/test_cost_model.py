@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.measure.compare import speed
 from lib.measure.metrics import measurement
 from lib.measure.roofline import ceilings, cost_model, expert_usage
 from lib.measure.roofline.ceilings import Ceilings
@@ -86,6 +87,18 @@ def test_experts_hit_by_formula_and_by_hook(tiny):
     used = cost_model.step_bytes(model, 3, 10, hit=counted)
     everything = cost_model.step_bytes(model, 3, 10, hit=dict.fromkeys(range(4), 8))
     assert used < everything < cost_model.weights_bytes(model) + 3 * 10 * cost_model.kv_cache_bytes_per_token(model)
+
+
+def test_a_prompt_reads_only_the_experts_that_its_tokens_use(tiny):
+    """A router that sends every token to the same experts: a bound that counts all of them could be beaten."""
+    model = tiny("qwen3-coder-30b")
+    for block in anatomy(model).blocks:
+        torch.nn.init.zeros_(block.feed_forward.experts.router.weight)
+    work = workloads.prefill(model, workloads.random_prompt(model, 2, 16))
+    cost, _ = speed._cost(model, work, None)
+    chosen = {block.index: float(block.feed_forward.experts.top_k) for block in anatomy(model).blocks}
+    assert cost.bytes == pytest.approx(cost_model.step_bytes(model, 2, 16, tokens=32, hit=chosen))
+    assert cost.bytes < cost_model.of(model, work).bytes
 
 
 def test_bytes_include_the_overhead_of_a_format_and_tied_weights_once(tiny):
