@@ -269,18 +269,7 @@ def mean_interval(
     values_N: np.ndarray, confidence: float, resamples: int, seed: int, source_N: np.ndarray | None = None
 ) -> tuple[float, float]:
     """Return the bootstrap interval of the mean of values; over sources where `source_N` numbers them."""
-    if source_N is None or len(np.unique(source_N)) == len(values_N):
-        return paired_stats.bootstrap_interval(values_N, confidence, resamples, seed)
-    _, source_N = np.unique(source_N, return_inverse=True)
-    counts_S, sums_S = np.bincount(source_N), np.bincount(source_N, weights=values_N)
-    sources, mean = len(counts_S), float(np.mean(values_N))
-    if sources < 2:
-        return -math.inf, math.inf
-    draws_RS = np.random.default_rng(seed).multinomial(sources, np.full(sources, 1 / sources), size=resamples)
-    means_R = (draws_RS @ sums_S) / (draws_RS @ counts_S)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(mean + (means_R - mean) * paired_stats.small_sample(sources), [tail, 1 - tail])
-    return float(low), float(high)
+    return paired_stats.bootstrap_interval(values_N, confidence, resamples, seed, source_N)
 
 
 def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: float) -> str:

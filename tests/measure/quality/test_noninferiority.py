@@ -137,6 +137,16 @@ def test_windows_of_one_document_are_drawn_together():
     assert few.verdict == "inconclusive" and "5 documents are too few" in few.reason and few.ci is None
 
 
+def test_windows_that_repeat_others_of_their_document_change_no_interval():
+    """A few windows lose much, as they do: the interval is as lopsided over documents as over windows."""
+    loss_N = -np.random.default_rng(1).lognormal(-3, 1, 24)
+    alone = noninferiority.mean_interval(loss_N, 0.9, 1000, 0)
+    twice = noninferiority.mean_interval(np.repeat(loss_N, 2), 0.9, 1000, 0, np.repeat(np.arange(24), 2))
+    assert twice == pytest.approx(alone)
+    mean = loss_N.mean()
+    assert mean - alone[0] > 1.2 * (alone[1] - mean)
+
+
 def test_a_workload_in_which_nothing_acted_is_not_exercised():
     base = classified(400, 0.9)
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
