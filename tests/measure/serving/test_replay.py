@@ -4,8 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib.measure.serving import replay
+from lib.measure.serving.engine import ModelEngine
+from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, make
 from lib.measure.trackers.energy_source import Counter
 
 PEAKS = {"fixed": [4, 4, 4, 4, 4, 4], "again": [4, 4, 4, 4, 4, 4], "adaptive": [2, 2, 2, 2, 2, 2]}
@@ -31,6 +34,18 @@ def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(roun
     assert (peak.baseline, peak.optimized, peak.ratio) == (4, 2, 0.5)
     assert peak.verdict == "informative" and "chosen" in peak.reason
     assert measured["cpu_seconds_per_token"].verdict == "better", "the time of the same replays is judged"
+
+
+def test_a_cache_with_room_for_one_row_is_warmed_up_and_bounded_afterwards(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    engine = ModelEngine(model, lambda request: torch.arange(8, 8 + request.prompt_tokens))
+    engine.prefill([ServingRequest(0, 0.0, 20, 8)])
+    engine.limit_bytes = 1.3 * engine.bytes
+    replay.warm_up(engine, make("one", [Phase(10.0, 1.0, Lengths(20, 8))]))
+    assert engine.bytes == 0 and engine.output == {}
+    engine.prefill([ServingRequest(0, 0.0, 20, 8)])
+    with pytest.raises(RuntimeError, match="over its bound"):
+        engine.prefill([ServingRequest(1, 0.0, 20, 8)])
 
 
 def test_two_rounds_judge_nothing_and_say_so(rounds):
