@@ -49,12 +49,12 @@ class Rows:
 
 def joinable(model: nn.Module) -> str | None:
     """Return None if rows can join and leave this model's cache, else the reason why not."""
-    config = anatomy(model).config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention"}:
-        return (
-            f"its cache has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}, which store no whole rows"
-        )
+    view = anatomy(model)
+    kinds = set(getattr(view.config, "layer_types", None) or ())
+    if any(block.attention.window is not None for block in view.blocks):  # also without a list of kinds (Mistral)
+        kinds.add("sliding_attention")
+    if others := sorted(kinds - {"full_attention"}):
+        return f"its cache has layers of kind {', '.join(others)}, which store no whole rows"
     return None
 
 

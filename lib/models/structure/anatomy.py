@@ -239,16 +239,14 @@ def attention(module: Any) -> Attention:
 
 
 def _window(module: Any) -> int | None:
-    """Return the sliding window of an attention module: its own; else the configuration's, where this lists no kinds of
-    blocks, or lists this one as sliding.
+    """Return the sliding window of an attention module: None where the configuration lists the kinds of blocks and not
+    this one as sliding (EXAONE 4 gives every module the same number); else the module's own, or the configuration's.
     """
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[min(module.layer_idx, len(kinds) - 1)] != "sliding_attention":
         return None
-    return getattr(config, "sliding_window", None)
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
 def feed_forward(module: Any) -> FeedForward:
@@ -328,8 +326,9 @@ def _synchronise_block(block: Block) -> None:
     module = view.module
     if view.kind != "none":
         module.num_key_value_groups = view.heads // view.key_value_heads
-    if hasattr(module, "num_heads"):
-        module.num_heads = view.heads
+    counts = {"num_heads": view.heads, "num_attention_heads": view.heads, "num_key_value_heads": view.key_value_heads}
+    for name in counts.keys() & vars(module).keys():
+        setattr(module, name, counts[name])
     dense, experts = block.feed_forward.dense, block.feed_forward.experts
     if dense is not None:
         dense.intermediate_size = block.feed_forward.channels

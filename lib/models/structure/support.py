@@ -4,15 +4,29 @@ AttributeError in the middle of a run.
 A model is judged by its parts, as the view recognises them, never by its name.
 """
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
+
+from lib.models.structure.anatomy import SHARED
 
 # The model types that tests hold, by transformers' names; others of the same structure work too.
 SUPPORTED = (
     "gemma2", "gemma3_text", "glm4_moe_lite", "granite", "llama", "mistral", "mixtral", "olmoe", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "qwen3_vl",
 )  # fmt: skip
+# What the view knows of a part. With weights of its own beside these (a gate over heads, a norm over channels, an
+# indexer) a part would be cut, sorted or replaced as if it had none.
+GROUPED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+LATENT = (
+    "q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj",
+)  # fmt: skip
+DENSE = ("gate_proj", "up_proj", "down_proj")
+ROUTED = ("experts", "gate", *SHARED, "shared_expert_gate")
+ROUTER = ("weight", "e_score_correction_bias")
+ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")  # of which absorbed decoding uses one
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -36,9 +50,15 @@ def _lacking(model: nn.Module) -> str | None:
     ):
         return "its pictures are read by no vision tower called visual"
     for index, layer in enumerate(decoder.layers):
-        if reason := _unknown_attention(layer) or _unknown_feed_forward(layer):
+        if reason := _unknown_attention(layer) or _unknown_feed_forward(layer) or _unknown_rest(layer):
             return f"block {index}: {reason}"
     return None
+
+
+def _beyond(module: Any, known: tuple[str, ...], *, buffers: bool = False) -> str | None:
+    """Return the first weight of a module (or buffer, where these count) that belongs to none of the `known` names."""
+    tensors = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
+    return next((name for name, _ in tensors if name.partition(".")[0] not in known), None)
 
 
 def _unknown_attention(layer: Any) -> str | None:
@@ -50,8 +70,14 @@ def _unknown_attention(layer: Any) -> str | None:
     lacking = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
     if lacking or not hasattr(module, "v_head_dim" if latent else "head_dim"):
         return f"no attention with separate projections ({', '.join(names)})"
-    sinks = isinstance(getattr(module, "sinks", None), nn.Parameter)
-    return "attention with learned sinks" if sinks else None
+    if isinstance(getattr(module, "sinks", None), nn.Parameter):
+        return "attention with learned sinks"
+    if weight := _beyond(module, LATENT if latent else GROUPED):
+        return f"attention with a weight of an unknown kind ({weight})"
+    file = sys.modules.get(type(module).__module__)
+    if latent and not any(hasattr(file, name) for name in ROTATIONS):
+        return f"latent attention that rotates by none of {', '.join(ROTATIONS)}"
+    return None
 
 
 def _unknown_feed_forward(layer: Any) -> str | None:
@@ -60,12 +86,35 @@ def _unknown_feed_forward(layer: Any) -> str | None:
         return None
     experts = getattr(module, "experts", None)
     if experts is None:
-        names = ("gate_proj", "up_proj", "down_proj")
+        names = DENSE
         lacking = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
-        return f"no feed-forward part with {', '.join(names)}" if lacking else None
+        if lacking:
+            return f"no feed-forward part with {', '.join(names)}"
+        weight = _beyond(module, DENSE)
+        return f"a feed-forward part with a weight of an unknown kind ({weight})" if weight else None
     router = getattr(module, "gate", None)
     if not hasattr(router, "top_k") or not hasattr(router, "weight"):
         return "experts without a router called gate"
     if any("bias" in name for name, _ in experts.named_parameters()):
         return "experts with biases"
+    if name := _beyond(module, ROUTED, buffers=True) or _beyond(router, ROUTER, buffers=True):
+        return f"experts with a tensor of an unknown kind beside them or their router ({name})"
+    return "experts with a gate of their own" if _gates_otherwise(experts) else None
+
+
+def _gates_otherwise(experts: Any) -> bool:
+    """Return whether the gate of experts is another than activation(gate) · up, gate and up one behind the other."""
+    if not hasattr(experts, "_apply_gate"):  # ours, in the place of experts of the usual kind
+        return False
+    ends = (-30, 30), (40, -20)  # beyond what a clamp lets pass
+    both = torch.cat([torch.linspace(*pair, 61, device="cpu") for pair in ends])[None]
+    gate, up = both.chunk(2, dim=-1)
+    return not torch.allclose(experts._apply_gate(both), experts.act_fn(gate) * up)
+
+
+def _unknown_rest(layer: nn.Module) -> str | None:
+    """Return which matrix stands beside attention and feed-forward part; None where nothing but norms does."""
+    for name, parameter in layer.named_parameters():
+        if name.partition(".")[0] not in ("self_attn", "mlp") and parameter.ndim > 1:
+            return f"a matrix beside attention and feed-forward part ({name})"
     return None

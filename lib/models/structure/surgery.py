@@ -93,7 +93,8 @@ def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
     per_group = attention.heads // attention.key_value_heads
     *inputs, output = head_projections(attention)
     for norm in norms_over_heads(attention):
-        scale = norm.weight.unflatten(0, (attention.key_value_heads, -1))[indices].flatten()
+        by_head = norm.weight.view(attention.key_value_heads, -1, attention.head_dim)
+        scale = by_head[indices].reshape(-1, *norm.weight.shape[1:])  # of shape [D · heads], or [heads, D] (Cohere)
         norm.weight = nn.Parameter(scale, requires_grad=norm.weight.requires_grad)
     for linear in inputs:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))

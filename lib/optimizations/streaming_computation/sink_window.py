@@ -17,18 +17,28 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lib.errors import UserError
+from lib.models.decoding import rotation
+from lib.models.decoding.rotation import Layout
 from lib.models.structure.anatomy import Anatomy, Block, anatomy
 
 
 class SinkWindowLayer(DynamicLayer):
-    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"; None in
-    a block without rotation.
+    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"; `layout`
+    says how (`lib.models.decoding.rotation`), None in a block without rotation.
     """
 
-    def __init__(self, sinks: int, window: int, slack: int, rotated: str | None, inverse_frequency_F: torch.Tensor):
+    def __init__(
+        self,
+        sinks: int,
+        window: int,
+        slack: int,
+        rotated: str,
+        layout: Layout | None,
+        inverse_frequency_F: torch.Tensor,
+    ):
         super().__init__()
         self.sinks, self.window, self.slack = sinks, window, slack
-        self.rotated, self.inverse_frequency_F = rotated, inverse_frequency_F
+        self.rotated, self.layout, self.inverse_frequency_F = rotated, layout, inverse_frequency_F
         self.forgotten = 0
 
     def update(
@@ -46,20 +56,22 @@ class SinkWindowLayer(DynamicLayer):
         for name in ("keys", "values"):
             cached = getattr(self, name)
             recent = cached[..., behind:, :]
-            recent = turn(recent, -excess, self.inverse_frequency_F) if name == self.rotated else recent
+            if name == self.rotated and self.layout is not None:
+                recent = turn(recent, -excess, self.inverse_frequency_F, self.layout)
             setattr(self, name, torch.cat([cached[..., : self.sinks, :], recent], dim=-2))
         self.forgotten += excess
 
 
-def turn(rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor) -> torch.Tensor:
+def turn(
+    rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor, layout: Layout = "halves"
+) -> torch.Tensor:
     """Return keys [..., D], of which the first P are rotated (all where D = P), rotated on by `positions`; computed in
     float32.
     """
     angle, width = positions * inverse_frequency_F.float(), 2 * len(inverse_frequency_F)
-    cos, sin = angle.cos().repeat(2), angle.sin().repeat(2)
+    cos, sin = (rotation.spread(each_F, layout) for each_F in (angle.cos(), angle.sin()))
     turning, still = rotated[..., :width].float(), rotated[..., width:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = turning * cos + rotation.quarter(turning, layout) * sin
     return torch.cat([turned.to(rotated.dtype), still], dim=-1)
 
 
@@ -72,7 +84,7 @@ def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack
     """Return an empty cache for `model` that holds at most sinks + window + slack − 1 tokens between steps.
 
     A longer prompt has to be read in chunks (`lib.models.decoding.chunked.chunk_prefill`). Raises UserError for numbers
-    out of range, or for more tokens than the model has positions.
+    out of range, or for more tokens than the model has positions; NotApplicable where keys rotate in an unknown way.
     """
     view = anatomy(model)
     if sinks < 0 or window < 1 or slack < 1:
@@ -86,16 +98,16 @@ def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack
         )
     cache = DynamicCache()
     cache.layers = [
-        SinkWindowLayer(sinks, window, slack, _rotated(block), _frequencies(view, block)) for block in view.blocks
+        _layer(view, block, sinks, window, slack) for block in view.blocks if block.attention.kind != "none"
     ]
     return cache
 
 
-def _rotated(block: Block) -> str | None:
-    """Return which cached tensor a block rotates; None where its attention knows no positions (SmolLM3, every 4th)."""
-    if not getattr(block.attention.module, "use_rope", True):
-        return None
-    return "values" if block.attention.kind == "latent" else "keys"
+def _layer(view: Anatomy, block: Block, sinks: int, window: int, slack: int) -> SinkWindowLayer:
+    frequencies_F = _frequencies(view, block)
+    layout = rotation.layout_of(block.attention, 2 * len(frequencies_F))
+    rotated = "values" if block.attention.kind == "latent" else "keys"
+    return SinkWindowLayer(sinks, window, slack, rotated, layout, frequencies_F)
 
 
 def _frequencies(view: Anatomy, block: Block) -> torch.Tensor:

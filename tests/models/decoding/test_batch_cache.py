@@ -6,6 +6,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.roofline import cost_model
 from lib.models.decoding import batch_cache
+from tests.models.architectures import build
 
 
 def _alone(model, ids_T, steps):
@@ -118,3 +119,9 @@ def test_windowed_caches_are_refused(tiny):
     assert batch_cache.joinable(model) is None
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert "sliding_attention" in batch_cache.joinable(model)
+
+
+def test_windows_without_a_list_of_kinds_are_refused():
+    """Mistral lists no kinds of blocks, yet its cache holds no more than the window: rows of it have other lengths."""
+    assert "sliding_attention" in batch_cache.joinable(build("mistral"))
+    assert batch_cache.joinable(build("mistral", sliding_window=None)) is None

@@ -1,9 +1,11 @@
 """Chunks, absorbed latents, window, and tokens one by one: each against the plain way of doing the same."""
 
+import sys
+
 import pytest
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.models.decoding import cache_names, chunked, mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import sink_window
@@ -160,12 +162,27 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
     [
         ("gemma3_text", {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 128}),
         ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}),
+        ("cohere", {}),
+        ("ernie4_5", {}),
+        ("cohere2", {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 128}),
+        ("cohere2", {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 128}),
+        ("exaone4", {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 128}),
         ("llama", {}),
     ],
 )
 def test_a_window_turns_keys_by_their_own_block_s_frequencies(architecture, own):
-    """As above, where kinds of blocks rotate differently, and where a block does not rotate at all."""
+    """As above, where kinds of blocks rotate differently, where neighbours rotate together, and where a block does not
+    rotate at all.
+    """
     _assert_window_is_a_short_text(build(architecture, **own))
+
+
+def test_keys_that_rotate_in_an_unknown_way_are_refused(monkeypatch):
+    model = build("llama")
+    file = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda query, key, cos, sin: (query, key.flip(-1)))
+    with pytest.raises(NotApplicable, match="LlamaAttention rotates its keys in a way that is not known"):
+        sink_window.windowed_cache(model, sinks=2, window=8)
 
 
 def test_only_the_rotated_part_of_a_key_turns():

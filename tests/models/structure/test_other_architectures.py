@@ -3,6 +3,7 @@ refused in one line that says what is supported.
 """
 
 import copy
+import re
 
 import pytest
 import torch
@@ -260,6 +261,53 @@ def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(na
     assert reason.startswith(f'architecture "{name}" is not supported: ') and "\n" not in reason and "llama" in reason
     model.save_pretrained(tmp_path)
     assert validate.fault(tmp_path) == f"{tmp_path}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("diffllama", r"attention with a weight of an unknown kind \(lambda_q1\)"),
+        ("doge", r"attention with a weight of an unknown kind \(A\)"),
+        ("bitnet", r"attention with a weight of an unknown kind \(attn_sub_norm.weight\)"),
+        ("ernie4_5_moe", r"beside them or their router \(moe_statics.e_score_correction_bias\)"),
+        ("minimax_m2", r"beside them or their router \(e_score_correction_bias\)"),
+        ("deepseek_v2", "latent attention that rotates by none of"),
+    ],
+)
+def test_parts_with_weights_that_no_method_would_cut_are_named(name, part):
+    """Each has every projection that is asked for, and something beside them: pruned or replaced it would be wrong."""
+    assert re.search(part, support.unsupported(build(name)))
+
+
+def test_a_matrix_beside_the_parts_of_a_block_is_named():
+    model = build("llama")
+    model.model.layers[1].per_layer_projection = torch.nn.Linear(4, 4)
+    assert "block 1: a matrix beside attention" in support.unsupported(model)
+
+
+def test_experts_with_a_gate_of_their_own_are_refused():
+    """Stored sparse, quantized or factored they would compute activation(gate) times up, which is not what they did."""
+    model = build("mixtral")
+    for block in anatomy(model).blocks:
+        experts = block.feed_forward.experts.module
+        experts._apply_gate = lambda both: torch.relu(both.chunk(2, -1)[0]) * (both.chunk(2, -1)[1] + 1)
+    assert "experts with a gate of their own" in support.unsupported(model)
+
+
+@pytest.mark.parametrize(("name", "own"), [("cohere", {"use_qk_norm": True}), ("stablelm", {})])
+def test_heads_go_from_norms_by_head_and_from_counts_that_an_attention_keeps(name, own):
+    model, kept = build(name, **own), torch.tensor([0, 2, 3])
+    cut, silent = copy.deepcopy(model), copy.deepcopy(model)
+    for block, other in zip(anatomy(cut).blocks, anatomy(silent).blocks):
+        surgery.keep_groups(block.attention, kept)
+        other.attention.output.weight.unflatten(1, (4, -1))[:, 1] = 0
+    torch.testing.assert_close(_logits(synchronise(cut)), _logits(silent), **CLOSE)
+
+
+def test_a_block_that_is_listed_as_full_has_no_window():
+    """EXAONE 4 gives the modules of all its blocks the same window."""
+    model = build("exaone4", **architectures.ALTERNATING)
+    assert [block.attention.window for block in anatomy(model).blocks] == [8, None, 8, None]
 
 
 def test_a_vision_tower_that_the_view_does_not_know_is_refused(tiny):
