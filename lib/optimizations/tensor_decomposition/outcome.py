@@ -47,8 +47,9 @@ def replications(result: Sweep, compression: float) -> list[relations.Judged]:
 def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequence[Measurement]) -> list[ClaimAnswer]:
     """Return an answer to each of CLAIMS: from the divergences at the strength of the run, and from its rates.
 
-    The first two are about whitened factors without refinement: pruning has no recovery either. Bare factors are
-    those of the better budget: the energy of bare matrices says little about where a rank is worth most.
+    The first two are about whitened factors without refinement: the pruned rival is not trained either, but what reads
+    its parts is fitted to the same text in closed form. Bare factors are those of the better budget: the energy of bare
+    matrices says little about where a rank is worth most.
     """
     fitted, pruned = (claims.interval(arms, [name]) for name in (FITTED, PRUNED))
     bare = {name: known for name in (BARE, BARE_EVEN) if (known := claims.interval(arms, [name]))}

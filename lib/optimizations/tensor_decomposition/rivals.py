@@ -82,8 +82,8 @@ def sweep(
     """Return every rival at several strengths, judged on the first windows of `text` and timed on `prompt_BT`, and the
     yardsticks.
 
-    `prune` removes parts (`structured_pruning`'s `apply`). A strength out of a rival's reach is left out with the
-    reason. Factors of equal ranks are timed once.
+    `prune` removes parts (`structured_pruning`'s `apply`) and, as whitening does, fits what is left in closed form. A
+    strength out of a rival's reach is left out with the reason. Factors of equal ranks are timed once.
     """
     quiet = setup.random_weights
     reference = None if text is None else rival_arms.reference(setup.baseline, text, setup.effort, WINDOWS)
@@ -95,7 +95,7 @@ def sweep(
         if arm == PRUNED:
             options: dict[str, Any] = {
                 "saliency": "random" if quiet else "activation",
-                "compensate": False,
+                "compensate": False if quiet else None,  # what reads the parts is fitted too, as factors are
                 "observation": observation,
                 "seed": setup.seed,
             }

@@ -130,6 +130,24 @@ def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
     assert seen and all(text is setup.calibration and count == tokens for text, count in seen)
 
 
+def test_the_pruned_rival_is_fitted_in_closed_form_as_the_factors_are(setup):
+    """As strong as pruning is by itself here: without the fit, factors would win against less than what is on offer."""
+    cuts = []
+
+    def prune(model, calibration, **options):
+        cuts.append(pruning.apply(model, calibration, **options))
+        return cuts[-1]
+
+    rivals.sweep(setup, experiment.factor(setup, 0.2), None, torch.randint(8, 96, (1, 16)), 0.2, prune)
+    fitted, bare = (
+        pruning.apply(setup.baseline, setup.calibration, ratio=0.2, compensate=how, seed=setup.seed)
+        for how in (True, False)
+    )
+    ids = torch.randint(8, 96, (1, 16))
+    same, other = ((cuts[0](ids).logits - arm(ids).logits).abs().max() for arm in (fitted, bare))
+    assert same < 1e-4 < other
+
+
 def test_factors_for_another_domain_see_as_much_text(setup, monkeypatch):
     class Asked(Exception):
         pass
