@@ -18,7 +18,7 @@ from lib.report.analysis.result_set import Results
 from lib.report.pages import decisions, views
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stand_in
-from lib.report.text import brief
+from lib.report.text import brief, sentence
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title
 
@@ -65,7 +65,7 @@ def text(folder: Path, results: Results) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("index.html.j2").render(
         title=_title(_distinct(r.scale for r in results.records) or folder.resolve().name),
-        stand_in=stand_in.of_models(results.scale, stand_in.sizes(results.records)),
+        stand_in=stand_in.of_records(results.records),
         summary=_summary(results),
         efforts=efforts(results.records),
         facts=_facts(results.records),
@@ -148,7 +148,8 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
 def _by(member: Any) -> str:
     """Return the measurement behind a verdict, in a few words."""
     phrase = brief.phrase(member)
-    shown = brief.number(member) if member.verdict == "inconclusive" else ""
+    open_number = member.verdict == "inconclusive" and not sentence.same_answers(member)
+    shown = brief.number(member) if open_number else ""
     return f"{phrase} ({shown})" if shown else phrase
 
 

@@ -96,9 +96,8 @@ def section(records: Sequence[Record]) -> str:
 
 def about(records: Sequence[Record]) -> str:
     """Return in italics what the records are results of, where that is not the model they are named after."""
-    scales = sorted({record.scale for record in records})
-    texts = [stand_in.of_models(s, stand_in.sizes(r for r in records if r.scale == s)) for s in scales]
-    return " ".join(f"*{untagged(text)}*" for text in texts if text)
+    text = stand_in.of_records(records)
+    return f"*{untagged(text)}*" if text else ""
 
 
 def _verdicts(records: Sequence[Record]) -> str:

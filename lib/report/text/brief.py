@@ -14,6 +14,7 @@ from lib.report.text.quantities import MINUS, quantity, share, signed, with_ends
 from lib.report.text.wording import words
 
 MOST_WORDS = 25
+CLAUSE = 6  # words: a cut text may lose so many more where it then ends with a clause
 WORD = re.compile(r"[^\W_]\S*")  # a sign alone, such as "%" or "×", is no word
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+(?=[A-Z])")
 CALLED = ("better", "worse", "not_maintained")
@@ -82,24 +83,28 @@ def _direction(measurement: Measurement) -> tuple[str, str]:
 
 
 def number(measurement: Measurement) -> str:
-    """Return the change with its sign: `+19 %`, `−0.4 points`; empty where nothing can be compared."""
+    """Return the change with its sign: `+19 %`, `−0.4 points`; empty where nothing can be compared.
+
+    A change of nothing is called `unchanged` only where that was judged: an open one of 0 is a number like any other.
+    """
     known = sentence.change(measurement)
     if known is None:
         return ""
     value, _, _, unit = known
-    if value == 0:
+    if value == 0 and measurement.verdict in ("equivalent", "maintained"):
         return "unchanged"
     if unit != "%":
         return f"{signed(value)} {unit}"
-    return f"{'+' if value > 0 else MINUS if value < 0 else ''}{share(abs(value) / 100)}"
+    return f"{'+' if value > 0 else MINUS}{share(abs(value) / 100)}" if value else "0 %"
 
 
 def spread(measurement: Measurement) -> str:
-    """Return what a change is known by: the interval of the change, or of a score its bound; empty where there is
-    neither.
+    """Return what a change is known by: the interval of the change, or of a score its bound, with its unit; empty where
+    there is neither.
     """
     if measurement.dimension == "accuracy" and measurement.bound is not None:
-        return next(iter(sentence.score(measurement)[1]), "")
+        bound = next(iter(sentence.score(measurement)[1]), "")
+        return f"{bound} points" if bound and measurement.unit == "share" else bound
     known = sentence.change(measurement)
     if known is None:
         return ""
@@ -119,9 +124,15 @@ def split(text: str) -> list[str]:
 
 
 def clipped(text: str, most: int = MOST_WORDS) -> str:
-    """Return a text of at most so many words, cut with an ellipsis."""
+    """Return a text of at most so many words, cut with an ellipsis: at the end of a clause where one ends nearby."""
     ends = [match.end() for match in WORD.finditer(text)]
-    return text if len(ends) <= most else f"{text[: ends[most - 1]].rstrip(' ,;:(')} …"
+    if len(ends) <= most:
+        return text
+    kept = text[: ends[most - 1]]
+    clause = max((kept.rfind(mark) for mark in ("; ", ": ", ", ")), default=-1)
+    if clause > 0 and count(kept[:clause]) > most - CLAUSE:
+        kept = kept[:clause]
+    return f"{kept.rstrip(' ,;:(')} …"
 
 
 def joined(phrases: Iterable[str], opening: str = "") -> str:

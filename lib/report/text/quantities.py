@@ -49,7 +49,7 @@ def quantity(value: float | None, unit: str = "") -> str:
         return f"{figures(value)} {unit}"
     if symbol == head and float(value).is_integer():
         value = int(value)
-    elif symbol == "tokens" and abs(value) >= 1000:  # a fraction of a token is an estimate: two figures
+    elif unit == "tokens" and abs(value) >= 1000:  # a fraction of a token is an estimate: two figures
         value = float(f"{value:.2g}")
     for size, prefix in _PREFIXES:
         if abs(value) >= size and not (symbol == "tokens" and size < 1e6):

@@ -42,10 +42,11 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
         plain = {model: [as_plain(row, folder) for row in rows] for model, rows in advice_by_model.items()}
         print(json.dumps(plain, indent=1))
         return 0
-    if about := stand_in.of_models(folder.name, stand_in.sizes(r for r in records if r.model in advice_by_model)):
+    if about := stand_in.of_records(r for r in records if r.model in advice_by_model):
         print(about)
     for model, rows in advice_by_model.items():
-        print(f"{model}, scale {folder.name}")
+        scales = sorted({record.scale for record in records if record.model == model})
+        print(f"{model}, scale {' and '.join(scales)}")
         for goal, group in groupby(rows, key=lambda row: row.goal):
             print(f"  {goal}")
             of_goal = list(group)

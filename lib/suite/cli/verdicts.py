@@ -34,10 +34,8 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
         build_history.result_set(new, folder),
     )
     changes = comparing.compare(before, after)
-    known_sizes = stand_in.sizes([*before, *after])
-    for scale in sorted({run.scale for run in [*before, *after]}):
-        if about := stand_in.of_models(scale, known_sizes):
-            print(about)
+    if about := stand_in.of_records([*before, *after]):
+        print(about)
     print(f"old: {old_title}\nnew: {new_title}")
     known = [c for c in changes if c.reason or c.verdict]
     shown = [c for c in known if everything or c.verdict in ("worse", "better", "inconclusive")]

@@ -3,6 +3,7 @@
 import pytest
 
 from lib.measure.metrics import measurement
+from lib.report.records.verdicts import in_words
 from lib.report.text import brief
 from tests.report import samples
 
@@ -49,7 +50,25 @@ def test_answers_to_prompts_on_which_the_optimization_never_acted_are_not_called
 def test_the_interval_is_that_of_the_change_and_of_a_score_its_bound():
     assert brief.spread(samples.energy(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
     assert brief.spread(samples.timed("prefill_tokens_per_second", 1.31)) == "+28.0 to +34.0 %"
-    assert brief.spread(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "lower bound −5.8"
+    assert brief.spread(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "lower bound −5.8 points"
+    assert brief.spread(samples.scored("perplexity", 41.0, 41.2, "maintained")).endswith(" %")
+
+
+def test_a_change_of_nothing_is_unchanged_only_where_that_was_judged():
+    none = samples.timed("decode_tokens_per_second", 1.0)
+    assert brief.number(none.model_copy(update={"verdict": "equivalent"})) == "unchanged"
+    for verdict in ("inconclusive", "informative"):
+        open_one = none.model_copy(update={"verdict": verdict})
+        assert brief.number(open_one) == "0 %" and "unchanged" not in brief.value(open_one)
+    score = samples.scored("f1_macro", 0.9, 0.9, "inconclusive")
+    assert brief.number(score) == "0.0 points" and brief.phrase(score) == "F1 undecided"
+
+
+def test_a_cut_text_ends_with_a_clause_where_one_is_near_and_with_one_ellipsis():
+    reason = "the noise floor of 13.3 % is above 10 %; more rounds or a quieter machine would tell; load 2.2 on 2 cores"
+    text = in_words.without_result("Too short, nothing timed is judged", reason)
+    assert text.endswith("a quieter machine would tell …") and brief.count(text) <= brief.MOST_WORDS
+    assert in_words.without_result("Failed", "it broke") == "Failed: it broke."
 
 
 def test_no_sentence_has_more_words_than_it_may():

@@ -46,6 +46,8 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
 
 def test_a_fraction_of_a_token_is_an_estimate():
     assert quantity(615722.4, "tokens") == "620 000 tokens"
+    # A rate is no estimate: 5 309 and 5 655 must not look 7.5 % apart.
+    assert quantity(5309.4, "tokens/s") == "5 309 tokens/s" and quantity(5655.2, "tokens/s") == "5 655 tokens/s"
     assert quantity(615722, "tokens") == "615 722 tokens" and quantity(12.5, "tokens") == "12.5 tokens"
 
 

@@ -15,7 +15,7 @@ def text(results: Results) -> str:
     failed = [record for record in records if record.status == "failed"]
     parts = [
         f"Execution of all optimization benchmarks, scale {results.scale}",
-        *([about] if (about := stand_in.of_models(results.scale, stand_in.sizes(results.records))) else []),
+        *([about] if (about := stand_in.of_records(results.records)) else []),
         "",
         *_facts(results, records),
         "",

@@ -141,7 +141,7 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
 
 def _about(results: Results) -> str:
     """Return in italics what the runs ran on, where that is not the model they are named after."""
-    text = stand_in.of_models(results.scale, stand_in.sizes(results.records))
+    text = stand_in.of_records(results.records)
     return f"*{untagged(text)}*" if text else ""
 
 

@@ -59,6 +59,17 @@ def of_model(scale: str, model: str, parameters: float | None) -> str:
     return f"{what} {TRANSFERS}"
 
 
+def of_records(records: Iterable[Any]) -> str:
+    """Return what records, or their plain JSON, ran on, as sentences, each scale for itself; empty for real models.
+
+    What is said of one scale's models is not said of another's: a real model beside stand-ins is none.
+    """
+    by_scale: dict[str, list[Any]] = {}
+    for record in records:
+        by_scale.setdefault(record["scale"] if isinstance(record, Mapping) else record.scale, []).append(record)
+    return " ".join(filter(None, (of_models(scale, sizes(by_scale[scale])) for scale in sorted(by_scale))))
+
+
 def of_models(scale: str, known: Mapping[str, float | None]) -> str:
     """Return what the runs of a set ran on, as sentences; empty for real models and where nothing ran.
 
@@ -101,17 +112,17 @@ def on(scale: str, model: str, parameters: float | None) -> str:
 
 def of_folder(folder: Path) -> str:
     """Return what the runs in a result folder ran on, from the JSON files alone; empty where there is none to read."""
-    known: dict[str, float | None] = {}
-    scale = ""
+    by_scale: dict[str, dict[str, float | None]] = {}
     for path in sorted(Path(folder).glob("*--*.json")):
         model = path.name.removesuffix(".json").split("--", 1)[1]
-        if known.get(model) is not None:
-            continue
         if not path.is_file():  # a pipe would be waited for
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            scale, known[model] = content["scale"], size(content)
+            known = by_scale.setdefault(content["scale"], {})
+            if known.get(model) is None:
+                known[model] = size(content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return of_models(scale, dict(sorted(known.items())))
+    texts = (of_models(scale, dict(sorted(by_scale[scale].items()))) for scale in sorted(by_scale))
+    return " ".join(filter(None, texts))

@@ -70,7 +70,8 @@ def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
 
 def without_result(what: str, reason: str | None) -> str:
     """Return a sentence on a run without a result, its reason cut to what a sentence holds."""
-    return f"{what}: {brief.clipped(clipped(reason), brief.MOST_WORDS - brief.count(what))}."
+    text = f"{what}: {brief.clipped(clipped(reason), brief.MOST_WORDS - brief.count(what))}"
+    return text if text.endswith("…") else f"{text}."
 
 
 def _of_dimension(

@@ -42,6 +42,22 @@ def test_the_number_is_the_records_own(tmp_path):
     assert stand_in.of_folder(tmp_path / "nowhere") == ""
 
 
+def test_what_is_said_of_stand_ins_is_not_said_of_a_real_model_beside_them(tmp_path):
+    small = samples.run()
+    real = small.model_copy(update={"scale": "full", "model": "smollm2-135m-instruct"})
+    alone = stand_in.of_model("proxy", small.model, 3_620_000)
+    assert stand_in.of_records([real, small]) == stand_in.of_records([record.to_json(small)]) == alone
+    assert stand_in.of_records([real]) == ""
+    part = small.model_copy(update={"scale": "slice", "model": "qwen3-vl-2b"})
+    both = stand_in.of_records([part, small, real])
+    assert both.startswith(alone) and "first blocks of Qwen3-VL-2B" in both and "135M" not in both
+    for run in (real, small):
+        record.write(run, tmp_path / f"{run.stem}.json")
+    assert stand_in.of_folder(tmp_path) == alone
+    assert result_tables.about([real, small]) == f"*{alone}*"
+    assert alone.replace("'", "&#39;") in index.text(tmp_path, result_set.read(tmp_path))
+
+
 def test_every_page_says_it_before_any_number(tmp_path):
     results = result_set.read(samples.good(tmp_path, samples.OPTIMIZATIONS[:1]))
     pages = [
