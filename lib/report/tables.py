@@ -118,9 +118,10 @@ def sentences(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["optimization", "model", "in words"])
 
 
-def coverage(records: Iterable[Record]) -> pd.DataFrame:
+def coverage(records: Sequence[Record]) -> pd.DataFrame:
     """Return in how many records of each model a metric has a number: what can be compared across models."""
-    pairs = [(m.metric, r.model) for r in records for m in r.measurements if m.provenance != "unavailable"]
+    known = (dict.fromkeys(m.metric for m in r.measurements if m.provenance != "unavailable") for r in records)
+    pairs = [(metric, r.model) for r, metrics in zip(records, known) for metric in metrics]  # each once a record
     frame = pd.DataFrame(pairs, columns=["metric", "model"])
     counts = pd.crosstab(frame["metric"], frame["model"]).astype(int) if len(frame) else pd.DataFrame()
     counts = counts.reindex([name for name in METRICS if name in counts.index])

@@ -83,6 +83,14 @@ def test_tables_across_records_stand_any_number(count):
     assert len(tables.missing(records)) == min(count, 1)
 
 
+def test_a_record_counts_once_however_many_workloads_its_metric_has():
+    run = samples.run()
+    often = [samples.timed("decode_tokens_per_second", 1.1, workload=name) for name in ("decode", "long", "longer")]
+    records = [run.model_copy(update={"measurements": often, "optimization": name}) for name in ("a", "b")]
+    (line,) = tables.coverage(records).to_dict("records")
+    assert line[run.model] == 2
+
+
 def test_controls_are_drawn_with_their_own_interval():
     kl = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.4, "windows", ratio=None, ci=(0.3, 0.5))
     arms = [

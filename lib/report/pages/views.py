@@ -22,6 +22,7 @@ from lib.report.text.wording import label, one_line, title
 
 KINDS = ("measured", "derived", "estimated", "unavailable")
 WORST_FIRST = ("invalid", "not_maintained", "inconclusive", "not_exercised", "unavailable")
+JUDGED = ("better", "worse", "equivalent")
 SPEED, QUALITY = "prefill_tokens_per_second", "f1_macro"
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
@@ -99,14 +100,16 @@ def point(record: Record, marks: dict[str, str], own: bool = False) -> TradeOff 
     x, x_low, x_high = sentence.gain(speed)
     if x is None or quality.ratio is None:
         return None
-    mark, state = marks[record.optimization], record.verdict.accuracy
-    return TradeOff(
-        mark, title(record.optimization), x, (quality.ratio - 1) * scale, x_low, x_high, y_low, y_high, state, own
-    )
+    mark, name, state = marks[record.optimization], title(record.optimization), record.verdict.accuracy
+    judged = speed.verdict in JUDGED and speed.provenance != "estimated"
+    y = (quality.ratio - 1) * scale
+    return TradeOff(mark, name, x, y, x_low, x_high, y_low, y_high, state, own, judged)
 
 
 def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
-    """Return the mean over the models; its spread is from the least to the most of them, its state the worst."""
+    """Return the mean over the models; its spread is from the least to the most of them, its state the worst. It is
+    judged where the speed of one of them is.
+    """
     points = [p for r in results.measured if r.optimization == name and (p := point(r, marks))]
     if not points:
         return None
@@ -115,7 +118,8 @@ def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None
     states = {p.state for p in points}
     state = next((s for s in WORST_FIRST if s in states), "maintained")
     xs, ys = [p.x for p in points], [p.y for p in points]
-    return TradeOff(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state)
+    judged = any(p.judged for p in points)
+    return TradeOff(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state, judged=judged)
 
 
 def rankings(results: Results) -> list[dict[str, Any]]:

@@ -72,6 +72,23 @@ def test_doing_nothing_is_a_trade_off_too():
     assert trade_off_svg.front(slower, 2.0) == [] and "trade-offs: none" in trade_off_svg.words(slower, "T", 2.0)
 
 
+def test_no_best_trade_off_rests_on_a_speed_that_is_not_judged():
+    points = [TradeOff(str(i), "n", x, y, None, None, None, None, state, judged=judged) for i, (x, y, state, judged) in
+            enumerate([(3.0, 1.0, "maintained", False), (1.2, 0.0, "maintained", True),
+                       (1.5, -5.0, "not_maintained", True)])]  # fmt: skip
+    assert [p.mark for p in trade_off_svg.front(points, 2.0)] == ["1", "2"]
+    assert "2 n, quality not maintained (1.50×" in trade_off_svg.words(points, "T", 2.0)
+    run = samples.whole("x", samples.MODELS[0], 1.4)
+    speed = next(m for m in run.measurements if m.metric == views.SPEED)
+    for update, judged in (({}, True), ({"verdict": "inconclusive"}, False), ({"provenance": "estimated"}, False)):
+        measurements = [m.model_copy(update=update) if m is speed else m for m in run.measurements]
+        open_run = run.model_copy(update={"measurements": measurements})
+        point = views.point(open_run, {"x": "1"})
+        assert point.judged is judged and bool(trade_off_svg.front([point], 2.0)) is judged
+        (chart, _) = views.pareto(result_set.Results("proxy", [open_run], {}, ("x",), (run.model,)))["charts"]
+        assert bool(chart["front"]) is judged
+
+
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_chart_is_sound_and_says_what_it_shows(count):
     states = ("maintained", "not_maintained", "inconclusive")

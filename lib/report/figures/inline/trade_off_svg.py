@@ -42,6 +42,7 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
 class TradeOff:
     """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
     is written beside it, `name` who it is, `state` the verdict on quality; `own` marks the one that a page is about.
+    `judged` is whether its speed was decided; an open or estimated one is drawn and is no best trade-off.
     """
 
     mark: str
@@ -54,14 +55,21 @@ class TradeOff:
     y_high: float | None
     state: str
     own: bool = False
+    judged: bool = True
+
+    @property
+    def called(self) -> str:
+        """Its mark and name, and that quality was not kept where it was not."""
+        return f"{self.mark} {self.name}" + (", quality not maintained" if self.state == "not_maintained" else "")
 
 
 def front(points: Sequence[TradeOff], margin: float = 0.0) -> list[TradeOff]:
     """Return the points that no other one beats in both speed and quality, nor the baseline itself, from slow to fast.
 
-    The baseline beats what is no faster and gains no more quality than `margin` points.
+    The baseline beats what is no faster and gains no more quality than `margin` points. What was not `judged` is left
+    out: it neither stands there nor beats what does.
     """
-    gains = [p for p in points if p.x > 1 or p.y > margin]
+    gains = [p for p in points if p.judged and (p.x > 1 or p.y > margin)]
     best = [p for p in gains if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in gains)]
     return sorted(best, key=lambda p: p.x)
 
@@ -70,7 +78,7 @@ def words(points: Sequence[TradeOff], title: str, margin: float = 0.0) -> str:
     """Return what the chart shows, for those who do not see it."""
     if not points:
         return f"{title}: no run has both numbers."
-    named = ", ".join(f"{p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points, margin)) or "none"
+    named = ", ".join(f"{p.called} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points, margin)) or "none"
     lost = sum(p.state == "not_maintained" for p in points)
     own = next((f" This run: {p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})." for p in points if p.own), "")
     return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}.{own}"
