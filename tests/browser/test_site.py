@@ -11,6 +11,7 @@ from PIL import Image
 
 from lib.report.analysis import advice
 from lib.report.analysis.noise import discoveries
+from lib.report.figures.inline import forest_svg
 from lib.report.pages import archive, html, index
 from lib.report.records import record
 from tests.report import samples
@@ -251,6 +252,40 @@ def test_what_was_chosen_stands_in_the_address(site, open_page):
         odd.goto(f"{(site / 'index.html').as_uri()}#{address}")
         odd.reload()
         assert odd.locator("#decide").is_visible() and _rows(odd).count() > 5 and odd.faults == [], address
+
+
+def test_the_filter_of_the_matrix_stands_in_the_address_too(site, open_page):
+    page = open_page(site / "index.html")
+    _tab(page, "Matrix")
+    page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
+    page.get_by_role("combobox", name="Verdict").select_option("maintained")
+    shown = page.locator("#filter output").inner_text()
+    again = open_page(site / "index.html")
+    again.goto(page.url)
+    again.reload()
+    assert not shown.startswith("44 of") and again.locator("#filter output").inner_text() == shown
+    assert again.get_by_role("combobox", name="Verdict").input_value() == "maintained"
+    again.get_by_role("button", name="Show all").click()
+    again.wait_for_function("!location.hash.includes('verdict')")
+    assert page.faults == [] and again.faults == []
+
+
+def test_a_long_name_of_a_model_widens_no_window(tmp_path, open_page):
+    run = samples.run(optimization=FEW[0], model="a-model-with-" + "a-very-long-" * 12 + "name")
+    record.write(run, tmp_path / f"{run.stem}.json")
+    index.write(tmp_path)
+    page = open_page(tmp_path / "index.html", viewport={"width": 390, "height": 900})
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab.inner_text()
+
+
+def test_no_name_in_a_chart_is_cut_off(site, open_page):
+    page = open_page(site / PAGES[1])
+    for name in ("energy per token", "peak memory", "memory traffic per decoded token"):
+        svg = forest_svg.forest([forest_svg.ForestLine(name, "5 % lower", 5.0, None, None, None, "better")], "Changes")
+        page.evaluate("(svg) => { document.querySelector('.forest').innerHTML = svg; }", svg)
+        assert page.locator(".forest text", has_text=name).evaluate("(text) => text.getBBox().x") >= 0, name
 
 
 def test_a_limit_that_is_typed_is_held_against_what_was_measured(site, open_page):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, RIGHT, ROW, TOP, BOTTOM = 420, 14, 25, 8, 36
-LEAST_LEFT, GAP, LETTER = 90, 8, 6.6  # room for names: at least, before the plot, for each letter
+LEAST_LEFT, GAP, LETTER = 100, 8, 7.6  # room for names: at least, before the plot, for each letter of a wide font
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 MOST = 300.0  # per cent; what lies further out is drawn at the edge
 KEPT, LOST = ("better", "maintained"), ("worse", "not_maintained", "invalid")

@@ -8,6 +8,7 @@
   const tabs = all("nav.tabs a");
   const panelOf = (tab) => document.getElementById(tab.hash.slice(1));
   const CHOSEN = ["model", "goal", "keep", "limit"];
+  const SIFTED = { column: "model", dimension: "dimension", verdict: "verdict" }; // in the address: in the filter's form
   const LIMITED = ["memory", "size"]; // goals that may have a limit
   const DECLINED = 3; // where "do not use" stands among the decisions
   const asMade = table ? all("tbody tr", table) : [];
@@ -31,6 +32,9 @@
       if (name !== "limit" || choice.elements.limit.value) state.set(name, choice.elements[name].value);
     }
     if (order.key) state.set("sort", (order.down ? "-" : "") + order.key);
+    for (const [name, field] of filter ? Object.entries(SIFTED) : []) {
+      if (filter.elements[field].value) state.set(name, filter.elements[field].value);
+    }
     state.set("view", open.hash.slice(1));
     history.replaceState(null, "", "#" + state);
   }
@@ -142,12 +146,14 @@
       return;
     }
     const state = new URLSearchParams(location.hash.slice(1));
+    const take = (name, field) => {
+      const known = !field.options || [...field.options].some((option) => option.value === state.get(name));
+      if (state.has(name) && known) field.value = state.get(name);
+    };
+    for (const [name, field] of filter ? Object.entries(SIFTED) : []) take(name, filter.elements[field]);
+    if (filter) sift();
     if (choice) {
-      for (const name of CHOSEN) {
-        const field = choice.elements[name];
-        const known = !field.options || [...field.options].some((option) => option.value === state.get(name));
-        if (state.has(name) && known) field.value = state.get(name);
-      }
+      for (const name of CHOSEN) take(name, choice.elements[name]);
       const [, minus, key] = /^(-?)(.*)$/.exec(state.get("sort") || "");
       if (all("thead th", table).some((head) => head.dataset.key === key)) {
         order.key = key;
@@ -199,9 +205,13 @@
   }
   if (filter) {
     filter.hidden = false;
-    filter.addEventListener("change", sift);
+    const sifted = () => {
+      sift();
+      remember();
+    };
+    filter.addEventListener("change", sifted);
     filter.addEventListener("submit", (event) => event.preventDefault());
-    filter.addEventListener("reset", () => setTimeout(sift));
+    filter.addEventListener("reset", () => setTimeout(sifted));
     sift();
   }
   show(open);
