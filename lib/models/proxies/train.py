@@ -183,9 +183,7 @@ def in_order(names: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train the requested proxy models, by default all; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.models.proxies.train", description="Train the proxy models again."
-    )
+    parser = argparse.ArgumentParser(prog="build.py proxies", description="Train the proxy models again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--refine", action="store_true", help="only the second phase, from the stored checkpoint")

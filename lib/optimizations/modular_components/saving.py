@@ -121,7 +121,8 @@ def _part(stem: str, model: str, scale: str) -> ModuleType:
     parts = composing.parts()
     if stem not in parts:
         raise UserError(
-            f"{stem}: is applied through others ({', '.join(parts)}); give one of them, or the stack that a search "
+            f"{stem}: makes no checkpoint by itself, as it changes a server or is applied through others "
+            f"({', '.join(parts)}); give one of them, or the stack that a search "
             f"wrote: --stack {seen_from_here(recipe.path_of(model, scale))}"
         )
     return parts[stem]

@@ -37,7 +37,8 @@ GOALS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Goals that may have a limit, and of what.
 LIMITED = {"memory": ("peak_memory_bytes",), "size": ("checkpoint_bytes", "weights_bytes")}
-UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate(("k", "M", "G", "T"), 1)}
+UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), 1)}
 LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
 QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "accuracy_norm", "exact_match", "perplexity")
@@ -96,8 +97,11 @@ def goal(text: str) -> Goal:
     """Return the goal that `text` names: `latency`, or `memory<=8GiB`. Raises UserError for anything else."""
     match = LIMIT.fullmatch(text.replace(" ", ""))
     name = match["name"] if match else re.split(r"[<=>]", text)[0]
-    if match is None or name not in GOALS:
+    if name not in GOALS:
         raise UserError(f"--goal {text}: expected one of {', '.join(GOALS)}.{suggest(name, GOALS)}")
+    if match is None:
+        limit = f" or, with a limit, such as {name}<=8GiB" if name in LIMITED else ", which has no limit"
+        raise UserError(f"--goal {text}: expected {name}{limit}")
     if match["number"] is None:
         return Goal(name)
     if name not in LIMITED:

@@ -124,7 +124,8 @@ def find(path: Path, name: str, scale: str | None = None) -> Build:
         matching = [build for build in known if build.commit.startswith(name[: len(build.commit) or None])]
     if not matching:
         listed = "; ".join(str(build) for build in known[-5:]) or "none yet"
-        raise UserError(f'no build in {path.name} has a date or commit that begins with "{name}". Known: {listed}')
+        which = f'no build in {path.name} has a date or commit that begins with "{name}"'
+        raise UserError(f"{name}: no such folder or file, and {which}. Known: {listed}")
     return matching[-1]
 
 

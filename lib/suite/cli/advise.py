@@ -1,6 +1,7 @@
 """The command `advise`: what to use on a model for a goal, from the records of a result folder. Runs nothing."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,8 +19,18 @@ RECOMMENDED = ("use", "use if")
 ALONE = "each of these was measured alone; a stack of several has a line of its own where one was measured"
 
 
-def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: float, as_json: bool = False) -> int:
-    """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model."""
+def advise(
+    folder: Path,
+    models: Sequence[str],
+    goals: Sequence[str],
+    keep: float,
+    as_json: bool = False,
+    out: str | None = None,
+) -> int:
+    """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model.
+
+    `out` is what was given for `--out`: the commands that are offered lead to the same results.
+    """
     from lib.report.analysis import advice
     from lib.report.analysis.noise import discoveries
     from lib.report.records.record import read_folder
@@ -39,7 +50,7 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
     records = discoveries.settled(records)
     advice_by_model = {model: advice.advise(records, model, wanted, keep) for model in models or known}
     if as_json:
-        plain = {model: [as_plain(row, folder) for row in rows] for model, rows in advice_by_model.items()}
+        plain = {model: [as_plain(row, folder, out) for row in rows] for model, rows in advice_by_model.items()}
         print(json.dumps(plain, indent=1))
         return 0
     if about := stand_in.of_records(r for r in records if r.model in advice_by_model):
@@ -51,23 +62,23 @@ def advise(folder: Path, models: Sequence[str], goals: Sequence[str], keep: floa
             print(f"  {goal}")
             of_goal = list(group)
             for row in of_goal:
-                for line in _lines(row, folder):
+                for line in _lines(row, folder, out):
                     print(f"    {line}")
             if sum(row.decision in RECOMMENDED and not _stacked(row) for row in of_goal) > 1:
                 print(f"    {ALONE}")
     return 0
 
 
-def as_plain(row: "Advice", folder: Path) -> dict[str, Any]:
-    """Return one piece of advice as plain JSON; `folder` is that of the records."""
+def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, Any]:
+    """Return one piece of advice as plain JSON; `folder` is that of the records, `out` what was given for it."""
     plain: dict[str, Any] = {
         "optimization": row.optimization,
         "goal": row.goal,
         "decision": row.decision,
         "reason": row.reason,
-        "command": row.command,
+        "command": _leading_to(row.command, "--out", out),
         "seconds": row.seconds,
-        "apply": applying(row, folder),
+        "apply": _leading_to(applying(row, folder), "--results", out),
     }
     if row.evidence:
         from lib.report.records.setting import stack
@@ -84,6 +95,11 @@ def as_plain(row: "Advice", folder: Path) -> dict[str, Any]:
         for m in row.quality
     ]
     return plain
+
+
+def _leading_to(command: str | None, option: str, out: str | None) -> str | None:
+    """Return a command with the option that names the results' folder, where that is not the usual one."""
+    return f"{command} {option} {shlex.quote(out)}" if command and out else command
 
 
 def applying(row: "Advice", folder: Path) -> str | None:
@@ -117,7 +133,7 @@ def _stacked(row: "Advice") -> bool:
     return row.evidence is not None and bool(stack.steps(row.evidence.record))
 
 
-def _lines(row: "Advice", folder: Path) -> list[str]:
+def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
     """Return one piece of advice in a few lines."""
     from lib.report.records.setting import stack
     from lib.report.text import quantities
@@ -134,11 +150,11 @@ def _lines(row: "Advice", folder: Path) -> list[str]:
             lines.append(f"  the stack: {steps}")
     if scores := [_score(m) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
-    if command := applying(row, folder):
+    if command := _leading_to(applying(row, folder), "--results", out):
         lines.append(f"  to have it: {command}")
-    if row.command:
+    if command := _leading_to(row.command, "--out", out):
         took = quantities.about(row.seconds)
-        lines.append(f"  to decide{f', {took}' if took else ''}: {row.command}")
+        lines.append(f"  to decide{f', {took}' if took else ''}: {command}")
     return lines
 
 

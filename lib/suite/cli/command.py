@@ -47,6 +47,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, such as 0.02, got {text!r}") from None
+
+
 def _model_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add the options that define on what an optimization acts, and how; `_parsed` checks their values, with better
     errors than argparse's. `what` is what is done with a model.
@@ -89,7 +96,7 @@ def _advise_options(parser: argparse.ArgumentParser) -> None:
     add("--model", action="append", default=[], metavar="M", help=what)
     goals = "latency, throughput, memory, energy, size; with a limit: memory<=8GiB"
     add("--goal", action="append", default=[], metavar="G", help=f"{goals} (repeatable; default: all)")
-    add("--keep", type=float, default=0.02, metavar="SHARE", help="the most that a score may lose (default: 0.02)")
+    add("--keep", type=_number, default=0.02, metavar="SHARE", help="the most that a score may lose (default: 0.02)")
     add("--json", action="store_true", help="print plain JSON")
     scale = f"{'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
     add("--scale", metavar="S", help=scale)
@@ -219,7 +226,8 @@ def _parsed(own: Parser, arguments: list[str]) -> argparse.Namespace:
         if word.startswith("-"):
             hint = suggest(name, valid) or f" Known: {', '.join(valid)}, -p."
             raise UserError(f'unknown option "{name}".{hint}')
-        raise UserError(f'"{word}" is not expected here; optimizations are given as: build.py run {word}')
+        hint = f"; to run it: build.py run {word}" if word in plan.optimizations() else f"; see: {own.prog} --help"
+        raise UserError(f'"{word}" is not expected here{hint}')
     for name, choices in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
         value = getattr(options, name, None)
         if value is not None and value not in choices:
@@ -315,7 +323,7 @@ def _advise(options: argparse.Namespace) -> int:
 
     options.model = [plan.recorded_name(text) for text in options.model]
     options.scale = options.scale or plan.implied_scale(options.model)
-    return advise.advise(_folder(options), options.model, options.goal, options.keep, options.json)
+    return advise.advise(_folder(options), options.model, options.goal, options.keep, options.json, options.out)
 
 
 def _apply(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import UserError, suggest
 from lib.models import parameters as parameter_files
 from lib.models.sources import fetch as sources
 from lib.models.sources import reference
@@ -55,7 +55,9 @@ def named(text: str) -> list[Wanted]:
         return [_benchmark(text)]
     known = [*plan.models(), *parameter_files.registered()]
     if text not in known and not (text.startswith(reference.PACKAGE) or "/" in text or reference.is_path(text)):
-        plan.model_named(text)  # raises, with the nearest name
+        names = [*known, *BENCHMARKS]
+        hint = suggest(text, names) or f" Known: {', '.join(names)}; or a hub id, a .gguf file, a package."
+        raise UserError(f'unknown model or benchmark "{text}".{hint}')
     if text not in known:
         return [Wanted(text, reference.parse(text))]
     description = parameter_files.read(text)

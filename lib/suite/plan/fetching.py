@@ -28,6 +28,7 @@ def bring(source: Reference, sha256: str | None = None) -> Path:
         return there
     if source.kind == "folder":
         return sources.fetch(source)  # raises, or it is there
+    sources.require(source)  # before anything is said to be done with it
     doing = "not converted yet: converting" if source.kind == "gguf" else "not here yet: fetching"
     print(f"build.py: {source.text} is {doing} it, once", file=sys.stderr, flush=True)
     with shown() as tell:

@@ -145,6 +145,7 @@ def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
         ("adaptive_sparse_attention", None, "changes how a model computes, which no checkpoint holds"),
         ("streaming_computation", None, "changes how a model computes, which no checkpoint holds"),
         ("continuous_nas", None, "is applied through others .*--stack executed/full/stacks/"),
+        ("adaptive_batch_sizes", None, "makes no checkpoint by itself, as it changes a server or is applied through"),
         ("automl_components", [], "has no step"),
         ("automl_components", [RecipeStep(optimization="adaptive_sparse_attention")], "leave it out of the stack"),
     ],

@@ -189,6 +189,54 @@ def test_a_wrong_goal_is_one_line(text):
         advice.goal(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("memory<=-8GiB", "expected memory or, with a limit, such as memory<=8GiB"), ("size<=", "such as size<=8GiB"),
+     ("latency<=", "expected latency, which has no limit"), ("latncy<=", 'Did you mean "latency"?')],
+)  # fmt: skip
+def test_a_right_goal_with_a_wrong_limit_is_not_taken_for_a_wrong_goal(text, says):
+    with pytest.raises(UserError) as refused:
+        advice.goal(text)
+    assert says in str(refused.value) and 'mean "memory"' not in str(refused.value)
+
+
+def test_a_limit_may_have_every_unit():
+    limits = {unit: advice.goal(f"size<=2{unit}").limit_bytes for unit in ("", "B", "kB", "MB", "GB", "TB")}
+    assert [*limits.values()] == [2, 2, 2e3, 2e6, 2e9, 2e12]
+    assert advice.goal("memory<=2TiB").limit_bytes == 2 * 2**40 and advice.goal("size<=3KiB").limit_bytes == 3072
+
+
+def test_commands_lead_to_the_folder_that_was_asked(tmp_path, capsys):
+    folder = tmp_path / "my results" / "proxy"
+    samples.good(folder)
+    run = samples.whole("structured_pruning", MODEL)
+    open_run = [m.model_copy(update={"verdict": "inconclusive"}) for m in run.measurements]
+    name = "continuous_nas"
+    run = run.model_copy(update={"measurements": open_run, "optimization": name})
+    record.write(run, folder / f"{name}--{MODEL}.json")
+    out = str(folder.parent)
+    command.advise(folder, [MODEL], ["latency"], 0.02, out=out)
+    lines = capsys.readouterr().out.splitlines()
+    decide = [line for line in lines if "to decide" in line]
+    have = [line for line in lines if "to have it" in line]
+    assert decide and all(line.endswith(f"--out '{out}'") for line in decide)
+    assert have and all(line.endswith(f"--results '{out}'") for line in have)
+    command.advise(folder, [MODEL], ["latency"], 0.02, as_json=True, out=out)
+    rows = json.loads(capsys.readouterr().out)[MODEL]
+    assert all(row["command"] is None or row["command"].endswith(f"--out '{out}'") for row in rows)
+
+
+def test_a_real_model_beside_stand_ins_is_advised_on_at_its_own_scale(tmp_path, capsys):
+    run = samples.whole("structured_pruning", MODEL)
+    real = run.model_copy(update={"scale": "full", "model": "a-real-model"})
+    for one in (run, real):
+        record.write(one, tmp_path / "proxy" / f"{one.stem}.json")
+    command.advise(tmp_path / "proxy", [], ["latency"], 0.02)
+    text = capsys.readouterr().out
+    assert "a-real-model, scale full" in text and f"{MODEL}, scale proxy" in text
+    assert "A-Real-Model" not in text.splitlines()[0]
+
+
 def test_runs_without_a_result_are_named(tmp_path):
     skipped = samples.without_result("not_applicable", "no experts", "continuous_nas", MODEL)
     failed = samples.without_result("failed", "no memory", "automl_components", MODEL)

@@ -93,6 +93,18 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
         assert "cannot be written to (" in line and "set WORKBENCH_CACHE to a folder that can" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("arc_esy", 'unknown model or benchmark "arc_esy". Did you mean "arc_easy"?'), ("zzz", "Known: "),
+     ("no/such.gguf", "no such folder or file")],
+)  # fmt: skip
+def test_a_wrong_name_is_one_line_and_nothing_is_said_to_begin(name, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    assert command.main(["fetch", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and (name != "zzz" or "hellaswag" in line)
+
+
 def test_what_a_name_stands_for():
     shipped = fetch.named(MODEL)
     assert shipped[0].title == MODEL and shipped[0].sha256
