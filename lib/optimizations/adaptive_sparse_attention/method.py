@@ -56,9 +56,13 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why not: blocks that attend to a sliding window are sparse already."""
-    windows = any(block.attention.window is not None for block in anatomy(model).blocks)
-    return "its blocks attend to a sliding window already" if windows else None
+    """Return None, or why not: blocks that attend to a sliding window are sparse already; and scores that a model caps
+    or shifts before their softmax (Gemma 2, for which transformers has no sdpa) are none that the kernels here compute.
+    """
+    if any(block.attention.window is not None for block in anatomy(model).blocks):
+        return "its blocks attend to a sliding window already"
+    plain = getattr(model, "_supports_sdpa", True)
+    return None if plain else "its attention is no plain softmax of scaled products (capped scores, Gemma 2)"
 
 
 def apply(

@@ -254,6 +254,14 @@ def test_sparse_attention_does_not_apply_to_windows_and_says_so(name):
         sparse_attention.apply(build(name))
 
 
+def test_sparse_attention_does_not_apply_to_capped_scores_and_says_so():
+    """Its kernels, and the stock sdpa behind them, know no cap: answers would differ even with every block kept."""
+    model = build("gemma2", layer_types=["full_attention"] * 4, attn_logit_softcapping=0.5)
+    assert all(block.attention.window is None for block in anatomy(model).blocks)
+    assert "no plain softmax" in sparse_attention.applies_to(model)
+    assert sparse_attention.applies_to(build("qwen2")) is None
+
+
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(name, tmp_path):
     model = build(name)
