@@ -17,6 +17,7 @@ from lib.optimizations.continuous_nas.costs import subblock_costs
 from lib.optimizations.continuous_nas.scoring import divergence, probe
 from lib.optimizations.structured_pruning.method import saliency_scores
 from tests.models import architectures
+from tests.models.architectures import build
 
 
 def close(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -256,3 +257,10 @@ def test_a_cut_of_heads_is_pruning_in_place_on_other_architectures(architecture)
     synchronise(reference)
     halved = {slot: "groups_50" if slot.endswith("attention") else "whole" for slot in shelf.space}
     assert close(replacement_library.swap(shelf, halved)(ids).logits, reference(ids).logits)
+
+
+def test_attentions_of_one_shape_but_of_other_windows_are_not_timed_as_one():
+    """A block that attends to all would be credited with the seconds of one that attends to a window."""
+    blocks = anatomy(build("gemma3_text")).blocks
+    sliding, full, again = (subblock_costs.signature(blocks[at].attention.module) for at in (0, 1, 2))
+    assert sliding == again != full

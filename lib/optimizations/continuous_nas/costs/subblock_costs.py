@@ -22,7 +22,7 @@ from torch import nn
 
 from lib.measure.timing import workloads
 from lib.models.decoding import cache_names
-from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.anatomy import anatomy, attention, reset_rope_deltas
 from lib.optimizations.continuous_nas.replacement_library import PARTS, must_attend, skeleton
 
 SKELETON = "skeleton"  # in place of a slot
@@ -200,7 +200,10 @@ def _undisturbed(samples: list[float]) -> float:
 
 
 def signature(module: nn.Module) -> tuple:
-    """Return what the cost of a module depends on: its kind, its shapes, and how many experts a token is sent to."""
+    """Return what the cost of a module depends on: its kind, its shapes, how many experts a token is sent to, and of an
+    attention how many tokens it attends to (Gemma 3's blocks with and without a window have the same shapes).
+    """
     shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
     chosen = tuple(part.top_k for part in module.modules() if hasattr(part, "top_k"))
-    return type(module).__name__, shapes, chosen
+    window = attention(module).window if hasattr(module, "o_proj") else None
+    return type(module).__name__, shapes, chosen, window
