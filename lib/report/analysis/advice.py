@@ -18,7 +18,7 @@ from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stack
-from lib.report.records.verdicts import primary
+from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
 from lib.report.text.sentence import gain, subject, why
 
@@ -161,10 +161,11 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if lost:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
-        return result("do not use", f"no gain: {brief.phrase(served)}", **about)
+        return result("do not use", f"no gain: {in_words.phrase(served, record.measurements)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
-        return undecided(f"{subject(served)} {brief.number(served)}: {gate}", **about)
+        where = in_words.notes(served, record.measurements)
+        return undecided(f"{subject(served)} {brief.number(served)}{where}: {gate}", **about)
     if unanswered:
         why_open = f"no effort asks enough items: {subject(unanswered)}: {unanswered.reason or 'too few to tell'}"
         return result("undecided", why_open, **about)
@@ -174,9 +175,11 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("do not use", beyond, **about)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
-        price = f"{' and '.join(map(brief.phrase, paid[:2]))} is acceptable{more}"
+        named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
+        price = f"{' and '.join(named)} is acceptable{more}"
         return result("use if", price + _not_measured(record), **about)
-    return result("use", f"{brief.phrase(served)}, and quality is kept{_not_measured(record)}", **about)
+    gained = in_words.phrase(served, record.measurements)
+    return result("use", f"{gained}, and quality is kept{_not_measured(record)}", **about)
 
 
 def _not_measured(record: Record) -> str:

@@ -95,7 +95,10 @@ def number(measurement: Measurement) -> str:
         return "unchanged"
     if unit != "%":
         return f"{signed(value)} {unit}"
-    return f"{'+' if value > 0 else MINUS}{share(abs(value) / 100)}" if value else "0 %"
+    size = share(abs(value) / 100)
+    if not float(size.removesuffix(" %")):  # nothing that its digits show: no direction
+        return "0 %"
+    return f"{'+' if value > 0 else MINUS}{size}"
 
 
 def spread(measurement: Measurement) -> str:

@@ -50,8 +50,10 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     compared = sum(c.primary and not c.reason for c in changes)
     if worse:
         print(f"{len(worse)} of {compared} primary comparisons are a regression (Holm-corrected)")
-    else:
+    elif compared:
         print(f"no regression in {compared} primary comparisons (Holm-corrected)")
+    else:
+        print("no primary measurement could be compared, so this says nothing of regressions")
     return 1 if worse else 0
 
 

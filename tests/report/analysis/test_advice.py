@@ -237,6 +237,19 @@ def test_a_real_model_beside_stand_ins_is_advised_on_at_its_own_scale(tmp_path, 
     assert "A-Real-Model" not in text.splitlines()[0]
 
 
+def test_a_gain_on_one_of_several_workloads_names_it():
+    run = samples.whole("feedback_mechanisms", MODEL)
+    others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"]]
+    drafted = [
+        samples.timed("generate_tokens_per_second", 0.98, verdict="inconclusive", workload="generate, speculative"),
+        samples.timed("generate_tokens_per_second", 2.06, workload="generate, n-gram"),
+    ]
+    row = advised(run.model_copy(update={"measurements": [*others, *drafted]}), "latency")
+    assert row.reason.startswith("generation 106 % faster (generate, n-gram)")
+    alone = advised(run.model_copy(update={"measurements": [*others, drafted[1]]}), "latency")
+    assert "n-gram" not in alone.reason and "generation 106 % faster" in alone.reason
+
+
 def test_runs_without_a_result_are_named(tmp_path):
     skipped = samples.without_result("not_applicable", "no experts", "continuous_nas", MODEL)
     failed = samples.without_result("failed", "no memory", "automl_components", MODEL)

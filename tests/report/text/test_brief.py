@@ -60,6 +60,7 @@ def test_a_change_of_nothing_is_unchanged_only_where_that_was_judged():
     for verdict in ("inconclusive", "informative"):
         open_one = none.model_copy(update={"verdict": verdict})
         assert brief.number(open_one) == "0 %" and "unchanged" not in brief.value(open_one)
+        assert brief.number(samples.timed("decode_tokens_per_second", 0.99998, verdict=verdict)) == "0 %"
     score = samples.scored("f1_macro", 0.9, 0.9, "inconclusive")
     assert brief.number(score) == "0.0 points" and brief.phrase(score) == "F1 undecided"
 

@@ -7,9 +7,11 @@ import sys
 import pytest
 import workbench
 
+from lib.report.records import record
 from lib.suite.cli import command, listing, tools
 from lib.suite.plan import plan
 from lib.suite.plan import template as templates
+from tests.report import samples
 
 
 def _build(*arguments, **more):
@@ -107,3 +109,16 @@ def test_test_runs_ruff_and_pytest_and_fails_with_either(tmp_path):
     test.write_text("def test_one():\n    raise ValueError\n", encoding="utf-8")
     ended = workbench.build(root, "test", "-k", "one")
     assert ended.returncode == 1 and "failed: pytest" in ended.stdout and "1 failed" in ended.stdout
+
+
+def test_nothing_compared_is_no_absence_of_regressions(tmp_path, capsys):
+    old, new = tmp_path / "old" / "proxy", tmp_path / "new" / "full"
+    samples.good(old, samples.OPTIMIZATIONS[:1])
+    real = samples.run(model="a-real-model").model_copy(update={"scale": "full"})
+    record.write(real, new / f"{real.stem}.json")
+    assert command.main(["compare", str(old), str(new)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "no primary measurement could be compared, so this says nothing of regressions"
+    assert lines[0].startswith("Stand-ins with") and "A-Real-Model" not in lines[0]
+    assert command.main(["compare", str(old), str(old)]) == 0
+    assert "says nothing of regressions" in capsys.readouterr().out  # the same runs: nothing to compare

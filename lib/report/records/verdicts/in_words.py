@@ -57,15 +57,20 @@ def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
     """Return what is said of a measurement, with its workload where its metric is judged for more than one, and that it
     is estimated where it is; beside unchanged answers to the tasks, how many of other answers differ, if any does.
     """
-    judged = sum(m.metric == measurement.metric and m.verdict not in primary.SILENT for m in beside)
-    notes = [measurement.workload] if judged > 1 else []
-    notes += ["estimated"] if measurement.provenance == "estimated" else []
-    said = brief.phrase(measurement) + (f" ({', '.join(notes)})" if notes else "")
+    said = brief.phrase(measurement) + notes(measurement, beside)
     if sentence.same_answers(measurement):
         elsewhere = [(m.n or 0, m.optimized, m.workload) for m in beside if m.metric == "same_answers"]
         differing = [(round(n * (1 - same)), n, workload) for n, same, workload in elsewhere if same is not None]
         said += "".join(f", {count} of {n} others differ ({workload})" for count, n, workload in differing if count)
     return said
+
+
+def notes(measurement: Measurement, beside: Sequence[Measurement]) -> str:
+    """Return ` (its workload)` where its metric is judged for more than one, and that it is estimated where it is."""
+    judged = sum(m.metric == measurement.metric and m.verdict not in primary.SILENT for m in beside)
+    words = [measurement.workload] if judged > 1 else []
+    words += ["estimated"] if measurement.provenance == "estimated" else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def without_result(what: str, reason: str | None) -> str:
