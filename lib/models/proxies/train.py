@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 train(name, only_refine=options.refine)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"build.py: {error}", file=sys.stderr)
         return 2
     return 0
 

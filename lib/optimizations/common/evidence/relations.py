@@ -100,7 +100,8 @@ def _judged(key: str, held: bool | None, evidence: str) -> Judged:
 
 
 def _number(name: str, value: Interval) -> str:
-    return f"{name} {value.value:.3g} ({value.low:.3g}–{value.high:.3g})"
+    middle, low, high = (f"{number:.3g}".replace("-", "−") for number in value)
+    return f"{name} {middle} ({low}{'–' if value.low >= 0 else ' to '}{high})"
 
 
 def below(low: Interval, high: Interval, ties: bool = False) -> bool | None:
@@ -245,7 +246,8 @@ def accuracy(perplexity: Measurement | None, scores: Sequence[Measurement]) -> J
     if perplexity is None or not perplexity.ratio or not perplexity.ci or not changes:
         return _judged("accuracy", None, "not measured")
     mean = Interval(*(sum(values) / len(changes) for values in zip(*changes)))
-    evidence = f"perplexity {perplexity.ratio:.3g}×, accuracy of {len(changes)} tasks {_number('', mean).strip()}"
+    over = _number(f"change of accuracy over {len(changes)} task{'s' if len(changes) > 1 else ''}", mean)
+    evidence = f"perplexity {perplexity.ratio:.3g}×, {over}"
     if perplexity.ci[0] <= 1 + STRONGLY:
         return _judged("accuracy", None, f"{evidence}: perplexity did not worsen strongly")
     held = True if mean.low >= -FEW_POINTS else False if mean.high < -FEW_POINTS else None

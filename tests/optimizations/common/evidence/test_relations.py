@@ -84,6 +84,8 @@ def test_accuracy_moves_little_while_perplexity_worsens():
     assert relations.accuracy(worse, [score("accuracy", 0.36, 0.35), score("accuracy", 0.5, 0.49)]).held
     assert relations.accuracy(worse, [score("accuracy", 0.5, 0.3)]).held is False
     assert relations.accuracy(score("perplexity", 28, 28.5), [score("accuracy", 0.5, 0.5)]).held is None
+    evidence = relations.accuracy(worse, [score("accuracy", 0.5, 0.3)]).evidence
+    assert "change of accuracy over 1 task −0.2 (−" in evidence and " to −" in evidence and "-" not in evidence
 
 
 def test_density_and_short_inputs_and_kernels():
