@@ -89,7 +89,7 @@ def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments:
         kept_EJ = _kept(scores["expert_channels"], shares["channels"], CHANNEL_MULTIPLE)
         down = part.experts.down
         keep_expert_channels(part.experts, kept_EJ)
-        if moments is not None:
+        if moments is not None and id(part.experts.module) in moments:
             new = fitted(down, *moments[id(part.experts.module)], kept_EJ)
             part.experts.module.down_proj = nn.Parameter(new, requires_grad=False)
     if shares["experts"] and part.experts is not None:
@@ -100,7 +100,10 @@ def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments:
 def _fitted(
     weight: torch.Tensor, moments: Readings | None, owner: nn.Module, kept: torch.Tensor
 ) -> torch.Tensor | None:
-    return None if moments is None else fitted(weight[None], *moments[id(owner)], kept[None])[0]
+    """Return the weights of a reader fitted to what it gave, or None where it is no matrix in one dense piece."""
+    if moments is None or id(owner) not in moments:
+        return None
+    return fitted(weight[None], *moments[id(owner)], kept[None])[0]
 
 
 def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:

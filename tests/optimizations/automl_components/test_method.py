@@ -127,17 +127,21 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     def crash(model, calibration):
         raise RuntimeError("broken\nlong story")
 
+    def lose(model, calibration):
+        return {}[140310]
+
     def noise(model, calibration):
         broken = _scale(model, calibration)
         broken.lm_head.weight.copy_(torch.randn_like(broken.lm_head.weight) * 9)
         return broken
 
-    makers = {"refusing": refuse, "crashing": crash, "noisy": noise}
+    makers = {"refusing": refuse, "crashing": crash, "losing": lose, "noisy": noise}
     parts = [_fake(name, apply, level=KIND) for name, apply in makers.items()]
     parts += [_fake("foreign", _scale, lambda model: "another kind", share=SHARE), _fake("good", _scale, share=SHARE)]
     bench = _bench(tiny("qwen3-4b-instruct-2507"), parts)
     monkeypatch.setattr(bench_module.interleaved, "rounds", lambda *_, **__: pytest.fail("timed"))
     says = {"refusing": "refused: no such", "crashing": "crashed: RuntimeError: broken", "noisy": "divergence of"}
+    says["losing"] = "crashed: KeyError: 140310"
     for stem, text in (says | {"foreign": "does not apply: another kind"}).items():
         judged = bench.judge([RecipeStep(optimization=stem)])
         assert text in judged.reason and "\n" not in judged.reason and judged.point == bench_module.INFEASIBLE_POINT

@@ -8,8 +8,10 @@ from lib.errors import UserError
 from lib.models.calibration.distillation import divergence
 from lib.models.calibration.second_moments import Moments
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements.factored import FactoredLinear
 from lib.optimizations.structured_pruning import compensation
 from lib.optimizations.structured_pruning import method as pruning
+from lib.optimizations.tensor_decomposition import method as decomposition
 
 
 def test_compensation_is_the_least_squares_solution():
@@ -112,3 +114,15 @@ def test_compensated_cuts_are_as_small_and_nearer_on_other_text(tiny, name, gran
     )
     assert pruning.decoder_parameters(plain) == pruning.decoder_parameters(fitted)
     assert divergence(fitted, model, other[0]) < divergence(plain, model, other[0])
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+@pytest.mark.parametrize("granularity", ["channels", "heads"])
+def test_what_is_factored_already_is_refused_by_name(tiny, granularity, compensate):
+    text = [{"input_ids": torch.randint(8, 96, (4, 32), generator=torch.Generator().manual_seed(5))}]
+    model = decomposition.apply(tiny("qwen3-4b-instruct-2507"), text, compression=0.5, method="plain", budget="uniform")
+    options = {"ratio": 0.02, "granularity": granularity, "compensate": compensate}
+    outputs = [block.attention.output for block in anatomy(model).blocks]
+    assert any(isinstance(output, FactoredLinear) for output in outputs)
+    with pytest.raises(UserError, match="stored as factors and cannot lose rows or columns"):
+        pruning.apply(model, text, **options)
