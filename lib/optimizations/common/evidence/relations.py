@@ -275,9 +275,14 @@ def short(gains: Mapping[int, Interval]) -> Judged:
 
 
 def kernel(of_kernel: Interval | None, end_to_end: Interval | None, bound: float | None = None) -> Judged:
-    """Judge the gain of the kernel against that of the whole; `bound` is the gain that the physical bound allows."""
+    """Judge the gain of the kernel against that of the whole; `bound` is the gain that the physical bound allows.
+
+    Where the kernel gains nothing, no gain can be lost on the way to the whole.
+    """
     if of_kernel is None or end_to_end is None:
         return _judged("kernel", None, "not measured")
     evidence = f"{_number('kernel', of_kernel)}, {_number('end to end', end_to_end)}"
     evidence += "" if bound is None else f"; the bound allows {bound:.3g}"
+    if of_kernel.low <= 1:
+        return _judged("kernel", None, f"{evidence}: the kernel alone shows no gain")
     return _judged("kernel", below(end_to_end, of_kernel), evidence)

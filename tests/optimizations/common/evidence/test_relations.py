@@ -97,6 +97,8 @@ def test_density_and_short_inputs_and_kernels():
     assert relations.short({512: near(0.9), 8192: near(2)}).held
     assert relations.short({512: near(1.5), 8192: near(2)}).held is False
     assert relations.kernel(near(7.03), near(2.23), 2.5).held and relations.kernel(near(2), near(3)).held is False
+    slower = relations.kernel(near(0.63), near(0.75))
+    assert slower.held is None and "shows no gain" in slower.evidence
     assert "bound allows 2.5" in relations.kernel(near(7.03), near(2.23), 2.5).evidence
 
 
