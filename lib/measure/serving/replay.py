@@ -33,6 +33,11 @@ PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real model"
 REPEATED_SHARE = 0.5  # of as many rounds as there are: so many disturbed ones are served again, at most
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
+LATENCIES = {  # means or medians of a replay, by metric
+    "latency_p50_ms": "latency p50",
+    "time_to_first_token_ms": "first token p50",
+    "time_per_output_token_ms": "time per output token",
+}
 BLURRED = "arms take turns step by step, and the GPU's counter moves too seldom to tell whose step took the energy"
 # Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and found it larger and smaller.
 FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where noise decides between some as good"
@@ -285,29 +290,49 @@ def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source:
     return measurement.from_samples(metric, workload, arms[0], arms[1], source=source, floor=floor, **options)
 
 
+def latencies(
+    rounds: ServingRounds, objective: Objectives, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
+) -> list[Measurement]:
+    """Return the latencies of two arms, round by round; `again` is the baseline replayed a second time in every round,
+    the noise floor. Not judged where a request of either arm did not finish: it has no latency, and an arm that leaves
+    out its slow requests would look fast.
+    """
+    names = (baseline, optimized, again)
+    arms = [[slo.summary(run, objective) for run in rounds.served(name)] for name in names]
+    unfinished = [sum(int(row["unfinished"] or 0) for row in arm) for arm in arms]
+    source = f"{rounds.source}; unfinished, and in no latency: {unfinished[0]} and {unfinished[1]} requests"
+    results = []
+    for metric, key in LATENCIES.items():
+        values = [[1000 * value for row in arm if (value := row[key]) is not None] for arm in arms]
+        if min(map(len, values), default=0) < len(rounds.traces):
+            results.append(measurement.unavailable(metric, workload, "too few requests finished", source))
+            continue
+        judged = _judged(metric, workload, values, source, disturbed=rounds.busy)
+        missing = f"{unfinished[0]} and {unfinished[1]} requests did not finish, and are in no latency"
+        results.append(measurement.unjudged(judged, missing) if any(unfinished) else judged)
+    return results
+
+
 def described(
     rounds: ServingRounds, objective: Objectives, baseline: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
-    """Return latencies, goodput's share, mean batch and CPU share of two arms: means over the rounds, not judged."""
+    """Return goodput's share, tail between tokens, mean batch and CPU share of two arms: means over the rounds, not
+    judged.
+    """
     names = {
         "goodput_share": ("goodput share", 1),
-        "latency_p50_ms": ("latency p50", 1000),
-        "time_to_first_token_ms": ("first token p50", 1000),
-        "time_per_output_token_ms": ("time per output token", 1000),
         "time_between_tokens_p99_ms": ("between tokens p99", 1000),
         "batch_rows": ("batch", 1),
     }
     arms = [[slo.summary(run, objective) for run in rounds.served(name)] for name in (baseline, optimized)]
-    unfinished = [sum(int(row["unfinished"] or 0) for row in arm) for arm in arms]
-    source = f"{rounds.source}; unfinished, and in no latency: {unfinished[0]} and {unfinished[1]} requests"
     results = []
     for metric, (key, scale) in names.items():
         first, second = (_mean([row[key] for row in arm]) for arm in arms)
         if first is None or second is None:
-            results.append(measurement.unavailable(metric, workload, "too few requests finished", source))
+            results.append(measurement.unavailable(metric, workload, "too few requests finished", rounds.source))
         else:
             values = scale * first, scale * second
-            results.append(measurement.informative(metric, workload, *values, source, n=len(rounds.traces)))
+            results.append(measurement.informative(metric, workload, *values, rounds.source, n=len(rounds.traces)))
     own, other = (float(np.mean([run.utilisation for run in rounds.runs[name]])) for name in (baseline, optimized))
     by = f"user + system time over wall time, {rounds.source}"
     return [*results, measurement.informative("cpu_utilisation", workload, own, other, by, n=len(rounds.traces))]

@@ -129,6 +129,7 @@ def serve(
     measurements = [
         headline,
         error,
+        *replay.latencies(rounds, setup.objective, FIXED, AGAIN, ADAPTIVE, workload(size)),
         *replay.described(rounds, setup.objective, FIXED, ADAPTIVE, workload(size)),
         *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
     ]

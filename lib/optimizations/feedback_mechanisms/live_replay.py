@@ -260,6 +260,7 @@ def compare(
     measurements = [
         headline,
         error,
+        *replay.latencies(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size)),
         *replay.described(rounds, setup.objective, STATIC, LOOP, workload(size)),
         *replay.costs(rounds, STATIC, AGAIN, LOOP, workload(size)),
     ]

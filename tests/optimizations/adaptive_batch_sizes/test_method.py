@@ -468,6 +468,35 @@ def test_replays_of_a_worse_policy_are_found_worse_and_the_control_may_fail(setu
     assert all(item.verdict in ("informative", "unavailable") for item in described)
 
 
+def test_latencies_are_judged_where_every_request_of_both_arms_finished(setup):
+    arms = {
+        name: (lambda rows=rows: rivals.FixedSize(rows)) for name, rows in (("fixed", 8), ("again", 8), ("slow", 1))
+    }
+    rounds = rounds_of(setup, arms)
+
+    def judged(rounds):
+        return {item.metric: item for item in replay.latencies(rounds, setup.objective, "fixed", "again", "slow")}
+
+    def unfinished(run):
+        *others, last = run.served.outcomes
+        return replace(run, served=replace(run.served, outcomes=[*others, replace(last, finished=None)]))
+
+    def of(finish):
+        return replace(rounds, runs={name: [finish(run) for run in runs] for name, runs in rounds.runs.items()})
+
+    def whole(run):
+        ended = [outcome for outcome in run.served.outcomes if outcome.finished is not None]
+        return replace(run, served=replace(run.served, outcomes=ended))
+
+    every = judged(of(whole))
+    assert every["time_to_first_token_ms"].ratio > 2, "requests wait for the only row"
+    assert every["time_per_output_token_ms"].verdict == "better", "a step of one row is faster"
+    assert all(item.noise_floor is not None and item.ci and item.n == 6 for item in every.values())
+    one = judged(of(lambda run: unfinished(whole(run))))
+    assert {item.verdict for item in one.values()} == {"informative"}
+    assert "did not finish" in one["latency_p50_ms"].reason and one["latency_p50_ms"].ci
+
+
 def test_every_arm_serves_every_trace(tiny):
     requests = tuple(ServingRequest(i, 0.01 * i, 8, 3) for i in range(4))
     traces = [Trace("by hand", seed, (traffic.Phase(0.1, 40.0, CHAT),), requests) for seed in range(3)]
