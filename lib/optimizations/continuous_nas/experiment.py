@@ -63,7 +63,8 @@ class SearchSetup:
     """A model with its library, what choices are judged on, and the prompt that is timed.
 
     `rows` × `length` are the tokens of the search text. `seconds` is what preparing, measuring the first profile,
-    searching and recovering have taken so far.
+    scoring the library, searching and recovering have taken so far, with what earlier runs of a resumed study took to
+    measure and to evaluate.
     """
 
     loaded: Loaded
@@ -100,9 +101,19 @@ class SearchSetup:
 
     def costs_in_processes(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile; seconds are measured once, in `processes`, and then read from the study."""
+        start = time.perf_counter()
         if self.effort.brief:
-            return self.costs_of(profile, study)
-        return self._costs(profile, study, processes=cost_processes.PROCESSES, rounds=self.effort.blocks)
+            costs = self.costs_of(profile, study)
+        else:
+            costs = self._costs(profile, study, processes=cost_processes.PROCESSES, rounds=self.effort.blocks)
+        taken: Any = study.fact(f"seconds: {profile}", float)  # `_costs` stored it
+        self.seconds += max(0.0, taken - (time.perf_counter() - start))  # what an earlier run spent on them
+        return costs
+
+    def scores_of(self, search: Search) -> dict[str, dict[str, float]]:
+        """Return what each replacement costs alone, in nats per token; see `method.score`."""
+        with self.timed():
+            return method.score(search)
 
     @property
     def processes(self) -> int:
@@ -110,11 +121,12 @@ class SearchSetup:
         return 1 if self.effort.brief else cost_processes.PROCESSES
 
     def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> RequestCosts:
-        measured = PROFILES[profile].within(self.effort)
+        measured, start = PROFILES[profile].within(self.effort), time.perf_counter()
         times: Any = study.fact(
             f"times: {profile}",
             lambda: self.times_of(self.library, None, measured, rounds=rounds, processes=processes),
         )
+        study.fact(f"seconds: {profile}", lambda: time.perf_counter() - start)
         return request_costs.tables(self.loaded.model, self.library, measured, times)
 
     def times_of(
@@ -156,7 +168,8 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> Search
 
 @contextlib.contextmanager
 def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence[object]) -> Iterator[Study]:
-    """Yield the study `name` of these weights, this code, this library and these settings.
+    """Yield the study `name` of these weights, this code, this library and these settings; the seconds of evaluations
+    that it holds already are added to the setup's.
 
     Raises UserError where another process holds it.
     """
@@ -168,6 +181,7 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
         "settings": [*settings, setup.rows, setup.length, study.machine()],
     }
     with study.opened(Path(folder) / f"{name}.db", name, space, objectives=1) as stored:
+        setup.seconds += sum(trial.user_attrs["seconds"] for trial in stored.trials)
         yield stored
 
 

@@ -9,6 +9,7 @@ swap back is exact.
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -138,9 +139,12 @@ class Search:
         return any(evaluation.choice == choice for evaluation in self.evaluations)
 
     def evaluate(self, choice: Choice, phase: str) -> float:
-        """Return the divergence of a choice, swapped into the model, and store it. Raises SearchStopped."""
+        """Return the divergence of a choice, swapped into the model, and store it with the seconds that it took. Raises
+        SearchStopped.
+        """
         if self.stop_after is not None and len(self.evaluations) >= self.stop_after:
             raise SearchStopped
+        start = time.perf_counter()
         if _key(choice) not in self.known:
             changed = [locate(slot)[0] for slot, option in choice.items() if option != WHOLE]
             model = swap(self.library, choice)
@@ -148,7 +152,8 @@ class Search:
             swap(self.library, self.library.whole)
         nats = self.known[_key(choice)]
         if self.study:
-            self.study.add(choice, _distributions(self.library.space), [nats], {"phase": phase})
+            facts = {"phase": phase, "seconds": time.perf_counter() - start}
+            self.study.add(choice, _distributions(self.library.space), [nats], facts)
         self.evaluations.append(ChoiceEvaluation(choice, nats, phase))
         return nats
 

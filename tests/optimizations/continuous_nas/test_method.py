@@ -1,6 +1,8 @@
 """Planted idle parts go first; budgets hold or are refused; a stop changes no answer; after a drift scores stay."""
 
 import itertools
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lib.errors import NotApplicable
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import study
-from lib.optimizations.continuous_nas import drift, replacement_library, rivals
+from lib.optimizations.continuous_nas import drift, experiment, replacement_library, rivals
 from lib.optimizations.continuous_nas import method as nas
 from lib.optimizations.continuous_nas.costs import request_costs
 from lib.optimizations.continuous_nas.mip import CostTable
@@ -143,6 +145,33 @@ def test_a_budget_out_of_reach_after_a_drift_is_made_relative(tiny, batch):
     relative = hard.relative(hard.time, 0.8)
     assert hard.reach(hard.time) < relative < 1 and nas.candidates(nas.score(search), hard, relative, 1.0)
     assert costs.relative(costs.time, 0.8) == 0.8, "what can be met stays as it was asked"
+
+
+def _setup(model, shelf, seconds: float = 0.0) -> experiment.SearchSetup:
+    loaded, effort = SimpleNamespace(model=model), SimpleNamespace(brief=True, preview=True, blocks=2)
+    return experiment.SearchSetup(loaded, effort, 0, None, shelf, None, [], None, 1, 24, seconds)
+
+
+def test_the_price_of_a_search_holds_every_evaluation_also_those_of_earlier_runs(tiny, batch, tmp_path, monkeypatch):
+    """Judging sleeps, measuring too: however the work is split over two runs, the price is that of all of it."""
+    judging, measuring = 0.01, 0.2
+    model = tiny("qwen3-4b-instruct-2507")
+    shelf, limits = nas.build(model, observe(model, [batch])), nas.SearchLimits(0.9, 1.0, 2, 2)
+    monkeypatch.setattr(nas, "divergence", lambda *_: time.sleep(judging) or 0.1)
+    monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.SearchSetup, "times_of", lambda *_, **__: time.sleep(measuring) or _times(shelf))
+    prices, evaluations = [], 0
+    for _ in range(2):
+        setup = _setup(model, shelf)
+        with experiment.opened(setup, tmp_path, "s", []) as stored:
+            search = nas.Search(shelf, None, stored)
+            with setup.timed():
+                costs = setup.costs_in_processes("prefill_heavy", stored)
+            assert setup.scores_of(search) and setup.seconds > measuring
+            experiment.interrupted(setup, search, costs, limits)
+            evaluations = len(stored.trials)
+        prices.append(setup.seconds)
+    assert evaluations > 20 and min(prices) >= evaluations * judging + measuring
 
 
 def test_greedy_choices_replace_least_divergence_per_cost_first(tiny, batch):
