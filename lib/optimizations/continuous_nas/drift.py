@@ -18,6 +18,7 @@ from lib.optimizations.continuous_nas import method, replacement_library
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, SearchLimits
 
+MOST = 0.8  # share of what is scarce after a drift, at most
 LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reached
 
 
@@ -34,13 +35,19 @@ class Adaptation:
     cold: list[float]
 
     def evaluations_until(self, share: float) -> int | None:
-        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume."""
+        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume; None
+        where it never got there, or the cold one dominates nothing.
+        """
+        if not self.cold[-1]:
+            return None
         reached = pareto.evaluations_until(self.warm, share * self.cold[-1])
         return None if reached is None else reached - 1
 
     def cold_until(self, share: float) -> int | None:
-        """Return how many evaluations the cold search took to `share` of its own final hypervolume."""
-        return pareto.evaluations_until(self.cold, share * self.cold[-1])
+        """Return how many evaluations the cold search took to `share` of its own final hypervolume; None where that is
+        nothing.
+        """
+        return pareto.evaluations_until(self.cold, share * self.cold[-1]) if self.cold[-1] else None
 
 
 def adapt(
@@ -85,10 +92,12 @@ class Drifts:
 
     def reading(self) -> str:
         """Return two sentences on the curves: where the warm searches begin, and what resuming saves."""
-        begun = " and ".join(f"{a.warm[0] / a.cold[-1]:.3f}" for a in self.adaptations)
+        begun = " and ".join(f"{a.warm[0] / a.cold[-1]:.3f}" if a.cold[-1] else "–" for a in self.adaptations)
         names = " and ".join(followed.costs.profile.name for followed in self.adaptations)
         until = [(a.evaluations_until(LEVEL), a.cold_until(LEVEL)) for a in self.adaptations]
         counts = " and ".join(f"{_count(warm)} against {_count(cold)}" for warm, cold in until)
+        if not all(a.cold[-1] for a in self.adaptations):
+            begun += f" (–: no cheaper choice is within {method.REFERENCE[1]:g} nats per token)"
         return (
             f"Before any new evaluation the warm searches stand at {begun} of the cold ones' final hypervolume "
             f"({names}). To {LEVEL:.0%} of it they take {counts} evaluations, resumed against begun from nothing."
@@ -96,14 +105,19 @@ class Drifts:
 
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether beginning again is no slower than resuming, in evaluations up to LEVEL, and the counts; None
-        where the drifts disagree.
+        where the drifts disagree, or where a cold search dominates nothing.
         """
-        slower, counts = [], []
+        slower: list[bool | None] = []
+        counts: list[str] = []
         for followed in self.adaptations:
             warm, cold = followed.evaluations_until(LEVEL), followed.cold_until(LEVEL)
-            slower.append(warm is None or (cold is not None and cold <= warm))
+            slower.append(warm is None or (cold is not None and cold <= warm) if followed.cold[-1] else None)
             counts.append(f"{followed.costs.profile.name} {_count(warm)} resumed, {_count(cold)} from nothing")
         evidence = f"evaluations to {LEVEL:.0%} of the final hypervolume: {'; '.join(counts)}"
+        if not all(followed.cold[-1] for followed in self.adaptations):
+            evidence += (
+                f"; where no cheaper choice is within {method.REFERENCE[1]:g} nats per token there is no such level"
+            )
         return (slower[0] if len(set(slower)) == 1 else None), evidence
 
 
@@ -120,13 +134,14 @@ def follow(
 ) -> Drifts:
     """Drift from `workload` to the two other profiles, one after the other, each with half the refinements.
 
+    What is scarce then has the search's own budget, and at most MOST: a budget of 1 leaves nothing to choose anew.
     Budgets apply to what the new profile leaves to choose: where a share cannot be met (a short request spends more
     time outside of all parts, and so does a busy machine), the nearest that leaves room is taken and reported
     (`RequestCosts.relative`). `costs_of` returns the costs of a profile by name, stored in the search's study. The live
     model is left at the last winner.
     """
     assert search.study is not None, "a search without a study keeps no costs"
-    shares = {"time": (limits.time_share, 1.0), "memory": (1.0, min(limits.memory_share, 0.8))}
+    shares = {"time": (min(limits.time_share, MOST), 1.0), "memory": (1.0, min(limits.memory_share, MOST))}
     adaptations: list[Adaptation] = []
     rows: list[dict[str, Any]] = []
     for name in [name for name in PROFILES if name != workload]:

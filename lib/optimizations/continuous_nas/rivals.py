@@ -98,8 +98,14 @@ class RivalComparison:
 
     @property
     def closer(self) -> float | None:
-        """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text."""
-        return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self.kl_RN else None
+        """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text, and where
+        an arm does not diverge at all on a window (the whole model, as a choice): no logarithm, and it divides nothing.
+        """
+        return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self._diverging else None
+
+    @property
+    def _diverging(self) -> bool:
+        return bool(self.kl_RN) and all((kl_N > 0).all() for kl_N in self.kl_RN)
 
     def _closer(self, kl_R: Sequence[float], speeds_R: Sequence[float] | None = None) -> float:
         return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
@@ -108,7 +114,7 @@ class RivalComparison:
         """Return the 95 % bootstrap interval of `closer` over the held-out windows and over the speeds: each is drawn
         from its interval as if its logarithm were normal; one without an interval is held fixed.
         """
-        if not self.kl_RN:
+        if not self._diverging:
             return None, None
         kl_RN, draw = np.stack(self.kl_RN), np.random.default_rng(seed)
         drawn = draw.integers(kl_RN.shape[1], size=(RESAMPLES, kl_RN.shape[1]))
@@ -124,8 +130,11 @@ class RivalComparison:
         interval holds 1, or where every rival is faster.
         """
         low, high = self.interval(seed)
-        if low is None or high is None:
+        if not self.kl_RN:
             return None, "no held-out text was read"
+        if low is None or high is None:
+            arm = "a rival" if (self.kl_RN[0] > 0).all() else "the search's choice"
+            return None, f"{arm} does not diverge from the baseline: no ratio of divergences"
         evidence = f"divergence at equal speed ÷ the search's: {self.closer:.3g} ({low:.3g} to {high:.3g})"
         if not self.has_rival_no_faster:
             return None, f"{evidence}; every rival is faster"
@@ -152,7 +161,7 @@ def compare(
             measurements.append(measurement.informative(*nats))
         controls.append(ThirdArm(f"uniform {at}", "baseline here: all blocks alike", measurements))
     comparison = RivalComparison(speeds, kl_RN, controls)
-    if texts:
+    if texts and all(mean > 0 for mean in means[1:]):
         source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
         equal = at_equal_speed(_ratios(speeds), means[1:])
         nats = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)

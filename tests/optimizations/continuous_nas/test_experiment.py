@@ -104,6 +104,25 @@ def test_drifts_are_judged_by_evaluations():
     assert list(curves[curves.arm == "decode_heavy, cold"].strength) == [1, 2, 3, 4]
 
 
+def test_a_choice_that_is_the_whole_model_and_a_drift_without_a_front_decide_nothing():
+    speeds = [_speed(1.1), _speed(0.9)]
+    whole = RivalComparison(speeds, [np.zeros(16), np.full(16, 0.3), np.full(16, 0.5)], [])
+    assert whole.closer is None and whole.interval() == (None, None)
+    assert whole.refuted() == (
+        None, "the search's choice does not diverge from the baseline: no ratio of divergences",
+    )  # fmt: skip
+    rival = RivalComparison(speeds, [np.full(16, 0.3), np.zeros(16), np.full(16, 0.5)], [])
+    assert rival.closer is None and rival.refuted()[1].startswith("a rival does not")
+    flat, quick = _adaptation([0.0, 0.0], [0.0, 0.0]), _adaptation([0.6, 0.97], [0.1, 1.0])
+    assert flat.evaluations_until(0.95) is None and flat.cold_until(0.95) is None
+    drifted = Drifts([flat, quick], [{"solved again, s": 0.1}])
+    _sentences(drifted.reading())
+    assert "stand at – and 0.600 (–: no cheaper choice is within 0.1 nats per token)" in drifted.reading()
+    assert Drifts([flat], []).refuted()[0] is None and drifted.refuted()[0] is None
+    reached = experiment.targets(_effort(0.2, 0.4), whole, drifted)
+    assert not reached.reached.iloc[[2, 4]].any() and reached.value.iloc[[2, 4]].isna().all()
+
+
 def test_every_claim_has_its_answer():
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     comparison, added = _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), Additivity([None] * 9, pd.DataFrame(), 0.9)

@@ -126,6 +126,20 @@ def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
     assert costs.scarce.unit == "s" and drifted.scarce.unit == "bytes"
 
 
+@pytest.mark.parametrize("workload", ["prefill_heavy", "memory_limited"])
+def test_a_budget_of_one_leaves_something_to_swap_after_a_drift(tiny, batch, workload):
+    model = tiny("qwen3-coder-30b")
+    search, _ = _begin(model, batch)
+    search.study = study._make(None, "s", {}, 1)
+
+    def costs_of(name, _):
+        return request_costs.tables(model, search.library, request_costs.PROFILES[name], _times(search.library))
+
+    followed = drift.follow(search, nas.score(search), costs_of, workload, nas.SearchLimits(1.0, 1.0, 2, 2))
+    assert all(row["budget asked"] <= drift.MOST and row["share of the scarce"] < 1 for row in followed.rows)
+    drift.assert_exact_swaps(search, model, batch)
+
+
 def test_a_budget_out_of_reach_after_a_drift_is_made_relative(tiny, batch):
     """A request of which the parts are a tenth, as on a busy machine: no share of 0.8 can be met, and none fails."""
     model = tiny("qwen3-coder-30b")
