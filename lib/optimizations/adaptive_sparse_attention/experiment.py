@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lib.measure.compare import saved, speed
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -244,22 +245,29 @@ def shares(
 
 
 def replications(
+    loaded: Loaded,
+    lengths: PromptLengths,
     survey: Sequence[Mapping[str, Any]],
     times: Sequence[Mapping[str, Any]],
-    prefill: Sequence[Measurement],
+    prefill: Compared,
     pages: PagesRead,
 ) -> list[relations.Judged]:
-    """Return the published relations on sparse attention, judged by this run. `times`: rows of `attention_alone`."""
+    """Return the published relations on sparse attention, judged by this run. `times`: rows of `attention_alone`.
+
+    The gain of the kernel is that at the length whose prompt is timed as a whole. Where a model's mass lies says
+    nothing with random weights.
+    """
     density = attended_mass.by_length(survey).set_index("length")["density"].to_dict()
     own = [row for row in times if row["heads"] == "of the model" and row["gain_ci"]]
     gains = {row["length"]: Interval(row["gain"], *(1 / end for end in reversed(row["gain_ci"]))) for row in own}
-    rate = next((m for m in prefill if m.metric == "prefill_tokens_per_second" and m.ratio and m.ci), None)
+    rates = [m for m in prefill.measurements if m.metric == "prefill_tokens_per_second"]
+    rate = next((m for m in rates if m.ratio and m.ci), None)
     whole = None if rate is None or rate.ratio is None or rate.ci is None else Interval(rate.ratio, *rate.ci)
     return [
-        relations.density(density),
+        relations.with_weights(relations.density(density), loaded.random_weights),
         relations.short(gains),
-        relations.layers(list(pages.by_block["in chosen pages"])),
-        relations.kernel(gains.get(max(gains, default=0)), whole),
+        relations.with_weights(relations.layers(list(pages.by_block["in chosen pages"])), loaded.random_weights),
+        relations.kernel(gains.get(lengths.timed), whole),
     ]
 
 

@@ -55,8 +55,9 @@ def replications(
 ) -> list[relations.Judged]:
     """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
 
-    2:4 is compared with unstructured zeros where those are half of the weights as well: in this run, or at that point
-    of the `curves` that `impact` returned.
+    The order is that of all matrices, everything else is of the run's parts, which the evidence names. 2:4 is compared
+    with unstructured zeros where those are half of the weights as well: in this run, or at that point of the `curves`
+    that `impact` returned.
     """
     by_row = [claims.interval(in_order, [order_name(method, "row")]) for method in COMPARED]
     name, half = setup.method, setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
@@ -75,8 +76,10 @@ def replications(
         relations.gptq(claims.interval(arms, [weight_only.BY_GPTQ]), claims.interval(arms, [INT4])),
         relations.int4(claims.interval(arms, [INT4]), {at_bytes: claims.interval(arms, [at_bytes])}),
     ]
+    parts = setup.options["parts"]
+    of_run = "" if parts == "all" else f"{parts.replace('_', '-')} matrices only: "
     return [
-        judgement._replace(evidence=share + judgement.evidence) if number < 2 else judgement
+        judgement._replace(evidence=(share if number < 2 else of_run) + judgement.evidence)
         for number, judgement in enumerate(judged)
     ]
 

@@ -37,7 +37,8 @@ def replications(setup: PruningSetup, measurements: list[Measurement], granulari
     """
     named = {m.metric: m for m in measurements if m.workload in ("prefill", "generate")}
     scores = [m for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
-    judged = [relations.ends(setup.influence), relations.accuracy(named.get("perplexity"), scores)]
+    ends = relations.with_weights(relations.ends(setup.influence), setup.loaded.random_weights)
+    judged = [ends, relations.accuracy(named.get("perplexity"), scores)]
     if granularity == "depth" and scores:
         judged.append(relations.generation(named.get("retrieval_exact_match"), scores[0]))
     return judged

@@ -1,10 +1,13 @@
 """What others published of sparse attention, judged by the rows that a run has."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 
 from lib.measure.metrics import measurement
 from lib.optimizations.adaptive_sparse_attention import experiment
 from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
+from lib.optimizations.adaptive_sparse_attention.experiment import PromptLengths
 
 SURVEY = [
     {"length": length, "block": block, "density": density, "recall": 0.96, "oracle": 1, "window": 0, "random": 0}
@@ -18,18 +21,38 @@ def _row(length: int, gain: float, heads: str = "of the model") -> dict:
     return {"heads": heads, "length": length, "gain": gain, "gain_ci": (0.98 / gain, 1.02 / gain)}
 
 
+LENGTHS = PromptLengths([1024, 2048, 4096], 4096)
+# The first two blocks read all pages: what the best ones hold there is judged, not what is read.
+MASSES = {"mass held": [1.0, 1.0, 0.9, 0.95, 0.9], "in chosen pages": [0.5, 0.6, 0.9, 0.95, 0.9]}
+PAGES = PagesRead(0.5, pd.DataFrame({"block": range(5)} | MASSES))
+
+
+def _judged(times: list, prefill: list, lengths: PromptLengths = LENGTHS, random_weights: bool = False):
+    compared, loaded = SimpleNamespace(measurements=prefill), SimpleNamespace(random_weights=random_weights)
+    return experiment.replications(loaded, lengths, SURVEY, times, compared, PAGES)
+
+
 def _prefill(ratio: float) -> list:
     rate = measurement.informative("prefill_tokens_per_second", "prefill", 100.0, 100 * ratio, "by hand", ratio=ratio)
     return [rate.model_copy(update={"ci": (0.99 * ratio, 1.01 * ratio)})]
 
 
 def test_each_relation_has_its_answer():
-    # The first two blocks read all pages: what the best ones hold there is judged, not what is read.
-    masses = {"mass held": [1.0, 1.0, 0.9, 0.95, 0.9], "in chosen pages": [0.5, 0.6, 0.9, 0.95, 0.9]}
-    pages = PagesRead(0.5, pd.DataFrame({"block": range(5)} | masses))
     times = [_row(1024, 0.8), _row(4096, 1.9), _row(4096, 9.0, "planted")]
-    judged = experiment.replications(SURVEY, times, _prefill(1.2), pages)
+    judged = _judged(times, _prefill(1.2))
     assert [judgement.held for judgement in judged] == [True, True, True, True]
     assert "1,024 tokens 0.80" in judged[0].evidence and "kernel 1.9" in judged[3].evidence
-    short = experiment.replications(SURVEY, times[1:2], [], pages)
+    short = _judged(times[1:2], [])
     assert [judgement.held for judgement in short] == [True, None, True, None]
+
+
+def test_the_kernel_is_held_against_the_whole_at_one_length():
+    times = [_row(1024, 0.8), _row(2048, 1.1), _row(4096, 1.9)]
+    *_, kernel = _judged(times, _prefill(1.2), PromptLengths([1024, 2048, 4096], 2048))
+    assert kernel.held is False and "kernel 1.1" in kernel.evidence, "not that of the longest, 1.9"
+
+
+def test_random_weights_say_nothing_of_where_mass_lies():
+    density, short, layers, kernel = _judged([_row(1024, 0.8), _row(4096, 1.9)], _prefill(1.2), random_weights=True)
+    assert density.held is layers.held is None and density.evidence.startswith("random weights; 1,024 tokens")
+    assert short.held and kernel.held

@@ -203,7 +203,8 @@ def test_what_others_published_is_judged_by_this_runs_arms():
         value = measurement.informative("kl_divergence_nats", "prefill", 0.0, kl, "test", **ends)
         return rivals.ThirdArm(name, "test", [value])
 
-    setup = SimpleNamespace(method="sparsegpt", options={"sparsity": 0.5, "pattern": "unstructured"})
+    options = {"sparsity": 0.5, "pattern": "unstructured", "parts": "all"}
+    setup = SimpleNamespace(method="sparsegpt", options=options)
     order = {"sparsegpt": 0.2, "wanda, per row": 0.3, "magnitude, per row": 3.0, "wanda, per matrix": 0.2}
     in_order = [arm(f"{name}, all matrices", kl) for name, kl in order.items()]
     arms = [arm("sparsegpt", 0.3), arm("sparsegpt, 2:4", 0.9), arm(rivals.INT4, 0.1)]
@@ -218,6 +219,10 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     nothing.loc[1] = ["wanda", 50, 5.0, 4.9, 5.1]
     patterns = outcome.replications(setup, arms, in_order, nothing)[2]
     assert patterns.held and patterns.evidence == "sparsegpt: unstructured 0.02 (0.017–0.022), 2:4 0.9 (0.891–0.909)"
+    options["parts"] = "feed_forward"
+    methods, rows, *of_run = outcome.replications(setup, arms, in_order, nothing)
+    assert all(judgement.evidence.startswith("feed-forward matrices only: ") for judgement in of_run)
+    assert methods.evidence.startswith("60 % zeros") and rows.evidence.startswith("60 % zeros"), "of all matrices"
 
 
 def test_effort_quick_cuts_at_fewer_shares():

@@ -12,7 +12,7 @@ def _measured(metric: str, workload: str, ratio: float, width: float, margin: fl
 
 
 def test_relations_of_pruning():
-    setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.1, 0.8])
+    setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.1, 0.8], loaded=SimpleNamespace(random_weights=False))
     perplexity, chosen = _measured("perplexity", "prefill", 1.5, 0.05), _measured("accuracy", "arc_easy", 0.99, 0.02)
     generated = _measured("retrieval_exact_match", "generate", 0.2, 0.05)
     ends, accuracy = outcome.replications(setup, [perplexity, chosen, generated], "channels")
@@ -21,3 +21,9 @@ def test_relations_of_pruning():
     assert generation.held and "generated 0.8" in generation.evidence
     setup.influence = [0.1, 0.9, 0.1, 0.1, 0.8]
     assert [judgement.held for judgement in outcome.replications(setup, [], "depth")] == [False, None]
+
+
+def test_the_influence_of_random_blocks_replicates_nothing():
+    setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.8], loaded=SimpleNamespace(random_weights=True))
+    ends, _ = outcome.replications(setup, [], "channels")
+    assert ends.held is None and ends.evidence.startswith("random weights; highest: block 0")

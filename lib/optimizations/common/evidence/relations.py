@@ -99,6 +99,11 @@ def _judged(key: str, held: bool | None, evidence: str) -> Judged:
     return Judged(*STATEMENTS[key], held, evidence)
 
 
+def with_weights(judged: Judged, random: bool) -> Judged:
+    """Return a relation on what a model has learned as it was judged, or undecided where its weights are `random`."""
+    return judged._replace(held=None, evidence=f"random weights; {judged.evidence}") if random else judged
+
+
 def _number(name: str, value: Interval) -> str:
     middle, low, high = (f"{number:.3g}".replace("-", "−") for number in value)
     return f"{name} {middle} ({low}{'–' if value.low >= 0 else ' to '}{high})"
