@@ -39,11 +39,14 @@ PLACES = ("start", "middle", "end")  # thirds of a prompt
 
 @dataclass(frozen=True)
 class LongPrompts:
-    """Prompts [N, T] with the keys [N, Q, K] and values [N, Q, V] that stand in them, the first key first."""
+    """Prompts [N, T] with the keys [N, Q, K] and values [N, Q, V] that stand in them, the first key first; `source_N`
+    is the document in which each prompt's text begins, where it is known.
+    """
 
     ids_NT: torch.Tensor
     key_NQK: torch.Tensor
     value_NQV: torch.Tensor
+    source_N: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -51,34 +54,51 @@ class LongPrompts:
 
     def first(self, prompts: int) -> "LongPrompts":
         """Return the first prompts."""
-        return LongPrompts(self.ids_NT[:prompts], self.key_NQK[:prompts], self.value_NQV[:prompts])
+        few = (self.ids_NT[:prompts], self.key_NQK[:prompts], self.value_NQV[:prompts])
+        return LongPrompts(*few, None if self.source_N is None else self.source_N[:prompts])
 
 
 @dataclass(frozen=True)
 class LongAnswers:
-    """Answers of one arm, prompt by prompt: whether each value was repeated exactly, and its nats per token, [N, Q]."""
+    """Answers of one arm, prompt by prompt: whether each value was repeated exactly, and its nats per token, [N, Q];
+    `source_N` is the document of each prompt, by default one of its own.
+
+    Questions about one prompt share it, so what is judged is resampled by document.
+    """
 
     tokens: int
     right_NQ: np.ndarray
     loss_NQ: np.ndarray
+    source_N: np.ndarray | None = None
+
+    @property
+    def documents_N(self) -> np.ndarray:
+        """The document of each prompt."""
+        return np.arange(len(self.right_NQ)) if self.source_N is None else self.source_N
 
     @property
     def retrieved(self) -> Retrieved:
         """All values as answers to one task."""
-        return Retrieved(self.tokens, self.right_NQ.flatten())
+        return self._retrieved(self.right_NQ)
 
     def first(self, prompts: int) -> "LongAnswers":
         """Return the answers to the first prompts."""
-        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts])
+        few = None if self.source_N is None else self.source_N[:prompts]
+        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts], few)
 
-    def at(self, place: str) -> np.ndarray:
-        """Return which values of one of PLACES were repeated, [X]."""
-        return np.array_split(self.right_NQ, len(PLACES), axis=1)[PLACES.index(place)].flatten()
+    def at(self, place: str) -> Retrieved:
+        """Return the values of one of PLACES as answers to one task."""
+        return self._retrieved(np.array_split(self.right_NQ, len(PLACES), axis=1)[PLACES.index(place)])
+
+    def _retrieved(self, right_NX: np.ndarray) -> Retrieved:
+        source_X = np.repeat(self.documents_N, right_NX.shape[1])
+        return Retrieved(self.tokens, right_NX.flatten(), source_N=source_X)
 
 
 def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS, seed: int = 0) -> LongPrompts:
     """Return `count` prompts of `tokens` tokens of held-out text, with `questions` keys and values spread evenly."""
-    filler_NX, _ = task_list.retrieval_prompts(loaded, tokens - LEAD - KEY - VALUE, count, seed)
+    distance = tokens - LEAD - KEY - VALUE
+    filler_NX, _ = task_list.retrieval_prompts(loaded, distance, count, seed)
     ids_NT, random = filler_NX[:, :tokens].cpu().clone(), torch.Generator().manual_seed(seed + 1)
     key_NQK = random_ids(loaded, (count, questions, KEY), random)
     value_NQV = random_ids(loaded, (count, questions, VALUE), random)
@@ -86,7 +106,8 @@ def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS,
     for question, place in enumerate(place_Q):
         ids_NT[:, place : place + KEY] = key_NQK[:, question]
         ids_NT[:, place + KEY : place + KEY + VALUE] = value_NQV[:, question]
-    return LongPrompts(*(ids.to(loaded.device) for ids in (ids_NT, key_NQK, value_NQV)))
+    source_N = task_list.filler_sources(loaded, distance, count, seed)
+    return LongPrompts(*(ids.to(loaded.device) for ids in (ids_NT, key_NQK, value_NQV)), source_N)
 
 
 @torch.inference_mode()
@@ -107,8 +128,8 @@ def ask(model: Any, long_prompts: LongPrompts) -> LongAnswers:
             right_B, loss_B = _answer(model, cache, key_BK, value_BV)
             right.append(right_B)
             loss.append(loss_B)
-    shape = len(long_prompts.ids_NT), questions
-    return LongAnswers(long_prompts.tokens, np.concatenate(right).reshape(shape), np.concatenate(loss).reshape(shape))
+    right_NQ, loss_NQ = (np.concatenate(each).reshape(len(long_prompts.ids_NT), questions) for each in (right, loss))
+    return LongAnswers(long_prompts.tokens, right_NQ, loss_NQ, long_prompts.source_N)
 
 
 def _appending(model: nn.Module) -> DynamicCache:
@@ -144,14 +165,15 @@ def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor
 
 
 def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> list[Measurement]:
-    """Return exact match over all values, and the perplexity of the answers over prompts; both are judged.
+    """Return exact match over all values, and the perplexity of the answers over prompts; both are judged, by
+    document.
 
     `options` are those of `answer_comparison.compare`: resamples, seed.
     """
     match = answer_comparison.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
     count, questions = baseline.loss_NQ.shape
     source = f"{questions} answers after each of {count} prompts of {baseline.tokens} tokens, means of prompts"
-    common: dict[str, Any] = {"source": source, **options}
+    common: dict[str, Any] = {"source": source, "source_N": baseline.documents_N, **options}
     likelihood = noninferiority.perplexity(baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1), **common)
     return [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]
 
@@ -161,7 +183,7 @@ def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
     rows = []
     for place in PLACES:
         for arm, answered in answers.items():
-            right_X = answered.at(place)
+            right_X = answered.at(place).right_N
             spread = binomtest(int(right_X.sum()), len(right_X)).proportion_ci(method="wilson")
             row = {"arm": f"{place}, {arm}", "value": float(right_X.mean()), "low": spread.low, "high": spread.high}
             rows.append(row)

@@ -14,7 +14,7 @@ from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate, sanity
-from lib.measure.quality.answers import Answers, Retrieved
+from lib.measure.quality.answers import Answers
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, VALUE
@@ -229,8 +229,7 @@ def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, s
     """
     if judged.answers is None:
         return claim, None, judged.full.reason or "nothing was asked"
-    tokens = judged.answers["full"].tokens
-    full, sparse = (Retrieved(tokens, judged.answers[name].at("middle")) for name in ("full", "sparse"))
+    full, sparse = (judged.answers[name].at("middle") for name in ("full", "sparse"))
     repeated, lost = int(full.right_N.sum()), int((full.right_N & ~sparse.right_N).sum())
     evidence = f"of {len(full.right_N)} values in the middle full attention repeats {repeated}; sparse attention loses "
     evidence += f"{lost} of these and repeats {int((sparse.right_N & ~full.right_N).sum())} others"

@@ -46,12 +46,14 @@ def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monke
 def test_keys_and_values_stand_in_the_prompt_without_overlap(monkeypatch):
     filler = torch.zeros(3, 400, dtype=torch.long)
     monkeypatch.setattr(long_answers.task_list, "retrieval_prompts", lambda *_: (filler, None))
+    monkeypatch.setattr(long_answers.task_list, "filler_sources", lambda *_: np.array([4, 4, 7]))
     monkeypatch.setattr(
         long_answers, "random_ids", lambda _, shape, random: torch.randint(1, 90, shape, generator=random)
     )
     prompts = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
     assert prompts.tokens == 396 and int((prompts.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
     text = prompts.ids_NT[1].tolist()
+    assert prompts.first(2).source_N.tolist() == [4, 4]
     for key, value in zip(prompts.key_NQK[1].tolist(), prompts.value_NQV[1].tolist()):
         assert any(text[at : at + 12] == key + value for at in range(len(text)))
 
@@ -63,6 +65,21 @@ def test_loss_of_a_likelier_answer_is_judged_beside_exact_match():
     match, likelihood = long_answers.compare(base, worse, resamples=200, seed=0)
     assert match.verdict == "maintained" and match.n == 160
     assert likelihood.verdict == "not_maintained" and likelihood.workload == "answers behind a long prompt"
+
+
+def test_questions_of_one_prompt_are_one_source():
+    """As many values are lost: all of one prompt's, or one of each prompt's."""
+    full = np.ones((6, 25), dtype=bool)
+    in_one, spread = full.copy(), full.copy()
+    in_one[0, :6] = spread[:, 0] = False
+    answers = [long_answers.LongAnswers(512, right, np.zeros((6, 25))) for right in (full, in_one, spread)]
+    one, each = (long_answers.compare(answers[0], other, resamples=2000, seed=0)[0] for other in answers[1:])
+    assert one.optimized == each.optimized
+    assert one.ci[1] - one.ci[0] > 1.5 * (each.ci[1] - each.ci[0])
+    documents = np.array([0, 0, 1, 1, 2, 2])
+    shared = long_answers.LongAnswers(512, full, np.zeros((6, 25)), documents)
+    assert shared.at("middle").source_N.tolist() == np.repeat(documents, 8).tolist()
+    assert shared.first(2).retrieved.source_N.tolist() == [0] * 50
 
 
 @pytest.mark.parametrize("tokens, untouched", [(30, True), (90, False)])
