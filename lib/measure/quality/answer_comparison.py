@@ -50,10 +50,10 @@ def compare(
         measurements.append(compare_retrieved(baseline.retrieved, optimized.retrieved, margin=margin, **options))
     if baseline.text and optimized.text:
         measurements += compare_text(baseline.text, optimized.text, margin=perplexity_margin, **options)
-    return [_not_exercised(m) if m.workload in optimized.idle else m for m in measurements]
+    return [not_exercised(m) if m.workload in optimized.idle else m for m in measurements]
 
 
-def _not_exercised(m: Measurement) -> Measurement:
+def not_exercised(m: Measurement) -> Measurement:
     """Return a judged measurement without its verdict: the optimization never acted on these prompts."""
     if m.verdict in ("informative", "invalid"):
         return m

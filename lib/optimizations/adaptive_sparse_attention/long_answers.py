@@ -9,7 +9,7 @@ Knows nothing of sparsity.
 Shapes: N prompts, T tokens, Q questions to each prompt, B of them asked side by side, K tokens of a key, V of a value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ class LongPrompts:
 @dataclass(frozen=True)
 class LongAnswers:
     """Answers of one arm, prompt by prompt: whether each value was repeated exactly, and its nats per token, [N, Q];
-    `source_N` is the document of each prompt, by default one of its own.
+    `source_N` is the document of each prompt, by default one of its own; `idle` says that what the arm was changed by
+    never acted on these prompts.
 
     Questions about one prompt share it, so what is judged is resampled by document.
     """
@@ -70,6 +71,7 @@ class LongAnswers:
     right_NQ: np.ndarray
     loss_NQ: np.ndarray
     source_N: np.ndarray | None = None
+    idle: bool = False
 
     @property
     def documents_N(self) -> np.ndarray:
@@ -84,7 +86,7 @@ class LongAnswers:
     def first(self, prompts: int) -> "LongAnswers":
         """Return the answers to the first prompts."""
         few = None if self.source_N is None else self.source_N[:prompts]
-        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts], few)
+        return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts], few, self.idle)
 
     def at(self, place: str) -> Retrieved:
         """Return the values of one of PLACES as answers to one task."""
@@ -107,14 +109,16 @@ def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS,
         ids_NT[:, place : place + KEY] = key_NQK[:, question]
         ids_NT[:, place + KEY : place + KEY + VALUE] = value_NQV[:, question]
     source_N = task_list.filler_sources(loaded, distance, count, seed)
-    return LongPrompts(*(ids.to(loaded.device) for ids in (ids_NT, key_NQK, value_NQV)), source_N)
+    ids_NT, key_NQK, value_NQV = (ids.to(loaded.device) for ids in (ids_NT, key_NQK, value_NQV))
+    return LongPrompts(ids_NT, key_NQK, value_NQV, source_N)
 
 
 @torch.inference_mode()
-def ask(model: Any, long_prompts: LongPrompts) -> LongAnswers:
+def ask(model: Any, long_prompts: LongPrompts, acted: Callable[[], float] | None = None) -> LongAnswers:
     """Return how `model` answers: every prompt is read once, and all its questions are answered from copies of the
-    cache.
+    cache. `acted` returns how much the optimization has acted so far, as in `evaluate.evaluate`.
     """
+    before = acted() if acted else None
     questions = long_prompts.key_NQK.shape[1]
     rows = _side_by_side(model, long_prompts.tokens, questions)
     right, loss = [], []
@@ -129,7 +133,8 @@ def ask(model: Any, long_prompts: LongPrompts) -> LongAnswers:
             right.append(right_B)
             loss.append(loss_B)
     right_NQ, loss_NQ = (np.concatenate(each).reshape(len(long_prompts.ids_NT), questions) for each in (right, loss))
-    return LongAnswers(long_prompts.tokens, right_NQ, loss_NQ, long_prompts.source_N)
+    idle = acted is not None and acted() == before
+    return LongAnswers(long_prompts.tokens, right_NQ, loss_NQ, long_prompts.source_N, idle)
 
 
 def _appending(model: nn.Module) -> DynamicCache:
@@ -166,7 +171,7 @@ def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor
 
 def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> list[Measurement]:
     """Return exact match over all values, and the perplexity of the answers over prompts; both are judged, by
-    document.
+    document, unless the optimized arm was idle.
 
     `options` are those of `answer_comparison.compare`: resamples, seed.
     """
@@ -175,7 +180,8 @@ def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> li
     source = f"{questions} answers after each of {count} prompts of {baseline.tokens} tokens, means of prompts"
     common: dict[str, Any] = {"source": source, "source_N": baseline.documents_N, **options}
     likelihood = noninferiority.perplexity(baseline.loss_NQ.mean(1), optimized.loss_NQ.mean(1), **common)
-    return [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]
+    both = [match, likelihood.model_copy(update={"workload": "answers behind a long prompt"})]
+    return [answer_comparison.not_exercised(m) if optimized.idle else m for m in both]
 
 
 def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:

@@ -88,8 +88,8 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
         return Quality(full, sparse, measurements, degenerate, options)
     questions = PREVIEW_QUESTIONS if effort.preview else long_answers.QUESTIONS
     prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], questions, seed)
-    arms = {"full": absorbed_baseline.absorbed_baseline(loaded.model), "sparse": optimized}
-    answers = {name: long_answers.ask(model, prompts) for name, model in arms.items()}
+    answers = {"full": long_answers.ask(absorbed_baseline.absorbed_baseline(loaded.model), prompts)}
+    answers["sparse"] = _asked(optimized, prompts)
     measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
     measurements += long_answers.compare(answers["full"], answers["sparse"], **options)
     if degenerate:
@@ -156,7 +156,12 @@ def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> 
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
     few = judged.asked.first(CONTROL_PROMPTS)
     answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
-    return answers | {name: long_answers.ask(model, few) for name, model in arms.items()}
+    return answers | {name: _asked(model, few) for name, model in arms.items()}
+
+
+def _asked(arm: nn.Module, prompts: LongPrompts) -> LongAnswers:
+    """Return the answers of a sparse arm, which are idle where it left nothing out."""
+    return long_answers.ask(arm, prompts, lambda: float(method.left_out(arm)))
 
 
 def place_bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
@@ -202,12 +207,15 @@ def question_inside(
         "lead": room // 2,
     }
     full = evaluate.retrieval(loaded, **ask)
-    found = {name: evaluate.retrieval(replace(loaded, model=arm), **ask) for name, arm in arms.items()}
-    return [
-        {"name": name, "purpose": "against full attention"}
-        | {"measurements": [answer_comparison.compare_retrieved(full, answers).model_copy(update={"workload": name})]}
-        for name, answers in found.items()
-    ]
+    controls = []
+    for name, arm in arms.items():
+        before = method.left_out(arm)
+        found = evaluate.retrieval(replace(loaded, model=arm), **ask)
+        match = answer_comparison.compare_retrieved(full, found).model_copy(update={"workload": name})
+        idle = method.left_out(arm) == before
+        measurements = [answer_comparison.not_exercised(match) if idle else match]
+        controls.append({"name": name, "purpose": "against full attention", "measurements": measurements})
+    return controls
 
 
 def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
@@ -225,10 +233,12 @@ def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, s
     of the middle third alone.
 
     Lost means more than LOST_SHARE of those that full attention repeats, net of what is gained. None where those are
-    fewer than FEWEST_REPEATED, or too few for a verdict.
+    fewer than FEWEST_REPEATED, or too few for a verdict, and where nothing was left out.
     """
     if judged.answers is None:
         return claim, None, judged.full.reason or "nothing was asked"
+    if judged.answers["sparse"].idle:
+        return claim, None, "nothing was left out of these prompts"
     full, sparse = (judged.answers[name].at("middle") for name in ("full", "sparse"))
     repeated, lost = int(full.right_N.sum()), int((full.right_N & ~sparse.right_N).sum())
     evidence = f"of {len(full.right_N)} values in the middle full attention repeats {repeated}; sparse attention loses "

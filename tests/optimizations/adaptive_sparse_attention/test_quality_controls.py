@@ -90,6 +90,24 @@ def test_what_is_left_out_grows_only_where_prompts_are_long_enough(tiny, tokens,
     assert (method.left_out(model) == 0) == untouched
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("knobs, idle", [({"tau": 1.0, "pages": 0}, True), ({"tau": 0.3, "pages": 2}, False)])
+def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, idle):
+    """The judged arm and the arms that choose pages otherwise; the arm may have left out something before."""
+    model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
+    full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
+    sparse = quality_controls._asked(method.apply(model, **SMALL, **knobs), prompts)
+    options = {"resamples": 200, "seed": 0}
+    judged = SimpleNamespace(asked=prompts, answers={"full": full, "sparse": sparse}, degenerate=None, options=options)
+    arms = quality_controls.page_controls(SimpleNamespace(model=model), SMALL | knobs, judged)
+    records = quality_controls.page_records(arms, options)
+    verdicts = {m.verdict for m in long_answers.compare(full, sparse, **options)}
+    verdicts |= {m.verdict for record in records for m in record["measurements"]}
+    assert sparse.idle == idle and ("not_exercised" in verdicts) == idle and (len(verdicts) == 1 or not idle)
+    _, refuted, evidence = quality_controls.lost_in_the_middle("lost", judged)
+    assert refuted is None and evidence.startswith("nothing was left out") == idle
+
+
 def _judged(full: np.ndarray, sparse: np.ndarray) -> SimpleNamespace:
     """Long answers, [N, Q], whose thirds are the start, the middle and the end."""
     answers = {
