@@ -252,8 +252,9 @@ def decode_apart(
     sparsity together, and for latent attention what is gained over the stock path, which expands its cache at every
     token.
 
-    The first arm of each pair is called baseline, the second optimized. Empty where the output is `invalid`.
-    Works of `timed` are used again where they are as long; the long prompt is read once for each arm.
+    A name is "… against …": the arm that it names first is the optimized one, the other the baseline. Empty where the
+    output is `invalid`. Works of `timed` are used again where they are as long; the long prompt is read once for each
+    arm.
     """
     if invalid:
         return []
@@ -271,7 +272,7 @@ def decode_apart(
     versus = [("all pages against the stock cache", "fair", "every", "the cache alone, nothing left out")]
     versus += [("chosen pages against the stock cache", "fair", "sparse", "cache and sparsity together")]
     if absorbed_baseline.has_latents(baseline):
-        versus += [("stock path", "stock", "sparse", "expands its cache at every token")]
+        versus += [("chosen pages against the stock path", "stock", "sparse", "expands its cache at every token")]
     parts = []
     for name, first, second, purpose in versus:
         for arm in (first, second):

@@ -49,6 +49,23 @@ def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
     ]  # fmt: skip
 
 
+def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
+    """Also of latent attention, where the stock path stands beside; the notebook's caption says so."""
+    baseline = tiny("glm-4.7-flash")
+    optimized = method.apply(baseline, **KNOBS)
+    made, arms = {}, []
+    monkeypatch.setattr(attention_timing.workloads, "steps", lambda model, *_: made.setdefault(id(model), model))
+    monkeypatch.setattr(attention_timing, "every_page", lambda *_: "all pages")
+    monkeypatch.setattr(attention_timing.absorbed_baseline, "absorbed_baseline", lambda _: "the stock cache")
+    monkeypatch.setattr(attention_timing, "time_calls", lambda first, second, *_, **__: arms.append((first, second)))
+    monkeypatch.setattr(attention_timing.measurement, "from_pairs", lambda *_: None)
+    parts = attention_timing.decode_apart(baseline, optimized, KNOBS, PROMPT, SimpleNamespace(timed={}), 2)
+    words = {"all pages": "all pages", "the stock cache": "the stock cache"}
+    called = lambda arm: "the stock path" if arm is baseline else "chosen pages" if arm is optimized else words[arm]  # noqa: E731
+    assert [part["name"] for part in parts] == [f"{called(second)} against {called(first)}" for first, second in arms]
+    assert len(arms) == 3 and parts[-1]["name"].endswith("the stock path")
+
+
 def test_blocks_that_read_all_pages_are_judged_by_what_the_best_pages_would_hold(tiny):
     """Reading everything they hold all mass by construction; the best pages of them hold less."""
     model = method.apply(tiny("qwen3-4b-instruct-2507"), **KNOBS | {"pages": 4, "dense_blocks": 2})
