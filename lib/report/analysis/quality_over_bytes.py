@@ -1,6 +1,7 @@
 """Quality against bytes: every arm of every record that has both, so that all compressions stand on one axis.
 
-A control counts as well as the optimized model: weight-only int8 and int4 are controls. Draws nothing.
+A control counts as well as the optimized model: weight-only int8 and int4, rounded or by GPTQ, are controls. Draws
+nothing.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from lib.report.text.wording import title
 
 BYTES, DIVERGENCE = "weights_bytes", "kl_divergence_nats"
 COLUMNS = ("arm", "name", "label", "x", "x_low", "x_high", "y", "y_low", "y_high")
-YARDSTICKS = ("int8", "int4, groups of 128")  # named as they are, whichever record they stand in
+YARDSTICKS = ("int8", "int4, groups of 128", "int4, GPTQ")  # named as they are, whichever record they stand in
 
 
 def points(records: Iterable[Record]) -> pd.DataFrame:

@@ -3,11 +3,12 @@
 import pytest
 
 from lib.measure.metrics import measurement
+from lib.optimizations.common.compression import weight_only
 from lib.report.analysis import quality_over_bytes
 from lib.report.records.record import Control
 from tests.report import samples
 
-INT8, INT4 = quality_over_bytes.YARDSTICKS
+INT8, INT4, BY_GPTQ = quality_over_bytes.YARDSTICKS
 
 
 def _arm(size: float, divergence: float | None):
@@ -50,3 +51,12 @@ def test_what_another_point_beats_in_both_is_left_out_of_the_words(records):
     assert first.startswith("2 of 4 points have no other that is smaller and nearer")
     assert second == "2 of them are weight-only quantization."
     assert quality_over_bytes.read(quality_over_bytes.points([]))[0].startswith("No record")
+
+
+def test_int4_by_gptq_is_credited_to_no_optimization(records):
+    assert (*weight_only.NAMES.values(), weight_only.BY_GPTQ) == quality_over_bytes.YARDSTICKS
+    controls = {INT4: _arm(31, 0.2), BY_GPTQ: _arm(29, 0.05)}
+    points = quality_over_bytes.points([*records, _record("sparse_neural_networks", _arm(90, 0.2), controls)])
+    assert points[points["name"] == BY_GPTQ]["arm"].tolist() == [BY_GPTQ]
+    first, second = quality_over_bytes.read(points)
+    assert f"1 {BY_GPTQ}" in first and "Sparse" not in first and second == "2 of them are weight-only quantization."
