@@ -1,4 +1,5 @@
-"""Controls of a search: random choices, and all blocks alike, with as many evaluations as the search had.
+"""Controls of a search: random choices, and all blocks alike, with as many evaluations as the search had, or all that
+there are.
 
 Knows nothing of how the search chose.
 """
@@ -25,7 +26,8 @@ RANDOM_SEEDS, FEWEST_RANDOM_SEEDS = 3, 2  # the fewest at effort quick
 
 @dataclass(frozen=True)
 class EqualEffort:
-    """Points (share of the scarce cost, nats per token) of the search and of controls with as many evaluations.
+    """Points (share of the scarce cost, nats per token) of the search and of controls: random and uniform ones with as
+    many evaluations, or all that there are.
 
     "programme" is the search before it was refined, "greedy" as many choices by divergence per cost saved; both with
     the `library`'s points, which cost evaluations as well. `uniform` is the search over a finer library that treats all
@@ -80,7 +82,11 @@ class EqualEffort:
         """Return the hypervolume of each arm but the search, against the search's."""
         volumes, arms = self.volumes, [arm for arm in self.points if arm != "search"]
         purposes = {"programme": "before refinement", "greedy": "as many choices as the programme's"}
-        return [ThirdArm(arm, purposes.get(arm, "as many evaluations"), [self._against(arm, volumes)]) for arm in arms]
+        fewer = {
+            arm: "fewer evaluations: no more were found" for arm in arms if len(self.points[arm]) < self.evaluations
+        }
+        purposes = dict.fromkeys(arms, "as many evaluations") | fewer | purposes
+        return [ThirdArm(arm, purposes[arm], [self._against(arm, volumes)]) for arm in arms]
 
     def spending(self) -> Measurement:
         """Return how many evaluations the search took."""
@@ -88,7 +94,7 @@ class EqualEffort:
         return measurement.informative("search_evaluations", "search", None, self.evaluations, how, reason=why)
 
     def _against(self, arm: str, volumes: Mapping[str, float]) -> Measurement:
-        source = f"{self.evaluations} evaluations each, baseline: {arm}"
+        source = f"{len(self.points[arm])} evaluations, the search {self.evaluations}; baseline: {arm}"
         return measurement.informative("front_hypervolume", "search", volumes[arm], volumes["search"], source)
 
     def reading(self) -> str:
@@ -119,7 +125,7 @@ def equal_effort(
     alike_options: Mapping[str, Sequence[str]] = replacement_library.UNIFORM,
 ) -> EqualEffort:
     """Give random choices (of several seeds) and uniform ones as many evaluations as the search had, its library's
-    included.
+    included, or all that there are.
 
     Divergences that are known already are not computed again, but counted. `times_of` measures the seconds of a library
     of these options under the profile; `alike_options` are those that treat all blocks alike.

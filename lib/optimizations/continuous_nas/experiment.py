@@ -285,7 +285,7 @@ def against_uniform(
 
 
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
-    """Return the controls with as many evaluations as the search had; see `equal_effort`."""
+    """Return the controls with as many evaluations as the search had, or all that there are; see `equal_effort`."""
     seeds = equal_effort.FEWEST_RANDOM_SEEDS if setup.effort.brief else equal_effort.RANDOM_SEEDS
     rounds = 1 if setup.effort.preview else 3
     alike = replacement_library.FEWEST_UNIFORM if setup.effort.preview else replacement_library.UNIFORM
@@ -350,7 +350,8 @@ def details(
     equal: EqualEffort, added: Additivity, times: list[dict], drifted: Drifts, reached: pd.DataFrame
 ) -> dict[str, tuple[object, str, str]]:
     """Return what a record keeps beside measurements: name → (value, provenance, source)."""
-    each, judged = f"{equal.evaluations} evaluations each, reference {method.REFERENCE}", len(added.evaluations)
+    counts = ", ".join(f"{arm} {len(points)}" for arm, points in equal.points.items())
+    each, judged = f"evaluations: {counts}; reference {method.REFERENCE}", len(added.evaluations)
     return {
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers"),
         "hypervolumes": (equal.volumes, "measured", each),

@@ -54,6 +54,7 @@ FEWEST_UNIFORM = {
     ),
 }
 PARTS = ("attention", "feed_forward")
+DRAWS = 50  # for each random choice that is asked for: repeats are drawn anew
 CHANNEL_MULTIPLE = 8  # matrix kernels are built for aligned rows
 
 Choice = dict[str, str]  # slot → option
@@ -235,17 +236,22 @@ def child(library: Library, choice: Choice) -> nn.Module:
 
 
 def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
-    """Return random choices. Each first draws which share of the slots to replace, so that mild ones are among them."""
+    """Return `count` different random choices, or the fewer that DRAWS times as many draws find. Each first draws which
+    share of the slots to replace, so that mild ones are among them.
+    """
     draw = np.random.default_rng(seed)
     choices: list[Choice] = []
-    while len(choices) < count:
+    for _ in range(DRAWS * count):
+        if len(choices) == count:
+            break
         share = draw.random()
         choice = {}
         for slot, options in space.items():
             others = [option for option in options if option != WHOLE]
             replaced = bool(others) and draw.random() < share
             choice[slot] = others[draw.integers(len(others))] if replaced else WHOLE
-        choices.append(choice)
+        if choice not in choices:
+            choices.append(choice)
     return choices
 
 

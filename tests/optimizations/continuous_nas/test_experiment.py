@@ -49,6 +49,20 @@ def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_th
     assert _effort(search, 1.2).gain is None, "chance that dominates nothing is no divisor"
 
 
+def test_every_control_says_how_many_evaluations_it_had():
+    points = {"search": [(0.5, 0.05)] * 7, "programme": [(0.6, 0.05)] * 4, "greedy": [(0.6, 0.05)] * 3}
+    points |= {"uniform": [(0.6, 0.05)] * 5, "random 1": [(0.7, 0.05)] * 7}
+    equal = EqualEffort(points, points["programme"][:3], 7, None, None)
+    for arm in equal.controls():
+        assert arm.measurements[0].source == f"{len(points[arm.name])} evaluations, the search 7; baseline: {arm.name}"
+    purposes = {arm.name: arm.purpose for arm in equal.controls()}
+    assert purposes["random 1"] == "as many evaluations" and purposes["uniform"].startswith("fewer evaluations")
+    drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
+    added = Additivity([None] * 9, pd.DataFrame(), 0.9)
+    kept = experiment.details(equal, added, [], drifted, pd.DataFrame())
+    assert "search 7, programme 4, greedy 3, uniform 5, random 1 7;" in kept["hypervolumes"][2]
+
+
 @pytest.mark.parametrize(
     ("rank", "count", "outcome"), [(0.95, 40, False), (-0.2, 40, True), (0.6, 8, None), (0.9, 4, None)]
 )

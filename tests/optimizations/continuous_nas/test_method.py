@@ -253,6 +253,12 @@ def test_controls(tiny, name, batch):
     assert set(itertools.chain(*(choice.values() for choice in drawn))) > {WHOLE}
 
 
+def test_random_choices_are_different_ones_and_end_where_the_space_does():
+    space = {"00.attention": ("whole", "none"), "00.feed_forward": ("whole", "channels_50", "none")}
+    drawn = replacement_library.random_choices(space, 9, 0)
+    assert len(drawn) == len({tuple(choice.items()) for choice in drawn}) == 6
+
+
 def test_rivals_are_the_nearest_undominated_ones_on_both_sides():
     points = [(0.9, 0.1), (0.8, 0.2), (0.85, 0.3), (0.7, 0.4), (0.5, 0.9), (0.95, 0.05), (0.4, 2.0)]
     assert rivals.around(points, 0.78, 3) == [1, 3, 0], "a choice that another one beats in both is no rival"
