@@ -32,6 +32,7 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 PROXY_STEPS = 30  # of distillation by default
+BESIDE_THE_PLAN = 0.03  # of the decoder's parameters: what goes along with a part, and what does not
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,14 @@ def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int
         optimized = fitted
     removed = 1 - method.decoder_parameters(optimized) / method.decoder_parameters(setup.baseline)
     return PrunedModel(pruned, fitted, optimized, lessons, removed, seconds)
+
+
+def is_as_planned(setup: PruningSetup, chosen: PrunedModel, ratio: float, granularity: str) -> bool:
+    """Return whether as much was removed as `method.plan` comes to: `ratio`, rounded to whole experts, groups or blocks
+    and to channels in multiples.
+    """
+    least, most = method.planned(setup.baseline, ratio, granularity)
+    return least - BESIDE_THE_PLAN < chosen.removed < most + BESIDE_THE_PLAN
 
 
 def optimize(

@@ -170,6 +170,27 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     return shares
 
 
+def planned(model: nn.Module, ratio: float, granularity: str = "auto") -> tuple[float, float]:
+    """Return the least and the largest share of the decoder's parameters that the `plan` removes: whole experts, groups
+    and channels in multiples by their number, whole blocks by the smallest and the largest of them.
+    """
+    view, total = anatomy(model), decoder_parameters(model)
+    name = _resolve(view, granularity)
+    share = plan(model, ratio, granularity)[name]
+    if name == "depth":
+        sizes = sorted(sum(parameter.numel() for parameter in block.module.parameters()) for block in view.blocks)
+        count = round(share * len(sizes))
+        return sum(sizes[:count]) / total, sum(sizes[len(sizes) - count :]) / total
+    slack = 0.0
+    if name == "channels" and share:
+        parts = [block.feed_forward for block in view.blocks]
+        widths = [part.down.weight.shape[1] for part in parts if part.down is not None]
+        widths += [part.experts.channels for part in parts if part.experts]
+        slack = min(1.0, cutting.CHANNEL_MULTIPLE / 2 / min(widths))
+    weight = _removable(view, name) / total
+    return max(0.0, share - slack) * weight, (share + slack) * weight
+
+
 def _require_valid_heads(view: Anatomy, share: float) -> None:
     """Raise NotApplicable where the architecture's configuration does not allow so many heads as would be left."""
     attention = next(block.attention for block in view.blocks if block.attention.kind != "none")

@@ -30,6 +30,7 @@ CLAIMS = (
     "Two thin products take as long as one thick one.",
 )
 PUBLISHED_AT = 0.2  # of the parameters
+UNEQUAL = 0.1  # of the bytes that factors remove
 
 
 def replications(result: Sweep, compression: float) -> list[relations.Judged]:
@@ -49,16 +50,31 @@ def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequen
 
     The first two are about whitened factors without refinement: the pruned rival is not trained either, but what reads
     its parts is fitted to the same text in closed form. Bare factors are those of the better budget: the energy of bare
-    matrices says little about where a rank is worth most.
+    matrices says little about where a rank is worth most. Parts come whole, so the pruned rival may be larger or
+    smaller: the evidence says by how much, and what the difference may explain decides nothing.
     """
     fitted, pruned = (claims.interval(arms, [name]) for name in (FITTED, PRUNED))
     bare = {name: known for name in (BARE, BARE_EVEN) if (known := claims.interval(arms, [name]))}
     best = min(bare, key=lambda name: bare[name].value, default=BARE)
     return [
         claims.harms_less(CLAIMS[0], fitted, bare.get(best), (FITTED, best)),
-        claims.harms_less(CLAIMS[1], fitted, pruned, (FITTED, PRUNED)),
+        _at_equal_bytes(claims.harms_less(CLAIMS[1], fitted, pruned, (FITTED, PRUNED)), arms),
         _as_fast(CLAIMS[2], optimized, measurements),
     ]
+
+
+def _at_equal_bytes(answer: ClaimAnswer, arms: list[ThirdArm]) -> ClaimAnswer:
+    """Return the answer on factors and pruned parts with the bytes that each removes; None where the arm that harms
+    less has kept more of them, by more than UNEQUAL of what the factors remove.
+    """
+    claim, refuted, evidence = answer
+    sized = {arm.name: arm for arm in arms if any(m.metric == "weights_bytes" for m in arm.measurements)}
+    if not {FITTED, PRUNED} <= set(sized) or not (own := rival_arms.removed_bytes(sized[FITTED])):
+        return answer
+    more = rival_arms.removed_bytes(sized[PRUNED]) / own - 1
+    evidence += f"; {PRUNED} removes {1 + more:.2f} times as many bytes as {FITTED}"
+    explained = more < -UNEQUAL if refuted else more > UNEQUAL
+    return claim, None if explained else refuted, evidence
 
 
 def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measurement]) -> ClaimAnswer:

@@ -116,13 +116,15 @@ def sweep(
             except UserError as reason:
                 result.left_out[f"{arm} at {strength:g}"] = str(reason)
                 continue
-            rival = rival_arms.judged(setup.baseline, reference, arm, "equal bytes by other means", model)
+            removed = removed_share(setup, model)
+            purpose = f"other means, {100 * removed:.1f} % of the decoder's bytes removed"
+            rival = rival_arms.judged(setup.baseline, reference, arm, purpose, model)
             if strength == compression and reference is not None:
                 result.arms.append(rival)
             shape = str(factored.ranks(model) or allocation.decoder_bytes(model))
             if shape not in rates:
                 rates[shape] = _prefill_rate(setup, model, prompt_BT)
-            result.rows.append(_row(rival, strength, removed_share(setup, model), rates[shape]))
+            result.rows.append(_row(rival, strength, removed, rates[shape]))
             del model
     _add_yardsticks(setup, reference, prompt_BT, result)
     return result

@@ -3,11 +3,13 @@
 import copy
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+from lib.errors import NotApplicable
 from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
@@ -53,6 +55,26 @@ def test_real_models_are_fitted_and_not_trained(setup):
     setup.loaded.random_weights = True
     random = experiment.cut(replace(setup, calibration=enough), 0.2, "auto", finetune_steps=0)
     assert random.fitted is random.pruned
+
+
+@pytest.mark.parametrize("granularity", ["auto", "channels", "heads", "depth"])
+@pytest.mark.parametrize("ratio", [0.03, 0.2, 0.3])
+def test_what_is_removed_is_held_against_the_plan_not_against_what_was_asked_for(tiny, batch, name, ratio, granularity):
+    """Two of eight experts are not 30 %, whatever the number of blocks; nor is one block of four 3 %."""
+    model = tiny(name)
+    observation = observe(model, [batch])
+    setup = experiment.PruningSetup(
+        SimpleNamespace(model=model, random_weights=True), [batch], [batch], observation, 1.0, 0, EFFORT
+    )
+    try:
+        cut = experiment.cut(setup, ratio, granularity, finetune_steps=0)
+    except NotApplicable:
+        return
+    assert experiment.is_as_planned(setup, cut, ratio, granularity)
+    assert not experiment.is_as_planned(setup, replace(cut, removed=cut.removed + 0.4), ratio, granularity)
+    low, high = method.planned(model, ratio, granularity)
+    if granularity == "auto" and method.plan(model, ratio)["experts"]:
+        assert low == high and high == pytest.approx(cut.removed, abs=1e-6)
 
 
 def _reader(model):

@@ -47,6 +47,19 @@ def test_fitted_factors_are_compared_with_the_better_bare_ones(even, refuted):
     assert answer and "plain 0.1" in evidence
 
 
+@pytest.mark.parametrize(
+    ("nats", "bytes_", "refuted"),
+    [(0.2, 80, True), (0.2, 85, None), (0.9, 80, False), (0.9, 70, None), (0.9, 85, False)],
+)
+def test_pruned_parts_of_other_bytes_decide_only_what_the_difference_does_not_explain(nats, bytes_, refuted):
+    arms = [_harm("whitened", 0.5), _harm(rivals.PRUNED, nats)]
+    for arm, left in zip(arms, (80, bytes_)):
+        arm.measurements.append(measurement.counted("weights_bytes", "load", 100, left, "by hand"))
+    _, (_, answer, evidence), *_ = outcome.refutations(arms, nn.Linear(2, 2), [])
+    assert answer is refuted
+    assert evidence.endswith(f"structured pruning removes {(100 - bytes_) / 20:.2f} times as many bytes as whitened")
+
+
 def _rate(workload: str, ratio: float, verdict: str):
     rate = measurement.informative(
         f"{workload}_tokens_per_second", workload, 100.0, 100 * ratio, "by hand", ratio=ratio
