@@ -88,29 +88,38 @@ def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
 def saliency_curves(setup: PruningSetup, shares: dict[str, float]) -> pd.DataFrame:
     """Return the sorted saliencies of the middle block's parts that are to lose a share.
 
-    One row per part: `strength` is its rank in percent, `value` its saliency over the largest, `arm` the granularity.
-    Empty where whole blocks go.
+    One row per part: `strength` is its rank in percent, `value` its saliency over the largest, `arm` what it is a part
+    of: "channels" and "expert_channels" lose one share. Empty where whole blocks go, or nothing.
     """
     block = anatomy(setup.baseline).blocks[setup.middle]
     statistics = setup.observation.blocks[setup.middle]
     curves = []
     for part, score in method.saliency_scores(block, statistics).items():
-        if shares.get(part) and part != "depth":
+        if shares.get(_planned_as(part)) and part != "depth":
             ordered = (score.flatten() / score.max()).sort(descending=True).values.tolist()
             rank = [100 * i / len(ordered) for i in range(len(ordered))]
             curves.append(pd.DataFrame({"strength": rank, "value": ordered, "arm": part}))
     return pd.concat(curves) if curves else pd.DataFrame(columns=["strength", "value", "arm"])
 
 
+def _planned_as(part: str) -> str:
+    """Return the granularity of a plan to which the parts of one saliency belong."""
+    return "channels" if part == "expert_channels" else part
+
+
 def read_saliency(curves: pd.DataFrame, shares: dict[str, float]) -> tuple[str, str]:
     """Return two sentences on the curves: what share of the saliency goes, and what would go if all were alike."""
+    if not len(curves) and not shares["depth"]:
+        reason = "The block that is shown has no such part." if any(shares.values()) else "Nothing is to be removed."
+        return reason, "So no curve is drawn."
     if not len(curves):
         return "Whole blocks go, so no part inside a block is ranked.", "The table of influence shows what is ranked."
     part, curve = next(iter(curves.groupby("arm", sort=False)))
     values = curve["value"].sort_values()
-    share = shares[str(part)]
+    share = shares[_planned_as(str(part))]
     carried = values.iloc[: round(share * len(values))].sum() / values.sum()
-    first = f"The {100 * share:.0f} % least salient of the {part} carry {100 * carried:.0f} % of the block's saliency."
+    parts = str(part).replace("_", " ")
+    first = f"The {100 * share:.0f} % least salient of the {parts} carry {100 * carried:.0f} % of the block's saliency."
     if carried < share / 2:
         return first, "The curve is steep: many of them hardly matter on this text."
     return first, "The curve is flat: even the least salient ones matter on this text."

@@ -16,6 +16,7 @@ from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import Lessons
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.structured_pruning import experiment, method, outcome, rivals
+from lib.report.text import reading
 
 EFFORT = replace(settings.read("quick"), new_tokens=2)
 
@@ -127,6 +128,24 @@ def test_curves_are_sorted_and_read_in_two_sentences(setup):
     steep = flat.assign(value=[1.0] + [0.01] * 9)
     assert "steep" in experiment.read_saliency(steep, {"channels": 0.3})[1]
     assert experiment.saliency_curves(setup, method.plan(setup.baseline, 0.25, "depth")).empty
+
+
+def test_channels_of_experts_are_ranked_and_nothing_to_remove_is_no_removed_block(setup, tiny, batch):
+    model = tiny("qwen3-coder-30b")
+    loaded = SimpleNamespace(model=model, random_weights=False)
+    routed = replace(setup, loaded=loaded, observation=observe(model, [batch]))
+    shares = method.plan(model, 0.3, "channels")
+    curves = experiment.saliency_curves(routed, shares)
+    assert "expert_channels" in set(curves.arm)
+    said = reading.two(*experiment.read_saliency(curves, shares))
+    assert said.startswith(f"The {100 * shares['channels']:.0f} % least salient of the expert channels carry")
+    for ratio, granularity, words in (
+        (0.0, "channels", "Nothing is to be removed."),
+        (0.25, "depth", "Whole blocks go"),
+    ):
+        shares = method.plan(model, ratio, granularity)
+        curves = experiment.saliency_curves(routed, shares)
+        assert curves.empty and reading.two(*experiment.read_saliency(curves, shares)).startswith(words)
 
 
 def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
