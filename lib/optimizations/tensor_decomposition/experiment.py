@@ -31,7 +31,7 @@ PRIMARIES = {
 }
 BARE, FITTED = "plain", "whitened"
 AUTO = "auto"  # refined on a proxy model; at real sizes refitted in closed form
-SHOWN_RANKS = 48  # points of a curve of singular values
+SHOWN_RANKS, SHOWN_LEAST = 48, 1e-4  # points of a curve of singular values, and the least share of the largest
 PREVIEW_BLOCKS = 2  # in which the worth of matrices is measured at effort preview
 
 Ranks = dict[str, "int | None"]
@@ -140,7 +140,8 @@ def weighed_blocks(effort: Effort) -> int | None:
 def singular_values(setup: FactoringSetup) -> tuple[pd.DataFrame, float]:
     """Return the singular values of the widest matrix over the largest, and the seconds that its plain spectrum took.
 
-    One row per rank (`strength`), method (`arm`) and `value`; whitened ones are seen through calibration inputs.
+    One row per rank (`strength`), method (`arm`) and `value`; whitened ones are seen through calibration inputs. For a
+    figure see `thinned`.
     """
     matrix = setup.widest
     start = time.perf_counter()
@@ -151,11 +152,17 @@ def singular_values(setup: FactoringSetup) -> tuple[pd.DataFrame, float]:
             spectra[FITTED] = curve
     curves = []
     for name, spectrum in spectra.items():
-        values = (spectrum.energy_R[: min(matrix.shape)] / spectrum.energy_R[0]).sqrt().clamp_min(1e-4)
-        step = max(1, len(values) // SHOWN_RANKS)
-        ranks = range(1, len(values) + 1, step)
-        curves.append(pd.DataFrame({"strength": ranks, "value": values[::step].tolist(), "arm": name}))
+        values = (spectrum.energy_R[: min(matrix.shape)] / spectrum.energy_R[0]).sqrt()
+        ranks = range(1, len(values) + 1)
+        curves.append(pd.DataFrame({"strength": ranks, "value": values.tolist(), "arm": name}))
     return pd.concat(curves), seconds
+
+
+def thinned(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return about SHOWN_RANKS points of each curve of `singular_values`, none of them below SHOWN_LEAST."""
+    steps = {arm: max(1, len(curve) // SHOWN_RANKS) for arm, curve in curves.groupby("arm")}
+    shown = curves[(curves["strength"] - 1) % curves["arm"].map(steps) == 0]
+    return shown.assign(value=shown["value"].clip(lower=SHOWN_LEAST))
 
 
 def read_singular_values(curves: pd.DataFrame, break_even: float) -> tuple[str, str]:

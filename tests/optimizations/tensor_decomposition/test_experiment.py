@@ -39,6 +39,19 @@ def test_singular_values_fall_and_are_read_in_two_sentences(setup):
     assert "whitened" in first and second.endswith("of the largest.")
 
 
+def test_singular_values_are_read_rank_by_rank_and_thinned_for_the_figure_alone(setup, monkeypatch):
+    energy_R = torch.full((576,), 1e-12)
+    energy_R[:7], energy_R[7:300] = 1.0, 0.01
+    widest = SimpleNamespace(name="w", shape=(576, 800))
+    monkeypatch.setattr(experiment.FactoringSetup, "widest", widest)
+    monkeypatch.setattr(experiment, "spectrum_of", lambda _: SimpleNamespace(energy_R=energy_R))
+    curves, _ = experiment.singular_values(replace(setup, spectra={}))
+    first, second = experiment.read_singular_values(curves, 301.5)
+    assert first.endswith("up to rank 7 (plain).") and "they are 1e-06 (plain)" in second
+    shown = experiment.thinned(curves)
+    assert len(shown) == 48 and shown.value.min() == experiment.SHOWN_LEAST and shown.strength.iloc[1] == 13
+
+
 def test_the_table_of_ranks_covers_the_block_shown(setup):
     ranks = experiment.allocations(setup, 0.2)
     table = experiment.rank_table(setup, ranks)
