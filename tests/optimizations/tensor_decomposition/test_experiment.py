@@ -52,6 +52,21 @@ def test_singular_values_are_read_rank_by_rank_and_thinned_for_the_figure_alone(
     assert len(shown) == 48 and shown.value.min() == experiment.SHOWN_LEAST and shown.strength.iloc[1] == 13
 
 
+@pytest.mark.parametrize(("method", "expected"), [("auto", 5.0), ("whitened", 5.0), ("plain", 2.0)])
+def test_the_analysis_of_a_control_is_no_part_of_the_price(tiny, monkeypatch, method, expected):
+    took, clock = {"plain": 2.0, "whitened": 5.0}, [0.0]
+
+    def analyse(_, __, kind, **___):
+        return SimpleNamespace(curves=lambda: clock.append(clock[-1] + took[kind]))
+
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
+    monkeypatch.setattr(decomposition, "analyse", analyse)
+    monkeypatch.setattr(experiment.calibration_text, "sequences", lambda *_: 2)
+    monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: [])
+    loaded = SimpleNamespace(model=None, random_weights=False, scale="proxy")
+    assert experiment.set_up(loaded, EFFORT, method, "global", 1, 0).seconds == expected
+
+
 def test_the_table_of_ranks_covers_the_block_shown(setup):
     ranks = experiment.allocations(setup, 0.2)
     table = experiment.rank_table(setup, ranks)
