@@ -75,6 +75,15 @@ def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks
     assert ("No record has prefill rate." in output) == (count == 0)
 
 
+def test_the_overview_counts_machines_by_cores_and_device_and_says_so_first(tmp_path, in_notebooks, capsys):
+    for model, change in zip(samples.MODELS, ({}, {"cores_given": 64}, {"device": "cuda:0"}, {})):
+        run = samples.run("structured_pruning", model)
+        run = run.model_copy(update={"environment": run.environment | change})
+        record.write(run, tmp_path / f"{run.stem}.json")
+    _overview(tmp_path)
+    assert ": '<p>3 combination(s) of scale, effort and machine." in capsys.readouterr().out
+
+
 def test_the_overview_of_records_without_a_result(tmp_path, in_notebooks, capsys):
     run = samples.without_result("not_applicable", "no experts")
     record.write(run, tmp_path / f"{run.stem}.json")

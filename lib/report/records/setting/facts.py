@@ -17,3 +17,10 @@ def machine(environment: Mapping[str, Any]) -> str:
     name = environment.get("gpu") or environment.get("cpu")
     cores = environment.get("cores_given")
     return one_line(", ".join(part for part in (name, counted(cores, "core") + " given" if cores else "") if part), 90)
+
+
+def place(environment: Mapping[str, Any]) -> tuple[str, str]:
+    """Return where a record was measured, from its environment card: the machine, and the device of the model. Two
+    places are not to be compared.
+    """
+    return machine(environment), str(environment.get("device") or "")
