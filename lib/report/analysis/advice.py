@@ -171,6 +171,9 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("undecided", why_open, **about)
     if open_question:
         return undecided(open_question, **about)
+    if goal.limit_bytes is not None and taken(record, goal.name) is None:
+        missing = " or ".join(LIMITED[goal.name])
+        return undecided(f"{missing} was not measured, so the limit cannot be held against it", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
     if paid := _paid(record, served):
@@ -268,12 +271,9 @@ def taken(record: Record, goal: str) -> float | None:
 
 
 def _beyond(record: Record, goal: Goal) -> str | None:
-    """Return why a record does not keep a limit in bytes, or None."""
+    """Return why a record does not keep a limit in bytes that something was measured against, or None."""
     assert goal.limit_bytes is not None
-    reached = taken(record, goal.name)
-    if reached is None:
-        return f"{LIMITED[goal.name][0]} was not measured, so the limit cannot be held against it"
-    if reached > goal.limit_bytes:
+    if (reached := taken(record, goal.name)) and reached > goal.limit_bytes:
         return f"takes {reached / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
     return None
 

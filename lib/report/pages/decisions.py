@@ -75,15 +75,18 @@ def _decision(row: Advice) -> dict[str, Any]:
 
 
 def _limited(row: Advice) -> dict[str, Any] | None:
-    """Return the bytes that a reader's limit is held against, and them in words; None where no limit would change the
-    decision.
+    """Return the bytes that a reader's limit is held against, and what is then decided, in words; None where no limit
+    would change the decision.
     """
     if row.goal not in advice.LIMITED or row.decision not in ("use", "use if") or row.evidence is None:
         return None
     reached = advice.taken(row.evidence.record, row.goal)
+    decision: advice.Decision = "undecided" if reached is None else "do not use"
+    shown = {"decision": decision, "class": DECISIONS[decision], "order": advice.ORDER.index(decision)}
     if reached is None:
-        return {"bytes": "", "text": "how much it takes was not measured, so the limit cannot be held against it"}
-    return {"bytes": f"{reached:.0f}", "text": f"takes {quantity(reached, 'bytes')}, more than the limit"}
+        text = "how much it takes was not measured, so the limit cannot be held against it"
+        return shown | {"bytes": "", "text": text}
+    return shown | {"bytes": f"{reached:.0f}", "text": f"takes {quantity(reached, 'bytes')}, more than the limit"}
 
 
 def _row(

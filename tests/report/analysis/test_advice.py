@@ -183,6 +183,18 @@ def test_limits_are_held_against_what_was_measured():
     assert advice.goal("memory<=1.5GiB").limit_bytes == 1.5 * 2**30
 
 
+def test_a_limit_that_nothing_was_measured_against_leaves_the_question_open():
+    run = samples.whole("structured_pruning", MODEL)
+    kept = [m for m in run.measurements if m.metric not in ("peak_memory_bytes", "peak_tensor_bytes")]
+    kept += [measurement.unavailable("peak_memory_bytes", "generate", "no child process")]
+    kept += [samples.paired("peak_tensor_bytes", 1.4, workload="generate")]
+    run = run.model_copy(update={"measurements": kept})
+    assert advised(run, "memory").decision == "use"
+    row = advised(run, "memory<=8GiB")
+    assert row.decision == "undecided" and row.command and row.evidence.measurement.metric == "peak_tensor_bytes"
+    assert row.reason == "peak_memory_bytes was not measured, so the limit cannot be held against it"
+
+
 @pytest.mark.parametrize("text", ["speed", "latency<=3ms", "memory<=8stones", "memory>=8GiB", ""])
 def test_a_wrong_goal_is_one_line(text):
     with pytest.raises(UserError, match="--goal"):

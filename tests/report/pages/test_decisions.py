@@ -63,12 +63,17 @@ def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
     seen = {}
     for item in row.select("li"):
         if limited := item.select_one(".limited"):
-            assert limited.has_attr("hidden") and "do not use" in limited.get_text()
             reached = advice.taken(run, item["data-goal"])
+            word = "do not use" if reached else "undecided"  # what was not measured holds no limit, and breaks none
+            assert (
+                limited.has_attr("hidden")
+                and limited["data-decision"] == limited.select_one(".state").get_text() == word
+            )
+            assert int(limited["data-order"]) == advice.ORDER.index(word)
             seen[item["data-goal"]] = limited["data-bytes"]
             assert limited["data-bytes"] == ("" if reached is None else f"{reached:.0f}")
-            within = item["data-decision"] if reached else "do not use"  # what was not measured holds no limit
-            for limit, decision in (((reached or 1e9) * 0.9, "do not use"), ((reached or 1e9) * 1.1, within)):
+            within = item["data-decision"] if reached else word
+            for limit, decision in (((reached or 1e9) * 0.9, word), ((reached or 1e9) * 1.1, within)):
                 [advised] = advice.advise([run], run.model, [advice.Goal(item["data-goal"], limit)])
                 assert advised.decision == decision
     assert set(seen) <= set(advice.LIMITED) and float(seen["size"]) == advice.taken(run, "size")

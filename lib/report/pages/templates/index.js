@@ -10,7 +10,6 @@
   const CHOSEN = ["model", "goal", "keep", "limit"];
   const SIFTED = { column: "model", dimension: "dimension", verdict: "verdict" }; // in the address: in the filter's form
   const LIMITED = ["memory", "size"]; // goals that may have a limit
-  const DECLINED = 3; // where "do not use" stands among the decisions
   const asMade = table ? all("tbody tr", table) : [];
   const order = { key: "", down: false };
   let open = tabs[0];
@@ -39,14 +38,15 @@
     history.replaceState(null, "", "#" + state);
   }
 
-  // Whether the reader's limit, in MB, is passed by what an optimization takes, or cannot be held against it.
+  // What is decided instead, where the reader's limit, in MB, is passed by what an optimization takes, or cannot be
+  // held against it; null where the limit changes nothing.
   function beyond(item, limit) {
     const limited = item.querySelector(".limited");
-    if (!limited) return false;
+    if (!limited) return null;
     const passed = limit > 0 && !(limited.dataset.bytes && Number(limited.dataset.bytes) <= limit * 1e6);
     limited.hidden = !passed;
     item.querySelector(".said").hidden = passed;
-    return passed;
+    return passed ? limited.dataset.decision : null;
   }
 
   function decide() {
@@ -57,7 +57,7 @@
       row.hidden = Boolean(model) && row.dataset.model !== model;
       for (const item of all("li", row)) {
         item.hidden = item.dataset.goal !== goal || !item.dataset.keeps.split(" ").includes(keep);
-        const word = beyond(item, LIMITED.includes(goal) ? Number(limit) : 0) ? "do not use" : item.dataset.decision;
+        const word = beyond(item, LIMITED.includes(goal) ? Number(limit) : 0) ?? item.dataset.decision;
         if (!item.hidden && !row.hidden) counts[word] = (counts[word] || 0) + 1;
       }
     }
@@ -70,8 +70,8 @@
     if (key === "optimization") return row.querySelector("th a").textContent;
     if (key === "decision") {
       const item = all("li", row).find((other) => !other.hidden);
-      const declined = item?.querySelector(".limited:not([hidden])");
-      return declined ? DECLINED : Number(item?.dataset.order ?? 99);
+      const decided = item?.querySelector(".limited:not([hidden])") ?? item;
+      return Number(decided?.dataset.order ?? 99);
     }
     const text = all("td", row).find((cell) => cell.dataset.label.toLowerCase() === key).dataset.value;
     return text === "" ? null : Number(text);
