@@ -196,6 +196,13 @@ class EqualSeconds:
             f"{self.volumes['defaults']:.4g}."
         )
 
+    def described(self) -> str:
+        """Return the alternative text of a figure of `points`."""
+        begun = f"{len(self.points())} configurations; the search dominates "
+        if self.gain is None:
+            return f"{begun}{self.volumes['search']:.4g}, random ones dominate nothing."
+        return f"{begun}{self.gain:.2f} times what random ones do."
+
     def random_refuted(self) -> tuple[bool | None, str]:
         """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing, or
         where the search is better than some draws and not than others. Better is more than VOLUME_MARGIN above.

@@ -25,7 +25,11 @@ def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFram
     above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
     share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
     lines = [
-        (f"hypervolume more than {least:.2f} of random's in equal time", gain, bool(gain and gain > least)),
+        (
+            f"hypervolume more than {least:.2f} of random's in equal time",
+            gain,
+            own > 0 if gain is None else gain > least,
+        ),
         (f"hypervolume more than {least:.2f} of the defaults'", above, own > least * defaults),
         (share, grid.reached, grid.reached >= OPTIMUM_SHARE),
         ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),

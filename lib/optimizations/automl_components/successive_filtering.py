@@ -112,7 +112,8 @@ class Bench:
         return None
 
     def _cache(self, model: nn.Module) -> float:
-        return (self.prompt_BT.numel() + self.new_tokens) * cost_model.kv_cache_bytes_per_token(model)
+        batch, prompt_tokens = self.prompt_BT.shape
+        return batch * (prompt_tokens + self.new_tokens) * cost_model.kv_cache_bytes_per_token(model)
 
     def divergence(self, model: nn.Module, rung: int) -> float:
         """Return nats per token from the baseline on the text of a rung."""

@@ -317,15 +317,16 @@ def recovered(
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:
     """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
     closer, volumes, adaptations = comparison.closer, equal.volumes, drifted.adaptations
-    against_uniform = volumes["search"] / volumes["uniform"] if volumes["uniform"] else None
+    own = volumes["search"]  # of 0 nothing is reached, whatever the others dominate
+    against_uniform = own / volumes["uniform"] if volumes["uniform"] else None
     slowest = max(row["solved again, s"] for row in drifted.rows)
     counts = [followed.evaluations_until(drift.LEVEL) for followed in adaptations]
     third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
     slowest_follow = None if None in counts else max(n for n in counts if n is not None)
     nearer = closer is not None and closer > 1 and comparison.has_rival_no_faster
     rows = [
-        ("hypervolume at least 1.1 of random's", equal.gain, bool(equal.gain is None or equal.gain >= 1.1)),
-        ("hypervolume above that of all blocks alike", against_uniform, against_uniform is None or against_uniform > 1),
+        ("hypervolume at least 1.1 of random's", equal.gain, own > 0 and (equal.gain is None or equal.gain >= 1.1)),
+        ("hypervolume above that of all blocks alike", against_uniform, own > volumes["uniform"]),
         ("closer than all blocks alike at equal speed", closer, nearer),
         ("solved again within a second", slowest, slowest <= 1),
         ("95 % of the cold hypervolume in a third of its evaluations", slowest_follow, third),

@@ -70,6 +70,18 @@ def test_what_was_cut_dominates_nothing_and_is_counted():
     assert reading.two(f"{first}.", second)
 
 
+def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
+    grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7)
+    chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
+    alone, nothing = _equal(0.5, 1.2), _equal(1.2, 1.2, defaults=1.1)
+    assert alone.gain is nothing.gain is None and "0.00 times" not in alone.described() + nothing.described()
+    assert alone.described() == "3 configurations; the search dominates 0.025, random ones dominate nothing."
+    assert _equal(0.5, 0.5).described().endswith("the search dominates 1.00 times what random ones do.")
+    assert (
+        outcome.targets(alone, grid, chosen).reached[0] and not outcome.targets(nothing, grid, chosen).reached[:2].any()
+    )
+
+
 def test_a_grid_is_judged_by_all_its_seeds():
     grid = lambda *ends: SmallGrid("a × b", np.ones((3, 3)), 2, [[0.5, end] for end in ends], 0.7)  # noqa: E731
     assert [grid(*ends).refuted()[0] for ends in ((0.96, 1.0), (0.9, 0.5), (0.9, 1.0))] == [False, True, None]

@@ -149,6 +149,13 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     assert "memory of 1.000 is over the budget of 0.500" in bench.judge([RecipeStep(optimization="good")]).reason
 
 
+def test_each_sequence_of_a_batch_holds_its_own_new_tokens(tiny):
+    bench = _bench(tiny("qwen3-4b-instruct-2507"), [])
+    one = bench._cache(bench.model)
+    bench.prompt_BT = bench.prompt_BT.repeat(4, 1)
+    assert bench._cache(bench.model) == 4 * one > 0
+
+
 def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE, kind=KIND), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)

@@ -147,6 +147,16 @@ def test_every_claim_has_its_answer():
     assert len(reached) == 5 and reached.reached.all() and drift.LEVEL == 0.95
 
 
+def test_a_search_that_dominates_nothing_reaches_no_target_of_area():
+    drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
+    points = {arm: [(1.0, 1.0)] for arm in ("search", "programme", "greedy", "uniform", "random 1")}
+    nothing = EqualEffort(points, [], 9, None, None)
+    reached = experiment.targets(nothing, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted)
+    assert nothing.gain is None and not reached.reached[:2].any() and reached.value[:2].isna().all()
+    alone = EqualEffort(points | {"search": [(0.5, 0.01)]}, [], 9, None, None)
+    assert experiment.targets(alone, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted).reached[:2].all()
+
+
 def test_only_a_preview_is_searched_and_timed_on_less():
     preview, quick = settings.read("preview"), settings.read("quick")
     limits, profile = SearchLimits(0.8, 1.0, 16), PROFILES["memory_limited"]
