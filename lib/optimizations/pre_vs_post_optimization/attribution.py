@@ -96,11 +96,16 @@ def attribute(
     }
     if lost:
         values["loss"] = {subset: lost[interactions.named(*subset)] for subset in subsets}
+    units = {subset: np.eye(len(subsets))[at] for at, subset in enumerate(subsets)}
+    weights = {**shapley.shapley(list(names), units), WHOLE: np.asarray([1.0, -1.0])}  # of the subsets in each share
     rows = []
     for what, of_subset in values.items():
         shares = shapley.shapley(list(names), of_subset)
         shares[WHOLE] = of_subset[tuple(names)] - of_subset[()]
         for part, values_S in shares.items():
-            share = shapley.over_items(values_S, seed=seed) if what == "loss" else shapley.mean_over_rounds(values_S)
+            if what == "loss":
+                share = shapley.over_items(values_S, seed=seed)
+            else:
+                share = shapley.mean_over_rounds(values_S, interactions.process_sigma(what, weights[part]))
             rows.append({"what": what, "part": part, "value": share.value, "low": share.low, "high": share.high})
     return rows

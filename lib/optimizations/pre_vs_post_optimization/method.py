@@ -158,7 +158,7 @@ def _finite(value: float) -> float | None:
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: int, seed: int) -> Estimate:
     """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, at
     `most` so many, as long as the interval holds a practical margin, so that noise does not decide, and MOST_SECONDS
-    have not passed.
+    have not passed. Every six have copies of their own: what differs between two copies is drawn anew with each.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
@@ -166,7 +166,9 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
     while True:
         timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed + len(gains))
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
-        gain = shapley.over_rounds(gains)
+        sigma = np.mean([interactions.process_sigma(name, weights.values()) for name in timed])
+        groups = len(gains) // ROUNDS if interactions.copied_anew(arms.values()) else 1
+        gain = shapley.over_rounds(gains, float(sigma) / math.sqrt(groups))
         undecided = any(gain.low <= limit <= gain.high for limit in (-SPEED_MARGIN, SPEED_MARGIN))
         if not undecided or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
             return gain

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, process_variance
 from lib.measure.metrics import settings as efforts
 from lib.measure.timing import interleaved
 from lib.measure.trackers import energy
@@ -156,11 +156,23 @@ def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
         return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
+    monkeypatch.setattr(interactions, "copied_anew", lambda _: True)
     first = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
     assert seeds == [0, 6, 12] and first.n == 18
     for gains, most in ((np.full(6, 0.3), comparing.MOST_ROUNDS), (unclear, comparing.ROUNDS)):
         draws = iter([gains])
         assert comparing._faster(None, None, None, most, 0).n == 6
+
+
+def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_narrow_it(monkeypatch):
+    seconds = {"baseline": [1.0] * 6, "after": [0.98] * 6}  # at the margin: as many rounds as there may be
+    rounds = interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)
+    monkeypatch.setattr(interactions, "time_arms", lambda *_: {"prefill": rounds, "decode": rounds})
+    sigma = process_variance.between_processes("prefill").sigma
+    for anew, groups in ((True, 3), (False, 1)):
+        monkeypatch.setattr(interactions, "copied_anew", lambda _, anew=anew: anew)
+        gain = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
+        assert gain.n == 18 and gain.value - gain.low == pytest.approx(1.96 * sigma / groups**0.5)
 
 
 @pytest.mark.parametrize(("effort", "tokens", "rounds"), [("preview", 128, 6), ("quick", 256, 18), (None, 256, 18)])

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import paired_stats
+from lib.measure.compare import replication
+from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.quality import evaluate
-from lib.measure.timing import disturbance, interleaved, workloads
+from lib.measure.timing import control, disturbance, interleaved, workloads
 from lib.measure.timing.interleaved import Rounds, rounds
 from lib.optimizations.common.evidence import shapley
 from lib.optimizations.common.evidence.shapley import Estimate
@@ -45,9 +46,10 @@ def time_arms(
     fewest: int = paired_stats.MINIMUM_BLOCKS,
     decoded: int = DECODE_TOKENS,
 ) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE. Raises
-    UserError for fewer than `fewest` rounds.
+    """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE, on copies
+    of one age (`of_one_age`). Raises UserError for fewer than `fewest` rounds.
     """
+    models = of_one_age(models, seed)
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
@@ -62,6 +64,31 @@ def time_arms(
     return timed
 
 
+def of_one_age(models: Mapping[str, nn.Module], seed: int = 0) -> Mapping[str, nn.Module]:
+    """Return fresh copies of small models on a CPU, made in an order drawn by `seed`: a baseline that was loaded at the
+    beginning is slower for its age alone (`control.fresh_copies`). The models themselves where one cannot be copied.
+    """
+    if not copied_anew(models.values()):
+        return models
+    fresh = control.fresh_copies(models, seed)
+    if any(reason for _, reason in fresh.values()):
+        return models
+    return {name: model for name, (model, _) in fresh.items()}
+
+
+def copied_anew(models: Iterable[nn.Module]) -> bool:
+    """Return whether the models are so small that every call of `time_arms` copies them."""
+    return replication.are_small([*models])
+
+
+def process_sigma(workload: str, weights: Iterable[float]) -> float:
+    """Return the standard deviation between processes of Σ weight · ln(seconds) over arms that are models of their own.
+
+    What other runs pooled is that of two arms, ln(copy / baseline): each arm adds half of its square.
+    """
+    return process_variance.between_processes(workload).sigma * float(np.sqrt(sum(w**2 for w in weights) / 2))
+
+
 def losses(models: Mapping[Arm, nn.Module], ids_NT: torch.Tensor) -> dict[Arm, np.ndarray]:
     """Return how every arm reads held-out windows: nats per token of each window, [N]."""
     return {name: evaluate.read(model, ids_NT).loss_N for name, model in models.items()}
@@ -71,7 +98,10 @@ def effects(
     timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int = 0
 ) -> dict[str, Estimate]:
     """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats)."""
-    estimates = {name: shapley.over_rounds(-times.contrast(weights)) for name, times in timed.items()}
+    estimates = {
+        name: shapley.over_rounds(-times.contrast(weights), process_sigma(name, weights.values()))
+        for name, times in timed.items()
+    }
     if lost:
         weighted = (weight * lost[arm] for arm, weight in weights.items())
         loss_N = sum(weighted, np.zeros_like(next(iter(lost.values()))))
@@ -88,7 +118,7 @@ def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray
             of_work = [times[name] for times in timed if name in times]
             contrasts = [-r.contrast({stem: 1, BASELINE: -1}) for r in of_work if stem in r.seconds]
             if contrasts:
-                estimates[name] = shapley.over_rounds(np.concatenate(contrasts))
+                estimates[name] = shapley.over_rounds(np.concatenate(contrasts), process_sigma(name, (1, -1)))
         if stem in lost:
             estimates["loss"] = shapley.over_items(lost[stem] - lost[BASELINE])
         rows.append({"part": stem, **_flat(estimates)})
@@ -110,11 +140,20 @@ def interactions(
             both = named(first, second)
             weights = {both: 1, first: -1, second: -1, BASELINE: 1}
             beyond = effects({}, lost, weights)
-            saved = {name: shapley.over_rounds(_saved(times, weights)) for name, times in timed.items()}
+            saved = {name: _beyond(name, times, weights) for name, times in timed.items()}
             together = effects(timed, {}, {both: 1, BASELINE: -1})
             row |= _flat(saved | beyond) | {f"{name}_both": each.value for name, each in together.items()}
         rows.append(row)
     return rows
+
+
+def _beyond(workload: str, times: Rounds, weights: Mapping[str, float]) -> Estimate:
+    """Return `_saved` over the rounds, with what one process hides: the change of each arm's time by its own share."""
+    ratio = {
+        arm: float(np.exp(np.median(times.contrast({arm: 1, BASELINE: -1})))) for arm in weights if arm != BASELINE
+    }
+    shares = [weights[arm] * ratio[arm] for arm in ratio]
+    return shapley.over_rounds(_saved(times, weights), process_sigma(workload, [*shares, -sum(shares)]))
 
 
 def _saved(times: Rounds, weights: Mapping[str, float]) -> np.ndarray:

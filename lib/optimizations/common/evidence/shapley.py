@@ -36,19 +36,24 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
-    """Return the median of timed contrasts with its order-statistic interval."""
-    effect = paired_stats.effect(np.asarray(values_S, dtype=float).tolist())
+def over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0) -> Estimate:
+    """Return the median of timed contrasts with its order-statistic interval, which `process_sigma`, the standard
+    deviation of such a contrast between processes, widens.
+    """
+    effect = paired_stats.effect(np.asarray(values_S, dtype=float).tolist(), process_sigma=process_sigma)
     return Estimate(effect.median, effect.low, effect.high, effect.n)
 
 
-def mean_over_rounds(values_S: Sequence[float] | np.ndarray) -> Estimate:
-    """Return the mean of timed contrasts with Student's interval: means of parts add up to that of the whole."""
+def mean_over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0) -> Estimate:
+    """Return the mean of timed contrasts with Student's interval, widened by `process_sigma` as in `over_rounds`: means
+    of parts add up to that of the whole.
+    """
     samples_S = np.asarray(values_S, dtype=float)
     mean, n = float(samples_S.mean()), len(samples_S)
     if n < 2:
         return Estimate(mean, -math.inf, math.inf, n)
-    half = float(student.ppf(0.975, n - 1) * samples_S.std(ddof=1) / math.sqrt(n))
+    within = float(student.ppf(0.975, n - 1) * samples_S.std(ddof=1) / math.sqrt(n))
+    half = math.hypot(within, paired_stats.NORMAL * process_sigma)
     return Estimate(mean, mean - half, mean + half, n)
 
 

@@ -1,0 +1,68 @@
+"""Arms that are timed together are copies of one age, and an interval holds what one process hides."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lib.measure.metrics import process_variance
+from lib.measure.timing import control, workloads
+from lib.measure.timing.interleaved import Rounds
+from lib.optimizations.common.evidence import interactions, shapley
+from lib.optimizations.pre_vs_post_optimization import attribution
+
+
+def _timed(model) -> list[int]:
+    """Time two arms; return where the weights of those lie that were passed in."""
+    arms = {interactions.BASELINE: model, "other": copy.deepcopy(model)}
+    interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
+    return [arm.get_input_embeddings().weight.data_ptr() for arm in arms.values()]
+
+
+def test_no_model_is_timed_at_the_age_at_which_it_was_passed_in(tiny, monkeypatch):
+    seen, prefill, steps = set(), workloads.prefill, workloads.steps
+
+    def watched(make):
+        def made(model, *arguments):
+            seen.add(model.get_input_embeddings().weight.data_ptr())
+            return make(model, *arguments)
+
+        return made
+
+    monkeypatch.setattr(workloads, "prefill", watched(prefill))
+    monkeypatch.setattr(workloads, "steps", watched(steps))
+    model = tiny("qwen3-4b-instruct-2507")
+    passed_in = _timed(model)
+    assert len(seen) == 2 and not seen & set(passed_in)
+    seen.clear()
+    monkeypatch.setattr(control, "separate_copy", lambda given: (given, "no room" if given is model else None))
+    assert seen | {*_timed(model)} == seen, "all or none: a copy beside an old model would be of another age"
+
+
+def test_equal_arms_keep_the_interval_of_what_one_process_hides():
+    sigma = process_variance.between_processes("prefill").sigma
+    names = [interactions.named(*subset) for subset in shapley.subsets(("x", "y"))]
+    rounds = Rounds({name: [1.0] * 12 for name in [*names, "y → x"]}, 1, [None] * 12, [names] * 12)
+    states = {("x", "y"): ("works", None), ("y", "x"): ("works", None)}
+    (single, *_), (pair, *_) = (
+        interactions.singles([{"prefill": rounds}], {}, ["x"]),
+        interactions.interactions({"prefill": rounds}, {}, states),
+    )
+    (order,) = interactions.order_effects({"prefill": rounds}, {}, states)
+    shares = attribution.attribute(["x", "y"], {"prefill": rounds}, {})
+    widths = [row["prefill_high"] - row["prefill_low"] for row in (single, order, pair)]
+    widths += [row["high"] - row["low"] for row in shares]
+    # Of four models that each vary by σ/√2; Shapley weights of two parts are a half each.
+    models = np.asarray([2, 2, 4, 1, 1, 2])
+    assert widths == pytest.approx(2 * 1.96 * sigma * np.sqrt(models / 2))
+    assert shares[-1]["part"] == attribution.WHOLE
+
+
+def test_an_interaction_in_shares_of_time_weighs_each_arm_by_its_time():
+    sigma = process_variance.between_processes("prefill").sigma
+    seconds = {"baseline": [1.0] * 12, "x": [0.5] * 12, "y": [0.5] * 12, "x → y": [0.25] * 12}
+    rounds = Rounds(seconds, 1, [None] * 12, [list(seconds)] * 12)
+    (row,) = interactions.interactions({"prefill": rounds}, {}, {("x", "y"): ("works", None)})
+    squares = 0.25**2 + 2 * 0.5**2 + 0.75**2
+    assert row["prefill_high"] - row["prefill"] == pytest.approx(1.96 * sigma * np.sqrt(squares / 2))
