@@ -20,6 +20,7 @@ from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
 from lib.measure.timing.workloads import Workload
+from lib.optimizations.common import absorbed_baseline
 from lib.optimizations.streaming_computation import method, offload_baseline, read_bound
 
 BLOCKS = 6
@@ -54,8 +55,9 @@ def by_allowance(
 ) -> list[dict[str, Any]]:
     """Return a row per allowance and page cache: time per decoded token, bound, bytes read, share of the bound.
 
-    Each streamed model decodes `steps` tokens in turn with the resident one. The first of `ratios` is timed twice more:
-    copied from the page cache, and with every read from the disk. `options` go to `method.open_folder`.
+    Each streamed model decodes `steps` tokens in turn with the resident one, which decodes latents absorbed. The first
+    of `ratios` is timed twice more: copied from the page cache, and with every read from the disk. `options` go to
+    `method.open_folder`.
     """
     rows = []
     for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
@@ -63,11 +65,12 @@ def by_allowance(
         stream = read_bound.stream_of(model)
         if page_cache == "drop":
             stream.file.forget()
-        base, work = (workloads.steps(arm, prompt_1T, steps) for arm in (fresh_copy(resident), model))
+        fair = fresh_copy(absorbed_baseline.absorbed_baseline(resident))
+        base, work = (workloads.steps(arm, prompt_1T, steps) for arm in (fair, model))
         pairs = interleaved.paired(base, work, blocks=blocks, warmup=1, seed=seed)
         rows.append(_row(model, work, pairs, ratio, page_cache))
         stream.close()
-        del model, stream, base, work
+        del model, stream, fair, base, work
         gc.collect()  # models refer to themselves
     return rows
 

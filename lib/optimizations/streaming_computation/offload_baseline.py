@@ -19,6 +19,8 @@ from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io
+from lib.models.decoding import mla_absorption
+from lib.models.structure.anatomy import anatomy
 
 BLOCKS = 6
 KINDS = ("disk", "cpu")
@@ -26,14 +28,22 @@ KINDS = ("disk", "cpu")
 
 def disk(model: nn.Module, folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """Offload `model` to `folder` with accelerate, in place; return the model. It computes on `device`."""
-    disk_offload(model, str(folder), execution_device=torch.device(device))
+    disk_offload(model, str(folder), execution_device=torch.device(device), preload_module_classes=_whole(model))
     return model
 
 
 def cpu(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Offload `model` to main memory with accelerate, in place; return the model. It computes on `device`."""
-    cpu_offload(model, execution_device=torch.device(device))
+    cpu_offload(model, execution_device=torch.device(device), preload_module_classes=_whole(model))
     return model
+
+
+def _whole(model: nn.Module) -> list[str] | None:
+    """Return the classes whose weights are loaded together: an attention that decodes absorbed uses a matrix without
+    calling the module that holds it.
+    """
+    attentions = (block.attention.module for block in anatomy(model).blocks if block.attention.kind == "latent")
+    return sorted({type(module).__name__ for module in attentions}) or None
 
 
 def compare(
@@ -56,11 +66,13 @@ def compare(
 def pairs_with(
     work: Workload, folder: Path | str, kind: str, dtype: torch.dtype, prompt_BT: torch.Tensor, blocks: int = BLOCKS
 ) -> tuple[Pairs, bool]:
-    """Return the pairs (accelerate's offloading of the checkpoint in `folder`, `work`), and whether tokens are equal.
+    """Return the pairs (accelerate's offloading of the checkpoint in `folder`, which decodes latents absorbed, and
+    `work`), and whether tokens are equal.
 
     `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
     """
-    model, device = io.load_folder(folder, dtype=dtype), str(work.conditions["device"])
+    model = mla_absorption.absorb(io.load_folder(folder, dtype=dtype))
+    device = str(work.conditions["device"])
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
         model = disk(model, place, device) if kind == "disk" else cpu(model, device)
         offloaded = workloads.steps(model, prompt_BT, work.new_tokens)

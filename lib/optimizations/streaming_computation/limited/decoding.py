@@ -62,8 +62,9 @@ def compare(
 ) -> LimitedDecoding:
     """Return decoding of `steps` tokens streamed (optimized) against plainly mapped (baseline), in turns.
 
-    `options` are those of `method.open_folder` beside the memory. Each arm reads a copy of the checkpoint of its own,
-    whose pages its own group pays for. Unavailable, with the reason, where no group can be made.
+    `options` are those of `method.open_folder` beside the memory; the baseline decodes latents absorbed in any case.
+    Each arm reads a copy of the checkpoint of its own, whose pages its own group pays for. Unavailable, with the
+    reason, where no group can be made.
     """
     if not settings.wants("performance"):
         return _unavailable(settings.why_left_out())
@@ -92,7 +93,10 @@ def _compared(
     total = weights_bytes(folder)
     allowance = round(memory_ratio * total)
     require_binding(total, allowance)
-    arms = {"baseline": {**options, "mapped": True}, "optimized": {**options, "memory_ratio": memory_ratio}}
+    arms = {
+        "baseline": {**options, "absorbed": True, "mapped": True},
+        "optimized": {**options, "memory_ratio": memory_ratio},
+    }
     with ExitStack() as stack:
         arm = {name: stack.enter_context(_child(folder, prompt_1T, steps, chosen)) for name, chosen in arms.items()}
         limits = {name: child.limit(allowance) for name, child in arm.items()}
