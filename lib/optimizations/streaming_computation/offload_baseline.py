@@ -21,9 +21,15 @@ from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.streaming_computation.limited import children
 
 BLOCKS = 6
 KINDS = ("disk", "cpu")
+
+
+def place() -> str:
+    """Return where the offloaded weights lie, as a phrase: temporary folders may be memory themselves."""
+    return "files in memory" if children.in_memory(tempfile.gettempdir()) else "the disk"
 
 
 def disk(model: nn.Module, folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:

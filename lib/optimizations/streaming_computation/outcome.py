@@ -11,6 +11,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics.measurement import Measurement
 from lib.models.offload import streamer
 from lib.models.offload.residency import Plan
+from lib.optimizations.streaming_computation import offload_baseline
 from lib.optimizations.streaming_computation.experiment import planned_bytes
 from lib.optimizations.streaming_computation.limited import llama_cpp
 from lib.optimizations.streaming_computation.limited.decoding import LimitedDecoding
@@ -75,7 +76,8 @@ def _no_faster(offload: Measurement) -> tuple[bool | None, str]:
         return None, offload.reason or "no interval"
     low, high = offload.ci
     refuted = True if high <= 1 else False if low > 1 else None
-    return refuted, f"streamed ÷ accelerate {offload.ratio:.2f} (95 % interval {low:.2f} to {high:.2f})"
+    where = f", offloaded to {offload_baseline.place()}"
+    return refuted, f"streamed ÷ accelerate {offload.ratio:.2f} (95 % interval {low:.2f} to {high:.2f}){where}"
 
 
 def controls(

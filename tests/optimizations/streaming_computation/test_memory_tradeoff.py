@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from lib.measure.metrics import measurement
 from lib.measure.timing import workloads
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import memory_tradeoff, method, offload_baseline
+from lib.optimizations.streaming_computation.limited import children
 
 LATENT, OTHER = "glm-4.7-flash", "qwen3-4b-instruct-2507"
 PROMPT = torch.arange(8, 24)[None]
@@ -40,3 +42,25 @@ def test_every_rival_of_streaming_decodes_latents_absorbed(tiny, folder, monkeyp
     _, same = offload_baseline.compare(streamed, folder, PROMPT, 2)
     assert same and len(seen) == 2 * 3 + 1 + 2 and all(seen)
     assert not mla_absorption.is_absorbed(resident), "the caller's model is as it was"
+
+
+def _row(page_cache: str, disk_share: float | None, read_from: str) -> dict:
+    return {
+        "ratio": 0.35, "page_cache": page_cache, "memory_share": 0.35, "ms_per_token": 2.0, "low": 2.0, "high": 2.0,
+        "resident_ms_per_token": 1.0, "bound_ms_per_token": 1.0, "disk_share": disk_share, "read_from": read_from,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, True), (0.0, False), (None, False)])
+def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypatch, share, said):
+    offload = {"disk": measurement.informative("decode_tokens_per_second", "decode", 1.0, 1.7, "timed", ci=(1.5, 2.0))}
+    rows = [_row("keep", 0.0, "cached"), _row("drop", share, "as the system says")]
+    text = memory_tradeoff.reading(rows, offload, 0.35)
+    assert ("every byte from the disk" in text) == said == ("as the system says" not in text)
+    assert "the rest in the page cache, a token takes 2.00 times" in text and text.count(". ") == 1
+    assert memory_tradeoff.points(rows, {})["arm"].iloc[-1] == "streamed, page cache dropped"
+    monkeypatch.setattr(children, "in_memory", lambda place: True)
+    assert "from the disk" not in memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.0, "")], offload, 0.35)
+    assert "offloading to files in memory" in memory_tradeoff.reading(rows, offload, 0.35)
+    read = memory_tradeoff.reading([_row("keep", 0.6, "60 % from the disk")], offload, 0.35)
+    assert "the rest read from its file (60 % from the disk)" in read

@@ -132,7 +132,7 @@ def module(name: str) -> list[str]:
 def folder_on_disk() -> Iterator[Path]:
     """Yield a temporary folder. Raises UserError where temporary folders lie in memory."""
     with tempfile.TemporaryDirectory(prefix="limited-") as place:
-        if _in_memory(place):
+        if in_memory(place):
             raise UserError(f"{place} lies in memory, not on a disk; set TMPDIR to a folder on a disk")
         yield Path(place)
 
@@ -161,7 +161,7 @@ def drop(path: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _in_memory(place: str) -> bool:
+def in_memory(place: str) -> bool:
     """Return whether a folder lies in a file system that is memory itself."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]

@@ -101,6 +101,6 @@ def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):
 
 
 def test_a_tree_in_memory_is_no_disk(monkeypatch):
-    assert children._in_memory("/dev/shm") in (True, False)
+    assert children.in_memory("/dev/shm") in (True, False)
     monkeypatch.setattr(children.Path, "read_text", lambda *_, **__: "a / ext4 rw\nb /fast tmpfs rw\n")
-    assert children._in_memory("/fast/place") and not children._in_memory("/tmp/place")
+    assert children.in_memory("/fast/place") and not children.in_memory("/tmp/place")

@@ -41,7 +41,7 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
             pass
     except UserError as reason:
         pytest.skip(str(reason))
-    if children._in_memory(str(tmp_path)):
+    if children.in_memory(str(tmp_path)):
         pytest.skip("the temporary folder lies in memory")
     described = parameters.read("qwen3-4b-instruct-2507")
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "num_hidden_layers": 12}
