@@ -4,6 +4,7 @@ Knows nothing of records. Rows are plain dictionaries, for a record's details an
 """
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ def by_allowance(
     """Return a row per allowance and page cache: time per decoded token, bound, bytes read, share of the bound.
 
     Each streamed model decodes `steps` tokens in turn with the resident one, which decodes latents absorbed. The first
-    of `ratios` is timed twice more: copied from the page cache, and with every read from the disk. `options` go to
-    `method.open_folder`.
+    of `ratios` is timed twice more: copied from the page cache and, where this system can drop pages, with the page
+    cache dropped after every read. `options` go to `method.open_folder`.
     """
     rows = []
-    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), (ratios[0], "copy"), (ratios[0], "drop")]:
+    again = ("copy", "drop") if hasattr(os, "posix_fadvise") else ("copy",)
+    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), *((ratios[0], kind) for kind in again)]:
         model = method.open_folder(folder, memory_ratio=ratio, page_cache=page_cache, **options)
         stream = read_bound.stream_of(model)
         if page_cache == "drop":

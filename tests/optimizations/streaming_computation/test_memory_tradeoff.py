@@ -1,5 +1,7 @@
 """Decoding at several allowances and against accelerate's offloading, on tiny models: what each arm really is."""
 
+import os
+
 import pytest
 import torch
 
@@ -64,3 +66,9 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
     assert "offloading to files in memory" in memory_tradeoff.reading(rows, offload, 0.35)
     read = memory_tradeoff.reading([_row("keep", 0.6, "60 % from the disk")], offload, 0.35)
     assert "the rest read from its file (60 % from the disk)" in read
+
+
+def test_where_pages_cannot_be_dropped_the_other_rows_are_there(tiny, folder, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    rows = memory_tradeoff.by_allowance(tiny(LATENT), PROMPT, 2, folder, [0.7])
+    assert [row["page_cache"] for row in rows] == ["keep", "copy"]
