@@ -33,6 +33,9 @@ READ_ROWS = 4096  # of the matrix that is only read
 TRAFFIC = "copy or reading"  # of which bytes/s is: ceilings that were kept of another kind are measured again
 DISPATCH_SHARE = 0.2  # of the bound: below it, neither arithmetic nor traffic takes the time
 CLOSE = 0.1
+ZEROS, FALLBACK, BELOW_MDE = "zeros stored dense", "kernel fallback", "below MDE"
+CACHED, DISPATCH, UNEXPLAINED = "cache resident", "dispatch bound", "unexplained"
+REASONS = (ZEROS, FALLBACK, BELOW_MDE, CACHED, DISPATCH, UNEXPLAINED)  # that `explain` adds
 _DISTURBED: dict[str, dict[str, Any]] = {}  # measured by this process while the machine was disturbed
 
 
@@ -162,11 +165,11 @@ def explain(
     reason = None
     if not (low <= predicted <= high or abs(speedup / predicted - 1) <= CLOSE):
         if zero_share > CLOSE and costs[1].flops < costs[0].flops:
-            reason = "zeros stored dense"
+            reason = ZEROS
         elif fallback:
-            reason = "kernel fallback"
+            reason = FALLBACK
         elif measured.mde is not None and abs(predicted - 1) < max(measured.mde, measured.noise_floor or 0):
-            reason = "below MDE"
+            reason = BELOW_MDE
         else:
             fits = bool(working_set_bytes and ceilings.cache_bytes and working_set_bytes < ceilings.cache_bytes)
             reason = _unrealised(bounds, seconds, fits)
@@ -178,10 +181,10 @@ def _unrealised(bounds: list[Bound], seconds: tuple[float, float], fits_in_cache
     """Return why times differ from their bounds, as far as these tell."""
     reached = [limit.seconds / time_ for limit, time_ in zip(bounds, seconds)]
     if max(reached) > 1 or (bounds[0].limited_by == "traffic" and fits_in_cache):
-        return "cache resident"
+        return CACHED
     if min(reached) < DISPATCH_SHARE:
-        return "dispatch bound"
-    return "unexplained"
+        return DISPATCH
+    return UNEXPLAINED
 
 
 def _product(device: str, dtype: torch.dtype) -> float:

@@ -110,14 +110,18 @@ def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) 
 
 
 def _explained(measured: Measurement, bounds: tuple[float, float] | None) -> Measurement:
-    """Set predicted and realised speed-up of one rate or latency against the streamed arm's own bound."""
+    """Set predicted and realised speed-up of one rate or latency against the streamed arm's own bound, and the reason
+    where they differ, in the place of those of the other bound; why it is undecided stays.
+    """
     if bounds is None or measured.dimension != "performance" or measured.ratio is None:
         return measured
     predicted = bounds[0] / bounds[1]
     speed_up = measured.ratio if measured.higher_is_better else 1 / measured.ratio
-    reason = measured.reason
+    reasons = [part for part in (measured.reason or "").split("; ") if part and part not in ceilings.REASONS]
     if abs(speed_up / predicted - 1) > ceilings.CLOSE:
-        reason = "baseline far from its bound" if speed_up > predicted else "reading and computing share the machine"
+        far = speed_up > predicted
+        reasons.append("baseline far from its bound" if far else "reading and computing share the machine")
+    reason = "; ".join(reasons) or None
     return measured.model_copy(update={"predicted": predicted, "realised": speed_up / predicted, "reason": reason})
 
 
