@@ -23,7 +23,7 @@ from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned
 from lib.models.offload import expert_cache
 from lib.models.structure import architecture
 from lib.models.structure.anatomy import Anatomy, Experts, anatomy, synchronise
-from lib.models.structure.replacements import factored
+from lib.models.structure.replacements import factored, no_op
 
 HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
 
@@ -89,6 +89,7 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if manifest.get("sparse"):
         raise UserError(f"{folder}: holds sparsely stored matrices, which cannot be streamed; stream the dense model")
+    no_op.restore(model, manifest.get("blocks", []))
     factored.restore(model, manifest.get("factors", {}))
     model.tie_weights()
     shared: dict[int, nn.Parameter] = {}

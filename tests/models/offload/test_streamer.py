@@ -16,6 +16,7 @@ from lib.models.checkpoints.weight_file import WeightFile, buffer, places
 from lib.models.decoding import cache_names
 from lib.models.offload import mapped_pages, residency, streamer
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.replacements import no_op
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -301,3 +302,18 @@ def test_the_plan_streams_the_fewest_bytes():
     assert not everything.streamed and everything.in_memory_bytes == 125
     with_experts = residency.plan({"a": 20}, 0, (10, 7), 90, 20 + 21)
     assert with_experts.expert_slots == 3 and not with_experts.streamed
+
+
+@pytest.mark.parametrize("pages", ["keep", "copy"])
+@pytest.mark.parametrize(("name", "part"), [("qwen3-coder-30b", "experts"), ("qwen3-4b-instruct-2507", "attention")])
+def test_absent_parts_and_experts_per_token_are_those_of_the_manifest(tiny, name, part, batch, tmp_path, pages):
+    model = copy.deepcopy(tiny(name))
+    if part == "experts":
+        anatomy(model).blocks[1].feed_forward.experts.router.top_k = 1
+    else:
+        no_op.remove(model, 1, part)
+    folder = io.save(model, tmp_path / "checkpoint")
+    streamed = streamer.open_streamed(folder, memory_ratio=0.8, page_cache=pages)
+    with torch.inference_mode():
+        torch.testing.assert_close(streamed(**batch).logits, io.load_folder(folder)(**batch).logits, **CLOSE)
+    streamer.streamer(streamed).close()
