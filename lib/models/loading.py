@@ -79,10 +79,11 @@ def load(
     proxy: the proxy model in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
     full: `<checkpoints>/<name>`, else what `checkpoint` of the parameter file refers to, or random weights. dtype:
     "float32", "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its
-    widths), on a GPU bfloat16, else what is quickest on this machine (`checkpoints.fastest_dtype`). A checkpoint that
-    does not fit into the device's memory is streamed from its files, in their own dtype. `tasks` replace those of the
-    parameter file; `text` is a file on which perplexity is measured instead of held-out text. Raises UserError for an
-    invalid scale, dtype, device, checkpoint, task or text.
+    widths), on a GPU bfloat16, else what is quickest on this machine (`checkpoints.fastest_dtype`), but bfloat16 where
+    float32 would not fit into memory and it does. A checkpoint that does not fit into the device's memory is streamed
+    from its files, in their own dtype. `tasks` replace those of the parameter file; `text` is a file on which
+    perplexity is measured instead of held-out text. Raises UserError for an invalid scale, dtype, device, checkpoint,
+    task or text.
     """
     start = time.perf_counter()
     if scale not in parameter_files.SCALES:
@@ -94,7 +95,7 @@ def load(
     folder = None if random_weights else source(name, scale, checkpoints)
     description = parameter_files.completed(parameter_files.read(name), folder)
     description = description.model_copy(update={"tasks": check_tasks(description.tasks)})
-    dtype = dtype or _default_dtype(description, scale, device)
+    dtype = dtype or _default_dtype(description, scale, device, folder)
     if dtype not in DTYPES:
         raise UserError(f'unknown dtype "{dtype}"; expected one of {", ".join(DTYPES)}')
     if folder is None:
@@ -122,7 +123,7 @@ def load(
         name=name,
         scale=scale,
         device=device,
-        dtype=DTYPES[dtype],
+        dtype=DTYPES[dtype] if streamer.streamer(model) is None else next(model.parameters()).dtype,
         folder=folder,
         random_weights=random_weights,
         seconds=time.perf_counter() - start,
@@ -132,10 +133,19 @@ def load(
     )
 
 
-def _default_dtype(description: parameter_files.ModelParameters, scale: str, device: str) -> str:
+def _default_dtype(
+    description: parameter_files.ModelParameters, scale: str, device: str, folder: Path | None = None
+) -> str:
     if device != "cpu":
         return "bfloat16"
-    return "float32" if scale == "proxy" else fastest_dtype.fastest(description.full)
+    dtype = "float32" if scale == "proxy" else fastest_dtype.fastest(description.full)
+    if folder is None or dtype != "float32" or _fits(folder, "float32", device):
+        return dtype
+    return "bfloat16" if _fits(folder, "bfloat16", device) else dtype  # from memory rather than from its file
+
+
+def _fits(folder: Path, dtype: str, device: str) -> bool:
+    return placement.allowance_bytes(folder, DTYPES[dtype], device) is None
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:

@@ -9,8 +9,9 @@ import torch
 
 from lib.errors import UserError
 from lib.models import loading, parameters
-from lib.models.checkpoints import io
+from lib.models.checkpoints import fastest_dtype, io, placement
 from lib.models.checkpoints.folder import check_checkpoint, tensor_shapes
+from lib.models.offload import streamer
 
 
 @pytest.fixture
@@ -67,6 +68,29 @@ def test_load_takes_a_checkpoint_folder_by_the_models_name(folder, tmp_path, tin
     loaded = loading.load("qwen3-coder-30b", "full", checkpoints=tmp_path)
     assert loaded.folder == tmp_path / "qwen3-coder-30b" and not loaded.random_weights
     assert loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("free", "fastest", "streams", "dtype"),
+    [
+        (3.0, "float32", False, torch.float32),
+        (2.0, "float32", False, torch.bfloat16),  # float32 would not fit
+        (2.0, "bfloat16", False, torch.bfloat16),
+        (1.2, "float32", True, torch.bfloat16),
+        (1.2, "float16", True, torch.bfloat16),  # what streams keeps its own
+    ],
+)
+def test_what_fits_in_bfloat16_is_not_streamed_for_want_of_room_in_float32(
+    tiny, tmp_path, monkeypatch, free, fastest, streams, dtype
+):
+    folder = io.save(tiny("qwen3-4b-instruct-2507").to(torch.bfloat16), tmp_path / "qwen3-4b-instruct-2507")
+    total = placement.weights_bytes(folder, torch.bfloat16)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda path: "tokenizer")
+    monkeypatch.setattr(placement, "free_bytes", lambda device: int(free * total))
+    monkeypatch.setattr(fastest_dtype, "fastest", lambda config: fastest)
+    loaded = loading.load("qwen3-4b-instruct-2507", "full", checkpoints=tmp_path)
+    assert (streamer.streamer(loaded.model) is not None) == streams
+    assert loaded.dtype == next(loaded.model.parameters()).dtype == dtype
 
 
 @pytest.mark.parametrize(
