@@ -87,6 +87,7 @@ def controls(
     offload: Mapping[str, Measurement],
     rival: LlamaCppRival,
     compared: Compared,
+    limited: LimitedDecoding,
 ) -> list[dict[str, Any]]:
     """Return name, purpose and measurements of every control, as `record.build` takes them."""
     windowed = {**texts.perplexity, **retrieved}
@@ -94,7 +95,7 @@ def controls(
     rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
     rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
     rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
-    rows += [("A/A", "a copy of the baseline", compared.control())]
+    rows += [("A/A", "a copy of the baseline", [*compared.control(), *limited.control])]
     return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
 
 

@@ -1,12 +1,15 @@
 """Children that decode under a limit where this system lets one be made, and why they do not elsewhere."""
 
+import contextlib
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lib.errors import UserError
+from lib.measure.timing import interleaved
 from lib.models import parameters
 from lib.models.checkpoints import io
 from lib.optimizations.streaming_computation.limited import children, control_group, decoding
@@ -52,6 +55,7 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
     limited = decoding.compare(folder, prompt_1T, 1, 0.3, {"prefill_chunk": 64, "absorbed": True})
     assert limited.rate.ratio is not None, limited.rate.reason
     assert limited.same_tokens and limited.rate.n == decoding.BLOCKS
+    assert limited.control[0].n == decoding.BLOCKS and len(limited.details["limit_bytes"]) == 3
     details = limited.details
     assert details["allowance_bytes"] == round(0.3 * details["weights_bytes"])
     for arm, limit in details["limit_bytes"].items():
@@ -65,3 +69,46 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
     assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
     assert limited.reading().count(". ") == 1
     assert not list(Path(control_group.candidates()[0][0]).glob(f"{control_group.NAME}-{os.getpid()}-*")), "left behind"
+
+
+class _Process:
+    """A child that decodes at once, with a number of its own."""
+
+    count = 0
+
+    def __init__(self):
+        _Process.count += 1
+        self.number, self.group, self.private_bytes = _Process.count, None, 0
+        self.answers = [{"disk_bytes": 0, "tokens": [1]}]
+
+    def __call__(self):
+        time.sleep(1e-4)
+
+    def limit(self, allowance):
+        return allowance
+
+    def cpu_seconds(self):
+        return 0.0
+
+
+def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
+    opened, turns, rounds = [], {}, interleaved.rounds
+
+    @contextlib.contextmanager
+    def child(folder, prompt_1T, steps, options):
+        opened.append(options)
+        yield _Process()
+
+    def watched(arms, *arguments, **options):
+        turns.update(arms)
+        return rounds(arms, *arguments, **options)
+
+    monkeypatch.setattr(decoding, "_child", child)
+    monkeypatch.setattr(interleaved, "rounds", watched)
+    limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
+    assert len({process.number for process in turns.values()}) == len(turns) == 3
+    assert opened[0] == opened[2] == {"absorbed": True, "mapped": True} and opened[1]["memory_ratio"] == 0.5
+    assert set(limited.details["limit_bytes"]) == {"baseline", "optimized", decoding.AGAIN}
+    (control,) = limited.control
+    assert (control.workload, control.n) == (decoding.WORKLOAD, decoding.BLOCKS)
