@@ -28,7 +28,8 @@ CHUNKING = f"{__name__}:chunk_prefill"
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
     """Make `model` process prompts in chunks of at most `tokens`, in place; return the model.
 
-    From then on a context longer than the model's positions raises UserError, as does `tokens` below one.
+    From then on a context longer than the model's positions raises UserError, as does `tokens` below one. What a cache
+    with a window has forgotten takes no position: a text may be longer.
     """
     if tokens < 1:
         raise UserError(f"prefill_chunk {tokens}: expected at least 1 token")
@@ -50,7 +51,8 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
     names = {"input_ids": input_ids, "inputs_embeds": arguments.pop("inputs_embeds", None)}
     name, prompt = next((name, value) for name, value in names.items() if value is not None)
     length = prompt.shape[1]
-    _check_context(decoder.config, length + (0 if cache is None else cache.get_seq_length()))
+    if cache is None or length <= tokens:
+        _check_context(decoder.config, length + (0 if cache is None else cache.get_seq_length()))
     mask = arguments.pop("attention_mask", None)
     if length <= tokens or (mask is not None and (isinstance(mask, dict) or mask.ndim != 2)):
         return stock(**{name: prompt}, attention_mask=mask, **cache_names.as_kwargs(cache), **arguments)
@@ -60,6 +62,7 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
     hidden = []
     for first in range(0, length, tokens):
         last = min(first + tokens, length)
+        _check_context(decoder.config, cache.get_seq_length() + last - first)
         part = None if mask is None else mask[:, : behind + last]
         cut = _cut(arguments, first, last)
         cut |= cache_names.as_kwargs(cache)

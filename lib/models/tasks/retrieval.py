@@ -133,6 +133,12 @@ def retrieval_prompts(
     return with_prefix(loaded, ids_BT).to(loaded.device), value_BV.to(loaded.device)
 
 
+def overhead(loaded: LoadedModel) -> int:
+    """Return how many tokens a prompt of `retrieval_prompts` and its answer take beside `distance`."""
+    prefix = 0 if loaded.tokenizer is None else len(tokenizing.prefix(loaded.tokenizer))
+    return prefix + LEAD + 2 * KEY + 2 * VALUE
+
+
 def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator, split: str) -> torch.Tensor:
     """Return windows of a split's text that may overlap, each from a random place."""
     if loaded.tokenizer is None:

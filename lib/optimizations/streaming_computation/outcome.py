@@ -112,6 +112,7 @@ def details(
     """Return value, provenance and source of every detail of the record."""
     least, total = streamer.smallest(folder)
     window = {"curves": texts.curves.to_dict("records"), "late_over_early": texts.late_over_early}
+    window |= {"reason": texts.reason} if texts.curves.empty else {}
     return {
         "equality": (equal, "measured", "difference ÷ spread of the logits; share of equal top tokens"),
         "limited": (limited.details, "measured", "memory control groups, and the system's count of reads"),

@@ -25,8 +25,9 @@ from lib.measure.quality import noninferiority
 from lib.measure.quality.answer_comparison import compare_retrieved
 from lib.measure.quality.answers import Retrieved
 from lib.measure.quality.evaluate import PROMPTS_AT_ONCE
-from lib.models.decoding import chunked
+from lib.models.decoding import chunked, continuations
 from lib.models.loading import Loaded
+from lib.models.tasks import retrieval
 from lib.models.tasks import tasks as task_list
 from lib.optimizations.streaming_computation import sink_window
 
@@ -43,6 +44,7 @@ PROMPT, GENERATED, FEWER_GENERATED = 64, 400, 8  # tokens before generation with
 OUTSIDE = {"preview": 2, "quick": 3, "standard": 3, "thorough": 3}  # windows from a value outside to its question
 ASKED = {"preview": 4, "quick": 48, "standard": 48, "thorough": 48}  # values inside, and outside, at most
 SLACK = 32  # tokens by which the window may overrun before it is cut
+MOST_SINKS = 64
 WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"
 
 
@@ -58,7 +60,7 @@ def cache_makers(model: nn.Module, sinks: int, window: int) -> dict[str, MakeCac
 
 @dataclass(frozen=True)
 class LongTexts:
-    """How each cache reads long texts; everything is empty for a model with random weights.
+    """How each cache reads long texts; everything is empty where none was read, and `reason` says why.
 
     `curves`: perplexity by position (columns arm, strength, value, low, high). `late_over_early`: per arm, perplexity
     of the last part ÷ that of the first part after the window. `climb`: the 95 % interval of that ratio with sinks and
@@ -69,6 +71,7 @@ class LongTexts:
     late_over_early: dict[str, float] = field(default_factory=dict)
     climb: tuple[float, float] | None = None
     perplexity: dict[str, Measurement] = field(default_factory=dict)
+    reason: str = "random weights"
 
 
 @contextmanager
@@ -84,11 +87,17 @@ def reading_in_chunks(model: nn.Module) -> Iterator[nn.Module]:
 def read_long_texts(
     loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
 ) -> LongTexts:
-    """Return how the loaded model reads held-out texts of at least three windows through every cache of `arms`."""
+    """Return how the loaded model reads held-out texts of at least three windows through every cache of `arms`; nothing
+    where its positions do not hold so many tokens, or one chunk more than a window with sinks.
+    """
     if loaded.random_weights:
         return LongTexts()
     count, length = TEXTS.get(effort, TEXTS["thorough"])
-    ids_NT = task_list.text_windows(loaded, "final", count, max(length, 3 * window), seed)
+    positions, least = continuations.positions(loaded.model), max(3 * window, _room(window))
+    if least > positions:
+        return LongTexts(reason=f"the model has {positions} positions, and texts for this window need {least}")
+    size = count, min(max(length, least), positions)
+    ids_NT = task_list.text_windows(loaded, "final", *size, seed)
     with reading_in_chunks(loaded.model) as model:
         losses_by_arm = {name: losses(model, ids_NT, make, at_once=len(ids_NT)) for name, make in arms.items()}
     rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, seed=seed)]
@@ -99,6 +108,11 @@ def read_long_texts(
         climb_interval(losses_by_arm[WINDOWED], window, seed=seed) if WINDOWED in losses_by_arm else None,
         _against_first(losses_by_arm, 2 * window, seed),
     )
+
+
+def _room(window: int) -> int:
+    """Return how many positions a window takes at most: with its sinks, overrun, and the chunk that is read."""
+    return window + MOST_SINKS + 2 * SLACK
 
 
 def _against_first(losses_by_arm: Mapping[str, np.ndarray], behind: int, seed: int) -> dict[str, Measurement]:
@@ -162,10 +176,10 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
     """Return whether perplexity climbs with the length of the text, with sinks and window, and the evidence.
 
     It climbs where the interval of late ÷ early lies above 1 + the margin of perplexity, and does not where it lies
-    below; in between, and for random weights, the answer is None.
+    below; in between, and where no text was read, the answer is None.
     """
     if texts.climb is None:
-        return None, "no texts were read: random weights"
+        return None, f"no texts were read: {texts.reason}"
     low, high = texts.climb
     margin = metric("perplexity").margin
     assert margin is not None, "perplexity is judged by a margin"
@@ -179,12 +193,18 @@ def retrieval_by_distance(
     loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
 ) -> dict[str, Measurement]:
     """Return exact match with sinks and window against the whole cache, for as many values inside and outside the
-    window as the effort asks for, at most `ASKED`; empty for random weights.
+    window as the effort asks for, at most `ASKED`; empty for random weights, and where the model has too few
+    positions for the window. What is outside is surely so, whenever the window was cut last.
     """
     if loaded.random_weights:
         return {}
     measurements, count = {}, min(settings.read(effort, loaded.scale).retrieval_prompts, ASKED[effort])
-    for name, distance in {"inside the window": window // 2, "outside the window": OUTSIDE[effort] * window}.items():
+    positions, overhead = continuations.positions(loaded.model), retrieval.overhead(loaded)
+    least = window + 2 * SLACK + 1
+    inside, outside = window // 2, min(max(OUTSIDE[effort] * window, least), positions - overhead)
+    if max(_room(window), least + overhead) > positions:
+        return {}
+    for name, distance in {"inside the window": inside, "outside the window": outside}.items():
         with reading_in_chunks(loaded.model) as model:
             pair = [retrieve(loaded, model, distance, count, arms[arm], seed) for arm in (WHOLE, WINDOWED)]
         measurements[name] = compare_retrieved(*pair, seed=seed)
@@ -220,16 +240,21 @@ def described_bars(bars: pd.DataFrame) -> str:
 def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0) -> pd.DataFrame:
     """Return the tokens that the whole and the windowed cache hold after each of some generated tokens: columns arm,
     strength (tokens read and generated), value. At effort preview a proxy model reads a prompt as long as the window
-    first, so that a few tokens more overrun it.
+    first, so that a few tokens more overrun it. The whole cache alone where the model has too few positions for the
+    window, and no more tokens than it has positions.
     """
     proxy, length = loaded.scale == "proxy", PROMPT
     count = GENERATED if proxy else FEWER_GENERATED
     if proxy and settings.read(effort).preview:
         length, count = window, SLACK + SLACK // 2
+    positions = continuations.positions(loaded.model)
+    fits = _room(window) <= positions
+    length = length if fits else min(length, PROMPT)
+    count = min(count, positions - length)
     prompt_1T = task_list.text_windows(loaded, "final", 1, length, seed).to(loaded.device)
     rows = []
     with reading_in_chunks(loaded.model) as model:
-        for name in (WHOLE, WINDOWED):
+        for name in (WHOLE, WINDOWED) if fits else (WHOLE,):
             cache = arms[name]()
             for step, _ in enumerate(chunked.tokens(model, prompt_1T, count, cache=cache)):
                 layer = cache.layers[-1]

@@ -1,0 +1,45 @@
+"""Long texts and values on models of few positions, and by the documents that they come from."""
+
+import copy
+from types import SimpleNamespace
+
+from lib.optimizations.streaming_computation import window_quality
+from lib.optimizations.streaming_computation.window_quality import LongTexts
+
+NAME, WINDOW = "qwen3-4b-instruct-2507", 32
+
+
+def _loaded(tiny, positions: int) -> SimpleNamespace:
+    model = copy.deepcopy(tiny(NAME))
+    model.config.max_position_embeddings = positions
+    described = SimpleNamespace(tasks=[])
+    return SimpleNamespace(
+        model=model, scale="proxy", device="cpu", tokenizer=None, parameters=described, random_weights=False
+    )
+
+
+def _read(loaded, effort="preview"):
+    caches = window_quality.cache_makers(loaded.model, 4, WINDOW)
+    texts = window_quality.read_long_texts(loaded, caches, WINDOW, effort)
+    retrieved = window_quality.retrieval_by_distance(loaded, caches, WINDOW, effort)
+    held = window_quality.cache_sizes(loaded, caches, WINDOW, effort)
+    return texts, retrieved, held
+
+
+def test_texts_are_no_longer_than_the_model_reads(tiny):
+    texts, retrieved, held = _read(_loaded(tiny, 200))
+    assert "of 200 tokens" in texts.perplexity[window_quality.WINDOWED].source
+    assert "over 97 tokens" in retrieved["outside the window"].source, "surely outside, whenever the window is cut"
+    assert set(held["arm"]) == {window_quality.WHOLE, window_quality.WINDOWED}
+    assert len(window_quality.retrieval_bars(retrieved)) == 4
+
+
+def test_where_a_window_does_not_fit_nothing_is_read_and_the_reason_is_said(tiny):
+    texts, retrieved, held = _read(_loaded(tiny, 128))
+    assert texts.curves.empty and not texts.perplexity and retrieved == {}
+    assert window_quality.does_perplexity_climb(texts) == (
+        None,
+        "no texts were read: the model has 128 positions, and texts for this window need 160",
+    )
+    assert set(held["arm"]) == {window_quality.WHOLE} and held["strength"].max() < 128
+    assert window_quality.does_perplexity_climb(LongTexts())[1] == "no texts were read: random weights"
