@@ -120,5 +120,5 @@ def details(
         "trade": (trade, "measured", "decode, paired with the resident model; bound by reading alone"),
         "absorbed": (latent, "measured", "paired blocks on one filled cache; operations by formula"),
         "plan": (planned_bytes(plan) | {"total": total, "smallest": least}, "derived", "bytes by the plan"),
-        "window": (window, "measured", "held-out text, bootstrap intervals over texts"),
+        "window": (window, "measured", "held-out text, bootstrap intervals over documents"),
     }

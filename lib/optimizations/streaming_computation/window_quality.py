@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,7 @@ OUTSIDE = {"preview": 2, "quick": 3, "standard": 3, "thorough": 3}  # windows fr
 ASKED = {"preview": 4, "quick": 48, "standard": 48, "thorough": 48}  # values inside, and outside, at most
 SLACK = 32  # tokens by which the window may overrun before it is cut
 MOST_SINKS = 64
+ONE_DOCUMENT = "all texts are of one document, so there is no interval"
 WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"
 
 
@@ -60,11 +62,12 @@ def cache_makers(model: nn.Module, sinks: int, window: int) -> dict[str, MakeCac
 
 @dataclass(frozen=True)
 class LongTexts:
-    """How each cache reads long texts; everything is empty where none was read, and `reason` says why.
+    """How each cache reads long texts; everything is empty where none was read. `reason` says why, or why there is no
+    `climb`.
 
     `curves`: perplexity by position (columns arm, strength, value, low, high). `late_over_early`: per arm, perplexity
     of the last part ÷ that of the first part after the window. `climb`: the 95 % interval of that ratio with sinks and
-    window, over texts. `perplexity`: after twice the window, each arm against the whole cache.
+    window, over documents. `perplexity`: after twice the window, each arm against the whole cache.
     """
 
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -100,14 +103,14 @@ def read_long_texts(
     ids_NT = task_list.text_windows(loaded, "final", *size, seed)
     with reading_in_chunks(loaded.model) as model:
         losses_by_arm = {name: losses(model, ids_NT, make, at_once=len(ids_NT)) for name, make in arms.items()}
-    rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, seed=seed)]
+    drawn: dict[str, Any] = {"seed": seed, "source_N": task_list.window_sources(loaded, "final", *size, seed)}
+    rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, **drawn)]
     curves = pd.DataFrame(rows)
-    return LongTexts(
-        curves,
-        late_over_early(curves, window),
-        climb_interval(losses_by_arm[WINDOWED], window, seed=seed) if WINDOWED in losses_by_arm else None,
-        _against_first(losses_by_arm, 2 * window, seed),
-    )
+    climb = climb_interval(losses_by_arm[WINDOWED], window, **drawn) if WINDOWED in losses_by_arm else None
+    perplexity = _against_first(losses_by_arm, 2 * window, **drawn)
+    if climb is not None and not np.isfinite(climb).all():
+        return LongTexts(curves, late_over_early(curves, window), None, perplexity, ONE_DOCUMENT)
+    return LongTexts(curves, late_over_early(curves, window), climb, perplexity)
 
 
 def _room(window: int) -> int:
@@ -115,16 +118,18 @@ def _room(window: int) -> int:
     return window + MOST_SINKS + 2 * SLACK
 
 
-def _against_first(losses_by_arm: Mapping[str, np.ndarray], behind: int, seed: int) -> dict[str, Measurement]:
-    """Return the perplexity from position `behind` on of all arms but the first, judged against the first."""
+def _against_first(
+    losses_by_arm: Mapping[str, np.ndarray], behind: int, *, seed: int, source_N: np.ndarray | None
+) -> dict[str, Measurement]:
+    """Return the perplexity from position `behind` on of all arms but the first, judged against the first; texts of one
+    document (`source_N`) are resampled together.
+    """
     late_by_arm = {name: losses_NT[:, behind:].mean(1) for name, losses_NT in losses_by_arm.items()}
     first, *others = late_by_arm
     count, length = losses_by_arm[first].shape
     source = f"{count} held-out texts of {length + 1} tokens, from position {behind} on, against {first}"
-    return {
-        name: noninferiority.perplexity(late_by_arm[first], late_by_arm[name], source=source, seed=seed)
-        for name in others
-    }
+    judged: dict[str, Any] = {"source": source, "seed": seed, "source_N": source_N}
+    return {name: noninferiority.perplexity(late_by_arm[first], late_by_arm[name], **judged) for name in others}
 
 
 def losses(model: nn.Module, ids_NT: torch.Tensor, make_cache: MakeCache, at_once: int = 8) -> np.ndarray:
@@ -133,13 +138,17 @@ def losses(model: nn.Module, ids_NT: torch.Tensor, make_cache: MakeCache, at_onc
     return torch.cat(parts).float().cpu().numpy()
 
 
-def by_position(losses_NT: np.ndarray, arm: str, parts: int = PARTS, seed: int = 0) -> list[dict[str, object]]:
-    """Return perplexity over the position in the text: a row per part, with its bootstrap interval over texts."""
+def by_position(
+    losses_NT: np.ndarray, arm: str, parts: int = PARTS, seed: int = 0, source_N: np.ndarray | None = None
+) -> list[dict[str, object]]:
+    """Return perplexity over the position in the text: a row per part, with its bootstrap interval over texts, those of
+    one document together; without where all are of one.
+    """
     rows: list[dict[str, object]] = []
     for first, last, mean_N in _parts(losses_NT, parts):
-        low, high = paired_stats.bootstrap_interval(mean_N, seed=seed)
-        value = {"value": float(np.exp(mean_N.mean())), "low": float(np.exp(low)), "high": float(np.exp(high))}
-        rows.append({"arm": arm, "strength": (first + last) // 2, **value})
+        ends = np.exp(paired_stats.bootstrap_interval(mean_N, seed=seed, source=source_N))
+        row = {"arm": arm, "strength": (first + last) // 2, "value": float(np.exp(mean_N.mean()))}
+        rows.append(row | (dict(zip(("low", "high"), ends.tolist())) if np.isfinite(ends).all() else {}))
     return rows
 
 
@@ -159,10 +168,14 @@ def late_over_early(curves: pd.DataFrame, behind: int) -> dict[str, float]:
     return (rows.last() / rows.first()).to_dict()
 
 
-def climb_interval(losses_NT: np.ndarray, behind: int, parts: int = PARTS, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval, over texts, of the ratio that `late_over_early` gives for one arm."""
+def climb_interval(
+    losses_NT: np.ndarray, behind: int, parts: int = PARTS, seed: int = 0, source_N: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return the 95 % interval of the ratio that `late_over_early` gives for one arm, over texts, those of one document
+    together; from 0 to infinity where all are of one.
+    """
     late = [mean_N for first, last, mean_N in _parts(losses_NT, parts) if (first + last) // 2 > behind]
-    low, high = paired_stats.bootstrap_interval(late[-1] - late[0], seed=seed)
+    low, high = paired_stats.bootstrap_interval(late[-1] - late[0], seed=seed, source=source_N)
     return float(np.exp(low)), float(np.exp(high))
 
 
@@ -179,7 +192,7 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
     below; in between, and where no text was read, the answer is None.
     """
     if texts.climb is None:
-        return None, f"no texts were read: {texts.reason}"
+        return None, f"no texts were read: {texts.reason}" if texts.curves.empty else texts.reason
     low, high = texts.climb
     margin = metric("perplexity").margin
     assert margin is not None, "perplexity is judged by a margin"
@@ -221,7 +234,8 @@ def retrieve(
     for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
         output_BV = torch.stack(list(chunked.tokens(model, prompt_BT, value_BV.shape[1], cache=make_cache())), 1)
         right.append((output_BV.cpu() == value_BV.cpu()).all(1).numpy())
-    return Retrieved(distance, np.concatenate(right))
+    source_N = task_list.filler_sources(loaded, distance, count, seed)
+    return Retrieved(distance, np.concatenate(right), source_N=source_N)
 
 
 def retrieval_bars(measurements: Mapping[str, Measurement]) -> pd.DataFrame:

@@ -3,6 +3,8 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
+
 from lib.optimizations.streaming_computation import window_quality
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
@@ -43,3 +45,38 @@ def test_where_a_window_does_not_fit_nothing_is_read_and_the_reason_is_said(tiny
     )
     assert set(held["arm"]) == {window_quality.WHOLE} and held["strength"].max() < 128
     assert window_quality.does_perplexity_climb(LongTexts())[1] == "no texts were read: random weights"
+
+
+def _planted(monkeypatch, tiny, source_N):
+    """Read planted losses of texts that come from the given documents; those of a window are lower by what its document
+    says.
+    """
+    loaded = _loaded(tiny, 200)
+    random, documents = np.random.default_rng(0), np.asarray(source_N)
+    whole_NT = 2 + 0.01 * random.standard_normal((len(documents), 199))
+    arms = iter([whole_NT, whole_NT - 0.02 * (1 + documents)[:, None], whole_NT])
+    monkeypatch.setattr(window_quality, "losses", lambda *arguments, **options: next(arms))
+    monkeypatch.setattr(window_quality.task_list, "window_sources", lambda *arguments: documents)
+    caches = window_quality.cache_makers(loaded.model, 4, WINDOW)
+    return window_quality.read_long_texts(loaded, caches, WINDOW, "quick")
+
+
+def test_texts_of_one_document_are_one_draw(tiny, monkeypatch):
+    several = _planted(monkeypatch, tiny, np.arange(6))
+    assert several.perplexity[window_quality.WINDOWED].verdict != "inconclusive" and "low" in several.curves
+    one = _planted(monkeypatch, tiny, np.zeros(6, dtype=int))
+    assert one.perplexity[window_quality.WINDOWED].verdict == "inconclusive"
+    assert one.climb is None and "low" not in one.curves
+    assert window_quality.does_perplexity_climb(one) == (None, window_quality.ONE_DOCUMENT)
+    two = _planted(monkeypatch, tiny, np.asarray([0, 0, 0, 1, 1, 1]))
+    assert two.climb[1] - two.climb[0] > several.climb[1] - several.climb[0]
+
+
+def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
+    monkeypatch.setattr(
+        window_quality.task_list, "filler_sources", lambda loaded, distance, count, seed: np.zeros(count)
+    )
+    loaded = _loaded(tiny, 200)
+    with window_quality.reading_in_chunks(loaded.model) as model:
+        answers = window_quality.retrieve(loaded, model, 16, 4, lambda: None)
+    assert answers.source_N.tolist() == [0, 0, 0, 0]
