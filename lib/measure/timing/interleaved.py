@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,8 @@ class Rounds:
 
     `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed the round or None,
     `set_aside` the repeated rounds: seconds per call of each arm, and the reason. `cpu_seconds` is this process's
-    processor time per call (user and system, all threads).
+    processor time per call (user and system, all threads). `process[i]` numbers the fresh process that timed round i;
+    None where all were timed in this one.
     """
 
     seconds: dict[str, list[float]]
@@ -50,6 +52,7 @@ class Rounds:
     set_aside: list[tuple[dict[str, float], str]] = field(default_factory=list)
     clock: str = "perf_counter"
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
+    process: list[int] | None = None
 
     def logs(self, arm: str) -> np.ndarray:
         """Return ln(seconds) of one arm, [R]."""
@@ -70,7 +73,8 @@ class Rounds:
         clock = self.clock if len(self.seconds) == 2 else f"{self.clock}, {len(self.seconds)} arms a round"
         arms = self.seconds[baseline], self.seconds[optimized]
         processor = (self.cpu_seconds[baseline], self.cpu_seconds[optimized]) if self.cpu_seconds else None
-        return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock, cpu_seconds=processor)
+        options: dict[str, Any] = {"process": self.process, "cpu_seconds": processor}
+        return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock, **options)
 
 
 def balanced_orders(arms: Sequence[str], count: int, seed: int = 0, mirrored: bool = False) -> list[list[str]]:

@@ -75,6 +75,7 @@ def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
                 [interactions.BASELINE, name][:: 1 if order == interleaved.BASELINE_FIRST else -1]
                 for order in judged.pairs.order
             ],
+            process=judged.pairs.process,
         )
         for what, judged in timed.items()
         if what in interactions.WORKLOADS
@@ -82,12 +83,16 @@ def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
 
 
 def attribute(
-    names: Sequence[str], timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], seed: int = 0
+    names: Sequence[str],
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    seed: int = 0,
+    source_N: np.ndarray | None = None,
 ) -> list[dict]:
     """Return a row per part and for the whole: Shapley value in log-speed of each workload and in loss, with intervals.
 
     Arms are named by `interactions.named(*subset)`. The parts' values add up to the whole in every round and window,
-    and so do the means that are returned.
+    and so do the means that are returned. `source_N` numbers the document of each window that was read.
     """
     subsets = shapley.subsets(list(names))
     values = {
@@ -104,8 +109,9 @@ def attribute(
         shares[WHOLE] = of_subset[tuple(names)] - of_subset[()]
         for part, values_S in shares.items():
             if what == "loss":
-                share = shapley.over_items(values_S, seed=seed)
+                share = shapley.over_items(values_S, seed=seed, source_S=source_N)
             else:
-                share = shapley.mean_over_rounds(values_S, interactions.process_sigma(what, weights[part]))
+                sigma = interactions.process_sigma(what, weights[part])
+                share = shapley.mean_over_rounds(values_S, sigma, timed[what].process)
             rows.append({"what": what, "part": part, "value": share.value, "low": share.low, "high": share.high})
     return rows

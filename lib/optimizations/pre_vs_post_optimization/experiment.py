@@ -255,16 +255,18 @@ def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compa
         return Attribution(pd.DataFrame(columns=SHARES), "an empty stack")
     if len(parts) == 1 and compared.timed:
         timed = attribution.one_part(next(iter(parts)), compared.timed)
+        rounds = "; ".join(f"{what}: {compared.timed[what].pairs.describe()}" for what in timed)
     else:
         timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
-    windows_NT = tasks.text_windows(setup.loaded, "final", 2 * quick.windows, quick.window_tokens, seed + 1)
+        rounds = f"{effort.blocks} common rounds of every subset of {len(parts)} parts"
+    size = "final", 2 * quick.windows, quick.window_tokens, seed + 1
+    windows_NT, source_N = tasks.text_windows(setup.loaded, *size), tasks.window_sources(setup.loaded, *size)
     losses = {} if setup.loaded.random_weights else interactions.losses(every.models, windows_NT)
-    shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed))
+    shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed, source_N))
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()
     assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
-    source = f"{effort.blocks} common rounds, {len(windows_NT)} windows, every subset of {len(parts)} parts"
-    return Attribution(shares, source)
+    return Attribution(shares, f"{rounds}; {len(windows_NT) if losses else 0} windows")
 
 
 def history_path(history: str) -> Path | None:

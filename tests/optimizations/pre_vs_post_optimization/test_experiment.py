@@ -1,11 +1,16 @@
 """What the experiment concludes from verdicts and shares that are planted."""
 
+import types
+
+import numpy as np
 import pandas as pd
 import pytest
 
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
+from lib.measure.metrics.pairs import Pairs
 from lib.optimizations.common import judgement
+from lib.optimizations.common.evidence import interactions
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, outcome, returns
 from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, GainSweep
@@ -82,3 +87,27 @@ def test_the_return_in_words():
     paid = measurement.informative("break_even_tokens", "prefill, by time", None, 44911.3, "planted")
     assert returns.in_words([paid]) == "pays from about 45,000 tokens on", "the saving is known to a tenth"
     assert returns.in_words([]).startswith("the break-even is unknown")
+
+
+def test_the_gain_of_an_only_part_has_the_interval_of_the_processes_that_timed_it(monkeypatch):
+    """Six processes that differ by more than their rounds do: the interval is the judged one, and so is the source."""
+    random = np.random.default_rng(0)
+    process = [number for number in range(6) for _ in range(10)]
+    d_N = -0.1 + 0.03 * random.standard_normal(6)[process] + 0.001 * random.standard_normal(60)
+    pairs = Pairs([1.0] * 60, np.exp(d_N).tolist(), ["AB", "BA"] * 30, [None] * 60, 1, process=process)
+    timed = {"prefill": types.SimpleNamespace(pairs=pairs)}
+    models = {interactions.BASELINE: None, "a": None}
+    lost = {name: np.linspace(2.0, 2.1, 8) * factor for name, factor in ((interactions.BASELINE, 1.0), ("a", 1.02))}
+    monkeypatch.setattr(interactions, "losses", lambda *_: lost)
+    monkeypatch.setattr(experiment.tasks, "text_windows", lambda *_: np.zeros((8, 4)))
+    monkeypatch.setattr(experiment.tasks, "window_sources", lambda *_: np.repeat([0, 1], 4))
+    loaded = types.SimpleNamespace(random_weights=False)
+    quick = settings.read("quick")
+    setup = types.SimpleNamespace(loaded=loaded, effort=quick, quick=quick, seed=0)
+    shared = experiment.attributed(setup, experiment.Subsets({"a": []}, models, 0.0), None, Compared([], timed))
+    own = shared.shares.set_index(["what", "part"]).loc[("prefill", "a")]
+    judged = pairs.effect()
+    assert (own["value"], own["low"], own["high"]) == pytest.approx((-judged.median, -judged.high, -judged.low))
+    assert shared.source == f"prefill: {pairs.describe()}; 8 windows" and "6 fresh processes" in shared.source
+    loss = shared.shares.set_index(["what", "part"]).loc[("loss", "a")]
+    assert loss["high"] - loss["low"] > 2 * (0.02 * np.ptp(lost["a"])), "windows of two documents are two draws"

@@ -44,10 +44,16 @@ def over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0
     return Estimate(effect.median, effect.low, effect.high, effect.n)
 
 
-def mean_over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0) -> Estimate:
+def mean_over_rounds(
+    values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0, process: Sequence[int] | None = None
+) -> Estimate:
     """Return the mean of timed contrasts with Student's interval, widened by `process_sigma` as in `over_rounds`: means
-    of parts add up to that of the whole.
+    of parts add up to that of the whole. Where the rounds were timed in three processes or more (`process[i]` numbers
+    that of round i), both are over the means of the processes, as `paired_stats.effect` forms them.
     """
+    if process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES:
+        effect = paired_stats.effect(np.asarray(values_S, dtype=float), process)
+        return Estimate(effect.median, effect.low, effect.high, effect.n)
     samples_S = np.asarray(values_S, dtype=float)
     mean, n = float(samples_S.mean()), len(samples_S)
     if n < 2:
@@ -57,10 +63,14 @@ def mean_over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: floa
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def over_items(values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the mean over windows or items with its bootstrap interval."""
+def over_items(
+    values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0, source_S: np.ndarray | None = None
+) -> Estimate:
+    """Return the mean over windows or items with its bootstrap interval; those of one source (`source_S`, the document
+    of a window) are resampled together.
+    """
     samples_S = np.asarray(values_S, dtype=float)
-    low, high = paired_stats.bootstrap_interval(samples_S.tolist(), resamples=resamples, seed=seed)
+    low, high = paired_stats.bootstrap_interval(samples_S.tolist(), resamples=resamples, seed=seed, source=source_S)
     return Estimate(float(samples_S.mean()), low, high, len(samples_S))
 
 
