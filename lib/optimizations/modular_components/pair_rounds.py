@@ -66,7 +66,9 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     count = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows
     length = setup.quick.window_tokens // (2 if setup.effort.preview else 1)
     prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
-    windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, "final", count, length, seed + 1)
+    size = "final", count, length, seed + 1
+    windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, *size)
+    source_N = None if loaded.random_weights else tasks.window_sources(loaded, *size)
     before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
     pairs: dict[Pair, Attempt] = {}
     forced: dict[Pair, Attempt] = {}
@@ -99,7 +101,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
             lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
     study = PairStudy(singles, pairs, forced)
     source = f"{blocks} rounds of each pair on {prompt_BT.shape[1]} tokens: baseline, both parts, both orders"
-    return study, _contrasts(setup, study, timed, lost, outdated, source)
+    return study, _contrasts(setup, study, timed, lost, outdated, source, source_N)
 
 
 def _not_tried(setup: PartsSetup, singles: dict[str, Attempt], pair: Pair) -> Attempt:
@@ -126,6 +128,7 @@ def _contrasts(
     lost: dict[str, np.ndarray],
     outdated: dict[Pair, np.ndarray],
     source: str,
+    source_N: np.ndarray | None,
 ) -> Contrasts:
     tried: set[str] = set().union(*timed)
     works = [stem for stem, single in study.singles.items() if single.state == "works" and stem in tried]
@@ -134,13 +137,15 @@ def _contrasts(
     for both, rounds in timed.items():
         states = {key: state for key, state in study.states.items() if set(key) == both}
         measured = both <= set(works)
-        rows += interactions.interactions(rounds, lost, states) if measured else interactions.unmeasured(states)
-        orders += interactions.order_effects(rounds, lost, states)
+        rows += (
+            interactions.interactions(rounds, lost, states, source_N) if measured else interactions.unmeasured(states)
+        )
+        orders += interactions.order_effects(rounds, lost, states, source_N)
     rows += interactions.unmeasured({key: state for key, state in study.states.items() if state[0] == "not tried"})
-    stale = interactions.staleness(lost, outdated)
+    stale = interactions.staleness(lost, outdated, source_N)
     return Contrasts(
         lost,
-        alone=pd.DataFrame(interactions.singles(timed.values(), lost, works)),
+        alone=pd.DataFrame(interactions.singles(timed.values(), lost, works, source_N)),
         pairs=pd.DataFrame(rows),
         orders=pd.DataFrame(orders),
         stale=pd.DataFrame(stale, columns=["pair", "loss", "loss_low", "loss_high"]),

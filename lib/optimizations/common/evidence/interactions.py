@@ -95,9 +95,15 @@ def losses(models: Mapping[Arm, nn.Module], ids_NT: torch.Tensor) -> dict[Arm, n
 
 
 def effects(
-    timed: Mapping[str, Rounds], lost: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int = 0
+    timed: Mapping[str, Rounds],
+    lost: Mapping[str, np.ndarray],
+    weights: Mapping[str, float],
+    source_N: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
-    """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats)."""
+    """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats).
+
+    Here and below `source_N` numbers the document of each window that was read: those of one are resampled together.
+    """
     estimates = {
         name: shapley.over_rounds(-times.contrast(weights), process_sigma(name, weights.values()))
         for name, times in timed.items()
@@ -105,11 +111,16 @@ def effects(
     if lost:
         weighted = (weight * lost[arm] for arm, weight in weights.items())
         loss_N = sum(weighted, np.zeros_like(next(iter(lost.values()))))
-        estimates["loss"] = shapley.over_items(loss_N, seed=seed)
+        estimates["loss"] = shapley.over_items(loss_N, source_S=source_N)
     return estimates
 
 
-def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray], stems: Sequence[str]) -> list[dict]:
+def singles(
+    timed: Iterable[Mapping[str, Rounds]],
+    lost: Mapping[str, np.ndarray],
+    stems: Sequence[str],
+    source_N: np.ndarray | None = None,
+) -> list[dict]:
     """Return a row per part: its effects alone against the baseline, over all the rounds in which it had a turn."""
     timed, rows = list(timed), []
     for stem in stems:
@@ -120,7 +131,7 @@ def singles(timed: Iterable[Mapping[str, Rounds]], lost: Mapping[str, np.ndarray
             if contrasts:
                 estimates[name] = shapley.over_rounds(np.concatenate(contrasts), process_sigma(name, (1, -1)))
         if stem in lost:
-            estimates["loss"] = shapley.over_items(lost[stem] - lost[BASELINE])
+            estimates["loss"] = shapley.over_items(lost[stem] - lost[BASELINE], source_S=source_N)
         rows.append({"part": stem, **_flat(estimates)})
     return rows
 
@@ -129,6 +140,7 @@ def interactions(
     timed: Mapping[str, Rounds],
     lost: Mapping[str, np.ndarray],
     states: States,
+    source_N: np.ndarray | None = None,
 ) -> list[dict]:
     """Return a row per ordered pair: state, reason, and where it works what both save and lose beyond the sum of each,
     as a share of the baseline's time and in nats per token; `<workload>_both` is the log-speed of both.
@@ -139,7 +151,7 @@ def interactions(
         if state == "works":
             both = named(first, second)
             weights = {both: 1, first: -1, second: -1, BASELINE: 1}
-            beyond = effects({}, lost, weights)
+            beyond = effects({}, lost, weights, source_N)
             saved = {name: _beyond(name, times, weights) for name, times in timed.items()}
             together = effects(timed, {}, {both: 1, BASELINE: -1})
             row |= _flat(saved | beyond) | {f"{name}_both": each.value for name, each in together.items()}
@@ -171,6 +183,7 @@ def order_effects(
     timed: Mapping[str, Rounds],
     lost: Mapping[str, np.ndarray],
     states: States,
+    source_N: np.ndarray | None = None,
 ) -> list[dict]:
     """Return a row per pair that works both ways: the effect of one order − that of the other."""
     rows = []
@@ -178,17 +191,19 @@ def order_effects(
         if first < second and state == states.get((second, first), ("", None))[0] == "works":
             weights = {named(first, second): 1, named(second, first): -1}
             row: dict[str, object] = {"order": named(first, second), "against": named(second, first)}
-            rows.append(row | _flat(effects(timed, lost, weights)))
+            rows.append(row | _flat(effects(timed, lost, weights, source_N)))
     return rows
 
 
 def staleness(
-    lost: Mapping[str, np.ndarray], outdated: Mapping[tuple[str, str], np.ndarray], seed: int = 0
+    lost: Mapping[str, np.ndarray],
+    outdated: Mapping[tuple[str, str], np.ndarray],
+    source_N: np.ndarray | None = None,
 ) -> list[dict]:
     """Return a row per pair made with outdated statistics (its losses [N]): what they add to the loss, nats/token."""
     rows = []
     for pair, loss_N in outdated.items():
-        cost = shapley.over_items(loss_N - lost[named(*pair)], seed=seed)
+        cost = shapley.over_items(loss_N - lost[named(*pair)], source_S=source_N)
         rows.append({"pair": named(*pair), **_flat({"loss": cost})})
     return rows
 

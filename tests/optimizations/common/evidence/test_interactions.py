@@ -66,3 +66,24 @@ def test_an_interaction_in_shares_of_time_weighs_each_arm_by_its_time():
     (row,) = interactions.interactions({"prefill": rounds}, {}, {("x", "y"): ("works", None)})
     squares = 0.25**2 + 2 * 0.5**2 + 0.75**2
     assert row["prefill_high"] - row["prefill"] == pytest.approx(1.96 * sigma * np.sqrt(squares / 2))
+
+
+def test_losses_of_windows_of_one_document_are_resampled_together():
+    names = ["baseline", "x", "y", "x → y", "y → x"]
+    steps = np.repeat([0.0, 0.1], 6)
+    lost = {name: 2 + at * steps for at, name in enumerate(names)}
+    states = {("x", "y"): ("works", None), ("y", "x"): ("works", None)}
+    documents, stems = np.repeat([0, 1], 6), ["x", "y"]
+
+    def rows(source_N):
+        return [
+            *interactions.singles([], lost, stems, source_N),
+            *interactions.interactions({}, lost, states, source_N),
+            *interactions.order_effects({}, lost, states, source_N),
+            *interactions.staleness(lost, {("x", "y"): lost["baseline"]}, source_N),
+        ]
+
+    for apart, together in zip(rows(np.arange(12)), rows(documents), strict=True):
+        if apart["loss"] != 0:
+            assert together["loss_high"] - together["loss_low"] > 2 * (apart["loss_high"] - apart["loss_low"])
+        assert together["loss"] == apart["loss"]
