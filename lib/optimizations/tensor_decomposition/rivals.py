@@ -208,9 +208,11 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
     options: dict[str, Any] = {"weighed_blocks": weighed_blocks(effort)}
     spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration, **options)}
     lost: dict[tuple[str, str], np.ndarray] = {}
+    documents: dict[str, np.ndarray | None] = {}
     for judged, source in ((own, loaded), (foreign, abroad)):
         windows = rival_arms.PREVIEW_WINDOWS if effort.preview else WINDOWS
-        ids_NT = prompts.text_windows(source, "final", windows, effort.window_tokens, seed)
+        size = "final", windows, effort.window_tokens, seed
+        ids_NT, documents[judged] = prompts.text_windows(source, *size), prompts.window_sources(source, *size)
         reference = evaluate.read(setup.baseline, ids_NT)
         for calibrated, source_spectra in spectra.items():
             model = decomposition.apply(
@@ -220,18 +222,21 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
     names = ("judged on", "calibrated on", "KL, nats/token")
     rows = [dict(zip(names, (*pair, float(kl_N.mean())))) for pair, kl_N in lost.items()]
     removed = f"{100 * compression:g} % of the decoder's bytes removed"
-    return pd.DataFrame(rows), f"Whitened factors, {removed}. {read_domains(lost, seed)}"
+    return pd.DataFrame(rows), f"Whitened factors, {removed}. {read_domains(lost, seed, documents)}"
 
 
-def read_domains(lost: Mapping[tuple[str, str], np.ndarray], seed: int = 0) -> str:
+def read_domains(
+    lost: Mapping[tuple[str, str], np.ndarray], seed: int = 0, documents: Mapping[str, np.ndarray | None] | None = None
+) -> str:
     """Return a sentence for each text that factors were judged on: whether the text that they were calibrated on
-    matters there. `lost`: (judged on, calibrated on) → divergence of each window.
+    matters there. `lost`: (judged on, calibrated on) → divergence of each window; `documents`: judged on → the document
+    of each window, of which those of one are resampled together.
     """
     said = []
     for judged in dict.fromkeys(judged for judged, _ in lost):
         alike = lost[judged, judged]
         other = next(kl_N for pair, kl_N in lost.items() if pair[0] == judged and pair[1] != judged)
-        low, high = paired_stats.bootstrap_interval(other - alike, seed=seed)
+        low, high = paired_stats.bootstrap_interval(other - alike, seed=seed, source=(documents or {}).get(judged))
         word = "nearer than" if low > 0 else "further off than" if high < 0 else "not told apart from"
         kinds = f"factors calibrated on such text are {word} those calibrated on the other"
         said.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")

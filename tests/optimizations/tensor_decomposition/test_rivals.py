@@ -97,3 +97,5 @@ def test_the_text_of_calibration_matters_only_where_windows_tell_it():
     )
     swapped = {("docs", "docs"): lost["docs", "code"], ("docs", "code"): lost["docs", "docs"]}
     assert "further off than" in rivals.read_domains(swapped)
+    assert "further off than" in rivals.read_domains(swapped, documents={"docs": np.arange(8)})
+    assert "not told apart" in rivals.read_domains(swapped, documents={"docs": np.zeros(8)}), "one document, one draw"
