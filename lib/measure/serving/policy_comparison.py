@@ -8,6 +8,7 @@ functions that make a new one; this module knows none. `goodput_of`, `averaged` 
 comparison.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -116,9 +117,10 @@ def prepare(
     """Time the real model's steps and return the setup that all policies share.
 
     chat, documents: mean tokens of prompt and answer. The cache is bounded by `cache_mib`, or, where that is 0, by
-    `cache_share` of what `rows` of the longest requests would take. Objectives: in ms, or, where 0, as factors.
-    Requests that can no longer meet the first-token objective are served after the others. At a `preview` the fewest
-    points are timed, and once. Raises UserError for a value out of range.
+    `cache_share` of what `rows` of the longest requests would take, and then at what one of them takes at least: a
+    smaller one would refuse requests for good. Objectives: in ms, or, where 0, as factors. Requests that can no longer
+    meet the first-token objective are served after the others. At a `preview` the fewest points are timed, and once.
+    Raises UserError for a value out of range, a `cache_mib` without room for the longest request included.
     """
     if not 0 < cache_share <= 1:
         raise UserError(f"serving: cache_share {cache_share}; expected 0 < cache_share <= 1")
@@ -134,10 +136,25 @@ def prepare(
     times = step_timing.measure(loaded.model, text_T, contexts, repeats=repeats, most=rows, **options)
     single = Single.of(times, kinds[1])
     objective = slo.objectives(single, first_token_factor, token_factor, first_token_ms, token_ms)
-    size = cache_mib * 2**20 or cache_share * rows * longest * times.bytes_per_token
+    size = _bound(cache_mib, max(1.0, cache_share * rows), longest, times.bytes_per_token)
     patience = slo.patience_seconds(objective, single)
     limits = Limits(rows, size, times.bytes_per_token, patience)
     return ServingSetup(times, objective, single, limits, batching, kinds[0], kinds[1])
+
+
+def _bound(cache_mib: float, requests: float, longest: int, bytes_per_token: float) -> float:
+    """Return the cache's bound in bytes: `cache_mib`, or, where that is 0, room for so many of the longest requests.
+
+    Raises UserError where not one of them fits: it would be refused whatever a policy does.
+    """
+    size = cache_mib * 2**20 or requests * longest * bytes_per_token
+    if size < longest * bytes_per_token:
+        least = math.ceil(100 * longest * bytes_per_token / 2**20) / 100
+        raise UserError(
+            f"serving: cache_mib {cache_mib:g} holds {int(size / bytes_per_token)} tokens of this model, a request may "
+            f"take {longest}; expected {least:g} or more"
+        )
+    return size
 
 
 def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0, *, preview: bool = False) -> Callable[[], float]:

@@ -21,6 +21,7 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
 ALONE = 160  # items that are answered one at a time, at most
+TOGETHER = 2  # rows of the longest kind for which the cache has room at least: answers are to be computed together
 FEWER = 2  # times fewer items, and values to be retrieved, at effort preview
 
 
@@ -31,7 +32,8 @@ def retrieved_among_chats(
     run.
 
     Every second request is a chat of a different length, so rows join, are padded and leave all the time. Times of the
-    engine are real, idle time is skipped.
+    engine are real, idle time is skipped. No request is refused: where the cache's bound has no room for TOGETHER of
+    the longest, it is that large, since it is made for other requests, and an answer that nobody computed is not wrong.
     """
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
@@ -46,9 +48,13 @@ def retrieved_among_chats(
 
     def prompt_of(request: ServingRequest) -> torch.Tensor:
         if request.id % 2:
-            return text_T[request.id : request.id + request.prompt_tokens]
+            start = request.id * 31 % max(1, len(text_T) - request.prompt_tokens)  # whatever a split's text holds
+            return text_T[start : start + request.prompt_tokens]
         return ids_BT[request.id // 2].cpu()
 
+    if limits.cache_bytes is not None:
+        columns = max(request.prompt_tokens + request.new_tokens for request in requests)
+        limits = replace(limits, cache_bytes=max(limits.cache_bytes, TOGETHER * columns * limits.bytes_per_token))
     engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
     limits = replace(limits, patience_seconds=None)
     served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))

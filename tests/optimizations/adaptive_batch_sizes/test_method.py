@@ -9,7 +9,7 @@ import torch
 
 from lib.errors import UserError
 from lib.measure.metrics import paired_stats
-from lib.measure.serving import policy_comparison, protocol, replay, slo, step_timing, traffic
+from lib.measure.serving import policy_comparison, protocol, replay, server, slo, step_timing, traffic
 from lib.measure.serving.engine import ModelEngine, prompts
 from lib.measure.serving.policy_comparison import CHAT, DOCUMENTS, ServingSetup
 from lib.measure.serving.protocol import Limits, View
@@ -322,6 +322,26 @@ def test_objectives_may_be_stated_in_milliseconds():
 def test_values_out_of_range_are_refused(call, says):
     with pytest.raises(UserError, match=says):
         call()
+
+
+def test_the_cache_has_room_for_one_request_or_the_run_is_refused(monkeypatch, setup):
+    """With less every document was refused, and its answers were then counted as wrong."""
+    loaded = SimpleNamespace(model=None, scale="proxy")
+    monkeypatch.setattr(policy_comparison, "_text", lambda *_: None)
+    monkeypatch.setattr(step_timing, "measure", lambda *_, **__: setup.times)
+    options = {"first_token_factor": 8.0, "token_factor": 3.0}
+    longest = setup.longest
+    # One MiB holds 170 tokens at 6144 bytes; 4 MiB hold 682.
+    with pytest.raises(UserError, match=rf"cache_mib 1 holds 170 tokens .* may take {longest}; expected 3"):
+        policy_comparison.prepare(loaded, cache_mib=1.0, **options)
+    chosen = ({"cache_mib": 4.0}, {"rows": 1, "cache_share": 0.5}, {"rows": 3, "cache_share": 0.1}, {})
+    for given in chosen:
+        prepared = policy_comparison.prepare(loaded, **given, **options)
+        request = ServingRequest(0, 0.0, longest - 20, 20)
+        assert server.fits(prepared.limits, [], [request]) == 1, given
+        trace = Trace("longest", 0, (traffic.Phase(5.0, 1.0, DOCUMENTS),), (request,))
+        assert prepared.run(trace, rivals.FixedSize(1)).refused == []
+    assert prepared.limits.cache_bytes == 32 * longest * setup.times.bytes_per_token
 
 
 # --- the real engine, on tiny models ---------------------------------------------------------------------------------

@@ -1,0 +1,24 @@
+"""Answers computed among others: every request is served, however little cache or text there is."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure.serving.protocol import Limits
+from lib.optimizations.adaptive_batch_sizes import answers, rivals
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.5, None])
+def test_no_retrieval_is_refused_for_a_bound_that_was_made_for_other_requests(tiny, monkeypatch, share):
+    """Prompts longer than any request of the setup: refused, they were counted as answers that came back wrong."""
+    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), tokenizer=None, device="cpu", parameters=None)
+    effort = SimpleNamespace(retrieval_distance=40, retrieval_prompts=70)
+    # A text of one window, as a short corpus has it: the last requests' ids lie beyond its end.
+    monkeypatch.setattr(answers.tasks, "text_windows", lambda *_: torch.randint(8, 96, (1, 128)))
+    per_token, longest = 4 * 2 * 4 * 8 * 4, 300
+    limits = Limits(8, None if share is None else share * longest * per_token, per_token)
+    retrieved, served = answers.retrieved_among_chats(loaded, effort, rivals.FixedSize(8), limits, 1000.0)
+    assert served.refused == [] and all(outcome.finished is not None for outcome in served.outcomes)
+    assert len(served.outcomes) == 2 * 70 and len(retrieved.right_N) == 70
+    assert max(step.batch for step in served.steps) >= answers.TOGETHER
