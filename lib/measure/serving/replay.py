@@ -97,30 +97,35 @@ class ServingRounds:
 
     @property
     def busy(self) -> list[str]:
-        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it; in all rounds,
-        where it was when their rates were set.
+        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it (where another
+        program was let in on purpose, what the hypervisor took and heat alone); in all rounds, where it was when their
+        rates were set.
         """
         if self.calibration:
             return [f"while step times were measured {self.calibration}"] * len(self.traces)
-        each = (next((run.disturbed for run in round_ if run.disturbed), None) for round_ in zip(*self.runs.values()))
-        return [] if self.planned else [reason for reason in each if reason]
+        each = ([reason for run in round_ if (reason := self._unplanned(run))] for round_ in zip(*self.runs.values()))
+        return [reasons[0] for reasons in each if reasons]
 
     @property
     def disturbed(self) -> str:
         """What disturbed the machine meanwhile; without what other programs took where one of them was let in on
         purpose, since its share cannot be told from theirs.
         """
-        noticed = {run.disturbed for runs in self.runs.values() for run in runs if run.disturbed}
-        return disturbance.together(
-            reason for reason in noticed if not (self.planned and disturbance.taken_by_others(reason))
-        )
+        return disturbance.together(self._all_unplanned())
+
+    def _unplanned(self, run: Replayed) -> str | None:
+        """Return what disturbed a replay, None where nothing did but what was let in on purpose."""
+        own = self.planned and run.disturbed and disturbance.taken_by_others(run.disturbed)
+        return None if own else run.disturbed
+
+    def _all_unplanned(self) -> list[str]:
+        return [reason for runs in self.runs.values() for run in runs if (reason := self._unplanned(run))]
 
     @property
     def source(self) -> str:
         """How the numbers came about, as a record states it."""
         requests = sum(len(trace.requests) for trace in self.traces)
-        every = [run.disturbed for runs in self.runs.values() for run in runs if run.disturbed]
-        disturbed = sum(not (self.planned and disturbance.taken_by_others(reason)) for reason in every)
+        disturbed = len(self._all_unplanned())
         text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
         text += "a trace per round, waiting left out"
         text += f", {requests} requests in all, warm-up not counted"

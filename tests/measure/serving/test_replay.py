@@ -86,3 +86,27 @@ def test_what_the_replay_plans_is_no_disturbance_and_alike_ones_are_one_phrase(r
     planned = replace(busy, planned=True)
     assert planned.disturbed == stolen and rounds.disturbed == "nothing"
     assert "on purpose" in planned.source and "3 of 18 replays disturbed" in planned.source
+    # What was planned explains no theft by the hypervisor, nor heat: such a round is a disturbed one.
+    assert planned.busy == [stolen] and len(busy.busy) == 4
+
+
+@pytest.mark.parametrize("why", ["3% of the time was stolen by the hypervisor", "throttled"])
+def test_what_nobody_planned_withholds_the_verdict_beside_what_was_planned(rounds, monkeypatch, why):
+    goodput = {"fixed": 1.0, "again": 1.0, "adaptive": 2.0}
+    served = {
+        name: [
+            replace(run, served=SimpleNamespace(counted=range(50), value=goodput[name]), disturbed=why) for run in each
+        ]
+        for name, each in rounds.runs.items()
+    }
+    monkeypatch.setattr(replay.slo, "goodput", lambda run, _: run.value)
+
+    def judged(runs):
+        return replay.goodput(replace(rounds, runs=runs, planned=True), None, "fixed", "again", "adaptive")
+
+    shared = {
+        name: [replace(run, disturbed="our threads waited for a core 40% of the time") for run in each]
+        for name, each in served.items()
+    }
+    assert judged(shared).verdict == "better"
+    assert judged(served).verdict == "inconclusive" and why in judged(served).reason

@@ -475,7 +475,7 @@ def test_replays_of_a_worse_policy_are_found_worse_and_the_control_may_fail(setu
     shorter = tuple(replace(run, served=replace(run.served, outcomes=[])) for run in rounds.runs["fixed"])
     few = replace(rounds, runs=rounds.runs | {"fixed": list(shorter)})
     assert replay.goodput(few, setup.objective, "fixed", "again", "slow").verdict == "informative"
-    noticed = [replace(run, disturbed="a neighbour") for run in rounds.runs["slow"]]
+    noticed = [replace(run, disturbed="other processes took 40% of our cores") for run in rounds.runs["slow"]]
     busy = replace(rounds, runs=rounds.runs | {"slow": noticed})
     assert replay.goodput(busy, setup.objective, "fixed", "again", "slow").verdict == "inconclusive"
     planned = replace(busy, planned=True)
