@@ -38,6 +38,7 @@ LATENCIES = {  # means or medians of a replay, by metric
     "time_to_first_token_ms": "first token p50",
     "time_per_output_token_ms": "time per output token",
 }
+SHARED = "the other process, let in on purpose, takes energy too, and the counter reads the whole processor"
 BLURRED = "arms take turns step by step, and the GPU's counter moves too seldom to tell whose step took the energy"
 # Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and found it larger and smaller.
 FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where noise decides between some as good"
@@ -127,7 +128,8 @@ class ServingRounds:
         requests = sum(len(trace.requests) for trace in self.traces)
         disturbed = len(self._all_unplanned())
         text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
-        text += "a trace per round, waiting left out"
+        text += "a trace per round, "
+        text += "waiting left out" if self.stepwise else "each replay in real time, waiting included"
         text += f", {requests} requests in all, warm-up not counted"
         text += "; our cores shared with another process on purpose" if self.planned else ""
         if self.slowness:
@@ -257,28 +259,36 @@ def costs(
     names = (baseline, optimized, again)
     peaks = [[float(run.served.peak_bytes) for run in rounds.runs[name]] for name in names]
     peak = _judged("kv_cache_peak_bytes", workload, peaks, rounds.source, process_sigma=0.0)
-    results = [measurement.unjudged(peak, FOLLOWS_THE_CHOICE)]
-    results.append(_cpu_seconds(rounds, names, workload))
+    joules = _joules(rounds, names, workload)
+    counted = joules.verdict not in ("unavailable", "informative")
+    return [measurement.unjudged(peak, FOLLOWS_THE_CHOICE), _cpu_seconds(rounds, names, workload, counted), joules]
+
+
+def _joules(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measurement:
+    """Return the joules per token of the replays; judged where a counter told them, those of the arms alone."""
+    metric, source = "energy_joules_per_token", f"{rounds.counter.scope}; {rounds.source}"
     spent = [[_per_token(run.joules, run) for run in rounds.runs[name]] for name in names]
-    source = f"{rounds.counter.scope}; {rounds.source}"
     known = [[value for value in arm if value is not None] for arm in spent]
     if any(len(arm) < len(rounds.traces) for arm in known):
-        reason = "the counter did not move within a replay"
-        return [*results, measurement.unavailable("energy_joules_per_token", workload, reason, source)]
-    options: dict[str, Any] = {"provenance": rounds.counter.provenance}
-    joules = _judged("energy_joules_per_token", workload, known, source, **options)
+        return measurement.unavailable(metric, workload, "the counter did not move within a replay", source)
+    joules = _judged(metric, workload, known, source, provenance=rounds.counter.provenance)
+    on_gpu = rounds.counter.kind == "nvml"
     if rounds.counter.provenance != "measured":
-        joules = measurement.unjudged(joules, energy.ESTIMATED)
-    elif rounds.stepwise and rounds.counter.kind == "nvml":
-        joules = measurement.unjudged(joules, BLURRED)
-    return [*results, joules]
+        return measurement.unjudged(joules, energy.ESTIMATED)
+    if rounds.planned and not on_gpu:
+        return measurement.unjudged(joules, SHARED)
+    return measurement.unjudged(joules, BLURRED) if rounds.stepwise and on_gpu else joules
 
 
-def _cpu_seconds(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measurement:
-    """Return the processor seconds per token of the replays; judged where no counter tells joules."""
+def _cpu_seconds(rounds: ServingRounds, names: Sequence[str], workload: str, counted: bool) -> Measurement:
+    """Return the processor seconds per token of the replays; judged where no counter tells joules (`counted`), unless
+    the work was a GPU's.
+    """
     samples = [[_per_token(run.cpu_seconds, run) or 0.0 for run in rounds.runs[name]] for name in names]
-    counted = rounds.counter.provenance == "measured"
-    return energy.cpu_seconds(*samples, workload=workload, source=rounds.source, counted=counted)
+    seconds = energy.cpu_seconds(*samples, workload=workload, source=rounds.source, counted=counted)
+    if counted or rounds.counter.kind != "nvml" or seconds.verdict == "unavailable":
+        return seconds
+    return measurement.unjudged(seconds, "a GPU does the work, and this is the time of the processor beside it")
 
 
 def _per_token(amount: float | None, run: Replayed) -> float | None:

@@ -67,6 +67,30 @@ def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(
     assert judged(nvml, False) == judged(rapl, True) == "better"
 
 
+def test_a_replay_in_real_time_says_so_and_judges_no_energy_that_another_process_took(rounds):
+    """The live replays wait between requests, and the process that shares their cores is in the counter too."""
+    stepwise, real = replace(rounds, stepwise=True).source, rounds.source
+    assert "waiting left out" in stepwise and "waiting left out" not in real
+    assert "in real time, waiting included" in real
+
+    def judged(kind, **fields):
+        counter = Counter(kind, "measured", kind, 2.0, None, lambda: 0.0)
+        each = replay.costs(replace(rounds, counter=counter, **fields), "fixed", "again", "adaptive")
+        return {item.metric: item for item in each}
+
+    alone, shared = judged("rapl"), judged("rapl", planned=True)
+    assert alone["energy_joules_per_token"].verdict == "better"
+    assert alone["cpu_seconds_per_token"].reason == "energy is judged, by its counter"
+    assert shared["energy_joules_per_token"].verdict == "informative"
+    assert "other process" in shared["energy_joules_per_token"].reason
+    # Where energy is not judged, nothing says that it is: our own processor time is judged instead.
+    assert shared["cpu_seconds_per_token"].verdict == "better"
+    on_gpu = judged("nvml", planned=True)
+    assert on_gpu["energy_joules_per_token"].verdict == "better", "a process on the cores takes nothing of the GPU's"
+    blurred = judged("nvml", stepwise=True)["cpu_seconds_per_token"]
+    assert blurred.verdict == "informative" and "energy is judged" not in blurred.reason
+
+
 def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
     assert rounds.busy == []
     calibrated = replace(rounds, calibration="other processes took 60% of our cores", planned=True)

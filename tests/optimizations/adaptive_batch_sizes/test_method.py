@@ -457,7 +457,7 @@ def rounds_of(setup, arms, count=6):
         ]
         for jitter, (name, make) in enumerate(arms.items())
     }
-    counter = SimpleNamespace(scope="planted counter", provenance="estimated")
+    counter = SimpleNamespace(kind="estimate", scope="planted counter", provenance="estimated")
     return replay.ServingRounds(tuple(traces), runs, counter)
 
 
