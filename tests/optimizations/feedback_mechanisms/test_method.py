@@ -146,6 +146,23 @@ def test_a_prompt_that_takes_longer_to_read_than_drafting_saves_is_not_read(read
     assert bool(np.mean(drafted[5:]) > 5) is pays
 
 
+def test_what_a_prompt_costs_to_read_is_not_averaged_with_single_tokens_read_later():
+    """Where all of a draft was accepted, the drafter has one token to read before it drafts again: the mean over these
+    forgot within an answer what a prompt takes.
+    """
+    law = lengths.DraftLength()
+    for _ in range(4):
+        done = []
+        for _ in range(40):
+            count = max(1, law(done))
+            known = any(round_.drafted for round_ in done)
+            done.append(Round(count, count, 0.1 * count, 1.0, 0.1 if known else 30.0))
+        law(done)
+        assert law.catch_up_seconds == pytest.approx(30.0)
+    each = law.draft_seconds / law.drafted
+    assert 0.11 < each < 0.15, "the token read in every round is part of what drafting takes"
+
+
 def guard(**options):
     return feedback.Guard(**({"bound": 0.15, "share": 0.5, "cool_down": 10.0} | options))
 

@@ -48,7 +48,8 @@ class DraftLength:
 
     With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier rounds
     fade, so that another kind of text is noticed. Where the drafter has not read the answer's prompt yet, what that
-    takes is set against what the rest of an answer of usual length can save.
+    takes is set against what the rest of an answer of usual length can save. What it reads later in an answer (the last
+    drafted token where all were accepted, or what plain steps made) is a cost of drafting like any other.
     """
 
     name = "measured acceptance"
@@ -60,6 +61,7 @@ class DraftLength:
         self.check_seconds: dict[int, float] = {}
         self.catch_up_seconds, self.answer_tokens = 0.0, 0.0
         self.produced, self.looking = 0, False  # tokens of this answer; whether its prompt was read for a look only
+        self.has_read = False  # whether the drafter has read this answer's prompt
         self.course: list[tuple[int, float]] = []
 
     @property
@@ -73,7 +75,7 @@ class DraftLength:
             if self.produced:  # another answer has begun
                 first = not self.answer_tokens
                 self.answer_tokens += (1.0 if first else LEARNED) * (self.produced - self.answer_tokens)
-            self.learned, self.produced, self.looking = 0, 0, False
+            self.learned, self.produced, self.looking, self.has_read = 0, 0, False, False
         for done in rounds[self.learned :]:
             self._learn(done)
         self.learned = len(rounds)
@@ -105,15 +107,17 @@ class DraftLength:
         self.produced += done.accepted + 1
         old = self.check_seconds.get(done.drafted, done.check_seconds)
         self.check_seconds[done.drafted] = old + LEARNED * (min(done.check_seconds, 3 * old) - old)
-        if done.catch_up_seconds:
+        reading = done.catch_up_seconds if self.has_read else 0.0
+        if done.catch_up_seconds and not self.has_read:
             first = not self.catch_up_seconds
             change = done.catch_up_seconds - self.catch_up_seconds
             self.catch_up_seconds += (1.0 if first else LEARNED) * change
         if done.drafted:
+            self.has_read = True
             checked = done.accepted + (done.accepted < done.drafted)
             self.accepted = REMEMBERED * self.accepted + done.accepted
             self.tried = REMEMBERED * self.tried + checked
-            self.draft_seconds = REMEMBERED * self.draft_seconds + done.draft_seconds
+            self.draft_seconds = REMEMBERED * self.draft_seconds + done.draft_seconds + reading
             self.drafted = REMEMBERED * self.drafted + done.drafted
 
 
