@@ -43,7 +43,9 @@ JITTERS = 5  # simulations beside every replay
 ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
 LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 PHASES = ("warm-up", "calm", "stolen core", "calm")
-LEAST_REQUESTS, MOST_STRETCHED = 5, 2  # in a third; times that a replay is made longer for them, at most
+# In a third, on average: arrivals are drawn, so that five gave `replay.LEAST_COUNTED` in every second build. And times
+# that a replay is made longer for them, at most.
+LEAST_REQUESTS, MOST_STRETCHED = 7, 3
 STATIC, AGAIN, LOOP = "static", "static again", "loop"
 
 
@@ -97,6 +99,15 @@ def trace(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace
     """Return the trace to replay: the calm share of `rate`, a warm-up and three thirds."""
     calm, lead = Phase(seconds / 3, CALM * rate, lengths), WARM_UP * seconds / 3
     return make("stolen core, live", [Phase(lead, CALM * rate, lengths), *[calm] * 3], seed, lead)
+
+
+def traces(rate: float, seconds: float, effort: str, seed: int = 0) -> list[Trace]:
+    """Return the trace of every round, so long that there are LEAST_REQUESTS in a third, as far as a replay of
+    `seconds` (at effort quick) may be stretched for that.
+    """
+    seconds *= LONGER[effort]
+    seconds = min(max(seconds, 3 * LEAST_REQUESTS / (CALM * rate)), MOST_STRETCHED * seconds)
+    return [trace(rate, seconds, LENGTHS, seed + 1000 + at) for at in range(ROUNDS[effort])]
 
 
 def serve_stolen(
@@ -226,9 +237,7 @@ def compare(
     """Replay calm traces with a stolen core under both settings in turn, and simulate the same with the slowness that
     the static run of each round had. `size` is that of the static setting, named in the workload.
     """
-    seconds *= LONGER[effort]
-    seconds = min(max(seconds, 3 * LEAST_REQUESTS / (CALM * setup.rate)), MOST_STRETCHED * seconds)
-    live = [trace(setup.rate, seconds, LENGTHS, seed + 1000 + at) for at in range(ROUNDS[effort])]
+    live = traces(setup.rate, seconds, effort, seed)
     models = (loaded.model,) if setup.alone else (loaded.model, fast)
     prompt_of, counter = engine.prompts(loaded, CONTEXTS[-1], seed), energy_source.counter(loaded.device)
     makers: Mapping[str, PolicyFactory] = {STATIC: static, AGAIN: static, LOOP: loop}

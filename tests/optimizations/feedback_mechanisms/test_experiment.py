@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.measure.serving import replay
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
@@ -69,6 +70,16 @@ def test_neither_setting_is_replayed_before_the_other_more_often(monkeypatch):
     loop = {seed: at for at, (seed, policy) in enumerate(served) if policy == "loop"}
     assert len(served) == 18 and len(loop) == 6
     assert sum(at < loop[served[at][0]] for at in static) == 3
+
+
+def test_the_draw_of_arrivals_does_not_decide_whether_a_stretched_replay_is_judged():
+    """With as many requests as are needed on average, one build in two had too few."""
+    for rate in (20.0, 30.0, 46.0):
+        for seed in range(40):
+            live = live_replay.traces(rate, 1.0, "quick", 17 * seed)
+            counted = [sum(request.arrival >= trace.warm_up for request in trace.requests) for trace in live]
+            assert sum(counted) / len(counted) >= replay.LEAST_COUNTED, (rate, seed)
+    assert max(trace.seconds for trace in live) < 1.5, "no longer than is needed"
 
 
 def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
