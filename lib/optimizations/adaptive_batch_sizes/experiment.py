@@ -28,7 +28,7 @@ from lib.optimizations.adaptive_batch_sizes.method import Adaptive
 from lib.optimizations.adaptive_batch_sizes.prefix_caching import PrefixStudy
 from lib.optimizations.adaptive_batch_sizes.real_model import RealModelTrial
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
-from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, CHOOSING, TrafficStudy
 from lib.optimizations.common.evidence.targets import is_reached
 
 CLAIMS = (
@@ -208,12 +208,13 @@ def details(
     times = study.setup.times
     by = simulated_by(study.setup)
     columns = "rows, columns, mean of perf_counter on the real model"
+    hindsight = f"{by}; a schedule in hindsight for each of {len(CHOOSING)} seeds, the mean"
     traces = [trace.describe() for trace in (*study.traces("changing"), *trial.traces)]
     return {
         "traces": (traces, "derived", "seeds and phases"),
         "step_seconds": ([list(point) for point in times.measured], "measured", columns),
         "goodput_by_size": ({str(rows): value for rows, value in by_size.items()}, "estimated", by),
-        "oracle_goodput": (oracle, "estimated", f"{by}; schedule in hindsight, one seed"),
+        "oracle_goodput": (oracle, "estimated", hindsight),
         "traffic": (list(rows), "estimated", by),
         "rate_attained": (dict(attained), "estimated", by),
         "simulation": (trial.rows, "measured", "against the replays on the real model"),
