@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lib.measure.metrics.decision import BUSY_FLOOR, FACTOR
 from lib.measure.metrics.measurement import Measurement
 
 ClaimAnswer = tuple[str, "bool | None", str]
@@ -66,7 +67,8 @@ def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
     """Return the answer to a claim that is refuted where a gain that should be detectable was not detected.
 
     Judged is the rate whose physical bound predicts the largest gain. It is detectable where it exceeds both the
-    smallest effect that the blocks can detect and the noise floor of the A/A control.
+    smallest effect that the blocks can detect and the noise floor of the A/A control. A rate that was not judged, or on
+    a busy machine, or by blocks that span a factor, tells of no gain and refutes none.
     """
     rates = [m for m in measurements if m.unit.endswith("/s") and m.predicted and m.ratio]
     if not rates:
@@ -77,4 +79,16 @@ def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
     if rate.predicted is None or rate.predicted <= least:
         return claim, None, evidence
     low, high = rate.ci or (rate.ratio, rate.ratio)
-    return claim, rate.verdict != "better", f"{evidence}, measured {rate.ratio:.2f}× ({low:.2f}–{high:.2f})"
+    evidence += f", measured {rate.ratio:.2f}× ({low:.2f}–{high:.2f})"
+    if _unusable(rate):
+        return claim, None, f"{evidence}; {rate.reason or rate.verdict}"
+    return claim, rate.verdict != "better", evidence
+
+
+def _unusable(rate: Measurement) -> bool:
+    """Return whether a rate has no verdict for a reason that is the measuring's, not the model's."""
+    if rate.verdict not in ("better", "worse", "equivalent", "inconclusive"):
+        return True
+    low, high = rate.ci or (1.0, 1.0)
+    busy = bool(rate.disturbed) or (rate.noise_floor or 0.0) > BUSY_FLOOR
+    return rate.verdict == "inconclusive" and (busy or high >= FACTOR * low)

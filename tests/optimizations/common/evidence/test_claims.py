@@ -48,3 +48,21 @@ def _rate(verdict: str, ratio: float, predicted: float | None):
 def test_a_gain_drowns_only_where_it_should_have_been_detected(verdict, ratio, predicted, refuted):
     assert claims.gain_drowns("claim", [_rate(verdict, ratio, predicted)])[1] is refuted
     assert claims.gain_drowns("claim", [])[1] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_floor": 0.12, "mde": 0.2},
+        {"disturbed": 2, "reason": "the machine was busy"},
+        {"ci": (0.9, 2.4), "mde": 0.3},
+        {"verdict": "informative"},
+        {"verdict": "invalid"},
+    ],
+)
+def test_a_machine_that_gives_no_verdict_refutes_no_gain(changes):
+    rate = _rate("inconclusive", 1.5, 1.5)
+    assert claims.gain_drowns("claim", [rate])[1] is True
+    busy = rate.model_copy(update=changes)
+    _, refuted, evidence = claims.gain_drowns("claim", [busy])
+    assert refuted is None and "1.50×" in evidence and evidence.endswith(busy.reason or busy.verdict)
