@@ -114,11 +114,18 @@ def _in_words(shape: list[tuple[str, int, int]]) -> str:
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """What exchanging did: the seconds waited, how many tokens of an answer it changed, why not in mid-request."""
+    """What exchanging did: the seconds waited, how many tokens of an answer it changed (None where nothing could be
+    exchanged), and why not in mid-request, or not at all.
+    """
 
     waits: list[float]
-    changed: int
+    changed: int | None
     reason: str | None
+
+    @property
+    def done(self) -> bool:
+        """Whether the other model was swapped in, and back out again."""
+        return self.changed is not None
 
 
 def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> ExchangeReport:
@@ -141,7 +148,7 @@ def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_token
         try:
             waits.append(live.swap(replacement))
         except UserError as error:
-            return ExchangeReport([], 0, str(error))
+            return ExchangeReport([], None, str(error))
         try:
             answer = live.generate(prompt_BT, new_tokens)
         finally:

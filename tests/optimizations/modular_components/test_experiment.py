@@ -1,12 +1,15 @@
 """What the experiment concludes from attempts and contrasts that are planted."""
 
+import copy
 import types
 
 import pandas as pd
 import pytest
+import torch
 from torch import nn
 
 from lib.measure.metrics import measurement
+from lib.models.checkpoints import io
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.search_quality import NOTHING_LOST
 from lib.optimizations.modular_components import experiment, method
@@ -98,3 +101,46 @@ def test_what_did_not_happen_tells_nothing():
     assert [refuted for _, refuted, _ in answers] == [True, None, None, None, None, True]
     assert answers[-1][2] == "the stack is a", "one part composes nothing"
     assert _study().too_strict == [] and _study("works").too_strict == ["b → a"]
+
+
+class Scribbler(nn.Module):
+    """A part of an optimized model that writes into a weight of the baseline whenever it is called."""
+
+    def __init__(self, inner: nn.Module, weight: nn.Parameter):
+        super().__init__()
+        self.inner, self.shared = inner, [weight]
+
+    def forward(self, *arguments, **options):
+        with torch.no_grad():
+            self.shared[0].mul_(1.01)
+        return self.inner(*arguments, **options)
+
+
+def exchanged_with(model, replacement) -> LiveExchange:
+    setup = types.SimpleNamespace(loaded=types.SimpleNamespace(model=model), weights=io.weights_hash(model))
+    study = types.SimpleNamespace(singles={"planted": Attempt([], "works", None, replacement)})
+    return experiment.exchange_live(setup, study, torch.arange(9, 41)[None])
+
+
+def test_a_trace_in_the_baseline_refutes_the_claim_and_is_taken_away(tiny):
+    """The exchange asserted that there was none: a run ended as failed, and the claim could not be refuted."""
+    model = tiny("qwen3-4b-instruct-2507")
+    before, sound = io.weights_hash(model), exchanged_with(model, copy.deepcopy(model))
+    assert sound.identical and sound.done == 1 and sound.reverted == "weights and logits identical after 1 exchange"
+    leaky = copy.deepcopy(model)
+    leaky.model.norm = Scribbler(leaky.model.norm, model.model.norm.weight)
+    traced = exchanged_with(model, leaky)
+    findings = (_study(), _contrasts((-0.1, 0.1)), _overhead("equivalent"))
+    assert experiment.refutations(*findings, traced, _stack("a"))[4][1] is True
+    assert "different after 1 exchange" in traced.caption and io.weights_hash(model) == before
+
+
+def test_a_model_that_cannot_be_exchanged_proves_nothing(tiny):
+    refused = exchanged_with(tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b"))
+    assert refused.done == 0 and refused.waits == [] and refused.rows[0]["tokens changed"] is None
+    assert refused.rows[0]["in mid-request"].startswith("not at all: ")
+    findings = (_study(), _contrasts((-0.1, 0.1)), _overhead("equivalent"), refused, _stack("a"))
+    assert experiment.refutations(*findings)[4][1:] == (None, "nothing could be exchanged")
+    assert "nothing could be exchanged" in experiment.sentence(*findings) and "nan" not in refused.caption
+    kept = experiment.details(_stack("a"), [], _study(), findings[1], refused)
+    assert kept["reverted_bit_identical"][0] is None

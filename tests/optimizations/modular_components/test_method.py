@@ -308,3 +308,4 @@ def test_what_cannot_be_exchanged_is_refused(tiny):
     wrapped.forward = lambda *arguments, **options: None
     report = hot_swap.trial(hot_swap.Live(first), wrapped, torch.tensor([[9, 10, 11]]), 4)
     assert "forward belongs to its object" in report.reason and report.waits == []
+    assert report.changed is None and not report.done, "what was not exchanged changed no tokens, known or unknown"
