@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
@@ -50,25 +51,44 @@ EXCHANGED = "exchanged in the middle, or between requests or not at all where a 
 def arranged(setup: PartsSetup, steps: str) -> tuple[list[RecipeStep], dict[str, str]]:
     """Return the steps of the whole pipeline, and by stem why a part was left out.
 
-    `steps`: stems joined by +, in the order wanted, or "auto": all that fit together, put into order.
+    `steps`: stems joined by +, in the order wanted, or "auto": all that fit together, put into order. Raises
+    NotApplicable where an optimization that was asked for is no part, does not apply to this model, or not in this
+    order.
     """
-    stems = setup.fitting if steps == "auto" else steps.split("+")
-    wanted = [method.trial(stem) for stem in stems]
-    return method.orderable(wanted, setup.loaded.model) if steps == "auto" else (wanted, {})
+    if steps == "auto":
+        return method.orderable([method.trial(stem) for stem in setup.fitting], setup.loaded.model)
+    try:
+        wanted = [method.trial(stem.strip()) for stem in steps.split("+")]
+    except UserError as error:
+        raise NotApplicable(str(error)) from None
+    unfit = [f"{step.optimization}: {why}" for step in wanted if (why := setup.unfit.get(step.optimization))]
+    if why := "; ".join(unfit) or method.refusal(wanted, setup.loaded.model):
+        raise NotApplicable(f"{method.NAME}: steps {steps}: {why}")
+    return wanted, {}
 
 
 def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.DataFrame:
-    """Return the shapes of the middle block's matrices after each step, one column per step."""
+    """Return the shapes of the middle block's matrices after each step, one column per step; a step that refuses the
+    model as the ones before left it is passed over, and its column says why.
+    """
     model = setup.loaded.model
     middle = len(anatomy(model).blocks) // 2
-    columns = {"baseline": traits.shapes(model, middle)}
-    for count, step in enumerate(steps, 1):
+    columns: dict[str, dict[str, str]] = {"baseline": traits.shapes(model, middle)}
+    applied: list[RecipeStep] = []
+    for step in steps:
         start = time.perf_counter()
-        model = method.compose(model, setup.calibration, [step], arrange=False, seed=setup.seed).model
+        try:
+            model = method.compose(model, setup.calibration, [step], arrange=False, seed=setup.seed).model
+        except UserError as refusal:
+            first = next(iter(columns["baseline"]))
+            columns[step.optimization] = dict.fromkeys(columns["baseline"], "not applied")
+            columns[step.optimization][first] = f"not applied: {refusal}"
+            continue
         seconds = time.perf_counter() - start
+        applied.append(step)
         columns[step.optimization] = traits.shapes(model, middle)
         if setup.keeps_singles:
-            setup.made[strength.named(steps[:count])] = MadeStep(model, seconds)
+            setup.made[strength.named(applied)] = MadeStep(model, seconds)
     return pd.DataFrame(columns).fillna("–").rename_axis("tensor").reset_index()
 
 

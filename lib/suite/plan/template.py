@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import UserError, suggest
 
 LINE = re.compile(r"^(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<type>[^=#]+?)\s*=\s*(?P<rest>.+)$")
 NUMBER = r"[-+]?(?:inf|∞|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -21,6 +21,7 @@ INTERVAL = re.compile(rf"\bin\s+([\[(])\s*({NUMBER})\s*,\s*({NUMBER})\s*([\])])"
 DEFAULT_BELOW = re.compile(r";\s*-1:\s")  # in a help: -1 alone stands for a default, nothing else below 0 is a value
 PAIR = re.compile(r"\btwo numbers\b")  # how many a list holds
 DIVISOR = re.compile(r"\ba divisor of (\w+)")  # of another parameter
+STEMS = re.compile(r"\bstems joined by \+")  # of optimizations, each of which has a template
 CHOICES = re.compile(r"\bone of\s+([^\s,;|]+(?:\|[^\s,;|]+)+)")
 
 
@@ -176,6 +177,20 @@ def check_divisors(values: Mapping[str, Any], template: Template) -> None:
                 f'{template.stem}: "{name}": expected a divisor of {match[1]}, which is {values[match[1]]}, '
                 f"got {values[name]}"
             )
+
+
+def check_stems(values: Mapping[str, Any], template: Template) -> None:
+    """Raise UserError for a value that is declared to name optimizations, and names one that has no template."""
+    known = sorted(path.stem for path in template.path.parent.glob("*.ipynb"))
+    for name, parameter in template.parameters.items():
+        if not STEMS.search(parameter.help) or values[name] == parameter.default:
+            continue
+        for stem in (part.strip() for part in str(values[name]).split("+")):
+            if stem not in known:
+                raise UserError(
+                    f'{template.stem}: "{name}": no optimization "{stem}"; expected {parameter.help}.'
+                    f"{suggest(stem, known)}"
+                )
 
 
 def _about(parameter: Parameter) -> str:

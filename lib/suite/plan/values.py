@@ -53,6 +53,7 @@ def resolve(
     if values.get("text"):
         text_file.check(values["text"])
     templates.check_divisors(values, template)
+    templates.check_stems(values, template)
     if isinstance(seed := values.get("seed"), int) and not 0 <= seed < SEEDS:
         raise UserError(f'{template.stem}: "seed": expected a whole number from 0 to {SEEDS - 1}, got {seed}')
     return values | dict(options)

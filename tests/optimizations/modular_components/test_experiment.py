@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import measurement
 from lib.models.checkpoints import io
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.search_quality import NOTHING_LOST
-from lib.optimizations.modular_components import experiment, method
+from lib.optimizations.modular_components import experiment, method, strength
 from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.experiment import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
@@ -144,3 +145,50 @@ def test_a_model_that_cannot_be_exchanged_proves_nothing(tiny):
     assert "nothing could be exchanged" in experiment.sentence(*findings) and "nan" not in refused.caption
     kept = experiment.details(_stack("a"), [], _study(), findings[1], refused)
     assert kept["reverted_bit_identical"][0] is None
+
+
+def refusing(monkeypatch, model, batch) -> types.SimpleNamespace:
+    """A setup of two parts, the second of which refuses whatever it is given; `third` does not apply to the model."""
+
+    def refuse(model, calibration):
+        raise UserError("second: no channel is left to cut")
+
+    def sound(model, calibration):
+        return copy.deepcopy(model)
+
+    described = {"touches": (), "needs": (), "invalidates": (), "trial": {}}
+    modules = {
+        stem: types.SimpleNamespace(COMPOSES=described, SEARCH_SPACE={}, apply=apply, applies_to=lambda model: None)
+        for stem, apply in (("first", sound), ("second", refuse), ("third", sound))
+    }
+    monkeypatch.setattr(method, "parts", lambda: modules)
+    options = {"calibration": [batch], "seed": 0, "keeps_singles": True, "made": {}}
+    parts = {"fitting": ["first", "second"], "unfit": {"third": "it has no experts"}}
+    return types.SimpleNamespace(loaded=types.SimpleNamespace(model=model), **options, **parts)
+
+
+def test_a_part_that_refuses_here_is_passed_over_where_shapes_are_shown(tiny, batch, monkeypatch):
+    """It raised from the cell, and the run ended as failed before a pair was tried."""
+    setup = refusing(monkeypatch, tiny("qwen3-4b-instruct-2507"), batch)
+    steps, left_out = experiment.arranged(setup, "auto")
+    shown = experiment.shapes_of_middle_block(setup, [steps[1], steps[0]])
+    assert left_out == {} and list(shown.columns) == ["tensor", "baseline", "second", "first"]
+    assert shown.second[0] == "not applied: second: no channel is left to cut" and set(shown.second[1:]) == {
+        "not applied"
+    }
+    assert list(shown["first"]) == list(shown.baseline)
+    assert list(setup.made) == [strength.named([steps[0]])], "what was made is kept by the steps that made it"
+
+
+def test_steps_that_cannot_be_taken_here_are_a_result_and_not_a_fault(tiny, batch, monkeypatch):
+    setup = refusing(monkeypatch, tiny("qwen3-4b-instruct-2507"), batch)
+    assert [step.optimization for step in experiment.arranged(setup, "second + first")[0]] == ["second", "first"]
+    with pytest.raises(NotApplicable, match=r"steps first\+third: third: it has no experts"):
+        experiment.arranged(setup, "first+third")
+    with pytest.raises(UserError, match='no optimization "fist"'):
+        experiment.arranged(setup, "fist")
+    monkeypatch.setattr(
+        method, "conflict", lambda before, step, _: "channels" if step.optimization == "first" else None
+    )
+    with pytest.raises(NotApplicable, match="first needs channels, which second takes away; put first first"):
+        experiment.arranged(setup, "second+first")

@@ -262,6 +262,22 @@ def test_a_value_that_does_not_divide_another_is_refused():
         plan.plan(pattern)
 
 
+@pytest.mark.parametrize(
+    "steps", ["structured_prunning", "structured_pruning+", "structured_pruning,tensor_decomposition"]
+)
+def test_a_step_that_is_no_optimization_is_refused_before_anything_starts(steps):
+    """It was refused in the notebook, after the model was loaded, as a run that failed."""
+    from lib.suite.plan import plan
+
+    def planned(value):
+        request = plan.Request(optimizations=("modular_components",), parameters={"steps": value})
+        return plan.plan(request, to_run=False)
+
+    with pytest.raises(UserError, match=r'modular_components: "steps": no optimization ".*"; expected stems joined by'):
+        planned(steps)
+    assert planned("auto") and planned("tensor_decomposition + structured_pruning")
+
+
 def test_an_earlier_name_is_read_and_the_present_one_said(tmp_path):
     root = workbench.project(tmp_path / "project")
     parameters = workbench.COMMON.replace("ratio: float", "finetune_steps: float")
