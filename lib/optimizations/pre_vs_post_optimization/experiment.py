@@ -44,6 +44,7 @@ PRIMARIES = {
 MOST_PARTS = 4
 CURVES = ["arm", "strength", "value", "low", "high"]
 SHARES = ["what", "part", "value", "low", "high"]
+EMPTY_STACK = "an empty stack"
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,9 @@ def sweep(
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shapley values per part and for the whole: a row per quantity (`what`) and part, with intervals."""
+    """Shapley values per part and for the whole: a row per quantity (`what`) and part, with intervals; without rows,
+    `source` is the reason.
+    """
 
     shares: pd.DataFrame
     source: str
@@ -230,9 +233,12 @@ class Attribution:
         return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
 
     def reading(self) -> str:
-        """Return two sentences: the whole gain in prefill, and the part that contributes most of it."""
+        """Return two sentences: the whole gain in prefill, and the part that contributes most of it; or why there is
+        nothing to share out.
+        """
         if self.shares.empty:
-            return "Nothing pays here, so the stack is empty. There is no gain to share out."
+            empty = "Nothing pays here, so the stack is empty"
+            return f"{empty if self.source == EMPTY_STACK else self.source}. There is no gain to share out."
         rows = self.shares[self.shares["what"] == "prefill"]
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
@@ -245,23 +251,31 @@ class Attribution:
         return f"{first} Most of it is owed to {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
 
 
-def attributed(setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compared: Compared) -> Attribution:
+def attributed(
+    setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compared: Compared, invalid: str | None = None
+) -> Attribution:
     """Time all subsets in common rounds, read the same windows with each, and share the gains out.
 
-    A stack of one part needs no rounds of its own: what was timed before is attributed. Asserts that shares add up.
+    A stack of one part needs no rounds of its own: what was timed before is attributed. Nothing is where the stack's
+    output has degenerated (`invalid` says why), or a subset's losses are no numbers. Asserts that shares add up.
     """
     effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, every.parts
+    nothing = pd.DataFrame(columns=SHARES)
     if not parts:
-        return Attribution(pd.DataFrame(columns=SHARES), "an empty stack")
+        return Attribution(nothing, EMPTY_STACK)
+    if invalid:
+        return Attribution(nothing, f"The output has degenerated: {invalid}")
+    size = "final", 2 * quick.windows, quick.window_tokens, seed + 1
+    windows_NT, source_N = tasks.text_windows(setup.loaded, *size), tasks.window_sources(setup.loaded, *size)
+    losses = {} if setup.loaded.random_weights else interactions.losses(every.models, windows_NT)
+    if broken := [name for name, loss_N in losses.items() if not np.isfinite(loss_N).all()]:
+        return Attribution(nothing, f"Losses are not finite (NaN or infinite) after {', '.join(broken)}")
     if len(parts) == 1 and compared.timed:
         timed = attribution.one_part(next(iter(parts)), compared.timed)
         rounds = "; ".join(f"{what}: {compared.timed[what].pairs.describe()}" for what in timed)
     else:
         timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
         rounds = f"{effort.blocks} common rounds of every subset of {len(parts)} parts"
-    size = "final", 2 * quick.windows, quick.window_tokens, seed + 1
-    windows_NT, source_N = tasks.text_windows(setup.loaded, *size), tasks.window_sources(setup.loaded, *size)
-    losses = {} if setup.loaded.random_weights else interactions.losses(every.models, windows_NT)
     shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed, source_N))
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()

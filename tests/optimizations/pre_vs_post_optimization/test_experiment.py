@@ -1,14 +1,17 @@
 """What the experiment concludes from verdicts and shares that are planted."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.quality import sanity
 from lib.optimizations.common import judgement
 from lib.optimizations.common.evidence import interactions
 from lib.optimizations.common.recipe import RecipeStep
@@ -74,6 +77,29 @@ def test_nothing_pays_is_an_answer():
     assert len(shares.speeds()) == len(shares.losses()) == 0
     first, second = shares.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
+
+
+@pytest.mark.parametrize("broken, where", [("a → b", "whole"), ("b", "subset")])
+def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, where):
+    """Subsets of a degenerate stack were timed all the same, and losses that are NaN ended the run as failed."""
+    names = [interactions.named(*subset) for subset in ((), ("a",), ("b",), ("a", "b"))]
+    models = {name: tiny("qwen3-4b-instruct-2507") for name in names}
+    weight = models[broken].model.layers[0].mlp.down_proj.weight
+    weight.data.fill_(float("nan"))
+    monkeypatch.setattr(experiment.tasks, "text_windows", lambda *_: torch.randint(8, 96, (4, 16)))
+    monkeypatch.setattr(interactions, "time_arms", lambda *_, **__: pytest.fail("timed"))
+    prompt_BT = torch.randint(8, 96, (1, 16))
+    invalid = sanity.check(models["a → b"], prompt_BT, random_weights=True)
+    assert (invalid is not None) is (where == "whole")
+    loaded, few = types.SimpleNamespace(random_weights=False), types.SimpleNamespace(windows=2, window_tokens=16)
+    setup = replace(_setup("a", "b"), loaded=loaded, effort=few, quick=few)
+    every = experiment.Subsets({"a": [], "b": []}, models, 0.0)
+    for said in dict.fromkeys((invalid, None)):
+        shared = experiment.attributed(setup, every, prompt_BT, Compared([]), said)
+        assert len(shared.speeds()) == len(shared.losses()) == 0 and "not finite" in shared.source
+        first, second = shared.reading().split(". ", 1)
+        assert reading.two(f"{first}.", second) and "Nothing pays" not in first
+        assert outcome.details(setup, shared, GainSweep([], pd.DataFrame()))["attribution"][0] == []
 
 
 def test_a_sweep_without_points_is_empty():
