@@ -34,7 +34,7 @@ from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
 SEARCH_WINDOWS, WINDOW_TOKENS = 8, 256
-ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: as many more as it takes to tell, at most; at preview no more
+ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: until the interval is narrow, at most so many; at preview no more
 MOST_SECONDS = 20.0  # after which no further rounds are begun
 
 
@@ -111,8 +111,8 @@ def default_stack(
 
     A part pays if with it no score and no perplexity on the split "search" passes the margins of the verdict, and it is
     either faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that
-    margin. The lower end of the interval decides, over more rounds where six cannot tell: what stays undecided is left
-    out. Where none pays, the stack is empty. `effort` (by default quick) limits what candidates are asked and how
+    margin. The lower end of the interval decides, over more rounds where that of six is wide: what stays undecided is
+    left out. Where none pays, the stack is empty. `effort` (by default quick) limits what candidates are asked and how
     long their prompt is; at preview six rounds are all.
     """
     effort = effort or settings.read("quick", loaded.scale)
@@ -157,8 +157,9 @@ def _finite(value: float) -> float | None:
 
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: int, seed: int) -> Estimate:
     """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, at
-    `most` so many, as long as the interval holds a practical margin, so that noise does not decide, and MOST_SECONDS
-    have not passed. Every six have copies of their own: what differs between two copies is drawn anew with each.
+    `most` so many, as long as the interval is wider than a practical margin to either side and MOST_SECONDS have not
+    passed. What the interval says of the candidate never ends the rounds: of three looks one would be lucky. Every six
+    have copies of their own: what differs between two copies is drawn anew with each.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
@@ -169,8 +170,8 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
         sigma = np.mean([interactions.process_sigma(name, weights.values()) for name in timed])
         groups = len(gains) // ROUNDS if interactions.copied_anew(arms.values()) else 1
         gain = shapley.over_rounds(gains, float(sigma) / math.sqrt(groups))
-        undecided = any(gain.low <= limit <= gain.high for limit in (-SPEED_MARGIN, SPEED_MARGIN))
-        if not undecided or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
+        narrow = gain.high - gain.low <= 2 * SPEED_MARGIN
+        if narrow or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
             return gain
 
 

@@ -56,11 +56,16 @@ def controls(compared: Compared, identity: list[Measurement]) -> list[ThirdArm]:
 
 
 def sentence(setup: StackSetup, verdict: str) -> str:
-    """Return the sentence of the verdict; where nothing pays, that first, and how many candidates were rejected."""
+    """Return the sentence of the verdict; where nothing pays, that first, how many candidates were tried and rejected,
+    and how many could not be applied.
+    """
     if setup.pays:
         return verdict
-    tried = len(setup.stack.considered)
-    return f"Nothing pays here: of {tried} candidates none is within the margins and faster or smaller. {verdict}"
+    tried = sum(row.get("state", "works") == "works" for row in setup.stack.considered)
+    unfit = len(setup.stack.considered) - tried
+    apart = f" ({unfit} more could not be applied)" if unfit else ""
+    nothing = f"of {tried} candidates none is, as far as can be told, within the margins and faster or smaller{apart}"
+    return f"Nothing pays here: {nothing}. {verdict}"
 
 
 def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[str, tuple[object, str, str]]:
@@ -69,7 +74,7 @@ def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[st
     return {
         "stack": ([step.model_dump() for step in stack.steps], "derived", stack.origin),
         "inputs": (stack.inputs, "derived", "SHA-256 of files that earlier runs wrote and this one read"),
-        "considered": (stack.considered, "measured", "search text and items; rounds until an interval tells"),
+        "considered": (stack.considered, "measured", "search text and items; rounds until the interval is narrow"),
         "attribution": (shared.shares.to_dict("records"), "measured", shared.source),
         "sweep": (points, "measured", "paired blocks at every length and batch size"),
     }

@@ -69,6 +69,10 @@ def test_nothing_pays_is_an_answer():
     text = outcome.sentence(nothing, "Prefill speed equivalent.")
     assert text.startswith("Nothing pays here: of 1 candidates") and text.endswith("Prefill speed equivalent.")
     assert outcome.sentence(_setup("a"), "Faster.") == "Faster."
+    undecided = {"state": "works", "kept": False, "why": "neither faster, nor smaller, as far as can be told"}
+    refused = [{"state": state, "kept": False, "why": "no"} for state in ("refused", "crashed")]
+    text = outcome.sentence(_setup(considered=[undecided, *refused]), "")
+    assert "of 1 candidates none is, as far as can be told," in text and "(2 more could not be applied)" in text
     speed = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
     judged = judgement.Judgement(None, [_verdict("maintained")], None)
     own = experiment.identity_control(nothing, None, judged, Compared([speed]))
@@ -87,6 +91,7 @@ def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, wher
     weight = models[broken].model.layers[0].mlp.down_proj.weight
     weight.data.fill_(float("nan"))
     monkeypatch.setattr(experiment.tasks, "text_windows", lambda *_: torch.randint(8, 96, (4, 16)))
+    monkeypatch.setattr(experiment.tasks, "window_sources", lambda *_: np.arange(4))
     monkeypatch.setattr(interactions, "time_arms", lambda *_, **__: pytest.fail("timed"))
     prompt_BT = torch.randint(8, 96, (1, 16))
     invalid = sanity.check(models["a → b"], prompt_BT, random_weights=True)

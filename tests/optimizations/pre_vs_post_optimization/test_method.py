@@ -141,9 +141,9 @@ def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
     assert stack.steps == [] and "nothing pays" in stack.origin and len(stack.considered) == 2
 
 
-def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
-    """Planted rounds whose interval holds the margin at first; six are enough for a large effect, or where they are
-    all that may be.
+def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
+    """Planted rounds whose interval is wide at first; six are enough where it is narrow, or where they are all that may
+    be.
     """
     unclear = np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6)
     draws = iter([unclear, *[np.full(6, 0.05)] * 2])
@@ -165,14 +165,33 @@ def test_a_candidate_is_timed_until_its_interval_tells(tiny, monkeypatch):
 
 
 def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_narrow_it(monkeypatch):
-    seconds = {"baseline": [1.0] * 6, "after": [0.98] * 6}  # at the margin: as many rounds as there may be
+    seconds = {"baseline": [1.0] * 6, "after": [0.98] * 6}
     rounds = interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)
     monkeypatch.setattr(interactions, "time_arms", lambda *_: {"prefill": rounds, "decode": rounds})
     sigma = process_variance.between_processes("prefill").sigma
+    monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.001)
     for anew, groups in ((True, 3), (False, 1)):
         monkeypatch.setattr(interactions, "copied_anew", lambda _, anew=anew: anew)
         gain = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
         assert gain.n == 18 and gain.value - gain.low == pytest.approx(1.96 * sigma / groups**0.5)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.03])
+def test_what_is_as_fast_as_the_margin_asks_is_not_kept_more_often_for_further_looks(monkeypatch, noise):
+    """Rounds went on until the interval excluded a margin: of three looks one was lucky in one case of twenty."""
+    random, seen = np.random.default_rng(0), []
+
+    def timed(arms, prompt, count, seed):
+        gain = comparing.SPEED_MARGIN + noise * random.standard_normal(6)
+        seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
+
+    monkeypatch.setattr(interactions, "time_arms", timed)
+    monkeypatch.setattr(interactions, "copied_anew", lambda _: True)
+    seen = [comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0) for _ in range(1500)]
+    assert np.mean([gain.low > comparing.SPEED_MARGIN for gain in seen]) < 0.04
+    # And an effect of whatever size is timed as long as its interval is as wide.
+    assert all(gain.n == comparing.MOST_ROUNDS or gain.high - gain.low <= 2 * comparing.SPEED_MARGIN for gain in seen)
 
 
 @pytest.mark.parametrize(("effort", "tokens", "rounds"), [("preview", 128, 6), ("quick", 256, 18), (None, 256, 18)])
