@@ -5,7 +5,7 @@ Parts are found in the folder of optimizations; none is named here.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import search_quality
 from lib.optimizations.modular_components import hot_swap, maintenance, method, pair_rounds, strength, traits
+from lib.optimizations.modular_components.hot_swap import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 from lib.optimizations.modular_components.strength import MadeStep, Weakened
@@ -143,84 +144,15 @@ def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) ->
     ]
 
 
-@dataclass(frozen=True)
-class LiveExchange:
-    """What exchanging every part into a live model did: seconds waited, a row per part, whether the model was bit by
-    bit the same afterwards, and of what that was seen. A row whose "tokens changed" is None was not exchanged at all.
-    """
-
-    waits: list[float]
-    rows: list[dict[str, object]]
-    identical: bool
-    compared: str = "weights and logits"
-
-    @property
-    def done(self) -> int:
-        """How many parts were exchanged."""
-        return sum(row.get("tokens changed", 0) is not None for row in self.rows)
-
-    @property
-    def reverted(self) -> str:
-        """What was found after the exchanges, as a phrase."""
-        if not self.done:
-            return "nothing could be exchanged"
-        found = "identical" if self.identical else "different"
-        return f"{self.compared} {found} after {self.done} exchange{'s' if self.done > 1 else ''}"
-
-    @property
-    def caption(self) -> str:
-        """What was found, and the longest wait."""
-        waited = f"; longest wait {self.longest_ms:.3f} ms" if self.waits else ""
-        return f"Reverted bit by bit: {self.reverted}{waited}."
-
-    @property
-    def longest_ms(self) -> float:
-        """The longest wait in milliseconds; NaN where nothing was exchanged."""
-        return 1000 * max(self.waits, default=float("nan"))
-
-
 def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) -> LiveExchange:
     """Swap the model made by each part into the live baseline in mid-request, restore the baseline, and look whether
-    weights, logits and an answer are what they were.
-
-    Logits that differ from call to call anyway, as on some GPUs, are not compared. Where a trace was left in the
-    weights, they are set to what they were, since all that follows is measured on them.
+    weights, logits and an answer are what they were; see `hot_swap.exchange_all`.
     """
     model = setup.loaded.model
-    live, question_BT = hot_swap.Live(model), prompt_BT[:, :64].to(next(model.parameters()).device)
-    kept = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
-
-    def answered() -> tuple[torch.Tensor, torch.Tensor]:
-        return model(input_ids=question_BT).logits, live.generate(question_BT, EXCHANGED_TOKENS)
-
-    expected = answered()
-    repeats = _equal(answered(), expected)
-    waits: list[float] = []
-    rows: list[dict[str, object]] = []
-    for stem, single in study.singles.items():
-        attempt = pair_rounds.with_model(setup, single)
-        if attempt.model is not None:
-            report = hot_swap.trial(live, attempt.model, question_BT, EXCHANGED_TOKENS)
-            waits += report.waits
-            why = report.reason if report.done else f"not at all: {report.reason}"
-            rows.append({"swapped in": stem, "in mid-request": why or "yes", "tokens changed": report.changed})
-    identical = io.weights_hash(model) == setup.weights
-    if identical and repeats:
-        identical = _equal(answered(), expected)
-    elif not identical:
-        with torch.no_grad():
-            for name, tensor in _tensors(model):
-                tensor.copy_(kept[name])
-    compared = "weights and logits" if repeats else "weights (logits differ from call to call)"
-    return LiveExchange(waits, rows, identical, compared)
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    attempts = ((stem, pair_rounds.with_model(setup, single).model) for stem, single in study.singles.items())
+    made = ((stem, other) for stem, other in attempts if other is not None)
+    question_BT = prompt_BT[:, :64].to(next(model.parameters()).device)
+    return hot_swap.exchange_all(model, made, question_BT, EXCHANGED_TOKENS, setup.weights)
 
 
 def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addition | None) -> list[Measurement]:

@@ -11,13 +11,14 @@ Shapes: B batch, T prompt tokens, N new tokens.
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.models.checkpoints import io
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 
@@ -154,3 +155,86 @@ def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_token
         finally:
             waits.append(live.revert())
     return ExchangeReport(waits, int((answer != expected).sum()), reasons[0] if reasons else None)
+
+
+@dataclass(frozen=True)
+class LiveExchange:
+    """What exchanging every part into a live model did: seconds waited, a row per part, whether the model was bit by
+    bit the same afterwards, and of what that was seen. A row whose "tokens changed" is None was not exchanged at all.
+    """
+
+    waits: list[float]
+    rows: list[dict[str, object]]
+    identical: bool
+    compared: str = "weights and logits"
+
+    @property
+    def done(self) -> int:
+        """How many parts were exchanged."""
+        return sum(row.get("tokens changed", 0) is not None for row in self.rows)
+
+    @property
+    def reverted(self) -> str:
+        """What was found after the exchanges, as a phrase."""
+        if not self.done:
+            return "nothing could be exchanged"
+        found = "identical" if self.identical else "different"
+        return f"{self.compared} {found} after {self.done} exchange{'s' if self.done > 1 else ''}"
+
+    @property
+    def caption(self) -> str:
+        """What was found, and the longest wait."""
+        waited = f"; longest wait {self.longest_ms:.3f} ms" if self.waits else ""
+        return f"Reverted bit by bit: {self.reverted}{waited}."
+
+    @property
+    def longest_ms(self) -> float:
+        """The longest wait in milliseconds; NaN where nothing was exchanged."""
+        return 1000 * max(self.waits, default=float("nan"))
+
+
+def exchange_all(
+    model: nn.Module,
+    replacements: Iterable[tuple[str, nn.Module]],
+    question_BT: torch.Tensor,
+    new_tokens: int,
+    weights: str,
+) -> LiveExchange:
+    """Swap each of the `replacements` (name, model) into the live model in mid-request and back, and look whether its
+    `weights` (a hash), its logits and its answer are what they were.
+
+    Logits that differ from call to call anyway, as on some GPUs, are not compared. Where a trace was left in the
+    weights, they are set to what they were, since all that follows is measured on them.
+    """
+    live = Live(model)
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+
+    def answered() -> tuple[torch.Tensor, torch.Tensor]:
+        return model(input_ids=question_BT).logits, live.generate(question_BT, new_tokens)
+
+    expected = answered()
+    repeats = _equal(answered(), expected)
+    waits: list[float] = []
+    rows: list[dict[str, object]] = []
+    for name, replacement in replacements:
+        report = trial(live, replacement, question_BT, new_tokens)
+        waits += report.waits
+        why = report.reason if report.done else f"not at all: {report.reason}"
+        rows.append({"swapped in": name, "in mid-request": why or "yes", "tokens changed": report.changed})
+    identical = io.weights_hash(model) == weights
+    if identical and repeats:
+        identical = _equal(answered(), expected)
+    elif not identical:
+        with torch.no_grad():
+            for name, tensor in _tensors(model):
+                tensor.copy_(kept[name])
+    compared = "weights and logits" if repeats else "weights (logits differ from call to call)"
+    return LiveExchange(waits, rows, identical, compared)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
