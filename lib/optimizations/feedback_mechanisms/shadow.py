@@ -4,7 +4,6 @@ a server whose answers come from two profiles.
 Shapes: T prompt tokens, N new tokens.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from lib.measure.quality import answer_comparison, evaluate
 from lib.models.decoding import batch_cache
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.sharing import sharing
 from lib.models.tasks.registry import classifies
 from lib.optimizations.feedback_mechanisms.method import Guard
 
@@ -60,14 +60,23 @@ def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers:
 
 
 def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
-    """Return a copy whose attention outputs are disturbed: noise of `strength` × their own standard deviation."""
-    damaged = copy.deepcopy(model)
+    """Return a model whose attention outputs are disturbed: noise of `strength` × their own standard deviation. A
+    packed matrix is restored first. Everything else is shared with `model`.
+    """
+    damaged = sharing(model)
+    names = {module: name for name, module in damaged.named_modules()}
     random = torch.Generator().manual_seed(seed)
     for block in anatomy(damaged).blocks:
         if block.attention.kind != "none":
-            weight = block.attention.output.weight
-            noise = torch.randn(weight.shape, generator=random).to(weight.device, weight.dtype)
-            weight.data += strength * weight.float().std().to(weight.dtype) * noise
+            output: Any = block.attention.output
+            packed = hasattr(output, "restored")
+            dtype = torch.float32 if packed else output.weight.dtype
+            weight = output.restored() if packed else output.weight.detach()
+            noise = torch.randn(weight.shape, generator=random).to(weight.device, dtype)
+            noisy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            noisy.weight = nn.Parameter(weight + strength * weight.float().std().to(dtype) * noise, requires_grad=False)
+            noisy.bias = output.bias
+            damaged.set_submodule(names[output], noisy)
     return damaged
 
 

@@ -14,6 +14,7 @@ from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
 from lib.measure.serving.traffic import Lengths, ServingRequest
 from lib.measure.timing import disturbance
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
+from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms import method as feedback
 from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
@@ -355,6 +356,20 @@ def test_a_broken_profile_is_a_copy_and_loses_more(tiny, name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     prompts = [torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
     assert np.mean(shadow.disagreements(model, prompts, shadow.answers(damaged, prompts, 8))) > 0.2
+
+
+def test_a_broken_profile_of_packed_weights_loses_more_than_they_do(tiny):
+    """Packed weights are whole numbers: noise cannot be added to them."""
+    model = tiny("qwen3-4b-instruct-2507")
+    int8 = weight_only.weight_only(model, 8)
+    before = {key: value.clone() for key, value in int8.state_dict().items()}
+    damaged = shadow.broken(int8, 4.0)
+    assert all(torch.equal(before[key], value) for key, value in int8.state_dict().items())
+    prompts = [torch.randint(8, 96, (12,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    sound, worse = (
+        np.mean(shadow.disagreements(model, prompts, shadow.answers(each, prompts, 8))) for each in (int8, damaged)
+    )
+    assert worse > max(0.2, sound)
 
 
 def test_trials_of_a_guard_find_a_planted_fault_and_spare_a_sound_profile():
