@@ -70,8 +70,8 @@ def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
         if block.attention.kind != "none":
             output: Any = block.attention.output
             packed = hasattr(output, "restored")
-            dtype = torch.float32 if packed else output.weight.dtype
-            weight = output.restored() if packed else output.weight.detach()
+            dtype = next(damaged.parameters()).dtype if packed else output.weight.dtype  # that of the embeddings
+            weight = output.restored().to(dtype) if packed else output.weight.detach()
             noise = torch.randn(weight.shape, generator=random).to(weight.device, dtype)
             noisy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             noisy.weight = nn.Parameter(weight + strength * weight.float().std().to(dtype) * noise, requires_grad=False)
