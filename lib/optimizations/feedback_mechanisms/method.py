@@ -166,6 +166,7 @@ class LatencyLoop:
         check(setpoint=setpoint)
         self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
         self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
+        self.first_token_seconds = objectives.first_token_seconds
         self.limit, self.bound, self.wait = START_ROWS, False, 0.0
         self.pending, self.count = 0.0, 0
         self.signal: float | None = None
@@ -187,9 +188,15 @@ class LatencyLoop:
         return self.switch.profile if self.switch else FULL
 
     def decide(self, view: View) -> Decision:
-        """Admit as many requests as the limit and the server's memory have room for."""
+        """Admit as many requests as the limit and the server's memory have room for.
+
+        The switch is shown the wait of the first in the queue only where some must go on waiting, and where it can
+        still be met: one that is admitted now needs no faster profile, and one that is lost gains nothing by it.
+        """
+        held = min(self.size - len(view.running), view.room) < len(view.waiting)
         self.bound |= self.size - len(view.running) < len(view.waiting)
-        self.wait = view.now - view.waiting[0].arrival
+        wait = view.now - view.waiting[0].arrival
+        self.wait = wait if held and wait <= self.first_token_seconds else 0.0
         if self.switch:
             self.switch.look(view.now, self.wait, self.signal or 0.0)
         return Decision(max(0, min(self.size - len(view.running), view.room)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.serving.protocol import Limits
+from lib.measure.serving.protocol import Limits, RequestOutcome, View
 from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
@@ -276,6 +276,26 @@ def test_the_switch_does_not_return_to_a_profile_that_would_miss_the_objective()
     for second in range(1, 200):
         switch.look(float(second), 0.0, 0.6 * OBJECTIVES.token_seconds)
     assert switch.profile == feedback.FAST
+
+
+def view(waits, running=0, now=100.0):
+    waiting = [ServingRequest(i, now - wait, 16, 4) for i, wait in enumerate(waits)]
+    return View(now, waiting, [RequestOutcome(request) for request in waiting[:1] * running], 32, 20, "iteration")
+
+
+@pytest.mark.parametrize(
+    "waits, running, profile",
+    [
+        ([10.0] * 40, 0, feedback.FULL),  # long lost: the server shows late ones only where there are no others
+        ([0.12] * 3, 0, feedback.FULL),  # admitted at once
+        ([0.12] * 20, 10, feedback.FAST),  # some must go on waiting
+        ([0.01] * 40, 0, feedback.FULL),  # so must these, but not for long yet
+    ],
+)
+def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(waits, running, profile):
+    loop = two_profiles()
+    loop.decide(view(waits, running))
+    assert loop.profile == profile
 
 
 def test_rows_end_in_the_profile_where_they_began():
