@@ -203,7 +203,8 @@ class LatencyLoop:
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
         """Take in a step; decide anew after every PERIOD_STEPS of decoding."""
-        if step.kind == "decode" or step.running > step.batch:  # a first prefill stops nobody
+        begun = step.batch if step.kind == "prefill" else 0  # they are counted as running, and were not stopped
+        if step.running > begun:
             self.pending += step.seconds
         if step.kind != "decode":
             return

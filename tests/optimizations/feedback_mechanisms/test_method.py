@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.serving.protocol import Limits, RequestOutcome, View
+from lib.measure.serving.protocol import Limits, RequestOutcome, ServerStep, View
 from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, StepTimes
@@ -67,6 +67,17 @@ def test_the_limit_does_not_wind_up_in_calm_hours():
     loop = feedback.LatencyLoop(feedback.PI(), OBJECTIVES)
     scenarios.play(calm, loop, times(), LIMITS)
     assert loop.limit <= feedback.START_ROWS  # two requests a second leave plenty of room under it
+
+
+@pytest.mark.parametrize(
+    "kind, batch, running, stopped",
+    [("leave", 2, 2, True), ("leave", 4, 1, True), ("leave", 4, 0, False), ("prefill", 2, 2, False),
+     ("prefill", 2, 3, True), ("decode", 3, 3, True)],
+)  # fmt: skip
+def test_the_signal_has_every_stop_of_the_rows_that_go_on(kind, batch, running, stopped):
+    loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
+    loop.observe(ServerStep(0.0, kind, batch, 16, 0.5, 0, running), ())
+    assert (loop.signal or loop.pending) == (0.5 if stopped else 0.0)
 
 
 def test_pi_in_velocity_form_removes_a_constant_error():
