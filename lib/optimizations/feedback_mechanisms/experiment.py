@@ -48,7 +48,7 @@ from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
 CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
-SIZES = (4, 8, 12, 16, 24, 32)  # static limits that are tried
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 

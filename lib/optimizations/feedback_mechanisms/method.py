@@ -54,7 +54,7 @@ MOST_CHANGE = math.log(2)  # of the limit, per decision
 PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
 HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile stays at least, at most before a try
 FULL, FAST = 0, 1  # profiles
-START_ROWS, LEAST_ROWS = 16.0, 4.0  # limit before anything is known, and at least
+START_ROWS, LEAST_ROWS = 16.0, 1.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
 
 

@@ -267,6 +267,14 @@ def test_limits_that_the_seeds_do_not_tell_apart_are_decided_by_requests_in_time
     assert chosen == best and "no" not in [row["taken"] for row in rows]
 
 
+def test_a_machine_that_serves_two_rows_at_most_has_a_static_limit_of_two():
+    """The grid ended at four: where fewer rows are best, the baseline was not the best static setting."""
+    table = tuple((0.004 * (1 if rows <= 2 else rows),) * (4096 // COLUMN_STEP) for rows in range(1, 33))
+    steps = StepTimes(table, (0.0005, 5e-5, 0.0), (0.0, 0.0), (0.97, 1.0, 1.03), (1.0,), 1.0, 1)
+    setup = TwoProfileSetup((steps, steps), Objectives(0.4, 0.0075), Limits(32, patience_seconds=0.3), 6.0)
+    assert experiment.choose(experiment.study(setup, 0.8, "quick", 0))[0] == 2
+
+
 def test_what_two_profiles_share_lies_in_memory_once(tiny):
     full = tiny("qwen3-4b-instruct-2507")
     fast = sharing(full)
