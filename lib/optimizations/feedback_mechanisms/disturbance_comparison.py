@@ -1,9 +1,8 @@
 """A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
 
 Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions from a scenario to a new policy; this module has the open-loop ones: a static limit, the oracle, and routing a
-fixed share. Profile 0 is the full one, 1 the fast one. What is shared with every comparison of policies is in
-`lib.measure.serving.policy_comparison`.
+functions from a scenario to a new policy; those without a loop are in `rivals`. Profile 0 is the full one, 1 the fast
+one. What is shared with every comparison of policies is in `lib.measure.serving.policy_comparison`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
 from lib.measure.serving import policy_comparison, slo, step_timing
 from lib.measure.serving.policy_comparison import NEW_JITTER, seed_of
-from lib.measure.serving.protocol import MOST_ROWS, Decision, Limits, Policy, RequestOutcome, ServerStep, View
+from lib.measure.serving.protocol import MOST_ROWS, Limits, Policy
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes, drawn_again
 from lib.measure.serving.traffic import Lengths
@@ -40,59 +39,6 @@ KEYS = (
 PolicyFactory = Callable[[Scenario], Policy]
 Row = dict[str, object]
 Ran = dict[str, float | None]  # what one run came to, by KEYS
-
-
-@dataclass
-class Static:
-    """At most `size` rows, with the profile `always`; or, with `span`, the oracle: the fast profile in [span)."""
-
-    size: int
-    always: int = 0
-    span: tuple[float, float] | None = None
-    profile: int = 0
-
-    @property
-    def name(self) -> str:
-        """What the setting is called in tables."""
-        kind = "oracle" if self.span else "static, fast" if self.always == 1 else "static"
-        return f"{kind} {self.size}"
-
-    def decide(self, view: View) -> Decision:
-        """Admit every request that fits below the size."""
-        inside = self.span is not None and self.span[0] <= view.now < self.span[1]
-        self.profile = 1 if inside else self.always
-        return Decision(max(0, min(self.size - len(view.running), view.room)))
-
-    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        """Learn nothing."""
-
-
-@dataclass
-class Routed:
-    """At most `size` rows; `share` of the requests go to the fast profile, whatever happens: compared with this, a loop
-    shows what feedback itself is worth.
-    """
-
-    size: int
-    share: float
-    profile: int = 0
-    routed: int = 0
-    fast: int = 0
-
-    @property
-    def name(self) -> str:
-        """What the setting is called in tables."""
-        return f"routed {self.share:.2f}"
-
-    def decide(self, view: View) -> Decision:
-        """Admit every request that fits below the size, with the profile that has less than its share."""
-        count = max(0, min(self.size - len(view.running), view.room))
-        self.profile = int(self.fast + 0.5 * count < self.share * (self.routed + count)) if count else self.profile
-        self.routed, self.fast = self.routed + count, self.fast + count * self.profile
-        return Decision(count)
-
-    def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        """Learn nothing."""
 
 
 @dataclass(frozen=True)

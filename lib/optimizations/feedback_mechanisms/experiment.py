@@ -7,7 +7,7 @@ profile), `live_replay` (the real model, a core stolen), `speculation`, `guard_s
 seeds, and every scenario is a separate measurement: different scenarios are not samples of one quantity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,19 +21,19 @@ from lib.measure.metrics import settings as efforts
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import BRIEF, Effort
 from lib.measure.serving import policy_comparison, replay
+from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
     PolicyFactory,
-    Routed,
     Row,
-    Static,
     TwoProfileSetup,
 )
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, Switch
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (
     FAST_ALONE,
     LIMIT_ALONE,
@@ -50,6 +50,7 @@ SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each sce
 CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
+ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
 
@@ -123,8 +124,9 @@ class DisturbanceStudy:
         """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops. Without
         a fast profile only the loops, which then have the limit alone: the others would be the static limit.
 
-        The oracle knows the script: the fast profile in the disturbed third and a little beyond, `size` rows. Routing
-        gives the fast profile the share that the loop gave it on the same scenario and seed.
+        The oracle is the best, in hindsight, of the full profile, the fast one, and the fast one in the disturbed third
+        and a little beyond, each with `size` rows. Routing gives the fast profile the share that the loop gave it on
+        the same scenario and seed, request by request or in long runs, whichever misses fewer seconds.
         """
         wait = 4 * self.setup.objective.first_token_seconds
         loops: dict[str, PolicyFactory] = {
@@ -134,14 +136,25 @@ class DisturbanceStudy:
         if self.setup.alone:
             return loops
 
-        def oracle(scenario: Scenario) -> Static:
-            return Static(size, span=(scenario.thirds[1], scenario.thirds[2] + wait))
+        def oracle(scenario: Scenario) -> Policy:
+            span = scenario.thirds[1], scenario.thirds[2] + wait
+            return self._best(
+                scenario, [partial(Static, size), partial(Static, size, 1), partial(Static, size, 0, span)]
+            )
 
-        def routed(scenario: Scenario) -> Routed:
-            return Routed(size, float(self.setup.ran(scenario, LOOP, loops[LOOP])["fast share"] or 0.0))
+        def routed(scenario: Scenario) -> Policy:
+            share = float(self.setup.ran(scenario, LOOP, loops[LOOP])["fast share"] or 0.0)
+            runs = [round(run * len(scenario.trace.requests)) for run in ROUTED_RUNS]
+            return self._best(scenario, [partial(Routed, size, share, run) for run in runs])
 
         others: dict[str, PolicyFactory] = {ORACLE: oracle, FAST_ALONE: lambda _: Static(size, always=1)}
         return others | loops | {LIMIT_ALONE: partial(self._loop, Aimd, False), ROUTED: routed}
+
+    def _best(self, scenario: Scenario, makers: Sequence[Callable[[], Policy]]) -> Policy:
+        """Return a new policy of the kind that misses the fewest seconds of this scenario, in hindsight."""
+        runs = [self.setup.ran(scenario, repr(make()), lambda _, make=make: make()) for make in makers]
+        missed = [float(run["missed s"] or 0.0) for run in runs]
+        return makers[missed.index(min(missed))]()
 
     def _loop(self, law: type[PI] | type[Aimd], profiles: bool, _: Scenario) -> LatencyLoop:
         return self.loop(law, profiles)

@@ -100,7 +100,7 @@ class ScenarioTable:
             f"{routed['missed s']:.2f} s."
         )
         second = (
-            f"The oracle, which knows the script, misses {sums[ORACLE]['missed s']:.2f} s for "
+            f"The oracle, chosen in hindsight on each script, misses {sums[ORACLE]['missed s']:.2f} s for "
             f"{sums[ORACLE]['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for "
             f"all of them."
         )

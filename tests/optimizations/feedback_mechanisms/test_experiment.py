@@ -110,6 +110,19 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     assert any(float(str(row["shadow s"])) > 0 for row in compared.rows if row["setting"] == LOOP)
 
 
+@pytest.mark.parametrize("saving", [1.8, 0.9])
+def test_the_oracle_misses_no_more_than_any_profile_alone(saving):
+    """A fast profile that is the slower one, or a calm third, is nothing that an oracle would choose it for."""
+    setup = TwoProfileSetup((times(), times(saving)), OBJECTIVES, Limits(32, patience_seconds=0.3), 6.0, None, 0.25)
+    study = experiment.study(setup, 0.8, "preview", 0)
+    settings = study.settings(16) | {"static 16": experiment.static(16)}
+    for script in study.scripts[:8]:
+        oracle, fast, static = (
+            setup.ran(script, name, settings[name])["missed s"] for name in ("oracle", FAST_ALONE, "static 16")
+        )
+        assert oracle <= min(fast, static)
+
+
 def test_choosing_and_judging_use_different_seeds(disturbances):
     seeds = [{script.trace.seed for script in part} for part in (disturbances.scripts, disturbances.choosing)]
     assert len(seeds[0]) == 6 and not seeds[0] & seeds[1]

@@ -15,8 +15,8 @@ from lib.measure.serving.traffic import Lengths, ServingRequest
 from lib.measure.timing import disturbance
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.common.compression import weight_only
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms import method as feedback
+from lib.optimizations.feedback_mechanisms import profiles, rivals, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
 from lib.optimizations.feedback_mechanisms.speculation import draft_length as lengths
 from lib.optimizations.feedback_mechanisms.speculation import speculative
@@ -247,9 +247,7 @@ def two_profiles(law=feedback.Aimd):
 def test_the_switch_saves_most_of_the_seconds_that_a_static_setting_misses(name):
     scenario, both = script()[name], (times(), faster())
     static = min(
-        scenarios.seconds_beyond(
-            scenarios.play(scenario, disturbance_comparison.Static(n), both, LIMITS).served, OBJECTIVES
-        )
+        scenarios.seconds_beyond(scenarios.play(scenario, rivals.Static(n), both, LIMITS).served, OBJECTIVES)
         for n in (4, 8, 16, 32)
     )
     loop = two_profiles()
@@ -328,7 +326,7 @@ def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone()
     scenario, both = script()["load step"], (times(), faster())
     free, charged = (scenarios.play(scenario, two_profiles(), both, LIMITS, 0, share) for share in (0.0, 0.5))
     assert free.shadow_seconds == 0 < charged.shadow_seconds
-    always = disturbance_comparison.Static(16, always=1)
+    always = rivals.Static(16, always=1)
     runs = [scenarios.play(scenario, always, both, LIMITS, 0, share) for share in (0.0, 0.5, 1.0)]
     seconds = [sum(step.seconds for step in run.served.steps) for run in runs]
     assert seconds[0] < seconds[1] < seconds[2]
@@ -337,11 +335,26 @@ def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone()
     assert drawn[0] == drawn[1] != drawn[2] and 60 < sum(drawn[0]) < 140 and reads[0].count == sum(drawn[0])
 
 
+@pytest.mark.parametrize("run", [0, 16])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
-def test_routing_keeps_its_share_whatever_happens(share):
+def test_routing_keeps_its_share_whatever_happens(share, run):
     for name in ("quiet", "load step"):
-        played = scenarios.play(script()[name], disturbance_comparison.Routed(16, share), (times(), faster()), LIMITS)
+        routed = rivals.Routed(16, share, run)
+        played = scenarios.play(script()[name], routed, (times(), faster()), LIMITS)
         assert played.share(feedback.FAST) == pytest.approx(share, abs=0.05)
+
+
+def test_routing_in_long_runs_loses_nothing_between_two_profiles_that_are_the_same():
+    """Request by request, two profiles that are the same cost two steps in place of one all the time."""
+    width, quiet, missed = 60.0 / scenarios.WINDOWS, script()["quiet"], {}
+    for name, policy in (
+        ("static", rivals.Static(16)),
+        ("by request", rivals.Routed(16, 0.5)),
+        ("in runs", rivals.Routed(16, 0.5, round(0.05 * len(quiet.trace.requests)))),
+    ):
+        played = scenarios.play(quiet, policy, (times(), times()), LIMITS).served
+        missed[name] = scenarios.seconds_beyond(played, OBJECTIVES)
+    assert missed["in runs"] <= missed["static"] + width < missed["by request"]
 
 
 @dataclass(frozen=True)
