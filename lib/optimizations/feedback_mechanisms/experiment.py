@@ -152,9 +152,11 @@ class DisturbanceStudy:
 
     def _best(self, scenario: Scenario, makers: Sequence[Callable[[], Policy]]) -> Policy:
         """Return a new policy of the kind that misses the fewest seconds of this scenario, in hindsight."""
-        runs = [self.setup.ran(scenario, repr(make()), lambda _, make=make: make()) for make in makers]
-        missed = [float(run["missed s"] or 0.0) for run in runs]
-        return makers[missed.index(min(missed))]()
+
+        def missed(make: Callable[[], Policy]) -> float:
+            return float(self.setup.ran(scenario, repr(make()), lambda _: make())["missed s"] or 0.0)
+
+        return min(makers, key=missed)()
 
     def _loop(self, law: type[PI] | type[Aimd], profiles: bool, _: Scenario) -> LatencyLoop:
         return self.loop(law, profiles)

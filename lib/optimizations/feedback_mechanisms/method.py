@@ -26,7 +26,7 @@ from lib.errors import UserError
 from lib.measure.serving.protocol import MOST_ROWS, Decision, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives
 from lib.models.decoding import batch_cache
-from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
+from lib.optimizations.feedback_mechanisms.guarding.betting_test import BreachTest
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
     "setpoint": {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.errors import UserError
-from lib.optimizations.feedback_mechanisms.betting_test import BreachTest
+from lib.optimizations.feedback_mechanisms.guarding.betting_test import BreachTest
 
 
 def first_breach(losses, bound, alpha):
