@@ -42,7 +42,8 @@ class GuardStudy:
 
     bound: the most that a profile may lose, whatever it lost when it was chosen. rate: answers per second of the
     server; shadow_seconds: of reading one answer again; alone: no fast profile was admitted, so the sound one is the
-    full profile itself.
+    full profile itself; fast_share: of the quiet server's answers that the fast profile gives (None: no server was
+    asked): only those can show that it is broken.
     """
 
     bound: float
@@ -55,6 +56,7 @@ class GuardStudy:
     seed: int
     rows: list[dict[str, object]] = field(default_factory=list)
     alone: bool = False
+    fast_share: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -120,11 +122,13 @@ def prepare(
     quality_bound: float,
     shadow_share: float,
     capacity: float,
+    fast_share: float,
     seed: int,
 ) -> GuardStudy:
     """Measure the losses of the sound profile, of the broken ones and of `another_domain`, and watch many windows.
 
-    `capacity`: requests per second of the full profile; the stream has the calm share of it.
+    `capacity`: requests per second of the full profile; the stream has the calm share of it. `fast_share`: of the quiet
+    server's answers, given by the fast profile.
     """
     full = loaded.model
     prompts = list(tasks.text_windows(loaded, "final", PROMPTS[effort], PROMPT_TOKENS, seed + 1))
@@ -139,7 +143,8 @@ def prepare(
     pools[ANOTHER_DOMAIN] = _losses(full, fast, another_domain)
     rate = scenarios.CALM * capacity
     counts = PROMPTS[effort], WINDOWS[effort]
-    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed, alone=fast is full)
+    who: dict[str, Any] = {"alone": fast is full, "fast_share": fast_share}
+    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed, **who)
     study.rows.extend(_watch_windows(study))
     return study
 
@@ -206,7 +211,7 @@ def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:
     first = (
         f"The profile broke at {third:.2f} s and was never taken back."
         if back is None
-        else f"The profile broke at {third:.2f} s and was taken back {back - third:.2f} s later."
+        else f"Answering everything, the profile broke at {third:.2f} s and was taken back {back - third:.2f} s later."
     )
     tries = sum(name == "tried again" for _, name in watched.events)
     return first, f"Rollbacks before it broke: {early}; further trials after a rollback: {tries}."
@@ -229,9 +234,15 @@ def measurements(study: GuardStudy) -> list[Measurement]:
         ]
         if isinstance(error := sound["estimate's error"], float):
             results.append(_shown("quality_estimate_error", quiet, None, error, study.source, reason=reason))
-    if isinstance(answers := worst["shadowed answers until then"], float) and answers:
-        source = f"{study.source}; {study.rate:.1f} answers/s, {study.share:g} of them shadowed"
-        delay = answers / (study.share * study.rate)
+    if study.fast_share is not None and not study.fast_share:
+        why = "the fast profile answers nothing while it is quiet, so nothing shows whether it is broken"
+        why = NO_FAST if study.alone else why
+        results.append(measurement.unavailable("fault_detection_seconds", "serve, broken", why))
+    elif isinstance(answers := worst["shadowed answers until then"], float) and answers:
+        fast = 1.0 if study.fast_share is None else study.fast_share
+        who = "all of them" if study.fast_share is None else f"{fast:.0%} of them"
+        source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {study.share:g} of those read"
+        delay = answers / (study.share * study.rate * fast)
         results.append(_shown("fault_detection_seconds", "serve, broken", None, delay, source, reason=reason))
     return results
 

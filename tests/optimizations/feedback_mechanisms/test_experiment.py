@@ -173,6 +173,16 @@ def test_windows_become_measurements():
     ]
 
 
+def test_a_fault_shows_later_where_the_fast_profile_answers_less():
+    """Only its own answers are read again: at half the share a fault takes twice as long to show."""
+    study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0, fast_share=1.0)
+    study.rows.extend(guard_study._watch_windows(study))
+    found = [guard_study.measurements(replace(study, fast_share=share))[-1] for share in (1.0, 0.5, 0.0)]
+    assert {item.metric for item in found} == {"fault_detection_seconds"}
+    assert found[1].optimized == pytest.approx(2 * found[0].optimized) and "50% of them" in found[1].source
+    assert found[2].verdict == "unavailable" and "answers nothing" in found[2].reason
+
+
 # --- without a fast profile -------------------------------------------------------------------------------------------
 
 
