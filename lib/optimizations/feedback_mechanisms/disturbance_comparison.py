@@ -27,6 +27,8 @@ from lib.measure.timing import disturbance
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios
+from lib.optimizations.feedback_mechanisms.guarding import net_saving
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 LENGTHS = Lengths(48, 16)
@@ -45,7 +47,8 @@ Ran = dict[str, float | None]  # what one run came to, by KEYS
 class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
     the share of the fast profile's answers that the full one reads again; and what disturbed the machine while the
-    steps were timed (None: nothing noticed).
+    steps were timed (None: nothing noticed). `net`: what the profile that was timed saves; where that refuses it,
+    there is no fast profile (`alone`).
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -54,6 +57,7 @@ class TwoProfileSetup:
     seconds: float
     disturbed: str | None = None
     shadow_share: float = 0.0
+    net: NetSaving | None = None
     kept: dict[tuple, Ran] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -71,6 +75,17 @@ class TwoProfileSetup:
         """How many times as long a request takes with the full profile as with the fast one, at a batch of eight."""
         full, fast = (times.sustained(8, LENGTHS)[0] for times in self.times)
         return full / fast
+
+    def savings(self, scenario: str) -> dict[str, float | None]:
+        """Return the net saving that a scenario requires of a fast profile at its worst, so that the server keeps up,
+        and the one that was measured (`net_saving`).
+        """
+        asked = scenarios.demands(self.times[0], self.objective, LENGTHS)
+        if scenario not in asked:
+            return {}
+        lengths, rate, slowness = asked[scenario]
+        needed = net_saving.required(self.times[0], lengths, rate, self.objective.token_seconds, slowness)
+        return {"required net saving": needed, "net saving measured": self.net.middle if self.net else None}
 
     @property
     def samples(self) -> int:
@@ -107,9 +122,9 @@ def prepare(
 ) -> TwoProfileSetup:
     """Time the steps of both profiles in turn and return the setup that all settings share.
 
-    A third of a script lasts as long as `requests` requests at capacity. At a `preview` the fewest points are timed,
-    and once. Raises NotApplicable where no request can be
-    served within the objectives.
+    A third of a script lasts as long as `requests` requests at capacity. A profile that is not shown to be faster, the
+    guard's reading charged, is none: then the same times stand for both. At a `preview` the fewest points are timed,
+    and once. Raises NotApplicable where no request can be served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
     close = disturbance.watch()
@@ -126,7 +141,15 @@ def prepare(
         raise NotApplicable("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
     limits = Limits(MOST_ROWS, patience_seconds=slo.patience_seconds(objective, single))
     seconds = 3 * requests / rate
-    return TwoProfileSetup((full_times, fast_times), objective, limits, seconds, disturbed, shadow_share)
+    net = None if same else _net(full_times, fast_times, objective, shadow_share)
+    fast_times = full_times if net and net.refused else fast_times
+    return TwoProfileSetup((full_times, fast_times), objective, limits, seconds, disturbed, shadow_share, net)
+
+
+def _net(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> NetSaving:
+    """Return what a profile saves at the batch at which the full one serves most within the objective."""
+    rows = full.capacity(LENGTHS, objective.token_seconds)[1]
+    return net_saving.measured(full, fast, LENGTHS, share, rows)
 
 
 def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
@@ -162,7 +185,8 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, of the seeds that settle.
+    disturbance until served well for good, of the seeds that settle; `required net saving`: how many times as fast a
+    profile must be, guard charged, for the server to keep up at the scenario's worst.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
@@ -170,6 +194,7 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
         for setting, make_policy in settings.items():
             runs = [setup.ran(scenario, setting, make_policy) for scenario in chosen]
             row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
+            row |= setup.savings(name)
             rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
 

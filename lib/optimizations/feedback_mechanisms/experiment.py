@@ -8,7 +8,7 @@ seeds, and every scenario is a separate measurement: different scenarios are not
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from lib.measure.metrics.settings import BRIEF, Effort
 from lib.measure.serving import policy_comparison, replay
 from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, scenarios, shadow
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
     PolicyFactory,
@@ -32,7 +32,7 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
 )
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, Switch
-from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (
     FAST_ALONE,
@@ -58,14 +58,16 @@ OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
 
 def prepare(
-    loaded: Loaded, fast: nn.Module, effort: str, *, first_token_factor: float, token_factor: float,
+    loaded: Loaded, candidates: Sequence[Candidate], effort: str, *, first_token_factor: float, token_factor: float,
     shadow_share: float, seed: int,
-) -> TwoProfileSetup:  # fmt: skip
-    """Time the steps of both profiles and return the setup that all settings share."""
+) -> tuple[TwoProfileSetup, list[Candidate]]:  # fmt: skip
+    """Time the steps of both profiles and return the setup that all settings share, and the candidates: the last one,
+    which keeps the margins, is refused where it is not shown to be faster, and the full profile itself follows.
+    """
     preview = efforts.read(effort).preview
-    return disturbance_comparison.prepare(
+    setup = disturbance_comparison.prepare(
         loaded,
-        fast,
+        candidates[-1].model,
         first_token_factor=first_token_factor,
         token_factor=token_factor,
         requests=REQUESTS[effort],
@@ -74,6 +76,10 @@ def prepare(
         shadow_share=shadow_share,
         seed=seed,
     )
+    if setup.net is None or setup.net.refused is None:
+        return setup, list(candidates)
+    refused = replace(candidates[-1], refused=setup.net.refused)
+    return setup, [*candidates[:-1], refused, profiles.itself(loaded)]
 
 
 def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
@@ -90,7 +96,14 @@ def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
 
 
 def read_curves(setup: TwoProfileSetup) -> str:
-    """Return how much longer the full profile takes than the fast one, as one line."""
+    """Return how much longer the full profile takes than the fast one, and with the guard charged, as one line."""
+    if setup.net:
+        paid = f"Net saving, guard charged: {setup.net}"
+        return (
+            f"{paid}. One curve: {NO_FAST}, it is not shown to be faster."
+            if setup.alone
+            else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
+        )
     if setup.alone:
         return f"One curve: {NO_FAST}."
     return f"The full profile takes {setup.saving:.2f}× as long as the fast."
@@ -188,7 +201,10 @@ def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
     best, tried = choose(disturbances)
     settings = {_name(best): static(best)} | disturbances.settings(best)
     return ScenarioTable(
-        disturbance_comparison.compare(disturbances.setup, disturbances.scripts, settings), best, tried
+        disturbance_comparison.compare(disturbances.setup, disturbances.scripts, settings),
+        best,
+        tried,
+        disturbances.setup.net,
     )
 
 

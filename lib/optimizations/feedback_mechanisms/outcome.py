@@ -30,6 +30,7 @@ CLAIMS = (
     "The guard keeps a broken profile in more than one of a hundred windows.",
     "A drafted answer differs from the greedy one.",
 )
+NEEDED = "net saving of the fast candidate, guard charged, against what the hardest script requires"
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
 MOST_REVERSALS = 0.5  # of the moves of a limit; a course without memory reverses that often
 Answer = tuple[bool | None, str]  # refuted, or None where the run cannot tell; the evidence
@@ -46,10 +47,22 @@ def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: 
         ("least share of drafted tokens equal to greedy", float(laws["same tokens"].min()), "at least", 1.0),
     )
     untold = (_not_judged(live), None, NO_FAST if guards.alone else None, None)
-    return [
+    rows: list[Row] = [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": why or is_reached(value, how, goal)}
         for (name, value, how, goal), why in zip(goals, untold)
     ]
+    return [rows[0], _needed(compared), *rows[1:]]
+
+
+def _needed(compared: ScenarioTable) -> Row:
+    """Return what limits the seconds missed: the net saving that the hardest script requires for a server to keep up,
+    beside what the fast candidate saves.
+    """
+    net, needed = compared.net, compared.required
+    measured = None if net is None else net.middle
+    goal = "more than any profile saves" if needed is None else f"at least {needed:.2f}"
+    reached = "no candidate was timed" if net is None else needed is not None and net.middle >= needed
+    return {"figure": NEEDED, "measured": measured, "to reach": goal, "reached": reached}
 
 
 def _not_judged(live: LiveTrial) -> str | None:

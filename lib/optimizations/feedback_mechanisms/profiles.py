@@ -105,7 +105,12 @@ def first_admitted(
         seen.append(judge(loaded, name, model, bound, prompts, seed, **amounts))
         if seen[-1].refused is None:
             return seen
-    return [*seen, Candidate("the full profile itself", loaded.model, 0.0, 1.0, 0.0, None)]
+    return [*seen, itself(loaded)]
+
+
+def itself(loaded: Loaded) -> Candidate:
+    """Return the full profile in the place of a fast one: there is nothing to switch to."""
+    return Candidate("the full profile itself", loaded.model, 0.0, 1.0, 0.0, None)
 
 
 # --- a server with both -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lib.optimizations.feedback_mechanisms import disturbance_comparison
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import Row
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 
 LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
@@ -18,12 +19,13 @@ ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
 @dataclass(frozen=True)
 class ScenarioTable:
     """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
-    that was `tried`.
+    that was `tried`; `net` is what the fast profile saves, guard charged (None: no candidate was timed).
     """
 
     rows: list[Row]
     best: int
     tried: list[Row] = field(default_factory=list)
+    net: NetSaving | None = None
 
     @property
     def static(self) -> str:
@@ -45,7 +47,14 @@ class ScenarioTable:
         """The static limit as one line, and what is left out without a fast profile."""
         text = f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
         left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
+        text += f"; net saving of the fast candidate, guard charged: {self.net}" if self.net else ""
         return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
+
+    @property
+    def required(self) -> float | None:
+        """The most net saving that a scenario requires of a fast profile; None where one cannot be met at all."""
+        needed = [row["required net saving"] for row in self.rows if "required net saving" in row]
+        return None if None in needed or not needed else max(float(str(each)) for each in needed)
 
     def share(self, scenario: str) -> float:
         """Return the share of the answers that the loop gave with the fast profile in one scenario."""

@@ -59,11 +59,9 @@ def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: f
     """
     third = seconds / 3
     lead = WARM_UP * third
-    long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
-    rate, _ = times.capacity(lengths, objective.token_seconds)
-    long_rate, _ = times.capacity(long, objective.token_seconds)
-    calm, first = Phase(third, CALM * rate, lengths), Phase(lead, CALM * rate, lengths)
-    busy, longer = Phase(third, BUSY * rate, lengths), Phase(third, BUSY * long_rate, long)
+    worst = {name: (asked, rate) for name, (asked, rate, _) in demands(times, objective, lengths).items()}
+    calm, busy, longer = (Phase(third, worst[n][1], worst[n][0]) for n in ("quiet", "load step", "longer prompts"))
+    first = Phase(lead, calm.rate, lengths)
     slower = ((0.0, 1.0), (lead + third, STOLEN), (lead + 2 * third, 1.0))
     return [
         Scenario(make("quiet", [first, *[calm] * 3], seed, lead)),
@@ -71,6 +69,18 @@ def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: f
         Scenario(make("longer prompts", [first, calm, longer, calm], seed, lead)),
         Scenario(make("stolen core", [first, *[calm] * 3], seed, lead), slower),
     ]
+
+
+def demands(times: StepTimes, objective: Objectives, lengths: Lengths) -> dict[str, tuple[Lengths, float, float]]:
+    """Return what each scenario of `script` asks for at its worst: lengths, requests per second, slowness."""
+    long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
+    rate, long_rate = (times.capacity(each, objective.token_seconds)[0] for each in (lengths, long))
+    return {
+        "quiet": (lengths, CALM * rate, 1.0),
+        "load step": (lengths, BUSY * rate, 1.0),
+        "longer prompts": (long, BUSY * long_rate, 1.0),
+        "stolen core": (lengths, CALM * rate, STOLEN),
+    }
 
 
 class Played(NamedTuple):

@@ -1,0 +1,76 @@
+"""What a fast profile saves once the guard's reading is paid, and what it would have to save for a server to keep up.
+
+Follows from step times: serves nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.measure.metrics.catalogue import SPEED_MARGIN
+from lib.measure.serving.step_times import StepTimes
+from lib.measure.serving.traffic import Lengths
+
+AT_ONCE = 8  # answers that are read again in one pass
+DRAWS, ENDS = 99, (5.0, 50.0, 95.0)  # calibrations drawn again; percentiles of what they say
+MOST = 16.0  # times as fast: more is not looked for
+
+
+@dataclass(frozen=True)
+class NetSaving:
+    """How many times as much of the server's time a request takes with the full profile as with the fast one, the
+    reading of its answers included; `low` and `high` enclose nine of ten calibrations drawn again.
+    """
+
+    low: float
+    middle: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f}× ({self.low:.2f} to {self.high:.2f})"
+
+    @property
+    def refused(self) -> str | None:
+        """Why such a profile is not admitted; None where it is shown to be faster by more than the margin."""
+        if self.low > 1 + SPEED_MARGIN:
+            return None
+        return f"not shown to be faster, guard charged: {self}, least {1 + SPEED_MARGIN:.2f}×"
+
+
+def charge(full: StepTimes, lengths: Lengths, share: float) -> float:
+    """Return the seconds that reading `share` of the answers again costs the server per answer of the fast profile."""
+    return share * full.prefill(AT_ONCE, lengths.prompt_tokens + lengths.new_tokens) / AT_ONCE
+
+
+def ratio(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows: int) -> float:
+    """Return the server's seconds per request, full ÷ fast with `share` of the answers read again, at `rows` rows."""
+    seconds = [1 / times.sustained(rows, lengths)[1] for times in (full, fast)]
+    return seconds[0] / (seconds[1] + charge(full, lengths, share))
+
+
+def measured(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows: int) -> NetSaving:
+    """Return `ratio` with its interval. Both profiles were timed in turn, and both calibrations are drawn again round
+    by round, with the same rounds: a slow spell of the machine falls on both.
+    """
+    drawn = [ratio(full.resampled(seed), fast.resampled(seed), lengths, share, rows) for seed in range(DRAWS)]
+    low, middle, high = np.percentile(drawn, ENDS)
+    return NetSaving(float(low), float(middle), float(high))
+
+
+def required(
+    full: StepTimes, lengths: Lengths, rate: float, token_seconds: float, slowness: float = 1.0
+) -> float | None:
+    """Return how many times as fast as the full profile one must be, guard charged, to serve `rate` requests per second
+    within the objective per token on a machine that is `slowness` times slower; None where not even `MOST` is enough.
+    """
+    low, high = 0.0, MOST
+
+    def keeps_up(factor: float) -> bool:  # steps that take 1/factor of the time
+        return factor * full.capacity(lengths, factor * token_seconds)[0] >= rate
+
+    if not keeps_up(MOST):
+        return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps_up(middle) else (middle, high)
+    return slowness * high
