@@ -76,7 +76,7 @@ class RequestOutcome:
 
 
 class ServerStep(NamedTuple):
-    """One call of the engine: `prefill`, `decode`, `shared` or `leave` of `batch` rows.
+    """One call of the engine: `prefill`, `decode`, `shared` or `leave` of `batch` rows; or work `aside` from them.
 
     `tokens` is the longest prompt of a prefill, else the longest context. `waiting`, `running`: rows then. `read`: the
     prompt tokens that a shared step read beside decoding `batch` rows.

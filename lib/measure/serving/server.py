@@ -11,7 +11,7 @@ counts as saturated. Knows nothing of how a policy decides, nor of tokens.
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lib.errors import UserError
@@ -74,13 +74,16 @@ def serve(
     batching: str = "iteration",
     drain_seconds: float | None = None,
     kept: int = 0,
+    aside: Callable[[int, int], float] | None = None,
 ) -> Served:
     """Serve `trace` and return what happened.
 
     batching: "iteration", rows join and leave between any two steps; "request", a batch is formed when the one before
     is over, and its finished rows keep their place. `drain_seconds` after the last arrival's phase the run is cut off
     (by default half the trace, at least a second). `kept`: first tokens of longer prompts that the engine need not read
-    (`protocol.kept_of`). Raises UserError for an unknown batching.
+    (`protocol.kept_of`). `aside(waiting, running)`: work beside the requests, asked before each decision; it does what
+    is due beside so many requests and rows and returns its seconds (0: nothing was). Raises UserError for an unknown
+    batching.
     """
     if batching not in BATCHINGS:
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
@@ -106,6 +109,8 @@ def serve(
         if now > last:
             served.saturated = bool(waiting or under_way or arriving)
             break
+        if aside and loop.aside(aside, len(prompt) + len(late)):
+            continue
         if not waiting and not under_way:
             if not arriving:
                 break
@@ -185,6 +190,18 @@ class _Loop:
     reading: list[RequestOutcome] = field(default_factory=list)
     chunk: int | None = None
     done: int = 0
+
+    def aside(self, work: Callable[[int, int], float], waiting: int) -> bool:
+        """Do what is due beside the requests, which rows stand still for; return whether anything was."""
+        start = self.clock.now()
+        seconds = work(waiting, len(self.running))
+        if not seconds:
+            return False
+        self.clock.advance(seconds)
+        step = ServerStep(start, "aside", 0, 0, seconds, waiting, len(self.running))
+        self.served.steps.append(step)
+        self.policy.observe(step, ())
+        return True
 
     def admit(self, chosen: list[RequestOutcome], waiting: int) -> None:
         """Read the prompts of `chosen`, each of which gets its first token; or begin to read them in parts."""

@@ -29,13 +29,13 @@ from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios
 from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
-from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
+from lib.optimizations.feedback_mechanisms.scenarios import SPOTLESS, Losses, Played, Scenario
 
 LENGTHS = Lengths(48, 16)
 CONTEXTS = (32, 96, 256)  # columns at which steps are timed
 KEYS = (
     "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "reversals", "moves",
-    "changes",
+    "changes", "rollbacks", "rolled back after s", "broken answers",
 )  # fmt: skip
 
 PolicyFactory = Callable[[Scenario], Policy]
@@ -48,7 +48,8 @@ class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
     the share of the fast profile's answers that the full one reads again; and what disturbed the machine while the
     steps were timed (None: nothing noticed). `net`: what the profile that was timed saves; where that refuses it,
-    there is no fast profile (`alone`).
+    there is no fast profile (`alone`). `bound` is the guard's, `losses` are those of answers of the fast profile as it
+    is and of a broken one.
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -58,6 +59,8 @@ class TwoProfileSetup:
     disturbed: str | None = None
     shadow_share: float = 0.0
     net: NetSaving | None = None
+    bound: float = 0.1
+    losses: Losses = SPOTLESS
     kept: dict[tuple, Ran] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -98,7 +101,8 @@ class TwoProfileSetup:
         """
         seed = seed_of(scenario.trace, jitter)
         times = [drawn_again(each, seed) for each in (self.times[:1] if self.alone else self.times)]
-        return scenarios.play(scenario, policy, times, self.limits, seed, self.shadow_share)
+        guarded: dict[str, Any] = {"bound": self.bound, "losses": self.losses}
+        return scenarios.play(scenario, policy, times, self.limits, seed, self.shadow_share, **guarded)
 
     def ran(self, scenario: Scenario, setting: str, make_policy: PolicyFactory, jitter: int = 0) -> Ran:
         """Return what a setting came to on a scenario, played once and kept."""
@@ -117,6 +121,7 @@ def prepare(
     requests: int,
     rounds: int = 3,
     shadow_share: float = 0.0,
+    quality_bound: float = 0.1,
     preview: bool = False,
     seed: int = 0,
 ) -> TwoProfileSetup:
@@ -143,7 +148,8 @@ def prepare(
     seconds = 3 * requests / rate
     net = None if same else _net(full_times, fast_times, objective, shadow_share)
     fast_times = full_times if net and net.refused else fast_times
-    return TwoProfileSetup((full_times, fast_times), objective, limits, seconds, disturbed, shadow_share, net)
+    both = full_times, fast_times
+    return TwoProfileSetup(both, objective, limits, seconds, disturbed, shadow_share, net, quality_bound)
 
 
 def _net(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> NetSaving:
@@ -177,6 +183,20 @@ def _ran(setup: TwoProfileSetup, scenario: Scenario, policy: Policy, jitter: int
         "reversals": float(scenarios.reversals(limits)) if limits else None,
         "moves": float(np.count_nonzero(np.diff(limits))) if limits else None,
         "changes": float(len(switch.course)) if switch else None,
+    } | _guarded(scenario, played)
+
+
+def _guarded(scenario: Scenario, played: Played) -> Ran:
+    """Return what the guard did: rollbacks; where the fast profile breaks, the seconds until the first one after that,
+    and the share of the answers that the broken profile gave.
+    """
+    late = [second - scenario.broken for second in played.rollbacks if second >= scenario.broken]
+    arrivals = [request.arrival for request in scenario.trace.requests]
+    wrong = sum(index == 1 and arrivals[one] >= scenario.broken for one, index in played.profile_of.items())
+    return {
+        "rollbacks": float(len(played.rollbacks)),
+        "rolled back after s": late[0] if late else None,
+        "broken answers": wrong / max(1, len(played.profile_of)),
     }
 
 
@@ -185,8 +205,10 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, of the seeds that settle; `required net saving`: how many times as fast a
-    profile must be, guard charged, for the server to keep up at the scenario's worst.
+    disturbance until served well for good, of the seeds that settle; `rolled back after s`: from the second at which
+    the fast profile breaks, of the seeds in which it was taken back (`taken back`, their share); `broken answers`:
+    share of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for
+    the server to keep up at the scenario's worst.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
@@ -195,6 +217,8 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
             runs = [setup.ran(scenario, setting, make_policy) for scenario in chosen]
             row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
             row |= setup.savings(name)
+            if chosen[0].broken < chosen[0].trace.seconds:
+                row["taken back"] = float(np.mean([run["rolled back after s"] is not None for run in runs]))
             rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
 

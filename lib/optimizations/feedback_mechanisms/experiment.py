@@ -7,7 +7,7 @@ profile), `live_replay` (the real model, a core stolen), `speculation`, `guard_s
 seeds, and every scenario is a separate measurement: different scenarios are not samples of one quantity.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from lib.measure.metrics.settings import BRIEF, Effort
 from lib.measure.serving import policy_comparison, replay
 from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
+from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
@@ -59,10 +60,11 @@ OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
 def prepare(
     loaded: Loaded, candidates: Sequence[Candidate], effort: str, *, first_token_factor: float, token_factor: float,
-    shadow_share: float, seed: int,
+    shadow_share: float, quality_bound: float, seed: int,
 ) -> tuple[TwoProfileSetup, list[Candidate]]:  # fmt: skip
     """Time the steps of both profiles and return the setup that all settings share, and the candidates: the last one,
-    which keeps the margins, is refused where it is not shown to be faster, and the full profile itself follows.
+    which keeps the margins, is refused where it is not shown to be faster, and the full profile itself follows. The
+    losses of its answers, and of a broken copy's, are those that the guard meets in the scripts.
     """
     preview = efforts.read(effort).preview
     setup = disturbance_comparison.prepare(
@@ -74,8 +76,13 @@ def prepare(
         rounds=2 if preview else 3 if effort in BRIEF else 4,
         preview=preview,
         shadow_share=shadow_share,
+        quality_bound=quality_bound,
         seed=seed,
     )
+    if setup.alone is False:
+        broken = shadow.broken(candidates[-1].model, shadow.STRENGTHS[-1], seed)
+        losses = profiles.losses_of(loaded, broken, profile_candidates.PROMPTS[effort], seed)
+        setup = replace(setup, losses=(candidates[-1].losses, losses))
     if setup.net is None or setup.net.refused is None:
         return setup, list(candidates)
     refused = replace(candidates[-1], refused=setup.net.refused)
@@ -111,12 +118,17 @@ def read_curves(setup: TwoProfileSetup) -> str:
 
 @dataclass(frozen=True)
 class DisturbanceStudy:
-    """The setup, the loop's setpoint, every scenario of every seed, and those on which the static limit is chosen."""
+    """The setup, the loop's setpoint, every scenario of every seed, and those on which the static limit is chosen.
+
+    `broken`: scripts whose fast profile is secretly broken. They test the guard; the seconds that the loop must not
+    miss are those of the other ones, since nothing can be gained by a profile that has to be taken back.
+    """
 
     setup: TwoProfileSetup
     setpoint: float
     scripts: tuple[Scenario, ...]
     choosing: tuple[Scenario, ...]
+    broken: tuple[Scenario, ...] = ()
 
     def named(self, name: str) -> list[Scenario]:
         """Return the seeds of one scenario."""
@@ -180,7 +192,8 @@ def study(setup: TwoProfileSetup, setpoint: float, effort: str, seed: int) -> Di
     seeds = range(seed + 100, seed + 100 + SEEDS[effort])
     others = range(seed + 5000, seed + 5000 + CHOOSING)
     scripts, choosing = (tuple(disturbance_comparison.scripts(setup, each)) for each in (seeds, others))
-    return DisturbanceStudy(setup, setpoint, scripts, choosing)
+    each = [] if setup.alone else [[one for one in scripts if one.trace.seed == number] for number in seeds]
+    return DisturbanceStudy(setup, setpoint, scripts, choosing, tuple(map(scenarios.secretly_broken, each)))
 
 
 def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]:
@@ -205,7 +218,16 @@ def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
         best,
         tried,
         disturbances.setup.net,
+        _broken(disturbances, {_name(best): static(best)} | disturbances.settings(best)),
     )
+
+
+def _broken(disturbances: DisturbanceStudy, settings: Mapping[str, PolicyFactory]) -> list[Row]:
+    """Return the rows of the scripts whose fast profile breaks, under the settings that use it and the static limit."""
+    if not disturbances.broken:
+        return []
+    chosen = {name: make for name, make in settings.items() if name not in (ORACLE, ROUTED, LIMIT_ALONE)}
+    return disturbance_comparison.compare(disturbances.setup, disturbances.broken, chosen)
 
 
 def choose(disturbances: DisturbanceStudy) -> tuple[int, list[Row]]:

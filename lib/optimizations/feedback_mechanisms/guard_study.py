@@ -20,14 +20,13 @@ from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
 from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, Guard
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
-from lib.optimizations.feedback_mechanisms.shadow import Watched
+from lib.optimizations.feedback_mechanisms.shadow import STRENGTHS, Watched
 
 PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
 WINDOWS = {"preview": 100, "quick": 300, "standard": 1000, "thorough": 5000}
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
 WINDOW_ANSWERS = 100  # shadowed answers in a window
 STREAM_ANSWERS = 600  # in the scripted stream
-STRENGTHS = (1.0, 2.0, 4.0)  # of the noise, × the standard deviation of the weights
 SOUND, ANOTHER_DOMAIN, AT_THE_BOUND = "sound", "sound, text of another domain", "exactly at the bound"
 BROKEN = f"noise {STRENGTHS[-1]}"
 

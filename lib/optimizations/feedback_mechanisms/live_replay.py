@@ -36,7 +36,8 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     PolicyFactory,
     TwoProfileSetup,
 )
-from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Profiles
 from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scenario, Spinner
 
 JITTERS = 5  # simulations beside every replay
@@ -51,10 +52,11 @@ STATIC, AGAIN, LOOP = "static", "static again", "loop"
 
 @dataclass(frozen=True)
 class Stolen:
-    """A replay, and which profile answered each request."""
+    """A replay, which profile answered each request, and how often the guard took the fast one back."""
 
     replayed: Replayed
     profile_of: dict[int, int]
+    rollbacks: int = 0
 
     @property
     def served(self) -> Served:
@@ -120,30 +122,39 @@ def serve_stolen(
 ) -> Stolen:
     """Serve `trace` with the real models in real time; a busy process shares the cores in its middle third.
 
-    The share of the fast profile's answers that the setup says is read again by the full one, in the server's time.
+    The share of the fast profile's answers that the setup says is read again by the full one, in the server's time, for
+    a guard that takes it back where they lose too much.
     """
     engines = [ModelEngine(model, prompt_of) for model in models]
     for profile in engines:
         replay.warm_up(profile, trace)
 
-    def read(request: ServingRequest) -> float:
-        start, answer = time.perf_counter(), torch.tensor(engines[-1].output[request.id])
-        shadow.disagreement(models[0], prompt_of(request), answer)
-        return time.perf_counter() - start
+    clock = RealClock()  # replaced as the trace begins
 
-    reads = ShadowReads(setup.shadow_share, read, trace.seed) if setup.shadow_share else None
+    def read(requests: Sequence[ServingRequest]) -> tuple[float, list[float]]:
+        start = time.perf_counter()
+        answers = [torch.tensor(engines[-1].output[request.id]) for request in requests]
+        losses = shadow.disagreements(models[0], [prompt_of(request) for request in requests], answers)
+        return time.perf_counter() - start, losses
+
+    reads = None
+    if setup.shadow_share and len(models) > 1:
+        guard = scenarios.guard(setup.bound, setup.shadow_share, trace, trace.seed)
+        reads = ShadowReads(guard, read, lambda: clock.now(), trace.seed)
     profiles = Profiles(engines, lambda: getattr(policy, "profile", 0), reads)
     with Spinner() as spinner:
         close, joules = disturbance.watch(), counter.joules() if counter else None
         busy, start = time.process_time(), time.perf_counter()
-        clock, span = RealClock(), trace.starts[2:4]
-        served = serve(trace, policy, Stealing(profiles, spinner, clock, *span), clock, setup.limits)
+        clock, span = RealClock(), trace.starts[2:4]  # the trace begins now
+        stealing = Stealing(profiles, spinner, clock, *span)
+        served = serve(trace, policy, stealing, clock, setup.limits, aside=profiles.aside)
         wall, busy = time.perf_counter() - start, time.process_time() - busy
         spent = counter.joules() - joules if counter and joules is not None else None
         disturbed = close()
     output = {request: ids for profile in engines for request, ids in profile.output.items()}
     share = busy / (wall * len(disturbance.cores()))
-    return Stolen(Replayed(served, output, share, disturbed, busy, spent), dict(profiles.owner))
+    back = sum(what == "rolled back" for _, what in reads.guard.events) if reads else 0
+    return Stolen(Replayed(served, output, share, disturbed, busy, spent), dict(profiles.owner), back)
 
 
 def workload(size: int) -> str:
@@ -172,7 +183,8 @@ class LiveTrial:
     policy that served the loop's first round, simulations of both (`rows`) and their mean `error`, the seconds that
     static and loop missed (means), and which profile answered each request of the loop's runs.
 
-    slowness: (second, factor) of warm-up and thirds, read from the first static run.
+    slowness: (second, factor) of warm-up and thirds, read from the first static run. rollbacks: of the fast profile, in
+    all runs of the loop.
     """
 
     rounds: ServingRounds
@@ -184,6 +196,7 @@ class LiveTrial:
     missed: tuple[float, float]
     headline: Measurement
     measurements: list[Measurement]
+    rollbacks: int = 0
 
     @property
     def replays(self) -> tuple[list[Replayed], list[Replayed]]:
@@ -210,6 +223,7 @@ class LiveTrial:
         """Slowness of each phase, what else disturbed the machine, and the seconds missed, as one line."""
         factors = ", ".join(f"{factor:.2f}" for _, factor in self.slowness)
         missed = f"seconds missed: {self.missed[0]:.2f} static, {self.missed[1]:.2f} loop"
+        missed += f"; rollbacks by the guard: {self.rollbacks}"
         return f"Slowed by {factors} (warm-up and thirds); disturbed beside that by: {self.rounds.disturbed}; {missed}"
 
     @property
@@ -275,7 +289,8 @@ def compare(
     ]
     owners = [run.profile_of for run in runs[LOOP]]
     missed = means[0], means[1]
-    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements)
+    back = sum(run.rollbacks for run in runs[LOOP])
+    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, back)
 
 
 def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:

@@ -56,6 +56,7 @@ HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile st
 FULL, FAST = 0, 1  # profiles
 START_ROWS, LEAST_ROWS = 16.0, 1.0  # limit before anything is known, and at least
 FALSE_ALARM = 0.01  # of the guard, per watch
+CLEAN_START, LATER = 50, 0.2  # answers read of a watch before less is read; share of the share that is read then
 
 
 def applies_to(model: nn.Module) -> str | None:
@@ -234,17 +235,20 @@ class LatencyLoop:
 class Guard:
     """Watches a profile by the losses of its shadowed answers; decides when to fall back and when to try it again.
 
-    bound: the most that it may lose, whatever it lost when it was chosen. cool_down: seconds until it is tried again,
-    doubled by every further breach. `events` keeps (second, what).
+    bound: the most that it may lose, whatever it lost when it was chosen. share: of the answers that are shadowed, and
+    `later`, where given, after a clean start of CLEAN_START of them: a fault that begins then shows later. cool_down:
+    seconds until it is tried again, doubled by every further breach. `events` keeps (second, what).
     """
 
     bound: float
     share: float
     cool_down: float
     seed: int = 0
+    later: float | None = None
     trusted: bool = True
     until: float = 0.0
     breaches: int = 0
+    chosen: int = 0
     events: list[tuple[float, str]] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
 
@@ -261,9 +265,21 @@ class Guard:
         """Mean loss of the present watch; None before the first shadowed answer."""
         return self.test.mean
 
-    def wants(self) -> bool:
-        """Return whether this answer is to be shadowed: a draw that does not depend on the answer."""
-        return self.trusted and self.random.random() < self.share
+    @property
+    def fresh(self) -> bool:
+        """Whether the present watch has not had its clean start yet."""
+        return self.chosen < CLEAN_START
+
+    def wants(self, draw: float | None = None) -> bool:
+        """Return whether this answer is to be shadowed: a `draw` in [0, 1), by default the guard's own, that does not
+        depend on the answer.
+        """
+        if not self.trusted:
+            return False
+        share = self.share if self.later is None or self.fresh else self.later
+        wanted = (self.random.random() if draw is None else draw) < share
+        self.chosen += wanted
+        return wanted
 
     def add(self, second: float, loss: float) -> bool:
         """Take in a shadowed answer's loss; return whether the profile has to be taken back now."""
@@ -280,6 +296,6 @@ class Guard:
         """Return whether the cool-down is over; then the profile is on trial again, with a new test."""
         if self.trusted or second < self.until:
             return False
-        self.trusted, self.test = True, self._watch()
+        self.trusted, self.test, self.chosen = True, self._watch(), 0
         self.events.append((second, "tried again"))
         return True

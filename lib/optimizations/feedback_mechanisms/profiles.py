@@ -5,10 +5,10 @@ judging, it must read nearly as well as the baseline, and choose nearly the same
 in charge; rows finish on the one they began with. Each profile is an engine of its own (`lib.measure.serving.engine` or
 `lib.measure.serving.simulator`) with its own cache; a step of the server is one step of every profile that has rows,
 one after another. A share of the fast profile's answers is read again by the full one, which takes the server's time
-like any other work. Knows no policy: a function returns the profile in charge.
+like any other work; where they show that it is broken, the full one takes its place. Knows no policy: a function
+returns the profile in charge.
 """
 
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,8 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.models.tasks.registry import classifies
 from lib.optimizations.feedback_mechanisms import shadow
-from lib.optimizations.feedback_mechanisms.method import FAST
+from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
+from lib.optimizations.feedback_mechanisms.method import FAST, FULL
 
 ROOM = 0.5  # share of the guard's bound that a profile may use up when it is chosen
 WINDOWS, WINDOW_TOKENS = 16, 128  # of text on which candidates are read
@@ -41,7 +42,8 @@ class Candidate:
     """A faster profile, what it differs by on text of the split `search`, and why it is not admitted (None: it is).
 
     perplexity: its own ÷ the full one's; disagreement: share of its tokens that the full profile would not have chosen;
-    flips: share of classified items that it answers otherwise. The last two are None where perplexity alone refuses it.
+    flips: share of classified items that it answers otherwise; losses: the disagreement of each answer. Disagreement
+    and flips are None where perplexity alone refuses it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Candidate:
     perplexity: float
     flips: float | None
     refused: str | None
+    losses: tuple[float, ...] = ()
 
 
 def judge(
@@ -67,14 +70,13 @@ def judge(
     disagreement leaves the guard half of its absolute bound. Where perplexity alone refuses it nothing else is read.
     """
     text_NT = tasks.text_windows(loaded, "search", windows, WINDOW_TOKENS, seed)
-    losses = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
-    perplexity = float(np.exp(losses[1] - losses[0]))
+    read = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
+    perplexity = float(np.exp(read[1] - read[0]))
     if not perplexity <= 1 + PERPLEXITY_MARGIN:  # which is no number where the model gives none
         reason = f"perplexity {perplexity - 1:+.1%}, margin {PERPLEXITY_MARGIN:.0%}"
         return Candidate(name, model, None, perplexity, None, reason)
-    asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
-    answered = shadow.answers(model, asked, NEW_TOKENS)
-    disagreement = float(np.mean(shadow.disagreements(loaded.model, asked, answered)))
+    answered = losses_of(loaded, model, prompts, seed)
+    disagreement = float(np.mean(answered))
     arms, flips = (loaded, replace(loaded, model=model)), 0.0
     for task in filter(classifies, loaded.tasks):
         full, fast = (evaluate.classify(arm, task, "search", items, seed).chosen_N for arm in arms)
@@ -84,7 +86,13 @@ def judge(
         reasons.append(f"disagreement {disagreement:.3f}, at most {ROOM * bound:.3f}")
     if flips > SCORE_MARGIN:
         reasons.append(f"{flips:.1%} of the items flip, margin {SCORE_MARGIN:.0%}")
-    return Candidate(name, model, disagreement, perplexity, flips, "; ".join(reasons) or None)
+    return Candidate(name, model, disagreement, perplexity, flips, "; ".join(reasons) or None, tuple(answered))
+
+
+def losses_of(loaded: Loaded, model: nn.Module, prompts: int, seed: int = 0) -> list[float]:
+    """Return the disagreement of each of a profile's answers to so many prompts of the split `search`."""
+    asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
+    return shadow.disagreements(loaded.model, asked, shadow.answers(model, asked, NEW_TOKENS))
 
 
 def first_admitted(
@@ -116,29 +124,11 @@ def itself(loaded: Loaded) -> Candidate:
 # --- a server with both -----------------------------------------------------------------------------------------------
 
 
-class ShadowReads:
-    """Which answers of the fast profile the full one reads again, and the seconds of each such read.
-
-    `share` of them, drawn by `seed` and the request's id alone; `read(request)` returns the seconds.
-    """
-
-    def __init__(self, share: float, read: Callable[[ServingRequest], float], seed: int = 0):
-        self.share, self.read, self.seed, self.count, self.seconds = share, read, seed, 0, 0.0
-
-    def __call__(self, request: ServingRequest) -> float:
-        """Return the seconds that this answer's reading takes; 0 where it is not read."""
-        if random.Random(f"{self.seed} {request.id}").random() >= self.share:
-            return 0.0
-        seconds = self.read(request)
-        self.count, self.seconds = self.count + 1, self.seconds + seconds
-        return seconds
-
-
 class Profiles:
     """Serves with `engines`; `current()` is the index of the one that reads the next prompts.
 
     With one engine there is nothing to choose. `owner` maps the id of every request admitted so far to the index of its
-    engine. `shadow`: what is charged when an answer of the fast profile is done (None: nothing).
+    engine. `shadow`: reads answers of the fast profile again and may take it back (None: nobody watches).
     """
 
     def __init__(self, engines: Sequence[Engine], current: Callable[[], int], shadow: ShadowReads | None = None):
@@ -159,8 +149,12 @@ class Profiles:
         return sum(engine.bytes for engine in self.engines)
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
-        """Let the profile in charge read the prompts; return the seconds it took."""
+        """Let the profile in charge read the prompts, or the full one where the guard has taken the fast one back;
+        return the seconds it took.
+        """
         index = min(self.current(), len(self.engines) - 1)
+        if index == FAST and self.shadow and not self.shadow.allows():
+            index = FULL
         for request in requests:
             self.owner[request.id], self.requests[request.id] = index, request
             self.running[index].add(request.id)
@@ -175,12 +169,17 @@ class Profiles:
         raise UserError("feedback: profiles read prompts at once; expected a policy that asks for no chunks")
 
     def leave(self, ids: Sequence[int]) -> float:
-        """Take rows out of their batches, and read again what is to be read again; return the seconds it took."""
+        """Take rows out of their batches, and note what is to be read again; return the seconds it took."""
         seconds = 0.0
         for index, (engine, running) in enumerate(zip(self.engines, self.running)):
             if gone := [name for name in ids if name in running]:
                 running.difference_update(gone)
                 seconds += engine.leave(gone)
                 if self.shadow and index == FAST:
-                    seconds += sum(self.shadow(self.requests[name]) for name in gone)
+                    for name in gone:
+                        self.shadow.finished(self.requests[name])
         return seconds
+
+    def aside(self, waiting: int, running: int) -> float:
+        """Read answers again where that is due; return the seconds it took (`server.serve`)."""
+        return self.shadow.work(waiting, running) if self.shadow else 0.0

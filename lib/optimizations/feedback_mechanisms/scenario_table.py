@@ -19,13 +19,15 @@ ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
 @dataclass(frozen=True)
 class ScenarioTable:
     """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
-    that was `tried`; `net` is what the fast profile saves, guard charged (None: no candidate was timed).
+    that was `tried`; `broken` are the rows of scripts whose fast profile breaks, which count for nothing but the guard;
+    `net` is what the fast profile saves, guard charged (None: no candidate was timed).
     """
 
     rows: list[Row]
     best: int
     tried: list[Row] = field(default_factory=list)
     net: NetSaving | None = None
+    broken: list[Row] = field(default_factory=list)
 
     @property
     def static(self) -> str:
@@ -49,6 +51,17 @@ class ScenarioTable:
         left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
         text += f"; net saving of the fast candidate, guard charged: {self.net}" if self.net else ""
         return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
+
+    @property
+    def shown(self) -> list[Row]:
+        """All rows, those of a broken profile last."""
+        return [*self.rows, *self.broken]
+
+    @property
+    def caught(self) -> float | None:
+        """The share of the loop's scripts with a broken profile in which the guard took it back; None without any."""
+        row = next((row for row in self.broken if row["setting"] == LOOP), None)
+        return None if row is None else float(str(row["taken back"]))
 
     @property
     def required(self) -> float | None:

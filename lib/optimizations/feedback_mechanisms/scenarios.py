@@ -5,10 +5,12 @@ capacity, so a scenario asks the same of a small model and of a large one. `Spin
 take the cores this one runs on. Knows no policy.
 """
 
+import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,21 +23,31 @@ from lib.measure.serving.slo import Objectives, met
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.timing import disturbance
-from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
+from lib.optimizations.feedback_mechanisms.method import LATER, Guard
+from lib.optimizations.feedback_mechanisms.profiles import Profiles
 
 WINDOWS = 30  # into which a trace is cut to count the seconds beyond an objective
 GOOD_SHARE = 0.9  # of the requests arriving in a window that must be served well
 CALM, BUSY = 0.45, 1.15  # shares of what the full profile can serve within the objectives
+COOL_DOWNS = 10  # in a trace
 WARM_UP = 0.2  # of a third, before the script begins
+BROKEN = "broken profile"
 STOLEN = 2.0  # how much slower a machine is whose core is shared with one other process
+
+Losses = tuple[Sequence[float], Sequence[float]]
+SPOTLESS: Losses = (0.0,), (1.0,)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A trace, and pairs (second, factor): from that second on every step takes `factor` times as long."""
+    """A trace, and pairs (second, factor): from that second on every step takes `factor` times as long. Requests that
+    arrive from second `broken` on get a broken answer where the fast profile gives it.
+    """
 
     trace: Trace
     slowness: tuple[tuple[float, float], ...] = ()
+    broken: float = math.inf
 
     @property
     def name(self) -> str:
@@ -71,6 +83,12 @@ def script(times: StepTimes, objective: Objectives, lengths: Lengths, seconds: f
     ]
 
 
+def secretly_broken(script: Sequence[Scenario]) -> Scenario:
+    """Return the script's load step with a fast profile that breaks as the load rises: what is needed is what fails."""
+    step = next(scenario for scenario in script if scenario.name == "load step")
+    return Scenario(replace(step.trace, name=BROKEN), step.slowness, step.thirds[1])
+
+
 def demands(times: StepTimes, objective: Objectives, lengths: Lengths) -> dict[str, tuple[Lengths, float, float]]:
     """Return what each scenario of `script` asks for at its worst: lengths, requests per second, slowness."""
     long = Lengths(3 * lengths.prompt_tokens, lengths.new_tokens)
@@ -84,13 +102,19 @@ def demands(times: StepTimes, objective: Objectives, lengths: Lengths) -> dict[s
 
 
 class Played(NamedTuple):
-    """A run, which profile answered each request that was admitted (request id → index), and the seconds that reading
-    answers again took.
+    """A run, which profile answered each request that was admitted (request id → index), the seconds that reading
+    answers again took, and the guard's events (second, what).
     """
 
     served: Served
     profile_of: dict[int, int]
     shadow_seconds: float = 0.0
+    events: Sequence[tuple[float, str]] = ()
+
+    @property
+    def rollbacks(self) -> list[float]:
+        """The seconds at which the fast profile was taken back."""
+        return [second for second, what in self.events if what == "rolled back"]
 
     def share(self, profile: int) -> float:
         """Return the share of the answered requests that `profile` answered."""
@@ -121,22 +145,38 @@ def play(
     limits: Limits,
     seed: int = 0,
     shadow_share: float = 0.0,
+    *,
+    bound: float = 0.1,
+    losses: Losses = SPOTLESS,
 ) -> Played:
     """Serve a scenario in virtual time and return what happened. `times`: of the model, or of each profile.
 
-    `shadow_share` of the fast profile's answers are read again by the full one, in one pass over prompt and answer.
+    `shadow_share` of the fast profile's answers are read again by the full one, in one pass over prompts and answers;
+    a guard with that `bound` takes it back where they lose too much. `losses`: of a sound and of a broken one's
+    answers, from which each one's is drawn, by the request alone.
     """
     clock = VirtualClock()
     each = [times] if isinstance(times, StepTimes) else times
     engines = [SlowedEngine(profile, scenario, clock.now, seed) for profile in each]
 
-    def read(request: ServingRequest) -> float:
-        return each[0].prefill(1, request.prompt_tokens + request.new_tokens) * scenario.factor(clock.now())
+    def read(requests: Sequence[ServingRequest]) -> tuple[float, list[float]]:
+        tokens = max(request.prompt_tokens + request.new_tokens for request in requests)
+        pools = [losses[request.arrival >= scenario.broken] for request in requests]
+        drawn = [random.Random(f"loss {seed} {one.id}").choice(pool) for one, pool in zip(requests, pools)]
+        return each[0].prefill(len(requests), tokens) * scenario.factor(clock.now()), drawn
 
-    shadow = ShadowReads(shadow_share, read, seed) if shadow_share else None
+    shadow = None
+    if shadow_share and len(each) > 1:
+        shadow = ShadowReads(guard(bound, shadow_share, scenario.trace, seed), read, clock.now, seed)
     profiles = Profiles(engines, lambda: getattr(policy, "profile", 0), shadow)
-    served = serve(scenario.trace, policy, profiles, clock, limits)
-    return Played(served, dict(profiles.owner), shadow.seconds if shadow else 0.0)
+    served = serve(scenario.trace, policy, profiles, clock, limits, aside=profiles.aside)
+    owner = dict(profiles.owner)
+    return Played(served, owner, shadow.seconds, list(shadow.guard.events)) if shadow else Played(served, owner)
+
+
+def guard(bound: float, share: float, trace: Trace, seed: int) -> Guard:
+    """Return the guard of a served trace: less is read after a clean start; a cool-down lasts a tenth of the trace."""
+    return Guard(bound, share, trace.seconds / COOL_DOWNS, seed, later=LATER * share)
 
 
 def seconds_beyond(served: Served, objectives: Objectives) -> float:

@@ -21,9 +21,12 @@ from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.structure.sharing import sharing
 from lib.models.tasks.registry import classifies
+from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.method import Guard
 
 AT_ONCE = 16  # prompts answered together
+READ_AT_ONCE = net_saving.AT_ONCE  # answers read again together
+STRENGTHS = (1.0, 2.0, 4.0)  # of the noise that breaks a profile, × the standard deviation of the weights
 
 
 @torch.inference_mode()
@@ -53,10 +56,26 @@ def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Te
 
 
 def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
-    """Return `disagreement` of each answer after its prompt."""
-    return [
-        disagreement(baseline, prompt_T, answer_N.to(prompt_T.device)) for prompt_T, answer_N in zip(prompts, answers)
-    ]
+    """Return `disagreement` of each answer after its prompt, READ_AT_ONCE of them in a pass."""
+    losses: list[float] = []
+    for start in range(0, len(prompts), READ_AT_ONCE):
+        end = start + READ_AT_ONCE
+        losses += _together(baseline, prompts[start:end], answers[start:end])
+    return losses
+
+
+@torch.inference_mode()
+def _together(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
+    # Padded on the right, where no token of a causal model sees it.
+    reset_rope_deltas(baseline)
+    device = next(baseline.parameters()).device
+    ids = [torch.cat([prompt_T, answer_N.to(prompt_T.device)])[:-1] for prompt_T, answer_N in zip(prompts, answers)]
+    ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+    starts = [len(prompt_T) - 1 for prompt_T in prompts]
+    kept = ids_BT.shape[1] - min(starts)
+    chosen_BT = baseline(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits.argmax(-1).cpu()
+    own = [row_T[start - min(starts) :][: len(answer_N)] for row_T, start, answer_N in zip(chosen_BT, starts, answers)]
+    return [float((a_N != answer_N.cpu()).float().mean()) for a_N, answer_N in zip(own, answers)]
 
 
 def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:

@@ -22,6 +22,7 @@ from lib.optimizations.feedback_mechanisms import (
     guard_study,
     live_replay,
     outcome,
+    profiles,
     scenarios,
 )
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
@@ -129,6 +130,25 @@ def test_the_oracle_misses_no_more_than_any_profile_alone(saving):
             setup.ran(script, name, settings[name])["missed s"] for name in ("oracle", FAST_ALONE, "static 16")
         )
         assert oracle <= min(fast, static)
+
+
+def test_the_table_shows_a_broken_profile_that_is_taken_back(disturbances, monkeypatch):
+    monkeypatch.setattr(experiment, "SIZES", (8, 32))
+    compared = experiment.compare(disturbances)
+    rows = {row["setting"]: row for row in compared.broken}
+    assert set(rows) == {compared.static, LOOP, PI_LOOP, FAST_ALONE}
+    assert compared.shown[-len(rows) :] == compared.broken
+    assert compared.sums == replace(compared, broken=[]).sums  # they count for the guard alone
+    assert rows[LOOP]["taken back"] == compared.caught == 1.0 and rows[LOOP]["rolled back after s"] > 0
+    unwatched = next(
+        row["fast share"] for row in compared.rows if (row["scenario"], row["setting"]) == ("load step", LOOP)
+    )
+    assert 0 < rows[LOOP]["broken answers"] < 0.5 * unwatched and rows[compared.static]["broken answers"] == 0
+    assert all(row["rollbacks"] == 0 for row in compared.rows)
+    [target] = [
+        row for row in outcome.targets(compared, trial(), guards(1.0, 0.5), LAWS) if row["figure"] == outcome.SERVED
+    ]
+    assert target["reached"] is True
 
 
 def test_choosing_and_judging_use_different_seeds(disturbances):
@@ -315,7 +335,9 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     monkeypatch.setattr(disturbance_comparison.tasks, "text_windows", lambda *_: torch.zeros(4, 8))
     full, fast = object(), object()
     known = [Candidate(name, fast, 0.0, 1.0, 0.0, None) for name in ("whole blocks", "channels")]
-    options = {"first_token_factor": 8.0, "token_factor": 3.0, "shadow_share": share, "seed": 0}
+    options = {"first_token_factor": 8.0, "token_factor": 3.0, "shadow_share": share, "quality_bound": 0.1, "seed": 0}
+    monkeypatch.setattr(profiles, "losses_of", lambda *_: [1.0])
+    monkeypatch.setattr(experiment.shadow, "broken", lambda *_: None)
     setup, candidates = experiment.prepare(SimpleNamespace(model=full), known, "preview", **options)
     assert setup.alone is not admitted and (candidates[-1].model is fast) is admitted
     if admitted:

@@ -17,7 +17,8 @@ from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import method as feedback
 from lib.optimizations.feedback_mechanisms import profiles, rivals, scenarios, shadow
-from lib.optimizations.feedback_mechanisms.profiles import Profiles, ShadowReads
+from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
+from lib.optimizations.feedback_mechanisms.profiles import Profiles
 from lib.optimizations.feedback_mechanisms.speculation import draft_length as lengths
 from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Round
@@ -330,9 +331,91 @@ def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone()
     runs = [scenarios.play(scenario, always, both, LIMITS, 0, share) for share in (0.0, 0.5, 1.0)]
     seconds = [sum(step.seconds for step in run.served.steps) for run in runs]
     assert seconds[0] < seconds[1] < seconds[2]
-    reads = [ShadowReads(0.25, lambda request: 1.0, seed) for seed in (0, 0, 1)]
-    drawn = [[read(ServingRequest(i, 0.0, 8, 4)) for i in range(400)] for read in reads]
-    assert drawn[0] == drawn[1] != drawn[2] and 60 < sum(drawn[0]) < 140 and reads[0].count == sum(drawn[0])
+    reads = [shadow_reads(seed)[0] for seed in (0, 0, 1)]
+    for read in reads:
+        for index in range(400):
+            read.finished(ServingRequest(index, 0.0, 8, 4))
+    drawn = [[request.id for request in read.pending] for read in reads]
+    assert drawn[0] == drawn[1] != drawn[2] and 60 < len(drawn[0]) < 140
+    while reads[0].work(0, 0):
+        pass
+    assert reads[0].count == reads[0].seconds == len(drawn[0])
+
+
+def shadow_reads(seed=0, share=0.25, loss=0.0, later=None):
+    """Reads that take a second for each answer, all of which have the same loss; and the groups that were read."""
+    groups = []
+
+    def read(requests):
+        groups.append(len(requests))
+        return float(len(requests)), [loss] * len(requests)
+
+    watch = guard(share=share, later=later)
+    return ShadowReads(watch, read, lambda: 5.0, seed), groups
+
+
+def test_answers_are_read_again_in_groups_when_nobody_waits_or_too_many_are_pending():
+    reads, groups = shadow_reads(share=1.0)
+    reads.guard.chosen = feedback.CLEAN_START
+
+    def done(count):
+        for index in range(count):
+            reads.finished(ServingRequest(index, 0.0, 8, 4))
+
+    done(7)
+    assert reads.work(3, 4) == reads.work(0, 4) == 0  # rows decode, and no group is full
+    done(1)
+    assert reads.work(3, 4) == 0 and reads.work(0, 4) == 8
+    done(15)
+    assert reads.work(3, 4) == 0
+    done(1)
+    assert reads.work(3, 4) == 8 and reads.work(3, 4) == 0  # whoever waits
+    assert reads.work(0, 0) == 8 and groups == [8, 8, 8] and not reads.pending
+    done(1)
+    assert reads.work(0, 0) == 1  # nothing else is to be done
+    reads.guard.chosen = 0
+    done(8)
+    assert reads.work(3, 4) == 8  # a new watch is to be told soon
+
+
+def test_less_is_read_after_a_clean_start_and_as_much_as_at_first_after_a_rollback():
+    watch = guard(share=0.5, later=0.1)
+    draws = np.random.default_rng(4).random(4000)
+    wanted = [watch.wants(float(draw)) for draw in draws]
+    first = int(np.flatnonzero(np.cumsum(wanted) == feedback.CLEAN_START)[0])
+    assert first < 150 and 0.07 < np.mean(wanted[first + 1 :]) < 0.13
+    while not watch.add(0.0, 1.0):
+        pass
+    assert watch.ready(1000.0)
+    assert 0.3 < np.mean([watch.wants(float(draw)) for draw in draws[:80]]) < 0.7
+
+
+def test_a_profile_that_breaks_while_it_serves_is_taken_back_until_its_cool_down_is_over():
+    """The guard read answers in no served run: none could be taken back, however many were wrong."""
+    every = scenarios.script(times(), OBJECTIVES, LENGTHS, 60.0, 0)
+    broken = scenarios.secretly_broken(every)
+    start = broken.broken
+    assert broken.name == scenarios.BROKEN and start == broken.thirds[1]
+    always = rivals.Static(16, always=1)
+    played = scenarios.play(broken, always, (times(), faster()), LIMITS, 0, 0.25, losses=((0.0, 0.02), (0.9, 1.0)))
+    back = played.rollbacks[0]
+    again = next(second for second, what in played.events if what == "tried again")
+    assert start < back < start + 20 and again >= back + broken.trace.seconds / scenarios.COOL_DOWNS
+    admitted = {outcome.request.id: outcome.admitted for outcome in played.served.outcomes}
+    owners = {admitted[one]: index for one, index in played.profile_of.items()}
+    assert {index for second, index in owners.items() if second < start} == {feedback.FAST}
+    assert {index for second, index in owners.items() if back < second < again} == {feedback.FULL}
+    sound = scenarios.play(every[1], always, (times(), faster()), LIMITS, 0, 0.25, losses=((0.0, 0.02), (0.9, 1.0)))
+    assert not sound.events and sound.shadow_seconds > 0
+
+
+def test_put_off_reads_leave_a_rush_alone():
+    """What was read as each answer was done is now read when nobody waits: the same answers, in fewer passes."""
+    scenario, both = script()["load step"], (times(), faster())
+    played = scenarios.play(scenario, rivals.Static(16, always=1), both, LIMITS, 0, 0.25)
+    aside = [step for step in played.served.steps if step.kind == "aside"]
+    assert aside and sum(step.seconds for step in aside) == pytest.approx(played.shadow_seconds)
+    assert sum(step.waiting > 0 for step in aside) < 0.3 * len(aside)
 
 
 @pytest.mark.parametrize("run", [0, 16])
@@ -383,6 +466,18 @@ def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(ti
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
+
+
+def test_answers_that_are_read_together_disagree_as_they_do_alone(tiny, name):
+    model = tiny(name)
+    random = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(8, 96, (9 + 3 * index,), generator=random) for index in range(10)]
+    answered = [torch.randint(8, 96, (4 + index,), generator=random) for index in range(5)]
+    answered += [answer_N.clone() for answer_N in shadow.answers(model, prompts[5:], 6)]
+    for index in range(5, 10):  # one token in six is wrong
+        answered[index][index - 5] = (answered[index][index - 5] + 1) % 96
+    alone = [shadow.disagreement(model, *pair) for pair in zip(prompts, answered)]
+    assert shadow.disagreements(model, prompts, answered) == pytest.approx(alone) and 0 < min(alone[5:]) < 0.9
 
 
 def test_answers_together_are_the_greedy_ones(tiny, name):
