@@ -18,7 +18,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
-from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, Guard
+from lib.optimizations.feedback_mechanisms.method import CLEAN_START, LATER, SEARCH_SPACE, Guard
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.shadow import STRENGTHS, Watched
 
@@ -26,7 +26,8 @@ PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # whose 
 WINDOWS = {"preview": 100, "quick": 300, "standard": 1000, "thorough": 5000}
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
 WINDOW_ANSWERS = 100  # shadowed answers in a window
-STREAM_ANSWERS = 600  # in the scripted stream
+STREAM_ANSWERS = 1500  # in the scripted stream
+FROM_START, AFTERWARDS = "shadowed answers until then", "until then, after a clean start"
 SOUND, ANOTHER_DOMAIN, AT_THE_BOUND = "sound", "sound, text of another domain", "exactly at the bound"
 BROKEN = f"noise {STRENGTHS[-1]}"
 
@@ -90,7 +91,7 @@ class GuardStudy:
     def guard(self, index: int = 0, bound: float | None = None) -> Guard:
         """Return a new guard; `index` moves its seed."""
         bound = self.bound if bound is None else bound
-        return Guard(bound, self.share, cool_down=self.seconds / 10, seed=self.seed + index)
+        return Guard(bound, self.share, self.seconds / 10, self.seed + index, later=LATER * self.share)
 
     def disagreement(self, profile: str) -> float:
         """Return the mean loss of a profile."""
@@ -161,14 +162,17 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
         delays = trial["delays"]
         row: dict[str, object] = {"profile": profile, "disagreement": study.disagreement(profile)}
         row |= {"beyond the bound": study.excess(profile), "taken back": trial["caught"]}
-        row |= {"shadowed answers until then": float(np.median(delays)) if delays else None}
+        row |= {FROM_START: float(np.median(delays)) if delays else None, AFTERWARDS: None}
+        if profile not in (SOUND, ANOTHER_DOMAIN):
+            behind = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed, study.pools[SOUND])["delays"]
+            row[AFTERWARDS] = float(np.median(behind)) if behind else None
         row["plain test"] = shadow.peeking(study.bound, pool, windows, WINDOW_ANSWERS, seed=seed)
         rows.append(row | {"estimate's error": trial["error"]})
     mean, pool = _at_the_bound(study)
     trial = shadow.trials(lambda index: study.guard(index, mean), pool, windows, WINDOW_ANSWERS, seed)
     row = {"profile": AT_THE_BOUND, "disagreement": mean, "beyond the bound": 0.0, "taken back": trial["caught"]}
     row["plain test"] = shadow.peeking(mean, pool, windows, WINDOW_ANSWERS, seed=seed)
-    return [*rows, row | {"shadowed answers until then": None, "estimate's error": trial["error"]}]
+    return [*rows, row | {FROM_START: None, "estimate's error": trial["error"]}]
 
 
 def _at_the_bound(study: GuardStudy) -> tuple[float, list[float]]:
@@ -237,11 +241,15 @@ def measurements(study: GuardStudy) -> list[Measurement]:
         why = "the fast profile answers nothing while it is quiet, so nothing shows whether it is broken"
         why = NO_FAST if study.alone else why
         results.append(measurement.unavailable("fault_detection_seconds", "serve, broken", why))
-    elif isinstance(answers := worst["shadowed answers until then"], float) and answers:
+    elif isinstance(answers := worst.get(AFTERWARDS), float) and answers:
         fast = 1.0 if study.fast_share is None else study.fast_share
+        later = LATER * study.share
         who = "all of them" if study.fast_share is None else f"{fast:.0%} of them"
-        source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {study.share:g} of those read"
-        delay = answers / (study.share * study.rate * fast)
+        source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {later:g} of those read "
+        source += f"after a clean start of {CLEAN_START}"
+        if isinstance(first := worst[FROM_START], float):
+            source += f"; {first / (study.share * study.rate * fast):.3g} s where it is broken from the start"
+        delay = answers / (later * study.rate * fast)
         results.append(_shown("fault_detection_seconds", "serve, broken", None, delay, source, reason=reason))
     return results
 

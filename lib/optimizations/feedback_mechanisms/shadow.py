@@ -22,7 +22,7 @@ from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.structure.sharing import sharing
 from lib.models.tasks.registry import classifies
 from lib.optimizations.feedback_mechanisms.guarding import net_saving
-from lib.optimizations.feedback_mechanisms.method import Guard
+from lib.optimizations.feedback_mechanisms.method import CLEAN_START, Guard
 
 AT_ONCE = 16  # prompts answered together
 READ_AT_ONCE = net_saving.AT_ONCE  # answers read again together
@@ -127,9 +127,15 @@ def stream(
 
 
 def trials(
-    make_guard: Callable[[int], Guard], pool: Sequence[float], count: int, length: int, seed: int = 0
+    make_guard: Callable[[int], Guard],
+    pool: Sequence[float],
+    count: int,
+    length: int,
+    seed: int = 0,
+    before: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Watch `length` shadowed answers drawn from `pool`, `count` times with a new guard.
+    """Watch `length` shadowed answers drawn from `pool`, `count` times with a new guard; behind a clean start of losses
+    drawn from `before`, where that is given.
 
     Returns `caught` (share of windows with a rollback), `delays` (shadowed answers until it, of those), `error` (mean
     absolute error of the guard's estimate, of windows without one) and `alarms` (windows with a rollback).
@@ -139,6 +145,8 @@ def trials(
     truth = float(np.mean(pool))
     for index in range(count):
         guard = make_guard(index)
+        for loss in random.choice(before, CLEAN_START).tolist() if len(before) else ():
+            guard.add(0.0, loss)
         for at, loss in enumerate(random.choice(pool, length).tolist(), start=1):
             if guard.add(float(at), loss):
                 delays.append(at)

@@ -211,6 +211,18 @@ def test_a_fault_shows_later_where_the_fast_profile_answers_less():
     assert found[2].verdict == "unavailable" and "answers nothing" in found[2].reason
 
 
+def test_a_fault_after_a_clean_start_shows_later_and_that_delay_is_the_one_that_is_stated():
+    study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0)
+    study.rows.extend(guard_study._watch_windows(study))
+    row = study._row(BROKEN)
+    assert row[guard_study.AFTERWARDS] > row[guard_study.FROM_START]  # the test has to unlearn that it is sound
+    delay = guard_study.measurements(study)[-1]
+    assert delay.optimized == pytest.approx(row[guard_study.AFTERWARDS] / (0.1 * 20.0))
+    early = row[guard_study.FROM_START] / (0.5 * 20.0)
+    assert f"{early:.3g} s where it is broken from the start" in delay.source and "0.1 of those read" in delay.source
+    assert study.guard().later == pytest.approx(0.1) and study._row(SOUND)[guard_study.AFTERWARDS] is None
+
+
 # --- without a fast profile -------------------------------------------------------------------------------------------
 
 
