@@ -107,7 +107,7 @@ def read_curves(setup: TwoProfileSetup) -> str:
     if setup.net:
         paid = f"Net saving, guard charged: {setup.net}"
         return (
-            f"{paid}. One curve: {NO_FAST}, it is not shown to be faster."
+            f"{paid}. One curve: {NO_FAST}, since it is not shown to be faster."
             if setup.alone
             else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
         )

@@ -19,7 +19,8 @@ MOST = 16.0  # times as fast: more is not looked for
 @dataclass(frozen=True)
 class NetSaving:
     """How many times as much of the server's time a request takes with the full profile as with the fast one, the
-    reading of its answers included; `low` and `high` enclose nine of ten calibrations drawn again.
+    reading of its answers included at the share of a clean start; `low` and `high` enclose nine of ten calibrations
+    drawn again.
     """
 
     low: float
