@@ -19,6 +19,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.roofline import cost_model
 from lib.measure.serving import slo, step_timing
 from lib.measure.serving.protocol import MOST_ROWS, Limits, Policy, Served
 from lib.measure.serving.simulator import simulate
@@ -132,11 +133,13 @@ def prepare(
     contexts = sorted({kinds[0].prompt_tokens, longest // 5, longest // 2, longest} - {0, 1})
     options: dict[str, Any] = AT_A_PREVIEW if preview else {} if loaded.scale == "proxy" else AT_REAL_SIZE
     contexts = sorted({*contexts[:2], contexts[-1]}) if options else contexts
+    requests = max(1.0, cache_share * rows)
+    _bound(cache_mib, requests, longest, cost_model.kv_cache_bytes_per_token(loaded.model))  # before anything is timed
     text_T = _text(loaded, longest, seed)
     times = step_timing.measure(loaded.model, text_T, contexts, repeats=repeats, most=rows, **options)
     single = Single.of(times, kinds[1])
     objective = slo.objectives(single, first_token_factor, token_factor, first_token_ms, token_ms)
-    size = _bound(cache_mib, max(1.0, cache_share * rows), longest, times.bytes_per_token)
+    size = _bound(cache_mib, requests, longest, times.bytes_per_token)
     patience = slo.patience_seconds(objective, single)
     limits = Limits(rows, size, times.bytes_per_token, patience)
     return ServingSetup(times, objective, single, limits, batching, kinds[0], kinds[1])

@@ -309,13 +309,14 @@ def latencies(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
     """Return the latencies of two arms, round by round; `again` is the baseline replayed a second time in every round,
-    the noise floor. Not judged where a request of either arm did not finish: it has no latency, and an arm that leaves
+    the noise floor. Not judged where a request of a replay did not finish: it has no latency, and an arm that leaves
     out its slow requests would look fast.
     """
     names = (baseline, optimized, again)
     arms = [[slo.summary(run, objective) for run in rounds.served(name)] for name in names]
     unfinished = [sum(int(row["unfinished"] or 0) for row in arm) for arm in arms]
     source = f"{rounds.source}; unfinished, and in no latency: {unfinished[0]} and {unfinished[1]} requests"
+    source += f", {unfinished[2]} of the second replay of the baseline"
     results = []
     for metric, key in LATENCIES.items():
         values = [[1000 * value for row in arm if (value := row[key]) is not None] for arm in arms]
@@ -323,7 +324,7 @@ def latencies(
             results.append(measurement.unavailable(metric, workload, "too few requests finished", source))
             continue
         judged = _judged(metric, workload, values, source, disturbed=rounds.busy)
-        missing = f"{unfinished[0]} and {unfinished[1]} requests did not finish, and are in no latency"
+        missing = f"{sum(unfinished)} requests of the three replays did not finish, and are in no latency"
         results.append(measurement.unjudged(judged, missing) if any(unfinished) else judged)
     return results
 

@@ -129,6 +129,27 @@ class StepTimes:
         moved = {size: drawn(seconds) for size, seconds in self.calls.moved.items()}
         return assembled(Calls(decoded, read, moved, self.calls.bytes_per_token))
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds of calls there are, every point having been met in each; 1 for times without their calls."""
+        return 1 if self.calls is None else min(map(len, self.calls.decoded.values()))
+
+    def of_rounds(self, chosen: Sequence[int]) -> "StepTimes":
+        """Return the step times of the calls of the `chosen` rounds alone, which may repeat: a slow spell that lasted a
+        round is in all of its points, or in none. Times without their calls come back as they are.
+        """
+        if self.calls is None:
+            return self
+
+        def picked(seconds: Sequence[float]) -> list[float]:
+            each = len(seconds) // self.rounds
+            return [value for index in chosen for value in seconds[each * index : each * (index + 1)]]
+
+        decoded = {point: picked(seconds) for point, seconds in self.calls.decoded.items()}
+        read = {point: picked(seconds) for point, seconds in self.calls.read.items()}
+        moved = {size: picked(seconds) for size, seconds in self.calls.moved.items()}
+        return assembled(Calls(decoded, read, moved, self.calls.bytes_per_token))
+
 
 @lru_cache(maxsize=256)
 def drawn_again(times: StepTimes, seed: int) -> StepTimes:

@@ -269,6 +269,16 @@ def reset_rope_deltas(model: nn.Module) -> None:
         inner.rope_deltas = None
 
 
+def carry_rope_deltas(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the position offset that `source` stores for the prompt that is under way: another one, of prompts
+    that it read itself, would shift the positions of the rest. No effect where one of them stores none.
+    """
+    ours: Any = getattr(source, "model", None)
+    theirs: Any = getattr(target, "model", None)
+    if hasattr(ours, "rope_deltas") and hasattr(theirs, "rope_deltas"):
+        theirs.rope_deltas = ours.rope_deltas
+
+
 def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
     """Replace the weight of `linear` by another [out, in]; its bias must already fit.
 

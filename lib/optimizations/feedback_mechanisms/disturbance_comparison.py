@@ -46,10 +46,10 @@ Ran = dict[str, float | None]  # what one run came to, by KEYS
 @dataclass(frozen=True)
 class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
-    the share of the fast profile's answers that the full one reads again; and what disturbed the machine while the
-    steps were timed (None: nothing noticed). `net`: what the profile that was timed saves; where that refuses it,
-    there is no fast profile (`alone`). `bound` is the guard's, `losses` are those of answers of the fast profile as it
-    is and of a broken one.
+    the share of the fast profile's answers that the full one reads again (a fifth of it after a clean start); and what
+    disturbed the machine while the steps were timed (None: nothing noticed). `net`: what the profile that was timed
+    saves; where that refuses it, there is no fast profile (`alone`). `bound` is the guard's, `losses` are those of
+    answers of the fast profile as it is and of a broken one.
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -93,7 +93,7 @@ class TwoProfileSetup:
     @property
     def samples(self) -> int:
         """How many calls were timed."""
-        return sum(times.samples for times in self.times)
+        return sum(times.samples for times in (self.times[:1] if self.alone else self.times))
 
     def play(self, scenario: Scenario, policy: Policy, jitter: int = 0) -> Played:
         """Serve a scenario in virtual time. Step times are drawn again for each seed, and so is the jitter: settings
@@ -206,9 +206,9 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
     disturbance until served well for good, of the seeds that settle; `rolled back after s`: from the second at which
-    the fast profile breaks, of the seeds in which it was taken back (`taken back`, their share); `broken answers`:
-    share of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for
-    the server to keep up at the scenario's worst.
+    the fast profile breaks, of the seeds in which it was taken back (`taken back`, their share of those in which it
+    answered at all); `broken answers`: share of a broken profile's; `required net saving`: how many times as fast a
+    profile must be, guard charged, for the server to keep up at the scenario's worst.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
@@ -218,9 +218,14 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
             row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
             row |= setup.savings(name)
             if chosen[0].broken < chosen[0].trace.seconds:
-                row["taken back"] = float(np.mean([run["rolled back after s"] is not None for run in runs]))
+                asked = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to take back
+                row["taken back"] = float(np.mean([_taken_back(run) for run in asked])) if asked else None
             rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
+
+
+def _taken_back(run: Ran) -> bool:
+    return run["rolled back after s"] is not None
 
 
 def totals(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -143,7 +143,10 @@ class DisturbanceStudy:
         """Return a new loop, with a switch between the profiles or by the limit alone."""
         two = profiles and not self.setup.alone
         switch = Switch(self.setup.objective, self.setup.saving) if two else None
-        return LatencyLoop(law(), self.setup.objective, setpoint=self.setpoint, switch=switch)
+        patience = self.setup.limits.patience_seconds
+        return LatencyLoop(
+            law(), self.setup.objective, setpoint=self.setpoint, switch=switch, patience_seconds=patience
+        )
 
     def settings(self, size: int) -> dict[str, PolicyFactory]:
         """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops. Without

@@ -4,6 +4,7 @@ The losses are measured once per profile; streams and windows are drawn from the
 noise on its attention outputs. Knows no server.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import AT_ONCE
 from lib.optimizations.feedback_mechanisms.method import CLEAN_START, LATER, SEARCH_SPACE, Guard
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.shadow import STRENGTHS, Watched
@@ -162,10 +164,10 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
         delays = trial["delays"]
         row: dict[str, object] = {"profile": profile, "disagreement": study.disagreement(profile)}
         row |= {"beyond the bound": study.excess(profile), "taken back": trial["caught"]}
-        row |= {FROM_START: float(np.median(delays)) if delays else None, AFTERWARDS: None}
+        row |= {FROM_START: _median(delays, windows), AFTERWARDS: None}
         if profile not in (SOUND, ANOTHER_DOMAIN):
             behind = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed, study.pools[SOUND])["delays"]
-            row[AFTERWARDS] = float(np.median(behind)) if behind else None
+            row[AFTERWARDS] = _median(behind, windows)
         row["plain test"] = shadow.peeking(study.bound, pool, windows, WINDOW_ANSWERS, seed=seed)
         rows.append(row | {"estimate's error": trial["error"]})
     mean, pool = _at_the_bound(study)
@@ -173,6 +175,12 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
     row = {"profile": AT_THE_BOUND, "disagreement": mean, "beyond the bound": 0.0, "taken back": trial["caught"]}
     row["plain test"] = shadow.peeking(mean, pool, windows, WINDOW_ANSWERS, seed=seed)
     return [*rows, row | {FROM_START: None, "estimate's error": trial["error"]}]
+
+
+def _median(delays: list[int], windows: int) -> float | None:
+    """Return the median over all windows; None where the profile was not taken back in half of them."""
+    median = float(np.median([*delays, *[np.inf] * (windows - len(delays))]))
+    return median if np.isfinite(median) else None
 
 
 def _at_the_bound(study: GuardStudy) -> tuple[float, list[float]]:
@@ -246,11 +254,15 @@ def measurements(study: GuardStudy) -> list[Measurement]:
         later = LATER * study.share
         who = "all of them" if study.fast_share is None else f"{fast:.0%} of them"
         source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {later:g} of those read "
-        source += f"after a clean start of {CLEAN_START}"
+        source += f"after a clean start of {CLEAN_START}, {AT_ONCE} at a time; where requests wait, later"
         if isinstance(first := worst[FROM_START], float):
             source += f"; {first / (study.share * study.rate * fast):.3g} s where it is broken from the start"
-        delay = answers / (later * study.rate * fast)
+        groups = AT_ONCE * math.ceil(answers / AT_ONCE)
+        delay = groups / (later * study.rate * fast)
         results.append(_shown("fault_detection_seconds", "serve, broken", None, delay, source, reason=reason))
+    else:
+        why = "in less than half of the windows was the broken profile taken back"
+        results.append(measurement.unavailable("fault_detection_seconds", "serve, broken", why))
     return results
 
 

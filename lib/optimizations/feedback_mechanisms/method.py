@@ -39,7 +39,7 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
         "type": "float",
         "range": (0.01, 1.0),
         "default": 0.25,
-        "help": "share of the answers that the baseline reads again",
+        "help": "share of the answers that the baseline reads again, a fifth of it after a clean start",
     },
     "quality_bound": {
         "type": "float",
@@ -152,7 +152,8 @@ class LatencyLoop:
     Signal: seconds between a row's tokens, prefills of others included; filter: exponential, over about 1/FILTER decode
     steps, since a single prefill takes as long as several of them. The limit rises only while it is what keeps requests
     waiting: otherwise it would wind up in calm hours and overshoot with the first rush. With a `switch` the loop also
-    sets the `profile`. `course` keeps (second, limit, signal) of every decision.
+    sets the `profile`; `patience_seconds` is how long a request may wait and still be met (default: the whole objective
+    of the first token). `course` keeps (second, limit, signal) of every decision.
     """
 
     def __init__(
@@ -163,11 +164,12 @@ class LatencyLoop:
         setpoint: float = 0.8,
         most: int = MOST_ROWS,
         switch: Switch | None = None,
+        patience_seconds: float | None = None,
     ):
         check(setpoint=setpoint)
         self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
         self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
-        self.first_token_seconds = objectives.first_token_seconds
+        self.patience = objectives.first_token_seconds if patience_seconds is None else patience_seconds
         self.limit, self.bound, self.wait = START_ROWS, False, 0.0
         self.pending, self.count = 0.0, 0
         self.signal: float | None = None
@@ -197,7 +199,7 @@ class LatencyLoop:
         held = min(self.size - len(view.running), view.room) < len(view.waiting)
         self.bound |= self.size - len(view.running) < len(view.waiting)
         wait = view.now - view.waiting[0].arrival
-        self.wait = wait if held and wait <= self.first_token_seconds else 0.0
+        self.wait = wait if held and wait <= self.patience else 0.0
         if self.switch:
             self.switch.look(view.now, self.wait, self.signal or 0.0)
         return Decision(max(0, min(self.size - len(view.running), view.room)))

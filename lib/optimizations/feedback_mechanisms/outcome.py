@@ -30,7 +30,7 @@ CLAIMS = (
     "The guard keeps a broken profile in more than one of a hundred windows.",
     "A drafted answer differs from the greedy one.",
 )
-NEEDED = "net saving of the fast candidate, guard charged, against what the hardest script requires"
+NEEDED = "net saving of the fast candidate at usual lengths, guard charged, against what the hardest script requires"
 SERVED = "broken profile taken back while it served a load step, share of the scripts, simulated"
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
 MOST_REVERSALS = 0.5  # of the moves of a limit; a course without memory reverses that often
@@ -53,7 +53,8 @@ def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: 
         for (name, value, how, goal), why in zip(goals, untold)
     ]
     served: Row = {"figure": SERVED, "measured": compared.caught, "to reach": f"at least {LEAST_CAUGHT}"}
-    served["reached"] = NO_FAST if compared.alone else is_reached(compared.caught, "at least", LEAST_CAUGHT)
+    untold_too = NO_FAST if compared.alone else _not_judged(live)
+    served["reached"] = untold_too or is_reached(compared.caught, "at least", LEAST_CAUGHT)
     return [rows[0], _needed(compared), rows[1], served, *rows[2:]]
 
 
@@ -64,7 +65,10 @@ def _needed(compared: ScenarioTable) -> Row:
     net, needed = compared.net, compared.required
     measured = None if net is None else net.middle
     goal = "more than any profile saves" if needed is None else f"at least {needed:.2f}"
-    reached = "no candidate was timed" if net is None else needed is not None and net.middle >= needed
+    reached: bool | str = "no candidate was timed"
+    if net is not None:
+        reached = needed is not None and net.low >= needed
+        reached = "cannot tell" if needed is not None and net.low < needed <= net.high else reached
     return {"figure": NEEDED, "measured": measured, "to reach": goal, "reached": reached}
 
 

@@ -59,9 +59,11 @@ class ScenarioTable:
 
     @property
     def caught(self) -> float | None:
-        """The share of the loop's scripts with a broken profile in which the guard took it back; None without any."""
+        """The share of the loop's scripts with a broken profile in which the guard took it back, of those in which it
+        answered anything; None without any.
+        """
         row = next((row for row in self.broken if row["setting"] == LOOP), None)
-        return None if row is None else float(str(row["taken back"]))
+        return None if row is None or row["taken back"] is None else float(str(row["taken back"]))
 
     @property
     def required(self) -> float | None:
@@ -112,7 +114,7 @@ class ScenarioTable:
                 f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s "
                 f"and the static limit {static['missed s']:.2f} s, all with the full profile."
             )
-            second = "No faster profile kept the margins, so whatever the loop gains or loses comes from its limit."
+            second = f"{NO_FAST.capitalize()}, so whatever the loop gains or loses comes from its limit."
             return first, second
         routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
         first = (

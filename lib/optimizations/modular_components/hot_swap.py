@@ -20,7 +20,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.checkpoints import io
 from lib.models.decoding import cache_names
-from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.anatomy import anatomy, carry_rope_deltas, reset_rope_deltas
 
 
 def cache_shape(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -70,6 +70,8 @@ class Live:
                     f"model's has {_in_words(theirs)}. Swap between requests"
                 )
             start = time.perf_counter()
+            if self.requests:
+                carry_rope_deltas(self.model, optimized)
             exchange(self.model, optimized)
             self.original = optimized
             return time.perf_counter() - start
@@ -82,6 +84,8 @@ class Live:
             if self.requests and cache_shape(self.model) != cache_shape(self.original):
                 raise UserError("live model: a request is under way whose cache would not fit; revert when it is over")
             start = time.perf_counter()
+            if self.requests:
+                carry_rope_deltas(self.model, self.original)
             exchange(self.model, self.original)
             self.original = None
             return time.perf_counter() - start

@@ -17,6 +17,7 @@ from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 PLUGIN = "lib.suite.cli.nbval_at_preview"
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
+SLOW_TESTS = ("tests/suite", "tests/browser", "tests/test_memory_limits.py")  # few tests a file, each of seconds
 
 
 def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, asks: bool = False) -> int:
@@ -46,7 +47,8 @@ def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, a
 def test(arguments: Sequence[str], description: str) -> int:
     """Run ruff over code and notebooks, then pytest: the unit tests, and every template by nbval at effort preview.
 
-    As many files at a time as there are cores, each on one thread: templates spend most of their time on one core.
+    As many files at a time as there are cores, each on one thread: templates spend most of their time on one core. The
+    slowest files come first, so that no core waits for the last of them.
     If the arguments contain paths, pytest runs only those. Pytest's summary comes last, before failures of ruff.
     """
     if {"-h", "--help"} & set(arguments):
@@ -57,10 +59,13 @@ def test(arguments: Sequence[str], description: str) -> int:
         "ruff format --check": _call(["ruff", "format", "--check", "--quiet", "."]),
     }
     chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
-    where = [] if chosen else ["tests", *(str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb")))]
+    templates = [str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    where = [] if chosen else [*templates, *SLOW_TESTS, "tests"]
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         environment = {"PYTHONPATH": python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
-        beside = [] if chosen else [f"--numprocesses={min(os.cpu_count() or 1, MOST_BESIDE)}", "--dist=loadfile"]
+        processes = min(os.cpu_count() or 1, MOST_BESIDE)
+        in_order = ["--dist=loadfile", "--no-loadscope-reorder"]
+        beside = [] if chosen else [f"--numprocesses={processes}", *in_order]
         environment["WORKBENCH_BLOCK_SECONDS"] = os.environ.get("WORKBENCH_BLOCK_SECONDS", "0")  # nothing is judged
         if beside:
             environment["OMP_NUM_THREADS"] = "1"

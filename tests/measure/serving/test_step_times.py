@@ -1,5 +1,7 @@
 """Step times are means: of skewed calls too, in tables, fits and draws; calls drawn again give other times."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -45,10 +47,19 @@ def test_calls_drawn_again_give_other_times_of_the_same_mean():
 
 
 def test_times_without_their_calls_come_back_as_they_are():
-    from dataclasses import replace
-
     times = replace(assembled(calls()), calls=None)
-    assert times.resampled(1) is times
+    assert times.resampled(1) is times and times.of_rounds([0]) is times and times.rounds == 1
+
+
+def test_a_round_that_was_slow_is_in_every_point_or_in_none():
+    slow = assembled(calls(ratios=(2.0, 1.0, 1.0)))
+    plain = assembled(calls())
+    assert slow.rounds == 3
+    for chosen, factor in (([0, 0, 0], 2.0), ([1, 2, 1], 1.0)):
+        drawn = slow.of_rounds(chosen)
+        assert drawn.decode(4, 128) == pytest.approx(factor * plain.decode(4, 128))
+        assert drawn.prefill(1, 128) == pytest.approx(factor * plain.prefill(1, 128))
+        assert drawn.move(1e6) == pytest.approx(factor * plain.move(1e6))
 
 
 def test_parts_of_a_prompt_cost_a_call_each_and_attend_to_what_is_before():

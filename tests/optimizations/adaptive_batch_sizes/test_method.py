@@ -328,12 +328,14 @@ def test_the_cache_has_room_for_one_request_or_the_run_is_refused(monkeypatch, s
     """With less every document was refused, and its answers were then counted as wrong."""
     loaded = SimpleNamespace(model=None, scale="proxy")
     monkeypatch.setattr(policy_comparison, "_text", lambda *_: None)
-    monkeypatch.setattr(step_timing, "measure", lambda *_, **__: setup.times)
+    monkeypatch.setattr(policy_comparison.cost_model, "kv_cache_bytes_per_token", lambda _: setup.times.bytes_per_token)
+    monkeypatch.setattr(step_timing, "measure", lambda *_, **__: pytest.fail("timed before the refusal"))
     options = {"first_token_factor": 8.0, "token_factor": 3.0}
     longest = setup.longest
     # One MiB holds 170 tokens at 6144 bytes; 4 MiB hold 682.
     with pytest.raises(UserError, match=rf"cache_mib 1 holds 170 tokens .* may take {longest}; expected 3"):
         policy_comparison.prepare(loaded, cache_mib=1.0, **options)
+    monkeypatch.setattr(step_timing, "measure", lambda *_, **__: setup.times)
     chosen = ({"cache_mib": 4.0}, {"rows": 1, "cache_share": 0.5}, {"rows": 3, "cache_share": 0.1}, {})
     for given in chosen:
         prepared = policy_comparison.prepare(loaded, **given, **options)
@@ -515,6 +517,10 @@ def test_latencies_are_judged_where_every_request_of_both_arms_finished(setup):
     one = judged(of(lambda run: unfinished(whole(run))))
     assert {item.verdict for item in one.values()} == {"informative"}
     assert "did not finish" in one["latency_p50_ms"].reason and one["latency_p50_ms"].ci
+    ended = of(whole)
+    again = replace(ended, runs=ended.runs | {"again": [unfinished(run) for run in ended.runs["again"]]})
+    only = judged(again)["latency_p50_ms"]  # the noise floor would be of other requests
+    assert only.verdict == "informative" and only.reason.startswith("6 requests") and "0 and 0" in only.source
 
 
 def test_every_arm_serves_every_trace(tiny):

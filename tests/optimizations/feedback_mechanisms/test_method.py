@@ -308,6 +308,14 @@ def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(w
     assert loop.profile == profile
 
 
+@pytest.mark.parametrize("patience, profile", [(None, feedback.FAST), (0.35, feedback.FULL)])
+def test_who_has_waited_longer_than_leaves_time_to_read_the_prompt_is_lost(patience, profile):
+    switch = feedback.Switch(OBJECTIVES, 1.8)
+    loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES, switch=switch, patience_seconds=patience)
+    loop.decide(view([0.95 * OBJECTIVES.first_token_seconds] * 20, 10))
+    assert loop.profile == profile
+
+
 def test_rows_end_in_the_profile_where_they_began():
     current = 0
     engines = [SimulatedEngine(profile, jitter=False) for profile in (times(), faster())]

@@ -1,5 +1,6 @@
 """Parts found in the folder, their order and refusals; the caller is left alone; a live model gets everything back."""
 
+import copy
 import itertools
 import types
 
@@ -282,6 +283,19 @@ def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     assert ran[0] == ran[1] == ran[4] == 8 > ran[2] == ran[3] and io.weights_hash(model) == before
     report = hot_swap.trial(serving, optimized, prompt, 6)
     assert report.reason is None and len(report.waits) == 2 and serving.original is None
+
+
+def test_what_another_model_read_before_moves_no_position_of_a_request_that_it_takes_over(tiny, name, batch):
+    """A vision-language model keeps an offset of positions: that of two prompts ended the run, or shifted the rest."""
+    model = tiny(name)
+    same = copy.deepcopy(model)
+    same(**batch)
+    inner = same.model
+    if hasattr(inner, "rope_deltas"):
+        inner.rope_deltas = torch.tensor([[7], [9]])
+    assert len(batch["input_ids"]) > 1
+    report = hot_swap.trial(hot_swap.Live(model), same, batch["input_ids"][:1], 6)
+    assert report.changed == 0 and report.reason is None
 
 
 def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch):

@@ -50,10 +50,13 @@ def ratio(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows
 
 
 def measured(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows: int) -> NetSaving:
-    """Return `ratio` with its interval. Both profiles were timed in turn, and both calibrations are drawn again round
-    by round, with the same rounds: a slow spell of the machine falls on both.
+    """Return `ratio` with its interval: whole rounds of the calibration are drawn again, the same for both profiles,
+    which took turns in each. A slow spell that fell on one of them alone widens the interval.
     """
-    drawn = [ratio(full.resampled(seed), fast.resampled(seed), lengths, share, rows) for seed in range(DRAWS)]
+    count = min(full.rounds, fast.rounds)
+    random = np.random.default_rng(0x4E7)
+    rounds = [random.integers(0, count, count).tolist() for _ in range(DRAWS)]
+    drawn = [ratio(full.of_rounds(chosen), fast.of_rounds(chosen), lengths, share, rows) for chosen in rounds]
     low, middle, high = np.percentile(drawn, ENDS)
     return NetSaving(float(low), float(middle), float(high))
 
